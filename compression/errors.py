@@ -1,0 +1,60 @@
+"""Errors, named by what the caller does next (design: section 10)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+BadReason = Literal[
+    "truncated",  # fewer bytes than the lengths promise
+    "oversized",  # more bytes, entries or elements than the run's limits allow
+    "magic",  # not a thinwire payload
+    "version",  # a payload of another protocol version
+    "round",  # made for another round
+    "layout",  # made for another model or strategy
+    "header",  # header that does not parse, or claims what nobody expects
+    "checksum",  # bytes changed on the way
+    "shape",  # lengths that do not fit the parameter
+    "range",  # a value outside of what the format allows
+    "nan",  # NaN or infinity
+    "index",  # index past the end, repeated or out of order
+]
+
+
+class ThinwireError(Exception):
+    """Base of all errors that thinwire raises on purpose; `exit_code` is what a command returns for it."""
+
+    exit_code = 1
+
+
+class ConfigError(ThinwireError):
+    """The user's input is wrong: mend it and start again."""
+
+    exit_code = 2
+
+
+class SwarmUnreachable(ThinwireError):
+    """Nobody answers: retry with backoff, then give up."""
+
+    exit_code = 3
+
+
+class Incompatible(ThinwireError):
+    """Model, strategy or protocol differ from the run's: this node cannot take part."""
+
+    exit_code = 4
+
+
+class BadPayload(ThinwireError):
+    """A payload that must not be used: leave it out and count `reason`."""
+
+    def __init__(self, reason: BadReason, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason: BadReason = reason
+
+
+class ReplicaDiverged(ThinwireError):
+    """This replica is not what the ledger says: heal it from a snapshot and the ledger."""
+
+
+class LedgerCorrupt(ThinwireError):
+    """The ledger is not a chain of signed commits any more: refuse to go on."""
