@@ -81,5 +81,5 @@ class Compressor(Protocol):
         ...
 
     def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
-        """Exact: sum of w q over sum of w, in the order given. float32, 1-d, `part.n_local` long, never -0."""
+        """Exact: sum of w q over sum of w, in order. float32, 1-d, `part.n_local` long, never -0."""
         ...

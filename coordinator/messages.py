@@ -360,9 +360,16 @@ def _unpack(data: bytes) -> Any:
     n = len(data)
     try:
         return msgpack.unpackb(
-            data, raw=False, use_list=False, strict_map_key=True, max_bin_len=n, max_str_len=n, max_array_len=n,
-            max_map_len=0, max_ext_len=0,
-        )  # fmt: skip
+            data,
+            raw=False,
+            use_list=False,
+            strict_map_key=True,
+            max_bin_len=n,
+            max_str_len=n,
+            max_array_len=n,
+            max_map_len=0,
+            max_ext_len=0,
+        )
     except (ValueError, msgpack.UnpackException, RecursionError) as e:
         raise BadMessage(f"not msgpack: {e}") from e
 

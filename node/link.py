@@ -75,7 +75,7 @@ class Link(Protocol):
     def commits(self, after: int) -> Iterator[Commit]:
         """Commits in order from round `after` + 1 on, verified (chain and signature), blocking for new ones.
 
-        Ends when `close` is called. Raises SwarmUnreachable when reconnecting has been given up, LedgerCorrupt
+        Ends when `close` is called. Raises SwarmUnreachable when reconnecting was given up, LedgerCorrupt
         when a commit does not fit the chain.
         """
         ...
