@@ -140,7 +140,7 @@ class LayoutEntry(Record):
 
 
 class BlobRef(Record):
-    """Bytes that the coordinator serves for the whole run: base weights, held-out text."""
+    """Bytes that the coordinator serves for the whole run: base weights, training and held-out text."""
 
     digest: Digest
     n_bytes: Count
@@ -155,13 +155,15 @@ class Limits(Record):
 
 
 class GenesisBody(Record):
-    """Record 0. `config`: the run's configuration as JSON; `base`: None means exact initialisation."""
+    """Record 0. `config`: the run's configuration as JSON; `base`: None means exact initialisation;
+    `corpus`: the text that nodes train on unless they bring their own, if it is not a built-in one."""
 
     protocol: int
     config: Annotated[str, Field(max_length=200_000)]
     layout: Annotated[tuple[LayoutEntry, ...], Field(min_length=1, max_length=100_000)]
     base: BlobRef | None
     held_out: BlobRef | None
+    corpus: BlobRef | None
     limits: Limits
     coordinator: PeerId
     lr_factor_bits: Annotated[int, Field(ge=0, lt=2**32)]

@@ -1,0 +1,44 @@
+# Two commands do all on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help setup demo test test-fast lint bench clean
+.DEFAULT_GOAL := help
+
+help:            ## show this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+setup: $(STAMP)  ## make .venv with the thinwire command in it
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "thinwire needs Python 3.11 or newer: make setup PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,test,lint]'
+	touch $@
+
+demo: setup      ## a coordinator and 4 nodes on this machine, real text, live table (2 minutes)
+	$(BIN)/thinwire demo
+
+test: setup      ## every test that this machine can run; says what it skipped and why
+	$(BIN)/python -m pytest
+
+test-fast: setup ## the tests without real processes and sockets
+	$(BIN)/python -m pytest -m "not swarm"
+
+lint: setup      ## ruff, mypy (strict), import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf $(VENV)/lint && mkdir -p $(VENV)/lint && ln -s $(CURDIR) $(VENV)/lint/thinwire
+	cd $(VENV)/lint && ../bin/mypy --config-file $(CURDIR)/pyproject.toml --explicit-package-bases \
+	  --namespace-packages --cache-dir $(CURDIR)/.mypy_cache \
+	  -p thinwire.compression -p thinwire.optim -p thinwire.coordinator -p thinwire.node
+	$(BIN)/lint-imports
+
+bench: setup     ## speed and memory, as ratios to baselines and to this machine's copy bandwidth
+	$(BIN)/thinwire bench all
+
+clean:           ## remove what setup and the tests made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

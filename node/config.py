@@ -1,0 +1,168 @@
+"""The run's configuration: what a run.toml may say, with defaults and clear refusals.
+
+Precedence: command line > environment (THINWIRE_SECTION__KEY) > file > default. Unknown keys are refused with
+the nearest name. The whole of it goes into record 0 of the ledger, so a joiner needs no file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from thinwire.compression.errors import ConfigError
+
+ENV_PREFIX = "THINWIRE_"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Run(Section):
+    """The run as a whole."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)] = "run"
+    rounds: Annotated[int, Field(ge=1, le=2**31)] = 200
+    """The run ends after this many rounds."""
+    min_peers: Annotated[int, Field(ge=1, le=1024)] = 2
+    """The first round waits for this many peers."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    """Seed of the initial weights."""
+    eval_every: Annotated[int, Field(ge=1)] = 10
+    """Rounds between evaluations on the held-out text."""
+    verify_every: Annotated[int, Field(ge=1)] = 10
+    """Rounds between fingerprint reports."""
+    base: str | None = None
+    """Base weights, a safetensors file; without it the exact initialisation from `seed`."""
+
+
+class Task(Section):
+    """What is trained: the built-in `text`, or `custom` (then every node names it with --task)."""
+
+    name: Literal["text", "custom"] = "text"
+    corpus: str = "pydoc"
+    """`pydoc`: the language reference that ships with Python; `stdlib`: the source of Python's standard
+    library; else a file or a folder of text files. A node may bring its own with --data."""
+    held_out_bytes: Annotated[int, Field(ge=1024, le=2**24)] = 32768
+    """Bytes taken off the corpus's end for evaluation; every node evaluates on the same ones."""
+    layers: Annotated[int, Field(ge=1, le=200)] = 3
+    width: Annotated[int, Field(ge=8, le=16384)] = 128
+    heads: Annotated[int, Field(ge=1, le=256)] = 4
+    context: Annotated[int, Field(ge=2, le=2**16)] = 64
+    batch: Annotated[int, Field(ge=1, le=2**16)] = 8
+    """Sequences in one micro-batch of a peer."""
+
+
+class Policy(Section):
+    """When a round closes."""
+
+    name: Literal["deadline", "all"] = "deadline"
+
+
+class Schedule(Section):
+    """The learning-rate factor of each round."""
+
+    name: Literal["constant", "linear"] = "linear"
+    warmup_rounds: Annotated[int, Field(ge=0)] = 10
+    final_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
+
+
+class LimitsSection(Section):
+    """What one offer may carry."""
+
+    max_peers: Annotated[int, Field(ge=1, le=1024)] = 64
+    max_payload_bytes: Annotated[int, Field(ge=64, le=2**32)] = 64 * 2**20
+    max_samples: Annotated[int, Field(ge=1, le=2**20)] = 2**16
+
+
+class Network(Section):
+    """How often nodes say that they live."""
+
+    heartbeat_s: Annotated[float, Field(gt=0, le=60)] = 2.0
+
+
+class RunConfig(Section):
+    run: Run = Run()
+    task: Task = Task()
+    strategy: dict[str, Any] = {"name": "decoupled"}
+    policy: Policy = Policy()
+    schedule: Schedule = Schedule()
+    limits: LimitsSection = LimitsSection()
+    network: Network = Network()
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(), sort_keys=True)
+
+
+def load_config(
+    path: Path | None, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ
+) -> RunConfig:
+    """Reads a run.toml. `overrides`: dotted key -> value, from the command line. Raises ConfigError."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path}: no such file. Write a run file or copy deploy/runs/pydoc-gpt.toml."
+            ) from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+            raise ConfigError(f"{path}: cannot be read as TOML: {e}") from e
+    for key, text in environ.items():
+        if key.startswith(ENV_PREFIX) and "__" in key:
+            _put(data, key.removeprefix(ENV_PREFIX).lower().split("__"), _literal(text))
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            _put(data, key.split("."), value)
+    return _validated(data, str(path) if path else "configuration")
+
+
+def parse_config(text: str) -> RunConfig:
+    """The configuration in a ledger's record 0."""
+    return _validated(json.loads(text), "the run's configuration")
+
+
+def _validated(data: dict[str, Any], where: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as e:
+        raise ConfigError(f"{where}: " + "; ".join(_explain(error) for error in e.errors())) from e
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] != "extra_forbidden":
+        return f"{key}: {error['msg']} (got {error['input']!r})"
+    model: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        annotation = model.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    nearest = difflib.get_close_matches(location[-1], model.model_fields, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sorted(model.model_fields))}"
+    return f"unknown key {key!r}; {hint}"
+
+
+def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = data.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(keys)}: {key} is a value, not a section")
+        data = inner
+    data[keys[-1]] = value
+
+
+def _literal(text: str) -> Any:
+    """A TOML value if it reads as one, else the text itself."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
