@@ -1,0 +1,263 @@
+"""Counter-based noise: the same element gets the same noise on any device, in any order (design: section 6).
+
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"):
+
+    key     = (seed low, seed high)
+    counter = (call low, call high, parameter index, probe + (purpose << 20))
+
+The flattened *global* parameter is cut into blocks of 4096 elements.
+
+- sign: 32 calls per block, call c of block b has number 32 b + c and its lane l gives word 32 l + c of 128.
+  Element e of the block takes bit e // 128 of word e % 128; a set bit means -1.
+- gauss: 256 calls per block, number 256 b + c, lane l gives word 256 l + c of 1024. Element e takes byte
+  e // 1024 (byte 0 is the lowest) of word e % 1024: the index into `NORMAL_256`.
+- words: call c has number c, lane l gives word 4 c + l.
+
+Everything here is the plain torch reference. `noise_cpu` (numba) gives the same bits and is chosen when
+numba is installed and the tensors are on the CPU; THINWIRE_KERNELS=torch or numba forces one of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from importlib.util import find_spec
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from thinwire.compression.exact import to_float32
+from thinwire.compression.quantiles import NORMAL_256
+
+NoiseKind = Literal["sign", "gauss"]
+
+BLOCK: Final = 4096
+"""Elements per block of noise."""
+
+MAX_PROBES: Final = 1 << 20
+"""Probe numbers are below this: the purpose stands above them in the counter."""
+
+CALLS: Final[dict[NoiseKind, int]] = {"sign": 32, "gauss": 256}
+"""Philox calls per block."""
+
+_CHUNK: Final[dict[NoiseKind, int]] = {"sign": 64, "gauss": 16}  # blocks at a time: scratch of a few MB
+_MASK: Final = 0xFFFFFFFF
+_SIGN_BIT: Final = -(1 << 31)
+
+
+class Purpose(IntEnum):
+    """What random words are for: different purposes never share a counter."""
+
+    SIGN = 0
+    GAUSS = 1
+    CODE = 2  # stochastic rounding of SPSA's codes
+    INIT = 3  # exact initial weights
+    ROUND = 4  # stochastic rounding to bfloat16
+    DATA = 5  # batches
+
+
+_PURPOSE: Final[dict[NoiseKind, Purpose]] = {"sign": Purpose.SIGN, "gauss": Purpose.GAUSS}
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One term of an update: `coefficient` (a float32 value) times the noise of (seed, probe)."""
+
+    seed: int
+    probe: int
+    coefficient: float
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The noise of which purpose, for the elements from `start` on of which parameter."""
+
+    kind: NoiseKind
+    purpose: Purpose
+    param_index: int
+    start: int
+
+    @classmethod
+    def of(cls, kind: NoiseKind, param_index: int, start: int) -> Where:
+        return cls(kind, _PURPOSE[kind], param_index, start)
+
+    def last_word(self, probe: int) -> int:
+        """The fourth word of the counter."""
+        return probe + (int(self.purpose) << 20)
+
+
+# ------------------------------------------------------------------------------------------- public
+
+
+def noise(
+    kind: NoiseKind,
+    seed: int,
+    param_index: int,
+    probe: int,
+    start: int,
+    stop: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """float32 noise of the global elements [start, stop) of a flattened parameter."""
+    z = torch.zeros(stop - start, dtype=torch.float32, device=device)
+    # 0 - (-1) z is z, exactly: no value of the noise is zero.
+    _combine(z, z, [Probe(seed, probe, -1.0)], Where.of(kind, param_index, start), 1.0)
+    return z
+
+
+def perturb(
+    theta: Tensor, eps: float, kind: NoiseKind, seed: int, param_index: int, probe: int, start: int = 0
+) -> Tensor:
+    """A new tensor theta + eps z: one rounding for the product, one for the sum.
+
+    `theta`: contiguous float32 of any shape, the elements from `start` on of the flattened parameter.
+    """
+    flat = _flat(theta)
+    out = torch.empty_like(flat)
+    # theta - (-eps) z has the same bits as theta + eps z.
+    _combine(out, flat, [Probe(seed, probe, -eps)], Where.of(kind, param_index, start), 1.0)
+    return out.view(theta.shape)
+
+
+def update_(
+    theta: Tensor,
+    probes: Sequence[Probe],
+    kind: NoiseKind,
+    param_index: int,
+    start: int = 0,
+    decay: float = 1.0,
+) -> None:
+    """theta = theta * decay - acc, in one pass; acc = sum of coefficient * z over the probes in order.
+
+    Every product and sum is rounded once to float32; acc starts with the first term; a decay of 1 is not
+    multiplied. `theta`: contiguous float32 of any shape, elements from `start` on of the flattened parameter.
+    """
+    flat = _flat(theta)
+    _combine(flat, flat, probes, Where.of(kind, param_index, start), decay)
+
+
+def initial_values(seed: int, param_index: int, start: int, stop: int, scale: float) -> Tensor:
+    """scale * gauss for an exact initialisation: elements [start, stop) of a flattened parameter."""
+    out = torch.zeros(stop - start, dtype=torch.float32)
+    if scale != 0.0:
+        _combine(out, out, [Probe(seed, 0, -scale)], Where("gauss", Purpose.INIT, param_index, start), 1.0)
+    return out
+
+
+def uniform_words(seed: int, purpose: Purpose, index: int, n: int) -> npt.NDArray[np.uint32]:
+    """`n` random 32-bit words; `index` (below 2^32) tells streams of the same seed and purpose apart."""
+    calls = torch.arange((n + 3) // 4, dtype=torch.int64)
+    lanes = philox4x32((calls & _MASK, calls >> 32, index, int(purpose) << 20), seed)
+    return torch.stack(lanes, dim=1).reshape(-1)[:n].numpy().astype(np.uint32)
+
+
+# ------------------------------------------------------------------------------------------- dispatch
+
+
+def use_numba(*tensors: Tensor) -> bool:
+    """Whether the numba kernels take these tensors. THINWIRE_KERNELS: auto (default), torch or numba.
+
+    `numba` insists: it fails where numba is missing. Tensors on other devices always take the torch path.
+    """
+    choice = os.environ.get("THINWIRE_KERNELS", "auto")
+    if choice not in ("auto", "torch", "numba"):
+        raise ValueError(f"THINWIRE_KERNELS={choice!r}: auto, torch or numba")
+    if choice == "torch" or any(t.device.type != "cpu" for t in tensors):
+        return False
+    return choice == "numba" or _has_numba()
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
+
+
+def _combine(out: Tensor, theta: Tensor, probes: Sequence[Probe], where: Where, decay: float) -> None:
+    """out = theta * decay - acc; flat float32 tensors, `out` may be `theta`."""
+    for p in probes:
+        if not 0 <= p.probe < MAX_PROBES:
+            raise ValueError(f"probe {p.probe} is not in [0, {MAX_PROBES})")
+    if use_numba(out, theta):
+        from thinwire.compression import noise_cpu
+
+        noise_cpu.combine(out, theta, probes, where, decay)
+    else:
+        combine_torch(out, theta, probes, where, decay)
+
+
+def _flat(theta: Tensor) -> Tensor:
+    if theta.dtype != torch.float32 or not theta.is_contiguous():
+        raise ValueError(
+            f"needs a contiguous float32 tensor, not {theta.dtype} with strides {theta.stride()}"
+        )
+    return theta.detach().view(-1)
+
+
+# ------------------------------------------------------------------------------------------- reference
+
+
+@torch.no_grad()
+def combine_torch(out: Tensor, theta: Tensor, probes: Sequence[Probe], where: Where, decay: float) -> None:
+    """The reference of `_combine`, chunk by chunk."""
+    decay = to_float32(decay)
+    start = where.start
+    for first, last in _chunks(start, start + theta.numel(), _CHUNK[where.kind] * BLOCK):
+        here = slice(first - start, last - start)
+        value = theta[here] if decay == 1.0 else theta[here] * decay
+        acc: Tensor | None = None
+        for p in probes:
+            term = _term(p, where, first, last, theta.device)
+            acc = term if acc is None else acc.add_(term)
+        out[here] = value if acc is None else value - acc
+
+
+def _term(p: Probe, where: Where, first: int, last: int, device: torch.device) -> Tensor:
+    """coefficient * z of the global elements [first, last)."""
+    b0 = first // BLOCK
+    words = _block_words(p, where, b0, -(-last // BLOCK), device)
+    coefficient = torch.tensor(p.coefficient, dtype=torch.float32, device=device)
+    if where.kind == "sign":
+        up = torch.arange(31, -1, -1, dtype=torch.int32, device=device)  # bit 0 moves up by 31
+        masks = (words.to(torch.int32)[:, None, :] << up[:, None]) & _SIGN_BIT
+        term = (masks ^ coefficient.view(torch.int32)).view(torch.float32)
+    else:
+        down = torch.arange(0, 32, 8, device=device)
+        table = torch.tensor(NORMAL_256, dtype=torch.float32, device=device)
+        term = table[(words[:, None, :] >> down[:, None]) & 255] * coefficient
+    return term.view(-1)[first - b0 * BLOCK : last - b0 * BLOCK]
+
+
+def _block_words(p: Probe, where: Where, b0: int, b1: int, device: torch.device) -> Tensor:
+    """int64 words of the blocks [b0, b1), shape (blocks, words of a block)."""
+    n_calls = CALLS[where.kind]
+    calls = torch.arange(b0 * n_calls, b1 * n_calls, dtype=torch.int64, device=device).view(-1, n_calls)
+    counter = (calls & _MASK, calls >> 32, where.param_index, where.last_word(p.probe))
+    return torch.stack(philox4x32(counter, p.seed), dim=1).view(b1 - b0, 4 * n_calls)
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, int, int], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds. Counter words are below 2^32, the tensors int64 of one shape; so are the results."""
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    x0, x1 = counter[0], counter[1]
+    x2, x3 = torch.full_like(x0, counter[2]), torch.full_like(x0, counter[3])
+    for _ in range(10):
+        # int64 products wrap around: their 64 bits are those of the unsigned product.
+        p0, p1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57
+        x0, x1 = ((p1 >> 32) & _MASK) ^ x1 ^ k0, p1 & _MASK
+        x2, x3 = ((p0 >> 32) & _MASK) ^ x3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return x0, x1, x2, x3
+
+
+def _chunks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) cut at the multiples of `size`."""
+    while start < stop:
+        end = min(stop, (start // size + 1) * size)
+        yield start, end
+        start = end
