@@ -46,6 +46,8 @@ class Link(Protocol):
     """One node's connection to one run. Methods are called from one thread, `close` from any."""
 
     peer_id: str
+    run_id: bytes
+    """BLAKE3 of record 0, 32 bytes; known from the ticket."""
 
     def open(self, head_round: int | None, head_digest: Digest | None) -> Welcome:
         """Connects, authenticates and returns record 0 and where the ledger stands.

@@ -1,0 +1,154 @@
+"""Record 0 from a run's configuration, and a model from record 0 (design: section 5)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import nn
+
+from thinwire.compression import wire
+from thinwire.compression.errors import ConfigError, Incompatible
+from thinwire.compression.noise import initial_values
+from thinwire.coordinator.messages import (
+    PROTOCOL_VERSION,
+    BlobRef,
+    GenesisBody,
+    LayoutEntry,
+    Limits,
+    digest_of,
+)
+from thinwire.coordinator.schedule import lr_factor_bits
+from thinwire.node.config import RunConfig
+from thinwire.node.tasks import Task
+from thinwire.optim.base import Strategy, canonical_name
+from thinwire.optim.registry import build_strategy
+
+
+@dataclass(frozen=True, slots=True)
+class Genesis:
+    """Record 0 and the blobs that it names, which the coordinator serves for the whole run."""
+
+    body: GenesisBody
+    blobs: tuple[bytes, ...]
+
+
+def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) -> Genesis:
+    """`coordinator`: its peer id. Builds the model on the meta device only. Raises ConfigError."""
+    with torch.device("meta"):
+        model = task.model()
+    strategy = build_strategy(config.strategy, model.named_parameters())
+    layout = layout_of(strategy, task)
+    base = _read_base(Path(config.run.base), layout) if config.run.base else None
+    held_out, corpus = task.held_out(), task.corpus()
+    public = config.model_copy(
+        update={
+            "run": config.run.model_copy(
+                update={"base": None}
+            ),  # a path of this machine, no business of others
+            "task": config.task.model_copy(update={"corpus": "run"} if corpus is not None else {}),
+            "strategy": full_options(config.strategy, strategy),
+        }
+    )
+    body = GenesisBody(
+        protocol=PROTOCOL_VERSION,
+        config=public.to_json(),
+        layout=layout,
+        base=_ref(base),
+        held_out=_ref(held_out),
+        corpus=_ref(corpus),
+        limits=Limits(**config.limits.model_dump()),
+        coordinator=coordinator,
+        lr_factor_bits=lr_factor_bits(config.schedule.model_dump(), 1, config.run.rounds),
+        time_ms=time_ms,
+    )
+    return Genesis(body, tuple(blob for blob in (base, held_out, corpus) if blob is not None))
+
+
+def full_options(options: Mapping[str, Any], strategy: Strategy) -> dict[str, Any]:
+    """The strategy's options with every default spelled out: a later version's defaults change no run."""
+    known = {k: v for k, v in strategy.defaults.items() if isinstance(v, bool | int | float | str)}
+    return {**known, **options}
+
+
+def layout_of(strategy: Strategy, task: Task) -> tuple[LayoutEntry, ...]:
+    """Every replicated parameter in name order with its rule for the initial values."""
+    entries = []
+    for p in strategy.parameters_in_order():
+        shape = tuple(p.tensor.shape)
+        init = task.init(p.name, shape)
+        dtype = str(p.tensor.dtype).removeprefix("torch.")
+        entries.append(LayoutEntry(name=p.name, shape=shape, dtype=dtype, init=init.rule, scale=init.scale))
+    return tuple(entries)
+
+
+def layout_hash(body: GenesisBody) -> bytes:
+    """8 bytes that every payload carries: names, shapes and dtypes, and the strategy with its options."""
+    layout = [[e.name, list(e.shape), e.dtype] for e in body.layout]
+    strategy = json.dumps(json.loads(body.config)["strategy"], sort_keys=True)
+    return wire.layout_hash(msgpack.packb([layout, strategy]))
+
+
+def check_layout(body: GenesisBody, layout: tuple[LayoutEntry, ...]) -> None:
+    """Raises Incompatible that names the first differences between the run's model and this node's."""
+    theirs = {e.name: e for e in body.layout}
+    ours = {e.name: e for e in layout}
+    differences = [f"the run has no parameter {name}" for name in ours.keys() - theirs.keys()]
+    differences += [f"this node has no parameter {name}" for name in theirs.keys() - ours.keys()]
+    differences += [
+        f"{name} is {list(theirs[name].shape)} {theirs[name].dtype} in the run, "
+        f"{list(e.shape)} {e.dtype} here"
+        for name, e in ours.items()
+        if name in theirs and (e.shape, e.dtype) != (theirs[name].shape, theirs[name].dtype)
+    ]
+    if differences:
+        more = f" (and {len(differences) - 5} more)" if len(differences) > 5 else ""
+        raise Incompatible(
+            "the model differs from the run's: " + "; ".join(sorted(differences)[:5]) + more
+            + ". Use the same --task (and version of it) as the coordinator."
+        )  # fmt: skip
+
+
+def initialise(model: nn.Module, body: GenesisBody, seed: int, base: bytes | None) -> None:
+    """Base weights into the model's parameters: the given safetensors bytes, or exact noise by rule."""
+    parameters = {canonical_name(name): p for name, p in model.named_parameters()}
+    tensors = load_safetensors(base) if base is not None else None
+    with torch.no_grad():
+        for index, e in enumerate(body.layout):
+            p = parameters[e.name]
+            if tensors is not None:
+                p.copy_(tensors[e.name])
+            elif e.init == "normal":
+                values = initial_values(seed, index, 0, p.numel(), e.scale)
+                p.copy_(values.view(p.shape))
+            else:
+                p.fill_(1.0 if e.init == "ones" else 0.0)
+
+
+def _ref(blob: bytes | None) -> BlobRef | None:
+    return None if blob is None else BlobRef(digest=digest_of(blob), n_bytes=len(blob))
+
+
+def _read_base(path: Path, layout: tuple[LayoutEntry, ...]) -> bytes:
+    try:
+        data = path.read_bytes()
+        tensors = load_safetensors(data)
+    except (OSError, SafetensorError) as e:
+        raise ConfigError(f"run.base {path}: cannot be read as safetensors: {e}") from e
+    for entry in layout:
+        if entry.name not in tensors:
+            raise ConfigError(f"run.base {path}: has no tensor {entry.name}")
+        found = tensors[entry.name]
+        if tuple(found.shape) != entry.shape or str(found.dtype) != f"torch.{entry.dtype}":
+            raise ConfigError(
+                f"run.base {path}: {entry.name} is {list(found.shape)} {found.dtype}, "
+                f"the model wants {list(entry.shape)} {entry.dtype}"
+            )
+    return data

@@ -1,0 +1,56 @@
+"""A node's Prometheus metrics. One registry per node, passed in; labels are bounded enums."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from thinwire.node.link import Traffic
+from thinwire.optim.base import Own
+
+BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+
+
+class NodeMetrics:
+    """What a node counts; `registry` is served by `prometheus_client.start_http_server`."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        r = self.registry = registry or CollectorRegistry()
+        self._round = Gauge("thinwire_round", "Last round that this replica has applied", registry=r)
+        self._loss = Gauge("thinwire_loss", "Mean training loss of the last local work", registry=r)
+        self._held_out = Gauge("thinwire_held_out_loss", "Last held-out loss measured here", registry=r)
+        self._offers = Counter("thinwire_offers", "Own offers by result", ["result"], registry=r)
+        self._payload = Counter("thinwire_payload_bytes", "Bytes of own payloads, each once", registry=r)
+        self._sent = Counter("thinwire_sent_bytes", "Bytes written to streams", ["kind"], registry=r)
+        self._received = Counter("thinwire_received_bytes", "Bytes read from streams", ["kind"], registry=r)
+        self._duration = Histogram(
+            "thinwire_round_duration_seconds", "From one commit to the next", registry=r, buckets=BUCKETS_S
+        )
+        self._phase = Histogram(
+            "thinwire_phase_duration_seconds", "Parts of a round", ["phase"], registry=r, buckets=BUCKETS_S
+        )
+        self._last = Traffic({}, {})
+
+    def round(self, round: int, duration_s: float, traffic: Traffic) -> None:
+        self._round.set(round)
+        self._duration.observe(duration_s)
+        for counter, now, last in (
+            (self._sent, traffic.sent, self._last.sent),
+            (self._received, traffic.received, self._last.received),
+        ):
+            for kind, n_bytes in now.items():
+                counter.labels(kind=kind).inc(n_bytes - last.get(kind, 0))
+        self._last = traffic
+
+    def proposed(self, loss: float | None, n_bytes: int, duration_s: float) -> None:
+        if loss is not None:
+            self._loss.set(loss)
+        self._payload.inc(n_bytes)
+        self._phase.labels(phase="propose").observe(duration_s)
+
+    def applied(self, own: Own, duration_s: float) -> None:
+        if own is not None:
+            self._offers.labels(result=own).inc()
+        self._phase.labels(phase="apply").observe(duration_s)
+
+    def held_out(self, loss: float) -> None:
+        self._held_out.set(loss)

@@ -1,0 +1,174 @@
+"""A node's copy of the replicated state: base weights and the ledger applied to them, nothing else.
+
+Live training, catching up and replaying all go through `Replica.apply` (design: section 1, "One path").
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch import Tensor, nn
+
+from thinwire.compression import wire
+from thinwire.compression.base import Payload, Turn
+from thinwire.compression.errors import BadPayload, ReplicaDiverged
+from thinwire.compression.fingerprint import fingerprint, parameter_sum
+from thinwire.coordinator.messages import Commit, GenesisBody, OfferEntry
+from thinwire.node.genesis import layout_hash
+from thinwire.node.snapshots import Manifest, read_snapshot, write_snapshot
+from thinwire.optim.base import Own, Share, Strategy
+
+log = logging.getLogger("thinwire.node")
+
+PayloadBytes = Callable[[OfferEntry], bytes]
+"""The bytes of a counted offer: from the commit itself, or fetched; blocks until it has them."""
+
+
+def round_seed(run_id: bytes, round: int, peer_id: str = "") -> int:
+    """The unsigned 64-bit seed of a round, shared (no peer id) or a peer's own."""
+    data = run_id + round.to_bytes(8, "little") + peer_id.encode()
+    return int.from_bytes(blake3(data).digest(8), "little")
+
+
+def data_seed(run_id: bytes, round: int, peer_id: str, micro_batch: int) -> int:
+    """The seed of a batch: a restarted node never repeats a round's data."""
+    data = (
+        b"data" + run_id + round.to_bytes(8, "little") + micro_batch.to_bytes(8, "little") + peer_id.encode()
+    )
+    return int.from_bytes(blake3(data).digest(8), "little")
+
+
+def float32_from_bits(bits: int) -> float:
+    return float(np.uint32(bits).view(np.float32))
+
+
+class Replica:
+    """Model, strategy and the place in the ledger: `round`, `digest` of its commit, `peers` by index.
+
+    `bad` counts payloads that were left out, by reason.
+    """
+
+    def __init__(
+        self, run_id: bytes, genesis: GenesisBody, model: nn.Module, strategy: Strategy, peer_id: str
+    ) -> None:
+        self.run_id = run_id
+        self.model = model
+        self.strategy = strategy
+        self.peer_id = peer_id
+        self.round = 0
+        self.digest = run_id
+        self.peers: dict[int, str] = {}
+        self.bad: Counter[str] = Counter()
+        self._lr_factor = float32_from_bits(genesis.lr_factor_bits)
+        self._layout_hash = layout_hash(genesis)
+        self._max_bytes = genesis.limits.max_payload_bytes
+        self._parameters = strategy.parameters_in_order()
+
+    def turn(self) -> Turn:
+        """The next round's."""
+        r = self.round + 1
+        return Turn(
+            round=r,
+            shared_seed=round_seed(self.run_id, r),
+            own_seed=round_seed(self.run_id, r, self.peer_id),
+            lr_factor=self._lr_factor,
+        )
+
+    def encode(self, payload: Payload, turn: Turn) -> bytes:
+        return wire.encode(payload, self.strategy.fields(), turn.round, self._layout_hash)
+
+    def apply(self, commit: Commit, payload_bytes: PayloadBytes, offered: bool) -> Own:
+        """Applies the next commit exactly. `offered`: this replica's strategy made an offer for that round.
+
+        Returns what became of it. Raises LedgerCorrupt for a commit that is not the next one (checked by the
+        link already) and ReplicaDiverged when the strategy fails or leaves a non-finite replica.
+        """
+        body = commit.body
+        if body.round != self.round + 1 or body.parent != self.digest:
+            raise ReplicaDiverged(f"commit {body.round} does not follow this replica's round {self.round}")
+        self.peers.update({a.index: a.peer_id for a in body.admitted})
+        turn = self.turn()
+        shares, own_counted = self._shares(body.offers, turn, payload_bytes)
+        own: Own = ("counted" if own_counted else "missed") if offered else None
+        try:
+            self.strategy.apply(shares, turn, own)
+        except Exception as e:  # whatever it was, the parameters are in no known state now
+            raise ReplicaDiverged(f"applying round {body.round} failed: {type(e).__name__}: {e}") from e
+        self._refuse_non_finite()
+        self.round = body.round
+        self.digest = commit.digest
+        self._lr_factor = float32_from_bits(body.lr_factor_bits)
+        return own
+
+    def _shares(
+        self, offers: tuple[OfferEntry, ...], turn: Turn, payload_bytes: PayloadBytes
+    ) -> tuple[list[Share], bool]:
+        """The counted offers that pass `check`, in the ledger's order, and whether ours is among them."""
+        fields = self.strategy.fields()
+        shares = []
+        own_counted = False
+        for offer in offers:
+            peer_id = self.peers[offer.peer]
+            data = payload_bytes(offer)
+            try:
+                payload = wire.decode(data, fields, turn.round, self._layout_hash, self._max_bytes)
+                self.strategy.check(payload, turn)
+            except BadPayload as e:
+                self.bad[e.reason] += 1
+                log.warning("round %d: payload of %s left out: %s", turn.round, peer_id, e)
+                continue
+            shares.append(Share(round_seed(self.run_id, turn.round, peer_id), offer.n_samples, payload))
+            own_counted = own_counted or peer_id == self.peer_id
+        return shares, own_counted
+
+    def _refuse_non_finite(self) -> None:
+        for p in self._parameters:
+            if not bool(torch.isfinite(p.tensor.detach()).all()):
+                raise ReplicaDiverged(
+                    f"round {self.round + 1} made {p.name} non-finite. This is the run's own arithmetic and "
+                    f"the same on every peer: start again with a smaller learning rate."
+                )
+
+    def fingerprint(self) -> bytes:
+        """8 bytes: equal on all peers after the same round."""
+        return fingerprint({p.name: parameter_sum(p.tensor.detach()) for p in self._parameters})
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {p.name: p.tensor.detach() for p in self._parameters}
+
+    def snapshot(self) -> bytes:
+        """The replica after `round` as one blob, the same bytes from every peer."""
+        return write_snapshot(
+            self.tensors(),
+            run_id=self.run_id,
+            round=self.round,
+            commit=self.digest,
+            fingerprint=self.fingerprint(),
+            peers=self.peers,
+        )
+
+    def adopt(self, blob: bytes, commit: Commit) -> Manifest:
+        """Becomes the replica in the snapshot. `commit`: the ledger's record of its round, which must match.
+
+        Raises ReplicaDiverged, with nothing changed, when the snapshot is not what it says.
+        """
+        manifest, tensors = read_snapshot(blob, self.run_id)
+        if (manifest.round, manifest.commit) != (commit.body.round, commit.digest):
+            raise ReplicaDiverged(f"the snapshot's round {manifest.round} is not on the run's ledger")
+        found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        if found != {p.name: (tuple(p.tensor.shape), p.tensor.dtype) for p in self._parameters}:
+            raise ReplicaDiverged("the snapshot's tensors are not those of the run's layout")
+        if fingerprint({name: parameter_sum(t) for name, t in tensors.items()}) != manifest.fingerprint:
+            raise ReplicaDiverged("the snapshot's tensors do not have the fingerprint that it states")
+        with torch.no_grad():
+            for p in self._parameters:
+                p.tensor.copy_(tensors[p.name])
+        self.round, self.digest = manifest.round, manifest.commit
+        self.peers = {a.index: a.peer_id for a in manifest.peers}
+        self._lr_factor = float32_from_bits(commit.body.lr_factor_bits)
+        return manifest
