@@ -83,3 +83,10 @@ class Compressor(Protocol):
     def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
         """Exact: sum of w q over sum of w, in order. float32, 1-d, `part.n_local` long, never -0."""
         ...
+
+    def magnitude(self, packed: Packed, part: Part, turn: Turn) -> float:
+        """Sum of the absolute values that `packed` stands for: exact, in no order, the same on any device.
+
+        Strategies without sign clip by it: `packed` was checked before.
+        """
+        ...
