@@ -1,0 +1,101 @@
+"""What people want to know of a run: counts and figures gathered from commits, reports and heartbeats."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from statistics import fmean, median
+
+from thinwire.coordinator.messages import CommitBody, Heartbeat
+
+KEPT_FINGERPRINTS = 64
+RECENT_ROUNDS = 16
+
+
+@dataclass(slots=True)
+class PeerFigures:
+    """What one peer has done so far; byte counts are its own, from its last heartbeat."""
+
+    offers_counted: int = 0
+    offers_missed: int = 0
+    fingerprint: bytes | None = None
+    fingerprint_round: int | None = None
+    loss: float | None = None
+    round: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    payload_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Board:
+    """Mutable figures of one run; rebuilt from the ledger after a restart."""
+
+    n_params: int
+    peers: dict[int, PeerFigures] = field(default_factory=dict)
+    rejected: Counter[str] = field(default_factory=Counter)
+    mismatches: int = 0
+    loss: float | None = None
+    n_commits: int = 0
+    n_offers: int = 0
+    payload_bytes: int = 0
+    durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
+    _fingerprints: dict[int, dict[int, bytes]] = field(default_factory=dict)
+
+    def peer(self, index: int) -> PeerFigures:
+        return self.peers.setdefault(index, PeerFigures())
+
+    def committed(self, body: CommitBody) -> None:
+        losses = [offer.loss for offer in body.offers if offer.loss is not None]
+        self.loss = fmean(losses) if losses else None
+        self.n_commits += 1
+        self.n_offers += len(body.offers)
+        for offer in body.offers:
+            self.payload_bytes += offer.n_bytes
+            peer = self.peer(offer.peer)
+            peer.offers_counted += 1
+            peer.loss = offer.loss
+
+    def heartbeat(self, index: int, beat: Heartbeat) -> None:
+        peer = self.peer(index)
+        peer.round, peer.sent_bytes = beat.round, beat.sent_bytes
+        peer.received_bytes, peer.payload_bytes = beat.received_bytes, beat.payload_bytes
+
+    def fingerprint(self, index: int, round_: int, value: bytes) -> set[int]:
+        """Notes what a peer reports; returns the peers that reported another one for the same round."""
+        peer = self.peer(index)
+        if peer.fingerprint_round is None or round_ >= peer.fingerprint_round:
+            peer.fingerprint, peer.fingerprint_round = value, round_
+        reports = self._fingerprints.setdefault(round_, {})
+        reports[index] = value
+        for old in sorted(self._fingerprints)[:-KEPT_FINGERPRINTS]:
+            del self._fingerprints[old]
+        others = {p for p, reported in reports.items() if reported != value}
+        self.mismatches += bool(others)
+        return others
+
+    def has_reported(self, index: int, round_: int, value: bytes) -> bool:
+        return self._fingerprints.get(round_, {}).get(index) == value
+
+    @property
+    def round_s(self) -> float | None:
+        """Median duration of the recent rounds."""
+        return median(self.durations_s) if self.durations_s else None
+
+    @property
+    def payload_bytes_per_offer(self) -> float | None:
+        return self.payload_bytes / self.n_offers if self.n_offers else None
+
+    @property
+    def ddp_bytes_per_peer_round(self) -> float | None:
+        """A ring all-reduce of fp32 gradients among as many peers as counted on average."""
+        if not self.n_commits:
+            return None
+        n_peers = self.n_offers / self.n_commits
+        return 2 * (n_peers - 1) / n_peers * 4 * self.n_params
+
+
+def finite(x: float | None) -> float | None:
+    """NaN and infinity are no figures: they read as None."""
+    return x if x is not None and math.isfinite(x) else None

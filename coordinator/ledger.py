@@ -1,0 +1,245 @@
+"""The ledger: a signed hash chain in SQLite. A record is on the disk before anyone sees it."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
+from thinwire.coordinator.chain import Chain
+from thinwire.coordinator.files import sync_folder
+from thinwire.coordinator.messages import (
+    MAX_PEERS,
+    Admission,
+    BadMessage,
+    Commit,
+    CommitBody,
+    GenesisBody,
+    decode_record,
+    digest_of,
+    encode_record,
+)
+
+MAX_INDEX = 2**16 - 1
+
+_SCHEMA = """
+CREATE TABLE record (
+    round INTEGER PRIMARY KEY, record BLOB NOT NULL, signature BLOB NOT NULL, digest BLOB NOT NULL
+);
+CREATE TABLE admission (idx INTEGER PRIMARY KEY, peer_id TEXT NOT NULL UNIQUE);
+CREATE TABLE held_out (round INTEGER PRIMARY KEY, loss REAL NOT NULL);
+"""
+
+
+class Ledger:
+    """One run's records, and beside them what survives a restart but is not signed: admissions that no
+    commit carries yet, and held-out losses. Not thread-safe: callers serialise, from any thread.
+    """
+
+    def __init__(self, db: sqlite3.Connection, path: Path, public_key: Ed25519PublicKey) -> None:
+        """Use `create` or `open`."""
+        self._db = db
+        self._path = path
+        record, self.genesis_signature = self._genesis(public_key)
+        self.genesis_record: bytes = record
+        self.genesis: GenesisBody = decode_record(GenesisBody, record)
+        self.run_id: bytes = digest_of(record)
+        self._committed: set[int] = set()
+        self.head_round, self.head_digest = self._verify(public_key)
+        self._peer_ids = self._admissions()
+        self._indices = {peer_id: index for index, peer_id in self._peer_ids.items()}
+
+    @classmethod
+    def create(cls, path: Path, genesis: GenesisBody, key: Ed25519PrivateKey) -> Ledger:
+        """A ledger with record 0. Raises ConfigError if the file exists."""
+        if path.exists():
+            raise ConfigError(f"{path} holds a run already: open it, or choose another state directory")
+        aside = path.with_name(f".{path.name}.part")
+        aside.unlink(missing_ok=True)
+        record = encode_record(genesis)
+        db = _connect(aside)
+        with db:
+            db.executescript(_SCHEMA)
+            db.execute(
+                "INSERT INTO record VALUES (0, ?, ?, ?)", (record, key.sign(record), digest_of(record))
+            )
+        db.close()
+        aside.rename(path)
+        sync_folder(path.parent)
+        return cls.open(path, key.public_key())
+
+    @classmethod
+    def open(cls, path: Path, public_key: Ed25519PublicKey) -> Ledger:
+        """Verifies the whole chain. Raises ConfigError (no file) or LedgerCorrupt naming the bad record."""
+        if not path.exists():
+            raise ConfigError(f"{path}: there is no ledger")
+        db = _connect(path)
+        try:
+            found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise LedgerCorrupt(f"{path} is damaged: {found}. {_REPAIR_FILE}")
+            return cls(db, path, public_key)
+        except sqlite3.DatabaseError as e:
+            db.close()
+            raise LedgerCorrupt(f"{path} is damaged: {e}. {_REPAIR_FILE}") from e
+        except BaseException:
+            db.close()
+            raise
+
+    def append(self, body: CommitBody, key: Ed25519PrivateKey) -> Commit:
+        """Signs and stores the next commit; it is on the disk when this returns."""
+        if body.round != self.head_round + 1 or body.parent != self.head_digest:
+            raise ValueError(f"round {body.round} does not follow round {self.head_round}")
+        record = encode_record(body)
+        commit = Commit(record=record, signature=key.sign(record))
+        with self._db:
+            self._db.execute(
+                "INSERT INTO record VALUES (?, ?, ?, ?)",
+                (body.round, record, commit.signature, commit.digest),
+            )
+        self.head_round, self.head_digest = body.round, commit.digest
+        self._committed.update(admission.index for admission in body.admitted)
+        return commit
+
+    def commits(self, after: int, limit: int) -> list[Commit]:
+        """At most `limit` commits from round `after` + 1 on."""
+        rows = self._db.execute(
+            "SELECT record, signature FROM record WHERE round > ? ORDER BY round LIMIT ?",
+            (max(after, 0), limit),
+        )
+        return [Commit(record=record, signature=signature) for record, signature in rows]
+
+    def all_commits(self) -> Iterator[Commit]:
+        """Every commit in order, without holding them all."""
+        after = 0
+        while batch := self.commits(after, 256):
+            yield from batch
+            after += len(batch)
+
+    def digest_at(self, round_: int) -> bytes | None:
+        """Digest of the record of this round; None: there is none."""
+        row = self._db.execute("SELECT digest FROM record WHERE round = ?", (round_,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def admit(self, peer_id: str) -> int:
+        """The peer's index, the same for ever; a new one is on the disk when this returns.
+
+        Raises Incompatible when no more can be admitted before the next commit, or at all.
+        """
+        known = self._indices.get(peer_id)
+        if known is not None:
+            return known
+        index = len(self._peer_ids)
+        if index > MAX_INDEX or len(self.pending_admissions()) >= MAX_PEERS:
+            raise Incompatible("the swarm is full: too many peers have been admitted")
+        with self._db:
+            self._db.execute("INSERT INTO admission VALUES (?, ?)", (index, peer_id))
+        self._peer_ids[index], self._indices[peer_id] = peer_id, index
+        return index
+
+    def pending_admissions(self) -> tuple[Admission, ...]:
+        """Admissions that no commit carries yet: they go into the next one."""
+        return tuple(
+            Admission(index=index, peer_id=peer_id)
+            for index, peer_id in sorted(self._peer_ids.items())
+            if index not in self._committed
+        )
+
+    def index_of(self, peer_id: str) -> int | None:
+        return self._indices.get(peer_id)
+
+    def peers(self) -> dict[int, str]:
+        """All that were ever admitted: index -> peer id."""
+        return dict(self._peer_ids)
+
+    def peer_id(self, index: int) -> str:
+        return self._peer_ids[index]
+
+    def note_held_out(self, round_: int, loss: float) -> None:
+        """Keeps the first held-out loss of a round, in nats."""
+        with self._db:
+            self._db.execute("INSERT OR IGNORE INTO held_out VALUES (?, ?)", (round_, loss))
+
+    def held_out(self) -> list[tuple[int, float]]:
+        """(round, loss) in order."""
+        return list(self._db.execute("SELECT round, loss FROM held_out ORDER BY round"))
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _genesis(self, public_key: Ed25519PublicKey) -> tuple[bytes, bytes]:
+        row = self._db.execute("SELECT record, signature, digest FROM record WHERE round = 0").fetchone()
+        if row is None:
+            raise LedgerCorrupt(f"{self._path}: record 0 is missing. {_REPAIR_FILE}")
+        record, signature, digest = row
+        try:
+            public_key.verify(signature, record)
+            decode_record(GenesisBody, record)
+        except InvalidSignature:
+            raise self._corrupt(0, "record 0: its signature is not this coordinator's") from None
+        except BadMessage as e:
+            raise self._corrupt(0, f"record 0: it is no genesis: {e}") from e
+        if digest != digest_of(record):
+            raise self._corrupt(0, "record 0: its digest does not fit its bytes")
+        return bytes(record), bytes(signature)
+
+    def _verify(self, public_key: Ed25519PublicKey) -> tuple[int, bytes]:
+        """Walks the chain; returns its head."""
+        chain = Chain(public_key, 0, self.run_id)
+        rows = self._db.execute(
+            "SELECT round, record, signature, digest FROM record WHERE round != 0 ORDER BY round"
+        )
+        for round_, record, signature, digest in rows:
+            wanted = chain.round + 1
+            if round_ != wanted:
+                raise self._corrupt(wanted, f"record {wanted} is missing, record {round_} is there")
+            if digest != digest_of(record):
+                raise self._corrupt(wanted, f"record {wanted}: its digest does not fit its bytes")
+            try:
+                commit = Commit(record=record, signature=signature)
+                chain.check(commit)
+            except (LedgerCorrupt, ValueError) as e:
+                raise self._corrupt(wanted, str(e)) from e
+            self._admitted(commit.body)
+        return chain.round, self.run_id if chain.digest is None else chain.digest
+
+    def _admitted(self, body: CommitBody) -> None:
+        """Admissions are derived from the records; the table only adds what no commit carries yet."""
+        for admission in body.admitted:
+            known = self._db.execute(
+                "SELECT peer_id FROM admission WHERE idx = ?", (admission.index,)
+            ).fetchone()
+            if known != (admission.peer_id,):
+                text = f"record {body.round}: it admits {admission.peer_id} as peer {admission.index}"
+                raise self._corrupt(body.round, f"{text}, the table of admissions says otherwise")
+            self._committed.add(admission.index)
+
+    def _admissions(self) -> dict[int, str]:
+        found = dict(self._db.execute("SELECT idx, peer_id FROM admission ORDER BY idx"))
+        if list(found) != list(range(len(found))):
+            raise LedgerCorrupt(f"{self._path}: admissions are missing. {_REPAIR_FILE}")
+        return found
+
+    def _corrupt(self, round_: int, what: str) -> LedgerCorrupt:
+        repair = _REPAIR_FILE
+        if round_ > 0:
+            repair += (
+                f" Or go back to round {round_ - 1}, and let the nodes join anew:"
+                f' sqlite3 {self._path} "DELETE FROM record WHERE round >= {round_}"'
+            )
+        return LedgerCorrupt(f"{self._path}: {what}. {repair}")
+
+
+_REPAIR_FILE = "Restore the state directory from a copy."
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # Serialised by the callers: a link in threads uses one connection under its lock.
+    db = sqlite3.connect(path, check_same_thread=False)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    return db

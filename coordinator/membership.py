@@ -1,0 +1,185 @@
+"""Who is joining, training or gone: a pure state machine. Peers are named by their index, time is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from thinwire.coordinator.messages import NodeState
+
+RECONNECT_S = 2.0
+"""A peer whose connection broke stays what it was for this long, and so does one that has just come back
+until it says what it does."""
+
+
+class PeerState(StrEnum):
+    JOINING = "joining"
+    TRAINING = "training"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    peer: int
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionClosed:
+    peer: int
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateSaid:
+    peer: int
+    state: NodeState
+
+
+@dataclass(frozen=True, slots=True)
+class SignOfLife:
+    peer: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    pass
+
+
+Event = SessionOpened | SessionClosed | StateSaid | SignOfLife | TimePassed
+
+
+@dataclass(frozen=True, slots=True)
+class Became:
+    """The only action: a peer's state changed, and why."""
+
+    peer: int
+    state: PeerState
+    reason: str
+
+
+@dataclass(slots=True)
+class _Peer:
+    state: PeerState
+    session: int | None
+    seen_s: float
+    said: NodeState = NodeState.JOINING
+    grace_until_s: float | None = None
+    """Without a session: gone then. With one: joining then, unless it has said that it trains."""
+
+
+class Membership:
+    """`recalled`: peers of the last commits before a restart, taken for training for `silence_s`."""
+
+    def __init__(self, silence_s: float, recalled: frozenset[int], now_s: float) -> None:
+        self._silence_s = silence_s
+        self._peers = {
+            peer: _Peer(PeerState.TRAINING, None, now_s, NodeState.TRAINING, now_s + silence_s)
+            for peer in sorted(recalled)
+        }
+        self._newest_session: dict[int, int] = {}
+
+    def handle(self, event: Event, now_s: float) -> list[Became]:
+        actions: list[Became] = []
+        match event:
+            case SessionOpened(peer, session):
+                self._opened(peer, session, now_s, actions)
+            case SessionClosed(peer, session):
+                self._closed(peer, session, now_s)
+            case StateSaid(peer, state):
+                self._said(peer, state, now_s, actions)
+            case SignOfLife(peer):
+                self._seen(peer, now_s, actions)
+            case TimePassed():
+                pass
+        self._expire(now_s, actions)
+        return actions
+
+    def is_current(self, peer: int, session: int) -> bool:
+        """Whether this is the peer's newest session, and open."""
+        known = self._peers.get(peer)
+        return known is not None and known.session == session
+
+    def is_newer(self, peer: int, session: int) -> bool:
+        return session > self._newest_session.get(peer, -1)
+
+    def state(self, peer: int) -> PeerState:
+        known = self._peers.get(peer)
+        return PeerState.GONE if known is None else known.state
+
+    def connected(self) -> list[int]:
+        """Peers with an open session."""
+        return sorted(p for p, x in self._peers.items() if x.session is not None)
+
+    def training(self) -> list[int]:
+        return sorted(p for p, x in self._peers.items() if x.state is PeerState.TRAINING)
+
+    def alive(self) -> list[int]:
+        """Peers that are joining or training."""
+        return sorted(p for p, x in self._peers.items() if x.state is not PeerState.GONE)
+
+    def seen_s(self, peer: int) -> float | None:
+        """When the peer was last heard of; None: not since the coordinator started."""
+        known = self._peers.get(peer)
+        return None if known is None else known.seen_s
+
+    def wake_s(self) -> float | None:
+        """When the next peer's time is up."""
+        return min(
+            (self._up_s(x) for x in self._peers.values() if x.state is not PeerState.GONE), default=None
+        )
+
+    def _up_s(self, peer: _Peer) -> float:
+        silent_s = peer.seen_s + self._silence_s
+        if peer.session is None:
+            return silent_s if peer.grace_until_s is None else peer.grace_until_s
+        return silent_s if peer.grace_until_s is None else min(silent_s, peer.grace_until_s)
+
+    def _opened(self, peer: int, session: int, now_s: float, actions: list[Became]) -> None:
+        self._newest_session[peer] = session
+        known = self._peers.setdefault(peer, _Peer(PeerState.GONE, session, now_s))
+        known.session, known.seen_s, known.said = session, now_s, NodeState.JOINING
+        known.grace_until_s = now_s + RECONNECT_S if known.state is PeerState.TRAINING else None
+        if known.state is PeerState.GONE:
+            self._become(peer, PeerState.JOINING, "connected", actions)
+
+    def _closed(self, peer: int, session: int, now_s: float) -> None:
+        if self.is_current(peer, session):
+            known = self._peers[peer]
+            known.session, known.grace_until_s = None, now_s + RECONNECT_S
+
+    def _said(self, peer: int, state: NodeState, now_s: float, actions: list[Became]) -> None:
+        known = self._peers[peer]
+        known.seen_s, known.said, known.grace_until_s = now_s, state, None
+        self._become(peer, _STATE_OF[state], "said so", actions)
+
+    def _seen(self, peer: int, now_s: float, actions: list[Became]) -> None:
+        known = self._peers[peer]
+        known.seen_s = now_s
+        if known.state is PeerState.GONE and known.session is not None:
+            self._become(peer, _STATE_OF[known.said], "heard of again", actions)
+
+    def _expire(self, now_s: float, actions: list[Became]) -> None:
+        for peer, known in self._peers.items():
+            if known.state is PeerState.GONE or now_s < self._up_s(known):
+                continue
+            if known.session is None:
+                self._become(peer, PeerState.GONE, "connection lost", actions)
+            elif now_s >= known.seen_s + self._silence_s:
+                self._become(peer, PeerState.GONE, f"silent for {now_s - known.seen_s:.0f} s", actions)
+            else:
+                known.grace_until_s = None
+                self._become(peer, PeerState.JOINING, "came back without saying that it trains", actions)
+
+    def _become(self, peer: int, state: PeerState, reason: str, actions: list[Became]) -> None:
+        known = self._peers[peer]
+        if known.state is not state:
+            known.state = state
+            actions.append(Became(peer, state, reason))
+
+
+_STATE_OF = {
+    NodeState.JOINING: PeerState.JOINING,
+    NodeState.TRAINING: PeerState.TRAINING,
+    NodeState.LEAVING: PeerState.GONE,
+}

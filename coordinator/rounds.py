@@ -1,0 +1,275 @@
+"""Which offers count: a pure state machine. Events in, actions out, time is an argument.
+
+Peers are named by their index. `Rounds` opens a round, keeps its offers by peer, and closes it when the
+policy says so; it knows neither payloads nor sessions nor the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from thinwire.coordinator.policy import OfferTimes, PolicyName, limit
+
+
+@dataclass(frozen=True, slots=True)
+class PeerTrains:
+    peer: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStops:
+    """The peer is joining again or gone: not awaited any more. An offer of its that is here still counts."""
+
+    peer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """`has_bytes`: the payload is here already, else `BytesArrived` tells when."""
+
+    peer: int
+    round: int
+    digest: bytes
+    has_bytes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BytesArrived:
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Excused:
+    """The peer will make no offer in this round: nobody waits for it."""
+
+    peer: int
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimePassed:
+    pass
+
+
+Event = PeerTrains | PeerStops | Offered | BytesArrived | Excused | TimePassed
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOpened:
+    round: int
+    expected: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OfferKept:
+    """The offer is the peer's for this round; `is_new` is False for one that was sent again."""
+
+    peer: int
+    is_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class OfferRefused:
+    peer: int
+    reason: Literal["late_offer", "wrong_round", "changed_offer", "too_many_offers"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundClosed:
+    """To be committed. `peers` counted, sorted; `missing` were still awaited."""
+
+    round: int
+    peers: tuple[int, ...]
+    missing: tuple[int, ...]
+    evaluator: int | None
+    duration_s: float
+
+
+Action = RoundOpened | OfferKept | OfferRefused | RoundClosed
+
+
+@dataclass(slots=True)
+class _Kept:
+    digest: bytes
+    has_bytes: bool
+
+
+@dataclass(slots=True)
+class _Past:
+    """What is remembered of the round just closed, to tell a resent offer from a late one."""
+
+    opened_s: float
+    expected: frozenset[int]
+    counted: frozenset[int]
+    late: dict[int, _Kept]
+
+
+class Rounds:
+    """`head`: the newest committed round. `training` and `evaluator` are what a restart recalls."""
+
+    def __init__(
+        self,
+        *,
+        n_rounds: int,
+        min_peers: int,
+        eval_every: int,
+        policy: PolicyName,
+        max_offers: int,
+        head: int,
+        training: Iterable[int] = (),
+        evaluator: int | None = None,
+        resting: int | None = None,
+        now_s: float,
+    ) -> None:
+        self._n_rounds, self._min_peers, self._eval_every = n_rounds, min_peers, eval_every
+        self._policy: PolicyName = policy
+        self._max_offers = max_offers
+        self.head = head
+        self.training = set(training)
+        self.expected: set[int] = set()
+        self.opened_s: float | None = None
+        self.times = OfferTimes()
+        self._opening: frozenset[int] = frozenset()
+        self._offers: dict[int, _Kept] = {}
+        self._hung: set[int] = set()
+        self._past: _Past | None = None
+        self._last_evaluator = evaluator
+        if 0 < head < n_rounds:
+            self._open(resting, now_s)
+
+    @property
+    def round(self) -> int:
+        """The round that offers are taken for."""
+        return self.head + 1
+
+    @property
+    def is_over(self) -> bool:
+        return self.head >= self._n_rounds
+
+    def missing(self) -> list[int]:
+        """Who is awaited right now."""
+        return sorted(self.expected.difference(self._eligible()))
+
+    def handle(self, event: Event, now_s: float) -> list[Action]:
+        actions: list[Action] = []
+        match event:
+            case PeerTrains(peer):
+                self.training.add(peer)
+                self._hung.discard(peer)
+            case PeerStops(peer):
+                self.training.discard(peer)
+                self.expected.discard(peer)
+            case Offered():
+                actions.append(self._offered(event, now_s))
+            case BytesArrived(digest):
+                self._arrived(digest, now_s)
+            case Excused(peer, round_):
+                if round_ == self.round:
+                    self.expected.discard(peer)
+            case TimePassed():
+                pass
+        if self.opened_s is None and not self.is_over and len(self.training) >= self._min_peers:
+            actions.append(self._open(None, now_s))
+        actions += self._close_if_due(now_s)
+        return actions
+
+    def wake_s(self) -> float | None:
+        """When the open round's limit is reached; None: only an event can change anything."""
+        if self.opened_s is None or not self._eligible():
+            return None
+        return self.opened_s + limit(self._policy, self.times, self.round).after_s
+
+    def _eligible(self) -> list[int]:
+        return sorted(peer for peer, kept in self._offers.items() if kept.has_bytes)
+
+    def _open(self, resting: int | None, now_s: float) -> RoundOpened:
+        self.opened_s = now_s
+        self.expected = self.training - self._hung - {resting}
+        self._opening = frozenset(self.expected)
+        return RoundOpened(self.round, tuple(sorted(self.expected)))
+
+    def _offered(self, offer: Offered, now_s: float) -> Action:
+        self._hung.discard(offer.peer)
+        if offer.round == self.head and self._past is not None:
+            return self._offered_late(offer, self._past, now_s)
+        if offer.round != self.round or self.is_over:
+            return OfferRefused(offer.peer, "wrong_round")
+        kept = self._offers.get(offer.peer)
+        if kept is not None and kept.digest != offer.digest:
+            return OfferRefused(offer.peer, "changed_offer")
+        if kept is None and len(self._offers) >= self._max_offers:
+            return OfferRefused(offer.peer, "too_many_offers")
+        if kept is None:
+            self._offers[offer.peer] = _Kept(offer.digest, False)
+        if offer.has_bytes:
+            self._has_bytes(offer.peer, now_s)
+        return OfferKept(offer.peer, is_new=kept is None)
+
+    def _offered_late(self, offer: Offered, past: _Past, now_s: float) -> Action:
+        if offer.peer in past.counted:
+            return OfferKept(offer.peer, is_new=False)
+        if offer.peer not in past.late:
+            past.late[offer.peer] = _Kept(offer.digest, False)
+            if offer.has_bytes:
+                self._has_bytes_late(offer.peer, past, now_s)
+        return OfferRefused(offer.peer, "late_offer")
+
+    def _arrived(self, digest: bytes, now_s: float) -> None:
+        for peer, kept in self._offers.items():
+            if kept.digest == digest:
+                self._has_bytes(peer, now_s)
+        if self._past is not None:
+            for peer, kept in self._past.late.items():
+                if kept.digest == digest:
+                    self._has_bytes_late(peer, self._past, now_s)
+
+    def _has_bytes(self, peer: int, now_s: float) -> None:
+        kept = self._offers[peer]
+        # Only those who were awaited say how long a round takes: not joiners, not who was evaluating.
+        if not kept.has_bytes and peer in self._opening and self.opened_s is not None:
+            self.times.record(self.round, now_s - self.opened_s)
+        kept.has_bytes = True
+
+    def _has_bytes_late(self, peer: int, past: _Past, now_s: float) -> None:
+        kept = past.late[peer]
+        if not kept.has_bytes and peer in past.expected:
+            self.times.record(self.head, now_s - past.opened_s)
+        kept.has_bytes = True
+
+    def _close_if_due(self, now_s: float) -> list[Action]:
+        eligible = self._eligible()
+        if self.opened_s is None or not eligible:
+            return []
+        missing = self.missing()
+        if missing:
+            due = limit(self._policy, self.times, self.round)
+            if now_s < self.opened_s + due.after_s:
+                return []
+            if due.drops:
+                self._hung.update(missing)
+        return self._close(eligible, missing, self.opened_s, now_s)
+
+    def _close(self, eligible: list[int], missing: list[int], opened_s: float, now_s: float) -> list[Action]:
+        late = {peer: kept for peer, kept in self._offers.items() if not kept.has_bytes}
+        self._past = _Past(opened_s, self._opening, frozenset(eligible), late)
+        self._offers = {}
+        self.head += 1
+        evaluator = self._next_evaluator()
+        closed = RoundClosed(self.head, tuple(eligible), tuple(missing), evaluator, now_s - opened_s)
+        if self.is_over:
+            self.opened_s, self.expected = None, set()
+            return [closed]
+        return [closed, self._open(evaluator, now_s)]
+
+    def _next_evaluator(self) -> int | None:
+        """Rotates among the training peers, for rounds that are to be evaluated."""
+        if self.head % self._eval_every and not self.is_over:
+            return None
+        able = sorted(self.training - self._hung)
+        if not able:
+            return None
+        last = -1 if self._last_evaluator is None else self._last_evaluator
+        self._last_evaluator = next((peer for peer in able if peer > last), able[0])
+        return self._last_evaluator

@@ -1,0 +1,69 @@
+"""The coordinator's state directory: one process at a time, and where each thing lies in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.files import write_aside
+
+
+class StateDir:
+    """Locked from the construction to `close`. Raises ConfigError if another process has it."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.path = path
+        self.ledger_path = path / "ledger.db"
+        self.blobs_path = path / "blobs"
+        self.key_path = path / "key"
+        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._lock, 32).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._lock)
+            raise ConfigError(
+                f"{path} is in use by another coordinator, process {holder}: stop it first"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, f"{os.getpid()}\n".encode())
+
+    def token(self) -> str:
+        """The access token of the run's tickets; made at the first call, mode 0600."""
+        path = self.path / "token"
+        if not path.exists():
+            write_aside(path, secrets.token_urlsafe(24).encode(), 0o600)
+        return path.read_text("ascii").strip()
+
+    def port(self) -> int | None:
+        """The port of the last start, so that tickets stay valid; None at the first one."""
+        path = self.path / "port"
+        if not path.exists():
+            return None
+        try:
+            return int(path.read_text("ascii"))
+        except ValueError as e:
+            raise ConfigError(f"{path} should hold a port number: correct or delete it") from e
+
+    def save_port(self, port: int) -> None:
+        write_aside(self.path / "port", str(port).encode())
+
+    def close(self) -> None:
+        """Gives the lock back; the file stays, or a second process could lock a new one meanwhile."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
