@@ -117,7 +117,7 @@ def load_config(
             raise ConfigError(f"{path}: cannot be read as TOML: {e}") from e
     for key, text in environ.items():
         if key.startswith(ENV_PREFIX) and "__" in key:
-            _put(data, key.removeprefix(ENV_PREFIX).lower().split("__"), _literal(text))
+            _put(data, key.removeprefix(ENV_PREFIX).lower().split("__"), literal(text))
     for key, value in (overrides or {}).items():
         if value is not None:
             _put(data, key.split("."), value)
@@ -160,7 +160,7 @@ def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
     data[keys[-1]] = value
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     """A TOML value if it reads as one, else the text itself."""
     try:
         return tomllib.loads(f"x = {text}")["x"]

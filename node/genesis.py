@@ -26,6 +26,7 @@ from thinwire.coordinator.messages import (
     digest_of,
 )
 from thinwire.coordinator.schedule import lr_factor_bits
+from thinwire.coordinator.settings import parse_settings
 from thinwire.node.config import RunConfig
 from thinwire.node.tasks import Task
 from thinwire.optim.base import Strategy, canonical_name
@@ -57,16 +58,17 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
             "strategy": full_options(config.strategy, strategy),
         }
     )
+    text = public.to_json()
     body = GenesisBody(
         protocol=PROTOCOL_VERSION,
-        config=public.to_json(),
+        config=text,
         layout=layout,
         base=_ref(base),
         held_out=_ref(held_out),
         corpus=_ref(corpus),
         limits=Limits(**config.limits.model_dump()),
         coordinator=coordinator,
-        lr_factor_bits=lr_factor_bits(config.schedule.model_dump(), 1, config.run.rounds),
+        lr_factor_bits=lr_factor_bits(parse_settings(text).schedule, 1, config.run.rounds),
         time_ms=time_ms,
     )
     return Genesis(body, tuple(blob for blob in (base, held_out, corpus) if blob is not None))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from thinwire.compression.errors import ConfigError
 from thinwire.node.link import Traffic
 from thinwire.optim.base import Own
 
@@ -54,3 +58,22 @@ class NodeMetrics:
 
     def held_out(self, loss: float) -> None:
         self._held_out.set(loss)
+
+
+@contextmanager
+def serve(registry: CollectorRegistry, address: tuple[str, int] | None) -> Iterator[None]:
+    """Serves /metrics at (host, port) meanwhile; None: nowhere. Raises ConfigError for a taken port."""
+    if address is None:
+        yield
+        return
+    host, port = address
+    try:
+        server, thread = start_http_server(port, host, registry)
+    except OSError as e:
+        raise ConfigError(f"--http {host}:{port}: {e.strerror}; choose another port") from e
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

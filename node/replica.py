@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from thinwire.compression.base import Payload, Turn
 from thinwire.compression.errors import BadPayload, ReplicaDiverged
 from thinwire.compression.fingerprint import fingerprint, parameter_sum
 from thinwire.coordinator.messages import Commit, GenesisBody, OfferEntry
+from thinwire.coordinator.schedule import float32_of_bits
 from thinwire.node.genesis import layout_hash
 from thinwire.node.snapshots import Manifest, read_snapshot, write_snapshot
 from thinwire.optim.base import Own, Share, Strategy
@@ -43,10 +43,6 @@ def data_seed(run_id: bytes, round: int, peer_id: str, micro_batch: int) -> int:
     return int.from_bytes(blake3(data).digest(8), "little")
 
 
-def float32_from_bits(bits: int) -> float:
-    return float(np.uint32(bits).view(np.float32))
-
-
 class Replica:
     """Model, strategy and the place in the ledger: `round`, `digest` of its commit, `peers` by index.
 
@@ -64,7 +60,7 @@ class Replica:
         self.digest = run_id
         self.peers: dict[int, str] = {}
         self.bad: Counter[str] = Counter()
-        self._lr_factor = float32_from_bits(genesis.lr_factor_bits)
+        self._lr_factor = float32_of_bits(genesis.lr_factor_bits)
         self._layout_hash = layout_hash(genesis)
         self._max_bytes = genesis.limits.max_payload_bytes
         self._parameters = strategy.parameters_in_order()
@@ -102,7 +98,7 @@ class Replica:
         self._refuse_non_finite()
         self.round = body.round
         self.digest = commit.digest
-        self._lr_factor = float32_from_bits(body.lr_factor_bits)
+        self._lr_factor = float32_of_bits(body.lr_factor_bits)
         return own
 
     def _shares(
@@ -170,5 +166,5 @@ class Replica:
                 p.tensor.copy_(tensors[p.name])
         self.round, self.digest = manifest.round, manifest.commit
         self.peers = {a.index: a.peer_id for a in manifest.peers}
-        self._lr_factor = float32_from_bits(commit.body.lr_factor_bits)
+        self._lr_factor = float32_of_bits(commit.body.lr_factor_bits)
         return manifest

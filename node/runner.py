@@ -1,6 +1,5 @@
-"""The node's loop: one for live rounds and for catching up.
-
-for every commit: apply; if that was the newest one: report, evaluate when asked, propose, offer
+"""The node's loop, one for live rounds and for catching up: for every commit, apply and report;
+if it was the newest one, propose and offer.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ class Runner:
             self._follow()
         finally:
             self.link.state(NodeState.LEAVING)
-        return self._result()
+        return self.result()
 
     def request_stop(self) -> None:
         """Safe in a signal handler: leaves the swarm after what is being computed right now."""
@@ -153,32 +152,34 @@ class Runner:
     def _follow(self) -> None:
         rounds = self.config.run.rounds
         started_s = time.monotonic()
+        if self.replica.round == rounds:
+            self._report(evaluate=False)
+            return
         if self.replica.round >= self.link.head:
-            self._take_part(evaluate=self.replica.round == 0 and self.peer_index == 0)
+            self.link.state(NodeState.TRAINING)
+            if self.replica.round == 0:
+                self._report(evaluate=self.peer_index == 0)
+            self._propose()
         for commit in self.link.commits(self.replica.round):
             if self.stop.is_set():
                 return
             self._apply(commit)
-            last = self.replica.round == rounds
-            asked = commit.body.evaluator == self.peer_index
-            if last or self.replica.round % self.config.run.verify_every == 0:
-                self.link.report(Report(round=self.replica.round, fingerprint=self.replica.fingerprint()))
+            at_head = self.replica.round >= self.link.head
+            self._report(evaluate=commit.body.evaluator == self.peer_index and at_head)
             if self.link.wanted_snapshot():
                 self._publish_snapshot()
             self.metrics.round(self.replica.round, time.monotonic() - started_s, self.link.traffic())
             started_s = time.monotonic()
-            if last:
-                self._evaluate_if(asked)
+            if self.replica.round == rounds:
                 return
-            if self.replica.round >= self.link.head:
-                self._take_part(evaluate=asked)
+            if at_head:
+                self.link.state(NodeState.TRAINING)
+                self._propose()
 
     # ------------------------------------------------------------------------------------------ one round
 
-    def _take_part(self, evaluate: bool) -> None:
-        """This replica is at the head of the ledger: measure if asked, then propose for the next round."""
-        self.link.state(NodeState.TRAINING)
-        self._evaluate_if(evaluate)
+    def _propose(self) -> None:
+        """This replica is at the head of the ledger: local work and an offer for the next round."""
         turn = self.replica.turn()
         micro_batches = 0
 
@@ -230,9 +231,17 @@ class Runner:
         digest = self.link.publish(blob)
         self.link.report(Report(round=self.replica.round, snapshot=digest, snapshot_bytes=len(blob)))
 
-    def _evaluate_if(self, asked: bool) -> None:
-        if not asked:
-            return
+    def _report(self, evaluate: bool) -> None:
+        """The fingerprint when it is due, the held-out loss when this node is asked to measure it."""
+        due = self.replica.round == self.config.run.rounds or (
+            self.replica.round > 0 and self.replica.round % self.config.run.verify_every == 0
+        )
+        held_out = self._evaluate() if evaluate else None
+        if due or held_out is not None:
+            fingerprint = self.replica.fingerprint() if due else None
+            self.link.report(Report(round=self.replica.round, fingerprint=fingerprint, held_out=held_out))
+
+    def _evaluate(self) -> float:
         self.model.eval()
         with torch.no_grad():
             loss = self.task.evaluate(self.model)
@@ -240,9 +249,9 @@ class Runner:
         self._held_out.append((self.replica.round, loss))
         self.metrics.held_out(loss)
         log.info("round %d: held-out loss %.4f", self.replica.round, loss)
-        self.link.report(Report(round=self.replica.round, held_out=loss))
+        return loss
 
-    def _result(self) -> Result:
+    def result(self) -> Result:
         traffic = self.link.traffic()
         return Result(
             rounds=self.replica.round,

@@ -1,0 +1,302 @@
+"""The command line. Heavy modules load inside the commands, so that --help is quick.
+
+Exit codes: 0 ok, 1 failed, 2 usage, 3 swarm unreachable, 4 incompatible, 130 and 143 on signals.
+Data goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg
+
+from thinwire.compression.errors import ConfigError, ThinwireError
+from thinwire.node.processes import end_with_parent
+
+log = logging.getLogger("thinwire.cli")
+
+
+@dataclass
+class Demo:
+    """A swarm on this machine: a coordinator and some nodes as processes, real text, a live table.
+
+    One node is killed at a third of the way and started again; the others go on without it.
+    Ends by itself (2 minutes on 2 cores). Nothing is downloaded and nothing is left behind.
+    """
+
+    strategy: Literal["decoupled", "spsa"] = "decoupled"
+    """decoupled: train from scratch, sending the fast part of the momentum. spsa: train like that for a
+    moment, then fine-tune on other text with one byte per probe."""
+    peers: Annotated[int, arg(metavar="N")] = 4
+    rounds: Annotated[int | None, arg(metavar="N")] = None
+    """Rounds to train. Default: 150 (decoupled), 60 (spsa)."""
+    faults: bool = True
+    """Kill one node on the way and start it again."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object with the results on stdout."""
+
+    def run(self) -> int:
+        from thinwire.node.demo import Plan, run_demo
+
+        if not 1 <= self.peers <= 32:
+            raise ConfigError("--peers: between 1 and 32 on one machine")
+        if self.rounds is not None and self.rounds < 5:
+            raise ConfigError("--rounds: at least 5, or there is nothing to see")
+        rounds = self.rounds or {"decoupled": 150, "spsa": 60}[self.strategy]
+        with stop_on_signals() as stop:
+            result = run_demo(Plan(self.strategy, self.peers, rounds, self.faults), stop.is_set)
+        if stop.signal:
+            return 128 + stop.signal
+        if self.json:
+            print(json.dumps(result))  # noqa: T201 - data goes to stdout
+        return 0
+
+
+@dataclass
+class Coordinator:
+    """Start a run, or continue it: keeps the ledger, opens and closes rounds, prints one ticket.
+
+    Give the ticket to everybody who is to join. Stop it with Ctrl-C and start it again with the same
+    command: nodes wait, reconnect and go on.
+    """
+
+    run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
+    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where ledger, key, token and payloads are kept. Default: ./NAME-coordinator"""
+    host: str = "0.0.0.0"
+    port: int = 0
+    """TCP port; 0 picks a free one at the first start and keeps it."""
+    announce: UseAppendAction[tuple[str, ...]] = ()
+    """An address that others reach this machine by (/ip4/1.2.3.4/tcp/4001); may be repeated."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """section.key=value, instead of what the file says; may be repeated."""
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """A task of your own, importable here; nodes need the same."""
+    http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Serve Prometheus metrics here (/metrics)."""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+    def run(self) -> int:
+        from thinwire.node.coordinate import coordinate
+
+        with stop_on_signals() as stop:
+            coordinate(
+                run_file=self.run_file,
+                state=self.state,
+                host=self.host,
+                port=self.port,
+                announce=self.announce,
+                overrides=_overrides(self.set),
+                import_path=self.task,
+                http=_host_port(self.http),
+                stop=stop,
+            )
+        return 128 + stop.signal if stop.signal else 0
+
+
+@dataclass
+class Join:
+    """Start a node: join the run that a ticket names and train until its last round.
+
+    The run's configuration, model and base weights come from the swarm. Ctrl-C leaves cleanly.
+    """
+
+    ticket: Annotated[Positional[str], arg(metavar="TICKET")]
+    """The line that the coordinator printed; - reads it from standard input."""
+    data: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Train on your own text (a file or a folder) instead of the run's. It stays on this machine."""
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """The run's custom task, importable here."""
+    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Keep this node's identity here, so that it is the same peer after a restart."""
+    device: str = "cpu"
+    """Where to train: cpu, cuda, cuda:1, ..."""
+    threads: Annotated[int | None, arg(metavar="N")] = None
+    """CPU threads for training. Default: all cores."""
+    host: str = "0.0.0.0"
+    port: int = 0
+    announce: UseAppendAction[tuple[str, ...]] = ()
+    """An address that others reach this machine by; may be repeated."""
+    patience_s: float = 600.0
+    """Seconds to keep trying when the coordinator does not answer any more."""
+    http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Serve Prometheus metrics here (/metrics)."""
+    save: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write the trained weights here (safetensors) after the last round."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object with the result on stdout."""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+    def run(self) -> int:
+        from thinwire.node.join import join
+
+        with stop_on_signals() as stop:
+            result = join(
+                ticket=_read_ticket(self.ticket),
+                data=self.data,
+                import_path=self.task,
+                state=self.state,
+                device=self.device,
+                threads=self.threads,
+                host=self.host,
+                port=self.port,
+                announce=self.announce,
+                patience_s=self.patience_s,
+                http=_host_port(self.http),
+                save=self.save,
+                stop=stop,
+            )
+        if stop.signal:
+            return 128 + stop.signal
+        if self.json:
+            print(json.dumps(dataclasses.asdict(result)))  # noqa: T201 - data goes to stdout
+        return 0
+
+
+@dataclass
+class Status:
+    """Show a run: peers, round, losses, bytes, fingerprints. Needs only the ticket."""
+
+    ticket: Annotated[Positional[str], arg(metavar="TICKET")]
+    """The line that the coordinator printed; - reads it from standard input."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object on stdout (with --watch: one a line)."""
+    watch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Again and again until the run ends or Ctrl-C."""
+
+    def run(self) -> int:
+        from thinwire.node.status import show_status
+
+        with stop_on_signals() as stop:
+            show_status(_read_ticket(self.ticket), as_json=self.json, watch=self.watch, stop=stop.is_set)
+        return 128 + stop.signal if stop.signal else 0
+
+
+@dataclass
+class Bench:
+    """Measure speed and memory, as ratios to a baseline and to the copy bandwidth of this machine."""
+
+    name: Annotated[Positional[Literal["noise", "decoupled", "round", "all"]], arg(metavar="NAME")]
+    """noise (SPSA), decoupled (pack, decode, update), round (8 peers on loopback), or all."""
+    params: Annotated[float | None, arg(metavar="N")] = None
+    """Parameters of the model, e.g. 3e7."""
+    repeats: Annotated[int, arg(metavar="N")] = 5
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+    def run(self) -> int:
+        from thinwire.node.bench import bench_command
+
+        bench_command(self.name, None if self.params is None else int(self.params), self.repeats, self.json)
+        return 0
+
+
+Command = Annotated[
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Coordinator, tyro.conf.subcommand("coordinator")]
+    | Annotated[Join, tyro.conf.subcommand("join")]
+    | Annotated[Status, tyro.conf.subcommand("status")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")],
+    None,
+]
+
+
+@dataclass
+class Stop:
+    """Set by the first signal; `on_stop` callbacks run in the signal handler."""
+
+    signal: int = 0
+    on_stop: list[Callable[[], None]] = field(default_factory=list)
+
+    def is_set(self) -> bool:
+        return self.signal != 0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """The first Ctrl-C, SIGTERM or SIGHUP asks to stop cleanly, the second one stops at once."""
+    stop = Stop()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop.signal:
+            raise KeyboardInterrupt
+        stop.signal = number
+        log.warning("%s: leaving cleanly (again to stop at once)", signal.Signals(number).name)
+        for callback in stop.on_stop:
+            callback()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def _read_ticket(text: str) -> str:
+    return sys.stdin.readline().strip() if text == "-" else text
+
+
+def _host_port(text: str | None) -> tuple[str, int] | None:
+    if text is None:
+        return None
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"--http {text}: write it as HOST:PORT, for example 127.0.0.1:9100")
+    return host, int(port)
+
+
+def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    from thinwire.node.config import literal
+
+    overrides = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or "." not in key:
+            raise ConfigError(f"--set {pair}: write it as section.key=value, for example run.rounds=500")
+        overrides[key] = literal(value)
+    return overrides
+
+
+def _log_to_stderr(verbose: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("thinwire")
+    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `thinwire` command. Returns the exit code."""
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type] # tyro reads the annotated union
+        prog="thinwire",
+        description="Train one model on many machines joined by thin, unreliable links.",
+        args=argv,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+    )
+    end_with_parent()
+    _log_to_stderr(getattr(command, "verbose", False))
+    try:
+        code: int = command.run()
+    except ThinwireError as e:
+        print(f"thinwire: {e}", file=sys.stderr)  # noqa: T201 - the one place where errors are shown
+        return e.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

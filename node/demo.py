@@ -1,0 +1,297 @@
+"""`thinwire demo`: a real swarm on this machine, as processes over libp2p on loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from thinwire.compression.errors import SwarmUnreachable, ThinwireError
+from thinwire.coordinator.identity import load_or_create, peer_id_of
+from thinwire.node.processes import Child, Children
+from thinwire.node.status import StatusClient
+from thinwire.node.view import headline, human_bytes, swarm_table
+
+START_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 90.0
+STALL_S = 120.0  # no new round for so long: something is broken
+ROUNDS_AWAY = 5  # how long the killed node stays away
+PRETRAINING_ROUNDS = 60
+
+SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "decoupled": {
+        "task": {"name": "text", "corpus": "pydoc"},
+        "strategy": {"name": "decoupled", "lr": 3e-3, "beta": 0.95, "sign": True},
+        "strategy.compressor": {"name": "dct_topk", "k": 32, "group_size": 4096, "bits": 1},
+        "schedule": {"name": "linear", "warmup_rounds": 10, "final_factor": 0.1},
+    },
+    "spsa": {
+        "task": {"name": "text", "corpus": "stdlib"},
+        "strategy": {"name": "spsa", "lr": 3e-3, "eps": 1e-3, "probes": 16},
+        "schedule": {"name": "constant"},
+    },
+}
+
+Show = Callable[[Mapping[str, Any], bool], None]
+"""Shows a status; True: it is the last one."""
+
+
+class DemoFailed(ThinwireError):
+    """A process of the demo ended or hung; the message has the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be shown. `faults`: kill a node at a third of the rounds and start it again."""
+
+    strategy: str
+    n_peers: int
+    rounds: int
+    faults: bool
+
+
+def run_demo(plan: Plan, stopped: Callable[[], bool]) -> dict[str, Any]:
+    """Runs the plan and returns what `--json` prints, {} if stopped. Leaves no process and no file."""
+    started_s = time.monotonic()
+    console = Console(stderr=True)
+    folder = Path(tempfile.mkdtemp(prefix="thinwire-demo-"))
+    try:
+        base = None
+        if plan.strategy == "spsa":
+            console.print("First a short decoupled phase: fine-tuning needs a model that knows something.")
+            base = folder / "base.safetensors"
+            pretraining = Plan("decoupled", plan.n_peers, PRETRAINING_ROUNDS, faults=False)
+            DemoSwarm(pretraining, folder / "pretraining", console, stopped, save=base).run()
+            console.print("Now that model is fine-tuned on other text, with one byte per probe.")
+        result = {} if stopped() else DemoSwarm(plan, folder / "run", console, stopped, base=base).run()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if stopped():
+        return {}
+    result["seconds"] = round(time.monotonic() - started_s, 1)
+    _sum_up(console, plan, result)
+    return result
+
+
+class DemoSwarm:
+    """A coordinator and nodes as child processes. `base`: start from these weights; `save`: keep the last."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        console: Console,
+        stopped: Callable[[], bool],
+        base: Path | None = None,
+        save: Path | None = None,
+    ) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.console = console
+        self.stopped = stopped
+        self.save = save
+        self.children = Children()
+        self.nodes: dict[str, Child] = {}
+        self.killed: Child | None = None
+        self.notes: dict[str, str] = {}
+        self.faults: list[dict[str, Any]] = []
+        folder.mkdir()
+        run = {"name": f"demo-{plan.strategy}", "rounds": plan.rounds, "min_peers": plan.n_peers}
+        if base is not None:
+            run["base"] = str(base)
+        self.run_file = folder / "run.toml"
+        self.run_file.write_text(_toml({"run": run, **SECTIONS[plan.strategy]}))
+
+    def run(self) -> dict[str, Any]:
+        """Raises DemoFailed."""
+        with ExitStack() as stack:
+            stack.callback(self.children.end)
+            self._start_coordinator()
+            for i in range(self.plan.n_peers):
+                self._start_node(f"node-{i}")
+            with StatusClient(self.ticket) as client:
+                self._watch(client)
+            if self.stopped():
+                return {}
+            for child in [*self.nodes.values(), self.coordinator]:
+                self._wait_for_end(child)
+            return self._result()
+
+    def _start_coordinator(self) -> None:
+        folder = self.folder / "coordinator"
+        args = ["coordinator", str(self.run_file), "--state", str(folder / "state"), "--host", "127.0.0.1"]
+        self.coordinator = self.children.start("coordinator", folder, args, output=True)
+        self.ticket = self.coordinator.first_line(START_TIMEOUT_S)
+        if not self.ticket:
+            raise DemoFailed(f"no ticket; the coordinator's log ends with:\n{self.coordinator.log_tail()}")
+
+    def _start_node(self, name: str) -> None:
+        folder = self.folder / name
+        args = ["join", "-", "--state", str(folder / "state"), "--threads", "1", "--host", "127.0.0.1"]
+        if self.save is not None and not self.nodes:
+            args += ["--save", str(self.save)]
+        self.nodes[name] = self.children.start(name, folder, args, line=self.ticket)
+
+    def _watch(self, client: StatusClient) -> None:
+        """Shows the swarm until the last round; kills a node on the way and starts it again."""
+        last_round, moved_s = -1, time.monotonic()
+        with _display(self.console, self.notes) as show:
+            while not self.stopped():
+                for child in [self.coordinator, *self.nodes.values()]:
+                    if child.process.poll() and child is not self.killed:
+                        raise _ended(child)
+                try:
+                    status = client.fetch(timeout_s=5)
+                except SwarmUnreachable:
+                    if self.coordinator.process.poll() is not None:
+                        return
+                    continue
+                if status["round"] != last_round:
+                    last_round, moved_s = status["round"], time.monotonic()
+                if time.monotonic() - moved_s > STALL_S:
+                    raise DemoFailed(f"no new round for {STALL_S:.0f} s: {headline(status)}")
+                if self.plan.faults and self.plan.n_peers > 1:
+                    self._fault(status)
+                ended = last_round >= self.plan.rounds
+                show(status, ended)
+                if ended:
+                    return
+                time.sleep(0.3)
+
+    def _fault(self, status: Mapping[str, Any]) -> None:
+        now = status["round"]
+        if not self.faults:
+            if now >= self.plan.rounds // 3:
+                self._kill_one(now)
+            return
+        fault = self.faults[0]
+        if fault["restarted_at_round"] is None:
+            if now >= fault["killed_at_round"] + ROUNDS_AWAY:
+                self._start_node(fault["node"])
+                fault["restarted_at_round"] = now
+                self.notes[fault["peer"]] += f", started again at {now}"
+        elif fault["back_at_round"] is None:
+            peer = next(p for p in status["peers"] if p["peer_id"] == fault["peer"])
+            if peer["state"] == "training" and peer["round"] >= fault["restarted_at_round"]:
+                fault["back_at_round"] = now
+                self.notes[fault["peer"]] += f", back at {now}"
+
+    def _kill_one(self, now: int) -> None:
+        self.killed = list(self.nodes.values())[-1]
+        self.killed.process.kill()
+        key = load_or_create(self.killed.folder / "state" / "identity.key")
+        peer_id = peer_id_of(key.public_key())
+        self.notes[peer_id] = f"killed at round {now}"
+        self.faults.append(
+            {
+                "node": self.killed.name,
+                "peer": peer_id,
+                "signal": "SIGKILL",
+                "killed_at_round": now,
+                "restarted_at_round": None,
+                "back_at_round": None,
+            }
+        )
+
+    def _wait_for_end(self, child: Child) -> None:
+        try:
+            code = child.process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise DemoFailed(f"{child.name} does not end; its log ends with:\n{child.log_tail()}") from None
+        if code:
+            raise _ended(child)
+
+    def _result(self) -> dict[str, Any]:
+        end = json.loads((self.folder / "coordinator" / "state" / "result.json").read_text())
+        peers = end["peers"]
+        offers = sum(p["offers_counted"] + p["offers_missed"] for p in peers)
+        return {
+            "strategy": self.plan.strategy,
+            "peers": self.plan.n_peers,
+            "rounds": end["round"],
+            "held_out_first": end["held_out"][0][1],
+            "held_out_last": end["held_out"][-1][1],
+            "fingerprints": {
+                p["peer_id"]: p["fingerprint"] if p["fingerprint_round"] == end["round"] else None
+                for p in peers
+            },
+            "payload_bytes_per_peer_round": end["payload_bytes_per_peer_round"],
+            "sent_bytes_per_peer_round": round(sum(p["sent_bytes"] for p in peers) / max(1, offers), 1),
+            "ddp_bytes_per_peer_round": end["ddp_bytes_per_peer_round"],
+            "faults": self.faults,
+        }
+
+
+@contextmanager
+def _display(console: Console, notes: Mapping[str, str]) -> Iterator[Show]:
+    """A table that is redrawn on a terminal; elsewhere a line every three seconds."""
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=4) as live:
+            yield lambda status, _last: live.update(swarm_table(status, notes))
+        return
+    printed_s = 0.0
+
+    def print_line(status: Mapping[str, Any], last: bool) -> None:
+        nonlocal printed_s
+        if last or time.monotonic() - printed_s >= 3:
+            printed_s = time.monotonic()
+            console.print(headline(status), highlight=False, soft_wrap=True)
+
+    yield print_line
+
+
+def _ended(child: Child) -> DemoFailed:
+    return DemoFailed(
+        f"{child.name} ended with exit code {child.process.poll()}; its log ends with:\n{child.log_tail()}"
+    )
+
+
+def _sum_up(console: Console, plan: Plan, result: Mapping[str, Any]) -> None:
+    fingerprints = set(result["fingerprints"].values())
+    payload, ddp = result["payload_bytes_per_peer_round"], result["ddp_bytes_per_peer_round"]
+    lines = [
+        f"\n{result['rounds']} rounds in {result['seconds']:.0f} s. Held-out loss "
+        f"{result['held_out_first']:.3f} -> {result['held_out_last']:.3f} nats/byte.",
+        f"Replicas identical to the last bit: fingerprint {fingerprints.pop()} on all peers."
+        if len(fingerprints) == 1 and None not in fingerprints
+        else f"[bold red]Replicas differ:[/] {result['fingerprints']}",
+        f"Payload: {human_bytes(payload)} per peer and round; data-parallel training would send "
+        f"{human_bytes(ddp)}, {ddp / payload:.0f} times as much.",
+    ]
+    lines += [
+        f"{fault['node']} was killed with SIGKILL at round {fault['killed_at_round']} and was back at "
+        f"round {fault['back_at_round']}; the others went on."
+        for fault in result["faults"]
+    ]
+    other = (
+        "thinwire demo --strategy spsa                     fine-tuning with one byte per probe"
+        if plan.strategy == "decoupled"
+        else "thinwire demo                                     training from scratch"
+    )
+    lines += [
+        "\nWhat next:",
+        f"  {other}",
+        "  thinwire coordinator deploy/runs/pydoc-gpt.toml   a run of your own; it prints a ticket,",
+        "  thinwire join TICKET                              and this joins it, on any machine",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """Strings, numbers and booleans read the same in TOML and JSON."""
+    lines = []
+    for name, values in sections.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,93 @@
+"""`thinwire join`: a link, a runner and what is around them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thinwire.compression.errors import ConfigError, ThinwireError
+from thinwire.coordinator.files import write_aside
+
+if TYPE_CHECKING:
+    from thinwire.node.cli import Stop
+    from thinwire.node.runner import Result, Runner
+
+log = logging.getLogger("thinwire.node")
+
+
+def join(
+    *,
+    ticket: str,
+    data: Path | None,
+    import_path: str | None,
+    state: Path | None,
+    device: str,
+    threads: int | None,
+    host: str,
+    port: int,
+    announce: tuple[str, ...],
+    patience_s: float,
+    http: tuple[str, int] | None,
+    save: Path | None,
+    stop: Stop,
+) -> Result:
+    """Trains until the run ends or `stop` is set. Raises what `Runner.run` raises."""
+    if data is not None and not data.exists():
+        raise ConfigError(f"--data {data}: no such file or folder")
+    _limit_threads(threads)
+
+    from thinwire.coordinator.ticket import Ticket
+    from thinwire.node.link_hivemind import HivemindLink
+    from thinwire.node.metrics import serve
+    from thinwire.node.runner import Runner, follow_events
+
+    _check_device(device)
+    link = HivemindLink(
+        Ticket.parse(ticket), state=state, host=host, port=port, announce=announce, patience_s=patience_s
+    )
+    events = follow_events(link)
+    runner = Runner(link, import_path=import_path, data=data, device=device)
+    stop.on_stop.append(runner.request_stop)
+    try:
+        with serve(runner.metrics.registry, http):
+            result = runner.run()
+            if save is not None and not stop.is_set():
+                _save(runner, save)
+    except ThinwireError:
+        if stop.is_set():  # what broke was what the user stopped
+            return runner.result()
+        raise
+    finally:
+        link.close()
+        events.join(timeout=5)
+    return result
+
+
+def _limit_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise ConfigError(f"--threads {threads}: at least 1")
+    os.environ["NUMBA_NUM_THREADS"] = str(threads)  # read when numba loads, later
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"--device {device}: {str(e).splitlines()[0]}") from e
+
+
+def _save(runner: Runner, path: Path) -> None:
+    from safetensors.torch import save as save_safetensors
+
+    tensors = {name: t.cpu().contiguous() for name, t in runner.replica.tensors().items()}
+    write_aside(path, save_safetensors(tensors))
+    log.info("wrote the weights after round %d to %s", runner.replica.round, path)

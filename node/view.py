@@ -1,0 +1,61 @@
+"""What a person sees of a swarm in a terminal: one table from the coordinator's status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+
+def human_bytes(n: float) -> str:
+    """1234567 -> '1.2 MB' (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def headline(status: Mapping[str, Any]) -> str:
+    """One line: round, losses, bytes against data-parallel training."""
+    parts = [f"{status['run']}: round {status['round']}/{status['rounds']} ({status['state']})"]
+    if status["loss"] is not None:
+        parts.append(f"loss {status['loss']:.3f}")
+    if status["held_out"]:
+        parts.append(f"held-out {status['held_out'][-1][1]:.3f} nats/byte")
+    if status["round_s"] is not None:
+        parts.append(f"{status['round_s']:.2f} s/round")
+    payload, ddp = status["payload_bytes_per_peer_round"], status["ddp_bytes_per_peer_round"]
+    if payload and ddp:
+        parts.append(
+            f"{human_bytes(payload)} per peer and round "
+            f"(data-parallel: {human_bytes(ddp)}, {ddp / payload:.0f}x)"
+        )
+    return " · ".join(parts)
+
+
+def swarm_table(status: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> Group:
+    """`notes`: peer id -> a remark for its row (what the demo did to it)."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("peer", "state", "round", "loss", "counted", "missed", "sent", "fingerprint", ""):
+        table.add_column(column, justify="left" if column in ("peer", "state", "fingerprint") else "right")
+    for peer in status["peers"]:
+        fingerprint = f"{peer['fingerprint']} @{peer['fingerprint_round']}" if peer["fingerprint"] else "-"
+        table.add_row(
+            f"{peer['index']} …{peer['peer_id'][-6:]}",
+            Text(peer["state"], style={"training": "green", "joining": "yellow"}.get(peer["state"], "red")),
+            str(peer["round"]),
+            "-" if peer["loss"] is None else f"{peer['loss']:.3f}",
+            str(peer["offers_counted"]),
+            str(peer["offers_missed"]),
+            human_bytes(peer["sent_bytes"]),
+            fingerprint,
+            (notes or {}).get(peer["peer_id"], ""),
+        )
+    lines = [Text(headline(status)), table]
+    if status["mismatches"]:
+        lines.append(Text(f"{status['mismatches']} fingerprint mismatches", style="bold red"))
+    return Group(*lines)
