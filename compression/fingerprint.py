@@ -1,0 +1,74 @@
+"""A short digest of the replicated state, independent of sharding, order and device (design: section 6).
+
+Per parameter: the sum modulo 2^64 of a mixed hash of (global element index, bit pattern). Good against
+accidents, not against forgers.
+
+    hash(i, bits) = mix(i * 0x9E3779B97F4A7C15 xor bits)      mix: the finaliser of splitmix64 (Vigna 2015)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from thinwire.compression.exact import exact_arithmetic
+from thinwire.compression.noise import use_numba
+
+GOLDEN: Final = 0x9E3779B97F4A7C15
+MIX: Final = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+LAST_SHIFT: Final = 31
+
+_CHUNK: Final = 1 << 18
+_MASK: Final = (1 << 64) - 1
+
+
+def parameter_sum(x: Tensor, start: int = 0) -> int:
+    """Unsigned 64-bit sum of the elements [start, start + numel) of a flattened parameter.
+
+    `x`: float32 or bfloat16, contiguous, any shape. Sums of shards add up modulo 2^64.
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_contiguous():
+        raise ValueError(f"needs a contiguous float32 or bfloat16 tensor, not {x.dtype}")
+    bits = x.detach().view(-1).view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+    if use_numba(bits):
+        from thinwire.compression import fingerprint_cpu
+
+        return fingerprint_cpu.parameter_sum(bits, start)
+    with exact_arithmetic():
+        return parameter_sum_torch(bits, start)
+
+
+def fingerprint(sums: Mapping[str, int]) -> bytes:
+    """8 bytes from parameter name -> `parameter_sum` of the whole parameter."""
+    digest = blake3()
+    for name in sorted(sums):
+        encoded = name.encode()
+        digest.update(len(encoded).to_bytes(4, "little") + encoded + sums[name].to_bytes(8, "little"))
+    return digest.digest(8)
+
+
+def parameter_sum_torch(bits: Tensor, start: int) -> int:
+    """The reference: bit patterns as flat int32 or int16. int64 arithmetic wraps around like unsigned."""
+    unsigned = (1 << 8 * bits.dtype.itemsize) - 1
+    total = 0
+    for i, chunk in enumerate(bits.split(_CHUNK)):
+        first = start + i * _CHUNK
+        index = torch.arange(first, first + chunk.numel(), dtype=torch.int64, device=bits.device)
+        h = (index * _signed(GOLDEN)) ^ (chunk.to(torch.int64) & unsigned)
+        for shift, factor in MIX:
+            h = (h ^ _shifted(h, shift)) * _signed(factor)
+        total += int((h ^ _shifted(h, LAST_SHIFT)).sum())
+    return total & _MASK
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """Logical shift to the right: torch's own keeps the sign."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
