@@ -6,14 +6,20 @@ and calls `apply` with what the ledger counted; a plain training loop calls `ste
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
-from thinwire.compression.base import Fields, Payload, Turn
 from torch import Tensor
+
+from thinwire.compression.base import Fields, Payload, Turn
+from thinwire.compression.errors import BadPayload, ConfigError
+from thinwire.optim import options
 
 Closure = Callable[[], Tensor]
 """float32 loss of one fixed batch; never calls backward; repeated calls give identical bits in eval mode."""
@@ -23,6 +29,9 @@ Draw = Callable[[], Closure]
 
 Own = Literal["counted", "missed"] | None
 """What became of this replica's own offer of a round; None: it made none."""
+
+NamedParameters = Iterable[tuple[str, torch.nn.Parameter]] | Iterable[dict[str, Any]]
+"""`model.named_parameters()`, or groups: {"params": [(name, parameter), ...], "lr": ..., ...}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,33 +52,89 @@ class Parameter:
     tensor: torch.nn.Parameter
     group: dict[str, Any]
 
+    @property
+    def decays(self) -> bool:
+        """Weight decay leaves biases, norms and all other parameters of less than two dimensions alone."""
+        return self.tensor.ndim >= 2
+
 
 def canonical_name(name: str) -> str:
-    """The parameter's name without what `compile`, DDP and checkpoint wrappers put into it."""
-    for wrapper in ("_orig_mod.", "module.", "_checkpoint_wrapped_module."):
-        name = name.replace(wrapper, "") if wrapper != "module." else name.removeprefix(wrapper)
+    """The parameter's name without what `compile`, data parallel and checkpoint wrappers put into it."""
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
+        name = name.replace(wrapper, "")
+    # Only in front: a model may well have a submodule called "module" further down.
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
     return name
 
 
 class Strategy(torch.optim.Optimizer):
     """Base of all strategies; see the module's docstring.
 
-    Subclasses implement `fields`, `propose` and `apply`, keep their per-parameter state in `self.state`
-    and their counters in `self.counters` (both are part of `state_dict`), and set `needs_grad`.
+    Subclasses implement `fields`, `propose`, `check`, `apply` and `check_options`, keep their per-parameter
+    state in `self.state` and their counters in `self.counters` (both are part of `state_dict`), and set
+    `needs_grad`. Hyper-parameters are the entries of `param_groups`; all of them hold for the whole strategy,
+    except those named in `per_group`.
+
+    `state_dict()` holds the live tensors, as torch's does: save it (or copy it deeply) before going on.
     """
 
     needs_grad: ClassVar[bool] = True
     """False: closures are evaluated without gradients, with the model in eval mode."""
 
+    per_group: ClassVar[frozenset[str]] = frozenset({"lr", "weight_decay"})
+    """Options that may differ from one parameter group to another."""
+
     last_loss: float | None = None
     """Mean loss of the local work of the last `propose`; None before it or if every batch was dropped."""
 
-    def __init__(
-        self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], defaults: dict[str, Any]
-    ) -> None:
-        named = [(canonical_name(name), p) for name, p in named_parameters if p.requires_grad]
+    def __init__(self, named_parameters: NamedParameters, defaults: dict[str, Any], *, seed: int = 0) -> None:
+        """`seed`: unsigned 64-bit, for the rounds of `step`; a swarm's rounds bring their own seeds.
+
+        Parameters that need no gradient are left out. Raises ConfigError for nameless parameters, for two of
+        one name, for anything but float32 and for options out of their range.
+        """
         self.counters: dict[str, int] = {}
-        super().__init__(named, defaults)
+        super().__init__(cast(Any, named_parameters), {**defaults, "seed": seed})
+
+    @classmethod
+    @abstractmethod
+    def check_options(cls, group: Mapping[str, Any]) -> None:
+        """Raises ConfigError, in words for the user, for options out of their range."""
+
+    # --------------------------------------------------------------------------------- parameters
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, for named parameters: {"params": [(name, parameter), ...], option: value, ...}."""
+        group = dict(param_group)
+        named = [(canonical_name(name), p) for name, p in _named(group) if p.requires_grad]
+        self._refuse_parameters(named)
+        self._refuse_options(group)
+        if not named:
+            raise ConfigError("a parameter group without a parameter that needs a gradient")
+        group.pop("param_names", None)
+        group["params"] = named
+        super().add_param_group(group)
+
+    def _refuse_parameters(self, named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
+        seen = {name for group in self.param_groups for name in group["param_names"]}
+        for name, p in named:
+            if name in seen:
+                raise ConfigError(f"two parameters are called {name!r}")
+            if p.dtype != torch.float32:
+                raise ConfigError(f"parameter {name!r} is {p.dtype}: replicas are float32")
+            seen.add(name)
+
+    def _refuse_options(self, group: Mapping[str, Any]) -> None:
+        for key in group.keys() - {"params", "param_names", "initial_lr"}:
+            if key not in self.defaults:
+                raise ConfigError(f"unknown option {key!r}: {options.nearest(key, self.defaults)}")
+            whole_strategy = self.param_groups[0] if self.param_groups else self.defaults
+            if key not in self.per_group and group[key] != whole_strategy[key]:
+                raise ConfigError(f"{key} is one for all parameter groups")
+        merged = {**self.defaults, **group}
+        options.whole(merged, "seed", at_least=0, at_most=2**64 - 1)
+        self.check_options(merged)
 
     def parameters_in_order(self) -> list[Parameter]:
         """Every parameter, by name: the order of payloads, noise counters and fingerprints."""
@@ -81,6 +146,16 @@ class Strategy(torch.optim.Optimizer):
         found.sort(key=lambda entry: entry[0])
         return [Parameter(name, i, p, group) for i, (name, p, group) in enumerate(found)]
 
+    def option(self, name: str) -> Any:
+        """An option that holds for the whole strategy."""
+        return self.param_groups[0][name]
+
+    def count(self, what: str, n: int = 1) -> None:
+        """Adds to one of the counters."""
+        self.counters[what] = self.counters.get(what, 0) + n
+
+    # --------------------------------------------------------------------------------- rounds
+
     @abstractmethod
     def fields(self) -> Fields:
         """What a payload of this strategy looks like to a receiver."""
@@ -89,6 +164,10 @@ class Strategy(torch.optim.Optimizer):
     def propose(self, draw: Draw, turn: Turn) -> Payload:
         """The local work of one round. Does not change a parameter."""
 
+    def propose_from_grad(self, turn: Turn) -> Payload:
+        """The same from the gradients that are in place. Raises ConfigError where a strategy uses none."""
+        raise ConfigError(f"{type(self).__name__} uses no gradients: call step(closure) with the loss")
+
     @abstractmethod
     def check(self, payload: Payload, turn: Turn) -> None:
         """Raises `BadPayload` for a payload that `apply` must not see; as exact as `apply`."""
@@ -96,3 +175,94 @@ class Strategy(torch.optim.Optimizer):
     @abstractmethod
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
         """Exact: one committed round. `shares` in the ledger's order, each one already checked."""
+
+    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
+        """One round without a swarm, alone: propose, check, apply. Returns `last_loss`, if any.
+
+        The closure returns the loss and does not call `backward`: the strategy does, if it needs gradients.
+        Without a closure the gradients that are in place are used (and left there).
+        """
+        turn = self._own_turn(self.counters.get("steps", 0) + 1)
+        if closure is None:
+            self.last_loss = None
+            payload = self.propose_from_grad(turn)
+        else:
+            batch = closure
+            payload = self.propose(lambda: batch, turn)
+        self.check(payload, turn)
+        self.apply([Share(turn.own_seed, 1, payload)], turn, "counted")
+        self.count("steps")
+        return self.last_loss
+
+    def _own_turn(self, round: int) -> Turn:
+        seed = int(self.option("seed"))
+        words = hashlib.blake2b(b"thinwire step %d %d" % (seed, round), digest_size=16).digest()
+        shared, own = (int.from_bytes(words[i : i + 8], "little") for i in (0, 8))
+        return Turn(round=round, shared_seed=shared, own_seed=own, lr_factor=1.0)
+
+    # --------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, and the counters."""
+        return {**super().state_dict(), "counters": dict(self.counters)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restores bit for bit. Tensors keep their dtype; those within containers (packed sends) stay on the
+        CPU, the others go to their parameter's device. Raises ConfigError for another model's state."""
+        groups = state_dict["param_groups"]
+        saved = [name for group in groups for name in group["param_names"]]
+        own = [name for group in self.param_groups for name in group["param_names"]]
+        if saved != own:
+            strange = sorted(set(saved) ^ set(own))[:3] or "the same names in another order"
+            raise ConfigError(f"the state of another model: {strange}")
+        # torch would cast every tensor to the parameter's dtype: it restores the groups only.
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        state: defaultdict[Tensor, Any] = defaultdict(dict)
+        for key, entries in state_dict["state"].items():
+            p = parameters[key]
+            state[p] = {name: _restored(value, p.device) for name, value in entries.items()}
+        self.state = state
+        self.counters = dict(state_dict["counters"])
+
+
+@contextmanager
+def flattened(p: torch.nn.Parameter) -> Iterator[Tensor]:
+    """The parameter as a contiguous row, in the order of its indices, to be changed in place.
+
+    Other memory formats (channels_last) are copied, and written back at the end.
+    """
+    theta = p.detach()
+    flat = theta.reshape(-1)
+    yield flat
+    if not theta.is_contiguous():
+        theta.copy_(flat.view(theta.shape))
+
+
+def refuse_names(payload: Payload, expected: Iterable[str]) -> None:
+    """Raises BadPayload unless the payload's names are exactly those that are expected."""
+    strange = sorted(payload.keys() ^ set(expected))
+    if strange:
+        raise BadPayload("layout", f"missing or unknown: {', '.join(strange[:3])}")
+
+
+def _named(group: Mapping[str, Any]) -> list[tuple[str, torch.nn.Parameter]]:
+    params = group["params"]
+    params = [params] if isinstance(params, Tensor) else list(params)
+    if "param_names" in group:
+        params = list(zip(group["param_names"], params, strict=True))
+    if not all(isinstance(entry, tuple) for entry in params):
+        raise ConfigError("parameters need their names: pass model.named_parameters()")
+    return params
+
+
+def _restored(value: Any, device: torch.device) -> Any:
+    """A deep copy: `device` for tensors here, the CPU for those further down."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    cpu = torch.device("cpu")
+    if isinstance(value, dict):
+        return {k: _restored(v, cpu) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_restored(v, cpu) for v in value)
+    return value

@@ -1,0 +1,179 @@
+"""A forward pass with theta + eps z in place of theta, without touching theta (design: section 7).
+
+Perturbing in place and restoring is no option: (x + e) - 2e + e is not x. Instead every torch function that
+is handed a parameter gets a perturbed scratch tensor; the scratch lives for that one use, so the memory
+needed is that of inference and the largest tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isnan
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from thinwire.compression.errors import ConfigError
+from thinwire.compression.noise import NoiseKind, perturb
+from thinwire.optim.base import Closure, Parameter
+
+_VALUE_PROPERTIES: Final = frozenset(
+    getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag", "data")
+)
+"""Properties that hand out values; all others (shape, dtype, grad, ...) describe the tensor."""
+
+_DESCRIPTIONS: Final = frozenset(
+    [
+        *("__set__", "__delete__", "__len__", "size", "dim", "ndimension", "numel", "nelement", "stride"),
+        *("storage_offset", "element_size", "get_device", "is_contiguous", "is_floating_point", "is_complex"),
+        *("is_signed", "is_pinned", "is_same_size", "requires_grad_", "register_hook"),
+    ]
+)
+"""Functions that need no values: perturbing for them would be wasted."""
+
+
+class NotSubstituted(ConfigError):
+    """The loss reads parameters past the substitution, or does not depend on them: SPSA cannot train it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """Which noise, and how far along it. `eps` may be negative."""
+
+    kind: NoiseKind
+    seed: int
+    probe: int
+    eps: float
+
+
+class Substitution(TorchFunctionMode):
+    """While active, parameters are read as theta + eps z. Nothing is written to them."""
+
+    def __init__(self, parameters: Sequence[Parameter], direction: Direction) -> None:
+        super().__init__()
+        self._parameters = {id(p.tensor): p for p in parameters}
+        self._direction = direction
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not _reads_values(func):
+            return func(*args, **kwargs)
+        # torch takes this mode off while it is in here: `func` sees the scratch and nothing else.
+        return func(*self._replaced(args), **self._replaced(kwargs))
+
+    def _replaced(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            parameter = self._parameters.get(id(value))
+            return value if parameter is None else perturbed(parameter, self._direction)
+        if isinstance(value, dict):
+            return {k: self._replaced(v) for k, v in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self._replaced, value))
+        if isinstance(value, list | tuple):
+            return type(value)(map(self._replaced, value))
+        return value
+
+
+def _reads_values(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return func in _VALUE_PROPERTIES
+    return name not in _DESCRIPTIONS
+
+
+@torch.no_grad()
+def perturbed(parameter: Parameter, direction: Direction) -> Tensor:
+    """theta + eps z in a new tensor with the strides of theta."""
+    theta, d = parameter.tensor.detach(), direction
+    scratch = perturb(theta.contiguous(), d.eps, d.kind, d.seed, parameter.index, d.probe)
+    # Kernels may choose another order of sums for other strides: keep, say, channels_last.
+    return scratch if theta.is_contiguous() else torch.empty_like(theta).copy_(scratch)
+
+
+def perturbed_loss(closure: Closure, parameters: Sequence[Parameter], direction: Direction) -> float:
+    """The loss at theta + eps z; NaN and infinity are passed on."""
+    with torch.no_grad(), _UNCOMPILED, Substitution(parameters, direction):
+        loss = closure()
+    return float(loss)
+
+
+class _Uncompiled:
+    """Compiled models run as plain Python meanwhile: a compiled graph does not see the substitution.
+
+    torch's switch holds for the whole process: the first thread to come sets it, the last to go restores it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_inside = 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            # Without dynamo nothing is compiled, and importing it takes seconds.
+            if self._n_inside == 0 and "torch._dynamo" in sys.modules:
+                self._stance = torch.compiler.set_stance("force_eager")
+                self._stance.__enter__()
+            self._n_inside += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._n_inside -= 1
+            if self._n_inside == 0 and self._stance is not None:
+                self._stance.__exit__(*exc)
+                self._stance = None
+
+
+_UNCOMPILED: Final = _Uncompiled()
+
+
+# ------------------------------------------------------------------------------------------- dry run
+
+
+def dry_run(closure: Closure, parameters: Sequence[Parameter], direction: Direction) -> None:
+    """Raises NotSubstituted unless the substituted loss equals, bit for bit, that of parameters which were
+    really changed (and are then restored from a copy of their bytes)."""
+    loss = perturbed_loss(closure, parameters, direction)
+    if not _same(loss, perturbed_loss(closure, parameters, direction)):
+        raise NotSubstituted(
+            "two evaluations of one batch differ: the model must be in eval mode, the batch fixed"
+        )
+    if _same(loss, _changed_loss(closure, parameters, direction)):
+        return
+    names = [
+        p.name
+        for p in parameters
+        if not _same(perturbed_loss(closure, [p], direction), _changed_loss(closure, [p], direction))
+    ]
+    raise NotSubstituted(
+        f"the model reads parameters past the perturbation: {', '.join(names) or 'unclear which'}. Use them "
+        "through torch functions on the parameters themselves (no aliases kept elsewhere, no scripted modules, "
+        "no caches), or train with the strategy 'decoupled'"
+    )
+
+
+def _changed_loss(closure: Closure, parameters: Sequence[Parameter], direction: Direction) -> float:
+    saved = [p.tensor.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for p in parameters:
+                p.tensor.copy_(perturbed(p, direction))
+        torch.clear_autocast_cache()
+        # An empty substitution: modules with a fast path (attention) go the same way as in the other forward.
+        return perturbed_loss(closure, [], direction)
+    finally:
+        with torch.no_grad():
+            for p, bytes_before in zip(parameters, saved, strict=True):
+                p.tensor.copy_(bytes_before)
+        torch.clear_autocast_cache()
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b or (isnan(a) and isnan(b))

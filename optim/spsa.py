@@ -1,0 +1,153 @@
+"""SPSA with one byte per probe: Just One Byte (arXiv 2306.10015) on MeZO (arXiv 2305.17333).
+
+    g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)          per probe: one batch, two forward passes
+    send code(g)                                                 one byte
+    theta = theta (1 - lr wd) - lr / n * sum over counted probes of decode(code(g)) * z
+
+z is drawn from (the peer's seed of the round, probe number, parameter, element): seeds never travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite, isqrt
+from typing import Any, ClassVar
+
+import torch
+
+from thinwire.compression.base import Field, Fields, Payload, Turn
+from thinwire.compression.errors import BadPayload
+from thinwire.compression.exact import exact_arithmetic, to_float32
+from thinwire.compression.noise import MAX_PROBES, NoiseKind, Probe, Purpose, uniform_words, update_
+from thinwire.optim import byte_code, options
+from thinwire.optim.base import Closure, Draw, NamedParameters, Own, Share, Strategy, flattened, refuse_names
+from thinwire.optim.clip import clip_limit
+from thinwire.optim.perturb import Direction, NotSubstituted, dry_run, perturbed_loss
+
+CODES = "codes"
+"""The one entry of a payload: uint8 codes, in the order of the probes."""
+
+
+class Spsa(Strategy):
+    """See the module's docstring. The replicated state is the parameters; there is no local state.
+
+    The first `propose` makes a dry run, and raises NotSubstituted for a model that cannot be perturbed.
+    Counters: `dropped_probes`, probes whose g was not finite.
+    """
+
+    needs_grad: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        named_parameters: NamedParameters,
+        *,
+        lr: float,
+        eps: float = 1e-3,
+        probes: int = 16,
+        max_probes: int = 4096,
+        weight_decay: float = 0.0,
+        clip: float = 10.0,
+        noise: NoiseKind = "sign",
+        scale: str = "mean",
+        seed: int = 0,
+    ) -> None:
+        """`probes`: of this peer, in a round; a payload may carry up to `max_probes`.
+
+        `clip`: no |g| counts more than this many times the median |g| of the round. `scale`: what the sum
+        over n probes is divided by, n ("mean") or the root of n ("sqrt", as in the paper).
+        """
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "probes": probes,
+            "max_probes": max_probes,
+            "weight_decay": weight_decay,
+            "clip": clip,
+            "noise": noise,
+            "scale": scale,
+        }
+        self._is_first = True
+        super().__init__(named_parameters, defaults, seed=seed)
+
+    @classmethod
+    def check_options(cls, group: Mapping[str, Any]) -> None:
+        options.real(group, "lr", at_least=0)
+        options.real(group, "eps", above=0)
+        options.whole(group, "max_probes", at_least=1, at_most=MAX_PROBES)
+        options.whole(group, "probes", at_least=1, at_most=group["max_probes"])
+        options.real(group, "weight_decay", at_least=0)
+        options.real(group, "clip", at_least=1)
+        options.choice(group, "noise", ["sign", "gauss"])
+        options.choice(group, "scale", ["mean", "sqrt"])
+
+    # --------------------------------------------------------------------------------- local work
+
+    def fields(self) -> Fields:
+        return {CODES: (Field(torch.uint8, self.option("max_probes")),)}
+
+    def propose(self, draw: Draw, turn: Turn) -> Payload:
+        """Two evaluations per probe, each probe on a batch of its own. Parameters are not written to."""
+        n, eps = self.option("probes"), self.option("eps")
+        words = uniform_words(turn.own_seed, Purpose.CODE, 0, n)
+        pairs = [self._losses(draw(), turn.own_seed, probe) for probe in range(n)]
+        if self._is_first and all(plus == minus for plus, minus in pairs):
+            raise NotSubstituted(
+                "no probe changed the loss: it does not depend on the parameters, or eps is too small"
+            )
+        self._is_first = False
+        gradients = [(plus - minus) / (2 * eps) for plus, minus in pairs]
+        kept = [(plus + minus) / 2 for (plus, minus), g in zip(pairs, gradients, strict=True) if isfinite(g)]
+        self.last_loss = sum(kept) / len(kept) if kept else None
+        self.count("dropped_probes", n - len(kept))
+        codes = [byte_code.encode(g, int(word)) for g, word in zip(gradients, words, strict=True)]
+        return {CODES: (torch.tensor(codes, dtype=torch.uint8),)}
+
+    def _losses(self, closure: Closure, seed: int, probe: int) -> tuple[float, float]:
+        """L(theta + eps z) and L(theta - eps z)."""
+        parameters, eps, kind = self.parameters_in_order(), self.option("eps"), self.option("noise")
+        if self._is_first and probe == 0:
+            # Farther than a probe goes: what is read past the substitution must not drown in rounding.
+            dry_run(closure, parameters, Direction(kind, seed, probe, 16 * eps))
+        ahead, behind = (Direction(kind, seed, probe, e) for e in (eps, -eps))
+        return perturbed_loss(closure, parameters, ahead), perturbed_loss(closure, parameters, behind)
+
+    # --------------------------------------------------------------------------------- replicated work
+
+    def check(self, payload: Payload, turn: Turn) -> None:
+        refuse_names(payload, [CODES])
+        packed = payload[CODES]
+        if len(packed) != 1 or packed[0].dtype != torch.uint8 or packed[0].ndim != 1:
+            raise BadPayload("shape", "codes are one row of bytes")
+        if packed[0].numel() > self.option("max_probes"):
+            raise BadPayload("oversized", f"{packed[0].numel()} probes, {self.option('max_probes')} allowed")
+        if bool((packed[0] == byte_code.NEGATIVE).any()):
+            raise BadPayload("range", f"{byte_code.NEGATIVE:#x} is no code")
+
+    def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
+        """One pass over the parameters. Without a counted probe nothing changes, not by weight decay either."""
+        counted = list(_counted(shares))
+        if not counted:
+            return
+        limit = clip_limit([abs(g) for _, _, g in counted], self.option("clip"))
+        clipped = [(seed, probe, min(max(g, -limit), limit)) for seed, probe, g in counted]
+        divisor = _divisor(len(counted), self.option("scale"))
+        for parameter in self.parameters_in_order():
+            lr = float(parameter.group["lr"]) * turn.lr_factor
+            wd = parameter.group["weight_decay"] if parameter.decays else 0.0
+            terms = [Probe(seed, probe, to_float32(lr / divisor * g)) for seed, probe, g in clipped]
+            with exact_arithmetic(), flattened(parameter.tensor) as theta:
+                decay = to_float32(1.0 - lr * wd)
+                update_(theta, terms, self.option("noise"), parameter.index, decay=decay)
+
+
+def _counted(shares: Sequence[Share]) -> Iterator[tuple[int, int, float]]:
+    """(seed, probe, g) of every probe with a code, in the ledger's order."""
+    for share in shares:
+        for probe, code in enumerate(share.payload[CODES][0].tolist()):
+            if code != byte_code.NOTHING:
+                yield share.seed, probe, byte_code.decode(code)
+
+
+def _divisor(n: int, scale: str) -> float:
+    """n or its root: an integer root is the same on every machine."""
+    return float(n) if scale == "mean" else isqrt(n << 60) / float(1 << 30)
