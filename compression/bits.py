@@ -22,7 +22,7 @@ def pack_bits(values: Tensor, width: int) -> Tensor:
     values = values.to(torch.int64)
     if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < 1 << width:
         raise ValueError(f"values do not fit into {width} bits")
-    pieces = [_pack(chunk, width) for chunk in values.split(_CHUNK)]
+    pieces = [_pack(chunk, width) for chunk in torch.split(values, _CHUNK)]
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8, device=values.device)
 
 

@@ -35,7 +35,7 @@ class Dense:
         if len(packed) != 1 or packed[0].dtype != torch.float32 or packed[0].shape != (part.n_local,):
             raise BadPayload("shape", f"expected {part.n_local} float32 values")
         with exact_arithmetic():
-            for values in packed[0].split(_CHUNK):
+            for values in torch.split(packed[0], _CHUNK):
                 if not bool(values.isfinite().all()):
                     raise BadPayload("nan", "value")
                 if not bool((values.abs() < VALUE_LIMIT).all()):

@@ -55,7 +55,7 @@ def parameter_sum_torch(bits: Tensor, start: int) -> int:
     """The reference: bit patterns as flat int32 or int16. int64 arithmetic wraps around like unsigned."""
     unsigned = (1 << 8 * bits.dtype.itemsize) - 1
     total = 0
-    for i, chunk in enumerate(bits.split(_CHUNK)):
+    for i, chunk in enumerate(torch.split(bits, _CHUNK)):
         first = start + i * _CHUNK
         index = torch.arange(first, first + chunk.numel(), dtype=torch.int64, device=bits.device)
         h = (index * _signed(GOLDEN)) ^ (chunk.to(torch.int64) & unsigned)

@@ -25,7 +25,7 @@ def parameter_sum(bits: Tensor, start: int) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
-def _sum(patterns: Any, start: int, first: int, last: int) -> int:
+def _sum(patterns: Any, start: Any, first: int, last: int) -> Any:
     total = np.uint64(0)
     for i in range(first, last):
         h = ((start + np.uint64(i)) * _GOLDEN) ^ np.uint64(patterns[i])

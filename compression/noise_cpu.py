@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Array = Any
 """A numpy array inside a kernel; numba finds the types."""
 
+Word = Any
+"""A numpy integer or float32 of fixed width inside a kernel."""
+
 _TABLE: Final = np.array(NORMAL_256, dtype=np.float32)
 _MULTIPLIERS: Final = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL: Final = (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))
@@ -44,7 +47,7 @@ def combine(out: Tensor, theta: Tensor, probes: Sequence[Probe], where: Where, d
 @numba.njit(cache=True, nogil=True)
 def _sign_blocks(
     y: Array, x: Array, start: int, first: int, last: int,
-    seeds: Array, tails: Array, coefficients: Array, third: int, decay: float, table: Array,
+    seeds: Array, tails: Array, coefficients: Array, third: Word, decay: Word, table: Array,
 ) -> None:  # fmt: skip
     words = np.empty(128, np.uint32)
     acc = np.empty(4096, np.float32)
@@ -71,7 +74,7 @@ def _sign_blocks(
 @numba.njit(cache=True, nogil=True)
 def _gauss_blocks(
     y: Array, x: Array, start: int, first: int, last: int,
-    seeds: Array, tails: Array, coefficients: Array, third: int, decay: float, table: Array,
+    seeds: Array, tails: Array, coefficients: Array, third: Word, decay: Word, table: Array,
 ) -> None:  # fmt: skip
     words = np.empty(1024, np.uint32)
     acc = np.empty(4096, np.float32)
@@ -90,7 +93,7 @@ def _gauss_blocks(
 
 
 @numba.njit(inline="always")
-def _finish(y: Array, x: Array, acc: Array, start: int, block: int, n_terms: int, decay: float) -> None:
+def _finish(y: Array, x: Array, acc: Array, start: int, block: int, n_terms: int, decay: Word) -> None:
     """y = x * decay - acc where the block overlaps the tensor that begins at the global element `start`."""
     a = max(block * 4096 - start, 0)
     n = min((block + 1) * 4096 - start, x.size) - a
@@ -108,7 +111,7 @@ def _finish(y: Array, x: Array, acc: Array, start: int, block: int, n_terms: int
 
 
 @numba.njit(inline="always")
-def _fill_words(words: Array, n_calls: int, block: int, third: int, fourth: int, seed: int) -> None:
+def _fill_words(words: Array, n_calls: int, block: int, third: Word, fourth: Word, seed: Word) -> None:
     """words[l * n_calls + c] = lane l of call c; n_calls is a power of two, so low + c never carries."""
     number = np.uint64(block) * np.uint64(n_calls)
     low, high = np.uint32(number), np.uint32(number >> _32)
@@ -122,7 +125,7 @@ def _fill_words(words: Array, n_calls: int, block: int, third: int, fourth: int,
 
 
 @numba.njit(inline="always")
-def _philox(x0: int, x1: int, x2: int, x3: int, k0: int, k1: int) -> tuple[int, int, int, int]:
+def _philox(x0: Word, x1: Word, x2: Word, x3: Word, k0: Word, k1: Word) -> tuple[Word, Word, Word, Word]:
     for _ in range(10):
         p0, p1 = np.uint64(x0) * _MULTIPLIERS[0], np.uint64(x2) * _MULTIPLIERS[1]
         x0, x1 = np.uint32(p1 >> _32) ^ x1 ^ k0, np.uint32(p1)

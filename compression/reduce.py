@@ -46,7 +46,7 @@ def l1_norm(values: Tensor) -> float:
         return 0.0
     shift = _BITS - frexp(largest)[1]  # exact, and so is multiplying by a power of two
     total = 0
-    for chunk in flat.split(_CHUNK):
+    for chunk in torch.split(flat, _CHUNK):
         integers = torch.round(chunk.double().abs() * ldexp(1.0, shift))
         total += int(integers.to(torch.int64).sum())
     return float(total) * ldexp(1.0, -shift)
