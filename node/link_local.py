@@ -1,0 +1,392 @@
+"""A swarm of threads in one process: the coordinator's service under a lock, links that call it.
+
+For tests and simulation. Messages are not encoded, but counted as if they were; offers can be lost or late
+by script, in a way that does not depend on timing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from thinwire.compression.errors import SwarmUnreachable
+from thinwire.coordinator.blobs import BlobStore
+from thinwire.coordinator.chain import Chain
+from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.messages import (
+    INLINE_BYTES,
+    PROTOCOL_VERSION,
+    Commit,
+    GenesisBody,
+    Heartbeat,
+    Hello,
+    Message,
+    NodeState,
+    Notice,
+    Offer,
+    Report,
+    SnapshotAt,
+    State,
+    WantSnapshot,
+    Welcome,
+    digest_of,
+    encode_message,
+)
+from thinwire.coordinator.service import Service
+from thinwire.node.link import Digest, LinkEvent, SnapshotRef, Traffic
+
+Script = Callable[[str, int], bool]
+"""(peer id, round) -> whether the fault happens to that peer's offer."""
+
+T = TypeVar("T")
+
+TOKEN = "local"
+BATCH = 64
+PUBLISHED_BLOBS = 2
+
+
+class LocalSwarm:
+    """One run: a `Service`, a thread that gives it the time, and the links that `link` makes.
+
+    `lose`: the offer never arrives; `late`: it arrives when its round has been committed. In both cases
+    nobody waits for it. The same offers count in every execution, but for the evaluator's, which nobody
+    waits for either. An offer of somebody must get through: there are no empty commits.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        blobs: BlobStore,
+        key: Ed25519PrivateKey,
+        *,
+        lose: Script = lambda _peer, _round: False,
+        late: Script = lambda _peer, _round: False,
+    ) -> None:
+        self.changed = threading.Condition(threading.RLock())
+        """Guards the service and everything below; notified when something happened."""
+        self.run_id = ledger.run_id
+        self.public_key: Ed25519PublicKey = key.public_key()
+        self.blobs = blobs
+        self.lose, self._is_late = lose, late
+        self._late: list[tuple[LocalLink, int, Offer]] = []
+        self._links: dict[str, LocalLink] = {}
+        self._sessions = count(1)
+        self._is_closed = False
+        self.service = Service(
+            ledger=ledger,
+            blobs=blobs,
+            key=key,
+            token=TOKEN,
+            send=self._send,
+            on_commit=lambda _round: None,
+            now_s=time.monotonic(),
+            wall_ms=lambda: time.time_ns() // 1_000_000,
+        )
+        self._pump = threading.Thread(target=self._keep_time, name="local-swarm", daemon=True)
+        self._pump.start()
+
+    def link(self, peer_id: str, token: str = TOKEN) -> LocalLink:
+        """A link that is not open yet."""
+        return LocalLink(self, peer_id, token)
+
+    def call(self, what: Callable[[Service, float], T]) -> T:
+        """Runs `what(service, now_s)` alone; everybody who waits looks again afterwards."""
+        with self.changed:
+            if self._is_closed:
+                raise SwarmUnreachable("the local swarm is closed")
+            now_s = time.monotonic()
+            try:
+                return what(self.service, now_s)
+            finally:
+                self._deliver_late(now_s)
+                self.service.tick(now_s)
+                self.changed.notify_all()
+
+    def offer(self, link: LocalLink, session: int, offer: Offer) -> None:
+        """Brings an offer in, unless the script says otherwise."""
+        if self.lose(link.peer_id, offer.round):
+            self.call(lambda service, now_s: service.excuse(link.peer_id, offer.round, now_s))
+        elif self._is_late(link.peer_id, offer.round):
+            with self.changed:
+                self._late.append((link, session, offer))
+            self.call(lambda service, now_s: service.excuse(link.peer_id, offer.round, now_s))
+        else:
+            self.call(lambda service, now_s: service.receive(link.peer_id, session, offer, now_s))
+
+    def new_session(self) -> int:
+        return next(self._sessions)
+
+    def attach(self, link: LocalLink) -> None:
+        """From now on the peer's messages go to this link."""
+        self._links[link.peer_id] = link
+
+    def published_by(self, peer_id: str, digest: Digest) -> bytes | None:
+        """A blob that a node serves now; the node counts it as sent."""
+        with self.changed:
+            link = self._links.get(peer_id)
+            blob = None if link is None else link.published.get(digest)
+            if link is not None and blob is not None:
+                link.sent["snapshot"] += len(blob)
+            return blob
+
+    def close(self) -> None:
+        """Closes every link and ends the thread."""
+        for link in list(self._links.values()):
+            link.close()
+        with self.changed:
+            self._is_closed = True
+            self.changed.notify_all()
+        self._pump.join()
+
+    def _send(self, peer_id: str, message: Message) -> None:
+        link = self._links.get(peer_id)
+        if link is not None:
+            link.deliver(message)
+
+    def _deliver_late(self, now_s: float) -> None:
+        due = [entry for entry in self._late if entry[2].round <= self.service.head]
+        self._late = [entry for entry in self._late if entry not in due]
+        for link, session, offer in due:
+            self.service.receive(link.peer_id, session, offer, now_s)
+
+    def _keep_time(self) -> None:
+        heartbeat_s = 1.0
+        next_beat_s = 0.0
+        with self.changed:
+            while not self._is_closed:
+                now_s = time.monotonic()
+                if now_s >= next_beat_s:
+                    next_beat_s = now_s + heartbeat_s
+                    for link in self._links.values():
+                        link.beat(now_s)
+                self._deliver_late(now_s)
+                wake_s = min(self.service.tick(now_s), next_beat_s)
+                self.changed.notify_all()
+                self.changed.wait(max(0.0, wake_s - now_s))
+
+
+class LocalLink:
+    """`Link` by method calls; see the contract for what each method does."""
+
+    def __init__(self, swarm: LocalSwarm, peer_id: str, token: str) -> None:
+        self.peer_id = peer_id
+        self.run_id = swarm.run_id
+        self.published: OrderedDict[Digest, bytes] = OrderedDict()
+        self.sent: Counter[str] = Counter()
+        self.received: Counter[str] = Counter()
+        self._swarm = swarm
+        self._token = token
+        self._session: int | None = None
+        self._is_closed = False
+        self._events: deque[LinkEvent] = deque(maxlen=1000)
+        self._answers: deque[SnapshotAt] = deque()
+        self._is_wanted = False
+        self._digests: dict[int, Digest] = {0: swarm.run_id}
+        self._own_blobs: frozenset[Digest] = frozenset()
+        self._applied = 0
+
+    @property
+    def head(self) -> int:
+        return self._swarm.service.head
+
+    def open(self, head_round: int | None, head_digest: Digest | None) -> Welcome:
+        hello = Hello(
+            version=PROTOCOL_VERSION,
+            run_id=self.run_id,
+            token=self._token,
+            head_round=head_round,
+            head_digest=head_digest,
+            addresses=(),
+            agent="thinwire local",
+        )
+        self._count(self.sent, "control", hello)
+        welcome = self._swarm.call(lambda service, now_s: self._enter(service, hello, now_s))
+        self._count(self.received, "control", welcome)
+        body = welcome.body
+        own = (body.base, body.held_out, body.corpus)
+        self._own_blobs = frozenset(ref.digest for ref in own if ref is not None)
+        return welcome
+
+    def state(self, state: NodeState) -> None:
+        self._tell(State(state=state))
+
+    def offer(self, offer: Offer) -> None:
+        if offer.payload is None:
+            raise ValueError("offer.payload carries the payload's bytes")
+        session, payload = self._session, offer.payload
+        if session is None or self._is_closed:
+            return
+        self.sent["payload"] += len(payload)
+        if len(payload) > INLINE_BYTES:
+            digest = digest_of(payload)
+            self._swarm.call(lambda service, now_s: self._upload(service, digest, payload, now_s))
+            offer = offer.model_copy(update={"payload": None, "digest": digest})
+            self._count(self.sent, "control", offer)
+        else:
+            self.sent["control"] += len(encode_message(offer)) - len(payload)
+        self._swarm.offer(self, session, offer)
+
+    def commits(self, after: int) -> Iterator[Commit]:
+        chain = Chain(self._swarm.public_key, after, self._digests.get(after))
+        while batch := self._next_commits(chain.round):
+            for commit in batch:
+                if self._is_closed:
+                    return
+                chain.check(commit)
+                self._digests[chain.round] = commit.digest
+                self._applied = chain.round
+                self._count(self.received, "ledger", commit)
+                yield commit
+
+    def snapshot(self) -> SnapshotRef | None:
+        self._answers.clear()
+        self._tell(WantSnapshot())
+        with self._swarm.changed:
+            self._swarm.changed.wait_for(lambda: self._answers or self._is_closed)
+            answer = self._answers.popleft() if self._answers else None
+        if answer is None or answer.holder is None:
+            return None
+        return SnapshotRef(answer.round, answer.digest, answer.n_bytes, answer.holder)
+
+    def publish(self, blob: bytes) -> Digest:
+        digest = digest_of(blob)
+        with self._swarm.changed:
+            self.published[digest] = blob
+            self.published.move_to_end(digest)
+            while len(self.published) > PUBLISHED_BLOBS:
+                self.published.popitem(last=False)
+        return digest
+
+    def fetch(self, digest: Digest, holder: str | None = None) -> bytes:
+        kind = "snapshot" if holder is not None or digest in self._own_blobs else "payload"
+        blob = self._from_coordinator(digest) if holder is None else self._swarm.published_by(holder, digest)
+        if blob is None or digest_of(blob) != digest:
+            where = "the coordinator" if holder is None else holder
+            raise SwarmUnreachable(f"{where} does not serve blob {digest.hex()[:16]}")
+        self.received[kind] += len(blob)
+        return blob
+
+    def report(self, report: Report) -> None:
+        self._tell(report)
+
+    def wanted_snapshot(self) -> bool:
+        with self._swarm.changed:
+            was_wanted, self._is_wanted = self._is_wanted, False
+            return was_wanted
+
+    def events(self) -> Iterator[LinkEvent]:
+        while True:
+            with self._swarm.changed:
+                self._swarm.changed.wait_for(lambda: self._events or self._is_closed)
+                if not self._events:
+                    return
+                event = self._events.popleft()
+            yield event
+
+    def traffic(self) -> Traffic:
+        with self._swarm.changed:
+            return Traffic(dict(self.sent), dict(self.received))
+
+    def close(self) -> None:
+        self._tell(State(state=NodeState.LEAVING))
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the session as a crash of the node does: without a word."""
+        with self._swarm.changed:
+            self._is_closed = True
+            session, self._session = self._session, None
+            if session is not None:
+                self._swarm.call(lambda service, now_s: service.closed(self.peer_id, session, now_s))
+            self._swarm.changed.notify_all()
+
+    def deliver(self, message: Message) -> None:
+        """A message from the coordinator; called under the swarm's lock."""
+        if not isinstance(message, Heartbeat):
+            self._count(self.received, "control", message)
+        match message:
+            case SnapshotAt():
+                self._answers.append(message)
+            case WantSnapshot():
+                self._is_wanted = True
+            case Notice(text=text, warning=warning):
+                self._events.append(LinkEvent(text, warning))
+            case _:
+                pass
+
+    def beat(self, now_s: float) -> None:
+        """A heartbeat, under the swarm's lock."""
+        if self._session is None:
+            return
+        beat = Heartbeat(
+            round=self._applied,
+            sent_bytes=self.sent.total(),
+            received_bytes=self.received.total(),
+            payload_bytes=self.sent["payload"],
+        )
+        self._swarm.service.receive(self.peer_id, self._session, beat, now_s)
+
+    def _tell(self, message: Message) -> None:
+        session = self._session
+        if session is None or self._is_closed:
+            return
+        self._count(self.sent, "control", message)
+        self._swarm.call(lambda service, now_s: service.receive(self.peer_id, session, message, now_s))
+
+    def _enter(self, service: Service, hello: Hello, now_s: float) -> Welcome:
+        session = self._swarm.new_session()
+        welcome = service.open(self.peer_id, session, hello, now_s)
+        self._session = session
+        self._swarm.attach(self)
+        return welcome
+
+    def _upload(self, service: Service, digest: Digest, payload: bytes, now_s: float) -> None:
+        if digest not in self._swarm.blobs:
+            service.may_store(self.peer_id, len(payload))
+            self._swarm.blobs.put(digest, payload)
+        service.blob_arrived(self.peer_id, digest, now_s)
+
+    def _next_commits(self, after: int) -> list[Commit]:
+        """Blocks; empty once the link is closed."""
+        with self._swarm.changed:
+            self._swarm.changed.wait_for(lambda: self._is_closed or self.head > after)
+            return [] if self._is_closed else self._swarm.service.commits(after, BATCH)
+
+    def _from_coordinator(self, digest: Digest) -> bytes | None:
+        with self._swarm.changed:
+            return self._swarm.blobs.read(digest) if digest in self._swarm.blobs else None
+
+    def _count(self, counter: Counter[str], kind: str, message: Message) -> None:
+        counter[kind] += len(encode_message(message))
+
+
+@contextmanager
+def local_swarm(
+    folder: Path,
+    genesis: GenesisBody,
+    key: Ed25519PrivateKey,
+    *,
+    blobs: Iterable[bytes] = (),
+    lose: Script = lambda _peer, _round: False,
+    late: Script = lambda _peer, _round: False,
+) -> Iterator[LocalSwarm]:
+    """A new run in an empty folder, or the one that is in it. `blobs`: base weights and texts of the run."""
+    path = folder / "ledger.db"
+    ledger = Ledger.open(path, key.public_key()) if path.exists() else Ledger.create(path, genesis, key)
+    store = BlobStore(folder / "blobs", quota_bytes=2**30)
+    for blob in blobs:
+        store.put(digest_of(blob), blob)
+    swarm = LocalSwarm(ledger, store, key, lose=lose, late=late)
+    try:
+        yield swarm
+    finally:
+        swarm.close()
+        ledger.close()
