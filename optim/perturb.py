@@ -90,11 +90,15 @@ def _reads_values(func: Callable[..., Any]) -> bool:
 
 @torch.no_grad()
 def perturbed(parameter: Parameter, direction: Direction) -> Tensor:
-    """theta + eps z in a new tensor with the strides of theta."""
+    """theta + eps z in a new tensor with all that kernels choose their order of sums by."""
     theta, d = parameter.tensor.detach(), direction
     scratch = perturb(theta.contiguous(), d.eps, d.kind, d.seed, parameter.index, d.probe)
-    # Kernels may choose another order of sums for other strides: keep, say, channels_last.
-    return scratch if theta.is_contiguous() else torch.empty_like(theta).copy_(scratch)
+    if not theta.is_contiguous():  # channels_last, say
+        scratch = torch.empty_like(theta).copy_(scratch)
+    # Even under no_grad, torch's matmul folds batches or not by whether the weight (or what it is a view of)
+    # requires a gradient. A view it shall be: autocast keeps casts of leaves that are none in a cache.
+    base = scratch.detach().requires_grad_(parameter.tensor.requires_grad)
+    return base.view_as(base)
 
 
 def perturbed_loss(closure: Closure, parameters: Sequence[Parameter], direction: Direction) -> float:
@@ -154,8 +158,8 @@ def dry_run(closure: Closure, parameters: Sequence[Parameter], direction: Direct
     ]
     raise NotSubstituted(
         f"the model reads parameters past the perturbation: {', '.join(names) or 'unclear which'}. Use them "
-        "through torch functions on the parameters themselves (no aliases kept elsewhere, no scripted modules, "
-        "no caches), or train with the strategy 'decoupled'"
+        "through torch functions on the parameters themselves (no aliases kept elsewhere, no caches, no "
+        "scripted modules), or train with the strategy 'decoupled'"
     )
 
 

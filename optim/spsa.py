@@ -124,7 +124,7 @@ class Spsa(Strategy):
             raise BadPayload("range", f"{byte_code.NEGATIVE:#x} is no code")
 
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
-        """One pass over the parameters. Without a counted probe nothing changes, not by weight decay either."""
+        """One pass over the parameters. Without a counted probe nothing changes, not even by weight decay."""
         counted = list(_counted(shares))
         if not counted:
             return
