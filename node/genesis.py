@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgpack
 import torch
@@ -30,7 +28,7 @@ from thinwire.coordinator.settings import parse_settings
 from thinwire.node.config import RunConfig
 from thinwire.node.tasks import Task
 from thinwire.optim.base import Strategy, canonical_name
-from thinwire.optim.registry import build_strategy
+from thinwire.optim.registry import build_strategy, complete_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +47,7 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
     layout = layout_of(strategy, task)
     base = _read_base(Path(config.run.base), layout) if config.run.base else None
     held_out, corpus = task.held_out(), task.corpus()
-    public = config.model_copy(
-        update={
-            "run": config.run.model_copy(
-                update={"base": None}
-            ),  # a path of this machine, no business of others
-            "task": config.task.model_copy(update={"corpus": "run"} if corpus is not None else {}),
-            "strategy": full_options(config.strategy, strategy),
-        }
-    )
-    text = public.to_json()
+    text = public_config(config, task).to_json()
     body = GenesisBody(
         protocol=PROTOCOL_VERSION,
         config=text,
@@ -74,10 +63,16 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
     return Genesis(body, tuple(blob for blob in (base, held_out, corpus) if blob is not None))
 
 
-def full_options(options: Mapping[str, Any], strategy: Strategy) -> dict[str, Any]:
-    """The strategy's options with every default spelled out: a later version's defaults change no run."""
-    known = {k: v for k, v in strategy.defaults.items() if isinstance(v, bool | int | float | str)}
-    return {**known, **options}
+def public_config(config: RunConfig, task: Task) -> RunConfig:
+    """What goes into record 0: defaults spelled out, and no path of the coordinator's machine."""
+    corpus = {"corpus": "run"} if task.corpus() is not None else {}
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"base": None}),
+            "task": config.task.model_copy(update=corpus),
+            "strategy": complete_config(config.strategy),
+        }
+    )
 
 
 def layout_of(strategy: Strategy, task: Task) -> tuple[LayoutEntry, ...]:

@@ -1,0 +1,108 @@
+"""`thinwire coordinator`: record 0 for a new run, then the server until the run ends or is stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry
+
+from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.files import write_aside
+from thinwire.coordinator.identity import load_or_create, peer_id_of
+from thinwire.coordinator.metrics import CoordinatorCollector
+from thinwire.coordinator.server import CoordinatorServer
+from thinwire.coordinator.state import StateDir
+from thinwire.node.config import RunConfig, load_config
+from thinwire.node.genesis import make_genesis, public_config
+from thinwire.node.metrics import serve
+from thinwire.node.tasks import Task, make_task
+
+if TYPE_CHECKING:
+    from thinwire.node.cli import Stop
+
+log = logging.getLogger("thinwire.coordinator")
+
+
+def coordinate(
+    *,
+    run_file: Path,
+    state: Path | None,
+    host: str,
+    port: int,
+    announce: tuple[str, ...],
+    overrides: Mapping[str, Any],
+    import_path: str | None,
+    http: tuple[str, int] | None,
+    stop: Stop,
+) -> None:
+    """Serves until the last round is acknowledged or `stop` is set. Prints the ticket on stdout.
+
+    Raises ConfigError (configuration, taken port, a state directory in use or of another run), LedgerCorrupt.
+    """
+    config = load_config(run_file, overrides)
+    task = make_task(config.task, import_path, None)
+    folder = state or Path(f"{config.run.name}-coordinator")
+    with StateDir(folder) as state_dir:
+        server = _server(state_dir, config, task, host=host, port=port, announce=announce)
+        asyncio.run(_serve(server, folder, http, stop))
+
+
+def _server(state: StateDir, config: RunConfig, task: Task, **where: Any) -> CoordinatorServer:
+    """A new run in an empty directory, else the run that is there if it is the same one."""
+    if not state.ledger_path.exists():
+        coordinator = peer_id_of(load_or_create(state.key_path).public_key())
+        genesis = make_genesis(config, task, coordinator, time.time_ns() // 10**6)
+        log.info("new run %s, kept in %s", config.run.name, state.path)
+        return CoordinatorServer(state, genesis=genesis.body, blobs=genesis.blobs, **where)
+    server = CoordinatorServer(state, **where)
+    there = json.loads(server.ledger.genesis.config)
+    differences = _differences(there, public_config(config, task).model_dump())
+    if differences:
+        server.ledger.close()
+        raise ConfigError(
+            f"{state.path} holds a run with another configuration: {'; '.join(differences)}. "
+            f"A run's configuration cannot change: name another --state for a new run."
+        )
+    log.info("going on with run %s after round %d", config.run.name, server.ledger.head_round)
+    return server
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(there.keys() | here.keys()):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} is {old!r} there, {new!r} here")
+    return found
+
+
+async def _serve(server: CoordinatorServer, folder: Path, http: tuple[str, int] | None, stop: Stop) -> None:
+    registry = CollectorRegistry()
+    registry.register(CoordinatorCollector(server.status))
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    stop.on_stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
+    with serve(registry, http):
+        try:
+            await server.start()
+            print(server.ticket.text, flush=True)  # noqa: T201 - data goes to stdout
+            log.info("the line above is the ticket. On any machine: thinwire join TICKET")
+            finished = asyncio.create_task(server.run_until_finished())
+            leave = asyncio.create_task(stopped.wait())
+            await asyncio.wait({finished, leave}, return_when=asyncio.FIRST_COMPLETED)
+            leave.cancel()
+            if finished.done():
+                finished.result()
+                write_aside(folder / "result.json", json.dumps(server.status()).encode())
+                log.info("the run is over after round %d", server.ledger.head_round)
+            finished.cancel()
+        finally:
+            await server.stop()
