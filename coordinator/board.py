@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
+from typing import Any
 
 from thinwire.coordinator.messages import CommitBody, Heartbeat
 
@@ -27,6 +29,10 @@ class PeerFigures:
     received_bytes: int = 0
     payload_bytes: int = 0
 
+    def figures(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "fingerprint": None if self.fingerprint is None else self.fingerprint.hex()}
+
 
 @dataclass(slots=True)
 class Board:
@@ -34,12 +40,13 @@ class Board:
 
     n_params: int
     peers: dict[int, PeerFigures] = field(default_factory=dict)
-    rejected: Counter[str] = field(default_factory=Counter)
     mismatches: int = 0
     loss: float | None = None
     n_commits: int = 0
     n_offers: int = 0
     payload_bytes: int = 0
+    total_duration_s: float = 0.0
+    n_durations: int = 0
     durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
     _fingerprints: dict[int, dict[int, bytes]] = field(default_factory=dict)
 
@@ -56,6 +63,27 @@ class Board:
             peer = self.peer(offer.peer)
             peer.offers_counted += 1
             peer.loss = offer.loss
+
+    def round_closed(self, duration_s: float, missing: Iterable[int]) -> None:
+        """`missing`: peers that were awaited until the round closed without them."""
+        self.durations_s.append(duration_s)
+        self.total_duration_s += duration_s
+        self.n_durations += 1
+        for index in missing:
+            self.peer(index).offers_missed += 1
+
+    def figures(self) -> dict[str, Any]:
+        """JSON-able; those of peers apart."""
+        return {
+            "loss": self.loss,
+            "round_s": self.round_s,
+            "timed_rounds": self.n_durations,
+            "timed_rounds_s": self.total_duration_s,
+            "payload_bytes_per_peer_round": self.payload_bytes_per_offer,
+            "mismatches": self.mismatches,
+            "n_params": self.n_params,
+            "ddp_bytes_per_peer_round": self.ddp_bytes_per_peer_round,
+        }
 
     def heartbeat(self, index: int, beat: Heartbeat) -> None:
         peer = self.peer(index)

@@ -153,7 +153,7 @@ class Ledger:
         return self._indices.get(peer_id)
 
     def peers(self) -> dict[int, str]:
-        """All that were ever admitted: index -> peer id."""
+        """All that were ever admitted, in order: index -> peer id."""
         return dict(self._peer_ids)
 
     def peer_id(self, index: int) -> str:

@@ -42,7 +42,7 @@ class BytesArrived:
 
 @dataclass(frozen=True, slots=True)
 class Excused:
-    """The peer will make no offer in this round: nobody waits for it."""
+    """No offer of the peer's will come in this round: nobody waits for it; one without bytes is dropped."""
 
     peer: int
     round: int
@@ -167,7 +167,7 @@ class Rounds:
                 self._arrived(digest, now_s)
             case Excused(peer, round_):
                 if round_ == self.round:
-                    self.expected.discard(peer)
+                    self._excuse(peer)
             case TimePassed():
                 pass
         if self.opened_s is None and not self.is_over and len(self.training) >= self._min_peers:
@@ -224,6 +224,12 @@ class Rounds:
             for peer, kept in self._past.late.items():
                 if kept.digest == digest:
                     self._has_bytes_late(peer, self._past, now_s)
+
+    def _excuse(self, peer: int) -> None:
+        self.expected.discard(peer)
+        kept = self._offers.get(peer)
+        if kept is not None and not kept.has_bytes:
+            del self._offers[peer]
 
     def _has_bytes(self, peer: int, now_s: float) -> None:
         kept = self._offers[peer]

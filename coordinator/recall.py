@@ -1,0 +1,53 @@
+"""What a coordinator knows again after a restart: all of it comes from the ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.blobs import PROTECTED_ROUNDS, BlobStore
+from thinwire.coordinator.board import Board
+from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.messages import CommitBody
+from thinwire.coordinator.reports import Reports
+
+RECALLED_COMMITS = 3
+"""The peers of this many last commits stay expected for a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """`training`: peers of the last commits; `evaluator`: the last one named; `resting`: the head's."""
+
+    training: frozenset[int]
+    evaluator: int | None
+    resting: int | None
+
+
+def recall(ledger: Ledger, blobs: BlobStore, board: Board, reports: Reports) -> Recalled:
+    """Reads the whole ledger once. Raises ConfigError if a blob of the run's own is not in the store."""
+    training: set[int] = set()
+    evaluator = resting = None
+    for commit in ledger.all_commits():
+        body = commit.body
+        board.committed(body)
+        reports.recall(body)
+        if body.round > ledger.head_round - RECALLED_COMMITS:
+            training.update(offer.peer for offer in body.offers)
+        if body.round > ledger.head_round - PROTECTED_ROUNDS:
+            _mark(blobs, body)
+        resting = body.evaluator
+        evaluator = evaluator if resting is None else resting
+    for ref in (ledger.genesis.base, ledger.genesis.held_out, ledger.genesis.corpus):
+        if ref is None:
+            continue
+        if ref.digest not in blobs:
+            raise ConfigError(f"blob {ref.digest.hex()} of the run is missing: put it into the blob store")
+        blobs.pin(ref.digest)
+    return Recalled(frozenset(training), evaluator, resting)
+
+
+def _mark(blobs: BlobStore, body: CommitBody) -> None:
+    for offer in body.offers:
+        if offer.digest is not None:
+            blobs.mark(offer.digest, body.round)
