@@ -1,0 +1,393 @@
+"""One suite over every strategy: what a swarm may rely on, whatever is sent.
+
+A row is a strategy's config, as it stands in a run's record 0. The swarm is a list of replicas that exchange
+the bytes of their payloads; which offers are lost is scripted.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thinwire.compression import wire
+from thinwire.compression.base import Payload, Turn
+from thinwire.compression.errors import BadPayload
+from thinwire.compression.exact import to_float32
+from thinwire.compression.fingerprint import fingerprint, parameter_sum
+from thinwire.compression.noise import initial_values
+from thinwire.optim.base import Closure, Own, Share
+from thinwire.optim.registry import build_strategy
+
+ROWS: dict[str, dict[str, Any]] = {
+    "spsa sign": {"name": "spsa", "lr": 1e-2, "probes": 3, "weight_decay": 0.1},
+    "spsa gauss": {"name": "spsa", "lr": 1e-2, "probes": 3, "noise": "gauss", "scale": "sqrt"},
+}
+for compressor_name, compressor in {
+    "dct_topk 1": {"name": "dct_topk", "k": 32, "bits": 1},
+    "dct_topk 8": {"name": "dct_topk", "k": 64, "group_size": 1024, "bits": 8},
+    "dense": {"name": "dense"},
+}.items():
+    for sign in (True, False):
+        ROWS[f"decoupled {compressor_name} {'sign' if sign else 'plain'}"] = {
+            "name": "decoupled",
+            "compressor": compressor,
+            "lr": 1e-2,
+            "beta": 0.9,
+            "sign": sign,
+            "weight_decay": 0.1,
+        }
+
+LAYOUT = wire.layout_hash(b"the layout of this suite")
+PAYLOADS = Path(__file__).parent.parent / "golden" / "strategy_payloads.json"
+MAX_BYTES = 1 << 20
+
+
+class Net(nn.Module):
+    """Two groups of 4096 in one matrix, short groups, vectors and a scalar; exact initial weights."""
+
+    def __init__(self, width: int = 211) -> None:
+        super().__init__()
+        shapes = {"a": (width, 24), "b": (width,), "c": (5, width), "temperature": ()}
+        for i, (name, shape) in enumerate(shapes.items()):
+            n = torch.Size(shape).numel()
+            self.register_parameter(name, nn.Parameter(initial_values(77, i, 0, n, 0.2).view(shape)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(F.linear(x, self.a, self.b))
+        return F.linear(hidden, self.c) * (1 + self.temperature)
+
+
+def batch_loss(model: nn.Module, seed: int) -> Closure:
+    """A fixed batch: which fifth of the inputs has the largest sum."""
+    x = torch.randn(16, 24, generator=torch.Generator().manual_seed(seed))
+    target = torch.stack([part.sum(1) for part in x.tensor_split(5, dim=1)], dim=1).argmax(1)
+    return lambda: F.cross_entropy(model(x), target)
+
+
+@dataclass
+class Replica:
+    """One peer: model, strategy, and the bytes of what it offers."""
+
+    config: dict[str, Any]
+    peer: int
+    width: int = 211
+    model: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = Net(self.width)
+        self.strategy = build_strategy(self.config, self.model.named_parameters())
+        self.model.train(self.strategy.needs_grad)
+
+    def seed(self, round: int) -> int:
+        return (self.peer + 1) * 0x9E3779B97F4A7C15 + round & (1 << 64) - 1
+
+    def turn(self, round: int) -> Turn:
+        return Turn(round, 0xABCDEF0123456789 + round, self.seed(round), to_float32(1 / round))
+
+    def offer(self, round: int) -> bytes:
+        n_drawn = 0
+
+        def draw() -> Closure:
+            nonlocal n_drawn
+            n_drawn += 1
+            return batch_loss(self.model, 1000 * round + 100 * self.peer + n_drawn)
+
+        payload = self.strategy.propose(draw, self.turn(round))
+        return wire.encode(payload, self.strategy.fields(), round, LAYOUT)
+
+    def decode(self, data: bytes, round: int) -> Payload:
+        return wire.decode(data, self.strategy.fields(), round, LAYOUT, MAX_BYTES)
+
+    def apply(self, round: int, seeds_and_bytes: list[tuple[int, bytes]], own: Own) -> None:
+        """As a node does it: what does not pass `check` is left out."""
+        turn, shares = self.turn(round), []
+        for seed, data in seeds_and_bytes:
+            payload = self.decode(data, round)
+            try:
+                self.strategy.check(payload, turn)
+            except BadPayload:
+                continue
+            shares.append(Share(seed, 1, payload))
+        self.strategy.apply(shares, turn, own)
+
+    def print(self) -> str:
+        sums = {p.name: parameter_sum(p.tensor.detach()) for p in self.strategy.parameters_in_order()}
+        return fingerprint(sums).hex()
+
+
+Ledger = list[tuple[int, list[tuple[int, bytes]]]]
+"""Rounds with (seed, payload) of what counted."""
+
+
+def swarm(row: str, n_peers: int, width: int = 211) -> list[Replica]:
+    return [Replica(ROWS[row], peer, width) for peer in range(n_peers)]
+
+
+def run_round(replicas: list[Replica], round: int, lost: set[int] | None = None) -> list[tuple[int, bytes]]:
+    """Everybody proposes; the offers of `lost` peers miss the commit; everybody applies it."""
+    lost = lost or set()
+    offers = {r.peer: r.offer(round) for r in replicas}
+    counted = [(r.seed(round), offers[r.peer]) for r in replicas if r.peer not in lost]
+    for r in replicas:
+        r.apply(round, counted, "missed" if r.peer in lost else "counted")
+    return counted
+
+
+def run(replicas: list[Replica], rounds: range, lost: dict[int, set[int]] | None = None) -> Ledger:
+    return [(r, run_round(replicas, r, (lost or {}).get(r))) for r in rounds]
+
+
+def replay(row: str, ledger: Ledger) -> str:
+    """The fingerprint of a replica that only follows."""
+    follower = Replica(ROWS[row], peer=99)
+    for round_, counted in ledger:
+        follower.apply(round_, counted, None)
+    return follower.print()
+
+
+@contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+every_row = pytest.mark.parametrize("row", ROWS)
+
+
+@every_row
+@pytest.mark.parametrize("n_peers", [2, 4, 8])
+def test_replicas_stay_equal_when_offers_are_lost(row: str, n_peers: int) -> None:
+    replicas = swarm(row, n_peers)
+    lost = {2: {0}, 3: {n_peers - 1}, 4: set(range(1, n_peers)), 5: {0}}
+    for round_ in range(1, 7):
+        before = replicas[0].print()
+        run_round(replicas, round_, lost.get(round_))
+        prints = {r.print() for r in replicas}
+        assert len(prints) == 1
+        assert before not in prints
+
+
+@every_row
+def test_a_follower_ends_with_the_same_bits(row: str) -> None:
+    replicas = swarm(row, 3)
+    ledger = run(replicas, range(1, 5), {2: {1}})
+    assert replay(row, ledger) == replicas[0].print()
+
+
+@every_row
+def test_threads_do_not_change_the_replica(row: str) -> None:
+    replicas = swarm(row, 2)
+    with torch_threads(1):
+        ledger = run(replicas, range(1, 4))
+        one = replay(row, ledger)
+    with torch_threads(3):
+        assert replay(row, ledger) == one == replicas[0].print()
+
+
+@every_row
+def test_kernels_do_not_change_the_replica(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba", reason="the numba kernels are an extra")
+    monkeypatch.setenv("THINWIRE_KERNELS", "numba")
+    replicas = swarm(row, 2)
+    ledger = run(replicas, range(1, 4))
+    monkeypatch.setenv("THINWIRE_KERNELS", "torch")
+    assert replay(row, ledger) == replicas[0].print()
+
+
+@every_row
+def test_autocast_and_grad_mode_of_the_caller_do_not_matter(row: str) -> None:
+    replicas = swarm(row, 2)
+    ledger = run(replicas, range(1, 3))
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
+        assert replay(row, ledger) == replicas[0].print()
+
+
+@every_row
+def test_propose_leaves_the_parameters_alone(row: str) -> None:
+    (replica,) = swarm(row, 1)
+    before = replica.print()
+    replica.offer(1)
+    assert replica.print() == before
+    assert all(p.grad is None for p in replica.model.parameters())
+
+
+# ------------------------------------------------------------------------------------------- state
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    """Equal values, types and dtypes all the way down."""
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert a.contiguous().view(torch.uint8).equal(b.contiguous().view(torch.uint8)) if a.ndim else a == b
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_bits(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same_bits(x, y)
+    else:
+        assert a == b
+
+
+def restarted(replica: Replica) -> Replica:
+    """A new process: parameters and the strategy's state come from disk."""
+    file = io.BytesIO()
+    torch.save({"model": replica.model.state_dict(), "strategy": replica.strategy.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = Replica(replica.config, replica.peer, replica.width)
+    other.model.load_state_dict(saved["model"])
+    other.strategy.load_state_dict(saved["strategy"])
+    return other
+
+
+@every_row
+def test_a_restart_in_the_middle_of_a_round_changes_nothing(row: str) -> None:
+    """Saved after the offer of round 3 was sent and before its commit, which misses it."""
+    uninterrupted, interrupted = swarm(row, 2), swarm(row, 2)
+    for replicas in (uninterrupted, interrupted):
+        run(replicas, range(1, 3))
+        offers = [r.offer(3) for r in replicas]
+        if replicas is interrupted:
+            saved = [copy.deepcopy(r.strategy.state_dict()) for r in replicas]
+            replicas[:] = [restarted(r) for r in replicas]
+            assert_same_bits([r.strategy.state_dict() for r in replicas], saved)
+        for r in replicas:
+            r.apply(3, [(replicas[0].seed(3), offers[0])], "missed" if r.peer else "counted")
+        run(replicas, range(4, 6))
+    for a, b in zip(uninterrupted, interrupted, strict=True):
+        assert a.print() == b.print()
+        assert_same_bits(a.strategy.state_dict(), b.strategy.state_dict())
+
+
+@every_row
+def test_loaded_state_is_a_copy(row: str) -> None:
+    first, second = swarm(row, 1)[0], swarm(row, 1)[0]
+    first.offer(1)
+    saved = copy.deepcopy(first.strategy.state_dict())
+    second.strategy.load_state_dict(first.strategy.state_dict())
+    first.apply(1, [], "missed")
+    first.offer(2)
+    assert_same_bits(second.strategy.state_dict(), saved)
+
+
+# ------------------------------------------------------------------------------------------- bad payloads
+
+
+def broken(payload: Payload) -> Iterator[tuple[str, Payload]]:
+    """Everything that can be wrong with the tensors of a payload, one at a time."""
+    yield "no names", {}
+    yield "an unknown name", {**payload, "intruder": next(iter(payload.values()))}
+    for name, packed in payload.items():
+        yield f"{name} missing", {n: p for n, p in payload.items() if n != name}
+        yield f"{name} has a tensor less", {**payload, name: packed[:-1]}
+        yield f"{name} has a tensor more", {**payload, name: (*packed, packed[0])}
+        for i, t in enumerate(packed):
+            for what, other in broken_tensors(t):
+                yield f"{name}[{i}] {what}", {**payload, name: (*packed[:i], other, *packed[i + 1 :])}
+
+
+def broken_tensors(t: Tensor) -> Iterator[tuple[str, Tensor]]:
+    yield "of another type", t.to(torch.int64)
+    yield "of two dimensions", t[None]
+    yield "too long", torch.cat([t, t.new_ones(5000)])
+    if t.is_floating_point():
+        yield "with a NaN", torch.cat([t.new_full((1,), float("nan")), t[1:]])
+        yield "with an infinity", torch.cat([t.new_full((1,), float("inf")), t[1:]])
+
+
+@every_row
+def test_check_refuses_what_is_wrong(row: str) -> None:
+    (replica,) = swarm(row, 1)
+    turn = replica.turn(1)
+    payload = replica.decode(replica.offer(1), 1)
+    replica.strategy.check(payload, turn)
+    for what, bad in broken(payload):
+        try:
+            replica.strategy.check(bad, turn)
+        except BadPayload:
+            continue
+        pytest.fail(f"accepted a payload with {what}")
+
+
+def spoilt(replica: Replica, data: bytes, round: int) -> bytes:
+    """Well-formed bytes whose values are bad."""
+    payload = replica.decode(data, round)
+    name = next(iter(payload))
+    first = payload[name][0]
+    bad = torch.full_like(first, 0x80 if first.dtype == torch.uint8 else float("nan"))
+    payload[name] = (bad, *payload[name][1:])
+    return wire.encode(payload, replica.strategy.fields(), round, LAYOUT)
+
+
+@every_row
+def test_a_bad_payload_is_left_out_by_everybody(row: str) -> None:
+    replicas, without = swarm(row, 3), swarm(row, 3)
+    offers = [r.offer(1) for r in replicas]
+    for r in without:
+        r.offer(1)
+    good = [(replicas[i].seed(1), offers[i]) for i in (0, 2)]
+    bad = (replicas[1].seed(1), spoilt(replicas[1], offers[1], 1))
+    for r, other in zip(replicas, without, strict=True):
+        own: Own = "missed" if r.peer == 1 else "counted"
+        r.apply(1, [good[0], bad, good[1]], own)
+        other.apply(1, good, own)
+    assert {r.print() for r in replicas} == {without[0].print()}
+    run_round(replicas, 2)
+    assert len({r.print() for r in replicas}) == 1
+
+
+@every_row
+def test_a_round_without_good_payloads_changes_nothing(row: str) -> None:
+    (replica,) = swarm(row, 1)
+    data = replica.offer(1)
+    before = replica.print()
+    replica.apply(1, [(replica.seed(1), spoilt(replica, data, 1))], "missed")
+    assert replica.print() == before
+
+
+# ------------------------------------------------------------------------------------------- golden bytes
+
+
+def golden_payloads(row: str) -> list[list[str]]:
+    """Payloads per round, as hex. Making them is local work, which may differ between machines: they are
+    committed. THINWIRE_WRITE_GOLDEN=1 makes them anew."""
+    if os.environ.get("THINWIRE_WRITE_GOLDEN") == "1":
+        replicas = swarm(row, 3, width=13)
+        made = [[data.hex() for _, data in counted] for _, counted in run(replicas, range(1, 3))]
+        known = json.loads(PAYLOADS.read_text()) if PAYLOADS.exists() else {}
+        PAYLOADS.write_text(json.dumps({**known, row: made}, indent=0, sort_keys=True) + "\n")
+    payloads: list[list[str]] = json.loads(PAYLOADS.read_text())[row]
+    return payloads
+
+
+@every_row
+def test_golden(row: str, golden: Callable[[dict[str, str]], None], kernels: str) -> None:
+    """`apply` of committed payloads gives the committed fingerprints, on any machine, with any kernels."""
+    rounds = golden_payloads(row)
+    replica, prints = Replica(ROWS[row], peer=99, width=13), {}
+    for round_, payloads in enumerate(rounds, start=1):
+        shares = [(Replica.seed(replica, 7 * i + round_), bytes.fromhex(p)) for i, p in enumerate(payloads)]
+        replica.apply(round_, shares, None)
+        prints[f"{row}, round {round_}"] = replica.print()
+    golden(prints)
