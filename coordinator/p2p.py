@@ -87,8 +87,7 @@ class Host:
         """Connects to a peer, trying all addresses at once. Raises SwarmUnreachable: why each one failed."""
         if not addresses:
             raise SwarmUnreachable(f"no address of {peer_id} is known")
-        knocks = await asyncio.gather(*(knock(address, timeout_s) for address in addresses))
-        failed = {a: why for a, why in zip(addresses, knocks, strict=True) if why is not None}
+        failed = await _knock_everywhere(addresses, timeout_s)
         answering = [a for a in addresses if a not in failed]
         if answering:
             why = await self._connect(peer_id, answering, timeout_s)
@@ -213,7 +212,7 @@ async def start_p2p(
         )
         async with asyncio.timeout(_START_TIMEOUT_S):
             daemon_pid = await _ready(keeper)
-            p2p_class = type("_P2P", (hivemind.P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
+            p2p_class: Any = type("_P2P", (hivemind.P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
             p2p = await p2p_class.replicate(hivemind.Multiaddr(f"/unix{folder}/p2pd.sock"))
         bound = [a["tcp"] for a in await p2p.get_visible_maddrs() if "tcp" in a]
     except BaseException as e:
@@ -320,6 +319,24 @@ def _remove_if_stale(folder: Path) -> None:
         return  # in use
     finally:
         os.close(lock_fd)
+
+
+async def _knock_everywhere(addresses: Sequence[str], timeout_s: float) -> dict[str, str]:
+    """Address -> why it does not answer; those that are slower than another one by 1 s are left out."""
+    tasks = {asyncio.create_task(knock(a, timeout_s)): a for a in dict.fromkeys(addresses)}
+    waiting, left_s = set(tasks), timeout_s + 1.0
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            break
+        if any(task.result() is None for task in done):
+            left_s = 1.0
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    slow = {tasks[task]: "slower than the others" for task in waiting}
+    answers = {a: task.result() for task, a in tasks.items() if task not in waiting}
+    return slow | {a: why for a, why in answers.items() if why is not None}
 
 
 def _reason_for(address: str, answer: str) -> str:

@@ -1,0 +1,187 @@
+"""Blobs over a stream: GET and PUT, one request after the other, both ends.
+
+GET digest     -> SIZE n, CHUNK ..., END digest    or NO reason
+PUT digest, n  -> GO; CHUNK ..., END digest -> DONE    or DONE at once (it is here already)    or NO reason
+
+A stream that is cut ends like a complete one, so the size, the END frame and the digest must all fit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Callable
+from typing import BinaryIO, Protocol
+
+from thinwire.compression.errors import SwarmUnreachable
+from thinwire.coordinator.messages import BadMessage, digest_of
+from thinwire.coordinator.streams import CHUNK_BYTES, BadFrame, Frame, Kind, Limits, Purpose, Stream
+
+_DIGEST_BYTES = 32
+_SIZE = struct.Struct(">Q")
+_MAX_NO_BYTES = 2000
+
+STALL_S = 30.0
+"""A transfer in which nothing moves for this long is given up."""
+
+_REQUESTS: Limits = {Kind.GET: _DIGEST_BYTES, Kind.PUT: _DIGEST_BYTES + _SIZE.size}
+_DATA: Limits = {Kind.CHUNK: CHUNK_BYTES, Kind.END: _DIGEST_BYTES}
+_ANSWER_GET: Limits = {Kind.SIZE: _SIZE.size, Kind.NO: _MAX_NO_BYTES}
+_ANSWER_PUT: Limits = {Kind.GO: 0, Kind.DONE: 0, Kind.NO: _MAX_NO_BYTES}
+_ANSWER_END: Limits = {Kind.DONE: 0, Kind.NO: _MAX_NO_BYTES}
+
+
+class NotServed(SwarmUnreachable):
+    """The other end is alive and says no; the stream can go on."""
+
+
+class Sink(Protocol):
+    """Takes an upload, like `blobs.BlobWriter`. `finish` raises BadMessage if the digest does not fit."""
+
+    def write(self, chunk: bytes) -> None: ...
+    def finish(self) -> int: ...
+    def abort(self) -> None: ...
+
+
+class Shelf(Protocol):
+    """What a server of blobs offers to one peer. Methods raise BadMessage to refuse."""
+
+    def open(self, digest: bytes) -> tuple[BinaryIO, int]:
+        """The blob to read and its size. Raises KeyError: it is not here."""
+        ...
+
+    def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
+        """Where an upload goes; None: the blob is here already."""
+        ...
+
+    def stored(self, digest: bytes) -> None:
+        """An upload is complete."""
+        ...
+
+
+async def get_blob(stream: Stream, digest: bytes, max_bytes: int, purpose: Purpose) -> bytes:
+    """Raises NotServed, SwarmUnreachable (cut, stalled, wrong bytes), EOFError or OSError."""
+    await stream.send(Kind.GET, digest, purpose)
+    answer = await _next(stream, _ANSWER_GET, purpose)
+    if answer.kind is Kind.NO:
+        raise NotServed(answer.body.decode(errors="replace"))
+    n_bytes = _size(answer.body)
+    if n_bytes > max_bytes:
+        raise BadFrame("frame_size", f"a blob of {n_bytes} bytes, at most {max_bytes} are expected")
+    data = b"".join([chunk async for chunk in _chunks(stream, digest, n_bytes, purpose)])
+    if digest_of(data) != digest:
+        raise BadFrame("blob", f"blob {digest.hex()[:16]}: its bytes do not fit its digest")
+    return data
+
+
+async def put_blob(stream: Stream, digest: bytes, data: bytes, purpose: Purpose) -> None:
+    """Returns when the other end has the blob on its disk. Raises like `get_blob`."""
+    await stream.send(Kind.PUT, digest + _SIZE.pack(len(data)), purpose)
+    answer = await _next(stream, _ANSWER_PUT, purpose)
+    if answer.kind is Kind.GO:
+        for start in range(0, len(data), CHUNK_BYTES):
+            await _send(stream, Kind.CHUNK, data[start : start + CHUNK_BYTES], purpose)
+        await _send(stream, Kind.END, digest, purpose)
+        answer = await _next(stream, _ANSWER_END, purpose)
+    if answer.kind is Kind.NO:
+        raise NotServed(answer.body.decode(errors="replace"))
+
+
+async def serve_blobs(stream: Stream, shelf: Shelf, purpose: Purpose, allowed: Callable[[], bool]) -> None:
+    """Answers requests until the other end closes the stream or is no longer `allowed` to ask.
+
+    Raises BadMessage for a peer that breaks the protocol, after telling it why; OSError if it is gone.
+    """
+    while True:
+        try:
+            kind, body = await stream.receive(_REQUESTS, purpose)
+        except EOFError:
+            return
+        if not allowed():
+            await _say_no(stream, "only members of the swarm are served", purpose)
+            raise BadFrame("stranger", "a request by a peer that is not a member")
+        if kind is Kind.GET:
+            await _serve_get(stream, shelf, body, purpose)
+        else:
+            await _serve_put(stream, shelf, body, purpose)
+
+
+async def _serve_get(stream: Stream, shelf: Shelf, digest: bytes, purpose: Purpose) -> None:
+    try:
+        file, n_bytes = shelf.open(digest)
+    except KeyError:
+        await _say_no(stream, f"blob {digest.hex()[:16]} is not here", purpose)
+        return
+    with file:
+        await _send(stream, Kind.SIZE, _SIZE.pack(n_bytes), purpose)
+        while chunk := file.read(CHUNK_BYTES):
+            await _send(stream, Kind.CHUNK, chunk, purpose)
+    await _send(stream, Kind.END, digest, purpose)
+
+
+async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Purpose) -> None:
+    if len(body) != _DIGEST_BYTES + _SIZE.size:
+        raise BadFrame("frame_size", f"a PUT frame of {len(body)} bytes")
+    digest, n_bytes = body[:_DIGEST_BYTES], _size(body[_DIGEST_BYTES:])
+    try:
+        sink = shelf.sink(digest, n_bytes)
+    except BadMessage as e:
+        await _say_no(stream, str(e), purpose)
+        return
+    if sink is not None:
+        await _send(stream, Kind.GO, b"", purpose)
+        try:
+            async for chunk in _chunks(stream, digest, n_bytes, purpose):
+                sink.write(chunk)
+            sink.finish()
+        except BadMessage as e:
+            sink.abort()
+            await _say_no(stream, str(e), purpose)
+            raise BadFrame("blob", str(e)) from e
+        except BaseException:
+            sink.abort()
+            raise
+    shelf.stored(digest)
+    await _send(stream, Kind.DONE, b"", purpose)
+
+
+async def _chunks(stream: Stream, digest: bytes, n_bytes: int, purpose: Purpose) -> AsyncIterator[bytes]:
+    """The chunks of a blob, exactly `n_bytes` and a fitting END, or BadFrame."""
+    missing = n_bytes
+    while True:
+        kind, body = await _next(stream, _DATA, purpose)
+        if kind is Kind.END:
+            break
+        missing -= len(body)
+        if missing < 0 or not body:
+            raise BadFrame("blob", f"blob {digest.hex()[:16]}: its chunks do not make {n_bytes} bytes")
+        yield body
+    if missing or body != digest:
+        raise BadFrame("blob", f"blob {digest.hex()[:16]}: it ended {missing} bytes early")
+
+
+async def _next(stream: Stream, limits: Limits, purpose: Purpose) -> Frame:
+    try:
+        async with asyncio.timeout(STALL_S):
+            return await stream.receive(limits, purpose)
+    except TimeoutError as e:
+        raise SwarmUnreachable(f"the transfer stood still for {STALL_S:g} s") from e
+
+
+async def _send(stream: Stream, kind: Kind, body: bytes, purpose: Purpose) -> None:
+    try:
+        async with asyncio.timeout(STALL_S):
+            await stream.send(kind, body, purpose)
+    except TimeoutError as e:
+        raise SwarmUnreachable(f"the transfer stood still for {STALL_S:g} s") from e
+
+
+async def _say_no(stream: Stream, text: str, purpose: Purpose) -> None:
+    await _send(stream, Kind.NO, text.encode()[:_MAX_NO_BYTES], purpose)
+
+
+def _size(body: bytes) -> int:
+    if len(body) != _SIZE.size:
+        raise BadFrame("frame_size", f"a size of {len(body)} bytes")
+    n_bytes: int = _SIZE.unpack(body)[0]
+    return n_bytes

@@ -1,0 +1,78 @@
+"""A coordinator in a thread of this process, with real libp2p: for tests and benchmarks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from thinwire.coordinator.messages import GenesisBody
+from thinwire.coordinator.server import CoordinatorServer
+from thinwire.coordinator.state import StateDir
+from thinwire.coordinator.ticket import Ticket
+
+T = TypeVar("T")
+
+
+class ServerThread:
+    """Serves on loopback from entering to leaving the context. Arguments are those of the server."""
+
+    def __init__(
+        self, folder: Path, genesis: GenesisBody | None = None, blobs: Sequence[bytes] = (), port: int = 0
+    ) -> None:
+        self._folder, self._genesis, self._blobs, self._port = folder, genesis, blobs, port
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="coordinator", daemon=True)
+        self.ticket: Ticket
+        self.server: CoordinatorServer
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
+        self._end()
+
+    def call(self, what: Callable[[CoordinatorServer], T]) -> T:
+        """Runs `what(server)` in the server's loop."""
+
+        async def run() -> T:
+            return what(self.server)
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+
+    def status(self) -> dict[str, Any]:
+        return self.call(lambda server: server.status())
+
+    async def _start(self) -> None:
+        self._state = StateDir(self._folder)
+        try:
+            self.server = CoordinatorServer(
+                self._state, genesis=self._genesis, blobs=self._blobs, host="127.0.0.1", port=self._port
+            )
+            await self.server.start()
+        except BaseException:
+            self._state.close()
+            raise
+        self.ticket = self.server.ticket
+
+    async def _stop(self) -> None:
+        await self.server.stop()
+        self._state.close()
+        await self._loop.shutdown_default_executor()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,81 @@
+"""The coordinator's end of one node's session: what waits to be sent, and the commits that it follows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from thinwire.coordinator.messages import Commit, Heartbeat, Members, Message, Notice, Refused
+from thinwire.coordinator.streams import Stream
+
+MAX_QUEUED = 256
+"""Messages that wait for a slow node; commits wait in the ledger."""
+
+COMMITS_AT_ONCE = 16
+_LAST_COUNTS = (Members, Notice, Heartbeat)
+"""Of these only the newest one matters to a node that has fallen behind."""
+
+
+class Session:
+    """One open session. Belongs to the event loop; `number` grows with every session of the process."""
+
+    def __init__(self, peer_id: str, number: int, stream: Stream) -> None:
+        self.peer_id, self.number, self.stream = peer_id, number, stream
+        self._queue: deque[Message] = deque()
+        self._wake = asyncio.Event()
+        self._follows: int | None = None
+        self._is_ending = False
+
+    def post(self, message: Message) -> bool:
+        """Queues a message; False: the node takes too little, the session is to be closed."""
+        if isinstance(message, _LAST_COUNTS):
+            old = next((m for m in self._queue if type(m) is type(message)), None)
+            if old is not None:
+                self._queue.remove(old)
+        self._queue.append(message)
+        self._wake.set()
+        return len(self._queue) <= MAX_QUEUED
+
+    def follow(self, after: int) -> None:
+        """From now on the node gets the commits after this round."""
+        self._follows = after
+        self._wake.set()
+
+    def wake(self) -> None:
+        """There is a new commit."""
+        self._wake.set()
+
+    def end(self, why: Refused | None = None) -> None:
+        """Sends what is queued, then the reason, then closes the stream."""
+        if why is not None:
+            self._queue.append(why)
+        self._is_ending = True
+        self._wake.set()
+
+    async def write(self, commits: Callable[[int, int], list[Commit]]) -> None:
+        """Sends until the session ends; a slow node holds up only this. Raises OSError."""
+        while True:
+            self._wake.clear()
+            while self._queue:
+                await self.stream.send_message(self._queue.popleft())
+            if self._is_ending:
+                self.stream.end()
+                return
+            if not await self._send_commits(commits):
+                await self._wake.wait()
+
+    async def _send_commits(self, commits: Callable[[int, int], list[Commit]]) -> bool:
+        """One batch; False: the node has all there are."""
+        if self._follows is None:
+            return False
+        start = self._follows
+        batch = commits(start, COMMITS_AT_ONCE)
+        for n, commit in enumerate(batch, 1):
+            await self.stream.send_message(commit)
+            if self._follows != start + n - 1:  # it asked to follow from elsewhere meanwhile
+                return True
+            self._follows = start + n
+            if self._queue:
+                return True
+        return bool(batch)

@@ -1,0 +1,338 @@
+"""A node's session with the coordinator, kept alive over breaks. All of it runs in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from thinwire.compression.errors import (
+    ConfigError,
+    Incompatible,
+    LedgerCorrupt,
+    SwarmUnreachable,
+    ThinwireError,
+)
+from thinwire.coordinator.identity import is_signed_by
+from thinwire.coordinator.messages import (
+    PROTOCOL_VERSION,
+    BadMessage,
+    Heartbeat,
+    Hello,
+    Message,
+    Refused,
+    Welcome,
+    digest_of,
+)
+from thinwire.coordinator.p2p import Host, StreamHandler, start_p2p
+from thinwire.coordinator.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream
+from thinwire.coordinator.ticket import Ticket
+
+_log = logging.getLogger("thinwire.link")
+
+DIAL_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 15.0
+"""Without a byte for this long, a coordinator that was just reached counts as not answering."""
+
+GOODBYE_S = 5.0
+FIRST_RETRY_S, LAST_RETRY_S = 0.25, 15.0
+STEADY_S = 10.0
+"""A session that lasted for this long makes the next retries quick again."""
+
+_PAUSE_S = 2.0
+_AGENT = "thinwire"
+_REFUSALS = {"ConfigError": ConfigError, "Incompatible": Incompatible, "LedgerCorrupt": LedgerCorrupt}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this node can be reached by others."""
+
+    identity_path: Path
+    host: str
+    port: int
+    announce: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the uplink asks and tells the link; all are called in the event loop."""
+
+    head: Callable[[], tuple[int | None, bytes | None]]
+    """The last commit that is known, for Hello."""
+    greeting: Callable[[], list[Message]]
+    """What a new session has to hear: state, what is followed, what was not yet acknowledged."""
+    connected: Callable[[Welcome], None]
+    received: Callable[[Message], Awaitable[None]]
+    """Raises LedgerCorrupt or BadMessage. May take its time: nothing more is read meanwhile."""
+    beat: Callable[[], Heartbeat]
+    last_heard_s: Callable[[], float]
+    """When other streams last brought bytes from the coordinator."""
+    tell: Callable[[str, bool], None]
+    """Something for people to read, and whether it is a warning."""
+    refused: Callable[[], None]
+    """The coordinator has closed the session because of something that this node has sent."""
+    failed: Callable[[ThinwireError], None]
+    """The session is over for good."""
+    blob_server: StreamHandler
+
+
+class Uplink:
+    """`open` once, then `post`; `close` at the end. Breaks are mended until `patience_s` is over."""
+
+    def __init__(self, ticket: Ticket, place: Place, meter: Meter, hooks: Hooks, patience_s: float) -> None:
+        self._ticket, self._place, self._meter, self._hooks = ticket, place, meter, hooks
+        self._patience_s = patience_s
+        self._jitter = random.Random()
+        self._queue: deque[Message] = deque()
+        self._wake = asyncio.Event()
+        self._sent_all = asyncio.Event()
+        self._host: Host | None = None
+        self._stream: Stream | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._is_closing = False
+        self._is_held = False
+        self._retry_s = FIRST_RETRY_S
+        self.is_up = asyncio.Event()
+
+    async def open(self) -> Welcome:
+        """Raises SwarmUnreachable, ConfigError, Incompatible or LedgerCorrupt."""
+        stream, welcome = await self._connect()
+        self._keeper = asyncio.create_task(self._keep(stream, welcome))
+        return welcome
+
+    def post(self, message: Message) -> None:
+        """Queues a message; dropped when there is no session, because its successor hears a greeting."""
+        if self._stream is not None:
+            self._queue.append(message)
+            self._sent_all.clear()
+            self._wake.set()
+
+    async def open_stream(self, protocol: str) -> Stream:
+        """Another stream to the coordinator. Raises SwarmUnreachable."""
+        if self._host is None or not self.is_up.is_set():
+            raise SwarmUnreachable("there is no connection to the coordinator")
+        reader, writer = await self._host.open_stream(self._ticket.peer_id, protocol, DIAL_TIMEOUT_S)
+        return Stream(reader, writer, self._meter)
+
+    async def open_stream_to(self, peer_id: str, addresses: Sequence[str], protocol: str) -> Stream:
+        """A stream to another node. Raises SwarmUnreachable."""
+        if self._host is None:
+            raise SwarmUnreachable("there is no connection to the swarm")
+        await self._host.dial(peer_id, addresses, DIAL_TIMEOUT_S)
+        reader, writer = await self._host.open_stream(peer_id, protocol, DIAL_TIMEOUT_S)
+        return Stream(reader, writer, self._meter)
+
+    async def close(self, *, say_goodbye: bool = True) -> None:
+        """Sends what is queued and waits until the coordinator has read it, for at most 5 s."""
+        self._is_closing = True
+        if say_goodbye and self._stream is not None and self._keeper is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GOODBYE_S):
+                    await self._sent_all.wait()
+                    self._stream.end()
+                    await asyncio.wait({self._keeper})
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        if self._host is not None:
+            await self._host.close()
+            self._host = None
+
+    # ------------------------------------------------------------------------------------- connecting
+
+    async def _connect(self) -> tuple[Stream, Welcome]:
+        host = await self._living_host()
+        await host.dial(self._ticket.peer_id, self._ticket.addresses, DIAL_TIMEOUT_S)
+        reader, writer = await host.open_stream(self._ticket.peer_id, SESSION, DIAL_TIMEOUT_S)
+        stream = Stream(reader, writer, self._meter)
+        try:
+            head_round, head_digest = self._hooks.head()
+            await stream.send_message(
+                Hello(
+                    version=PROTOCOL_VERSION,
+                    run_id=self._ticket.run_id,
+                    token=self._ticket.token,
+                    head_round=head_round,
+                    head_digest=head_digest,
+                    addresses=host.addresses,
+                    agent=_AGENT,
+                )
+            )
+            welcome = _checked(self._ticket, await _answer(stream))
+        except (OSError, EOFError) as e:
+            stream.abort()
+            raise SwarmUnreachable(f"the coordinator closed the connection at once ({e})") from e
+        except BaseException:
+            stream.abort()
+            raise
+        return stream, welcome
+
+    async def _living_host(self) -> Host:
+        if self._host is not None and self._host.died.is_set():
+            self._hooks.tell("this machine's libp2p has ended unexpectedly: starting it again", True)
+            await self._host.close()
+            self._host = None
+        if self._host is None:
+            place = self._place
+            self._host = await start_p2p(
+                place.identity_path, host=place.host, port=place.port, announce=place.announce
+            )
+            await self._host.handle(BLOB, self._hooks.blob_server)
+        return self._host
+
+    # -------------------------------------------------------------------------------- keeping it alive
+
+    async def _keep(self, stream: Stream, welcome: Welcome) -> None:
+        try:
+            while True:
+                why = await self._session(stream, welcome)
+                if self._is_closing:
+                    return
+                stream, welcome = await self._reconnect(why)
+        except ThinwireError as e:
+            self._hooks.failed(e)
+
+    async def _session(self, stream: Stream, welcome: Welcome) -> str:
+        """One session from its Welcome to its end; returns why it ended. Raises what no retry can mend."""
+        self._stream, self._is_held = stream, False
+        began_s = time.monotonic()
+        self._queue.clear()
+        self._sent_all.set()
+        self._hooks.connected(welcome)
+        for message in self._hooks.greeting():
+            self.post(message)
+        self.is_up.set()
+        assert self._host is not None
+        tasks = [
+            asyncio.create_task(self._read(stream)),
+            asyncio.create_task(self._write(stream)),
+            asyncio.create_task(self._beat(stream, welcome.heartbeat_s)),
+            asyncio.create_task(self._host.died.wait()),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.is_up.clear()
+            self._stream = None
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            stream.abort()
+            if time.monotonic() - began_s > STEADY_S:
+                self._retry_s = FIRST_RETRY_S
+        error = next((e for task in done if (e := task.exception()) is not None), None)
+        if error is None:
+            return "this machine's libp2p has ended"
+        if isinstance(error, BadMessage):
+            self._hooks.refused()
+        if isinstance(error, OSError | EOFError | SwarmUnreachable | BadMessage):
+            return str(error) or "the connection broke"
+        raise error
+
+    async def _reconnect(self, why: str) -> tuple[Stream, Welcome]:
+        """Tries until it works. Raises SwarmUnreachable after `patience_s`, or what no retry can mend."""
+        broke_s = time.monotonic()
+        while True:
+            away_s = time.monotonic() - broke_s
+            if away_s > self._patience_s:
+                raise SwarmUnreachable(f"the coordinator does not answer since {away_s:.0f} s: {why}")
+            pause_s = self._retry_s * self._jitter.uniform(0.7, 1.3)
+            self._hooks.tell(
+                f"the coordinator does not answer since {away_s:.0f} s ({_one_line(why)}); "
+                f"trying again in {pause_s:.1f} s; training state is kept",
+                True,
+            )
+            await asyncio.sleep(pause_s)
+            self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
+            try:
+                if self._host is not None and not self._host.died.is_set():
+                    await self._host.disconnect(self._ticket.peer_id)
+                stream, welcome = await self._connect()
+            except (SwarmUnreachable, BadMessage) as e:
+                why = str(e)
+                continue
+            self._hooks.tell(f"connected again after {time.monotonic() - broke_s:.0f} s", False)
+            return stream, welcome
+
+    async def _read(self, stream: Stream) -> None:
+        while True:
+            message = await stream.receive_message(FROM_COORDINATOR)
+            if isinstance(message, Refused):
+                raise _refusal(message)
+            self._is_held = True  # silence is this node's own doing while it cannot take more
+            await self._hooks.received(message)
+            self._is_held = False
+            stream.heard_s = time.monotonic()
+
+    async def _write(self, stream: Stream) -> None:
+        while True:
+            self._wake.clear()
+            while self._queue:
+                await stream.send_message(self._queue.popleft())
+            self._sent_all.set()
+            await self._wake.wait()
+
+    async def _beat(self, stream: Stream, heartbeat_s: float) -> None:
+        """Sends heartbeats; raises SwarmUnreachable when the coordinator is silent for too long."""
+        limit_s = max(10.0, 5 * heartbeat_s)
+        while True:
+            before_s = time.monotonic()
+            await asyncio.sleep(heartbeat_s)
+            now_s = time.monotonic()
+            if now_s - before_s > heartbeat_s + _PAUSE_S:
+                stream.heard_s = now_s  # this process was stopped: it says nothing about the coordinator
+            silent_s = now_s - max(stream.heard_s, self._hooks.last_heard_s())
+            if silent_s > limit_s and not self._is_held:
+                raise SwarmUnreachable(f"silent for {silent_s:.0f} s")
+            self.post(self._hooks.beat())
+
+
+async def _answer(stream: Stream) -> Message:
+    """The first message; slow ones are waited for as long as bytes keep coming."""
+    task = asyncio.create_task(stream.receive_message(FROM_COORDINATOR))
+    stream.heard_s = time.monotonic()
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=1.0)
+            if not task.done() and time.monotonic() - stream.heard_s > ANSWER_TIMEOUT_S:
+                raise SwarmUnreachable(
+                    f"the coordinator is reached but says nothing for {ANSWER_TIMEOUT_S:g} s"
+                )
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    return task.result()
+
+
+def _checked(ticket: Ticket, answer: Message) -> Welcome:
+    """A Welcome to the ticket's run, signed by the ticket's coordinator."""
+    if isinstance(answer, Refused):
+        raise _refusal(answer)
+    if not isinstance(answer, Welcome):
+        raise BadMessage(f"Welcome is expected, not {type(answer).__name__}")
+    if digest_of(answer.genesis) != ticket.run_id:
+        raise Incompatible("the coordinator serves another run than the ticket's: ask for a new ticket")
+    if not is_signed_by(ticket.peer_id, answer.signature, answer.genesis):
+        raise LedgerCorrupt("record 0: its signature is not the coordinator's")
+    if answer.body.protocol != PROTOCOL_VERSION:
+        raise Incompatible(
+            f"the run has protocol version {answer.body.protocol}, this thinwire {PROTOCOL_VERSION}"
+        )
+    return answer
+
+
+def _refusal(refused: Refused) -> ThinwireError:
+    if refused.error == "BadMessage":
+        return BadMessage(refused.text)
+    return _REFUSALS.get(refused.error, SwarmUnreachable)(refused.text)
+
+
+def _one_line(text: str) -> str:
+    return "; ".join(line.strip() for line in text.splitlines())
