@@ -61,8 +61,8 @@ class Shelf(Protocol):
 
 async def get_blob(stream: Stream, digest: bytes, max_bytes: int, purpose: Purpose) -> bytes:
     """Raises NotServed, SwarmUnreachable (cut, stalled, wrong bytes), EOFError or OSError."""
-    await stream.send(Kind.GET, digest, purpose)
-    answer = await _next(stream, _ANSWER_GET, purpose)
+    await stream.send(Kind.GET, digest)
+    answer = await _next(stream, _ANSWER_GET)
     if answer.kind is Kind.NO:
         raise NotServed(answer.body.decode(errors="replace"))
     n_bytes = _size(answer.body)
@@ -76,13 +76,13 @@ async def get_blob(stream: Stream, digest: bytes, max_bytes: int, purpose: Purpo
 
 async def put_blob(stream: Stream, digest: bytes, data: bytes, purpose: Purpose) -> None:
     """Returns when the other end has the blob on its disk. Raises like `get_blob`."""
-    await stream.send(Kind.PUT, digest + _SIZE.pack(len(data)), purpose)
-    answer = await _next(stream, _ANSWER_PUT, purpose)
+    await stream.send(Kind.PUT, digest + _SIZE.pack(len(data)))
+    answer = await _next(stream, _ANSWER_PUT)
     if answer.kind is Kind.GO:
         for start in range(0, len(data), CHUNK_BYTES):
             await _send(stream, Kind.CHUNK, data[start : start + CHUNK_BYTES], purpose)
-        await _send(stream, Kind.END, digest, purpose)
-        answer = await _next(stream, _ANSWER_END, purpose)
+        await _send(stream, Kind.END, digest)
+        answer = await _next(stream, _ANSWER_END)
     if answer.kind is Kind.NO:
         raise NotServed(answer.body.decode(errors="replace"))
 
@@ -94,11 +94,11 @@ async def serve_blobs(stream: Stream, shelf: Shelf, purpose: Purpose, allowed: C
     """
     while True:
         try:
-            kind, body = await stream.receive(_REQUESTS, purpose)
+            kind, body = await stream.receive(_REQUESTS)
         except EOFError:
             return
         if not allowed():
-            await _say_no(stream, "only members of the swarm are served", purpose)
+            await _say_no(stream, "only members of the swarm are served")
             raise BadFrame("stranger", "a request by a peer that is not a member")
         if kind is Kind.GET:
             await _serve_get(stream, shelf, body, purpose)
@@ -110,13 +110,13 @@ async def _serve_get(stream: Stream, shelf: Shelf, digest: bytes, purpose: Purpo
     try:
         file, n_bytes = shelf.open(digest)
     except KeyError:
-        await _say_no(stream, f"blob {digest.hex()[:16]} is not here", purpose)
+        await _say_no(stream, f"blob {digest.hex()[:16]} is not here")
         return
     with file:
-        await _send(stream, Kind.SIZE, _SIZE.pack(n_bytes), purpose)
+        await _send(stream, Kind.SIZE, _SIZE.pack(n_bytes))
         while chunk := file.read(CHUNK_BYTES):
             await _send(stream, Kind.CHUNK, chunk, purpose)
-    await _send(stream, Kind.END, digest, purpose)
+    await _send(stream, Kind.END, digest)
 
 
 async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Purpose) -> None:
@@ -126,23 +126,23 @@ async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Purpose
     try:
         sink = shelf.sink(digest, n_bytes)
     except BadMessage as e:
-        await _say_no(stream, str(e), purpose)
+        await _say_no(stream, str(e))
         return
     if sink is not None:
-        await _send(stream, Kind.GO, b"", purpose)
+        await _send(stream, Kind.GO)
         try:
             async for chunk in _chunks(stream, digest, n_bytes, purpose):
                 sink.write(chunk)
             sink.finish()
         except BadMessage as e:
             sink.abort()
-            await _say_no(stream, str(e), purpose)
+            await _say_no(stream, str(e))
             raise BadFrame("blob", str(e)) from e
         except BaseException:
             sink.abort()
             raise
     shelf.stored(digest)
-    await _send(stream, Kind.DONE, b"", purpose)
+    await _send(stream, Kind.DONE)
 
 
 async def _chunks(stream: Stream, digest: bytes, n_bytes: int, purpose: Purpose) -> AsyncIterator[bytes]:
@@ -160,7 +160,7 @@ async def _chunks(stream: Stream, digest: bytes, n_bytes: int, purpose: Purpose)
         raise BadFrame("blob", f"blob {digest.hex()[:16]}: it ended {missing} bytes early")
 
 
-async def _next(stream: Stream, limits: Limits, purpose: Purpose) -> Frame:
+async def _next(stream: Stream, limits: Limits, purpose: Purpose = "control") -> Frame:
     try:
         async with asyncio.timeout(STALL_S):
             return await stream.receive(limits, purpose)
@@ -168,7 +168,7 @@ async def _next(stream: Stream, limits: Limits, purpose: Purpose) -> Frame:
         raise SwarmUnreachable(f"the transfer stood still for {STALL_S:g} s") from e
 
 
-async def _send(stream: Stream, kind: Kind, body: bytes, purpose: Purpose) -> None:
+async def _send(stream: Stream, kind: Kind, body: bytes = b"", purpose: Purpose = "control") -> None:
     try:
         async with asyncio.timeout(STALL_S):
             await stream.send(kind, body, purpose)
@@ -176,8 +176,8 @@ async def _send(stream: Stream, kind: Kind, body: bytes, purpose: Purpose) -> No
         raise SwarmUnreachable(f"the transfer stood still for {STALL_S:g} s") from e
 
 
-async def _say_no(stream: Stream, text: str, purpose: Purpose) -> None:
-    await _send(stream, Kind.NO, text.encode()[:_MAX_NO_BYTES], purpose)
+async def _say_no(stream: Stream, text: str) -> None:
+    await _send(stream, Kind.NO, text.encode()[:_MAX_NO_BYTES])
 
 
 def _size(body: bytes) -> int:

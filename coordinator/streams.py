@@ -98,9 +98,13 @@ class Stream:
         """When bytes last came, whole frames or not."""
 
     async def receive(self, limits: Limits, purpose: Purpose = "control") -> Frame:
-        """The next frame. Raises EOFError (the other end is done), BadFrame, or OSError."""
+        """The next frame; `purpose` is what a chunk's bytes are counted as.
+
+        Raises EOFError (the other end is done), BadFrame, or OSError.
+        """
         frame = await self._frame(limits)
-        self.meter.received[purpose] += HEADER.size + len(frame.body)
+        counted_as = purpose if frame.kind is Kind.CHUNK else "control"
+        self.meter.received[counted_as] += HEADER.size + len(frame.body)
         return frame
 
     async def receive_message(self, limits: Limits) -> Message:
@@ -117,7 +121,7 @@ class Stream:
 
     async def send(self, kind: Kind, body: bytes = b"", purpose: Purpose = "control") -> None:
         """Returns when there is room for more. Raises OSError."""
-        self.meter.sent[purpose] += HEADER.size + len(body)
+        self.meter.sent[purpose if kind is Kind.CHUNK else "control"] += HEADER.size + len(body)
         self._writer.write(HEADER.pack(len(body), kind) + body)
         await self._writer.drain()
 

@@ -520,11 +520,14 @@ class _Session:
 
 def _empty(loop: asyncio.AbstractEventLoop) -> None:
     """Ends what other threads have asked for while the loop was about to stop: they wait for an answer."""
-    loop.run_until_complete(asyncio.sleep(0))
-    late = asyncio.all_tasks(loop)
-    for task in late:
-        task.cancel()
-    loop.run_until_complete(asyncio.gather(*late, return_exceptions=True))
+
+    async def cancel_all() -> None:
+        late = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+    loop.run_until_complete(cancel_all())
 
 
 def _without_heartbeats(counts: Mapping[Purpose, int]) -> dict[str, int]:

@@ -17,6 +17,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable
+from thinwire.coordinator.identity import save
 from thinwire.coordinator.messages import (
     INLINE_BYTES,
     BlobRef,
@@ -27,7 +28,10 @@ from thinwire.coordinator.messages import (
     Report,
     digest_of,
 )
+from thinwire.coordinator.server_thread import ServerThread
+from thinwire.coordinator.ticket import Ticket
 from thinwire.node.link import Link
+from thinwire.node.link_hivemind import HivemindLink
 from thinwire.node.link_local import LocalLink, LocalSwarm, local_swarm
 
 WAIT_S = 20.0
@@ -80,7 +84,39 @@ def local(folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey) -> Iterato
         yield LocalRow(swarm)
 
 
-ROWS: dict[str, Row] = {"local": local}
+class HivemindRow:
+    """Real libp2p on loopback; every link has its daemon."""
+
+    def __init__(self, folder: Path, coordinator: ServerThread) -> None:
+        self._folder, self._coordinator = folder, coordinator
+
+    def link(self, name: str) -> Link:
+        return self._link(name, self._coordinator.ticket)
+
+    def stranger(self, name: str) -> Link:
+        return self._link(name, self._coordinator.ticket.model_copy(update={"token": "wrong"}))
+
+    def kill(self, link: Link) -> None:
+        assert isinstance(link, HivemindLink)
+        link.kill()
+
+    def status(self) -> dict[str, Any]:
+        return self._coordinator.status()
+
+    def _link(self, name: str, ticket: Ticket) -> Link:
+        return HivemindLink(ticket, state=self._folder / name, host="127.0.0.1")
+
+
+@contextmanager
+def hivemind(folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey) -> Iterator[Started]:
+    state = folder / "coordinator"
+    state.mkdir()
+    save(key, state / "key")
+    with ServerThread(state, genesis, [HELD_OUT]) as coordinator:
+        yield HivemindRow(folder, coordinator)
+
+
+ROWS: dict[str, Row] = {"local": local, "hivemind": hivemind}
 
 
 class Swarm:
@@ -118,7 +154,7 @@ class Swarm:
 MakeSwarm = Callable[..., Swarm]
 
 
-@pytest.fixture(params=sorted(ROWS))
+@pytest.fixture(params=["local", pytest.param("hivemind", marks=pytest.mark.swarm)])
 def make_swarm(
     request: pytest.FixtureRequest, tmp_path: Path, make_genesis: Any, key: Ed25519PrivateKey
 ) -> Iterator[MakeSwarm]:
@@ -525,10 +561,10 @@ def test_traffic_is_counted_by_kind(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm()
     a, b = swarm.trainers("a", "b")
     large, small = b"l" * 100_000, b"s" * 100
+    before = b.traffic().received
     a.offer(offer(1, large))
     b.offer(offer(1, small))
     commit = take(b, 0, 1)[0]
-    before = b.traffic().received
     within(lambda: b.fetch(digest_of(large)))
     after = b.traffic()
     assert len(large) <= after.received["payload"] - before.get("payload", 0) <= 1.01 * len(large)
