@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.files import write_aside
 from thinwire.coordinator.identity import load_or_create, peer_id_of
-from thinwire.coordinator.metrics import CoordinatorCollector
+from thinwire.coordinator.metrics import register
 from thinwire.coordinator.server import CoordinatorServer
 from thinwire.coordinator.state import StateDir
 from thinwire.node.config import RunConfig, load_config
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from thinwire.node.cli import Stop
 
 log = logging.getLogger("thinwire.coordinator")
+
+SCRAPE_TIMEOUT_S = 5.0
 
 
 def coordinate(
@@ -85,15 +87,20 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str 
 
 
 async def _serve(server: CoordinatorServer, folder: Path, http: tuple[str, int] | None, stop: Stop) -> None:
-    registry = CollectorRegistry()
-    registry.register(CoordinatorCollector(server.status))
     loop = asyncio.get_running_loop()
+
+    async def status() -> dict[str, Any]:
+        return server.status()
+
+    registry = CollectorRegistry()
+    # A scrape has a thread of its own, the service lives in the loop.
+    register(registry, lambda: asyncio.run_coroutine_threadsafe(status(), loop).result(SCRAPE_TIMEOUT_S))
     stopped = asyncio.Event()
     stop.on_stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
     with serve(registry, http):
         try:
             await server.start()
-            print(server.ticket.text, flush=True)  # noqa: T201 - data goes to stdout
+            print(server.ticket.line(), flush=True)  # noqa: T201 - data goes to stdout
             log.info("the line above is the ticket. On any machine: thinwire join TICKET")
             finished = asyncio.create_task(server.run_until_finished())
             leave = asyncio.create_task(stopped.wait())

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -91,3 +97,90 @@ def make_genesis(key: Ed25519PrivateKey) -> Callable[..., GenesisBody]:
         )
 
     return make
+
+
+@dataclass
+class Program:
+    """A running `thinwire` command; its output goes to files, so that no pipe can fill up."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    err: Path
+
+    def stdout(self) -> str:
+        return self.out.read_text()
+
+    def stderr(self) -> str:
+        return self.err.read_text()
+
+    def first_line(self, timeout_s: float = 60.0) -> str:
+        """Of its standard output, as soon as it is there: a coordinator's ticket."""
+        wait_until(lambda: "\n" in self.stdout() or self.process.poll() is not None, timeout_s, self.stderr)
+        assert "\n" in self.stdout(), self.stderr()
+        return self.stdout().splitlines()[0]
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """Its exit code; fails with its log if it does not end."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.stderr()[-3000:]}") from None
+
+    def wait_for(self, text: str, timeout_s: float = 60.0) -> None:
+        """Until it has logged `text`."""
+        wait_until(
+            lambda: text in self.stderr(), timeout_s, lambda: f"no {text!r} in\n{self.stderr()[-3000:]}"
+        )
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, why: Callable[[], str]) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, why()
+        time.sleep(0.02)
+
+
+Start = Callable[..., Program]
+
+
+@pytest.fixture
+def thinwire(tmp_path: Path) -> Iterator[Start]:
+    """Starts `thinwire ARGS` as a process. At the end all are killed, and none of their children may be left.
+
+    `before`: a command in front of it (a network namespace), `line`: given to its standard input.
+    """
+    started: list[Program] = []
+
+    def start(*args: str, before: Sequence[str] = (), line: str | None = None) -> Program:
+        stem = tmp_path / f"process-{len(started)}"
+        out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
+        with out.open("wb") as out_file, err.open("wb") as err_file:
+            process = subprocess.Popen(
+                [*before, sys.executable, "-m", "thinwire.node.cli", *args],
+                stdin=subprocess.DEVNULL if line is None else subprocess.PIPE,
+                stdout=out_file,
+                stderr=err_file,
+                cwd=tmp_path,
+            )
+        if line is not None and process.stdin is not None:
+            process.stdin.write(line.encode() + b"\n")
+            process.stdin.close()
+        started.append(Program(process, out, err))
+        return started[-1]
+
+    yield start
+    for program in started:
+        if program.process.poll() is None:
+            program.process.kill()
+            program.process.wait()
+    wait_until(lambda: not left_over(tmp_path), 10, lambda: f"left behind: {left_over(tmp_path)}")
+
+
+def left_over(folder: Path) -> list[str]:
+    """Command lines of processes that were started in `folder`, or by something that was."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and Path(process.cwd()) == folder:
+                found.append(" ".join(process.info["cmdline"] or ["?"]))
+    return found
