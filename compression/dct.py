@@ -66,7 +66,7 @@ def forward(x: Tensor) -> Tensor:
 
 
 def inverse_exact(coefficients: Tensor) -> Tensor:
-    """Exact inverse per group: float32 (groups, multiple of 64), finite and below 2^117, to the same shape.
+    """Exact inverse per group: float32 (groups, multiple of 64), below 2^100, to the same shape.
 
     Runs inside `exact_arithmetic`. Never returns -0.
     """

@@ -16,8 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import lru_cache
+from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,6 +31,9 @@ from thinwire.compression.errors import BadPayload
 from thinwire.compression.exact import exact_arithmetic
 from thinwire.compression.reduce import VALUE_LIMIT, l1_norm, mean_weights
 
+Array = npt.NDArray[Any]
+
+_SCALE_LIMIT_BITS: Final = (127 + 60) << 7  # bfloat16 of VALUE_LIMIT
 _SLAB: Final = 1 << 18  # elements at a time: scratch of a few MB, whatever the parameter's size
 
 
@@ -46,9 +52,22 @@ class Slab:
 class Entries:
     """What a pack says: E entries in order of position; group g has entries [offsets[g], offsets[g + 1])."""
 
-    position_E: Tensor  # int64: group * group_size + index
-    value_E: Tensor  # float32, exact
-    offsets: list[int]  # G + 1 of them
+    position_E: Array  # int64: group * group_size + index
+    value_E: Array  # float32, exact
+    offsets: Array  # int64, G + 1 of them
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a group may send, for the G groups of a parameter; int64."""
+
+    start_G: Array  # position of the first coefficient
+    n_coefficients_G: Array
+    k_G: Array
+
+    def n_sent(self, scales: Tensor) -> Array:
+        """int64 (G,): how many coefficients each group sends."""
+        return self.k_G * (scales.view(torch.int16).numpy() != 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,94 +153,81 @@ class DctTopK:
         n_groups = self._n_groups(part)
         if [t.dtype for t in packed] != [torch.bfloat16, torch.uint8] or packed[0].shape != (n_groups,):
             raise BadPayload("shape", f"expected {n_groups} bfloat16 scales and uint8 codes")
-        scales, codes = packed
-        with exact_arithmetic():
-            self._check_scales(scales)
-            n_codes = int(self._kept(scales, part).sum())
-            if codes.shape != (n_bytes(n_codes, self.width),):
-                raise BadPayload("shape", f"{tuple(codes.shape)} bytes for {n_codes} coefficients")
-            self._check_codes(scales, codes, part)
-
-    def _check_scales(self, scales: Tensor) -> None:
-        if not bool(scales.isfinite().all()):
+        scale_bits = packed[0].view(torch.int16).numpy().view(np.uint16)
+        if bool((scale_bits & 0x7F80 == 0x7F80).any()):
             raise BadPayload("nan", "scale")
-        if bool((scales.view(torch.int16) < 0).any()) or not bool((scales < VALUE_LIMIT).all()):
+        if bool((scale_bits >= _SCALE_LIMIT_BITS).any()):  # the sign bit is above all exponents
             raise BadPayload("range", "scale is negative or not below 2^60")
+        self._check_codes(packed, part)
 
-    def _check_codes(self, scales: Tensor, codes: Tensor, part: Part) -> None:
-        kept_G = self._kept(scales, part)
-        n_codes = int(kept_G.sum())
-        code_E = unpack_bits(codes, self.width, n_codes)
-        if n_codes * self.width % 8 and int(codes[-1]) >> (n_codes * self.width % 8):
+    def _check_codes(self, packed: Packed, part: Part) -> None:
+        scales, codes = packed
+        layout = self._layout(part)
+        n_sent_G = layout.n_sent(scales)
+        n_codes = int(n_sent_G.sum())
+        if codes.shape != (n_bytes(n_codes, self.width),):
+            raise BadPayload("shape", f"{tuple(codes.shape)} bytes for {n_codes} coefficients")
+        if n_codes * self.width % 8 and int(codes[-1]) >> n_codes * self.width % 8:
             raise BadPayload("range", "padding bits are set")
-        index_E = code_E & ((1 << self.index_bits) - 1)
-        limit_G = torch.full_like(kept_G, self.group_size)
-        for slab in self._slabs(part.n_global):
-            limit_G[slab.first : slab.last] = slab.n_coefficients
-        position_E = self._group_starts(kept_G) + index_E
-        if bool((index_E >= limit_G.repeat_interleave(kept_G)).any()):
+        index_E, raw_E = self._split(codes, n_codes)
+        if bool((index_E >= layout.n_coefficients_G.repeat(n_sent_G)).any()):
             raise BadPayload("index", "past the end of a group")
+        position_E = layout.start_G.repeat(n_sent_G) + index_E
         if bool((position_E[1:] <= position_E[:-1]).any()):
             raise BadPayload("index", "repeated or out of order")
-        if self.bits == 8 and bool((code_E >> self.index_bits == 128).any()):
+        if self.bits == 8 and bool((raw_E == 128).any()):
             raise BadPayload("range", "value -128")
 
     def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
-        """Weighted mean of the coefficients in order, then the integer transform, group by group."""
+        """Weighted mean of the coefficients in order, then the integer transform per group. On the CPU."""
         rounded, inverse = mean_weights(weights)
+        out = torch.zeros(part.n_local, dtype=torch.float32)
+        shares = [self._entries(p, part) for p in packs]
         with exact_arithmetic():
-            shares = [self._entries(p, part) for p in packs]
-            out = torch.zeros(part.n_local, dtype=torch.float32, device=packs[0][0].device)
             for slab in self._slabs(part.n_global, part.start, part.stop):
-                mean_GC = self._mean(shares, rounded, slab, out.device).mul_(inverse)
+                mean_GC = torch.from_numpy(self._sum(shares, rounded, slab)).mul_(inverse)
                 values = dct.inverse_exact(mean_GC)[:, : slab.length].reshape(-1)
                 start = slab.first * self.group_size
                 a, b = max(start, part.start), min(start + values.numel(), part.stop)
                 out[a - part.start : b - part.start] = values[a - start : b - start]
         return out
 
-    def _mean(
-        self, shares: Sequence[Entries], weights: Sequence[float], slab: Slab, device: torch.device
-    ) -> Tensor:
+    def _sum(self, shares: Sequence[Entries], weights: Sequence[float], slab: Slab) -> Array:
         """The sum of weight * value over the shares in order: float32 (groups, coefficients)."""
         shape = (slab.last - slab.first, slab.n_coefficients)
-        flat = torch.zeros(shape[0] * shape[1], dtype=torch.float32, device=device)
+        sum_C = np.zeros(shape[0] * shape[1], dtype=np.float32)
         for share, w in zip(shares, weights, strict=True):
             here = slice(share.offsets[slab.first], share.offsets[slab.last])
-            position = share.position_E[here] - slab.first * self.group_size
+            position_E = share.position_E[here] - slab.first * self.group_size
             # A share has no position twice: reading, adding and writing back has one order only.
-            flat[position] = flat[position] + share.value_E[here] * w
-        return flat.view(shape)
+            sum_C[position_E] = sum_C[position_E] + share.value_E[here] * np.float32(w)
+        return sum_C.reshape(shape)
 
     def magnitude(self, packed: Packed, part: Part, turn: Turn) -> float:
         """Of the whole parameter's coefficients, whatever the part."""
         with exact_arithmetic():
-            return l1_norm(self._entries(packed, part).value_E)
+            return l1_norm(torch.from_numpy(self._entries(packed, part).value_E))
 
     # ------------------------------------------------------------------------------- layout
 
     def _entries(self, packed: Packed, part: Part) -> Entries:
+        """Of a pack that was checked. Every product of a scale (8 bits) and q (7 bits) is exact."""
         scales, codes = packed
-        kept_G = self._kept(scales, part)
-        offsets = [0, *kept_G.cumsum(0).tolist()]
-        code_E = unpack_bits(codes, self.width, offsets[-1])
-        raw_E = code_E >> self.index_bits
+        layout = self._layout(part)
+        n_sent_G = layout.n_sent(scales)
+        offsets = np.concatenate([[0], n_sent_G.cumsum()])
+        index_E, raw_E = self._split(codes, int(offsets[-1]))
         signed_E = 1 - 2 * raw_E if self.bits == 1 else (raw_E ^ 128) - 128
-        value_E = signed_E.float() * scales.float().repeat_interleave(kept_G)
-        position_E = self._group_starts(kept_G) + (code_E & ((1 << self.index_bits) - 1))
-        return Entries(position_E, value_E, offsets)
+        value_E = signed_E.astype(np.float32) * scales.float().numpy().repeat(n_sent_G)
+        return Entries(layout.start_G.repeat(n_sent_G) + index_E, value_E, offsets)
 
-    def _group_starts(self, kept_G: Tensor) -> Tensor:
-        """First coefficient position of each entry's group."""
-        starts_G = torch.arange(kept_G.numel(), device=kept_G.device) * self.group_size
-        return starts_G.repeat_interleave(kept_G)
+    def _split(self, codes: Tensor, n_codes: int) -> tuple[Array, Array]:
+        """Index and value bits of each coefficient, int64."""
+        code_E = unpack_bits(codes, self.width, n_codes).numpy()
+        return code_E & ((1 << self.index_bits) - 1), code_E >> self.index_bits
 
-    def _kept(self, scales: Tensor, part: Part) -> Tensor:
-        """int64 (G,): how many coefficients each group sends."""
-        kept_G = torch.zeros(scales.numel(), dtype=torch.int64, device=scales.device)
-        for slab in self._slabs(part.n_global):
-            kept_G[slab.first : slab.last] = slab.k
-        return kept_G * (scales != 0)
+    def _layout(self, part: Part) -> Layout:
+        return _layout_of(self, part.n_global)
 
     def _n_groups(self, part: Part) -> int:
         return -(-part.n_global // self.group_size)
@@ -251,3 +257,15 @@ def largest(values_GC: Tensor, k: int) -> tuple[Tensor, Tensor]:
         chosen = above | (ties & (ties.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
     index = chosen.nonzero()[:, 1].view(-1, k)
     return index, values_GC.gather(1, index)
+
+
+@lru_cache(maxsize=4096)
+def _layout_of(compressor: DctTopK, n: int) -> Layout:
+    """The layout of a parameter of n elements: a few bytes per group, kept because every round needs it."""
+    slabs = list(compressor._slabs(n))
+    sizes = [s.last - s.first for s in slabs]
+    return Layout(
+        start_G=np.arange(sum(sizes), dtype=np.int64) * compressor.group_size,
+        n_coefficients_G=np.array([s.n_coefficients for s in slabs], dtype=np.int64).repeat(sizes),
+        k_G=np.array([s.k for s in slabs], dtype=np.int64).repeat(sizes),
+    )
