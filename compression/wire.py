@@ -151,8 +151,9 @@ def _read(data: bytes, at: int, fields: Fields, counts: Sequence[int]) -> Payloa
         for field in fields[name]:
             n = next(left)
             carrier, code = _CARRIERS[field.dtype]
-            values = np.frombuffer(data, dtype=code, count=n, offset=at)
-            tensors.append(torch.from_numpy(values.astype(code[1:])).view(carrier).view(field.dtype))
+            tensor = torch.empty(n, dtype=field.dtype)
+            tensor.view(carrier).numpy()[:] = np.frombuffer(data, dtype=code, count=n, offset=at)
+            tensors.append(tensor)
             at += _n_bytes(field, n)
         payload[name] = tuple(tensors)
     return payload
