@@ -105,7 +105,7 @@ def perturbed_loss(closure: Closure, parameters: Sequence[Parameter], direction:
     """The loss at theta + eps z; NaN and infinity are passed on."""
     with torch.no_grad(), _UNCOMPILED, Substitution(parameters, direction):
         loss = closure()
-    return float(loss)
+    return float(loss.detach())
 
 
 class _Uncompiled:

@@ -167,6 +167,13 @@ def torch_threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors are small: more threads would only wait for each other."""
+    with torch_threads(1):
+        yield
+
+
 every_row = pytest.mark.parametrize("row", ROWS)
 
 

@@ -1,0 +1,284 @@
+"""SPSA: the byte code, the arithmetic of `apply`, what is dropped, clipped or refused, and learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from thinwire.compression.base import Payload, Turn
+from thinwire.compression.errors import ConfigError
+from thinwire.compression.exact import to_float32
+from thinwire.compression.noise import noise
+from thinwire.optim import byte_code
+from thinwire.optim.base import Closure, Share
+from thinwire.optim.perturb import NotSubstituted
+from thinwire.optim.spsa import CODES, Spsa
+
+TURN = Turn(1, 11, 22, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors are small: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def codes_of(*codes: int) -> Payload:
+    return {CODES: (torch.tensor(codes, dtype=torch.uint8),)}
+
+
+def code_of(g: float) -> int:
+    """The code of an exact power of two."""
+    code = byte_code.encode(g, 0)
+    assert byte_code.decode(code) == g
+    return code
+
+
+# ------------------------------------------------------------------------------------------- the byte
+
+
+def test_magnitudes_are_the_float32_values_of_quarter_octaves() -> None:
+    assert len(byte_code.MAGNITUDES) == 127
+    for m, magnitude in enumerate(byte_code.MAGNITUDES, start=1):
+        assert magnitude == float(np.float32(2.0 ** ((m - 64) / 4)))
+    assert byte_code.MAGNITUDES[63] == 1.0
+
+
+def test_every_code_survives_a_round_trip() -> None:
+    for code in set(range(256)) - {byte_code.NOTHING, byte_code.NEGATIVE}:
+        g = byte_code.decode(code)
+        assert (g < 0) == (code >= 128)
+        for word in (0, 2**31, 2**32 - 1):
+            assert byte_code.encode(g, word) == code
+
+
+def test_rounding_is_unbiased_within_the_range() -> None:
+    words = np.random.default_rng(5).integers(0, 2**32, 20_000)
+    for g in (1e-4, -0.0371, 1.1, -6.7e3):
+        values = [byte_code.decode(byte_code.encode(g, int(w))) for w in words]
+        assert len(set(values)) == 2
+        # A step is a factor of 2^(1/4): the standard deviation of one value is at most 9% of it.
+        assert abs(np.mean(values) / g - 1) < 4 * 0.09 / math.sqrt(len(words))
+
+
+def test_what_is_out_of_range_saturates() -> None:
+    largest, smallest = byte_code.MAGNITUDES[-1], byte_code.MAGNITUDES[0]
+    assert byte_code.decode(byte_code.encode(1e30, 0)) == largest
+    assert byte_code.decode(byte_code.encode(-1e30, 2**32 - 1)) == -largest
+    assert byte_code.decode(byte_code.encode(1e-30, 0)) == smallest
+    assert byte_code.decode(byte_code.encode(-5e-324, 2**32 - 1)) == -smallest
+
+
+@pytest.mark.parametrize("g", [0.0, -0.0, math.nan, math.inf, -math.inf])
+def test_what_says_nothing_has_the_code_nothing(g: float) -> None:
+    assert byte_code.encode(g, 123) == byte_code.NOTHING
+    assert byte_code.decode(byte_code.NOTHING) == 0.0
+
+
+# ------------------------------------------------------------------------------------------- apply
+
+
+def two_parameters() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "matrix": nn.Parameter(torch.randn(30, 200, generator=generator)),
+        "bias": nn.Parameter(torch.randn(30, generator=generator)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["sign", "gauss"])
+def test_apply_computes_the_formula(kind: str, kernels: str) -> None:
+    parameters = two_parameters()
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    lr, lr_factor, wd = 0.01, 0.5, 0.1
+    spsa = Spsa(parameters.items(), lr=lr, weight_decay=wd, noise=kind)  # type: ignore[arg-type]
+    shares = [
+        Share(100, 1, codes_of(code_of(0.5), byte_code.NOTHING, code_of(-2.0))),
+        Share(200, 1, codes_of(code_of(1.0))),
+    ]
+    spsa.apply(shares, Turn(1, 11, 22, lr_factor), None)
+    terms = [(100, 0, 0.5), (100, 2, -2.0), (200, 0, 1.0)]
+    for index, name in enumerate(["bias", "matrix"]):
+        expected = before[name].flatten().numpy()
+        acc = np.zeros_like(expected)
+        for seed, probe, g in terms:
+            z = noise(kind, seed, index, probe, 0, expected.size).numpy()  # type: ignore[arg-type]
+            acc = acc + np.float32(lr * lr_factor / 3 * g) * z
+        if name == "matrix":  # biases do not decay
+            expected = expected * np.float32(1 - lr * lr_factor * wd)
+        assert np.array_equal(parameters[name].detach().flatten().numpy(), expected - acc)
+
+
+def test_scale_sqrt_divides_by_the_root() -> None:
+    mean, root = two_parameters(), two_parameters()
+    share = Share(100, 1, codes_of(*[code_of(1.0)] * 4))
+    Spsa(mean.items(), lr=0.02).apply([share], TURN, None)
+    Spsa(root.items(), lr=0.01, scale="sqrt").apply([share], TURN, None)
+    for name in mean:  # 0.02 / 4 = 0.01 / 2
+        assert torch.equal(mean[name], root[name])
+
+
+def test_without_a_counted_probe_nothing_changes() -> None:
+    parameters = two_parameters()
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    Spsa(parameters.items(), lr=0.5, weight_decay=0.5).apply([Share(1, 1, codes_of(0, 0))], TURN, "counted")
+    assert all(torch.equal(parameters[name], before[name]) for name in before)
+
+
+def test_one_probe_cannot_wreck_a_run() -> None:
+    """Beyond ten medians |g| counts as ten medians."""
+    honest = [Share(s, 1, codes_of(code_of(1.0))) for s in (1, 2, 3)]
+    attacked, clipped = two_parameters(), two_parameters()
+    Spsa(attacked.items(), lr=0.01).apply([*honest, Share(4, 1, codes_of(code_of(-(2.0**15))))], TURN, None)
+    Spsa(clipped.items(), lr=0.01, clip=1e9).apply(
+        [*honest, Share(4, 1, codes_of(byte_code.encode(-10.0, 0)))], TURN, None
+    )
+    low = byte_code.decode(byte_code.encode(-10.0, 0))
+    z = noise("sign", 4, 1, 0, 0, 6000).view(30, 200)
+    difference = (clipped["matrix"] - attacked["matrix"]).detach()
+    # theta - lr/4 g z: what is left between them is the step from the code's value to exactly -10.
+    assert torch.allclose(difference, z * (0.01 / 4) * (-10.0 - low), atol=1e-6)
+
+
+def test_another_memory_format_gets_the_same_update() -> None:
+    generator = torch.Generator().manual_seed(1)
+    plain = nn.Parameter(torch.randn(4, 3, 5, 5, generator=generator))
+    strided = nn.Parameter(plain.detach().clone().to(memory_format=torch.channels_last))
+    assert not strided.is_contiguous()
+    for p in (plain, strided):
+        Spsa([("w", p)], lr=0.1).apply([Share(9, 1, codes_of(code_of(1.0)))], TURN, None)
+    assert torch.equal(plain, strided)
+    assert strided.is_contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------- propose
+
+
+def quadratic(p: nn.Parameter) -> Closure:
+    return lambda: torch.sum(p * p)
+
+
+def test_g_is_the_directional_derivative() -> None:
+    p = nn.Parameter(torch.tensor([1.0, -2.0, 0.5, 3.0]))
+    spsa = Spsa([("p", p)], lr=1.0, eps=2.0**-10, probes=8)
+    codes = spsa.propose(lambda: quadratic(p), TURN)[CODES][0].tolist()
+    for probe, code in enumerate(codes):
+        z = noise("sign", TURN.own_seed, 0, probe, 0, 4)
+        g = float((2 * p.detach() * z).sum())
+        # One step of the code is a factor of 2^(1/4); float32 losses near 14 know g to about 1e-3.
+        assert byte_code.decode(code) == pytest.approx(g, rel=0.2, abs=2e-3)
+    assert spsa.last_loss == pytest.approx(14.25, rel=0.01)
+
+
+def test_every_probe_gets_a_batch_of_its_own() -> None:
+    p = nn.Parameter(torch.ones(3))
+    n_drawn = 0
+
+    def draw() -> Closure:
+        nonlocal n_drawn
+        n_drawn += 1
+        return quadratic(p)
+
+    payload = Spsa([("p", p)], lr=1.0, probes=5).propose(draw, TURN)
+    assert n_drawn == 5
+    assert payload[CODES][0].shape == (5,)
+
+
+def test_a_probe_that_is_not_finite_is_dropped_and_counted() -> None:
+    p = nn.Parameter(torch.ones(3))
+    spsa = Spsa([("p", p)], lr=1.0, probes=3)
+    spsa.propose(lambda: quadratic(p), TURN)
+    batches = iter([quadratic(p), lambda: torch.sum(p * math.inf), lambda: torch.sum(p * math.nan)])
+    codes = spsa.propose(lambda: next(batches), TURN)[CODES][0].tolist()
+    assert codes[0] != byte_code.NOTHING
+    assert codes[1:] == [byte_code.NOTHING] * 2
+    assert spsa.counters["dropped_probes"] == 2
+    assert spsa.last_loss == pytest.approx(3.0, rel=0.01)
+    spsa.propose(lambda: lambda: torch.sum(p * math.nan), TURN)
+    assert spsa.last_loss is None
+
+
+def test_a_loss_that_does_not_depend_on_the_parameters_is_an_error() -> None:
+    p, other = nn.Parameter(torch.ones(3)), torch.ones(3)
+    with pytest.raises(NotSubstituted, match="does not depend on the parameters"):
+        Spsa([("p", p)], lr=1.0).propose(lambda: lambda: torch.sum(other), TURN)
+
+
+def test_the_first_propose_makes_a_dry_run() -> None:
+    p = nn.Parameter(torch.ones(3))
+    alias = p.detach()
+    with pytest.raises(NotSubstituted, match="past the perturbation: p\\."):
+        Spsa([("p", p)], lr=1.0).propose(lambda: lambda: torch.sum(alias * alias), TURN)
+
+
+def test_step_without_a_closure_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"call step\(closure\)"):
+        Spsa([("p", nn.Parameter(torch.ones(3)))], lr=1.0).step()
+
+
+def test_peers_may_send_different_numbers_of_probes() -> None:
+    p = nn.Parameter(torch.ones(3))
+    receiver = Spsa([("p", p)], lr=1.0, probes=2, max_probes=8)
+    for n in (0, 1, 8):
+        receiver.check(codes_of(*[code_of(1.0)] * n), TURN)
+
+
+# ------------------------------------------------------------------------------------------- it learns
+
+
+class Regression:
+    """Logistic regression with 50 inputs; every peer draws its own batches of 32."""
+
+    def __init__(self) -> None:
+        self.w = nn.Parameter(torch.zeros(50, 1))
+        self.truth = torch.randn(50, generator=torch.Generator().manual_seed(1))
+
+    def batch(self, seed: int, n: int = 32) -> Closure:
+        x = torch.randn(n, 50, generator=torch.Generator().manual_seed(seed))
+        y = (x @ self.truth > 0).float()
+
+        def loss() -> Tensor:
+            logits = (x @ self.w)[:, 0]
+            return nn.functional.binary_cross_entropy_with_logits(logits, y)
+
+        return loss
+
+
+def test_four_peers_learn() -> None:
+    peers = [Regression() for _ in range(4)]
+    strategies = [Spsa([("w", peer.w)], lr=0.05, probes=4) for peer in peers]
+    held_out = peers[0].batch(10**9, n=2000)
+    first = float(held_out().detach())
+    for round_ in range(1, 151):
+        shares = []
+        for i, (peer, spsa) in enumerate(zip(peers, strategies, strict=True)):
+            turn = Turn(round_, 0, 1000 * round_ + i, to_float32(1.0))
+            shares.append(
+                Share(turn.own_seed, 32, spsa.propose(lambda p=peer, t=turn: p.batch(t.own_seed), turn))
+            )
+        for spsa in strategies:
+            spsa.apply(shares, Turn(round_, 0, 0, 1.0), "counted")
+    assert first == pytest.approx(math.log(2))
+    assert float(held_out().detach()) < 0.45
+    assert all(torch.equal(peer.w, peers[0].w) for peer in peers)
+
+
+def test_step_learns_alone_with_a_scheduler() -> None:
+    peer = Regression()
+    spsa = Spsa([("w", peer.w)], lr=0.05, probes=8, seed=5)
+    schedule = torch.optim.lr_scheduler.LinearLR(spsa, 1.0, 0.1, total_iters=100)
+    first = float(peer.batch(10**9, n=2000)().detach())
+    for i in range(100):
+        assert spsa.step(peer.batch(i)) == spsa.last_loss
+        schedule.step()
+    assert spsa.counters["steps"] == 100
+    assert spsa.param_groups[0]["lr"] == pytest.approx(0.005)
+    assert float(peer.batch(10**9, n=2000)().detach()) < first - 0.2
