@@ -176,10 +176,10 @@ class Status:
     """Again and again until the run ends or Ctrl-C."""
 
     def run(self) -> int:
-        from thinwire.node.status import show_status
+        from thinwire.node.view import show_status
 
         with stop_on_signals() as stop:
-            show_status(_read_ticket(self.ticket), as_json=self.json, watch=self.watch, stop=stop.is_set)
+            show_status(_read_ticket(self.ticket), as_json=self.json, watch=self.watch, stopped=stop.is_set)
         return 128 + stop.signal if stop.signal else 0
 
 

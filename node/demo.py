@@ -182,7 +182,7 @@ class DemoSwarm:
                 self.notes[fault["peer"]] += f", started again at {now}"
         elif fault["back_at_round"] is None:
             peer = next(p for p in status["peers"] if p["peer_id"] == fault["peer"])
-            if peer["state"] == "training" and peer["round"] >= fault["restarted_at_round"]:
+            if peer["state"] == "training":
                 fault["back_at_round"] = now
                 self.notes[fault["peer"]] += f", back at {now}"
 

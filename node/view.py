@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from thinwire.node.status import StatusClient
+
+WATCH_EVERY_S = 1.0
 
 
 def human_bytes(n: float) -> str:
@@ -59,3 +66,28 @@ def swarm_table(status: Mapping[str, Any], notes: Mapping[str, str] | None = Non
     if status["mismatches"]:
         lines.append(Text(f"{status['mismatches']} fingerprint mismatches", style="bold red"))
     return Group(*lines)
+
+
+def show_status(ticket: str, *, as_json: bool, watch: bool, stopped: Callable[[], bool]) -> None:
+    """Prints the status on stdout, with `watch` until the run is over or `stopped`.
+
+    Raises ConfigError for a wrong ticket and SwarmUnreachable.
+    """
+    console = Console()
+    with StatusClient(ticket) as client:
+        status = client.fetch()
+        if as_json:
+            while True:
+                print(json.dumps(status), flush=True)  # noqa: T201 - data goes to stdout
+                if not watch or stopped() or status["state"] == "finished":
+                    return
+                time.sleep(WATCH_EVERY_S)
+                status = client.fetch()
+        if not watch:
+            console.print(swarm_table(status))
+            return
+        with Live(swarm_table(status), console=console) as live:
+            while not stopped() and status["state"] != "finished":
+                time.sleep(WATCH_EVERY_S)
+                status = client.fetch()
+                live.update(swarm_table(status))
