@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.base import Compressor, Fields, Packed, Part, Payload, Turn
+from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import exact_arithmetic, to_float32
 from thinwire.optim import options
 from thinwire.optim.base import (
@@ -89,6 +90,12 @@ class Decoupled(Strategy):
         options.whole(group, "accumulate", at_least=1, at_most=2**16)
         options.real(group, "max_grad_norm", at_least=0)
         options.real(group, "clip", at_least=1)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        packed_with = state_dict["param_groups"][0]["compressor"]
+        if packed_with != repr(self.compressor):
+            raise ConfigError(f"sends in this state are packed with {packed_with}, not {self.compressor!r}")
+        super().load_state_dict(state_dict)
 
     def fields(self) -> Fields:
         return {p.name: self.compressor.fields(_part(p)) for p in self.parameters_in_order()}

@@ -91,7 +91,7 @@ def _options_of(what: str, name: str, table: Mapping[str, str]) -> dict[str, Any
 
 
 def _class_of(what: str, name: str, table: Mapping[str, str]) -> Any:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ConfigError(f"unknown {what} {name!r}: {nearest(name, table)}")
     return _load(table[name])
 
