@@ -67,7 +67,8 @@ class Layout:
 
     def n_sent(self, scales: Tensor) -> Array:
         """int64 (G,): how many coefficients each group sends."""
-        return self.k_G * (scales.view(torch.int16).numpy() != 0)
+        sent_G: Array = self.k_G * (scales.view(torch.int16).numpy() != 0)
+        return sent_G
 
 
 @dataclass(frozen=True, slots=True)
