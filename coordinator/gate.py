@@ -34,7 +34,7 @@ class Gate:
         return error
 
     def check_hello(self, hello: Hello) -> None:
-        """Raises ConfigError (token), Incompatible (version, run) or LedgerCorrupt (head not on the chain)."""
+        """Raises ConfigError (token), Incompatible (version, run), LedgerCorrupt (head not on the chain)."""
         if not hmac.compare_digest(hello.token.encode(), self._token):
             raise self.refused("token", ConfigError("the ticket's token is wrong: ask for a new ticket"))
         if hello.version != PROTOCOL_VERSION:

@@ -61,7 +61,8 @@ class Ledger:
         aside = path.with_name(f".{path.name}.part")
         aside.unlink(missing_ok=True)
         record = encode_record(genesis)
-        db = _connect(aside)
+        db = sqlite3.connect(aside)
+        db.execute("PRAGMA synchronous = FULL")
         with db:
             db.executescript(_SCHEMA)
             db.execute(
@@ -77,15 +78,18 @@ class Ledger:
         """Verifies the whole chain. Raises ConfigError (no file) or LedgerCorrupt naming the bad record."""
         if not path.exists():
             raise ConfigError(f"{path}: there is no ledger")
-        db = _connect(path)
+        # Serialised by the callers: a link in threads uses one connection under its lock.
+        db = sqlite3.connect(path, check_same_thread=False)
         try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
             found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise LedgerCorrupt(f"{path} is damaged: {found}. {_REPAIR_FILE}")
             return cls(db, path, public_key)
         except sqlite3.DatabaseError as e:
             db.close()
-            raise LedgerCorrupt(f"{path} is damaged: {e}. {_REPAIR_FILE}") from e
+            raise LedgerCorrupt(f"{path} cannot be read: {e}. {_REPAIR_FILE}") from e
         except BaseException:
             db.close()
             raise
@@ -235,11 +239,3 @@ class Ledger:
 
 
 _REPAIR_FILE = "Restore the state directory from a copy."
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    # Serialised by the callers: a link in threads uses one connection under its lock.
-    db = sqlite3.connect(path, check_same_thread=False)
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
-    return db

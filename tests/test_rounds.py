@@ -1,0 +1,335 @@
+"""Which offers count: told by a script of events and times, then by generated ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thinwire.coordinator.rounds import (
+    Action,
+    BytesArrived,
+    Excused,
+    Offered,
+    OfferKept,
+    OfferRefused,
+    PeerStops,
+    PeerTrains,
+    RoundClosed,
+    RoundOpened,
+    Rounds,
+    TimePassed,
+)
+
+
+def new(**changes: Any) -> Rounds:
+    arguments: dict[str, Any] = {
+        "n_rounds": 100,
+        "min_peers": 2,
+        "eval_every": 1000,
+        "policy": "deadline",
+        "max_offers": 8,
+        "head": 0,
+        "now_s": 0.0,
+    }
+    return Rounds(**{**arguments, **changes})
+
+
+def started(n: int, **changes: Any) -> Rounds:
+    rounds = new(min_peers=n, **changes)
+    for peer in range(n):
+        rounds.handle(PeerTrains(peer), 0.0)
+    return rounds
+
+
+def offer(peer: int, round_: int, digest: bytes = b"d", has_bytes: bool = True) -> Offered:
+    return Offered(peer, round_, digest, has_bytes)
+
+
+def closed(actions: list[Action]) -> list[tuple[int, tuple[int, ...]]]:
+    return [(a.round, a.peers) for a in actions if isinstance(a, RoundClosed)]
+
+
+def refusals(actions: list[Action]) -> list[str]:
+    return [a.reason for a in actions if isinstance(a, OfferRefused)]
+
+
+def warm(rounds: Rounds, n: int, seconds: float = 1.0) -> float:
+    """Three rounds in which everybody took `seconds`; returns the time."""
+    now_s = 0.0
+    for round_ in (1, 2, 3):
+        now_s += seconds
+        for peer in range(n):
+            rounds.handle(offer(peer, round_), now_s)
+    assert rounds.head == 3
+    return now_s
+
+
+def test_the_first_round_waits_for_min_peers() -> None:
+    rounds = new(min_peers=2)
+    assert rounds.handle(PeerTrains(0), 0.0) == []
+    assert closed(rounds.handle(offer(0, 1), 0.1)) == []
+    assert rounds.handle(PeerTrains(1), 1.0) == [RoundOpened(1, (0, 1))]
+    assert closed(rounds.handle(offer(1, 1), 2.0)) == [(1, (0, 1))]
+    assert rounds.round == 2
+
+
+def test_a_round_closes_when_everybody_expected_is_in() -> None:
+    rounds = started(3)
+    assert closed(rounds.handle(offer(2, 1), 1.0)) == []
+    assert closed(rounds.handle(offer(0, 1), 1.0)) == []
+    actions = rounds.handle(offer(1, 1), 1.5)
+    assert closed(actions) == [(1, (0, 1, 2))]
+    assert actions[-1] == RoundOpened(2, (0, 1, 2))
+    assert next(a for a in actions if isinstance(a, RoundClosed)).duration_s == 1.5
+
+
+def test_who_trains_later_is_not_awaited_but_counts() -> None:
+    rounds = started(2)
+    rounds.handle(PeerTrains(7), 0.5)
+    rounds.handle(offer(0, 1), 1.0)
+    rounds.handle(offer(7, 1), 1.0)
+    actions = rounds.handle(offer(1, 1), 1.0)
+    assert closed(actions) == [(1, (0, 1, 7))]
+    assert actions[-1] == RoundOpened(2, (0, 1, 7))
+
+
+def test_an_offer_counts_once_its_bytes_are_here() -> None:
+    rounds = started(2)
+    rounds.handle(offer(0, 1), 1.0)
+    assert closed(rounds.handle(offer(1, 1, b"blob", has_bytes=False), 1.0)) == []
+    assert rounds.missing() == [1]
+    assert closed(rounds.handle(BytesArrived(b"other"), 1.1)) == []
+    assert closed(rounds.handle(BytesArrived(b"blob"), 1.2)) == [(1, (0, 1))]
+
+
+def test_sending_the_same_offer_again_changes_nothing() -> None:
+    rounds = started(2)
+    assert rounds.handle(offer(0, 1), 1.0) == [OfferKept(0, True)]
+    assert rounds.handle(offer(0, 1), 1.1) == [OfferKept(0, False)]
+    rounds.handle(offer(1, 1), 1.2)
+    assert rounds.handle(offer(0, 1), 1.3) == [OfferKept(0, False)], "it crossed with the commit"
+
+
+def test_a_different_offer_is_refused() -> None:
+    rounds = started(2)
+    rounds.handle(offer(0, 1, b"first"), 1.0)
+    assert refusals(rounds.handle(offer(0, 1, b"second"), 1.1)) == ["changed_offer"]
+
+
+def test_offers_for_other_rounds_are_refused() -> None:
+    rounds = started(2)
+    assert refusals(rounds.handle(offer(0, 2), 1.0)) == ["wrong_round"]
+    warm(rounds, 2)
+    assert refusals(rounds.handle(offer(0, 1), 9.0)) == ["wrong_round"]
+
+
+def test_more_offers_than_the_run_allows_are_refused() -> None:
+    rounds = started(2, max_offers=3)
+    for peer in (5, 6, 7):
+        rounds.handle(offer(peer, 1), 1.0)
+    assert refusals(rounds.handle(offer(0, 1), 1.0)) == ["too_many_offers"]
+
+
+def test_a_peer_that_stops_is_not_awaited_but_what_it_offered_counts() -> None:
+    rounds = started(3)
+    rounds.handle(offer(0, 1), 1.0)
+    rounds.handle(offer(1, 1), 1.0)
+    rounds.handle(PeerStops(1), 1.1)
+    actions = rounds.handle(PeerStops(2), 1.2)
+    assert closed(actions) == [(1, (0, 1))]
+    assert actions[-1] == RoundOpened(2, (0,))
+
+
+def test_no_round_is_empty() -> None:
+    rounds = started(2)
+    rounds.handle(PeerStops(0), 1.0)
+    rounds.handle(PeerStops(1), 1.0)
+    assert closed(rounds.handle(TimePassed(), 10_000.0)) == []
+    assert rounds.wake_s() is None
+    assert closed(rounds.handle(offer(5, 1), 10_001.0)) == [(1, (5,))]
+
+
+def test_the_deadline_closes_without_the_slow_one() -> None:
+    rounds = started(3)
+    now_s = warm(rounds, 3)
+    rounds.handle(offer(0, 4), now_s + 1.0)
+    rounds.handle(offer(1, 4), now_s + 1.0)
+    assert rounds.wake_s() == now_s + 1.5
+    assert closed(rounds.handle(TimePassed(), now_s + 1.49)) == []
+    actions = rounds.handle(TimePassed(), now_s + 1.5)
+    assert closed(actions) == [(4, (0, 1))]
+    assert next(a for a in actions if isinstance(a, RoundClosed)).missing == (2,)
+    assert actions[-1] == RoundOpened(5, (0, 1, 2)), "it is awaited again"
+
+
+def test_past_the_deadline_the_first_offer_closes() -> None:
+    rounds = started(2)
+    now_s = warm(rounds, 2)
+    assert closed(rounds.handle(TimePassed(), now_s + 50)) == []
+    assert closed(rounds.handle(offer(1, 4), now_s + 51)) == [(4, (1,))]
+
+
+def test_late_offers_move_the_deadline() -> None:
+    rounds = started(2)
+    now_s = warm(rounds, 2)
+    for round_ in range(4, 24):
+        rounds.handle(offer(0, round_), now_s + 1.0)
+        limit_s = rounds.wake_s()
+        if limit_s is None:
+            break
+        rounds.handle(TimePassed(), min(limit_s, now_s + 3.0))
+        late = rounds.handle(offer(1, round_), now_s + 3.0)
+        if refusals(late) == []:
+            break
+        assert refusals(late) == ["late_offer"]
+        now_s = now_s + 3.0
+    else:
+        raise AssertionError("the deadline never grew to the slow peer's three seconds")
+    assert round_ > 4
+
+
+def test_a_late_blob_is_measured_when_it_has_arrived() -> None:
+    rounds = started(2)
+    now_s = warm(rounds, 2)
+    rounds.handle(offer(1, 4, b"late", has_bytes=False), now_s + 1.0)
+    rounds.handle(offer(0, 4), now_s + 1.0)
+    assert closed(rounds.handle(TimePassed(), now_s + 1.5)) == [(4, (0,))]
+    n = len(rounds.times.values(before=100))
+    rounds.handle(BytesArrived(b"late"), now_s + 2.0)
+    values = rounds.times.values(before=100)
+    assert len(values) == n + 1
+    assert values[-1] == 2.0
+
+
+def test_all_drops_a_hung_trainer_until_it_offers_again() -> None:
+    rounds = started(2, policy="all")
+    now_s = warm(rounds, 2)
+    rounds.handle(offer(0, 4), now_s + 1.0)
+    assert closed(rounds.handle(TimePassed(), now_s + 59)) == []
+    actions = rounds.handle(TimePassed(), now_s + 60)
+    assert closed(actions) == [(4, (0,))]
+    assert actions[-1] == RoundOpened(5, (0,))
+    rounds.handle(offer(1, 4), now_s + 61)
+    assert rounds.handle(offer(0, 5), now_s + 61)[-1] == RoundOpened(6, (0, 1))
+
+
+def test_excused_peers_are_not_awaited_in_that_round_only() -> None:
+    rounds = started(2)
+    rounds.handle(offer(1, 1, b"never comes", has_bytes=False), 0.5)
+    rounds.handle(Excused(1, 1), 0.6)
+    actions = rounds.handle(offer(0, 1), 1.0)
+    assert closed(actions) == [(1, (0,))]
+    assert actions[-1] == RoundOpened(2, (0, 1))
+    assert rounds.handle(Excused(1, 7), 1.0) == []
+    assert rounds.missing() == [0, 1]
+
+
+def test_the_evaluator_rotates_and_is_not_awaited_next() -> None:
+    rounds = started(3, eval_every=2, n_rounds=7)
+    seen = {}
+    for round_ in range(1, 8):
+        expected = tuple(sorted(rounds.expected))
+        for peer in range(3):
+            for action in rounds.handle(offer(peer, round_), float(round_)):
+                if isinstance(action, RoundClosed):
+                    seen[round_] = (action.evaluator, expected)
+    assert {r: e for r, (e, _) in seen.items()} == {1: None, 2: 0, 3: None, 4: 1, 5: None, 6: 2, 7: 0}
+    assert seen[3][1] == (1, 2)
+    assert seen[5][1] == (0, 2)
+    assert rounds.is_over
+
+
+def test_evaluators_skip_who_is_gone() -> None:
+    rounds = started(3, eval_every=1)
+    rounds.handle(PeerStops(0), 0.1)
+    rounds.handle(offer(2, 1), 1.0)
+    actions = rounds.handle(offer(1, 1), 1.0)
+    assert next(a for a in actions if isinstance(a, RoundClosed)).evaluator == 1
+
+
+def test_the_run_ends_with_its_last_round() -> None:
+    rounds = started(1, n_rounds=1)
+    actions = rounds.handle(offer(0, 1), 1.0)
+    assert closed(actions) == [(1, (0,))]
+    assert not any(isinstance(a, RoundOpened) for a in actions)
+    assert rounds.is_over
+    assert rounds.wake_s() is None
+    assert refusals(rounds.handle(offer(0, 2), 2.0)) == ["wrong_round"]
+
+
+def test_after_a_restart_the_next_round_is_open_for_the_recalled() -> None:
+    rounds = new(head=5, training=(1, 2, 4), evaluator=2, resting=2, eval_every=6)
+    assert rounds.missing() == [1, 4]
+    rounds.handle(offer(1, 6), 1.0)
+    actions = rounds.handle(offer(4, 6), 1.0)
+    assert closed(actions) == [(6, (1, 4))]
+    assert next(a for a in actions if isinstance(a, RoundClosed)).evaluator == 4
+
+
+PEERS = st.integers(0, 4)
+EVENTS = st.one_of(
+    st.builds(PeerTrains, PEERS),
+    st.builds(PeerStops, PEERS),
+    st.builds(
+        lambda p, back, d, b: ("offer", p, back, d, b), PEERS, st.integers(-1, 2), PEERS, st.booleans()
+    ),
+    st.builds(lambda d: BytesArrived(bytes([d])), PEERS),
+    st.tuples(st.just("wait"), st.sampled_from([0.1, 1.0, 2.0, 30.0, 100.0])),
+)
+
+
+@given(
+    st.lists(EVENTS, max_size=120),
+    st.sampled_from(["all", "deadline"]),
+    st.integers(1, 3),
+    st.integers(1, 4),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_schedule(script: list[Any], policy: str, min_peers: int, eval_every: int) -> None:
+    """One commit per round, none empty, only complete first offers in it; and nothing waits for nobody."""
+    rounds = new(policy=policy, min_peers=min_peers, eval_every=eval_every, n_rounds=30)
+    again = new(policy=policy, min_peers=min_peers, eval_every=eval_every, n_rounds=30)
+    now_s, trains, commits = 0.0, set[int](), 0
+    offers: dict[int, bytes] = {}
+    complete: set[int] = set()
+    for step in script:
+        event = step
+        if isinstance(step, tuple) and step[0] == "wait":
+            now_s += step[1]
+            event = TimePassed()
+        elif isinstance(step, tuple):
+            _, peer, back, digest, has_bytes = step
+            event = Offered(peer, rounds.round - back, bytes([digest]), has_bytes)
+            if back == 0 and not rounds.is_over and offers.setdefault(peer, event.digest) == event.digest:
+                complete |= {peer} if has_bytes else set()
+        elif isinstance(step, PeerTrains):
+            trains.add(step.peer)
+        elif isinstance(step, PeerStops):
+            trains.discard(step.peer)
+        else:
+            complete |= {peer for peer, digest in offers.items() if digest == step.digest}
+        actions = rounds.handle(event, now_s)
+        assert again.handle(event, now_s) == actions, "the same events give the same actions"
+        for action in actions:
+            if isinstance(action, RoundClosed):
+                commits += 1
+                assert action.round == commits == rounds.head
+                assert action.peers == tuple(sorted(complete))
+                assert action.peers
+                assert set(action.missing).isdisjoint(action.peers)
+                offers, complete = {}, set()
+        assert rounds.expected <= trains, "who is gone is not awaited"
+        if rounds.opened_s is not None and complete:
+            assert rounds.missing(), "all that are awaited are here"
+        wake_s = rounds.wake_s()
+        assert wake_s is None or wake_s > now_s
+    if rounds.is_over or rounds.opened_s is None:
+        return
+    head = rounds.head
+    rounds.handle(Offered(9, rounds.round, b"x", True), now_s)
+    if rounds.head == head:
+        wake_s = rounds.wake_s()
+        assert wake_s is not None
+        assert closed(rounds.handle(TimePassed(), wake_s)) != []

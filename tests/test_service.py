@@ -1,0 +1,635 @@
+"""The coordinator's service: sessions and messages in, messages and commits out, on a clock of the test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
+from thinwire.coordinator.blobs import BlobStore
+from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.messages import (
+    INLINE_BYTES,
+    PROTOCOL_VERSION,
+    BadMessage,
+    BlobRef,
+    Follow,
+    GenesisBody,
+    Heartbeat,
+    Hello,
+    Members,
+    Message,
+    NodeState,
+    Notice,
+    Offer,
+    Report,
+    SnapshotAt,
+    State,
+    WantSnapshot,
+    Welcome,
+    digest_of,
+)
+from thinwire.coordinator.schedule import lr_factor_bits
+from thinwire.coordinator.service import Service
+from thinwire.coordinator.settings import parse_settings
+
+
+class World:
+    """A service with its ledger and blobs, a clock, and peers that are known by their names."""
+
+    def __init__(self, path: Path, genesis: GenesisBody, key: Ed25519PrivateKey) -> None:
+        self.path, self.key = path, key
+        self.now_s = 100.0
+        self.sent: list[tuple[str, Message]] = []
+        self.committed: list[int] = []
+        self.sessions: dict[str, int] = {}
+        self.ledger = Ledger.create(path / "ledger.db", genesis, key)
+        self.start()
+
+    def start(self) -> None:
+        self.blobs = BlobStore(self.path / "blobs", 10**9)
+        self.service = Service(
+            ledger=self.ledger,
+            blobs=self.blobs,
+            key=self.key,
+            token="secret",
+            send=lambda peer, message: self.sent.append((peer, message)),
+            on_commit=self.committed.append,
+            now_s=self.now_s,
+            wall_ms=lambda: 123,
+        )
+
+    def restart(self) -> None:
+        """As after a crash: what is on the disk, nothing else."""
+        self.ledger.close()
+        self.ledger = Ledger.open(self.path / "ledger.db", self.key.public_key())
+        self.start()
+
+    def hello(self, **changes: Any) -> Hello:
+        hello = Hello(
+            version=PROTOCOL_VERSION,
+            run_id=self.ledger.run_id,
+            token="secret",
+            head_round=None,
+            head_digest=None,
+            addresses=("/ip4/127.0.0.1/tcp/1",),
+            agent="test",
+        )
+        return hello.model_copy(update=changes)
+
+    def open(self, *peers: str, **changes: Any) -> Welcome:
+        for peer in peers:
+            session = self.sessions.get(peer, 0) + 1
+            welcome = self.service.open(peer, session, self.hello(**changes), self.now_s)
+            self.sessions[peer] = session
+        return welcome
+
+    def say(self, peer: str, message: Message) -> None:
+        self.service.receive(peer, self.sessions[peer], message, self.now_s)
+        self.service.tick(self.now_s)
+
+    def train(self, *peers: str) -> None:
+        self.open(*peers)
+        for peer in peers:
+            self.say(peer, State(state=NodeState.TRAINING))
+
+    def wait(self, seconds: float, *alive: str) -> None:
+        """Time passes in small steps; the peers named send heartbeats."""
+        for _ in range(round(seconds / 0.5)):
+            self.now_s += 0.5
+            for peer in alive:
+                self.say(peer, Heartbeat(round=0, sent_bytes=10, received_bytes=20, payload_bytes=5))
+            self.service.tick(self.now_s)
+
+    def status(self) -> dict[str, Any]:
+        status = self.service.status(self.now_s)
+        json.dumps(status, allow_nan=False)
+        return status
+
+    def peer(self, name: str) -> dict[str, Any]:
+        return next(p for p in self.status()["peers"] if p["peer_id"] == name)
+
+    def messages(self, kind: type[Message], to: str | None = None) -> list[Any]:
+        return [m for peer, m in self.sent if isinstance(m, kind) and to in (None, peer)]
+
+    def upload(self, peer: str, data: bytes) -> bytes:
+        self.service.may_store(peer, len(data))
+        self.blobs.put(digest_of(data), data)
+        self.service.blob_arrived(peer, digest_of(data), self.now_s)
+        return digest_of(data)
+
+
+MakeWorld = Callable[..., World]
+
+
+@pytest.fixture
+def make_world(
+    tmp_path: Path, make_genesis: Callable[..., GenesisBody], key: Ed25519PrivateKey
+) -> Iterator[MakeWorld]:
+    worlds = []
+
+    def make(**config: Any) -> World:
+        worlds.append(World(tmp_path, make_genesis(**config), key))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.ledger.close()
+
+
+def offer(round_: int, data: bytes = b"abc", **changes: Any) -> Offer:
+    plain = Offer(
+        round=round_,
+        n_samples=4,
+        n_tokens=64,
+        loss=1.5,
+        n_bytes=len(data),
+        payload=data,
+        digest=None,
+    )
+    return plain.model_copy(update=changes)
+
+
+def blob_offer(round_: int, data: bytes) -> Offer:
+    return offer(round_, data, payload=None, digest=digest_of(data))
+
+
+# ------------------------------------------------------------------------------------------------- opening
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text", "reason"),
+    [
+        ({"token": "wrong"}, ConfigError, "token", "token"),
+        ({"token": "sécret"}, ConfigError, "token", "token"),
+        ({"version": 99}, Incompatible, "version 99 here, 1 at", "version"),
+        ({"run_id": bytes(32)}, Incompatible, "is for run 0000000000000000", "run"),
+        ({"head_round": 0, "head_digest": bytes(32)}, LedgerCorrupt, "not on", "head"),
+        ({"head_round": 9, "head_digest": bytes(32)}, LedgerCorrupt, "older copy", "head"),
+    ],
+)
+def test_who_does_not_fit_is_not_let_in(
+    make_world: MakeWorld, changes: dict[str, Any], error: type[Exception], text: str, reason: str
+) -> None:
+    world = make_world()
+    with pytest.raises(error, match=text):
+        world.open("a", **changes)
+    assert world.status()["rejected"] == {reason: 1}
+    assert world.status()["peers"] == []
+    assert not world.service.is_member("a")
+
+
+def test_welcome_says_where_the_run_stands(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=1)
+    world.train("a")
+    world.say("a", offer(1))
+    welcome = world.open("b", head_round=0, head_digest=world.ledger.run_id)
+    assert (welcome.head_round, welcome.head_digest) == (1, world.ledger.head_digest)
+    assert (welcome.peer_index, welcome.heartbeat_s) == (1, 1.0)
+    assert digest_of(welcome.genesis) == world.ledger.run_id
+
+
+def test_a_full_swarm_lets_in_whoever_it_knows(make_world: MakeWorld) -> None:
+    world = make_world(max_peers=2)
+    world.train("a", "b")
+    with pytest.raises(Incompatible, match="full: 2 of 2"):
+        world.open("c")
+    world.open("a")
+    world.service.closed("b", 1, world.now_s)
+    world.wait(2.5, "a")
+    assert world.open("c").peer_index == 2
+
+
+def test_another_key_is_not_this_run_s(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.key = Ed25519PrivateKey.generate()
+    with pytest.raises(ConfigError, match="key"):
+        world.start()
+
+
+def test_frames_of_a_replaced_session_are_dropped_and_counted(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.open("a")
+    world.service.receive("a", 1, offer(1, b"old"), world.now_s)
+    world.service.closed("a", 1, world.now_s)
+    assert world.status()["rejected"] == {"old_session": 1}
+    assert world.service.is_member("a")
+    world.say("a", offer(1, b"new"))
+    world.say("b", offer(1))
+    assert world.service.commits(0, 1)[0].body.offers[0].payload == b"new"
+    with pytest.raises(BadMessage, match="replaced"):
+        world.service.open("a", 1, world.hello(), world.now_s)
+
+
+def test_nobody_speaks_without_a_session(make_world: MakeWorld) -> None:
+    world = make_world()
+    with pytest.raises(BadMessage, match="no session"):
+        world.service.receive(
+            "x", 1, Heartbeat(round=0, sent_bytes=0, received_bytes=0, payload_bytes=0), 0.0
+        )
+    with pytest.raises(BadMessage, match="only members"):
+        world.service.may_store("x", 1)
+    world.open("a")
+    with pytest.raises(BadMessage, match="Follow is not for the coordinator"):
+        world.say("a", Follow(after=0))
+    assert world.status()["rejected"] == {"not_admitted": 2, "wrong_message": 1}
+
+
+def test_members_are_told_to_all_when_they_change(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.open("a", "b")
+    world.service.tick(world.now_s)
+    for name in ("a", "b"):
+        assert [[m.peer_id for m in told.members] for told in world.messages(Members, name)] == [["a", "b"]]
+    world.sent.clear()
+    world.wait(1.0, "a", "b")
+    assert world.messages(Members) == []
+    world.service.closed("b", 1, world.now_s)
+    world.service.tick(world.now_s)
+    assert [[m.peer_id for m in told.members] for told in world.messages(Members, "a")] == [["a"]]
+    world.sent.clear()
+    world.open("a")
+    world.service.tick(world.now_s)
+    assert len(world.messages(Members, "a")) == 1, "a new session is told even when nothing has changed"
+
+
+# -------------------------------------------------------------------------------------------------- rounds
+
+
+def test_a_round_becomes_a_commit(make_world: MakeWorld, make_genesis: Callable[..., GenesisBody]) -> None:
+    world = make_world(rounds=5)
+    world.train("a", "b")
+    assert world.status()["state"] == "training"
+    world.wait(1.0)
+    world.say("b", offer(1, b"from b", loss=float("nan")))
+    assert world.committed == []
+    world.say("a", offer(1, b"from a", loss=2.0))
+    assert world.committed == [1]
+    commit = world.service.commits(0, 10)[0]
+    world.key.public_key().verify(commit.signature, commit.record)
+    body = commit.body
+    assert [(o.peer, o.payload, o.loss) for o in body.offers] == [(0, b"from a", 2.0), (1, b"from b", None)]
+    assert [(a.index, a.peer_id) for a in body.admitted] == [(0, "a"), (1, "b")]
+    assert (body.parent, body.time_ms, body.evaluator) == (world.ledger.run_id, 123, None)
+    schedule = parse_settings(world.ledger.genesis.config).schedule
+    assert body.lr_factor_bits == lr_factor_bits(schedule, 2, 5)
+    status = world.status()
+    assert (status["round"], status["loss"], status["round_s"]) == (1, 2.0, 1.0)
+    assert status["payload_bytes_per_peer_round"] == 6
+    assert status["ddp_bytes_per_peer_round"] == 2 * (2 - 1) / 2 * 4 * 20
+    assert world.peer("a")["offers_counted"] == 1
+
+
+def test_blobs_make_an_offer_eligible(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    data = bytes(5000)
+    world.say("b", blob_offer(1, data))
+    world.say("a", offer(1))
+    assert world.committed == []
+    world.upload("b", data)
+    assert world.committed == [1]
+    world.upload("a", bytes(6000))
+    world.say("a", blob_offer(2, bytes(6000)))
+    world.say("b", offer(2))
+    assert world.committed == [1, 2]
+    assert world.service.commits(1, 1)[0].body.offers[0].n_bytes == 6000
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (offer(1, n_bytes=4), "size"),
+        (offer(1, bytes(INLINE_BYTES + 1)), "size"),
+        (offer(1, digest=bytes(32)), "offer"),
+        (offer(1, payload=None), "offer"),
+        (offer(1, n_samples=1001), "samples"),
+        (offer(1, payload=None, digest=bytes(32), n_bytes=2**20 + 1), "oversized"),
+    ],
+)
+def test_wrong_offers_are_bad_messages(make_world: MakeWorld, wrong: Offer, reason: str) -> None:
+    world = make_world()
+    world.train("a", "b")
+    with pytest.raises(BadMessage):
+        world.say("a", wrong)
+    assert world.status()["rejected"] == {reason: 1}
+
+
+def test_a_lie_about_a_blob_s_size_harms_only_the_liar(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b", "liar")
+    data = bytes(5000)
+    world.say("liar", blob_offer(1, data).model_copy(update={"n_bytes": 4999}))
+    world.say("b", blob_offer(1, data))
+    world.say("a", offer(1))
+    world.upload("b", data)
+    assert world.committed == [1]
+    assert [o.peer for o in world.service.commits(0, 1)[0].body.offers] == [0, 1]
+    with pytest.raises(BadMessage, match="a blob of 5000 bytes offered as 4999"):
+        world.say("liar", blob_offer(2, data).model_copy(update={"n_bytes": 4999}))
+    assert world.status()["rejected"] == {"size": 2}
+
+
+def test_uploads_are_bounded(make_world: MakeWorld) -> None:
+    world = make_world(max_payload_bytes=10_000, min_peers=1)
+    world.train("a")
+    with pytest.raises(BadMessage, match="the run allows 10000"):
+        world.service.may_store("a", 10_001)
+    for _ in range(4):
+        world.service.may_store("a", 10_000)
+    with pytest.raises(BadMessage, match="uploaded since the last commit"):
+        world.service.may_store("a", 1)
+    assert world.status()["rejected"] == {"oversized": 1, "quota": 1}
+    world.say("a", offer(1))
+    world.service.may_store("a", 10_000)
+
+
+def test_a_changed_offer_is_refused_and_its_owner_told(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.say("a", offer(1, b"one"))
+    world.say("a", offer(1, b"two"))
+    assert world.status()["rejected"] == {"changed_offer": 1}
+    assert [m.warning for m in world.messages(Notice, "a")] == [True]
+    assert world.messages(Notice, "b") == []
+
+
+def test_a_peer_whose_connection_broke_is_awaited_for_two_seconds(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.say("a", offer(1))
+    world.service.closed("b", 1, world.now_s)
+    world.wait(1.5, "a")
+    assert world.committed == []
+    world.wait(0.5, "a")
+    assert world.committed == [1]
+    assert world.peer("b")["state"] == "gone"
+
+
+def test_a_silent_peer_is_awaited_for_ten_seconds(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.say("a", offer(1))
+    world.wait(9.5, "a")
+    assert world.committed == []
+    world.wait(0.5, "a")
+    assert world.committed == [1]
+    assert world.peer("b")["offers_missed"] == 0, "it was gone, not slow"
+
+
+def test_the_adaptive_deadline_leaves_the_slow_one_out(make_world: MakeWorld) -> None:
+    world = make_world(policy="deadline")
+    world.train("a", "b")
+    for round_ in (1, 2, 3):
+        world.now_s += 1.0
+        world.say("a", offer(round_))
+        world.say("b", offer(round_))
+    world.now_s += 1.0
+    world.say("a", offer(4))
+    assert world.service.tick(world.now_s) == world.now_s + 0.5
+    world.wait(0.5, "a", "b")
+    assert world.committed == [1, 2, 3, 4]
+    world.say("b", offer(4))
+    assert world.status()["rejected"] == {"late_offer": 1}
+    assert (world.peer("b")["offers_counted"], world.peer("b")["offers_missed"]) == (3, 1)
+
+
+def test_an_excused_peer_is_not_awaited(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.say("a", offer(1))
+    world.service.excuse("b", 1, world.now_s)
+    world.service.excuse("unknown", 1, world.now_s)
+    assert world.committed == [1]
+
+
+# ------------------------------------------------------------------------------------------------- restart
+
+
+def test_a_restart_goes_on_where_it_was(make_world: MakeWorld) -> None:
+    world = make_world(eval_every=2)
+    world.train("a", "b")
+    for round_ in (1, 2):
+        world.say("a", offer(round_))
+        world.say("b", offer(round_))
+    world.say("a", Report(round=2, fingerprint=b"12345678", held_out=3.5))
+    world.open("c")
+    before = world.service.commits(0, 10)
+    head = world.ledger.head_digest
+    world.restart()
+    assert world.service.commits(0, 10) == before
+    assert world.status()["held_out"] == [[2, 3.5]]
+    assert [p["state"] for p in world.status()["peers"]] == ["training", "training", "gone"]
+    world.train("b")
+    assert world.open("c", head_round=2, head_digest=head).peer_index == 2
+    assert world.open("d").peer_index == 3
+    world.say("b", offer(3))
+    assert world.committed[-1] == 3, "peer 0 evaluates round 2 and is not awaited"
+    assert [a.peer_id for a in world.service.commits(2, 1)[0].body.admitted] == ["c", "d"]
+
+
+def test_peers_of_the_last_commits_stay_expected_after_a_restart(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.say("a", offer(1))
+    world.say("b", offer(1))
+    world.restart()
+    world.train("b")
+    world.say("b", offer(2))
+    world.wait(9.5, "b")
+    assert world.committed[-1] == 1
+    world.wait(0.5, "b")
+    assert world.committed[-1] == 2
+
+
+def test_blobs_of_the_run_must_be_there(
+    tmp_path: Path, make_genesis: Callable[..., GenesisBody], key: Ed25519PrivateKey
+) -> None:
+    text = b"held-out text"
+    genesis = make_genesis().model_copy(update={"held_out": BlobRef(digest=digest_of(text), n_bytes=13)})
+    ledger = Ledger.create(tmp_path / "ledger.db", genesis, key)
+    blobs = BlobStore(tmp_path / "blobs", 10)
+
+    def start() -> Service:
+        return Service(
+            ledger=ledger,
+            blobs=blobs,
+            key=key,
+            token="secret",
+            send=lambda _peer, _message: None,
+            on_commit=lambda _round: None,
+            now_s=0.0,
+            wall_ms=lambda: 0,
+        )
+
+    with pytest.raises(ConfigError, match="missing"):
+        start()
+    blobs.put(digest_of(text), text)
+    start()
+    blobs.put(digest_of(b"other"), b"other")
+    assert digest_of(text) in blobs, "pinned: never pruned"
+    ledger.close()
+
+
+# ----------------------------------------------------------------------------------- reports and snapshots
+
+
+def test_fingerprints_that_disagree_are_counted_and_told(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b", "c")
+    for peer in "abc":
+        world.say(peer, offer(1))
+    world.say("a", Report(round=1, fingerprint=b"AAAAAAAA"))
+    world.say("b", Report(round=1, fingerprint=b"AAAAAAAA"))
+    assert world.status()["mismatches"] == 0
+    world.say("c", Report(round=1, fingerprint=b"CCCCCCCC"))
+    world.say("c", Report(round=1, fingerprint=b"CCCCCCCC"))
+    assert world.status()["mismatches"] == 1
+    (notice,) = world.messages(Notice, "a")
+    assert notice.warning
+    assert notice.text == "round 1: the replica of c differs from that of a, b"
+    for peer in "abc":
+        world.say(peer, offer(2))
+    reports = world.service.commits(1, 1)[0].body.reports
+    assert [(e.peer, e.fingerprint[:1]) for e in reports] == [(0, b"A"), (1, b"A"), (2, b"C")]
+    world.restart()
+    assert world.status()["mismatches"] == 1
+    assert world.peer("c")["fingerprint"] == b"CCCCCCCC".hex()
+
+
+def test_a_flood_of_reports_does_not_enter_the_ledger(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=1, rounds=50)
+    world.train("a")
+    for round_ in range(1, 11):
+        world.say("a", offer(round_))
+    for round_ in range(1, 11):
+        world.say("a", Report(round=round_, fingerprint=round_.to_bytes(8, "big")))
+    world.say("a", offer(11))
+    assert len(world.service.commits(10, 1)[0].body.reports) == 4
+    assert world.status()["rejected"] == {"too_many_reports": 6}
+
+
+def test_only_the_evaluator_reports_a_held_out_loss(make_world: MakeWorld) -> None:
+    world = make_world(eval_every=1)
+    world.train("a", "b")
+    world.say("b", Report(round=0, held_out=9.0))
+    world.say("a", Report(round=0, held_out=5.5))
+    world.say("b", offer(1))
+    world.say("a", offer(1))
+    world.say("a", Report(round=1, held_out=float("inf")))
+    assert world.status()["held_out"] == [[0, 5.5]]
+    world.say("a", Report(round=1, held_out=4.5))
+    assert world.status()["held_out"] == [[0, 5.5], [1, 4.5]]
+    assert world.status()["rejected"] == {"held_out": 2}
+    with pytest.raises(BadMessage, match="to come"):
+        world.say("a", Report(round=2, held_out=1.0))
+
+
+def test_snapshots_come_from_a_donor(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.open("j", "k")
+    world.say("j", WantSnapshot())
+    assert len(world.messages(WantSnapshot, "a")) == 1
+    world.say("k", WantSnapshot())
+    assert len(world.messages(WantSnapshot)) == 1, "one donor for all who wait"
+    world.say("j", Report(round=0, snapshot=bytes(32), snapshot_bytes=1))
+    assert world.messages(SnapshotAt) == [], "a joiner is no donor"
+    world.say("a", Report(round=0, snapshot=b"s" * 32, snapshot_bytes=77))
+    for joiner in "jk":
+        (answer,) = world.messages(SnapshotAt, joiner)
+        assert (answer.holder, answer.n_bytes, answer.digest) == ("a", 77, b"s" * 32)
+    world.say("j", WantSnapshot())
+    assert len(world.messages(WantSnapshot, "b")) == 1, "the next one's turn"
+
+
+def test_a_silent_donor_is_given_up(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.open("j")
+    world.say("j", WantSnapshot())
+    world.wait(29.5, "a", "b", "j")
+    assert world.messages(WantSnapshot, "b") == []
+    world.wait(0.5, "a", "b", "j")
+    assert len(world.messages(WantSnapshot, "b")) == 1
+    world.say("b", State(state=NodeState.LEAVING))
+    (answer,) = world.messages(SnapshotAt, "j")
+    assert answer.holder is None
+
+
+def test_without_a_training_peer_there_is_no_donor(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.open("j")
+    world.say("j", WantSnapshot())
+    assert [m.holder for m in world.messages(SnapshotAt, "j")] == [None]
+
+
+# ------------------------------------------------------------------------------------- people and the end
+
+
+def test_what_is_waited_for_is_told(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=3)
+    world.train("a")
+    world.wait(1.0, "a")
+    assert [m.text for m in world.messages(Notice, "a")] == ["waiting for 2 more peers: 1 of 3 are training"]
+    assert world.status()["state"] == "waiting"
+    world.train("b", "c")
+    world.say("a", offer(1))
+    world.sent.clear()
+    world.wait(5.0, "a", "b", "c")
+    texts = [m.text for m in world.messages(Notice, "a")]
+    assert texts == ["round 1: waiting for 2 of 3 peers (b, c) since 5 s"]
+
+
+def test_heartbeats_are_shown(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a")
+    world.wait(1.0, "a")
+    peer = world.peer("a")
+    assert (peer["sent_bytes"], peer["received_bytes"], peer["payload_bytes"]) == (10, 20, 5)
+    world.now_s += 3
+    assert world.peer("a")["last_seen_s"] == 3
+
+
+def test_the_end_waits_for_acknowledgements(make_world: MakeWorld) -> None:
+    world = make_world(rounds=1)
+    world.train("a", "b", "c")
+    for peer in "abc":
+        world.say(peer, offer(1))
+    evaluator = world.service.commits(0, 1)[0].body.evaluator
+    assert evaluator == 0
+    assert world.status()["state"] == "finished"
+    world.say("b", Report(round=1, fingerprint=b"12345678"))
+    world.say("c", State(state=NodeState.LEAVING))
+    world.say("a", Report(round=1, fingerprint=b"12345678"))
+    assert not world.service.finished, "its evaluator still measures"
+    world.say("a", Report(round=1, held_out=2.0))
+    assert world.service.finished
+    assert world.status()["held_out"] == [[1, 2.0]]
+
+
+def test_the_end_does_not_wait_for_ever(make_world: MakeWorld) -> None:
+    world = make_world(rounds=1, min_peers=1)
+    world.train("a")
+    world.say("a", offer(1))
+    world.wait(59.5, "a")
+    assert not world.service.finished
+    world.wait(0.5, "a")
+    assert world.service.finished
+
+
+def test_a_finished_run_ends_at_once_when_its_peers_do_not_come_back(make_world: MakeWorld) -> None:
+    world = make_world(rounds=1, min_peers=1)
+    world.train("a")
+    world.say("a", offer(1))
+    world.restart()
+    world.service.tick(world.now_s)
+    assert not world.service.finished
+    world.wait(10.0)
+    assert world.service.finished
