@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+
+class _Precision:
+    """IEEE float32 matrix products while anybody needs them: the setting is one for all threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_users = 0
+        self._before = ""
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._n_users == 0:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("highest")
+            self._n_users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._n_users -= 1
+            if self._n_users == 0:
+                torch.set_float32_matmul_precision(self._before)
+
+
+_precision = _Precision()
 
 
 @contextmanager
@@ -15,8 +41,7 @@ def exact_arithmetic() -> Iterator[None]:
 
     `apply`, `decode`, `check` and fingerprints run inside it, whatever the caller's training loop has set.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    _precision.enter()
     try:
         with (
             torch.no_grad(),
@@ -25,7 +50,7 @@ def exact_arithmetic() -> Iterator[None]:
         ):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        _precision.leave()
 
 
 def to_float32(x: float) -> float:

@@ -14,7 +14,10 @@ from thinwire.coordinator.membership import PeerState
 
 
 class ServiceCollector(Collector):
-    """`status` returns `Service.status()`; it is called in the thread of the scrape."""
+    """`status` returns `Service.status()`, and a server's own bytes under "coordinator".
+
+    It is called in the thread of the scrape.
+    """
 
     def __init__(self, status: Callable[[], dict[str, Any]]) -> None:
         self._status = status
@@ -38,9 +41,19 @@ class ServiceCollector(Collector):
         for reason, n in status["rejected"].items():
             rejected.add_metric([reason], n)
         yield rejected
+        for name, by_kind in status.get("coordinator", {}).items():
+            yield _by_kind(name, by_kind)
         if status["held_out"]:
             loss = status["held_out"][-1][1]
             yield GaugeMetricFamily("thinwire_held_out_loss", "Newest held-out loss in nats", value=loss)
+
+
+def _by_kind(name: str, by_kind: dict[str, int]) -> Metric:
+    words = {"sent_bytes": "Bytes written to streams", "received_bytes": "Bytes read from streams"}
+    family = CounterMetricFamily(f"thinwire_{name}", words[name], labels=["kind"])
+    for kind, n_bytes in by_kind.items():
+        family.add_metric([kind], n_bytes)
+    return family
 
 
 def _peers(peers: list[dict[str, Any]]) -> Metric:

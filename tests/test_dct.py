@@ -197,3 +197,18 @@ def test_refusals() -> None:
         x[3] = bad
         with pytest.raises(ValueError, match="not finite"):
             compressor.pack(x, Part.whole((5, 5)), TURN)
+
+
+def test_one_thread_that_is_done_does_not_lower_the_precision_of_another() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        first, second = exact_arithmetic(), exact_arithmetic()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "highest"
+        second.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
