@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 import msgpack
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from thinwire.compression.errors import ThinwireError
 
 PROTOCOL_VERSION = 1
