@@ -1,0 +1,152 @@
+"""`thinwire bench decoupled`: a round of decoupled momentum without its backward, against DeMo's way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import cos, pi, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinwire.compression.base import Payload, Turn
+from thinwire.compression.dct_topk import DctTopK
+from thinwire.compression.noise import use_numba
+from thinwire.node.bench import copy_bandwidth, measure, transformer
+from thinwire.optim.base import Share
+from thinwire.optim.decoupled import Decoupled
+
+N_PEERS, K, TILE = 4, 32, 64
+LR, BETA = 1e-3, 0.999
+
+
+def bench_decoupled(n_params: int, n_repeats: int) -> dict[str, Any]:
+    """Momentum, pack, what is sent leaves the momentum, decode of 4 peers, signed update.
+
+    Baseline: the same in the manner of DeMo's program, in plain torch. And a step of torch's AdamW.
+    """
+    ours, theirs, adam = (transformer(n_params) for _ in range(3))
+    for model in (ours, theirs, adam):
+        _fill_gradients(model)
+    n_exactly = sum(p.numel() for p in ours.values())
+    bandwidth = copy_bandwidth(n_exactly, n_repeats)
+
+    round_ = Round(ours)
+    propose = measure(round_.propose, n_repeats)
+    apply = measure(round_.apply, n_repeats)
+    both = measure(round_.run, n_repeats)
+    demo = measure(Demo(theirs).step, max(1, n_repeats // 2))
+    adamw = measure(torch.optim.AdamW(adam.values(), lr=LR).step, n_repeats)
+    # The least traffic: momentum and parameters are read and written, gradients read.
+    least_s = 20 * n_exactly / bandwidth
+    return {
+        "n_params": n_exactly,
+        "n_peers": N_PEERS,
+        "kernels": "numba" if use_numba(next(iter(ours.values()))) else "torch",
+        "payload_n_bytes": round_.payload_n_bytes(),
+        "copy_bandwidth_bytes_per_s": bandwidth,
+        "round": both.to_dict(),
+        "propose": propose.to_dict(),
+        "apply": apply.to_dict(),
+        "demo_step": demo.to_dict(),
+        "adamw_step": adamw.to_dict(),
+        "ratio_to_baseline": demo.median_s / both.median_s,
+        "ratio_to_adamw": adamw.median_s / both.median_s,
+        "fraction_of_copy_bandwidth": least_s / both.median_s,
+    }
+
+
+def _fill_gradients(model: dict[str, torch.nn.Parameter]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for p in model.values():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+class Round:
+    """Rounds of one replica; the other peers' payloads are made once."""
+
+    def __init__(self, model: dict[str, torch.nn.Parameter]) -> None:
+        self.strategy = Decoupled(model.items(), compressor=DctTopK(k=K), lr=LR, beta=BETA)
+        self.round = 0
+        self.others: list[Payload] = []
+        for _ in range(N_PEERS):
+            self.propose()
+            self.others.append(self.payload)
+        self.others.pop()
+
+    def turn(self) -> Turn:
+        return Turn(self.round, 1, 2, 1.0)
+
+    def propose(self) -> None:
+        self.round += 1
+        self.payload = self.strategy.propose_from_grad(self.turn())
+
+    def apply(self) -> None:
+        shares = [Share(i, 1, payload) for i, payload in enumerate([*self.others, self.payload])]
+        self.strategy.apply(shares, self.turn(), "counted")
+
+    def run(self) -> None:
+        self.propose()
+        self.apply()
+
+    def payload_n_bytes(self) -> int:
+        return sum(t.numel() * t.dtype.itemsize for packed in self.payload.values() for t in packed)
+
+
+# ------------------------------------------------------------------------------------------- the baseline
+
+
+class Demo:
+    """A step of DeMo (arXiv 2411.19870): per parameter a transform in tiles, int64 index, float32 value."""
+
+    def __init__(self, model: dict[str, torch.nn.Parameter]) -> None:
+        self.parameters = list(model.values())
+        self.momentum = [torch.zeros_like(p) for p in self.parameters]
+        self.basis = cosine_basis(TILE)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p, delta in zip(self.parameters, self.momentum, strict=True):
+            assert p.grad is not None
+            delta.mul_(BETA).add_(p.grad, alpha=LR)
+            index, value = self.select(delta)
+            delta.sub_(self.decode([(index, value)], delta.shape))
+            mean = self.decode([(index, value)] * N_PEERS, delta.shape)
+            p.add_(mean.sign_(), alpha=-LR)
+
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 indices and float32 values of the K largest coefficients of every tile."""
+        coefficients = self._tiles(x)
+        flat = coefficients.reshape(*coefficients.shape[: x.ndim], -1)
+        index = flat.abs().topk(min(K, flat.shape[-1]), dim=-1, sorted=False).indices
+        return index, flat.gather(-1, index)
+
+    def decode(self, packs: Sequence[tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:
+        """The mean of those that sent a coefficient, transformed back."""
+        index = torch.cat([i for i, _ in packs], dim=-1)
+        value = torch.cat([v for _, v in packs], dim=-1)
+        flat = torch.zeros(*index.shape[:-1], TILE ** len(shape))
+        flat.scatter_reduce_(-1, index, value, reduce="mean", include_self=False)
+        return self._untiled(flat, shape)
+
+    def _tiles(self, x: Tensor) -> Tensor:
+        if x.ndim == 1:
+            return torch.einsum("yi,ib->yb", x.view(-1, TILE), self.basis)
+        rows, columns = x.shape
+        tiles = x.view(rows // TILE, TILE, columns // TILE, TILE).permute(0, 2, 1, 3)
+        return torch.einsum("yxij,ib,jd->yxbd", tiles, self.basis, self.basis)
+
+    def _untiled(self, flat: Tensor, shape: torch.Size) -> Tensor:
+        if len(shape) == 1:
+            return torch.einsum("yb,ib->yi", flat, self.basis).reshape(shape)
+        tiles = flat.view(shape[0] // TILE, shape[1] // TILE, TILE, TILE)
+        back = torch.einsum("yxbd,ib,jd->yxij", tiles, self.basis, self.basis)
+        return back.permute(0, 2, 1, 3).reshape(shape)
+
+
+def cosine_basis(n: int) -> Tensor:
+    """The orthonormal DCT-II: column b is the b-th cosine."""
+    rows = [
+        [cos(pi * (i + 0.5) * b / n) * sqrt((1 if b == 0 else 2) / n) for b in range(n)] for i in range(n)
+    ]
+    return torch.tensor(rows)

@@ -1,0 +1,77 @@
+"""`thinwire bench noise`: what SPSA adds to its forward passes, against MeZO's way of doing it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinwire.compression.exact import to_float32
+from thinwire.compression.noise import Probe, update_, use_numba
+from thinwire.node.bench import copy_bandwidth, measure, transformer
+from thinwire.optim.base import Parameter
+from thinwire.optim.perturb import Direction, perturbed
+from thinwire.optim.spsa import Spsa
+
+EPS, LR = 1e-3, 1e-6
+N_PROBES = (1, 16)
+
+
+def bench_noise(n_params: int, n_repeats: int) -> dict[str, Any]:
+    """A step without its forwards: two perturbations per probe and one update, for 1 and for 16 probes.
+
+    Baseline: four passes of `torch.normal` per probe (perturb, to the other side, restore, update).
+    """
+    parameters = Spsa(transformer(n_params).items(), lr=LR).parameters_in_order()
+    tensors = [p.tensor.detach() for p in parameters]
+    n_exactly = sum(t.numel() for t in tensors)
+    bandwidth = copy_bandwidth(n_exactly, n_repeats)
+    mezo = measure(lambda: mezo_step(tensors), max(1, n_repeats // 2))
+    result: dict[str, Any] = {
+        "n_params": n_exactly,
+        "kernels": "numba" if use_numba(tensors[0]) else "torch",
+        "copy_bandwidth_bytes_per_s": bandwidth,
+        "mezo_step": mezo.to_dict(),
+    }
+    for n in N_PROBES:
+        step = measure(lambda n=n: spsa_step(parameters, n), n_repeats)  # type: ignore[misc]
+        update = measure(lambda n=n: spsa_update(parameters, n), n_repeats)  # type: ignore[misc]
+        # The least traffic: each perturbation and the update read and write every parameter once.
+        least_s = (2 * n + 1) * 8 * n_exactly / bandwidth
+        result[f"probes_{n}"] = {
+            "step": step.to_dict(),
+            "update": update.to_dict(),
+            "ratio_to_baseline": n * mezo.median_s / step.median_s,  # n probes are n steps of the baseline
+            "fraction_of_copy_bandwidth": least_s / step.median_s,
+            "update_fraction_of_copy_bandwidth": 8 * n_exactly / bandwidth / update.median_s,
+            "update_params_times_probes_per_s": n * n_exactly / update.median_s,
+        }
+    for key in ("ratio_to_baseline", "fraction_of_copy_bandwidth"):
+        result[key] = result["probes_1"][key]
+    return result
+
+
+def spsa_step(parameters: list[Parameter], n_probes: int) -> None:
+    """What `propose` and `apply` do besides the forwards; scratch lives for one use."""
+    for probe in range(n_probes):
+        for eps in (EPS, -EPS):
+            for p in parameters:
+                perturbed(p, Direction("sign", 1, probe, eps))
+    spsa_update(parameters, n_probes)
+
+
+def spsa_update(parameters: list[Parameter], n_probes: int) -> None:
+    terms = [Probe(1, probe, to_float32(LR / n_probes)) for probe in range(n_probes)]
+    for p in parameters:
+        update_(p.tensor, terms, "sign", p.index)
+
+
+@torch.no_grad()
+def mezo_step(tensors: list[Tensor]) -> None:
+    """MeZO's step without its forwards: the noise is drawn again, tensor by tensor, for each pass."""
+    for scale in (EPS, -2 * EPS, EPS, -LR):
+        generator = torch.Generator().manual_seed(1)
+        for t in tensors:
+            z = torch.normal(mean=0.0, std=1.0, size=t.shape, generator=generator)
+            t.add_(z * scale)
