@@ -151,8 +151,9 @@ class Strategy(torch.optim.Optimizer):
         return self.param_groups[0][name]
 
     def count(self, what: str, n: int = 1) -> None:
-        """Adds to one of the counters."""
-        self.counters[what] = self.counters.get(what, 0) + n
+        """Adds to one of the counters; those at zero do not appear."""
+        if n:
+            self.counters[what] = self.counters.get(what, 0) + n
 
     # --------------------------------------------------------------------------------- rounds
 
@@ -201,6 +202,11 @@ class Strategy(torch.optim.Optimizer):
         return Turn(round=round, shared_seed=shared, own_seed=own, lr_factor=1.0)
 
     # --------------------------------------------------------------------------------- state
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: torch's own would leave out what subclasses add. Hooks are left out."""
+        hooks_and_patches = ("_optimizer_", "step")  # a learning rate scheduler patches `step` of an instance
+        return {name: v for name, v in self.__dict__.items() if not name.startswith(hooks_and_patches)}
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, and the counters."""

@@ -154,8 +154,8 @@ class Decoupled(Strategy):
     def _sent(self, parameter: Parameter, packed: Packed, turn: Turn, factor: float) -> Tensor:
         """factor * q: what the receivers read from `packed`."""
         with exact_arithmetic():
-            q = self.compressor.decode([packed], [1.0], _part(parameter), turn)
-            return q.to(parameter.tensor.device).mul_(to_float32(factor))
+            q = self.compressor.decode([packed], [1.0], _part(parameter), turn).to(parameter.tensor.device)
+            return q if factor == 1.0 else q.mul_(to_float32(factor))
 
     def _put_back(self, parameter: Parameter, turn: Turn) -> None:
         """Adds this round's send to the momentum again, as far as it would have decayed since. Only once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -210,4 +211,16 @@ def test_state_keeps_learning_rates_and_steps() -> None:
     second = Decoupled([("p", q)], compressor=Dense(), lr=9.0)
     second.load_state_dict(first.state_dict())
     assert second.param_groups[0]["lr"] == pytest.approx(0.0125)
-    assert second.counters == first.counters == {"steps": 3, "decays": 3, "lost_sends": 0}
+    assert second.counters == first.counters == {"steps": 3, "decays": 3}
+
+
+def test_a_copy_goes_on_like_the_original() -> None:
+    model = nn.Linear(3, 2)
+    strategy = Decoupled(model.named_parameters(), compressor=DctTopK(k=2), lr=0.1)
+    torch.optim.lr_scheduler.ConstantLR(strategy)  # patches `step` of the instance
+    strategy.step(lambda: torch.sum(model(torch.ones(1, 3)) ** 2))
+    twin_model, twin = copy.deepcopy((model, strategy))
+    for m, s in ((model, strategy), (twin_model, twin)):
+        s.step(lambda m=m: torch.sum(m(torch.ones(1, 3)) ** 2))
+    assert twin.counters == strategy.counters
+    assert torch.equal(twin_model.weight, model.weight)
