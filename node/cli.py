@@ -216,7 +216,7 @@ class Stop:
     """Set by the first signal; `on_stop` callbacks run in the signal handler."""
 
     signal: int = 0
-    on_stop: list[Callable[[], None]] = field(default_factory=list)
+    on_stop: list[Callable[[], object]] = field(default_factory=list)
 
     def is_set(self) -> bool:
         return self.signal != 0
@@ -280,7 +280,7 @@ def _log_to_stderr(verbose: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The `thinwire` command. Returns the exit code."""
     command = tyro.cli(
-        Command,  # type: ignore[arg-type] # tyro reads the annotated union
+        Command,
         prog="thinwire",
         description="Train one model on many machines joined by thin, unreliable links.",
         args=argv,

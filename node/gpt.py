@@ -26,7 +26,8 @@ class Block(nn.Module):
         q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4)
         y = functional.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
         x = x + self.proj(y.transpose(1, 2).reshape(b, t, c))
-        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+        mlp: Tensor = self.down(functional.gelu(self.up(self.norm2(x))))
+        return x + mlp
 
 
 class ByteGPT(nn.Module):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -62,7 +62,7 @@ def swarm_table(status: Mapping[str, Any], notes: Mapping[str, str] | None = Non
             fingerprint,
             (notes or {}).get(peer["peer_id"], ""),
         )
-    lines = [Text(headline(status)), table]
+    lines: list[RenderableType] = [Text(headline(status)), table]
     if status["mismatches"]:
         lines.append(Text(f"{status['mismatches']} fingerprint mismatches", style="bold red"))
     return Group(*lines)
