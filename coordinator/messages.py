@@ -261,7 +261,7 @@ class Commit(Message):
 
 
 class Head(Message):
-    """The newest committed round: tells a node that catches up how far it has to go."""
+    """The newest committed round. Answers a node's leaving: all that it sent before has been read."""
 
     tag = 8
     round: Round

@@ -66,6 +66,7 @@ class Host:
         self._folder = folder
         self._lock_fd = -1
         self._handlers: set[asyncio.Task[None]] = set()
+        self._opened: list[asyncio.StreamWriter] = []
         self._watcher = asyncio.create_task(self._watch())
 
     async def handle(self, protocol: str, handler: StreamHandler) -> None:
@@ -109,6 +110,7 @@ class Host:
         if answer.type == pb.Response.ERROR:
             await close_writer(writer)
             raise SwarmUnreachable(f"{peer_id} does not serve {protocol}: {answer.error.msg}")
+        self._opened = [w for w in self._opened if not w.is_closing()] + [writer]
         return reader, writer
 
     async def disconnect(self, peer_id: str) -> None:
@@ -121,8 +123,10 @@ class Host:
         await close_writer(writer)
 
     async def close(self) -> None:
-        """Ends all handlers and the daemon, and removes its sockets. May be called twice."""
+        """Ends all streams, handlers and the daemon, and removes its sockets. May be called twice."""
         self._watcher.cancel()
+        for writer in self._opened:
+            writer.transport.abort()
         for task in list(self._handlers):
             task.cancel()
         await asyncio.gather(self._watcher, *self._handlers, return_exceptions=True)

@@ -29,10 +29,13 @@ from thinwire.coordinator.messages import (
     BadMessage,
     Follow,
     GenesisBody,
+    Head,
     Heartbeat,
     Hello,
     Message,
+    NodeState,
     Refused,
+    State,
     digest_of,
 )
 from thinwire.coordinator.p2p import Host, StreamHandler, start_p2p
@@ -102,6 +105,7 @@ class CoordinatorServer:
             wall_ms=lambda: time.time_ns() // 10**6,
         )
         self._settings = parse_settings(self.ledger.genesis.config)
+        self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         self.meter = Meter()
         self._sessions: dict[str, Session] = {}
         self._numbers = count(1)
@@ -226,7 +230,6 @@ class CoordinatorServer:
 
     async def _beat(self) -> None:
         """Heartbeats to every node; sessions that have long been silent are closed."""
-        limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         while True:
             await asyncio.sleep(self._settings.network.heartbeat_s)
             sent, received = self.meter.totals()
@@ -237,7 +240,7 @@ class CoordinatorServer:
                 payload_bytes=self.meter.received["payload"],
             )
             for session in list(self._sessions.values()):
-                if time.monotonic() - session.stream.heard_s > limit_s:
+                if time.monotonic() - session.stream.heard_s > self._silence_limit_s:
                     session.stream.abort()
                 else:
                     self._send(session.peer_id, beat)
@@ -316,7 +319,7 @@ class CoordinatorServer:
         try:
             await session.stream.send_message(welcome)
             await session.write(self.service.commits)
-            await asyncio.sleep(1.0)  # the node has this long to close its end first
+            await asyncio.sleep(1.0)  # the node closes the stream when it has read the reason
         except OSError as e:
             _log.debug("cannot send to %s: %s", session.peer_id, e)
         session.stream.abort()
@@ -333,6 +336,8 @@ class CoordinatorServer:
             else:
                 self.service.receive(session.peer_id, session.number, message, time.monotonic())
                 self._soon()
+            if isinstance(message, State) and message.state is NodeState.LEAVING:
+                session.post(Head(round=self.service.head))  # all that came before has been read
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
         open_streams = self._blob_streams.get(peer_id, 0)
@@ -370,7 +375,6 @@ class CoordinatorServer:
 async def _refuse(stream: Stream, error: ThinwireError) -> None:
     with contextlib.suppress(OSError):
         await stream.send_message(_refusal(error))
-        stream.end()
         await stream.ended(2.0)
 
 

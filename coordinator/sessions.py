@@ -47,7 +47,7 @@ class Session:
         self._wake.set()
 
     def end(self, why: Refused | None = None) -> None:
-        """Sends what is queued, then the reason, then closes the stream."""
+        """Sends what is queued, then the reason; `write` returns then."""
         if why is not None:
             self._queue.append(why)
         self._is_ending = True
@@ -60,7 +60,6 @@ class Session:
             while self._queue:
                 await self.stream.send_message(self._queue.popleft())
             if self._is_ending:
-                self.stream.end()
                 return
             if not await self._send_commits(commits):
                 await self._wake.wait()

@@ -132,11 +132,6 @@ class Stream:
         self._writer.write(HEADER.pack(len(body), Kind.MESSAGE) + body)
         await self._writer.drain()
 
-    def end(self) -> None:
-        """Nothing more is sent from here; what the other end still sends can be received."""
-        if not self._writer.is_closing():
-            self._writer.write_eof()
-
     async def ended(self, timeout_s: float) -> None:
         """Waits until the other end closes the stream; what still comes is dropped. Raises nothing."""
         with contextlib.suppress(OSError, TimeoutError):
@@ -145,7 +140,7 @@ class Stream:
                     pass
 
     def close(self) -> None:
-        """May be called twice. Whoever waits for this stream gets an error."""
+        """Sends what is buffered, and ends both directions: libp2p's daemon knows no half-closed streams."""
         self._writer.close()
 
     def abort(self) -> None:

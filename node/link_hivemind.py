@@ -482,8 +482,10 @@ class _Session:
         match message:
             case Commit():
                 await self._commit(message)
-            case Heartbeat(round=round_) | Head(round=round_):
+            case Heartbeat(round=round_):
                 self.head = max(self.head, round_)
+            case Head():
+                self._uplink.was_read.set()
             case Members(members=members):
                 self._members = {m.peer_id: m.addresses for m in members}
             case Notice(text=text, warning=warning):

@@ -41,7 +41,9 @@ ANSWER_TIMEOUT_S = 15.0
 """Without a byte for this long, a coordinator that was just reached counts as not answering."""
 
 GOODBYE_S = 5.0
-FIRST_RETRY_S, LAST_RETRY_S = 0.25, 15.0
+FIRST_RETRY_S, LAST_RETRY_S = 0.25, 4.0
+"""A restarted coordinator waits 10 s for the peers that it knew: who tries this often is among them."""
+
 STEADY_S = 10.0
 """A session that lasted for this long makes the next retries quick again."""
 
@@ -92,14 +94,14 @@ class Uplink:
         self._jitter = random.Random()
         self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
-        self._sent_all = asyncio.Event()
         self._host: Host | None = None
         self._stream: Stream | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._is_closing = False
         self._is_held = False
         self._retry_s = FIRST_RETRY_S
         self.is_up = asyncio.Event()
+        self.was_read = asyncio.Event()
+        """Set by the link: the coordinator has answered that this node leaves."""
 
     async def open(self) -> Welcome:
         """Raises SwarmUnreachable, ConfigError, Incompatible or LedgerCorrupt."""
@@ -111,7 +113,6 @@ class Uplink:
         """Queues a message; dropped when there is no session, because its successor hears a greeting."""
         if self._stream is not None:
             self._queue.append(message)
-            self._sent_all.clear()
             self._wake.set()
 
     async def open_stream(self, protocol: str) -> Stream:
@@ -130,14 +131,11 @@ class Uplink:
         return Stream(reader, writer, self._meter)
 
     async def close(self, *, say_goodbye: bool = True) -> None:
-        """Sends what is queued and waits until the coordinator has read it, for at most 5 s."""
-        self._is_closing = True
-        if say_goodbye and self._stream is not None and self._keeper is not None:
+        """Waits until the coordinator has read that this node leaves, for at most 5 s, and ends all."""
+        if say_goodbye and self._keeper is not None and not self._keeper.done():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GOODBYE_S):
-                    await self._sent_all.wait()
-                    self._stream.end()
-                    await asyncio.wait({self._keeper})
+                    await self.was_read.wait()
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
@@ -193,7 +191,7 @@ class Uplink:
         try:
             while True:
                 why = await self._session(stream, welcome)
-                if self._is_closing:
+                if self.was_read.is_set():
                     return
                 stream, welcome = await self._reconnect(why)
         except ThinwireError as e:
@@ -204,7 +202,6 @@ class Uplink:
         self._stream, self._is_held = stream, False
         began_s = time.monotonic()
         self._queue.clear()
-        self._sent_all.set()
         self._hooks.connected(welcome)
         for message in self._hooks.greeting():
             self.post(message)
@@ -276,7 +273,6 @@ class Uplink:
             self._wake.clear()
             while self._queue:
                 await stream.send_message(self._queue.popleft())
-            self._sent_all.set()
             await self._wake.wait()
 
     async def _beat(self, stream: Stream, heartbeat_s: float) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -184,3 +186,24 @@ def left_over(folder: Path) -> list[str]:
             if process.pid != os.getpid() and Path(process.cwd()) == folder:
                 found.append(" ".join(process.info["cmdline"] or ["?"]))
     return found
+
+
+@pytest.fixture
+def own_temp_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder for this test and its processes alone, with a name short enough for sockets.
+
+    Fails the test if a file, a folder or a process is left in the end.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="tw-"))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    deadline_s = time.monotonic() + 10
+    while (left := [*folder.iterdir(), *_running_children()]) and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+    shutil.rmtree(folder)
+    assert not left
+
+
+def _running_children() -> list[psutil.Process]:
+    return [c for c in psutil.Process().children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
