@@ -37,7 +37,8 @@ def bench_noise(n_params: int, n_repeats: int) -> dict[str, Any]:
     for n in N_PROBES:
         step = measure(lambda n=n: spsa_step(parameters, n), n_repeats)  # type: ignore[misc]
         update = measure(lambda n=n: spsa_update(parameters, n), n_repeats)  # type: ignore[misc]
-        # The least traffic: each perturbation and the update read and write every parameter once.
+        # The least traffic: each perturbation and the update read and write every parameter once. (Scratch
+        # that stays in the cache until it is used again may beat a copy.)
         least_s = (2 * n + 1) * 8 * n_exactly / bandwidth
         result[f"probes_{n}"] = {
             "step": step.to_dict(),
