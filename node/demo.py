@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,18 +62,15 @@ def run_demo(plan: Plan, stopped: Callable[[], bool]) -> dict[str, Any]:
     """Runs the plan and returns what `--json` prints, {} if stopped. Leaves no process and no file."""
     started_s = time.monotonic()
     console = Console(stderr=True)
-    folder = Path(tempfile.mkdtemp(prefix="thinwire-demo-"))
-    try:
+    with Children() as children:
         base = None
         if plan.strategy == "spsa":
             console.print("First a short decoupled phase: fine-tuning needs a model that knows something.")
-            base = folder / "base.safetensors"
+            base = children.folder / "base.safetensors"
             pretraining = Plan("decoupled", plan.n_peers, PRETRAINING_ROUNDS, faults=False)
-            DemoSwarm(pretraining, folder / "pretraining", console, stopped, save=base).run()
+            DemoSwarm(pretraining, children, console, stopped, save=base).run()
             console.print("Now that model is fine-tuned on other text, with one byte per probe.")
-        result = {} if stopped() else DemoSwarm(plan, folder / "run", console, stopped, base=base).run()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        result = {} if stopped() else DemoSwarm(plan, children, console, stopped, base=base).run()
     if stopped():
         return {}
     result["seconds"] = round(time.monotonic() - started_s, 1)
@@ -89,43 +84,42 @@ class DemoSwarm:
     def __init__(
         self,
         plan: Plan,
-        folder: Path,
+        children: Children,
         console: Console,
         stopped: Callable[[], bool],
         base: Path | None = None,
         save: Path | None = None,
     ) -> None:
         self.plan = plan
-        self.folder = folder
+        self.folder = children.folder / f"{plan.strategy}-{plan.rounds}"
         self.console = console
         self.stopped = stopped
         self.save = save
-        self.children = Children()
+        self.children = children
         self.nodes: dict[str, Child] = {}
         self.killed: Child | None = None
         self.notes: dict[str, str] = {}
         self.faults: list[dict[str, Any]] = []
-        folder.mkdir()
+        self.folder.mkdir()
         run = {"name": f"demo-{plan.strategy}", "rounds": plan.rounds, "min_peers": plan.n_peers}
         if base is not None:
             run["base"] = str(base)
-        self.run_file = folder / "run.toml"
+        self.run_file = self.folder / "run.toml"
         self.run_file.write_text(_toml({"run": run, **SECTIONS[plan.strategy]}))
 
     def run(self) -> dict[str, Any]:
         """Raises DemoFailed."""
-        with ExitStack() as stack:
-            stack.callback(self.children.end)
-            self._start_coordinator()
-            for i in range(self.plan.n_peers):
-                self._start_node(f"node-{i}")
-            with StatusClient(self.ticket) as client:
-                self._watch(client)
-            if self.stopped():
-                return {}
-            for child in [*self.nodes.values(), self.coordinator]:
-                self._wait_for_end(child)
-            return self._result()
+        self._start_coordinator()
+        for i in range(self.plan.n_peers):
+            self._start_node(f"node-{i}")
+        with StatusClient(self.ticket) as client:
+            self._watch(client)
+        if self.stopped():
+            return {}
+        for child in [*self.nodes.values(), self.coordinator]:
+            self._wait_for_end(child)
+        self.children.end()
+        return self._result()
 
     def _start_coordinator(self) -> None:
         folder = self.folder / "coordinator"

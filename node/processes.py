@@ -1,4 +1,4 @@
-"""Child processes of a demo: started with a log of their own, ended together, gone when their parent is."""
+"""Child processes of a demo: a log for each, all gone when their parent is, and their files too."""
 
 from __future__ import annotations
 
@@ -8,14 +8,27 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 PARENT_VARIABLE = "THINWIRE_PARENT"
 END_TIMEOUT_S = 10.0
+
+# $1: a folder. Process ids come on stdin, whose other end only the parent holds: when the parent has ended,
+# however it did, and then those processes have, the folder goes.
+_KEEPER = """
+while read -r pid; do pids="$pids $pid"; done
+for pid in $pids; do
+  while kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
+done
+rm -rf -- "$1"
+"""
 
 
 @dataclass(slots=True)
@@ -48,10 +61,27 @@ class Child:
 
 
 class Children:
-    """Starts `thinwire` commands and ends all of them."""
+    """Starts `thinwire` commands, ends all of them at the end of the `with`, and removes their `folder`."""
 
     def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="thinwire-demo-"))
         self._all: list[Child] = []
+        self._keeper = subprocess.Popen(
+            ["/bin/sh", "-c", _KEEPER, "thinwire-demo", str(self.folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.close()
+        self._keeper.wait()
 
     def start(
         self, name: str, folder: Path, args: Sequence[str], *, line: str | None = None, output: bool = False
@@ -69,6 +99,9 @@ class Children:
             )
         child = Child(name, folder, process)
         self._all.append(child)
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.write(b"%d\n" % process.pid)
+        self._keeper.stdin.flush()
         if line is not None and process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):  # it has ended already: whoever waits for it says why
                 process.stdin.write(line.encode() + b"\n")
@@ -76,7 +109,7 @@ class Children:
         return child
 
     def end(self) -> None:
-        """SIGTERM to the newest first, SIGKILL to what has not ended within 10 s."""
+        """SIGTERM to the newest first, SIGKILL to what has not ended within 10 s. All are forgotten then."""
         for child in reversed(self._all):
             if child.process.poll() is None:
                 child.process.terminate()
@@ -89,10 +122,14 @@ class Children:
                 child.process.wait()
             if child.process.stdout is not None:
                 child.process.stdout.close()
+        self._all.clear()
 
 
 def end_with_parent() -> None:
-    """In a child: a SIGTERM to itself within a second of its parent's death, however that died."""
+    """In a child: a SIGTERM to itself within a second of its parent's death, however that died.
+
+    Nobody is left to see that it does not end: so it is killed after a while.
+    """
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is None:
         return
@@ -101,5 +138,7 @@ def end_with_parent() -> None:
         while os.getppid() == int(parent):
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(END_TIMEOUT_S)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()

@@ -1,0 +1,73 @@
+"""`thinwire demo`, as a new user runs it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_in_the_temporary_folder() -> Any:
+    def ours() -> set[Path]:
+        return set(Path(tempfile.gettempdir()).glob("thinwire-*"))
+
+    before = ours()
+    yield
+    deadline_s = time.monotonic() + 15
+    while not ours() <= before:
+        assert time.monotonic() < deadline_s, ours() - before
+        time.sleep(0.1)
+
+
+def test_training_from_scratch_with_a_kill_on_the_way(thinwire: Start) -> None:
+    program = thinwire("demo", "--json", "--peers", "3", "--rounds", "80")
+    assert program.wait(200) == 0, program.stderr()
+    result = json.loads(program.stdout())
+    assert result["rounds"] == 80
+    assert 5.3 < result["held_out_first"] < 5.8
+    assert result["held_out_last"] < 2.9
+    assert len(result["fingerprints"]) == 3
+    assert len(set(result["fingerprints"].values())) == 1
+    assert None not in result["fingerprints"].values()
+    assert result["payload_bytes_per_peer_round"] < 10_000
+    assert result["sent_bytes_per_peer_round"] > result["payload_bytes_per_peer_round"]
+    assert result["ddp_bytes_per_peer_round"] > 200 * result["payload_bytes_per_peer_round"]
+    (fault,) = result["faults"]
+    assert fault["signal"] == "SIGKILL"
+    assert 26 <= fault["killed_at_round"] < fault["restarted_at_round"] < fault["back_at_round"] <= 80
+    assert "Replicas identical to the last bit" in program.stderr()
+    assert "What next" in program.stderr()
+
+
+def test_fine_tuning_with_one_byte_per_probe(thinwire: Start) -> None:
+    program = thinwire(
+        *("demo", "--json", "--strategy", "spsa", "--peers", "2", "--rounds", "15", "--no-faults")
+    )
+    assert program.wait(200) == 0, program.stderr()
+    result = json.loads(program.stdout())
+    assert result["rounds"] == 15
+    assert result["held_out_last"] < result["held_out_first"] - 0.005
+    assert len(set(result["fingerprints"].values())) == 1
+    assert result["payload_bytes_per_peer_round"] <= 64
+    assert result["sent_bytes_per_peer_round"] <= 300
+    assert result["faults"] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_or_killed_it_leaves_nothing_running(thinwire: Start, number: signal.Signals) -> None:
+    """The fixture of `thinwire` asserts that every process, also the nodes' own, is gone."""
+    program = thinwire("demo", "--peers", "2", "--rounds", "500")
+    program.wait_for("round 1", 60)
+    program.process.send_signal(number)
+    assert program.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
