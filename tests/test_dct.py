@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -202,13 +203,22 @@ def test_refusals() -> None:
 def test_one_thread_that_is_done_does_not_lower_the_precision_of_another() -> None:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with exact_arithmetic():
+            inside.set()
+            assert leave.wait(10)
+
+    thread = threading.Thread(target=other)
     try:
-        first, second = exact_arithmetic(), exact_arithmetic()
-        first.__enter__()
-        second.__enter__()
-        first.__exit__(None, None, None)
-        assert torch.get_float32_matmul_precision() == "highest"
-        second.__exit__(None, None, None)
+        with exact_arithmetic():
+            thread.start()
+            assert inside.wait(10)
+        assert torch.get_float32_matmul_precision() == "highest", "the other thread is still at work"
+        leave.set()
+        thread.join(10)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
+        leave.set()
         torch.set_float32_matmul_precision(before)
