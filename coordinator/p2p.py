@@ -23,8 +23,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from thinwire.compression.errors import ConfigError, SwarmUnreachable
 from thinwire.coordinator.addresses import dialable, knock, listen_address, require_free
+from thinwire.coordinator.identity import save
 
 _log = logging.getLogger("thinwire.p2p")
 
@@ -34,6 +37,7 @@ StreamHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awai
 _START_TIMEOUT_S = 20.0
 _CONTROL_TIMEOUT_S = 30.0
 _FOLDER_PREFIX = "thinwire-p2p-"
+_KEY_NAME = "key"
 _STALE_AFTER_S = 60.0
 _LONGEST_TEMP_DIR = 60  # a Unix socket's path has at most 104 bytes
 
@@ -140,8 +144,8 @@ class Host:
     async def _watch(self) -> None:
         """The daemon's output ends when the daemon does: the keeper has closed its own end."""
         assert self._keeper.stdout is not None
-        while line := await self._keeper.stdout.readline():
-            _log.debug("p2pd: %s", line.decode(errors="replace").rstrip())
+        while said := await self._keeper.stdout.read(4096):
+            _log.debug("p2pd: %s", said.decode(errors="replace").rstrip())
         _log.debug("p2pd %d has ended", self.daemon_pid)
         self.died.set()
 
@@ -191,12 +195,12 @@ class Host:
 
 
 async def start_p2p(
-    identity_path: Path, *, host: str = "127.0.0.1", port: int = 0, announce: Sequence[str] = ()
+    key: Ed25519PrivateKey, *, host: str = "127.0.0.1", port: int = 0, announce: Sequence[str] = ()
 ) -> Host:
-    """Starts a daemon that listens on `host` and `port` (0: any free one) under the identity's peer id.
+    """Starts a daemon that listens on `host` and `port` (0: any free one) under the key's peer id.
 
     `announce`: addresses that others should try first (HOST, HOST:PORT or multiaddr). Blocks for the import
-    of hivemind (3 s) the first time. Raises ConfigError: a taken port, a bad address or identity, no daemon.
+    of hivemind (3 s) the first time. Raises ConfigError: a taken port, a bad address, no daemon.
     """
     hivemind = _hivemind()
     listen = listen_address(host, port)
@@ -205,9 +209,10 @@ async def start_p2p(
     folder, lock_fd = _new_folder()
     keeper = None
     try:
+        save(key, folder / _KEY_NAME)
         keeper = await asyncio.create_subprocess_exec(
             *("/bin/sh", "-c", _KEEPER, "thinwire-p2pd", str(folder)),
-            *_daemon_command(folder, identity_path, listen),
+            *_daemon_command(folder, listen),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -216,6 +221,7 @@ async def start_p2p(
         )
         async with asyncio.timeout(_START_TIMEOUT_S):
             daemon_pid = await _ready(keeper)
+            (folder / _KEY_NAME).unlink()
             p2p_class: Any = type("_P2P", (hivemind.P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
             p2p = await p2p_class.replicate(hivemind.Multiaddr(f"/unix{folder}/p2pd.sock"))
         bound = [a["tcp"] for a in await p2p.get_visible_maddrs() if "tcp" in a]
@@ -247,7 +253,7 @@ async def close_writer(writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()
 
 
-def _daemon_command(folder: Path, identity_path: Path, listen: str) -> list[str]:
+def _daemon_command(folder: Path, listen: str) -> list[str]:
     spec = find_spec("hivemind")
     assert spec is not None
     assert spec.submodule_search_locations
@@ -257,7 +263,7 @@ def _daemon_command(folder: Path, identity_path: Path, listen: str) -> list[str]
     return [
         str(binary),
         f"-listen=/unix{folder}/p2pd.sock",
-        f"-id={identity_path}",
+        f"-id={folder / _KEY_NAME}",
         f"-hostAddrs={listen}",
         "-idleTimeout=30s",  # ends when no client has come, and when the last one has gone
         "-tls=1",

@@ -89,7 +89,7 @@ class CoordinatorServer:
         self.blobs = BlobStore(state.blobs_path, quota_bytes)
         for blob in blobs:
             self.blobs.put(digest_of(blob), blob)
-        key = load_or_create(state.key_path)
+        key = self._key = load_or_create(state.key_path)
         if genesis is None:
             self.ledger = Ledger.open(state.ledger_path, key.public_key())
         else:
@@ -168,9 +168,7 @@ class CoordinatorServer:
         return {**self.service.status(time.monotonic()), "coordinator": traffic}
 
     async def _listen(self) -> None:
-        self._p2p = await start_p2p(
-            self._state.key_path, host=self._host_ip, port=self._port, announce=self._announce
-        )
+        self._p2p = await start_p2p(self._key, host=self._host_ip, port=self._port, announce=self._announce)
         self._port = self._p2p.port
         await self._p2p.handle(SESSION, self._guarded(self._serve_session))
         await self._p2p.handle(BLOB, self._guarded(self._serve_blobs))

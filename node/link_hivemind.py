@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 from thinwire.compression.errors import ConfigError, SwarmUnreachable, ThinwireError
 from thinwire.coordinator.blob_streams import NotServed, get_blob, serve_blobs
 from thinwire.coordinator.chain import Chain
-from thinwire.coordinator.identity import load_or_create, peer_id_of, public_key_of
+from thinwire.coordinator.identity import load_or_create, new_key, peer_id_of, public_key_of
 from thinwire.coordinator.messages import (
     INLINE_BYTES,
     BadMessage,
@@ -72,10 +71,9 @@ class HivemindLink:
         """Raises ConfigError (identity)."""
         self.run_id = ticket.run_id
         self._ticket, self._patience_s = ticket, patience_s
-        self._passing = tempfile.TemporaryDirectory(prefix="thinwire-id-") if state is None else None
-        folder = Path(self._passing.name) if self._passing is not None else _made(state)
-        self._place = Place(folder / IDENTITY_NAME, host, port, tuple(announce))
-        self.peer_id = peer_id_of(load_or_create(self._place.identity_path).public_key())
+        key = new_key() if state is None else load_or_create(_made(state) / IDENTITY_NAME)
+        self.peer_id = peer_id_of(key.public_key())
+        self._place = Place(key, host, port, tuple(announce))
         self._mailbox = Mailbox()
         self._meter = Meter()
         self._closing = threading.Lock()
@@ -191,8 +189,6 @@ class HivemindLink:
                 _empty(loop)
                 loop.close()
             self._mailbox.close()
-            if self._passing is not None:
-                self._passing.cleanup()
 
     async def _shut(self, say_goodbye: bool) -> None:
         """Ends the session, then whatever still runs in the loop, so that nobody waits for it."""
@@ -536,8 +532,7 @@ def _without_heartbeats(counts: Mapping[Purpose, int]) -> dict[str, int]:
     return {str(purpose): n for purpose, n in counts.items() if purpose != "heartbeat"}
 
 
-def _made(state: Path | None) -> Path:
-    assert state is not None
+def _made(state: Path) -> Path:
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as e:

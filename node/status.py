@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 from collections.abc import Coroutine
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from thinwire.compression.errors import ConfigError, SwarmUnreachable
-from thinwire.coordinator.identity import load_or_create
+from thinwire.coordinator.identity import new_key
 from thinwire.coordinator.messages import BadMessage, Refused, decode_message
 from thinwire.coordinator.p2p import Host, start_p2p
 from thinwire.coordinator.streams import STATUS, Kind, Meter, Stream
@@ -65,7 +63,7 @@ class StatusClient:
     async def _fetch(self, timeout_s: float) -> dict[str, Any]:
         if self._host is None or self._host.died.is_set():
             await self._close()
-            self._host = await _start()
+            self._host = await start_p2p(new_key())
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._ask(self._host)
@@ -111,10 +109,3 @@ def fetch_status(ticket: Ticket | str, timeout_s: float = 10.0) -> dict[str, Any
     """One status. Raises like `StatusClient`."""
     with StatusClient(ticket) as client:
         return client.fetch(timeout_s)
-
-
-async def _start() -> Host:
-    with tempfile.TemporaryDirectory(prefix="thinwire-id-") as folder:
-        path = Path(folder) / "key"
-        load_or_create(path)
-        return await start_p2p(path)  # the daemon has read the key when this returns

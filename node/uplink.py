@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.compression.errors import (
     ConfigError,
@@ -54,9 +55,9 @@ _REFUSALS = {"ConfigError": ConfigError, "Incompatible": Incompatible, "LedgerCo
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where this node can be reached by others."""
+    """Who this node is, and where it can be reached by others."""
 
-    identity_path: Path
+    key: Ed25519PrivateKey
     host: str
     port: int
     announce: Sequence[str]
@@ -179,9 +180,7 @@ class Uplink:
             self._host = None
         if self._host is None:
             place = self._place
-            self._host = await start_p2p(
-                place.identity_path, host=place.host, port=place.port, announce=place.announce
-            )
+            self._host = await start_p2p(place.key, host=place.host, port=place.port, announce=place.announce)
             await self._host.handle(BLOB, self._hooks.blob_server)
         return self._host
 

@@ -41,8 +41,7 @@ def is_gone(pid: int) -> bool:
 
 
 async def start(folder: Path, name: str = "id", port: int = 0) -> Host:
-    load_or_create(folder / name)
-    return await start_p2p(folder / name, port=port)
+    return await start_p2p(load_or_create(folder / name), port=port)
 
 
 @swarm
@@ -64,6 +63,7 @@ def test_two_hosts_talk_and_leave_nothing(tmp_path: Path) -> None:
         with pytest.raises(SwarmUnreachable, match="does not serve nothing"):
             await b.open_stream(a.peer_id, "nothing")
         pids = [a.daemon_pid, b.daemon_pid]
+        assert not list(a._folder.glob("*key*"))  # the daemon has read it
         await a.close()
         await a.close()
         await b.close()
@@ -123,10 +123,11 @@ def test_the_daemons_death_is_noticed(tmp_path: Path) -> None:
 _CHILD = """
 import asyncio, sys
 from pathlib import Path
+from thinwire.coordinator.identity import load_or_create
 from thinwire.coordinator.p2p import start_p2p
 
 async def main():
-    host = await start_p2p(Path(sys.argv[1]))
+    host = await start_p2p(load_or_create(Path(sys.argv[1])))
     try:
         print(host.daemon_pid, host._folder, flush=True)
         if sys.argv[2] == "raise":
@@ -148,7 +149,6 @@ asyncio.run(main())
 def test_nothing_is_left_of_a_process_that_ends(
     tmp_path: Path, mode: str, signal_number: signal.Signals | None
 ) -> None:
-    load_or_create(tmp_path / "id")
     child = subprocess.Popen(
         [sys.executable, "-c", _CHILD, str(tmp_path / "id"), mode],
         stdout=subprocess.PIPE,
