@@ -17,7 +17,7 @@ RECENT_ROUNDS = 16
 
 @dataclass(slots=True)
 class PeerFigures:
-    """What one peer has done so far; byte counts are its own, from its last heartbeat."""
+    """What one peer has done so far; byte counts are its own, over all its restarts that were heard of."""
 
     offers_counted: int = 0
     offers_missed: int = 0
@@ -28,6 +28,7 @@ class PeerFigures:
     sent_bytes: int = 0
     received_bytes: int = 0
     payload_bytes: int = 0
+    last: Heartbeat | None = None
 
     def figures(self) -> dict[str, Any]:
         """JSON-able."""
@@ -86,9 +87,13 @@ class Board:
         }
 
     def heartbeat(self, index: int, beat: Heartbeat) -> None:
-        peer = self.peer(index)
-        peer.round, peer.sent_bytes = beat.round, beat.sent_bytes
-        peer.received_bytes, peer.payload_bytes = beat.received_bytes, beat.payload_bytes
+        peer, last = self.peer(index), self.peer(index).last
+        if last is None or beat.sent_bytes < last.sent_bytes:
+            last = Heartbeat(round=0, sent_bytes=0, received_bytes=0, payload_bytes=0)  # it starts counting
+        peer.round, peer.last = beat.round, beat
+        peer.sent_bytes += beat.sent_bytes - last.sent_bytes
+        peer.received_bytes += max(0, beat.received_bytes - last.received_bytes)
+        peer.payload_bytes += max(0, beat.payload_bytes - last.payload_bytes)
 
     def fingerprint(self, index: int, round_: int, value: bytes) -> set[int]:
         """Notes what a peer reports; returns the peers that reported another one for the same round."""

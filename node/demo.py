@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,7 @@ class DemoSwarm:
         self.children = children
         self.nodes: dict[str, Child] = {}
         self.killed: Child | None = None
-        self.notes: dict[str, str] = {}
+        self.notes: list[str] = []
         self.faults: list[dict[str, Any]] = []
         self.folder.mkdir()
         run = {"name": f"demo-{plan.strategy}", "rounds": plan.rounds, "min_peers": plan.n_peers}
@@ -173,19 +173,21 @@ class DemoSwarm:
             if now >= fault["killed_at_round"] + ROUNDS_AWAY:
                 self._start_node(fault["node"])
                 fault["restarted_at_round"] = now
-                self.notes[fault["peer"]] += f", started again at {now}"
+                self.notes.append(f"round {now}: {fault['node']} was started again")
         elif fault["back_at_round"] is None:
             peer = next(p for p in status["peers"] if p["peer_id"] == fault["peer"])
             if peer["state"] == "training":
                 fault["back_at_round"] = now
-                self.notes[fault["peer"]] += f", back at {now}"
+                self.notes.append(
+                    f"round {now}: {fault['node']} is back, with the replica of a live node"
+                )
 
     def _kill_one(self, now: int) -> None:
         self.killed = list(self.nodes.values())[-1]
         self.killed.process.kill()
         key = load_or_create(self.killed.folder / "state" / "identity.key")
         peer_id = peer_id_of(key.public_key())
-        self.notes[peer_id] = f"killed at round {now}"
+        self.notes.append(f"round {now}: {self.killed.name} (…{peer_id[-6:]}) was killed with SIGKILL")
         self.faults.append(
             {
                 "node": self.killed.name,
@@ -227,7 +229,7 @@ class DemoSwarm:
 
 
 @contextmanager
-def _display(console: Console, notes: Mapping[str, str]) -> Iterator[Show]:
+def _display(console: Console, notes: Sequence[str]) -> Iterator[Show]:
     """A table that is redrawn on a terminal; elsewhere a line every three seconds."""
     if console.is_terminal:
         with Live(console=console, refresh_per_second=4) as live:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -44,10 +44,10 @@ def headline(status: Mapping[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def swarm_table(status: Mapping[str, Any], notes: Mapping[str, str] | None = None) -> Group:
-    """`notes`: peer id -> a remark for its row (what the demo did to it)."""
+def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
+    """`notes`: lines below the table (what the demo did to somebody)."""
     table = Table(box=None, pad_edge=False)
-    for column in ("peer", "state", "round", "loss", "counted", "missed", "sent", "fingerprint", ""):
+    for column in ("peer", "state", "round", "loss", "counted", "missed", "sent", "fingerprint"):
         table.add_column(column, justify="left" if column in ("peer", "state", "fingerprint") else "right")
     for peer in status["peers"]:
         fingerprint = f"{peer['fingerprint']} @{peer['fingerprint_round']}" if peer["fingerprint"] else "-"
@@ -60,9 +60,9 @@ def swarm_table(status: Mapping[str, Any], notes: Mapping[str, str] | None = Non
             str(peer["offers_missed"]),
             human_bytes(peer["sent_bytes"]),
             fingerprint,
-            (notes or {}).get(peer["peer_id"], ""),
         )
     lines: list[RenderableType] = [Text(headline(status)), table]
+    lines += [Text(note, style="yellow") for note in notes]
     if status["mismatches"]:
         lines.append(Text(f"{status['mismatches']} fingerprint mismatches", style="bold red"))
     return Group(*lines)

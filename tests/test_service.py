@@ -597,6 +597,15 @@ def test_heartbeats_are_shown(make_world: MakeWorld) -> None:
     assert world.peer("a")["last_seen_s"] == 3
 
 
+def test_a_restarted_peer_goes_on_counting(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a")
+    for sent in (10, 100, 30, 50):  # the third one comes from a new process
+        world.say("a", Heartbeat(round=0, sent_bytes=sent, received_bytes=2 * sent, payload_bytes=sent // 10))
+    peer = world.peer("a")
+    assert (peer["sent_bytes"], peer["received_bytes"], peer["payload_bytes"]) == (150, 300, 15)
+
+
 def test_the_end_waits_for_acknowledgements(make_world: MakeWorld) -> None:
     world = make_world(rounds=1)
     world.train("a", "b", "c")
