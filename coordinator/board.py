@@ -28,7 +28,6 @@ class PeerFigures:
     sent_bytes: int = 0
     received_bytes: int = 0
     payload_bytes: int = 0
-    last: Heartbeat | None = None
 
     def figures(self) -> dict[str, Any]:
         """JSON-able."""
@@ -49,6 +48,7 @@ class Board:
     total_duration_s: float = 0.0
     n_durations: int = 0
     durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
+    _beats: dict[int, Heartbeat] = field(default_factory=dict)
     _fingerprints: dict[int, dict[int, bytes]] = field(default_factory=dict)
 
     def peer(self, index: int) -> PeerFigures:
@@ -87,10 +87,10 @@ class Board:
         }
 
     def heartbeat(self, index: int, beat: Heartbeat) -> None:
-        peer, last = self.peer(index), self.peer(index).last
+        peer, last = self.peer(index), self._beats.get(index)
         if last is None or beat.sent_bytes < last.sent_bytes:
             last = Heartbeat(round=0, sent_bytes=0, received_bytes=0, payload_bytes=0)  # it starts counting
-        peer.round, peer.last = beat.round, beat
+        peer.round, self._beats[index] = beat.round, beat
         peer.sent_bytes += beat.sent_bytes - last.sent_bytes
         peer.received_bytes += max(0, beat.received_bytes - last.received_bytes)
         peer.payload_bytes += max(0, beat.payload_bytes - last.payload_bytes)
