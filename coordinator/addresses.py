@@ -92,6 +92,24 @@ async def knock(address: str, timeout_s: float) -> str | None:
     return None
 
 
+async def knock_everywhere(addresses: Sequence[str], timeout_s: float) -> dict[str, str]:
+    """Address -> why it does not answer; those that are slower than another one by 1 s are left out."""
+    tasks = {asyncio.create_task(knock(a, timeout_s)): a for a in dict.fromkeys(addresses)}
+    waiting, left_s = set(tasks), timeout_s + 1.0
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            break
+        if any(task.result() is None for task in done):
+            left_s = 1.0
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    slow = {tasks[task]: "slower than the others" for task in waiting}
+    answers = {a: task.result() for task, a in tasks.items() if task not in waiting}
+    return slow | {a: why for a, why in answers.items() if why is not None}
+
+
 def _bind_error(host: str, port: int) -> OSError | None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -1,74 +1,41 @@
-"""Starts and stops libp2p: hivemind's daemon `p2pd`, one per process, and hivemind's client for it.
+"""This process's place in a libp2p network: hivemind's client, on a daemon of our own.
 
-hivemind's own `P2P.create` leaves its daemon's sockets behind when its process is killed and does not
-notice when the daemon dies, so the daemon is started here and `P2P.replicate` joins it. Measured with
-hivemind 1.1.12: the daemon is ready after 0.3 s; it shares a taken port in silence; it ends by itself when
-its client disconnects. A small shell waits for the end of its stdin, whose other end only this process
-holds: however this process ends, also by SIGKILL, the shell kills the daemon and removes the sockets.
+`P2P.replicate` joins the daemon that `p2p_daemon` starts. Requests go over a connection of their own each, as
+hivemind's client does it, but with a time limit and closed whatever happens.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
-import os
-import shutil
-import subprocess
-import tempfile
-import time
+import threading
 import warnings
 from collections.abc import Awaitable, Callable, Sequence
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.compression.errors import ConfigError, SwarmUnreachable
-from thinwire.coordinator.addresses import dialable, knock, listen_address, require_free
-from thinwire.coordinator.identity import save
+from thinwire.coordinator.addresses import dialable, knock_everywhere, listen_address, require_free
+from thinwire.coordinator.p2p_daemon import SOCKET_NAME, Daemon, start_daemon
 
 _log = logging.getLogger("thinwire.p2p")
 
 StreamHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 """Gets the peer id that the secured connection proved, never what a message claims."""
 
-_START_TIMEOUT_S = 20.0
 _CONTROL_TIMEOUT_S = 30.0
-_FOLDER_PREFIX = "thinwire-p2p-"
-_KEY_NAME = "key"
-_STALE_AFTER_S = 60.0
-_LONGEST_TEMP_DIR = 60  # a Unix socket's path has at most 104 bytes
-
-# $1: folder of the sockets; the rest: the daemon's command line. It runs in a session of its own, so that a
-# Ctrl-C in the terminal leaves the connection up until the node has said that it leaves.
-_KEEPER = """
-folder=$1; shift
-"$@" </dev/null &
-daemon=$!
-echo "pid $daemon"
-exec >/dev/null 2>&1
-while read -r _; do :; done
-kill -KILL "$daemon"
-wait "$daemon"
-rm -rf -- "$folder"
-"""
 
 
 class Host:
     """This process's place in the network. Made by `start_p2p`; belongs to one event loop."""
 
-    def __init__(self, p2p: Any, keeper: asyncio.subprocess.Process, daemon_pid: int, folder: Path) -> None:
+    def __init__(self, p2p: Any, daemon: Daemon, port: int, addresses: tuple[str, ...]) -> None:
         self.peer_id = str(p2p.peer_id)
-        self.daemon_pid = daemon_pid
+        self.port, self.addresses = port, addresses
+        self.daemon = daemon
         self.died = asyncio.Event()
-        self.addresses: tuple[str, ...] = ()
-        self.port = 0
         self._p2p = p2p
-        self._keeper = keeper
-        self._folder = folder
-        self._lock_fd = -1
         self._handlers: set[asyncio.Task[None]] = set()
         self._opened: list[asyncio.StreamWriter] = []
         self._watcher = asyncio.create_task(self._watch())
@@ -92,7 +59,7 @@ class Host:
         """Connects to a peer, trying all addresses at once. Raises SwarmUnreachable: why each one failed."""
         if not addresses:
             raise SwarmUnreachable(f"no address of {peer_id} is known")
-        failed = await _knock_everywhere(addresses, timeout_s)
+        failed = await knock_everywhere(addresses, timeout_s)
         answering = [a for a in addresses if a not in failed]
         if answering:
             why = await self._connect(peer_id, answering, timeout_s)
@@ -135,18 +102,13 @@ class Host:
             task.cancel()
         await asyncio.gather(self._watcher, *self._handlers, return_exceptions=True)
         await self._p2p.shutdown()
-        await _end_keeper(self._keeper, self._folder)
+        await self.daemon.end()
         self.died.set()
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
 
     async def _watch(self) -> None:
-        """The daemon's output ends when the daemon does: the keeper has closed its own end."""
-        assert self._keeper.stdout is not None
-        while said := await self._keeper.stdout.read(4096):
+        while said := await self.daemon.output():
             _log.debug("p2pd: %s", said.decode(errors="replace").rstrip())
-        _log.debug("p2pd %d has ended", self.daemon_pid)
+        _log.debug("p2pd %d has ended", self.daemon.pid)
         self.died.set()
 
     async def _connect(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> str | None:
@@ -173,7 +135,7 @@ class Host:
         writer = None
         try:
             async with asyncio.timeout(timeout_s):
-                reader, writer = await asyncio.open_unix_connection(str(self._folder / "p2pd.sock"))
+                reader, writer = await asyncio.open_unix_connection(str(self.daemon.folder / SOCKET_NAME))
                 await hivemind.write_pbmsg(writer, request)
                 await hivemind.read_pbmsg_safe(reader, answer)
         except BaseException as e:
@@ -206,41 +168,22 @@ async def start_p2p(
     listen = listen_address(host, port)
     if port:
         await asyncio.to_thread(require_free, host, port)
-    folder, lock_fd = _new_folder()
-    keeper = None
+    daemon = await start_daemon(key, listen)
     try:
-        save(key, folder / _KEY_NAME)
-        keeper = await asyncio.create_subprocess_exec(
-            *("/bin/sh", "-c", _KEEPER, "thinwire-p2pd", str(folder)),
-            *_daemon_command(folder, listen),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "GOLOG_LOG_LEVEL": "error"},
-        )
-        async with asyncio.timeout(_START_TIMEOUT_S):
-            daemon_pid = await _ready(keeper)
-            (folder / _KEY_NAME).unlink()
-            p2p_class: Any = type("_P2P", (hivemind.P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{folder}/"})
-            p2p = await p2p_class.replicate(hivemind.Multiaddr(f"/unix{folder}/p2pd.sock"))
-        bound = [a["tcp"] for a in await p2p.get_visible_maddrs() if "tcp" in a]
+        async with asyncio.timeout(_CONTROL_TIMEOUT_S):
+            p2p_class: Any = type("_P2P", (hivemind.P2P,), {"_UNIX_SOCKET_PREFIX": f"/unix{daemon.folder}/"})
+            p2p = await p2p_class.replicate(hivemind.Multiaddr(f"/unix{daemon.folder}/{SOCKET_NAME}"))
+            bound = [int(a["tcp"]) for a in await p2p.get_visible_maddrs() if "tcp" in a]
     except BaseException as e:
-        if keeper is not None:
-            await _end_keeper(keeper, folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock_fd)
+        await daemon.end()
         if isinstance(e, TimeoutError | OSError | EOFError):
             raise ConfigError(f"libp2p did not start on {listen}: {e or 'no answer in time'}") from e
         raise
-    result = Host(p2p, keeper, daemon_pid, folder)
-    result._lock_fd = lock_fd
-    if not bound or (port and int(bound[0]) != port):
-        await result.close()
+    if not bound or (port and bound[0] != port):
+        await p2p.shutdown()
+        await daemon.end()
         raise ConfigError(f"cannot listen on {host} port {port}: is that an address of this machine?")
-    result.port = int(bound[0])
-    result.addresses = dialable(host, result.port, announce)
-    return result
+    return Host(p2p, daemon, bound[0], dialable(host, bound[0], announce))
 
 
 async def close_writer(writer: asyncio.StreamWriter) -> None:
@@ -251,102 +194,6 @@ async def close_writer(writer: asyncio.StreamWriter) -> None:
             await writer.wait_closed()
     except (OSError, TimeoutError):
         writer.transport.abort()
-
-
-def _daemon_command(folder: Path, listen: str) -> list[str]:
-    spec = find_spec("hivemind")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    binary = Path(spec.submodule_search_locations[0]) / "hivemind_cli" / "p2pd"
-    if not os.access(binary, os.X_OK):
-        raise ConfigError(f"hivemind's daemon {binary} is missing: hivemind has no wheel for this platform")
-    return [
-        str(binary),
-        f"-listen=/unix{folder}/p2pd.sock",
-        f"-id={folder / _KEY_NAME}",
-        f"-hostAddrs={listen}",
-        "-idleTimeout=30s",  # ends when no client has come, and when the last one has gone
-        "-tls=1",
-        # No DHT, relay, NAT mapping or pruning of connections: tickets and member list name the addresses.
-        *("-b=0", "-relay=0", "-relayService=0", "-autoRelay=0", "-autonat=0", "-natPortMap=0"),
-        "-connManager=0",
-    ]
-
-
-async def _ready(keeper: asyncio.subprocess.Process) -> int:
-    """The daemon's process id, once it accepts requests. Raises ConfigError with its last words."""
-    assert keeper.stdout is not None
-    daemon_pid, last = 0, ""
-    while line := (await keeper.stdout.readline()).decode(errors="replace").strip():
-        if line.startswith("pid "):
-            daemon_pid = int(line.removeprefix("pid "))
-        if line.startswith("Peer ID:"):
-            return daemon_pid
-        last = line
-    raise ConfigError(f"libp2p did not start: {last}")
-
-
-async def _end_keeper(keeper: asyncio.subprocess.Process, folder: Path) -> None:
-    """The keeper kills the daemon and removes its folder when its stdin ends."""
-    assert keeper.stdin is not None
-    keeper.stdin.close()
-    try:
-        async with asyncio.timeout(5.0):
-            await keeper.wait()
-    except TimeoutError:
-        keeper.kill()
-        await keeper.wait()
-    transport = getattr(keeper, "_transport", None)  # asyncio closes the pipes only when it is collected
-    if transport is not None:
-        transport.close()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _new_folder() -> tuple[Path, int]:
-    """A private folder for sockets, locked by this process, after removing those that nobody holds."""
-    root = Path(tempfile.gettempdir())
-    root = root if len(str(root)) <= _LONGEST_TEMP_DIR else Path("/tmp")
-    for old in root.glob(f"{_FOLDER_PREFIX}*"):
-        _remove_if_stale(old)
-    folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=root))
-    lock_fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(lock_fd, fcntl.LOCK_EX)
-    return folder, lock_fd
-
-
-def _remove_if_stale(folder: Path) -> None:
-    try:
-        info = folder.stat()
-        if info.st_uid != os.getuid() or time.time() - info.st_mtime < _STALE_AFTER_S:
-            return
-        lock_fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError:
-        return  # another start removes it at the same time
-    try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        return  # in use
-    finally:
-        os.close(lock_fd)
-
-
-async def _knock_everywhere(addresses: Sequence[str], timeout_s: float) -> dict[str, str]:
-    """Address -> why it does not answer; those that are slower than another one by 1 s are left out."""
-    tasks = {asyncio.create_task(knock(a, timeout_s)): a for a in dict.fromkeys(addresses)}
-    waiting, left_s = set(tasks), timeout_s + 1.0
-    while waiting:
-        done, waiting = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        if not done:
-            break
-        if any(task.result() is None for task in done):
-            left_s = 1.0
-    for task in waiting:
-        task.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
-    slow = {tasks[task]: "slower than the others" for task in waiting}
-    answers = {a: task.result() for task, a in tasks.items() if task not in waiting}
-    return slow | {a: why for a, why in answers.items() if why is not None}
 
 
 def _reason_for(address: str, answer: str) -> str:
@@ -381,12 +228,14 @@ class _Hivemind:
 
 
 _loaded: list[_Hivemind] = []
+_loading = threading.Lock()
 
 
 def _hivemind() -> Any:
-    if not _loaded:
-        _loaded.append(_Hivemind())
-    return _loaded[0]
+    with _loading:
+        if not _loaded:
+            _loaded.append(_Hivemind())
+        return _loaded[0]
 
 
 def _peer(peer_id: str) -> Any:

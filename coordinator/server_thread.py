@@ -61,9 +61,13 @@ class ServerThread:
             self.server = CoordinatorServer(
                 self._state, genesis=self._genesis, blobs=self._blobs, host="127.0.0.1", port=self._port
             )
-            await self.server.start()
         except BaseException:
             self._state.close()
+            raise
+        try:
+            await self.server.start()
+        except BaseException:
+            await self._stop()
             raise
         self.ticket = self.server.ticket
 

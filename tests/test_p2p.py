@@ -62,8 +62,8 @@ def test_two_hosts_talk_and_leave_nothing(tmp_path: Path) -> None:
         writer.close()
         with pytest.raises(SwarmUnreachable, match="does not serve nothing"):
             await b.open_stream(a.peer_id, "nothing")
-        pids = [a.daemon_pid, b.daemon_pid]
-        assert not list(a._folder.glob("*key*"))  # the daemon has read it
+        pids = [a.daemon.pid, b.daemon.pid]
+        assert not list(a.daemon.folder.glob("*key*"))  # the daemon has read it
         await a.close()
         await a.close()
         await b.close()
@@ -109,7 +109,7 @@ def test_a_taken_port_is_an_error_and_a_freed_one_is_not(tmp_path: Path) -> None
 def test_the_daemons_death_is_noticed(tmp_path: Path) -> None:
     async def body() -> None:
         a, b = await start(tmp_path, "a"), await start(tmp_path, "b")
-        os.kill(a.daemon_pid, signal.SIGKILL)
+        os.kill(a.daemon.pid, signal.SIGKILL)
         async with asyncio.timeout(5):
             await a.died.wait()
         with pytest.raises(SwarmUnreachable, match="p2pd"):
@@ -129,7 +129,7 @@ from thinwire.coordinator.p2p import start_p2p
 async def main():
     host = await start_p2p(load_or_create(Path(sys.argv[1])))
     try:
-        print(host.daemon_pid, host._folder, flush=True)
+        print(host.daemon.pid, host.daemon.folder, flush=True)
         if sys.argv[2] == "raise":
             raise RuntimeError("an accident")
         await asyncio.sleep(60)
@@ -172,9 +172,9 @@ def test_folders_that_nobody_holds_are_removed_by_the_next_start(tmp_path: Path)
 
     async def body() -> None:
         held = await start(tmp_path, "held")
-        os.utime(held._folder, (0, 0))
+        os.utime(held.daemon.folder, (0, 0))
         other = await start(tmp_path, "other")
-        assert held._folder.exists()
+        assert held.daemon.folder.exists()
         await other.close()
         await held.close()
 

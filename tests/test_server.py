@@ -306,7 +306,7 @@ def test_messages_out_of_place_are_refused(make_swarm: Callable[..., Swarm]) -> 
 def test_idle_strangers_do_not_keep_others_out(
     make_swarm: Callable[..., Swarm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("thinwire.coordinator.server.HELLO_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("thinwire.coordinator.doors.HELLO_TIMEOUT_S", 1.0)
     swarm = make_swarm(min_peers=1)
 
     async def body(host: Host, ticket: Ticket) -> None:
@@ -555,8 +555,8 @@ def test_every_process_of_libp2p_may_die(make_swarm: Callable[..., Swarm]) -> No
     swarm = make_swarm(min_peers=2, rounds=100)
     a, b = swarm.trainer("a"), swarm.trainer("b")
     daemons = [
-        lambda: a._session._uplink._host.daemon_pid,  # type: ignore[union-attr]
-        lambda: swarm.coordinator.call(lambda server: server._p2p.daemon_pid),  # type: ignore[union-attr]
+        lambda: a._session._uplink._host.daemon.pid,  # type: ignore[union-attr]
+        lambda: swarm.coordinator.call(lambda server: server._p2p.daemon.pid),  # type: ignore[union-attr]
     ]
     round_ = 1
     for daemon_pid in daemons:
