@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BENCHES: Final = {
     "noise": "thinwire.node.bench_noise:bench_noise",
     "decoupled": "thinwire.node.bench_decoupled:bench_decoupled",
+    "round": "thinwire.node.bench_round:bench_round",
 }
 
 DEFAULT_N_PARAMS: Final = 28_000_000
