@@ -8,7 +8,6 @@ Source: https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -16,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.files import write_aside
 
 _ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _PRIVATE_PREFIX = bytes([0x08, 0x01, 0x12, 64])  # key type Ed25519, then 64 bytes of data
@@ -45,19 +45,8 @@ def load_or_create(path: Path) -> Ed25519PrivateKey:
 def save(key: Ed25519PrivateKey, path: Path) -> None:
     """Writes the key with mode 0600, aside, to disk, and then under its name. Raises ConfigError."""
     seed = key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(_PRIVATE_PREFIX + seed + _raw_public(key.public_key()))
-                file.flush()
-                os.fsync(file.fileno())
-            aside.rename(path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        write_aside(path, _PRIVATE_PREFIX + seed + _raw_public(key.public_key()), 0o600)
     except OSError as e:
         raise ConfigError(f"cannot write the identity {path}: {e.strerror}") from e
 
@@ -97,14 +86,6 @@ def _parse(data: bytes, path: Path) -> Ed25519PrivateKey:
     if _raw_public(key.public_key()) != public:
         raise ConfigError(f"{path} is damaged: its two halves do not belong together")
     return key
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _base58(data: bytes) -> str:
