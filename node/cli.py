@@ -268,12 +268,12 @@ def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
-def _log_to_stderr(verbose: bool) -> None:
+def _log_to_stderr(level: int) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("thinwire")
     logger.handlers = [handler]
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
 
 
@@ -287,7 +287,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
     end_with_parent()
-    _log_to_stderr(getattr(command, "verbose", False))
+    tells_itself = isinstance(command, Bench | Demo | Status)  # what these show is not a log
+    chatty = logging.DEBUG if getattr(command, "verbose", False) else logging.INFO
+    _log_to_stderr(logging.WARNING if tells_itself else chatty)
     try:
         code: int = command.run()
     except ThinwireError as e:
