@@ -1,0 +1,62 @@
+"""What an install contains: an unlisted folder works in an editable install and is missing from the wheel."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOT_PACKAGES = {"tests", "deploy", "build"}
+
+
+def listed() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages: list[str] = project["tool"]["setuptools"]["packages"]
+    return [name.removeprefix("thinwire.") for name in packages]
+
+
+def modules(package: str) -> set[str]:
+    return {p.relative_to(ROOT).as_posix() for p in (ROOT / package).rglob("*.py")}
+
+
+def test_every_folder_with_code_is_a_listed_package() -> None:
+    folders = {
+        p.relative_to(ROOT).parent.as_posix().replace("/", ".")
+        for p in ROOT.rglob("*.py")
+        if not p.relative_to(ROOT).parts[0].startswith(".")
+        and p.relative_to(ROOT).parts[0] not in NOT_PACKAGES
+    }
+    assert folders == set(listed())
+
+
+def test_no_package_shadows_the_standard_library() -> None:
+    """A top-level `compression` with an __init__.py would, from Python 3.14 on."""
+    assert not [package for package in listed() if (ROOT / package / "__init__.py").exists()]
+
+
+@pytest.mark.timeout(180)
+def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for package in listed():
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    made = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    (wheel,) = tmp_path.glob("thinwire-*.whl")
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    for package in listed():
+        assert {f"thinwire/{module}" for module in modules(package)} <= inside
+        assert f"thinwire/{package}/py.typed" in inside
