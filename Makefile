@@ -24,10 +24,11 @@ demo: setup      ## a coordinator and 4 nodes on this machine, real text, live t
 	$(BIN)/thinwire demo
 
 test: setup      ## every test that this machine can run; says what it skipped and why
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -m "not swarm"
+	$(BIN)/python -m pytest -m swarm
 
 test-fast: setup ## the tests without real processes and sockets
-	$(BIN)/python -m pytest -m "not swarm"
+	$(BIN)/python -m pytest -n 2 -m "not swarm"
 
 # The checkers want to see the packages under their own name, which an editable install does not show them.
 lint: setup      ## ruff, mypy (strict), import-linter

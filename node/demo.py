@@ -67,7 +67,8 @@ def run_demo(plan: Plan, stopped: Callable[[], bool]) -> dict[str, Any]:
         if plan.strategy == "spsa":
             console.print("First a short decoupled phase: fine-tuning needs a model that knows something.")
             base = children.folder / "base.safetensors"
-            pretraining = Plan("decoupled", plan.n_peers, PRETRAINING_ROUNDS, faults=False)
+            rounds = min(PRETRAINING_ROUNDS, 2 * plan.rounds)
+            pretraining = Plan("decoupled", plan.n_peers, rounds, faults=False)
             DemoSwarm(pretraining, children, console, stopped, save=base).run()
             console.print("Now that model is fine-tuned on other text, with one byte per probe.")
         result = {} if stopped() else DemoSwarm(plan, children, console, stopped, base=base).run()
@@ -178,9 +179,7 @@ class DemoSwarm:
             peer = next(p for p in status["peers"] if p["peer_id"] == fault["peer"])
             if peer["state"] == "training":
                 fault["back_at_round"] = now
-                self.notes.append(
-                    f"round {now}: {fault['node']} is back, with the replica of a live node"
-                )
+                self.notes.append(f"round {now}: {fault['node']} is back, with the replica of a live node")
 
     def _kill_one(self, now: int) -> None:
         self.killed = list(self.nodes.values())[-1]

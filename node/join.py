@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from thinwire.compression.errors import ConfigError, ThinwireError
 from thinwire.coordinator.files import write_aside
+from thinwire.coordinator.ticket import Ticket
 
 if TYPE_CHECKING:
     from thinwire.node.cli import Stop
@@ -36,17 +37,15 @@ def join(
     """Trains until the run ends or `stop` is set. Raises what `Runner.run` raises."""
     if data is not None and not data.exists():
         raise ConfigError(f"--data {data}: no such file or folder")
+    parsed = Ticket.parse(ticket)
     _limit_threads(threads)
 
-    from thinwire.coordinator.ticket import Ticket
     from thinwire.node.link_hivemind import HivemindLink
     from thinwire.node.metrics import serve
     from thinwire.node.runner import Runner, follow_events
 
     _check_device(device)
-    link = HivemindLink(
-        Ticket.parse(ticket), state=state, host=host, port=port, announce=announce, patience_s=patience_s
-    )
+    link = HivemindLink(parsed, state=state, host=host, port=port, announce=announce, patience_s=patience_s)
     events = follow_events(link)
     runner = Runner(link, import_path=import_path, data=data, device=device)
     stop.on_stop.append(runner.request_stop)

@@ -139,7 +139,7 @@ def test_another_model_is_incompatible(thinwire: Start, run_file: Path, tmp_path
 
 def test_a_small_run_from_the_ticket_to_the_weights(thinwire: Start, run_file: Path, tmp_path: Path) -> None:
     """Coordinator, two nodes, one of them on its own text; status meanwhile; metrics; Ctrl-C; end."""
-    run_file.write_text(RUN.replace("ROUNDS", "300"))
+    run_file.write_text(RUN.replace("ROUNDS", "200"))
     (tmp_path / "own.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     (tmp_path / "run-text.txt").write_text("pack my box with five dozen liquor jugs! " * 300)
     coordinator = thinwire(
@@ -151,7 +151,7 @@ def test_a_small_run_from_the_ticket_to_the_weights(thinwire: Start, run_file: P
         thinwire("join", "-", "--threads", "1", "--json", "--save", "end.safetensors", line=ticket),
         thinwire("join", ticket, "--threads", "1", "--json", "--data", "own.txt"),
     ]
-    nodes[0].wait_for("round 3/300")
+    nodes[0].wait_for("round 3/200")
     status, shown = thinwire("status", ticket, "--json"), thinwire("status", ticket)
     assert status.wait() == 0
     seen = json.loads(status.stdout())
