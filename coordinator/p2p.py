@@ -49,6 +49,10 @@ class Host:
             self._handlers.add(task)
             try:
                 await handler(str(info.peer_id), reader, writer)
+            except asyncio.CancelledError:
+                # `close` ends the handlers. The task is over in any case, and asyncio before Python 3.12
+                # prints a traceback for the task of a stream that ends as cancelled.
+                _log.debug("a stream of %s is dropped", info.peer_id)
             finally:
                 self._handlers.discard(task)
                 await close_writer(writer)

@@ -165,6 +165,8 @@ def test_a_small_run_from_the_ticket_to_the_weights(thinwire: Start, run_file: P
         assert node.wait(100) == 0, node.stderr()
         results.append(json.loads(node.stdout()))
     assert coordinator.wait(70) == 0, coordinator.stderr()
+    for program in (coordinator, *nodes):
+        assert "Traceback" not in program.stderr()
     assert results[0]["fingerprint"] == results[1]["fingerprint"]
     assert (tmp_path / "end.safetensors").stat().st_size > 10_000
     end = json.loads((tmp_path / "small-coordinator" / "result.json").read_text())

@@ -64,6 +64,7 @@ def ends_equal(nodes: list[Any]) -> list[dict[str, Any]]:
     results = []
     for node in nodes:
         assert node.wait(120) == 0, node.stderr()[-3000:]
+        assert "Traceback" not in node.stderr()
         results.append(json.loads(node.stdout()))
     assert {r["rounds"] for r in results} == {120}
     assert len({r["fingerprint"] for r in results}) == 1
