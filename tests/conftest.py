@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,6 +22,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from thinwire.coordinator.identity import peer_id_of
 from thinwire.coordinator.messages import PROTOCOL_VERSION, GenesisBody, LayoutEntry, Limits
 from thinwire.coordinator.schedule import float32_bits
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("thinwire", print_blob=True)
+hypothesis.settings.load_profile("thinwire")
 
 GOLDEN = Path(__file__).parent / "golden"
 

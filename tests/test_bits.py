@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from thinwire.compression.bits import n_bytes, pack_bits, unpack_bits
@@ -15,7 +15,6 @@ def packed_by_hand(values: list[int], width: int) -> bytes:
     return number.to_bytes(n_bytes(len(values), width), "little")
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 32).flatmap(
         lambda w: st.tuples(st.just(w), st.lists(st.integers(0, 2**w - 1), max_size=40))

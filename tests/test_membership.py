@@ -123,7 +123,7 @@ STEPS = st.one_of(
 
 
 @given(st.lists(STEPS, max_size=60), st.frozensets(PEERS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_schedule(script: list[tuple[str, int, Any]], recalled: frozenset[int]) -> None:
     """Nobody is alive for longer than the rules give, and every change is told exactly once."""
     members, now_s, sessions = Membership(SILENCE_S, recalled, 0.0), 0.0, [0, 0, 0]

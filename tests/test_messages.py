@@ -158,7 +158,7 @@ def only_bad_message(decode: Callable[[], Record]) -> None:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_random_bytes(data: bytes) -> None:
     only_bad_message(lambda: decode_message(data))
     only_bad_message(lambda: decode_record(CommitBody, data))
@@ -173,7 +173,7 @@ VALUES = st.recursive(
 
 
 @given(st.sampled_from(sorted(MESSAGES)), st.lists(VALUES, max_size=8))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_random_values_behind_a_known_tag(tag: int, fields: list[object]) -> None:
     try:
         data = msgpack.packb([tag, *fields], use_bin_type=True)
@@ -183,7 +183,7 @@ def test_random_values_behind_a_known_tag(tag: int, fields: list[object]) -> Non
 
 
 @given(st.sampled_from(EXAMPLES), st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_mutated_messages(message: Message, data: st.DataObject) -> None:
     changed = bytearray(encode_message(message))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -199,7 +199,7 @@ def test_mutated_messages(message: Message, data: st.DataObject) -> None:
 
 
 @given(st.integers(0, len(encode_record(COMMIT)) - 1), st.integers(1, 255))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_mutated_commits(at: int, flip: int) -> None:
     changed = bytearray(encode_record(COMMIT))
     changed[at] ^= flip

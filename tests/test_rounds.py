@@ -286,7 +286,7 @@ EVENTS = st.one_of(
     st.integers(1, 3),
     st.integers(1, 4),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_schedule(script: list[Any], policy: str, min_peers: int, eval_every: int) -> None:
     """One commit per round, none empty, only complete first offers in it; and nothing waits for nobody."""
     rounds = new(policy=policy, min_peers=min_peers, eval_every=eval_every, n_rounds=30)

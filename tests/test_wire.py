@@ -124,7 +124,7 @@ def payloads(draw: st.DrawFn) -> tuple[Payload, dict[str, tuple[Field, ...]]]:
     return payload, fields
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(payloads(), st.integers(0, 2**32 - 1))
 def test_any_payload_makes_the_round_trip(
     case: tuple[Payload, dict[str, tuple[Field, ...]]], its_round: int
@@ -135,7 +135,7 @@ def test_any_payload_makes_the_round_trip(
     assert same_bits(decode(data, fields, its_round, HASH, len(data)), payload)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=5),
     cut=st.integers(0, 120),
@@ -156,7 +156,7 @@ def test_mutated_bytes(edits: list[tuple[int, int]], cut: int, tail: bytes, seal
     assert encode(received, MIXED, ROUND, HASH) == data  # one payload has one form
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=100), st.booleans())
 def test_random_bytes(noise: bytes, with_head: bool) -> None:
     good = encode(mixed_payload(), MIXED, ROUND, HASH)
@@ -168,7 +168,7 @@ def test_random_bytes(noise: bytes, with_head: bool) -> None:
     assert encode(received, MIXED, ROUND, HASH) == data
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary() | st.text(),

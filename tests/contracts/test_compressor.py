@@ -242,7 +242,7 @@ def mutations(draw: st.DrawFn) -> Callable[[Packed], Packed]:
     return mutate
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mutate=mutations(), shape=st.sampled_from([(), (65,), (700,), (70, 70)]))
 def test_mutated_payloads(
     compressor: Compressor, mutate: Callable[[Packed], Packed], shape: tuple[int, ...]
@@ -251,7 +251,7 @@ def test_mutated_payloads(
     survives(compressor, mutate(compressor.pack(drawn(part), part, TURN)), part)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), shape=st.sampled_from([(1,), (65,), (700,)]))
 def test_random_payloads(compressor: Compressor, data: st.DataObject, shape: tuple[int, ...]) -> None:
     part = Part.whole(shape)
