@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from thinwire.compression.errors import SwarmUnreachable
 from thinwire.node.status import StatusClient
 
 WATCH_EVERY_S = 1.0
@@ -89,5 +90,9 @@ def show_status(ticket: str, *, as_json: bool, watch: bool, stopped: Callable[[]
         with Live(swarm_table(status), console=console) as live:
             while not stopped() and status["state"] != "finished":
                 time.sleep(WATCH_EVERY_S)
-                status = client.fetch()
-                live.update(swarm_table(status))
+                try:
+                    status = client.fetch()
+                    live.update(swarm_table(status))
+                except SwarmUnreachable:
+                    note = "the coordinator does not answer; trying again (Ctrl-C to stop)"
+                    live.update(swarm_table(status, [note]))
