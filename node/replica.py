@@ -19,9 +19,12 @@ from thinwire.compression.errors import BadPayload, ReplicaDiverged
 from thinwire.compression.fingerprint import fingerprint, parameter_sum
 from thinwire.coordinator.messages import Commit, GenesisBody, OfferEntry
 from thinwire.coordinator.schedule import float32_of_bits
-from thinwire.node.genesis import layout_hash
+from thinwire.node.config import parse_config
+from thinwire.node.genesis import check_layout, layout_hash, layout_of
 from thinwire.node.snapshots import Manifest, read_snapshot, write_snapshot
+from thinwire.node.tasks import Task
 from thinwire.optim.base import Own, Share, Strategy
+from thinwire.optim.registry import build_strategy
 
 log = logging.getLogger("thinwire.node")
 
@@ -168,3 +171,17 @@ class Replica:
         self.peers = {a.index: a.peer_id for a in manifest.peers}
         self._lr_factor = float32_of_bits(commit.body.lr_factor_bits)
         return manifest
+
+
+def build_replica(
+    run_id: bytes, genesis: GenesisBody, task: Task, peer_id: str = "", device: torch.device | str = "cpu"
+) -> Replica:
+    """The replica of a run before its weights are set (see `genesis.initialise` and `Replica.adopt`).
+
+    `peer_id`: whose; empty for one that makes no offers. Raises Incompatible when the task's model is not the
+    run's, and ConfigError for an unknown strategy.
+    """
+    model = task.model().to(device)
+    strategy = build_strategy(parse_config(genesis.config).strategy, model.named_parameters())
+    check_layout(genesis, layout_of(strategy, task))
+    return Replica(run_id, genesis, model, strategy, peer_id)

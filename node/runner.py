@@ -25,13 +25,12 @@ from thinwire.coordinator.messages import (
     Welcome,
 )
 from thinwire.node.config import RunConfig, parse_config
-from thinwire.node.genesis import check_layout, initialise, layout_of
+from thinwire.node.genesis import initialise
 from thinwire.node.link import Link
 from thinwire.node.metrics import NodeMetrics
-from thinwire.node.replica import Replica, data_seed
+from thinwire.node.replica import Replica, build_replica, data_seed
 from thinwire.node.tasks import Task, make_task
 from thinwire.optim.base import Closure
-from thinwire.optim.registry import build_strategy
 
 log = logging.getLogger("thinwire.node")
 
@@ -89,7 +88,8 @@ class Runner:
         welcome = self.link.open(None, None)
         self._prepare(welcome)
         if welcome.head_round > 0:
-            self._adopt_snapshot(welcome.head_round)
+            self.link.state(NodeState.JOINING)
+            take_replica(self.link, self.replica, welcome.head_round)
         try:
             self._follow()
         finally:
@@ -107,10 +107,9 @@ class Runner:
         self.config: RunConfig = parse_config(body.config)
         self.peer_index = welcome.peer_index
         self.task: Task = make_task(self.config.task, self.import_path, self.data)
-        self.model: nn.Module = self.task.model().to(self.device)
-        strategy = build_strategy(self.config.strategy, self.model.named_parameters())
-        check_layout(body, layout_of(strategy, self.task))
-        self.replica = Replica(self.link.run_id, body, self.model, strategy, self.link.peer_id)
+        self.replica = build_replica(self.link.run_id, body, self.task, self.link.peer_id, self.device)
+        self.model: nn.Module = self.replica.model
+        strategy = self.replica.strategy
         self.task.load(self._download(body.corpus, "text"), self._download(body.held_out, "held-out text"))
         if welcome.head_round == 0:
             initialise(self.model, body, self.config.run.seed, self._download(body.base, "base weights"))
@@ -127,27 +126,6 @@ class Runner:
             return None
         log.info("fetching the %s (%s bytes)", what, f"{blob.n_bytes:,}")
         return self.link.fetch(blob.digest)
-
-    def _adopt_snapshot(self, head: int) -> None:
-        """A late joiner takes the whole replica from a live node, then follows the ledger."""
-        self.link.state(NodeState.JOINING)
-        for _ in range(SNAPSHOT_TRIES):
-            log.info("the run is at round %d: asking a live node for its replica", head)
-            ref = self.link.snapshot()
-            if ref is None:
-                raise NoDonor(
-                    f"the run is at round {head} and no live node can give its replica. "
-                    f"Start this node again once another one trains, or start a new run."
-                )
-            try:
-                blob = self.link.fetch(ref.digest, ref.holder)
-                self.replica.adopt(blob, next(self.link.commits(ref.round - 1)))
-            except (SwarmUnreachable, ReplicaDiverged) as e:
-                log.warning("the replica from %s cannot be used (%s); asking another node", ref.holder, e)
-                continue
-            log.info("took the replica after round %d (%s bytes)", ref.round, f"{ref.n_bytes:,}")
-            return
-        raise NoDonor(f"{SNAPSHOT_TRIES} snapshots in a row could not be used; see the warnings above")
 
     def _follow(self) -> None:
         rounds = self.config.run.rounds
@@ -263,6 +241,27 @@ class Runner:
             counted=self._counted,
             missed=self._missed,
         )
+
+
+def take_replica(link: Link, replica: Replica, head: int) -> None:
+    """Takes the whole replica from a live node; what came after it is on the ledger. Raises NoDonor."""
+    for _ in range(SNAPSHOT_TRIES):
+        log.info("the run is at round %d: asking a live node for its replica", head)
+        ref = link.snapshot()
+        if ref is None:
+            raise NoDonor(
+                f"the run is at round {head} and no live node can give its replica. "
+                f"Start this node again once another one trains, or start a new run."
+            )
+        try:
+            blob = link.fetch(ref.digest, ref.holder)
+            replica.adopt(blob, next(link.commits(ref.round - 1)))
+        except (SwarmUnreachable, ReplicaDiverged) as e:
+            log.warning("the replica from %s cannot be used (%s); asking another node", ref.holder, e)
+            continue
+        log.info("took the replica after round %d (%s bytes)", ref.round, f"{ref.n_bytes:,}")
+        return
+    raise NoDonor(f"{SNAPSHOT_TRIES} snapshots in a row could not be used; see the warnings above")
 
 
 def follow_events(link: Link) -> threading.Thread:
