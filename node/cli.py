@@ -184,6 +184,90 @@ class Status:
 
 
 @dataclass
+class Ledger:
+    """Save a run's whole ledger as one file, or verify such a file.
+
+    While it reads, it is admitted to the swarm like a node that never trains; nobody waits for it.
+    """
+
+    ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
+    """The line that the coordinator printed; - reads it from standard input."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None
+    """Write the ledger here: signed records, and the payloads that they name."""
+    check: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Verify this file, without a network, and name its first bad record."""
+
+    def run(self) -> int:
+        from thinwire.node.ledger_command import check_ledger, save_ledger
+
+        if self.check is not None:
+            if self.ticket is not None or self.output is not None:
+                raise ConfigError("--check FILE takes neither a ticket nor -o")
+            check_ledger(self.check)
+            return 0
+        if self.ticket is None or self.output is None:
+            raise ConfigError("write it as thinwire ledger TICKET -o FILE, or thinwire ledger --check FILE")
+        with stop_on_signals() as stop:
+            try:
+                save_ledger(_read_ticket(self.ticket), self.output, stop)
+            except ThinwireError:
+                if not stop.is_set():
+                    raise
+        return 128 + stop.signal if stop.signal else 0
+
+
+@dataclass
+class Replay:
+    """Rebuild the model from its base weights and a ledger file, and verify everything on the way."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """What `thinwire ledger` wrote."""
+    base: Annotated[Path | None, arg(metavar="FILE")] = None
+    """The base weights (safetensors), if the run began with some."""
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """The run's custom task, importable here."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None
+    """Write the weights here (safetensors), once all is verified."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object with the result on stdout."""
+
+    def run(self) -> int:
+        from thinwire.node.replay import replay
+
+        with stop_on_signals() as stop:
+            result = replay(
+                self.file, base=self.base, import_path=self.task, output=self.output, stopped=stop.is_set
+            )
+        if result is None:
+            return 128 + stop.signal
+        if self.json:
+            print(json.dumps(dataclasses.asdict(result)))  # noqa: T201 - data goes to stdout
+        return 0
+
+
+@dataclass
+class Export:
+    """Save the newest weights of a live run (model.safetensors) and what they are (config.json)."""
+
+    ticket: Annotated[Positional[str], arg(metavar="TICKET")]
+    """The line that the coordinator printed; - reads it from standard input."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="DIR")]
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """The run's custom task, importable here."""
+
+    def run(self) -> int:
+        from thinwire.node.ledger_command import export
+
+        with stop_on_signals() as stop:
+            try:
+                export(_read_ticket(self.ticket), self.output, self.task, stop)
+            except ThinwireError:
+                if not stop.is_set():
+                    raise
+        return 128 + stop.signal if stop.signal else 0
+
+
+@dataclass
 class Bench:
     """Measure speed and memory, as ratios to a baseline and to the copy bandwidth of this machine."""
 
@@ -206,6 +290,9 @@ Command = Annotated[
     | Annotated[Coordinator, tyro.conf.subcommand("coordinator")]
     | Annotated[Join, tyro.conf.subcommand("join")]
     | Annotated[Status, tyro.conf.subcommand("status")]
+    | Annotated[Ledger, tyro.conf.subcommand("ledger")]
+    | Annotated[Replay, tyro.conf.subcommand("replay")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Bench, tyro.conf.subcommand("bench")],
     None,
 ]

@@ -48,7 +48,7 @@ def run_file(tmp_path: Path) -> Path:
 def test_help_is_quick_and_names_every_command(thinwire: Start) -> None:
     program = thinwire("--help")
     assert program.wait() == 0
-    for command in ("demo", "coordinator", "join", "status", "bench"):
+    for command in ("demo", "coordinator", "join", "status", "ledger", "replay", "export", "bench"):
         assert command in program.stdout()
     program = thinwire("join", "--help")
     assert program.wait() == 0

@@ -1,0 +1,120 @@
+"""`thinwire ledger` and `thinwire export`: what a live run has, as files.
+
+Both read over an ordinary session: the reader is admitted as a peer that joins and never trains, so it takes
+an index and a place among `limits.max_peers` while it reads, and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from thinwire.compression.errors import ConfigError, ThinwireError
+from thinwire.coordinator.files import write_aside
+from thinwire.coordinator.ledger_file import Summary, check, write_ledger
+from thinwire.coordinator.messages import Commit, Welcome
+from thinwire.coordinator.ticket import Ticket
+
+if TYPE_CHECKING:
+    from thinwire.node.cli import Stop
+    from thinwire.node.link import Link
+
+log = logging.getLogger("thinwire.node")
+
+TELL_EVERY_S = 1.0
+READER_PATIENCE_S = 60.0
+
+
+def save_ledger(ticket: str, output: Path, stop: Stop) -> None:
+    """Writes the ledger as it stands when the session opens. Raises what the link and the file raise."""
+    with _session(ticket, stop) as (link, welcome):
+        summary = write_ledger(
+            output, welcome.genesis, welcome.signature, _commits(link, welcome.head_round), link.fetch
+        )
+    log.info("wrote %s: %s", output, _told(summary))
+
+
+def check_ledger(path: Path) -> None:
+    """Says what the file holds, or raises LedgerCorrupt that names the first bad record."""
+    log.info("%s is whole: %s", path, _told(check(path)))
+
+
+def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> None:
+    """Weights and config of the newest replica that a live node gives. Raises NoDonor, and like the link."""
+    from safetensors.torch import save as save_safetensors
+
+    from thinwire.node.config import parse_config
+    from thinwire.node.replica import build_replica
+    from thinwire.node.runner import take_replica
+    from thinwire.node.tasks import make_task
+
+    with _session(ticket, stop) as (link, welcome):
+        config = parse_config(welcome.body.config)
+        task = make_task(config.task, import_path, None)
+        replica = build_replica(link.run_id, welcome.body, task, link.peer_id)
+        if welcome.head_round == 0:
+            raise ThinwireError("the run has no round yet: there is nothing to export")
+        take_replica(link, replica, welcome.head_round)
+    about = {
+        "run": config.run.name,
+        "run_id": replica.run_id.hex(),
+        "round": replica.round,
+        "fingerprint": replica.fingerprint().hex(),
+        "config": json.loads(welcome.body.config),
+    }
+    weights = save_safetensors({name: t.cpu().contiguous() for name, t in replica.tensors().items()})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_aside(folder / "model.safetensors", weights)
+        write_aside(folder / "config.json", json.dumps(about, indent=2).encode() + b"\n")
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be written: {e.strerror}") from e
+    log.info("wrote the weights after round %d to %s", replica.round, folder)
+
+
+@contextmanager
+def _session(ticket: str, stop: Stop) -> Iterator[tuple[Link, Welcome]]:
+    """Opens a link of a reader and closes it in the end; a signal closes it at once."""
+    from thinwire.node.link_hivemind import HivemindLink
+    from thinwire.node.runner import follow_events
+
+    link = HivemindLink(Ticket.parse(ticket), patience_s=READER_PATIENCE_S)
+    events = follow_events(link)
+    # Closing waits for the goodbye: not in the signal handler.
+    stop.on_stop.append(lambda: threading.Thread(target=link.close, name="leave", daemon=True).start())
+    try:
+        yield link, link.open(None, None)
+    finally:
+        link.close()
+        events.join(timeout=5)
+
+
+def _commits(link: Link, head: int) -> Iterator[Commit]:
+    """The commits up to round `head`, told on the way. Raises ThinwireError if the link closes before."""
+    if head == 0:
+        return
+    told_s = time.monotonic()
+    done = 0
+    for commit in link.commits(0):
+        yield commit
+        done = commit.body.round
+        if time.monotonic() - told_s >= TELL_EVERY_S:
+            log.info("record %d of %d", done, head)
+            told_s = time.monotonic()
+        if done == head:
+            return
+    raise ThinwireError(f"stopped after record {done} of {head}: nothing was written")
+
+
+def _told(summary: Summary) -> str:
+    n_reports = sum(len(entries) for entries in summary.reports.values())
+    return (
+        f"run {summary.run_id.hex()[:16]}, {summary.rounds} rounds, {summary.n_blobs} payloads beside them, "
+        f"{n_reports} fingerprints, {summary.n_bytes:,} bytes"
+    )
