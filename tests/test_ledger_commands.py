@@ -60,6 +60,9 @@ def test_ledger_replay_and_export_of_a_live_run(thinwire: Callable[..., Any], tm
     assert sum(p["state"] == "training" for p in seen["peers"]) == 2, "nobody waited for the readers"
     assert seen["mismatches"] == 0
 
+    for node in nodes:  # the rest needs no swarm, and the machine for itself
+        node.process.kill()
+
     offline = thinwire("ledger", "--check", "run.ledger")
     assert offline.wait() == 0
     assert f"{summary.rounds} rounds" in offline.stderr()
