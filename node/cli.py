@@ -40,7 +40,7 @@ class Demo:
     moment, then fine-tune on other text with one byte per probe."""
     peers: Annotated[int, arg(metavar="N")] = 4
     rounds: Annotated[int | None, arg(metavar="N")] = None
-    """Rounds to train. Default: 150 (decoupled), 45 (spsa)."""
+    """Rounds to train. Default: 150 (decoupled), 55 (spsa)."""
     faults: bool = True
     """Kill one node on the way and start it again."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -53,7 +53,7 @@ class Demo:
             raise ConfigError("--peers: between 1 and 32 on one machine")
         if self.rounds is not None and self.rounds < 5:
             raise ConfigError("--rounds: at least 5, or there is nothing to see")
-        rounds = self.rounds or {"decoupled": 150, "spsa": 45}[self.strategy]
+        rounds = self.rounds or {"decoupled": 150, "spsa": 55}[self.strategy]
         with stop_on_signals() as stop:
             result = run_demo(Plan(self.strategy, self.peers, rounds, self.faults), stop.is_set)
         if stop.signal:
