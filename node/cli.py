@@ -157,7 +157,7 @@ class Join:
                 save=self.save,
                 stop=stop,
             )
-        if stop.signal:
+        if stop.signal or result is None:
             return 128 + stop.signal
         if self.json:
             print(json.dumps(dataclasses.asdict(result)))  # noqa: T201 - data goes to stdout

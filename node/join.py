@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +32,8 @@ def join(
     http: tuple[str, int] | None,
     save: Path | None,
     stop: Stop,
-) -> Result:
-    """Trains until the run ends or `stop` is set. Raises what `Runner.run` raises."""
+) -> Result | None:
+    """Trains until the run ends; None: `stop` was set before. Raises what `Runner.run` raises."""
     if data is not None and not data.exists():
         raise ConfigError(f"--data {data}: no such file or folder")
     parsed = Ticket.parse(ticket)
@@ -56,7 +55,7 @@ def join(
                 _save(runner, save)
     except ThinwireError:
         if stop.is_set():  # what broke was what the user stopped
-            return runner.result()
+            return None
         raise
     finally:
         link.close()
@@ -69,8 +68,7 @@ def _limit_threads(threads: int | None) -> None:
         return
     if threads < 1:
         raise ConfigError(f"--threads {threads}: at least 1")
-    os.environ["NUMBA_NUM_THREADS"] = str(threads)  # read when numba loads, later
-    import torch
+    import torch  # its number of threads is that of our kernels too
 
     torch.set_num_threads(threads)
 

@@ -13,6 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
+from thinwire.coordinator.identity import new_key, peer_id_of
+from thinwire.coordinator.ticket import Ticket
+
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
 
 RUN = """
@@ -90,6 +93,26 @@ def test_a_dead_ticket_says_what_every_address_answered(thinwire: Start, run_fil
         assert "127.0.0.1" in program.stderr()
         assert "refused" in program.stderr()
         assert "Traceback" not in program.stderr()
+
+
+def test_ctrl_c_while_the_coordinator_is_being_reached(thinwire: Start) -> None:
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        ticket = Ticket(
+            peer_id=peer_id_of(new_key().public_key()),
+            addresses=(f"/ip4/127.0.0.1/tcp/{mute.getsockname()[1]}",),
+            run_id=bytes(32),
+            token="none",
+        )
+        program = thinwire("join", ticket.line())
+        mute.settimeout(60)
+        mute.accept()[0].close()
+        mute.accept()[0].close()
+        program.process.send_signal(signal.SIGINT)
+        code = program.wait(30)
+    assert "Traceback" not in program.stderr()
+    assert code == 128 + signal.SIGINT
 
 
 def test_a_taken_port_and_a_directory_in_use(thinwire: Start, run_file: Path) -> None:
