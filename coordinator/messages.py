@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from thinwire.compression.errors import ThinwireError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 INLINE_BYTES = 4096
 """Payloads up to this size travel inside offer and commit; larger ones are blobs named by digest."""
 
@@ -110,11 +110,23 @@ class Admission(Record):
 
 
 class ReportEntry(Record):
-    """A fingerprint that a peer reported since the last commit."""
+    """A fingerprint that a peer reported since the last commit. A later one on the same round replaces it;
+    `checked`: the peer has replayed the ledger up to that round, and this is what came out."""
 
     peer: Index
     round: Round
     fingerprint: Annotated[bytes, Field(min_length=8, max_length=8)]
+    checked: bool
+
+
+class SnapshotEntry(Record):
+    """A snapshot that a peer has on disk since the last commit: the digest of its manifest, and the size of
+    all of it."""
+
+    peer: Index
+    round: Round
+    manifest: Digest
+    n_bytes: Count
 
 
 class CommitBody(Record):
@@ -126,6 +138,7 @@ class CommitBody(Record):
     admitted: Annotated[tuple[Admission, ...], Field(max_length=MAX_PEERS)]
     lr_factor_bits: Annotated[int, Field(ge=0, lt=2**32)]
     reports: Annotated[tuple[ReportEntry, ...], Field(max_length=4 * MAX_PEERS)]
+    snapshots: Annotated[tuple[SnapshotEntry, ...], Field(max_length=2 * MAX_PEERS)]
     evaluator: Index | None
     time_ms: Annotated[int, Field(ge=0, lt=2**48)]
 
@@ -181,7 +194,11 @@ class Message(Record):
 
 
 class Hello(Message):
-    """First frame of a session, from the node. `head_*`: the last commit it has applied, if any."""
+    """First frame of a session, from the node. `head_*`: the last commit that it has on disk, if any.
+
+    A head that the coordinator does not have (restored from an older copy) is answered by `Follow`: the node
+    sends the commits that are missing, then comes the Welcome.
+    """
 
     tag = 1
     version: int
@@ -194,13 +211,15 @@ class Hello(Message):
 
 
 class Welcome(Message):
-    """Record 0 with its signature, and where the ledger stands."""
+    """Record 0 with its signature, and where the ledger stands. Payloads of the rounds from `kept_from` on
+    can be had from the coordinator."""
 
     tag = 2
     genesis: Annotated[bytes, Field(max_length=16 * 2**20)]
     signature: Annotated[bytes, Field(min_length=64, max_length=64)]
     head_round: Round
     head_digest: Digest
+    kept_from: Round
     peer_index: Index
     heartbeat_s: Annotated[float, Field(gt=0, le=60)]
 
@@ -220,8 +239,12 @@ class Refused(Message):
 
 
 class State(Message):
+    """What a node does. `needs_after`: a joining node is going to apply the rounds after this one, so that
+    their payloads must be kept for it; None: it does not know yet."""
+
     tag = 4
     state: Annotated[NodeState, Field(strict=False)]
+    needs_after: Round | None = None
 
 
 class Offer(Message):
@@ -238,7 +261,8 @@ class Offer(Message):
 
 
 class Follow(Message):
-    """Send all commits after this round, then new ones as they are made."""
+    """Send all commits after this round, then new ones as they are made. From the coordinator, instead of a
+    Welcome: send me what you have after this round."""
 
     tag = 6
     after: Round
@@ -268,11 +292,15 @@ class Head(Message):
 
 
 class Report(Message):
-    """What a node measured after applying `round`; None where it has nothing to say."""
+    """What a node measured after applying `round`; None where it has nothing to say.
+
+    `checked`: see ReportEntry. `snapshot`: digest of the manifest of one that is on disk now; its size.
+    """
 
     tag = 9
     round: Round
     fingerprint: Annotated[bytes, Field(min_length=8, max_length=8)] | None = None
+    checked: bool = False
     held_out: float | None = None
     snapshot: Digest | None = None
     snapshot_bytes: Count | None = None
@@ -288,20 +316,14 @@ class Heartbeat(Message):
     payload_bytes: Count
 
 
-class WantSnapshot(Message):
-    """A joiner asks for a replica (node to coordinator), or the coordinator asks a donor for its own."""
+class Offered(Message):
+    """A payload of the open round, and the peer that has it: nodes may fetch it ahead from there."""
 
     tag = 11
-
-
-class SnapshotAt(Message):
-    """Answer to `WantSnapshot`: where a replica is served; `holder` None: nobody can give one."""
-
-    tag = 12
-    round: Round
+    round: Annotated[int, Field(ge=1, le=MAX_ROUND)]
+    holder: PeerId
     digest: Digest
     n_bytes: Count
-    holder: PeerId | None
 
 
 class Member(Record):
@@ -312,14 +334,14 @@ class Member(Record):
 class Members(Message):
     """Who may fetch from whom, and where; sent when it changes."""
 
-    tag = 13
+    tag = 12
     members: Annotated[tuple[Member, ...], Field(max_length=MAX_PEERS)]
 
 
 class Notice(Message):
     """What the coordinator waits for, in words."""
 
-    tag = 14
+    tag = 13
     text: Text
     warning: bool
 
@@ -328,7 +350,7 @@ MESSAGES: dict[int, type[Message]] = {
     m.tag: m
     for m in (
         *(Hello, Welcome, Refused, State, Offer, Follow, Commit, Head),
-        *(Report, Heartbeat, WantSnapshot, SnapshotAt, Members, Notice),
+        *(Report, Heartbeat, Offered, Members, Notice),
     )
 }
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from thinwire.compression.errors import ConfigError
 
@@ -39,8 +39,19 @@ class Run(Section):
     """Rounds between evaluations on the held-out text."""
     verify_every: Annotated[int, Field(ge=1)] = 10
     """Rounds between fingerprint reports."""
+    snapshot_every: Annotated[int, Field(ge=1)] = 50
+    """Rounds between the snapshots that nodes write to disk and serve; a multiple of verify_every."""
     base: str | None = None
     """Base weights, a safetensors file; without it the exact initialisation from `seed`."""
+
+    @field_validator("snapshot_every")
+    @classmethod
+    def _with_a_fingerprint(cls, value: int, info: ValidationInfo) -> int:
+        verify_every = info.data.get("verify_every", 1)
+        if value % verify_every:
+            nearest = max(1, round(value / verify_every)) * verify_every
+            raise ValueError(f"a multiple of verify_every is needed, e.g. {nearest}")
+        return value
 
 
 class Task(Section):

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
-from thinwire.coordinator.messages import Commit, NodeState, Offer, Report, Welcome
+from thinwire.compression.errors import SwarmUnreachable
+from thinwire.coordinator.messages import Commit, NodeState, Offer, OfferEntry, Report, Welcome
 
 Digest = bytes
 """BLAKE3 of a blob, 32 bytes."""
+
+
+class Lied(SwarmUnreachable):
+    """A holder gave bytes that do not fit their digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +29,12 @@ class LinkEvent:
     warning: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotRef:
-    """Where a snapshot can be fetched: the replica after `round`, its bytes named by `digest`."""
+class Shelf(Protocol):
+    """Blobs that a node serves to members of its swarm, from any thread."""
 
-    round: int
-    digest: Digest
-    n_bytes: int
-    holder: str  # peer id of the node that serves it
+    def open(self, digest: Digest) -> tuple[BinaryIO, int]:
+        """The blob to read and its size. Raises KeyError: it is not here."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +46,23 @@ class Traffic:
 
 
 class Link(Protocol):
-    """One node's connection to one run. Methods are called from one thread, `close` from any."""
+    """One node's connection to one run. `fetch`, `members` and `close` are called from any thread, the other
+    methods from one.
+
+    A link keeps every commit that it has seen, on disk where it has a folder: what is there is read from
+    there, and given to a coordinator that has lost it.
+    """
 
     peer_id: str
     run_id: bytes
     """BLAKE3 of record 0, 32 bytes; known from the ticket."""
 
-    def open(self, head_round: int | None, head_digest: Digest | None) -> Welcome:
+    def open(self) -> Welcome:
         """Connects, authenticates and returns record 0 and where the ledger stands.
 
-        `head_*`: the last commit that this node has applied, None for a new one.
-        Raises SwarmUnreachable (with what every address answered), ConfigError (wrong token),
-        Incompatible (protocol version, or a full swarm) or LedgerCorrupt (a head not on the chain).
+        Raises SwarmUnreachable (with what every address answered), ConfigError (wrong token, a state folder
+        that cannot be used), Incompatible (protocol version, or a full swarm) or LedgerCorrupt (the
+        coordinator's ledger is not the one that this link has seen).
         """
         ...
 
@@ -63,8 +71,8 @@ class Link(Protocol):
         """The newest round known to be committed."""
         ...
 
-    def state(self, state: NodeState) -> None:
-        """Says what this node does: joining, training, leaving."""
+    def state(self, state: NodeState, needs_after: int | None = None) -> None:
+        """Says what this node does: joining (and which payloads it will need), training, leaving."""
         ...
 
     def offer(self, offer: Offer) -> None:
@@ -74,32 +82,42 @@ class Link(Protocol):
         """
         ...
 
+    def records(self, after: int) -> Iterator[Commit]:
+        """Commits from round `after` + 1 up to the head that is known when this is called, to be looked at:
+        no payload is fetched ahead. Blocks until they are here. Ends early, and raises, as `commits` does."""
+        ...
+
     def commits(self, after: int) -> Iterator[Commit]:
         """Commits in order from round `after` + 1 on, verified (chain and signature), blocking for new ones.
+        Their payloads are fetched ahead.
 
         Ends when `close` is called. Raises SwarmUnreachable when reconnecting was given up, LedgerCorrupt
         when a commit does not fit the chain.
         """
         ...
 
-    def snapshot(self) -> SnapshotRef | None:
-        """Asks for the newest replica that a live node can give; None: nobody can."""
+    def payload(self, offer: OfferEntry) -> bytes:
+        """A counted offer's payload, from the commit itself or from whoever has it; waits for the
+        coordinator's return. Raises SwarmUnreachable: nobody has it, or the link was closed."""
         ...
 
-    def publish(self, blob: bytes) -> Digest:
-        """This node now serves the blob to members of the swarm (the two newest are kept)."""
+    def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
+        """The blob of at most `n_bytes`, verified; from `holder` (a peer id) or from the coordinator.
+
+        Raises SwarmUnreachable: not there, cut, stalled, or `Lied` (a subclass): bytes that do not fit."""
         ...
 
-    def fetch(self, digest: Digest, holder: str | None = None) -> bytes:
-        """The blob, verified; from `holder` (a peer id) or from the coordinator. Raises SwarmUnreachable."""
+    def members(self) -> list[str]:
+        """Peer ids of the others that are connected now."""
+        ...
+
+    def serve(self, shelf: Shelf | None) -> None:
+        """From now on members may fetch what is on the shelf, beside the payloads that the link has itself.
+        None: nothing."""
         ...
 
     def report(self, report: Report) -> None:
         """Fingerprint, held-out loss, snapshot."""
-        ...
-
-    def wanted_snapshot(self) -> bool:
-        """True once after the coordinator has asked this node for its replica: publish and report one."""
         ...
 
     def events(self) -> Iterator[LinkEvent]:
