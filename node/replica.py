@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from blake3 import blake3
@@ -20,8 +21,8 @@ from thinwire.compression.fingerprint import fingerprint, parameter_sum
 from thinwire.coordinator.messages import Commit, GenesisBody, OfferEntry
 from thinwire.coordinator.schedule import float32_of_bits
 from thinwire.node.config import parse_config
-from thinwire.node.genesis import check_layout, layout_hash, layout_of
-from thinwire.node.snapshots import Manifest, read_snapshot, write_snapshot
+from thinwire.node.genesis import check_layout, initialise, layout_hash, layout_of
+from thinwire.node.snapshots import Manifest
 from thinwire.node.tasks import Task
 from thinwire.optim.base import Own, Share, Strategy
 from thinwire.optim.registry import build_strategy
@@ -63,6 +64,8 @@ class Replica:
         self.digest = run_id
         self.peers: dict[int, str] = {}
         self.bad: Counter[str] = Counter()
+        self._genesis = genesis
+        self._seed = parse_config(genesis.config).run.seed
         self._lr_factor = float32_of_bits(genesis.lr_factor_bits)
         self._layout_hash = layout_hash(genesis)
         self._max_bytes = genesis.limits.max_payload_bytes
@@ -133,30 +136,35 @@ class Replica:
                     f"the same on every peer: start again with a smaller learning rate."
                 )
 
+    def sums(self) -> dict[str, int]:
+        """Parameter name -> its part of the fingerprint: shows which tensors differ."""
+        return {p.name: parameter_sum(p.tensor.detach()) for p in self._parameters}
+
     def fingerprint(self) -> bytes:
         """8 bytes: equal on all peers after the same round."""
-        return fingerprint({p.name: parameter_sum(p.tensor.detach()) for p in self._parameters})
+        return fingerprint(self.sums())
 
     def tensors(self) -> dict[str, Tensor]:
         return {p.name: p.tensor.detach() for p in self._parameters}
 
-    def snapshot(self) -> bytes:
-        """The replica after `round` as one blob, the same bytes from every peer."""
-        return write_snapshot(
-            self.tensors(),
-            run_id=self.run_id,
-            round=self.round,
-            commit=self.digest,
-            fingerprint=self.fingerprint(),
-            peers=self.peers,
-        )
+    def saved(self) -> Saved:
+        """A copy of the replicated state on the CPU, for a snapshot or to come back to."""
+        tensors = {p.name: p.tensor.detach().to("cpu", copy=True) for p in self._parameters}
+        return Saved(self.round, self.digest, self._lr_factor, tensors)
 
-    def adopt(self, blob: bytes, commit: Commit) -> Manifest:
-        """Becomes the replica in the snapshot. `commit`: the ledger's record of its round, which must match.
+    def restore(self, saved: Saved) -> None:
+        """Becomes what `saved` returned before."""
+        self._become(saved.tensors)
+        self.round, self.digest, self._lr_factor = saved.round, saved.digest, saved.lr_factor
+
+    def adopt(self, manifest: Manifest, tensors: Mapping[str, Tensor], commit: Commit) -> None:
+        """Becomes the replica in a snapshot. `commit`: the ledger's record of its round, which must match;
+        `peers` has to hold those that it admitted and the earlier ones.
 
         Raises ReplicaDiverged, with nothing changed, when the snapshot is not what it says.
         """
-        manifest, tensors = read_snapshot(blob, self.run_id)
+        if manifest.run_id != self.run_id:
+            raise ReplicaDiverged("the snapshot is of another run")
         if (manifest.round, manifest.commit) != (commit.body.round, commit.digest):
             raise ReplicaDiverged(f"the snapshot's round {manifest.round} is not on the run's ledger")
         found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
@@ -164,19 +172,36 @@ class Replica:
             raise ReplicaDiverged("the snapshot's tensors are not those of the run's layout")
         if fingerprint({name: parameter_sum(t) for name, t in tensors.items()}) != manifest.fingerprint:
             raise ReplicaDiverged("the snapshot's tensors do not have the fingerprint that it states")
+        self._become(tensors)
+        self.round, self.digest = manifest.round, manifest.commit
+        self._lr_factor = float32_of_bits(commit.body.lr_factor_bits)
+
+    def begin(self, base: bytes | None) -> None:
+        """Becomes the replica before round 1. `base`: bytes of the base weights, None: exact initialisation."""
+        initialise(self.model, self._genesis, self._seed, base)
+        self.round, self.digest = 0, self.run_id
+        self._lr_factor = float32_of_bits(self._genesis.lr_factor_bits)
+
+    def _become(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for p in self._parameters:
                 p.tensor.copy_(tensors[p.name])
-        self.round, self.digest = manifest.round, manifest.commit
-        self.peers = {a.index: a.peer_id for a in manifest.peers}
-        self._lr_factor = float32_of_bits(commit.body.lr_factor_bits)
-        return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Replicated state on the CPU: after `round`, whose commit has this digest."""
+
+    round: int
+    digest: bytes
+    lr_factor: float
+    tensors: dict[str, Tensor]
 
 
 def build_replica(
     run_id: bytes, genesis: GenesisBody, task: Task, peer_id: str = "", device: torch.device | str = "cpu"
 ) -> Replica:
-    """The replica of a run before its weights are set (see `genesis.initialise` and `Replica.adopt`).
+    """The replica of a run before its weights are set (see `Replica.begin` and `Replica.adopt`).
 
     `peer_id`: whose; empty for one that makes no offers. Raises Incompatible when the task's model is not the
     run's, and ConfigError for an unknown strategy.

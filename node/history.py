@@ -1,0 +1,66 @@
+"""What a node knows from the ledger so far: peers, snapshots, fingerprints, and how many bytes a replay costs.
+
+Pure: fed with every commit from round 1 on, in order, whether the replica has applied it or not.
+"""
+
+from __future__ import annotations
+
+from thinwire.coordinator.attested import Attested, Snapshots
+from thinwire.coordinator.messages import Commit
+from thinwire.node.verdicts import Verdicts
+
+
+class History:
+    """`peers`: index -> peer id. `run_id` stands for the digest of record 0."""
+
+    def __init__(self, run_id: bytes, snapshot_every: int) -> None:
+        self.peers: dict[int, str] = {}
+        self.snapshots = Snapshots(snapshot_every)
+        self.verdicts = Verdicts()
+        self._digests = [run_id]
+        self._blob_bytes = [0]
+
+    @property
+    def round(self) -> int:
+        """The newest round that is known."""
+        return len(self._digests) - 1
+
+    def add(self, commit: Commit) -> None:
+        """The next commit; one that is known already changes nothing."""
+        body = commit.body
+        if body.round <= self.round:
+            return
+        assert body.round == self.round + 1, "links give commits in order"
+        self.peers.update({a.index: a.peer_id for a in body.admitted})
+        self.snapshots.committed(body)
+        self.verdicts.committed(body)
+        self._digests.append(commit.digest)
+        n_bytes = sum(offer.n_bytes for offer in body.offers if offer.digest is not None)
+        self._blob_bytes.append(self._blob_bytes[-1] + n_bytes)
+
+    def digest_at(self, round_: int) -> bytes | None:
+        """Digest of the record of this round; None: it is not known."""
+        return self._digests[round_] if 0 <= round_ <= self.round else None
+
+    def blob_bytes(self, after: int) -> int:
+        """Payload bytes that have to be fetched to apply every known round after this one."""
+        return self._blob_bytes[-1] - self._blob_bytes[min(after, self.round)]
+
+    def first_blob(self, after: int) -> int | None:
+        """The first known round after this one that has a payload to be fetched."""
+        if self.blob_bytes(after) == 0:
+            return None
+        return next(r for r in range(after + 1, self.round + 1) if self._blob_bytes[r] > self._blob_bytes[after])
+
+    def attested(self, round_: int) -> Attested | None:
+        """The attested snapshot of this round."""
+        return next((a for a in self.snapshots.attested() if a.round == round_), None)
+
+    def newest_attested(self, at_most: int) -> Attested | None:
+        """The newest attested snapshot of this round or an earlier one."""
+        fitting = [a for a in self.snapshots.attested() if a.round <= at_most]
+        return fitting[-1] if fitting else None
+
+    def holders(self, snapshot: Attested) -> list[str]:
+        """Peer ids of those that reported the snapshot."""
+        return [self.peers[index] for index in snapshot.peers if index in self.peers]
