@@ -75,6 +75,33 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class Update:
+    """theta = theta * decay - acc; acc = sum of coefficient * z over the probes in order.
+
+    Every product and sum is rounded once to float32; acc starts with the first term; without a probe nothing
+    is subtracted. `seeds`: uint64, `numbers` of the probes: int64, `coefficients`: float32; all (n probes,).
+    """
+
+    seeds: npt.NDArray[np.uint64]
+    numbers: npt.NDArray[np.int64]
+    coefficients: npt.NDArray[np.float32]
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        for number in self.numbers[(self.numbers < 0) | (self.numbers >= MAX_PROBES)]:
+            raise ValueError(f"probe {number} is not in [0, {MAX_PROBES})")
+
+    @classmethod
+    def of(cls, probes: Sequence[Probe], decay: float = 1.0) -> Update:
+        return cls(
+            np.array([p.seed & (1 << 64) - 1 for p in probes], dtype=np.uint64),
+            np.array([p.probe for p in probes], dtype=np.int64),
+            np.array([p.coefficient for p in probes], dtype=np.float32),
+            decay,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Where:
     """The noise of which purpose, for the elements from `start` on of which parameter."""
 
@@ -107,7 +134,7 @@ def noise(
     """float32 noise of the global elements [start, stop) of a flattened parameter."""
     z = torch.zeros(stop - start, dtype=torch.float32, device=device)
     # 0 - (-1) z is z, exactly: no value of the noise is zero.
-    _combine(z, z, [Probe(seed, probe, -1.0)], Where.of(kind, param_index, start), 1.0)
+    _combine(z, z, [Update.of([Probe(seed, probe, -1.0)])], Where.of(kind, param_index, start))
     return z
 
 
@@ -121,7 +148,7 @@ def perturb(
     flat = _flat(theta)
     out = torch.empty_like(flat)
     # theta - (-eps) z has the same bits as theta + eps z.
-    _combine(out, flat, [Probe(seed, probe, -eps)], Where.of(kind, param_index, start), 1.0)
+    _combine(out, flat, [Update.of([Probe(seed, probe, -eps)])], Where.of(kind, param_index, start))
     return out.view(theta.shape)
 
 
@@ -133,20 +160,28 @@ def update_(
     start: int = 0,
     decay: float = 1.0,
 ) -> None:
-    """theta = theta * decay - acc, in one pass; acc = sum of coefficient * z over the probes in order.
+    """One `Update`, in place: `update_all_` of one."""
+    update_all_(theta, [Update.of(probes, decay)], kind, param_index, start)
 
-    Every product and sum is rounded once to float32; acc starts with the first term; a decay of 1 is not
-    multiplied. `theta`: contiguous float32 of any shape, elements from `start` on of the flattened parameter.
+
+def update_all_(
+    theta: Tensor, updates: Sequence[Update], kind: NoiseKind, param_index: int, start: int = 0
+) -> None:
+    """All updates in order, in one pass over memory; the bits are those of one after the other.
+
+    `theta`: contiguous float32 of any shape, elements from `start` on of the flattened parameter.
     """
     flat = _flat(theta)
-    _combine(flat, flat, probes, Where.of(kind, param_index, start), decay)
+    if updates:
+        _combine(flat, flat, updates, Where.of(kind, param_index, start))
 
 
 def initial_values(seed: int, param_index: int, start: int, stop: int, scale: float) -> Tensor:
     """scale * gauss for an exact initialisation: elements [start, stop) of a flattened parameter."""
     out = torch.zeros(stop - start, dtype=torch.float32)
     if scale != 0.0:
-        _combine(out, out, [Probe(seed, 0, -scale)], Where("gauss", Purpose.INIT, param_index, start), 1.0)
+        where = Where("gauss", Purpose.INIT, param_index, start)
+        _combine(out, out, [Update.of([Probe(seed, 0, -scale)])], where)
     return out
 
 
@@ -178,17 +213,14 @@ def _has_numba() -> bool:
     return find_spec("numba") is not None
 
 
-def _combine(out: Tensor, theta: Tensor, probes: Sequence[Probe], where: Where, decay: float) -> None:
-    """out = theta * decay - acc; flat float32 tensors, `out` may be `theta`."""
-    for p in probes:
-        if not 0 <= p.probe < MAX_PROBES:
-            raise ValueError(f"probe {p.probe} is not in [0, {MAX_PROBES})")
+def _combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where) -> None:
+    """out = theta after the updates, of which there is one at least; flat float32, `out` may be `theta`."""
     if use_numba(out, theta):
         from thinwire.compression import noise_cpu
 
-        noise_cpu.combine(out, theta, probes, where, decay)
+        noise_cpu.combine(out, theta, updates, where)
     else:
-        combine_torch(out, theta, probes, where, decay)
+        combine_torch(out, theta, updates, where)
 
 
 def _flat(theta: Tensor) -> Tensor:
@@ -203,18 +235,28 @@ def _flat(theta: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def combine_torch(out: Tensor, theta: Tensor, probes: Sequence[Probe], where: Where, decay: float) -> None:
+def combine_torch(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where) -> None:
     """The reference of `_combine`, chunk by chunk."""
-    decay = to_float32(decay)
     start = where.start
     for first, last in _chunks(start, start + theta.numel(), _CHUNK[where.kind] * BLOCK):
         here = slice(first - start, last - start)
-        value = theta[here] if decay == 1.0 else theta[here] * decay
-        acc: Tensor | None = None
-        for p in probes:
-            term = _term(p, where, first, last, theta.device)
-            acc = term if acc is None else acc.add_(term)
-        out[here] = value if acc is None else value - acc
+        value = theta[here]
+        for update in updates:
+            value = _updated(value, update, where, first, last)
+        out[here] = value
+
+
+def _updated(value: Tensor, update: Update, where: Where, first: int, last: int) -> Tensor:
+    """One update of the global elements [first, last), as a new tensor or `value` itself."""
+    acc: Tensor | None = None
+    for seed, number, coefficient in zip(
+        update.seeds.tolist(), update.numbers.tolist(), update.coefficients.tolist(), strict=True
+    ):
+        term = _term(Probe(seed, number, coefficient), where, first, last, value.device)
+        acc = term if acc is None else acc.add_(term)
+    decay = to_float32(update.decay)
+    value = value if decay == 1.0 else value * decay
+    return value if acc is None else value - acc
 
 
 def _term(p: Probe, where: Where, first: int, last: int, device: torch.device) -> Tensor:

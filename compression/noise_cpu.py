@@ -13,7 +13,7 @@ from thinwire.compression.quantiles import NORMAL_256
 from thinwire.compression.threads import share
 
 if TYPE_CHECKING:
-    from thinwire.compression.noise import Probe, Where
+    from thinwire.compression.noise import Update, Where
 
 Array = Any
 """A numpy array inside a kernel; numba finds the types."""
@@ -29,25 +29,31 @@ _SIGN_BIT: Final = np.uint32(0x80000000)
 _ONE: Final = np.float32(1.0)
 
 
-def combine(out: Tensor, theta: Tensor, probes: Sequence[Probe], where: Where, decay: float) -> None:
-    """out = theta * decay - acc, as `noise.combine_torch`. Flat contiguous float32 CPU tensors."""
+def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where) -> None:
+    """out = theta after the updates, as `noise.combine_torch`. Flat contiguous float32 CPU tensors."""
     y, x, start = out.numpy(), theta.numpy(), where.start
-    seeds = np.array([p.seed & (2**64 - 1) for p in probes], dtype=np.uint64)
-    tails = np.array([where.last_word(p.probe) for p in probes], dtype=np.uint32)
-    coefficients = np.array([p.coefficient for p in probes], dtype=np.float32)
+    seeds = np.concatenate([u.seeds for u in updates])
+    tails = np.concatenate([u.numbers for u in updates]).astype(np.uint32) + np.uint32(where.last_word(0))
+    coefficients = np.concatenate([u.coefficients for u in updates])
+    ends = np.cumsum([u.seeds.size for u in updates])
+    decays = np.array([u.decay for u in updates], dtype=np.float32)
     kernel = _sign_blocks if where.kind == "sign" else _gauss_blocks
-    third, factor = np.uint32(where.param_index), np.float32(decay)
+    third = np.uint32(where.param_index)
 
     def run(first: int, last: int) -> None:
-        kernel(y, x, start, first, last, seeds, tails, coefficients, third, factor, _TABLE)
+        kernel(y, x, start, first, last, seeds, tails, coefficients, ends, decays, third, _TABLE)
 
-    share(run, start // 4096, -(-(start + x.size) // 4096), smallest=64)
+    smallest = max(1, 64 // max(1, seeds.size))
+    share(run, start // 4096, -(-(start + x.size) // 4096), smallest)
+
+
+# A block is taken through all updates before the next one: after the first it is in the cache.
 
 
 @numba.njit(cache=True, nogil=True)
 def _sign_blocks(
     y: Array, x: Array, start: int, first: int, last: int,
-    seeds: Array, tails: Array, coefficients: Array, third: Word, decay: Word, table: Array,
+    seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, third: Word, table: Array,
 ) -> None:  # fmt: skip
     words = np.empty(128, np.uint32)
     acc = np.empty(4096, np.float32)
@@ -55,59 +61,78 @@ def _sign_blocks(
     term = np.empty(128, np.float32)
     term_bits = term.view(np.uint32)
     for block in range(first, last):
-        for p in range(seeds.size):
-            _fill_words(words, 32, block, third, tails[p], seeds[p])
-            plain = coefficients[p : p + 1].view(np.uint32)[0]
-            for bit in range(32):
-                up = np.uint32(31 - bit)
-                if p == 0:
-                    for w in range(128):
-                        acc_bits[bit * 128 + w] = ((words[w] << up) & _SIGN_BIT) ^ plain
-                else:
-                    for w in range(128):
-                        term_bits[w] = ((words[w] << up) & _SIGN_BIT) ^ plain
-                    for w in range(128):
-                        acc[bit * 128 + w] += term[w]
-        _finish(y, x, acc, start, block, seeds.size, decay)
+        a, b, skipped = _overlap(x.size, start, block)
+        here = x[a:b]
+        begin = 0
+        for u in range(ends.size):
+            end = ends[u]
+            for p in range(begin, end):
+                _fill_words(words, 32, block, third, tails[p], seeds[p])
+                plain = coefficients[p : p + 1].view(np.uint32)[0]
+                for bit in range(32):
+                    up = np.uint32(31 - bit)
+                    if p == begin:
+                        for w in range(128):
+                            acc_bits[bit * 128 + w] = ((words[w] << up) & _SIGN_BIT) ^ plain
+                    else:
+                        for w in range(128):
+                            term_bits[w] = ((words[w] << up) & _SIGN_BIT) ^ plain
+                        for w in range(128):
+                            acc[bit * 128 + w] += term[w]
+            _finish(y[a:b], here, acc[skipped : skipped + b - a], end - begin, decays[u])
+            here = y[a:b]
+            begin = end
 
 
 @numba.njit(cache=True, nogil=True)
 def _gauss_blocks(
     y: Array, x: Array, start: int, first: int, last: int,
-    seeds: Array, tails: Array, coefficients: Array, third: Word, decay: Word, table: Array,
+    seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, third: Word, table: Array,
 ) -> None:  # fmt: skip
     words = np.empty(1024, np.uint32)
     acc = np.empty(4096, np.float32)
     for block in range(first, last):
-        for p in range(seeds.size):
-            _fill_words(words, 256, block, third, tails[p], seeds[p])
-            for byte in range(4):
-                down = np.uint32(8 * byte)
-                for w in range(1024):
-                    term = table[(words[w] >> down) & np.uint32(255)] * coefficients[p]
-                    if p == 0:
-                        acc[byte * 1024 + w] = term
-                    else:
-                        acc[byte * 1024 + w] += term
-        _finish(y, x, acc, start, block, seeds.size, decay)
+        a, b, skipped = _overlap(x.size, start, block)
+        here = x[a:b]
+        begin = 0
+        for u in range(ends.size):
+            end = ends[u]
+            for p in range(begin, end):
+                _fill_words(words, 256, block, third, tails[p], seeds[p])
+                for byte in range(4):
+                    down = np.uint32(8 * byte)
+                    for w in range(1024):
+                        term = table[(words[w] >> down) & np.uint32(255)] * coefficients[p]
+                        if p == begin:
+                            acc[byte * 1024 + w] = term
+                        else:
+                            acc[byte * 1024 + w] += term
+            _finish(y[a:b], here, acc[skipped : skipped + b - a], end - begin, decays[u])
+            here = y[a:b]
+            begin = end
 
 
 @numba.njit(inline="always")
-def _finish(y: Array, x: Array, acc: Array, start: int, block: int, n_terms: int, decay: Word) -> None:
-    """y = x * decay - acc where the block overlaps the tensor that begins at the global element `start`."""
+def _overlap(size: int, start: int, block: int) -> tuple[int, int, int]:
+    """The slice [a, b) of the tensor, which begins at the global element `start`, that lies in the block; and
+    how many elements of the block come before it."""
     a = max(block * 4096 - start, 0)
-    n = min((block + 1) * 4096 - start, x.size) - a
-    skipped = a + start - block * 4096
-    y_here, x_here, acc_here = y[a : a + n], x[a : a + n], acc[skipped : skipped + n]
+    b = min((block + 1) * 4096 - start, size)
+    return a, b, a + start - block * 4096
+
+
+@numba.njit(inline="always")
+def _finish(y: Array, x: Array, acc: Array, n_terms: int, decay: Word) -> None:
+    """y = x * decay - acc; without a term y = x * decay."""
     if n_terms == 0:
-        for i in range(n):
-            y_here[i] = x_here[i] * decay
+        for i in range(y.size):
+            y[i] = x[i] * decay
     elif decay == _ONE:
-        for i in range(n):
-            y_here[i] = x_here[i] - acc_here[i]
+        for i in range(y.size):
+            y[i] = x[i] - acc[i]
     else:
-        for i in range(n):
-            y_here[i] = x_here[i] * decay - acc_here[i]
+        for i in range(y.size):
+            y[i] = x[i] * decay - acc[i]
 
 
 @numba.njit(inline="always")

@@ -14,6 +14,7 @@ from thinwire.compression.errors import ConfigError, LedgerCorrupt, ReplicaDiver
 from thinwire.coordinator.files import write_aside
 from thinwire.coordinator.ledger_file import LedgerFile, Summary, check, open_ledger
 from thinwire.coordinator.messages import digest_of
+from thinwire.node.batches import batches
 from thinwire.node.config import parse_config
 from thinwire.node.genesis import initialise
 from thinwire.node.replica import Replica, build_replica
@@ -57,8 +58,8 @@ def replay(
         replica = _base_replica(ledger, base, import_path)
         found = Fingerprints(replica, summary)
         started_s = told_s = time.monotonic()
-        for commit in ledger.commits():
-            replica.apply(commit, ledger.payload, offered=False)
+        for batch in batches(ledger.commits(), replica.strategy, ends=summary.reports):
+            replica.apply_batch(batch, ledger.payload)
             found.compare()
             if stopped():
                 return None
@@ -94,14 +95,15 @@ def replay(
 
 
 class Fingerprints:
-    """Compares a replica, round by round, with what the peers of a ledger reported."""
+    """Compares a replica, where it is, with what the peers of a ledger reported."""
 
     def __init__(self, replica: Replica, summary: Summary) -> None:
         self._replica, self._reports = replica, summary.reports
         self.verified = self.differing = 0
 
     def compare(self) -> None:
-        """Call after every round. One peer that had it right is proof: then who had not was wrong by itself.
+        """Call after every round with reports. One peer that had it right is proof: then who had not was
+        wrong by itself.
 
         Raises ReplicaDiverged when nobody had it.
         """

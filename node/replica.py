@@ -1,13 +1,13 @@
 """A node's copy of the replicated state: base weights and the ledger applied to them, nothing else.
 
-Live training, catching up and replaying all go through `Replica.apply` (design: section 1, "One path").
+Live training, catching up and replaying all go through `Replica.apply_batch` (design: section 1, "One path").
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from thinwire.node.config import parse_config
 from thinwire.node.genesis import check_layout, initialise, layout_hash, layout_of
 from thinwire.node.snapshots import Manifest
 from thinwire.node.tasks import Task
-from thinwire.optim.base import Own, Share, Strategy
+from thinwire.optim.base import Own, Round, Share, Strategy
 from thinwire.optim.registry import build_strategy
 
 log = logging.getLogger("thinwire.node")
@@ -45,6 +45,17 @@ def data_seed(run_id: bytes, round: int, peer_id: str, micro_batch: int) -> int:
         b"data" + run_id + round.to_bytes(8, "little") + micro_batch.to_bytes(8, "little") + peer_id.encode()
     )
     return int.from_bytes(blake3(data).digest(8), "little")
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """Where a replica will be after the commits that were read and not applied yet."""
+
+    round: int
+    digest: bytes
+    lr_factor: float
+    peers: dict[int, str]
+    bad: Counter[str]
 
 
 class Replica:
@@ -73,12 +84,14 @@ class Replica:
 
     def turn(self) -> Turn:
         """The next round's."""
-        r = self.round + 1
+        return self._turn(self.round + 1, self._lr_factor)
+
+    def _turn(self, round: int, lr_factor: float) -> Turn:
         return Turn(
-            round=r,
-            shared_seed=round_seed(self.run_id, r),
-            own_seed=round_seed(self.run_id, r, self.peer_id),
-            lr_factor=self._lr_factor,
+            round=round,
+            shared_seed=round_seed(self.run_id, round),
+            own_seed=round_seed(self.run_id, round, self.peer_id),
+            lr_factor=lr_factor,
         )
 
     def encode(self, payload: Payload, turn: Turn) -> bytes:
@@ -87,53 +100,78 @@ class Replica:
     def apply(self, commit: Commit, payload_bytes: PayloadBytes, offered: bool) -> Own:
         """Applies the next commit exactly. `offered`: this replica's strategy made an offer for that round.
 
-        Returns what became of it. Raises LedgerCorrupt for a commit that is not the next one (checked by the
-        link already) and ReplicaDiverged when the strategy fails or leaves a non-finite replica.
+        Returns what became of it. Raises as `apply_batch` does.
         """
-        body = commit.body
-        if body.round != self.round + 1 or body.parent != self.digest:
-            raise ReplicaDiverged(f"commit {body.round} does not follow this replica's round {self.round}")
-        self.peers.update({a.index: a.peer_id for a in body.admitted})
-        turn = self.turn()
-        shares, own_counted = self._shares(body.offers, turn, payload_bytes)
-        own: Own = ("counted" if own_counted else "missed") if offered else None
-        try:
-            self.strategy.apply(shares, turn, own)
-        except Exception as e:  # whatever it was, the parameters are in no known state now
-            raise ReplicaDiverged(f"applying round {body.round} failed: {type(e).__name__}: {e}") from e
-        self._refuse_non_finite()
-        self.round = body.round
-        self.digest = commit.digest
-        self._lr_factor = float32_of_bits(body.lr_factor_bits)
+        (own,) = self.apply_batch([commit], payload_bytes, {commit.body.round} if offered else ())
         return own
 
+    def apply_batch(
+        self, commits: Sequence[Commit], payload_bytes: PayloadBytes, offered: Container[int] = ()
+    ) -> list[Own]:
+        """Applies the next commits exactly: the same bits as one by one, maybe in less time (see `batches`).
+
+        `offered`: the rounds for which this replica's strategy made an offer. Returns what became of each.
+        Raises ReplicaDiverged when the strategy fails or leaves a non-finite replica. With nothing changed
+        raises it for a commit that does not follow (checked by the link already), and what `payload_bytes`
+        raises.
+        """
+        ahead = _Ahead(self.round, self.digest, self._lr_factor, dict(self.peers), Counter())
+        rounds = [self._read(commit, ahead, payload_bytes, offered) for commit in commits]
+        try:
+            self.strategy.apply_many(rounds)
+        except Exception as e:  # whatever it was, the parameters are in no known state now
+            raise ReplicaDiverged(
+                f"applying {_rounds(self.round, ahead.round)} failed: {type(e).__name__}: {e}"
+            ) from e
+        self._refuse_non_finite(ahead.round)
+        self.round, self.digest, self._lr_factor = ahead.round, ahead.digest, ahead.lr_factor
+        self.peers.update(ahead.peers)
+        self.bad.update(ahead.bad)
+        return [r.own for r in rounds]
+
+    def _read(
+        self, commit: Commit, ahead: _Ahead, payload_bytes: PayloadBytes, offered: Container[int]
+    ) -> Round:
+        """The next commit as the strategy sees it; moves `ahead` on by it."""
+        body = commit.body
+        if body.round != ahead.round + 1 or body.parent != ahead.digest:
+            raise ReplicaDiverged(f"commit {body.round} does not follow this replica's round {ahead.round}")
+        ahead.peers.update({a.index: a.peer_id for a in body.admitted})
+        turn = self._turn(body.round, ahead.lr_factor)
+        shares, own_counted = self._shares(body.offers, turn, payload_bytes, ahead)
+        own: Own = ("counted" if own_counted else "missed") if body.round in offered else None
+        ahead.round, ahead.digest = body.round, commit.digest
+        ahead.lr_factor = float32_of_bits(body.lr_factor_bits)
+        return Round(shares, turn, own)
+
     def _shares(
-        self, offers: tuple[OfferEntry, ...], turn: Turn, payload_bytes: PayloadBytes
+        self, offers: tuple[OfferEntry, ...], turn: Turn, payload_bytes: PayloadBytes, ahead: _Ahead
     ) -> tuple[list[Share], bool]:
         """The counted offers that pass `check`, in the ledger's order, and whether ours is among them."""
         fields = self.strategy.fields()
         shares = []
         own_counted = False
         for offer in offers:
-            peer_id = self.peers[offer.peer]
+            peer_id = ahead.peers[offer.peer]
             data = payload_bytes(offer)
             try:
                 payload = wire.decode(data, fields, turn.round, self._layout_hash, self._max_bytes)
                 self.strategy.check(payload, turn)
             except BadPayload as e:
-                self.bad[e.reason] += 1
+                ahead.bad[e.reason] += 1
                 log.warning("round %d: payload of %s left out: %s", turn.round, peer_id, e)
                 continue
             shares.append(Share(round_seed(self.run_id, turn.round, peer_id), offer.n_samples, payload))
             own_counted = own_counted or peer_id == self.peer_id
         return shares, own_counted
 
-    def _refuse_non_finite(self) -> None:
+    def _refuse_non_finite(self, last: int) -> None:
+        """What is not finite once stays so: one look after a batch is enough."""
         for p in self._parameters:
             if not bool(torch.isfinite(p.tensor.detach()).all()):
                 raise ReplicaDiverged(
-                    f"round {self.round + 1} made {p.name} non-finite. This is the run's own arithmetic and "
-                    f"the same on every peer: start again with a smaller learning rate."
+                    f"{_rounds(self.round, last)} made {p.name} non-finite. This is the run's own arithmetic "
+                    f"and the same on every peer: start again with a smaller learning rate."
                 )
 
     def sums(self) -> dict[str, int]:
@@ -196,6 +234,11 @@ class Saved:
     digest: bytes
     lr_factor: float
     tensors: dict[str, Tensor]
+
+
+def _rounds(before: int, last: int) -> str:
+    """The rounds after `before`, in words."""
+    return f"round {last}" if last == before + 1 else f"one of the rounds {before + 1} to {last}"
 
 
 def build_replica(

@@ -44,6 +44,15 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
+class Round:
+    """One committed round, as a strategy sees it: the arguments of `Strategy.apply`."""
+
+    shares: Sequence[Share]
+    turn: Turn
+    own: Own
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """One replicated parameter: its canonical name, its index in name order and the tensor."""
 
@@ -176,6 +185,18 @@ class Strategy(torch.optim.Optimizer):
     @abstractmethod
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
         """Exact: one committed round. `shares` in the ledger's order, each one already checked."""
+
+    def apply_many(self, rounds: Sequence[Round]) -> None:
+        """Exact: committed rounds in order, with the bits of one `apply` after the other, maybe sooner.
+
+        If it is interrupted the parameters are in no known state.
+        """
+        for r in rounds:
+            self.apply(r.shares, r.turn, r.own)
+
+    def batch_bytes(self) -> int:
+        """How many bytes of payloads are worth collecting for one `apply_many`; 0: one round at a time."""
+        return 0
 
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
         """One round without a swarm, alone: propose, check, apply. Returns `last_loss`, if any.

@@ -10,22 +10,41 @@ z is drawn from (the peer's seed of the round, probe number, parameter, element)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite, isqrt
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from thinwire.compression.base import Field, Fields, Payload, Turn
 from thinwire.compression.errors import BadPayload
 from thinwire.compression.exact import exact_arithmetic, to_float32
-from thinwire.compression.noise import MAX_PROBES, NoiseKind, Probe, Purpose, uniform_words, update_
+from thinwire.compression.noise import MAX_PROBES, NoiseKind, Purpose, Update, uniform_words, update_all_
 from thinwire.optim import byte_code, options
-from thinwire.optim.base import Closure, Draw, NamedParameters, Own, Share, Strategy, flattened, refuse_names
+from thinwire.optim.base import (
+    Closure,
+    Draw,
+    NamedParameters,
+    Own,
+    Round,
+    Share,
+    Strategy,
+    flattened,
+    refuse_names,
+)
 from thinwire.optim.clip import clip_limit
 from thinwire.optim.perturb import Direction, NotSubstituted, dry_run, perturbed_loss
 
 CODES = "codes"
 """The one entry of a payload: uint8 codes, in the order of the probes."""
+
+MAX_BATCH_BYTES: Final = 1 << 14
+"""Of payloads in a batch, for small models."""
+
+MAX_BATCH_WORK: Final = 1 << 35
+"""Parameters times payload bytes of a batch, for large ones. (16 probes are some 50 bytes.)"""
 
 
 class Spsa(Strategy):
@@ -124,20 +143,58 @@ class Spsa(Strategy):
             raise BadPayload("range", f"{byte_code.NEGATIVE:#x} is no code")
 
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
-        """One pass over the parameters. Without a counted probe nothing changes, not even by weight decay."""
-        counted = list(_counted(shares))
-        if not counted:
-            return
-        limit = clip_limit([abs(g) for _, _, g in counted], self.option("clip"))
-        clipped = [(seed, probe, min(max(g, -limit), limit)) for seed, probe, g in counted]
-        divisor = _divisor(len(counted), self.option("scale"))
+        """Without a counted probe nothing changes, not even by weight decay."""
+        self.apply_many([Round(shares, turn, own)])
+
+    def apply_many(self, rounds: Sequence[Round]) -> None:
+        """One pass over the parameters for all rounds: what a round adds depends on payloads alone."""
+        steps = [step for r in rounds if (step := self._step(r))]
+        updates: dict[tuple[float, float], list[Update]] = {}  # by (lr, weight decay), in the steps' order
         for parameter in self.parameters_in_order():
-            lr = float(parameter.group["lr"]) * turn.lr_factor
-            wd = parameter.group["weight_decay"] if parameter.decays else 0.0
-            terms = [Probe(seed, probe, to_float32(lr / divisor * g)) for seed, probe, g in clipped]
+            lr = float(parameter.group["lr"])
+            wd = float(parameter.group["weight_decay"]) if parameter.decays else 0.0
+            if (lr, wd) not in updates:
+                updates[lr, wd] = [step.update(lr, wd) for step in steps]
             with exact_arithmetic(), flattened(parameter.tensor) as theta:
-                decay = to_float32(1.0 - lr * wd)
-                update_(theta, terms, self.option("noise"), parameter.index, decay=decay)
+                update_all_(theta, updates[lr, wd], self.option("noise"), parameter.index)
+
+    def batch_bytes(self) -> int:
+        """A pass takes time for every parameter, and again for every probe: about a second in all, unless a
+        single round takes longer."""
+        n_params = sum(p.tensor.numel() for p in self.parameters_in_order())
+        return min(MAX_BATCH_BYTES, MAX_BATCH_WORK // max(1, n_params))
+
+    def _step(self, round: Round) -> _Step | None:
+        """What a round's counted probes do; None without one."""
+        counted = list(_counted(round.shares))
+        if not counted:
+            return None
+        seeds, numbers, gradients = zip(*counted, strict=True)
+        limit = clip_limit([abs(g) for g in gradients], self.option("clip"))
+        return _Step(
+            np.array(seeds, dtype=np.uint64),
+            np.array(numbers, dtype=np.int64),
+            np.array([min(max(g, -limit), limit) for g in gradients], dtype=np.float64),
+            _divisor(len(counted), self.option("scale")),
+            round.turn.lr_factor,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A round's counted probes, in the ledger's order, with what g counts for after clipping."""
+
+    seeds: npt.NDArray[np.uint64]
+    numbers: npt.NDArray[np.int64]
+    gradients: npt.NDArray[np.float64]
+    divisor: float
+    lr_factor: float
+
+    def update(self, lr: float, weight_decay: float) -> Update:
+        """In float64, one rounding per operation as in Python floats; then rounded once to float32."""
+        lr = lr * self.lr_factor
+        coefficients = (lr / self.divisor * self.gradients).astype(np.float32)
+        return Update(self.seeds, self.numbers, coefficients, to_float32(1.0 - lr * weight_decay))
 
 
 def _counted(shares: Sequence[Share]) -> Iterator[tuple[int, int, float]]:
