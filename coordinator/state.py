@@ -13,26 +13,45 @@ from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.files import write_aside
 
 
+class FolderLock:
+    """One process at a time has a folder, from the construction to `close`; a dead one does not keep it.
+
+    Raises ConfigError if another process has it, or if the folder cannot be made. `what`: who uses it.
+    """
+
+    def __init__(self, folder: Path, what: str) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise ConfigError(f"{folder} cannot be used: {e.strerror}") from e
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(self._fd, 32).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._fd)
+            raise ConfigError(
+                f"{folder} is in use by another {what}, process {holder}: stop it first"
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.write(self._fd, f"{os.getpid()}\n".encode())
+
+    def close(self) -> None:
+        """Gives the lock back; the file stays, or a second process could lock a new one meanwhile."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 class StateDir:
     """Locked from the construction to `close`. Raises ConfigError if another process has it."""
 
     def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = FolderLock(path, "coordinator")
         self.path = path
         self.ledger_path = path / "ledger.db"
         self.blobs_path = path / "blobs"
         self.key_path = path / "key"
-        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self._lock, 32).decode("ascii", "replace").strip() or "unknown"
-            os.close(self._lock)
-            raise ConfigError(
-                f"{path} is in use by another coordinator, process {holder}: stop it first"
-            ) from None
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, f"{os.getpid()}\n".encode())
 
     def token(self) -> str:
         """The access token of the run's tickets; made at the first call, mode 0600."""
@@ -55,10 +74,8 @@ class StateDir:
         write_aside(self.path / "port", str(port).encode())
 
     def close(self) -> None:
-        """Gives the lock back; the file stays, or a second process could lock a new one meanwhile."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        """Gives the lock back."""
+        self._lock.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,9 +1,11 @@
-"""What a node knows from the ledger so far: peers, snapshots, fingerprints, and how many bytes a replay costs.
+"""What a node knows from the ledger so far: peers, snapshots, fingerprints, and what a replay costs.
 
 Pure: fed with every commit from round 1 on, in order, whether the replica has applied it or not.
 """
 
 from __future__ import annotations
+
+from bisect import bisect_right
 
 from thinwire.coordinator.attested import Attested, Snapshots
 from thinwire.coordinator.messages import Commit
@@ -14,6 +16,7 @@ class History:
     """`peers`: index -> peer id. `run_id` stands for the digest of record 0."""
 
     def __init__(self, run_id: bytes, snapshot_every: int) -> None:
+        self.every = snapshot_every
         self.peers: dict[int, str] = {}
         self.snapshots = Snapshots(snapshot_every)
         self.verdicts = Verdicts()
@@ -50,16 +53,16 @@ class History:
         """The first known round after this one that has a payload to be fetched."""
         if self.blob_bytes(after) == 0:
             return None
-        return next(r for r in range(after + 1, self.round + 1) if self._blob_bytes[r] > self._blob_bytes[after])
+        return bisect_right(self._blob_bytes, self._blob_bytes[after])
+
+    def kept_from(self) -> int:
+        """The coordinator may have thrown away the payloads of the rounds before this one."""
+        attested = self.snapshots.attested()
+        return attested[-2].round + 1 if len(attested) > 1 else 1
 
     def attested(self, round_: int) -> Attested | None:
         """The attested snapshot of this round."""
         return next((a for a in self.snapshots.attested() if a.round == round_), None)
-
-    def newest_attested(self, at_most: int) -> Attested | None:
-        """The newest attested snapshot of this round or an earlier one."""
-        fitting = [a for a in self.snapshots.attested() if a.round <= at_most]
-        return fitting[-1] if fitting else None
 
     def holders(self, snapshot: Attested) -> list[str]:
         """Peer ids of those that reported the snapshot."""

@@ -39,14 +39,19 @@ def join(
     parsed = Ticket.parse(ticket)
     _limit_threads(threads)
 
+    from thinwire.node.folder import NodeFolder
     from thinwire.node.link_hivemind import HivemindLink
     from thinwire.node.metrics import serve
     from thinwire.node.runner import Runner, follow_events
 
     _check_device(device)
-    link = HivemindLink(parsed, state=state, host=host, port=port, announce=announce, patience_s=patience_s)
+    folder = NodeFolder(state)
+    log.info("this node's state is in %s", folder.path)
+    link = HivemindLink(
+        parsed, state=folder.path, host=host, port=port, announce=announce, patience_s=patience_s
+    )
     events = follow_events(link)
-    runner = Runner(link, import_path=import_path, data=data, device=device)
+    runner = Runner(link, import_path=import_path, data=data, device=device, folder=link.run_folder)
     stop.on_stop.append(runner.request_stop)
     try:
         with serve(runner.metrics.registry, http):
@@ -60,6 +65,7 @@ def join(
     finally:
         link.close()
         events.join(timeout=5)
+        folder.close()
     return result
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from thinwire.coordinator.ticket import Ticket
 if TYPE_CHECKING:
     from thinwire.node.cli import Stop
     from thinwire.node.link import Link
+    from thinwire.node.replica import Replica
 
 log = logging.getLogger("thinwire.node")
 
@@ -35,7 +37,11 @@ def save_ledger(ticket: str, output: Path, stop: Stop) -> None:
     """Writes the ledger as it stands when the session opens. Raises what the link and the file raise."""
     with _session(ticket, stop) as (link, welcome):
         summary = write_ledger(
-            output, welcome.genesis, welcome.signature, _commits(link, welcome.head_round), link.fetch
+            output,
+            welcome.genesis,
+            welcome.signature,
+            _commits(link, welcome.head_round),
+            lambda digest: link.fetch(digest, welcome.body.limits.max_payload_bytes),
         )
     log.info("wrote %s: %s", output, _told(summary))
 
@@ -46,12 +52,14 @@ def check_ledger(path: Path) -> None:
 
 
 def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> None:
-    """Weights and config of the newest replica that a live node gives. Raises NoDonor, and like the link."""
+    """Weights and config after the newest round: from a snapshot and the ledger, as a joiner gets there.
+
+    Raises NoStart, and like the link.
+    """
     from safetensors.torch import save as save_safetensors
 
     from thinwire.node.config import parse_config
     from thinwire.node.replica import build_replica
-    from thinwire.node.runner import take_replica
     from thinwire.node.tasks import make_task
 
     with _session(ticket, stop) as (link, welcome):
@@ -60,7 +68,7 @@ def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> No
         replica = build_replica(link.run_id, welcome.body, task, link.peer_id)
         if welcome.head_round == 0:
             raise ThinwireError("the run has no round yet: there is nothing to export")
-        take_replica(link, replica, welcome.head_round)
+        _catch_up(link, welcome, replica, config.run.snapshot_every)
     about = {
         "run": config.run.name,
         "run_id": replica.run_id.hex(),
@@ -78,6 +86,30 @@ def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> No
     log.info("wrote the weights after round %d to %s", replica.round, folder)
 
 
+def _catch_up(link: Link, welcome: Welcome, replica: Replica, snapshot_every: int) -> None:
+    """To the head that is known now."""
+    from thinwire.node.batches import batches
+    from thinwire.node.history import History
+    from thinwire.node.joining import CatchingUp, Joiner
+    from thinwire.node.snapshot_store import SnapshotStore
+
+    with tempfile.TemporaryDirectory(prefix="thinwire-export-") as folder:
+        history = History(link.run_id, snapshot_every)
+        store = SnapshotStore(Path(folder), link.run_id)
+        joiner = Joiner(
+            *(link, replica, store, history),
+            base=welcome.body.base,
+            kept_from=welcome.kept_from,
+            stopped=lambda: False,
+        )
+        joiner.read_ledger()
+        joiner.begin()
+    catching_up = CatchingUp(replica.round)
+    for commits in batches(link.records(replica.round), replica.strategy):
+        replica.apply_batch(commits, link.payload)
+        catching_up.tell(replica.round, link.head)
+
+
 @contextmanager
 def _session(ticket: str, stop: Stop) -> Iterator[tuple[Link, Welcome]]:
     """Opens a link of a reader and closes it in the end; a signal closes it at once."""
@@ -89,7 +121,7 @@ def _session(ticket: str, stop: Stop) -> Iterator[tuple[Link, Welcome]]:
     # Closing waits for the goodbye: not in the signal handler.
     stop.on_stop.append(lambda: threading.Thread(target=link.close, name="leave", daemon=True).start())
     try:
-        yield link, link.open(None, None)
+        yield link, link.open()
     finally:
         link.close()
         events.join(timeout=5)
@@ -101,7 +133,7 @@ def _commits(link: Link, head: int) -> Iterator[Commit]:
         return
     told_s = time.monotonic()
     done = 0
-    for commit in link.commits(0):
+    for commit in link.records(0):
         yield commit
         done = commit.body.round
         if time.monotonic() - told_s >= TELL_EVERY_S:

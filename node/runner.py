@@ -5,15 +5,18 @@ if it was the newest one, propose and offer.
 from __future__ import annotations
 
 import logging
+import tempfile
 import threading
 import time
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from thinwire.compression.errors import ReplicaDiverged, SwarmUnreachable, ThinwireError
+from thinwire.compression.errors import ReplicaDiverged, SwarmUnreachable
 from thinwire.coordinator.messages import (
     BlobRef,
     Commit,
@@ -24,21 +27,27 @@ from thinwire.coordinator.messages import (
     Report,
     Welcome,
 )
+from thinwire.node.batches import batches
 from thinwire.node.config import RunConfig, parse_config
-from thinwire.node.genesis import initialise
+from thinwire.node.healing import Healer
+from thinwire.node.history import History
+from thinwire.node.joining import CatchingUp, Joiner
 from thinwire.node.link import Link
+from thinwire.node.local_state import LocalState
 from thinwire.node.metrics import NodeMetrics
 from thinwire.node.replica import Replica, build_replica, data_seed
+from thinwire.node.snapshot_store import SnapshotStore
+from thinwire.node.snapshot_writer import SnapshotWriter
+from thinwire.node.snapshots import Stored
 from thinwire.node.tasks import Task, make_task
+from thinwire.node.view import human_bytes
 from thinwire.optim.base import Closure
 
 log = logging.getLogger("thinwire.node")
 
-SNAPSHOT_TRIES = 3
 
-
-class NoDonor(ThinwireError):
-    """Nobody can give a late joiner the replica."""
+class PayloadGone(SwarmUnreachable):
+    """Nobody has a payload that the ledger counted: a snapshot of a later round is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +67,9 @@ class Result:
 class Runner:
     """One node in one run, from `open` to the last round.
 
-    `import_path` and `data` come from the user's own command line (see `tasks.make_task`).
-    `stop` may be set from any thread (or a signal handler): the node leaves the swarm cleanly.
+    `import_path` and `data` come from the user's own command line (see `tasks.make_task`). `folder`: where
+    snapshots are kept, to be resumed from and served; None: a temporary one. `stop` may be set from any
+    thread (or a signal handler): the node leaves the swarm cleanly.
     """
 
     def __init__(
@@ -69,31 +79,37 @@ class Runner:
         import_path: str | None = None,
         data: Path | None = None,
         device: str = "cpu",
+        folder: Path | None = None,
         metrics: NodeMetrics | None = None,
     ) -> None:
         self.link = link
+        self.folder = folder
         self.import_path = import_path
         self.data = data
         self.device = torch.device(device)
         self.metrics = metrics or NodeMetrics()
         self.stop = threading.Event()
         self._offered_round = 0
+        self._is_joining = self._is_replay = True
+        self._applied_s = time.monotonic()
         self._counted = self._missed = self._payload_bytes = 0
         self._held_out: list[tuple[int, float]] = []
 
     # ------------------------------------------------------------------------------------------ the run
 
     def run(self) -> Result:
-        """Raises what `Link.open` and `Link.commits` raise, Incompatible, ConfigError, NoDonor."""
-        welcome = self.link.open(None, None)
+        """Raises what `Link.open` and `Link.commits` raise, Incompatible, ConfigError, NoStart and
+        ReplicaDiverged."""
+        welcome = self.link.open()
         self._prepare(welcome)
-        if welcome.head_round > 0:
-            self.link.state(NodeState.JOINING)
-            take_replica(self.link, self.replica, welcome.head_round)
-        try:
-            self._follow()
-        finally:
-            self.link.state(NodeState.LEAVING)
+        with self._snapshots():
+            try:
+                self._joiner.read_ledger()
+                self._begin()
+                while self._follow():
+                    pass
+            finally:
+                self.link.state(NodeState.LEAVING)
         return self.result()
 
     def request_stop(self) -> None:
@@ -102,18 +118,20 @@ class Runner:
         threading.Thread(target=self.link.close, name="leave", daemon=True).start()
 
     def _prepare(self, welcome: Welcome) -> None:
-        """Task, model, strategy, base weights; nothing is downloaded before the layout was compared."""
+        """Task, model, strategy; nothing is downloaded before the layout was compared."""
         body: GenesisBody = welcome.body
         self.config: RunConfig = parse_config(body.config)
         self.peer_index = welcome.peer_index
         self.task: Task = make_task(self.config.task, self.import_path, self.data)
-        self.replica = build_replica(self.link.run_id, body, self.task, self.link.peer_id, self.device)
+        self.replica: Replica = build_replica(
+            self.link.run_id, body, self.task, self.link.peer_id, self.device
+        )
         self.model: nn.Module = self.replica.model
         strategy = self.replica.strategy
         self.task.load(self._download(body.corpus, "text"), self._download(body.held_out, "held-out text"))
-        if welcome.head_round == 0:
-            initialise(self.model, body, self.config.run.seed, self._download(body.base, "base weights"))
         self.model.train(strategy.needs_grad)
+        self._welcome = welcome
+        self.history = History(self.link.run_id, self.config.run.snapshot_every)
         n_parameters = sum(p.tensor.numel() for p in strategy.parameters_in_order())
         log.info(
             "run %s: %d parameters, strategy %s, %d rounds, peer %d",
@@ -124,35 +142,178 @@ class Runner:
     def _download(self, blob: BlobRef | None, what: str) -> bytes | None:
         if blob is None:
             return None
-        log.info("fetching the %s (%s bytes)", what, f"{blob.n_bytes:,}")
-        return self.link.fetch(blob.digest)
+        log.info("fetching the %s (%s)", what, human_bytes(blob.n_bytes))
+        return self.link.fetch(blob.digest, blob.n_bytes)
 
-    def _follow(self) -> None:
-        rounds = self.config.run.rounds
-        started_s = time.monotonic()
-        if self.replica.round == rounds:
-            self._report(evaluate=False)
-            return
+    @contextmanager
+    def _snapshots(self) -> Iterator[None]:
+        """The store, the writer and who uses them; in the end the replica is written once more."""
+        with tempfile.TemporaryDirectory(prefix="thinwire-node-") as temporary:
+            folder = self.folder or Path(temporary)
+            self.store = SnapshotStore(folder / "snapshots", self.link.run_id)
+            self._writer = SnapshotWriter(self.store, self._stored)
+            self._joiner = Joiner(
+                *(self.link, self.replica, self.store, self.history),
+                base=self._welcome.body.base,
+                kept_from=self._welcome.kept_from,
+                stopped=self.stop.is_set,
+            )
+            self._healer = Healer(
+                *(self.link, self.replica, self.history, self._joiner),
+                peer_index=self.peer_index,
+                device=self.device,
+                discard=self._discard_snapshots,
+            )
+            try:
+                yield
+                if self.folder is not None:
+                    self._write_snapshot()
+            finally:
+                self.link.serve(None)
+                self._writer.close()
+
+    def _begin(self) -> None:
+        """Brings the replica to the cheapest start."""
+        self._is_joining, self._is_replay, self._offered_round = True, False, 0
+        start = self._joiner.begin()
+        self._is_replay = start.is_trusted
+        self._catching_up = CatchingUp(self.replica.round)
+        self.link.serve(self.store)
+        if start.kind == "swarm":
+            self._announce(self.store.stored()[-1])
+
+    # -------------------------------------------------------------------------------------- the ledger
+
+    def _follow(self) -> bool:
+        """Applies commits until the run ends or is stopped; True: the replica was moved to another round."""
+        try:
+            return self._apply_commits()
+        except PayloadGone as e:
+            log.warning("%s", e)
+            self._joiner.payloads_gone(self.replica.round + 1)
+            self._joiner.read_ledger()
+            self._begin()
+        except ReplicaDiverged as e:
+            self._start_over(e)
+        return True
+
+    def _apply_commits(self) -> bool:
         if self.replica.round >= self.link.head:
-            self.link.state(NodeState.TRAINING)
-            if self.replica.round == 0:
-                self._report(evaluate=self.peer_index == 0)
-            self._propose()
-        for commit in self.link.commits(self.replica.round):
+            self._arrive()
+        if self._is_over():
+            self._report(evaluate=False)
+            return False
+        for commits in batches(self._commits(), self.replica.strategy, _Ends(self)):
             if self.stop.is_set():
-                return
-            self._apply(commit)
-            at_head = self.replica.round >= self.link.head
-            self._report(evaluate=commit.body.evaluator == self.peer_index and at_head)
-            if self.link.wanted_snapshot():
-                self._publish_snapshot()
-            self.metrics.round(self.replica.round, time.monotonic() - started_s, self.link.traffic())
-            started_s = time.monotonic()
-            if self.replica.round == rounds:
-                return
-            if at_head:
-                self.link.state(NodeState.TRAINING)
-                self._propose()
+                return False
+            self._apply(commits)
+            if self._look_around(commits[-1]):
+                return True
+            if self._is_over():
+                return False
+        return False
+
+    def _commits(self) -> Iterator[Commit]:
+        for commit in self.link.commits(self.replica.round):
+            self.history.add(commit)
+            yield commit
+
+    def _look_around(self, commit: Commit) -> bool:
+        """What there is to do after a commit was applied; True: the replica was moved to another round."""
+        at_head = self._is_at_head()
+        self._report(evaluate=commit.body.evaluator == self.peer_index and at_head)
+        if self.replica.round % self.history.every == 0 and self._is_near(self.history.every):
+            self._write_snapshot()
+        if not at_head:
+            return self._is_joining and self._jump()
+        if rounds := self._healer.due():
+            self._is_joining = True
+            if self._healer.check(rounds):
+                self._go_on_from_replay()
+                return True
+        if self._is_at_head():  # a check takes its time
+            self._arrive()
+        return False
+
+    def _arrive(self) -> None:
+        """The replica is at the head of the ledger: this node trains."""
+        if self._is_over():
+            return
+        if self._is_joining:
+            self.link.state(NodeState.TRAINING)
+            self.link.serve(self.store)
+        self._is_joining = self._is_replay = False
+        if self.replica.round == 0:
+            self._report(evaluate=self.peer_index == 0)
+        self._propose()
+
+    def _jump(self) -> bool:
+        """Says how far behind the replica is; True: it took a newer snapshot that is nearer to the head."""
+        if not self._catching_up.tell(self.replica.round, self.link.head):
+            return False
+        self._joiner.read_ledger()
+        if not self._joiner.is_worth_it():
+            return False
+        log.info("a newer snapshot is nearer to the head: taking that one")
+        self._begin()
+        return True
+
+    def _start_over(self, error: ReplicaDiverged) -> None:
+        """Applying a commit failed: a replay shows whether it was this machine. Raises the error if not."""
+        if self._is_replay:
+            raise error
+        log.error("%s; replaying the ledger to see whether this machine was wrong", error)
+        self._joiner.begin(lambda: self._joiner.trusted_starts(self.link.head), with_local_state=False)
+        self._discard_snapshots(self.replica.round)
+        self._go_on_from_replay()
+
+    def _go_on_from_replay(self) -> None:
+        """The replica is at an earlier round: what this node offered since was settled already."""
+        self._is_joining, self._is_replay, self._offered_round = True, True, 0
+        self._catching_up = CatchingUp(self.replica.round)
+
+    def _is_over(self) -> bool:
+        return self.replica.round == self.config.run.rounds
+
+    def _is_at_head(self) -> bool:
+        return self._is_near(1)
+
+    def _is_near(self, n_rounds: int) -> bool:
+        """Whether fewer than `n_rounds` commits are known that the replica has not applied."""
+        return self.link.head - self.replica.round < n_rounds
+
+    def is_due(self, round_: int) -> bool:
+        """Whether fingerprints of this round are compared."""
+        return round_ > 0 and (round_ % self.config.run.verify_every == 0 or round_ == self.config.run.rounds)
+
+    # --------------------------------------------------------------------------------------- snapshots
+
+    def _write_snapshot(self) -> None:
+        """Training goes on when the tensors are copied; what is on disk is announced."""
+        if self.replica.round == 0 or any(s.round == self.replica.round for s in self.store.stored()):
+            return
+        self._writer.take(
+            self.replica.tensors(),
+            round=self.replica.round,
+            commit=self.replica.digest,
+            fingerprint=self.replica.fingerprint(),
+            local=LocalState(self.replica.round, self.replica.strategy.state_dict()),
+        )
+
+    def _stored(self, stored: Stored) -> None:
+        """A snapshot is on the disk; called by the writer's thread."""
+        if stored.round % self.history.every == 0:
+            self._announce(stored)
+
+    def _announce(self, stored: Stored) -> None:
+        self.link.report(Report(round=stored.round, snapshot=stored.manifest, snapshot_bytes=stored.n_bytes))
+
+    def _discard_snapshots(self, after: int) -> None:
+        """What this node has written after this round may be wrong, unless others have it, too."""
+        for stored in self.store.stored():
+            attested = self.history.attested(stored.round)
+            if stored.round > after and (attested is None or attested.manifest != stored.manifest):
+                self.store.discard(stored)
 
     # ------------------------------------------------------------------------------------------ one round
 
@@ -185,39 +346,43 @@ class Runner:
             )
         )
 
-    def _apply(self, commit: Commit) -> None:
-        offered = self._offered_round == commit.body.round
+    def _apply(self, commits: list[Commit]) -> None:
+        """One live commit, or several older ones."""
+        last = commits[-1].body
         started_s = time.monotonic()
-        own = self.replica.apply(commit, self._payload, offered)
+        *_, own = self.replica.apply_batch(commits, self._payload, offered={self._offered_round})
         self._counted += own == "counted"
         self._missed += own == "missed"
-        self.metrics.applied(own, time.monotonic() - started_s)
-        counted = commit.body.offers
-        losses = [o.loss for o in counted if o.loss is not None]
+        now_s = time.monotonic()
+        self.metrics.applied(own, now_s - started_s)
+        self.metrics.round(self.replica.round, now_s - self._applied_s, self.link.traffic())
+        self._applied_s = now_s
+        losses = [o.loss for o in last.offers if o.loss is not None]
         log.info(
             "round %d/%d: %d offers, loss %s%s",
-            *(self.replica.round, self.config.run.rounds, len(counted)),
+            *(self.replica.round, self.config.run.rounds, len(last.offers)),
             f"{sum(losses) / len(losses):.4f}" if losses else "-",
             ", ours came too late" if own == "missed" else "",
         )
 
     def _payload(self, offer: OfferEntry) -> bytes:
-        return offer.payload if offer.payload is not None else self.link.fetch(offer.digest or b"")
-
-    def _publish_snapshot(self) -> None:
-        blob = self.replica.snapshot()
-        digest = self.link.publish(blob)
-        self.link.report(Report(round=self.replica.round, snapshot=digest, snapshot_bytes=len(blob)))
+        try:
+            return self.link.payload(offer)
+        except SwarmUnreachable as e:
+            if self.stop.is_set():
+                raise
+            raise PayloadGone(f"a counted payload of peer {offer.peer} cannot be had: {e}") from e
 
     def _report(self, evaluate: bool) -> None:
         """The fingerprint when it is due, the held-out loss when this node is asked to measure it."""
-        due = self.replica.round == self.config.run.rounds or (
-            self.replica.round > 0 and self.replica.round % self.config.run.verify_every == 0
-        )
+        round_ = self.replica.round
+        is_news = self._is_near(self.config.run.verify_every) or self.history.verdicts.differs(round_)
+        fingerprint = self._healer.fingerprint() if self.is_due(round_) and is_news else None
         held_out = self._evaluate() if evaluate else None
-        if due or held_out is not None:
-            fingerprint = self.replica.fingerprint() if due else None
-            self.link.report(Report(round=self.replica.round, fingerprint=fingerprint, held_out=held_out))
+        if fingerprint is None and held_out is None:
+            return
+        checked = self._is_replay and fingerprint is not None
+        self.link.report(Report(round=round_, fingerprint=fingerprint, checked=checked, held_out=held_out))
 
     def _evaluate(self) -> float:
         self.model.eval()
@@ -243,25 +408,15 @@ class Runner:
         )
 
 
-def take_replica(link: Link, replica: Replica, head: int) -> None:
-    """Takes the whole replica from a live node; what came after it is on the ledger. Raises NoDonor."""
-    for _ in range(SNAPSHOT_TRIES):
-        log.info("the run is at round %d: asking a live node for its replica", head)
-        ref = link.snapshot()
-        if ref is None:
-            raise NoDonor(
-                f"the run is at round {head} and no live node can give its replica. "
-                f"Start this node again once another one trains, or start a new run."
-            )
-        try:
-            blob = link.fetch(ref.digest, ref.holder)
-            replica.adopt(blob, next(link.commits(ref.round - 1)))
-        except (SwarmUnreachable, ReplicaDiverged) as e:
-            log.warning("the replica from %s cannot be used (%s); asking another node", ref.holder, e)
-            continue
-        log.info("took the replica after round %d (%s bytes)", ref.round, f"{ref.n_bytes:,}")
-        return
-    raise NoDonor(f"{SNAPSHOT_TRIES} snapshots in a row could not be used; see the warnings above")
+class _Ends(Container[int]):
+    """Rounds at which a batch of commits ends: the newest one, and those with a duty."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def __contains__(self, round_: object) -> bool:
+        assert isinstance(round_, int)
+        return round_ >= self._runner.link.head or self._runner.is_due(round_)
 
 
 def follow_events(link: Link) -> threading.Thread:

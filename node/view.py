@@ -27,6 +27,16 @@ def human_bytes(n: float) -> str:
     return f"{n:.1f} TB"
 
 
+def human_seconds(seconds: float) -> str:
+    """75.3 -> '1 min 15 s'."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def headline(status: Mapping[str, Any]) -> str:
     """One line: round, losses, bytes against data-parallel training."""
     parts = [f"{status['run']}: round {status['round']}/{status['rounds']} ({status['state']})"]

@@ -1,0 +1,130 @@
+"""When replicas differ: replay the ledger from a start that needs nobody's word, and compare.
+
+The ledger decides, never the majority (design: section 6, "Healing"). Who was wrong keeps the replay and
+names the tensors; who was right goes on where it was. The others train on meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+
+from thinwire.compression.errors import Incompatible, ReplicaDiverged
+from thinwire.compression.fingerprint import fingerprint
+from thinwire.coordinator.messages import Report
+from thinwire.node.history import History
+from thinwire.node.joining import Joiner
+from thinwire.node.link import Link
+from thinwire.node.replica import Replica
+from thinwire.node.self_test import failed_kernels
+
+log = logging.getLogger("thinwire.node")
+
+_KEPT_SUMS = 16
+
+
+class Healer:
+    """Of one node. `peer_index`: its own; `discard`: called with a round: own snapshots after it are not to
+    be trusted."""
+
+    def __init__(
+        self,
+        link: Link,
+        replica: Replica,
+        history: History,
+        joiner: Joiner,
+        *,
+        peer_index: int,
+        device: torch.device,
+        discard: Callable[[int], None],
+    ) -> None:
+        self._link, self._replica, self._history, self._joiner = link, replica, history, joiner
+        self._me, self._device, self._discard = peer_index, device, discard
+        self._sums: OrderedDict[int, dict[str, int]] = OrderedDict()
+        self._decided: set[int] = set()
+
+    def fingerprint(self) -> bytes:
+        """The replica's, and remembers what it is made of, to be able to name a tensor later."""
+        sums = self._sums[self._replica.round] = self._replica.sums()
+        while len(self._sums) > _KEPT_SUMS:
+            self._sums.popitem(last=False)
+        return fingerprint(sums)
+
+    def due(self) -> list[int]:
+        """Rounds that it is this peer's turn to check now, in order.
+
+        Raises Incompatible when replays disagree and this machine's kernels are broken, ReplicaDiverged when
+        nobody can tell who is wrong.
+        """
+        verdicts, oldest = self._history.verdicts, self._joiner.kept_from()
+        undecided = verdicts.undecided(oldest)
+        if undecided is not None and undecided not in self._decided:
+            self._decided.add(undecided)
+            self._test_this_machine(undecided)
+        rounds = [r for r in verdicts.to_check(self._me, oldest) if r not in self._decided]
+        if rounds and not self._joiner.trusted_starts(at_most=rounds[0]):
+            log.warning("round %d cannot be checked any more: its payloads are gone", rounds[0])
+            self._decided.update(rounds)
+            return []
+        return rounds
+
+    def check(self, rounds: Sequence[int]) -> bool:
+        """Replays up to the last of these rounds. True: the replica was wrong, and is the replay's now."""
+        log.warning(
+            "the replicas differ after round %d: checking this one against the ledger; the others train on",
+            rounds[0],
+        )
+        self._link.serve(None)
+        saved = self._replica.saved()
+        start = self._joiner.begin(
+            lambda: self._joiner.trusted_starts(at_most=rounds[0]), with_local_state=False
+        )
+        wrong = False
+        for commit in self._link.records(start.round):
+            self._replica.apply(commit, self._link.payload, offered=False)
+            if self._replica.round in rounds:
+                wrong = self._compare(self._replica.round) or wrong
+            if self._replica.round == rounds[-1]:
+                break
+        self._decided.update(rounds)
+        if wrong:
+            self._discard(start.round)
+        if wrong or self._replica.round != rounds[-1]:  # or the link was closed on the way
+            return True
+        self._replica.restore(saved)
+        log.info("this replica is right: the ledger says the same")
+        return False
+
+    def _compare(self, round_: int) -> bool:
+        """Reports what the replay has after this round; True if this node had said something else."""
+        sums = self._replica.sums()
+        found = fingerprint(sums)
+        self._link.report(Report(round=round_, fingerprint=found, checked=True))
+        if found == self._history.verdicts.fingerprint(self._me, round_):
+            return False
+        before = self._sums.pop(round_, {})
+        names = sorted(name for name in before if before[name] != sums[name])
+        log.error(
+            "this replica was wrong after round %d, in %s: healed by replaying the ledger",
+            *(round_, ", ".join(names) if names else "tensors that are not known any more"),
+        )
+        return True
+
+    def _test_this_machine(self, round_: int) -> None:
+        """Everybody's replay confirms what it had: one of the machines computes something else."""
+        log.error("the replicas differ after round %d, and each peer's replay confirms its own", round_)
+        failed = failed_kernels(self._device)
+        if failed:
+            raise Incompatible(
+                f"this machine computes something else than the others: {', '.join(failed)} failed the "
+                f"self-test. Try THINWIRE_KERNELS=torch, another device, or look at the memory."
+            )
+        if self._me in self._history.verdicts.smallest_group(round_):
+            raise ReplicaDiverged(
+                f"the replicas differ after round {round_}, each replay of the ledger confirms its own, and "
+                f"this machine passes the self-test. This peer is in the smaller group and stops; compare "
+                f"with thinwire replay on both machines."
+            )

@@ -1,0 +1,286 @@
+"""Where a replica begins, and how it gets there: base weights, a snapshot of its own or one of the swarm's.
+
+The ledger alone would do. A snapshot is taken where it is the cheaper way to the head: what counts are the
+bytes that have to come over the network, snapshot and payloads together.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from thinwire.compression.errors import ReplicaDiverged, SwarmUnreachable, ThinwireError
+from thinwire.coordinator.attested import Attested
+from thinwire.coordinator.messages import BlobRef, Commit, NodeState
+from thinwire.node.download import Progress, download
+from thinwire.node.history import History
+from thinwire.node.link import Link
+from thinwire.node.replica import Replica, round_seed
+from thinwire.node.snapshot_store import SnapshotStore
+from thinwire.node.snapshots import CHUNK_BYTES, Stored, max_manifest_bytes
+from thinwire.node.view import human_bytes, human_seconds
+
+log = logging.getLogger("thinwire.node")
+
+TELL_EVERY_S = 2.0
+"""Seconds between two lines of progress."""
+
+
+class NoStart(ThinwireError):
+    """There is no way from anything that this node can have to the head of the ledger."""
+
+
+class CatchingUp:
+    """Tells how far behind a replica is, every few seconds. `round_`: where it began."""
+
+    def __init__(self, round_: int) -> None:
+        self._first_round, self._began_s = round_, time.monotonic()
+        self._told_s = self._began_s
+
+    def tell(self, round_: int, head: int) -> bool:
+        """True when it has told something: then it is also time to look for a better way."""
+        now_s = time.monotonic()
+        if now_s - self._told_s < TELL_EVERY_S or round_ == self._first_round:
+            return False
+        self._told_s = now_s
+        rate = (round_ - self._first_round) / (now_s - self._began_s)
+        log.info(
+            "catching up: round %d of %d, %.1f rounds per second, about %s left",
+            *(round_, head, rate, human_seconds((head - round_) / rate)),
+        )
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The replica after `round`. `n_bytes`: to be fetched for it, and for the payloads from there on.
+
+    `stored`: a snapshot on this node's disk; `attested`: one that the ledger vouches for; neither: the base
+    weights.
+    """
+
+    round: int
+    n_bytes: int
+    stored: Stored | None = None
+    attested: Attested | None = None
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether what comes out of a replay from here is proof: nobody's word but the ledger's is taken."""
+        return self.stored is None or self.attested is not None
+
+    @property
+    def kind(self) -> Literal["base", "own", "swarm"]:
+        if self.stored is not None:
+            return "own"
+        return "base" if self.attested is None else "swarm"
+
+
+class Joiner:
+    """Brings a replica to a start. `base`: the run's base weights, None: exact initialisation; `kept_from`:
+    the first round whose payloads the coordinator still has."""
+
+    def __init__(
+        self,
+        link: Link,
+        replica: Replica,
+        store: SnapshotStore,
+        history: History,
+        *,
+        base: BlobRef | None,
+        kept_from: int,
+        stopped: Callable[[], bool],
+    ) -> None:
+        self._link, self._replica, self._store, self._history = link, replica, store, history
+        self._base, self._kept_from, self._stopped = base, kept_from, stopped
+        self._useless: set[tuple[int, bytes]] = set()
+
+    def read_ledger(self) -> None:
+        """Brings the history up to the head that is known now. Raises what the link raises."""
+        head, told_s = self._link.head, time.monotonic()
+        for commit in self._link.records(self._history.round):
+            self._history.add(commit)
+            if time.monotonic() - told_s >= TELL_EVERY_S:
+                told_s = time.monotonic()
+                log.info("reading the ledger: record %d of %d", self._history.round, head)
+
+    def starts(self) -> list[Start]:
+        """All that lead to the head, the cheapest first; of two that cost the same the newer one."""
+        found = [start for start in self._candidates() if self._leads_to_head(start)]
+        return sorted(found, key=lambda start: (start.n_bytes, -start.round))
+
+    def kept_from(self) -> int:
+        """Payloads of this round and of later ones can be had."""
+        return max(self._kept_from, self._history.kept_from())
+
+    def payloads_gone(self, round_: int) -> None:
+        """A payload of this round cannot be had, whatever the coordinator said."""
+        self._kept_from = max(self._kept_from, round_ + 1)
+
+    def begin(
+        self, starts: Callable[[], list[Start]] | None = None, *, with_local_state: bool = True
+    ) -> Start:
+        """Brings the replica to the best start that works. Raises NoStart, and what the link raises."""
+        while True:
+            able = (starts or self.starts)()
+            if not able:
+                raise NoStart(
+                    f"no way to the head of the run (round {self._link.head}): payloads of the rounds before "
+                    f"{self.kept_from()} are gone, and no snapshot of a later round can be had. Start this "
+                    f"node again once another one trains; snapshots come every {self._history.every} rounds."
+                )
+            start = able[0]
+            self._link.state(NodeState.JOINING, needs_after=start.round)
+            try:
+                self._go_to(start, with_local_state)
+            except (ReplicaDiverged, SwarmUnreachable, OSError) as e:
+                if self._stopped() or start.kind == "base":
+                    raise
+                log.warning("the snapshot after round %d cannot be used: %s", start.round, e)
+                self._give_up(start)
+                continue
+            return start
+
+    def trusted_starts(self, at_most: int) -> list[Start]:
+        """Starts at this round or before for a replay that is proof; the newest first."""
+        able = [s for s in self._candidates() if s.is_trusted and self._leads_to_head(s)]
+        found = [s for s in able if s.round <= at_most]
+        return sorted(found, key=lambda s: (-s.round, s.n_bytes))
+
+    def is_worth_it(self) -> bool:
+        """Whether a newer snapshot is by now a cheaper way to the head than going on from here."""
+        best = next(iter(self.starts()), None)
+        return (
+            best is not None
+            and best.round > self._replica.round
+            and best.n_bytes < self._history.blob_bytes(self._replica.round)
+        )
+
+    # --------------------------------------------------------------------------------------- candidates
+
+    def _candidates(self) -> list[Start]:
+        history = self._history
+        base_bytes = 0 if self._base is None else self._base.n_bytes
+        found = [Start(0, base_bytes + history.blob_bytes(0))]
+        stored = {s.manifest: s for s in self._store.stored() if self._is_on_ledger(s)}
+        for attested in history.snapshots.attested():
+            here = stored.pop(attested.manifest, None)
+            n_bytes = history.blob_bytes(attested.round) + (0 if here is not None else attested.n_bytes)
+            found.append(Start(attested.round, n_bytes, here, attested))
+        # One beside another that is attested: this node was wrong when it wrote it.
+        own = [s for s in stored.values() if history.attested(s.round) is None]
+        found += [Start(s.round, history.blob_bytes(s.round), s) for s in own]
+        return [s for s in found if self._key(s) not in self._useless]
+
+    def _is_on_ledger(self, stored: Stored) -> bool:
+        return self._history.digest_at(stored.round) == stored.commit
+
+    def _leads_to_head(self, start: Start) -> bool:
+        first = self._history.first_blob(start.round)
+        return first is None or first >= self.kept_from()
+
+    def _give_up(self, start: Start) -> None:
+        """Not to be tried again; what is damaged on disk is thrown away, the swarm's copy may still do."""
+        if start.stored is not None:
+            self._store.discard(start.stored)
+        else:
+            self._useless.add(self._key(start))
+
+    @staticmethod
+    def _key(start: Start) -> tuple[int, bytes]:
+        return start.round, b"" if start.attested is None or start.stored else start.attested.manifest
+
+    # ------------------------------------------------------------------------------------- going there
+
+    def _go_to(self, start: Start, with_local_state: bool) -> None:
+        if start.kind == "base":
+            self._begin_anew()
+            return
+        stored = start.stored or self._fetch(start)
+        manifest, tensors = self._store.load(stored)
+        self._replica.adopt(manifest, tensors, self._commit(start.round))
+        self._replica.peers = dict(self._history.peers)
+        if with_local_state and start.kind == "own":
+            self._take_local_state(stored)
+        log.info(
+            "took the replica after round %d from %s (%s)",
+            *(start.round, "this node's disk" if start.kind == "own" else "the swarm"),
+            human_bytes(stored.n_bytes),
+        )
+
+    def _begin_anew(self) -> None:
+        base = None
+        if self._base is not None:
+            log.info("fetching the base weights (%s)", human_bytes(self._base.n_bytes))
+            base = self._link.fetch(self._base.digest, self._base.n_bytes)
+        self._replica.begin(base)
+        self._replica.peers = {}
+
+    def _commit(self, round_: int) -> Commit:
+        commit = next(self._link.records(round_ - 1), None)
+        if commit is None:
+            raise SwarmUnreachable("the link was closed")
+        return commit
+
+    def _take_local_state(self, stored: Stored) -> None:
+        """Momentum and the like: best effort, the replica is whole without it."""
+        try:
+            local = self._store.local(stored)
+            if local is not None and local.round == stored.round:
+                self._replica.strategy.load_state_dict(local.strategy)
+        except (ThinwireError, OSError, LookupError, TypeError, ValueError) as e:
+            log.warning("the local state beside the snapshot cannot be used (%s): starting without it", e)
+
+    def _fetch(self, start: Start) -> Stored:
+        attested = start.attested
+        assert attested is not None
+        reporters = self._history.holders(attested)
+
+        def holders() -> list[str]:
+            """Who reported it comes first; others may have it by now as well."""
+            members = self._link.members()
+            return sorted(members, key=lambda peer_id: (peer_id not in reporters, peer_id))
+
+        incoming = self._store.incoming(self._manifest(attested, holders()))
+        told_s = 0.0
+
+        def tell(progress: Progress) -> None:
+            nonlocal told_s
+            if time.monotonic() - told_s >= TELL_EVERY_S:
+                told_s = time.monotonic()
+                log.info("%s", _told(start.round, self._link.head, progress))
+
+        download(
+            incoming,
+            holders,
+            lambda _chunk, digest, holder: self._link.fetch(digest, CHUNK_BYTES, holder),
+            tell,
+            self._stopped,
+            seed=round_seed(self._link.run_id, start.round, self._link.peer_id),
+        )
+        if self._stopped():
+            raise SwarmUnreachable("stopped")
+        return incoming.finish()
+
+    def _manifest(self, attested: Attested, holders: list[str]) -> bytes:
+        """From whoever gives it. Raises SwarmUnreachable with the last one's reason."""
+        log.info("fetching the snapshot after round %d (%s)", attested.round, human_bytes(attested.n_bytes))
+        why = "nobody who has it is connected"
+        for holder in holders:
+            try:
+                return self._link.fetch(attested.manifest, max_manifest_bytes(attested.n_bytes), holder)
+            except SwarmUnreachable as e:
+                why = str(e)
+        raise SwarmUnreachable(why)
+
+
+def _told(round_: int, head: int, progress: Progress) -> str:
+    left_s = (progress.total_bytes - progress.n_bytes) / max(progress.rate_bytes_per_s, 1.0)
+    return (
+        f"snapshot after round {round_} ({head - round_} rounds behind): {human_bytes(progress.n_bytes)} of "
+        f"{human_bytes(progress.total_bytes)}, {human_bytes(progress.rate_bytes_per_s)}/s from "
+        f"{len(progress.holders)} peers, {human_seconds(left_s)} left"
+    )
