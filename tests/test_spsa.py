@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -15,9 +16,9 @@ from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import to_float32
 from thinwire.compression.noise import noise
 from thinwire.optim import byte_code
-from thinwire.optim.base import Closure, Share
+from thinwire.optim.base import Closure, Round, Share
 from thinwire.optim.perturb import NotSubstituted
-from thinwire.optim.spsa import CODES, Spsa
+from thinwire.optim.spsa import CODES, MAX_BATCH_BYTES, Spsa
 
 TURN = Turn(1, 11, 22, 1.0)
 
@@ -157,6 +158,61 @@ def test_another_memory_format_gets_the_same_update() -> None:
         Spsa([("w", p)], lr=0.1).apply([Share(9, 1, codes_of(code_of(1.0)))], TURN, None)
     assert torch.equal(plain, strided)
     assert strided.is_contiguous(memory_format=torch.channels_last)
+
+
+def many_rounds(n_rounds: int) -> list[Round]:
+    """Of one to four peers with any codes, some of which are clipped; in one round no probe counts."""
+    generator = np.random.default_rng(7)
+    rounds = []
+    for r in range(1, n_rounds + 1):
+        shares = []
+        for peer in range(generator.integers(1, 5)):
+            codes = np.append(generator.integers(1, 128, 5), [byte_code.NOTHING, code_of(2.0**15)])
+            codes = np.where(generator.integers(0, 2, 7) & (codes > 0), codes | 0x80, codes) * (r != 3)
+            shares.append(Share(2**63 + 100 * r + peer, 1, codes_of(*codes.tolist())))
+        rounds.append(Round(shares, Turn(r, 1, 2, to_float32(1 / r)), None))
+    return rounds
+
+
+@pytest.mark.parametrize("kind", ["sign", "gauss"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("scale", ["mean", "sqrt"])
+def test_many_rounds_are_one_after_the_other(
+    kernels: str, kind: str, weight_decay: float, scale: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    head = torch.randn(4, 3, 15, 5, generator=generator).to(memory_format=torch.channels_last)
+    start = {**two_parameters(), "head": nn.Parameter(head), "temperature": nn.Parameter(torch.tensor(1.5))}
+
+    def strategy(parameters: dict[str, nn.Parameter]) -> Spsa:
+        named = list(parameters.items())
+        groups = [{"params": named[:1]}, {"params": named[1:], "lr": 3e-5, "weight_decay": 0.01}]
+        return Spsa(groups, lr=1e-4, weight_decay=weight_decay, noise=kind, scale=scale)  # type: ignore[arg-type]
+
+    fused, one_by_one, backwards = (copy.deepcopy(start) for _ in range(3))
+    rounds = many_rounds(9)
+    strategy(fused).apply_many(rounds)
+    strategy(backwards).apply_many(rounds[::-1])
+    monkeypatch.setenv("THINWIRE_KERNELS", "torch")
+    spsa = strategy(one_by_one)
+    for r in rounds:
+        before = {name: p.detach().clone() for name, p in one_by_one.items()}
+        spsa.apply(r.shares, r.turn, r.own)
+        assert torch.equal(before["matrix"], one_by_one["matrix"]) == (r.turn.round == 3)
+    for name, p in fused.items():
+        assert torch.equal(p, one_by_one[name])
+    assert not torch.equal(fused["matrix"], backwards["matrix"])  # the data would show another order
+
+
+def test_the_larger_the_model_the_smaller_the_batches() -> None:
+    """At least one payload of 16 probes for 600 M parameters; bounded for the smallest."""
+    sizes = [1, 10**6, 28 * 10**6, 6 * 10**8, 10**11]
+    with torch.device("meta"):
+        n_bytes = [Spsa([("w", nn.Parameter(torch.empty(n)))], lr=1.0).batch_bytes() for n in sizes]
+    assert n_bytes == sorted(n_bytes, reverse=True)
+    assert n_bytes[0] == MAX_BATCH_BYTES
+    assert n_bytes[3] >= 50
+    assert n_bytes[4] == 0
 
 
 # ------------------------------------------------------------------------------------------- propose
