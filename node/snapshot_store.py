@@ -200,7 +200,7 @@ class SnapshotStore:
             replaced = self._folder / f".replaced-{_folder_name(stored)}"
             if final.exists():
                 _keep_local(final, aside)
-                final.rename(replaced)
+                final.rename(replaced)  # a crash here: the next start puts it back
             aside.rename(final)
             sync_folder(self._folder)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -211,14 +211,15 @@ class SnapshotStore:
 
     def _prune(self, newest: Stored) -> None:
         """Down to `keep`. One more may stay: the last that somebody read from, while they still do."""
-        spare = max(self._read_s, key=lambda s: self._read_s[s], default=None)
-        if spare is not None and self._clock() - self._read_s[spare] > READING_S:
-            spare = None
-        for old in self.stored()[: -self._keep]:
-            if old not in (newest, spare):
-                del self._manifests[old]
-                self._read_s.pop(old, None)
-                self._remove(self._folder / _folder_name(old))
+        old = [stored for stored in self.stored()[: -self._keep] if stored != newest]
+        now_s = self._clock()
+        being_read = [s for s in old if s in self._read_s and now_s - self._read_s[s] <= READING_S]
+        spare = max(being_read, key=lambda s: self._read_s[s], default=None)
+        for stored in old:
+            if stored != spare:
+                del self._manifests[stored]
+                self._read_s.pop(stored, None)
+                self._remove(self._folder / _folder_name(stored))
 
     def _index(self) -> None:
         """Digest -> the snapshot, and the chunk's number; None: the manifest."""

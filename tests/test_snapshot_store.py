@@ -97,7 +97,7 @@ def test_the_oldest_are_pruned_but_not_one_that_is_being_downloaded(tmp_path: Pa
         store.open(first.manifest)
     store.open(second.manifest)
     for r in (4, 5):
-        write(store, r, n_chunks=0.1)
+        store.open(write(store, r, n_chunks=0.1).manifest)
     assert rounds(store) == [2, 4, 5]
     now_s = READING_S + 1
     write(store, 6, n_chunks=0.1)
@@ -394,8 +394,9 @@ def test_kills_at_any_time_leave_whole_snapshots_only(tmp_path: Path) -> None:
         process = child(
             tmp_path,
             f"""
+write(store, {n * 40 + 1})
 print("ready", flush=True)
-for i in range({n * 40 + 1}, 200):
+for i in range({n * 40 + 2}, 250):
     write(store, i)
 """,
         )
@@ -405,10 +406,10 @@ for i in range({n * 40 + 1}, 200):
         process.kill()
         process.communicate()
         store = SnapshotStore(tmp_path, RUN)
+        assert store.stored()[-1].round > n * 40
         for stored in store.stored():
             assert_round(store, stored)
-        assert len(list(tmp_path.iterdir())) == len(store.stored()) <= 4
-    assert store.stored()
+        assert len(list(tmp_path.iterdir())) == len(store.stored())
 
 
 def test_a_full_disk_leaves_nothing_half_written_and_the_earlier_snapshots(tmp_path: Path) -> None:
