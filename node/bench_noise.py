@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.exact import to_float32
-from thinwire.compression.noise import Probe, update_, use_numba
+from thinwire.compression.noise import Probe, Update, update_all_, use_numba
 from thinwire.node.bench import copy_bandwidth, measure, transformer
 from thinwire.optim.base import Parameter
 from thinwire.optim.perturb import Direction, perturbed
@@ -16,6 +16,8 @@ from thinwire.optim.spsa import Spsa
 
 EPS, LR = 1e-3, 1e-6
 N_PROBES = (1, 16)
+FUSED_ROUNDS, FUSED_PROBES = 8, 4
+"""Catching up: so many rounds in one pass, each with so many probes, of four peers with one probe, say."""
 
 
 def bench_noise(n_params: int, n_repeats: int) -> dict[str, Any]:
@@ -48,6 +50,7 @@ def bench_noise(n_params: int, n_repeats: int) -> dict[str, Any]:
             "update_fraction_of_copy_bandwidth": 8 * n_exactly / bandwidth / update.median_s,
             "update_params_times_probes_per_s": n * n_exactly / update.median_s,
         }
+    result["catching_up"] = catching_up(parameters, n_repeats, 8 * n_exactly / bandwidth)
     for key in ("ratio_to_baseline", "fraction_of_copy_bandwidth"):
         result[key] = result["probes_1"][key]
     return result
@@ -62,10 +65,28 @@ def spsa_step(parameters: list[Parameter], n_probes: int) -> None:
     spsa_update(parameters, n_probes)
 
 
-def spsa_update(parameters: list[Parameter], n_probes: int) -> None:
+def spsa_update(parameters: list[Parameter], n_probes: int, n_rounds: int = 1) -> None:
     terms = [Probe(1, probe, to_float32(LR / n_probes)) for probe in range(n_probes)]
     for p in parameters:
-        update_(p.tensor, terms, "sign", p.index)
+        update_all_(p.tensor, [Update.of(terms)] * n_rounds, "sign", p.index)
+
+
+def catching_up(parameters: list[Parameter], n_repeats: int, pass_s: float) -> dict[str, Any]:
+    """A round of a fused batch against the same round alone.
+
+    `pass_s`: of a copy of all parameters; the fraction is above 1 where a round of the batch takes less.
+    """
+    alone = measure(lambda: spsa_update(parameters, FUSED_PROBES), n_repeats)
+    fused = measure(lambda: spsa_update(parameters, FUSED_PROBES, FUSED_ROUNDS), n_repeats)
+    round_s = fused.median_s / FUSED_ROUNDS
+    return {
+        "rounds": FUSED_ROUNDS,
+        "probes_per_round": FUSED_PROBES,
+        "round_alone": alone.to_dict(),
+        "batch": fused.to_dict(),
+        "ratio_to_rounds_alone": alone.median_s / round_s,
+        "fraction_of_copy_bandwidth": pass_s / round_s,
+    }
 
 
 @torch.no_grad()

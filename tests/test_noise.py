@@ -217,6 +217,17 @@ def test_many_updates_are_one_after_the_other(
         assert not torch.equal(fused, backwards)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_updates_into_another_tensor(kernels: str, kind: NoiseKind) -> None:
+    """`theta` is read and not written to."""
+    theta, updates = random_values(9001), some_updates([2, 0, 3], [0.9, 0.7, 1.0])
+    before, expected, out = theta.clone(), theta.clone(), torch.full_like(theta, torch.nan)
+    module._combine(out, theta, updates, module.Where.of(kind, 4, 123))
+    update_all_(expected, updates, kind, 4, 123)
+    assert torch.equal(out, expected)
+    assert torch.equal(theta, before)
+
+
 def test_threads_do_not_change_many_updates(kernels: str) -> None:
     """A few blocks are shared out when there are many probes."""
     theta, updates = random_values(40_001), some_updates([30, 7, 40], [1.0, 0.9, 0.99])
