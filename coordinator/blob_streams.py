@@ -4,17 +4,21 @@ GET digest     -> SIZE n, CHUNK ..., END digest    or NO reason
 PUT digest, n  -> GO; CHUNK ..., END digest -> DONE    or DONE at once (it is here already)    or NO reason
 
 A stream that is cut ends like a complete one, so the size, the END frame and the digest must all fit.
+What breaks these rules raises BadFrame; its reason "frame_cut" is the only one that an honest peer can cause.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import BinaryIO, Protocol
 
 from thinwire.compression.errors import SwarmUnreachable
 from thinwire.coordinator.messages import BadMessage, digest_of
+from thinwire.coordinator.patience import Patience
 from thinwire.coordinator.streams import CHUNK_BYTES, BadFrame, Frame, Kind, Limits, Purpose, Stream
 
 _DIGEST_BYTES = 32
@@ -23,6 +27,12 @@ _MAX_NO_BYTES = 2000
 
 STALL_S = 30.0
 """A transfer in which nothing moves for this long is given up."""
+
+QUICK_STALL_S = 5.0
+"""Never earlier than this, however quickly the chunks came before."""
+
+PurposeOf = Callable[[bytes], Purpose]
+"""What a blob's bytes are counted as, by its digest."""
 
 _REQUESTS: Limits = {Kind.GET: _DIGEST_BYTES, Kind.PUT: _DIGEST_BYTES + _SIZE.size}
 _DATA: Limits = {Kind.CHUNK: CHUNK_BYTES, Kind.END: _DIGEST_BYTES}
@@ -59,16 +69,27 @@ class Shelf(Protocol):
         ...
 
 
-async def get_blob(stream: Stream, digest: bytes, max_bytes: int, purpose: Purpose) -> bytes:
-    """Raises NotServed, SwarmUnreachable (cut, stalled, wrong bytes), EOFError or OSError."""
+def stall_patience() -> Patience:
+    """For the gaps between the chunks of one peer's blobs: long until some are measured."""
+    return Patience(floor_s=QUICK_STALL_S, ceiling_s=STALL_S, k=8.0)
+
+
+async def get_blob(
+    stream: Stream, digest: bytes, max_bytes: int, purpose: Purpose, patience: Patience | None = None
+) -> bytes:
+    """`patience`: what is known of the gaps between this peer's chunks; it learns from this blob's.
+
+    Raises NotServed, SwarmUnreachable (stalled), BadFrame (cut, wrong bytes), EOFError or OSError.
+    """
+    patience = patience or stall_patience()
     await stream.send(Kind.GET, digest)
-    answer = await _next(stream, _ANSWER_GET)
+    answer = await _next(stream, _ANSWER_GET, patience=patience)
     if answer.kind is Kind.NO:
         raise NotServed(answer.body.decode(errors="replace"))
     n_bytes = _size(answer.body)
     if n_bytes > max_bytes:
         raise BadFrame("frame_size", f"a blob of {n_bytes} bytes, at most {max_bytes} are expected")
-    data = b"".join([chunk async for chunk in _chunks(stream, digest, n_bytes, purpose)])
+    data = b"".join([chunk async for chunk in _chunks(stream, digest, n_bytes, purpose, patience)])
     if digest_of(data) != digest:
         raise BadFrame("blob", f"blob {digest.hex()[:16]}: its bytes do not fit its digest")
     return data
@@ -87,9 +108,16 @@ async def put_blob(stream: Stream, digest: bytes, data: bytes, purpose: Purpose)
         raise NotServed(answer.body.decode(errors="replace"))
 
 
-async def serve_blobs(stream: Stream, shelf: Shelf, purpose: Purpose, allowed: Callable[[], bool]) -> None:
+async def serve_blobs(
+    stream: Stream,
+    shelf: Shelf,
+    purpose: Purpose | PurposeOf,
+    allowed: Callable[[], bool],
+    turns: asyncio.Semaphore | None = None,
+) -> None:
     """Answers requests until the other end closes the stream or is no longer `allowed` to ask.
 
+    `turns`: how many blobs are sent at once over all streams; the others wait.
     Raises BadMessage for a peer that breaks the protocol, after telling it why; OSError if it is gone.
     """
     while True:
@@ -100,10 +128,12 @@ async def serve_blobs(stream: Stream, shelf: Shelf, purpose: Purpose, allowed: C
         if not allowed():
             await _say_no(stream, "only members of the swarm are served")
             raise BadFrame("stranger", "a request by a peer that is not a member")
-        if kind is Kind.GET:
-            await _serve_get(stream, shelf, body, purpose)
-        else:
-            await _serve_put(stream, shelf, body, purpose)
+        counted_as = purpose(body[:_DIGEST_BYTES]) if callable(purpose) else purpose
+        async with turns or contextlib.nullcontext():
+            if kind is Kind.GET:
+                await _serve_get(stream, shelf, body, counted_as)
+            else:
+                await _serve_put(stream, shelf, body, counted_as)
 
 
 async def _serve_get(stream: Stream, shelf: Shelf, digest: bytes, purpose: Purpose) -> None:
@@ -145,11 +175,13 @@ async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Purpose
     await _send(stream, Kind.DONE)
 
 
-async def _chunks(stream: Stream, digest: bytes, n_bytes: int, purpose: Purpose) -> AsyncIterator[bytes]:
+async def _chunks(
+    stream: Stream, digest: bytes, n_bytes: int, purpose: Purpose, patience: Patience | None = None
+) -> AsyncIterator[bytes]:
     """The chunks of a blob, exactly `n_bytes` and a fitting END, or BadFrame."""
     missing = n_bytes
     while True:
-        kind, body = await _next(stream, _DATA, purpose)
+        kind, body = await _next(stream, _DATA, purpose, patience)
         if kind is Kind.END:
             break
         missing -= len(body)
@@ -160,12 +192,21 @@ async def _chunks(stream: Stream, digest: bytes, n_bytes: int, purpose: Purpose)
         raise BadFrame("blob", f"blob {digest.hex()[:16]}: it ended {missing} bytes early")
 
 
-async def _next(stream: Stream, limits: Limits, purpose: Purpose = "control") -> Frame:
+async def _next(
+    stream: Stream, limits: Limits, purpose: Purpose = "control", patience: Patience | None = None
+) -> Frame:
+    limit_s = STALL_S if patience is None else patience.limit_s
+    began_s = time.monotonic()
     try:
-        async with asyncio.timeout(STALL_S):
-            return await stream.receive(limits, purpose)
+        async with asyncio.timeout(limit_s):
+            frame = await stream.receive(limits, purpose)
     except TimeoutError as e:
-        raise SwarmUnreachable(f"the transfer stood still for {STALL_S:g} s") from e
+        if patience is not None:
+            patience.ran_out()
+        raise SwarmUnreachable(f"the transfer stood still for {limit_s:.1f} s") from e
+    if patience is not None:
+        patience.took(time.monotonic() - began_s)
+    return frame
 
 
 async def _send(stream: Stream, kind: Kind, body: bytes = b"", purpose: Purpose = "control") -> None:

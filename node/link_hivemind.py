@@ -6,15 +6,25 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from thinwire.compression.errors import ConfigError, SwarmUnreachable
-from thinwire.coordinator.identity import load_or_create, new_key, peer_id_of
-from thinwire.coordinator.messages import Commit, NodeState, Offer, Report, Welcome
+from thinwire.coordinator.identity import load_or_create, new_key, peer_id_of, public_key_of
+from thinwire.coordinator.ledger_copy import COPY_NAME, LedgerCopy
+from thinwire.coordinator.messages import (
+    MAX_ROUND,
+    Commit,
+    NodeState,
+    Offer,
+    OfferEntry,
+    Report,
+    Welcome,
+)
 from thinwire.coordinator.streams import Meter, Purpose
 from thinwire.coordinator.ticket import Ticket
-from thinwire.node.link import Digest, LinkEvent, SnapshotRef, Traffic
+from thinwire.node.link import Digest, LinkEvent, Shelf, Traffic
 from thinwire.node.link_session import LinkSession
 from thinwire.node.mailbox import Mailbox
 from thinwire.node.uplink import Place
@@ -22,10 +32,12 @@ from thinwire.node.uplink import Place
 T = TypeVar("T")
 
 IDENTITY_NAME = "identity.key"
+_READ_AT_ONCE = 64
 
 
 class HivemindLink:
-    """See `Link`. `state`: a folder for this node's identity, None for a new one each time.
+    """See `Link`. `state`: a folder for this node's identity, None for a new one each time; what belongs
+    to this run is in a folder of its own in there, `run_folder`.
 
     `host`, `port`: where other nodes reach this one; `announce`: addresses that they should try first.
     `patience_s`: how long to go on trying when the coordinator does not answer any more.
@@ -45,6 +57,7 @@ class HivemindLink:
         self.run_id = ticket.run_id
         self._ticket, self._patience_s = ticket, patience_s
         key = new_key() if state is None else load_or_create(_made(state) / IDENTITY_NAME)
+        self.run_folder = None if state is None else _made(state / self.run_id.hex()[:16])
         self.peer_id = peer_id_of(key.public_key())
         self._place = Place(key, host, port, tuple(announce))
         self._mailbox = Mailbox()
@@ -54,28 +67,37 @@ class HivemindLink:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._session: LinkSession | None = None
+        self._copy: LedgerCopy | None = None
+        self._copy_path = None if self.run_folder is None else self.run_folder / COPY_NAME
 
     # ----------------------------------------------------------------------------- the node's thread
 
-    def open(self, head_round: int | None, head_digest: Digest | None) -> Welcome:
+    def open(self) -> Welcome:
         with self._closing:
             if self._is_closed or self._loop is not None:
                 raise SwarmUnreachable(
                     "the link is closed" if self._is_closed else "the link is open already"
                 )
+            copy = self._copy = LedgerCopy(self._copy_path, self.run_id, public_key_of(self._ticket.peer_id))
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
             self._thread.start()
         try:
-            return self._wait(self._open(head_round, head_digest))
+            return self._wait(self._open(copy))
         except BaseException:
             self.close()
             raise
 
-    async def _open(self, head_round: int | None, head_digest: Digest | None) -> Welcome:
-        head = (head_round, head_digest)
+    async def _open(self, copy: LedgerCopy) -> Welcome:
         self._session = LinkSession(
-            self._ticket, self._place, self._mailbox, self._meter, self._patience_s, head
+            self._ticket,
+            self._place,
+            self._mailbox,
+            self._meter,
+            self._patience_s,
+            peer_id=self.peer_id,
+            copy=copy,
+            copy_path=self._copy_path,
         )
         return await self._session.open()
 
@@ -83,8 +105,8 @@ class HivemindLink:
     def head(self) -> int:
         return 0 if self._session is None else self._session.head
 
-    def state(self, state: NodeState) -> None:
-        self._soon("say_state", state)
+    def state(self, state: NodeState, needs_after: int | None = None) -> None:
+        self._soon("say_state", state, needs_after)
 
     def offer(self, offer: Offer) -> None:
         if offer.payload is None:
@@ -94,46 +116,43 @@ class HivemindLink:
     def report(self, report: Report) -> None:
         self._soon("make_report", report)
 
+    def records(self, after: int) -> Iterator[Commit]:
+        yield from self._read(after, self.head)
+
     def commits(self, after: int) -> Iterator[Commit]:
-        if self._session is None or self._is_closed:
-            return
-        try:
-            self._wait(self._session.follow(after))
-        except SwarmUnreachable:
-            if self._is_closed:
-                return
-            raise
-        while (commit := self._mailbox.take_commit()) is not None:
+        for commit in self._read(after, MAX_ROUND):
             self._soon("taken", commit.body.round)
             yield commit
 
-    def snapshot(self) -> SnapshotRef | None:
-        session = self._opened()
-        try:
-            answer = self._wait(session.ask_for_snapshot())
-        except SwarmUnreachable:
-            if self._is_closed:
-                return None
-            raise
-        if answer.holder is None:
-            return None
-        return SnapshotRef(answer.round, answer.digest, answer.n_bytes, answer.holder)
+    def _read(self, after: int, up_to: int) -> Iterator[Commit]:
+        """From the copy, as it grows; ends when the link is closed."""
+        copy = self._copy
+        while copy is not None and after < up_to:
+            if not self._mailbox.wait(partial(_goes_past, copy, after)):
+                return
+            for commit in copy.commits(after, min(_READ_AT_ONCE, up_to - after)):
+                if self._mailbox.is_closed:
+                    return
+                after += 1
+                yield commit
 
-    def publish(self, blob: bytes) -> Digest:
-        return self._opened().published.add(blob)
+    def payload(self, offer: OfferEntry) -> bytes:
+        if offer.payload is not None:
+            return offer.payload
+        return self._wait(self._opened().payload(offer))
 
-    def fetch(self, digest: Digest, holder: str | None = None) -> bytes:
+    def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
         session = self._opened()
         if holder is None:
-            return self._wait(session.payloads.get(digest))
-        return self._wait(session.fetch_from(holder, digest))
+            return self._wait(session.fetch(digest, n_bytes))
+        return self._wait(session.fetch_from(holder, digest, n_bytes))
 
-    def wanted_snapshot(self) -> bool:
-        session = self._session
-        if session is None or not session.is_replica_wanted:
-            return False
-        session.is_replica_wanted = False
-        return True
+    def members(self) -> list[str]:
+        return [] if self._session is None else self._session.members()
+
+    def serve(self, shelf: Shelf | None) -> None:
+        if self._session is not None:
+            self._session.served.shelf = shelf
 
     def events(self) -> Iterator[LinkEvent]:
         while (event := self._mailbox.take_event()) is not None:
@@ -162,6 +181,8 @@ class HivemindLink:
                 _empty(loop)
                 loop.close()
             self._mailbox.close()
+            if self._copy is not None:
+                self._copy.close()
 
     async def _shut(self, say_goodbye: bool) -> None:
         """Ends the session, then whatever still runs in the loop, so that nobody waits for it."""
@@ -178,12 +199,12 @@ class HivemindLink:
             raise SwarmUnreachable("the link is not open")
         return self._session
 
-    def _soon(self, method: str, argument: object) -> None:
+    def _soon(self, method: str, *arguments: object) -> None:
         """Calls a method of the session in the loop; does nothing without a session."""
         if self._session is None or self._loop is None or self._is_closed:
             return
         try:
-            self._loop.call_soon_threadsafe(getattr(self._session, method), argument)
+            self._loop.call_soon_threadsafe(getattr(self._session, method), *arguments)
         except RuntimeError:  # the loop was closed by another thread meanwhile
             return
 
@@ -197,6 +218,10 @@ class HivemindLink:
             if self._is_closed:
                 raise SwarmUnreachable("the link was closed") from e
             raise
+
+
+def _goes_past(copy: LedgerCopy, round_: int) -> bool:
+    return copy.head_round > round_
 
 
 def _empty(loop: asyncio.AbstractEventLoop) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -23,6 +23,7 @@ from thinwire.coordinator.chain import Chain
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.messages import (
     INLINE_BYTES,
+    MAX_ROUND,
     PROTOCOL_VERSION,
     Commit,
     GenesisBody,
@@ -32,16 +33,16 @@ from thinwire.coordinator.messages import (
     NodeState,
     Notice,
     Offer,
+    OfferEntry,
     Report,
-    SnapshotAt,
     State,
-    WantSnapshot,
     Welcome,
     digest_of,
     encode_message,
 )
 from thinwire.coordinator.service import Service
-from thinwire.node.link import Digest, LinkEvent, SnapshotRef, Traffic
+from thinwire.node.link import Digest, Lied, LinkEvent, Shelf, Traffic
+from thinwire.node.payloads import Kept, Served
 
 Script = Callable[[str, int], bool]
 """(peer id, round) -> whether the fault happens to that peer's offer."""
@@ -50,7 +51,6 @@ T = TypeVar("T")
 
 TOKEN = "local"
 BATCH = 64
-PUBLISHED_BLOBS = 2
 
 
 class LocalSwarm:
@@ -128,14 +128,16 @@ class LocalSwarm:
         """From now on the peer's messages go to this link."""
         self._links[link.peer_id] = link
 
-    def published_by(self, peer_id: str, digest: Digest) -> bytes | None:
-        """A blob that a node serves now; the node counts it as sent."""
+    def link_of(self, peer_id: str) -> LocalLink | None:
+        """The peer's link, while its session is open."""
         with self.changed:
             link = self._links.get(peer_id)
-            blob = None if link is None else link.published.get(digest)
-            if link is not None and blob is not None:
-                link.sent["snapshot"] += len(blob)
-            return blob
+            return link if link is not None and link.is_open else None
+
+    def members(self) -> list[str]:
+        """Peers whose sessions are open."""
+        with self.changed:
+            return [peer_id for peer_id, link in self._links.items() if link.is_open]
 
     def close(self) -> None:
         """Closes every link and ends the thread."""
@@ -179,7 +181,8 @@ class LocalLink:
     def __init__(self, swarm: LocalSwarm, peer_id: str, token: str) -> None:
         self.peer_id = peer_id
         self.run_id = swarm.run_id
-        self.published: OrderedDict[Digest, bytes] = OrderedDict()
+        self._kept = Kept()
+        self._served = Served(self._kept)
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
         self._swarm = swarm
@@ -187,36 +190,34 @@ class LocalLink:
         self._session: int | None = None
         self._is_closed = False
         self._events: deque[LinkEvent] = deque(maxlen=1000)
-        self._answers: deque[SnapshotAt] = deque()
-        self._is_wanted = False
-        self._digests: dict[int, Digest] = {0: swarm.run_id}
-        self._own_blobs: frozenset[Digest] = frozenset()
+        self._peers: dict[int, str] = {}
         self._applied = 0
 
     @property
     def head(self) -> int:
         return self._swarm.service.head
 
-    def open(self, head_round: int | None, head_digest: Digest | None) -> Welcome:
+    @property
+    def is_open(self) -> bool:
+        return self._session is not None
+
+    def open(self) -> Welcome:
         hello = Hello(
             version=PROTOCOL_VERSION,
             run_id=self.run_id,
             token=self._token,
-            head_round=head_round,
-            head_digest=head_digest,
+            head_round=None,
+            head_digest=None,
             addresses=(),
             agent="thinwire local",
         )
         self._count(self.sent, "control", hello)
         welcome = self._swarm.call(lambda service, now_s: self._enter(service, hello, now_s))
         self._count(self.received, "control", welcome)
-        body = welcome.body
-        own = (body.base, body.held_out, body.corpus)
-        self._own_blobs = frozenset(ref.digest for ref in own if ref is not None)
         return welcome
 
-    def state(self, state: NodeState) -> None:
-        self._tell(State(state=state))
+    def state(self, state: NodeState, needs_after: int | None = None) -> None:
+        self._tell(State(state=state, needs_after=needs_after))
 
     def offer(self, offer: Offer) -> None:
         if offer.payload is None:
@@ -227,6 +228,7 @@ class LocalLink:
         self.sent["payload"] += len(payload)
         if len(payload) > INLINE_BYTES:
             digest = digest_of(payload)
+            self._keep(offer.round, digest, payload)
             self._swarm.call(lambda service, now_s: self._upload(service, digest, payload, now_s))
             offer = offer.model_copy(update={"payload": None, "digest": digest})
             self._count(self.sent, "control", offer)
@@ -234,53 +236,37 @@ class LocalLink:
             self.sent["control"] += len(encode_message(offer)) - len(payload)
         self._swarm.offer(self, session, offer)
 
+    def records(self, after: int) -> Iterator[Commit]:
+        yield from self._read(after, self.head)
+
     def commits(self, after: int) -> Iterator[Commit]:
-        chain = Chain(self._swarm.public_key, after, self._digests.get(after))
-        while batch := self._next_commits(chain.round):
-            for commit in batch:
-                if self._is_closed:
-                    return
-                chain.check(commit)
-                self._digests[chain.round] = commit.digest
-                self._applied = chain.round
-                self._count(self.received, "ledger", commit)
-                yield commit
+        for commit in self._read(after, MAX_ROUND):
+            self._applied = commit.body.round
+            yield commit
 
-    def snapshot(self) -> SnapshotRef | None:
-        self._answers.clear()
-        self._tell(WantSnapshot())
+    def payload(self, offer: OfferEntry) -> bytes:
+        if offer.digest is None:
+            assert offer.payload is not None
+            return offer.payload
         with self._swarm.changed:
-            self._swarm.changed.wait_for(lambda: self._answers or self._is_closed)
-            answer = self._answers.popleft() if self._answers else None
-        if answer is None or answer.holder is None:
-            return None
-        return SnapshotRef(answer.round, answer.digest, answer.n_bytes, answer.holder)
+            kept = self._kept.get(offer.digest)
+        if kept is not None:
+            return kept
+        payload = self._from_anybody(offer.digest, offer.n_bytes, self._peers.get(offer.peer))
+        self._keep(self._applied, offer.digest, payload)
+        return payload
 
-    def publish(self, blob: bytes) -> Digest:
-        digest = digest_of(blob)
-        with self._swarm.changed:
-            self.published[digest] = blob
-            self.published.move_to_end(digest)
-            while len(self.published) > PUBLISHED_BLOBS:
-                self.published.popitem(last=False)
-        return digest
+    def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
+        return self._fetch(digest, n_bytes, holder, "snapshot")
 
-    def fetch(self, digest: Digest, holder: str | None = None) -> bytes:
-        kind = "snapshot" if holder is not None or digest in self._own_blobs else "payload"
-        blob = self._from_coordinator(digest) if holder is None else self._swarm.published_by(holder, digest)
-        if blob is None or digest_of(blob) != digest:
-            where = "the coordinator" if holder is None else holder
-            raise SwarmUnreachable(f"{where} does not serve blob {digest.hex()[:16]}")
-        self.received[kind] += len(blob)
-        return blob
+    def members(self) -> list[str]:
+        return [peer_id for peer_id in self._swarm.members() if peer_id != self.peer_id]
+
+    def serve(self, shelf: Shelf | None) -> None:
+        self._served.shelf = shelf
 
     def report(self, report: Report) -> None:
         self._tell(report)
-
-    def wanted_snapshot(self) -> bool:
-        with self._swarm.changed:
-            was_wanted, self._is_wanted = self._is_wanted, False
-            return was_wanted
 
     def events(self) -> Iterator[LinkEvent]:
         while True:
@@ -313,10 +299,6 @@ class LocalLink:
         if not isinstance(message, Heartbeat):
             self._count(self.received, "control", message)
         match message:
-            case SnapshotAt():
-                self._answers.append(message)
-            case WantSnapshot():
-                self._is_wanted = True
             case Notice(text=text, warning=warning):
                 self._events.append(LinkEvent(text, warning))
             case _:
@@ -360,9 +342,65 @@ class LocalLink:
             self._swarm.changed.wait_for(lambda: self._is_closed or self.head > after)
             return [] if self._is_closed else self._swarm.service.commits(after, BATCH)
 
-    def _from_coordinator(self, digest: Digest) -> bytes | None:
+    def _read(self, after: int, up_to: int) -> Iterator[Commit]:
+        """The copy of the ledger that a link has is the swarm's own here."""
+        chain = Chain(self._swarm.public_key, after, self.run_id if after == 0 else None)
+        while chain.round < up_to and (batch := self._next_commits(chain.round)):
+            for commit in batch[: up_to - chain.round]:
+                if self._is_closed:
+                    return
+                chain.check(commit)
+                self._peers.update((a.index, a.peer_id) for a in commit.body.admitted)
+                self._count(self.received, "ledger", commit)
+                yield commit
+
+    def give(self, digest: Digest, kind: str) -> bytes:
+        """What another link asks for. Raises KeyError: it is not served here."""
         with self._swarm.changed:
-            return self._swarm.blobs.read(digest) if digest in self._swarm.blobs else None
+            file, _ = self._served.open(digest)
+        with file:
+            blob = file.read()
+        with self._swarm.changed:
+            self.sent[kind] += len(blob)
+        return blob
+
+    def _keep(self, round_: int, digest: Digest, payload: bytes) -> None:
+        with self._swarm.changed:
+            self._kept.add(round_, digest, payload)
+
+    def _from_anybody(self, digest: Digest, n_bytes: int, offerer: str | None) -> bytes:
+        """The coordinator, then every member in turn."""
+        holders = sorted(self.members(), key=lambda peer_id: peer_id != offerer)
+        for holder in (None, *holders):
+            try:
+                return self._fetch(digest, n_bytes, holder, "payload")
+            except SwarmUnreachable:
+                continue
+        raise SwarmUnreachable(f"nobody has the payload {digest.hex()[:16]} any more")
+
+    def _fetch(self, digest: Digest, n_bytes: int, holder: str | None, kind: str) -> bytes:
+        where = holder or "the coordinator"
+        if self._session is None:
+            raise SwarmUnreachable("the link is not open")
+        try:
+            blob = self._from_coordinator(digest) if holder is None else self._from(holder, digest, kind)
+        except KeyError:
+            raise SwarmUnreachable(f"{where} does not serve blob {digest.hex()[:16]}") from None
+        if len(blob) > n_bytes or digest_of(blob) != digest:
+            raise Lied(f"{where} gave other bytes than those of blob {digest.hex()[:16]}")
+        with self._swarm.changed:
+            self.received[kind] += len(blob)
+        return blob
+
+    def _from_coordinator(self, digest: Digest) -> bytes:
+        with self._swarm.changed:
+            return self._swarm.blobs.read(digest)
+
+    def _from(self, holder: str, digest: Digest, kind: str) -> bytes:
+        link = self._swarm.link_of(holder)
+        if link is None:
+            raise SwarmUnreachable(f"{holder} is not connected to the swarm")
+        return link.give(digest, kind)
 
     def _count(self, counter: Counter[str], kind: str, message: Message) -> None:
         counter[kind] += len(encode_message(message))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+import contextlib
+from collections import Counter, deque
+from collections.abc import Iterator
+from pathlib import Path
 
-from thinwire.compression.errors import SwarmUnreachable, ThinwireError
-from thinwire.coordinator.blob_streams import NotServed, get_blob, serve_blobs
-from thinwire.coordinator.chain import Chain
-from thinwire.coordinator.identity import public_key_of
+from thinwire.compression.errors import LedgerCorrupt, SwarmUnreachable, ThinwireError
+from thinwire.coordinator.blob_streams import NotServed, serve_blobs
+from thinwire.coordinator.ledger_copy import LedgerCopy
 from thinwire.coordinator.messages import (
     INLINE_BYTES,
     BadMessage,
@@ -21,25 +23,25 @@ from thinwire.coordinator.messages import (
     NodeState,
     Notice,
     Offer,
+    Offered,
+    OfferEntry,
     Report,
-    SnapshotAt,
     State,
-    WantSnapshot,
     Welcome,
 )
 from thinwire.coordinator.streams import BLOB, Meter, Purpose, Stream
 from thinwire.coordinator.ticket import Ticket
-from thinwire.node.blob_client import BlobClient
-from thinwire.node.link import Digest
+from thinwire.node.blob_client import BlobClient, Holders
+from thinwire.node.link import Digest, Lied
 from thinwire.node.mailbox import Mailbox
-from thinwire.node.payloads import Payloads, Published
+from thinwire.node.payloads import AHEAD, Payloads, Served
 from thinwire.node.uplink import Hooks, Place, Uplink
 
-MAX_BLOB_BYTES = 2**40
-_DOWNLOADS = 2
-_KNOWN_DIGESTS = 1024
-_KEPT_REPORTS = 4
+_DOWNLOADS = 4
+_KEPT_REPORTS = 8
 _SERVED_AT_ONCE = 16
+_STREAMS_PER_MEMBER = 8
+_RETURNED_AT_ONCE = 64
 _RETRY_S = 0.3
 _MEMBERS_S = 0.5
 
@@ -49,7 +51,10 @@ class _Unlisted(SwarmUnreachable):
 
 
 class LinkSession:
-    """Lives in the event loop; `head`, `published` and `is_replica_wanted` are used from any thread."""
+    """Lives in the event loop; `head`, `served` and `members` are used from any thread.
+
+    `copy_path`: where the copy of the ledger is on disk, if it is.
+    """
 
     def __init__(
         self,
@@ -58,10 +63,14 @@ class LinkSession:
         mailbox: Mailbox,
         meter: Meter,
         patience_s: float,
-        head: tuple[int | None, Digest | None],
+        *,
+        peer_id: str,
+        copy: LedgerCopy,
+        copy_path: Path | None,
     ) -> None:
         hooks = Hooks(
             head=self._known_head,
+            missing=self._missing,
             greeting=self._greeting,
             connected=self._connected,
             received=self._received,
@@ -74,56 +83,52 @@ class LinkSession:
         )
         self._uplink = Uplink(ticket, place, meter, hooks, patience_s)
         self._mailbox, self._meter = mailbox, meter
-        self._public_key = public_key_of(ticket.peer_id)
+        self._peer_id, self._copy, self._copy_path = peer_id, copy, copy_path
         self._uploads = BlobClient(lambda: self._uplink.open_stream(BLOB), 1)
         self._downloads = BlobClient(lambda: self._uplink.open_stream(BLOB), _DOWNLOADS)
-        self.payloads = Payloads(self._download)
-        self.published = Published()
-        self.head = 0
-        self.is_replica_wanted = False
+        self._holders = Holders(self._open_stream_to)
+        self.payloads = Payloads(self, peer_id)
+        self.served = Served(self.payloads.kept)
+        self.head = copy.head_round
         self._error: ThinwireError | None = None
-        self._digests: OrderedDict[int, Digest] = OrderedDict()
-        self._opened_at = head
-        self._run_id = ticket.run_id
-        self._chain: Chain | None = None
         self._taken: int | None = None
-        self._skips = False
-        self._room = asyncio.Event()
         self._state = NodeState.JOINING
+        self._needs_after: int | None = None
         self._offer: Offer | None = None
         self._upload: asyncio.Task[None] | None = None
-        self._reports: list[Report] = []
+        self._reports: deque[Report] = deque(maxlen=_KEPT_REPORTS)
         self._members: dict[str, tuple[str, ...]] = {}
-        self._n_served = 0
+        self._turns = asyncio.Semaphore(_SERVED_AT_ONCE)
+        self._streams_of: Counter[str] = Counter()
         self._payload_bytes = 0
-        self._sizes: dict[Digest, int] = {}
-        self._max_payload_bytes = MAX_BLOB_BYTES
-        self._answer: asyncio.Future[SnapshotAt] | None = None
 
     async def open(self) -> Welcome:
-        welcome = await self._uplink.open()
-        body = welcome.body
-        self.head = welcome.head_round
-        self._max_payload_bytes = body.limits.max_payload_bytes
-        self._sizes = {r.digest: r.n_bytes for r in (body.base, body.held_out, body.corpus) if r is not None}
+        try:
+            welcome = await self._uplink.open()
+        except LedgerCorrupt as e:
+            raise self._differs(e) from e
+        self.head = max(self.head, welcome.head_round)
+        limits = welcome.body.limits
+        self.payloads.max_offers, self.payloads.max_bytes = limits.max_peers, limits.max_payload_bytes
         return welcome
 
     async def close(self, say_goodbye: bool) -> None:
         if say_goodbye and self._state is not NodeState.LEAVING:
-            self.say_state(NodeState.LEAVING)
+            self.say_state(NodeState.LEAVING, None)
         await self._uplink.close(say_goodbye=say_goodbye)
         self._uploads.close()
         self._downloads.close()
+        self._holders.close()
         self.payloads.close()
 
     # ------------------------------------------------------------------------------ what the node says
 
-    def say_state(self, state: NodeState) -> None:
-        self._state = state
-        self._uplink.post(State(state=state))
+    def say_state(self, state: NodeState, needs_after: int | None) -> None:
+        self._state, self._needs_after = state, needs_after
+        self._uplink.post(State(state=state, needs_after=needs_after))
 
     def make_report(self, report: Report) -> None:
-        self._reports = [*self._reports, report][-_KEPT_REPORTS:]
+        self._reports.append(report)
         self._uplink.post(report)
 
     def make_offer(self, offer: Offer) -> None:
@@ -138,164 +143,162 @@ class LinkSession:
         if len(payload) <= INLINE_BYTES:
             self._uplink.post(offer)
             return
-        digest = self.payloads.keep_own(payload)
+        digest = self.payloads.keep_own(offer.round, payload)
         self._uplink.post(offer.model_copy(update={"payload": None, "digest": digest}))
         if self._upload is not None:
             self._upload.cancel()
         self._upload = asyncio.ensure_future(self._put(offer.round, digest, payload))
 
     async def _put(self, round_: int, digest: Digest, payload: bytes) -> None:
-        for _ in range(2):  # a stream that the other end has closed shows it only when it is used
+        """Until the coordinator has it or the round is over; after a reconnect the offer is sent anew."""
+        while self._offer is not None and self._offer.round == round_:
             try:
                 await self._uploads.put(digest, payload, "payload")
             except NotServed as e:
                 self._mailbox.put_event(f"the payload of round {round_} was not taken: {e}", True)
             except SwarmUnreachable:
-                continue  # sent again with the offer after the next reconnect
+                await asyncio.sleep(_RETRY_S)
+                await self._uplink.is_up.wait()
+                continue
             return
 
     # --------------------------------------------------------------------------------- what it follows
 
-    async def follow(self, after: int) -> None:
-        """Commits after this round go into the mailbox from now on."""
-        if self._error is not None:
-            raise self._error
-        if self._chain is not None and self._taken == after:
-            return
-        self._chain = Chain(self._public_key, after, self._digest_of_round(after))
-        self._taken, self._skips = after, True
-        self._mailbox.clear_commits()
-        self.payloads.restart(after)
-        self._room.set()
-        self._uplink.post(Follow(after=after))
-
     def taken(self, round_: int) -> None:
-        """The node has taken this commit out of the mailbox."""
+        """The node works on this commit now, and will take those after it next."""
         self._taken = round_
-        self._room.set()
-        self.payloads.taken(round_)
+        self._fetch_ahead()
 
-    async def _commit(self, commit: Commit) -> None:
-        """Raises LedgerCorrupt. Waits while the mailbox is full."""
-        chain = self._chain
-        if chain is None or self._is_left_over(chain, commit):
-            return
-        chain.check(commit)
-        self._skips = False
-        self._digests[chain.round] = commit.digest
-        while len(self._digests) > _KNOWN_DIGESTS:
-            self._digests.popitem(last=False)
-        self.head = max(self.head, chain.round)
-        if self._offer is not None and self._offer.round <= chain.round:
+    def _fetch_ahead(self) -> None:
+        if self._taken is not None:
+            commits = self._copy.commits(self._taken - 1, AHEAD + 1)
+            self.payloads.want(commits, self._copy.peers)
+
+    def _commit(self, commit: Commit) -> None:
+        """Raises LedgerCorrupt."""
+        self._copy.append(commit)
+        round_ = self._copy.head_round
+        self.head = max(self.head, round_)
+        if self._offer is not None and self._offer.round <= round_:
             self._offer = None
-        self.payloads.arrived(commit)
-        self._mailbox.put_commit(commit)
-        while self._mailbox.is_full:
-            self._room.clear()
-            await self._room.wait()
+        self.payloads.committed(commit)
+        if self._taken is not None and round_ <= self._taken + AHEAD:
+            self._fetch_ahead()
+        self._mailbox.commits_came()
 
-    def _is_left_over(self, chain: Chain, commit: Commit) -> bool:
-        """Of what was followed before: on its way when the node asked for other commits."""
-        try:
-            round_ = commit.body.round
-        except BadMessage:
-            return False
-        return round_ <= chain.round or (self._skips and round_ > chain.round + 1)
+    def _differs(self, error: LedgerCorrupt) -> LedgerCorrupt:
+        """What is wrong, the likely cause, and what to do."""
+        again = (
+            "start this node again" if self._copy_path is None else f"rm {self._copy_path} and start again"
+        )
+        return LedgerCorrupt(
+            f"the coordinator's ledger is not the one that this node has seen ({error}). Its state directory "
+            f"was probably restored from an older copy, and training went on from there without the missing "
+            f"rounds. If its ledger is the one to go on with: {again}. If not: stop the coordinator and give "
+            f"it its newest state directory."
+        )
 
-    def _digest_of_round(self, round_: int) -> Digest | None:
-        if round_ == 0:
-            return self._run_id
-        if round_ == self._opened_at[0]:
-            return self._opened_at[1]
-        return self._digests.get(round_)
+    # ------------------------------------------------------------------------------------------- blobs
 
-    # ------------------------------------------------------------------------------ blobs and replicas
+    async def payload(self, entry: OfferEntry) -> bytes:
+        """See `Link.payload`."""
+        return await self.payloads.get(entry, self._copy.peers.get(entry.peer))
 
-    async def _download(self, digest: Digest) -> bytes:
+    async def fetch(self, digest: Digest, n_bytes: int) -> bytes:
         """A blob from the coordinator; waits for its return. Raises SwarmUnreachable."""
-        purpose: Purpose = "payload" if self.payloads.is_payload(digest) else "snapshot"
-        max_bytes = self._sizes.get(digest, self._max_payload_bytes)
         refused = 0
         while True:
-            if self._error is not None:
-                raise SwarmUnreachable(str(self._error))
-            await self._uplink.is_up.wait()
             try:
-                return await self._downloads.get(digest, max_bytes, purpose)
-            except NotServed:
+                return await self._from_coordinator(digest, n_bytes, "snapshot")
+            except (NotServed, Lied):
                 refused += 1
                 if refused > 1:  # once is what a session that has just been replaced may answer
                     raise
             except SwarmUnreachable:
-                pass
+                await self.reconnected(None)
             await asyncio.sleep(_RETRY_S)
 
-    async def fetch_from(self, holder: str, digest: Digest) -> bytes:
+    async def fetch_from(self, holder: str, digest: Digest, n_bytes: int) -> bytes:
         """A blob that another node serves. Raises SwarmUnreachable."""
         try:
-            return await self._fetch_from(holder, digest)
+            return await self._holders.get(holder, digest, n_bytes, "snapshot")
         except (NotServed, _Unlisted):
-            # The member list may be on its way still, to this node or to the other one.
-            await asyncio.sleep(_MEMBERS_S)
-            return await self._fetch_from(holder, digest)
+            if self._holders.has_answered(holder):
+                raise
+        # The member list may be on its way still, to this node or to the other one.
+        await asyncio.sleep(_MEMBERS_S)
+        return await self._holders.get(holder, digest, n_bytes, "snapshot")
 
-    async def _fetch_from(self, holder: str, digest: Digest) -> bytes:
+    async def from_coordinator(self, digest: Digest, n_bytes: int) -> bytes:
+        """One attempt to get a payload, for `Payloads`."""
+        return await self._from_coordinator(digest, n_bytes, "payload")
+
+    async def from_member(self, holder: str, digest: Digest, n_bytes: int) -> bytes:
+        return await self._holders.get(holder, digest, n_bytes, "payload")
+
+    def members(self, first: str | None = None) -> list[str]:
+        """The others that are connected: those that answer before those that do not, `first` before all."""
+        others = [peer_id for peer_id in self._members if peer_id != self._peer_id]
+        return sorted(others, key=lambda peer_id: (self._holders.rests(peer_id), peer_id != first))
+
+    def rests(self, holder: str) -> bool:
+        return self._holders.rests(holder)
+
+    async def reconnected(self, timeout_s: float | None) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._uplink.is_up.wait()
+        if self._error is not None:
+            raise SwarmUnreachable(str(self._error))
+
+    async def _from_coordinator(self, digest: Digest, n_bytes: int, purpose: Purpose) -> bytes:
+        if self._error is not None:
+            raise SwarmUnreachable(str(self._error))
+        return await self._downloads.get(digest, n_bytes, purpose)
+
+    async def _open_stream_to(self, holder: str) -> Stream:
         addresses = self._members.get(holder)
         if addresses is None:
             raise _Unlisted(f"{holder} is not connected to the swarm")
-        stream = await self._uplink.open_stream_to(holder, addresses, BLOB)
-        try:
-            return await get_blob(stream, digest, self._sizes.get(digest, MAX_BLOB_BYTES), "snapshot")
-        except (OSError, EOFError, BadMessage) as e:
-            raise SwarmUnreachable(f"{holder} did not give the blob: {e}") from e
-        finally:
-            stream.abort()
-
-    async def ask_for_snapshot(self) -> SnapshotAt:
-        """Waits for the coordinator's answer, over reconnects."""
-        if self._error is not None:
-            raise self._error
-        self._answer = asyncio.get_running_loop().create_future()
-        self._uplink.post(WantSnapshot())
-        answer = await self._answer
-        self._answer = None
-        self._sizes[answer.digest] = answer.n_bytes
-        return answer
+        return await self._uplink.open_stream_to(holder, addresses, BLOB)
 
     async def _serve_blobs(
         self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """Members of the swarm may fetch what this node has published."""
-        if self._n_served >= _SERVED_AT_ONCE:
+        """Members of the swarm may fetch what this node has."""
+        if self._streams_of[peer_id] >= _STREAMS_PER_MEMBER:
             return
-        self._n_served += 1
+        self._streams_of[peer_id] += 1
         stream = Stream(reader, writer, self._meter)
         try:
-            await serve_blobs(stream, self.published, "snapshot", lambda: peer_id in self._members)
+            await serve_blobs(
+                stream, self.served, self.served.purpose, lambda: peer_id in self._members, self._turns
+            )
         except (OSError, EOFError, BadMessage, SwarmUnreachable):
             return  # the other node notices by itself
         finally:
-            self._n_served -= 1
+            self._streams_of -= Counter((peer_id,))
 
     # ----------------------------------------------------------------------------- what the uplink asks
 
     def _known_head(self) -> tuple[int | None, Digest | None]:
-        if self._chain is not None and self._chain.digest is not None:
-            return self._chain.round, self._chain.digest
-        return self._opened_at
+        copy = self._copy
+        return (copy.head_round, copy.head_digest) if copy.head_round else (None, None)
+
+    def _missing(self, after: int, up_to: int) -> Iterator[Commit]:
+        """Commits that the coordinator has lost, for as long as the copy is open."""
+        while after < up_to and (batch := self._copy.commits(after, min(_RETURNED_AT_ONCE, up_to - after))):
+            yield from batch
+            after += len(batch)
 
     def _connected(self, welcome: Welcome) -> None:
         self.head = max(self.head, welcome.head_round)
 
     def _greeting(self) -> list[Message]:
-        said: list[Message] = []
-        if self._chain is not None:
-            said.append(Follow(after=self._chain.round))
-        if self._state is not NodeState.JOINING:
-            said.append(State(state=self._state))
+        said: list[Message] = [Follow(after=self._copy.head_round)]
+        if self._state is not NodeState.JOINING or self._needs_after is not None:
+            said.append(State(state=self._state, needs_after=self._needs_after))
         said += self._reports
-        if self._answer is not None:
-            said.append(WantSnapshot())
         if self._offer is not None:
             asyncio.get_running_loop().call_soon(self._resend_offer)
         return said
@@ -307,20 +310,19 @@ class LinkSession:
     async def _received(self, message: Message) -> None:
         match message:
             case Commit():
-                await self._commit(message)
+                self._commit(message)
             case Heartbeat(round=round_):
                 self.head = max(self.head, round_)
             case Head():
                 self._uplink.was_read.set()
+            case Offered():
+                if self._state is NodeState.TRAINING and message.round > self._copy.head_round:
+                    self.payloads.offered(message)
             case Members(members=members):
                 self._members = {m.peer_id: m.addresses for m in members}
+                self._holders.keep_only(self._members)
             case Notice(text=text, warning=warning):
                 self._mailbox.put_event(text, warning)
-            case WantSnapshot():
-                self.is_replica_wanted = True
-            case SnapshotAt():
-                if self._answer is not None and not self._answer.done():
-                    self._answer.set_result(message)
             case _:
                 raise BadMessage(f"{type(message).__name__} is not for a node")
 
@@ -339,8 +341,6 @@ class LinkSession:
         self._reports.clear()
 
     def _failed(self, error: ThinwireError) -> None:
-        self._error = error
-        self._mailbox.fail(error)
+        self._error = self._differs(error) if isinstance(error, LedgerCorrupt) else error
+        self._mailbox.fail(self._error)
         self._uplink.is_up.set()  # wakes downloads, which look at the error
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(error)

@@ -1,16 +1,13 @@
-"""What a link's network thread hands to the node's thread: commits, events and the reason of an end."""
+"""What a link's network thread tells the node's threads: that commits came, events, and why it ended."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from thinwire.compression.errors import ThinwireError
-from thinwire.coordinator.messages import Commit
 from thinwire.node.link import LinkEvent
-
-MAX_COMMIT_BYTES = 32 * 2**20
-"""Commits that wait for the node; the rest wait at the coordinator."""
 
 _MAX_EVENTS = 256
 
@@ -20,21 +17,17 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._commits: deque[Commit] = deque()
-        self._n_bytes = 0
         self._events: deque[LinkEvent] = deque(maxlen=_MAX_EVENTS)
         self._error: ThinwireError | None = None
         self._is_closed = False
 
     @property
-    def is_full(self) -> bool:
-        with self._changed:
-            return self._n_bytes >= MAX_COMMIT_BYTES
+    def is_closed(self) -> bool:
+        return self._is_closed
 
-    def put_commit(self, commit: Commit) -> None:
+    def commits_came(self) -> None:
+        """Whoever waits for commits looks again."""
         with self._changed:
-            self._commits.append(commit)
-            self._n_bytes += len(commit.record)
             self._changed.notify_all()
 
     def put_event(self, text: str, warning: bool = False) -> None:
@@ -54,22 +47,15 @@ class Mailbox:
             self._is_closed = True
             self._changed.notify_all()
 
-    def clear_commits(self) -> None:
+    def wait(self, is_there: Callable[[], bool]) -> bool:
+        """Blocks until `is_there`; False once closed. Raises the reason of a failure if it will never be."""
         with self._changed:
-            self._commits.clear()
-            self._n_bytes = 0
-
-    def take_commit(self) -> Commit | None:
-        """Blocks. None once closed; raises the reason of a failure when all commits before it are taken."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._commits or self._error)
+            self._changed.wait_for(lambda: self._is_closed or is_there() or self._error is not None)
             if self._is_closed:
-                return None
-            if not self._commits and self._error is not None:
+                return False
+            if self._error is not None and not is_there():
                 raise self._error
-            commit = self._commits.popleft()
-            self._n_bytes -= len(commit.record)
-            return commit
+            return True
 
     def take_event(self) -> LinkEvent | None:
         """Blocks. None once closed and all events are taken."""

@@ -1,110 +1,256 @@
-"""A node's blobs in memory: payloads of commits, fetched ahead, its own ones, and what it serves."""
+"""A node's payloads in memory: its own, those of the open round, those of commits; where each comes from.
+
+A payload is asked of the peer that offered it while its round is open. Once it is counted, that is waited for
+a little longer, then the coordinator is asked, and every other member last (design: section 5).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Coroutine, Mapping, Sequence
 from io import BytesIO
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol
 
-from thinwire.coordinator.blob_streams import Sink
-from thinwire.coordinator.messages import BadMessage, Commit, digest_of
+from thinwire.compression.errors import SwarmUnreachable
+from thinwire.coordinator.blob_streams import NotServed, Sink
+from thinwire.coordinator.messages import BadMessage, Commit, Offered, OfferEntry, digest_of
+from thinwire.coordinator.patience import Patience
+from thinwire.coordinator.streams import Purpose
+from thinwire.node.link import Lied, Shelf
 
 AHEAD = 4
 """Commits whose payloads are fetched before the node takes them."""
 
-_KEPT_OWN = 3
-_KEPT_PUBLISHED = 2
+KEPT_ROUNDS = 64
+KEPT_BYTES = 256 * 2**20
+"""What stays servable in memory."""
+
+SHORT_WAIT_S, LONG_WAIT_S = 0.25, 2.0
+"""For what is on its way from a peer, before the coordinator is asked for it too."""
+
+_RETRY_S, _LAST_RETRY_S = 0.3, 2.0
+_REFUSALS = 2
+"""Once is what a session that has just been replaced may answer."""
+
+
+class Sources(Protocol):
+    """Where payloads come from; one attempt each, verified."""
+
+    async def from_coordinator(self, digest: bytes, n_bytes: int) -> bytes:
+        """Raises SwarmUnreachable; NotServed or Lied: asking again is of little use."""
+        ...
+
+    async def from_member(self, holder: str, digest: bytes, n_bytes: int) -> bytes:
+        """Raises SwarmUnreachable."""
+        ...
+
+    def members(self, offerer: str | None) -> list[str]:
+        """The other members, in the order in which they are to be asked."""
+        ...
+
+    def rests(self, holder: str) -> bool:
+        """Whether fetches from it keep failing, so that there is no use in beginning with it."""
+        ...
+
+    async def reconnected(self, timeout_s: float) -> None:
+        """Returns when the coordinator is connected, or time is up. Raises SwarmUnreachable: given up."""
+        ...
+
+
+class Kept:
+    """Payloads of the last rounds, a read-only shelf. At most `max_bytes`, but always the newest one."""
+
+    def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._payloads: OrderedDict[bytes, tuple[int, bytes]] = OrderedDict()
+        self._newest = 0
+        self.n_bytes = 0
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._payloads
+
+    def get(self, digest: bytes) -> bytes | None:
+        found = self._payloads.get(digest)
+        return None if found is None else found[1]
+
+    def add(self, round_: int, digest: bytes, payload: bytes) -> None:
+        if digest in self._payloads:
+            round_ = max(round_, self._remove(digest))
+        self._payloads[digest] = (round_, payload)
+        self.n_bytes += len(payload)
+        self._newest = max(self._newest, round_)
+        for old in [d for d, (r, _) in self._payloads.items() if r <= self._newest - KEPT_ROUNDS]:
+            self._remove(old)
+        while self.n_bytes > self._max_bytes and len(self._payloads) > 1:
+            self._remove(next(iter(self._payloads)))
+
+    def _remove(self, digest: bytes) -> int:
+        round_, payload = self._payloads.pop(digest)
+        self.n_bytes -= len(payload)
+        return round_
 
 
 class Payloads:
-    """Starts downloads as commits arrive, keeps them until their round is over. One event loop."""
+    """Fetches payloads ahead, keeps them, and gives them when they are asked for. One event loop.
 
-    def __init__(self, download: Callable[[bytes], Awaitable[bytes]]) -> None:
-        self._download = download
-        self._own: OrderedDict[bytes, bytes] = OrderedDict()
-        self._rounds: OrderedDict[int, tuple[bytes, ...]] = OrderedDict()
+    `own`: this node's peer id; `max_offers`, `max_bytes`: what an open round can have.
+    """
+
+    def __init__(self, sources: Sources, own: str) -> None:
+        self._sources, self._own = sources, own
+        self.max_offers, self.max_bytes = 0, 0
+        self.kept = Kept()
+        self._patience = Patience(floor_s=SHORT_WAIT_S, ceiling_s=LONG_WAIT_S)
+        self._early: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
         self._tasks: dict[bytes, asyncio.Task[bytes]] = {}
-        self._taken = 0
 
-    def keep_own(self, payload: bytes) -> bytes:
-        """This node offered it: it need not be fetched. Returns its digest."""
+    def keep_own(self, round_: int, payload: bytes) -> bytes:
+        """This node offers it: it need not be fetched, and others may have it. Returns its digest."""
         digest = digest_of(payload)
-        self._own[digest] = payload
-        self._own.move_to_end(digest)
-        while len(self._own) > _KEPT_OWN:
-            self._own.popitem(last=False)
+        self.kept.add(round_, digest, payload)
         return digest
 
-    def arrived(self, commit: Commit) -> None:
-        """A commit that the node will take after those that arrived before."""
-        body = commit.body
-        self._rounds[body.round] = tuple(o.digest for o in body.offers if o.digest is not None)
-        self._fetch_ahead()
+    def offered(self, offered: Offered) -> None:
+        """A peer has a payload for the open round: fetched from there, silently if that fails."""
+        digest, holder = offered.digest, offered.holder
+        if holder == self._own or digest in self.kept or digest in self._early:
+            return
+        of_round = sum(round_ == offered.round for round_, _ in self._early.values())
+        if of_round >= self.max_offers or offered.n_bytes > self.max_bytes or self._sources.rests(holder):
+            return
+        self._early[digest] = (offered.round, _quiet(self._fetch_early(offered)))
 
-    def taken(self, round_: int) -> None:
-        """The node works on this commit now."""
-        self._taken = round_
-        for old in [r for r in self._rounds if r < round_]:
-            del self._rounds[old]
-        wanted = {digest for digests in self._rounds.values() for digest in digests}
-        for digest in self._tasks.keys() - wanted:
+    def committed(self, commit: Commit) -> None:
+        """A round is over: of what was offered only what counted is still of use."""
+        counted = {entry.digest for entry in commit.body.offers}
+        for digest, (round_, task) in list(self._early.items()):
+            if round_ <= commit.body.round and digest not in counted:
+                task.cancel()
+
+    def want(self, commits: Sequence[Commit], peers: Mapping[int, str]) -> None:
+        """The node works on the first of these and will take the others next: their payloads are fetched now,
+        what was wanted before is dropped."""
+        entries = [(c.body.round, entry) for c in commits for entry in c.body.offers]
+        still = {entry.digest for _, entry in entries}
+        for digest in self._tasks.keys() - still:
             self._tasks.pop(digest).cancel()
-        self._fetch_ahead()
+        for round_, early in list(self._early.values()):
+            if commits and round_ < commits[0].body.round:
+                early.cancel()
+        for round_, entry in entries:
+            if entry.digest is not None:
+                self._ensure(entry.digest, entry.n_bytes, peers.get(entry.peer), round_)
 
-    def restart(self, after: int) -> None:
-        """The node takes commits from elsewhere."""
-        self._rounds.clear()
-        self.taken(after)
-
-    def is_payload(self, digest: bytes) -> bool:
-        return any(digest in digests for digests in self._rounds.values())
-
-    async def get(self, digest: bytes) -> bytes:
-        """Raises what the download raises."""
-        own = self._own.get(digest)
-        if own is not None:
-            return own
+    async def get(self, entry: OfferEntry, offerer: str | None) -> bytes:
+        """A counted payload. Raises SwarmUnreachable: nobody has it."""
+        digest = entry.digest
+        if digest is None:
+            assert entry.payload is not None
+            return entry.payload
+        kept = self.kept.get(digest)
+        if kept is not None:
+            return kept
         task = self._tasks.get(digest)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = asyncio.ensure_future(self._download(digest))
-            if self.is_payload(digest):
-                self._tasks[digest] = task
+        if task is None:
+            return await self._resolve(digest, entry.n_bytes, offerer)
         return await asyncio.shield(task)
 
     def close(self) -> None:
-        for task in self._tasks.values():
+        for task in [*self._tasks.values(), *(task for _, task in self._early.values())]:
             task.cancel()
 
-    def _fetch_ahead(self) -> None:
-        for round_, digests in self._rounds.items():
-            if round_ > self._taken + AHEAD:
-                return
-            for digest in digests:
-                if digest not in self._own and digest not in self._tasks:
-                    task = asyncio.ensure_future(self._download(digest))
-                    task.add_done_callback(_look)
-                    self._tasks[digest] = task
+    # --------------------------------------------------------------------------------------- fetching
+
+    def _ensure(self, digest: bytes, n_bytes: int, offerer: str | None, round_: int) -> None:
+        """A fetch is under way, unless the payload is here. One that has failed is begun again."""
+        task = self._tasks.get(digest)
+        if digest in self.kept or (task is not None and (not task.done() or _has_succeeded(task))):
+            return
+        self._tasks[digest] = _quiet(self._fetch_wanted(digest, n_bytes, offerer, round_))
+
+    async def _fetch_early(self, offered: Offered) -> bytes:
+        digest, began_s = offered.digest, time.monotonic()
+        try:
+            data = await self._sources.from_member(offered.holder, digest, offered.n_bytes)
+            self._patience.took(time.monotonic() - began_s)
+            self.kept.add(offered.round, digest, data)
+            return data
+        finally:
+            if self._early.get(digest, (0, None))[1] is asyncio.current_task():
+                del self._early[digest]
+
+    async def _fetch_wanted(self, digest: bytes, n_bytes: int, offerer: str | None, round_: int) -> bytes:
+        data = await self._resolve(digest, n_bytes, offerer)
+        self.kept.add(round_, digest, data)
+        return data
+
+    async def _resolve(self, digest: bytes, n_bytes: int, offerer: str | None) -> bytes:
+        """From what is on its way; after a short wait from whoever has it, whichever comes first."""
+        _, early = self._early.get(digest, (0, None))
+        if early is None:
+            return await self._from_anybody(digest, n_bytes, offerer)
+        await asyncio.wait({early}, timeout=self._patience.limit_s)
+        if not early.done():
+            self._patience.ran_out()
+        elif _has_succeeded(early):
+            return early.result()
+        return await self._race(early, _quiet(self._from_anybody(digest, n_bytes, offerer)))
+
+    async def _race(self, early: asyncio.Task[bytes], other: asyncio.Task[bytes]) -> bytes:
+        """What comes first; the reason of `other` if both fail."""
+        racers = {early, other}
+        try:
+            while racers:
+                done, racers = await asyncio.wait(racers, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if _has_succeeded(task):
+                        return task.result()
+            return other.result()
+        finally:
+            early.cancel()
+            other.cancel()
+
+    async def _from_anybody(self, digest: bytes, n_bytes: int, offerer: str | None) -> bytes:
+        """The coordinator, then every member in turn; again while the coordinator may come back."""
+        refused, pause_s, why = 0, _RETRY_S, ""
+        while True:
+            try:
+                return await self._sources.from_coordinator(digest, n_bytes)
+            except (NotServed, Lied) as e:
+                refused, why = refused + 1, str(e)
+            except SwarmUnreachable as e:
+                why = str(e)
+            for holder in self._sources.members(offerer):
+                try:
+                    return await self._sources.from_member(holder, digest, n_bytes)
+                except SwarmUnreachable:
+                    continue
+            if refused >= _REFUSALS:
+                raise SwarmUnreachable(f"nobody has the payload {digest.hex()[:16]} any more: {why}")
+            await asyncio.sleep(pause_s)
+            await self._sources.reconnected(_LAST_RETRY_S)
+            pause_s = min(2 * pause_s, _LAST_RETRY_S)
 
 
-class Published:
-    """What this node serves to members: a read-only shelf of its two newest blobs."""
+class Served:
+    """What members may fetch from this node: payloads that it has, and what is on its shelf."""
 
-    def __init__(self) -> None:
-        self._blobs: OrderedDict[bytes, bytes] = OrderedDict()
-
-    def add(self, blob: bytes) -> bytes:
-        digest = digest_of(blob)
-        self._blobs[digest] = blob
-        self._blobs.move_to_end(digest)
-        while len(self._blobs) > _KEPT_PUBLISHED:
-            self._blobs.popitem(last=False)
-        return digest
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+        self.shelf: Shelf | None = None
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
-        blob = self._blobs[digest]
-        return BytesIO(blob), len(blob)
+        payload, shelf = self._kept.get(digest), self.shelf
+        if payload is not None:
+            return BytesIO(payload), len(payload)
+        if shelf is None:
+            raise KeyError(digest.hex())
+        return shelf.open(digest)
+
+    def purpose(self, digest: bytes) -> Purpose:
+        return "payload" if digest in self._kept else "snapshot"
 
     def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
         raise BadMessage(f"a node stores no blob of others ({digest.hex()[:16]}, {n_bytes} bytes)")
@@ -113,7 +259,12 @@ class Published:
         raise AssertionError("nothing is ever stored here")
 
 
-def _look(task: asyncio.Future[bytes]) -> None:
-    """A download that nobody asked for yet may fail: whoever asks starts another one."""
-    if not task.cancelled():
-        task.exception()
+def _quiet(work: Coroutine[Any, Any, bytes]) -> asyncio.Task[bytes]:
+    """A fetch that nobody may ever ask for: its failure is not worth a word."""
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+    return task
+
+
+def _has_succeeded(task: asyncio.Task[bytes]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None

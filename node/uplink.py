@@ -8,7 +8,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -24,6 +24,8 @@ from thinwire.coordinator.identity import is_signed_by
 from thinwire.coordinator.messages import (
     PROTOCOL_VERSION,
     BadMessage,
+    Commit,
+    Follow,
     Heartbeat,
     Hello,
     Message,
@@ -32,12 +34,16 @@ from thinwire.coordinator.messages import (
     digest_of,
 )
 from thinwire.coordinator.p2p import Host, StreamHandler, start_p2p
+from thinwire.coordinator.patience import Patience
 from thinwire.coordinator.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream
 from thinwire.coordinator.ticket import Ticket
 
 _log = logging.getLogger("thinwire.link")
 
 DIAL_TIMEOUT_S = 10.0
+QUICK_DIAL_S = 2.0
+"""For other nodes, once it is known how quickly they answer."""
+
 ANSWER_TIMEOUT_S = 15.0
 """Without a byte for this long, a coordinator that was just reached counts as not answering."""
 
@@ -69,11 +75,13 @@ class Hooks:
 
     head: Callable[[], tuple[int | None, bytes | None]]
     """The last commit that is known, for Hello."""
+    missing: Callable[[int, int], Iterator[Commit]]
+    """Commits after the one round up to the other: for a coordinator that has lost them."""
     greeting: Callable[[], list[Message]]
     """What a new session has to hear: state, what is followed, what was not yet acknowledged."""
     connected: Callable[[Welcome], None]
     received: Callable[[Message], Awaitable[None]]
-    """Raises LedgerCorrupt or BadMessage. May take its time: nothing more is read meanwhile."""
+    """Raises LedgerCorrupt or BadMessage."""
     beat: Callable[[], Heartbeat]
     last_heard_s: Callable[[], float]
     """When other streams last brought bytes from the coordinator."""
@@ -98,8 +106,8 @@ class Uplink:
         self._host: Host | None = None
         self._stream: Stream | None = None
         self._keeper: asyncio.Task[None] | None = None
-        self._is_held = False
         self._retry_s = FIRST_RETRY_S
+        self._dial_patience = Patience(floor_s=QUICK_DIAL_S, ceiling_s=DIAL_TIMEOUT_S)
         self.is_up = asyncio.Event()
         self.was_read = asyncio.Event()
         """Set by the link: the coordinator has answered that this node leaves."""
@@ -127,8 +135,15 @@ class Uplink:
         """A stream to another node. Raises SwarmUnreachable."""
         if self._host is None:
             raise SwarmUnreachable("there is no connection to the swarm")
-        await self._host.dial(peer_id, addresses, DIAL_TIMEOUT_S)
-        reader, writer = await self._host.open_stream(peer_id, protocol, DIAL_TIMEOUT_S)
+        began_s, limit_s = time.monotonic(), self._dial_patience.limit_s
+        try:
+            await self._host.dial(peer_id, addresses, limit_s)
+            reader, writer = await self._host.open_stream(peer_id, protocol, limit_s)
+        except SwarmUnreachable:
+            if time.monotonic() - began_s >= limit_s:
+                self._dial_patience.ran_out()
+            raise
+        self._dial_patience.took(time.monotonic() - began_s)
         return Stream(reader, writer, self._meter)
 
     async def close(self, *, say_goodbye: bool = True) -> None:
@@ -164,7 +179,10 @@ class Uplink:
                     agent=_AGENT,
                 )
             )
-            welcome = _checked(self._ticket, await _answer(stream))
+            answer = await _answer(stream)
+            if isinstance(answer, Follow) and head_round is not None:
+                answer = await self._return_commits(stream, answer.after, head_round)
+            welcome = _checked(self._ticket, answer)
         except (OSError, EOFError) as e:
             stream.abort()
             raise SwarmUnreachable(f"the coordinator closed the connection at once ({e})") from e
@@ -172,6 +190,25 @@ class Uplink:
             stream.abort()
             raise
         return stream, welcome
+
+    async def _return_commits(self, stream: Stream, after: int, head: int) -> Message:
+        """The coordinator was restored from an older copy: sends what it has lost; returns its answer."""
+        text = (
+            f"the coordinator has lost rounds {after + 1} to {head}: giving them back from this node's copy"
+        )
+        self._hooks.tell(text, True)
+
+        async def send() -> None:
+            for commit in self._hooks.missing(after, head):
+                await stream.send_message(commit)
+                stream.heard_s = time.monotonic()  # it is silent while it takes what is sent
+
+        sending = asyncio.create_task(send())
+        try:
+            return await _answer(stream)  # a refusal may come before everything is sent
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
 
     async def _living_host(self) -> Host:
         if self._host is not None and self._host.died.is_set():
@@ -198,7 +235,7 @@ class Uplink:
 
     async def _session(self, stream: Stream, welcome: Welcome) -> str:
         """One session from its Welcome to its end; returns why it ended. Raises what no retry can mend."""
-        self._stream, self._is_held = stream, False
+        self._stream = stream
         began_s = time.monotonic()
         self._queue.clear()
         self._hooks.connected(welcome)
@@ -262,10 +299,7 @@ class Uplink:
             message = await stream.receive_message(FROM_COORDINATOR)
             if isinstance(message, Refused):
                 raise _refusal(message)
-            self._is_held = True  # silence is this node's own doing while it cannot take more
             await self._hooks.received(message)
-            self._is_held = False
-            stream.heard_s = time.monotonic()
 
     async def _write(self, stream: Stream) -> None:
         while True:
@@ -284,7 +318,7 @@ class Uplink:
             if now_s - before_s > heartbeat_s + _PAUSE_S:
                 stream.heard_s = now_s  # this process was stopped: it says nothing about the coordinator
             silent_s = now_s - max(stream.heard_s, self._hooks.last_heard_s())
-            if silent_s > limit_s and not self._is_held:
+            if silent_s > limit_s:
                 raise SwarmUnreachable(f"silent for {silent_s:.0f} s")
             self.post(self._hooks.beat())
 
