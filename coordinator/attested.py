@@ -43,6 +43,14 @@ class Snapshots:
         if body.snapshots:
             self._forget()
 
+    def is_known(self, round_: int) -> bool:
+        """Whether reports on this round count: it is committed, and not forgotten yet."""
+        return round_ in self._n_counted
+
+    def reported(self, peer: int, round_: int) -> tuple[bytes, int] | None:
+        """Manifest and size that the peer reported last."""
+        return self._reported.get(round_, {}).get(peer)
+
     def attested(self) -> list[Attested]:
         """The newest ones, in the order of their rounds. One for each round: if two manifests of a round were
         both reported twice, the one with more peers (then the smaller digest) is meant."""

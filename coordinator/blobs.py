@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,19 +14,15 @@ from blake3 import blake3
 from thinwire.coordinator.files import sync_folder
 from thinwire.coordinator.messages import BadMessage
 
-log = logging.getLogger("thinwire.coordinator")
-
-PROTECTED_ROUNDS = 64
-"""Payloads of this many newest rounds are never pruned: a node may still be catching up."""
-
 
 @dataclass(slots=True)
 class _Blob:
     n_bytes: int
-    age: int
-    """Orders blobs from the oldest on."""
-    round: int | None = None
     is_pinned: bool = False
+    offered: int | None = None
+    """The newest round in which it was uploaded or offered, until that is long over."""
+    counted: int | None = None
+    """The newest round whose commit names it, until that is released."""
 
 
 class BlobWriter:
@@ -61,7 +56,7 @@ class BlobWriter:
 
 
 class BlobStore:
-    """At most `quota_bytes`, except for what is pinned or belongs to the newest rounds.
+    """Keeps everything until it is released; `quota_bytes` is what the operator would like it to stay below.
 
     Not thread-safe: callers serialise. Half-written files of an earlier process are removed.
     """
@@ -69,13 +64,15 @@ class BlobStore:
     def __init__(self, path: Path, quota_bytes: int) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._quota_bytes = quota_bytes
+        self.quota_bytes = quota_bytes
         self._blobs: dict[bytes, _Blob] = {}
-        self._newest_round = 0
-        self._scan()
-        self._ages = count(len(self._blobs))
+        # By round; rounds are marked in ascending order, so the oldest stand first.
+        self._offered: dict[int, set[bytes]] = {}
+        self._counted: dict[int, set[bytes]] = {}
         self._asides = count()
+        self._scan()
         self.n_bytes = sum(blob.n_bytes for blob in self._blobs.values())
+        self.pinned_bytes = 0
 
     def put(self, digest: bytes, data: bytes | Iterable[bytes]) -> int:
         """Stores a blob and returns its size. Raises BadMessage if the bytes do not fit the digest."""
@@ -101,7 +98,7 @@ class BlobStore:
         return None if blob is None else blob.n_bytes
 
     def open(self, digest: bytes) -> BinaryIO:
-        """For reading in chunks; stays readable if the blob is pruned meanwhile. Raises KeyError."""
+        """For reading in chunks; stays readable if the blob is deleted meanwhile. Raises KeyError."""
         if digest not in self._blobs:
             raise KeyError(digest.hex())
         return self._file(digest).open("rb")
@@ -112,15 +109,47 @@ class BlobStore:
             return f.read()
 
     def pin(self, digest: bytes) -> None:
-        """The run's own: base weights, held-out text. Never pruned. Raises KeyError."""
-        self._blobs[digest].is_pinned = True
+        """The run's own: base weights, held-out text. Never released. Raises KeyError."""
+        blob = self._blobs[digest]
+        self.pinned_bytes += 0 if blob.is_pinned else blob.n_bytes
+        blob.is_pinned = True
 
-    def mark(self, digest: bytes, round_: int) -> None:
-        """The blob is a payload of this round; does nothing if it is not here."""
-        self._newest_round = max(self._newest_round, round_)
+    def mark_offered(self, digest: bytes, round_: int) -> None:
+        """The blob may become a payload of this round; does nothing if it is not here."""
         blob = self._blobs.get(digest)
-        if blob is not None:
-            blob.round = round_ if blob.round is None else max(blob.round, round_)
+        if blob is not None and (blob.offered is None or blob.offered < round_):
+            _move(self._offered, digest, blob.offered, round_)
+            blob.offered = round_
+
+    def mark_counted(self, digest: bytes, round_: int) -> None:
+        """The commit of this round names the blob; does nothing if it is not here."""
+        blob = self._blobs.get(digest)
+        if blob is not None and (blob.counted is None or blob.counted < round_):
+            _move(self._counted, digest, blob.counted, round_)
+            blob.counted = round_
+
+    def mark_rest(self, round_: int) -> None:
+        """Whatever nobody has marked or pinned was uploaded for this round, before a restart."""
+        for digest, blob in self._blobs.items():
+            if not blob.is_pinned and blob.offered is None and blob.counted is None:
+                self.mark_offered(digest, round_)
+
+    def release(self, *, counted_to: int, offered_to: int) -> int:
+        """Deletes what was counted up to the one round and offered up to the other, and not later.
+
+        Returns the newest counted round that was released now, 0 for none.
+        """
+        newest = 0
+        for round_ in _up_to(self._counted, counted_to):
+            newest = max(newest, round_)
+            for digest in self._counted.pop(round_):
+                self._blobs[digest].counted = None
+                self._delete_if_free(digest)
+        for round_ in _up_to(self._offered, offered_to):
+            for digest in self._offered.pop(round_):
+                self._blobs[digest].offered = None
+                self._delete_if_free(digest)
+        return newest
 
     def adopt(self, digest: bytes, aside: Path, n_bytes: int) -> None:
         """A finished, verified file becomes a blob."""
@@ -129,41 +158,38 @@ class BlobStore:
             return
         aside.rename(self._file(digest))
         sync_folder(self._path)
-        self._blobs[digest] = _Blob(n_bytes, next(self._ages))
+        self._blobs[digest] = _Blob(n_bytes)
         self.n_bytes += n_bytes
-        self._prune(keep=digest)
 
-    def _prune(self, keep: bytes) -> None:
-        protected_from = self._newest_round - PROTECTED_ROUNDS + 1
-        free = sorted(
-            (blob.age, digest)
-            for digest, blob in self._blobs.items()
-            if not blob.is_pinned and digest != keep and (blob.round is None or blob.round < protected_from)
-        )
-        for _, digest in free:
-            if self.n_bytes <= self._quota_bytes:
-                return
-            self._file(digest).unlink()
-            self.n_bytes -= self._blobs.pop(digest).n_bytes
-        if self.n_bytes > self._quota_bytes:
-            log.warning(
-                "blobs take %d bytes, over the quota of %d: the newest %d rounds are kept whole",
-                *(self.n_bytes, self._quota_bytes, PROTECTED_ROUNDS),
-            )
+    def _delete_if_free(self, digest: bytes) -> None:
+        blob = self._blobs[digest]
+        if blob.is_pinned or blob.offered is not None or blob.counted is not None:
+            return
+        self._file(digest).unlink(missing_ok=True)
+        del self._blobs[digest]
+        self.n_bytes -= blob.n_bytes
 
     def _file(self, digest: bytes) -> Path:
         return self._path / digest.hex()
 
     def _scan(self) -> None:
-        found = []
         for entry in self._path.iterdir():
             if entry.suffix == ".part":
                 entry.unlink()
             elif _is_digest(entry.name):
-                stat = entry.stat()
-                found.append((stat.st_mtime_ns, entry.name, stat.st_size))
-        for age, (_, name, n_bytes) in enumerate(sorted(found)):
-            self._blobs[bytes.fromhex(name)] = _Blob(n_bytes, age)
+                self._blobs[bytes.fromhex(entry.name)] = _Blob(entry.stat().st_size)
+
+
+def _move(index: dict[int, set[bytes]], digest: bytes, old: int | None, new: int) -> None:
+    if old is not None:
+        index[old].discard(digest)
+        if not index[old]:
+            del index[old]
+    index.setdefault(new, set()).add(digest)
+
+
+def _up_to(index: dict[int, set[bytes]], round_: int) -> list[int]:
+    return list(takewhile(lambda marked: marked <= round_, index))
 
 
 def _is_digest(name: str) -> bool:

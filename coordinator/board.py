@@ -12,6 +12,8 @@ from typing import Any
 from thinwire.coordinator.messages import CommitBody, Heartbeat
 
 KEPT_FINGERPRINTS = 64
+"""Reported rounds that are remembered."""
+
 RECENT_ROUNDS = 16
 
 
@@ -50,6 +52,7 @@ class Board:
     durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
     _beats: dict[int, Heartbeat] = field(default_factory=dict)
     _fingerprints: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    """Round -> peer -> the last one that it reported."""
 
     def peer(self, index: int) -> PeerFigures:
         return self.peers.setdefault(index, PeerFigures())
@@ -96,20 +99,21 @@ class Board:
         peer.payload_bytes += max(0, beat.payload_bytes - last.payload_bytes)
 
     def fingerprint(self, index: int, round_: int, value: bytes) -> set[int]:
-        """Notes what a peer reports; returns the peers that reported another one for the same round."""
+        """Notes what a peer reports, in place of what it reported before on the same round.
+
+        Returns the peers that reported another one; none if the peer has only said the same again.
+        """
         peer = self.peer(index)
         if peer.fingerprint_round is None or round_ >= peer.fingerprint_round:
             peer.fingerprint, peer.fingerprint_round = value, round_
         reports = self._fingerprints.setdefault(round_, {})
+        is_news = reports.get(index) != value
         reports[index] = value
         for old in sorted(self._fingerprints)[:-KEPT_FINGERPRINTS]:
             del self._fingerprints[old]
-        others = {p for p, reported in reports.items() if reported != value}
+        others = {p for p, reported in reports.items() if reported != value} if is_news else set[int]()
         self.mismatches += bool(others)
         return others
-
-    def has_reported(self, index: int, round_: int, value: bytes) -> bool:
-        return self._fingerprints.get(round_, {}).get(index) == value
 
     @property
     def round_s(self) -> float | None:

@@ -9,6 +9,10 @@ from thinwire.compression.errors import LedgerCorrupt
 from thinwire.coordinator.messages import BadMessage, Commit
 
 
+class Forked(LedgerCorrupt):
+    """A commit with the right round and signature that follows another record than the one that is known."""
+
+
 class Chain:
     """Follows the commits of one run from any round on.
 
@@ -22,7 +26,7 @@ class Chain:
         self.digest = digest
 
     def check(self, commit: Commit) -> None:
-        """Accepts the next commit, or raises LedgerCorrupt and stays where it was."""
+        """Accepts the next commit, or raises LedgerCorrupt (Forked, if that is it) and stays where it was."""
         wanted = self.round + 1
         try:
             self._public_key.verify(commit.signature, commit.record)
@@ -34,5 +38,5 @@ class Chain:
         if body.round != wanted:
             raise LedgerCorrupt(f"record {wanted}: it says that it is round {body.round}")
         if self.digest is not None and body.parent != self.digest:
-            raise LedgerCorrupt(f"record {wanted}: it does not follow record {self.round}")
+            raise Forked(f"record {wanted}: it does not follow record {self.round}")
         self.round, self.digest = wanted, commit.digest

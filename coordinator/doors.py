@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from thinwire.compression.errors import (
     ConfigError,
@@ -25,6 +25,7 @@ from thinwire.compression.errors import (
     SwarmUnreachable,
     ThinwireError,
 )
+from thinwire.coordinator.adoption import adopt
 from thinwire.coordinator.blob_streams import Sink, serve_blobs
 from thinwire.coordinator.blobs import BlobStore, BlobWriter
 from thinwire.coordinator.messages import (
@@ -37,13 +38,25 @@ from thinwire.coordinator.messages import (
     NodeState,
     Refused,
     State,
+    Welcome,
 )
 from thinwire.coordinator.p2p import Host, StreamHandler
 from thinwire.coordinator.service import Service
 from thinwire.coordinator.sessions import Session
-from thinwire.coordinator.streams import BLOB, FROM_NODE, SESSION, STATUS, BadFrame, Kind, Meter, Stream
+from thinwire.coordinator.streams import (
+    BLOB,
+    FROM_NODE,
+    SESSION,
+    STATUS,
+    BadFrame,
+    Kind,
+    Meter,
+    Stream,
+)
 
 _log = logging.getLogger("thinwire.coordinator")
+
+T = TypeVar("T")
 
 HELLO_TIMEOUT_S = 10.0
 STATUS_IDLE_S = 120.0
@@ -61,6 +74,7 @@ _TOKEN_BYTES = 200
 _REPLACED = (
     "another node with this identity has joined: every node needs a --state directory of its own, or none"
 )
+_ADOPTED = "the coordinator gets commits back from a node, after it was restored from an older copy"
 
 
 class Doors:
@@ -85,6 +99,8 @@ class Doors:
         self._changed, self._failed, self._status = changed, failed, status
         self._sessions: dict[str, Session] = {}
         self._numbers = count(1)
+        self._opening = asyncio.Lock()
+        """Held while one node is let in: the others wait for what it may have to give back."""
         self._strangers: Counter[str] = Counter()
         self._blob_streams: Counter[str] = Counter()
 
@@ -155,19 +171,14 @@ class Doors:
             self._strangers -= Counter((peer_id,))
 
     async def _serve_session(self, peer_id: str, stream: Stream) -> None:
-        number = next(self._numbers)
         with self._stranger(peer_id):
-            try:
-                async with asyncio.timeout(HELLO_TIMEOUT_S):
-                    hello = await stream.receive_message(FROM_NODE)
-                if not isinstance(hello, Hello):
-                    raise BadFrame("hello", f"a session starts with Hello, not {type(hello).__name__}")
-                welcome = self._service.open(peer_id, number, hello, time.monotonic())
-            except ThinwireError as e:
-                await _refuse(stream, e)
-                if isinstance(e, BadMessage):
-                    raise
-                return
+            hello = await _or_refused(stream, self._receive_hello(stream))
+        if hello is None:
+            return
+        opened = await _or_refused(stream, self._let_in(peer_id, stream, hello))
+        if opened is None:
+            return
+        number, welcome = opened
         old = self._sessions.get(peer_id)
         if old is not None:
             old.end(Refused(error="ConfigError", text=_REPLACED))
@@ -189,6 +200,30 @@ class Doors:
             self._service.closed(peer_id, number, time.monotonic())
             self._changed()
 
+    async def _receive_hello(self, stream: Stream) -> Hello:
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            hello = await stream.receive_message(FROM_NODE)
+        if not isinstance(hello, Hello):
+            raise BadFrame("hello", f"a session starts with Hello, not {type(hello).__name__}")
+        self._service.lacks(hello)
+        return hello
+
+    async def _let_in(self, peer_id: str, stream: Stream, hello: Hello) -> tuple[int, Welcome]:
+        """The session's number, and what to say first. Raises ThinwireError or OSError."""
+        async with self._opening:
+            if self._service.lacks(hello):
+                try:
+                    await adopt(self._service, stream, hello, self._end_all)
+                finally:
+                    self._changed()
+            number = next(self._numbers)
+            return number, self._service.open(peer_id, number, hello, time.monotonic())
+
+    def _end_all(self) -> None:
+        """There are adopted commits: every node that is here has to come anew."""
+        for session in self._sessions.values():
+            session.end(Refused(error="SwarmUnreachable", text=_ADOPTED))
+
     async def _write(self, session: Session, welcome: Message) -> None:
         """The session's sending half; when it cannot go on, the receiving half ends too."""
         try:
@@ -206,6 +241,8 @@ class Doors:
                 message = await session.stream.receive_message(FROM_NODE)
             except EOFError:
                 return
+            if session.is_ending:
+                continue  # nobody answers any more, but the node has not read why yet
             if isinstance(message, Follow):
                 session.follow(message.after)
             else:
@@ -297,6 +334,17 @@ def _disk() -> Iterator[None]:
         raise BadMessage("the coordinator cannot store payloads: its disk is full or broken") from e
 
 
+async def _or_refused(stream: Stream, opening: Awaitable[T]) -> T | None:
+    """What it returns; None: the node was told why it is not let in. A BadMessage is raised after that."""
+    try:
+        return await opening
+    except ThinwireError as e:
+        await _refuse(stream, e)
+        if isinstance(e, BadMessage):
+            raise
+        return None
+
+
 async def _refuse(stream: Stream, error: ThinwireError) -> None:
     with contextlib.suppress(OSError):
         await stream.send_message(_refusal(error))
@@ -304,5 +352,5 @@ async def _refuse(stream: Stream, error: ThinwireError) -> None:
 
 
 def _refusal(error: ThinwireError) -> Refused:
-    known = isinstance(error, ConfigError | Incompatible | LedgerCorrupt)
+    known = isinstance(error, ConfigError | Incompatible | LedgerCorrupt | SwarmUnreachable)
     return Refused(error=type(error).__name__ if known else "BadMessage", text=str(error)[:2000])

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TypeVar
 
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
-from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.ledger import REPAIR_FORK, Ledger
 from thinwire.coordinator.messages import INLINE_BYTES, PROTOCOL_VERSION, BadMessage, Hello, Offer, digest_of
 
 UPLOADS_PER_ROUND = 4
@@ -34,7 +34,7 @@ class Gate:
         return error
 
     def check_hello(self, hello: Hello) -> None:
-        """Raises ConfigError (token), Incompatible (version, run), LedgerCorrupt (head not on the chain)."""
+        """Raises ConfigError (token) or Incompatible (version, run)."""
         if not hmac.compare_digest(hello.token.encode(), self._token):
             raise self.refused("token", ConfigError("the ticket's token is wrong: ask for a new ticket"))
         if hello.version != PROTOCOL_VERSION:
@@ -44,9 +44,9 @@ class Gate:
         if hello.run_id != ours:
             text = f"the ticket is for run {hello.run_id.hex()[:16]}, this is run {ours.hex()[:16]}"
             raise self.refused("run", Incompatible(f"{text}: ask for a new ticket"))
-        self._check_head(hello)
 
-    def _check_head(self, hello: Hello) -> None:
+    def check_head(self, hello: Hello) -> None:
+        """Raises LedgerCorrupt: the node's head is not on the chain."""
         if hello.head_round is None:
             return
         ours = self._ledger.digest_at(hello.head_round)
@@ -55,6 +55,8 @@ class Gate:
         text = f"the node's round {hello.head_round} is not on the coordinator's ledger"
         if ours is None:
             text += f", which ends with round {self._ledger.head_round}: was it restored from an older copy?"
+        else:
+            text += f", where another record has its place. {REPAIR_FORK}"
         raise self.refused("head", LedgerCorrupt(text))
 
     def check_room(self, n_present: int) -> None:

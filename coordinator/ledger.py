@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
-from thinwire.coordinator.chain import Chain
+from thinwire.coordinator.chain import Chain, Forked
 from thinwire.coordinator.files import sync_folder
 from thinwire.coordinator.messages import (
     MAX_PEERS,
@@ -43,7 +43,7 @@ class Ledger:
     def __init__(self, db: sqlite3.Connection, path: Path, public_key: Ed25519PublicKey) -> None:
         """Use `create` or `open`."""
         self._db = db
-        self._path = path
+        self._path, self._public_key = path, public_key
         record, self.genesis_signature = self._genesis(public_key)
         self.genesis_record: bytes = record
         self.genesis: GenesisBody = decode_record(GenesisBody, record)
@@ -108,6 +108,50 @@ class Ledger:
         self.head_round, self.head_digest = body.round, commit.digest
         self._committed.update(admission.index for admission in body.admitted)
         return commit
+
+    def adopt(self, commits: Sequence[Commit]) -> None:
+        """Takes back the next commits, which this coordinator signed and has lost; all of them, or none.
+
+        Admissions that no commit carries are forgotten: they may contradict those that did happen. Raises
+        BadMessage (not of this coordinator, not the next ones) or LedgerCorrupt (another chain: a fork).
+        """
+        chain = Chain(self._public_key, self.head_round, self.head_digest)
+        n_admitted = len(self._committed)
+        with self._db:
+            self._db.execute("DELETE FROM admission WHERE idx >= ?", (n_admitted,))
+            for commit in commits:
+                self._check_next(chain, commit)
+                self._db.execute(
+                    "INSERT INTO record VALUES (?, ?, ?, ?)",
+                    (chain.round, commit.record, commit.signature, commit.digest),
+                )
+                for admission in commit.body.admitted:
+                    self._readmit(admission, n_admitted, chain.round)
+                    n_admitted += 1
+        self.head_round, self.head_digest = chain.round, chain.digest or self.run_id
+        self._committed = set(range(n_admitted))
+        self._peer_ids = self._admissions()
+        self._indices = {peer_id: index for index, peer_id in self._peer_ids.items()}
+
+    def _check_next(self, chain: Chain, commit: Commit) -> None:
+        try:
+            chain.check(commit)
+        except Forked:
+            n = chain.round
+            raise LedgerCorrupt(
+                f"round {n + 1} of the node follows another round {n} than the coordinator has. {REPAIR_FORK}"
+            ) from None
+        except LedgerCorrupt as e:
+            raise BadMessage(f"a commit was given back, but {e}") from e
+
+    def _readmit(self, admission: Admission, index: int, round_: int) -> None:
+        try:
+            if admission.index != index:
+                raise ValueError(f"peer {index} would be the next")
+            self._db.execute("INSERT INTO admission VALUES (?, ?)", (index, admission.peer_id))
+        except (ValueError, sqlite3.IntegrityError) as e:
+            text = f"record {round_}: it admits {admission.peer_id} as peer {admission.index}"
+            raise LedgerCorrupt(f"{text}, which does not fit the records before it: {e}") from e
 
     def commits(self, after: int, limit: int) -> list[Commit]:
         """At most `limit` commits from round `after` + 1 on."""
@@ -239,3 +283,10 @@ class Ledger:
 
 
 _REPAIR_FILE = "Restore the state directory from a copy."
+
+REPAIR_FORK = (
+    "The coordinator was restored from an older copy of its state directory and went on without this node's "
+    "rounds. Stop the coordinator and restore a copy from before it was restored, or a newer one: nodes give "
+    "back the rounds after it. Or give up this node's rounds: start it with an empty --state directory."
+)
+"""Two records of one round, both signed by this coordinator."""

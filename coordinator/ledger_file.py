@@ -51,7 +51,7 @@ _PIECE_BYTES: Final = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a verified file holds. `reports`: round -> (peer id, fingerprint) as its peers reported them."""
+    """What a verified file holds. `reports`: round -> (peer id, fingerprint); the last one of each peer."""
 
     run_id: bytes
     rounds: int
@@ -163,7 +163,9 @@ class LedgerFile:
 
     def _check_peers(self, body: CommitBody) -> None:
         self.peers.update({a.index: a.peer_id for a in body.admitted})
-        named = {offer.peer for offer in body.offers} | {report.peer for report in body.reports}
+        named = (
+            {o.peer for o in body.offers} | {r.peer for r in body.reports} | {s.peer for s in body.snapshots}
+        )
         for peer in sorted(named - self.peers.keys()):
             raise LedgerCorrupt(f"record {body.round}: it names peer {peer}, whom no record admits")
 
@@ -204,17 +206,17 @@ def check(path: Path) -> Summary:
     """Verifies a whole file. Raises LedgerCorrupt that names the first bad record."""
     with open_ledger(path) as ledger:
         rounds = 0
-        reports: dict[int, list[tuple[str, bytes]]] = defaultdict(list)
+        reports: dict[int, dict[str, bytes]] = defaultdict(dict)
         for commit in ledger.commits():
             rounds = commit.body.round
             for report in commit.body.reports:
-                reports[report.round].append((ledger.peers[report.peer], report.fingerprint))
+                reports[report.round][ledger.peers[report.peer]] = report.fingerprint
         return Summary(
             ledger.run_id,
             rounds,
             ledger.n_blobs,
             ledger.n_bytes,
-            {round_: tuple(entries) for round_, entries in reports.items()},
+            {round_: tuple(by_peer.items()) for round_, by_peer in reports.items()},
         )
 
 

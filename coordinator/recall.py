@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from thinwire.compression.errors import ConfigError
-from thinwire.coordinator.blobs import PROTECTED_ROUNDS, BlobStore
+from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.board import Board
+from thinwire.coordinator.keeper import Keeper
 from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.messages import CommitBody
 from thinwire.coordinator.reports import Reports
 
 RECALLED_COMMITS = 3
@@ -24,7 +24,7 @@ class Recalled:
     resting: int | None
 
 
-def recall(ledger: Ledger, blobs: BlobStore, board: Board, reports: Reports) -> Recalled:
+def recall(ledger: Ledger, blobs: BlobStore, board: Board, keeper: Keeper, reports: Reports) -> Recalled:
     """Reads the whole ledger once. Raises ConfigError if a blob of the run's own is not in the store."""
     training: set[int] = set()
     evaluator = resting = None
@@ -34,8 +34,7 @@ def recall(ledger: Ledger, blobs: BlobStore, board: Board, reports: Reports) -> 
         reports.recall(body)
         if body.round > ledger.head_round - RECALLED_COMMITS:
             training.update(offer.peer for offer in body.offers)
-        if body.round > ledger.head_round - PROTECTED_ROUNDS:
-            _mark(blobs, body)
+        keeper.recall(body)
         resting = body.evaluator
         evaluator = evaluator if resting is None else resting
     for ref in (ledger.genesis.base, ledger.genesis.held_out, ledger.genesis.corpus):
@@ -44,10 +43,5 @@ def recall(ledger: Ledger, blobs: BlobStore, board: Board, reports: Reports) -> 
         if ref.digest not in blobs:
             raise ConfigError(f"blob {ref.digest.hex()} of the run is missing: put it into the blob store")
         blobs.pin(ref.digest)
+    keeper.recalled(ledger.head_round)
     return Recalled(frozenset(training), evaluator, resting)
-
-
-def _mark(blobs: BlobStore, body: CommitBody) -> None:
-    for offer in body.offers:
-        if offer.digest is not None:
-            blobs.mark(offer.digest, body.round)

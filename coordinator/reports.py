@@ -1,4 +1,4 @@
-"""What nodes report after a round: fingerprints, held-out losses, and that they have the last commit."""
+"""What nodes report after a round: fingerprints, snapshots, held-out losses; and who has the last commit."""
 
 from __future__ import annotations
 
@@ -6,25 +6,43 @@ import logging
 import math
 from collections import Counter
 
-from thinwire.coordinator.board import Board
+from thinwire.coordinator.attested import Snapshots
+from thinwire.coordinator.board import KEPT_FINGERPRINTS, Board
 from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.messages import MAX_PEERS, CommitBody, Report, ReportEntry
+from thinwire.coordinator.messages import MAX_PEERS, CommitBody, Report, ReportEntry, SnapshotEntry
+from thinwire.coordinator.settings import RunSection
 
 log = logging.getLogger("thinwire.coordinator")
 
 PER_COMMIT = 4
 """Fingerprints of one peer that a commit takes up."""
 
+SNAPSHOTS_PER_COMMIT = 2
+"""Snapshots of one peer that a commit takes up."""
+
+PER_ROUND = 8
+"""Different things that one peer may report about one round: its own fingerprint, a checked one, ..."""
+
+Said = tuple[bytes, bool]
+"""A fingerprint, and whether it was checked."""
+
 
 class Reports:
-    """Of one run. Fingerprints wait here for the next commit; held-out losses go to the ledger's file."""
+    """Of one run. Fingerprints and snapshots wait here for the next commit; held-out losses go to the file.
 
-    def __init__(self, ledger: Ledger, board: Board, rejected: Counter[str], last_round: int) -> None:
-        self._ledger, self._board, self._rejected = ledger, board, rejected
-        self._last_round = last_round
+    What a node sends again after a reconnect is known already, also after a restart.
+    """
+
+    def __init__(
+        self, ledger: Ledger, board: Board, snapshots: Snapshots, rejected: Counter[str], run: RunSection
+    ) -> None:
+        self._ledger, self._board, self._snapshots = ledger, board, snapshots
+        self._rejected, self._run = rejected, run
         # By convention the first peer evaluates the model as it is before round 1.
         self._evaluators: dict[int, int] = {0: 0}
-        self._pending: list[ReportEntry] = []
+        self._said: dict[int, dict[int, list[Said]]] = {}
+        self._pending: dict[tuple[int, int], ReportEntry] = {}
+        self._pending_snapshots: dict[tuple[int, int], SnapshotEntry] = {}
         self.acknowledged: set[int] = set()
         """Peers that have the last commit; its evaluator also has to report the loss."""
 
@@ -37,34 +55,70 @@ class Reports:
         """An old commit, in order: shows again what had been reported."""
         self.committed(body)
         for entry in body.reports:
+            self._remember(entry.peer, entry.round, (entry.fingerprint, entry.checked))
             self._board.fingerprint(entry.peer, entry.round, entry.fingerprint)
 
-    def take(self) -> tuple[ReportEntry, ...]:
+    def take(self) -> tuple[tuple[ReportEntry, ...], tuple[SnapshotEntry, ...]]:
         """What the next commit carries."""
-        taken, self._pending = tuple(self._pending), []
+        taken = tuple(self._pending.values()), tuple(self._pending_snapshots.values())
+        self._pending, self._pending_snapshots = {}, {}
         return taken
 
     def note(self, peer: int, report: Report) -> set[int]:
         """Takes a report on a committed round; returns the peers whose fingerprints differ from this one."""
         differ: set[int] = set()
         if report.fingerprint is not None:
-            differ = self._note_fingerprint(peer, report.round, report.fingerprint)
+            differ = self._note_fingerprint(peer, report.round, (report.fingerprint, report.checked))
+        if report.snapshot is not None:
+            self._note_snapshot(peer, report.round, report.snapshot, report.snapshot_bytes)
         if report.held_out is not None:
             self._note_held_out(peer, report.round, report.held_out)
         evaluates = self._evaluators.get(report.round) == peer
-        if report.round == self._last_round and (report.held_out is not None or not evaluates):
+        if report.round == self._run.rounds and (report.held_out is not None or not evaluates):
             self.acknowledged.add(peer)
         return differ
 
-    def _note_fingerprint(self, peer: int, round_: int, value: bytes) -> set[int]:
-        if self._board.has_reported(peer, round_, value):
+    def _note_fingerprint(self, peer: int, round_: int, said: Said) -> set[int]:
+        if round_ % self._run.verify_every and round_ != self._run.rounds:
+            self._rejected["fingerprint"] += 1
             return set()
-        n_pending = sum(entry.peer == peer for entry in self._pending)
-        if n_pending >= PER_COMMIT or len(self._pending) >= PER_COMMIT * MAX_PEERS:
+        if len(self._said) >= KEPT_FINGERPRINTS and round_ < min(self._said):
+            return set()
+        before = self._said.get(round_, {}).get(peer, [])
+        if said in before:
+            return set()
+        n_pending = sum(entry.peer == peer for entry in self._pending.values())
+        is_full = n_pending >= PER_COMMIT or len(self._pending) >= PER_COMMIT * MAX_PEERS
+        if len(before) >= PER_ROUND or (is_full and (peer, round_) not in self._pending):
             self._rejected["too_many_reports"] += 1
             return set()
-        self._pending.append(ReportEntry(peer=peer, round=round_, fingerprint=value))
+        value, checked = said
+        self._pending[peer, round_] = ReportEntry(peer=peer, round=round_, fingerprint=value, checked=checked)
+        self._remember(peer, round_, said)
         return self._board.fingerprint(peer, round_, value)
+
+    def _remember(self, peer: int, round_: int, said: Said) -> None:
+        self._said.setdefault(round_, {}).setdefault(peer, []).append(said)
+        if len(self._said) > KEPT_FINGERPRINTS:
+            del self._said[min(self._said)]
+
+    def _note_snapshot(self, peer: int, round_: int, manifest: bytes, n_bytes: int | None) -> None:
+        if round_ == 0 or round_ % self._run.snapshot_every or n_bytes is None:
+            self._rejected["snapshot"] += 1
+            return
+        entry = SnapshotEntry(peer=peer, round=round_, manifest=manifest, n_bytes=n_bytes)
+        is_old_news = self._snapshots.reported(peer, round_) == (manifest, n_bytes)
+        if not self._snapshots.is_known(round_) or is_old_news:
+            return
+        n_pending = sum(pending.peer == peer for pending in self._pending_snapshots.values())
+        is_full = (
+            n_pending >= SNAPSHOTS_PER_COMMIT
+            or len(self._pending_snapshots) >= SNAPSHOTS_PER_COMMIT * MAX_PEERS
+        )
+        if is_full and (peer, round_) not in self._pending_snapshots:
+            self._rejected["too_many_reports"] += 1
+            return
+        self._pending_snapshots[peer, round_] = entry
 
     def _note_held_out(self, peer: int, round_: int, loss: float) -> None:
         if self._evaluators.get(round_) != peer or not math.isfinite(loss):

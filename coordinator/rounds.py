@@ -131,6 +131,8 @@ class Rounds:
         self.expected: set[int] = set()
         self.opened_s: float | None = None
         self.times = OfferTimes()
+        self.is_held = False
+        """While it is set no round closes, whatever comes in."""
         self._opening: frozenset[int] = frozenset()
         self._offers: dict[int, _Kept] = {}
         self._hung: set[int] = set()
@@ -177,7 +179,7 @@ class Rounds:
 
     def wake_s(self) -> float | None:
         """When the open round's limit is reached; None: only an event can change anything."""
-        if self.opened_s is None or not self._eligible():
+        if self.is_held or self.opened_s is None or not self._eligible():
             return None
         return self.opened_s + limit(self._policy, self.times, self.round).after_s
 
@@ -246,7 +248,7 @@ class Rounds:
 
     def _close_if_due(self, now_s: float) -> list[Action]:
         eligible = self._eligible()
-        if self.opened_s is None or not eligible:
+        if self.is_held or self.opened_s is None or not eligible:
             return []
         missing = self.missing()
         if missing:

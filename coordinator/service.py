@@ -7,20 +7,20 @@ thread-safe: callers serialise with an event loop or a lock.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from thinwire.compression.errors import ConfigError
+from thinwire.compression.errors import ConfigError, LedgerCorrupt
 from thinwire.coordinator import membership as m
 from thinwire.coordinator import rounds as r
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.board import Board, finite
-from thinwire.coordinator.donors import Donors, Sends
 from thinwire.coordinator.gate import Gate
+from thinwire.coordinator.keeper import Keeper
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.messages import (
     BadMessage,
@@ -31,12 +31,13 @@ from thinwire.coordinator.messages import (
     Member,
     Members,
     Message,
+    NodeState,
     Notice,
     Offer,
+    Offered,
     OfferEntry,
     Report,
     State,
-    WantSnapshot,
     Welcome,
 )
 from thinwire.coordinator.notices import awaited
@@ -84,19 +85,28 @@ class Service:
         except InvalidSignature:
             raise ConfigError("this key is not the one that the run was started with") from None
         self._gate = Gate(ledger, token)
+        self._n_adopted = 0
+        self._start(now_s)
+
+    def _start(self, now_s: float) -> None:
+        """Everything that is derived from the ledger, and nothing that sessions have brought."""
+        ledger, run = self._ledger, self._settings.run
         self._board = Board(n_params=sum(prod(entry.shape) for entry in ledger.genesis.layout))
-        self._reports = Reports(ledger, self._board, self._gate.rejected, self._settings.run.rounds)
+        self._keeper = Keeper(self._blobs, run.snapshot_every, self._short)
+        self._reports = Reports(ledger, self._board, self._keeper.snapshots, self._gate.rejected, run)
         self._addresses: dict[int, tuple[str, ...]] = {}
         self._told: tuple[tuple[int, tuple[str, ...]], ...] = ()
         self._untold: set[int] = set()
+        self._newcomers: set[int] = set()
         self._offers: dict[int, Offer] = {}
         self._next_notice_s = now_s + FIRST_NOTICE_S
-        past = recall(ledger, blobs, self._board, self._reports)
+        self._gate.new_round()
+        past = recall(ledger, self._blobs, self._board, self._keeper, self._reports)
         self._members = m.Membership(self._settings.silence_s, past.training, now_s)
         self._rounds = r.Rounds(
-            n_rounds=self._settings.run.rounds,
-            min_peers=self._settings.run.min_peers,
-            eval_every=self._settings.run.eval_every,
+            n_rounds=run.rounds,
+            min_peers=run.min_peers,
+            eval_every=run.eval_every,
             policy=self._settings.policy.name,
             max_offers=ledger.genesis.limits.max_peers,
             head=ledger.head_round,
@@ -105,7 +115,6 @@ class Service:
             resting=past.resting,
             now_s=now_s,
         )
-        self._donors = Donors(self._members.training, ledger.peer_id)
         self._over_s: float | None = now_s if self._rounds.is_over else None
         self.finished = False
         """The last round is committed and every training peer has said that it has it, or time is up."""
@@ -119,8 +128,9 @@ class Service:
         not on the chain) or BadMessage (a session older than the open one).
         """
         self._gate.check_hello(hello)
+        self._gate.check_head(hello)
         known = self._ledger.index_of(peer_id)
-        present = {*self._members.alive(), *self._members.connected()}
+        present = self._present()
         if known not in present:
             self._gate.check_room(len(present))
         if known is not None and not self._members.is_newer(known, session):
@@ -129,8 +139,9 @@ class Service:
         if known is None:
             log.info("admitted %s as peer %d (%s)", peer_id, index, hello.agent)
         self._addresses[index] = hello.addresses
-        self._donors.forget(index)
         self._untold.add(index)
+        self._newcomers.add(index)
+        self._keeper.welcomed(index)
         self._next_notice_s = min(self._next_notice_s, now_s + FIRST_NOTICE_S)
         self._handle_member(m.SessionOpened(index, session), now_s)
         return Welcome(
@@ -138,12 +149,15 @@ class Service:
             signature=self._ledger.genesis_signature,
             head_round=self._ledger.head_round,
             head_digest=self._ledger.head_digest,
+            kept_from=self._keeper.kept_from,
             peer_index=index,
             heartbeat_s=self._settings.network.heartbeat_s,
         )
 
     def receive(self, peer_id: str, session: int, message: Message, now_s: float) -> None:
         """Raises BadMessage for what a peer must not send; frames of a replaced session are dropped."""
+        if self._n_adopted:
+            return
         index = self._ledger.index_of(peer_id)
         if index is None:
             raise self._gate.refused("not_admitted", BadMessage("no session is open"))
@@ -153,16 +167,14 @@ class Service:
         if not isinstance(message, State):
             self._handle_member(m.SignOfLife(index), now_s)
         match message:
-            case State(state=state):
-                self._handle_member(m.StateSaid(index, state), now_s)
+            case State(state=state, needs_after=needs_after):
+                self._said(index, state, needs_after, now_s)
             case Offer():
                 self._offered(index, message, now_s)
             case Report():
                 self._reported(index, message)
             case Heartbeat():
                 self._board.heartbeat(index, message)
-            case WantSnapshot():
-                self._send(self._donors.want(index, now_s))
             case _:
                 text = f"{type(message).__name__} is not for the coordinator"
                 raise self._gate.refused("wrong_message", BadMessage(text))
@@ -171,13 +183,46 @@ class Service:
         """The session's connection is over, for whatever reason."""
         index = self._ledger.index_of(peer_id)
         if index is not None and self._members.is_current(index, session):
-            self._donors.forget(index)
             self._handle_member(m.SessionClosed(index, session), now_s)
 
     def is_member(self, peer_id: str) -> bool:
         """Whether the peer is admitted and connected: others may serve it blobs."""
         index = self._ledger.index_of(peer_id)
         return index is not None and index in self._members.connected()
+
+    # ------------------------------------------------------------------------------------- lost commits
+
+    def lacks(self, hello: Hello) -> bool:
+        """Whether the node says that it has commits which this coordinator has lost: then they are to be
+        adopted before it is let in. Raises ConfigError or Incompatible."""
+        self._gate.check_hello(hello)
+        return hello.head_round is not None and hello.head_round > self._ledger.head_round
+
+    def hold(self) -> None:
+        """From now on no round closes, until `go_on`: a commit made now might have been made before."""
+        self._rounds.is_held = True
+
+    def adopt(self, commits: Sequence[Commit]) -> None:
+        """Takes back commits that follow the head; between `hold` and `go_on`. All of them, or none.
+
+        All sessions are over from then on: the caller ends them, so that their nodes come back. Raises
+        BadMessage (not this coordinator's, not the next ones) or LedgerCorrupt (a fork).
+        """
+        try:
+            self._ledger.adopt(commits)
+        except LedgerCorrupt as e:
+            raise self._gate.refused("fork", e) from e
+        except BadMessage as e:
+            raise self._gate.refused("adopt", e) from e
+        self._n_adopted += len(commits)
+
+    def go_on(self, now_s: float) -> None:
+        """Rounds close again. If there are adopted commits, it is as after a restart."""
+        n_adopted, self._n_adopted = self._n_adopted, 0
+        self._rounds.is_held = False
+        if n_adopted:
+            log.warning("got %d commits back from a node: round %d is the newest", n_adopted, self.head)
+            self._start(now_s)
 
     # ------------------------------------------------------------------------------------------- blobs
 
@@ -196,20 +241,22 @@ class Service:
                 self.count_rejected("size")
                 log.warning("peer %d offered a blob of another size than the one that came", index)
                 self._handle_round(r.Excused(index, self._rounds.round), now_s)
-        self._blobs.mark(digest, self._rounds.round)
+        self._keeper.offered(digest, self._rounds.round)
         self._handle_round(r.BytesArrived(digest), now_s)
 
     # ---------------------------------------------------------------------------------- time and people
 
     def tick(self, now_s: float) -> float:
         """Lets time pass; returns when it wants to be called again at the latest, in monotonic seconds."""
+        if self._n_adopted:
+            return now_s + 1.0
         self._handle_member(m.TimePassed(), now_s)
         self._handle_round(r.TimePassed(), now_s)
-        self._send(self._donors.tick(now_s))
         self._tell_members()
+        self._tell_newcomers()
         self._notice(now_s)
         self._update_finished(now_s)
-        wakes = [self._members.wake_s(), self._rounds.wake_s(), self._donors.wake_s(), self._next_notice_s]
+        wakes = [self._members.wake_s(), self._rounds.wake_s(), self._next_notice_s]
         if self._over_s is not None and not self.finished:
             wakes.append(self._over_s + FAREWELL_S)
         return min(wake for wake in wakes if wake is not None)
@@ -246,6 +293,7 @@ class Service:
             "held_out": [list(entry) for entry in self._ledger.held_out()],
             "peers": [self._peer_status(*peer, now_s) for peer in self._ledger.peers().items()],
             "rejected": dict(sorted(self._gate.rejected.items())),
+            **self._keeper.figures(self._members.connected()),
             **self._board.figures(),
         }
 
@@ -268,7 +316,7 @@ class Service:
             text = f"a blob of {stored} bytes offered as {offer.n_bytes}"
             raise self._gate.refused("size", BadMessage(text))
         if stored is not None:
-            self._blobs.mark(digest, self._rounds.round)
+            self._keeper.offered(digest, self._rounds.round)
         here = offer.payload is not None or stored is not None
         self._handle_round(r.Offered(index, offer.round, digest, here), now_s, offer)
 
@@ -285,6 +333,7 @@ class Service:
                 case r.OfferKept(peer, is_new):
                     if is_new and offer is not None:
                         self._offers[peer] = offer
+                        self._tell_offered(peer, offer, self._members.connected())
 
     def _refused(self, peer: int, reason: str) -> None:
         self.count_rejected(reason)
@@ -295,13 +344,15 @@ class Service:
 
     def _commit(self, closed: r.RoundClosed, now_s: float) -> None:
         run = self._settings.run
+        reports, snapshots = self._reports.take()
         body = CommitBody(
             round=closed.round,
             parent=self._ledger.head_digest,
             offers=tuple(_entry(index, self._offers[index]) for index in closed.peers),
             admitted=self._ledger.pending_admissions(),
             lr_factor_bits=lr_factor_bits(self._settings.schedule, closed.round + 1, run.rounds),
-            reports=self._reports.take(),
+            reports=reports,
+            snapshots=snapshots,
             evaluator=closed.evaluator,
             time_ms=self._wall_ms(),
         )
@@ -309,6 +360,7 @@ class Service:
         self._board.committed(body)
         self._board.round_closed(closed.duration_s, closed.missing)
         self._reports.committed(body)
+        self._keeper.committed(body, self._present())
         self._offers.clear()
         self._gate.new_round()
         self._over_s = now_s if self._rounds.is_over else None
@@ -324,10 +376,6 @@ class Service:
             text = f"round {report.round}: the replica of {self._short(index)} differs from that of {names}"
             log.error("%s", text)
             self._broadcast(Notice(text=text, warning=True))
-        trains = self._members.state(index) is m.PeerState.TRAINING
-        if trains and report.snapshot is not None and report.snapshot_bytes is not None:
-            sends = self._donors.published(index, report.round, report.snapshot, report.snapshot_bytes)
-            self._send(sends)
 
     # ------------------------------------------------------------------------------- members and sending
 
@@ -339,14 +387,40 @@ class Service:
                 self._handle_round(r.PeerTrains(peer), now_s)
             else:
                 self._handle_round(r.PeerStops(peer), now_s)
-                self._send(self._donors.gone(peer, now_s))
 
-    def _send(self, sends: Sends) -> None:
+    def _said(self, index: int, state: NodeState, needs_after: int | None, now_s: float) -> None:
+        if state is not NodeState.JOINING:
+            self._keeper.needs_nothing(index)
+        elif needs_after is not None:
+            self._keeper.needs(index, needs_after)
+        self._handle_member(m.StateSaid(index, state), now_s)
+
+    def _present(self) -> set[int]:
+        """Peers that are there, or have been a moment ago."""
+        return {*self._members.alive(), *self._members.connected()}
+
+    def _send(self, sends: Iterable[tuple[int, Message]]) -> None:
         for index, message in sends:
             self._send_to(self._ledger.peer_id(index), message)
 
     def _broadcast(self, message: Message) -> None:
         self._send([(index, message) for index in self._members.connected()])
+
+    def _tell_offered(self, peer: int, offer: Offer, to: Iterable[int]) -> None:
+        """Who has the payload of an offer, to everybody else: they may fetch it ahead."""
+        if offer.digest is None:
+            return
+        holder = self._ledger.peer_id(peer)
+        offered = Offered(round=offer.round, holder=holder, digest=offer.digest, n_bytes=offer.n_bytes)
+        self._send([(index, offered) for index in to if index != peer])
+
+    def _tell_newcomers(self) -> None:
+        """To whoever has opened a session since: the offers of the open round so far."""
+        if self._newcomers:
+            newcomers = sorted(self._newcomers.intersection(self._members.connected()))
+            for peer, offer in self._offers.items():
+                self._tell_offered(peer, offer, newcomers)
+            self._newcomers.clear()
 
     def _tell_members(self) -> None:
         """To everybody when it changes, and to whoever has opened a session since."""

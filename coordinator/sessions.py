@@ -6,11 +6,14 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from thinwire.coordinator.messages import Commit, Heartbeat, Members, Message, Notice, Refused
+from thinwire.coordinator.messages import Commit, Heartbeat, Members, Message, Notice, Offered, Refused
 from thinwire.coordinator.streams import Stream
 
 MAX_QUEUED = 256
 """Messages that wait for a slow node; commits wait in the ledger."""
+
+MAX_QUEUED_HINTS = 128
+"""Beyond this many messages nobody is told any more who has which payload: the coordinator has them all."""
 
 COMMITS_AT_ONCE = 16
 _LAST_COUNTS = (Members, Notice, Heartbeat)
@@ -25,7 +28,7 @@ class Session:
         self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
         self._follows: int | None = None
-        self._is_ending = False
+        self.is_ending = False
 
     def post(self, message: Message) -> bool:
         """Queues a message; False: the node takes too little, the session is to be closed."""
@@ -33,6 +36,8 @@ class Session:
             old = next((m for m in self._queue if type(m) is type(message)), None)
             if old is not None:
                 self._queue.remove(old)
+        if isinstance(message, Offered) and len(self._queue) >= MAX_QUEUED_HINTS:
+            return True
         self._queue.append(message)
         self._wake.set()
         return len(self._queue) <= MAX_QUEUED
@@ -47,10 +52,10 @@ class Session:
         self._wake.set()
 
     def end(self, why: Refused | None = None) -> None:
-        """Sends what is queued, then the reason; `write` returns then."""
-        if why is not None:
+        """Sends what is queued, then the reason; `write` returns then. The first reason stands."""
+        if why is not None and not self.is_ending:
             self._queue.append(why)
-        self._is_ending = True
+        self.is_ending = True
         self._wake.set()
 
     async def write(self, commits: Callable[[int, int], list[Commit]]) -> None:
@@ -59,7 +64,7 @@ class Session:
             self._wake.clear()
             while self._queue:
                 await self.stream.send_message(self._queue.popleft())
-            if self._is_ending:
+            if self.is_ending:
                 return
             if not await self._send_commits(commits):
                 await self._wake.wait()

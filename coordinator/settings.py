@@ -19,6 +19,8 @@ class RunSection(_Section):
     rounds: Annotated[int, Field(ge=1, le=2**32 - 1)]
     min_peers: Annotated[int, Field(ge=1)]
     eval_every: Annotated[int, Field(ge=1)]
+    verify_every: Annotated[int, Field(ge=1)]
+    snapshot_every: Annotated[int, Field(ge=1)]
 
 
 class PolicySection(_Section):

@@ -58,6 +58,7 @@ Limits = Mapping[Kind, int]
 """The kinds that may come next, and how long each body may be, in bytes."""
 
 FROM_NODE: Limits = {Kind.MESSAGE: 64 * 2**10}
+COMMITS_FROM_NODE: Limits = {Kind.MESSAGE: 17 * 2**20}  # the same records as below, given back
 FROM_COORDINATOR: Limits = {Kind.MESSAGE: 17 * 2**20}  # record 0 and commits have at most 16 MiB
 
 

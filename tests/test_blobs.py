@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from thinwire.coordinator.blobs import PROTECTED_ROUNDS, BlobStore
+from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.messages import BadMessage, digest_of
 
 
@@ -84,50 +84,77 @@ def test_a_restart_finds_blobs_and_removes_leftovers(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {digest.hex(), "notes.txt"}
 
 
-def test_the_oldest_are_pruned_first(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 350)
-    digests = [put(store, blob(i)) for i in range(5)]
-    assert [digest in store for digest in digests] == [False, False, True, True, True]
-    assert store.n_bytes == 300
-    assert len(list(tmp_path.iterdir())) == 3
-
-
-def test_age_survives_a_restart(tmp_path: Path) -> None:
-    digests = [put(BlobStore(tmp_path, 10**6), blob(i)) for i in range(3)]
-    store = BlobStore(tmp_path, 250)
-    new = put(store, blob(9))
-    assert [digest in store for digest in (*digests, new)] == [False, False, True, True]
-
-
-def test_the_newest_rounds_and_the_run_s_own_are_never_pruned(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 350)
-    own = put(store, blob(1000))
-    store.pin(own)
-    rounds = range(1, PROTECTED_ROUNDS + 11)
-    digests = {}
-    for round_ in rounds:
-        digests[round_] = put(store, blob(round_))
-        store.mark(digests[round_], round_)
-    put(store, blob(2000))
-    kept = [round_ for round_ in rounds if digests[round_] in store]
-    assert kept == list(rounds)[-PROTECTED_ROUNDS:]
-    assert own in store
+def test_what_is_released_is_gone(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 10**6)
+    digests = [put(store, blob(i)) for i in range(6)]
+    for round_, digest in enumerate(digests):
+        store.mark_offered(digest, round_)
+    for round_ in (1, 2, 3):
+        store.mark_counted(digests[round_], round_)
+    assert store.release(counted_to=2, offered_to=4) == 2
+    assert [digest in store for digest in digests] == [False, False, False, True, False, True]
+    assert store.n_bytes == 200
+    assert len(list(tmp_path.iterdir())) == 2
+    assert store.release(counted_to=2, offered_to=4) == 0
+    assert store.release(counted_to=3, offered_to=5) == 3
+    assert store.n_bytes == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_blob_used_again_is_as_new_as_its_last_round(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 150)
-    digest = put(store, blob(1))
-    store.mark(digest, 1)
-    store.mark(digest, PROTECTED_ROUNDS + 5)
-    put(store, blob(2))
-    put(store, blob(3))
-    assert digest in store
+    store = BlobStore(tmp_path, 10**6)
+    counted, offered = put(store, blob(1)), put(store, blob(2))
+    for digest in (counted, offered):
+        store.mark_offered(digest, 1)
+        store.mark_counted(digest, 1)
+    store.mark_counted(counted, 9)
+    store.mark_counted(counted, 5)  # no news
+    store.mark_offered(offered, 9)
+    store.release(counted_to=8, offered_to=8)
+    assert counted in store
+    assert offered in store
+    store.release(counted_to=9, offered_to=9)
+    assert store.n_bytes == 0
 
 
-def test_a_reader_keeps_what_is_pruned_meanwhile(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 150)
+def test_the_run_s_own_are_never_released(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 10**6)
+    own = put(store, blob(1000))
+    store.mark_counted(own, 1)
+    for _ in range(2):
+        store.pin(own)
+    store.release(counted_to=9, offered_to=9)
+    assert own in store
+    assert store.pinned_bytes == store.n_bytes == 100
+    with pytest.raises(KeyError):
+        store.pin(digest_of(b"x"))
+
+
+def test_after_a_restart_what_nobody_marks_was_just_uploaded(tmp_path: Path) -> None:
+    own, old, new = (put(BlobStore(tmp_path, 10**6), blob(i)) for i in range(3))
+    store = BlobStore(tmp_path, 10**6)
+    store.pin(own)
+    store.mark_counted(old, 3)
+    store.mark_rest(7)
+    store.release(counted_to=3, offered_to=6)
+    assert [digest in store for digest in (own, old, new)] == [True, False, True]
+    store.release(counted_to=3, offered_to=7)
+    assert [digest in store for digest in (own, old, new)] == [True, False, False]
+
+
+def test_marks_of_what_is_not_here_do_nothing(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 10**6)
+    store.mark_offered(digest_of(b"x"), 1)
+    store.mark_counted(digest_of(b"x"), 1)
+    assert store.release(counted_to=9, offered_to=9) == 0
+
+
+def test_a_reader_keeps_what_is_released_meanwhile(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path, 10**6)
     digest = put(store, blob(1))
+    store.mark_counted(digest, 1)
     with store.open(digest) as f:
-        put(store, blob(2))
+        store.release(counted_to=1, offered_to=1)
         assert digest not in store
         assert f.read() == blob(1)
+    assert put(store, blob(1)) in store, "it may come again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,7 +17,16 @@ from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
 from thinwire.coordinator import ledger as ledger_module
 from thinwire.coordinator.chain import Chain
 from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.messages import CommitBody, GenesisBody, OfferEntry, digest_of
+from thinwire.coordinator.messages import (
+    Admission,
+    BadMessage,
+    Commit,
+    CommitBody,
+    GenesisBody,
+    OfferEntry,
+    digest_of,
+    encode_record,
+)
 
 MakeGenesis = Callable[..., GenesisBody]
 
@@ -42,6 +52,7 @@ def body(ledger: Ledger, peers: tuple[int, ...] = (0,)) -> CommitBody:
         admitted=ledger.pending_admissions(),
         lr_factor_bits=5,
         reports=(),
+        snapshots=(),
         evaluator=None,
         time_ms=7,
     )
@@ -248,6 +259,88 @@ def test_held_out_losses_are_kept(path: Path, key: Ed25519PrivateKey) -> None:
     ledger.close()
 
 
+# ----------------------------------------------------------------------------------------- lost commits
+
+
+@pytest.fixture
+def copy(path: Path) -> Path:
+    """The ledger as it was before three more commits, two of which admit a peer each."""
+    copy = path.with_name("copy.db")
+    shutil.copy(path, copy)
+    return copy
+
+
+@pytest.fixture
+def lost(path: Path, key: Ed25519PrivateKey, copy: Path) -> list[Commit]:
+    ledger = Ledger.open(path, key.public_key())
+    for name in ("c", "d", None):
+        if name is not None:
+            ledger.admit(name)
+        ledger.append(body(ledger), key)
+    commits = ledger.commits(5, 10)
+    ledger.close()
+    return commits
+
+
+def test_lost_commits_are_adopted(path: Path, copy: Path, lost: list[Commit], key: Ed25519PrivateKey) -> None:
+    ledger = Ledger.open(copy, key.public_key())
+    ledger.admit("x")  # takes the place that the lost commits gave to c
+    ledger.admit("d")
+    ledger.adopt(lost[:2])
+    assert ledger.peers() == {0: "a", 1: "b", 2: "c", 3: "d"}
+    assert ledger.index_of("x") is None
+    assert ledger.pending_admissions() == ()
+    ledger.adopt(lost[2:])
+    ledger.close()
+    whole, restored = (Ledger.open(p, key.public_key()) for p in (path, copy))
+    assert restored.commits(0, 100) == whole.commits(0, 100)
+    assert (restored.head_round, restored.head_digest) == (whole.head_round, whole.head_digest)
+    assert restored.peers() == whole.peers()
+    assert restored.admit("x") == 4
+    assert [a.peer_id for a in restored.append(body(restored), key).body.admitted] == ["x"]
+    for ledger in (whole, restored):
+        ledger.close()
+
+
+def test_of_what_cannot_be_adopted_nothing_is(copy: Path, lost: list[Commit], key: Ed25519PrivateKey) -> None:
+    ledger = Ledger.open(copy, key.public_key())
+    ledger.admit("x")
+    forger = Ed25519PrivateKey.generate()
+    forged = lost[1].model_copy(update={"signature": forger.sign(lost[1].record)})
+    cut = lost[1].model_copy(update={"record": lost[1].record[:-1]})
+    unreadable = Commit(record=b"no commit", signature=key.sign(b"no commit"))
+    head = ledger.head_digest
+    for wrong, text in (
+        ([lost[0], forged], "record 7: its signature"),
+        ([lost[0], cut], "record 7: its signature"),
+        ([lost[0], unreadable], "record 7: it is no commit"),
+        (lost[1:], "record 6: it says that it is round 7"),
+        ([lost[0], lost[0]], "record 7: it says that it is round 6"),
+    ):
+        with pytest.raises(BadMessage, match=text):
+            ledger.adopt(wrong)
+        assert (ledger.head_round, ledger.head_digest, ledger.digest_at(6)) == (5, head, None)
+        assert ledger.peers() == {0: "a", 1: "b", 2: "x"}
+    ledger.append(body(ledger), key)
+    with pytest.raises(LedgerCorrupt, match=r"round 7 of the node follows another round 6.*restore"):
+        ledger.adopt(lost[1:])
+    ledger.close()
+    ledger = Ledger.open(copy, key.public_key())
+    assert ledger.head_round == 6
+    ledger.close()
+
+
+def test_an_adopted_admission_must_be_the_next(copy: Path, key: Ed25519PrivateKey) -> None:
+    ledger = Ledger.open(copy, key.public_key())
+    for index, peer_id in ((3, "c"), (1, "c"), (2, "a")):
+        wrong = body(ledger).model_copy(update={"admitted": (Admission(index=index, peer_id=peer_id),)})
+        record = encode_record(wrong)
+        with pytest.raises(LedgerCorrupt, match=f"record 6: it admits {peer_id} as peer {index}"):
+            ledger.adopt([Commit(record=record, signature=key.sign(record))])
+        assert (ledger.head_round, ledger.peers()) == (5, {0: "a", 1: "b"})
+    ledger.close()
+
+
 APPENDER = """
 import sys
 from pathlib import Path
@@ -264,7 +357,8 @@ while True:
     )
     commit = ledger.append(CommitBody(
         round=ledger.head_round + 1, parent=ledger.head_digest, offers=(offer,),
-        admitted=ledger.pending_admissions(), lr_factor_bits=0, reports=(), evaluator=None, time_ms=0,
+        admitted=ledger.pending_admissions(), lr_factor_bits=0, reports=(), snapshots=(),
+        evaluator=None, time_ms=0,
     ), key)
     print(commit.digest.hex(), flush=True)
 """

@@ -23,6 +23,7 @@ from thinwire.coordinator.messages import (
     Limits,
     OfferEntry,
     ReportEntry,
+    SnapshotEntry,
     digest_of,
     encode_record,
 )
@@ -57,11 +58,14 @@ def offer(peer: int, payload: bytes, *, as_blob: bool) -> OfferEntry:
     )
 
 
-REPORT = ReportEntry(peer=1, round=1, fingerprint=b"8 bytes!")
+WRONG = ReportEntry(peer=1, round=1, fingerprint=b"mistaken", checked=False)
+OTHER = ReportEntry(peer=0, round=1, fingerprint=b"8 bytes!", checked=False)
+HEALED = ReportEntry(peer=1, round=1, fingerprint=b"8 bytes!", checked=True)
+SNAPSHOT = SnapshotEntry(peer=1, round=1, manifest=digest_of(b"manifest"), n_bytes=77)
 ROUNDS: tuple[tuple[tuple[OfferEntry, ...], tuple[ReportEntry, ...]], ...] = (
     ((offer(0, b"tiny", as_blob=False), offer(1, LARGE, as_blob=True)), ()),
-    ((offer(0, LARGE, as_blob=True), offer(1, LARGER, as_blob=True)), (REPORT,)),
-    ((offer(1, b"last", as_blob=False),), ()),
+    ((offer(0, LARGE, as_blob=True), offer(1, LARGER, as_blob=True)), (WRONG, OTHER)),
+    ((offer(1, b"last", as_blob=False),), (HEALED,)),
 )
 
 
@@ -77,6 +81,7 @@ def chain(genesis: GenesisBody = GENESIS, key: Ed25519PrivateKey = KEY) -> list[
             admitted=admitted,
             lr_factor_bits=0,
             reports=reports,
+            snapshots=(SNAPSHOT,) if i == 1 else (),
             evaluator=None,
             time_ms=i,
         )
@@ -118,7 +123,8 @@ def test_round_trip(tmp_path: Path) -> None:
     summary = check(path)
     assert (summary.rounds, summary.n_blobs, summary.n_bytes) == (3, 2, len(written))
     assert summary.run_id == digest_of(encode_record(GENESIS))
-    assert summary.reports == {1: (("peer-1", b"8 bytes!"),)}
+    healed = {1: (("peer-1", b"8 bytes!"), ("peer-0", b"8 bytes!"))}
+    assert summary.reports == healed, "what a peer said last counts"
     with open_ledger(path) as ledger:
         assert ledger.genesis == GENESIS
         for attempt in range(2):  # a second pass starts anew
@@ -193,6 +199,11 @@ def test_an_unadmitted_peer_a_wrong_and_an_oversized_payload(tmp_path: Path) -> 
     body = chain()[0].body.model_copy(update={"admitted": ()})
     commit = Commit(record=encode_record(body), signature=KEY.sign(encode_record(body)))
     with pytest.raises(LedgerCorrupt, match="record 1: it names peer 0, whom no record admits"):
+        write(tmp_path / "ledger", [commit])
+    strange = SNAPSHOT.model_copy(update={"peer": 2})
+    body = chain()[0].body.model_copy(update={"snapshots": (strange,)})
+    commit = Commit(record=encode_record(body), signature=KEY.sign(encode_record(body)))
+    with pytest.raises(LedgerCorrupt, match="record 1: it names peer 2, whom no record admits"):
         write(tmp_path / "ledger", [commit])
     for payload, message in ((b"other", "its bytes do not fit"), (b"x" * 101, "101 bytes, at most 100")):
         with pytest.raises(

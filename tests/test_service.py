@@ -28,9 +28,7 @@ from thinwire.coordinator.messages import (
     Notice,
     Offer,
     Report,
-    SnapshotAt,
     State,
-    WantSnapshot,
     Welcome,
     digest_of,
 )
@@ -167,7 +165,7 @@ def blob_offer(round_: int, data: bytes) -> Offer:
     [
         ({"token": "wrong"}, ConfigError, "token", "token"),
         ({"token": "sécret"}, ConfigError, "token", "token"),
-        ({"version": 99}, Incompatible, "version 99 here, 1 at", "version"),
+        ({"version": 99}, Incompatible, "version 99 here, 2 at", "version"),
         ({"run_id": bytes(32)}, Incompatible, "is for run 0000000000000000", "run"),
         ({"head_round": 0, "head_digest": bytes(32)}, LedgerCorrupt, "not on", "head"),
         ({"head_round": 9, "head_digest": bytes(32)}, LedgerCorrupt, "older copy", "head"),
@@ -529,45 +527,6 @@ def test_only_the_evaluator_reports_a_held_out_loss(make_world: MakeWorld) -> No
     assert world.status()["rejected"] == {"held_out": 2}
     with pytest.raises(BadMessage, match="to come"):
         world.say("a", Report(round=2, held_out=1.0))
-
-
-def test_snapshots_come_from_a_donor(make_world: MakeWorld) -> None:
-    world = make_world()
-    world.train("a", "b")
-    world.open("j", "k")
-    world.say("j", WantSnapshot())
-    assert len(world.messages(WantSnapshot, "a")) == 1
-    world.say("k", WantSnapshot())
-    assert len(world.messages(WantSnapshot)) == 1, "one donor for all who wait"
-    world.say("j", Report(round=0, snapshot=bytes(32), snapshot_bytes=1))
-    assert world.messages(SnapshotAt) == [], "a joiner is no donor"
-    world.say("a", Report(round=0, snapshot=b"s" * 32, snapshot_bytes=77))
-    for joiner in "jk":
-        (answer,) = world.messages(SnapshotAt, joiner)
-        assert (answer.holder, answer.n_bytes, answer.digest) == ("a", 77, b"s" * 32)
-    world.say("j", WantSnapshot())
-    assert len(world.messages(WantSnapshot, "b")) == 1, "the next one's turn"
-
-
-def test_a_silent_donor_is_given_up(make_world: MakeWorld) -> None:
-    world = make_world()
-    world.train("a", "b")
-    world.open("j")
-    world.say("j", WantSnapshot())
-    world.wait(29.5, "a", "b", "j")
-    assert world.messages(WantSnapshot, "b") == []
-    world.wait(0.5, "a", "b", "j")
-    assert len(world.messages(WantSnapshot, "b")) == 1
-    world.say("b", State(state=NodeState.LEAVING))
-    (answer,) = world.messages(SnapshotAt, "j")
-    assert answer.holder is None
-
-
-def test_without_a_training_peer_there_is_no_donor(make_world: MakeWorld) -> None:
-    world = make_world()
-    world.open("j")
-    world.say("j", WantSnapshot())
-    assert [m.holder for m in world.messages(SnapshotAt, "j")] == [None]
 
 
 # ------------------------------------------------------------------------------------- people and the end

@@ -1,0 +1,68 @@
+"""A coordinator that was restored from an older copy gets its commits back from a node that has them.
+
+Hello with a head beyond ours -> Follow(after = our head) -> Commit ..., up to that head -> Welcome
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from thinwire.compression.errors import SwarmUnreachable
+from thinwire.coordinator.messages import Commit, Follow, Hello
+from thinwire.coordinator.service import Service
+from thinwire.coordinator.streams import COMMITS_FROM_NODE, BadFrame, Stream
+
+STALL_S = 10.0
+"""A node that sends nothing for this long is not waited for any longer."""
+
+COMMIT_S = 120.0
+"""Nor one that takes longer for one commit: meanwhile no round closes."""
+
+_AT_ONCE = 64
+_BYTES_AT_ONCE = 16 * 2**20
+
+
+async def adopt(service: Service, stream: Stream, hello: Hello, adopted: Callable[[], None]) -> None:
+    """Returns when the service has what the node said that it has. One adoption at a time.
+
+    `adopted` is called after every batch: sessions that are open are over. What came before a break stays.
+    Raises LedgerCorrupt (a fork), BadMessage, SwarmUnreachable (stalled), EOFError or OSError.
+    """
+    service.hold()
+    try:
+        await stream.send_message(Follow(after=service.head))
+        while service.lacks(hello):
+            service.adopt(await _commits(stream, (hello.head_round or 0) - service.head))
+            adopted()
+    finally:
+        service.go_on(time.monotonic())
+
+
+async def _commits(stream: Stream, at_most: int) -> list[Commit]:
+    """The next commits: as many as fit into one write."""
+    commits: list[Commit] = []
+    n_bytes = 0
+    while len(commits) < min(at_most, _AT_ONCE) and n_bytes < _BYTES_AT_ONCE:
+        commits.append(await _commit(stream))
+        n_bytes += len(commits[-1].record)
+    return commits
+
+
+async def _commit(stream: Stream) -> Commit:
+    """A slow one is waited for while bytes keep coming."""
+    task = asyncio.create_task(stream.receive_message(COMMITS_FROM_NODE))
+    began_s = stream.heard_s = time.monotonic()
+    try:
+        while not task.done():
+            if time.monotonic() > min(stream.heard_s + STALL_S, began_s + COMMIT_S):
+                raise SwarmUnreachable("the node has stopped to give commits back")
+            await asyncio.wait({task}, timeout=1.0)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    commit = task.result()
+    if not isinstance(commit, Commit):
+        raise BadFrame("adopt", f"a Commit is expected, not {type(commit).__name__}")
+    return commit
