@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable
+from thinwire.compression.errors import ConfigError, Incompatible, SwarmUnreachable
 from thinwire.coordinator.identity import save
 from thinwire.coordinator.messages import (
     INLINE_BYTES,
+    MAX_ROUND,
     BlobRef,
     Commit,
     GenesisBody,
@@ -30,7 +34,7 @@ from thinwire.coordinator.messages import (
 )
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.ticket import Ticket
-from thinwire.node.link import Link
+from thinwire.node.link import Lied, Link
 from thinwire.node.link_hivemind import HivemindLink
 from thinwire.node.link_local import LocalLink, LocalSwarm, local_swarm
 
@@ -54,6 +58,10 @@ class Started(Protocol):
         """Ends the link as a crash of its process would: without a word."""
         ...
 
+    def forget_payloads(self) -> None:
+        """The coordinator has none of them any more."""
+        ...
+
     def status(self) -> dict[str, Any]: ...
 
 
@@ -73,6 +81,10 @@ class LocalRow:
     def kill(self, link: Link) -> None:
         assert isinstance(link, LocalLink)
         link.kill()
+
+    def forget_payloads(self) -> None:
+        with self._swarm.changed:
+            self._swarm.blobs.release(counted_to=MAX_ROUND, offered_to=MAX_ROUND)
 
     def status(self) -> dict[str, Any]:
         return self._swarm.call(lambda service, now_s: service.status(now_s))
@@ -99,6 +111,11 @@ class HivemindRow:
     def kill(self, link: Link) -> None:
         assert isinstance(link, HivemindLink)
         link.kill()
+
+    def forget_payloads(self) -> None:
+        self._coordinator.call(
+            lambda server: server.blobs.release(counted_to=MAX_ROUND, offered_to=MAX_ROUND)
+        )
 
     def status(self) -> dict[str, Any]:
         return self._coordinator.status()
@@ -135,7 +152,7 @@ class Swarm:
         """Open links in this order (so the first is peer 0), all training."""
         links = [self.link(name) for name in names]
         for link in links:
-            link.open(None, None)
+            link.open()
         for link in links:
             link.state(NodeState.TRAINING)
         return links
@@ -188,6 +205,25 @@ def take(link: Link, after: int, n: int) -> list[Commit]:
     return within(lambda: list(islice(link.commits(after), n)))
 
 
+def train(link: Link, n: int, after: int = 0) -> None:
+    """Rounds of one peer alone."""
+    for round_ in range(after + 1, after + n + 1):
+        link.offer(offer(round_, b"x" * INLINE_BYTES))
+        take(link, round_ - 1, 1)
+
+
+def rounds_of(commits: Iterable[Commit]) -> list[int]:
+    return [commit.body.round for commit in commits]
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true in time."""
+    end_s = time.monotonic() + WAIT_S
+    while not (is_true := condition()) and time.monotonic() < end_s:
+        time.sleep(0.01)
+    return is_true
+
+
 def within(what: Callable[[], Any]) -> Any:
     """The result of `what`, run in a thread of its own for at most WAIT_S."""
     result: list[Any] = []
@@ -218,7 +254,7 @@ def counted(commit: Commit) -> list[int]:
 def test_open_tells_the_run_and_where_it_stands(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm()
     a, b = swarm.link("a"), swarm.link("b")
-    first, second = a.open(None, None), b.open(None, None)
+    first, second = a.open(), b.open()
     assert (first.peer_index, second.peer_index) == (0, 1)
     assert digest_of(first.genesis) == a.run_id == first.head_digest
     assert first.head_round == a.head == 0
@@ -230,7 +266,7 @@ def test_a_wrong_token_is_refused_and_disturbs_nobody(make_swarm: MakeSwarm) -> 
     swarm = make_swarm(min_peers=1)
     (a,) = swarm.trainers("a")
     with pytest.raises(ConfigError, match="token"):
-        swarm.started.stranger("x").open(None, None)
+        swarm.started.stranger("x").open()
     a.offer(offer(1, b"still here"))
     assert counted(take(a, 0, 1)[0]) == [0]
     assert swarm.started.status()["rejected"]["token"] == 1
@@ -240,17 +276,7 @@ def test_a_full_swarm_is_incompatible(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm(max_peers=2)
     swarm.trainers("a", "b")
     with pytest.raises(Incompatible, match="full"):
-        swarm.link("c").open(None, None)
-
-
-def test_a_head_that_is_not_on_the_chain_is_ledger_corrupt(make_swarm: MakeSwarm) -> None:
-    swarm = make_swarm(min_peers=1)
-    (a,) = swarm.trainers("a")
-    a.offer(offer(1, b"x"))
-    commit = take(a, 0, 1)[0]
-    with pytest.raises(LedgerCorrupt):
-        swarm.link("b").open(1, bytes(32))
-    assert swarm.link("c").open(1, commit.digest).head_round == 1
+        swarm.link("c").open()
 
 
 # -------------------------------------------------------------------------------------------------- rounds
@@ -287,21 +313,23 @@ def test_small_payloads_travel_inline_and_large_ones_as_blobs(make_swarm: MakeSw
     assert entries[1].payload is None
     assert entries[1].digest == digest_of(large)
     assert entries[1].n_bytes == len(large)
-    assert within(lambda: a.fetch(digest_of(large))) == large
-    assert within(lambda: b.fetch(digest_of(large))) == large
+    for link in (a, b):
+        assert [within(partial(link.payload, entry)) for entry in entries] == [small, large]
 
 
 def test_an_unknown_blob_is_unreachable(make_swarm: MakeSwarm) -> None:
     (a,) = make_swarm(min_peers=1).trainers("a")
     with pytest.raises(SwarmUnreachable):
-        within(lambda: a.fetch(digest_of(b"nobody has this")))
+        within(lambda: a.fetch(digest_of(b"nobody has this"), 100))
 
 
 def test_the_run_s_own_blobs_are_served_before_anybody_trains(make_swarm: MakeSwarm) -> None:
     link = make_swarm().link("a")
-    ref = link.open(None, None).body.held_out
+    ref = link.open().body.held_out
     assert ref is not None
-    assert within(lambda: link.fetch(ref.digest)) == HELD_OUT
+    assert within(lambda: link.fetch(ref.digest, ref.n_bytes)) == HELD_OUT
+    with pytest.raises(Lied):
+        within(lambda: link.fetch(ref.digest, ref.n_bytes - 1))
 
 
 def test_an_offer_sent_twice_counts_once(make_swarm: MakeSwarm) -> None:
@@ -332,7 +360,7 @@ def test_a_late_offer_is_out_for_everybody(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm(min_peers=1)
     (a,) = swarm.trainers("a")
     slow = swarm.link("slow")
-    slow.open(None, None)
+    slow.open()
     a.offer(offer(1, b"a1"))
     assert counted(take(slow, 0, 1)[0]) == [0]
     slow.offer(offer(1, b"too late"))
@@ -345,7 +373,7 @@ def test_a_late_offer_is_out_for_everybody(make_swarm: MakeSwarm) -> None:
 def test_offers_of_peers_that_are_not_awaited_count_when_they_are_there(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm(min_peers=1)
     guest = swarm.link("guest")
-    guest.open(None, None)
+    guest.open()
     guest.offer(offer(1, b"guest"))
     guest.offer(offer(1, b"changed: shows when the first one is there"))
     swarm.until(lambda: swarm.started.status()["rejected"] == {"changed_offer": 1})
@@ -363,7 +391,7 @@ def test_a_late_subscriber_gets_every_commit(make_swarm: MakeSwarm) -> None:
         a.offer(offer(round_, bytes([round_])))
         take(a, round_ - 1, 1)
     late = swarm.link("late")
-    assert late.open(None, None).head_round == 80
+    assert late.open().head_round == 80
     commits = take(late, 0, 80)
     assert [commit.body.round for commit in commits] == list(range(1, 81))
     assert [c.body.round for c in take(late, 77, 3)] == [78, 79, 80]
@@ -377,7 +405,7 @@ def test_commits_can_start_at_a_snapshot_s_round(make_swarm: MakeSwarm) -> None:
         a.offer(offer(round_, b"x"))
         take(a, round_ - 1, 1)
     joiner = swarm.link("joiner")
-    joiner.open(None, None)
+    joiner.open()
     assert [c.digest for c in take(joiner, 1, 2)] == [c.digest for c in take(a, 1, 2)]
 
 
@@ -397,7 +425,7 @@ def test_a_new_session_takes_over_from_the_old_one(make_swarm: MakeSwarm) -> Non
     swarm = make_swarm()
     a, b = swarm.trainers("a", "b")
     again = swarm.link("a")
-    assert again.open(None, None).peer_index == 0
+    assert again.open().peer_index == 0
     again.state(NodeState.TRAINING)
     again.offer(offer(1, b"again"))
     b.offer(offer(1, b"b"))
@@ -406,86 +434,155 @@ def test_a_new_session_takes_over_from_the_old_one(make_swarm: MakeSwarm) -> Non
     assert a.peer_id == again.peer_id
 
 
-# ------------------------------------------------------------------------------------- snapshots and reports
+# ------------------------------------------------------------------------------------------------ records
 
 
-def serve_snapshots(link: Link, blob: bytes, round_: int, stop: threading.Event) -> threading.Thread:
-    """What a node does between two rounds: looks whether its replica is wanted."""
-
-    def serve() -> None:
-        while not stop.wait(0.01):
-            if link.wanted_snapshot():
-                digest = link.publish(blob)
-                link.report(Report(round=round_, snapshot=digest, snapshot_bytes=len(blob)))
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    return thread
-
-
-def test_a_joiner_fetches_a_snapshot_from_another_node(make_swarm: MakeSwarm) -> None:
+def test_records_end_at_the_head_that_is_known(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm(min_peers=1)
-    (donor,) = swarm.trainers("donor")
-    donor.offer(offer(1, b"x"))
-    take(donor, 0, 1)
-    replica, stop = bytes(range(256)) * 2000, threading.Event()
-    server = serve_snapshots(donor, replica, 1, stop)
-    joiner = swarm.link("joiner")
-    joiner.open(None, None)
-    ref = within(joiner.snapshot)
-    assert (ref.round, ref.digest, ref.n_bytes) == (1, digest_of(replica), len(replica))
-    assert ref.holder == donor.peer_id
-    assert within(lambda: joiner.fetch(ref.digest, ref.holder)) == replica
-    stop.set()
-    server.join()
-    assert joiner.traffic().received["snapshot"] >= len(replica)
-    assert not donor.wanted_snapshot()
+    (a,) = swarm.trainers("a")
+    train(a, 5)
+    reader = swarm.link("reader")
+    reader.open()
+    assert within(lambda: rounds_of(reader.records(0))) == [1, 2, 3, 4, 5]
+    assert within(lambda: rounds_of(reader.records(3))) == [4, 5]
+    assert within(lambda: rounds_of(reader.records(5))) == []
+    assert [c.digest for c in within(lambda: list(reader.records(0)))] == [c.digest for c in take(a, 0, 5)]
+    assert rounds_of(take(reader, 3, 2)) == [4, 5]
 
 
-def test_without_a_donor_there_is_no_snapshot(make_swarm: MakeSwarm) -> None:
-    swarm = make_swarm()
-    joiner, other = swarm.link("joiner"), swarm.link("other")
-    joiner.open(None, None)
-    other.open(None, None)
-    assert within(joiner.snapshot) is None
+def test_who_comes_back_goes_on_where_it_was(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm(min_peers=1)
+    (a,) = swarm.trainers("a")
+    train(a, 3)
+    a.close()
+    (again,) = swarm.trainers("a")
+    assert again.head == 3
+    assert within(lambda: rounds_of(again.records(0))) == [1, 2, 3]
+    train(again, 2, after=3)
+    assert rounds_of(take(again, 0, 5)) == [1, 2, 3, 4, 5]
 
 
-def test_a_donor_that_dies_is_replaced(make_swarm: MakeSwarm) -> None:
-    swarm = make_swarm()
-    silent, helpful = swarm.trainers("silent", "helpful")
-    for link in (silent, helpful):
-        link.offer(offer(1, b"x"))
-    take(helpful, 0, 1)
-    joiner = swarm.link("joiner")
-    joiner.open(None, None)
-    answers: list[Any] = []
-    asking = threading.Thread(target=lambda: answers.append(joiner.snapshot()), daemon=True)
-    asking.start()
-    swarm.until(silent.wanted_snapshot)
-    stop = threading.Event()
-    server = serve_snapshots(helpful, b"replica", 1, stop)
-    swarm.started.kill(silent)
-    asking.join(WAIT_S)
-    stop.set()
-    server.join()
-    assert answers[0].holder == helpful.peer_id
+# ------------------------------------------------------------------------------------------ blobs of members
 
 
-def test_a_blob_that_a_node_does_not_serve_is_unreachable(make_swarm: MakeSwarm) -> None:
-    a, b = make_swarm().trainers("a", "b")
+class Shelf:
+    """Blobs as a node has them on its disk; `lies`: their first byte is another one."""
+
+    def __init__(self, *blobs: bytes, lies: bool = False) -> None:
+        self._blobs = {digest_of(blob): blob for blob in blobs}
+        self._lies = lies
+
+    def open(self, digest: bytes) -> tuple[BinaryIO, int]:
+        blob = self._blobs[digest]
+        if self._lies:
+            blob = bytes([blob[0] ^ 1]) + blob[1:]
+        return BytesIO(blob), len(blob)
+
+
+def test_members_fetch_what_is_on_each_other_s_shelf(make_swarm: MakeSwarm) -> None:
+    a, b, c = make_swarm(min_peers=3).trainers("a", "b", "c")
+    blobs = [bytes([i]) * 300_000 for i in range(8)]
+    digests = [digest_of(blob) for blob in blobs]
+    assert wait_for(lambda: sorted(a.members()) == sorted([b.peer_id, c.peer_id]))
+
+    # Nothing is on the shelf, then something, then nothing again.
     with pytest.raises(SwarmUnreachable):
-        within(lambda: a.fetch(digest_of(b"unpublished"), b.peer_id))
-
-
-def test_a_node_serves_its_two_newest_blobs(make_swarm: MakeSwarm) -> None:
-    a, b = make_swarm().trainers("a", "b")
-    blobs = [bytes([i]) * 10_000 for i in range(3)]
-    for blob in blobs:
-        assert b.publish(blob) == digest_of(blob)
-    assert within(lambda: a.fetch(digest_of(blobs[1]), b.peer_id)) == blobs[1]
-    assert within(lambda: a.fetch(digest_of(blobs[2]), b.peer_id)) == blobs[2]
+        within(lambda: a.fetch(digests[0], 300_000, b.peer_id))
+    b.serve(Shelf(*blobs))
+    assert within(lambda: a.fetch(digests[0], 300_000, b.peer_id)) == blobs[0]
+    assert a.traffic().received["snapshot"] >= 300_000
+    with pytest.raises(Lied):
+        within(lambda: a.fetch(digests[0], 299_999, b.peer_id))
     with pytest.raises(SwarmUnreachable):
-        within(lambda: a.fetch(digest_of(blobs[0]), b.peer_id))
+        within(lambda: a.fetch(digest_of(b"elsewhere"), 300_000, b.peer_id))
+
+    # Whose bytes do not fit has lied; others may have them.
+    c.serve(Shelf(*blobs, lies=True))
+    with pytest.raises(Lied):
+        within(lambda: a.fetch(digests[1], 300_000, c.peer_id))
+
+    # From several threads at once, and from several holders.
+    c.serve(Shelf(*blobs))
+    with ThreadPoolExecutor(4) as threads:
+        got = threads.map(
+            lambda i: a.fetch(digests[i], 300_000, (b, c)[i % 2].peer_id), range(8), timeout=WAIT_S
+        )
+    assert list(got) == blobs
+    b.serve(None)
+    with pytest.raises(SwarmUnreachable):
+        within(lambda: a.fetch(digests[0], 300_000, b.peer_id))
+    assert within(lambda: a.fetch(digests[0], 300_000, c.peer_id)) == blobs[0]
+
+
+def test_who_is_gone_gives_nothing(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm()
+    a, b = swarm.trainers("a", "b")
+    b.serve(Shelf(b"blob"))
+    assert within(lambda: a.fetch(digest_of(b"blob"), 4, b.peer_id)) == b"blob"
+    swarm.started.kill(b)
+    with pytest.raises(SwarmUnreachable):
+        within(lambda: a.fetch(digest_of(b"blob"), 4, b.peer_id))
+    assert wait_for(lambda: a.members() == [])
+    with pytest.raises(SwarmUnreachable):
+        within(lambda: a.fetch(digest_of(b"blob"), 4, "12D3KooWnobody"))
+
+
+def test_a_payload_that_the_coordinator_does_not_have_comes_from_a_member(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm()
+    a, b = swarm.trainers("a", "b")
+    payload = bytes(range(256)) * 300
+    a.offer(offer(1, payload))
+    b.offer(offer(1, b"small"))
+    (commit,) = take(b, 0, 1)
+    assert within(lambda: b.payload(commit.body.offers[0])) == payload
+    swarm.started.forget_payloads()
+    joiner = swarm.link("joiner")
+    joiner.open()
+    assert [c.digest for c in within(lambda: list(joiner.records(0)))] == [commit.digest]
+    with pytest.raises(SwarmUnreachable):
+        within(lambda: joiner.fetch(digest_of(payload), len(payload)))
+    assert within(lambda: joiner.payload(commit.body.offers[0])) == payload
+    # Who offered it goes; who has fetched it stays.
+    swarm.started.kill(a)
+    other = swarm.link("other")
+    other.open()
+    assert within(lambda: other.payload(commit.body.offers[0])) == payload
+    for link in (b, joiner):
+        swarm.started.kill(link)
+    assert wait_for(lambda: other.members() == [])
+    nobody = commit.body.offers[0].model_copy(update={"digest": digest_of(b"never offered")})
+    with pytest.raises(SwarmUnreachable):
+        within(lambda: other.payload(nobody))
+
+
+def test_what_a_joiner_needs_is_kept_for_it(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm(min_peers=1, rounds=100, snapshot_every=1)
+    (a,) = swarm.trainers("a")
+    joiner = swarm.link("joiner")
+    joiner.open()
+    joiner.state(NodeState.JOINING, needs_after=2)
+    swarm.until(lambda: swarm.peer(joiner)["state"] == "joining")
+    large = bytes(INLINE_BYTES + 1)
+
+    def train_with_snapshots(after: int, n: int) -> None:
+        for round_ in range(after + 1, after + n + 1):
+            payload = bytes([round_]) + large
+            a.offer(offer(round_, payload))
+            take(a, round_ - 1, 1)
+            a.report(Report(round=round_, snapshot=digest_of(payload), snapshot_bytes=10))
+
+    train_with_snapshots(0, 10)
+    swarm.until(lambda: swarm.started.status()["payloads"]["kept_from"] == 3)
+    entry = take(joiner, 2, 1)[0].body.offers[0]
+    assert within(lambda: joiner.payload(entry))[0] == 3
+    joiner.state(NodeState.TRAINING)
+    swarm.until(lambda: swarm.peer(joiner)["state"] == "training")
+    joiner.offer(offer(11, b"joiner"))
+    train_with_snapshots(10, 1)
+    assert swarm.started.status()["payloads"]["kept_from"] == 8
+
+
+# ------------------------------------------------------------------------------------------------ reports
 
 
 def test_reports_reach_the_status_and_the_next_commit(make_swarm: MakeSwarm) -> None:
@@ -546,15 +643,17 @@ def test_close_wakes_commits_and_events(make_swarm: MakeSwarm) -> None:
     a.close()
 
 
-def test_close_from_another_thread_ends_a_wait_for_a_snapshot(make_swarm: MakeSwarm) -> None:
+def test_close_from_another_thread_ends_a_wait_for_records(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm(min_peers=1)
-    swarm.trainers("busy")
-    joiner = swarm.link("joiner")
-    joiner.open(None, None)
-    closer = threading.Timer(0.1, joiner.close)
+    (a,) = swarm.trainers("a")
+    closer = threading.Timer(0.1, a.close)
     closer.start()
-    assert within(joiner.snapshot) is None
+    assert within(lambda: list(a.commits(0))) == []
     closer.join()
+    assert within(lambda: list(a.records(0))) == []
+    with pytest.raises(SwarmUnreachable):
+        within(lambda: a.fetch(digest_of(HELD_OUT), len(HELD_OUT)))
+    assert a.members() == []
 
 
 def test_traffic_is_counted_by_kind(make_swarm: MakeSwarm) -> None:
@@ -565,7 +664,7 @@ def test_traffic_is_counted_by_kind(make_swarm: MakeSwarm) -> None:
     a.offer(offer(1, large))
     b.offer(offer(1, small))
     commit = take(b, 0, 1)[0]
-    within(lambda: b.fetch(digest_of(large)))
+    within(lambda: b.payload(commit.body.offers[0]))
     after = b.traffic()
     assert len(large) <= after.received["payload"] - before.get("payload", 0) <= 1.01 * len(large)
     assert after.sent["payload"] == len(small)
