@@ -116,6 +116,7 @@ class Holders:
             self._failed(holder)
             raise
         self._failures.pop(holder, None)
+        self._rests_until_s.pop(holder, None)
         self._has_answered.add(holder)
         return data
 
