@@ -56,7 +56,7 @@ def measure_rounds(n_peers: int, n_rounds: int) -> dict[str, Any]:
         links = [HivemindLink(server.ticket, host="127.0.0.1") for _ in range(n_peers)]
         for link in links:
             stack.callback(link.close)
-            link.open(None, None)
+            link.open()
         seen_s: list[float] = []
         threads = [threading.Thread(target=_take_part, args=(link, total)) for link in links[1:]]
         for thread in threads:
