@@ -18,6 +18,7 @@ from thinwire.coordinator.messages import (
     PROTOCOL_VERSION,
     BadMessage,
     BlobRef,
+    Commit,
     Follow,
     GenesisBody,
     Heartbeat,
@@ -27,6 +28,7 @@ from thinwire.coordinator.messages import (
     NodeState,
     Notice,
     Offer,
+    Offered,
     Report,
     State,
     Welcome,
@@ -108,6 +110,20 @@ class World:
         status = self.service.status(self.now_s)
         json.dumps(status, allow_nan=False)
         return status
+
+    def round(self, round_: int, *peers: str, payload: bytes = b"abc") -> None:
+        """All of the peers offer something, those after the first one the same plus their name."""
+        for n, peer in enumerate(peers):
+            data = payload if n == 0 else payload + peer.encode()
+            if len(data) > INLINE_BYTES:
+                self.upload(peer, data)
+                self.say(peer, blob_offer(round_, data))
+            else:
+                self.say(peer, offer(round_, data))
+
+    def snapshot(self, round_: int, *peers: str, manifest: bytes = b"m" * 32) -> None:
+        for peer in peers:
+            self.say(peer, Report(round=round_, snapshot=manifest, snapshot_bytes=1000 + round_))
 
     def peer(self, name: str) -> dict[str, Any]:
         return next(p for p in self.status()["peers"] if p["peer_id"] == name)
@@ -470,8 +486,8 @@ def test_blobs_of_the_run_must_be_there(
         start()
     blobs.put(digest_of(text), text)
     start()
-    blobs.put(digest_of(b"other"), b"other")
-    assert digest_of(text) in blobs, "pinned: never pruned"
+    blobs.release(counted_to=99, offered_to=99)
+    assert digest_of(text) in blobs
     ledger.close()
 
 
@@ -527,6 +543,364 @@ def test_only_the_evaluator_reports_a_held_out_loss(make_world: MakeWorld) -> No
     assert world.status()["rejected"] == {"held_out": 2}
     with pytest.raises(BadMessage, match="to come"):
         world.say("a", Report(round=2, held_out=1.0))
+
+
+def test_a_later_fingerprint_replaces_the_earlier_one(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    for said in (b"WWWWWWWW", False), (b"RRRRRRRR", True), (b"RRRRRRRR", True):
+        world.say("b", Report(round=1, fingerprint=said[0], checked=said[1]))
+    world.say("a", Report(round=1, fingerprint=b"RRRRRRRR"))
+    assert world.status()["mismatches"] == 0, "it had healed before anybody could differ"
+    world.round(2, "a", "b")
+    world.say("a", Report(round=1, fingerprint=b"RRRRRRRR", checked=True))
+    for said in (b"WWWWWWWW", False), (b"RRRRRRRR", True):  # sent again after a reconnect
+        world.say("b", Report(round=1, fingerprint=said[0], checked=said[1]))
+    world.round(3, "a", "b")
+    reports = [[(e.peer, e.fingerprint[:1], e.checked) for e in c.body.reports] for c in commits(world)]
+    assert reports == [[], [(1, b"R", True), (0, b"R", False)], [(0, b"R", True)]]
+    assert world.status()["mismatches"] == 0
+    assert world.peer("b")["fingerprint"] == b"RRRRRRRR".hex()
+
+
+def test_reports_are_not_entered_twice_not_even_after_a_restart(make_world: MakeWorld) -> None:
+    world = make_world(snapshot_every=1)
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    said = Report(round=1, fingerprint=b"12345678", snapshot=b"m" * 32, snapshot_bytes=7)
+    world.say("a", said)
+    world.round(2, "a", "b")
+    world.say("a", said)
+    world.restart()
+    world.train("a", "b")
+    world.say("a", said)
+    world.round(3, "a", "b")
+    assert [len(c.body.reports) for c in commits(world)] == [0, 1, 0]
+    assert [len(c.body.snapshots) for c in commits(world)] == [0, 1, 0]
+    assert world.status()["rejected"] == {}
+
+
+def test_fingerprints_and_snapshots_have_their_rounds(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=1, rounds=7, verify_every=2, snapshot_every=4)
+    world.train("a")
+    for round_ in range(1, 6):
+        world.round(round_, "a")
+    for round_ in range(6):
+        world.say("a", Report(round=round_, fingerprint=round_.to_bytes(8, "big")))
+        world.snapshot(round_, "a")
+    world.say("a", Report(round=4, snapshot=bytes(32)))  # without its size
+    world.round(6, "a")
+    body = commits(world)[-1].body
+    assert [e.round for e in body.reports] == [0, 2, 4]
+    assert [(e.round, e.n_bytes) for e in body.snapshots] == [(4, 1004)]
+    assert world.status()["rejected"] == {"fingerprint": 3, "snapshot": 6}
+    world.round(7, "a")
+    world.say("a", Report(round=7, fingerprint=b"the last"))
+    assert world.status()["rejected"] == {"fingerprint": 3, "snapshot": 6}
+    assert world.peer("a")["fingerprint_round"] == 7
+
+
+def test_two_reports_attest_a_snapshot(make_world: MakeWorld) -> None:
+    world = make_world(snapshot_every=2)
+    world.train("a", "b", "c")
+    for round_ in (1, 2):
+        world.round(round_, "a", "b", "c")
+    world.snapshot(2, "a", manifest=b"x" * 32)
+    world.snapshot(2, "a", "b")
+    world.round(3, "a", "b", "c")
+    entries = commits(world)[-1].body.snapshots
+    assert [(e.peer, e.round, e.manifest, e.n_bytes) for e in entries] == [
+        (0, 2, b"m" * 32, 1002),
+        (1, 2, b"m" * 32, 1002),
+    ]
+    assert world.status()["snapshot"] == {"round": 2, "bytes": 1002, "holders": 2}
+    world.service.closed("a", 1, world.now_s)
+    assert world.status()["snapshot"] == {"round": 2, "bytes": 1002, "holders": 1}
+    world.restart()
+    assert world.status()["snapshot"] == {"round": 2, "bytes": 1002, "holders": 0}
+
+
+# ------------------------------------------------------------------------------------------------ payloads
+
+
+def commits(world: World) -> list[Commit]:
+    return world.service.commits(0, 1000)
+
+
+def test_who_has_which_payload_is_told_to_the_others(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b", "c")
+    data = bytes(5000)
+    world.say("a", blob_offer(1, data))
+    world.say("a", blob_offer(1, data))
+    world.say("b", offer(1))
+    told = Offered(round=1, holder="a", digest=digest_of(data), n_bytes=5000)
+    for name, expected in (("a", []), ("b", [told]), ("c", [told])):
+        assert world.messages(Offered, name) == expected
+    world.sent.clear()
+    world.open("a", "d")
+    assert world.messages(Offered) == []
+    world.service.tick(world.now_s)
+    assert [m for m in world.sent if isinstance(m[1], Offered)] == [("d", told)]
+    members, offered = (m for peer, m in world.sent if peer == "d")
+    assert isinstance(members, Members), "the holder's addresses come first"
+    assert offered == told
+    world.sent.clear()
+    world.say("d", State(state=NodeState.TRAINING))
+    world.upload("a", data)
+    world.say("a", State(state=NodeState.TRAINING))
+    world.say("c", offer(1))
+    assert world.committed == [1]
+    world.open("e")
+    world.service.tick(world.now_s)
+    assert world.messages(Offered) == [], "its round is over"
+
+
+def payload(round_: int) -> bytes:
+    return round_.to_bytes(2, "big") * 3000
+
+
+def kept(world: World, *rounds: int) -> list[int]:
+    return [r for r in rounds if digest_of(payload(r)) in world.blobs]
+
+
+def trained(world: World, rounds: range, *attested: int, peers: str = "ab") -> None:
+    """Rounds in which the first peer's payloads are blobs, and all report the snapshots of some."""
+    for round_ in rounds:
+        world.round(round_, *peers, payload=payload(round_))
+        if round_ in attested:
+            world.snapshot(round_, *peers)
+
+
+def test_payloads_are_kept_back_to_the_second_newest_attested_snapshot(make_world: MakeWorld) -> None:
+    world = make_world(rounds=100, snapshot_every=10)
+    world.train("a", "b")
+    trained(world, range(1, 21), 10, 20)
+    assert kept(world, *range(1, 21)) == list(range(1, 21)), "the second one is in no commit yet"
+    assert world.open("c").kept_from == 1
+    world.service.closed("c", 1, world.now_s)
+    world.wait(3.0, "a", "b")
+    trained(world, range(21, 30))
+    assert kept(world, *range(1, 30)) == list(range(11, 30))
+    assert world.open("c").kept_from == 11
+    world.say("c", State(state=NodeState.LEAVING))
+    trained(world, range(30, 50), 30)  # the one of round 40 is not attested
+    assert kept(world, *range(1, 50)) == list(range(21, 50))
+    assert len(list(world.blobs._path.iterdir())) == 2 * 29
+    status = world.status()["payloads"]
+    assert status == {"kept_from": 21, "bytes": 29 * 12001, "quota_bytes": 10**9}
+    world.restart()
+    assert world.status()["payloads"] == status
+    world.train("a", "b")
+    trained(world, range(50, 62), 50, 60)
+    assert kept(world, *range(1, 62)) == list(range(51, 62))
+
+
+def test_a_joining_peer_keeps_what_it_needs(make_world: MakeWorld) -> None:
+    world = make_world(rounds=100, snapshot_every=10)
+    world.train("a", "b")
+    trained(world, range(1, 12), 10)
+    world.open("j", "k")  # k has not said yet what it needs: what it was told stays true
+    world.say("j", State(state=NodeState.JOINING, needs_after=5))
+    trained(world, range(12, 22), 20)
+    assert kept(world, *range(1, 22)) == list(range(1, 22))
+    world.say("k", State(state=NodeState.TRAINING))
+    world.say("k", State(state=NodeState.LEAVING))
+    trained(world, range(22, 32), 30)
+    assert kept(world, *range(1, 32)) == list(range(6, 32))
+    world.say("j", State(state=NodeState.JOINING, needs_after=12))
+    trained(world, range(32, 42), 40)
+    assert kept(world, *range(1, 42)) == list(range(13, 42))
+    world.service.closed("j", 1, world.now_s)
+    trained(world, range(42, 43))
+    assert kept(world, *range(1, 43)) == list(range(13, 43)), "it may be back in a moment"
+    world.wait(3.0, "a", "b")
+    trained(world, range(43, 44))
+    assert kept(world, *range(1, 44)) == list(range(31, 44))
+
+
+def test_what_no_commit_counted_is_deleted_a_few_rounds_later(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=1, rounds=100)
+    world.train("a")
+    stray, again = world.upload("a", bytes(7000)), world.upload("a", bytes(8000))
+    for round_ in range(1, 5):
+        world.round(round_, "a")
+        assert stray in world.blobs, "its offer may still be sent again"
+    world.upload("a", bytes(8000))
+    world.round(5, "a")
+    assert stray not in world.blobs
+    assert again in world.blobs
+    before_crash = world.upload("a", bytes(9000))
+    world.restart()
+    world.train("a")
+    world.round(6, "a")
+    assert before_crash in world.blobs
+    for round_ in range(7, 11):
+        world.round(round_, "a")
+    assert world.blobs.n_bytes == 0
+
+
+def test_without_snapshots_the_quota_is_a_wish_and_its_reason_is_told(
+    make_world: MakeWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = make_world(rounds=100, snapshot_every=10)
+    world.blobs.quota_bytes = 20_000
+    world.train("a", "b")
+    trained(world, range(1, 20))
+    assert kept(world, *range(1, 20)) == list(range(1, 20))
+    (text,) = (r.getMessage() for r in caplog.records if "quota" in r.getMessage())
+    assert text == (
+        "blobs take 24002 bytes, over the quota of 20000: "
+        "all payloads are kept until there are two attested snapshots"
+    )
+    caplog.clear()
+    world.snapshot(10, "a", "b")
+    world.open("j")
+    world.say("j", State(state=NodeState.JOINING, needs_after=3))
+    trained(world, range(20, 70), 20)
+    (text,) = (r.getMessage() for r in caplog.records if "quota" in r.getMessage())
+    assert text.endswith("of 20000: j joins and needs the payloads after round 3")
+
+
+def test_small_payloads_stay_in_the_ledger_for_ever(make_world: MakeWorld) -> None:
+    world = make_world(rounds=100, snapshot_every=1)
+    world.train("a", "b")
+    for round_ in range(1, 20):
+        world.round(round_, "a", "b")
+        world.snapshot(round_, "a", "b")
+    assert world.status()["snapshot"]["round"] == 18
+    assert world.open("c").kept_from == 1
+
+
+# -------------------------------------------------------------------------------------------- lost commits
+
+
+class Restored:
+    """A world whose ledger is that of three rounds ago, and what it has lost."""
+
+    def __init__(self, world: World) -> None:
+        world.train("a", "b")
+        for round_ in (1, 2):
+            world.round(round_, "a", "b")
+        world.restart()
+        path = world.path / "ledger.db"
+        copy = path.read_bytes()
+        world.train("a", "b")
+        world.open("c")
+        world.say("c", State(state=NodeState.TRAINING))
+        world.round(3, "a", "b", "c", payload=payload(3))
+        world.say("b", Report(round=3, fingerprint=b"12345678"))
+        for round_ in (4, 5):
+            world.round(round_, "a", "b", "c", payload=payload(round_))
+        self.lost = world.service.commits(2, 10)
+        assert len(self.lost) == 3
+        self.status = world.status()
+        world.ledger.close()
+        path.write_bytes(copy)
+        (digest_file(world, 4)).unlink()
+        world.sent.clear()
+        world.committed.clear()
+        world.ledger = Ledger.open(path, world.key.public_key())
+        world.start()
+        self.world = world
+        self.hello = world.hello(head_round=5, head_digest=self.lost[-1].digest)
+
+
+def digest_file(world: World, round_: int) -> Path:
+    return world.path / "blobs" / digest_of(payload(round_)).hex()
+
+
+def test_a_restored_coordinator_takes_its_commits_back(make_world: MakeWorld) -> None:
+    restored = Restored(make_world(rounds=100))
+    world, service = restored.world, restored.world.service
+    world.open("x")  # its index is the one that the lost commits gave to c
+    assert world.peer("x")["index"] == 2
+    assert service.lacks(restored.hello)
+    service.hold()
+    service.adopt(restored.lost[:2])
+    world.say("x", State(state=NodeState.TRAINING))  # the session is over
+    assert service.lacks(restored.hello)
+    service.adopt(restored.lost[2:])
+    service.go_on(world.now_s)
+    assert not service.lacks(restored.hello)
+    status = world.status()
+    for figure in ("round", "mismatches", "loss", "snapshot", "held_out"):
+        assert status[figure] == restored.status[figure]
+    assert [p["peer_id"] for p in status["peers"]] == ["a", "b", "c"]
+    assert [p["offers_counted"] for p in status["peers"]] == [5, 5, 2]
+    assert world.peer("b")["fingerprint"] == b"12345678".hex()
+    assert status["payloads"]["kept_from"] == 5, "the payload of round 4 was lost with the newer disk"
+    assert not service.is_member("x")
+    world.train("a", "b", "c")
+    assert world.open("x").peer_index == 3
+    world.round(6, "a", "b")
+    assert world.committed == []
+    world.say("c", offer(6))
+    assert world.committed == [6]
+    assert [a.peer_id for a in service.commits(5, 1)[0].body.admitted] == ["x"]
+
+
+def test_peers_of_adopted_commits_are_expected(make_world: MakeWorld) -> None:
+    restored = Restored(make_world(rounds=100))
+    world, service = restored.world, restored.world.service
+    service.hold()
+    service.adopt(restored.lost)
+    service.go_on(world.now_s)
+    world.train("a", "b")
+    world.round(6, "a", "b")
+    world.wait(9.5, "a", "b")
+    assert world.committed == []
+    world.wait(0.5, "a", "b")
+    assert world.committed == [6]
+
+
+def test_no_round_closes_while_commits_are_given_back(make_world: MakeWorld) -> None:
+    world = make_world(policy="deadline", rounds=100)
+    world.train("a", "b")
+    for round_ in (1, 2, 3):
+        world.round(round_, "a", "b")
+    world.service.hold()
+    world.say("a", offer(4))
+    world.wait(60.0, "a", "b")
+    world.say("b", offer(4))
+    assert world.committed == [1, 2, 3]
+    world.service.go_on(world.now_s)
+    world.service.tick(world.now_s)
+    assert world.committed == [1, 2, 3, 4]
+    world.round(5, "a", "b")
+    assert world.committed[-1] == 5, "nothing was adopted: all is as it was"
+
+
+def test_a_forged_commit_is_a_bad_message(make_world: MakeWorld) -> None:
+    restored = Restored(make_world(rounds=100))
+    world = restored.world
+    forger = Ed25519PrivateKey.generate()
+    forged = [c.model_copy(update={"signature": forger.sign(c.record)}) for c in restored.lost]
+    world.service.hold()
+    with pytest.raises(BadMessage, match="record 3: its signature is not the coordinator's"):
+        world.service.adopt(forged)
+    world.service.go_on(world.now_s)
+    assert world.service.head == 2
+    assert world.status()["rejected"] == {"adopt": 1}
+
+
+def test_a_fork_is_refused(make_world: MakeWorld) -> None:
+    restored = Restored(make_world(rounds=100))
+    world, service = restored.world, restored.world.service
+    world.train("a", "b")
+    world.round(3, "a", "b", payload=b"not what it was")
+    assert service.head == 3
+    service.hold()
+    with pytest.raises(LedgerCorrupt, match="round 4 of the node follows another round 3") as caught:
+        service.adopt(restored.lost[1:])
+    assert "restore a copy from before" in str(caught.value)
+    service.go_on(world.now_s)
+    with pytest.raises(LedgerCorrupt, match=r"round 3 is not on .* another record has its place.*restore"):
+        world.open("c", head_round=3, head_digest=restored.lost[0].digest)
+    assert world.status()["rejected"] == {"fork": 1, "head": 1}
+    world.round(4, "a", "b")
+    assert service.head == 4
 
 
 # ------------------------------------------------------------------------------------- people and the end
