@@ -80,9 +80,10 @@ class Kept:
             round_ = max(round_, self._remove(digest))
         self._payloads[digest] = (round_, payload)
         self.n_bytes += len(payload)
-        self._newest = max(self._newest, round_)
-        for old in [d for d, (r, _) in self._payloads.items() if r <= self._newest - KEPT_ROUNDS]:
-            self._remove(old)
+        if round_ > self._newest:
+            self._newest = round_
+            for old in [d for d, (r, _) in self._payloads.items() if r <= round_ - KEPT_ROUNDS]:
+                self._remove(old)
         while self.n_bytes > self._max_bytes and len(self._payloads) > 1:
             self._remove(next(iter(self._payloads)))
 
@@ -104,7 +105,7 @@ class Payloads:
         self.kept = Kept()
         self._patience = Patience(floor_s=SHORT_WAIT_S, ceiling_s=LONG_WAIT_S)
         self._early: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
-        self._tasks: dict[bytes, asyncio.Task[bytes]] = {}
+        self._tasks: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
 
     def keep_own(self, round_: int, payload: bytes) -> bytes:
         """This node offers it: it need not be fetched, and others may have it. Returns its digest."""
@@ -130,18 +131,22 @@ class Payloads:
                 task.cancel()
 
     def want(self, commits: Sequence[Commit], peers: Mapping[int, str]) -> None:
-        """The node works on the first of these and will take the others next: their payloads are fetched now,
-        what was wanted before is dropped."""
-        entries = [(c.body.round, entry) for c in commits for entry in c.body.offers]
-        still = {entry.digest for _, entry in entries}
-        for digest in self._tasks.keys() - still:
-            self._tasks.pop(digest).cancel()
+        """The node has taken the first of these and will take the others next: fetches their payloads.
+
+        It may still have to apply some that it took before: what is under way for them goes on.
+        """
+        if not commits:
+            return
+        first, last = commits[0].body.round, commits[-1].body.round
+        for digest, (round_, task) in list(self._tasks.items()):
+            if (round_ < first and task.done()) or not first - KEPT_ROUNDS < round_ <= last:
+                self._tasks.pop(digest)[1].cancel()
         for round_, early in list(self._early.values()):
-            if commits and round_ < commits[0].body.round:
+            if round_ <= first - KEPT_ROUNDS:
                 early.cancel()
-        for round_, entry in entries:
-            if entry.digest is not None:
-                self._ensure(entry.digest, entry.n_bytes, peers.get(entry.peer), round_)
+        for commit in commits:
+            for entry in commit.body.offers:
+                self._ensure(entry, peers.get(entry.peer), commit.body.round)
 
     async def get(self, entry: OfferEntry, offerer: str | None) -> bytes:
         """A counted payload. Raises SwarmUnreachable: nobody has it."""
@@ -152,23 +157,26 @@ class Payloads:
         kept = self.kept.get(digest)
         if kept is not None:
             return kept
-        task = self._tasks.get(digest)
+        _, task = self._tasks.get(digest, (0, None))
         if task is None:
             return await self._resolve(digest, entry.n_bytes, offerer)
         return await asyncio.shield(task)
 
     def close(self) -> None:
-        for task in [*self._tasks.values(), *(task for _, task in self._early.values())]:
+        for _, task in [*self._tasks.values(), *self._early.values()]:
             task.cancel()
 
     # --------------------------------------------------------------------------------------- fetching
 
-    def _ensure(self, digest: bytes, n_bytes: int, offerer: str | None, round_: int) -> None:
+    def _ensure(self, entry: OfferEntry, offerer: str | None, round_: int) -> None:
         """A fetch is under way, unless the payload is here. One that has failed is begun again."""
-        task = self._tasks.get(digest)
-        if digest in self.kept or (task is not None and (not task.done() or _has_succeeded(task))):
+        digest = entry.digest
+        if digest is None or digest in self.kept:
             return
-        self._tasks[digest] = _quiet(self._fetch_wanted(digest, n_bytes, offerer, round_))
+        _, task = self._tasks.get(digest, (0, None))
+        if task is None or (task.done() and not _has_succeeded(task)):
+            work = self._fetch_wanted(digest, entry.n_bytes, offerer, round_)
+            self._tasks[digest] = (round_, _quiet(work))
 
     async def _fetch_early(self, offered: Offered) -> bytes:
         digest, began_s = offered.digest, time.monotonic()

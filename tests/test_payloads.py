@@ -274,21 +274,42 @@ async def test_a_peer_that_keeps_failing_is_not_tried_first(swarm: Swarm, payloa
 
 
 @in_a_loop
-async def test_commits_to_come_are_fetched_ahead_and_old_ones_dropped(
-    swarm: Swarm, payloads: Payloads
-) -> None:
+async def test_commits_to_come_are_fetched_ahead(swarm: Swarm, payloads: Payloads) -> None:
     xs = [data(str(i)) for i in range(6)]
-    swarm.coordinator = {digest_of(x): x for x in xs[:5]}
+    swarm.coordinator = {digest_of(x): x for x in xs}
     commits = [commit(i + 1, entry(1, x)) for i, x in enumerate(xs)]
     payloads.want(commits[:3], PEERS)
     await settle()
     assert swarm.asked == ["coordinator"] * 3
-    swarm.held |= {A, B, C}
     payloads.want(commits[2:], PEERS)
     await settle()
-    assert swarm.asked == [*["coordinator"] * 6, A]
-    assert [await payloads.get(entry(1, x), A) for x in xs[:5]] == xs[:5]
-    assert swarm.asked == [*["coordinator"] * 6, A]
+    assert swarm.asked == ["coordinator"] * 6
+    # Those that the node took before it applied them are still here.
+    assert [await payloads.get(entry(1, x), A) for x in xs] == xs
+    assert swarm.asked == ["coordinator"] * 6
+
+
+@in_a_loop
+async def test_fetches_go_on_until_their_round_is_long_over(swarm: Swarm, payloads: Payloads) -> None:
+    x, y = data("x"), data("y")
+    swarm.peers[A][digest_of(x)] = x
+    swarm.held.add(A)
+    payloads.want([commit(1, entry(1, x))], PEERS)
+    await settle()
+    payloads.want([commit(2, entry(1, y).model_copy(update={"digest": None, "payload": b"y"}))], PEERS)
+    getting = asyncio.create_task(payloads.get(entry(1, x), A))
+    await settle()
+    assert swarm.asked == ["coordinator", A]
+    swarm.let_go.set()
+    assert await getting == x
+    swarm.let_go.clear()
+
+    payloads.want([commit(2, entry(1, y))], PEERS)
+    late = asyncio.create_task(payloads.get(entry(1, y), A))
+    await settle()
+    payloads.want([commit(2 + KEPT_ROUNDS, entry(1, x))], PEERS)
+    with pytest.raises(asyncio.CancelledError):
+        await late
 
 
 @in_a_loop
