@@ -33,18 +33,20 @@ async def adopt(service: Service, stream: Stream, hello: Hello, adopted: Callabl
     service.hold()
     try:
         await stream.send_message(Follow(after=service.head))
+        at_most = 1  # the first one proves that there is something to be had
         while service.lacks(hello):
-            service.adopt(await _commits(stream, (hello.head_round or 0) - service.head))
+            service.adopt(await _commits(stream, min(at_most, (hello.head_round or 0) - service.head)))
             adopted()
+            at_most = min(2 * at_most, _AT_ONCE)
     finally:
         service.go_on(time.monotonic())
 
 
 async def _commits(stream: Stream, at_most: int) -> list[Commit]:
-    """The next commits: as many as fit into one write."""
+    """The next commits, for one write to the disk."""
     commits: list[Commit] = []
     n_bytes = 0
-    while len(commits) < min(at_most, _AT_ONCE) and n_bytes < _BYTES_AT_ONCE:
+    while len(commits) < at_most and n_bytes < _BYTES_AT_ONCE:
         commits.append(await _commit(stream))
         n_bytes += len(commits[-1].record)
     return commits

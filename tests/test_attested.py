@@ -107,7 +107,7 @@ REPORTS = st.lists(
 
 @given(REPORTS, st.integers(1, 3), st.integers(1, 4))
 def test_any_history(history: list[list[Reported]], every: int, n_peers: int) -> None:
-    """What is attested is what a look at all reports at once finds; forgotten is only what is old."""
+    """What is attested is what a look at all reports on remembered rounds at once finds."""
     snapshots = Snapshots(every)
     last: dict[int, dict[int, bytes]] = {}
     for round_, reported in enumerate(history, 1):

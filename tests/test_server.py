@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +20,14 @@ from typing import Any, BinaryIO
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from thinwire.compression.errors import ConfigError, Incompatible, SwarmUnreachable
+from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable
 from thinwire.coordinator.blob_streams import NotServed, get_blob, put_blob
 from thinwire.coordinator.files import write_aside
 from thinwire.coordinator.identity import new_key, peer_id_of, save
 from thinwire.coordinator.messages import (
     PROTOCOL_VERSION,
     Commit,
+    Follow,
     GenesisBody,
     Hello,
     Message,
@@ -665,3 +667,140 @@ def test_a_report_is_acknowledged_and_the_server_finishes(make_swarm: Callable[.
     assert not swarm.coordinator.call(lambda server: server.service.finished)
     a.report(Report(round=1, fingerprint=b"12345678", held_out=held_out))
     assert eventually(lambda: swarm.coordinator.call(lambda server: server._done.done()))
+
+
+# ------------------------------------------------------------------------------------------ lost commits
+
+
+class Restorable:
+    """A coordinator that stops, goes back to an older copy of its state directory, and starts again."""
+
+    def __init__(self, folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey) -> None:
+        self.state, self._copy = folder / "coordinator", folder / "copy"
+        self.state.mkdir()
+        save(key, self.state / "key")
+        self.thread = ServerThread(self.state, genesis)
+        self.thread.__enter__()
+
+    def save(self) -> None:
+        """A copy as it is made of a coordinator that does not run: stops it and starts it again."""
+        self.stop()
+        shutil.copytree(self.state, self._copy)
+        self.start()
+
+    def stop(self) -> None:
+        self.thread.__exit__(None, None, None)
+
+    def restore(self) -> None:
+        """Of a coordinator that was stopped."""
+        shutil.rmtree(self.state)
+        shutil.copytree(self._copy, self.state)
+
+    def start(self) -> None:
+        self.thread = ServerThread(self.state)
+        self.thread.__enter__()
+
+
+@pytest.fixture
+def restorable(
+    tmp_path: Path, make_genesis: MakeGenesis, key: Ed25519PrivateKey, stack: ExitStack
+) -> Restorable:
+    coordinator = Restorable(tmp_path, make_genesis(min_peers=1, rounds=100), key)
+    stack.callback(coordinator.stop)
+    return coordinator
+
+
+def joined(coordinator: Restorable, state: Path, stack: ExitStack) -> HivemindLink:
+    link = HivemindLink(coordinator.thread.ticket, state=state, host="127.0.0.1")
+    stack.callback(link.close)
+    link.open()
+    link.state(NodeState.TRAINING)
+    return link
+
+
+def trained(links: list[HivemindLink], rounds: range) -> list[Commit]:
+    """All offer in every round, large payloads and small ones."""
+    commits = []
+    for round_ in rounds:
+        for n, link in enumerate(links):
+            link.offer(offer(round_, bytes([round_, n]) * (5 if n else 5000)))
+        taken = [take(link, round_ - 1, 1)[0] for link in links]
+        assert len({commit.digest for commit in taken}) == 1
+        commits.append(taken[0])
+    return commits
+
+
+def test_a_restored_coordinator_gets_its_commits_back_from_its_nodes(
+    restorable: Restorable, tmp_path: Path, stack: ExitStack
+) -> None:
+    links = [joined(restorable, tmp_path / "a", stack)]
+    commits = trained(links, range(1, 3))
+    restorable.save()
+    links.append(joined(restorable, tmp_path / "b", stack))
+    for round_ in range(3, 7):
+        commits += trained(links, range(round_, round_ + 1))
+    restorable.stop()
+    restorable.restore()
+    restorable.start()
+    assert eventually(lambda: restorable.thread.status()["round"] >= 6)
+    commits += trained(links, range(7, 9))
+    assert [commit.body.round for commit in commits] == list(range(1, 9))
+    assert commits[6].body.parent == commits[5].digest
+    late = joined(restorable, tmp_path / "late", stack)
+    assert [c.digest for c in take(late, 0, 8)] == [c.digest for c in commits]
+    status = restorable.thread.status()
+    assert [peer["state"] for peer in status["peers"]] == ["training"] * 3
+    assert status["rejected"].keys() <= {"stranger"}, "blob streams may have been faster than sessions"
+
+
+def test_a_fork_stops_the_node(restorable: Restorable, tmp_path: Path, stack: ExitStack) -> None:
+    a = joined(restorable, tmp_path / "a", stack)
+    restorable.save()
+    trained([a], range(1, 4))
+    restorable.stop()
+    a.close()
+    restorable.restore()
+    restorable.start()
+    b = joined(restorable, tmp_path / "b", stack)
+    ours = trained([b], range(1, 3))
+    with pytest.raises(LedgerCorrupt, match="round 3 of the node follows another round 2"):
+        joined(restorable, tmp_path / "a", stack)
+    ours += trained([b], range(3, 4))
+    with pytest.raises(LedgerCorrupt, match=r"round 3 is not on .* another record has its place"):
+        joined(restorable, tmp_path / "a", stack)
+    assert trained([b], range(4, 5))[0].body.parent == ours[2].digest
+    assert restorable.thread.status()["rejected"] == {"fork": 1, "head": 1}
+
+
+def test_whoever_claims_to_have_more_and_has_not_is_refused(
+    make_swarm: Callable[..., Swarm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("thinwire.coordinator.adoption.STALL_S", 1.0)
+    swarm = make_swarm(min_peers=1)
+    honest = swarm.trainer("honest")
+    honest.offer(offer(1, b"before"))
+    (first,) = take(honest, 0, 1)
+    forger = new_key()
+    body = first.body.model_copy(update={"round": 2, "parent": first.digest})
+    forged = Commit(record=encode_record(body), signature=forger.sign(encode_record(body)))
+    claims: list[tuple[Message | None, str]] = [
+        (forged, "BadMessage"),
+        (first, "BadMessage"),
+        (offer(2, b"no commit"), "BadMessage"),
+        (None, "SwarmUnreachable"),
+    ]
+
+    async def body_of(host: Host, ticket: Ticket) -> None:
+        for message, error in claims:
+            stream = await open_stream(host, ticket, SESSION)
+            await stream.send_message(hello(ticket, head_round=9, head_digest=bytes(32)))
+            assert await stream.receive_message(FROM_COORDINATOR) == Follow(after=1)
+            if message is not None:
+                await stream.send_message(message)
+            said = await until_refused(stream)
+            assert [m.error for m in said if isinstance(m, Refused)] == [error]
+
+    swarm.speak(body_of)
+    honest.offer(offer(2, b"after"))
+    assert take(honest, 1, 1)[0].body.parent == first.digest
+    assert swarm.rejected() == {"adopt": 3}
