@@ -55,9 +55,12 @@ def train(folder: Path, config: RunConfig, path: Path) -> str:
         for thread in threads:
             thread.join(100)
         reader = swarm.link("reader")
-        welcome = reader.open(None, None)
+        welcome = reader.open()
         commits = swarm.call(lambda service, _now_s: service.commits(0, 10_000))
-        write_ledger(path, welcome.genesis, welcome.signature, commits, reader.fetch)
+        offers = {offer.digest: offer for commit in commits for offer in commit.body.offers}
+        write_ledger(
+            path, welcome.genesis, welcome.signature, commits, lambda digest: reader.payload(offers[digest])
+        )
         reader.close()
     assert len(results) == 3
     (fingerprint,) = {r.fingerprint for r in results}
@@ -79,6 +82,14 @@ def test_replay_equals_training(tmp_path: Path, strategy: str) -> None:
     assert set(load_file(output)) == {name for name, _ in model.named_parameters()}
     assert replay(path, output=tmp_path / "stopped", stopped=lambda: True) is None
     assert not (tmp_path / "stopped").exists()
+
+
+def test_rounds_that_nobody_reported_are_applied_in_batches(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    live = train(tmp_path / "run", config_of("spsa", rounds=9, verify_every=100, snapshot_every=100), path)
+    result = replay(path)
+    assert result is not None
+    assert (result.rounds, result.fingerprint, result.verified) == (9, live, 0)
 
 
 def altered(
