@@ -43,6 +43,10 @@ class BlobClient:
         """When bytes last came on any of the streams, in monotonic seconds; 0: never."""
         return max((s.heard_s for s in [*self._idle, *self._busy]), default=0.0)
 
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._busy)
+
     async def get(self, digest: bytes, max_bytes: int, purpose: Purpose) -> bytes:
         """Raises SwarmUnreachable; NotServed if the peer is there but has no such blob for us; Lied."""
         return await self._use(lambda stream: get_blob(stream, digest, max_bytes, purpose, self._patience))
@@ -69,6 +73,9 @@ class BlobClient:
         self._busy.add(stream)
         try:
             result = await work(stream)
+        except NotServed:
+            self._idle.append(stream)
+            raise
         except BadFrame as e:
             stream.abort()
             raise (_Broken if e.reason == "frame_cut" else Lied)(f"a blob's transfer broke: {e}") from e
@@ -76,7 +83,7 @@ class BlobClient:
             stream.abort()
             raise _Broken(f"a blob's transfer broke: {e}") from e
         except BaseException:
-            stream.abort()  # who refuses may close its end: the next request gets a new stream
+            stream.abort()
             raise
         finally:
             self._busy.discard(stream)
@@ -129,15 +136,20 @@ class Holders:
         return time.monotonic() < self._rests_until_s.get(holder, 0.0)
 
     def keep_only(self, holders: Collection[str]) -> None:
-        """The others are gone. Who comes back is asked again."""
+        """The others are gone, unless they are giving something right now. Who comes back is asked again."""
         for holder in self._clients.keys() - set(holders):
-            self._clients.pop(holder).close()
-            self._failures.pop(holder, None)
-            self._rests_until_s.pop(holder, None)
-            self._has_answered.discard(holder)
+            if not self._clients[holder].is_busy:
+                self._forget(holder)
 
     def close(self) -> None:
-        self.keep_only(())
+        for holder in list(self._clients):
+            self._forget(holder)
+
+    def _forget(self, holder: str) -> None:
+        self._clients.pop(holder).close()
+        self._failures.pop(holder, None)
+        self._rests_until_s.pop(holder, None)
+        self._has_answered.discard(holder)
 
     def _failed(self, holder: str) -> None:
         n = self._failures[holder] = self._failures.get(holder, 0) + 1

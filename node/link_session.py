@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thinwire.compression.errors import LedgerCorrupt, SwarmUnreachable, ThinwireError
@@ -46,8 +49,21 @@ _RETRY_S = 0.3
 _MEMBERS_S = 0.5
 
 
+_GRACE_S = 30.0
+"""Who is off the member list counts as a member between nodes for so long: a coordinator that was restarted
+lists its peers as they come back."""
+
+
 class _Unlisted(SwarmUnreachable):
     """The peer is not on the member list."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """Where a member is reached, and until when it counts as one, in monotonic seconds."""
+
+    addresses: tuple[str, ...]
+    until_s: float
 
 
 class LinkSession:
@@ -97,7 +113,7 @@ class LinkSession:
         self._offer: Offer | None = None
         self._upload: asyncio.Task[None] | None = None
         self._reports: deque[Report] = deque(maxlen=_KEPT_REPORTS)
-        self._members: dict[str, tuple[str, ...]] = {}
+        self._listed: dict[str, _Listed] = {}
         self._turns = asyncio.Semaphore(_SERVED_AT_ONCE)
         self._streams_of: Counter[str] = Counter()
         self._payload_bytes = 0
@@ -238,7 +254,8 @@ class LinkSession:
 
     def members(self, first: str | None = None) -> list[str]:
         """The others that are connected: those that answer before those that do not, `first` before all."""
-        others = [peer_id for peer_id in self._members if peer_id != self._peer_id]
+        now = [peer_id for peer_id, listed in self._listed.items() if listed.until_s == math.inf]
+        others = [peer_id for peer_id in now if peer_id != self._peer_id]
         return sorted(others, key=lambda peer_id: (self._holders.rests(peer_id), peer_id != first))
 
     def rests(self, holder: str) -> bool:
@@ -256,11 +273,25 @@ class LinkSession:
             raise SwarmUnreachable(str(self._error))
         return await self._downloads.get(digest, n_bytes, purpose)
 
+    def _list(self, members: dict[str, tuple[str, ...]]) -> None:
+        """Takes over the coordinator's list; who is not on it any more stays for a while."""
+        now_s = time.monotonic()
+        left = {
+            peer_id: replace(listed, until_s=min(listed.until_s, now_s + _GRACE_S))
+            for peer_id, listed in self._listed.items()
+            if listed.until_s > now_s
+        }
+        self._listed = left | {p: _Listed(addresses, math.inf) for p, addresses in members.items()}
+        self._holders.keep_only(self._listed)
+
+    def _is_member(self, peer_id: str) -> bool:
+        listed = self._listed.get(peer_id)
+        return listed is not None and time.monotonic() < listed.until_s
+
     async def _open_stream_to(self, holder: str) -> Stream:
-        addresses = self._members.get(holder)
-        if addresses is None:
+        if not self._is_member(holder):
             raise _Unlisted(f"{holder} is not connected to the swarm")
-        return await self._uplink.open_stream_to(holder, addresses, BLOB)
+        return await self._uplink.open_stream_to(holder, self._listed[holder].addresses, BLOB)
 
     async def _serve_blobs(
         self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -272,7 +303,7 @@ class LinkSession:
         stream = Stream(reader, writer, self._meter)
         try:
             await serve_blobs(
-                stream, self.served, self.served.purpose, lambda: peer_id in self._members, self._turns
+                stream, self.served, self.served.purpose, lambda: self._is_member(peer_id), self._turns
             )
         except (OSError, EOFError, BadMessage, SwarmUnreachable):
             return  # the other node notices by itself
@@ -319,8 +350,7 @@ class LinkSession:
                 if self._state is NodeState.TRAINING and message.round > self._copy.head_round:
                     self.payloads.offered(message)
             case Members(members=members):
-                self._members = {m.peer_id: m.addresses for m in members}
-                self._holders.keep_only(self._members)
+                self._list({m.peer_id: m.addresses for m in members})
             case Notice(text=text, warning=warning):
                 self._mailbox.put_event(text, warning)
             case _:

@@ -152,6 +152,19 @@ async def test_saying_no_is_no_failure(peers: Peers, holders: Holders) -> None:
         with pytest.raises(NotServed):
             await holders.get("a", digest_of(b"absent"), 100, "payload")
     assert not holders.rests("a")
+    assert await get(holders) == BLOB
+    assert peers.opened == {"a": 1}
+
+
+@in_a_loop
+async def test_who_gives_something_is_kept_until_it_has_given_it(peers: Peers, holders: Holders) -> None:
+    getting = asyncio.create_task(get(holders))
+    while not ("a" in holders._clients and holders._clients["a"].is_busy):
+        await asyncio.sleep(0)
+    holders.keep_only([])
+    assert await getting == BLOB
+    holders.keep_only([])
+    assert not holders.has_answered("a")
 
 
 @in_a_loop
