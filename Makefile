@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PACKAGES := compression optim coordinator node
 
-.PHONY: help setup demo test test-fast lint bench clean
+.PHONY: help setup demo test test-fast soak lint bench clean
 .DEFAULT_GOAL := help
 
 help:            ## show this list
@@ -29,6 +29,14 @@ test: setup      ## every test that this machine can run; says what it skipped a
 
 test-fast: setup ## the tests without real processes and sockets
 	$(BIN)/python -m pytest -n 2 -m "not swarm"
+
+SECONDS ?= 120
+PEERS   ?= 4
+EVERY   ?= 10
+SEED    ?= 1
+
+soak: setup      ## faults in a swarm of real processes: SECONDS=120 PEERS=4 EVERY=10 SEED=1 are the defaults
+	$(BIN)/python -m tests.chaos.soak --seconds $(SECONDS) --peers $(PEERS) --every $(EVERY) --seed $(SEED)
 
 # The checkers want to see the packages under their own name, which an editable install does not show them.
 lint: setup      ## ruff, mypy (strict), import-linter

@@ -1,0 +1,423 @@
+"""A whole swarm of real processes on this machine, to be broken: `thinwire coordinator` and `thinwire join`,
+each with a state folder of its own, over real sockets on 127.0.0.1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from tests.chaos.book import Book
+from tests.chaos.proxy import Proxy
+from thinwire.coordinator.identity import load_or_create, peer_id_of
+from thinwire.coordinator.ticket import Ticket
+from thinwire.node.processes import PARENT_VARIABLE
+
+HERE = Path(__file__).parent
+
+SETTINGS: dict[str, Any] = {
+    "run.name": "chaos",
+    "run.rounds": 1_000_000,
+    "run.eval_every": 50,
+    "run.verify_every": 10,
+    "run.snapshot_every": 20,
+    "task.name": "custom",
+    "task.layers": 8,
+    "task.width": 64,
+    "strategy.name": "decoupled",
+    "strategy.lr": 1e-3,
+    "strategy.beta": 0.95,
+    "network.heartbeat_s": 0.5,
+}
+"""What every run file begins with; 33,280 parameters, payloads of some 5 kB."""
+
+
+class Program:
+    """A `thinwire` command as a process. Its log goes on over restarts; `text` is the part since the last."""
+
+    def __init__(self, name: str, folder: Path, env: Mapping[str, str]) -> None:
+        self.name, self.folder = name, folder
+        self.log, self.out = folder / f"{name}.log", folder / f"{name}.out"
+        self._env = env
+        self._process: subprocess.Popen[bytes] | None = None
+        self._began_at = 0
+        self.is_frozen = False
+
+    def start(self, command: Sequence[str], line: str | None = None, **changes: str) -> None:
+        """`line` is given to its standard input, `changes` are added to its environment."""
+        assert not self.is_running, f"{self.name} runs already"
+        with self.log.open("ab") as err, self.out.open("wb") as out:
+            self._began_at = err.tell()
+            self._process = subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.PIPE if line is not None else subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=self.folder,
+                env={**self._env, **changes},
+                start_new_session=True,  # Ctrl-C reaches this process alone, which ends them
+            )
+        if line is not None and self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(line.encode() + b"\n")
+                self._process.stdin.close()
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; negative: the signal that ended it."""
+        return None if self._process is None else self._process.poll()
+
+    def kill(self) -> None:
+        """SIGKILL, and waits for its end; its libp2p daemon follows it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self.is_frozen = False
+
+    def terminate(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+
+    def freeze(self) -> None:
+        """SIGSTOP, as a machine that hangs: its libp2p daemon answers no more either."""
+        self.is_frozen = True
+        self._signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal_all(signal.SIGCONT)
+        self.is_frozen = False
+
+    def text(self, *, whole: bool = False) -> str:
+        """What it logged since its last start."""
+        with self.log.open("rb") as file:
+            file.seek(0 if whole else self._began_at)
+            return file.read().decode(errors="replace")
+
+    def stdout(self) -> str:
+        return self.out.read_text()
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+
+    def processes(self) -> list[psutil.Process]:
+        """It and its daemon; not the small shell that cleans up behind both."""
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(self.pid)
+            below = process.children(recursive=True)
+            return [process, *(p for p in below if p.name() == "p2pd")]
+        return []
+
+
+class Node(Program):
+    """A node of the swarm. `orders`: a file for `doomed.py`, if it was started with strings attached."""
+
+    def __init__(self, number: int, folder: Path, env: Mapping[str, str]) -> None:
+        super().__init__(f"node{number}", folder, env)
+        self.number = number
+        self.state = folder / f"node{number}"
+        self.orders = folder / f"node{number}.orders"
+        self.proxy: Proxy | None = None
+
+    @property
+    def peer_id(self) -> str:
+        return peer_id_of(load_or_create(self.state / "identity.key").public_key())
+
+    def order(self, **what: Any) -> None:
+        """See `doomed.Orders`. Replaces an order that was not carried out yet."""
+        aside = self.orders.with_suffix(".part")
+        aside.write_text(json.dumps(what))
+        aside.rename(self.orders)
+
+    @property
+    def was_obeyed(self) -> bool:
+        return not self.orders.exists()
+
+
+class Swarm:
+    """Use as a context manager: at its end no process, socket, port or temporary folder of it is left.
+
+    `settings`: dotted key -> value, over SETTINGS. `seed` gives `rng`, for whoever chooses what to break.
+    `proxied`: each node reaches the coordinator through a proxy of its own. `strings`: nodes take orders.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        n_peers: int,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        seed: int = 1,
+        proxied: bool = False,
+        strings: bool = False,
+        work_s: float = 0.05,
+    ) -> None:
+        self.folder, self.proxied, self.strings = folder, proxied, strings
+        self.rng = random.Random(seed)
+        self.settings = {**SETTINGS, "run.min_peers": n_peers, **(settings or {})}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._temp = Path(tempfile.mkdtemp(prefix="tw-"))
+        path = [str(HERE), os.environ.get("PYTHONPATH", "")]
+        self._env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p for p in path if p),
+            "TMPDIR": str(self._temp),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "torch"),
+            "CHAOS_WORK_S": str(work_s),
+            PARENT_VARIABLE: str(os.getpid()),
+        }
+        self.coordinator = Program("coordinator", folder, self._env)
+        self.coordinator_state = folder / "state"
+        self.nodes = [Node(i, folder, self._env) for i in range(n_peers)]
+        self.book = Book(self.coordinator_state / "ledger.db")
+        self.port = _free_port()
+        self.ticket = ""
+
+    def __enter__(self) -> Self:
+        try:
+            self.start_coordinator()
+            for node in self.nodes:
+                self.start(node)
+            self.wait_counted(self.nodes, 90)
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kills everything and asserts that nothing is left behind."""
+        for program in (*self.nodes, self.coordinator):
+            program.kill()
+        for node in self.nodes:
+            if node.proxy is not None:
+                node.proxy.close()
+        deadline_s = time.monotonic() + 10
+        while (
+            left := [*_running_in(self.folder), *self._temp.glob("thinwire-p2p-*")]
+        ) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        shutil.rmtree(self._temp)
+        assert not left, f"left behind: {left}"
+
+    # -------------------------------------------------------------------------------- starting and adding
+
+    def start_coordinator(self, **environment: str) -> None:
+        """For the first time or again; waits for its ticket."""
+        run_file = self.folder / "run.toml"
+        run_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in self.settings.items()))
+        launcher = [str(HERE / "hidden.py")] if self.proxied else ["-m", "thinwire.node.cli"]
+        self.coordinator.start(
+            [
+                *(*launcher, "coordinator", str(run_file), *self._task),
+                *("--state", str(self.coordinator_state), "--host", "127.0.0.1", "--port", str(self.port)),
+            ],
+            **environment,
+        )
+        self.wait(
+            lambda: "\n" in self.coordinator.stdout() or not self.coordinator.is_running,
+            60,
+            "the coordinator's ticket",
+        )
+        ticket = self.coordinator.stdout().strip()
+        assert ticket, f"no ticket:\n{self.coordinator.text()}"
+        assert self.ticket in ("", ticket), "the same ticket for ever"
+        self.ticket = ticket
+
+    def add(self) -> Node:
+        """One more node; to be started."""
+        self.nodes.append(Node(len(self.nodes), self.folder, self._env))
+        return self.nodes[-1]
+
+    def start(self, node: Node, *extra: str, command: Sequence[str] = (), **environment: str) -> None:
+        """For the first time or again. `command`: a launcher in place of the plain `thinwire`."""
+        launcher = list(command) or ["-m", "thinwire.node.cli"]
+        if self.strings and not command:
+            launcher = [str(HERE / "doomed.py"), str(node.orders)]
+        node.orders.unlink(missing_ok=True)
+        node.start(
+            [
+                *launcher,
+                *("join", "-", *self._task, "--threads", "1", "--host", "127.0.0.1"),
+                *("--state", str(node.state), "--json", *extra),
+            ],
+            self._ticket_for(node),
+            **environment,
+        )
+
+    @property
+    def _task(self) -> tuple[str, ...]:
+        return ("--task", "light_task:make") if self.settings["task.name"] == "custom" else ()
+
+    def _ticket_for(self, node: Node) -> str:
+        if not self.proxied:
+            return self.ticket
+        if node.proxy is None:
+            node.proxy = Proxy(self.port)
+        ticket = Ticket.parse(self.ticket)
+        address = f"/ip4/127.0.0.1/tcp/{node.proxy.port}"
+        return ticket.model_copy(update={"addresses": (address,)}).line()
+
+    def copy_coordinator(self, to: Path) -> int:
+        """Its state directory as a careful owner saves it while it runs; returns the copy's head."""
+        shutil.copytree(
+            self.coordinator_state,
+            to,
+            ignore=lambda _, names: [n for n in names if n.startswith("ledger.db")],
+        )
+        source = self.coordinator_state / "ledger.db"
+        with (
+            contextlib.closing(sqlite3.connect(source)) as db,
+            contextlib.closing(sqlite3.connect(to / "ledger.db")) as copy,
+        ):
+            db.backup(copy)
+        return Book(to / "ledger.db").read()
+
+    def put_back(self, copy: Path) -> None:
+        """Replaces the state directory of a coordinator that does not run."""
+        assert not self.coordinator.is_running
+        shutil.rmtree(self.coordinator_state)
+        shutil.copytree(copy, self.coordinator_state)
+
+    # ------------------------------------------------------------------------------------------- looking
+
+    def head(self) -> int:
+        """The newest round on the coordinator's ledger."""
+        return self.book.read()
+
+    def index(self, node: Node) -> int | None:
+        """The node's index in commits; None: it was never admitted."""
+        return self.book.indices.get(node.peer_id) if (node.state / "identity.key").exists() else None
+
+    def is_counted(self, node: Node, after: int) -> bool:
+        """Whether an offer of the node's counted in a round after that one, by what was read last."""
+        index = self.index(node)
+        return index is not None and self.book.counted(index, after)
+
+    def own_records(self, node: Node) -> dict[int, bytes]:
+        """Round -> record in the node's own copy of the ledger."""
+        (path,) = node.state.glob("**/ledger.db")
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as db:
+            return dict(db.execute("SELECT round, record FROM record WHERE round > 0"))
+
+    def agreed_round(self, nodes: Iterable[Node], after: int) -> int | None:
+        """The first round after that one for which all these nodes reported one fingerprint."""
+        indices = [self.index(node) for node in nodes]
+        for round_, reports in sorted(self.book.fingerprints.items()):
+            found = {reports.get(index) if index is not None else None for index in indices}
+            if round_ > after and len(found) == 1 and None not in found:
+                return round_
+        return None
+
+    def seen(self, n_lines: int = 12) -> str:
+        """What there is to see, for the message of a failed wait."""
+        lines = [f"round {self.head()}"]
+        for program in (self.coordinator, *self.nodes):
+            state = (
+                "frozen" if program.is_frozen else "runs" if program.is_running else f"ended {program.code}"
+            )
+            lines.append(f"--- {program.name}: {state}")
+            if program.log.exists():
+                lines += program.text().splitlines()[-n_lines:]
+        return "\n".join(lines)
+
+    # ------------------------------------------------------------------------------------------- waiting
+
+    def wait(self, condition: Callable[[], Any], limit_s: float, what: str) -> float:
+        """Seconds that it took. Fails after `limit_s`, with everything that can be seen."""
+        began_s = time.monotonic()
+        while not condition():
+            if time.monotonic() - began_s > limit_s:
+                raise AssertionError(f"not within {limit_s:g} s: {what}\n{self.seen()}")
+            time.sleep(0.05)
+        return time.monotonic() - began_s
+
+    def wait_rounds(self, n: int, limit_s: float = 30) -> int:
+        """Until `n` more rounds are committed; returns the head."""
+        goal = self.head() + n
+        self.wait(lambda: self.head() >= goal, limit_s, f"round {goal}")
+        return self.book.head
+
+    def wait_counted(self, nodes: Sequence[Node], limit_s: float = 30) -> float:
+        """Until each of them trains at the head: an offer of its counts in a round after the present one."""
+        after = self.head()
+
+        def all_counted() -> bool:
+            self.head()
+            return all(self.is_counted(node, after) for node in nodes)
+
+        names = ", ".join(node.name for node in nodes)
+        return self.wait(all_counted, limit_s, f"an offer of each of {names} counts after round {after}")
+
+    def wait_agreed(self, nodes: Sequence[Node], limit_s: float = 60) -> int:
+        """Until they all report one fingerprint for a round after the present one; returns that round."""
+        after = self.head()
+        agreed = None
+
+        def is_agreed() -> bool:
+            nonlocal agreed
+            self.head()
+            agreed = self.agreed_round(nodes, after)
+            return agreed is not None
+
+        names = ", ".join(node.name for node in nodes)
+        self.wait(is_agreed, limit_s, f"one fingerprint of {names} for a round after {after}")
+        assert agreed is not None
+        return agreed
+
+    def wait_text(self, program: Program, text: str, limit_s: float = 30) -> None:
+        """Until it has logged this since its last start."""
+        self.wait(lambda: text in program.text(), limit_s, f"{text!r} in the log of {program.name}")
+
+    def wait_end(self, program: Program, limit_s: float = 30) -> int:
+        """Its exit code."""
+        self.wait(lambda: not program.is_running, limit_s, f"the end of {program.name}")
+        assert program.code is not None
+        return program.code
+
+
+def _running_in(folder: Path) -> list[str]:
+    """Command lines of processes that work in this folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and Path(process.cwd()) == folder:
+                found.append(" ".join(process.info["cmdline"] or ["?"]))
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

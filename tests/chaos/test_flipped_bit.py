@@ -1,0 +1,56 @@
+"""A bit of a replica flips, in memory: found, named and healed, while everybody else trains on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from tests.chaos.faults import HEALED
+from tests.chaos.harness import Node, Swarm
+
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
+    """Two nodes; the second test adds one more."""
+    with Swarm(tmp_path_factory.mktemp("flip"), 2, strings=True) as swarm:
+        yield swarm
+
+
+def flip(swarm: Swarm, node: Node) -> None:
+    """Flips a bit of `node` and asserts what has to come of it."""
+    before = {n.name: n.text().count(HEALED) for n in swarm.nodes}
+    others = [n for n in swarm.nodes if n is not node]
+    node.order(do="flip", parameter="0.weight", element=swarm.rng.randrange(1000), bit=20)
+    swarm.wait(lambda: node.text().count(HEALED) > before[node.name], 60, f"{node.name} heals itself")
+    flipped_at = int(re.findall(r"doomed: bit 20 .*, at round (\d+)", node.text())[-1])
+    healed = re.findall(rf"{HEALED} (\d+), in (.+?): healed", node.text())[before[node.name]]
+    assert flipped_at < int(healed[0]) <= flipped_at + swarm.settings["run.verify_every"]
+    assert healed[1] == "0.weight", "the tensor is named"
+
+    swarm.wait_counted(swarm.nodes)
+    swarm.wait_agreed(swarm.nodes)
+    for other in others:
+        assert other.text().count(HEALED) == before[other.name], "nobody else is touched"
+    # What was wrong was reported anew from the replay.
+    assert list(swarm.book.disagreements()) == []
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_against_one_the_ledger_decides(swarm: Swarm, number: int) -> None:
+    swarm.wait_rounds(3)
+    flip(swarm, swarm.nodes[number])
+
+
+def test_one_of_three_heals_and_the_others_never_stop(swarm: Swarm) -> None:
+    swarm.start(swarm.add())
+    swarm.wait_counted(swarm.nodes, 40)
+    head = swarm.head()
+    flip(swarm, swarm.nodes[2])
+    # Both others count in every round: nobody took them for wrong, nobody waited for them.
+    for body in swarm.book.commits[head:]:
+        if body.evaluator is None:
+            assert len(body.offers) >= 2
