@@ -103,7 +103,14 @@ def _offer(round_: int) -> Offer:
 
 def _genesis(coordinator: str, n_peers: int, n_rounds: int) -> GenesisBody:
     config = {
-        "run": {"name": "bench", "rounds": n_rounds, "min_peers": n_peers, "eval_every": n_rounds + 1},
+        "run": {
+            "name": "bench",
+            "rounds": n_rounds,
+            "min_peers": n_peers,
+            "eval_every": n_rounds + 1,
+            "verify_every": n_rounds,
+            "snapshot_every": n_rounds,
+        },
         "policy": {"name": "all"},
         "schedule": {"name": "constant", "warmup_rounds": 0, "final_factor": 1.0},
         "network": {"heartbeat_s": 1.0},
