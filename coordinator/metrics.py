@@ -43,6 +43,12 @@ class ServiceCollector(Collector):
         yield rejected
         for name, by_kind in status.get("coordinator", {}).items():
             yield _by_kind(name, by_kind)
+        if status.get("snapshot"):
+            attested = status["snapshot"]["round"]
+            yield GaugeMetricFamily("thinwire_snapshot_round", "Newest attested snapshot", value=attested)
+        if "payloads" in status:
+            n_bytes = status["payloads"]["bytes"]
+            yield GaugeMetricFamily("thinwire_kept_payload_bytes", "Payloads on the disk", value=n_bytes)
         if status["held_out"]:
             loss = status["held_out"][-1][1]
             yield GaugeMetricFamily("thinwire_held_out_loss", "Newest held-out loss in nats", value=loss)

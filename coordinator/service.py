@@ -7,7 +7,7 @@ thread-safe: callers serialise with an event loop or a lock.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -19,6 +19,7 @@ from thinwire.coordinator import membership as m
 from thinwire.coordinator import rounds as r
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.board import Board, finite
+from thinwire.coordinator.crier import Crier
 from thinwire.coordinator.gate import Gate
 from thinwire.coordinator.keeper import Keeper
 from thinwire.coordinator.ledger import Ledger
@@ -28,13 +29,10 @@ from thinwire.coordinator.messages import (
     CommitBody,
     Heartbeat,
     Hello,
-    Member,
-    Members,
     Message,
     NodeState,
     Notice,
     Offer,
-    Offered,
     OfferEntry,
     Report,
     State,
@@ -86,6 +84,7 @@ class Service:
             raise ConfigError("this key is not the one that the run was started with") from None
         self._gate = Gate(ledger, token)
         self._n_adopted = 0
+        """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._start(now_s)
 
     def _start(self, now_s: float) -> None:
@@ -94,10 +93,7 @@ class Service:
         self._board = Board(n_params=sum(prod(entry.shape) for entry in ledger.genesis.layout))
         self._keeper = Keeper(self._blobs, run.snapshot_every, self._short)
         self._reports = Reports(ledger, self._board, self._keeper.snapshots, self._gate.rejected, run)
-        self._addresses: dict[int, tuple[str, ...]] = {}
-        self._told: tuple[tuple[int, tuple[str, ...]], ...] = ()
-        self._untold: set[int] = set()
-        self._newcomers: set[int] = set()
+        self._crier = Crier(self._send_to, ledger.peer_id)
         self._offers: dict[int, Offer] = {}
         self._next_notice_s = now_s + FIRST_NOTICE_S
         self._gate.new_round()
@@ -138,9 +134,7 @@ class Service:
         index = self._ledger.admit(peer_id)
         if known is None:
             log.info("admitted %s as peer %d (%s)", peer_id, index, hello.agent)
-        self._addresses[index] = hello.addresses
-        self._untold.add(index)
-        self._newcomers.add(index)
+        self._crier.opened(index, hello.addresses)
         self._keeper.welcomed(index)
         self._next_notice_s = min(self._next_notice_s, now_s + FIRST_NOTICE_S)
         self._handle_member(m.SessionOpened(index, session), now_s)
@@ -182,7 +176,7 @@ class Service:
     def closed(self, peer_id: str, session: int, now_s: float) -> None:
         """The session's connection is over, for whatever reason."""
         index = self._ledger.index_of(peer_id)
-        if index is not None and self._members.is_current(index, session):
+        if index is not None and not self._n_adopted and self._members.is_current(index, session):
             self._handle_member(m.SessionClosed(index, session), now_s)
 
     def is_member(self, peer_id: str) -> bool:
@@ -235,6 +229,8 @@ class Service:
 
     def blob_arrived(self, peer_id: str, digest: bytes, now_s: float) -> None:
         """The blob is in the store: offers that name it become eligible."""
+        if self._n_adopted:
+            return
         named = [index for index, offer in self._offers.items() if offer.digest == digest]
         for index in named:
             if self._blobs.size(digest) != self._offers[index].n_bytes:
@@ -252,8 +248,7 @@ class Service:
             return now_s + 1.0
         self._handle_member(m.TimePassed(), now_s)
         self._handle_round(r.TimePassed(), now_s)
-        self._tell_members()
-        self._tell_newcomers()
+        self._crier.tell(self._members.connected(), self._offers)
         self._notice(now_s)
         self._update_finished(now_s)
         wakes = [self._members.wake_s(), self._rounds.wake_s(), self._next_notice_s]
@@ -273,7 +268,7 @@ class Service:
     def excuse(self, peer_id: str, round_: int, now_s: float) -> None:
         """The peer will make no offer in this round: nobody waits for it."""
         index = self._ledger.index_of(peer_id)
-        if index is not None:
+        if index is not None and not self._n_adopted:
             self._handle_round(r.Excused(index, round_), now_s)
 
     def count_rejected(self, reason: str) -> None:
@@ -333,14 +328,14 @@ class Service:
                 case r.OfferKept(peer, is_new):
                     if is_new and offer is not None:
                         self._offers[peer] = offer
-                        self._tell_offered(peer, offer, self._members.connected())
+                        self._crier.tell_offered(peer, offer, self._members.connected())
 
     def _refused(self, peer: int, reason: str) -> None:
         self.count_rejected(reason)
         log.info("an offer of peer %d is not taken: %s", peer, reason)
         if reason == "changed_offer":
             text = "your first offer of this round stands: a different one was refused"
-            self._send([(peer, Notice(text=text, warning=True))])
+            self._crier.send(Notice(text=text, warning=True), [peer])
 
     def _commit(self, closed: r.RoundClosed, now_s: float) -> None:
         run = self._settings.run
@@ -399,45 +394,8 @@ class Service:
         """Peers that are there, or have been a moment ago."""
         return {*self._members.alive(), *self._members.connected()}
 
-    def _send(self, sends: Iterable[tuple[int, Message]]) -> None:
-        for index, message in sends:
-            self._send_to(self._ledger.peer_id(index), message)
-
     def _broadcast(self, message: Message) -> None:
-        self._send([(index, message) for index in self._members.connected()])
-
-    def _tell_offered(self, peer: int, offer: Offer, to: Iterable[int]) -> None:
-        """Who has the payload of an offer, to everybody else: they may fetch it ahead."""
-        if offer.digest is None:
-            return
-        holder = self._ledger.peer_id(peer)
-        offered = Offered(round=offer.round, holder=holder, digest=offer.digest, n_bytes=offer.n_bytes)
-        self._send([(index, offered) for index in to if index != peer])
-
-    def _tell_newcomers(self) -> None:
-        """To whoever has opened a session since: the offers of the open round so far."""
-        if self._newcomers:
-            newcomers = sorted(self._newcomers.intersection(self._members.connected()))
-            for peer, offer in self._offers.items():
-                self._tell_offered(peer, offer, newcomers)
-            self._newcomers.clear()
-
-    def _tell_members(self) -> None:
-        """To everybody when it changes, and to whoever has opened a session since."""
-        present = tuple((index, self._addresses[index]) for index in self._members.connected())
-        if present != self._told:
-            self._told = present
-            self._untold.update(index for index, _ in present)
-        if not self._untold:
-            return
-        members = Members(
-            members=tuple(
-                Member(peer_id=self._ledger.peer_id(index), addresses=addresses)
-                for index, addresses in present
-            )
-        )
-        self._send([(index, members) for index, _ in present if index in self._untold])
-        self._untold.clear()
+        self._crier.send(message, self._members.connected())
 
     def _notice(self, now_s: float) -> None:
         """Says what is awaited, every few seconds while it lasts longer than usual."""
