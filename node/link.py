@@ -46,8 +46,8 @@ class Traffic:
 
 
 class Link(Protocol):
-    """One node's connection to one run. `fetch`, `members` and `close` are called from any thread, the other
-    methods from one.
+    """One node's connection to one run. `fetch`, `members`, `serve`, `report` and `close` are called from any
+    thread, the other methods from one.
 
     A link keeps every commit that it has seen, on disk where it has a folder: what is there is read from
     there, and given to a coordinator that has lost it.

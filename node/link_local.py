@@ -320,8 +320,9 @@ class LocalLink:
         session = self._session
         if session is None or self._is_closed:
             return
-        self._count(self.sent, "control", message)
-        self._swarm.call(lambda service, now_s: service.receive(self.peer_id, session, message, now_s))
+        with self._swarm.changed:
+            self._count(self.sent, "control", message)
+            self._swarm.call(lambda service, now_s: service.receive(self.peer_id, session, message, now_s))
 
     def _enter(self, service: Service, hello: Hello, now_s: float) -> Welcome:
         session = self._swarm.new_session()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from thinwire.compression.errors import LedgerCorrupt, SwarmUnreachable, ThinwireError
 from thinwire.coordinator.blob_streams import NotServed, serve_blobs
+from thinwire.coordinator.chain import Forked
+from thinwire.coordinator.ledger import REPAIR_FORK
 from thinwire.coordinator.ledger_copy import LedgerCopy
 from thinwire.coordinator.messages import (
     INLINE_BYTES,
@@ -122,7 +124,7 @@ class LinkSession:
         try:
             welcome = await self._uplink.open()
         except LedgerCorrupt as e:
-            raise self._differs(e) from e
+            raise self._with_command(e) from e
         self.head = max(self.head, welcome.head_round)
         limits = welcome.body.limits
         self.payloads.max_offers, self.payloads.max_bytes = limits.max_peers, limits.max_payload_bytes
@@ -192,7 +194,10 @@ class LinkSession:
 
     def _commit(self, commit: Commit) -> None:
         """Raises LedgerCorrupt."""
-        self._copy.append(commit)
+        try:
+            self._copy.append(commit)
+        except Forked as e:
+            raise LedgerCorrupt(f"{e}. {REPAIR_FORK}") from e
         round_ = self._copy.head_round
         self.head = max(self.head, round_)
         if self._offer is not None and self._offer.round <= round_:
@@ -202,17 +207,11 @@ class LinkSession:
             self._fetch_ahead()
         self._mailbox.commits_came()
 
-    def _differs(self, error: LedgerCorrupt) -> LedgerCorrupt:
-        """What is wrong, the likely cause, and what to do."""
-        again = (
-            "start this node again" if self._copy_path is None else f"rm {self._copy_path} and start again"
-        )
-        return LedgerCorrupt(
-            f"the coordinator's ledger is not the one that this node has seen ({error}). Its state directory "
-            f"was probably restored from an older copy, and training went on from there without the missing "
-            f"rounds. If its ledger is the one to go on with: {again}. If not: stop the coordinator and give "
-            f"it its newest state directory."
-        )
+    def _with_command(self, error: LedgerCorrupt) -> LedgerCorrupt:
+        """What is wrong and why, and what to do here if the coordinator's ledger is the one to go on with."""
+        if self._copy_path is None:
+            return LedgerCorrupt(f"{error} This node has no --state directory: start it again.")
+        return LedgerCorrupt(f"{error} What this node has seen is in {self._copy_path}: rm it to give it up.")
 
     # ------------------------------------------------------------------------------------------- blobs
 
@@ -371,6 +370,6 @@ class LinkSession:
         self._reports.clear()
 
     def _failed(self, error: ThinwireError) -> None:
-        self._error = self._differs(error) if isinstance(error, LedgerCorrupt) else error
+        self._error = self._with_command(error) if isinstance(error, LedgerCorrupt) else error
         self._mailbox.fail(self._error)
         self._uplink.is_up.set()  # wakes downloads, which look at the error
