@@ -1,7 +1,7 @@
 """Which snapshots the ledger vouches for: pure, fed with commits in order (design: section 6, "Snapshots").
 
 A snapshot is attested when two peers reported the same manifest; one is enough where the round's commit
-counted a single peer.
+counted a single peer and nobody reported another one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Snapshots:
         self._reported: dict[int, dict[int, tuple[bytes, int]]] = {}
 
     def committed(self, body: CommitBody) -> None:
-        """The next commit. A peer's later report on a round replaces its earlier one."""
+        """The next commit. A peer's later report on a round replaces its earlier one; one of 0 bytes takes it
+        back."""
         if body.round % self._every == 0:
             self._n_counted[body.round] = len(body.offers)
         for entry in body.snapshots:
@@ -64,8 +65,9 @@ class Snapshots:
     def _of_round(self, round_: int) -> Attested | None:
         by_manifest: dict[tuple[bytes, int], list[int]] = {}
         for peer, reported in self._reported[round_].items():
-            by_manifest.setdefault(reported, []).append(peer)
-        needed = 1 if self._n_counted[round_] == 1 else 2
+            if reported[1] > 0:
+                by_manifest.setdefault(reported, []).append(peer)
+        needed = 1 if self._n_counted[round_] == 1 and len(by_manifest) == 1 else 2
         able = [(len(peers), what) for what, peers in by_manifest.items() if len(peers) >= needed]
         if not able:
             return None

@@ -54,6 +54,8 @@ def test_two_peers_attest_a_snapshot() -> None:
 
 def test_one_is_enough_where_there_was_one() -> None:
     assert fed(3, {3: [(0, 2, A)]}, n_peers=1).newest() == Attested(2, A, 200, (0,))
+    doubtful = fed(4, {3: [(0, 2, A)], 4: [(1, 2, B)]}, n_peers=1)
+    assert doubtful.newest() is None
 
 
 def test_the_same_manifest_with_another_size_is_another_one() -> None:
@@ -81,6 +83,16 @@ def test_a_later_report_replaces_the_earlier_one() -> None:
     assert taken_back.reported(2, 2) is None
 
 
+def test_a_report_of_no_bytes_takes_it_back() -> None:
+    snapshots = fed(3, {3: [(0, 2, A), (1, 2, A)]})
+    said = commit(4, 3, [(1, 2, A)])
+    nothing = said.snapshots[0].model_copy(update={"n_bytes": 0})
+    snapshots.committed(said.model_copy(update={"snapshots": (nothing,)}))
+    assert snapshots.newest() is None
+    snapshots.committed(commit(5, 3, [(2, 2, A)]))
+    assert snapshots.newest() == Attested(2, A, 200, (0, 2))
+
+
 def test_of_two_that_are_attested_more_peers_decide_then_the_digest() -> None:
     said = [(peer, 2, manifest) for peer, manifest in enumerate((C, C, B, B, A, A, A))]
     assert fed(3, {3: said}, n_peers=7).attested() == [Attested(2, A, 200, (4, 5, 6))]
@@ -97,6 +109,11 @@ def test_only_the_newest_are_remembered_and_what_may_still_be_attested() -> None
     assert snapshots.is_known(12)
     snapshots.committed(commit(13, 3, [(1, 12, C)]))
     assert [a.round for a in snapshots.attested()] == [8, 10, 12]
+
+
+def is_vouched(manifests: list[bytes], n_counted: int) -> bool:
+    is_undisputed = n_counted == 1 and len(set(manifests)) == 1
+    return is_undisputed or any(manifests.count(manifest) > 1 for manifest in manifests)
 
 
 REPORTS = st.lists(
@@ -116,11 +133,7 @@ def test_any_history(history: list[list[Reported]], every: int, n_peers: int) ->
             if at % every == 0 and 0 < at <= round_:
                 last.setdefault(at, {})[peer] = manifest
         found = snapshots.attested()
-        vouched = {
-            at
-            for at, by_peer in last.items()
-            if max(list(by_peer.values()).count(m) for m in (A, B)) >= min(2, n_peers)
-        }
+        vouched = {at for at, by_peer in last.items() if is_vouched(list(by_peer.values()), n_peers)}
         assert [a.round for a in found] == sorted(at for at in vouched if snapshots.is_known(at))
         assert len(found) <= KEPT
         assert snapshots.newest() == (found[-1] if found else None)
