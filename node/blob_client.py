@@ -120,7 +120,7 @@ class Holders:
         except NotServed:
             raise
         except SwarmUnreachable:
-            self._failed(holder)
+            self.failed(holder)
             raise
         self._failures.pop(holder, None)
         self._rests_until_s.pop(holder, None)
@@ -145,14 +145,15 @@ class Holders:
         for holder in list(self._clients):
             self._forget(holder)
 
+    def failed(self, holder: str) -> None:
+        """A fetch from it has failed, or took too long to be of use."""
+        n = self._failures[holder] = self._failures.get(holder, 0) + 1
+        if n >= FAILURES:
+            rest_s = min(FIRST_REST_S * 2 ** min(n - FAILURES, 10), LAST_REST_S)
+            self._rests_until_s[holder] = time.monotonic() + rest_s
+
     def _forget(self, holder: str) -> None:
         self._clients.pop(holder).close()
         self._failures.pop(holder, None)
         self._rests_until_s.pop(holder, None)
         self._has_answered.discard(holder)
-
-    def _failed(self, holder: str) -> None:
-        n = self._failures[holder] = self._failures.get(holder, 0) + 1
-        if n >= FAILURES:
-            rest_s = min(FIRST_REST_S * 2 ** (n - FAILURES), LAST_REST_S)
-            self._rests_until_s[holder] = time.monotonic() + rest_s

@@ -260,6 +260,9 @@ class LinkSession:
     def rests(self, holder: str) -> bool:
         return self._holders.rests(holder)
 
+    def too_slow(self, holder: str) -> None:
+        self._holders.failed(holder)
+
     async def reconnected(self, timeout_s: float | None) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):

@@ -54,6 +54,10 @@ class Sources(Protocol):
         """Whether fetches from it keep failing, so that there is no use in beginning with it."""
         ...
 
+    def too_slow(self, holder: str) -> None:
+        """The coordinator was quicker, although it was asked much later."""
+        ...
+
     async def reconnected(self, timeout_s: float) -> None:
         """Returns when the coordinator is connected, or time is up. Raises SwarmUnreachable: given up."""
         ...
@@ -200,11 +204,12 @@ class Payloads:
         if early is None:
             return await self._from_anybody(digest, n_bytes, offerer)
         await asyncio.wait({early}, timeout=self._patience.limit_s)
-        if not early.done():
-            self._patience.ran_out()
-        elif _has_succeeded(early):
+        if _has_succeeded(early):
             return early.result()
-        return await self._race(early, _quiet(self._from_anybody(digest, n_bytes, offerer)))
+        data = await self._race(early, _quiet(self._from_anybody(digest, n_bytes, offerer)))
+        if offerer is not None and not early.done():
+            self._sources.too_slow(offerer)
+        return data
 
     async def _race(self, early: asyncio.Task[bytes], other: asyncio.Task[bytes]) -> bytes:
         """What comes first; the reason of `other` if both fail."""

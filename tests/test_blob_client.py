@@ -141,6 +141,9 @@ async def test_who_keeps_failing_rests_until_it_has_given_something(peers: Peers
         with pytest.raises(SwarmUnreachable):
             await get(holders)
     assert holders.rests("a")
+    for _ in range(2000):
+        holders.failed("a")
+    assert holders.rests("a")
     holders.keep_only(["b"])
     assert not holders.rests("a")
     assert not holders.has_answered("a")

@@ -37,6 +37,7 @@ class Swarm:
         self.held: set[str] = set()
         self.let_go = asyncio.Event()
         self.asked: list[str] = []
+        self.slow: list[str] = []
 
     async def from_coordinator(self, digest: bytes, n_bytes: int) -> bytes:
         self.asked.append("coordinator")
@@ -59,6 +60,9 @@ class Swarm:
 
     def rests(self, holder: str) -> bool:
         return holder in self.resting
+
+    def too_slow(self, holder: str) -> None:
+        self.slow.append(holder)
 
     async def reconnected(self, timeout_s: float) -> None:
         if self.given_up:
@@ -176,6 +180,7 @@ async def test_after_a_short_wait_the_coordinator_is_asked(swarm: Swarm, payload
     payloads.want([commit(1, entry(1, x))], PEERS)
     assert await payloads.get(entry(1, x), A) == x
     assert swarm.asked == [A, "coordinator"]
+    assert swarm.slow == [A]
 
 
 @in_a_loop
@@ -193,6 +198,7 @@ async def test_the_slow_offerer_may_still_win_against_a_coordinator_without_it(
         await asyncio.sleep(0.001)
     swarm.let_go.set()
     assert await getting == x
+    assert swarm.slow == []
 
 
 @in_a_loop
@@ -205,6 +211,7 @@ async def test_a_failed_early_fetch_is_silent_and_the_coordinator_helps(
     await settle()
     assert await payloads.get(entry(1, x), A) == x
     assert swarm.asked == [A, "coordinator"]
+    assert swarm.slow == []
 
 
 @in_a_loop
