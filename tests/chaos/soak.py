@@ -5,8 +5,9 @@ chooses. Node 0 is never killed, so that one process lives from the beginning to
 it. Recovery is measured from the moment that what was broken is there again (the process started, the link
 restored) until an offer of the hit peer counts; for a coordinator until the next commit.
 
-The last line on stdout is one JSON object. Exit 1 after a mismatch or a hang. Ctrl-C ends it with what it
-has.
+The last line on stdout is one JSON object. `hangs`: no commit for 30 s, or a peer that never
+recovered; `ended`: processes that gave up by themselves. Exit 1 if there was any of these, or a mismatch.
+Ctrl-C ends it with what it has.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Soak:
     def __init__(self, swarm: Swarm, seconds: float, every_s: float) -> None:
         self.swarm, self.seconds, self.every_s = swarm, seconds, every_s
         self.faults: list[Fault] = []
-        self.hangs = 0
+        self.hangs = self.ended = 0
         self.not_harmed: Counter[str] = Counter()
         self.reference_rate = self.rate = 0.0
         self.first_round = self.reference_round = self.last_round = 0
@@ -196,17 +197,16 @@ class Soak:
             self._say(f"HANG: no commit for {HANG_S:g} s\n{self.swarm.seen(30)}")
 
     def _look_for_deaths(self) -> None:
-        """A program that ended although nobody has killed it is started again, and told of: it is a hang of
-        its own kind, because nothing would have brought it back."""
+        """A program that ended although nobody has killed it is told of, and started again."""
         meant = {f.node.number for f in self.faults if f.over_s is None and f.kind.hits_node}
         for node in self.swarm.nodes:
             if not node.is_running and node.number not in meant:
-                self.hangs += 1
+                self.ended += 1
                 self._say(f"{node.name} ENDED by itself with {node.code}:\n{_tail(node.text())}")
                 self.swarm.start(node)
         is_meant = any(f.over_s is None for f in self.faults if not f.kind.hits_node)
         if not self.swarm.coordinator.is_running and not is_meant:
-            self.hangs += 1
+            self.ended += 1
             self._say(f"the coordinator ENDED by itself:\n{_tail(self.swarm.coordinator.text())}")
             self.swarm.start_coordinator()
 
@@ -222,7 +222,8 @@ class Soak:
                     name = f"{program.name} ({process.name()})"
                 except psutil.Error:
                     continue
-                self._watched.setdefault(process.pid, Watched(name)).samples.append(sample)
+                if sample[1]:  # one that has just ended is still listed
+                    self._watched.setdefault(process.pid, Watched(name)).samples.append(sample)
 
     def _settle(self) -> None:
         """Nothing more is broken: everybody recovers, and in the end all say the same."""
@@ -256,6 +257,7 @@ class Soak:
             "rounds": self.last_round - self.first_round,
             "mismatches": len(mismatches),
             "hangs": self.hangs,
+            "ended": self.ended,
             "recovery_p50_s": _quantile(times_s, 0.5),
             "recovery_p99_s": _quantile(times_s, 0.99),
             "recovery_max_s": _quantile(times_s, 1.0),
@@ -285,6 +287,7 @@ class Soak:
                 )
         yield f"mismatches         {result['mismatches']}"
         yield f"hangs              {self.hangs}"
+        yield f"ended by itself    {self.ended}"
         for name, n in sorted(self.not_harmed.items()):
             yield f"did not come about {name} ({n} times)"
 
@@ -340,7 +343,7 @@ def main() -> int:
             sys.stderr.write("\n".join(soak.table()) + "\n")
             result = soak.result()
     sys.stdout.write(json.dumps(result) + "\n")
-    return int(result["mismatches"] > 0 or result["hangs"] > 0)
+    return int(any(result[what] for what in ("mismatches", "hangs", "ended")))
 
 
 if __name__ == "__main__":

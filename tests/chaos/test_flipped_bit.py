@@ -20,14 +20,19 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
         yield swarm
 
 
-def flip(swarm: Swarm, node: Node) -> None:
-    """Flips a bit of `node` and asserts what has to come of it."""
+def flip(swarm: Swarm, node: Node, found_at: int) -> None:
+    """Flips a bit of `node`, so that the next fingerprint is that of a round which is `found_at` beyond a
+    multiple of snapshot_every, and asserts what has to come of it."""
+    every = swarm.settings["run.snapshot_every"]
+    soon = swarm.head() + 5
+    round_ = soon + (found_at - 5 - soon) % every
     before = {n.name: n.text().count(HEALED) for n in swarm.nodes}
     others = [n for n in swarm.nodes if n is not node]
-    node.order(do="flip", parameter="0.weight", element=swarm.rng.randrange(1000), bit=20)
+    node.order(do="flip", parameter="0.weight", element=swarm.rng.randrange(1000), bit=20, round=round_)
     swarm.wait(lambda: node.text().count(HEALED) > before[node.name], 60, f"{node.name} heals itself")
     flipped_at = int(re.findall(r"doomed: bit 20 .*, at round (\d+)", node.text())[-1])
     healed = re.findall(rf"{HEALED} (\d+), in (.+?): healed", node.text())[before[node.name]]
+    assert int(healed[0]) % every == found_at, "too slow: another round was hit"
     assert flipped_at < int(healed[0]) <= flipped_at + swarm.settings["run.verify_every"]
     assert healed[1] == "0.weight", "the tensor is named"
 
@@ -41,15 +46,17 @@ def flip(swarm: Swarm, node: Node) -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_one_against_one_the_ledger_decides(swarm: Swarm, number: int) -> None:
-    swarm.wait_rounds(3)
-    flip(swarm, swarm.nodes[number])
+    flip(swarm, swarm.nodes[number], found_at=10)
 
 
-def test_one_of_three_heals_and_the_others_never_stop(swarm: Swarm) -> None:
-    swarm.start(swarm.add())
-    swarm.wait_counted(swarm.nodes, 40)
+@pytest.mark.parametrize("found_at", [0, 10])
+def test_one_of_three_heals_and_the_others_never_stop(swarm: Swarm, found_at: int) -> None:
+    """Also where the others have a snapshot of the very round at which the fingerprints differ."""
+    if len(swarm.nodes) == 2:
+        swarm.start(swarm.add())
+        swarm.wait_counted(swarm.nodes, 40)
     head = swarm.head()
-    flip(swarm, swarm.nodes[2])
+    flip(swarm, swarm.nodes[2], found_at)
     # Both others count in every round: nobody took them for wrong, nobody waited for them.
     for body in swarm.book.commits[head:]:
         if body.evaluator is None:
