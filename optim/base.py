@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -77,6 +77,24 @@ def canonical_name(name: str) -> str:
     return name
 
 
+class Peers(Protocol):
+    """Who `Strategy.step` exchanges payloads with: a process group (see `group`). Without one it is alone."""
+
+    def prepare(self, strategy: Strategy) -> None:
+        """Before the local work of a step: all have the same parameters and options, or it is refused."""
+        ...
+
+    def own_seed(self, seed: int) -> int:
+        """This peer's seed of a round, from the one that is the same for all."""
+        ...
+
+    def exchange(
+        self, strategy: Strategy, payload: Payload, turn: Turn, n_samples: int
+    ) -> tuple[list[Share], Own]:
+        """Everybody's shares that pass `check`, in the same order for all, and what became of one's own."""
+        ...
+
+
 class Strategy(torch.optim.Optimizer):
     """Base of all strategies; see the module's docstring.
 
@@ -96,6 +114,12 @@ class Strategy(torch.optim.Optimizer):
 
     last_loss: float | None = None
     """Mean loss of the local work of the last `propose`; None before it or if every batch was dropped."""
+
+    n_batches: int = 1
+    """Micro-batches in the last payload: what `step` says as `n_samples`. (A swarm's runner counts them.)"""
+
+    peers: Peers | None = None
+    """Whom `step` exchanges with; None: alone."""
 
     def __init__(self, named_parameters: NamedParameters, defaults: dict[str, Any], *, seed: int = 0) -> None:
         """`seed`: unsigned 64-bit, for the rounds of `step`; a swarm's rounds bring their own seeds.
@@ -132,6 +156,8 @@ class Strategy(torch.optim.Optimizer):
                 raise ConfigError(f"two parameters are called {name!r}")
             if p.dtype != torch.float32:
                 raise ConfigError(f"parameter {name!r} is {p.dtype}: replicas are float32")
+            if ":" in name:
+                raise ConfigError(f"parameter {name!r}: a colon stands between a parameter and its state")
             seen.add(name)
 
     def _refuse_options(self, group: Mapping[str, Any]) -> None:
@@ -155,6 +181,35 @@ class Strategy(torch.optim.Optimizer):
         found.sort(key=lambda entry: entry[0])
         return [Parameter(name, i, p, group) for i, (name, p, group) in enumerate(found)]
 
+    def replicated_state(self, parameter: Parameter) -> dict[str, Tensor]:
+        """What `apply` changes beside the parameter: entry -> the live float32 tensor, made on first use.
+
+        They are entries of `self.state[parameter.tensor]`; zero before the first round.
+        """
+        return {}
+
+    def replicated_tensors(self) -> dict[str, Tensor]:
+        """All that `apply` changes, in name order: the parameters by their names, their state as
+        "parameter:entry". What is fingerprinted, saved in snapshots and copied into from one.
+
+        Live tensors, to be asked for anew after `load_state_dict`.
+        """
+        found = {}
+        for p in self.parameters_in_order():
+            found[p.name] = self.replicated_value(p)
+            found.update({f"{p.name}:{entry}": t for entry, t in self.replicated_state(p).items()})
+        return dict(sorted(found.items()))
+
+    def replicated_value(self, parameter: Parameter) -> Tensor:
+        """The parameter as `apply` left it: the tensor itself, unless local work changes that one."""
+        return parameter.tensor.detach()
+
+    def begin(self) -> None:
+        """Before round 1: the replicated state beside the parameters is zero again."""
+        for p in self.parameters_in_order():
+            for t in self.replicated_state(p).values():
+                t.zero_()
+
     def option(self, name: str) -> Any:
         """An option that holds for the whole strategy."""
         return self.param_groups[0][name]
@@ -167,8 +222,8 @@ class Strategy(torch.optim.Optimizer):
     # --------------------------------------------------------------------------------- rounds
 
     @abstractmethod
-    def fields(self) -> Fields:
-        """What a payload of this strategy looks like to a receiver."""
+    def fields(self, turn: Turn | None = None) -> Fields:
+        """What a payload of that round looks like to a receiver; None: with all that any round sends."""
 
     @abstractmethod
     def propose(self, draw: Draw, turn: Turn) -> Payload:
@@ -177,6 +232,14 @@ class Strategy(torch.optim.Optimizer):
     def propose_from_grad(self, turn: Turn) -> Payload:
         """The same from the gradients that are in place. Raises ConfigError where a strategy uses none."""
         raise ConfigError(f"{type(self).__name__} uses no gradients: call step(closure) with the loss")
+
+    def absorb_gradients(self, turn: Turn) -> bool:
+        """Takes the gradients in place in, as local work of the round; False, with nothing done, if they are
+        the round's last: then `propose_from_grad` takes them."""
+        return False
+
+    def resume(self) -> None:
+        """The next gradients in place will belong to the next round: called by `step` after `apply`."""
 
     @abstractmethod
     def check(self, payload: Payload, turn: Turn) -> None:
@@ -199,43 +262,73 @@ class Strategy(torch.optim.Optimizer):
         return 0
 
     def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
-        """One round without a swarm, alone: propose, check, apply. Returns `last_loss`, if any.
+        """Local work without a swarm, and if that completes a round: exchange with `peers` and apply.
 
-        The closure returns the loss and does not call `backward`: the strategy does, if it needs gradients.
-        Without a closure the gradients that are in place are used (and left there).
+        With a closure it is a whole round. The closure returns the loss and does not call `backward`: the
+        strategy does, if it needs gradients; such a strategy calls it once per micro-batch, and it may take
+        another batch each time. Returns `last_loss`, if any. Without a closure the gradients that are in
+        place are used (and left there), and several steps may make a round.
         """
         turn = self._own_turn(self.counters.get("steps", 0) + 1)
+        if self.peers is not None:
+            self.peers.prepare(self)
         if closure is None:
             self.last_loss = None
+            if self.absorb_gradients(turn):
+                return None
             payload = self.propose_from_grad(turn)
         else:
             batch = closure
             payload = self.propose(lambda: batch, turn)
-        self.check(payload, turn)
-        self.apply([Share(turn.own_seed, 1, payload)], turn, "counted")
+        self.apply(*self._exchanged(payload, turn))
         self.count("steps")
+        if closure is None:
+            self.resume()
         return self.last_loss
+
+    def _exchanged(self, payload: Payload, turn: Turn) -> tuple[list[Share], Turn, Own]:
+        """The arguments of `apply`."""
+        if self.peers is not None:
+            shares, own = self.peers.exchange(self, payload, turn, self.n_batches)
+            return shares, turn, own
+        self.check(payload, turn)
+        return [Share(turn.own_seed, self.n_batches, payload)], turn, "counted"
 
     def _own_turn(self, round: int) -> Turn:
         seed = int(self.option("seed"))
         words = hashlib.blake2b(b"thinwire step %d %d" % (seed, round), digest_size=16).digest()
         shared, own = (int.from_bytes(words[i : i + 8], "little") for i in (0, 8))
+        own = self.peers.own_seed(own) if self.peers is not None else own
         return Turn(round=round, shared_seed=shared, own_seed=own, lr_factor=1.0)
 
     # --------------------------------------------------------------------------------- state
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: torch's own would leave out what subclasses add. Hooks are left out."""
-        hooks_and_patches = ("_optimizer_", "step")  # a learning rate scheduler patches `step` of an instance
-        return {name: v for name, v in self.__dict__.items() if not name.startswith(hooks_and_patches)}
+        """For copies and pickles: torch's own would leave out what subclasses add. Hooks and peers stay."""
+        # A learning rate scheduler patches `step` of an instance; connections cannot be copied.
+        left_out = ("_optimizer_", "step", "peers")
+        return {name: v for name, v in self.__dict__.items() if not name.startswith(left_out)}
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, and the counters."""
         return {**super().state_dict(), "counters": dict(self.counters)}
 
+    def local_state_dict(self) -> dict[str, Any]:
+        """`state_dict` without what `replicated_tensors` holds: for a file beside a snapshot."""
+        parameters = {p.tensor: p for p in self.parameters_in_order()}
+        whole = self.state_dict()
+        in_torch_order = [p for group in self.param_groups for p in group["params"]]
+        replicated = {i: self.replicated_state(parameters[p]) for i, p in enumerate(in_torch_order)}
+        whole["state"] = {
+            i: {entry: value for entry, value in entries.items() if entry not in replicated[i]}
+            for i, entries in whole["state"].items()
+        }
+        return {**whole, "is_local": True}
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores bit for bit. Tensors keep their dtype; those within containers (packed sends) stay on the
-        CPU, the others go to their parameter's device. Raises ConfigError for another model's state."""
+        """Restores bit for bit; a `local_state_dict` leaves what is replicated as it is. Tensors keep their
+        dtype; those within containers (packed sends) stay on the CPU, the others go to their parameter's
+        device. Raises ConfigError for another model's state."""
         groups = state_dict["param_groups"]
         saved = [name for group in groups for name in group["param_names"]]
         own = [name for group in self.param_groups for name in group["param_names"]]
@@ -246,9 +339,12 @@ class Strategy(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": groups})
         parameters = [p for group in self.param_groups for p in group["params"]]
         state: defaultdict[Tensor, Any] = defaultdict(dict)
+        if state_dict.get("is_local", False):
+            kept = {p.tensor: self.replicated_state(p) for p in self.parameters_in_order()}
+            state.update({p: dict(entries) for p, entries in kept.items() if entries})
         for key, entries in state_dict["state"].items():
             p = parameters[key]
-            state[p] = {name: _restored(value, p.device) for name, value in entries.items()}
+            state[p] |= {name: _restored(value, p.device) for name, value in entries.items()}
         self.state = state
         self.counters = dict(state_dict["counters"])
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from thinwire.compression.exact import to_float32
+
+SMALLEST_WEIGHT = 2.0**-40
+"""A weight below what compressors take is as good as none."""
+
 
 def clip_limit(sizes: Sequence[float], clip: float) -> float:
     """`clip` times the median of the sizes that are not zero; 0.0 without one.
@@ -16,3 +21,10 @@ def clip_limit(sizes: Sequence[float], clip: float) -> float:
     half = len(nonzero) // 2
     middle = nonzero[half] if len(nonzero) % 2 else (nonzero[half - 1] + nonzero[half]) / 2
     return clip * middle
+
+
+def clipped_weights(norms: Sequence[float], weights: Sequence[float], clip: float) -> list[float]:
+    """The offers' weights, float32 values; less for those whose norm is beyond the limit of the round."""
+    limit = clip_limit(norms, clip)
+    clipped = [w if norm <= limit else w * (limit / norm) for w, norm in zip(weights, norms, strict=True)]
+    return [to_float32(w) if w >= SMALLEST_WEIGHT else 0.0 for w in clipped]

@@ -5,6 +5,7 @@
     theta = theta (1 - lr wd) - lr / n * sum over counted probes of decode(code(g)) * z
 
 z is drawn from (the peer's seed of the round, probe number, parameter, element): seeds never travel.
+A payload of n probes has n bytes and 32 of framing (34 at most, from 128 probes on).
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Spsa(Strategy):
 
     # --------------------------------------------------------------------------------- local work
 
-    def fields(self) -> Fields:
+    def fields(self, turn: Turn | None = None) -> Fields:
         return {CODES: (Field(torch.uint8, self.option("max_probes")),)}
 
     def propose(self, draw: Draw, turn: Turn) -> Payload:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from thinwire.compression.base import Compressor, Part, Payload, Turn
 from thinwire.compression.dct_topk import DctTopK
 from thinwire.compression.dense import Dense
+from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import to_float32
+from thinwire.optim.adamw import power
 from thinwire.optim.base import Closure, Share
 from thinwire.optim.decoupled import Decoupled
 
@@ -173,6 +176,106 @@ def test_a_round_without_a_finite_batch_sends_what_the_momentum_has() -> None:
     sent = strategy.propose(lambda: lambda: torch.sum(p) * math.nan, turn_of(2))["p"][0]
     assert strategy.last_loss is None
     assert sent.tolist() == [0.5] * 4
+
+
+# ------------------------------------------------------------------------------------------- AdamW
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_alone_dense_and_plain_with_base_adamw_equals_adamw(weight_decay: float) -> None:
+    ours, theirs = nn.Parameter(tensor(8, 5)), nn.Parameter(tensor(8, 5))
+    decoupled = Decoupled(
+        [("p", ours)], compressor=Dense(), base="adamw", lr=0.03, sign=False, weight_decay=weight_decay
+    )
+    adamw = torch.optim.AdamW([theirs], lr=0.03, weight_decay=weight_decay)
+    for a, b in zip(train(decoupled, ours, 50), train(adamw, theirs, 50), strict=True):
+        assert float((a - b).norm() / b.norm()) < 2e-6
+
+
+def test_adamw_computes_the_formula_one_rounding_at_a_time() -> None:
+    """In numpy's float32, which rounds every operation once, its root included."""
+    p = nn.Parameter(tensor(6, 7))
+    theta, m, v = p.detach().numpy().copy(), np.zeros((6, 7), np.float32), np.zeros((6, 7), np.float32)
+    strategy = Decoupled(
+        [("p", p)], compressor=Dense(), base="adamw", lr=0.01, sign=False, weight_decay=0.1, adam_beta1=0.8
+    )
+    power1 = power2 = 1.0
+    for t in range(1, 6):
+        g = tensor(6, 7, seed=20 + t)
+        strategy.apply([Share(0, 1, dense(g))], turn_of(t, 0.5), None)
+        power1, power2, lr, f = power1 * 0.8, power2 * 0.999, 0.01 * 0.5, np.float32
+        m = m * f(0.8) + g.numpy() * f(1.0 - 0.8)
+        v = v * f(0.999) + g.numpy() * g.numpy() * f(1.0 - 0.999)
+        root = np.sqrt(v * f(1.0 / (1.0 - power2))) + f(1e-8)
+        theta = theta * f(1.0 - lr * 0.1) - m * f(lr / (1.0 - power1)) / root
+        assert p.detach().numpy().tobytes() == theta.tobytes()
+    replicated = strategy.replicated_tensors()
+    assert list(replicated) == ["p", "p:moment1", "p:moment2", "p:updates"]
+    assert replicated["p:moment1"].numpy().tobytes() == m.tobytes()
+    assert replicated["p:updates"] == 5.0
+
+
+def test_a_round_without_shares_leaves_the_moments_alone() -> None:
+    p = nn.Parameter(tensor(3))
+    strategy = Decoupled([("p", p)], compressor=Dense(), base="adamw")
+    strategy.apply([Share(0, 1, dense(tensor(3)))], turn_of(1), None)
+    before = {name: t.clone() for name, t in strategy.replicated_tensors().items()}
+    strategy.apply([], turn_of(2), None)
+    assert all(torch.equal(t, before[name]) for name, t in strategy.replicated_tensors().items())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999])
+def test_powers_are_running_products(beta: float) -> None:
+    product = 1.0
+    for t in range(1, 60000):
+        product *= beta
+        if t in (1, 2, 100, 59999):
+            assert 1.0 - power(beta, t) == 1.0 - product
+
+
+# ------------------------------------------------------------------------------------------- several steps
+
+
+def test_replicate_every_steps_the_momentum_several_times_at_one_theta() -> None:
+    p = nn.Parameter(tensor(3, 4))
+    gradients = [tensor(3, 4, seed=i) for i in range(6)]
+    batches = iter(gradients)
+    strategy = Decoupled([("p", p)], compressor=Dense(), lr=0.5, beta=0.9, accumulate=2, replicate_every=3)
+    sent = strategy.propose(lambda: linear_loss(p, next(batches)), turn_of(1))["p"][0]
+    delta = torch.zeros(12)
+    for a, b in zip(gradients[::2], gradients[1::2], strict=True):
+        delta = delta * 0.9 + 0.5 * (a + b).flatten() / 2
+    torch.testing.assert_close(sent, delta)
+    assert (strategy.counters["decays"], strategy.n_batches) == (3, 6)
+
+
+def test_steps_without_a_closure_exchange_every_so_often() -> None:
+    in_place, at_once = nn.Parameter(tensor(4, 4)), nn.Parameter(tensor(4, 4))
+    a, b = (
+        Decoupled([("p", p)], compressor=DctTopK(), lr=0.1, beta=0.9, replicate_every=3)
+        for p in (in_place, at_once)
+    )
+    for round_ in range(2):
+        gradients = [tensor(4, 4, seed=10 * round_ + i) for i in range(3)]
+        batches = iter(gradients)
+        b.step(lambda batches=batches: torch.sum(at_once * next(batches)))  # type: ignore[misc]
+        for i, gradient in enumerate(gradients):
+            before = in_place.detach().clone()
+            in_place.grad = gradient.clone()
+            a.step()
+            assert torch.equal(in_place, before) == (i < 2)
+        assert torch.equal(in_place, at_once)
+
+
+# ------------------------------------------------------------------------------------------- senders
+
+
+def test_the_mean_over_senders_is_refused_where_it_cannot_be() -> None:
+    p = [("p", nn.Parameter(tensor(3, 4)))]
+    with pytest.raises(ConfigError, match="diverges without sign"):
+        Decoupled(p, compressor=DctTopK(), mean="senders", sign=False)
+    with pytest.raises(ConfigError, match="has one mean only"):
+        Decoupled(p, compressor=Dense(), mean="senders")
 
 
 # ------------------------------------------------------------------------------------------- lost offers

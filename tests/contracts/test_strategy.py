@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +49,19 @@ for compressor_name, compressor in {
             "sign": sign,
             "weight_decay": 0.1,
         }
+
+for sign in (True, False):
+    ROWS[f"decoupled adamw {'sign' if sign else 'plain'}"] = {
+        "name": "decoupled",
+        "base": "adamw",
+        "compressor": {"name": "dct_topk", "k": 64, "group_size": 1024, "bits": 8},
+        "lr": 1e-2,
+        "beta": 0.9,
+        "sign": sign,
+        "weight_decay": 0.1,
+        "accumulate": 2,
+        "replicate_every": 2,
+    }
 
 LAYOUT = wire.layout_hash(b"the layout of this suite")
 PAYLOADS = Path(__file__).parent.parent / "golden" / "strategy_payloads.json"
@@ -105,10 +119,10 @@ class Replica:
             return batch_loss(self.model, 1000 * round + 100 * self.peer + n_drawn)
 
         payload = self.strategy.propose(draw, self.turn(round))
-        return wire.encode(payload, self.strategy.fields(), round, LAYOUT)
+        return wire.encode(payload, self.strategy.fields(self.turn(round)), round, LAYOUT)
 
     def decode(self, data: bytes, round: int) -> Payload:
-        return wire.decode(data, self.strategy.fields(), round, LAYOUT, MAX_BYTES)
+        return wire.decode(data, self.strategy.fields(self.turn(round)), round, LAYOUT, MAX_BYTES)
 
     def read(self, round: int, seeds_and_bytes: list[tuple[int, bytes]], own: Own) -> Round:
         """As a node does it: what does not pass `check` is left out."""
@@ -127,7 +141,7 @@ class Replica:
         self.strategy.apply(r.shares, r.turn, r.own)
 
     def print(self) -> str:
-        sums = {p.name: parameter_sum(p.tensor.detach()) for p in self.strategy.parameters_in_order()}
+        sums = {name: parameter_sum(t) for name, t in self.strategy.replicated_tensors().items()}
         return fingerprint(sums).hex()
 
 
@@ -327,6 +341,61 @@ def test_loaded_state_is_a_copy(row: str) -> None:
     assert_same_bits(second.strategy.state_dict(), saved)
 
 
+@every_row
+def test_a_replica_is_its_replicated_tensors(row: str) -> None:
+    """A joiner copies them from a snapshot and follows; a node adds its local state and is what it was."""
+    replicas, (joiner, restarted_) = swarm(row, 2), swarm(row, 2)
+    run(replicas, range(1, 4), {2: {1}})
+    restarted_.strategy.load_state_dict(replicas[0].strategy.local_state_dict())
+    for other in (joiner, restarted_):
+        names = list(other.strategy.replicated_tensors())
+        assert names == sorted(names) == list(replicas[0].strategy.replicated_tensors())
+        for name, t in replicas[0].strategy.replicated_tensors().items():
+            with torch.no_grad():
+                other.strategy.replicated_tensors()[name].copy_(t)
+    assert_same_bits(restarted_.strategy.state_dict(), replicas[0].strategy.state_dict())
+    counted = run_round(replicas, 4)
+    for other in (joiner, restarted_):
+        other.apply(4, counted, None)
+        assert other.print() == replicas[0].print()
+
+
+@every_row
+def test_a_replica_begins_again_at_the_base_weights(row: str) -> None:
+    replicas = swarm(row, 2)
+    ledger = run(replicas, range(1, 4))
+    again, end = replicas[0], replicas[0].print()
+    again.model.load_state_dict(Net().state_dict())
+    again.strategy.begin()
+    assert again.print() == swarm(row, 1)[0].print()
+    for round_, counted in ledger:
+        again.apply(round_, counted, None)
+    assert again.print() == end
+
+
+@every_row
+def test_a_payload_has_as_many_bytes_as_stated(row: str) -> None:
+    (replica,) = swarm(row, 1)
+    shapes = [tuple(p.tensor.shape) for p in replica.strategy.parameters_in_order()]
+    assert len(replica.offer(1)) == 29 + stated_bytes(ROWS[row], shapes)
+
+
+def stated_bytes(config: dict[str, Any], shapes: list[tuple[int, ...]]) -> int:
+    """The formulas in the docstrings of strategies and compressors."""
+    if config["name"] == "spsa":
+        return 3 + int(config["probes"])
+    compressor, sizes = config["compressor"], [math.prod(shape) for shape in shapes]
+    if compressor["name"] == "dense":
+        return 4 * sum(sizes)
+    group_size, total = compressor.get("group_size", 4096), 0
+    width = (group_size - 1).bit_length() + compressor["bits"]
+    for n in sizes:
+        lengths = [group_size] * (n // group_size) + [n % group_size] * (n % group_size > 0)
+        n_codes = sum(-(-compressor["k"] * length // group_size) for length in lengths)
+        total += 2 * len(lengths) + -(-n_codes * width // 8)
+    return total
+
+
 # ------------------------------------------------------------------------------------------- bad payloads
 
 
@@ -373,7 +442,7 @@ def spoilt(replica: Replica, data: bytes, round: int) -> bytes:
     first = payload[name][0]
     bad = torch.full_like(first, 0x80 if first.dtype == torch.uint8 else float("nan"))
     payload[name] = (bad, *payload[name][1:])
-    return wire.encode(payload, replica.strategy.fields(), round, LAYOUT)
+    return wire.encode(payload, replica.strategy.fields(replica.turn(round)), round, LAYOUT)
 
 
 @every_row

@@ -1,0 +1,103 @@
+"""What a peer has gathered and not sent yet (momentum, error feedback), and its sends of open fate.
+
+Local state, in two entries of a strategy's `state` per parameter: the leftover itself, flat float32, and
+`sends`. What is sent leaves the leftover; what missed its commit comes back, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinwire.compression.base import Compressor, Packed, Part, Turn
+from thinwire.compression.errors import ConfigError
+from thinwire.compression.exact import exact_arithmetic, to_float32
+from thinwire.optim.base import Own, Parameter, Strategy
+
+Sends = dict[int, tuple[int, Packed]]
+"""Round -> (how often the leftover had decayed when it was sent, what was sent), while its fate is open."""
+
+
+class Leftover:
+    """See the module's docstring. Counts `lost_sends`, whose fate this replica never learnt, because it took
+    over a snapshot of a later round."""
+
+    def __init__(
+        self, strategy: Strategy, compressor: Compressor, entry: str, kept: Callable[[Parameter, int], float]
+    ) -> None:
+        """`entry`: its name in the state. `kept`: what would be left by now of a share of 1 that the leftover
+        had when it had decayed that often."""
+        self._strategy = strategy
+        self._compressor = compressor
+        self._entry = entry
+        self._kept = kept
+
+    def of(self, parameter: Parameter) -> Tensor:
+        """The flat leftover itself; zero before its first use."""
+        state = self._strategy.state[parameter.tensor]
+        if self._entry not in state:
+            state[self._entry] = torch.zeros_like(parameter.tensor.detach().reshape(-1))
+            state["sends"] = {}
+        leftover: Tensor = state[self._entry]
+        return leftover
+
+    def send(self, parameter: Parameter, turn: Turn, n_decays: int, alpha: float) -> Packed:
+        """Packs what is selected; `alpha` times that leaves the leftover. Its fate is open from now on."""
+        leftover = self.of(parameter)
+        packed = self._compressor.pack(leftover, part_of(parameter), turn)
+        leftover.sub_(self._decoded(parameter, packed, turn, alpha))
+        self._sends(parameter)[turn.round] = (n_decays, packed)
+        return packed
+
+    def put_back(self, parameter: Parameter, turn: Turn) -> None:
+        """Adds this round's send again, as far as it would have decayed since. Only once."""
+        if turn.round in self._sends(parameter):
+            n_decays, packed = self._sends(parameter).pop(turn.round)
+            factor = self._kept(parameter, n_decays)
+            self.of(parameter).add_(self._decoded(parameter, packed, turn, factor))
+
+    def settle(self, parameter: Parameter, turn: Turn, own: Own) -> None:
+        """The fate of this replica's own send of the round.
+
+        A send of this round that the caller knows nothing of (`own` is None) never left this machine, so it
+        cannot have counted: it is treated as missed. Sends of earlier rounds are still open only if a
+        snapshot made this replica skip their commits; putting one back that had counted would send it twice,
+        so they are given up.
+        """
+        sends = self._sends(parameter)
+        if own == "counted":
+            sends.pop(turn.round, None)
+        else:
+            self.put_back(parameter, turn)
+        lost = [r for r in sends if r < turn.round]
+        for r in lost:
+            del sends[r]
+        if parameter.index == 0:
+            self._strategy.count("lost_sends", len(lost))
+
+    def _sends(self, parameter: Parameter) -> Sends:
+        """Those of one parameter; nothing is allocated for a replica that only follows."""
+        states = self._strategy.state
+        sends: Sends = states[parameter.tensor].get("sends", {}) if parameter.tensor in states else {}
+        return sends
+
+    def _decoded(self, parameter: Parameter, packed: Packed, turn: Turn, factor: float) -> Tensor:
+        """factor * q: what the receivers read from `packed`."""
+        with exact_arithmetic():
+            q = self._compressor.decode([packed], [1.0], part_of(parameter), turn)
+            q = q.to(parameter.tensor.device)
+            return q if factor == 1.0 else q.mul_(to_float32(factor))
+
+
+def part_of(parameter: Parameter) -> Part:
+    return Part.whole(parameter.tensor.shape)
+
+
+def refuse_other_packing(state_dict: Mapping[str, Any], compressor: Compressor) -> None:
+    """Raises ConfigError for a state whose sends another compressor has packed."""
+    packed_with = state_dict["param_groups"][0]["compressor"]
+    if packed_with != repr(compressor):
+        raise ConfigError(f"sends in this state are packed with {packed_with}, not {compressor!r}")
