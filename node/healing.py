@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from thinwire.compression.errors import Incompatible, ReplicaDiverged
+from thinwire.compression.errors import Incompatible, ReplicaDiverged, SwarmUnreachable
 from thinwire.compression.fingerprint import fingerprint
 from thinwire.coordinator.messages import Report
 from thinwire.node.history import History
@@ -44,7 +44,8 @@ class Healer:
         self._link, self._replica, self._history, self._joiner = link, replica, history, joiner
         self._me, self._device, self._discard = peer_index, device, discard
         self._sums: OrderedDict[int, dict[str, int]] = OrderedDict()
-        self._decided: set[int] = set()
+        self._checked: set[int] = set()
+        self._tested: set[int] = set()
 
     def fingerprint(self) -> bytes:
         """The replica's, and remembers what it is made of, to be able to name a tensor later."""
@@ -61,13 +62,13 @@ class Healer:
         """
         verdicts, oldest = self._history.verdicts, self._joiner.kept_from()
         undecided = verdicts.undecided(oldest)
-        if undecided is not None and undecided not in self._decided:
-            self._decided.add(undecided)
+        if undecided is not None and undecided not in self._tested:
+            self._tested.add(undecided)
             self._test_this_machine(undecided)
-        rounds = [r for r in verdicts.to_check(self._me, oldest) if r not in self._decided]
+        rounds = [r for r in verdicts.to_check(self._me, oldest) if r not in self._checked]
         if rounds and not self._joiner.trusted_starts(at_most=rounds[0]):
             log.warning("round %d cannot be checked any more: its payloads are gone", rounds[0])
-            self._decided.update(rounds)
+            self._checked.update(rounds)
             return []
         return rounds
 
@@ -82,21 +83,31 @@ class Healer:
         start = self._joiner.begin(
             lambda: self._joiner.trusted_starts(at_most=rounds[0]), with_local_state=False
         )
-        wrong = False
-        for commit in self._link.records(start.round):
-            self._replica.apply(commit, self._link.payload, offered=False)
-            if self._replica.round in rounds:
-                wrong = self._compare(self._replica.round) or wrong
-            if self._replica.round == rounds[-1]:
-                break
-        self._decided.update(rounds)
+        self._checked.update(rounds)
+        try:
+            wrong = self._replay(start.round, rounds)
+        except SwarmUnreachable as e:
+            log.warning("round %d cannot be checked: %s", self._replica.round + 1, e)
+            wrong = False
         if wrong:
             self._discard(start.round)
-        if wrong or self._replica.round != rounds[-1]:  # or the link was closed on the way
             return True
         self._replica.restore(saved)
-        log.info("this replica is right: the ledger says the same")
         return False
+
+    def _replay(self, after: int, rounds: Sequence[int]) -> bool:
+        """From a trusted start up to the last of these rounds; whether this node had reported another one."""
+        wrong = after in rounds and self._compare(after)
+        commits = self._link.records(after)
+        while self._replica.round < rounds[-1]:
+            commit = next(commits, None)
+            if commit is None:
+                raise SwarmUnreachable("the link was closed")
+            self._replica.apply(commit, self._link.payload, offered=False)
+            wrong = (self._replica.round in rounds and self._compare(self._replica.round)) or wrong
+        if not wrong:
+            log.info("this replica is right: the ledger says the same")
+        return wrong
 
     def _compare(self, round_: int) -> bool:
         """Reports what the replay has after this round; True if this node had said something else."""

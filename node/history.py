@@ -60,9 +60,18 @@ class History:
         attested = self.snapshots.attested()
         return attested[-2].round + 1 if len(attested) > 1 else 1
 
-    def attested(self, round_: int) -> Attested | None:
-        """The attested snapshot of this round."""
-        return next((a for a in self.snapshots.attested() if a.round == round_), None)
+    def attested(self) -> list[Attested]:
+        """The newest attested snapshots, in order. While replicas differ, one peer's word alone is none."""
+        open_from = self.verdicts.open_from()
+        return [
+            a
+            for a in self.snapshots.attested()
+            if len(a.peers) > 1 or open_from is None or a.round < open_from
+        ]
+
+    def is_shared(self, manifest: bytes) -> bool:
+        """Whether two peers have reported this snapshot."""
+        return any(a.manifest == manifest and len(a.peers) > 1 for a in self.snapshots.attested())
 
     def holders(self, snapshot: Attested) -> list[str]:
         """Peer ids of those that reported the snapshot."""

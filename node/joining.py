@@ -166,12 +166,13 @@ class Joiner:
         base_bytes = 0 if self._base is None else self._base.n_bytes
         found = [Start(0, base_bytes + history.blob_bytes(0))]
         stored = {s.manifest: s for s in self._store.stored() if self._is_on_ledger(s)}
-        for attested in history.snapshots.attested():
+        others = {a.round: a.manifest for a in history.snapshots.attested()}
+        for attested in history.attested():
             here = stored.pop(attested.manifest, None)
             n_bytes = history.blob_bytes(attested.round) + (0 if here is not None else attested.n_bytes)
             found.append(Start(attested.round, n_bytes, here, attested))
         # One beside another that is attested: this node was wrong when it wrote it.
-        own = [s for s in stored.values() if history.attested(s.round) is None]
+        own = [s for s in stored.values() if others.get(s.round, s.manifest) == s.manifest]
         found += [Start(s.round, history.blob_bytes(s.round), s) for s in own]
         return [s for s in found if self._key(s) not in self._useless]
 

@@ -186,18 +186,6 @@ class Runner:
 
     def _follow(self) -> bool:
         """Applies commits until the run ends or is stopped; True: the replica was moved to another round."""
-        try:
-            return self._apply_commits()
-        except PayloadGone as e:
-            log.warning("%s", e)
-            self._joiner.payloads_gone(self.replica.round + 1)
-            self._joiner.read_ledger()
-            self._begin()
-        except ReplicaDiverged as e:
-            self._start_over(e)
-        return True
-
-    def _apply_commits(self) -> bool:
         if self.replica.round >= self.link.head:
             self._arrive()
         if self._is_over():
@@ -206,8 +194,7 @@ class Runner:
         for commits in batches(self._commits(), self.replica.strategy, _Ends(self)):
             if self.stop.is_set():
                 return False
-            self._apply(commits)
-            if self._look_around(commits[-1]):
+            if not self._applied(commits) or self._look_around(commits[-1]):
                 return True
             if self._is_over():
                 return False
@@ -217,6 +204,21 @@ class Runner:
         for commit in self.link.commits(self.replica.round):
             self.history.add(commit)
             yield commit
+
+    def _applied(self, commits: list[Commit]) -> bool:
+        """False: they could not be applied, and the replica was moved to another round."""
+        try:
+            self._apply(commits)
+        except PayloadGone as e:
+            log.warning("%s", e)
+            self._joiner.payloads_gone(self.replica.round + 1)
+            self._joiner.read_ledger()
+            self._begin()
+            return False
+        except ReplicaDiverged as e:
+            self._start_over(e)
+            return False
+        return True
 
     def _look_around(self, commit: Commit) -> bool:
         """What there is to do after a commit was applied; True: the replica was moved to another round."""
@@ -309,11 +311,12 @@ class Runner:
         self.link.report(Report(round=stored.round, snapshot=stored.manifest, snapshot_bytes=stored.n_bytes))
 
     def _discard_snapshots(self, after: int) -> None:
-        """What this node has written after this round may be wrong, unless others have it, too."""
+        """What this node has written after this round may be wrong, unless others have it, too: it is taken
+        back."""
         for stored in self.store.stored():
-            attested = self.history.attested(stored.round)
-            if stored.round > after and (attested is None or attested.manifest != stored.manifest):
+            if stored.round > after and not self.history.is_shared(stored.manifest):
                 self.store.discard(stored)
+                self.link.report(Report(round=stored.round, snapshot=stored.manifest, snapshot_bytes=0))
 
     # ------------------------------------------------------------------------------------------ one round
 
@@ -350,7 +353,8 @@ class Runner:
         """One live commit, or several older ones."""
         last = commits[-1].body
         started_s = time.monotonic()
-        *_, own = self.replica.apply_batch(commits, self._payload, offered={self._offered_round})
+        owns = self.replica.apply_batch(commits, self._payload, offered={self._offered_round})
+        own = next((own for own in owns if own is not None), None)  # one offer at most is under way
         self._counted += own == "counted"
         self._missed += own == "missed"
         now_s = time.monotonic()

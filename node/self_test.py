@@ -47,9 +47,9 @@ def _packed(compressor: DctTopK, part: Part, turn: Turn, first: int) -> Packed:
     """10 groups of 8 coefficients each, spelled out: packing itself is local and need not be the same."""
     index_GK = first + 101 * torch.arange(8).expand(10, 8)
     value_GK = (31 * index_GK + 7 * torch.arange(10)[:, None]) % 255 - 127
-    codes = (value_GK & 255) << compressor.index_bits | index_GK
+    codes = (value_GK & 255) << 10 | index_GK  # 8 bits of value, 10 of index
     scales = torch.tensor([2.0**-e for e in range(10)], dtype=torch.bfloat16)
-    packed = scales, pack_bits(codes.reshape(-1), compressor.width)
+    packed = scales, pack_bits(codes.reshape(-1), 18)
     compressor.check(packed, part, turn)
     return packed
 

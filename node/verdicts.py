@@ -50,6 +50,10 @@ class Verdicts:
         """Whether peers reported different fingerprints of this round."""
         return len(self._groups(round_)) > 1
 
+    def open_from(self) -> int | None:
+        """The first remembered round whose fingerprints differ."""
+        return next((r for r in sorted(self._rounds) if self.differs(r)), None)
+
     def to_check(self, peer: int, oldest: int) -> list[int]:
         """The rounds, from `oldest` on, that it is this peer's turn to check, in order."""
         newest = self._head - WAIT_ROUNDS

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from thinwire.compression.base import Part
 from thinwire.compression.errors import ConfigError, Incompatible
 from thinwire.coordinator.identity import peer_id_of
-from thinwire.coordinator.messages import NodeState, Offer
+from thinwire.coordinator.messages import Commit, NodeState, Offer
 from thinwire.node.config import RunConfig, load_config
 from thinwire.node.genesis import make_genesis
-from thinwire.node.link_local import LocalLink, LocalSwarm, Script, local_swarm
-from thinwire.node.runner import NoDonor, Result, Runner
+from thinwire.node.link_local import LocalSwarm, Script, local_swarm
+from thinwire.node.runner import Result, Runner
 from thinwire.node.tasks import make_task
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
@@ -106,7 +106,7 @@ def train(
     with swarm_of(folder, config, lose, late) as swarm:
         runners = [Runner(swarm.link(f"peer-{i}")) for i in range(n_peers)]
         for runner in runners:  # admitted in this order in every execution
-            runner.link.open(None, None)
+            runner.link.open()
         results = run_all(runners)
         return results, runners, swarm.call(lambda service, now_s: service.status(now_s))
 
@@ -154,7 +154,8 @@ def test_a_missed_offer_returns_to_the_momentum_once(tmp_path: Path) -> None:
     momenta: list[tuple[torch.Tensor, torch.Tensor]] = []  # (found, expected)
 
     class Watching(Runner):
-        def _apply(self, commit: Any) -> None:
+        def _apply(self, commits: list[Commit]) -> None:
+            (commit,) = commits
             strategy = self.replica.strategy
             p = strategy.parameters_in_order()[0].tensor
             expected = strategy.state[p]["momentum"].clone()
@@ -162,7 +163,7 @@ def test_a_missed_offer_returns_to_the_momentum_once(tmp_path: Path) -> None:
                 _, packed = strategy.state[p]["sends"][3]
                 part = Part.whole(p.shape)
                 expected += strategy.compressor.decode([packed], [1.0], part, self.replica.turn())
-            super()._apply(commit)
+            super()._apply(commits)
             momenta.append((strategy.state[p]["momentum"].clone(), expected))
             assert not strategy.state[p]["sends"]
 
@@ -195,76 +196,12 @@ def test_neither_kernels_nor_threads_change_a_bit(
 def replay(swarm: LocalSwarm, peer_id: str) -> str:
     """Base weights and the whole ledger, by the same `apply` as in training."""
     runner = Runner(swarm.link(peer_id))
-    welcome = runner.link.open(None, None)
-    runner._prepare(welcome.model_copy(update={"head_round": 0}))
-    for commit in runner.link.commits(0):
-        runner._apply(commit)
-        if commit.body.round == welcome.head_round:
-            break
+    runner._prepare(runner.link.open())
+    runner.replica.begin(None)
+    for commit in runner.link.records(0):
+        runner.replica.apply(commit, runner.link.payload, offered=False)
     runner.link.close()
     return runner.replica.fingerprint().hex()
-
-
-class Paused:
-    """Holds a node at a round until it is released, to make others come late or early at will."""
-
-    def __init__(self, at_round: int) -> None:
-        self.at_round = at_round
-        self.reached = threading.Event()
-        self.release = threading.Event()
-
-    def runner(self, link: LocalLink) -> Runner:
-        paused = self
-
-        class Holding(Runner):
-            def _propose(self) -> None:
-                if self.replica.round == paused.at_round:
-                    paused.reached.set()
-                    assert paused.release.wait(60)
-                super()._propose()
-
-        return Holding(link)
-
-
-@pytest.mark.parametrize("strategy", ["decoupled", "spsa"])
-def test_a_late_joiner_takes_the_replica_and_ends_equal(tmp_path: Path, strategy: str) -> None:
-    config = config_of(STRATEGIES[strategy], min_peers=2, rounds=12)
-    with swarm_of(tmp_path, config) as swarm:
-        pause = Paused(at_round=5)
-        early = [Runner(swarm.link("peer-0")), pause.runner(swarm.link("peer-1"))]
-        late = Runner(swarm.link("peer-2"))
-
-        def join_late() -> None:
-            assert pause.reached.wait(60)
-            threading.Timer(0.3, pause.release.set).start()
-
-        helper = threading.Thread(target=join_late)
-        helper.start()
-        results_early: list[Result] = []
-        main = threading.Thread(target=lambda: results_early.extend(run_all(early)))
-        main.start()
-        assert pause.reached.wait(60)
-        result = run_all([late])[0]
-        main.join(100)
-        helper.join(10)
-    assert result.rounds == 12
-    assert result.counted + result.missed >= 1, "it took part, not only followed"
-    assert {r.fingerprint for r in results_early} == {result.fingerprint}
-
-
-def test_without_a_donor_a_late_joiner_says_so(tmp_path: Path) -> None:
-    config = config_of(STRATEGIES["decoupled"], min_peers=1, rounds=50)
-    with swarm_of(tmp_path, config) as swarm:
-        first = Runner(swarm.link("peer-0"))
-        thread = threading.Thread(target=first.run)
-        thread.start()
-        wait_for(lambda: swarm.service.head >= 2)
-        first.request_stop()
-        thread.join(30)
-        assert not thread.is_alive()
-        with pytest.raises(NoDonor, match="no live node can give its replica") as e:
-            Runner(swarm.link("peer-1")).run()
-        assert e.value.exit_code == 1
 
 
 def test_a_bad_payload_is_left_out_by_all_alike(tmp_path: Path) -> None:
@@ -310,11 +247,19 @@ def test_base_weights_come_from_the_coordinator(tmp_path: Path) -> None:
     save_file({name: torch.full_like(p, 0.125) for name, p in model.named_parameters()}, path)
     with_base = config.model_copy(update={"run": config.run.model_copy(update={"base": str(path)})})
     with swarm_of(tmp_path / "run", with_base) as swarm:
-        runner = Runner(swarm.link("peer-0"))
-        runner._prepare(runner.link.open(None, None))
-        assert all(torch.equal(t, torch.full_like(t, 0.125)) for t in runner.replica.tensors().values())
-        assert str(path) not in runner.config.to_json()
-        runner.link.close()
+        seen: list[bool] = []
+
+        class Watching(Runner):
+            def _propose(self) -> None:
+                if self.replica.round == 0:
+                    tensors = self.replica.tensors().values()
+                    seen.append(all(torch.equal(t, torch.full_like(t, 0.125)) for t in tensors))
+                super()._propose()
+
+        runner = Watching(swarm.link("peer-0"))
+        run_all([runner])
+    assert seen == [True]
+    assert str(path) not in runner.config.to_json()
     tensors = load_file(path)
     tensors["head.weight"] = tensors["head.weight"][:5].contiguous()
     save_file(tensors, path)

@@ -114,4 +114,5 @@ def test_whoever_was_wrong_ends_right(values: list[bytes], rng: object) -> None:
         verdicts.committed(commit(round_, [report(peer, RIGHT, checked=True) for peer in due]))
     assert turns(verdicts, len(values)) == []
     assert not verdicts.differs(10)
-    assert {peer for peer, value in enumerate(values) if value != RIGHT} <= has_checked or len(set(values)) == 1
+    wrong = {peer for peer, value in enumerate(values) if value != RIGHT}
+    assert wrong <= has_checked or len(set(values)) == 1
