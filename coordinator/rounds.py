@@ -200,7 +200,11 @@ class Rounds:
             return OfferRefused(offer.peer, "wrong_round")
         kept = self._offers.get(offer.peer)
         if kept is not None and kept.digest != offer.digest:
-            return OfferRefused(offer.peer, "changed_offer")
+            if kept.has_bytes:
+                return OfferRefused(offer.peer, "changed_offer")
+            # The node died before its bytes came, and has worked anew: they would be waited for in vain.
+            del self._offers[offer.peer]
+            kept = None
         if kept is None and len(self._offers) >= self._max_offers:
             return OfferRefused(offer.peer, "too_many_offers")
         if kept is None:

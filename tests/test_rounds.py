@@ -215,6 +215,16 @@ def test_all_drops_a_hung_trainer_until_it_offers_again() -> None:
     assert rounds.handle(offer(0, 5), now_s + 61)[-1] == RoundOpened(6, (0, 1))
 
 
+def test_an_offer_whose_bytes_never_came_is_replaced() -> None:
+    rounds = started(1)
+    rounds.handle(offer(0, b"before the node died", has_bytes=False), 1.0)
+    actions = rounds.handle(offer(0, b"after", has_bytes=True), 2.0)
+    assert actions[0] == OfferKept(0, is_new=True)
+    assert closed(actions) == [(1, (0,))]
+    rounds.handle(BytesArrived(b"before the node died"), 3.0)
+    assert rounds.head == 1
+
+
 def test_excused_peers_are_not_awaited_in_that_round_only() -> None:
     rounds = started(2)
     rounds.handle(offer(1, 1, b"never comes", has_bytes=False), 0.5)

@@ -40,7 +40,7 @@ def name_of(offer: Offer | OfferEntry) -> bytes:
 
 
 class Tally:
-    """Which offers must count in the open round: the first one of each peer, once its bytes are here."""
+    """Which offers must count in the open round: the first one of each peer whose bytes are here."""
 
     def __init__(self) -> None:
         self.standing: dict[int, Offer] = {}
@@ -52,6 +52,8 @@ class Tally:
         here = stored if offer.payload is None else len(offer.payload)
         if here is not None and here != offer.n_bytes:
             return
+        if peer not in self.eligible and name_of(self.standing.get(peer, offer)) != name_of(offer):
+            del self.standing[peer]
         first = self.standing.setdefault(peer, offer)
         if name_of(first) == name_of(offer) and here is not None:
             self.eligible.add(peer)

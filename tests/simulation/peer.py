@@ -85,6 +85,8 @@ class Peer:
         self.wire: Wire | None = None
         self.index: int | None = None
         self.is_frozen = False
+        self.is_slow = False
+        """Applies nothing for now, though its heart beats."""
         self.refused: str | None = None
         """What no retry can mend: this life is over."""
         self.state = NodeState.JOINING
@@ -167,8 +169,9 @@ class Peer:
                 return
             self._choose_start()
         while self.round < len(self.disk.copy):
-            if not self._apply(self.disk.copy[self.round]):
-                self._choose_start()
+            if self.is_slow or not self._apply(self.disk.copy[self.round]):
+                if not self.is_slow:
+                    self._choose_start()
                 return
         if is_caught_up and self.state is NodeState.JOINING:
             self._say_state(NodeState.TRAINING)
@@ -224,7 +227,7 @@ class Peer:
         self._reports = [*self._reports, report][-KEPT_REPORTS:]
         self.say(report)
 
-    def offer(self, round_: int, payload: bytes) -> None:
+    def offer(self, round_: int, payload: bytes, n_bytes: int | None = None) -> None:
         """Kept and sent again after a reconnect until its round is committed."""
         inline = len(payload) <= INLINE_BYTES
         offer = Offer(
@@ -232,12 +235,17 @@ class Peer:
             n_samples=1 + self.life,
             n_tokens=10,
             loss=1.0,
-            n_bytes=len(payload),
+            n_bytes=len(payload) if n_bytes is None else n_bytes,
             payload=payload if inline else None,
             digest=None if inline else digest_of(payload),
         )
         self._offer = offer, payload
         self._send_offer(offer, payload)
+
+    def lie(self, round_: int, payload: bytes) -> None:
+        """An offer that says another size than the blob has."""
+        if self._offer is None:
+            self.offer(round_, payload, n_bytes=len(payload) - 1)
 
     def resend(self) -> None:
         """The same once more, as if it had not been heard."""

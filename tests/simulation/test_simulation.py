@@ -70,11 +70,11 @@ class Swarm(RuleBasedStateMachine):
         self.world.flow()
         self.world.pass_time(0.5)
 
-    @rule(n_rounds=st.integers(1, 4), n_bytes=SIZES)
+    @rule(n_rounds=st.integers(1, 6), n_bytes=SIZES)
     def all_goes_well(self, n_rounds: int, n_bytes: int) -> None:
         """The coordinator is up, who froze is awake."""
-        if self.world.service is None:
-            self.world.restart()
+        if self.world.host.service is None:
+            self.world.host.restart()
         for peer in self.world.peers.values():
             peer.is_frozen = False
         for _ in range(n_rounds):
@@ -113,6 +113,24 @@ class Swarm(RuleBasedStateMachine):
             if comes and not inline and peer.index is not None:
                 peer.wire.uploads.append((digest_of(payload), payload))
 
+    @rule(name=NAMES, is_first=st.booleans())
+    def lies_about_size(self, name: str, is_first: bool) -> None:
+        """`is_first`: the bytes arrive before the offer."""
+        for peer in self.awake(name):
+            self.world.flow()
+            if peer.wire is not None and peer.index is not None:
+                payload = payload_of(f"lie {name} {peer.life} {peer.round}", BLOB_BYTES)
+                peer.lie(len(peer.disk.copy) + 1, payload)
+                for _ in range(2 if is_first else 1):
+                    self.world.desk.deliver_upload(peer.wire)
+
+    @rule(name=NAMES, n_bytes=SIZES)
+    def is_replaced(self, name: str, n_bytes: int) -> None:
+        """The node offers and dies; its next life is let in before that offer arrives."""
+        self.works(name, n_bytes, False)
+        if name in self.world.peers:
+            self.world.bring_back(self.world.start(name, with_disk=True))
+
     # ------------------------------------------------------------------------------------- the network
 
     @rule(
@@ -122,11 +140,11 @@ class Swarm(RuleBasedStateMachine):
         """On the newest connection, or the one before. `is_late`: uploads come after the messages."""
         for wire in [wire for wire in self.world.wires if wire.peer.name == name][-nth:][:1]:
             for _ in range(0 if is_late else uploads):
-                self.world.deliver_upload(wire)
+                self.world.desk.deliver_upload(wire)
             for _ in range(up):
-                self.world.deliver_up(wire)
+                self.world.desk.deliver_up(wire)
             for _ in range(uploads if is_late else 0):
-                self.world.deliver_upload(wire)
+                self.world.desk.deliver_upload(wire)
             for _ in range(down):
                 self.world.deliver_down(wire)
 
@@ -166,6 +184,16 @@ class Swarm(RuleBasedStateMachine):
     def start(self, name: str, with_disk: bool) -> None:
         self.world.start(name, with_disk=with_disk)
 
+    @rule(name=NAMES, n_rounds=st.integers(0, 9))
+    def joins_slowly(self, name: str, n_rounds: int) -> None:
+        """From the beginning; says what it needs, then the others go on for a while."""
+        self.world.bring_back(self.world.start(name, with_disk=False))
+        self.world.flow()
+        for peer in self.awake(name):
+            peer.is_slow = True
+            self.all_goes_well(n_rounds, BLOB_BYTES)
+            peer.is_slow = False
+
     @rule(name=NAMES)
     def crash(self, name: str) -> None:
         self.world.kill(name)
@@ -183,29 +211,29 @@ class Swarm(RuleBasedStateMachine):
 
     # -------------------------------------------------------------------------- what befalls the coordinator
 
-    @precondition(lambda self: self.world.service is not None)
+    @precondition(lambda self: self.world.host.service is not None)
     @rule(is_clean=st.booleans())
     def stop_coordinator(self, is_clean: bool) -> None:
-        self.world.stop(is_clean=is_clean)
+        self.world.host.stop(is_clean=is_clean)
 
-    @precondition(lambda self: self.world.service is not None)
+    @precondition(lambda self: self.world.host.service is not None)
     @rule(chances=st.integers(0, 8))
     def power_cut_soon(self, chances: int) -> None:
         """In the midst of what the coordinator does then."""
-        self.world.fuse = chances
+        self.world.host.fuse = chances
 
-    @precondition(lambda self: self.world.service is None)
+    @precondition(lambda self: self.world.host.service is None)
     @rule()
     def restart_coordinator(self) -> None:
-        self.world.restart()
+        self.world.host.restart()
 
-    @precondition(lambda self: self.world.service is not None)
+    @precondition(lambda self: self.world.host.service is not None)
     @rule()
     def keep_copy(self) -> None:
         """Of the coordinator's disk as it is now."""
-        self.world.keep_copy()
+        self.world.host.keep_copy()
 
-    @precondition(lambda self: self.world.backup is not None)
+    @precondition(lambda self: self.world.host.backup is not None)
     @rule()
     def restore(self) -> None:
         """On the older copy; the node that has seen most comes first and gives back what is missing."""
@@ -214,11 +242,11 @@ class Swarm(RuleBasedStateMachine):
         seen = list(self.world.disks[name].copy)
         peer = self.world.peers.get(name) or self.world.start(name, with_disk=True)
         self.world.bring_back(peer)
-        found = [commit.digest for commit in self.world.oracle.ledger]
+        found = [commit.digest for commit in self.world.host.oracle.ledger]
         if not self.world.is_restored:
             assert found[: len(seen)] == [commit.digest for commit in seen], "a lost round did not come back"
 
-    @precondition(lambda self: self.world.backup is not None)
+    @precondition(lambda self: self.world.host.backup is not None)
     @rule()
     def restore_unnoticed(self) -> None:
         """On the older copy; whoever comes first goes on with it, and what others have seen may be forked."""
@@ -236,7 +264,7 @@ class Swarm(RuleBasedStateMachine):
         try:
             if hasattr(self, "world"):
                 self.settle()
-                self.world.close()
+                self.world.host.close()
         finally:
             shutil.rmtree(self.folder)
 
@@ -247,20 +275,24 @@ class Swarm(RuleBasedStateMachine):
         copies of a payload are, nobody can go on, and nothing is asked.
         """
         world = self.world
-        world.fuse = None
-        if world.service is None:
-            world.restart()
-        assert world.service is not None
+        world.host.fuse = None
+        if world.host.service is None:
+            world.host.restart()
+        assert world.host.service is not None
         for peer in world.peers.values():
-            peer.is_frozen = False
+            peer.is_frozen = peer.is_slow = False
         for name in sorted({"ann", "bob", *world.disks} - {*world.peers}):
             world.start(name, with_disk=True)
-        goal = min(world.service.head + 2, world.n_rounds)
-        until_s = world.now_s + PATIENCE_S
-        while world.service.head < goal or (goal == world.n_rounds and not world.service.finished):
+        goal = min(world.host.service.head + 2, world.host.n_rounds)
+        until_s = world.host.now_s + PATIENCE_S
+        while world.host.service.head < goal or (
+            goal == world.host.n_rounds and not world.host.service.finished
+        ):
             if world.is_lost():
                 return
-            assert world.now_s < until_s, f"no round in {PATIENCE_S} s: {world.service.status(world.now_s)}"
+            assert world.host.now_s < until_s, (
+                f"no round in {PATIENCE_S} s: {world.host.service.status(world.host.now_s)}"
+            )
             for name, peer in list(world.peers.items()):
                 if peer.refused is not None:
                     world.start(name, with_disk=False)
