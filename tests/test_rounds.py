@@ -217,9 +217,9 @@ def test_all_drops_a_hung_trainer_until_it_offers_again() -> None:
 
 def test_an_offer_whose_bytes_never_came_is_replaced() -> None:
     rounds = started(1)
-    rounds.handle(offer(0, b"before the node died", has_bytes=False), 1.0)
-    actions = rounds.handle(offer(0, b"after", has_bytes=True), 2.0)
-    assert actions[0] == OfferKept(0, is_new=True)
+    rounds.handle(offer(0, 1, b"before the node died", has_bytes=False), 1.0)
+    actions = rounds.handle(offer(0, 1, b"after", has_bytes=True), 2.0)
+    assert actions[0] == OfferKept(0, is_new=True), actions
     assert closed(actions) == [(1, (0,))]
     rounds.handle(BytesArrived(b"before the node died"), 3.0)
     assert rounds.head == 1
