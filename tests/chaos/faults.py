@@ -64,7 +64,7 @@ def frozen(swarm: Swarm, node: Node) -> Course:
 def coordinator_killed(swarm: Swarm, node: Node) -> Course:
     swarm.coordinator.kill()
     yield for_s(swarm.rng.choice((0.0, 2.0)))
-    swarm.start_coordinator()
+    swarm.start_coordinator(wait=False)
 
 
 def reset(swarm: Swarm, node: Node) -> Course:
@@ -196,10 +196,11 @@ KINDS = (
     Kind("throttled to 1 Mbit/s", throttled),
     Kind("bit flipped", bit_flipped),
     Kind("chunk corrupted", chunk_corrupted, is_lethal=True),
-    *(
-        Kind(f"killed {edge} {phase}", doomed_at(phase, edge), is_lethal=True)
-        for phase in PHASES
-        for edge in EDGES
-        if phase not in NEVER_IN_TRAINING
-    ),
 )
+EDGE_KINDS = tuple(
+    Kind(f"killed {edge} {phase}", doomed_at(phase, edge), is_lethal=True)
+    for phase in PHASES
+    for edge in EDGES
+    if phase not in NEVER_IN_TRAINING
+)
+"""Every phase edge of a round."""

@@ -59,8 +59,8 @@ class Program:
         self._began_at = 0
         self.is_frozen = False
 
-    def start(self, command: Sequence[str], line: str | None = None, **changes: str) -> None:
-        """`line` is given to its standard input, `changes` are added to its environment."""
+    def start(self, command: Sequence[str], line: str | None = None) -> None:
+        """`line` is given to its standard input."""
         assert not self.is_running, f"{self.name} runs already"
         with self.log.open("ab") as err, self.out.open("wb") as out:
             self._began_at = err.tell()
@@ -70,7 +70,7 @@ class Program:
                 stdout=out,
                 stderr=err,
                 cwd=self.folder,
-                env={**self._env, **changes},
+                env=self._env,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which ends them
             )
         if line is not None and self._process.stdin is not None:
@@ -98,10 +98,6 @@ class Program:
             self._process.kill()
             self._process.wait()
             self.is_frozen = False
-
-    def terminate(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
 
     def freeze(self) -> None:
         """SIGSTOP, as a machine that hangs: its libp2p daemon answers no more either."""
@@ -232,8 +228,8 @@ class Swarm:
 
     # -------------------------------------------------------------------------------- starting and adding
 
-    def start_coordinator(self, **environment: str) -> None:
-        """For the first time or again; waits for its ticket."""
+    def start_coordinator(self, *, wait: bool = True) -> None:
+        """For the first time or again. `wait`: for its ticket."""
         run_file = self.folder / "run.toml"
         run_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in self.settings.items()))
         launcher = [str(HERE / "hidden.py")] if self.proxied else ["-m", "thinwire.node.cli"]
@@ -241,9 +237,10 @@ class Swarm:
             [
                 *(*launcher, "coordinator", str(run_file), *self._task),
                 *("--state", str(self.coordinator_state), "--host", "127.0.0.1", "--port", str(self.port)),
-            ],
-            **environment,
+            ]
         )
+        if not wait:
+            return
         self.wait(
             lambda: "\n" in self.coordinator.stdout() or not self.coordinator.is_running,
             60,
@@ -259,20 +256,19 @@ class Swarm:
         self.nodes.append(Node(len(self.nodes), self.folder, self._env))
         return self.nodes[-1]
 
-    def start(self, node: Node, *extra: str, command: Sequence[str] = (), **environment: str) -> None:
-        """For the first time or again. `command`: a launcher in place of the plain `thinwire`."""
-        launcher = list(command) or ["-m", "thinwire.node.cli"]
-        if self.strings and not command:
-            launcher = [str(HERE / "doomed.py"), str(node.orders)]
+    def start(self, node: Node) -> None:
+        """For the first time or again."""
+        launcher = (
+            [str(HERE / "doomed.py"), str(node.orders)] if self.strings else ["-m", "thinwire.node.cli"]
+        )
         node.orders.unlink(missing_ok=True)
         node.start(
             [
                 *launcher,
                 *("join", "-", *self._task, "--threads", "1", "--host", "127.0.0.1"),
-                *("--state", str(node.state), "--json", *extra),
+                *("--state", str(node.state), "--json"),
             ],
             self._ticket_for(node),
-            **environment,
         )
 
     @property

@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from tests.chaos.faults import KINDS, Course, Kind, NotHarmed, Until
+from tests.chaos.faults import EDGE_KINDS, KINDS, Course, Kind, NotHarmed, Until
 from tests.chaos.harness import Node, Swarm
 
 SETTINGS = {"strategy.compressor.name": "dct_topk", "strategy.compressor.k": 512}
@@ -97,7 +97,8 @@ class Soak:
         self.reference_rate = self.rate = 0.0
         self.first_round = self.reference_round = self.last_round = 0
         self.is_settled = False
-        self._bag: list[Kind] = []
+        self._bags: tuple[list[Kind], list[Kind]] = ([], [])
+        self._n_drawn = 0
         self._watched: dict[int, Watched] = {}
         self._sampled_s = 0.0
         self._committed_s = time.monotonic()
@@ -125,7 +126,7 @@ class Soak:
     # ------------------------------------------------------------------------------------------- faults
 
     def _break_something(self) -> None:
-        """A kind from a bag that holds each once, on a node that has nothing to recover from."""
+        """The next kind, on a node that has nothing to recover from."""
         swarm = self.swarm
         busy = {f.node.number for f in self.faults if f.recovered_s is None and f.kind.hits_node}
         if any(f.recovered_s is None for f in self.faults if not f.kind.hits_node):
@@ -134,10 +135,7 @@ class Soak:
         if len(healthy) < 2:
             self._say("everybody is still recovering: nothing more is broken now")
             return
-        if not self._bag:
-            self._bag = list(KINDS)
-            swarm.rng.shuffle(self._bag)
-        kind = self._bag.pop()
+        kind = self._draw()
         victims = [node for node in healthy if node.number > 0 or not kind.is_lethal]
         if not victims:
             return
@@ -146,6 +144,16 @@ class Soak:
         self.faults.append(fault)
         self._say(f"fault {len(self.faults)}: {fault.name}")
         self._advance(fault)
+
+    def _draw(self) -> Kind:
+        """A phase edge every other time; each kind once before any comes again."""
+        self._n_drawn += 1
+        which = self._n_drawn % 2
+        bag = self._bags[which]
+        if not bag:
+            bag += (EDGE_KINDS, KINDS)[which]
+            self.swarm.rng.shuffle(bag)
+        return bag.pop()
 
     def _advance(self, fault: Fault) -> None:
         """Goes on with a fault as far as it can."""
@@ -208,7 +216,7 @@ class Soak:
         if not self.swarm.coordinator.is_running and not is_meant:
             self.ended += 1
             self._say(f"the coordinator ENDED by itself:\n{_tail(self.swarm.coordinator.text())}")
-            self.swarm.start_coordinator()
+            self.swarm.start_coordinator(wait=False)
 
     def _sample(self) -> None:
         now_s = time.monotonic()
