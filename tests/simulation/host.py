@@ -24,6 +24,7 @@ from thinwire.coordinator.messages import (
     Message,
     NodeState,
     Offer,
+    Offered,
     Report,
     State,
 )
@@ -95,6 +96,8 @@ class Host:
         )
 
     def _send(self, peer_id: str, message: Message) -> None:
+        if isinstance(message, Offered):
+            assert message.round == self.ledger.head_round + 1, f"told of an offer for round {message.round}"
         self.spark()
         self._post(peer_id, message)
 
