@@ -204,6 +204,12 @@ class Strategy(torch.optim.Optimizer):
         """The parameter as `apply` left it: the tensor itself, unless local work changes that one."""
         return parameter.tensor.detach()
 
+    @contextmanager
+    def replica(self) -> Iterator[None]:
+        """The model has the replicated parameters meanwhile, to be evaluated or saved: it always has, but for
+        strategies that train others in it between calls of `step`."""
+        yield
+
     def begin(self) -> None:
         """Before round 1: the replicated state beside the parameters is zero again."""
         for p in self.parameters_in_order():

@@ -217,11 +217,13 @@ class Decoupled(Strategy):
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
         """Parameter by parameter: scratch is a few times the largest one. No shares, no change."""
         weights = self._weights(shares, turn)
+        n_lost = 0
         for parameter in self.parameters_in_order():
-            self._momentum.settle(parameter, turn, own)
+            n_lost = self._momentum.settle(parameter, turn, own)
             if shares:
                 with exact_arithmetic(), flattened(parameter.tensor) as theta:
                     self._update(parameter, theta, [s.payload[parameter.name] for s in shares], weights, turn)
+        self.count("lost_sends", n_lost)
 
     def _update(
         self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], weights: list[float], turn: Turn

@@ -22,8 +22,8 @@ Sends = dict[int, tuple[int, Packed]]
 
 
 class Leftover:
-    """See the module's docstring. Counts `lost_sends`, whose fate this replica never learnt, because it took
-    over a snapshot of a later round."""
+    """See the module's docstring. Strategies count as `lost_sends` those whose fate this replica never
+    learnt, because it took over a snapshot of a later round."""
 
     def __init__(
         self, strategy: Strategy, compressor: Compressor, entry: str, kept: Callable[[Parameter, int], float]
@@ -59,8 +59,12 @@ class Leftover:
             factor = self._kept(parameter, n_decays)
             self.of(parameter).add_(self._decoded(parameter, packed, turn, factor))
 
-    def settle(self, parameter: Parameter, turn: Turn, own: Own) -> None:
-        """The fate of this replica's own send of the round.
+    def is_open(self, parameter: Parameter, turn: Turn) -> bool:
+        """Whether the fate of this round's send is open."""
+        return turn.round in self._sends(parameter)
+
+    def settle(self, parameter: Parameter, turn: Turn, own: Own) -> int:
+        """The fate of this replica's own send of the round. Returns how many sends were given up.
 
         A send of this round that the caller knows nothing of (`own` is None) never left this machine, so it
         cannot have counted: it is treated as missed. Sends of earlier rounds are still open only if a
@@ -75,8 +79,7 @@ class Leftover:
         lost = [r for r in sends if r < turn.round]
         for r in lost:
             del sends[r]
-        if parameter.index == 0:
-            self._strategy.count("lost_sends", len(lost))
+        return len(lost)
 
     def _sends(self, parameter: Parameter) -> Sends:
         """Those of one parameter; nothing is allocated for a replica that only follows."""

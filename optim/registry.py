@@ -22,6 +22,7 @@ from thinwire.optim.options import nearest
 # Rows name a class: its module is loaded when it is asked for.
 STRATEGIES: Final = {
     "decoupled": "thinwire.optim.decoupled:Decoupled",
+    "diloco": "thinwire.optim.diloco:Diloco",
     "spsa": "thinwire.optim.spsa:Spsa",
 }
 COMPRESSORS: Final = {

@@ -48,7 +48,14 @@ def test_options_reach_the_strategy() -> None:
 
 def test_complete_config_spells_out_every_default_and_is_stable() -> None:
     complete = complete_config({"name": "decoupled", "compressor": {"name": "dct_topk", "k": 8}})
-    assert complete["compressor"] == {"name": "dct_topk", "k": 8, "group_size": 4096, "bits": 1}
+    assert complete["compressor"] == {
+        "name": "dct_topk",
+        "k": 8,
+        "group_size": 4096,
+        "bits": 1,
+        "indices": "packed",
+        "layout": "flat",
+    }
     assert complete["beta"] == 0.999
     assert complete_config(complete) == complete
     assert complete_config({"name": "decoupled"})["compressor"]["name"] == "dct_topk"
@@ -69,9 +76,9 @@ def test_every_compressor_of_the_table_builds(name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({}, "a strategy needs a name: one of decoupled, spsa"),
+        ({}, "a strategy needs a name: one of decoupled, diloco, spsa"),
         ({"name": "spas"}, "unknown strategy 'spas': did you mean 'spsa'?"),
-        ({"name": "zzz"}, "unknown strategy 'zzz': one of decoupled, spsa"),
+        ({"name": "zzz"}, "unknown strategy 'zzz': one of decoupled, diloco, spsa"),
         ({"name": "spsa"}, "strategy spsa needs lr"),
         ({**SPSA, "probs": 3}, "strategy spsa has no option 'probs': did you mean 'probes'?"),
         ({**SPSA, "eps": 0}, "eps = 0: must be a number > 0"),
@@ -109,7 +116,7 @@ def test_what_is_wrong_is_refused_in_clear_words(config: dict[str, Any], words: 
 def test_the_table_is_cheap_until_something_is_built() -> None:
     code = (
         "import sys, thinwire.optim.registry as r; "
-        "heavy = {'numba', 'hivemind', 'ray', 'thinwire.optim.spsa', 'thinwire.optim.decoupled'}; "
+        "heavy = {'numba', 'hivemind', 'ray', 'thinwire.optim.spsa', 'thinwire.optim.diloco'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,336 @@
+"""DiLoCo (arXiv 2311.08105), Streaming DiLoCo (arXiv 2501.18512), SparseLoCo (2025). Per round:
+
+    theta_i = theta after H inner steps on peer i           the inner optimizer's state stays there
+    e     = decay e + theta - theta_i                       error feedback, local
+    q     = select(e);  e = e - q                           what the compressor packs, decoded
+    Delta = mean of q over the counted offers, weighted by their samples
+    m     = mu m + Delta
+    theta = theta - outer_lr (Delta + mu m)                 Nesterov; or m; or, with mu = 0, Delta
+
+The replica is the outer parameters theta: outside of `propose` they are what the model has. An offer that
+missed its commit goes back into e, as far as it would have decayed since.
+
+Streaming: the parameters are dealt into `fragments`, and round r sends fragment (r - 1) mod fragments alone:
+each one is synchronised after `fragments` times H inner steps, the others train on from where they are. A
+fragment goes on from mix theta_i + (1 - mix) theta. (In the paper that goes with overlap: peers train on for
+tau steps while offers travel. A round here ends before the next one's local work begins, so tau is 0.)
+
+SparseLoCo: compressor topk with 2 bits, feedback_decay 0.95, outer_lr 1, outer_momentum 0.
+
+A payload has what the compressor needs for every parameter of the fragment, and 29 bytes of framing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from thinwire.compression.base import Compressor, Fields, Packed, Payload, Turn
+from thinwire.compression.exact import exact_arithmetic, to_float32
+from thinwire.optim import options
+from thinwire.optim.base import (
+    Draw,
+    NamedParameters,
+    Own,
+    Parameter,
+    Share,
+    Strategy,
+    flattened,
+    refuse_names,
+)
+from thinwire.optim.clip import clip_limit, clipped_weights
+from thinwire.optim.fragments import fragments_of
+from thinwire.optim.gradients import backward
+from thinwire.optim.inner import check_inner
+from thinwire.optim.inner_phase import InnerPhase
+from thinwire.optim.leftover import Leftover, part_of, refuse_other_packing
+
+INNER: Final[dict[str, Any]] = {"name": "AdamW", "betas": [0.9, 0.95]}
+
+MAX_WEIGHT: Final = 2**20
+
+
+class Diloco(Strategy):
+    """See the module's docstring. Replicated: the outer parameters and their momentum. Local: the inner
+    optimizer's state, error feedback, sends of open fate, inner parameters that go on from round to round.
+
+    `step()` without a closure is one inner step; between such steps the model has the inner parameters, and
+    the outer ones within `replica()`.
+
+    Counters: `applied`, the last round; `dropped_batches` whose loss or gradient was not finite;
+    `dropped_rounds` whose inner parameters were not; `inner`, steps since the last round; `decays F` of the
+    error feedback of fragment F; `lost_sends` (see `Leftover`).
+    """
+
+    def __init__(
+        self,
+        named_parameters: NamedParameters,
+        *,
+        compressor: Compressor,
+        lr: float = 4e-4,
+        weight_decay: float = 0.1,
+        inner: Mapping[str, Any] = INNER,
+        inner_steps: int = 30,
+        max_seconds: float = 0.0,
+        max_grad_norm: float = 1.0,
+        outer_lr: float = 0.7,
+        outer_momentum: float = 0.9,
+        nesterov: bool = True,
+        error_feedback: bool = True,
+        feedback_decay: float = 1.0,
+        fragments: int = 1,
+        mix: float = 0.0,
+        weights: str = "samples",
+        clip: float = 10.0,
+        seed: int = 0,
+    ) -> None:
+        """`lr` and `weight_decay` are the inner optimizer's; schedules act on `lr`. `inner`: see `inner.py`.
+
+        `inner_steps`: H, of one micro-batch each, in a round; fewer, but one at least, where they take longer
+        than `max_seconds` (0: no limit). `max_grad_norm`: 0 means no limit. `weights`: offers count by their
+        "samples" or are "equal". `clip`: no offer's L1 norm or samples count for more than this many times
+        their median in the round.
+        """
+        self.compressor = compressor
+        self.clock = time.monotonic
+        self._deadline_s: float | None = None
+        self._phase = InnerPhase(self)
+        self._leftover = Leftover(self, compressor, "leftover", self._kept)
+        defaults = {
+            "compressor": repr(compressor),  # the sends in a `state_dict` are packed with it
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "inner": dict(inner) if isinstance(inner, Mapping) else inner,
+            "inner_steps": inner_steps,
+            "max_seconds": max_seconds,
+            "max_grad_norm": max_grad_norm,
+            "outer_lr": outer_lr,
+            "outer_momentum": outer_momentum,
+            "nesterov": nesterov,
+            "error_feedback": error_feedback,
+            "feedback_decay": feedback_decay,
+            "fragments": fragments,
+            "mix": mix,
+            "weights": weights,
+            "clip": clip,
+        }
+        super().__init__(named_parameters, defaults, seed=seed)
+        self.fragments()  # raises ConfigError for more than there are
+
+    @classmethod
+    def check_options(cls, group: Mapping[str, Any]) -> None:
+        options.real(group, "lr", at_least=0)
+        options.real(group, "weight_decay", at_least=0)
+        check_inner(group["inner"], group["weight_decay"])
+        options.whole(group, "inner_steps", at_least=1, at_most=2**16)
+        options.real(group, "max_seconds", at_least=0)
+        options.real(group, "max_grad_norm", at_least=0)
+        options.real(group, "outer_lr", at_least=0)
+        options.real(group, "outer_momentum", at_least=0, below=1)
+        options.truth(group, "nesterov")
+        options.truth(group, "error_feedback")
+        options.real(group, "feedback_decay", at_least=0, at_most=1)
+        options.whole(group, "fragments", at_least=1, at_most=2**10)
+        options.real(group, "mix", at_least=0, below=1)
+        options.choice(group, "weights", ["samples", "equal"])
+        options.real(group, "clip", at_least=1)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        refuse_other_packing(state_dict, self.compressor)
+        super().load_state_dict(state_dict)
+        self._deadline_s = None
+
+    def replicated_state(self, parameter: Parameter) -> dict[str, Tensor]:
+        if self.option("outer_momentum") == 0.0:
+            return {}
+        state = self.state[parameter.tensor]
+        if "outer_momentum" not in state:
+            theta = parameter.tensor
+            state["outer_momentum"] = torch.zeros(theta.shape, device=theta.device)
+        return {"outer_momentum": state["outer_momentum"]}
+
+    def replicated_value(self, parameter: Parameter) -> Tensor:
+        value: Tensor = self._phase.entry(parameter, "outer", parameter.tensor.detach())
+        return value
+
+    # --------------------------------------------------------------------------------- fragments
+
+    def fragments(self) -> list[list[Parameter]]:
+        """The parameters of each fragment, in name order."""
+        parameters = self.parameters_in_order()
+        number = fragments_of([p.name for p in parameters], self.option("fragments"))
+        return [[p for p in parameters if number[p.name] == i] for i in range(self.option("fragments"))]
+
+    def _fragment(self, turn: Turn) -> tuple[list[Parameter], Turn]:
+        """What a round sends, and the round as compressors see it: those that move on from round to round
+        shall not skip what is in other fragments' rounds."""
+        n = self.option("fragments")
+        return self.fragments()[(turn.round - 1) % n], replace(turn, round=(turn.round - 1) // n + 1)
+
+    def fields(self, turn: Turn | None = None) -> Fields:
+        parameters = self.parameters_in_order() if turn is None else self._fragment(turn)[0]
+        return {p.name: self.compressor.fields(part_of(p)) for p in parameters}
+
+    # --------------------------------------------------------------------------------- local work
+
+    def propose(self, draw: Draw, turn: Turn) -> Payload:
+        """Inner steps, one drawn batch each. Puts the parameters back, and clears the gradients."""
+        self._start(turn)
+        self._phase.enter()
+        losses: list[float] = []
+        self.n_batches = 0
+        try:
+            while self.n_batches == 0 or not self._is_enough(self.n_batches):
+                self.zero_grad(set_to_none=True)
+                loss = backward(draw())
+                self.n_batches += 1
+                if self._inner_step(loss, turn):
+                    losses.append(loss)
+            self.last_loss = sum(losses) / len(losses) if losses else None
+            return self._send(turn)
+        finally:
+            self.zero_grad(set_to_none=True)
+            self._leave()
+
+    def absorb_gradients(self, turn: Turn) -> bool:
+        n_done = self.counters.get("inner", 0)
+        if n_done == 0 or self._deadline_s is None:
+            self._start(turn)
+        if self._is_enough(n_done + 1):
+            return False
+        self._phase.enter()
+        self._inner_step(0.0, turn)
+        self.count("inner")
+        return True
+
+    def propose_from_grad(self, turn: Turn) -> Payload:
+        if self.counters.get("inner", 0) == 0:
+            self._start(turn)
+        self._phase.enter()
+        try:
+            self._inner_step(0.0, turn)
+            self.n_batches = self.counters.pop("inner", 0) + 1
+            return self._send(turn)
+        finally:
+            self._leave()
+
+    def resume(self) -> None:
+        self._phase.enter()
+
+    @contextmanager
+    def replica(self) -> Iterator[None]:
+        with self._phase.outer_in_place():
+            yield
+
+    def _start(self, turn: Turn) -> None:
+        """The clock of the round starts."""
+        self._follow(turn)
+        self._deadline_s = self.clock() + float(self.option("max_seconds"))
+        fragment, its_turn = self._fragment(turn)
+        for p in fragment:
+            if self._leftover.is_open(p, its_turn):
+                # Proposed once more for the same round: what was sent before never counted.
+                self._leftover.put_back(p, its_turn)
+                self._phase.forget([p])
+
+    def _follow(self, turn: Turn) -> None:
+        """Inner parameters of a replica that was moved to another round have nothing to do with it."""
+        if turn.round != self.counters.get("applied", 0) + 1:
+            self._phase.forget(self.parameters_in_order())
+
+    def _is_enough(self, n_steps: int) -> bool:
+        """Whether the round has had all its inner steps, or its time."""
+        is_late = (
+            self.option("max_seconds") > 0
+            and self._deadline_s is not None
+            and self.clock() >= self._deadline_s
+        )
+        return is_late or n_steps >= int(self.option("inner_steps"))
+
+    def _inner_step(self, loss: float, turn: Turn) -> bool:
+        done = self._phase.step(loss, turn.lr_factor)
+        self.count("dropped_batches", not done)
+        return done
+
+    def _leave(self) -> None:
+        self._phase.leave(is_kept=self.option("fragments") > 1 or self.option("mix") > 0)
+
+    @torch.no_grad()
+    def _send(self, turn: Turn) -> Payload:
+        """What the fragment's inner parameters have moved by, and what error feedback kept."""
+        fragment, its_turn = self._fragment(turn)
+        self.count("dropped_rounds", self._phase.start_over_unless_finite())
+        decays = f"decays {(turn.round - 1) % self.option('fragments')}"
+        self.count(decays)
+        payload = {}
+        for p in fragment:
+            delta = self._phase.moved(p)
+            if self.option("error_feedback"):
+                self._leftover.of(p).mul_(self.option("feedback_decay")).add_(delta)
+                payload[p.name] = self._leftover.send(p, its_turn, self.counters[decays], 1.0)
+            else:
+                payload[p.name] = self.compressor.pack(delta, part_of(p), its_turn)
+        return payload
+
+    def _kept(self, parameter: Parameter, n_decays: int) -> float:
+        """What would be left of a send in the error feedback if it had stayed there."""
+        number = next(i for i, f in enumerate(self.fragments()) if parameter.name in {p.name for p in f})
+        factor = 1.0
+        for _ in range(self.counters.get(f"decays {number}", 0) - n_decays):
+            factor *= self.option("feedback_decay")
+        return factor
+
+    # --------------------------------------------------------------------------------- replicated work
+
+    def check(self, payload: Payload, turn: Turn) -> None:
+        fragment, its_turn = self._fragment(turn)
+        refuse_names(payload, [p.name for p in fragment])
+        with exact_arithmetic():
+            for p in fragment:
+                self.compressor.check(payload[p.name], part_of(p), its_turn)
+
+    def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
+        """Parameter by parameter: scratch is a few times the largest one. Nothing changes without samples."""
+        self._follow(turn)
+        fragment, its_turn = self._fragment(turn)
+        weights = self._weights(shares, fragment, its_turn)
+        n_lost = 0
+        for p in fragment:
+            n_lost = self._leftover.settle(p, its_turn, own)
+            if any(weights):
+                with exact_arithmetic(), flattened(p.tensor) as theta:
+                    self._update(p, theta, [s.payload[p.name] for s in shares], weights, its_turn)
+            self._phase.restart(p, self.option("mix"))
+        self.count("lost_sends", n_lost)
+        self.counters["applied"] = turn.round
+
+    def _update(
+        self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], weights: list[float], turn: Turn
+    ) -> None:
+        """One rounding per operation: no fused forms (`alpha=`, foreach)."""
+        step = self.compressor.decode(packs, weights, part_of(parameter), turn).to(theta.device)
+        mu = to_float32(self.option("outer_momentum"))
+        if mu > 0.0:
+            momentum = self.replicated_state(parameter)["outer_momentum"].view(-1)
+            momentum.mul_(mu).add_(step)
+            step = step.add_(momentum * mu) if self.option("nesterov") else momentum.clone()
+        theta.sub_(step.mul_(to_float32(self.option("outer_lr"))))
+
+    def _weights(self, shares: Sequence[Share], fragment: Sequence[Parameter], turn: Turn) -> list[float]:
+        """By samples; less for those whose L1 norm or number of samples is beyond the limit of the round."""
+        counts = [float(min(max(s.n_samples, 0), MAX_WEIGHT)) for s in shares]
+        limit = clip_limit(counts, self.option("clip"))
+        equal = self.option("weights") == "equal"
+        weights = [1.0 if equal else to_float32(min(n, limit)) for n in counts]
+        with exact_arithmetic():
+            norms = [
+                sum(self.compressor.magnitude(s.payload[p.name], part_of(p), turn) for p in fragment)
+                for s in shares
+            ]
+        return clipped_weights(norms, weights, self.option("clip"))

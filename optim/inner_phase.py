@@ -1,0 +1,120 @@
+"""Where the inner parameters of local training live, and one step of them.
+
+The model's own parameters are trained, and the outer ones are put aside meanwhile, in the state's entry
+`outer`; when they are back, inner parameters that are needed again are put aside as `live`. The inner
+optimizer's state is in the entry `inner`. All of it is local state, per parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinwire.optim.base import Parameter, Strategy
+from thinwire.optim.gradients import dense, norm
+from thinwire.optim.inner import build_inner
+
+
+class InnerPhase:
+    """See the module's docstring. Reads the strategy's options `inner` and `max_grad_norm`."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+
+    def entry(self, parameter: Parameter, entry: str, default: Any = None) -> Any:
+        """Of the state; looking makes none."""
+        states = self._strategy.state
+        return states[parameter.tensor].get(entry, default) if parameter.tensor in states else default
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """The inner parameters into the model, the outer ones aside; nothing, where they are already."""
+        for p in self._strategy.parameters_in_order():
+            state = self._strategy.state[p.tensor]
+            if "outer" not in state:
+                state["outer"] = p.tensor.detach().clone()
+                if "live" in state:
+                    p.tensor.copy_(state.pop("live"))
+
+    @torch.no_grad()
+    def leave(self, is_kept: bool) -> None:
+        """The outer parameters into the model, bit for bit; the inner ones aside, or they are forgotten."""
+        for p in self._strategy.parameters_in_order():
+            outer = self._strategy.state[p.tensor].pop("outer")
+            if is_kept:
+                self._strategy.state[p.tensor]["live"] = p.tensor.detach().clone()
+            p.tensor.copy_(outer)
+
+    @contextmanager
+    def outer_in_place(self) -> Iterator[None]:
+        """The model has the outer parameters meanwhile."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for p in self._strategy.parameters_in_order():
+            if (outer := self.entry(p, "outer")) is not None:
+                values = p.tensor.detach().clone()
+                p.tensor.copy_(outer)
+                outer.copy_(values)
+
+    def moved(self, parameter: Parameter) -> Tensor:
+        """theta - theta_i, flat; to be called between `enter` and `leave`."""
+        outer: Tensor = self._strategy.state[parameter.tensor]["outer"]
+        return (outer - parameter.tensor.detach()).reshape(-1)
+
+    def forget(self, parameters: Sequence[Parameter]) -> None:
+        """These start from the outer parameters."""
+        for p in parameters:
+            if self.entry(p, "live") is not None:
+                del self._strategy.state[p.tensor]["live"]
+
+    @torch.no_grad()
+    def restart(self, parameter: Parameter, mix: float) -> None:
+        """The next phase starts from mix theta_i + (1 - mix) theta."""
+        live = self.entry(parameter, "live")
+        if live is not None and mix > 0:
+            live.mul_(mix).add_(parameter.tensor * (1.0 - mix))
+        else:
+            self.forget([parameter])
+
+    @torch.no_grad()
+    def step(self, loss: float, lr_factor: float) -> bool:
+        """From the gradients in place, clipped; False, and nothing changes, if anything is not finite."""
+        strategy = self._strategy
+        parameters = [p for p in strategy.parameters_in_order() if p.tensor.grad is not None]
+        for p in parameters:
+            p.tensor.grad = dense(p.tensor.grad)  # type: ignore[arg-type]
+        grads = [p.tensor.grad for p in parameters if p.tensor.grad is not None]
+        total, limit = norm(grads), strategy.option("max_grad_norm")
+        if not isfinite(loss) or not isfinite(total):
+            return False
+        if 0 < limit < total:
+            for grad in grads:
+                grad.mul_(limit / total)
+        states: dict[Tensor, Any] = {p.tensor: strategy.state[p.tensor].get("inner", {}) for p in parameters}
+        inner = build_inner(strategy.option("inner"), parameters, lr_factor, states)
+        inner.step()
+        for p in parameters:
+            strategy.state[p.tensor]["inner"] = dict(inner.state[p.tensor])
+        return True
+
+    @torch.no_grad()
+    def start_over_unless_finite(self) -> bool:
+        """Local training that went wrong starts anew from the outer parameters: True, if it had to."""
+        parameters = self._strategy.parameters_in_order()
+        if all(bool(p.tensor.isfinite().all()) for p in parameters):
+            return False
+        for p in parameters:
+            p.tensor.copy_(self._strategy.state[p.tensor]["outer"])
+            self._strategy.state[p.tensor].pop("inner", None)
+        return True
