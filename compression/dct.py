@@ -1,9 +1,10 @@
-"""The 64-point cosine transform: forward in floating point, inverse in integers (design: section 6).
+"""The cosine transform: forward in floating point, inverse in integers (design: section 6).
 
 The inverse decides what every replica adds to its parameters, so it must not depend on the device or on the
 order of a sum. Coefficients become integers of at most 10 bits per group (a power of two scales them), the
 basis has entries of at most 7 bits and a sign, and 64 products of those stay below 2^24: a float32 matrix
-product holds every partial sum exactly. The result is 0.3% off the real transform.
+product holds every partial sum exactly. The result is 0.3% off the real transform. In two dimensions the sums
+along one axis become integers of 10 bits again before the product along the other.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from thinwire.compression.exact import to_float32
+
 N: Final = 64
 """Points of the transform: elements of a chunk."""
+
+SIDES: Final = (8, 16, 32, 64)
+"""Points along each axis of a transform in two dimensions."""
 
 # 127 cos(pi m / 128) for m = 0..64, rounded. A table, because libraries differ in the last bit of cos.
 _COS: Final = (
@@ -34,9 +40,11 @@ _SMALLEST: Final = 27  # biased exponent of 2^-100: groups below it count as zer
 
 
 @cache
-def integer_basis(device: torch.device) -> Tensor:
-    """float32 (64, 64) of integers: row k is 127 / sqrt(2 / 64) times the k-th orthonormal DCT-II vector."""
-    rows = [[_COS_QUARTER_PI] * N] + [[_cos(k * (2 * n + 1)) for n in range(N)] for k in range(1, N)]
+def integer_basis(device: torch.device, n: int = N) -> Tensor:
+    """float32 (n, n) of integers: row k is 127 / sqrt(2 / n) times the k-th orthonormal DCT-II vector."""
+    step = N // n
+    rows = [[_COS_QUARTER_PI] * n]
+    rows += [[_cos(step * k * (2 * i + 1)) for i in range(n)] for k in range(1, n)]
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
@@ -48,14 +56,14 @@ def _cos(m: int) -> int:
 
 
 @cache
-def real_basis(device: torch.device) -> Tensor:
-    """float32 (64, 64): the orthonormal DCT-II, one vector per row. For local work only."""
+def real_basis(device: torch.device, n: int = N) -> Tensor:
+    """float32 (n, n): the orthonormal DCT-II, one vector per row. For local work only."""
     rows = [
         [
-            math.sqrt((1 if k == 0 else 2) / N) * math.cos(math.pi * k * (2 * n + 1) / (2 * N))
-            for n in range(N)
+            math.sqrt((1 if k == 0 else 2) / n) * math.cos(math.pi * k * (2 * i + 1) / (2 * n))
+            for i in range(n)
         ]
-        for k in range(N)
+        for k in range(n)
     ]
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
@@ -65,20 +73,45 @@ def forward(x: Tensor) -> Tensor:
     return (x.reshape(-1, N) @ real_basis(x.device).T).view(x.shape)
 
 
+def forward_2d(x: Tensor, n: int) -> Tensor:
+    """Coefficients of tiles (tiles, n * n), along both axes. Local, inexact."""
+    basis = real_basis(x.device, n)
+    return (basis @ x.view(-1, n, n) @ basis.T).view(x.shape)
+
+
 def inverse_exact(coefficients: Tensor) -> Tensor:
     """Exact inverse per group: float32 (groups, multiple of 64), below 2^100, to the same shape.
 
     Runs inside `exact_arithmetic`. Never returns -0.
     """
-    exponents = (
-        coefficients.abs().amax(dim=1).view(torch.int32) >> 23
-    )  # biased, from the bits: log2 is inexact
+    integers, down = _to_integers(coefficients)
+    x = (integers.view(-1, N) @ integer_basis(coefficients.device)).view(coefficients.shape)
+    return x.mul_(down).mul_(INVERSE_SCALE).add_(0.0)
+
+
+def inverse_exact_2d(coefficients: Tensor, n: int) -> Tensor:
+    """Exact inverse of each tile along both axes: float32 (tiles, n * n), below 2^100, to the same shape.
+
+    Runs inside `exact_arithmetic`. Never returns -0.
+    """
+    basis = integer_basis(coefficients.device, n)
+    integers, down = _to_integers(coefficients)
+    half, half_down = _to_integers((integers.view(-1, n) @ basis).view(coefficients.shape))
+    columns = half.view(-1, n, n).transpose(1, 2).reshape(-1, n)
+    x = (columns @ basis).view(-1, n, n).transpose(1, 2).reshape(coefficients.shape)
+    # In this order nothing overflows: sums are below 2^24, `half_down` at most 2^14.
+    scale = to_float32(2.0 / (n * 127.0 * 127.0))
+    return x.mul_(half_down).mul_(scale).mul_(down).add_(0.0)
+
+
+def _to_integers(coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers of at most 2^10, rounded to even, and per group the power of two that takes them back."""
+    # biased, from the bits: log2 is inexact
+    exponents = coefficients.abs().amax(dim=1).view(torch.int32) >> 23
     up = _power_of_two(254 + _TOP_BIT - exponents, exponents)
     down = _power_of_two(exponents - _TOP_BIT, exponents)
     integers = coefficients * up
-    integers.add_(_ROUNDER).sub_(_ROUNDER)
-    x = (integers.view(-1, N) @ integer_basis(coefficients.device)).view(coefficients.shape)
-    return x.mul_(down).mul_(INVERSE_SCALE).add_(0.0)
+    return integers.add_(_ROUNDER).sub_(_ROUNDER), down
 
 
 def _power_of_two(biased: Tensor, exponents: Tensor) -> Tensor:

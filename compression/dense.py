@@ -1,4 +1,5 @@
-"""Everything, as float32: no compression. For small models, tests and as a baseline."""
+"""Everything, nothing selected. As float32: for small models, tests and as a baseline. With fewer bits: what
+Streaming DiLoCo sends of a pseudo-gradient (4 bits, arXiv 2501.18512)."""
 
 from __future__ import annotations
 
@@ -10,38 +11,53 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.base import Field, Packed, Part, Turn
-from thinwire.compression.errors import BadPayload
 from thinwire.compression.exact import exact_arithmetic
-from thinwire.compression.reduce import VALUE_LIMIT, l1_norm, mean_weights
+from thinwire.compression.reduce import l1_norm, mean_weights
+from thinwire.compression.rows import Float32Row, RowBits
+from thinwire.compression.slicing import Slicing
 
 _CHUNK: Final = 1 << 18  # elements at a time: the sum stays in the cache
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """One float32 tensor with the part's elements: 4 bytes per element. |value| < 2^60."""
+    """32 bits: one float32 tensor with the part's elements, 4 bytes per element. |value| < 2^60.
+
+    Fewer: a row of all n elements of the whole parameter (compression/rows.py), in
+    2 ceil(n / group_size) + ceil(n bits / 8) bytes.
+    """
+
+    bits: RowBits = 32
+    group_size: int = 1024
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, in words for the user."""
+        self._grouped()
+
+    def _grouped(self) -> Slicing:
+        """The same as a window over everything."""
+        return Slicing(rate=1.0, bits=self.bits, group_size=self.group_size)
 
     def fields(self, part: Part) -> tuple[Field, ...]:
-        return (Field(torch.float32, part.n_local),)
+        """With 32 bits a pack is of the part, with fewer of the whole parameter."""
+        return (Field(torch.float32, part.n_local),) if self.bits == 32 else self._grouped().fields(part)
 
     def pack(self, x: Tensor, part: Part, turn: Turn) -> Packed:
         """A copy on the CPU. Raises ValueError for values that `check` would refuse."""
-        values = x.detach().to("cpu", torch.float32, copy=True)
-        if not bool((values.abs() < VALUE_LIMIT).all()):
-            raise ValueError("values to send are not finite, or not below 2^60")
-        return (values,)
+        if self.bits != 32:
+            return self._grouped().pack(x, part, turn)
+        return Float32Row().pack([x.detach().to("cpu", torch.float32, copy=True)])
 
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:
-        if len(packed) != 1 or packed[0].dtype != torch.float32 or packed[0].shape != (part.n_local,):
-            raise BadPayload("shape", f"expected {part.n_local} float32 values")
+        if self.bits != 32:
+            self._grouped().check(packed, part, turn)
+            return
         with exact_arithmetic():
-            for values in torch.split(packed[0], _CHUNK):
-                if not bool(values.isfinite().all()):
-                    raise BadPayload("nan", "value")
-                if not bool((values.abs() < VALUE_LIMIT).all()):
-                    raise BadPayload("range", "value not below 2^60")
+            Float32Row().check(packed, part.n_local)
 
     def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
+        if self.bits != 32:
+            return self._grouped().decode(packs, weights, part, turn)
         rounded, inverse = mean_weights(weights)
         out = torch.zeros_like(packs[0][0])
         with exact_arithmetic():
@@ -53,5 +69,7 @@ class Dense:
         return out
 
     def magnitude(self, packed: Packed, part: Part, turn: Turn) -> float:
+        if self.bits != 32:
+            return self._grouped().magnitude(packed, part, turn)
         with exact_arithmetic():
             return l1_norm(packed[0])

@@ -28,6 +28,11 @@ STRATEGIES: Final = {
 COMPRESSORS: Final = {
     "dct_topk": "thinwire.compression.dct_topk:DctTopK",
     "dense": "thinwire.compression.dense:Dense",
+    "none": "thinwire.compression.none:Nothing",
+    "random_k": "thinwire.compression.random_k:RandomK",
+    "slicing": "thinwire.compression.slicing:Slicing",
+    "striding": "thinwire.compression.striding:Striding",
+    "topk": "thinwire.compression.topk:TopK",
 }
 DEFAULT_COMPRESSOR: Final = {"name": "dct_topk"}
 

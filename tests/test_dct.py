@@ -14,9 +14,10 @@ from blake3 import blake3
 from thinwire.compression import dct
 from thinwire.compression.base import Part, Turn
 from thinwire.compression.bits import pack_bits
-from thinwire.compression.dct_topk import DctTopK, largest
+from thinwire.compression.dct_topk import DctTopK
 from thinwire.compression.exact import exact_arithmetic
 from thinwire.compression.noise import Purpose, noise, uniform_words
+from thinwire.compression.sparse import largest
 
 CPU = torch.device("cpu")
 TURN = Turn(round=1, shared_seed=2, own_seed=3, lr_factor=1.0)
@@ -159,7 +160,8 @@ def test_committed_decodings(golden: Callable[[dict[str, str]], None]) -> None:
     for compressor in (DctTopK(), DctTopK(bits=8), DctTopK(k=3, group_size=128)):
         packs = [made_pack(compressor, 50_000, seed) for seed in range(3)]
         x = compressor.decode(packs, [1.0, 2.0, 0.7], Part.whole((50_000,)), TURN)
-        out[str(compressor)] = blake3(x.numpy().astype("<f4").tobytes()).digest(16).hex()
+        name = f"DctTopK(k={compressor.k}, group_size={compressor.group_size}, bits={compressor.bits})"
+        out[name] = blake3(x.numpy().astype("<f4").tobytes()).digest(16).hex()
     golden(out)
 
 
@@ -187,7 +189,18 @@ def test_energy_kept_of_a_random_momentum() -> None:
 
 
 def test_refusals() -> None:
-    for wrong in ({"bits": 2}, {"group_size": 100}, {"group_size": 1 << 17}, {"k": 0}, {"k": 5000}):
+    for wrong in (
+        {"bits": 3},
+        {"bits": 32},
+        {"bits": True},
+        {"group_size": 0},
+        {"group_size": 1 << 17},
+        {"k": 0},
+        {"k": 5000},
+        {"indices": "golomb"},
+        {"layout": "tile"},
+        {"group_size": 128, "layout": "tiles"},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             DctTopK(**wrong)
     compressor, part = DctTopK(), Part((5, 5), 0, 10)

@@ -1,0 +1,22 @@
+"""A window that moves on each round (DeToNATION, arXiv 2502.06728)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from thinwire.compression.base import Turn
+from thinwire.compression.selection import Array, Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Slicing(Selection):
+    """m = ceil(rate n) neighbours, those after the last round's; from the end on to the beginning.
+
+    compression/selection.py has the format and its bytes.
+    """
+
+    def positions(self, n: int, turn: Turn, first: int, last: int) -> Array:
+        start = (turn.round - 1) * self.n_selected(n) % n
+        return np.arange(start + first, start + last, dtype=np.int64) % n

@@ -1,0 +1,247 @@
+"""What compressors share that send the k largest coefficients of each group of a parameter.
+
+    scales   bfloat16, one per group; 0: this group sends nothing
+    codes    uint8: which coefficients (compression/indices.py) with which values (compression/values.py)
+
+With G groups that send E coefficients in all, a pack has 2 G bytes and what `indices` needs for E:
+
+    packed   ceil(E (index bits + value bits) / 8)
+    rice     ceil(E (r + value bits) / 8) + ceil((E + sum of gap >> r) / 8)
+
+A zero group sends nothing. Ties go to the lower index.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from thinwire.compression.base import Field, Packed, Part, Turn
+from thinwire.compression.errors import BadPayload
+from thinwire.compression.exact import exact_arithmetic
+from thinwire.compression.groups import Flat, Slab
+from thinwire.compression.indices import IndexCoder, IndexFormat, Most, coder_of
+from thinwire.compression.reduce import l1_norm, mean_weights
+from thinwire.compression.tiles import Tiles
+from thinwire.compression.values import (
+    Bits,
+    Format,
+    check_codes,
+    check_scales,
+    check_sendable,
+    format_of,
+    quantize,
+)
+
+Array = npt.NDArray[Any]
+
+MAX_GROUP: Final = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """What a pack says: E entries in order of position; group g has entries [offsets[g], offsets[g + 1])."""
+
+    position_E: Array  # int64: group * coefficients of a full group + index
+    value_E: Array  # float32, exact
+    offsets: Array  # int64, G + 1 of them
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a group may send, for the G groups of a parameter."""
+
+    start_G: Array  # int64: position of the first coefficient
+    most: Most
+    max_bytes: int  # of the codes
+
+    @property
+    def n_groups(self) -> int:
+        return len(self.start_G)
+
+    def n_sent(self, scales: Tensor) -> Array:
+        """int64 (G,): how many coefficients each group sends."""
+        sent_G: Array = self.most.k_G * (scales.view(torch.int16).numpy() != 0)
+        return sent_G
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse(ABC):
+    """k of the coefficients of every `group_size` elements; see the module's docstring.
+
+    Subclasses say how a parameter is cut into groups, and transform a slab of them there and back. Values are
+    below 2^67.
+    """
+
+    k: int = 32
+    group_size: int = 4096
+    bits: Bits = 1
+    indices: IndexFormat = "packed"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, in words for the user."""
+        if not 1 <= self.group_size <= MAX_GROUP:
+            raise ValueError(f"group_size {self.group_size} is not in [1, {MAX_GROUP}]")
+        if not 1 <= self.k <= self.group_size:
+            raise ValueError(f"k {self.k} is not in [1, {self.group_size}]")
+        self.coder  # noqa: B018 (refuses unknown formats)
+
+    @abstractmethod
+    def groups(self, shape: tuple[int, ...]) -> Flat | Tiles:
+        """How a parameter of this shape is cut."""
+
+    @abstractmethod
+    def forward(self, groups_GC: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Coefficients of groups filled up with zeros: float32 (groups, coefficients). Local, inexact."""
+
+    @abstractmethod
+    def inverse(self, mean_GC: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Exact, within `exact_arithmetic`, never -0: what these coefficients stand for, same shape."""
+
+    @property
+    def n_coefficients(self) -> int:
+        """Of a full group."""
+        return self.group_size
+
+    @property
+    def index_bits(self) -> int:
+        """Of a packed index."""
+        return (self.n_coefficients - 1).bit_length()
+
+    @property
+    def width(self) -> int:
+        """Bits per coefficient with packed indices, without the scales."""
+        return self.index_bits + self.format.width
+
+    @property
+    def format(self) -> Format:
+        return format_of(self.bits)
+
+    @property
+    def coder(self) -> IndexCoder:
+        return coder_of(self.indices, self.n_coefficients, self.k, self.format.width)
+
+    def fields(self, part: Part) -> tuple[Field, ...]:
+        """A pack always is of the whole parameter, whatever the part that is decoded from it."""
+        layout = _layout_of(self, part.shape)
+        return Field(torch.bfloat16, layout.n_groups), Field(torch.uint8, layout.max_bytes)
+
+    # ------------------------------------------------------------------------------- pack: local
+
+    def pack(self, x: Tensor, part: Part, turn: Turn) -> Packed:
+        """Raises ValueError for a part of a parameter, and for values that are not finite or too large."""
+        refuse_part(part)
+        scales: list[Tensor] = [torch.empty(0, dtype=torch.bfloat16)]
+        indices: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
+        codes: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
+        groups = self.groups(part.shape)
+        with torch.no_grad():
+            for slab in groups.slabs():
+                coefficients_GC = self.forward(groups.read(x.detach(), slab), part.shape)
+                check_sendable(coefficients_GC)
+                index_GK, value_GK = largest(coefficients_GC, slab.k)
+                scale_G, code_E = quantize(value_GK, self.format)
+                scales.append(scale_G.cpu())
+                indices.append(index_GK[scale_G > 0].view(-1).cpu())
+                codes.append(code_E.cpu())
+        all_scales = torch.cat(scales)
+        layout = _layout_of(self, part.shape)
+        n_sent_G = layout.n_sent(all_scales)
+        return all_scales, self.coder.pack(torch.cat(indices), torch.cat(codes), n_sent_G, layout.most)
+
+    # ------------------------------------------------------------------------------- check, decode: exact
+
+    def check(self, packed: Packed, part: Part, turn: Turn) -> None:
+        layout = _layout_of(self, part.shape)
+        if [(t.dtype, t.dim()) for t in packed] != [(torch.bfloat16, 1), (torch.uint8, 1)]:
+            raise BadPayload("shape", "expected bfloat16 scales and uint8 codes")
+        scales, codes = packed
+        if scales.numel() != layout.n_groups:
+            raise BadPayload("shape", f"{scales.numel()} scales for {layout.n_groups} groups")
+        check_scales(scales, self.format)
+        n_sent_G = layout.n_sent(scales)
+        index_E, code_E = self.coder.unpack(codes, n_sent_G, layout.most)
+        if bool((index_E >= layout.most.n_G.repeat(n_sent_G)).any()):
+            raise BadPayload("index", "past the end of a group")
+        position_E = layout.start_G.repeat(n_sent_G) + index_E
+        if bool((position_E[1:] <= position_E[:-1]).any()):
+            raise BadPayload("index", "repeated or out of order")
+        check_codes(code_E, self.format)
+
+    def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
+        """Weighted mean of the coefficients in order, then the inverse per group. On the CPU."""
+        rounded, inverse = mean_weights(weights)
+        out = torch.zeros(part.n_local, dtype=torch.float32)
+        shares = [self.entries(p, part) for p in packs]
+        groups = self.groups(part.shape)
+        with exact_arithmetic():
+            for slab in groups.slabs(part.start, part.stop):
+                mean_GC = torch.from_numpy(self._sum(shares, rounded, slab)).mul_(inverse)
+                groups.write(self.inverse(mean_GC, part.shape), slab, part, out)
+        return out
+
+    def _sum(self, shares: Sequence[Entries], weights: Sequence[float], slab: Slab) -> Array:
+        """The sum of weight * value over the shares in order: float32 (groups, coefficients)."""
+        shape = (slab.n_groups, slab.n_coefficients)
+        sum_C = np.zeros(shape[0] * shape[1], dtype=np.float32)
+        for share, w in zip(shares, weights, strict=True):
+            here = slice(share.offsets[slab.first], share.offsets[slab.last])
+            position_E = share.position_E[here] - slab.first * self.n_coefficients
+            # A share has no position twice: reading, adding and writing back has one order only.
+            sum_C[position_E] = sum_C[position_E] + share.value_E[here] * np.float32(w)
+        return sum_C.reshape(shape)
+
+    def magnitude(self, packed: Packed, part: Part, turn: Turn) -> float:
+        """Of the whole parameter's coefficients, whatever the part."""
+        with exact_arithmetic():
+            return l1_norm(torch.from_numpy(self.entries(packed, part).value_E))
+
+    def entries(self, packed: Packed, part: Part) -> Entries:
+        """What a pack says that was checked."""
+        scales, codes = packed
+        layout = _layout_of(self, part.shape)
+        n_sent_G = layout.n_sent(scales)
+        index_E, code_E = self.coder.unpack(codes, n_sent_G, layout.most)
+        value_E = self.format.read(code_E, scales.float().numpy().repeat(n_sent_G))
+        offsets = np.concatenate([[0], n_sent_G.cumsum()])
+        return Entries(layout.start_G.repeat(n_sent_G) + index_E, value_E, offsets)
+
+
+def refuse_part(part: Part) -> None:
+    """Raises ValueError unless the part is a whole parameter."""
+    if part != Part.whole(part.shape):
+        raise ValueError(f"packs whole parameters only, not [{part.start}, {part.stop}) of {part.shape}")
+
+
+def largest(values_GC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Per row the k largest by magnitude, ties to the lower index: rising int64 indices, and the values."""
+    magnitude = values_GC.abs()
+    threshold = magnitude.topk(k, dim=1).values[:, -1:]
+    chosen = magnitude >= threshold
+    if int(chosen.sum()) != k * len(chosen):
+        above = magnitude > threshold
+        ties = chosen & ~above
+        chosen = above | (ties & (ties.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
+    index = chosen.nonzero()[:, 1].view(-1, k)
+    return index, values_GC.gather(1, index)
+
+
+@lru_cache(maxsize=4096)
+def _layout_of(compressor: Sparse, shape: tuple[int, ...]) -> Layout:
+    """The layout of a parameter: a few bytes per group, kept because every round needs it."""
+    slabs = list(compressor.groups(shape).slabs())
+    sizes = [s.n_groups for s in slabs]
+    most = Most(
+        k_G=np.array([s.k for s in slabs], dtype=np.int64).repeat(sizes),
+        n_G=np.array([s.n_coefficients for s in slabs], dtype=np.int64).repeat(sizes),
+    )
+    start_G = np.arange(sum(sizes), dtype=np.int64) * compressor.n_coefficients
+    return Layout(start_G, most, compressor.coder.max_bytes(most))
