@@ -237,6 +237,8 @@ class Service:
                 self.count_rejected("size")
                 log.warning("peer %d offered a blob of another size than the one that came", index)
                 self._handle_round(r.Excused(index, self._rounds.round), now_s)
+            else:
+                self._tell_payload(index)
         self._keeper.offered(digest, self._rounds.round)
         self._handle_round(r.BytesArrived(digest), now_s)
 
@@ -328,7 +330,14 @@ class Service:
                 case r.OfferKept(peer, is_new):
                     if is_new and offer is not None:
                         self._offers[peer] = offer
-                        self._crier.tell_offered(peer, offer, self._members.connected())
+                        self._tell_payload(peer)
+
+    def _tell_payload(self, peer: int) -> None:
+        """Others may fetch the payload of the peer's offer ahead. Not before it is here: the peer's line is for
+        the upload first, which the round waits for."""
+        offer = self._offers[peer]
+        if offer.digest is not None and offer.digest in self._blobs:
+            self._crier.tell_offered(peer, offer, self._members.connected())
 
     def _refused(self, peer: int, reason: str) -> None:
         self.count_rejected(reason)

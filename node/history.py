@@ -6,22 +6,37 @@ Pure: fed with every commit from round 1 on, in order, whether the replica has a
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import TYPE_CHECKING
 
 from thinwire.coordinator.attested import Attested, Snapshots
 from thinwire.coordinator.messages import Commit
 from thinwire.node.verdicts import Verdicts
 
+if TYPE_CHECKING:
+    from thinwire.node.replica import Replica
+
+ROUNDS_PER_MODEL = 16
+"""Rounds that are decoded and applied in the time in which the model could be fetched: about right for a CPU
+of today on a line of 20 to 50 Mbit/s."""
+
 
 class History:
-    """`peers`: index -> peer id. `run_id` stands for the digest of record 0."""
+    """`peers`: index -> peer id. `run_id` stands for the digest of record 0; `round_cost_bytes`: bytes that
+    could be fetched in the time that it takes to apply a round with payloads to be fetched."""
 
-    def __init__(self, run_id: bytes, snapshot_every: int) -> None:
+    def __init__(self, run_id: bytes, snapshot_every: int, round_cost_bytes: int) -> None:
         self.every = snapshot_every
+        self._round_cost_bytes = round_cost_bytes
         self.peers: dict[int, str] = {}
         self.snapshots = Snapshots(snapshot_every)
         self.verdicts = Verdicts()
         self._digests = [run_id]
-        self._blob_bytes = [0]
+        self._costs = [0]
+
+    @classmethod
+    def of(cls, replica: Replica, snapshot_every: int) -> History:
+        """For a replica whose size tells what a round costs."""
+        return cls(replica.run_id, snapshot_every, replica.n_bytes // ROUNDS_PER_MODEL)
 
     @property
     def round(self) -> int:
@@ -39,21 +54,21 @@ class History:
         self.verdicts.committed(body)
         self._digests.append(commit.digest)
         n_bytes = sum(offer.n_bytes for offer in body.offers if offer.digest is not None)
-        self._blob_bytes.append(self._blob_bytes[-1] + n_bytes)
+        self._costs.append(self._costs[-1] + (n_bytes and n_bytes + self._round_cost_bytes))
 
     def digest_at(self, round_: int) -> bytes | None:
         """Digest of the record of this round; None: it is not known."""
         return self._digests[round_] if 0 <= round_ <= self.round else None
 
-    def blob_bytes(self, after: int) -> int:
-        """Payload bytes that have to be fetched to apply every known round after this one."""
-        return self._blob_bytes[-1] - self._blob_bytes[min(after, self.round)]
+    def cost_bytes(self, after: int) -> int:
+        """What it costs to apply every known round after this one: bytes to be fetched, and the work."""
+        return self._costs[-1] - self._costs[min(after, self.round)]
 
     def first_blob(self, after: int) -> int | None:
         """The first known round after this one that has a payload to be fetched."""
-        if self.blob_bytes(after) == 0:
+        if self.cost_bytes(after) == 0:
             return None
-        return bisect_right(self._blob_bytes, self._blob_bytes[after])
+        return bisect_right(self._costs, self._costs[after])
 
     def kept_from(self) -> int:
         """The coordinator may have thrown away the payloads of the rounds before this one."""

@@ -1,7 +1,7 @@
 """Where a replica begins, and how it gets there: base weights, a snapshot of its own or one of the swarm's.
 
 The ledger alone would do. A snapshot is taken where it is the cheaper way to the head: what counts are the
-bytes that have to come over the network, snapshot and payloads together.
+bytes that have to come over the network, snapshot and payloads together, and the work of applying rounds.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class CatchingUp:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The replica after `round`. `n_bytes`: to be fetched for it, and for the payloads from there on.
+    """The replica after `round`. `cost_bytes`: to be fetched for it, and for the rounds from there on.
 
     `stored`: a snapshot on this node's disk; `attested`: one that the ledger vouches for; neither: the base
     weights.
     """
 
     round: int
-    n_bytes: int
+    cost_bytes: int
     stored: Stored | None = None
     attested: Attested | None = None
 
@@ -110,7 +110,7 @@ class Joiner:
     def starts(self) -> list[Start]:
         """All that lead to the head, the cheapest first; of two that cost the same the newer one."""
         found = [start for start in self._candidates() if self._leads_to_head(start)]
-        return sorted(found, key=lambda start: (start.n_bytes, -start.round))
+        return sorted(found, key=lambda start: (start.cost_bytes, -start.round))
 
     def kept_from(self) -> int:
         """Payloads of this round and of later ones can be had."""
@@ -148,7 +148,7 @@ class Joiner:
         """Starts at this round or before for a replay that is proof; the newest first."""
         able = [s for s in self._candidates() if s.is_trusted and self._leads_to_head(s)]
         found = [s for s in able if s.round <= at_most]
-        return sorted(found, key=lambda s: (-s.round, s.n_bytes))
+        return sorted(found, key=lambda s: (-s.round, s.cost_bytes))
 
     def is_worth_it(self) -> bool:
         """Whether a newer snapshot is by now a cheaper way to the head than going on from here."""
@@ -156,7 +156,7 @@ class Joiner:
         return (
             best is not None
             and best.round > self._replica.round
-            and best.n_bytes < self._history.blob_bytes(self._replica.round)
+            and best.cost_bytes < self._history.cost_bytes(self._replica.round)
         )
 
     # --------------------------------------------------------------------------------------- candidates
@@ -164,16 +164,16 @@ class Joiner:
     def _candidates(self) -> list[Start]:
         history = self._history
         base_bytes = 0 if self._base is None else self._base.n_bytes
-        found = [Start(0, base_bytes + history.blob_bytes(0))]
+        found = [Start(0, base_bytes + history.cost_bytes(0))]
         stored = {s.manifest: s for s in self._store.stored() if self._is_on_ledger(s)}
         others = {a.round: a.manifest for a in history.snapshots.attested()}
         for attested in history.attested():
             here = stored.pop(attested.manifest, None)
-            n_bytes = history.blob_bytes(attested.round) + (0 if here is not None else attested.n_bytes)
-            found.append(Start(attested.round, n_bytes, here, attested))
+            cost_bytes = history.cost_bytes(attested.round) + (0 if here is not None else attested.n_bytes)
+            found.append(Start(attested.round, cost_bytes, here, attested))
         # One beside another that is attested: this node was wrong when it wrote it.
         own = [s for s in stored.values() if others.get(s.round, s.manifest) == s.manifest]
-        found += [Start(s.round, history.blob_bytes(s.round), s) for s in own]
+        found += [Start(s.round, history.cost_bytes(s.round), s) for s in own]
         return [s for s in found if self._key(s) not in self._useless]
 
     def _is_on_ledger(self, stored: Stored) -> bool:

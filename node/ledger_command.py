@@ -94,7 +94,7 @@ def _catch_up(link: Link, welcome: Welcome, replica: Replica, snapshot_every: in
     from thinwire.node.snapshot_store import SnapshotStore
 
     with tempfile.TemporaryDirectory(prefix="thinwire-export-") as folder:
-        history = History(link.run_id, snapshot_every)
+        history = History.of(replica, snapshot_every)
         store = SnapshotStore(Path(folder), link.run_id)
         joiner = Joiner(
             *(link, replica, store, history),

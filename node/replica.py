@@ -174,6 +174,11 @@ class Replica:
                     f"and the same on every peer: start again with a smaller learning rate."
                 )
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the replicated tensors."""
+        return sum(t.numel() * t.itemsize for t in self.tensors().values())
+
     def sums(self) -> dict[str, int]:
         """Parameter name -> its part of the fingerprint: shows which tensors differ."""
         return {p.name: parameter_sum(p.tensor.detach()) for p in self._parameters}
@@ -215,7 +220,7 @@ class Replica:
         self._lr_factor = float32_of_bits(commit.body.lr_factor_bits)
 
     def begin(self, base: bytes | None) -> None:
-        """Becomes the replica before round 1. `base`: bytes of the base weights, None: exact initialisation."""
+        """Becomes the replica before round 1. `base`: the base weights' bytes; None: exact initialisation."""
         initialise(self.model, self._genesis, self._seed, base)
         self.round, self.digest = 0, self.run_id
         self._lr_factor = float32_of_bits(self._genesis.lr_factor_bits)

@@ -131,7 +131,7 @@ class Runner:
         self.task.load(self._download(body.corpus, "text"), self._download(body.held_out, "held-out text"))
         self.model.train(strategy.needs_grad)
         self._welcome = welcome
-        self.history = History(self.link.run_id, self.config.run.snapshot_every)
+        self.history = History.of(self.replica, self.config.run.snapshot_every)
         n_parameters = sum(p.tensor.numel() for p in strategy.parameters_in_order())
         log.info(
             "run %s: %d parameters, strategy %s, %d rounds, peer %d",

@@ -629,17 +629,19 @@ def commits(world: World) -> list[Commit]:
 
 
 def test_who_has_which_payload_is_told_to_the_others(make_world: MakeWorld) -> None:
-    world = make_world()
+    world = make_world(min_peers=3)
     world.train("a", "b", "c")
     data = bytes(5000)
     world.say("a", blob_offer(1, data))
+    assert world.messages(Offered) == [], "the upload comes first"
+    world.upload("a", data)
     world.say("a", blob_offer(1, data))
     world.say("b", offer(1))
     told = Offered(round=1, holder="a", digest=digest_of(data), n_bytes=5000)
     for name, expected in (("a", []), ("b", [told]), ("c", [told])):
         assert world.messages(Offered, name) == expected
     world.sent.clear()
-    world.open("a", "d")
+    world.open("d")
     assert world.messages(Offered) == []
     world.service.tick(world.now_s)
     assert [m for m in world.sent if isinstance(m[1], Offered)] == [("d", told)]
@@ -648,7 +650,6 @@ def test_who_has_which_payload_is_told_to_the_others(make_world: MakeWorld) -> N
     assert offered == told
     world.sent.clear()
     world.say("d", State(state=NodeState.TRAINING))
-    world.upload("a", data)
     world.say("a", State(state=NodeState.TRAINING))
     world.say("c", offer(1))
     assert world.committed == [1]
