@@ -84,7 +84,7 @@ class Peers(Protocol):
         """Before the local work of a step: all have the same parameters and options, or it is refused."""
         ...
 
-    def own_seed(self, seed: int) -> int:
+    def own_seed(self, shared_seed: int) -> int:
         """This peer's seed of a round, from the one that is the same for all."""
         ...
 
@@ -154,6 +154,8 @@ class Strategy(torch.optim.Optimizer):
         for name, p in named:
             if name in seen:
                 raise ConfigError(f"two parameters are called {name!r}")
+            if hasattr(p, "placements"):
+                raise ConfigError(f"parameter {name!r} is sharded (a DTensor): strategies need whole ones")
             if p.dtype != torch.float32:
                 raise ConfigError(f"parameter {name!r} is {p.dtype}: replicas are float32")
             if ":" in name:
@@ -304,7 +306,7 @@ class Strategy(torch.optim.Optimizer):
         seed = int(self.option("seed"))
         words = hashlib.blake2b(b"thinwire step %d %d" % (seed, round), digest_size=16).digest()
         shared, own = (int.from_bytes(words[i : i + 8], "little") for i in (0, 8))
-        own = self.peers.own_seed(own) if self.peers is not None else own
+        own = self.peers.own_seed(shared) if self.peers is not None else own
         return Turn(round=round, shared_seed=shared, own_seed=own, lr_factor=1.0)
 
     # --------------------------------------------------------------------------------- state

@@ -1,0 +1,210 @@
+"""A strategy over a `torch.distributed` process group: fixed membership, no coordinator (design: section 8).
+
+    optimizer = group_optimizer({"name": "decoupled", "lr": 3e-3}, model.named_parameters())
+
+and the training loop stays as it is: `backward()` on every rank's own batch, `optimizer.step()`,
+`optimizer.zero_grad()`; `optimizer.step(closure)` for SPSA. Gradients are not to be averaged beforehand: no
+DistributedDataParallel around the model. Schedulers, clipping and several backward passes per step work as
+with any optimizer, if all ranks do the same. With float16 and a GradScaler call `scaler.unscale_(optimizer)`
+and then `optimizer.step()`: a rank that skipped a step would leave the others waiting, and gradients that are
+not finite are left out here anyway.
+
+`state_dict()` of any rank may be loaded on all ranks of a group of any size, before it is joined. What is
+replicated is the same in all of them; momentum and error feedback are those of the rank that saved it.
+
+Per step two collectives: the payloads' lengths, and the payloads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+from thinwire.compression import wire
+from thinwire.compression.base import Payload, Turn
+from thinwire.compression.errors import BadPayload, ConfigError, ReplicaDiverged
+from thinwire.compression.fingerprint import parameter_sum
+from thinwire.optim.base import NamedParameters, Own, Share, Strategy
+from thinwire.optim.registry import build_strategy
+
+_N_SAMPLES: Final = struct.Struct("<Q")
+
+
+def group_optimizer(
+    config: Mapping[str, Any], named_parameters: NamedParameters, group: dist.ProcessGroup | None = None
+) -> Strategy:
+    """The strategy of a config, as in a run's file, over a process group; see `join_group`."""
+    return join_group(build_strategy(config, named_parameters), group)
+
+
+def join_group(strategy: Strategy, group: dist.ProcessGroup | None = None) -> Strategy:
+    """From now on `strategy.step` exchanges with the other ranks of the group (None: the default one).
+
+    To be called on every rank. All get the replicated state of rank 0. Raises ConfigError, naming what
+    differs, unless all have the same parameters and options, and when there is no process group.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise ConfigError("no process group: call torch.distributed.init_process_group first (see torchrun)")
+    peers = GroupPeers(group)
+    peers.prepare(strategy)
+    strategy.peers = peers
+    return strategy
+
+
+def verify_group(strategy: Strategy) -> None:
+    """Raises ReplicaDiverged, naming tensors and ranks, unless all ranks have the same replicated bits."""
+    if not isinstance(strategy.peers, GroupPeers):
+        raise ConfigError("the strategy is in no group: see join_group")
+    strategy.peers.verify(strategy)
+
+
+class GroupPeers:
+    """The ranks of a process group as `Strategy.peers`."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        if self.rank < 0:
+            raise ConfigError("this process is not a rank of the group")
+        # NCCL and its like move tensors of their own device only; gloo is at home on the CPU.
+        on_cpu = dist.get_backend(group) in ("gloo", "mpi")
+        self._device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+        self._known: set[str] = set()
+
+    def prepare(self, strategy: Strategy) -> None:
+        """Parameters that are new (all of them at first, later those of `add_param_group`) are compared, and
+        become what rank 0 has."""
+        names = {p.name for p in strategy.parameters_in_order()}
+        if names == self._known:
+            return
+        self._compare(strategy)
+        for name, t in strategy.replicated_tensors().items():
+            if name.partition(":")[0] not in self._known:
+                self._broadcast(t)
+        self._known = names
+
+    def own_seed(self, shared_seed: int) -> int:
+        return rank_seed(shared_seed, self.rank)
+
+    def exchange(
+        self, strategy: Strategy, payload: Payload, turn: Turn, n_samples: int
+    ) -> tuple[list[Share], Own]:
+        """A rank whose payload does not pass `check` is left out, by all alike, and counted as
+        `bad_payloads`. Raises ConfigError for a rank that is at another step or has other options."""
+        fields, layout = strategy.fields(turn), wire.layout_hash(_description(strategy).encode())
+        data = wire.encode(payload, fields, turn.round, layout)
+        max_bytes = wire.max_bytes_of(fields)
+        shares: list[Share] = []
+        own: Own = "missed"
+        for rank, message in enumerate(self._gather(_N_SAMPLES.pack(n_samples) + data)):
+            theirs = self._decoded(rank, message[_N_SAMPLES.size :], fields, turn.round, layout, max_bytes)
+            try:
+                strategy.check(theirs, turn)
+            except BadPayload:
+                strategy.count("bad_payloads")
+                continue
+            n = _N_SAMPLES.unpack_from(message)[0]
+            shares.append(Share(rank_seed(turn.shared_seed, rank), n, theirs))
+            if rank == self.rank:
+                own = "counted"
+        return shares, own
+
+    def _decoded(
+        self, rank: int, data: bytes, fields: Any, round: int, layout: bytes, max_bytes: int
+    ) -> Payload:
+        try:
+            return wire.decode(data, fields, round, layout, max_bytes)
+        except BadPayload as e:
+            what = {
+                "layout": "has other parameters or options (is its learning rate the same?)",
+                "round": "has made another number of steps",
+            }
+            raise ConfigError(
+                f"rank {rank} {what.get(e.reason, f'sent what cannot be read: {e}')}. Every rank has to call "
+                "step() equally often, with the same options."
+            ) from e
+
+    def verify(self, strategy: Strategy) -> None:
+        """See `verify_group`."""
+        sums = {name: parameter_sum(t) for name, t in strategy.replicated_tensors().items()}
+        everybody = [json.loads(data) for data in self._gather(json.dumps(sums).encode())]
+        for rank, theirs in enumerate(everybody):
+            differing = [n for n in sorted(sums) if theirs.get(n) != everybody[0].get(n)]
+            if differing:
+                raise ReplicaDiverged(f"rank {rank} differs from rank 0 in {', '.join(differing[:5])}")
+
+    # --------------------------------------------------------------------------------- collectives
+
+    def _compare(self, strategy: Strategy) -> None:
+        """Raises ConfigError, the same on every rank."""
+        everybody = [json.loads(data) for data in self._gather(_description(strategy).encode())]
+        for rank, theirs in enumerate(everybody):
+            if differences := _differences(everybody[0], theirs):
+                raise ConfigError(f"rank {rank} differs from rank 0: {'; '.join(differences[:5])}")
+
+    def _gather(self, data: bytes) -> list[bytes]:
+        """Everybody's bytes, by rank."""
+        lengths = self._all_gather(torch.tensor([len(data)], dtype=torch.int64))
+        n_bytes = [int(n) for n in lengths]
+        padded = torch.zeros(max(n_bytes), dtype=torch.uint8)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        rows = self._all_gather(padded)
+        return [row[:n].numpy().tobytes() for row, n in zip(rows, n_bytes, strict=True)]
+
+    def _all_gather(self, row: torch.Tensor) -> Sequence[torch.Tensor]:
+        row = row.to(self._device)
+        rows = [torch.empty_like(row) for _ in range(self.world_size)]
+        dist.all_gather(rows, row, group=self._group)
+        return [r.cpu() for r in rows]
+
+    @torch.no_grad()
+    def _broadcast(self, t: torch.Tensor) -> None:
+        copy = t.detach().to(self._device, copy=True).contiguous()
+        dist.broadcast(copy, group=self._group, group_src=0)
+        t.copy_(copy)
+
+
+def rank_seed(shared_seed: int, rank: int) -> int:
+    """A rank's unsigned 64-bit seed of a round, from the one that all share."""
+    words = hashlib.blake2b(b"thinwire rank %d %d" % (shared_seed, rank), digest_size=8)
+    return int.from_bytes(words.digest(), "little")
+
+
+def _description(strategy: Strategy) -> str:
+    """What all ranks must have in common, as JSON: kind and step, shapes and options of every parameter."""
+    parameters = {
+        p.name: {
+            "shape": list(p.tensor.shape),
+            **{k: v for k, v in p.group.items() if k not in ("params", "param_names")},
+        }
+        for p in strategy.parameters_in_order()
+    }
+    steps = strategy.counters.get("steps", 0)
+    whole = {"strategy": type(strategy).__name__, "steps": steps, "parameters": parameters}
+    return json.dumps(whole, sort_keys=True, default=repr)
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """In words: what a rank has that rank 0 has not."""
+    found = [
+        f"{key} is {theirs[key]}, not {ours[key]}"
+        for key in ("strategy", "steps")
+        if theirs[key] != ours[key]
+    ]
+    a, b = ours["parameters"], theirs["parameters"]
+    found += [f"no parameter {name}" for name in sorted(a.keys() - b.keys())]
+    found += [f"a parameter {name}" for name in sorted(b.keys() - a.keys())]
+    seen = set()
+    for name in sorted(a.keys() & b.keys()):
+        for key in sorted(a[name].keys() | b[name].keys()):
+            if a[name].get(key) != b[name].get(key):
+                where = f" of {name}" if key in ("shape", *Strategy.per_group) else ""
+                seen.add(f"{key}{where} is {b[name].get(key)}, not {a[name].get(key)}")
+    return found + sorted(seen)
