@@ -234,9 +234,10 @@ class Swarm(RuleBasedStateMachine):
         self.world.host.keep_copy()
 
     @precondition(lambda self: self.world.host.backup is not None)
-    @rule()
-    def restore(self) -> None:
+    @rule(n_rounds=st.integers(0, 4), n_bytes=SIZES)
+    def restore(self, n_rounds: int, n_bytes: int) -> None:
         """On the older copy; the node that has seen most comes first and gives back what is missing."""
+        self.all_goes_well(n_rounds, n_bytes)
         self.world.restore()
         name = max(self.world.disks, key=lambda name: (len(self.world.disks[name].copy), name))
         seen = list(self.world.disks[name].copy)
@@ -245,6 +246,7 @@ class Swarm(RuleBasedStateMachine):
         found = [commit.digest for commit in self.world.host.oracle.ledger]
         if not self.world.is_restored:
             assert found[: len(seen)] == [commit.digest for commit in seen], "a lost round did not come back"
+            self.settle()
 
     @precondition(lambda self: self.world.host.backup is not None)
     @rule()

@@ -153,9 +153,11 @@ class World:
         if self.host.service is None or peer.start is None or peer.round == len(peer.disk.copy):
             return False
         kept_from = self.host.service.status(self.host.now_s)["payloads"]["kept_from"]
-        is_gone = peer.round + 1 < kept_from or peer.round + 1 in self.host.oracle.exempt
+        may_be_gone = peer.round + 1 < kept_from or peer.round + 1 in self.host.oracle.exempt
+        named = [o.digest for o in peer.disk.copy[peer.round].body.offers if o.digest is not None]
+        is_gone = any(d not in peer.payloads and self._fetch(d) is None for d in named)
         later = [a for a in self.host.oracle.attested() if a.round > peer.round]
-        return is_gone and not any(self._borrow(a.round, a.manifest) for a in later)
+        return may_be_gone and is_gone and not any(self._borrow(a.round, a.manifest) for a in later)
 
     def check(self) -> None:
         for peer in self.peers.values():
