@@ -29,6 +29,7 @@ BENCHES: Final = {
     "noise": "thinwire.node.bench_noise:bench_noise",
     "decoupled": "thinwire.node.bench_decoupled:bench_decoupled",
     "round": "thinwire.node.bench_round:bench_round",
+    "wire": "thinwire.node.bench_wire:bench_wire",
 }
 
 DEFAULT_N_PARAMS: Final = 28_000_000
