@@ -140,7 +140,7 @@ class Strategy(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, for named parameters: {"params": [(name, parameter), ...], option: value, ...}."""
         group = dict(param_group)
-        named = [(canonical_name(name), p) for name, p in _named(group) if p.requires_grad]
+        named = [(canonical_name(name), p) for name, p in named_of(group) if p.requires_grad]
         self._refuse_parameters(named)
         self._refuse_options(group)
         if not named:
@@ -377,7 +377,8 @@ def refuse_names(payload: Payload, expected: Iterable[str]) -> None:
         raise BadPayload("layout", f"missing or unknown: {', '.join(strange[:3])}")
 
 
-def _named(group: Mapping[str, Any]) -> list[tuple[str, torch.nn.Parameter]]:
+def named_of(group: Mapping[str, Any]) -> list[tuple[str, torch.nn.Parameter]]:
+    """The named parameters of a group, as users and torch write them. Raises ConfigError without names."""
     params = group["params"]
     params = [params] if isinstance(params, Tensor) else list(params)
     if "param_names" in group:

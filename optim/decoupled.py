@@ -16,7 +16,7 @@ A payload has what the compressor needs for every parameter, and 29 bytes of fra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from thinwire.compression.base import Compressor, Fields, Packed, Part, Payload, Turn
 from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import exact_arithmetic, to_float32
+from thinwire.compression.sparse import Sparse
 from thinwire.optim import options
 from thinwire.optim.adamw import ENTRIES, AdamW
 from thinwire.optim.base import (
@@ -39,8 +40,7 @@ from thinwire.optim.base import (
 from thinwire.optim.clip import clipped_weights
 from thinwire.optim.gradients import MeanGradient, backward
 from thinwire.optim.leftover import Leftover, part_of, refuse_other_packing
-
-Decode = Callable[[Sequence[Packed], Sequence[float], Part, Turn], Tensor]
+from thinwire.optim.senders import decode_senders
 
 
 class Decoupled(Strategy):
@@ -98,7 +98,6 @@ class Decoupled(Strategy):
             "adam_eps": adam_eps,
         }
         super().__init__(named_parameters, defaults, seed=seed)
-        self._decode = self._mean_decoder()
 
     @classmethod
     def check_options(cls, group: Mapping[str, Any]) -> None:
@@ -118,14 +117,6 @@ class Decoupled(Strategy):
         options.real(group, "adam_eps", above=0)
         if group["mean"] == "senders" and not group["sign"]:
             raise ConfigError("mean = 'senders' diverges without sign: use sign = true or mean = 'all'")
-
-    def _mean_decoder(self) -> Decode:
-        if self.option("mean") == "all":
-            return self.compressor.decode
-        decode: Decode | None = getattr(self.compressor, "decode_senders", None)
-        if decode is None:
-            raise ConfigError(f"mean = 'senders': {self.compressor!r} has one mean only, that over all")
-        return decode
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         refuse_other_packing(state_dict, self.compressor)
@@ -231,7 +222,7 @@ class Decoupled(Strategy):
         """One rounding per operation: no fused forms (`alpha=`, foreach)."""
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
-        step = self._decode(packs, weights, part_of(parameter), turn).to(theta.device)
+        step = self._mean(packs, weights, part_of(parameter), turn).to(theta.device)
         if self.option("sign"):
             step.sign_()
         if self.option("base") == "adamw":
@@ -241,6 +232,11 @@ class Decoupled(Strategy):
         if wd != 0.0:
             theta.mul_(to_float32(1.0 - lr * wd))
         theta.sub_(step)
+
+    def _mean(self, packs: Sequence[Packed], weights: list[float], part: Part, turn: Turn) -> Tensor:
+        if self.option("mean") == "senders" and isinstance(self.compressor, Sparse):
+            return decode_senders(self.compressor, packs, part)
+        return self.compressor.decode(packs, weights, part, turn)
 
     def _adamw(self) -> AdamW:
         return AdamW(self.option("adam_beta1"), self.option("adam_beta2"), self.option("adam_eps"))

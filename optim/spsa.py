@@ -4,7 +4,8 @@
     send code(g)                                                 one byte
     theta = theta (1 - lr wd) - lr / n * sum over counted probes of decode(code(g)) * z
 
-z is drawn from (the peer's seed of the round, probe number, parameter, element): seeds never travel.
+z is drawn from (the peer's seed of the round, probe number, parameter, element): seeds never travel. With
+`shared_noise` it is drawn from the round's seed, and the g of all peers are added up before they meet z.
 A payload of n probes has n bytes and 32 of framing (34 at most, from 128 probes on).
 """
 
@@ -37,6 +38,7 @@ from thinwire.optim.base import (
 )
 from thinwire.optim.clip import clip_limit
 from thinwire.optim.perturb import Direction, NotSubstituted, dry_run, perturbed_loss
+from thinwire.optim.subset import selected
 
 CODES = "codes"
 """The one entry of a payload: uint8 codes, in the order of the probes."""
@@ -70,11 +72,17 @@ class Spsa(Strategy):
         noise: NoiseKind = "sign",
         scale: str = "mean",
         seed: int = 0,
+        shared_noise: bool = False,
+        params: str = "*",
     ) -> None:
         """`probes`: of this peer, in a round; a payload may carry up to `max_probes`.
 
         `clip`: no |g| counts more than this many times the median |g| of the round. `scale`: what the sum
         over n probes is divided by, n ("mean") or the root of n ("sqrt", as in the paper).
+
+        `shared_noise`: all peers perturb along the same z in a probe with batches of their own, as DeComFL
+        does: that averages the noise of batches, else that of directions. `params`: which are trained, see
+        `subset`; the rest stay what they are.
         """
         defaults = {
             "lr": lr,
@@ -85,9 +93,11 @@ class Spsa(Strategy):
             "clip": clip,
             "noise": noise,
             "scale": scale,
+            "shared_noise": shared_noise,
+            "subset": params,  # torch has a use of its own for "params"
         }
         self._is_first = True
-        super().__init__(named_parameters, defaults, seed=seed)
+        super().__init__(selected(named_parameters, params), defaults, seed=seed)
 
     @classmethod
     def check_options(cls, group: Mapping[str, Any]) -> None:
@@ -99,6 +109,7 @@ class Spsa(Strategy):
         options.real(group, "clip", at_least=1)
         options.choice(group, "noise", ["sign", "gauss"])
         options.choice(group, "scale", ["mean", "sqrt"])
+        options.truth(group, "shared_noise")
 
     # --------------------------------------------------------------------------------- local work
 
@@ -109,7 +120,8 @@ class Spsa(Strategy):
         """Two evaluations per probe, each probe on a batch of its own. Parameters are not written to."""
         n, eps = self.option("probes"), self.option("eps")
         words = uniform_words(turn.own_seed, Purpose.CODE, 0, n)
-        pairs = [self._losses(draw(), turn.own_seed, probe) for probe in range(n)]
+        seed = turn.shared_seed if self.option("shared_noise") else turn.own_seed
+        pairs = [self._losses(draw(), seed, probe) for probe in range(n)]
         if self._is_first and all(plus == minus for plus, minus in pairs):
             raise NotSubstituted(
                 "no probe changed the loss: it does not depend on the parameters, or eps is too small"
@@ -167,15 +179,19 @@ class Spsa(Strategy):
 
     def _step(self, round: Round) -> _Step | None:
         """What a round's counted probes do; None without one."""
-        counted = list(_counted(round.shares))
+        shared_seed = round.turn.shared_seed if self.option("shared_noise") else None
+        counted = list(_counted(round.shares, shared_seed))
         if not counted:
             return None
-        seeds, numbers, gradients = zip(*counted, strict=True)
-        limit = clip_limit([abs(g) for g in gradients], self.option("clip"))
+        limit = clip_limit([abs(g) for _, _, g in counted], self.option("clip"))
+        clipped = [(seed, number, min(max(g, -limit), limit)) for seed, number, g in counted]
+        seeds, numbers, gradients = zip(
+            *(_summed(clipped) if shared_seed is not None else clipped), strict=True
+        )
         return _Step(
             np.array(seeds, dtype=np.uint64),
             np.array(numbers, dtype=np.int64),
-            np.array([min(max(g, -limit), limit) for g in gradients], dtype=np.float64),
+            np.array(gradients, dtype=np.float64),
             _divisor(len(counted), self.option("scale")),
             round.turn.lr_factor,
         )
@@ -183,7 +199,7 @@ class Spsa(Strategy):
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A round's counted probes, in the ledger's order, with what g counts for after clipping."""
+    """A round's directions, in the ledger's order, with the sum of what g counts for after clipping."""
 
     seeds: npt.NDArray[np.uint64]
     numbers: npt.NDArray[np.int64]
@@ -198,12 +214,21 @@ class _Step:
         return Update(self.seeds, self.numbers, coefficients, to_float32(1.0 - lr * weight_decay))
 
 
-def _counted(shares: Sequence[Share]) -> Iterator[tuple[int, int, float]]:
-    """(seed, probe, g) of every probe with a code, in the ledger's order."""
+def _counted(shares: Sequence[Share], shared_seed: int | None) -> Iterator[tuple[int, int, float]]:
+    """(seed of the noise, probe, g) of every probe with a code, in the ledger's order."""
     for share in shares:
         for probe, code in enumerate(share.payload[CODES][0].tolist()):
             if code != byte_code.NOTHING:
-                yield share.seed, probe, byte_code.decode(code)
+                seed = share.seed if shared_seed is None else shared_seed
+                yield seed, probe, byte_code.decode(code)
+
+
+def _summed(counted: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """One entry per direction, in the order of their first ones; summed in order in Python floats."""
+    sums: dict[tuple[int, int], float] = {}
+    for seed, number, g in counted:
+        sums[seed, number] = sums.get((seed, number), 0.0) + g
+    return [(seed, number, g) for (seed, number), g in sums.items()]
 
 
 def _divisor(n: int, scale: str) -> float:

@@ -16,9 +16,11 @@ from thinwire.compression.dct_topk import DctTopK
 from thinwire.compression.dense import Dense
 from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import to_float32
+from thinwire.compression.topk import TopK
 from thinwire.optim.adamw import power
 from thinwire.optim.base import Closure, Share
 from thinwire.optim.decoupled import Decoupled
+from thinwire.optim.senders import decode_senders
 
 
 @pytest.fixture(autouse=True)
@@ -270,12 +272,44 @@ def test_steps_without_a_closure_exchange_every_so_often() -> None:
 # ------------------------------------------------------------------------------------------- senders
 
 
-def test_the_mean_over_senders_is_refused_where_it_cannot_be() -> None:
-    p = [("p", nn.Parameter(tensor(3, 4)))]
+def test_the_mean_over_senders_is_refused_without_sign() -> None:
     with pytest.raises(ConfigError, match="diverges without sign"):
-        Decoupled(p, compressor=DctTopK(), mean="senders", sign=False)
-    with pytest.raises(ConfigError, match="has one mean only"):
-        Decoupled(p, compressor=Dense(), mean="senders")
+        Decoupled([("p", nn.Parameter(tensor(3, 4)))], compressor=DctTopK(), mean="senders", sign=False)
+
+
+def test_the_mean_over_senders_is_per_coefficient() -> None:
+    """In the domain of the coefficients: 0 of 3, 1 of 3 and 3 of 3 peers have sent one."""
+    shape, turn = (100, 3), turn_of(1)
+    part, compressor = Part.whole(shape), TopK(k=8, group_size=64, bits=8)
+    packs = [compressor.pack(tensor(300, seed=i), part, turn) for i in range(3)]
+    alone = torch.stack([compressor.decode([p], [1.0], part, turn) for p in packs])
+    n_senders = (alone != 0).sum(0)
+    assert set(n_senders.tolist()) >= {0, 1, 2}
+    expected = ((alone[0] + alone[1]) + alone[2]) / n_senders.clamp(min=1)
+    assert torch.equal(decode_senders(compressor, packs, part), expected)
+    half = Part(shape, 90, 210)
+    assert torch.equal(decode_senders(compressor, packs, half), expected[90:210])
+
+
+def test_with_a_transform_the_mean_over_senders_is_another_step() -> None:
+    """A coefficient that one peer sends weighs as much as one that all send."""
+    frequent, rare = dct_row(3), dct_row(9)
+    compressor = DctTopK(k=1, group_size=64, bits=8)
+    packs = [compressor.pack(row, Part.whole((64,)), turn_of(1)) for row in (frequent, frequent, rare * 1.5)]
+    steps = {}
+    for mean in ("all", "senders"):
+        p = nn.Parameter(torch.zeros(64))
+        strategy = Decoupled([("p", p)], compressor=compressor, lr=1.0, mean=mean)
+        strategy.apply([Share(i, 1, {"p": pack}) for i, pack in enumerate(packs)], turn_of(1), None)
+        steps[mean] = -p.detach()
+    agree_all = int((steps["all"] == torch.sign(frequent * 2 + rare * 1.5)).sum())
+    agree_senders = int((steps["senders"] == torch.sign(frequent + rare * 1.5)).sum())
+    assert min(agree_all, agree_senders) >= 62  # of 64: the integer transform is close, not equal
+    assert not torch.equal(steps["all"], steps["senders"])
+
+
+def dct_row(frequency: int) -> Tensor:
+    return torch.cos(math.pi * (torch.arange(64) + 0.5) * frequency / 64)
 
 
 # ------------------------------------------------------------------------------------------- lost offers

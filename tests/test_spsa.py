@@ -338,3 +338,112 @@ def test_step_learns_alone_with_a_scheduler() -> None:
     assert spsa.counters["steps"] == 100
     assert spsa.param_groups[0]["lr"] == pytest.approx(0.005)
     assert float(peer.batch(10**9, n=2000)().detach()) < first - 0.2
+
+
+# ------------------------------------------------------------------------------------------- noise, subsets
+
+
+def bowl(p: nn.Parameter, target: Tensor) -> Closure:
+    return lambda: torch.sum((p - target) ** 2)
+
+
+def test_with_shared_noise_all_peers_probe_the_same_directions() -> None:
+    """The sum of their g meets z once; without clipping that is the mean of what each would do alone."""
+    codes = [codes_of(code_of(2.0), code_of(-1.0)), codes_of(code_of(0.5), 0), codes_of(code_of(4.0))]
+    p = nn.Parameter(torch.zeros(200))
+    spsa = Spsa([("p", p)], lr=0.5, shared_noise=True)
+    spsa.apply([Share(1000 + i, 1, c) for i, c in enumerate(codes)], TURN, None)
+    z0, z1 = (noise("sign", TURN.shared_seed, 0, probe, 0, 200) for probe in (0, 1))
+    rate = 0.5 / 4  # four probes have a code
+    expected = 0 - (z0 * to_float32(rate * (2.0 + 0.5 + 4.0)) + z1 * to_float32(rate * -1.0))
+    assert torch.equal(p.detach(), expected)
+
+
+def test_peers_with_shared_noise_measure_their_own_batches_along_it() -> None:
+    target = torch.linspace(-1, 1, 50)
+    payloads = []
+    for own_seed in (1, 2):
+        p = nn.Parameter(torch.zeros(50))
+        spsa = Spsa([("p", p)], lr=0.1, probes=64, shared_noise=True)
+        turn = Turn(1, 11, own_seed, 1.0)
+        payloads.append(spsa.propose(lambda p=p: bowl(p, target), turn))  # type: ignore[misc]
+    a, b = ([byte_code.decode(c) if c else 0.0 for c in x[CODES][0].tolist()] for x in payloads)
+    z = torch.stack([noise("sign", 11, 0, probe, 0, 50) for probe in range(64)])
+    for g, derivative in zip(a, (z @ (-2 * target)).tolist(), strict=True):
+        assert g == pytest.approx(derivative, rel=0.2, abs=0.05)  # the code has steps of a quarter octave
+    assert a != b  # which of two steps it is, is drawn by each peer for itself
+
+
+def test_scalars_accumulated_per_seed_are_the_trajectory() -> None:
+    """FedKSeed: at a constant rate without weight decay, one number per seed of a pool is the model."""
+    pool, rounds, lr = [101, 202, 303, 404], 40, 0.01
+    p = nn.Parameter(torch.linspace(-1, 1, 300))
+    start = p.detach().double()
+    spsa = Spsa([("p", p)], lr=lr, probes=1, shared_noise=True, clip=1e6)
+    accumulated = dict.fromkeys(pool, 0.0)
+    for r in range(1, rounds + 1):
+        seed = pool[(7 * r) % 4 if r % 3 else r % 4]
+        turn = Turn(r, seed, 50 + r, 1.0)
+        target = torch.zeros(300) + 0.1 * (r % 5)
+        payload = spsa.propose(lambda target=target: bowl(p, target), turn)  # type: ignore[misc]
+        spsa.apply([Share(turn.own_seed, 1, payload)], turn, "counted")
+        accumulated[seed] += byte_code.decode(int(payload[CODES][0]))
+    assert sum(a != 0 for a in accumulated.values()) == 4
+    at_once = start
+    for seed, g in accumulated.items():
+        at_once = at_once - lr * g * noise("sign", seed, 0, 0, 0, 300).double()
+    moved = float((start - p.detach().double()).norm())
+    assert float((at_once - p.detach().double()).norm()) < 1e-5 * moved
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.base = nn.Linear(6, 4)
+            self.lora_a = nn.Linear(6, 2, bias=False)
+            self.lora_b = nn.Linear(2, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + self.lora_b(self.lora_a(x))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("params", "names"),
+    [
+        ("lora", ["lora_a.weight", "lora_b.weight"]),
+        ("*.bias, lora_a.*", ["base.bias", "lora_a.weight"]),
+        ("base", ["base.bias", "base.weight"]),
+        ("*", ["base.bias", "base.weight", "lora_a.weight", "lora_b.weight"]),
+    ],
+)
+def test_a_subset_trains_and_the_rest_is_frozen(params: str, names: list[str]) -> None:
+    model = Adapted()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    spsa = Spsa(model.named_parameters(), lr=1e-2, probes=4, params=params)
+    assert list(spsa.replicated_tensors()) == names
+    x = torch.ones(3, 6)
+    for _ in range(3):
+        spsa.step(lambda: torch.sum(model(x) ** 2))
+    changed = sorted(name for name, p in model.named_parameters() if not torch.equal(p, before[name]))
+    assert changed == names
+
+
+def test_a_subset_of_groups_keeps_their_options() -> None:
+    model = Adapted()
+    groups = [
+        {"params": list(model.base.named_parameters("base")), "lr": 0.5},
+        {"params": list(model.lora_a.named_parameters("lora_a")), "lr": 0.25},
+    ]
+    spsa = Spsa(groups, lr=1.0, params="lora")
+    assert [(p.name, p.group["lr"]) for p in spsa.parameters_in_order()] == [("lora_a.weight", 0.25)]
+
+
+@pytest.mark.parametrize("params", ["lroa", "*.lora", ""])
+def test_a_subset_of_nothing_is_refused(params: str) -> None:
+    with pytest.raises(ConfigError, match="matches no parameter: there are base"):
+        Spsa(Adapted().named_parameters(), lr=1.0, params=params)

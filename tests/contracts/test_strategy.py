@@ -33,6 +33,7 @@ from thinwire.optim.registry import build_strategy
 
 ROWS: dict[str, dict[str, Any]] = {
     "spsa sign": {"name": "spsa", "lr": 1e-2, "probes": 3, "weight_decay": 0.1},
+    "spsa shared": {"name": "spsa", "lr": 1e-2, "probes": 3, "shared_noise": True, "params": "a,c"},
     "spsa gauss": {"name": "spsa", "lr": 1e-2, "probes": 3, "noise": "gauss", "scale": "sqrt"},
 }
 for compressor_name, compressor in {
@@ -50,6 +51,13 @@ for compressor_name, compressor in {
             "weight_decay": 0.1,
         }
 
+ROWS["decoupled senders"] = {
+    "name": "decoupled",
+    "compressor": {"name": "dct_topk", "k": 32, "bits": 8},
+    "lr": 1e-2,
+    "beta": 0.9,
+    "mean": "senders",
+}
 for sign in (True, False):
     ROWS[f"decoupled adamw {'sign' if sign else 'plain'}"] = {
         "name": "decoupled",
