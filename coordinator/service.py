@@ -333,8 +333,8 @@ class Service:
                         self._tell_payload(peer)
 
     def _tell_payload(self, peer: int) -> None:
-        """Others may fetch the payload of the peer's offer ahead. Not before it is here: the peer's line is for
-        the upload first, which the round waits for."""
+        """Others may fetch the payload of the peer's offer ahead. Not before it is here: the peer's line is
+        for the upload first, which the round waits for."""
         offer = self._offers[peer]
         if offer.digest is not None and offer.digest in self._blobs:
             self._crier.tell_offered(peer, offer, self._members.connected())

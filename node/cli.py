@@ -120,7 +120,7 @@ class Join:
     """The run's custom task, importable here."""
     state: Annotated[Path | None, arg(metavar="DIR")] = None
     """Identity, ledger and snapshots are kept here: after a restart the node is the same peer and goes on
-    where it was. Default: the first of ~/.local/state/thinwire/node-0, node-1, ... that no other node uses."""
+    where it was. Default: the first of ~/.local/state/thinwire/node-0, node-1, ... that nobody uses."""
     device: str = "cpu"
     """Where to train: cpu, cuda, cuda:1, ..."""
     threads: Annotated[int | None, arg(metavar="N")] = None

@@ -18,7 +18,7 @@ from thinwire.coordinator.identity import load_or_create, peer_id_of
 from thinwire.coordinator.metrics import register
 from thinwire.coordinator.server import CoordinatorServer
 from thinwire.coordinator.state import StateDir
-from thinwire.node.config import RunConfig, load_config
+from thinwire.node.config import RunConfig, load_config, parse_config
 from thinwire.node.genesis import make_genesis, public_config
 from thinwire.node.metrics import serve
 from thinwire.node.tasks import Task, make_task
@@ -51,11 +51,11 @@ def coordinate(
     task = make_task(config.task, import_path, None)
     folder = state or Path(f"{config.run.name}-coordinator")
     with StateDir(folder) as state_dir:
-        server = _server(state_dir, config, task, host=host, port=port, announce=announce)
+        server = open_server(state_dir, config, task, host=host, port=port, announce=announce)
         asyncio.run(_serve(server, folder, http, stop))
 
 
-def _server(state: StateDir, config: RunConfig, task: Task, **where: Any) -> CoordinatorServer:
+def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) -> CoordinatorServer:
     """A new run in an empty directory, else the run that is there if it is the same one."""
     if not state.ledger_path.exists():
         coordinator = peer_id_of(load_or_create(state.key_path).public_key())
@@ -63,7 +63,8 @@ def _server(state: StateDir, config: RunConfig, task: Task, **where: Any) -> Coo
         log.info("new run %s, kept in %s", config.run.name, state.path)
         return CoordinatorServer(state, genesis=genesis.body, blobs=genesis.blobs, **where)
     server = CoordinatorServer(state, **where)
-    there = json.loads(server.ledger.genesis.config)
+    # As of today: options that the run's thinwire did not have yet are what they are by default.
+    there = public_config(parse_config(server.ledger.genesis.config), task).model_dump()
     differences = _differences(there, public_config(config, task).model_dump())
     if differences:
         server.ledger.close()

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,8 +148,12 @@ class Runner:
     @contextmanager
     def _snapshots(self) -> Iterator[None]:
         """The store, the writer and who uses them; in the end the replica is written once more."""
-        with tempfile.TemporaryDirectory(prefix="thinwire-node-") as temporary:
-            folder = self.folder or Path(temporary)
+        with ExitStack() as stack:
+            if self.folder is None:
+                temporary = tempfile.TemporaryDirectory(prefix="thinwire-node-")
+                folder = Path(stack.enter_context(temporary))
+            else:
+                folder = self.folder
             self.store = SnapshotStore(folder / "snapshots", self.link.run_id)
             self._writer = SnapshotWriter(self.store, self._stored)
             self._joiner = Joiner(

@@ -113,8 +113,18 @@ class Uplink:
         """Set by the link: the coordinator has answered that this node leaves."""
 
     async def open(self) -> Welcome:
-        """Raises SwarmUnreachable, ConfigError, Incompatible or LedgerCorrupt."""
-        stream, welcome = await self._connect()
+        """Raises SwarmUnreachable, ConfigError, Incompatible or LedgerCorrupt.
+
+        A node that has been in the run before waits for the coordinator as after a break; a new one is told
+        at once what is wrong with its ticket or network.
+        """
+        try:
+            stream, welcome = await self._connect()
+        except SwarmUnreachable as e:
+            head_round, _ = self._hooks.head()
+            if not head_round:
+                raise
+            stream, welcome = await self._reconnect(str(e))
         self._keeper = asyncio.create_task(self._keep(stream, welcome))
         return welcome
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -224,3 +225,21 @@ def test_a_coordinator_that_went_on_from_an_older_copy_is_told_apart(make_swarm:
         again.open()
     path.unlink()
     assert swarm.link("a").open().head_round == 4
+
+
+def test_a_member_that_starts_before_its_coordinator_waits_for_it(make_swarm: MakeSwarm) -> None:
+    """After a power cut nobody knows who is up first; a new node with a wrong ticket is told at once."""
+    swarm = make_swarm(min_peers=1)
+    trainer = swarm.trainer("node")
+    train(trainer, 0, b"x")
+    trainer.close()
+    swarm.stop()
+    with pytest.raises(SwarmUnreachable, match=r"127\.0\.0\.1"):
+        swarm.link("new").open()
+    waiting = swarm.link("node")
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(waiting.open)
+        event = next(waiting.events())
+        assert "the coordinator does not answer" in event.text
+        swarm.start()
+        assert opening.result(WAIT_S).head_round == 1

@@ -220,7 +220,7 @@ class Swarm:
                 node.proxy.close()
         deadline_s = time.monotonic() + 10
         while (
-            left := [*_running_in(self.folder), *self._temp.glob("thinwire-p2p-*")]
+            left := [*_running_in(self.folder), *self._temp.iterdir()]
         ) and time.monotonic() < deadline_s:
             time.sleep(0.05)
         shutil.rmtree(self._temp)

@@ -75,7 +75,7 @@ def test_all_end_by_themselves_and_equal(swarm: Swarm) -> None:
     assert swarm.wait_end(swarm.coordinator, 70) == 0
     assert {r["rounds"] for r in results} == {ROUNDS}
     assert len({r["fingerprint"] for r in results}) == 1
-    assert results[0]["missed"] >= 1, "it was frozen"
+    assert results[0]["counted"] < ROUNDS, "it was frozen"
     assert all(r["counted"] >= 20 for r in results), "all took part"
     assert swarm.head() == ROUNDS
     assert list(swarm.book.disagreements()) == []
