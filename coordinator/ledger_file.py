@@ -1,9 +1,10 @@
 """A whole ledger as one file: record 0, every commit, and the payloads that commits name, each once.
 
     head     "thinwire ledger\\n" | u32 protocol version
-    item     kind (1 byte) | u64 length | body          kinds: Genesis, Commit, Blob, End
+    item     kind (1 byte) | u64 length | body          kinds: Genesis, Commit, Blob, Absent, End
     G, C     signature (64 bytes) | record              as signed by the coordinator
     B        payload                                    after the first commit that names it, in its order
+    A        32 bytes digest of a payload               in its place: the coordinator had thrown it away
     E        u32 round | 32 bytes digest of the last record; nothing comes after it
 
 All integers are little-endian. Base weights and texts are not in it. Readers check every byte: signatures by
@@ -43,7 +44,7 @@ MAGIC: Final = b"thinwire ledger\n"
 _HEAD: Final = struct.Struct("<16sI")
 _ITEM: Final = struct.Struct("<cQ")
 _END: Final = struct.Struct("<I32s")
-_GENESIS, _COMMIT, _BLOB, _LAST = b"G", b"C", b"B", b"E"
+_GENESIS, _COMMIT, _BLOB, _ABSENT, _LAST = b"G", b"C", b"B", b"A", b"E"
 _SIGNATURE_BYTES: Final = 64
 _MAX_RECORD_BYTES: Final = 16 * 2**20 + _SIGNATURE_BYTES
 _PIECE_BYTES: Final = 2**20
@@ -51,11 +52,13 @@ _PIECE_BYTES: Final = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a verified file holds. `reports`: round -> (peer id, fingerprint); the last one of each peer."""
+    """What a verified file holds. `reports`: round -> (peer id, fingerprint); the last one of each peer.
+    `absent_to`: the last round of which a payload is absent, 0: none."""
 
     run_id: bytes
     rounds: int
     n_blobs: int
+    absent_to: int
     n_bytes: int
     reports: Mapping[int, tuple[tuple[str, bytes], ...]]
 
@@ -82,6 +85,8 @@ class LedgerFile:
             raise _other_version(self.genesis.protocol)
         self.run_id = digest_of(self.record)
         self.peers: dict[int, str] = {}
+        self._absent: set[bytes] = set()
+        self.absent_to = 0
         self._items_at = self._at
 
     @property
@@ -92,6 +97,7 @@ class LedgerFile:
         """All commits from round 1 on, each with its payloads verified. Raises LedgerCorrupt."""
         self._at = self._items_at
         self._places.clear()
+        self._absent.clear()
         self.peers.clear()
         chain = Chain(public_key_of(self.genesis.coordinator), 0, self.run_id)
         while self._next_kind(chain.round + 1) != _LAST:
@@ -101,13 +107,15 @@ class LedgerFile:
             chain.check(commit)
             self._check_peers(commit.body)
             for digest in blobs_of(commit.body):
-                if digest not in self._places:
+                if digest not in self._places and digest not in self._absent:
                     self._check_blob(digest, wanted)
+                if digest in self._absent:
+                    self.absent_to = wanted
             yield commit
         self._check_end(chain)
 
     def payload(self, offer: OfferEntry) -> bytes:
-        """The bytes of an offer in a commit that `commits` has given already."""
+        """The bytes of an offer in a commit that `commits` has given already. Raises KeyError if absent."""
         if offer.payload is not None:
             return offer.payload
         assert offer.digest is not None
@@ -151,6 +159,11 @@ class LedgerFile:
 
     def _check_blob(self, digest: bytes, record: int) -> None:
         what = f"record {record}: its payload {digest.hex()[:16]}"
+        if self._next_kind(record) == _ABSENT:
+            if self._bytes(self._item(_ABSENT, len(digest), what), what) != digest:
+                raise LedgerCorrupt(f"{what}: another one is said to be absent in its place")
+            self._absent.add(digest)
+            return
         n_bytes = self._item(_BLOB, self.genesis.limits.max_payload_bytes, what)
         offset, missing, hashed = self._at, n_bytes, blake3()
         while missing:
@@ -215,6 +228,7 @@ def check(path: Path) -> Summary:
             ledger.run_id,
             rounds,
             ledger.n_blobs,
+            ledger.absent_to,
             ledger.n_bytes,
             {round_: tuple(by_peer.items()) for round_, by_peer in reports.items()},
         )
@@ -225,12 +239,13 @@ def write_ledger(
     genesis: bytes,
     signature: bytes,
     commits: Iterable[Commit],
-    payload: Callable[[bytes], bytes],
+    payload: Callable[[bytes], bytes | None],
 ) -> Summary:
     """Writes aside, verifies what was written, then renames: `path` holds a whole ledger or what it held.
 
-    `genesis`: record 0; `payload`: the bytes of a digest. Raises ConfigError when the file cannot be written,
-    LedgerCorrupt when what was given is no ledger, and what `commits` and `payload` raise.
+    `genesis`: record 0; `payload`: the bytes of a digest, None: nobody has them any more. Raises ConfigError
+    when the file cannot be written, LedgerCorrupt when what was given is no ledger, and what `commits` and
+    `payload` raise.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -253,7 +268,7 @@ def _write(
     genesis: bytes,
     signature: bytes,
     commits: Iterable[Commit],
-    payload: Callable[[bytes], bytes],
+    payload: Callable[[bytes], bytes | None],
 ) -> None:
     round_, digest = 0, digest_of(genesis)
     written: set[bytes] = set()
@@ -263,7 +278,8 @@ def _write(
         _put(file, _COMMIT, commit.signature + commit.record)
         for name in blobs_of(commit.body):
             if name not in written:
-                _put(file, _BLOB, payload(name))
+                data = payload(name)
+                _put(file, _ABSENT, name) if data is None else _put(file, _BLOB, data)
                 written.add(name)
         round_, digest = commit.body.round, commit.digest
     _put(file, _LAST, _END.pack(round_, digest))

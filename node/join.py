@@ -91,6 +91,5 @@ def _check_device(device: str) -> None:
 def _save(runner: Runner, path: Path) -> None:
     from safetensors.torch import save as save_safetensors
 
-    tensors = {name: t.cpu().contiguous() for name, t in runner.replica.tensors().items()}
-    write_aside(path, save_safetensors(tensors))
+    write_aside(path, save_safetensors(runner.replica.weights()))
     log.info("wrote the weights after round %d to %s", runner.replica.round, path)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thinwire.compression.errors import ConfigError, ThinwireError
+from thinwire.coordinator.blob_streams import NotServed
 from thinwire.coordinator.files import write_aside
 from thinwire.coordinator.ledger_file import Summary, check, write_ledger
 from thinwire.coordinator.messages import Commit, Welcome
@@ -41,7 +42,7 @@ def save_ledger(ticket: str, output: Path, stop: Stop) -> None:
             welcome.genesis,
             welcome.signature,
             _commits(link, welcome.head_round),
-            lambda digest: link.fetch(digest, welcome.body.limits.max_payload_bytes),
+            lambda digest: _payload(link, digest, welcome.body.limits.max_payload_bytes),
         )
     log.info("wrote %s: %s", output, _told(summary))
 
@@ -76,7 +77,7 @@ def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> No
         "fingerprint": replica.fingerprint().hex(),
         "config": json.loads(welcome.body.config),
     }
-    weights = save_safetensors({name: t.cpu().contiguous() for name, t in replica.tensors().items()})
+    weights = save_safetensors(replica.weights())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_aside(folder / "model.safetensors", weights)
@@ -144,9 +145,18 @@ def _commits(link: Link, head: int) -> Iterator[Commit]:
     raise ThinwireError(f"stopped after record {done} of {head}: nothing was written")
 
 
+def _payload(link: Link, digest: bytes, max_bytes: int) -> bytes | None:
+    """None: the coordinator has thrown it away."""
+    try:
+        return link.fetch(digest, max_bytes)
+    except NotServed:
+        return None
+
+
 def _told(summary: Summary) -> str:
     n_reports = sum(len(entries) for entries in summary.reports.values())
+    absent = f" (some of the rounds up to {summary.absent_to} are gone)" if summary.absent_to else ""
     return (
-        f"run {summary.run_id.hex()[:16]}, {summary.rounds} rounds, {summary.n_blobs} payloads beside them, "
-        f"{n_reports} fingerprints, {summary.n_bytes:,} bytes"
+        f"run {summary.run_id.hex()[:16]}, {summary.rounds} rounds, "
+        f"{summary.n_blobs} payloads beside them{absent}, {n_reports} fingerprints, {summary.n_bytes:,} bytes"
     )

@@ -16,7 +16,6 @@ from thinwire.coordinator.ledger_file import LedgerFile, Summary, check, open_le
 from thinwire.coordinator.messages import digest_of
 from thinwire.node.batches import batches
 from thinwire.node.config import parse_config
-from thinwire.node.genesis import initialise
 from thinwire.node.replica import Replica, build_replica
 from thinwire.node.tasks import make_task
 
@@ -54,6 +53,11 @@ def replay(
     ReplicaDiverged, naming round and peers, when no peer that reported on a round had what is here.
     """
     summary = check(path)
+    if summary.absent_to:
+        raise ConfigError(
+            f"{path}: payloads of rounds up to {summary.absent_to} had been thrown away when it was saved: it "
+            f"cannot be replayed from the base weights. thinwire export TICKET saves what the run has now."
+        )
     with open_ledger(path) as ledger:
         replica = _base_replica(ledger, base, import_path)
         found = Fingerprints(replica, summary)
@@ -72,7 +76,7 @@ def replay(
         seconds = time.monotonic() - started_s
         if ledger.run_id != summary.run_id or replica.round != summary.rounds:
             raise LedgerCorrupt(f"{path} has changed since it was checked")
-    weights = save_safetensors({name: t.cpu().contiguous() for name, t in replica.tensors().items()})
+    weights = save_safetensors(replica.weights())
     if output is not None:
         _write(output, weights)
     result = Replayed(
@@ -144,7 +148,7 @@ def _base_replica(ledger: LedgerFile, base: Path | None, import_path: str | None
                 f"--base {base}: its digest is {digest_of(data).hex()[:16]}, "
                 f"record 0 names {body.base.digest.hex()[:16]}"
             )
-    initialise(replica.model, body, config.run.seed, data)
+    replica.begin(data)
     return replica
 
 

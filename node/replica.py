@@ -24,7 +24,7 @@ from thinwire.node.config import parse_config
 from thinwire.node.genesis import check_layout, initialise, layout_hash, layout_of
 from thinwire.node.snapshots import Manifest
 from thinwire.node.tasks import Task
-from thinwire.optim.base import Own, Round, Share, Strategy
+from thinwire.optim.base import Own, Round, Share, Strategy, canonical_name
 from thinwire.optim.registry import build_strategy
 
 log = logging.getLogger("thinwire.node")
@@ -80,7 +80,6 @@ class Replica:
         self._lr_factor = float32_of_bits(genesis.lr_factor_bits)
         self._layout_hash = layout_hash(genesis)
         self._max_bytes = genesis.limits.max_payload_bytes
-        self._parameters = strategy.parameters_in_order()
 
     def turn(self) -> Turn:
         """The next round's."""
@@ -95,7 +94,7 @@ class Replica:
         )
 
     def encode(self, payload: Payload, turn: Turn) -> bytes:
-        return wire.encode(payload, self.strategy.fields(), turn.round, self._layout_hash)
+        return wire.encode(payload, self.strategy.fields(turn), turn.round, self._layout_hash)
 
     def apply(self, commit: Commit, payload_bytes: PayloadBytes, offered: bool) -> Own:
         """Applies the next commit exactly. `offered`: this replica's strategy made an offer for that round.
@@ -148,7 +147,7 @@ class Replica:
         self, offers: tuple[OfferEntry, ...], turn: Turn, payload_bytes: PayloadBytes, ahead: _Ahead
     ) -> tuple[list[Share], bool]:
         """The counted offers that pass `check`, in the ledger's order, and whether ours is among them."""
-        fields = self.strategy.fields()
+        fields = self.strategy.fields(turn)
         shares = []
         own_counted = False
         for offer in offers:
@@ -167,10 +166,10 @@ class Replica:
 
     def _refuse_non_finite(self, last: int) -> None:
         """What is not finite once stays so: one look after a batch is enough."""
-        for p in self._parameters:
-            if not bool(torch.isfinite(p.tensor.detach()).all()):
+        for name, t in self.tensors().items():
+            if not bool(torch.isfinite(t).all()):
                 raise ReplicaDiverged(
-                    f"{_rounds(self.round, last)} made {p.name} non-finite. This is the run's own arithmetic "
+                    f"{_rounds(self.round, last)} made {name} non-finite. This is the run's own arithmetic "
                     f"and the same on every peer: start again with a smaller learning rate."
                 )
 
@@ -180,19 +179,26 @@ class Replica:
         return sum(t.numel() * t.itemsize for t in self.tensors().values())
 
     def sums(self) -> dict[str, int]:
-        """Parameter name -> its part of the fingerprint: shows which tensors differ."""
-        return {p.name: parameter_sum(p.tensor.detach()) for p in self._parameters}
+        """Name of a replicated tensor -> its part of the fingerprint: shows which tensors differ."""
+        return {name: parameter_sum(t) for name, t in self.tensors().items()}
 
     def fingerprint(self) -> bytes:
         """8 bytes: equal on all peers after the same round."""
         return fingerprint(self.sums())
 
     def tensors(self) -> dict[str, Tensor]:
-        return {p.name: p.tensor.detach() for p in self._parameters}
+        """All that is replicated, live: parameters, and what `apply` keeps beside them."""
+        return self.strategy.replicated_tensors()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's parameters by name, contiguous on the CPU: what a user wants to have in a file."""
+        with self.strategy.replica():
+            named = self.model.named_parameters()
+            return {canonical_name(name): p.detach().cpu().contiguous() for name, p in named}
 
     def saved(self) -> Saved:
         """A copy of the replicated state on the CPU, for a snapshot or to come back to."""
-        tensors = {p.name: p.tensor.detach().to("cpu", copy=True) for p in self._parameters}
+        tensors = {name: t.to("cpu", copy=True) for name, t in self.tensors().items()}
         return Saved(self.round, self.digest, self._lr_factor, tensors)
 
     def restore(self, saved: Saved) -> None:
@@ -211,7 +217,7 @@ class Replica:
         if (manifest.round, manifest.commit) != (commit.body.round, commit.digest):
             raise ReplicaDiverged(f"the snapshot's round {manifest.round} is not on the run's ledger")
         found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-        if found != {p.name: (tuple(p.tensor.shape), p.tensor.dtype) for p in self._parameters}:
+        if found != {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()}:
             raise ReplicaDiverged("the snapshot's tensors are not those of the run's layout")
         if fingerprint({name: parameter_sum(t) for name, t in tensors.items()}) != manifest.fingerprint:
             raise ReplicaDiverged("the snapshot's tensors do not have the fingerprint that it states")
@@ -222,13 +228,14 @@ class Replica:
     def begin(self, base: bytes | None) -> None:
         """Becomes the replica before round 1. `base`: the base weights' bytes; None: exact initialisation."""
         initialise(self.model, self._genesis, self._seed, base)
+        self.strategy.begin()
         self.round, self.digest = 0, self.run_id
         self._lr_factor = float32_of_bits(self._genesis.lr_factor_bits)
 
     def _become(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for p in self._parameters:
-                p.tensor.copy_(tensors[p.name])
+            for name, t in self.tensors().items():
+                t.copy_(tensors[name])
 
 
 @dataclass(frozen=True, slots=True)

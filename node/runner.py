@@ -303,7 +303,7 @@ class Runner:
             round=self.replica.round,
             commit=self.replica.digest,
             fingerprint=self.replica.fingerprint(),
-            local=LocalState(self.replica.round, self.replica.strategy.state_dict()),
+            local=LocalState(self.replica.round, self.replica.strategy.local_state_dict()),
         )
 
     def _stored(self, stored: Stored) -> None:

@@ -106,6 +106,32 @@ def read(data: bytes) -> list[Commit]:
     return list(LedgerFile(BytesIO(data)).commits())
 
 
+def test_payloads_that_nobody_has_any_more_are_said_to_be_absent(tmp_path: Path) -> None:
+    record = encode_record(GENESIS)
+    gone = digest_of(LARGE)
+    summary = write_ledger(
+        tmp_path / "ledger",
+        record,
+        KEY.sign(record),
+        chain(),
+        lambda digest: None if digest == gone else BLOBS[digest],
+    )
+    assert (summary.rounds, summary.n_blobs, summary.absent_to) == (3, 1, 2)
+    assert check(tmp_path / "ledger") == summary
+    data = (tmp_path / "ledger").read_bytes()
+    with pytest.raises(LedgerCorrupt, match=r"record 1: its payload \w+: another one is said to be absent"):
+        read(
+            data.replace(
+                b"A" + (32).to_bytes(8, "little") + gone, b"A" + (32).to_bytes(8, "little") + bytes(32)
+            )
+        )
+    with open_ledger(tmp_path / "ledger") as ledger:
+        first = next(ledger.commits()).body.offers
+        assert ledger.payload(first[0]) == b"tiny"
+        with pytest.raises(KeyError):
+            ledger.payload(first[1])
+
+
 def items(data: bytes) -> list[int]:
     """Offsets of all items, and the end."""
     offsets = [len(MAGIC) + 4]
