@@ -137,8 +137,8 @@ class RiceIndices:
 
     def _ends(self, unary: Array, n: int, n_most: int) -> Array:
         """int64: where the n ones stand."""
-        filled_up = n_most <= _FILLED_UP
-        if not (unary.size == n_most if filled_up and n else unary.size <= n_most):
+        filled_up = n > 0 and n_most <= _FILLED_UP
+        if unary.size != n_most if filled_up else unary.size > n_most:
             raise BadPayload("shape", f"{unary.size} bytes for the gaps of {n} coefficients")
         ends_E = np.flatnonzero(np.unpackbits(unary, bitorder="little"))
         if ends_E.size != n:
