@@ -16,6 +16,7 @@ from thinwire.compression.dct_topk import DctTopK
 from thinwire.compression.dense import Dense
 from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import to_float32
+from thinwire.compression.none import Nothing
 from thinwire.compression.topk import TopK
 from thinwire.optim.adamw import power
 from thinwire.optim.base import Closure, Share
@@ -114,6 +115,19 @@ def test_alone_dense_and_plain_equals_sgd() -> None:
     for a, b in zip(train(decoupled, ours, 50), train(sgd, theirs, 50), strict=True):
         assert float((a - b).norm() / b.norm()) < 1e-6
     assert ours.grad is not None  # as torch's: gradients stay until zero_grad
+
+
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_alone_without_a_compressor_it_is_what_dense_is(base: str) -> None:
+    """The baseline of one peer; in a swarm it is refused."""
+    a, b = nn.Parameter(tensor(8, 5)), nn.Parameter(tensor(8, 5))
+    alone, with_dense = (
+        Decoupled([("p", p)], compressor=c, base=base, lr=0.01) for p, c in ((a, Nothing()), (b, Dense()))
+    )
+    for x, y in zip(train(alone, a, 5), train(with_dense, b, 5), strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(ConfigError, match="exchanges nothing"):
+        alone.fields(turn_of(1))
 
 
 def test_a_closure_and_gradients_in_place_give_the_same_step() -> None:
