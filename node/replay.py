@@ -55,7 +55,7 @@ def replay(
     summary = check(path)
     if summary.absent_to:
         raise ConfigError(
-            f"{path}: payloads of rounds up to {summary.absent_to} had been thrown away when it was saved: it "
+            f"{path}: payloads of rounds up to {summary.absent_to} were gone when it was saved: it "
             f"cannot be replayed from the base weights. thinwire export TICKET saves what the run has now."
         )
     with open_ledger(path) as ledger:
