@@ -99,9 +99,9 @@ class Strategy(torch.optim.Optimizer):
     """Base of all strategies; see the module's docstring.
 
     Subclasses implement `fields`, `propose`, `check`, `apply` and `check_options`, keep their per-parameter
-    state in `self.state` and their counters in `self.counters` (both are part of `state_dict`), and set
-    `needs_grad`. Hyper-parameters are the entries of `param_groups`; all of them hold for the whole strategy,
-    except those named in `per_group`.
+    state in `self.state` and their counters in `self.counters` (both are part of `state_dict`), say with
+    `replicated_state` which of the state `apply` changes, and set `needs_grad`. Hyper-parameters are the
+    entries of `param_groups`; all of them hold for the whole strategy, except those named in `per_group`.
 
     `state_dict()` holds the live tensors, as torch's does: save it (or copy it deeply) before going on.
     """

@@ -295,6 +295,21 @@ def test_a_round_ends_on_time() -> None:
     assert strategy.n_batches == 1  # one at least
 
 
+def test_a_round_of_steps_without_a_closure_ends_on_time_too() -> None:
+    p = nn.Parameter(tensor(3))
+    strategy = Diloco([("p", p)], compressor=Dense(), inner_steps=100, max_seconds=2.0)
+    now_s = 0.0
+    strategy.clock = lambda: now_s
+    rounds = []
+    for _ in range(7):
+        p.grad = torch.ones(3)
+        strategy.step()  # the clock starts with the first gradients of a round
+        rounds.append(strategy.counters.get("steps", 0))
+        now_s += 0.75
+    assert rounds == [0, 0, 0, 1, 1, 1, 1]
+    assert strategy.n_batches == 4
+
+
 # ------------------------------------------------------------------------------------------- error feedback
 
 
