@@ -66,7 +66,11 @@ Fields = Mapping[str, tuple[Field, ...]]
 
 
 class Compressor(Protocol):
-    """Packs one flattened parameter (or a rank's part of it) and decodes the mean of what peers packed."""
+    """Packs one flattened parameter (or a rank's part of it) and decodes the mean of what peers packed.
+
+    `turn.round` counts the rounds in which the parameter is sent: those that select by it take all elements in
+    turn.
+    """
 
     def fields(self, part: Part) -> tuple[Field, ...]:
         """The packed tensors of this parameter as a receiver expects them, `n_elements` being the most."""
