@@ -68,8 +68,8 @@ Fields = Mapping[str, tuple[Field, ...]]
 class Compressor(Protocol):
     """Packs one flattened parameter (or a rank's part of it) and decodes the mean of what peers packed.
 
-    `turn.round` counts the rounds in which the parameter is sent: those that select by it take all elements in
-    turn.
+    `turn.round` counts the rounds in which the parameter is sent: compressors that select by it come to every
+    element that way.
     """
 
     def fields(self, part: Part) -> tuple[Field, ...]:
