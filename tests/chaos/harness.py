@@ -219,9 +219,7 @@ class Swarm:
             if node.proxy is not None:
                 node.proxy.close()
         deadline_s = time.monotonic() + 10
-        while (
-            left := [*_running_in(self.folder), *self._temp.iterdir()]
-        ) and time.monotonic() < deadline_s:
+        while (left := [*_running_in(self.folder), *self._temp.iterdir()]) and time.monotonic() < deadline_s:
             time.sleep(0.05)
         shutil.rmtree(self._temp)
         assert not left, f"left behind: {left}"
