@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,8 +193,21 @@ def main(scenario: str, rank: int, world_size: int, folder: Path) -> None:
         "gloo", init_method=f"file://{folder / scenario}", rank=rank, world_size=world_size
     )
     result = globals()[f"scenario_{scenario}"](rank, world_size, folder)
-    dist.destroy_process_group()
     json.dump(result, sys.stdout)
+    wait_for_the_others(folder / f"{scenario}-ends", rank, world_size)
+    dist.destroy_process_group()
+
+
+def wait_for_the_others(ends: Path, rank: int, world_size: int) -> None:
+    """By files, so that no rank closes its connections while another may still be in a collective.
+
+    (Once in some dozens of runs gloo had ended a rank by SIGABRT, on a machine with too much to do.)
+    """
+    ends.mkdir(exist_ok=True)
+    (ends / str(rank)).touch()
+    deadline_s = time.monotonic() + 60
+    while len(list(ends.iterdir())) < world_size and time.monotonic() < deadline_s:
+        time.sleep(0.02)
 
 
 if __name__ == "__main__":
