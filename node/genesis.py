@@ -27,7 +27,7 @@ from thinwire.coordinator.schedule import lr_factor_bits
 from thinwire.coordinator.settings import parse_settings
 from thinwire.node.config import RunConfig
 from thinwire.node.tasks import Task
-from thinwire.optim.base import Strategy, canonical_name
+from thinwire.optim.base import canonical_name
 from thinwire.optim.registry import build_strategy, complete_config
 
 
@@ -43,8 +43,8 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
     """`coordinator`: its peer id. Builds the model on the meta device only. Raises ConfigError."""
     with torch.device("meta"):
         model = task.model()
-    strategy = build_strategy(config.strategy, model.named_parameters())
-    layout = layout_of(strategy, task)
+    build_strategy(config.strategy, model.named_parameters()).fields()  # refuses what cannot be sent
+    layout = layout_of(model, task)
     base = _read_base(Path(config.run.base), layout) if config.run.base else None
     held_out, corpus = task.held_out(), task.corpus()
     text = public_config(config, task).to_json()
@@ -75,14 +75,15 @@ def public_config(config: RunConfig, task: Task) -> RunConfig:
     )
 
 
-def layout_of(strategy: Strategy, task: Task) -> tuple[LayoutEntry, ...]:
-    """Every replicated parameter in name order with its rule for the initial values."""
+def layout_of(model: nn.Module, task: Task) -> tuple[LayoutEntry, ...]:
+    """Every parameter in name order, frozen ones included, with its rule for the initial values."""
+    parameters = {canonical_name(name): p for name, p in model.named_parameters()}
     entries = []
-    for p in strategy.parameters_in_order():
-        shape = tuple(p.tensor.shape)
-        init = task.init(p.name, shape)
-        dtype = str(p.tensor.dtype).removeprefix("torch.")
-        entries.append(LayoutEntry(name=p.name, shape=shape, dtype=dtype, init=init.rule, scale=init.scale))
+    for name, p in sorted(parameters.items()):
+        shape = tuple(p.shape)
+        init = task.init(name, shape)
+        dtype = str(p.dtype).removeprefix("torch.")
+        entries.append(LayoutEntry(name=name, shape=shape, dtype=dtype, init=init.rule, scale=init.scale))
     return tuple(entries)
 
 

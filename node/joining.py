@@ -200,6 +200,8 @@ class Joiner:
         if start.kind == "base":
             self._begin_anew()
             return
+        if self._replica.has_frozen:
+            self._begin_anew()
         stored = start.stored or self._fetch(start)
         manifest, tensors = self._store.load(stored)
         self._replica.adopt(manifest, tensors, self._commit(start.round))

@@ -174,6 +174,11 @@ class Replica:
                 )
 
     @property
+    def has_frozen(self) -> bool:
+        """Whether the model has parameters that the strategy leaves as they are: no snapshot holds them."""
+        return len(self.strategy.parameters_in_order()) < len(list(self.model.parameters()))
+
+    @property
     def n_bytes(self) -> int:
         """Size of the replicated tensors."""
         return sum(t.numel() * t.itemsize for t in self.tensors().values())
@@ -263,5 +268,5 @@ def build_replica(
     """
     model = task.model().to(device)
     strategy = build_strategy(parse_config(genesis.config).strategy, model.named_parameters())
-    check_layout(genesis, layout_of(strategy, task))
+    check_layout(genesis, layout_of(model, task))
     return Replica(run_id, genesis, model, strategy, peer_id)

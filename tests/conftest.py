@@ -24,7 +24,7 @@ from thinwire.coordinator.messages import PROTOCOL_VERSION, GenesisBody, LayoutE
 from thinwire.coordinator.schedule import float32_bits
 
 # How long an example takes says more about the machine than about the code.
-hypothesis.settings.register_profile("thinwire", print_blob=True)
+hypothesis.settings.register_profile("thinwire", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("thinwire")
 
 GOLDEN = Path(__file__).parent / "golden"
