@@ -121,7 +121,7 @@ class ReportEntry(Record):
 
 class SnapshotEntry(Record):
     """A snapshot that a peer has on disk since the last commit: the digest of its manifest, and the size of
-    all of it."""
+    all of it. 0 bytes: what it reported of that round before is taken back."""
 
     peer: Index
     round: Round

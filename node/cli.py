@@ -272,8 +272,9 @@ class Export:
 class Bench:
     """Measure speed and memory, as ratios to a baseline and to the copy bandwidth of this machine."""
 
-    name: Annotated[Positional[Literal["noise", "decoupled", "round", "all"]], arg(metavar="NAME")]
-    """noise (SPSA), decoupled (pack, decode, update), round (8 peers on loopback), or all."""
+    name: Annotated[Positional[Literal["noise", "decoupled", "wire", "round", "all"]], arg(metavar="NAME")]
+    """noise (SPSA), decoupled (pack, decode, update), wire (bits per coefficient), round (8 peers on
+    loopback), or all."""
     params: Annotated[float | None, arg(metavar="N")] = None
     """Parameters of the model, e.g. 3e7."""
     repeats: Annotated[int, arg(metavar="N")] = 5

@@ -179,7 +179,7 @@ class DemoSwarm:
             peer = next(p for p in status["peers"] if p["peer_id"] == fault["peer"])
             if peer["state"] == "training":
                 fault["back_at_round"] = now
-                self.notes.append(f"round {now}: {fault['node']} is back, with the replica of a live node")
+                self.notes.append(f"round {now}: {fault['node']} is back and trains")
 
     def _kill_one(self, now: int) -> None:
         self.killed = list(self.nodes.values())[-1]
