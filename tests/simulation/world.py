@@ -136,14 +136,18 @@ class World:
             wire.down = deque([End()])
 
     def bring_back(self, peer: Peer) -> None:
-        """Nobody but this node is heard until it has been welcomed."""
+        """Nobody but this node is heard until it has been welcomed, or the coordinator has ended."""
         peer.is_frozen = False
+        if self.desk.adopting is not None:
+            self.pass_time(STALL_S + 1.0)  # somebody else had begun to give commits back
         while peer.wire is not None and self.deliver_down(peer.wire):
             pass  # the end of its old connection
         self.connect(peer)
-        wire = peer.wire
-        while wire is not None and peer.index is None and peer.refused is None:
-            assert self.desk.deliver_up(wire) | self.deliver_down(wire), f"{peer.name} is not welcomed"
+        while peer.wire is not None and peer.index is None and peer.refused is None:
+            moves = self.desk.deliver_up(peer.wire) | self.deliver_down(peer.wire)
+            assert moves, f"{peer.name} is not welcomed"
+        is_answered = peer.index is not None or peer.refused is not None
+        assert is_answered or self.host.service is None, f"{peer.name} is sent away without a reason"
 
     def is_lost(self) -> bool:
         """Whether too few nodes can go on: their next payload is rightly gone, and there is no snapshot."""
