@@ -250,7 +250,7 @@ class Service:
             return now_s + 1.0
         self._handle_member(m.TimePassed(), now_s)
         self._handle_round(r.TimePassed(), now_s)
-        self._crier.tell(self._members.connected(), self._offers)
+        self._crier.tell(self._members.connected(), self._fetchable())
         self._notice(now_s)
         self._update_finished(now_s)
         wakes = [self._members.wake_s(), self._rounds.wake_s(), self._next_notice_s]
@@ -333,11 +333,18 @@ class Service:
                         self._tell_payload(peer)
 
     def _tell_payload(self, peer: int) -> None:
-        """Others may fetch the payload of the peer's offer ahead. Not before it is here: the peer's line is
-        for the upload first, which the round waits for."""
-        offer = self._offers[peer]
-        if offer.digest is not None and offer.digest in self._blobs:
+        offer = self._fetchable().get(peer)
+        if offer is not None:
             self._crier.tell_offered(peer, offer, self._members.connected())
+
+    def _fetchable(self) -> dict[int, Offer]:
+        """Offers whose payload others may fetch ahead. Not before it is here: the line of the peer that made
+        it is for the upload first, which the round waits for."""
+        return {
+            peer: offer
+            for peer, offer in self._offers.items()
+            if offer.digest is not None and self._blobs.size(offer.digest) == offer.n_bytes
+        }
 
     def _refused(self, peer: int, reason: str) -> None:
         self.count_rejected(reason)

@@ -658,6 +658,30 @@ def test_who_has_which_payload_is_told_to_the_others(make_world: MakeWorld) -> N
     assert world.messages(Offered) == [], "its round is over"
 
 
+def test_a_newcomer_hears_only_of_payloads_that_are_here(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=2)
+    world.train("a", "b")
+    data = bytes(5000)
+    world.say("a", blob_offer(1, data))
+    world.open("c")
+    world.service.tick(world.now_s)
+    assert world.messages(Offered) == [], "the upload comes first"
+    world.upload("a", data)
+    told = Offered(round=1, holder="a", digest=digest_of(data), n_bytes=5000)
+    assert world.messages(Offered, "c") == [told]
+
+
+def test_nobody_is_told_of_a_payload_with_a_wrong_size(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=2)
+    world.train("a", "liar")
+    data = bytes(5000)
+    world.say("liar", blob_offer(1, data).model_copy(update={"n_bytes": 4999}))
+    world.upload("liar", data)
+    world.open("c")
+    world.service.tick(world.now_s)
+    assert world.messages(Offered) == []
+
+
 def payload(round_: int) -> bytes:
     return round_.to_bytes(2, "big") * 3000
 

@@ -98,6 +98,7 @@ class Host:
     def _send(self, peer_id: str, message: Message) -> None:
         if isinstance(message, Offered):
             assert message.round == self.ledger.head_round + 1, f"told of an offer for round {message.round}"
+            assert self.blobs.size(message.digest) == message.n_bytes, "told of a payload that is not here"
         self.spark()
         self._post(peer_id, message)
 
