@@ -25,7 +25,7 @@ demo: setup      ## a coordinator and 4 nodes on this machine, real text, live t
 
 test: setup      ## every test that this machine can run; says what it skipped and why
 	$(BIN)/python -m pytest -n 2 -m "not swarm"
-	$(BIN)/python -m pytest -m swarm
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m swarm
 
 test-fast: setup ## the tests without real processes and sockets
 	$(BIN)/python -m pytest -n 2 -m "not swarm"

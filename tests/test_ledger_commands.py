@@ -22,6 +22,7 @@ name = "small"
 rounds = 100000
 min_peers = 2
 verify_every = 2
+snapshot_every = 100000
 [task]
 layers = 1
 width = 16
