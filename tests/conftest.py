@@ -183,7 +183,7 @@ def thinwire(tmp_path: Path) -> Iterator[Start]:
         if program.process.poll() is None:
             program.process.kill()
             program.process.wait()
-    wait_until(lambda: not left_over(tmp_path), 10, lambda: f"left behind: {left_over(tmp_path)}")
+    wait_until(lambda: not left_over(tmp_path), 30, lambda: f"left behind: {left_over(tmp_path)}")
 
 
 def left_over(folder: Path) -> list[str]:
