@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.replicas import LAYOUT, Replica, run_round
 from thinwire.compression import wire
-from thinwire.compression.base import Payload, Turn
+from thinwire.compression.base import Payload
 from thinwire.compression.errors import BadPayload
-from thinwire.compression.exact import to_float32
-from thinwire.compression.fingerprint import fingerprint, parameter_sum
 from thinwire.compression.noise import initial_values
 from thinwire.compression.selection import Selection
 from thinwire.compression.sparse import Sparse
-from thinwire.optim.base import Closure, Own, Round, Share
-from thinwire.optim.registry import build_compressor, build_strategy, complete_config
+from thinwire.optim.base import Closure, Own
+from thinwire.optim.registry import build_compressor, complete_config
 
 ROWS: dict[str, dict[str, Any]] = {
     "spsa sign": {"name": "spsa", "lr": 1e-2, "probes": 3, "weight_decay": 0.1},
@@ -105,9 +103,7 @@ ROWS |= {
     "diloco striding": {**DILOCO, "compressor": {"name": "striding", "rate": 0.5}, "fragments": 2},
 }
 
-LAYOUT = wire.layout_hash(b"the layout of this suite")
 PAYLOADS = Path(__file__).parent.parent / "golden" / "strategy_payloads.json"
-MAX_BYTES = 1 << 20
 
 
 class Net(nn.Module):
@@ -132,59 +128,8 @@ def batch_loss(model: nn.Module, seed: int) -> Closure:
     return lambda: F.cross_entropy(model(x), target)
 
 
-@dataclass
-class Replica:
-    """One peer: model, strategy, and the bytes of what it offers."""
-
-    config: dict[str, Any]
-    peer: int
-    width: int = 211
-    model: nn.Module = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.model = Net(self.width)
-        self.strategy = build_strategy(self.config, self.model.named_parameters())
-        self.model.train(self.strategy.needs_grad)
-
-    def seed(self, round: int) -> int:
-        return (self.peer + 1) * 0x9E3779B97F4A7C15 + round & (1 << 64) - 1
-
-    def turn(self, round: int) -> Turn:
-        return Turn(round, 0xABCDEF0123456789 + round, self.seed(round), to_float32(1 / round))
-
-    def offer(self, round: int) -> bytes:
-        n_drawn = 0
-
-        def draw() -> Closure:
-            nonlocal n_drawn
-            n_drawn += 1
-            return batch_loss(self.model, 1000 * round + 100 * self.peer + n_drawn)
-
-        payload = self.strategy.propose(draw, self.turn(round))
-        return wire.encode(payload, self.strategy.fields(self.turn(round)), round, LAYOUT)
-
-    def decode(self, data: bytes, round: int) -> Payload:
-        return wire.decode(data, self.strategy.fields(self.turn(round)), round, LAYOUT, MAX_BYTES)
-
-    def read(self, round: int, seeds_and_bytes: list[tuple[int, bytes]], own: Own) -> Round:
-        """As a node does it: what does not pass `check` is left out."""
-        turn, shares = self.turn(round), []
-        for seed, data in seeds_and_bytes:
-            payload = self.decode(data, round)
-            try:
-                self.strategy.check(payload, turn)
-            except BadPayload:
-                continue
-            shares.append(Share(seed, 1, payload))
-        return Round(shares, turn, own)
-
-    def apply(self, round: int, seeds_and_bytes: list[tuple[int, bytes]], own: Own) -> None:
-        r = self.read(round, seeds_and_bytes, own)
-        self.strategy.apply(r.shares, r.turn, r.own)
-
-    def print(self) -> str:
-        sums = {name: parameter_sum(t) for name, t in self.strategy.replicated_tensors().items()}
-        return fingerprint(sums).hex()
+def new_replica(config: dict[str, Any], peer: int, width: int = 211) -> Replica:
+    return Replica(config, peer, Net(width), batch_loss)
 
 
 Ledger = list[tuple[int, list[tuple[int, bytes]]]]
@@ -192,17 +137,7 @@ Ledger = list[tuple[int, list[tuple[int, bytes]]]]
 
 
 def swarm(row: str, n_peers: int, width: int = 211) -> list[Replica]:
-    return [Replica(ROWS[row], peer, width) for peer in range(n_peers)]
-
-
-def run_round(replicas: list[Replica], round: int, lost: set[int] | None = None) -> list[tuple[int, bytes]]:
-    """Everybody proposes; the offers of `lost` peers miss the commit; everybody applies it."""
-    lost = lost or set()
-    offers = {r.peer: r.offer(round) for r in replicas}
-    counted = [(r.seed(round), offers[r.peer]) for r in replicas if r.peer not in lost]
-    for r in replicas:
-        r.apply(round, counted, "missed" if r.peer in lost else "counted")
-    return counted
+    return [new_replica(ROWS[row], peer, width) for peer in range(n_peers)]
 
 
 def run(replicas: list[Replica], rounds: range, lost: dict[int, set[int]] | None = None) -> Ledger:
@@ -211,7 +146,7 @@ def run(replicas: list[Replica], rounds: range, lost: dict[int, set[int]] | None
 
 def replay(row: str, ledger: Ledger) -> str:
     """The fingerprint of a replica that only follows."""
-    follower = Replica(ROWS[row], peer=99)
+    follower = new_replica(ROWS[row], peer=99)
     for round_, counted in ledger:
         follower.apply(round_, counted, None)
     return follower.print()
@@ -347,7 +282,7 @@ def restarted(replica: Replica) -> Replica:
     torch.save({"model": replica.model.state_dict(), "strategy": replica.strategy.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    other = Replica(replica.config, replica.peer, replica.width)
+    other = new_replica(replica.config, replica.peer)
     other.model.load_state_dict(saved["model"])
     other.strategy.load_state_dict(saved["strategy"])
     return other
@@ -554,9 +489,9 @@ def golden_payloads(row: str) -> list[list[str]]:
 def test_golden(row: str, golden: Callable[[dict[str, str]], None], kernels: str) -> None:
     """`apply` of committed payloads gives the committed fingerprints, on any machine, with any kernels."""
     rounds = golden_payloads(row)
-    replica, prints = Replica(ROWS[row], peer=99, width=13), {}
+    replica, prints = new_replica(ROWS[row], peer=99, width=13), {}
     for round_, payloads in enumerate(rounds, start=1):
-        shares = [(Replica.seed(replica, 7 * i + round_), bytes.fromhex(p)) for i, p in enumerate(payloads)]
+        shares = [(replica.seed(7 * i + round_), bytes.fromhex(p)) for i, p in enumerate(payloads)]
         replica.apply(round_, shares, None)
         prints[f"{row}, round {round_}"] = replica.print()
     golden(prints)
