@@ -51,6 +51,9 @@ class NodeMetrics:
         self._payload.inc(n_bytes)
         self._phase.labels(phase="propose").observe(duration_s)
 
+    def worked_ahead(self, duration_s: float) -> None:
+        self._phase.labels(phase="ahead").observe(duration_s)
+
     def applied(self, own: Own, duration_s: float) -> None:
         if own is not None:
             self._offers.labels(result=own).inc()

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from thinwire.compression.base import Turn
 from thinwire.compression.errors import ReplicaDiverged, SwarmUnreachable
 from thinwire.coordinator.messages import (
     BlobRef,
@@ -41,7 +42,7 @@ from thinwire.node.snapshot_writer import SnapshotWriter
 from thinwire.node.snapshots import Stored
 from thinwire.node.tasks import Task, make_task
 from thinwire.node.view import human_bytes
-from thinwire.optim.base import Closure
+from thinwire.optim.base import Closure, Draw
 
 log = logging.getLogger("thinwire.node")
 
@@ -341,17 +342,28 @@ class Runner:
         self._offered_round = turn.round
         self._payload_bytes += len(payload)
         self.metrics.proposed(strategy.last_loss, len(payload), time.monotonic() - started_s)
+        n_batches = micro_batches + strategy.n_ahead
         self.link.offer(
             Offer(
                 round=turn.round,
-                n_samples=self.task.n_samples * micro_batches,
-                n_tokens=self.task.n_tokens * micro_batches,
+                n_samples=self.task.n_samples * n_batches,
+                n_tokens=self.task.n_tokens * n_batches,
                 loss=strategy.last_loss,
                 n_bytes=len(payload),
                 payload=payload,
                 digest=None,
             )
         )
+        self._work_ahead(draw, turn)
+
+    def _work_ahead(self, draw: Draw, turn: Turn) -> None:
+        """What the strategy can do for the next round while the commit of this one has not come."""
+        is_last = turn.round == self.config.run.rounds
+        while not is_last and self._is_at_head() and not self.stop.is_set():
+            started_s = time.monotonic()
+            if not self.replica.strategy.work_ahead(draw, turn):
+                return
+            self.metrics.worked_ahead(time.monotonic() - started_s)
 
     def _apply(self, commits: list[Commit]) -> None:
         """One live commit, or several older ones."""

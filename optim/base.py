@@ -118,6 +118,9 @@ class Strategy(torch.optim.Optimizer):
     n_batches: int = 1
     """Micro-batches in the last payload: what `step` says as `n_samples`. (A swarm's runner counts them.)"""
 
+    n_ahead: int = 0
+    """Those of them that `work_ahead` drew, before the round of that payload."""
+
     peers: Peers | None = None
     """Whom `step` exchanges with; None: alone."""
 
@@ -246,6 +249,12 @@ class Strategy(torch.optim.Optimizer):
         the round's last: then `propose_from_grad` takes them."""
         return False
 
+    def work_ahead(self, draw: Draw, turn: Turn) -> bool:
+        """Work for the next round while the offer of this one, `turn`, is under way: a piece at a time, and
+        False, with nothing done, if there is none to do. `draw`: the one of `propose`, further batches. Does
+        not change a parameter. (`step` has nothing to do meanwhile: its collectives block.)"""
+        return False
+
     def resume(self) -> None:
         """The next gradients in place will belong to the next round: called by `step` after `apply`."""
 
@@ -344,7 +353,9 @@ class Strategy(torch.optim.Optimizer):
             strange = sorted(set(saved) ^ set(own))[:3] or "the same names in another order"
             raise ConfigError(f"the state of another model: {strange}")
         # torch would cast every tensor to the parameter's dtype: it restores the groups only.
-        super().load_state_dict({"state": {}, "param_groups": groups})
+        # A state of an earlier version has no value for options that are younger: they keep the default.
+        complete = [group | {k: v for k, v in self.defaults.items() if k not in group} for group in groups]
+        super().load_state_dict({"state": {}, "param_groups": complete})
         parameters = [p for group in self.param_groups for p in group["params"]]
         state: defaultdict[Tensor, Any] = defaultdict(dict)
         if state_dict.get("is_local", False):

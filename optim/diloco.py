@@ -12,8 +12,12 @@ missed its commit goes back into e, as far as it would have decayed since.
 
 Streaming: the parameters are dealt into `fragments`, and round r sends fragment (r - 1) mod fragments alone:
 each one is synchronised after `fragments` times H inner steps, the others train on from where they are. A
-fragment goes on from mix theta_i + (1 - mix) theta. (In the paper that goes with overlap: peers train on for
-tau steps while offers travel. A round here ends before the next one's local work begins, so tau is 0.)
+fragment goes on from mix theta_i + (1 - mix) theta (alpha in the paper).
+
+Overlap: while its offer travels a peer trains on, for `overlap` inner steps at most (tau), from its inner
+parameters and with the round's learning rate. They are the first of the next round's H steps. The fragment
+under way keeps the share `mix` of them, the others all. Only a swarm waits with time to spare: `step` blocks
+in its collectives, and has no overlap.
 
 SparseLoCo: compressor topk with 2 bits, feedback_decay 0.95, outer_lr 1, outer_momentum 0.
 
@@ -32,9 +36,11 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.base import Compressor, Fields, Packed, Payload, Turn
+from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import exact_arithmetic, to_float32
 from thinwire.optim import options
 from thinwire.optim.base import (
+    Closure,
     Draw,
     NamedParameters,
     Own,
@@ -64,8 +70,8 @@ class Diloco(Strategy):
     the outer ones within `replica()`.
 
     Counters: `applied`, the last round; `dropped_batches` whose loss or gradient was not finite;
-    `dropped_rounds` whose inner parameters were not; `inner`, steps since the last round; `decays F` of the
-    error feedback of fragment F; `lost_sends` (see `Leftover`).
+    `dropped_rounds` whose inner parameters were not; `inner`, steps since the last round; `ahead`, steps of
+    the next one; `decays F` of the error feedback of fragment F; `lost_sends` (see `Leftover`).
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class Diloco(Strategy):
         feedback_decay: float = 1.0,
         fragments: int = 1,
         mix: float = 0.0,
+        overlap: int = 0,
         weights: str = "samples",
         clip: float = 10.0,
         seed: int = 0,
@@ -93,13 +100,14 @@ class Diloco(Strategy):
         """`lr` and `weight_decay` are the inner optimizer's; schedules act on `lr`. `inner`: see `inner.py`.
 
         `inner_steps`: H, of one micro-batch each, in a round; fewer, but one at least, where they take longer
-        than `max_seconds` (0: no limit). `max_grad_norm`: 0 means no limit. `weights`: offers count by their
-        "samples" or are "equal". `clip`: no offer's L1 norm or samples count for more than this many times
-        their median in the round.
+        than `max_seconds` (0: no limit; the time of steps made ahead is not part of it). `max_grad_norm`: 0
+        means no limit. `weights`: offers count by their "samples" or are "equal". `clip`: no offer's L1 norm
+        or samples count for more than this many times their median in the round.
         """
         self.compressor = compressor
         self.clock = time.monotonic
         self._deadline_s: float | None = None
+        self._losses: list[float] = []
         self._phase = InnerPhase(self)
         self._leftover = Leftover(self, compressor, "leftover", self._kept)
         defaults = {
@@ -117,6 +125,7 @@ class Diloco(Strategy):
             "feedback_decay": feedback_decay,
             "fragments": fragments,
             "mix": mix,
+            "overlap": overlap,
             "weights": weights,
             "clip": clip,
         }
@@ -138,6 +147,12 @@ class Diloco(Strategy):
         options.real(group, "feedback_decay", at_least=0, at_most=1)
         options.whole(group, "fragments", at_least=1, at_most=2**10)
         options.real(group, "mix", at_least=0, below=1)
+        options.whole(group, "overlap", at_least=0, at_most=group["inner_steps"])
+        if group["overlap"] > 0 and group["mix"] == 0:
+            raise ConfigError(
+                f"overlap = {group['overlap']} with mix = 0: what a fragment learns while its offer travels "
+                "would be lost: set mix, to 0.5 for example"
+            )
         options.choice(group, "weights", ["samples", "equal"])
         options.real(group, "clip", at_least=1)
 
@@ -182,21 +197,23 @@ class Diloco(Strategy):
     def propose(self, draw: Draw, turn: Turn) -> Payload:
         """Inner steps, one drawn batch each. Puts the parameters back, and clears the gradients."""
         self._start(turn)
-        self._phase.enter()
-        losses: list[float] = []
-        self.n_batches = 0
-        try:
+        self.n_ahead = self.n_batches = self.counters.pop("ahead", 0)
+        with self._inner_training():
             while self.n_batches == 0 or not self._is_enough(self.n_batches):
-                self.zero_grad(set_to_none=True)
-                loss = backward(draw())
+                self._train_on(draw(), turn)
                 self.n_batches += 1
-                if self._inner_step(loss, turn):
-                    losses.append(loss)
-            self.last_loss = sum(losses) / len(losses) if losses else None
+            self.last_loss = sum(self._losses) / len(self._losses) if self._losses else None
+            self._losses = []
             return self._send(turn)
-        finally:
-            self.zero_grad(set_to_none=True)
-            self._leave()
+
+    def work_ahead(self, draw: Draw, turn: Turn) -> bool:
+        """One inner step."""
+        if self.counters.get("ahead", 0) >= self.option("overlap"):
+            return False
+        with self._inner_training():
+            self._train_on(draw(), turn)
+            self.count("ahead")
+        return True
 
     def absorb_gradients(self, turn: Turn) -> bool:
         n_done = self.counters.get("inner", 0)
@@ -237,12 +254,36 @@ class Diloco(Strategy):
             if self._leftover.is_open(p, its_turn):
                 # Proposed once more for the same round: what was sent before never counted.
                 self._leftover.put_back(p, its_turn)
-                self._phase.forget([p])
+                self._forget([p])
 
     def _follow(self, turn: Turn) -> None:
         """Inner parameters of a replica that was moved to another round have nothing to do with it."""
         if turn.round != self.counters.get("applied", 0) + 1:
-            self._phase.forget(self.parameters_in_order())
+            self._forget(self.parameters_in_order())
+            self.counters["applied"] = turn.round - 1
+
+    def _forget(self, parameters: Sequence[Parameter]) -> None:
+        """These start from the outer parameters, and with a whole round's steps."""
+        self._phase.forget(parameters)
+        self.counters.pop("ahead", None)
+        self._losses = []
+
+    @contextmanager
+    def _inner_training(self) -> Iterator[None]:
+        """The model has the inner parameters meanwhile; no gradients are left."""
+        self._phase.enter()
+        try:
+            yield
+        finally:
+            self.zero_grad(set_to_none=True)
+            self._leave()
+
+    def _train_on(self, closure: Closure, turn: Turn) -> None:
+        """One inner step."""
+        self.zero_grad(set_to_none=True)
+        loss = backward(closure)
+        if self._inner_step(loss, turn):
+            self._losses.append(loss)
 
     def _is_enough(self, n_steps: int) -> bool:
         """Whether the round has had all its inner steps, or its time."""
