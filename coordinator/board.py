@@ -23,6 +23,7 @@ class PeerFigures:
 
     offers_counted: int = 0
     offers_missed: int = 0
+    missed_in_a_row: int = 0
     fingerprint: bytes | None = None
     fingerprint_round: int | None = None
     loss: float | None = None
@@ -66,6 +67,7 @@ class Board:
             self.payload_bytes += offer.n_bytes
             peer = self.peer(offer.peer)
             peer.offers_counted += 1
+            peer.missed_in_a_row = 0
             peer.loss = offer.loss
 
     def round_closed(self, duration_s: float, missing: Iterable[int]) -> None:
@@ -75,6 +77,7 @@ class Board:
         self.n_durations += 1
         for index in missing:
             self.peer(index).offers_missed += 1
+            self.peer(index).missed_in_a_row += 1
 
     def figures(self) -> dict[str, Any]:
         """JSON-able; those of peers apart."""

@@ -1,13 +1,23 @@
-"""When a round closes although somebody is still awaited (design: section 5, "Closing policy")."""
+"""When a round closes although somebody is still awaited (design: section 5, "Closing policy").
+
+`fastest` are dynamic backup workers (arXiv 2102.06280): a round ends with its k-th offer, and k is chosen
+when it opens, to be worth most per second. T(k), when the k-th offer comes, is the mean of that order
+statistic over the last rounds, late offers included. What k offers are worth follows from their samples
+alone, because the coordinator opens no payload: a batch of S samples gains S / (S + B) of what a step can
+gain at most, B being the noise scale of the gradient (arXiv 1812.06162). A run is set up for the peers that
+it has, so B is taken to be what all of them bring together: the last one to come is waited for if it makes
+the round longer by less than half of what it adds to the batch, both as fractions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Literal
 
-PolicyName = Literal["deadline", "all"]
+PolicyName = Literal["deadline", "all", "fastest"]
 
 KEPT_ROUNDS = 16
 MEASURED_ROUNDS = 3
@@ -19,40 +29,69 @@ class Limit:
     """Seconds after a round's opening at which what is there is enough.
 
     `drops`: who is missing then is taken for hung, and not awaited again until it makes an offer.
+    `enough`: so many offers are enough at any time; None: everybody is awaited.
     """
 
     after_s: float
     drops: bool
+    enough: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One peer's offer of a round: seconds from the round's opening until it was eligible, and its samples.
+
+    `has_come` is False for one that had not when the round closed: it takes longer than this.
+    """
+
+    time_s: float
+    n_samples: int
+    has_come: bool
 
 
 class OfferTimes:
-    """Seconds from a round's opening until an offer was eligible, late ones included, by round."""
+    """When offers were eligible, late ones included, by round and peer; of the last rounds."""
 
     def __init__(self) -> None:
-        self._by_round: dict[int, list[float]] = {}
+        self._by_round: dict[int, dict[int, Measured]] = {}
 
-    def record(self, round_: int, time_s: float) -> None:
-        self._by_round.setdefault(round_, []).append(time_s)
+    def record(self, round_: int, peer: int, time_s: float, n_samples: int = 1) -> None:
+        self._note(round_, peer, Measured(time_s, n_samples, has_come=True))
+
+    def is_missing(self, round_: int, peer: int, time_s: float) -> None:
+        """The round closed after this time without the peer, which was awaited."""
+        self._note(round_, peer, Measured(time_s, 0, has_come=False))
+
+    def _note(self, round_: int, peer: int, measured: Measured) -> None:
+        self._by_round.setdefault(round_, {})[peer] = measured
         for old in sorted(self._by_round)[:-KEPT_ROUNDS]:
             del self._by_round[old]
 
+    def rounds(self, before: int) -> list[dict[int, Measured]]:
+        """Measured rounds before this one, by peer; without those of which no offer has come."""
+        rounds = [by_peer for r, by_peer in sorted(self._by_round.items()) if r < before]
+        return [by_peer for by_peer in rounds if any(m.has_come for m in by_peer.values())]
+
     def values(self, before: int) -> list[float]:
         """All times of rounds before this one."""
-        return [t for r, times in self._by_round.items() if r < before for t in times]
+        return [m.time_s for by_peer in self.rounds(before) for m in by_peer.values() if m.has_come]
 
     def n_rounds(self, before: int) -> int:
-        return sum(r < before for r in self._by_round)
+        return len(self.rounds(before))
 
 
-def limit(policy: PolicyName, times: OfferTimes, round_: int) -> Limit:
-    """The limit of the open round.
+def limit(policy: PolicyName, times: OfferTimes, round_: int, expected: Collection[int] = ()) -> Limit:
+    """The limit of the open round. `expected`: who was awaited when it opened; only `fastest` asks.
 
-    `deadline` follows the rounds before this one; until enough are measured it is as patient as `all`,
-    which gives up a peer whose trainer hangs while its heartbeat lives.
+    `deadline` and `fastest` follow the rounds before this one; until enough are measured they are as patient
+    as `all`, which gives up a peer whose trainer hangs while its heartbeat lives.
     """
-    measured = times.values(before=round_)
-    if policy == "deadline" and times.n_rounds(before=round_) >= MEASURED_ROUNDS:
-        return Limit(deadline_s(measured), drops=False)
+    if policy != "all" and times.n_rounds(before=round_) >= MEASURED_ROUNDS:
+        if policy == "deadline":
+            return Limit(deadline_s(times.values(before=round_)), drops=False)
+        found = fastest(times.rounds(before=round_), expected)
+        if found is not None:
+            return found
     return Limit(patience_s(times.values(before=round_ + 1)), drops=True)
 
 
@@ -66,3 +105,58 @@ def deadline_s(times: Sequence[float]) -> float:
 def patience_s(times: Sequence[float]) -> float:
     """max(10 medians, 60 s); the offers of the open round count too, so that slow models are not cut off."""
     return max(10 * median(times), 60.0) if times else 60.0
+
+
+# ------------------------------------------------------------------------------------------ backup workers
+
+
+def fastest(rounds: Sequence[dict[int, Measured]], expected: Collection[int]) -> Limit | None:
+    """The k whose offers are worth most per second, and when to give up waiting for the k-th.
+
+    Nobody waits for a peer of which no offer has ever come. None: no expected peer is measured.
+    """
+    known = _typical(rounds, expected)
+    if not known:
+        return None
+    by_round = [sorted(row, key=lambda m: m.time_s) for row in _filled(rounds, known)]
+    all_samples = fmean(sum(m.n_samples for m in by_time) for by_time in by_round)
+    best, best_rate = 1, -math.inf
+    for k in range(1, len(known) + 1):
+        gained = fmean(gain(sum(m.n_samples for m in by_time[:k]), all_samples) for by_time in by_round)
+        rate = gained / max(fmean(by_time[k - 1].time_s for by_time in by_round), 1e-9)
+        if rate >= best_rate:
+            best, best_rate = k, rate
+    return Limit(deadline_s([by_time[best - 1].time_s for by_time in by_round]), drops=False, enough=best)
+
+
+def gain(n_samples: float, noise_scale: float) -> float:
+    """The share of the largest possible gain of a step that a batch of so many samples brings."""
+    return n_samples / (n_samples + noise_scale)
+
+
+def _typical(rounds: Sequence[dict[int, Measured]], expected: Collection[int]) -> dict[int, Measured]:
+    """The median time and the newest samples of those expected peers whose offers have come."""
+    typical = {}
+    for peer in sorted(expected):
+        come = [by_peer[peer] for by_peer in rounds if peer in by_peer and by_peer[peer].has_come]
+        if come:
+            typical[peer] = Measured(median(m.time_s for m in come), come[-1].n_samples, has_come=True)
+    return typical
+
+
+def _filled(rounds: Sequence[dict[int, Measured]], typical: dict[int, Measured]) -> list[list[Measured]]:
+    """Every round with every known peer. One that is missing is taken to come when it usually does, but not
+    before the round was over."""
+    filled = []
+    for by_peer in rounds:
+        row = []
+        for peer, usual in typical.items():
+            found = by_peer.get(peer)
+            if found is None:
+                row.append(usual)
+            elif found.has_come:
+                row.append(found)
+            else:
+                row.append(Measured(max(found.time_s, usual.time_s), usual.n_samples, has_come=False))
+        filled.append(row)
+    return filled

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from thinwire.coordinator.policy import OfferTimes, PolicyName, limit
+from thinwire.coordinator.policy import KEPT_ROUNDS, Limit, OfferTimes, PolicyName, limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class Offered:
     round: int
     digest: bytes
     has_bytes: bool
+    n_samples: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +95,12 @@ Action = RoundOpened | OfferKept | OfferRefused | RoundClosed
 class _Kept:
     digest: bytes
     has_bytes: bool
+    n_samples: int
 
 
 @dataclass(slots=True)
 class _Past:
-    """What is remembered of the round just closed, to tell a resent offer from a late one."""
+    """What is remembered of a closed round, to tell a resent offer from a late one."""
 
     opened_s: float
     expected: frozenset[int]
@@ -136,7 +138,9 @@ class Rounds:
         self._opening: frozenset[int] = frozenset()
         self._offers: dict[int, _Kept] = {}
         self._hung: set[int] = set()
-        self._past: _Past | None = None
+        self._pasts: dict[int, _Past] = {}
+        self._goal: Limit | None = None
+        """What `fastest` has chosen for the open round."""
         self._last_evaluator = evaluator
         if 0 < head < n_rounds:
             self._open(resting, now_s)
@@ -181,7 +185,10 @@ class Rounds:
         """When the open round's limit is reached; None: only an event can change anything."""
         if self.is_held or self.opened_s is None or not self._eligible():
             return None
-        return self.opened_s + limit(self._policy, self.times, self.round).after_s
+        return self.opened_s + self._limit().after_s
+
+    def _limit(self) -> Limit:
+        return self._goal or limit(self._policy, self.times, self.round)
 
     def _eligible(self) -> list[int]:
         return sorted(peer for peer, kept in self._offers.items() if kept.has_bytes)
@@ -190,12 +197,15 @@ class Rounds:
         self.opened_s = now_s
         self.expected = self.training - self._hung - {resting}
         self._opening = frozenset(self.expected)
+        if self._policy == "fastest":
+            goal = limit(self._policy, self.times, self.round, self._opening)
+            self._goal = goal if goal.enough is not None else None
         return RoundOpened(self.round, tuple(sorted(self.expected)))
 
     def _offered(self, offer: Offered, now_s: float) -> Action:
         self._hung.discard(offer.peer)
-        if offer.round == self.head and self._past is not None:
-            return self._offered_late(offer, self._past, now_s)
+        if (past := self._pasts.get(offer.round)) is not None:
+            return self._offered_late(offer, past, now_s)
         if offer.round != self.round or self.is_over:
             return OfferRefused(offer.peer, "wrong_round")
         kept = self._offers.get(offer.peer)
@@ -208,7 +218,7 @@ class Rounds:
         if kept is None and len(self._offers) >= self._max_offers:
             return OfferRefused(offer.peer, "too_many_offers")
         if kept is None:
-            self._offers[offer.peer] = _Kept(offer.digest, False)
+            self._offers[offer.peer] = _Kept(offer.digest, False, offer.n_samples)
         if offer.has_bytes:
             self._has_bytes(offer.peer, now_s)
         return OfferKept(offer.peer, is_new=kept is None)
@@ -217,19 +227,19 @@ class Rounds:
         if offer.peer in past.counted:
             return OfferKept(offer.peer, is_new=False)
         if offer.peer not in past.late:
-            past.late[offer.peer] = _Kept(offer.digest, False)
+            past.late[offer.peer] = _Kept(offer.digest, False, offer.n_samples)
             if offer.has_bytes:
-                self._has_bytes_late(offer.peer, past, now_s)
+                self._has_bytes_late(offer.peer, offer.round, now_s)
         return OfferRefused(offer.peer, "late_offer")
 
     def _arrived(self, digest: bytes, now_s: float) -> None:
         for peer, kept in self._offers.items():
             if kept.digest == digest:
                 self._has_bytes(peer, now_s)
-        if self._past is not None:
-            for peer, kept in self._past.late.items():
+        for round_, past in self._pasts.items():
+            for peer, kept in past.late.items():
                 if kept.digest == digest:
-                    self._has_bytes_late(peer, self._past, now_s)
+                    self._has_bytes_late(peer, round_, now_s)
 
     def _excuse(self, peer: int) -> None:
         self.expected.discard(peer)
@@ -241,13 +251,14 @@ class Rounds:
         kept = self._offers[peer]
         # Only those who were awaited say how long a round takes: not joiners, not who was evaluating.
         if not kept.has_bytes and peer in self._opening and self.opened_s is not None:
-            self.times.record(self.round, now_s - self.opened_s)
+            self.times.record(self.round, peer, now_s - self.opened_s, kept.n_samples)
         kept.has_bytes = True
 
-    def _has_bytes_late(self, peer: int, past: _Past, now_s: float) -> None:
+    def _has_bytes_late(self, peer: int, round_: int, now_s: float) -> None:
+        past = self._pasts[round_]
         kept = past.late[peer]
         if not kept.has_bytes and peer in past.expected:
-            self.times.record(self.head, now_s - past.opened_s)
+            self.times.record(round_, peer, now_s - past.opened_s, kept.n_samples)
         kept.has_bytes = True
 
     def _close_if_due(self, now_s: float) -> list[Action]:
@@ -256,8 +267,9 @@ class Rounds:
             return []
         missing = self.missing()
         if missing:
-            due = limit(self._policy, self.times, self.round)
-            if now_s < self.opened_s + due.after_s:
+            due = self._limit()
+            is_enough = due.enough is not None and len(eligible) >= due.enough
+            if not is_enough and now_s < self.opened_s + due.after_s:
                 return []
             if due.drops:
                 self._hung.update(missing)
@@ -265,7 +277,10 @@ class Rounds:
 
     def _close(self, eligible: list[int], missing: list[int], opened_s: float, now_s: float) -> list[Action]:
         late = {peer: kept for peer, kept in self._offers.items() if not kept.has_bytes}
-        self._past = _Past(opened_s, self._opening, frozenset(eligible), late)
+        self._pasts[self.round] = _Past(opened_s, self._opening, frozenset(eligible), late)
+        self._pasts.pop(self.round - KEPT_ROUNDS, None)
+        for peer in missing:
+            self.times.is_missing(self.round, peer, now_s - opened_s)
         self._offers = {}
         self.head += 1
         evaluator = self._next_evaluator()

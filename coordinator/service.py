@@ -51,6 +51,8 @@ FAREWELL_S = 60.0
 
 FIRST_NOTICE_S = 1.0
 NOTICE_EVERY_S = 5.0
+TOLD_AFTER_MISSES = 16
+"""So many rounds in a row without an offer of its, and again after as many more: the peer is told."""
 
 
 class Service:
@@ -315,7 +317,7 @@ class Service:
         if stored is not None:
             self._keeper.offered(digest, self._rounds.round)
         here = offer.payload is not None or stored is not None
-        self._handle_round(r.Offered(index, offer.round, digest, here), now_s, offer)
+        self._handle_round(r.Offered(index, offer.round, digest, here, offer.n_samples), now_s, offer)
 
     def _handle_round(self, event: r.Event, now_s: float, offer: Offer | None = None) -> None:
         for action in self._rounds.handle(event, now_s):
@@ -370,6 +372,7 @@ class Service:
         self._ledger.append(body, self._key)
         self._board.committed(body)
         self._board.round_closed(closed.duration_s, closed.missing)
+        self._tell_the_slow(closed.missing)
         self._reports.committed(body)
         self._keeper.committed(body, self._present())
         self._offers.clear()
@@ -377,6 +380,18 @@ class Service:
         self._over_s = now_s if self._rounds.is_over else None
         log.info("round %d: %d offers, %.2f s", closed.round, len(closed.peers), closed.duration_s)
         self._on_commit(closed.round)
+
+    def _tell_the_slow(self, missing: Sequence[int]) -> None:
+        """A peer whose work never counts should know."""
+        for index in missing:
+            n = self._board.peer(index).missed_in_a_row
+            if n % TOLD_AFTER_MISSES == 0:
+                text = (
+                    f"the last {n} rounds closed without an offer of yours: this machine or its link is much "
+                    f"slower than the others. With [work] round_s in the run's configuration every node does "
+                    f"as much as it can in that time."
+                )
+                self._crier.send(Notice(text=text, warning=True), [index])
 
     def _reported(self, index: int, report: Report) -> None:
         if report.round > self._ledger.head_round:

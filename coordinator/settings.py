@@ -24,7 +24,7 @@ class RunSection(_Section):
 
 
 class PolicySection(_Section):
-    name: Literal["deadline", "all"]
+    name: Literal["deadline", "all", "fastest"]
 
 
 class ScheduleSection(_Section):

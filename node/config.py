@@ -54,27 +54,74 @@ class Run(Section):
         return value
 
 
-class Task(Section):
-    """What is trained: the built-in `text`, or `custom` (then every node names it with --task)."""
+class Lora(Section):
+    """Adapters of low rank beside frozen weights (LoRA, arXiv 2106.09685); only they are trained and sent."""
 
-    name: Literal["text", "custom"] = "text"
+    r: Annotated[int, Field(ge=1, le=4096)] = 8
+    """The rank."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """What an adapter adds is scaled by alpha / r."""
+    targets: tuple[str, ...] = ()
+    """Ends of the names of the linear layers that get one, or "all-linear"; none: what peft knows to be right
+    for the model's type."""
+
+
+class Task(Section):
+    """What is trained: the built-in `text`, a model of transformers (`hf`), or `custom` (then every node names
+    it with --task). Options belong to the task that they stand under; those of another one are refused."""
+
+    name: Literal["text", "hf", "custom"] = "text"
     corpus: str = "pydoc"
     """`pydoc`: the language reference that ships with Python; `stdlib`: the source of Python's standard
-    library; else a file or a folder of text files. A node may bring its own with --data."""
+    library; else a file or a folder of text files. A node may bring its own with --data. `hf` takes JSONL
+    files and data sets of the hub, too."""
+    context: Annotated[int, Field(ge=2, le=2**16)] = 64
+    """Bytes (`hf`: tokens) that a sequence predicts; longer prompts lose their beginning."""
+    batch: Annotated[int, Field(ge=1, le=2**16)] = 8
+    """Sequences in one micro-batch of a peer."""
+
+    # text
     held_out_bytes: Annotated[int, Field(ge=1024, le=2**24)] = 32768
     """Bytes taken off the corpus's end for evaluation; every node evaluates on the same ones."""
     layers: Annotated[int, Field(ge=1, le=200)] = 3
     width: Annotated[int, Field(ge=8, le=16384)] = 128
     heads: Annotated[int, Field(ge=1, le=256)] = 4
-    context: Annotated[int, Field(ge=2, le=2**16)] = 64
-    batch: Annotated[int, Field(ge=1, le=2**16)] = 8
-    """Sequences in one micro-batch of a peer."""
+
+    # hf
+    model: str | None = None
+    """A folder with config.json, safetensors and a tokenizer, or a model's name on the hub."""
+    revision: str | None = None
+    """Of a model on the hub: a commit, tag or branch."""
+    lora: Lora | None = None
+    """Train adapters; without it all weights are trained."""
+    field: Annotated[str, Field(min_length=1)] = "text"
+    """The field of a JSONL line or of a data set's row that holds a document."""
+    subset: str | None = None
+    """Of a data set of the hub: its configuration."""
+    split: str = "train"
+    """Of a data set of the hub, or a part of it: "train[:10000]"."""
+    held_out_split: str | None = None
+    """Evaluate on the beginning of this split instead of the end of what is trained on."""
+    held_out: Annotated[int, Field(ge=1, le=2**20)] = 64
+    """Sequences for evaluation (of `context` tokens, or prompts): every node evaluates on the same ones."""
+    prompt: str | None = None
+    """Classify: what stands before the label's words, with fields in braces: "{text} It was"."""
+    labels: dict[str, str] = {}
+    """Value of `label_field` -> its words: { 0 = " terrible", 1 = " great" }."""
+    label_field: Annotated[str, Field(min_length=1)] = "label"
+    loss: Literal["words", "candidates"] = "words"
+    """Cross entropy of the right label's words, or of the right label among all of them (a forward pass for
+    each)."""
+    architecture: str | None = None
+    """Written by the coordinator: the model's config.json, from which nodes build it."""
 
 
 class Policy(Section):
     """When a round closes."""
 
-    name: Literal["deadline", "all"] = "deadline"
+    name: Literal["deadline", "all", "fastest"] = "deadline"
+    """`deadline`: some time after the usual one; `all`: with the last awaited peer; `fastest`: with as many
+    offers as are worth most per second, so that nobody waits for stragglers (backup workers)."""
 
 
 class Schedule(Section):

@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thinwire.coordinator.policy import KEPT_ROUNDS
 from thinwire.coordinator.rounds import (
     Action,
     BytesArrived,
@@ -121,8 +122,13 @@ def test_a_different_offer_is_refused() -> None:
 def test_offers_for_other_rounds_are_refused() -> None:
     rounds = started(2)
     assert refusals(rounds.handle(offer(0, 2), 1.0)) == ["wrong_round"]
-    warm(rounds, 2)
-    assert refusals(rounds.handle(offer(0, 1), 9.0)) == ["wrong_round"]
+    now_s = warm(rounds, 2)
+    rounds.handle(PeerStops(1), now_s)
+    while rounds.head < KEPT_ROUNDS:
+        rounds.handle(offer(0, rounds.round), now_s)
+    assert refusals(rounds.handle(offer(1, 5), now_s)) == ["late_offer"]
+    rounds.handle(offer(0, rounds.round), now_s)
+    assert refusals(rounds.handle(offer(1, 1), now_s)) == ["wrong_round"], "nobody remembers"
 
 
 def test_more_offers_than_the_run_allows_are_refused() -> None:
@@ -201,6 +207,50 @@ def test_a_late_blob_is_measured_when_it_has_arrived() -> None:
     values = rounds.times.values(before=100)
     assert len(values) == n + 1
     assert values[-1] == 2.0
+
+
+def test_the_fastest_do_not_wait_for_the_others() -> None:
+    """Six peers take a second, one two, one four: after the measured rounds six offers are enough."""
+    times_s = {**dict.fromkeys(range(6), 1.0), 6: 2.0, 7: 4.0}
+    rounds = started(8, policy="fastest")
+    now_s, busy_until_s = 0.0, dict.fromkeys(times_s, 0.0)
+    works_on = dict.fromkeys(times_s, 1)
+    closings = []
+    while rounds.head < 20:
+        for peer, time_s in times_s.items():  # whoever is idle begins with the open round
+            has_work = works_on[peer] <= rounds.head or busy_until_s[peer] == 0.0
+            if has_work and busy_until_s[peer] <= now_s:
+                works_on[peer], busy_until_s[peer] = rounds.round, now_s + time_s
+        now_s = min(s for peer, s in busy_until_s.items() if s > now_s)
+        for peer in [peer for peer, s in busy_until_s.items() if s == now_s]:
+            actions = rounds.handle(offer(peer, works_on[peer], bytes([peer])), now_s)
+            closings += [(a.round, len(a.peers), a.duration_s) for a in actions if isinstance(a, RoundClosed)]
+            assert refusals(actions) in ([], ["late_offer"])
+    assert closings[:3] == [(r, 8, 4.0) for r in (1, 2, 3)]
+    assert {entry[1:] for entry in closings[3:]} == {(6, 1.0)}
+
+
+def test_the_fastest_are_not_held_up_by_a_hung_one() -> None:
+    """Four equal peers, one of which hangs: rounds are as long as the three need, after a while."""
+    rounds = started(4, policy="fastest")
+    now_s = warm(rounds, 4)
+    durations = []
+    for round_ in range(4, 40):
+        for peer in range(3):
+            rounds.handle(offer(peer, round_), now_s + 1.0)
+        if rounds.head < round_:
+            wake_s = rounds.wake_s()
+            assert wake_s is not None
+            assert closed(rounds.handle(TimePassed(), wake_s)) == [(round_, (0, 1, 2))]
+            durations.append(wake_s - now_s)
+            now_s = wake_s
+        else:
+            durations.append(1.0)
+            now_s += 1.0
+    assert durations[0] == 1.5
+    assert durations[-16:] == [1.0] * 16
+    late = rounds.handle(offer(3, rounds.round), now_s)
+    assert refusals(late) == [], "it counts when it comes"
 
 
 def test_all_drops_a_hung_trainer_until_it_offers_again() -> None:
@@ -292,7 +342,7 @@ EVENTS = st.one_of(
 
 @given(
     st.lists(EVENTS, max_size=120),
-    st.sampled_from(["all", "deadline"]),
+    st.sampled_from(["all", "deadline", "fastest"]),
     st.integers(1, 3),
     st.integers(1, 4),
 )

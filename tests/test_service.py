@@ -414,6 +414,27 @@ def test_the_adaptive_deadline_leaves_the_slow_one_out(make_world: MakeWorld) ->
     assert (world.peer("b")["offers_counted"], world.peer("b")["offers_missed"]) == (3, 1)
 
 
+def test_a_peer_that_is_always_too_slow_is_told(make_world: MakeWorld) -> None:
+    world = make_world(policy="fastest", rounds=100, min_peers=3)
+    world.train("a", "b", "c")
+    for round_ in range(1, 21):
+        world.now_s += 1.0
+        world.round(round_, "a", "b")
+        if round_ <= 3:
+            world.now_s += 9.0
+            world.say("c", offer(round_))
+        world.say("c", Heartbeat(round=0, sent_bytes=10, received_bytes=20, payload_bytes=5))
+    assert world.committed == list(range(1, 21))
+    assert world.peer("c")["missed_in_a_row"] == 17
+    assert [m.text for m in world.messages(Notice, "c") if "16 rounds closed" in m.text]
+    assert not [m.text for m in world.messages(Notice, "a") if "16 rounds closed" in m.text]
+    world.say("c", offer(20))
+    assert world.status()["rejected"] == {"late_offer": 1}
+    world.say("c", offer(21))
+    world.round(21, "a", "b")
+    assert world.peer("c")["missed_in_a_row"] == 0
+
+
 def test_an_excused_peer_is_not_awaited(make_world: MakeWorld) -> None:
     world = make_world()
     world.train("a", "b")

@@ -47,7 +47,7 @@ class Swarm(RuleBasedStateMachine):
         self.world: World
 
     @initialize(
-        policy=st.sampled_from(["all", "deadline"]),
+        policy=st.sampled_from(["all", "deadline", "fastest"]),
         min_peers=st.integers(1, 2),
         n_rounds=st.sampled_from([6, 1000]),
         eval_every=st.sampled_from([2, 1000]),
