@@ -49,6 +49,7 @@ class Replica:
         return Turn(round, shared_seed, self.seed(round), to_float32(self.lr_factor(round)))
 
     def offer(self, round: int) -> bytes:
+        """The bytes; what can be done ahead of the commit is done."""
         n_drawn = 0
 
         def draw() -> Closure:
@@ -57,6 +58,8 @@ class Replica:
             return self.batch(self.model, 1000 * round + 100 * self.peer + n_drawn)
 
         payload = self.strategy.propose(draw, self.turn(round))
+        while self.strategy.work_ahead(draw, self.turn(round)):
+            pass
         return wire.encode(payload, self.strategy.fields(self.turn(round)), round, LAYOUT)
 
     def decode(self, data: bytes, round: int) -> Payload:

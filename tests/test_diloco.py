@@ -76,6 +76,7 @@ class Swarm:
         turn, shares = turn_of(number), []
         for peer, strategy in enumerate(self.strategies):
             payload = propose(strategy, self.models[peer], turn, peer)
+            work_ahead(strategy, self.models[peer], turn, peer)
             if peer not in lost:
                 shares.append(Share(peer, 1, payload))
         for peer, strategy in enumerate(self.strategies):
@@ -94,6 +95,15 @@ def propose(strategy: Diloco, model: nn.Module, turn: Turn, peer: int = 0) -> Pa
     return strategy.propose(lambda: batch_loss(model, next(seeds)), turn)
 
 
+def work_ahead(strategy: Diloco, model: nn.Module, turn: Turn, peer: int = 0) -> int:
+    """As long as there is something to do; how often there was."""
+    seeds = count(next(seeds_of(turn.round, peer)) + 500)
+    n_before = strategy.counters.get("ahead", 0)
+    while strategy.work_ahead(lambda: batch_loss(model, next(seeds)), turn):
+        pass
+    return strategy.counters.get("ahead", 0) - n_before
+
+
 def flat(model: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -108,8 +118,10 @@ def distance(a: Tensor, b: Tensor) -> float:
 class Reference:
     """Streaming DiLoCo as the paper has it, with torch's own optimizers; with one fragment DiLoCo."""
 
-    def __init__(self, n_peers: int, steps: int, fragments: list[list[str]], mix: float) -> None:
-        self.steps, self.fragments, self.mix = steps, fragments, mix
+    def __init__(
+        self, n_peers: int, steps: int, fragments: list[list[str]], mix: float, overlap: int = 0
+    ) -> None:
+        self.steps, self.fragments, self.mix, self.overlap = steps, fragments, mix, overlap
         self.outer = dict(net().named_parameters())
         self.outer_sgd = [
             torch.optim.SGD([self.outer[name] for name in names], lr=0.7, momentum=0.9, nesterov=True)
@@ -128,18 +140,22 @@ class Reference:
             for peer in self.peers
         ]
 
-    def round(self, number: int) -> None:
+    def train(self, n_steps: int, number: int, first_seed: int = 0) -> None:
         for i, (peer, inner) in enumerate(zip(self.peers, self.inner, strict=True)):
-            seeds = seeds_of(number, i)
-            for _ in range(self.steps):
+            seeds = count(next(seeds_of(number, i)) + first_seed)
+            for _ in range(n_steps):
                 inner.zero_grad()
                 batch_loss(peer, next(seeds))().backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
                 inner.step()
+
+    def round(self, number: int) -> None:
+        self.train(self.steps if number == 1 else self.steps - self.overlap, number)
         which = (number - 1) % len(self.fragments)
         for name in self.fragments[which]:
             theirs = [dict(peer.named_parameters())[name].detach() for peer in self.peers]
             self.outer[name].grad = self.outer[name].detach() - sum(theirs) / len(theirs)
+        self.train(self.overlap, number, 500)  # while the offers travel
         self.outer_sgd[which].step()
         with torch.no_grad():
             for peer in self.peers:
@@ -156,16 +172,21 @@ WHOLE = [[*LAYERS[0], *LAYERS[1], *LAYERS[2]]]
 
 
 @pytest.mark.parametrize(
-    ("fragments", "mix"),
+    ("fragments", "mix", "overlap"),
     [
-        pytest.param(WHOLE, 0.0, id="DiLoCo"),
-        pytest.param([LAYERS[0] + LAYERS[2], LAYERS[1]], 0.0, id="streaming, two fragments"),
-        pytest.param(LAYERS, 0.5, id="streaming, three fragments, mixed"),
+        pytest.param(WHOLE, 0.0, 0, id="DiLoCo"),
+        pytest.param([LAYERS[0] + LAYERS[2], LAYERS[1]], 0.0, 0, id="streaming, two fragments"),
+        pytest.param(LAYERS, 0.5, 0, id="streaming, three fragments, mixed"),
+        pytest.param(LAYERS, 0.5, 3, id="streaming, three fragments, overlap"),
+        pytest.param(WHOLE, 0.5, 1, id="overlap"),
+        pytest.param(WHOLE, 0.25, 4, id="overlap of a whole round"),
     ],
 )
-def test_it_is_the_paper_s(fragments: list[list[str]], mix: float) -> None:
-    swarm = Swarm(3, compressor=Dense(), lr=3e-3, inner_steps=4, fragments=len(fragments), mix=mix)
-    reference = Reference(3, 4, fragments, mix)
+def test_it_is_the_paper_s(fragments: list[list[str]], mix: float, overlap: int) -> None:
+    swarm = Swarm(
+        3, compressor=Dense(), lr=3e-3, inner_steps=4, fragments=len(fragments), mix=mix, overlap=overlap
+    )
+    reference = Reference(3, 4, fragments, mix, overlap)
     for round_ in range(1, 9):
         swarm.round(round_)
         reference.round(round_)
@@ -485,6 +506,164 @@ def test_inner_parameters_of_a_replica_that_was_moved_are_forgotten() -> None:
     assert max(float(packed[0].abs().max()) for packed in payload.values()) < 0.1
 
 
+# ------------------------------------------------------------------------------------------- overlap
+
+OVERLAP: dict[str, Any] = {"compressor": Dense(), "lr": 3e-3, "inner_steps": 5, "mix": 0.5, "overlap": 2}
+
+
+def test_steps_made_ahead_are_the_first_of_the_next_round() -> None:
+    model = net()
+    strategy = Diloco(model.named_parameters(), **OVERLAP)
+    before = flat(model)
+    propose(strategy, model, turn_of(1))
+    assert (strategy.n_batches, strategy.n_ahead) == (5, 0)
+    inner = strategy.state[model[0].weight]["live"].clone()
+    losses: list[float] = []
+
+    def draw() -> Closure:
+        closure = batch_loss(model, len(losses))
+
+        def watched() -> Tensor:
+            loss = closure()
+            losses.append(float(loss.detach()))
+            return loss
+
+        return watched
+
+    while strategy.work_ahead(draw, turn_of(1)):
+        assert torch.equal(flat(model), before)  # the model has the replica all the time
+        assert all(p.grad is None for p in model.parameters())
+    assert len(losses) == 2
+    assert not torch.equal(strategy.state[model[0].weight]["live"], inner)
+    strategy.apply([], turn_of(1), "missed")
+    strategy.propose(draw, turn_of(2))
+    assert (strategy.n_batches, strategy.n_ahead, len(losses)) == (5, 2, 5)
+    assert strategy.last_loss == pytest.approx(sum(losses) / 5)
+    assert work_ahead(strategy, model, turn_of(2)) == 2
+
+
+@pytest.mark.parametrize("own", ["counted", "missed", None])
+def test_what_was_learnt_ahead_is_sent_with_the_share_that_the_fragment_keeps(own: Own) -> None:
+    """Whatever became of the offer: it is in the replica, in the error feedback or still a difference."""
+    p = nn.Parameter(torch.zeros(3))
+    strategy = Diloco(
+        [("p", p)], compressor=Dense(), lr=1.0, inner=SGD, inner_steps=2, overlap=1, mix=0.25,
+        max_grad_norm=0.0, weight_decay=0.0, outer_lr=1.0, outer_momentum=0.0,
+    )  # fmt: skip
+
+    def draw() -> Closure:
+        return linear_loss(p, torch.ones(3))
+
+    payload = strategy.propose(draw, turn_of(1))  # at -2
+    assert strategy.work_ahead(draw, turn_of(1))  # at -3
+    assert not strategy.work_ahead(draw, turn_of(1))
+    shares = [Share(0, 1, payload)] if own == "counted" else []
+    strategy.apply(shares, turn_of(1), own)
+    theta = -2.0 if own == "counted" else 0.0
+    assert p.tolist() == [theta] * 3
+    live = 0.25 * -3 + 0.75 * theta
+    assert strategy.state[p]["live"].tolist() == [live] * 3
+    sent = strategy.propose(draw, turn_of(2))["p"][0]
+    returned = 0.0 if own == "counted" else 2.0
+    assert sent.tolist() == [theta - (live - 1) + returned] * 3
+
+
+def test_steps_ahead_of_a_commit_that_passed_by_count_in_the_next_offer() -> None:
+    model = net()
+    strategy = Diloco(model.named_parameters(), **OVERLAP, fragments=3)
+    propose(strategy, model, turn_of(1))
+    work_ahead(strategy, model, turn_of(1))
+    for round_, own in ((1, "missed"), (2, None), (3, None)):
+        strategy.apply([], turn_of(round_), own)  # type: ignore[arg-type]
+    propose(strategy, model, turn_of(4))
+    assert (strategy.n_batches, strategy.n_ahead) == (5, 2)
+
+
+def test_a_replica_that_was_moved_has_no_steps_ahead() -> None:
+    model = net()
+    strategy = Diloco(model.named_parameters(), **OVERLAP)
+    propose(strategy, model, turn_of(1))
+    work_ahead(strategy, model, turn_of(1))
+    with torch.no_grad():
+        for t in strategy.replicated_tensors().values():
+            t.add_(100.0)
+    payload = propose(strategy, model, turn_of(8))
+    assert (strategy.n_batches, strategy.n_ahead) == (5, 0)
+    assert max(float(packed[0].abs().max()) for packed in payload.values()) < 1
+    assert work_ahead(strategy, model, turn_of(8)) == 2
+    strategy.apply([], turn_of(8), "counted")
+    propose(strategy, model, turn_of(9))
+    assert (strategy.n_batches, strategy.n_ahead) == (5, 2)
+
+
+def test_a_round_proposed_twice_does_not_count_what_was_made_ahead_of_the_first() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    strategy = Diloco(
+        [("p", p)], compressor=Dense(), lr=1.0, inner=SGD, inner_steps=2, overlap=1, mix=0.25,
+        max_grad_norm=0.0, weight_decay=0.0,
+    )  # fmt: skip
+    strategy.propose(lambda: linear_loss(p, torch.ones(3)), turn_of(1))
+    assert strategy.work_ahead(lambda: linear_loss(p, torch.ones(3)), turn_of(1))
+    again = strategy.propose(lambda: linear_loss(p, torch.ones(3)), turn_of(1))
+    assert (strategy.n_batches, strategy.n_ahead) == (2, 0)
+    assert again["p"][0].tolist() == [4.0] * 3
+
+
+def test_the_clock_of_a_round_does_not_run_while_work_is_done_ahead() -> None:
+    p = nn.Parameter(tensor(3))
+    strategy = Diloco([("p", p)], compressor=Dense(), inner_steps=100, max_seconds=2.0, overlap=10, mix=0.5)
+    now_s = 0.0
+    strategy.clock = lambda: now_s
+
+    def draw() -> Closure:
+        nonlocal now_s
+        now_s += 0.75
+        return linear_loss(p, torch.ones(3))
+
+    strategy.propose(draw, turn_of(1))
+    n_ahead = 0
+    while strategy.work_ahead(draw, turn_of(1)):
+        n_ahead += 1
+    assert n_ahead == 10
+    strategy.apply([], turn_of(1), "counted")
+    strategy.propose(draw, turn_of(2))
+    assert (strategy.n_batches, strategy.n_ahead) == (13, 10)
+
+
+def test_work_ahead_that_fails_leaves_the_replica_in_place() -> None:
+    model = net()
+    strategy = Diloco(model.named_parameters(), **OVERLAP)
+    before = flat(model)
+    propose(strategy, model, turn_of(1))
+
+    def draw() -> Closure:
+        raise RuntimeError("no more data")
+
+    with pytest.raises(RuntimeError, match="no more data"):
+        strategy.work_ahead(draw, turn_of(1))
+    assert torch.equal(flat(model), before)
+    assert "ahead" not in strategy.counters
+
+
+def test_without_the_option_there_is_nothing_to_do_ahead() -> None:
+    model = net()
+    strategy = Diloco(model.named_parameters(), **{**OVERLAP, "overlap": 0})
+    propose(strategy, model, turn_of(1))
+    assert work_ahead(strategy, model, turn_of(1)) == 0
+
+
+def test_a_state_of_a_version_without_the_option_is_read() -> None:
+    model = net()
+    strategy = Diloco(model.named_parameters(), **OVERLAP)
+    propose(strategy, model, turn_of(1))
+    old = copy.deepcopy(strategy.state_dict())
+    for group in old["param_groups"]:
+        del group["overlap"]
+    strategy.load_state_dict(old)
+    assert strategy.option("overlap") == 2
+    assert work_ahead(strategy, model, turn_of(1)) == 2
+
+
 # ------------------------------------------------------------------------------------------- in a plain loop
 
 
@@ -552,6 +731,8 @@ def test_a_loop_goes_on_from_its_state_in_the_middle_of_a_round() -> None:
         ({"inner": {"name": "Rprop"}}, "inner optimizer Rprop has no weight decay"),
         ({"inner_steps": 0}, "inner_steps = 0: must be a whole number"),
         ({"mix": 1.0}, "mix = 1.0: must be a number >= 0 and < 1"),
+        ({"overlap": 31, "mix": 0.5}, "overlap = 31: must be a whole number from 0 to 30"),
+        ({"overlap": 5}, "overlap = 5 with mix = 0: what a fragment learns while its offer travels would be"),
         ({"weights": "token"}, "weights = 'token': one of equal, samples"),
         ({"outer_momentum": 1.0}, "outer_momentum = 1.0: "),
     ],

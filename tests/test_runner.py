@@ -23,6 +23,7 @@ from thinwire.node.genesis import make_genesis
 from thinwire.node.link_local import LocalSwarm, Script, local_swarm
 from thinwire.node.runner import Result, Runner
 from thinwire.node.tasks import make_task
+from thinwire.optim.base import Closure
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 DECOUPLED = {
@@ -203,6 +204,49 @@ def replay(swarm: LocalSwarm, peer_id: str) -> str:
         runner.replica.apply(commit, runner.link.payload, offered=False)
     runner.link.close()
     return runner.replica.fingerprint().hex()
+
+
+def test_a_peer_works_ahead_while_it_waits_for_another(tmp_path: Path) -> None:
+    """Two inner steps of the next round, and no more; the other one's offer closes the round: it never has
+    the time. Offers say how many batches are in them, and no batch is taken twice."""
+    strategy = {"name": "diloco", "compressor": {"name": "dense"}, "lr": 1e-2}
+    strategy |= {"inner_steps": 4, "mix": 0.5, "overlap": 2}
+    config = config_of(strategy, min_peers=2, rounds=5, eval_every=100)
+    is_waiting = threading.Event()
+    ahead: dict[str, list[int]] = {"quick": [], "slow": []}
+    offers: list[Offer] = []
+    seeds: list[int] = []
+
+    class Watching(Runner):
+        def _propose(self) -> None:
+            draw, take = self.task.draw, self.link.offer
+
+            def watched(model: torch.nn.Module, seed: int) -> Closure:
+                seeds.append(seed)
+                return draw(model, seed)
+
+            def offer(its: Offer) -> None:
+                ahead[self.link.peer_id].append(self.replica.strategy.n_ahead)
+                offers.append(its)
+                if self.link.peer_id == "slow":
+                    assert is_waiting.wait(60)
+                    is_waiting.clear()
+                take(its)
+
+            self.task.draw = watched  # type: ignore[method-assign]
+            self.link.offer = offer  # type: ignore[method-assign]
+            super()._propose()
+            self.task.draw, self.link.offer = draw, take  # type: ignore[method-assign]
+            if self.link.peer_id == "quick":
+                is_waiting.set()
+
+    with swarm_of(tmp_path, config) as swarm:
+        results = run_all([Watching(swarm.link(peer_id)) for peer_id in ("quick", "slow")])
+    assert ahead == {"quick": [0, 2, 2, 2, 2], "slow": [0] * 5}
+    assert {o.n_samples for o in offers} == {4 * 4}
+    assert {o.n_tokens for o in offers} == {4 * 4 * 16}
+    assert len(seeds) == len(set(seeds)) == 2 * 5 * 4
+    assert results[0].fingerprint == results[1].fingerprint
 
 
 def test_a_bad_payload_is_left_out_by_all_alike(tmp_path: Path) -> None:

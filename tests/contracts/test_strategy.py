@@ -100,6 +100,7 @@ ROWS |= {
         "outer_momentum": 0.0,
     },
     "diloco four bits": {**DILOCO, "compressor": {"name": "dense", "bits": "e3m0"}},
+    "diloco overlap": {**DILOCO, "compressor": EIGHT_BITS, "fragments": 2, "mix": 0.5, "overlap": 2},
     "diloco striding": {**DILOCO, "compressor": {"name": "striding", "rate": 0.5}, "fragments": 2},
 }
 
