@@ -14,7 +14,7 @@ from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.doors import Doors
 from thinwire.coordinator.identity import load_or_create
 from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.messages import GenesisBody, Heartbeat, Message, digest_of
+from thinwire.coordinator.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, digest_of
 from thinwire.coordinator.p2p import Host, start_p2p
 from thinwire.coordinator.service import Service
 from thinwire.coordinator.settings import parse_settings
@@ -131,9 +131,10 @@ class CoordinatorServer:
             self._done.cancel()
 
     def status(self) -> dict[str, Any]:
-        """The service's, and the bytes of this process."""
+        """The service's, the bytes of this process, and what a machine compares before it joins."""
         traffic = {"sent_bytes": dict(self.meter.sent), "received_bytes": dict(self.meter.received)}
-        return {**self.service.status(time.monotonic()), "coordinator": traffic}
+        here = {"protocol": PROTOCOL_VERSION, "time_ms": time.time_ns() // 10**6, "coordinator": traffic}
+        return {**self.service.status(time.monotonic()), **here}
 
     async def _listen(self) -> None:
         self._p2p = await start_p2p(self._key, host=self._host_ip, port=self._port, announce=self._announce)

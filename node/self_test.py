@@ -1,66 +1,101 @@
-"""Whether this machine computes what all others do: known answers of the exact kernels."""
+"""Whether this machine computes what all others do: known answers of every exact path, on every backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
-from thinwire.compression.base import Packed, Part, Turn
-from thinwire.compression.bits import pack_bits
-from thinwire.compression.dct_topk import DctTopK
-from thinwire.compression.fingerprint import parameter_sum
-from thinwire.compression.noise import NoiseKind, Probe, update_
+from thinwire.compression.errors import Incompatible
+from thinwire.node.known_answers import KNOWN_ANSWERS
 
-N = 10_007
-"""Elements: not a multiple of any block."""
+KERNELS = "THINWIRE_KERNELS"
+"""The environment's choice among implementations; see compression/noise.py."""
 
 
-def failed_kernels(device: torch.device) -> list[str]:
-    """Names of the kernels whose result is not the known one; empty on a machine that can be trusted."""
-    return [name for name, (kernel, known) in _KERNELS.items() if kernel(device) != known]
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One implementation of the kernels on one device. `kernels`: what THINWIRE_KERNELS chooses it by."""
+
+    kernels: str
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.kernels} on {self.device}"
 
 
-def _values(device: torch.device) -> torch.Tensor:
-    """Shape (N,), float32: multiples of 1/64, the same everywhere."""
-    return (torch.arange(N, device=device) % 2003 - 1001).to(torch.float32) * 0.015625
+def accelerators() -> list[torch.device]:
+    """Devices that torch can use beside the CPU: cuda (ROCm, too), mps, xpu, ..."""
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]
 
 
-def _noise(kind: NoiseKind) -> Callable[[torch.device], int]:
-    def kernel(device: torch.device) -> int:
-        theta = _values(device)
-        probes = [Probe(2**63 + 7, 0, 0.001), Probe(5, 3, -0.37)]
-        update_(theta, probes, kind, param_index=2, start=4096 * 3 + 5, decay=0.9990234375)
-        return parameter_sum(theta)
-
-    return kernel
-
-
-def _decode(device: torch.device) -> int:
-    compressor = DctTopK(k=8, group_size=1024, bits=8)
-    part, turn = Part.whole((10, 1024)), Turn(round=1, shared_seed=1, own_seed=2, lr_factor=1.0)
-    packs = [_packed(compressor, part, turn, first) for first in (3, 70)]
-    return parameter_sum(compressor.decode(packs, [1.0, 1.0], part, turn).to(device))
+def backends() -> list[Backend]:
+    """All that can run here, whichever is in use."""
+    cpu = torch.device("cpu")
+    found = [Backend("torch", cpu)]
+    if find_spec("numba") is not None:
+        found.append(Backend("numba", cpu))
+    found += [Backend("torch", device) for device in accelerators()]
+    return found
 
 
-def _packed(compressor: DctTopK, part: Part, turn: Turn, first: int) -> Packed:
-    """10 groups of 8 coefficients each, spelled out: packing itself is local and need not be the same."""
-    index_GK = first + 101 * torch.arange(8).expand(10, 8)
-    value_GK = (31 * index_GK + 7 * torch.arange(10)[:, None]) % 255 - 127
-    codes = (value_GK & 255) << 10 | index_GK  # 8 bits of value, 10 of index
-    scales = torch.tensor([2.0**-e for e in range(10)], dtype=torch.bfloat16)
-    packed = scales, pack_bits(codes.reshape(-1), 18)
-    compressor.check(packed, part, turn)
-    return packed
+def failed_kernels(device: torch.device, kernels: str | None = None) -> list[str]:
+    """Names of what has not the known result; empty on a machine that can be trusted.
+
+    `kernels` None: of the kernels in use. Otherwise that implementation is chosen meanwhile, for the whole
+    process. A kernel that cannot run is named with its error.
+    """
+    with _chosen(kernels):
+        return [
+            f"{name}{why}"
+            for name, known in KNOWN_ANSWERS.items()
+            if not (known.cpu_only and device.type != "cpu") and (why := _failure(name, device)) is not None
+        ]
 
 
-def _fingerprint(device: torch.device) -> int:
-    return parameter_sum(_values(device))
+def refuse_wrong_arithmetic(device: torch.device) -> None:
+    """Raises Incompatible, with what failed, on a machine whose replica would not stay the others'."""
+    failed = failed_kernels(device)
+    if failed:
+        raise Incompatible(wrong_arithmetic(failed))
 
 
-_KERNELS: dict[str, tuple[Callable[[torch.device], int], int]] = {
-    "fingerprint": (_fingerprint, 0xCB1F5474A6C19B8D),
-    "sign noise": (_noise("sign"), 0x87BB8C9CE4A26078),
-    "normal noise": (_noise("gauss"), 0x61ADB7CB0694347C),
-    "transform decoding": (_decode, 0x362DA8FF52671BD4),
-}
+def wrong_arithmetic(failed: Sequence[str]) -> str:
+    return (
+        f"this machine computes something else than the others: {', '.join(failed)} failed the self-test. "
+        f"`thinwire doctor` tests every implementation here; {KERNELS}=torch or another --device may do, "
+        f"or look at the memory."
+    )
+
+
+def _failure(name: str, device: torch.device) -> str | None:
+    """None: as it should be. Otherwise what to add to the name."""
+    known = KNOWN_ANSWERS[name]
+    try:
+        return None if known.run(device) == known.answer else ""
+    except Exception as e:  # noqa: BLE001 - whatever a device cannot do, it is not to be trusted with
+        return f" ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'})"
+
+
+@contextmanager
+def _chosen(kernels: str | None) -> Iterator[None]:
+    if kernels is None:
+        yield
+        return
+    before = os.environ.get(KERNELS)
+    os.environ[KERNELS] = kernels
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[KERNELS]
+        else:
+            os.environ[KERNELS] = before

@@ -80,18 +80,11 @@ class StatusClient:
             await host.dial(peer_id, self._ticket.addresses, 10.0)
             reader, writer = await host.open_stream(peer_id, STATUS)
             self._stream = Stream(reader, writer, Meter())
-        await self._stream.send(Kind.ASK, self._ticket.token.encode())
-        kind, body = await self._stream.receive(_ANSWERS)
-        if kind is Kind.MESSAGE:
-            refused = decode_message(body)
-            text = refused.text if isinstance(refused, Refused) else "the coordinator refuses"
-            self._drop()
-            raise ConfigError(text)
         try:
-            status: dict[str, Any] = json.loads(body)
-        except ValueError as e:
-            raise BadMessage("the status is no JSON") from e
-        return status
+            return await ask(self._stream, self._ticket.token)
+        except ConfigError:
+            self._drop()
+            raise
 
     def _drop(self) -> None:
         if self._stream is not None:
@@ -103,6 +96,20 @@ class StatusClient:
         if self._host is not None:
             await self._host.close()
             self._host = None
+
+
+async def ask(stream: Stream, token: str) -> dict[str, Any]:
+    """The status, over a stream to its door. Raises ConfigError (token), BadMessage, OSError, EOFError."""
+    await stream.send(Kind.ASK, token.encode())
+    kind, body = await stream.receive(_ANSWERS)
+    if kind is Kind.MESSAGE:
+        refused = decode_message(body)
+        raise ConfigError(refused.text if isinstance(refused, Refused) else "the coordinator refuses")
+    try:
+        status: dict[str, Any] = json.loads(body)
+    except ValueError as e:
+        raise BadMessage("the status is no JSON") from e
+    return status
 
 
 def fetch_status(ticket: Ticket | str, timeout_s: float = 10.0) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""`thinwire doctor`: is this machine fit to join? A tick or a remedy per line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.text import Text
+
+from thinwire.coordinator.ticket import Ticket
+from thinwire.node.findings import Check, Finding, Status, Stopped, examine
+from thinwire.node.folder import default_folder
+
+_SIGNS: Final[dict[Status, tuple[str, str, str]]] = {  # sign, the same in ASCII, colour
+    "ok": ("✓", "ok", "green"),
+    "warning": ("!", "!!", "yellow"),
+    "failed": ("✗", "XX", "bold red"),
+    "skipped": ("-", "--", "dim"),
+}
+_NAME_WIDTH = 24
+
+
+def doctor(
+    ticket: str | None,
+    *,
+    state: Path | None,
+    host: str,
+    port: int,
+    announce: tuple[str, ...],
+    as_json: bool,
+    stopped: Stopped,
+) -> bool:
+    """Prints what it finds on stdout; whether nothing failed. Raises ConfigError for bad arguments."""
+    parsed = None if ticket is None else Ticket.parse(ticket)
+    folder = default_folder(os.environ) if state is None else state
+    found = list(_shown(_checks(parsed, folder, host, port, announce), stopped, as_json))
+    is_ok = all(finding.status != "failed" for finding in found)
+    if stopped():
+        return is_ok
+    if as_json:
+        print(json.dumps({"ok": is_ok, "checks": [finding.as_json() for finding in found]}))  # noqa: T201
+    else:
+        _say(_verdict(found), "")
+    return is_ok
+
+
+def _checks(
+    ticket: Ticket | None, folder: Path, host: str, port: int, announce: tuple[str, ...]
+) -> list[Check]:
+    from thinwire.node.doctor_disk import check_disk
+    from thinwire.node.doctor_machine import check_machine, check_python
+    from thinwire.node.doctor_network import Plan, check_network
+
+    plan = Plan(host, port, announce, ticket)
+    return [
+        Check("python", check_python),
+        Check("machine", check_machine),
+        Check("devices", partial(_compute, "check_devices"), limit_s=60.0),
+        Check("kernels", partial(_compute, "check_compilers"), limit_s=60.0),
+        Check("self-test", partial(_compute, "check_kernels"), limit_s=120.0),
+        Check("disk", partial(check_disk, folder)),
+        Check("network", partial(check_network, plan), limit_s=60.0),
+    ]
+
+
+def _compute(name: str, stopped: Stopped) -> Iterator[Finding]:
+    """Importing torch is part of the check: a broken one is a line, not a traceback."""
+    from thinwire.node import doctor_compute
+
+    check: Callable[[Stopped], Iterator[Finding]] = getattr(doctor_compute, name)
+    yield from check(stopped)
+
+
+def _shown(checks: Sequence[Check], stopped: Stopped, as_json: bool) -> Iterator[Finding]:
+    for finding in examine(checks, stopped):
+        if not as_json:
+            _print(finding)
+        yield finding
+
+
+def _print(finding: Finding) -> None:
+    sign, ascii_sign, colour = _SIGNS[finding.status]
+    can_show = _can_show("✓✗→")
+    _say(f"{sign if can_show else ascii_sign} ", colour, end="")
+    _say(f"{finding.name:{_NAME_WIDTH}} {finding.detail}", "dim" if finding.status == "skipped" else "")
+    if finding.remedy is not None:
+        _say(f"    {'→' if can_show else '->'} {finding.remedy}", colour)
+
+
+def _can_show(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _say(text: str, style: str, end: str = "\n") -> None:
+    """Data on stdout: in colour in a terminal, plain otherwise, never broken into lines."""
+    Console(highlight=False, markup=False, soft_wrap=True).print(Text(text, style=style), end=end)
+
+
+def _verdict(found: Sequence[Finding]) -> str:
+    n_failed, n_warnings = (sum(f.status == status for f in found) for status in ("failed", "warning"))
+    warnings = f"{n_warnings} warning{'s' * (n_warnings != 1)}" if n_warnings else "no warnings"
+    if n_failed:
+        return f"{n_failed} to mend before this machine joins, {warnings}"
+    return f"this machine can join ({warnings})"

@@ -1,0 +1,205 @@
+"""What computes here: devices and their number formats, compilers of kernels, and whether results are right.
+
+The lines of accelerators are plain torch calls; they have been run with CPU builds of torch only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from thinwire.node.doctor_machine import available_bytes
+from thinwire.node.findings import Finding, Stopped, failed, ok, skipped, warning
+from thinwire.node.known_answers import KNOWN_ANSWERS
+from thinwire.node.self_test import KERNELS, Backend, accelerators, backends, failed_kernels
+from thinwire.node.view import human_bytes
+
+SELF_TEST_S = 2.0
+"""The self-test of the kernels in use is repeated for this long: memory that fails now and then shows so."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NVIDIA_DEVICES = (Path("/dev/nvidia0"), Path("/proc/driver/nvidia/version"))
+
+
+def check_devices(_stopped: Stopped) -> Iterator[Finding]:
+    cpu = torch.device("cpu")
+    yield _device(cpu, _processor(), available_bytes(), None)
+    for device in accelerators():
+        yield _accelerator(device)
+    if not torch.cuda.is_available() and any(path.exists() for path in _NVIDIA_DEVICES):
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch cannot use it"
+        yield warning(
+            "device cuda",
+            f"there is an NVIDIA GPU, but {why}: the node would train on the CPU",
+            "install torch for CUDA (https://pytorch.org/get-started), or look at the driver with nvidia-smi",
+        )
+
+
+def _accelerator(device: torch.device) -> Finding:
+    if device.type == "cuda":
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        p = torch.cuda.get_device_properties(device)
+        name = f"{p.name} (compute capability {p.major}.{p.minor})"
+        return _device(device, name, free_bytes, total_bytes)
+    return _device(device, device.type, None, None)
+
+
+def _device(device: torch.device, what: str, free_bytes: int | None, total_bytes: int | None) -> Finding:
+    able = [str(dtype).removeprefix("torch.") for dtype in DTYPES if _multiplies(dtype, device)]
+    keeps, exact = (
+        KNOWN_ANSWERS[name].run(device) == KNOWN_ANSWERS[name].answer
+        for name in ("denormal numbers", "matrix products")
+    )
+    parts = [what, *([f"{human_bytes(free_bytes)} free"] if free_bytes is not None else []), " ".join(able)]
+    figures: dict[str, Any] = {
+        "device": str(device),
+        "dtypes": able,
+        "keeps_denormals": keeps,
+        "exact_matrix_products": exact,
+        "free_bytes": free_bytes,
+        "total_bytes": total_bytes,
+    }
+    line = f"device {device}"
+    if not (keeps and exact and "float32" in able):
+        lacks = [
+            *([] if keeps else ["flushes denormal numbers to zero"]),
+            *([] if exact else ["rounds matrix products of integers"]),
+            *([] if "float32" in able else ["has no float32 products"]),
+        ]
+        return failed(
+            line,
+            f"{', '.join(parts)}; {' and '.join(lacks)}: no replica may live there",
+            "train on another device (--device cpu)" if device.type != "cpu" else "see the self-test below",
+            **figures,
+        )
+    return ok(line, ", ".join(parts), **figures)
+
+
+def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of small integers, exact in every format, come out right."""
+    try:
+        a = (torch.arange(64, device=device).view(8, 8) % 5).to(dtype)
+        found = (a @ a.T).float().cpu()
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    whole = torch.arange(64).view(8, 8) % 5
+    return bool((found == (whole @ whole.T).float()).all())
+
+
+def _processor() -> str:
+    """The CPU's name and the instructions that torch uses of it."""
+    name = ""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or 'CPU'} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def check_compilers(_stopped: Stopped) -> Iterator[Finding]:
+    yield _numba()
+    yield _triton()
+
+
+def _numba() -> Finding:
+    if find_spec("numba") is None:
+        return warning(
+            "numba",
+            "not installed: exact paths run as plain torch on the CPU, some ten times slower",
+            "pip install 'thinwire[cpu]'",
+        )
+    version = metadata.version("numba")
+    begun_s = time.perf_counter()
+    try:
+        from thinwire.compression import fingerprint_cpu
+    except RuntimeError as e:  # numba's word for a cache that can be kept nowhere
+        return failed(
+            "numba",
+            f"{version}: {str(e).splitlines()[0]}",
+            "NUMBA_CACHE_DIR=DIR for a folder that can be written, or THINWIRE_KERNELS=torch",
+            version=version,
+        )
+    fingerprint_cpu.parameter_sum(torch.zeros(8, dtype=torch.int32), 0)
+    load_s = time.perf_counter() - begun_s
+    folder = str(fingerprint_cpu._sum.stats.cache_path)
+    figures = {"version": version, "cache": folder, "load_s": round(load_s, 3)}
+    if not os.access(folder, os.W_OK):
+        return warning(
+            "numba",
+            f"{version}; its cache {folder} cannot be written: every start compiles anew",
+            "NUMBA_CACHE_DIR=DIR for a folder that can be written",
+            **figures,
+        )
+    chosen = os.environ.get(KERNELS, "auto")
+    unused = f"; not in use ({KERNELS}={chosen})" if chosen == "torch" else ""
+    return ok("numba", f"{version}, kernels ready after {load_s:.1f} s{unused}", **figures)
+
+
+def _triton() -> Finding:
+    if find_spec("triton") is None:
+        there = torch.cuda.is_available()
+        return skipped("triton", f"not installed{'' if there else ', and without a CUDA device not needed'}")
+    version = metadata.version("triton")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    where = "interpreter" if interpreted else "CUDA" if torch.cuda.is_available() else "no device for it"
+    return ok("triton", f"{version} ({where})", version=version, interpreted=interpreted)
+
+
+def check_kernels(stopped: Stopped) -> Iterator[Finding]:
+    """Every backend once, then the one in use again and again until the time is over."""
+    tested = backends()
+    chosen = os.environ.get(KERNELS, "auto")
+    numba_is_in_use = chosen != "torch" and any(b.kernels == "numba" for b in tested)
+    until_s = time.monotonic() + SELF_TEST_S
+    passed: list[Backend] = []
+    for backend in tested:
+        in_use = backend.device.type != "cpu" or backend.kernels == ("numba" if numba_is_in_use else "torch")
+        finding = _self_test(backend, in_use)
+        if finding.status == "ok" and in_use:
+            passed.append(backend)
+        yield finding
+    if passed and not stopped():
+        yield _repeated(passed, until_s, stopped)
+
+
+def _repeated(passed: Sequence[Backend], until_s: float, stopped: Stopped) -> Finding:
+    n_runs, is_first = 0, True
+    while is_first or (time.monotonic() < until_s and not stopped()):
+        is_first = False
+        for backend in passed:
+            n_runs += 1
+            wrong = failed_kernels(backend.device, backend.kernels)
+            if wrong:
+                return failed(
+                    "self-test repeated",
+                    f"{', '.join(wrong)} ({backend}): wrong in repetition {n_runs}, right before",
+                    "this machine computes wrongly now and then: test its memory, undo overclocking",
+                    failed=wrong,
+                )
+    return ok("self-test repeated", f"{n_runs} times, always the same", repetitions=n_runs)
+
+
+def _self_test(backend: Backend, in_use: bool) -> Finding:
+    begun_s = time.perf_counter()
+    wrong = failed_kernels(backend.device, backend.kernels)
+    took_s = time.perf_counter() - begun_s
+    line, figures = f"self-test {backend}", {"failed": wrong, "seconds": round(took_s, 3), "in_use": in_use}
+    if not wrong:
+        n = sum(backend.device.type == "cpu" or not k.cpu_only for k in KNOWN_ANSWERS.values())
+        use = "in use" if in_use else "not in use"
+        return ok(line, f"{n} exact paths give the known results ({took_s:.2f} s, {use})", **figures)
+    detail = f"computes something else than other machines: {', '.join(wrong)}"
+    if backend.device.type != "cpu":
+        return failed(line, detail, "train on another device (--device cpu), or update its driver", **figures)
+    if backend.kernels == "numba":
+        remedy = f"{KERNELS}=torch, or another version of numba"
+        return failed(line, detail, remedy, **figures) if in_use else warning(line, detail, remedy, **figures)
+    remedy = "look for what flushes denormals or sets fast math; another version of torch; test the memory"
+    return failed(line, detail, remedy, **figures) if in_use else warning(line, detail, remedy, **figures)
