@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import msgpack
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from torch import nn
+from torch import Tensor, nn
 
 from thinwire.compression import wire
 from thinwire.compression.errors import ConfigError, Incompatible
@@ -26,7 +27,8 @@ from thinwire.coordinator.messages import (
 from thinwire.coordinator.schedule import lr_factor_bits
 from thinwire.coordinator.settings import parse_settings
 from thinwire.node.config import RunConfig
-from thinwire.node.tasks import Task
+from thinwire.node.snapshots import data_of
+from thinwire.node.tasks import Pretrained, Task
 from thinwire.optim.base import canonical_name
 from thinwire.optim.registry import build_strategy, complete_config
 
@@ -45,7 +47,7 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
         model = task.model()
     build_strategy(config.strategy, model.named_parameters()).fields()  # refuses what cannot be sent
     layout = layout_of(model, task)
-    base = _read_base(Path(config.run.base), layout) if config.run.base else None
+    base = _base(config, task, model, layout)
     held_out, corpus = task.held_out(), task.corpus()
     text = public_config(config, task).to_json()
     body = GenesisBody(
@@ -65,11 +67,14 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
 
 def public_config(config: RunConfig, task: Task) -> RunConfig:
     """What goes into record 0: defaults spelled out, and no path of the coordinator's machine."""
-    corpus = {"corpus": "run"} if task.corpus() is not None else {}
+    if isinstance(task, Pretrained):
+        options = task.public()
+    else:
+        options = config.task.model_copy(update={"corpus": "run"} if task.corpus() is not None else {})
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"base": None}),
-            "task": config.task.model_copy(update=corpus),
+            "task": options,
             "strategy": complete_config(config.strategy),
         }
     )
@@ -115,19 +120,33 @@ def check_layout(body: GenesisBody, layout: tuple[LayoutEntry, ...]) -> None:
 
 
 def initialise(model: nn.Module, body: GenesisBody, seed: int, base: bytes | None) -> None:
-    """Base weights into the model's parameters: the given safetensors bytes, or exact noise by rule."""
+    """Base weights into the model's parameters: the given safetensors bytes, and exact noise by rule for what
+    is not in them."""
     parameters = {canonical_name(name): p for name, p in model.named_parameters()}
-    tensors = load_safetensors(base) if base is not None else None
+    tensors = load_safetensors(base) if base is not None else {}
     with torch.no_grad():
         for index, e in enumerate(body.layout):
             p = parameters[e.name]
-            if tensors is not None:
-                p.copy_(tensors[e.name])
+            if e.name in tensors:
+                p.copy_(tensors.pop(e.name))
             elif e.init == "normal":
                 values = initial_values(seed, index, 0, p.numel(), e.scale)
                 p.copy_(values.view(p.shape))
             else:
                 p.fill_(1.0 if e.init == "ones" else 0.0)
+
+
+def base_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """The same from any machine: record 0 names them by digest."""
+    return b"".join(data_of(tensors))
+
+
+def _base(config: RunConfig, task: Task, model: nn.Module, layout: tuple[LayoutEntry, ...]) -> bytes | None:
+    if isinstance(task, Pretrained):
+        if config.run.base is not None:
+            raise ConfigError("run.base: the task's model brings its weights; leave it out")
+        return base_bytes(task.base(model))
+    return _read_base(Path(config.run.base), layout) if config.run.base else None
 
 
 def _ref(blob: bytes | None) -> BlobRef | None:

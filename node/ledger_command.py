@@ -11,7 +11,7 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,7 +53,7 @@ def check_ledger(path: Path) -> None:
 
 
 def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> None:
-    """Weights and config after the newest round: from a snapshot and the ledger, as a joiner gets there.
+    """Weights and what they are, after the newest round: from a snapshot and the ledger, as for a joiner.
 
     Raises NoStart, and like the link.
     """
@@ -61,7 +61,7 @@ def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> No
 
     from thinwire.node.config import parse_config
     from thinwire.node.replica import build_replica
-    from thinwire.node.tasks import make_task
+    from thinwire.node.tasks import Pretrained, make_task
 
     with _session(ticket, stop) as (link, welcome):
         config = parse_config(welcome.body.config)
@@ -70,6 +70,10 @@ def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> No
         if welcome.head_round == 0:
             raise ThinwireError("the run has no round yet: there is nothing to export")
         _catch_up(link, welcome, replica, config.run.snapshot_every)
+        held_out = welcome.body.held_out
+        tokens = b""
+        if isinstance(task, Pretrained) and held_out is not None:
+            tokens = link.fetch(held_out.digest, held_out.n_bytes)
     about = {
         "run": config.run.name,
         "run_id": replica.run_id.hex(),
@@ -77,14 +81,27 @@ def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> No
         "fingerprint": replica.fingerprint().hex(),
         "config": json.loads(welcome.body.config),
     }
-    weights = save_safetensors(replica.weights())
+    text = json.dumps(about, indent=2).encode() + b"\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_aside(folder / "model.safetensors", weights)
-        write_aside(folder / "config.json", json.dumps(about, indent=2).encode() + b"\n")
+        if isinstance(task, Pretrained):
+            with replica.strategy.replica():
+                _export_whole(folder, lambda aside: task.export(replica.model, tokens, aside))
+            write_aside(folder / "thinwire.json", text)
+        else:
+            write_aside(folder / "model.safetensors", save_safetensors(replica.weights()))
+            write_aside(folder / "config.json", text)
     except OSError as e:
         raise ConfigError(f"{folder} cannot be written: {e.strerror}") from e
     log.info("wrote the weights after round %d to %s", replica.round, folder)
+
+
+def _export_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """What a library writes goes aside first: a full disk leaves no half of it under its own name."""
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as aside:
+        write(Path(aside))
+        for path in sorted(Path(aside).iterdir()):
+            path.replace(folder / path.name)
 
 
 def _catch_up(link: Link, welcome: Welcome, replica: Replica, snapshot_every: int) -> None:

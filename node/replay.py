@@ -16,8 +16,9 @@ from thinwire.coordinator.ledger_file import LedgerFile, Summary, check, open_le
 from thinwire.coordinator.messages import digest_of
 from thinwire.node.batches import batches
 from thinwire.node.config import parse_config
+from thinwire.node.genesis import base_bytes
 from thinwire.node.replica import Replica, build_replica
-from thinwire.node.tasks import make_task
+from thinwire.node.tasks import Pretrained, Task, make_task
 
 log = logging.getLogger("thinwire.node")
 
@@ -134,15 +135,22 @@ def _base_replica(ledger: LedgerFile, base: Path | None, import_path: str | None
     """Before round 1. Raises ConfigError when the base weights are not those of record 0."""
     body = ledger.genesis
     config = parse_config(body.config)
-    replica = build_replica(ledger.run_id, body, make_task(config.task, import_path, None))
+    task = make_task(config.task, import_path, None)
+    replica = build_replica(ledger.run_id, body, task)
     if body.base is None:
         if base is not None:
             raise ConfigError("--base: this run began with an exact initialisation, leave it out")
         data = None
     elif base is None:
-        raise ConfigError(f"the run began with base weights {body.base.digest.hex()[:16]}: give --base FILE")
+        raise ConfigError(
+            f"the run began with base weights {body.base.digest.hex()[:16]}: "
+            f"give --base FILE{_or_folder(task)}"
+        )
     else:
-        data = _read(base)
+        if base.is_dir() and isinstance(task, Pretrained):
+            data = base_bytes(task.base_in(base, replica.model))
+        else:
+            data = _read(base)
         if digest_of(data) != body.base.digest:
             raise ConfigError(
                 f"--base {base}: its digest is {digest_of(data).hex()[:16]}, "
@@ -150,6 +158,10 @@ def _base_replica(ledger: LedgerFile, base: Path | None, import_path: str | None
             )
     replica.begin(data)
     return replica
+
+
+def _or_folder(task: Task) -> str:
+    return ", or the folder of the model that it began with" if isinstance(task, Pretrained) else ""
 
 
 def _read(path: Path) -> bytes:

@@ -1,7 +1,7 @@
 """Tasks: what is trained. A task names a model, its exact initial values, its batches and its evaluation.
 
-`text` is built in. A task of the user's own is given by import path on the user's own command line
-(`--task package.module:function`), never by the network.
+`text` is built in, `hf` (a model of transformers, see `hf_task`) an extra. A task of the user's own is given
+by import path on the user's own command line (`--task package.module:function`), never by the network.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class Task(Protocol):
     n_samples: int
     """Samples in one batch that `draw` gives."""
     n_tokens: int
-    """Tokens (here: bytes) in one batch."""
+    """Tokens (`text`: bytes) in the batch that `draw` gave last."""
 
     def model(self) -> nn.Module:
         """The model with parameters of any value; called on the meta device too."""
@@ -66,6 +66,27 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module) -> float:
         """Mean held-out loss; the caller has set eval mode and no_grad."""
+        ...
+
+
+@runtime_checkable
+class Pretrained(Protocol):
+    """What a task has besides whose model brings weights, so that a run needs no `run.base`."""
+
+    def public(self) -> config.Task:
+        """The options for record 0: all that a node needs to build the model, no path of this machine."""
+        ...
+
+    def base(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights by parameter name; what is not among them begins by its rule. At the coordinator."""
+        ...
+
+    def base_in(self, folder: Path, model: nn.Module) -> dict[str, Tensor]:
+        """The same from a folder of this machine's user, wherever the run began."""
+        ...
+
+    def export(self, model: nn.Module, held_out: bytes, folder: Path) -> None:
+        """The model as its library reads it."""
         ...
 
 
@@ -212,6 +233,11 @@ def make_task(options: config.Task, import_path: str | None, data: Path | None) 
     That is module:callable, called as `make(options, data)` for a Task. Raises ConfigError.
     """
     if import_path is None:
+        _refuse_strange(options)
+        if options.name == "hf":
+            from thinwire.node.hf_task import HfTask
+
+            return HfTask(options, data)
         if options.name == "custom":
             raise ConfigError(
                 "this run trains a custom task, and code never comes over the network: "
@@ -230,3 +256,21 @@ def make_task(options: config.Task, import_path: str | None, data: Path | None) 
         sys.path.remove("")
     task: Task = make(options, data)
     return task
+
+
+_OF_TEXT: Final = frozenset({"held_out_bytes", "layers", "width", "heads"})
+_OF_ALL: Final = frozenset({"name", "corpus", "context", "batch"})
+
+
+def _refuse_strange(options: config.Task) -> None:
+    """Raises ConfigError for an option that another task has: it would do nothing."""
+    own = {"text": _OF_ALL | _OF_TEXT, "hf": config.Task.model_fields.keys() - _OF_TEXT}.get(options.name)
+    if own is None:
+        return
+    for name, known in config.Task.model_fields.items():
+        if name not in own and getattr(options, name) != known.default:
+            other = "text" if name in _OF_TEXT else "hf"
+            raise ConfigError(
+                f"task.{name} is an option of the task {other!r}, and this run trains {options.name!r}: "
+                f'leave it out, or set task.name = "{other}"'
+            )
