@@ -30,6 +30,11 @@ class Part:
         return cls(tuple(shape), 0, prod(shape))
 
     @property
+    def entire(self) -> Part:
+        """The whole parameter that this is a part of."""
+        return Part.whole(self.shape)
+
+    @property
     def n_global(self) -> int:
         """Elements of the whole parameter."""
         return prod(self.shape)

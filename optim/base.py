@@ -17,9 +17,10 @@ from typing import Any, ClassVar, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from thinwire.compression.base import Fields, Payload, Turn
+from thinwire.compression.base import Fields, Part, Payload, Turn
 from thinwire.compression.errors import BadPayload, ConfigError
 from thinwire.optim import options
+from thinwire.optim.ranks import ALONE, Ranks, local_of, parts_of, ranks_of, refuse_placement
 
 Closure = Callable[[], Tensor]
 """float32 loss of one fixed batch; never calls backward; repeated calls give identical bits in eval mode."""
@@ -54,12 +55,19 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One replicated parameter: its canonical name, its index in name order and the tensor."""
+    """One replicated parameter: its canonical name, its index in name order, the tensor, and what this rank
+    holds of it."""
 
     name: str
     index: int
     tensor: torch.nn.Parameter
+    part: Part
     group: dict[str, Any]
+
+    @property
+    def local(self) -> Tensor:
+        """The elements of `part`, detached, in the parameter's own memory; whole rows of it."""
+        return local_of(self.tensor)
 
     @property
     def decays(self) -> bool:
@@ -124,11 +132,15 @@ class Strategy(torch.optim.Optimizer):
     peers: Peers | None = None
     """Whom `step` exchanges with; None: alone."""
 
+    ranks: Ranks = ALONE
+    """Over which the parameters are sharded; every rank calls the same methods in the same order."""
+
     def __init__(self, named_parameters: NamedParameters, defaults: dict[str, Any], *, seed: int = 0) -> None:
         """`seed`: unsigned 64-bit, for the rounds of `step`; a swarm's rounds bring their own seeds.
 
-        Parameters that need no gradient are left out. Raises ConfigError for nameless parameters, for two of
-        one name, for anything but float32 and for options out of their range.
+        Parameters that need no gradient are left out; they may be sharded by `fully_shard`. Raises
+        ConfigError for nameless parameters, for two of one name, for anything but float32, for other
+        placements and for options out of their range.
         """
         self.counters: dict[str, int] = {}
         super().__init__(cast(Any, named_parameters), {**defaults, "seed": seed})
@@ -151,14 +163,14 @@ class Strategy(torch.optim.Optimizer):
         group.pop("param_names", None)
         group["params"] = named
         super().add_param_group(group)
+        self.ranks = ranks_of(p for group in self.param_groups for p in group["params"])
 
     def _refuse_parameters(self, named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
         seen = {name for group in self.param_groups for name in group["param_names"]}
         for name, p in named:
             if name in seen:
                 raise ConfigError(f"two parameters are called {name!r}")
-            if hasattr(p, "placements"):
-                raise ConfigError(f"parameter {name!r} is sharded (a DTensor): strategies need whole ones")
+            refuse_placement(name, p)
             if p.dtype != torch.float32:
                 raise ConfigError(f"parameter {name!r} is {p.dtype}: replicas are float32")
             if ":" in name:
@@ -184,12 +196,17 @@ class Strategy(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True)
         ]
         found.sort(key=lambda entry: entry[0])
-        return [Parameter(name, i, p, group) for i, (name, p, group) in enumerate(found)]
+        ranks = self.ranks
+        return [
+            Parameter(name, i, p, parts_of(p, ranks.count)[ranks.index], group)
+            for i, (name, p, group) in enumerate(found)
+        ]
 
     def replicated_state(self, parameter: Parameter) -> dict[str, Tensor]:
         """What `apply` changes beside the parameter: entry -> the live float32 tensor, made on first use.
 
-        They are entries of `self.state[parameter.tensor]`; zero before the first round.
+        They are entries of `self.state[parameter.tensor]`, shaped like `parameter.local` or 0-d; zero before
+        the first round.
         """
         return {}
 
@@ -197,7 +214,7 @@ class Strategy(torch.optim.Optimizer):
         """All that `apply` changes, in name order: the parameters by their names, their state as
         "parameter:entry". What is fingerprinted, saved in snapshots and copied into from one.
 
-        Live tensors, to be asked for anew after `load_state_dict`.
+        Live tensors, to be asked for anew after `load_state_dict`. What this rank holds: `replicated_parts`.
         """
         found = {}
         for p in self.parameters_in_order():
@@ -205,9 +222,18 @@ class Strategy(torch.optim.Optimizer):
             found.update({f"{p.name}:{entry}": t for entry, t in self.replicated_state(p).items()})
         return dict(sorted(found.items()))
 
+    def replicated_parts(self) -> dict[str, Part]:
+        """Which elements of the whole the entries of `replicated_tensors` are."""
+        found = {}
+        for p in self.parameters_in_order():
+            found[p.name] = p.part
+            for entry, t in self.replicated_state(p).items():
+                found[f"{p.name}:{entry}"] = p.part if t.shape == p.local.shape else Part.whole(t.shape)
+        return dict(sorted(found.items()))
+
     def replicated_value(self, parameter: Parameter) -> Tensor:
-        """The parameter as `apply` left it: the tensor itself, unless local work changes that one."""
-        return parameter.tensor.detach()
+        """`parameter.local` as `apply` left it: the memory itself, unless local work changes that one."""
+        return parameter.local
 
     @contextmanager
     def replica(self) -> Iterator[None]:
@@ -323,7 +349,7 @@ class Strategy(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: torch's own would leave out what subclasses add. Hooks and peers stay."""
         # A learning rate scheduler patches `step` of an instance; connections cannot be copied.
-        left_out = ("_optimizer_", "step", "peers")
+        left_out = ("_optimizer_", "step", "peers", "ranks")
         return {name: v for name, v in self.__dict__.items() if not name.startswith(left_out)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -369,12 +395,11 @@ class Strategy(torch.optim.Optimizer):
 
 
 @contextmanager
-def flattened(p: torch.nn.Parameter) -> Iterator[Tensor]:
-    """The parameter as a contiguous row, in the order of its indices, to be changed in place.
+def flattened(theta: Tensor) -> Iterator[Tensor]:
+    """A detached tensor as a contiguous row, in the order of its indices, to be changed in place.
 
     Other memory formats (channels_last) are copied, and written back at the end.
     """
-    theta = p.detach()
     flat = theta.reshape(-1)
     yield flat
     if not theta.is_contiguous():

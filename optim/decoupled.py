@@ -39,7 +39,7 @@ from thinwire.optim.base import (
 )
 from thinwire.optim.clip import clipped_weights
 from thinwire.optim.gradients import MeanGradient, backward
-from thinwire.optim.leftover import Leftover, part_of, refuse_other_packing
+from thinwire.optim.leftover import Leftover, refuse_other_packing
 from thinwire.optim.senders import decode_senders
 
 
@@ -127,11 +127,11 @@ class Decoupled(Strategy):
             return {}
         state = self.state[parameter.tensor]
         if "moment1" not in state:
-            state.update(self._adamw().new_state(parameter.tensor))
+            state.update(self._adamw().new_state(parameter.local))
         return {entry: state[entry] for entry in ENTRIES}
 
     def fields(self, turn: Turn | None = None) -> Fields:
-        return {p.name: self.compressor.fields(part_of(p)) for p in self.parameters_in_order()}
+        return {p.name: self.compressor.fields(p.part.entire) for p in self.parameters_in_order()}
 
     # --------------------------------------------------------------------------------- local work
 
@@ -143,10 +143,10 @@ class Decoupled(Strategy):
             # Proposed once more for the same round: what was packed before never counted.
             self._momentum.put_back(parameter, turn)
         for _ in range(self.option("replicate_every")):
-            gradient = MeanGradient(self.parameters_in_order())
+            gradient = MeanGradient(self.parameters_in_order(), self.ranks)
             for _ in range(self.option("accumulate")):
                 self.zero_grad(set_to_none=True)
-                loss = backward(draw())
+                loss = backward(draw(), self.ranks)
                 if gradient.take_in(loss):
                     losses.append(loss)
                 else:
@@ -171,7 +171,7 @@ class Decoupled(Strategy):
         return self._send(turn)
 
     def _take_gradients(self, turn: Turn) -> None:
-        gradient = MeanGradient(self.parameters_in_order())
+        gradient = MeanGradient(self.parameters_in_order(), self.ranks)
         if not gradient.take_in(loss=0.0):
             self.count("dropped_batches")
         self._step(gradient, turn)
@@ -187,7 +187,7 @@ class Decoupled(Strategy):
 
     def _send(self, turn: Turn) -> Payload:
         n_decays, alpha = self.counters.get("decays", 0), self.option("alpha")
-        return {p.name: self._momentum.send(p, turn, n_decays, alpha) for p in self.parameters_in_order()}
+        return self._momentum.send(self.parameters_in_order(), turn, n_decays, alpha)
 
     def _kept(self, parameter: Parameter, n_decays: int) -> float:
         """alpha beta^lag: what would be left of a send in the momentum if it had stayed there."""
@@ -203,7 +203,7 @@ class Decoupled(Strategy):
         refuse_names(payload, [p.name for p in parameters])
         with exact_arithmetic():
             for parameter in parameters:
-                self.compressor.check(payload[parameter.name], part_of(parameter), turn)
+                self.compressor.check(payload[parameter.name], parameter.part.entire, turn)
 
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
         """Parameter by parameter: scratch is a few times the largest one. No shares, no change."""
@@ -212,7 +212,7 @@ class Decoupled(Strategy):
         for parameter in self.parameters_in_order():
             n_lost = self._momentum.settle(parameter, turn, own)
             if shares:
-                with exact_arithmetic(), flattened(parameter.tensor) as theta:
+                with exact_arithmetic(), flattened(parameter.local) as theta:
                     self._update(parameter, theta, [s.payload[parameter.name] for s in shares], weights, turn)
         self.count("lost_sends", n_lost)
 
@@ -222,7 +222,7 @@ class Decoupled(Strategy):
         """One rounding per operation: no fused forms (`alpha=`, foreach)."""
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
-        step = self._mean(packs, weights, part_of(parameter), turn).to(theta.device)
+        step = self._mean(packs, weights, parameter.part, turn).to(theta.device)
         if self.option("sign"):
             step.sign_()
         if self.option("base") == "adamw":
@@ -249,7 +249,7 @@ class Decoupled(Strategy):
         parameters = self.parameters_in_order()
         with exact_arithmetic():
             norms = [
-                sum(self.compressor.magnitude(s.payload[p.name], part_of(p), turn) for p in parameters)
+                sum(self.compressor.magnitude(s.payload[p.name], p.part.entire, turn) for p in parameters)
                 for s in shares
             ]
         return clipped_weights(norms, weights, self.option("clip"))

@@ -55,7 +55,8 @@ from thinwire.optim.fragments import fragments_of
 from thinwire.optim.gradients import backward
 from thinwire.optim.inner import check_inner
 from thinwire.optim.inner_phase import InnerPhase
-from thinwire.optim.leftover import Leftover, part_of, refuse_other_packing
+from thinwire.optim.leftover import Leftover, refuse_other_packing
+from thinwire.optim.packing import pack_all
 
 INNER: Final[dict[str, Any]] = {"name": "AdamW", "betas": [0.9, 0.95]}
 
@@ -166,12 +167,12 @@ class Diloco(Strategy):
             return {}
         state = self.state[parameter.tensor]
         if "outer_momentum" not in state:
-            theta = parameter.tensor
+            theta = parameter.local
             state["outer_momentum"] = torch.zeros(theta.shape, device=theta.device)
         return {"outer_momentum": state["outer_momentum"]}
 
     def replicated_value(self, parameter: Parameter) -> Tensor:
-        value: Tensor = self._phase.entry(parameter, "outer", parameter.tensor.detach())
+        value: Tensor = self._phase.entry(parameter, "outer", parameter.local)
         return value
 
     # --------------------------------------------------------------------------------- fragments
@@ -190,7 +191,7 @@ class Diloco(Strategy):
 
     def fields(self, turn: Turn | None = None) -> Fields:
         parameters = self.parameters_in_order() if turn is None else self._fragment(turn)[0]
-        return {p.name: self.compressor.fields(part_of(p)) for p in parameters}
+        return {p.name: self.compressor.fields(p.part.entire) for p in parameters}
 
     # --------------------------------------------------------------------------------- local work
 
@@ -281,18 +282,17 @@ class Diloco(Strategy):
     def _train_on(self, closure: Closure, turn: Turn) -> None:
         """One inner step."""
         self.zero_grad(set_to_none=True)
-        loss = backward(closure)
+        loss = backward(closure, self.ranks)
         if self._inner_step(loss, turn):
             self._losses.append(loss)
 
     def _is_enough(self, n_steps: int) -> bool:
         """Whether the round has had all its inner steps, or its time."""
-        is_late = (
-            self.option("max_seconds") > 0
-            and self._deadline_s is not None
-            and self.clock() >= self._deadline_s
-        )
-        return is_late or n_steps >= int(self.option("inner_steps"))
+        if n_steps >= int(self.option("inner_steps")):
+            return True
+        if self.option("max_seconds") == 0 or self._deadline_s is None:
+            return False
+        return any(self.ranks.sums([float(self.clock() >= self._deadline_s)]))  # all ranks stop together
 
     def _inner_step(self, loss: float, turn: Turn) -> bool:
         done = self._phase.step(loss, turn.lr_factor)
@@ -309,15 +309,11 @@ class Diloco(Strategy):
         self.count("dropped_rounds", self._phase.start_over_unless_finite())
         decays = f"decays {(turn.round - 1) % self.option('fragments')}"
         self.count(decays)
-        payload = {}
+        if not self.option("error_feedback"):
+            return pack_all(self.ranks, self.compressor, fragment, self._phase.moved, its_turn)
         for p in fragment:
-            delta = self._phase.moved(p)
-            if self.option("error_feedback"):
-                self._leftover.of(p).mul_(self.option("feedback_decay")).add_(delta)
-                payload[p.name] = self._leftover.send(p, its_turn, self.counters[decays], 1.0)
-            else:
-                payload[p.name] = self.compressor.pack(delta, part_of(p), its_turn)
-        return payload
+            self._leftover.of(p).mul_(self.option("feedback_decay")).add_(self._phase.moved(p))
+        return self._leftover.send(fragment, its_turn, self.counters[decays], 1.0)
 
     def _kept(self, parameter: Parameter, n_decays: int) -> float:
         """What would be left of a send in the error feedback if it had stayed there."""
@@ -334,7 +330,7 @@ class Diloco(Strategy):
         refuse_names(payload, [p.name for p in fragment])
         with exact_arithmetic():
             for p in fragment:
-                self.compressor.check(payload[p.name], part_of(p), its_turn)
+                self.compressor.check(payload[p.name], p.part.entire, its_turn)
 
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
         """Parameter by parameter: scratch is a few times the largest one. Nothing changes without samples."""
@@ -345,7 +341,7 @@ class Diloco(Strategy):
         for p in fragment:
             n_lost = self._leftover.settle(p, its_turn, own)
             if any(weights):
-                with exact_arithmetic(), flattened(p.tensor) as theta:
+                with exact_arithmetic(), flattened(p.local) as theta:
                     self._update(p, theta, [s.payload[p.name] for s in shares], weights, its_turn)
             self._phase.restart(p, self.option("mix"))
         self.count("lost_sends", n_lost)
@@ -355,7 +351,7 @@ class Diloco(Strategy):
         self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], weights: list[float], turn: Turn
     ) -> None:
         """One rounding per operation: no fused forms (`alpha=`, foreach)."""
-        step = self.compressor.decode(packs, weights, part_of(parameter), turn).to(theta.device)
+        step = self.compressor.decode(packs, weights, parameter.part, turn).to(theta.device)
         mu = to_float32(self.option("outer_momentum"))
         if mu > 0.0:
             momentum = self.replicated_state(parameter)["outer_momentum"].view(-1)
@@ -371,7 +367,7 @@ class Diloco(Strategy):
         weights = [1.0 if equal else to_float32(min(n, limit)) for n in counts]
         with exact_arithmetic():
             norms = [
-                sum(self.compressor.magnitude(s.payload[p.name], part_of(p), turn) for p in fragment)
+                sum(self.compressor.magnitude(s.payload[p.name], p.part.entire, turn) for p in fragment)
                 for s in shares
             ]
         return clipped_weights(norms, weights, self.option("clip"))

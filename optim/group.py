@@ -20,10 +20,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
-import torch
 import torch.distributed as dist
 
 from thinwire.compression import wire
@@ -31,6 +30,7 @@ from thinwire.compression.base import Payload, Turn
 from thinwire.compression.errors import BadPayload, ConfigError, ReplicaDiverged
 from thinwire.compression.fingerprint import parameter_sum
 from thinwire.optim.base import NamedParameters, Own, Share, Strategy
+from thinwire.optim.ranks import GroupRanks
 from thinwire.optim.registry import build_strategy
 
 _N_SAMPLES: Final = struct.Struct("<Q")
@@ -47,10 +47,18 @@ def join_group(strategy: Strategy, group: dist.ProcessGroup | None = None) -> St
     """From now on `strategy.step` exchanges with the other ranks of the group (None: the default one).
 
     To be called on every rank. All get the replicated state of rank 0. Raises ConfigError, naming what
-    differs, unless all have the same parameters and options, and when there is no process group.
+    differs, unless all have the same parameters and options, and when there is no process group. Parameters
+    may be sharded inside nodes: then `group` has one rank of each node, all with the same rows.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise ConfigError("no process group: call torch.distributed.init_process_group first (see torchrun)")
+    if isinstance(strategy.ranks, GroupRanks) and set(strategy.ranks.members) & (
+        set(dist.get_process_group_ranks(group)) - {dist.get_rank()}
+    ):
+        raise ConfigError(
+            "the parameters are sharded over ranks of this group: join the group of those ranks, one of each "
+            "node, that hold the same rows"
+        )
     peers = GroupPeers(group)
     peers.prepare(strategy)
     strategy.peers = peers
@@ -68,14 +76,8 @@ class GroupPeers:
     """The ranks of a process group as `Strategy.peers`."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
-        self.rank = dist.get_rank(group)
-        self.world_size = dist.get_world_size(group)
-        if self.rank < 0:
-            raise ConfigError("this process is not a rank of the group")
-        # NCCL and its like move tensors of their own device only; gloo is at home on the CPU.
-        on_cpu = dist.get_backend(group) in ("gloo", "mpi")
-        self._device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+        self._ranks = GroupRanks(group)
+        self.rank, self.world_size = self._ranks.index, self._ranks.count
         self._known: set[str] = set()
 
     def prepare(self, strategy: Strategy) -> None:
@@ -87,7 +89,7 @@ class GroupPeers:
         self._compare(strategy)
         for name, t in strategy.replicated_tensors().items():
             if name.partition(":")[0] not in self._known:
-                self._broadcast(t)
+                self._ranks.broadcast(t)
         self._known = names
 
     def own_seed(self, shared_seed: int) -> int:
@@ -103,7 +105,7 @@ class GroupPeers:
         max_bytes = wire.max_bytes_of(fields)
         shares: list[Share] = []
         own: Own = "missed"
-        for rank, message in enumerate(self._gather(_N_SAMPLES.pack(n_samples) + data)):
+        for rank, message in enumerate(self._ranks.gather(_N_SAMPLES.pack(n_samples) + data)):
             theirs = self._decoded(rank, message[_N_SAMPLES.size :], fields, turn.round, layout, max_bytes)
             try:
                 strategy.check(theirs, turn)
@@ -134,41 +136,18 @@ class GroupPeers:
     def verify(self, strategy: Strategy) -> None:
         """See `verify_group`."""
         sums = {name: parameter_sum(t) for name, t in strategy.replicated_tensors().items()}
-        everybody = [json.loads(data) for data in self._gather(json.dumps(sums).encode())]
+        everybody = [json.loads(data) for data in self._ranks.gather(json.dumps(sums).encode())]
         for rank, theirs in enumerate(everybody):
             differing = [n for n in sorted(sums) if theirs.get(n) != everybody[0].get(n)]
             if differing:
                 raise ReplicaDiverged(f"rank {rank} differs from rank 0 in {', '.join(differing[:5])}")
 
-    # --------------------------------------------------------------------------------- collectives
-
     def _compare(self, strategy: Strategy) -> None:
         """Raises ConfigError, the same on every rank."""
-        everybody = [json.loads(data) for data in self._gather(_description(strategy).encode())]
+        everybody = [json.loads(data) for data in self._ranks.gather(_description(strategy).encode())]
         for rank, theirs in enumerate(everybody):
             if differences := _differences(everybody[0], theirs):
                 raise ConfigError(f"rank {rank} differs from rank 0: {'; '.join(differences[:5])}")
-
-    def _gather(self, data: bytes) -> list[bytes]:
-        """Everybody's bytes, by rank."""
-        lengths = self._all_gather(torch.tensor([len(data)], dtype=torch.int64))
-        n_bytes = [int(n) for n in lengths]
-        padded = torch.zeros(max(n_bytes), dtype=torch.uint8)
-        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        rows = self._all_gather(padded)
-        return [row[:n].numpy().tobytes() for row, n in zip(rows, n_bytes, strict=True)]
-
-    def _all_gather(self, row: torch.Tensor) -> Sequence[torch.Tensor]:
-        row = row.to(self._device)
-        rows = [torch.empty_like(row) for _ in range(self.world_size)]
-        dist.all_gather(rows, row, group=self._group)
-        return [r.cpu() for r in rows]
-
-    @torch.no_grad()
-    def _broadcast(self, t: torch.Tensor) -> None:
-        copy = t.detach().to(self._device, copy=True).contiguous()
-        dist.broadcast(copy, group=self._group, group_src=0)
-        t.copy_(copy)
 
 
 def rank_seed(shared_seed: int, rank: int) -> int:

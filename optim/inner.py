@@ -47,17 +47,18 @@ def check_inner(inner: object, weight_decay: float) -> None:
 def build_inner(
     inner: Mapping[str, Any],
     parameters: Sequence[Parameter],
+    trained: Mapping[str, Tensor],
     lr_factor: float,
     states: Mapping[Tensor, Mapping[str, Any]],
 ) -> torch.optim.Optimizer:
-    """Over the parameters themselves, going on from `states`, which hold what its `state` had before.
+    """Over `trained` (by parameter name), going on from `states`, which hold what its `state` had before.
 
     The tensors in `states` are used, not copied, where they are on the parameter's device.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for p in parameters:
         wd = float(p.group["weight_decay"]) if p.decays else 0.0
-        groups.setdefault((float(p.group["lr"]) * lr_factor, wd), []).append(p.tensor)
+        groups.setdefault((float(p.group["lr"]) * lr_factor, wd), []).append(trained[p.name])
     name, options = inner["name"], _options(inner)
     optimizer: torch.optim.Optimizer = _kind(name)(
         [

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thinwire.optim.base import Parameter, Strategy
-from thinwire.optim.gradients import dense, norm
+from thinwire.optim.gradients import local_gradients, norm
 from thinwire.optim.inner import build_inner
 
 
@@ -37,9 +37,9 @@ class InnerPhase:
         for p in self._strategy.parameters_in_order():
             state = self._strategy.state[p.tensor]
             if "outer" not in state:
-                state["outer"] = p.tensor.detach().clone()
+                state["outer"] = p.local.clone()
                 if "live" in state:
-                    p.tensor.copy_(state.pop("live"))
+                    p.local.copy_(state.pop("live"))
 
     @torch.no_grad()
     def leave(self, is_kept: bool) -> None:
@@ -47,8 +47,8 @@ class InnerPhase:
         for p in self._strategy.parameters_in_order():
             outer = self._strategy.state[p.tensor].pop("outer")
             if is_kept:
-                self._strategy.state[p.tensor]["live"] = p.tensor.detach().clone()
-            p.tensor.copy_(outer)
+                self._strategy.state[p.tensor]["live"] = p.local.clone()
+            p.local.copy_(outer)
 
     @contextmanager
     def outer_in_place(self) -> Iterator[None]:
@@ -63,14 +63,14 @@ class InnerPhase:
     def _swap(self) -> None:
         for p in self._strategy.parameters_in_order():
             if (outer := self.entry(p, "outer")) is not None:
-                values = p.tensor.detach().clone()
-                p.tensor.copy_(outer)
+                values = p.local.clone()
+                p.local.copy_(outer)
                 outer.copy_(values)
 
     def moved(self, parameter: Parameter) -> Tensor:
         """theta - theta_i, flat; to be called between `enter` and `leave`."""
         outer: Tensor = self._strategy.state[parameter.tensor]["outer"]
-        return (outer - parameter.tensor.detach()).reshape(-1)
+        return (outer - parameter.local).reshape(-1)
 
     def forget(self, parameters: Sequence[Parameter]) -> None:
         """These start from the outer parameters."""
@@ -83,7 +83,7 @@ class InnerPhase:
         """The next phase starts from mix theta_i + (1 - mix) theta."""
         live = self.entry(parameter, "live")
         if live is not None and mix > 0:
-            live.mul_(mix).add_(parameter.tensor * (1.0 - mix))
+            live.mul_(mix).add_(parameter.local * (1.0 - mix))
         else:
             self.forget([parameter])
 
@@ -91,30 +91,32 @@ class InnerPhase:
     def step(self, loss: float, lr_factor: float) -> bool:
         """From the gradients in place, clipped; False, and nothing changes, if anything is not finite."""
         strategy = self._strategy
-        parameters = [p for p in strategy.parameters_in_order() if p.tensor.grad is not None]
-        for p in parameters:
-            p.tensor.grad = dense(p.tensor.grad)  # type: ignore[arg-type]
-        grads = [p.tensor.grad for p in parameters if p.tensor.grad is not None]
-        total, limit = norm(grads), strategy.option("max_grad_norm")
+        grads = local_gradients(strategy.parameters_in_order(), strategy.ranks)
+        parameters = [p for p in strategy.parameters_in_order() if p.name in grads]
+        total, limit = norm(parameters, grads, strategy.ranks), strategy.option("max_grad_norm")
         if not isfinite(loss) or not isfinite(total):
             return False
         if 0 < limit < total:
-            for grad in grads:
+            for grad in grads.values():
                 grad.mul_(limit / total)
-        states: dict[Tensor, Any] = {p.tensor: strategy.state[p.tensor].get("inner", {}) for p in parameters}
-        inner = build_inner(strategy.option("inner"), parameters, lr_factor, states)
+        trained = {p.name: p.local for p in parameters}
+        for name, local in trained.items():
+            local.grad = grads[name]
+        states = {trained[p.name]: strategy.state[p.tensor].get("inner", {}) for p in parameters}
+        inner = build_inner(strategy.option("inner"), parameters, trained, lr_factor, states)
         inner.step()
         for p in parameters:
-            strategy.state[p.tensor]["inner"] = dict(inner.state[p.tensor])
+            strategy.state[p.tensor]["inner"] = dict(inner.state[trained[p.name]])
         return True
 
     @torch.no_grad()
     def start_over_unless_finite(self) -> bool:
         """Local training that went wrong starts anew from the outer parameters: True, if it had to."""
         parameters = self._strategy.parameters_in_order()
-        if all(bool(p.tensor.isfinite().all()) for p in parameters):
+        n_broken = sum(not bool(p.local.isfinite().all()) for p in parameters)
+        if not any(self._strategy.ranks.sums([float(n_broken)])):
             return False
         for p in parameters:
-            p.tensor.copy_(self._strategy.state[p.tensor]["outer"])
+            p.local.copy_(self._strategy.state[p.tensor]["outer"])
             self._strategy.state[p.tensor].pop("inner", None)
         return True

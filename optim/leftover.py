@@ -6,16 +6,17 @@ Local state, in two entries of a strategy's `state` per parameter: the leftover 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from thinwire.compression.base import Compressor, Packed, Part, Turn
+from thinwire.compression.base import Compressor, Packed, Payload, Turn
 from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import exact_arithmetic, to_float32
 from thinwire.optim.base import Own, Parameter, Strategy
+from thinwire.optim.packing import pack_all
 
 Sends = dict[int, tuple[int, Packed]]
 """Round -> (how often the leftover had decayed when it was sent, what was sent), while its fate is open."""
@@ -39,18 +40,19 @@ class Leftover:
         """The flat leftover itself; zero before its first use."""
         state = self._strategy.state[parameter.tensor]
         if self._entry not in state:
-            state[self._entry] = torch.zeros_like(parameter.tensor.detach().reshape(-1))
+            state[self._entry] = torch.zeros_like(parameter.local.reshape(-1))
             state["sends"] = {}
         leftover: Tensor = state[self._entry]
         return leftover
 
-    def send(self, parameter: Parameter, turn: Turn, n_decays: int, alpha: float) -> Packed:
+    def send(self, parameters: Sequence[Parameter], turn: Turn, n_decays: int, alpha: float) -> Payload:
         """Packs what is selected; `alpha` times that leaves the leftover. Its fate is open from now on."""
-        leftover = self.of(parameter)
-        packed = self._compressor.pack(leftover, part_of(parameter), turn)
-        leftover.sub_(self._decoded(parameter, packed, turn, alpha))
-        self._sends(parameter)[turn.round] = (n_decays, packed)
-        return packed
+        payload = pack_all(self._strategy.ranks, self._compressor, parameters, self.of, turn)
+        for parameter in parameters:
+            packed = payload[parameter.name]
+            self.of(parameter).sub_(self._decoded(parameter, packed, turn, alpha))
+            self._sends(parameter)[turn.round] = (n_decays, packed)
+        return payload
 
     def put_back(self, parameter: Parameter, turn: Turn) -> None:
         """Adds this round's send again, as far as it would have decayed since. Only once."""
@@ -90,13 +92,9 @@ class Leftover:
     def _decoded(self, parameter: Parameter, packed: Packed, turn: Turn, factor: float) -> Tensor:
         """factor * q: what the receivers read from `packed`."""
         with exact_arithmetic():
-            q = self._compressor.decode([packed], [1.0], part_of(parameter), turn)
+            q = self._compressor.decode([packed], [1.0], parameter.part, turn)
             q = q.to(parameter.tensor.device)
             return q if factor == 1.0 else q.mul_(to_float32(factor))
-
-
-def part_of(parameter: Parameter) -> Part:
-    return Part.whole(parameter.tensor.shape)
 
 
 def refuse_other_packing(state_dict: Mapping[str, Any], compressor: Compressor) -> None:

@@ -21,6 +21,9 @@ from torch.overrides import TorchFunctionMode
 from thinwire.compression.errors import ConfigError
 from thinwire.compression.noise import NoiseKind, perturb
 from thinwire.optim.base import Closure, Parameter
+from thinwire.optim.gradients import mean_loss
+from thinwire.optim.ranks import ALONE, Ranks, is_sharded
+from thinwire.optim.unsharded import parameter_behind
 
 _VALUE_PROPERTIES: Final = frozenset(
     getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag", "data")
@@ -70,8 +73,10 @@ class Substitution(TorchFunctionMode):
 
     def _replaced(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            parameter = self._parameters.get(id(value))
-            return value if parameter is None else perturbed(parameter, self._direction)
+            parameter = self._parameters.get(id(parameter_behind(value)))
+            if parameter is None or is_sharded(value):  # what is sharded is not evaluated
+                return value
+            return perturbed(value, parameter, self._direction)
         if isinstance(value, dict):
             return {k: self._replaced(v) for k, v in value.items()}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -89,23 +94,31 @@ def _reads_values(func: Callable[..., Any]) -> bool:
 
 
 @torch.no_grad()
-def perturbed(parameter: Parameter, direction: Direction) -> Tensor:
-    """theta + eps z in a new tensor with all that kernels choose their order of sums by."""
-    theta, d = parameter.tensor.detach(), direction
-    scratch = perturb(theta.contiguous(), d.eps, d.kind, d.seed, parameter.index, d.probe)
+def perturbed(whole: Tensor, parameter: Parameter, direction: Direction, start: int = 0) -> Tensor:
+    """theta + eps z in a new tensor with all that kernels choose their order of sums by. `whole`: the values
+    of the parameter, or its elements from `start` on."""
+    if whole.dtype != torch.float32:
+        raise NotSubstituted(
+            f"{parameter.name} is evaluated as {whole.dtype}, which rounds perturbations away: no mixed "
+            "precision of fully_shard with spsa"
+        )
+    theta, d = whole.detach(), direction
+    scratch = perturb(theta.contiguous(), d.eps, d.kind, d.seed, parameter.index, d.probe, start)
     if not theta.is_contiguous():  # channels_last, say
         scratch = torch.empty_like(theta).copy_(scratch)
     # Even under no_grad, torch's matmul folds batches or not by whether the weight (or what it is a view of)
     # requires a gradient. A view it shall be: autocast keeps casts of leaves that are none in a cache.
-    base = scratch.detach().requires_grad_(parameter.tensor.requires_grad)
+    base = scratch.detach().requires_grad_(whole.requires_grad)
     return base.view_as(base)
 
 
-def perturbed_loss(closure: Closure, parameters: Sequence[Parameter], direction: Direction) -> float:
-    """The loss at theta + eps z; NaN and infinity are passed on."""
+def perturbed_loss(
+    closure: Closure, parameters: Sequence[Parameter], direction: Direction, ranks: Ranks = ALONE
+) -> float:
+    """The batch's loss at theta + eps z, the same on every rank; NaN and infinity are passed on."""
     with torch.no_grad(), _UNCOMPILED, Substitution(parameters, direction):
         loss = closure()
-    return float(loss.detach())
+    return mean_loss(loss, ranks)
 
 
 class _Uncompiled:
@@ -141,41 +154,47 @@ _UNCOMPILED: Final = _Uncompiled()
 # ------------------------------------------------------------------------------------------- dry run
 
 
-def dry_run(closure: Closure, parameters: Sequence[Parameter], direction: Direction) -> None:
+def dry_run(
+    closure: Closure, parameters: Sequence[Parameter], direction: Direction, ranks: Ranks = ALONE
+) -> None:
     """Raises NotSubstituted unless the substituted loss equals, bit for bit, that of parameters which were
     really changed (and are then restored from a copy of their bytes)."""
-    loss = perturbed_loss(closure, parameters, direction)
-    if not _same(loss, perturbed_loss(closure, parameters, direction)):
+    loss = perturbed_loss(closure, parameters, direction, ranks)
+    if not _same(loss, perturbed_loss(closure, parameters, direction, ranks)):
         raise NotSubstituted(
             "two evaluations of one batch differ: the model must be in eval mode, the batch fixed"
         )
-    if _same(loss, _changed_loss(closure, parameters, direction)):
+    if _same(loss, _changed_loss(closure, parameters, direction, ranks)):
         return
     names = [
         p.name
         for p in parameters
-        if not _same(perturbed_loss(closure, [p], direction), _changed_loss(closure, [p], direction))
+        if not _same(
+            perturbed_loss(closure, [p], direction, ranks), _changed_loss(closure, [p], direction, ranks)
+        )
     ]
     raise NotSubstituted(
         f"the model reads parameters past the perturbation: {', '.join(names) or 'unclear which'}. Use them "
         "through torch functions on the parameters themselves (no aliases kept elsewhere, no caches, no "
-        "scripted modules), or train with the strategy 'decoupled'"
+        "scripted modules, after fully_shard a mark_unsharded), or train with the strategy 'decoupled'"
     )
 
 
-def _changed_loss(closure: Closure, parameters: Sequence[Parameter], direction: Direction) -> float:
-    saved = [p.tensor.detach().clone() for p in parameters]
+def _changed_loss(
+    closure: Closure, parameters: Sequence[Parameter], direction: Direction, ranks: Ranks
+) -> float:
+    saved = [p.local.clone() for p in parameters]
     try:
         with torch.no_grad():
             for p in parameters:
-                p.tensor.copy_(perturbed(p, direction))
+                p.local.copy_(perturbed(p.local, p, direction, p.part.start))
         torch.clear_autocast_cache()
         # An empty substitution: modules with a fast path (attention) go the same way as in the other forward.
-        return perturbed_loss(closure, [], direction)
+        return perturbed_loss(closure, [], direction, ranks)
     finally:
         with torch.no_grad():
             for p, bytes_before in zip(parameters, saved, strict=True):
-                p.tensor.copy_(bytes_before)
+                p.local.copy_(bytes_before)
         torch.clear_autocast_cache()
 
 

@@ -139,9 +139,10 @@ class Spsa(Strategy):
         parameters, eps, kind = self.parameters_in_order(), self.option("eps"), self.option("noise")
         if self._is_first and probe == 0:
             # Farther than a probe goes: what is read past the substitution must not drown in rounding.
-            dry_run(closure, parameters, Direction(kind, seed, probe, 16 * eps))
+            dry_run(closure, parameters, Direction(kind, seed, probe, 16 * eps), self.ranks)
         ahead, behind = (Direction(kind, seed, probe, e) for e in (eps, -eps))
-        return perturbed_loss(closure, parameters, ahead), perturbed_loss(closure, parameters, behind)
+        plus = perturbed_loss(closure, parameters, ahead, self.ranks)
+        return plus, perturbed_loss(closure, parameters, behind, self.ranks)
 
     # --------------------------------------------------------------------------------- replicated work
 
@@ -168,8 +169,10 @@ class Spsa(Strategy):
             wd = float(parameter.group["weight_decay"]) if parameter.decays else 0.0
             if (lr, wd) not in updates:
                 updates[lr, wd] = [step.update(lr, wd) for step in steps]
-            with exact_arithmetic(), flattened(parameter.tensor) as theta:
-                update_all_(theta, updates[lr, wd], self.option("noise"), parameter.index)
+            with exact_arithmetic(), flattened(parameter.local) as theta:
+                update_all_(
+                    theta, updates[lr, wd], self.option("noise"), parameter.index, parameter.part.start
+                )
 
     def batch_bytes(self) -> int:
         """A pass takes time for every parameter, and again for every probe: about a second in all, unless a

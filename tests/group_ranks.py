@@ -163,6 +163,8 @@ def scenario_refuse(rank: int, world_size: int, folder: Path) -> Any:
 
     sharded = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
     expect("sharded", ConfigError, lambda: group_optimizer(config, [("w", sharded)]))
+    columns = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(1)]))
+    expect("columns", ConfigError, lambda: group_optimizer(config, [("w", columns)]))
     return said
 
 

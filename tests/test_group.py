@@ -152,7 +152,8 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
     assert "shape of weight is [3, 3], not [2, 3]" in first["shapes"]
     assert first["names"].endswith("a parameter 1.bias; a parameter 1.weight")
     assert "0.weight" in first["bits"]
-    assert first["sharded"].startswith("parameter 'w' is sharded (a DTensor)")
+    assert first["columns"].startswith("parameter 'w' is placed as (Shard(dim=1),)")
+    assert first["sharded"].startswith("the parameters are sharded over ranks of this group")
 
 
 @pytest.mark.swarm

@@ -299,9 +299,9 @@ def test_descriptions_cost_no_perturbation(monkeypatch: pytest.MonkeyPatch) -> N
     made: list[str] = []
     real = under_test.perturbed
 
-    def counting(parameter: Parameter, direction: Direction) -> Tensor:
+    def counting(whole: Tensor, parameter: Parameter, direction: Direction) -> Tensor:
         made.append(parameter.name)
-        return real(parameter, direction)
+        return real(whole, parameter, direction)
 
     monkeypatch.setattr(under_test, "perturbed", counting)
     with Substitution(parameters, DIRECTION):
@@ -327,8 +327,8 @@ def test_scratch_lives_for_one_use(monkeypatch: pytest.MonkeyPatch) -> None:
     n_alive: list[int] = []
     real = under_test.perturbed
 
-    def watched(parameter: Parameter, direction: Direction) -> Tensor:
-        scratch = real(parameter, direction)
+    def watched(whole: Tensor, parameter: Parameter, direction: Direction) -> Tensor:
+        scratch = real(whole, parameter, direction)
         assert scratch._is_view()  # autocast caches casts of leaves that are no views
         alive.append(weakref.ref(scratch))
         return scratch
