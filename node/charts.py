@@ -1,0 +1,85 @@
+"""The picture of a comparison: held-out loss against what was sent, and against what was computed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from thinwire.node.compare import Outcome
+
+# Okabe and Ito's, which stay apart for the colour-blind too; and another marker for each.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
+MARKERS = "osD^vPX*"
+
+
+def has_matplotlib() -> bool:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def comparison_png(title: str, unit: str, outcomes: Sequence[Outcome], ddp_bytes_per_step: float) -> bytes:
+    """`unit`: of the loss. Raises ImportError without matplotlib.
+
+    No pyplot: that wants a display, and keeps global state.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)  # and not what the user's matplotlib is set up for
+    by_bytes, by_steps = figure.subplots(1, 2, sharey=True)
+    shown = [outcome for outcome in outcomes if outcome.has_rounds]
+    for i, outcome in enumerate(shown):
+        style = {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 4.5,
+            "linewidth": 1.6,
+            "label": outcome.plan.label,
+        }
+        sent = [p for p in outcome.curve if p.payload_bytes > 0]  # a logarithm has no place for zero
+        by_bytes.plot([p.payload_bytes for p in sent], [p.held_out for p in sent], **style)
+        by_steps.plot([p.steps for p in outcome.curve], [p.held_out for p in outcome.curve], **style)
+    n_steps = max((p.steps for outcome in shown for p in outcome.curve), default=0)
+    _bytes_axis(by_bytes, ddp_bytes_per_step * n_steps)
+    by_steps.set_xlabel("steps (data-parallel training would exchange gradients after each)")
+    by_bytes.set_ylabel(f"held-out loss ({unit})")
+    for axes in (by_bytes, by_steps):
+        axes.grid(visible=True, which="major", alpha=0.3)
+    handles, labels = by_bytes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    figure.suptitle(title)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _bytes_axis(axes: Axes, ddp_bytes: float) -> None:
+    """Logarithmic, in words of people, with what data-parallel training of all steps would send."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(base=10, numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _position: _power(n)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("payload bytes sent per peer, so far")
+    if ddp_bytes > 0:
+        axes.axvline(
+            ddp_bytes, color="grey", linestyle="--", linewidth=1, label="all gradients, ring all-reduce"
+        )
+
+
+def _power(n: float) -> str:
+    """1e6 -> '1 MB'."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:g} {unit}"
+        n /= 1000
+    raise AssertionError
