@@ -90,7 +90,7 @@ class Runner:
         self.device = torch.device(device)
         self.metrics = metrics or NodeMetrics()
         self.stop = threading.Event()
-        self._offered_round = 0
+        self._offered_round = self._n_tokens_ahead = 0
         self._is_joining = self._is_replay = True
         self._applied_s = time.monotonic()
         self._counted = self._missed = self._payload_bytes = 0
@@ -328,13 +328,15 @@ class Runner:
     def _propose(self) -> None:
         """This replica is at the head of the ledger: local work and an offer for the next round."""
         turn = self.replica.turn()
-        micro_batches = 0
+        micro_batches = n_tokens = 0
 
         def draw() -> Closure:
-            nonlocal micro_batches
+            nonlocal micro_batches, n_tokens
             seed = data_seed(self.replica.run_id, turn.round, self.link.peer_id, micro_batches)
             micro_batches += 1
-            return self.task.draw(self.model, seed)
+            closure = self.task.draw(self.model, seed)
+            n_tokens += self.task.n_tokens
+            return closure
 
         strategy = self.replica.strategy
         started_s = time.monotonic()
@@ -343,18 +345,21 @@ class Runner:
         self._payload_bytes += len(payload)
         self.metrics.proposed(strategy.last_loss, len(payload), time.monotonic() - started_s)
         n_batches = micro_batches + strategy.n_ahead
+        n_tokens_offered = n_tokens + (self._n_tokens_ahead if strategy.n_ahead else 0)
         self.link.offer(
             Offer(
                 round=turn.round,
                 n_samples=self.task.n_samples * n_batches,
-                n_tokens=self.task.n_tokens * n_batches,
+                n_tokens=n_tokens_offered,
                 loss=strategy.last_loss,
                 n_bytes=len(payload),
                 payload=payload,
                 digest=None,
             )
         )
+        n_tokens = 0
         self._work_ahead(draw, turn)
+        self._n_tokens_ahead = n_tokens
 
     def _work_ahead(self, draw: Draw, turn: Turn) -> None:
         """What the strategy can do for the next round while the commit of this one has not come."""
