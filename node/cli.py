@@ -269,6 +269,49 @@ class Export:
 
 
 @dataclass
+class Compare:
+    """Train a run's model with several strategies, one after another, on the same data for the same number of
+    tokens, and compare: held-out loss, bytes, time. All peers are threads of this process.
+
+    strategies: NAME or NAME:COMPRESSOR, each with options if need be, as in a run file:
+    decoupled:topk(k=8,bits=2), diloco(lr=1e-3,inner_steps=20), spsa(probes=4). ddp is data-parallel AdamW. A
+    FILE.toml has a table for each strategy. The run file's options are those of the strategy that it names.
+    """
+
+    run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
+    strategies: Annotated[str, arg(metavar="A,B,...")] = "ddp,decoupled,diloco,spsa"
+    rounds: Annotated[int | None, arg(metavar="N")] = None
+    """Rounds of the run file's strategy; the others have as many as take the same tokens. Default: the run's."""
+    peers: Annotated[int | None, arg(metavar="N")] = None
+    """Default: the run's min_peers, but two at least."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """section.key=value, instead of what the file says; may be repeated."""
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """A task of your own, importable here."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
+    """The picture: loss against bytes and against steps. Default: ./NAME-compare.png"""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object on stdout instead of the table."""
+
+    def run(self) -> int:
+        from thinwire.node.compare_view import compare_command
+
+        with stop_on_signals() as stop:
+            code = compare_command(
+                self.run_file,
+                self.strategies,
+                rounds=self.rounds,
+                peers=self.peers,
+                overrides=_overrides(self.set),
+                import_path=self.task,
+                output=self.output,
+                as_json=self.json,
+                stopped=stop.is_set,
+            )
+        return 128 + stop.signal if stop.signal else code
+
+
+@dataclass
 class Bench:
     """Measure speed and memory, as ratios to a baseline and to the copy bandwidth of this machine."""
 
@@ -295,6 +338,7 @@ Command = Annotated[
     | Annotated[Ledger, tyro.conf.subcommand("ledger")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Bench, tyro.conf.subcommand("bench")],
     None,
 ]
@@ -376,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
     end_with_parent()
-    tells_itself = isinstance(command, Bench | Demo | Status)  # what these show is not a log
+    tells_itself = isinstance(command, Bench | Compare | Demo | Status)  # what these show is not a log
     chatty = logging.DEBUG if getattr(command, "verbose", False) else logging.INFO
     _log_to_stderr(logging.WARNING if tells_itself else chatty)
     try:
