@@ -61,8 +61,8 @@ def _checks(
     return [
         Check("python", check_python),
         Check("machine", check_machine),
-        Check("devices", partial(_compute, "check_devices"), limit_s=60.0),
         Check("kernels", partial(_compute, "check_compilers"), limit_s=60.0),
+        Check("devices", partial(_compute, "check_devices"), limit_s=60.0),
         Check("self-test", partial(_compute, "check_kernels"), limit_s=120.0),
         Check("disk", partial(check_disk, folder)),
         Check("network", partial(check_network, plan), limit_s=60.0),

@@ -19,10 +19,10 @@ import torch
 from thinwire.node.doctor_machine import available_bytes
 from thinwire.node.findings import Finding, Stopped, failed, ok, skipped, warning
 from thinwire.node.known_answers import KNOWN_ANSWERS
-from thinwire.node.self_test import KERNELS, Backend, accelerators, backends, failed_kernels
+from thinwire.node.self_test import KERNELS, Backend, accelerators, backends, failed_kernels, runs_on
 from thinwire.node.view import human_bytes
 
-SELF_TEST_S = 2.0
+REPEAT_S = 1.0
 """The self-test of the kernels in use is repeated for this long: memory that fails now and then shows so."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,8 +55,7 @@ def _accelerator(device: torch.device) -> Finding:
 def _device(device: torch.device, what: str, free_bytes: int | None, total_bytes: int | None) -> Finding:
     able = [str(dtype).removeprefix("torch.") for dtype in DTYPES if _multiplies(dtype, device)]
     keeps, exact = (
-        KNOWN_ANSWERS[name].run(device) == KNOWN_ANSWERS[name].answer
-        for name in ("denormal numbers", "matrix products")
+        not failed_kernels(device, "torch", [name]) for name in ("denormal numbers", "matrix products")
     )
     parts = [what, *([f"{human_bytes(free_bytes)} free"] if free_bytes is not None else []), " ".join(able)]
     figures: dict[str, Any] = {
@@ -157,25 +156,25 @@ def check_kernels(stopped: Stopped) -> Iterator[Finding]:
     tested = backends()
     chosen = os.environ.get(KERNELS, "auto")
     numba_is_in_use = chosen != "torch" and any(b.kernels == "numba" for b in tested)
-    until_s = time.monotonic() + SELF_TEST_S
     passed: list[Backend] = []
     for backend in tested:
         in_use = backend.device.type != "cpu" or backend.kernels == ("numba" if numba_is_in_use else "torch")
-        finding = _self_test(backend, in_use)
+        finding = _self_test(backend, in_use, stopped)
+        if stopped():
+            return
         if finding.status == "ok" and in_use:
             passed.append(backend)
         yield finding
-    if passed and not stopped():
-        yield _repeated(passed, until_s, stopped)
+    if passed:
+        yield _repeated(passed, stopped)
 
 
-def _repeated(passed: Sequence[Backend], until_s: float, stopped: Stopped) -> Finding:
-    n_runs, is_first = 0, True
-    while is_first or (time.monotonic() < until_s and not stopped()):
-        is_first = False
+def _repeated(passed: Sequence[Backend], stopped: Stopped) -> Finding:
+    n_runs, until_s = 0, time.monotonic() + REPEAT_S
+    while not n_runs or (time.monotonic() < until_s and not stopped()):
         for backend in passed:
             n_runs += 1
-            wrong = failed_kernels(backend.device, backend.kernels)
+            wrong = failed_kernels(backend.device, backend.kernels, stopped=stopped)
             if wrong:
                 return failed(
                     "self-test repeated",
@@ -183,16 +182,16 @@ def _repeated(passed: Sequence[Backend], until_s: float, stopped: Stopped) -> Fi
                     "this machine computes wrongly now and then: test its memory, undo overclocking",
                     failed=wrong,
                 )
-    return ok("self-test repeated", f"{n_runs} times, always the same", repetitions=n_runs)
+    return ok("self-test repeated", f"{n_runs} more runs, always the same", repetitions=n_runs)
 
 
-def _self_test(backend: Backend, in_use: bool) -> Finding:
+def _self_test(backend: Backend, in_use: bool, stopped: Stopped) -> Finding:
     begun_s = time.perf_counter()
-    wrong = failed_kernels(backend.device, backend.kernels)
+    wrong = failed_kernels(backend.device, backend.kernels, stopped=stopped)
     took_s = time.perf_counter() - begun_s
     line, figures = f"self-test {backend}", {"failed": wrong, "seconds": round(took_s, 3), "in_use": in_use}
     if not wrong:
-        n = sum(backend.device.type == "cpu" or not k.cpu_only for k in KNOWN_ANSWERS.values())
+        n = sum(runs_on(name, backend.device) for name in KNOWN_ANSWERS)
         use = "in use" if in_use else "not in use"
         return ok(line, f"{n} exact paths give the known results ({took_s:.2f} s, {use})", **figures)
     detail = f"computes something else than other machines: {', '.join(wrong)}"

@@ -46,6 +46,8 @@ def check_disk(folder: Path, stopped: Stopped) -> Iterator[Finding]:
         yield _speed(place, stopped)
         if not stopped():
             yield _commits(place)
+    except sqlite3.Error as e:
+        yield failed("commits", f"SQLite cannot work below {folder}: {e}", _ELSEWHERE, folder=str(folder))
     except OSError as e:
         yield failed("disk", f"{folder} cannot be written: {e.strerror or e}", _ELSEWHERE, folder=str(folder))
 
@@ -62,6 +64,8 @@ def nearest(folder: Path) -> Path:
 
 def _room(folder: Path, place: Path) -> Finding:
     usage, files = shutil.disk_usage(place), os.statvfs(place)
+    if usage.total == 0:
+        raise OSError(0, f"{place} is on no disk")
     figures = {"folder": str(folder), "free_bytes": usage.free, "total_bytes": usage.total}
     detail = f"{human_bytes(usage.free)} free for {folder}"
     if usage.free < NO_ROOM_BYTES or (files.f_files > 0 and files.f_favail == 0):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -47,18 +47,27 @@ def backends() -> list[Backend]:
     return found
 
 
-def failed_kernels(device: torch.device, kernels: str | None = None) -> list[str]:
-    """Names of what has not the known result; empty on a machine that can be trusted.
+def failed_kernels(
+    device: torch.device,
+    kernels: str | None = None,
+    names: Collection[str] = KNOWN_ANSWERS,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[str]:
+    """Those of these `names` whose result is not the known one; empty on a machine that can be trusted.
 
     `kernels` None: of the kernels in use. Otherwise that implementation is chosen meanwhile, for the whole
-    process. A kernel that cannot run is named with its error.
+    process. A kernel that cannot run is named with its error. Ends early when `stopped`.
     """
     with _chosen(kernels):
         return [
             f"{name}{why}"
-            for name, known in KNOWN_ANSWERS.items()
-            if not (known.cpu_only and device.type != "cpu") and (why := _failure(name, device)) is not None
+            for name in names
+            if not stopped() and runs_on(name, device) and (why := _failure(name, device)) is not None
         ]
+
+
+def runs_on(name: str, device: torch.device) -> bool:
+    return device.type == "cpu" or not KNOWN_ANSWERS[name].cpu_only
 
 
 def refuse_wrong_arithmetic(device: torch.device) -> None:
