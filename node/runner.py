@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from thinwire.compression.base import Turn
 from thinwire.compression.errors import ReplicaDiverged, SwarmUnreachable
 from thinwire.coordinator.messages import (
     BlobRef,
@@ -35,14 +33,14 @@ from thinwire.node.history import History
 from thinwire.node.joining import CatchingUp, Joiner
 from thinwire.node.link import Link
 from thinwire.node.local_state import LocalState
+from thinwire.node.local_work import LocalWork
 from thinwire.node.metrics import NodeMetrics
-from thinwire.node.replica import Replica, build_replica, data_seed
+from thinwire.node.replica import Replica, build_replica
 from thinwire.node.snapshot_store import SnapshotStore
 from thinwire.node.snapshot_writer import SnapshotWriter
 from thinwire.node.snapshots import Stored
-from thinwire.node.tasks import Task, make_task
+from thinwire.node.tasks import make_task
 from thinwire.node.view import human_bytes
-from thinwire.optim.base import Closure, Draw
 
 log = logging.getLogger("thinwire.node")
 
@@ -90,7 +88,7 @@ class Runner:
         self.device = torch.device(device)
         self.metrics = metrics or NodeMetrics()
         self.stop = threading.Event()
-        self._offered_round = self._n_tokens_ahead = 0
+        self._offered_round = 0
         self._is_joining = self._is_replay = True
         self._applied_s = time.monotonic()
         self._counted = self._missed = self._payload_bytes = 0
@@ -123,14 +121,11 @@ class Runner:
         body: GenesisBody = welcome.body
         self.config: RunConfig = parse_config(body.config)
         self.peer_index = welcome.peer_index
-        self.task: Task = make_task(self.config.task, self.import_path, self.data)
-        self.replica: Replica = build_replica(
-            self.link.run_id, body, self.task, self.link.peer_id, self.device
-        )
-        self.model: nn.Module = self.replica.model
+        task = make_task(self.config.task, self.import_path, self.data)
+        self.replica: Replica = build_replica(self.link.run_id, body, task, self.link.peer_id, self.device)
         strategy = self.replica.strategy
-        self.task.load(self._download(body.corpus, "text"), self._download(body.held_out, "held-out text"))
-        self.model.train(strategy.needs_grad)
+        task.load(self._download(body.corpus, "text"), self._download(body.held_out, "held-out text"))
+        self.work = LocalWork(self.replica, task)
         self._welcome = welcome
         self.history = History.of(self.replica, self.config.run.snapshot_every)
         n_parameters = sum(p.tensor.numel() for p in strategy.parameters_in_order())
@@ -327,46 +322,30 @@ class Runner:
 
     def _propose(self) -> None:
         """This replica is at the head of the ledger: local work and an offer for the next round."""
-        turn = self.replica.turn()
-        micro_batches = n_tokens = 0
-
-        def draw() -> Closure:
-            nonlocal micro_batches, n_tokens
-            seed = data_seed(self.replica.run_id, turn.round, self.link.peer_id, micro_batches)
-            micro_batches += 1
-            closure = self.task.draw(self.model, seed)
-            n_tokens += self.task.n_tokens
-            return closure
-
-        strategy = self.replica.strategy
         started_s = time.monotonic()
-        payload = self.replica.encode(strategy.propose(draw, turn), turn)
-        self._offered_round = turn.round
-        self._payload_bytes += len(payload)
-        self.metrics.proposed(strategy.last_loss, len(payload), time.monotonic() - started_s)
-        n_batches = micro_batches + strategy.n_ahead
-        n_tokens_offered = n_tokens + (self._n_tokens_ahead if strategy.n_ahead else 0)
+        proposal = self.work.propose()
+        self._offered_round = proposal.round
+        self._payload_bytes += len(proposal.payload)
+        self.metrics.proposed(proposal.loss, len(proposal.payload), time.monotonic() - started_s)
         self.link.offer(
             Offer(
-                round=turn.round,
-                n_samples=self.task.n_samples * n_batches,
-                n_tokens=n_tokens_offered,
-                loss=strategy.last_loss,
-                n_bytes=len(payload),
-                payload=payload,
+                round=proposal.round,
+                n_samples=proposal.n_samples,
+                n_tokens=proposal.n_tokens,
+                loss=proposal.loss,
+                n_bytes=len(proposal.payload),
+                payload=proposal.payload,
                 digest=None,
             )
         )
-        n_tokens = 0
-        self._work_ahead(draw, turn)
-        self._n_tokens_ahead = n_tokens
+        self._work_ahead(proposal.round)
 
-    def _work_ahead(self, draw: Draw, turn: Turn) -> None:
+    def _work_ahead(self, round_: int) -> None:
         """What the strategy can do for the next round while the commit of this one has not come."""
-        is_last = turn.round == self.config.run.rounds
+        is_last = round_ == self.config.run.rounds
         while not is_last and self._is_at_head() and not self.stop.is_set():
             started_s = time.monotonic()
-            if not self.replica.strategy.work_ahead(draw, turn):
+            if not self.work.work_ahead():
                 return
             self.metrics.worked_ahead(time.monotonic() - started_s)
 
@@ -410,10 +389,7 @@ class Runner:
         self.link.report(Report(round=round_, fingerprint=fingerprint, checked=checked, held_out=held_out))
 
     def _evaluate(self) -> float:
-        self.model.eval()
-        with torch.no_grad():
-            loss = self.task.evaluate(self.model)
-        self.model.train(self.replica.strategy.needs_grad)
+        loss = self.work.evaluate()
         self._held_out.append((self.replica.round, loss))
         self.metrics.held_out(loss)
         log.info("round %d: held-out loss %.4f", self.replica.round, loss)

@@ -219,7 +219,7 @@ def test_a_peer_works_ahead_while_it_waits_for_another(tmp_path: Path) -> None:
 
     class Watching(Runner):
         def _propose(self) -> None:
-            draw, take = self.task.draw, self.link.offer
+            draw, take = self.work.task.draw, self.link.offer
 
             def watched(model: torch.nn.Module, seed: int) -> Closure:
                 seeds.append(seed)
@@ -233,10 +233,10 @@ def test_a_peer_works_ahead_while_it_waits_for_another(tmp_path: Path) -> None:
                     is_waiting.clear()
                 take(its)
 
-            self.task.draw = watched  # type: ignore[method-assign]
+            self.work.task.draw = watched  # type: ignore[method-assign]
             self.link.offer = offer  # type: ignore[method-assign]
             super()._propose()
-            self.task.draw, self.link.offer = draw, take  # type: ignore[method-assign]
+            self.work.task.draw, self.link.offer = draw, take  # type: ignore[method-assign]
             if self.link.peer_id == "quick":
                 is_waiting.set()
 

@@ -1,0 +1,76 @@
+"""What a peer does for itself in a round: batches, a payload, work ahead, evaluation. It may be sloppy.
+
+On a node of several ranks each has one of these over its shards; all call the same methods in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from thinwire.compression.base import Turn
+from thinwire.node.replica import Replica, data_seed
+from thinwire.node.tasks import Task
+from thinwire.optim.base import Closure
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What goes into an offer for `round`. `loss`: None if every batch was dropped."""
+
+    round: int
+    payload: bytes
+    n_samples: int
+    n_tokens: int
+    loss: float | None
+
+
+class LocalWork:
+    """Of one replica on one task. `task` may be replaced before the first round."""
+
+    def __init__(self, replica: Replica, task: Task) -> None:
+        self.task = task
+        self._replica = replica
+        self._turn: Turn | None = None
+        self._n_drawn = self._n_tokens = self._n_tokens_ahead = 0
+        self._set_mode()
+
+    def propose(self) -> Proposal:
+        """The round after the one that the replica is at."""
+        self._turn = turn = self._replica.turn()
+        self._n_drawn = self._n_tokens = 0
+        strategy = self._replica.strategy
+        payload = self._replica.encode(strategy.propose(self._draw, turn), turn)
+        n_tokens = self._n_tokens + (self._n_tokens_ahead if strategy.n_ahead else 0)
+        n_samples = self.task.n_samples * (self._n_drawn + strategy.n_ahead)
+        self._n_tokens = self._n_tokens_ahead = 0
+        return Proposal(turn.round, payload, n_samples, n_tokens, strategy.last_loss)
+
+    def work_ahead(self) -> bool:
+        """A piece of the next round's work, after `propose`; False, with nothing done, if there is none."""
+        assert self._turn is not None, "propose() comes before work_ahead()"
+        worked = self._replica.strategy.work_ahead(self._draw, self._turn)
+        self._n_tokens_ahead = self._n_tokens
+        return worked
+
+    def evaluate(self) -> float:
+        """The held-out loss of the replica."""
+        model = self._replica.model
+        model.eval()
+        with torch.no_grad():
+            loss = self.task.evaluate(model)
+        self._set_mode()
+        return loss
+
+    def _draw(self) -> Closure:
+        assert self._turn is not None
+        replica = self._replica
+        seed = data_seed(replica.run_id, self._turn.round, replica.peer_id, self._n_drawn)
+        self._n_drawn += 1
+        closure = self.task.draw(replica.model, seed)
+        self._n_tokens += self.task.n_tokens
+        return closure
+
+    def _set_mode(self) -> None:
+        self._replica.model.train(self._replica.strategy.needs_grad)
