@@ -103,6 +103,8 @@ def perturbed(whole: Tensor, parameter: Parameter, direction: Direction, start: 
             "precision of fully_shard with spsa"
         )
     theta, d = whole.detach(), direction
+    if theta.device.type == "cpu" and parameter_behind(whole) is not whole:
+        theta = theta.clone()  # fully_shard frees this memory, which numpy would not allow once it has seen it
     scratch = perturb(theta.contiguous(), d.eps, d.kind, d.seed, parameter.index, d.probe, start)
     if not theta.is_contiguous():  # channels_last, say
         scratch = torch.empty_like(theta).copy_(scratch)
