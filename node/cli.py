@@ -269,6 +269,42 @@ class Export:
 
 
 @dataclass
+class Doctor:
+    """Check this machine: arithmetic, devices, kernels, memory, disk, ports. With a ticket, also whether it
+    can reach that run's coordinator and take part.
+
+    A tick or a remedy per line; exit code 1 if something must be mended. Nothing is left behind.
+    """
+
+    ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
+    """The line that the coordinator printed; - reads it from standard input."""
+    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where a node or a coordinator would keep its state. Default: ~/.local/state/thinwire"""
+    host: str = "0.0.0.0"
+    port: int = 0
+    """The TCP port that it would listen on; 0 takes a free one."""
+    announce: UseAppendAction[tuple[str, ...]] = ()
+    """An address that others would reach this machine by; may be repeated."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object on stdout."""
+
+    def run(self) -> int:
+        from thinwire.node.doctor import doctor
+
+        with stop_on_signals() as stop:
+            is_ok = doctor(
+                None if self.ticket is None else _read_ticket(self.ticket),
+                state=self.state,
+                host=self.host,
+                port=self.port,
+                announce=self.announce,
+                as_json=self.json,
+                stopped=stop.is_set,
+            )
+        return 128 + stop.signal if stop.signal else int(not is_ok)
+
+
+@dataclass
 class Compare:
     """Train a run's model with several strategies, one after another, on the same data for the same number of
     tokens, and compare: held-out loss, bytes, time. All peers are threads of this process.
@@ -339,6 +375,7 @@ Command = Annotated[
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Bench, tyro.conf.subcommand("bench")],
     None,
 ]
@@ -420,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
     end_with_parent()
-    tells_itself = isinstance(command, Bench | Compare | Demo | Status)  # what these show is not a log
+    tells_itself = isinstance(command, Bench | Compare | Demo | Doctor | Status)  # shown, not logged
     chatty = logging.DEBUG if getattr(command, "verbose", False) else logging.INFO
     _log_to_stderr(logging.WARNING if tells_itself else chatty)
     try:

@@ -45,6 +45,7 @@ def join(
     from thinwire.node.runner import Runner, follow_events
 
     _check_device(device)
+    _check_arithmetic(device)
     folder = NodeFolder(state)
     log.info("this node's state is in %s", folder.path)
     link = HivemindLink(
@@ -86,6 +87,19 @@ def _check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ConfigError(f"--device {device}: {str(e).splitlines()[0]}") from e
+
+
+def _check_arithmetic(device: str) -> None:
+    """Tells a machine before it joins that its replica would not stay the others'. Raises Incompatible.
+
+    Some 30 ms; what it imports and compiles on the way, the node needs anyway.
+    """
+    import torch
+
+    from thinwire.node.self_test import refuse_wrong_arithmetic
+
+    log.info("comparing this machine's arithmetic with known answers")
+    refuse_wrong_arithmetic(torch.device(device))
 
 
 def _save(runner: Runner, path: Path) -> None:
