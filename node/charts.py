@@ -72,7 +72,11 @@ def _bytes_axis(axes: Axes, ddp_bytes: float) -> None:
     axes.set_xlabel("payload bytes sent per peer, so far")
     if ddp_bytes > 0:
         axes.axvline(
-            ddp_bytes, color="grey", linestyle="--", linewidth=1, label="all gradients, ring all-reduce"
+            ddp_bytes,
+            color="grey",
+            linestyle="--",
+            linewidth=1,
+            label="data-parallel, all steps (ring all-reduce)",
         )
 
 

@@ -21,7 +21,7 @@ from thinwire.node.compare import PHASES, Comparison, Outcome
 from thinwire.node.compare import Progress as Tell
 from thinwire.node.compare_specs import Plan, notable, plans
 from thinwire.node.config import load_config
-from thinwire.node.view import human_bytes
+from thinwire.node.view import human_bytes, human_seconds
 
 MAX_PEERS = 32
 TABLE_WIDTH = 120
@@ -56,8 +56,7 @@ def compare_command(
     with _display(console, comparison.plans) as tell:
         for outcome in comparison.train(tell, stopped):
             outcomes.append(outcome)
-            if outcome.error:
-                console.print(f"[bold red]{outcome.plan.label}:[/] {outcome.error}", highlight=False)
+            _tell_end(outcome, console)
     n_left = len(comparison.plans) - len(outcomes)
     if n_left:
         console.print(f"Stopped: {n_left} of {len(comparison.plans)} strategies are left out.")
@@ -67,6 +66,17 @@ def compare_command(
     elif outcomes:
         _print_table(comparison, outcomes, unit)
     return int(any(outcome.error for outcome in outcomes))
+
+
+def _tell_end(outcome: Outcome, console: Console) -> None:
+    line = f"{outcome.plan.label}: {outcome.error}"
+    if outcome.error is None:
+        line = (
+            f"{outcome.plan.label}: {outcome.plan.rounds} rounds in {human_seconds(outcome.seconds)}, "
+            f"held-out {outcome.curve[0].held_out:.3f} -> {outcome.last.held_out:.3f}"
+        )
+    style = "bold red" if outcome.error else None
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _picture(output: Path | None, name: str) -> Path:
@@ -181,14 +191,11 @@ def _display(console: Console, all_plans: Sequence[Plan]) -> Iterator[Tell]:
             yield move
         return
     printed_s = 0.0
-    ended: set[str] = set()
 
     def print_line(plan: Plan, round_: int, held_out: float | None) -> None:
         nonlocal printed_s
-        is_end = round_ == plan.rounds and plan.label not in ended
-        if is_end or time.monotonic() - printed_s >= LINE_EVERY_S:
+        if time.monotonic() - printed_s >= LINE_EVERY_S:
             printed_s = time.monotonic()
-            ended.update({plan.label} if is_end else ())
             line = f"{plan.label}: round {round_}/{plan.rounds} {_told(held_out)}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
