@@ -100,8 +100,9 @@ async def put_blob(stream: Stream, digest: bytes, data: bytes, purpose: Purpose)
     await stream.send(Kind.PUT, digest + _SIZE.pack(len(data)))
     answer = await _next(stream, _ANSWER_PUT)
     if answer.kind is Kind.GO:
-        for start in range(0, len(data), CHUNK_BYTES):
-            await _send(stream, Kind.CHUNK, data[start : start + CHUNK_BYTES], purpose)
+        n = stream.chunk_bytes
+        for start in range(0, len(data), n):
+            await _send(stream, Kind.CHUNK, data[start : start + n], purpose)
         await _send(stream, Kind.END, digest)
         answer = await _next(stream, _ANSWER_END)
     if answer.kind is Kind.NO:
@@ -144,7 +145,7 @@ async def _serve_get(stream: Stream, shelf: Shelf, digest: bytes, purpose: Purpo
         return
     with file:
         await _send(stream, Kind.SIZE, _SIZE.pack(n_bytes))
-        while chunk := file.read(CHUNK_BYTES):
+        while chunk := file.read(stream.chunk_bytes):
             await _send(stream, Kind.CHUNK, chunk, purpose)
     await _send(stream, Kind.END, digest)
 

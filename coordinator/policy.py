@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Literal
 
@@ -41,12 +41,13 @@ class Limit:
 class Measured:
     """One peer's offer of a round: seconds from the round's opening until it was eligible, and its samples.
 
-    `has_come` is False for one that had not when the round closed: it takes longer than this.
+    It takes longer than this if it was "offered" far too late, so that its payload was not sent, or if it was
+    "missing" when the round closed.
     """
 
     time_s: float
     n_samples: int
-    has_come: bool
+    what: Literal["come", "offered", "missing"]
 
 
 class OfferTimes:
@@ -56,11 +57,15 @@ class OfferTimes:
         self._by_round: dict[int, dict[int, Measured]] = {}
 
     def record(self, round_: int, peer: int, time_s: float, n_samples: int = 1) -> None:
-        self._note(round_, peer, Measured(time_s, n_samples, has_come=True))
+        self._note(round_, peer, Measured(time_s, n_samples, "come"))
+
+    def only_offered(self, round_: int, peer: int, time_s: float, n_samples: int = 1) -> None:
+        """The payload is not here, and may never be."""
+        self._note(round_, peer, Measured(time_s, n_samples, "offered"))
 
     def is_missing(self, round_: int, peer: int, time_s: float) -> None:
         """The round closed after this time without the peer, which was awaited."""
-        self._note(round_, peer, Measured(time_s, 0, has_come=False))
+        self._note(round_, peer, Measured(time_s, 0, "missing"))
 
     def _note(self, round_: int, peer: int, measured: Measured) -> None:
         self._by_round.setdefault(round_, {})[peer] = measured
@@ -68,13 +73,14 @@ class OfferTimes:
             del self._by_round[old]
 
     def rounds(self, before: int) -> list[dict[int, Measured]]:
-        """Measured rounds before this one, by peer; without those of which no offer has come."""
+        """Rounds before this one with offers, by peer."""
         rounds = [by_peer for r, by_peer in sorted(self._by_round.items()) if r < before]
-        return [by_peer for by_peer in rounds if any(m.has_come for m in by_peer.values())]
+        return [by_peer for by_peer in rounds if any(m.what != "missing" for m in by_peer.values())]
 
     def values(self, before: int) -> list[float]:
         """All times of rounds before this one."""
-        return [m.time_s for by_peer in self.rounds(before) for m in by_peer.values() if m.has_come]
+        known = (m for by_peer in self.rounds(before) for m in by_peer.values())
+        return [m.time_s for m in known if m.what != "missing"]
 
     def n_rounds(self, before: int) -> int:
         return len(self.rounds(before))
@@ -138,9 +144,9 @@ def _typical(rounds: Sequence[dict[int, Measured]], expected: Collection[int]) -
     """The median time and the newest samples of those expected peers whose offers have come."""
     typical = {}
     for peer in sorted(expected):
-        come = [by_peer[peer] for by_peer in rounds if peer in by_peer and by_peer[peer].has_come]
+        come = [by_peer[peer] for by_peer in rounds if peer in by_peer and by_peer[peer].what == "come"]
         if come:
-            typical[peer] = Measured(median(m.time_s for m in come), come[-1].n_samples, has_come=True)
+            typical[peer] = Measured(median(m.time_s for m in come), come[-1].n_samples, "come")
     return typical
 
 
@@ -154,9 +160,9 @@ def _filled(rounds: Sequence[dict[int, Measured]], typical: dict[int, Measured])
             found = by_peer.get(peer)
             if found is None:
                 row.append(usual)
-            elif found.has_come:
+            elif found.what == "come":
                 row.append(found)
             else:
-                row.append(Measured(max(found.time_s, usual.time_s), usual.n_samples, has_come=False))
+                row.append(replace(usual, time_s=max(found.time_s, usual.time_s)))
         filled.append(row)
     return filled

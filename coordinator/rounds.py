@@ -230,6 +230,8 @@ class Rounds:
             past.late[offer.peer] = _Kept(offer.digest, False, offer.n_samples)
             if offer.has_bytes:
                 self._has_bytes_late(offer.peer, offer.round, now_s)
+            elif offer.peer in past.expected:
+                self.times.only_offered(offer.round, offer.peer, now_s - past.opened_s, offer.n_samples)
         return OfferRefused(offer.peer, "late_offer")
 
     def _arrived(self, digest: bytes, now_s: float) -> None:

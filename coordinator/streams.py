@@ -13,7 +13,7 @@ import struct
 import time
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from thinwire.coordinator.messages import (
     BadMessage,
@@ -90,11 +90,37 @@ class Meter:
         )
 
 
-class Stream:
-    """One end of a stream. One task at a time may receive, and one may send."""
+class Throttle(Protocol):
+    """Says when bytes may be written."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, meter: Meter) -> None:
-        self._reader, self._writer, self.meter = reader, writer, meter
+    @property
+    def piece_bytes(self) -> int:
+        """The most that can be asked for at a time."""
+        ...
+
+    async def take(self, n_bytes: int) -> None:
+        """Returns when so many bytes may be written."""
+        ...
+
+    def received(self, n_bytes: int) -> None:
+        """So many bytes have come, which the other end's TCP wants to have acknowledged."""
+        ...
+
+
+class Stream:
+    """One end of a stream. One task at a time may receive, and one may send.
+
+    `throttle`: what is sent is written in pieces, each when it may be.
+    """
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        meter: Meter,
+        throttle: Throttle | None = None,
+    ) -> None:
+        self._reader, self._writer, self.meter, self._throttle = reader, writer, meter, throttle
         self.heard_s = time.monotonic()
         """When bytes last came, whole frames or not."""
 
@@ -123,15 +149,32 @@ class Stream:
     async def send(self, kind: Kind, body: bytes = b"", purpose: Purpose = "control") -> None:
         """Returns when there is room for more. Raises OSError."""
         self.meter.sent[purpose if kind is Kind.CHUNK else "control"] += HEADER.size + len(body)
-        self._writer.write(HEADER.pack(len(body), kind) + body)
-        await self._writer.drain()
+        await self._write(HEADER.pack(len(body), kind) + body)
 
     async def send_message(self, message: Message) -> None:
         """Returns when there is room for more. Raises OSError."""
         body = encode_message(message)
         _count(self.meter.sent, message, HEADER.size + len(body))
-        self._writer.write(HEADER.pack(len(body), Kind.MESSAGE) + body)
-        await self._writer.drain()
+        await self._write(HEADER.pack(len(body), Kind.MESSAGE) + body)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """How much of a blob goes into a frame: where bytes are few, frames are small, so that they are seen
+        to move."""
+        if self._throttle is None:
+            return CHUNK_BYTES
+        return max(1, min(CHUNK_BYTES, self._throttle.piece_bytes - HEADER.size))
+
+    async def _write(self, data: bytes) -> None:
+        if self._throttle is None:
+            self._writer.write(data)
+            await self._writer.drain()
+            return
+        n = self._throttle.piece_bytes
+        for piece in (data[start : start + n] for start in range(0, len(data), n)):
+            await self._throttle.take(len(piece))
+            self._writer.write(piece)
+            await self._writer.drain()
 
     async def ended(self, timeout_s: float) -> None:
         """Waits until the other end closes the stream; what still comes is dropped. Raises nothing."""
@@ -168,6 +211,8 @@ class Stream:
                     raise EOFError("the other end has closed the stream") from e
                 raise BadFrame("frame_cut", "the stream ended inside of a frame") from e
             self.heard_s = time.monotonic()
+            if self._throttle is not None:
+                self._throttle.received(len(part))
             parts.append(part)
             missing -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)

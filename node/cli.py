@@ -129,6 +129,8 @@ class Join:
     port: int = 0
     announce: UseAppendAction[tuple[str, ...]] = ()
     """An address that others reach this machine by; may be repeated."""
+    max_upload: Annotated[str | None, arg(metavar="RATE")] = None
+    """Never send more than this, e.g. 20kB/s, 1.5MB/s or 8Mbit/s, over any ten seconds."""
     patience_s: float = 600.0
     """Seconds to keep trying when the coordinator does not answer any more."""
     http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
@@ -153,6 +155,7 @@ class Join:
                 host=self.host,
                 port=self.port,
                 announce=self.announce,
+                max_upload=self.max_upload,
                 patience_s=self.patience_s,
                 http=_host_port(self.http),
                 save=self.save,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from thinwire.compression.errors import ConfigError, ThinwireError
 from thinwire.coordinator.files import write_aside
 from thinwire.coordinator.ticket import Ticket
+from thinwire.node.rate import UploadLimit, parse_rate
 
 if TYPE_CHECKING:
     from thinwire.node.cli import Stop
@@ -28,6 +29,7 @@ def join(
     host: str,
     port: int,
     announce: tuple[str, ...],
+    max_upload: str | None,
     patience_s: float,
     http: tuple[str, int] | None,
     save: Path | None,
@@ -37,6 +39,7 @@ def join(
     if data is not None and not data.exists():
         raise ConfigError(f"--data {data}: no such file or folder")
     parsed = Ticket.parse(ticket)
+    rate_bytes_per_s = None if max_upload is None else parse_rate(max_upload)
     _limit_threads(threads)
 
     from thinwire.node.folder import NodeFolder
@@ -48,11 +51,20 @@ def join(
     _check_arithmetic(device)
     folder = NodeFolder(state)
     log.info("this node's state is in %s", folder.path)
+    limit = None if rate_bytes_per_s is None else UploadLimit(rate_bytes_per_s)
     link = HivemindLink(
-        parsed, state=folder.path, host=host, port=port, announce=announce, patience_s=patience_s
+        parsed,
+        state=folder.path,
+        host=host,
+        port=port,
+        announce=announce,
+        patience_s=patience_s,
+        limit=limit,
     )
     events = follow_events(link)
     runner = Runner(link, import_path=import_path, data=data, device=device, folder=link.run_folder)
+    if limit is not None:
+        runner.metrics.upload_limit(limit.rate_bytes_per_s, limit.used_ratio)
     stop.on_stop.append(runner.request_stop)
     try:
         with serve(runner.metrics.registry, http):

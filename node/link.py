@@ -39,10 +39,14 @@ class Shelf(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes so far, by kind (payload, snapshot, ledger, control); heartbeats are not counted."""
+    """Bytes so far, by kind (payload, snapshot, ledger, control); heartbeats are not counted.
+
+    `upload_bytes_per_s`: how fast this node's own payloads reached the coordinator; None: not measured yet.
+    """
 
     sent: dict[str, int]
     received: dict[str, int]
+    upload_bytes_per_s: float | None = None
 
 
 class Link(Protocol):

@@ -27,6 +27,7 @@ from thinwire.coordinator.ticket import Ticket
 from thinwire.node.link import Digest, LinkEvent, Shelf, Traffic
 from thinwire.node.link_session import LinkSession
 from thinwire.node.mailbox import Mailbox
+from thinwire.node.rate import UploadLimit
 from thinwire.node.uplink import Place
 
 T = TypeVar("T")
@@ -40,7 +41,8 @@ class HivemindLink:
     to this run is in a folder of its own in there, `run_folder`.
 
     `host`, `port`: where other nodes reach this one; `announce`: addresses that they should try first.
-    `patience_s`: how long to go on trying when the coordinator does not answer any more.
+    `patience_s`: how long to go on trying when the coordinator does not answer any more. `limit`: of all that
+    this node sends.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class HivemindLink:
         port: int = 0,
         announce: Sequence[str] = (),
         patience_s: float = 600.0,
+        limit: UploadLimit | None = None,
     ) -> None:
         """Raises ConfigError (identity)."""
         self.run_id = ticket.run_id
-        self._ticket, self._patience_s = ticket, patience_s
+        self._ticket, self._patience_s, self._limit = ticket, patience_s, limit
         key = new_key() if state is None else load_or_create(_made(state) / IDENTITY_NAME)
         self.run_folder = None if state is None else _made(state / self.run_id.hex()[:16])
         self.peer_id = peer_id_of(key.public_key())
@@ -98,6 +101,7 @@ class HivemindLink:
             peer_id=self.peer_id,
             copy=copy,
             copy_path=self._copy_path,
+            limit=self._limit,
         )
         return await self._session.open()
 
@@ -159,7 +163,11 @@ class HivemindLink:
             yield event
 
     def traffic(self) -> Traffic:
-        return Traffic(_without_heartbeats(self._meter.sent), _without_heartbeats(self._meter.received))
+        return Traffic(
+            _without_heartbeats(self._meter.sent),
+            _without_heartbeats(self._meter.received),
+            None if self._session is None else self._session.upload_bytes_per_s,
+        )
 
     def close(self) -> None:
         self._end(say_goodbye=True)

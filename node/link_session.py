@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 from thinwire.compression.errors import LedgerCorrupt, SwarmUnreachable, ThinwireError
 from thinwire.coordinator.blob_streams import NotServed, serve_blobs
@@ -33,16 +34,19 @@ from thinwire.coordinator.messages import (
     Report,
     State,
     Welcome,
+    digest_of,
 )
 from thinwire.coordinator.streams import BLOB, Meter, Purpose, Stream
 from thinwire.coordinator.ticket import Ticket
 from thinwire.node.blob_client import BlobClient, Holders
 from thinwire.node.link import Digest, Lied
 from thinwire.node.mailbox import Mailbox
-from thinwire.node.payloads import AHEAD, Payloads, Served
+from thinwire.node.payloads import AHEAD, LONG_WAIT_S, Payloads, Served
+from thinwire.node.rate import UploadLimit
 from thinwire.node.uplink import Hooks, Place, Uplink
 
 _DOWNLOADS = 4
+_MEASURED_UPLOADS = 8
 _KEPT_REPORTS = 8
 _SERVED_AT_ONCE = 16
 _STREAMS_PER_MEMBER = 8
@@ -85,6 +89,7 @@ class LinkSession:
         peer_id: str,
         copy: LedgerCopy,
         copy_path: Path | None,
+        limit: UploadLimit | None = None,
     ) -> None:
         hooks = Hooks(
             head=self._known_head,
@@ -99,14 +104,20 @@ class LinkSession:
             failed=self._failed,
             blob_server=self._serve_blobs,
         )
-        self._uplink = Uplink(ticket, place, meter, hooks, patience_s)
+        self._uplink = Uplink(ticket, place, meter, hooks, patience_s, limit)
+        self._limit = limit
         self._mailbox, self._meter = mailbox, meter
         self._peer_id, self._copy, self._copy_path = peer_id, copy, copy_path
-        self._uploads = BlobClient(lambda: self._uplink.open_stream(BLOB), 1)
+        self._uploads = BlobClient(
+            lambda: self._uplink.open_stream(BLOB, None if limit is None else limit.own), 1
+        )
         self._downloads = BlobClient(lambda: self._uplink.open_stream(BLOB), _DOWNLOADS)
         self._holders = Holders(self._open_stream_to)
         self.payloads = Payloads(self, peer_id)
-        self.served = Served(self.payloads.kept)
+        self.served = Served(self.payloads.kept, self._has_time_for)
+        self.upload_bytes_per_s: float | None = None
+        """As payloads reached the coordinator: the median of the last ones; None: none has yet."""
+        self._upload_rates: deque[float] = deque(maxlen=_MEASURED_UPLOADS)
         self.head = copy.head_round
         self._error: ThinwireError | None = None
         self._taken: int | None = None
@@ -151,6 +162,10 @@ class LinkSession:
 
     def make_offer(self, offer: Offer) -> None:
         assert offer.payload is not None
+        if offer.round < self._copy.head_round:
+            # Told to be far too late, so that its time is known; its payload is of use to nobody.
+            self._uplink.post(_without_payload(offer))
+            return
         self._offer = offer
         self._payload_bytes += len(offer.payload)
         self._send_offer(offer)
@@ -170,6 +185,7 @@ class LinkSession:
     async def _put(self, round_: int, digest: Digest, payload: bytes) -> None:
         """Until the coordinator has it or the round is over; after a reconnect the offer is sent anew."""
         while self._offer is not None and self._offer.round == round_:
+            began_s = time.monotonic()
             try:
                 await self._uploads.put(digest, payload, "payload")
             except NotServed as e:
@@ -178,7 +194,15 @@ class LinkSession:
                 await asyncio.sleep(_RETRY_S)
                 await self._uplink.is_up.wait()
                 continue
+            self._upload_rates.append(len(payload) / max(time.monotonic() - began_s, 1e-6))
+            self.upload_bytes_per_s = median(self._upload_rates)
             return
+
+    def _has_time_for(self, n_bytes: int) -> bool:
+        """Whether all members may come for a payload of this node's: those who are refused go to the
+        coordinator at once, where it is, too."""
+        limit = self._limit
+        return limit is None or n_bytes * len(self._listed) <= limit.rate_bytes_per_s * LONG_WAIT_S
 
     # --------------------------------------------------------------------------------- what it follows
 
@@ -302,7 +326,7 @@ class LinkSession:
         if self._streams_of[peer_id] >= _STREAMS_PER_MEMBER:
             return
         self._streams_of[peer_id] += 1
-        stream = Stream(reader, writer, self._meter)
+        stream = Stream(reader, writer, self._meter, None if self._limit is None else self._limit.served)
         try:
             await serve_blobs(
                 stream, self.served, self.served.purpose, lambda: self._is_member(peer_id), self._turns
@@ -376,3 +400,11 @@ class LinkSession:
         self._error = self._with_command(error) if isinstance(error, LedgerCorrupt) else error
         self._mailbox.fail(self._error)
         self._uplink.is_up.set()  # wakes downloads, which look at the error
+
+
+def _without_payload(offer: Offer) -> Offer:
+    """As it is sent when the payload goes another way, or nowhere."""
+    assert offer.payload is not None
+    if len(offer.payload) <= INLINE_BYTES:
+        return offer
+    return offer.model_copy(update={"payload": None, "digest": digest_of(offer.payload)})

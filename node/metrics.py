@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -58,6 +58,14 @@ class NodeMetrics:
         if own is not None:
             self._offers.labels(result=own).inc()
         self._phase.labels(phase="apply").observe(duration_s)
+
+    def upload_limit(self, rate_bytes_per_s: float, used_ratio: Callable[[], float]) -> None:
+        """`used_ratio`: the part of it used lately, asked whenever somebody looks."""
+        r = self.registry
+        limit = "thinwire_upload_limit_bytes_per_second"
+        Gauge(limit, "What this node may send at most (--max-upload)", registry=r).set(rate_bytes_per_s)
+        used = Gauge("thinwire_upload_used_ratio", "Part of that limit used in the last 10 s", registry=r)
+        used.set_function(used_ratio)
 
     def held_out(self, loss: float) -> None:
         self._held_out.set(loss)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from io import BytesIO
 from typing import Any, BinaryIO, Protocol
 
@@ -248,17 +248,21 @@ class Payloads:
 
 
 class Served:
-    """What members may fetch from this node: payloads that it has, and what is on its shelf."""
+    """What members may fetch from this node: payloads that it has, and what is on its shelf.
 
-    def __init__(self, kept: Kept) -> None:
+    `has_time_for`: whether payloads of so many bytes are given; who is refused finds them elsewhere.
+    """
+
+    def __init__(self, kept: Kept, has_time_for: Callable[[int], bool] = lambda n_bytes: True) -> None:
         self._kept = kept
+        self._has_time_for = has_time_for
         self.shelf: Shelf | None = None
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
         payload, shelf = self._kept.get(digest), self.shelf
-        if payload is not None:
+        if payload is not None and self._has_time_for(len(payload)):
             return BytesIO(payload), len(payload)
-        if shelf is None:
+        if payload is not None or shelf is None:
             raise KeyError(digest.hex())
         return shelf.open(digest)
 

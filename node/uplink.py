@@ -35,8 +35,9 @@ from thinwire.coordinator.messages import (
 )
 from thinwire.coordinator.p2p import Host, StreamHandler, start_p2p
 from thinwire.coordinator.patience import Patience
-from thinwire.coordinator.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream
+from thinwire.coordinator.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream, Throttle
 from thinwire.coordinator.ticket import Ticket
+from thinwire.node.rate import UploadLimit
 
 _log = logging.getLogger("thinwire.link")
 
@@ -97,8 +98,17 @@ class Hooks:
 class Uplink:
     """`open` once, then `post`; `close` at the end. Breaks are mended until `patience_s` is over."""
 
-    def __init__(self, ticket: Ticket, place: Place, meter: Meter, hooks: Hooks, patience_s: float) -> None:
+    def __init__(
+        self,
+        ticket: Ticket,
+        place: Place,
+        meter: Meter,
+        hooks: Hooks,
+        patience_s: float,
+        limit: UploadLimit | None = None,
+    ) -> None:
         self._ticket, self._place, self._meter, self._hooks = ticket, place, meter, hooks
+        self._control = None if limit is None else limit.control
         self._patience_s = patience_s
         self._jitter = random.Random()
         self._queue: deque[Message] = deque()
@@ -134,12 +144,12 @@ class Uplink:
             self._queue.append(message)
             self._wake.set()
 
-    async def open_stream(self, protocol: str) -> Stream:
+    async def open_stream(self, protocol: str, throttle: Throttle | None = None) -> Stream:
         """Another stream to the coordinator. Raises SwarmUnreachable."""
         if self._host is None or not self.is_up.is_set():
             raise SwarmUnreachable("there is no connection to the coordinator")
         reader, writer = await self._host.open_stream(self._ticket.peer_id, protocol, DIAL_TIMEOUT_S)
-        return Stream(reader, writer, self._meter)
+        return Stream(reader, writer, self._meter, throttle or self._control)
 
     async def open_stream_to(self, peer_id: str, addresses: Sequence[str], protocol: str) -> Stream:
         """A stream to another node. Raises SwarmUnreachable."""
@@ -154,7 +164,7 @@ class Uplink:
                 self._dial_patience.ran_out()
             raise
         self._dial_patience.took(time.monotonic() - began_s)
-        return Stream(reader, writer, self._meter)
+        return Stream(reader, writer, self._meter, self._control)
 
     async def close(self, *, say_goodbye: bool = True) -> None:
         """Waits until the coordinator has read that this node leaves, for at most 5 s, and ends all."""
@@ -175,7 +185,7 @@ class Uplink:
         host = await self._living_host()
         await host.dial(self._ticket.peer_id, self._ticket.addresses, DIAL_TIMEOUT_S)
         reader, writer = await host.open_stream(self._ticket.peer_id, SESSION, DIAL_TIMEOUT_S)
-        stream = Stream(reader, writer, self._meter)
+        stream = Stream(reader, writer, self._meter, self._control)
         try:
             head_round, head_digest = self._hooks.head()
             await stream.send_message(

@@ -253,6 +253,20 @@ def test_the_fastest_are_not_held_up_by_a_hung_one() -> None:
     assert refusals(late) == [], "it counts when it comes"
 
 
+def test_an_offer_that_is_rounds_late_is_measured_without_its_payload() -> None:
+    rounds = started(2)
+    now_s = warm(rounds, 2)
+    for round_ in (4, 5):
+        rounds.handle(offer(0, round_), now_s + 1.0)
+        rounds.handle(TimePassed(), now_s + 1.5)
+        now_s += 1.5
+    n = len(rounds.times.values(before=100))
+    assert refusals(rounds.handle(offer(1, 4, b"late", has_bytes=False), now_s)) == ["late_offer"]
+    assert rounds.times.values(before=100)[n - 1 :] == [3.0, 1.0], "of rounds 4 and 5"
+    rounds.handle(BytesArrived(b"late"), now_s + 1.0)
+    assert rounds.times.values(before=100)[n - 1 :] == [4.0, 1.0]
+
+
 def test_all_drops_a_hung_trainer_until_it_offers_again() -> None:
     rounds = started(2, policy="all")
     now_s = warm(rounds, 2)
@@ -362,7 +376,9 @@ def test_any_schedule(script: list[Any], policy: str, min_peers: int, eval_every
         elif isinstance(step, tuple):
             _, peer, back, digest, has_bytes = step
             event = Offered(peer, rounds.round - back, bytes([digest]), has_bytes)
-            if back == 0 and not rounds.is_over and offers.setdefault(peer, event.digest) == event.digest:
+            if back == 0 and not rounds.is_over:
+                if peer not in complete:  # one without its bytes may be replaced
+                    offers[peer] = event.digest
                 complete |= {peer} if has_bytes else set()
         elif isinstance(step, PeerTrains):
             trains.add(step.peer)
