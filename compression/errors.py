@@ -16,6 +16,7 @@ BadReason = Literal[
     "shape",  # lengths that do not fit the parameter
     "range",  # a value outside of what the format allows
     "nan",  # NaN or infinity
+    "zstd",  # a zstandard frame that does not hold what is expected
     "index",  # index past the end, repeated or out of order
 ]
 

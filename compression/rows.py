@@ -64,6 +64,11 @@ class Row(Protocol):
         """Exact: float32 values of a chunk, to be read only. `packed` was checked."""
         ...
 
+    def last_bytes(self, others: Packed, m: int) -> int:
+        """How many bytes the last tensor of a pack has that begins with `others`. Raises BadPayload where
+        those are not what `pack` makes."""
+        ...
+
 
 def row_of(bits: object, group_size: int) -> Row:
     """Raises ValueError, in words for the user."""
@@ -105,15 +110,12 @@ class GroupedRow:
         return torch.cat(scales), torch.cat(codes)
 
     def check(self, packed: Packed, m: int) -> None:
-        if [(t.dtype, t.dim()) for t in packed] != [(torch.bfloat16, 1), (torch.uint8, 1)]:
-            raise BadPayload("shape", "expected bfloat16 scales and uint8 codes")
+        if len(packed) != 2 or (packed[1].dtype, packed[1].dim()) != (torch.uint8, 1):
+            raise BadPayload("shape", "expected scales and uint8 codes")
         scales, codes = packed
-        if scales.numel() != (n_groups := self._groups(m).n_groups):
-            raise BadPayload("shape", f"{scales.numel()} scales for {n_groups} groups")
-        check_scales(scales, self.format)
+        if codes.numel() != (expected := self.last_bytes((scales,), m)):
+            raise BadPayload("shape", f"{codes.numel()} bytes, {expected} for the groups with values")
         offsets = self._offsets(scales, m)
-        if codes.numel() != n_bytes(int(offsets[-1]), self.format.width):
-            raise BadPayload("shape", f"{codes.numel()} bytes for {offsets[-1]} values")
         for chunk in self.chunks(m):
             check_codes(self._codes(codes, offsets, chunk), self.format)
 
@@ -134,6 +136,15 @@ class GroupedRow:
             return torch.from_numpy(values_GL.reshape(-1))
 
         return read
+
+    def last_bytes(self, others: Packed, m: int) -> int:
+        if [(t.dtype, t.dim()) for t in others] != [(torch.bfloat16, 1)]:
+            raise BadPayload("shape", "expected bfloat16 scales")
+        (scales,) = others
+        if scales.numel() != (n_groups := self._groups(m).n_groups):
+            raise BadPayload("shape", f"{scales.numel()} scales for {n_groups} groups")
+        check_scales(scales, self.format)
+        return n_bytes(int(self._offsets(scales, m)[-1]), self.format.width)
 
     def _groups(self, m: int) -> Flat:
         return Flat(m, self.group_size, k=self.group_size)
@@ -185,3 +196,8 @@ class Float32Row:
 
     def reader(self, packed: Packed, m: int) -> Callable[[Chunk], Tensor]:
         return lambda chunk: packed[0][chunk[0] : chunk[1]]
+
+    def last_bytes(self, others: Packed, m: int) -> int:
+        if others:
+            raise BadPayload("shape", "expected one tensor")
+        return 4 * m
