@@ -193,6 +193,18 @@ def test_it_is_the_paper_s(fragments: list[list[str]], mix: float, overlap: int)
         assert distance(swarm.parameters(), reference.parameters()) < 1e-5
 
 
+def test_streaming_with_one_fragment_and_no_overlap_is_diloco() -> None:
+    """On the path of streaming, where the inner parameters are kept from round to round: with a share of them
+    in the mix that is below what a float32 can see."""
+    options = {"compressor": Dense(), "lr": 3e-3, "inner_steps": 4}
+    plain, streaming = Swarm(3, **options), Swarm(3, **options, fragments=1, mix=1e-30)
+    for round_ in range(1, 7):
+        plain.round(round_, lost=[round_ % 3])
+        streaming.round(round_, lost=[round_ % 3])
+        assert torch.equal(streaming.parameters(), plain.parameters())
+    assert "live" in streaming.strategies[0].state[next(streaming.models[0].parameters())]
+
+
 def test_one_inner_step_of_sgd_and_an_outer_one_are_sgd_on_all_batches() -> None:
     swarm = Swarm(
         4, compressor=Dense(), lr=0.2, weight_decay=0.0, inner=SGD, inner_steps=1, max_grad_norm=0.0,
