@@ -12,7 +12,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -67,8 +67,8 @@ class Lora(Section):
 
 
 class Task(Section):
-    """What is trained: the built-in `text`, a model of transformers (`hf`), or `custom` (then every node names
-    it with --task). Options belong to the task that they stand under; those of another one are refused."""
+    """What is trained: the built-in `text`, a model of transformers (`hf`), or `custom` (then every node
+    names it with --task). Options belong to the task that they stand under; another one refuses them."""
 
     name: Literal["text", "hf", "custom"] = "text"
     corpus: str = "pydoc"
@@ -202,11 +202,15 @@ def _explain(error: Any) -> str:
     model: type[BaseModel] = RunConfig
     for part in location[:-1]:
         annotation = model.model_fields[part].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        sections = [a for a in (annotation, *get_args(annotation)) if _is_section(a)]
+        model = sections[0] if sections else model
     nearest = difflib.get_close_matches(location[-1], model.model_fields, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sorted(model.model_fields))}"
     return f"unknown key {key!r}; {hint}"
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -47,8 +47,8 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
         model = task.model()
     build_strategy(config.strategy, model.named_parameters()).fields()  # refuses what cannot be sent
     layout = layout_of(model, task)
-    base = _base(config, task, model, layout)
     held_out, corpus = task.held_out(), task.corpus()
+    base = _base(config, task, model, layout)  # last: it may take minutes
     text = public_config(config, task).to_json()
     body = GenesisBody(
         protocol=PROTOCOL_VERSION,

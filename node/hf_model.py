@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -117,7 +118,10 @@ def read_architecture(folder: Path) -> str:
     except (OSError, ValueError) as e:
         raise ConfigError(f"{path}: cannot be read as JSON: {e}") from e
     text = json.dumps(_without_local_keys(found), sort_keys=True)
-    configuration(text)
+    try:
+        configuration(text)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from e
     return text
 
 
@@ -126,6 +130,9 @@ def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     adapters), each in the smallest type that holds all its values. Raises ConfigError."""
     import transformers
 
+    log.info("reading the weights in %s", folder)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     try:
         found, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -224,8 +231,9 @@ def _adapted(model: nn.Module, lora: Lora) -> nn.Module:
         with warnings.catch_warnings():
             # peft asks transformers for something by its old name.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            # It sets this option right by itself, and says so.
+            # These options it sets by itself, and says so.
             warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
+            warnings.filterwarnings("ignore", message=".*rank_pattern", category=RuntimeWarning)
             adapted: nn.Module = peft.get_peft_model(model, options)
     except ValueError as e:
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
@@ -274,9 +282,9 @@ def _keys(value: Any) -> Iterator[tuple[str, Any]]:
 def _refuse_keys(found: Mapping[str, Any]) -> None:
     for key, value in _keys(found):
         if key in _REFUSED_KEYS and value:
-            raise ConfigError(f"the model's config.json has {key}: {_REFUSED_KEYS[key]}")
+            raise ConfigError(f"it has {key}: {_REFUSED_KEYS[key]}")
         if key in _LOCAL_KEYS:
-            raise ConfigError(f"the model's config.json has {key}, which a coordinator leaves out")
+            raise ConfigError(f"it has {key}, which a coordinator leaves out")
 
 
 def _without_local_keys(value: Any) -> Any:
