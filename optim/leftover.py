@@ -15,6 +15,7 @@ from torch import Tensor
 from thinwire.compression.base import Compressor, Packed, Payload, Turn
 from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import exact_arithmetic, to_float32
+from thinwire.compression.sparse import Sparse
 from thinwire.optim.base import Own, Parameter, Strategy
 from thinwire.optim.packing import pack_all
 
@@ -40,7 +41,7 @@ class Leftover:
         """The flat leftover itself; zero before its first use."""
         state = self._strategy.state[parameter.tensor]
         if self._entry not in state:
-            state[self._entry] = torch.zeros_like(parameter.local.reshape(-1))
+            state[self._entry] = torch.zeros_like(parameter.local.reshape(-1), dtype=torch.float32)
             state["sends"] = {}
         leftover: Tensor = state[self._entry]
         return leftover
@@ -48,6 +49,12 @@ class Leftover:
     def send(self, parameters: Sequence[Parameter], turn: Turn, n_decays: int, alpha: float) -> Payload:
         """Packs what is selected; `alpha` times that leaves the leftover. Its fate is open from now on."""
         payload = pack_all(self._strategy.ranks, self._compressor, parameters, self.of, turn)
+        share = self._strategy.allotted.share
+        if share < 1 and isinstance(self._compressor, Sparse):
+            compressor = self._compressor
+            payload = {
+                p.name: compressor.strongest(payload[p.name], p.part.entire, share) for p in parameters
+            }
         for parameter in parameters:
             packed = payload[parameter.name]
             self.of(parameter).sub_(self._decoded(parameter, packed, turn, alpha))

@@ -97,15 +97,16 @@ def _reads_values(func: Callable[..., Any]) -> bool:
 def perturbed(whole: Tensor, parameter: Parameter, direction: Direction, start: int = 0) -> Tensor:
     """theta + eps z in a new tensor with all that kernels choose their order of sums by. `whole`: the values
     of the parameter, or its elements from `start` on."""
-    if whole.dtype != torch.float32:
+    if whole.dtype != parameter.tensor.dtype:
         raise NotSubstituted(
             f"{parameter.name} is evaluated as {whole.dtype}, which rounds perturbations away: no mixed "
             "precision of fully_shard with spsa"
         )
     theta, d = whole.detach(), direction
     if theta.device.type == "cpu" and parameter_behind(whole) is not whole:
-        theta = theta.clone()  # fully_shard frees this memory, which numpy would not allow once it has seen it
-    scratch = perturb(theta.contiguous(), d.eps, d.kind, d.seed, parameter.index, d.probe, start)
+        theta = theta.clone()  # fully_shard frees this memory: numpy, once it has seen it, forbids that
+    wide = theta.contiguous().float()
+    scratch = perturb(wide, d.eps, d.kind, d.seed, parameter.index, d.probe, start).to(theta.dtype)
     if not theta.is_contiguous():  # channels_last, say
         scratch = torch.empty_like(theta).copy_(scratch)
     # Even under no_grad, torch's matmul folds batches or not by whether the weight (or what it is a view of)

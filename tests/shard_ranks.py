@@ -50,6 +50,10 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "spsa": {"name": "spsa", "lr": 1e-2, "probes": 3, "weight_decay": 0.1},
     "spsa gauss": {"name": "spsa", "lr": 1e-2, "probes": 2, "noise": "gauss", "params": "blocks*"},
 }  # fmt: skip
+STRATEGIES |= {
+    f"{name} bfloat16": {k: v for k, v in STRATEGIES[name].items() if k != "max_grad_norm"}
+    for name in ("decoupled", "adamw", "spsa")
+}
 COMPRESSORS: dict[str, dict[str, Any]] = {
     "dct_topk": SMALL,
     "tiles": {"name": "dct_topk", "k": 4, "group_size": 64, "layout": "tiles", "bits": 4},
@@ -96,10 +100,10 @@ class Net(nn.Module):
         return F.linear(self.norm(x), self.words.weight)
 
 
-def built(world_size: int) -> nn.Module:
+def built(world_size: int, name: str = "") -> nn.Module:
     """On the meta device, sharded, and with exact values in each rank's rows."""
     with torch.device("meta"):
-        model = Net()
+        model = Net().to(torch.bfloat16 if name.endswith("bfloat16") else torch.float32)
     if world_size > 1:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -111,11 +115,11 @@ def built(world_size: int) -> nn.Module:
     model.to_empty(device="cpu")
     mark_unsharded(model)
     rank = dist.get_rank() if world_size > 1 else 0
-    named = sorted((canonical_name(name), p) for name, p in model.named_parameters())
-    for index, (name, p) in enumerate(named):
+    named = sorted((canonical_name(n), p) for n, p in model.named_parameters())
+    for index, (full_name, p) in enumerate(named):
         part = parts_of(p, world_size)[rank]
         values = initial_values(5, index, part.start, part.stop, 0.3)
-        local_of(p).copy_(values.view(local_of(p).shape) + (name.endswith(("norm.weight", "scale"))))
+        local_of(p).copy_(values.view(local_of(p).shape) + (full_name.endswith(("norm.weight", "scale"))))
     return model
 
 
@@ -129,7 +133,7 @@ def draws(model: nn.Module, seed: int, rank: int, world_size: int) -> Callable[[
         mine = words_BT[rank::world_size]
 
         def loss() -> Tensor:
-            logits = model(mine[:, :-1])
+            logits = model(mine[:, :-1]).float()
             total = F.cross_entropy(logits.flatten(0, 1), mine[:, 1:].flatten(), reduction="sum")
             return total * (world_size / (ROWS * TOKENS))
 
@@ -160,10 +164,10 @@ def print_of(strategy: Strategy) -> str:
 # --------------------------------------------------------------------------------------------- rounds
 
 
-def recorded(config: dict[str, Any]) -> list[list[str]]:
+def recorded(name: str) -> list[list[str]]:
     """What two nodes of one rank offer, as hex, round by round; node 0's offer misses the third commit."""
-    models = [built(1), built(1)]
-    strategies = [build_strategy(config, m.named_parameters()) for m in models]
+    models = [built(1, name), built(1, name)]
+    strategies = [build_strategy(STRATEGIES[name], m.named_parameters()) for m in models]
     rounds = []
     for round in range(1, N_ROUNDS + 1):
         offers = []
@@ -189,9 +193,10 @@ def apply(strategy: Strategy, offers: list[str], round: int, peer: int = 0) -> N
     strategy.apply(shares, turn, "counted" if peer in counted else "missed")
 
 
-def train(config: dict[str, Any], rounds: list[list[str]], rank: int, world_size: int) -> dict[str, Any]:
+def train(name: str, rounds: list[list[str]], rank: int, world_size: int) -> dict[str, Any]:
     """Local work, then the recorded commits: what does not depend on the number of ranks, and what nearly."""
-    model = built(world_size)
+    config = STRATEGIES[name]
+    model = built(world_size, name)
     strategy = build_strategy(config, model.named_parameters())
     prints, losses, codes = [], [], []
     for round, offers in enumerate(rounds, start=1):
@@ -231,7 +236,7 @@ def packed(name: str, world_size: int) -> str:
 
 def results(rounds: dict[str, list[list[str]]], rank: int, world_size: int) -> dict[str, Any]:
     return {
-        "train": {name: train(STRATEGIES[name], rounds[name], rank, world_size) for name in STRATEGIES},
+        "train": {name: train(name, rounds[name], rank, world_size) for name in STRATEGIES},
         "packed": {name: packed(name, world_size) for name in COMPRESSORS},
     }
 

@@ -49,7 +49,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def rounds(_one_thread: None) -> dict[str, list[list[str]]]:
-    return {name: ranks.recorded(config) for name, config in ranks.STRATEGIES.items()}
+    return {name: ranks.recorded(name) for name in STRATEGIES}
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +105,13 @@ def test_local_work_is_the_same_but_for_rounding(
     for rank in sharded:
         found = rank["train"][name]
         assert found == sharded[0]["train"][name]  # all ranks have the whole payload
-        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        is_narrow = name.endswith("bfloat16")
+        assert found["losses"] == pytest.approx(expected["losses"], rel=2e-2 if is_narrow else 1e-5)
         for ours, theirs in zip(found["payloads"], expected["payloads"], strict=True):
             a, b = (bytes.fromhex(p)[:-CHECKSUM_BYTES] for p in (ours, theirs))
             n_differing = sum(x != y for x, y in zip(a, b, strict=True))
             # A value next to the edge between two codes may fall on either side.
-            assert n_differing <= 0.02 * len(a)
+            assert n_differing <= (0.3 if is_narrow else 0.02) * len(a)
 
 
 @pytest.mark.swarm
