@@ -22,11 +22,12 @@ from torch import nn
 from thinwire.compression.errors import ConfigError, ThinwireError
 from thinwire.coordinator.board import finite
 from thinwire.coordinator.identity import peer_id_of
-from thinwire.coordinator.messages import BlobRef, Commit, NodeState, Welcome
+from thinwire.coordinator.messages import BlobRef, Commit, NodeState, Welcome, digest_of
 from thinwire.node.compare_specs import Plan, batches_per_step
 from thinwire.node.config import RunConfig, parse_config
 from thinwire.node.genesis import Genesis, make_genesis
 from thinwire.node.link_local import LocalLink, local_swarm
+from thinwire.node.local_work import LocalWork
 from thinwire.node.phases import Stopwatch, time_calls, typical
 from thinwire.node.replica import Replica, build_replica, data_seed
 from thinwire.node.runner import Runner
@@ -130,24 +131,24 @@ class Comparison:
                 "the task holds nothing out: without a held-out loss there is nothing to compare"
             )
         self.seed = run.run.seed
-        self.n_tokens = task.n_tokens
-        self.n_batches_per_step = batches_per_step(run)
+        self._n_samples = task.n_samples
         # Nobody else meets this coordinator: a key and a time that are always the same make the run's id, and
         # with it all noise, the same in every execution.
         self.key = Ed25519PrivateKey.from_private_bytes(run.run.seed.to_bytes(32, "little"))
         with torch.device("meta"):
             self._model = task.model()
+        self._blobs: dict[bytes, bytes] = {}
         self._geneses = [self._genesis(plan, task) for plan in plans]
-        self.n_params = sum(p.numel() for p in self._model.parameters())
+        self.n_params = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
 
     @property
-    def tokens_per_step(self) -> int:
+    def samples_per_step(self) -> int:
         """Of each peer."""
-        return self.n_batches_per_step * self.n_tokens
+        return self._n_samples * batches_per_step(self.run)
 
     @property
     def ddp_bytes_per_step(self) -> float:
-        """A ring all-reduce of float32 gradients, per peer."""
+        """A ring all-reduce of the float32 gradients of what is trained, per peer."""
         return 2 * (self.n_peers - 1) / self.n_peers * 4 * self.n_params
 
     def points_every(self, plan: Plan) -> int:
@@ -169,9 +170,11 @@ class Comparison:
     def _genesis(self, plan: Plan, task: Task) -> Genesis:
         try:
             config = self._config(plan)
-            return make_genesis(config, task, peer_id_of(self.key.public_key()), time_ms=0)
+            genesis = make_genesis(config, task, peer_id_of(self.key.public_key()), time_ms=0)
         except ConfigError as e:
             raise ConfigError(f"{plan.label}: {e}") from e
+        # Base weights and text are the same for all: they are kept once.
+        return Genesis(genesis.body, tuple(self._blobs.setdefault(digest_of(b), b) for b in genesis.blobs))
 
     def _config(self, plan: Plan) -> RunConfig:
         """The run's, with this strategy: warm-up is the same share of it, and every round waits for
@@ -233,7 +236,8 @@ class _Training:
                 if stopped() or self.error is not None:
                     reader.link.close()
                     for peer in peers:
-                        peer.request_stop()
+                        peer.stop.set()
+                        peer.link.close()
                     break
                 progress(self.plan, reader.replica.round, reader.held_out)
                 time.sleep(POLL_S)
@@ -245,6 +249,7 @@ class _Training:
         # A ValueError: there are values that no payload can hold, because training diverged.
         if self.error is not None and not isinstance(self.error, ThinwireError | ValueError):
             raise self.error
+        progress(self.plan, reader.replica.round, reader.held_out)
         return Outcome(
             plan=self.plan,
             curve=tuple(reader.curve),
@@ -303,7 +308,9 @@ class _SameBatches:
 
     def draw(self, model: nn.Module, seed: int) -> Closure:
         self._n_drawn += 1
-        return self._task.draw(model, data_seed(self._seed, 0, self._peer_id, self._n_drawn))
+        closure = self._task.draw(model, data_seed(self._seed, 0, self._peer_id, self._n_drawn))
+        self.n_tokens = self._task.n_tokens
+        return closure
 
     def model(self) -> nn.Module:
         return self._task.model()
@@ -333,11 +340,12 @@ class _Reader:
         self._rounds = training.plan.rounds
         self._every = comparison.points_every(training.plan)
         self._n_peers = comparison.n_peers
-        self._tokens_per_step = comparison.tokens_per_step
-        self._tokens = self._payload_bytes = 0
+        self._samples_per_step = comparison.samples_per_step
+        self._samples = self._tokens = self._payload_bytes = 0
         self._body = body
         self._task = make_task(parse_config(body.config).task, comparison.import_path, None)
         self.replica: Replica = build_replica(link.run_id, body, self._task)
+        self._work = LocalWork(self.replica, self._task)
 
     @property
     def held_out(self) -> float | None:
@@ -355,6 +363,7 @@ class _Reader:
 
     def _apply(self, commit: Commit) -> None:
         self.replica.apply(commit, self.link.payload, offered=False)
+        self._samples += sum(offer.n_samples for offer in commit.body.offers)
         self._tokens += sum(offer.n_tokens for offer in commit.body.offers)
         self._payload_bytes += sum(offer.n_bytes for offer in commit.body.offers)
         if self.replica.round % self._every == 0 or self.replica.round == self._rounds:
@@ -366,15 +375,12 @@ class _Reader:
         self.link.state(NodeState.JOINING, needs_after=round_)
 
     def _evaluate(self) -> None:
-        self.replica.model.eval()
-        with torch.no_grad():
-            held_out = self._task.evaluate(self.replica.model)
-        tokens = self._tokens / self._n_peers
+        held_out = self._work.evaluate()
         self.curve.append(
             Point(
                 round=self.replica.round,
-                steps=tokens / self._tokens_per_step,
-                tokens=tokens,
+                steps=self._samples / self._n_peers / self._samples_per_step,
+                tokens=self._tokens / self._n_peers,
                 payload_bytes=self._payload_bytes / self._n_peers,
                 held_out=held_out,
             )

@@ -117,7 +117,7 @@ def _figures(
         "run": comparison.run.run.name,
         "peers": comparison.n_peers,
         "n_params": comparison.n_params,
-        "tokens_per_step": comparison.tokens_per_step,
+        "samples_per_step": comparison.samples_per_step,
         "ddp_bytes_per_peer_step": comparison.ddp_bytes_per_step,
         "unit": unit,
         "strategies": [outcome.figures() for outcome in outcomes],
@@ -133,20 +133,19 @@ def _print_table(comparison: Comparison, outcomes: Sequence[Outcome], unit: str)
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", overflow="fold")
-    for column in ("rounds", "steps", "tokens", "held-out", "bytes", "of ddp"):
-        table.add_column(column, justify="right")
-    for phase in PHASES:
-        table.add_column(f"{phase} ms", justify="right")
+    for column in ("rounds", "tokens", "held-out", "bytes", "of ddp", *PHASES):
+        table.add_column(column, justify="right", no_wrap=True)
     for outcome in outcomes:
         table.add_row(outcome.plan.label, *_cells(outcome))
     console.print(table)
     console.print(
-        f"held-out: loss in {unit}. tokens: of each peer. bytes (payload) and ms (CPU time): per peer and "
-        f"step. A step is {comparison.tokens_per_step:,} tokens per peer; data-parallel training would send "
-        f"{human_bytes(comparison.ddp_bytes_per_step)} per peer after each (ring all-reduce of "
-        f"{comparison.n_params:,} float32 gradients among {comparison.n_peers}).",
+        f"held-out: loss in {unit}. Per peer: tokens; per peer and step: payload bytes, their share of what "
+        f"data-parallel training sends, and milliseconds of CPU time. "
+        f"A step is {comparison.samples_per_step:,} samples per peer; a ring all-reduce of "
+        f"{comparison.n_params:,} float32 gradients sends "
+        f"{human_bytes(comparison.ddp_bytes_per_step)} per peer after each.",
         highlight=False,
     )
     for outcome in outcomes:
@@ -155,16 +154,15 @@ def _print_table(comparison: Comparison, outcomes: Sequence[Outcome], unit: str)
 
 def _cells(outcome: Outcome) -> list[str]:
     if not outcome.has_rounds:
-        return ["0", *["-"] * (5 + len(PHASES))]
+        return ["0", *["-"] * (4 + len(PHASES))]
     last = outcome.last
     of_all = f"/{outcome.plan.rounds}" if outcome.error else ""
     return [
         f"{last.round}{of_all}",
-        f"{last.steps:g}",
         f"{last.tokens:,.0f}",
         f"{last.held_out:.3f}",
         human_bytes(last.payload_bytes / last.steps),
-        f"1/{outcome.ddp_ratio:,.0f}" if outcome.ddp_ratio >= 1.5 else f"{1 / outcome.ddp_ratio:.2f}",
+        f"1/{outcome.ddp_ratio:.0f}" if outcome.ddp_ratio >= 1.5 else f"{1 / outcome.ddp_ratio:.2f}",
         *(f"{1000 * outcome.phases[phase] / outcome.steps_per_round:.1f}" for phase in PHASES),
     ]
 

@@ -194,7 +194,7 @@ def test_json_and_picture(run_file: Path, capsys: pytest.CaptureFixture[str], ow
     assert result["png"] == str(picture)
     assert [s["strategy"] for s in result["strategies"]] == ["decoupled", "diloco", "spsa"]
     for s in result["strategies"]:
-        assert s["tokens_per_peer"] == result["tokens_per_step"] * s["steps"] == 4 * 64
+        assert s["tokens_per_peer"] == 16 * result["samples_per_step"] * s["steps"] == 4 * 64
         assert s["ddp_ratio"] == pytest.approx(
             result["ddp_bytes_per_peer_step"] / s["payload_bytes_per_peer_step"]
         )
@@ -221,7 +221,7 @@ def test_without_matplotlib_there_is_a_table_and_a_word_about_it(
     assert "pip install 'thinwire[plot]'" in captured.err
     assert "held-out" in captured.out
     rows = {line.split()[0]: line.split() for line in captured.out.splitlines()}
-    assert rows["decoupled"][1:4] == ["4", "4", "256"]
+    assert rows["decoupled"][1:3] == ["4", "256"]
     assert rows["spsa:"][1] == "lr=0.01,"
     assert not list(run_file.parent.glob("*.png"))
 
@@ -275,7 +275,7 @@ def test_ctrl_c_shows_what_is_there(thinwire: Start, run_file: Path, own_temp_fo
 def test_the_command(thinwire: Start, run_file: Path) -> None:
     program = thinwire("compare", "run.toml", "--strategies", "decoupled", "--rounds", "2", "--peers", "2")
     assert program.wait() == 0, program.stderr()
-    assert program.stdout().splitlines()[1].split()[:4] == ["decoupled", "2", "2", "128"]
+    assert program.stdout().splitlines()[1].split()[:3] == ["decoupled", "2", "128"]
 
 
 # ------------------------------------------------------------------------------------------ specs and phases
