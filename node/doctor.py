@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from thinwire.coordinator.ticket import Ticket
@@ -24,6 +25,7 @@ _SIGNS: Final[dict[Status, tuple[str, str, str]]] = {  # sign, the same in ASCII
     "skipped": ("-", "--", "dim"),
 }
 _NAME_WIDTH = 24
+_MARGIN = 4
 
 
 def doctor(
@@ -46,7 +48,7 @@ def doctor(
     if as_json:
         print(json.dumps({"ok": is_ok, "checks": [finding.as_json() for finding in found]}))  # noqa: T201
     else:
-        _say(_verdict(found), "")
+        _console().print(_verdict(found))
     return is_ok
 
 
@@ -86,11 +88,14 @@ def _shown(checks: Sequence[Check], stopped: Stopped, as_json: bool) -> Iterator
 
 def _print(finding: Finding) -> None:
     sign, ascii_sign, colour = _SIGNS[finding.status]
-    can_show = _can_show("✓✗→")
-    _say(f"{sign if can_show else ascii_sign} ", colour, end="")
-    _say(f"{finding.name:{_NAME_WIDTH}} {finding.detail}", "dim" if finding.status == "skipped" else "")
+    can_show, console = _can_show("✓✗→"), _console()
+    line = f"{finding.name:{_NAME_WIDTH}} {finding.detail}"
+    style = "dim" if finding.status == "skipped" else ""
+    console.print(Text.assemble((f"{sign if can_show else ascii_sign} ", colour), (line, style)))
     if finding.remedy is not None:
-        _say(f"    {'→' if can_show else '->'} {finding.remedy}", colour)
+        remedy = Text(f"{'→' if can_show else '->'} {finding.remedy}", style=colour)
+        margin = " " * _MARGIN
+        console.print(Padding(remedy, (0, 0, 0, _MARGIN)) if console.is_terminal else Text(margin) + remedy)
 
 
 def _can_show(text: str) -> bool:
@@ -101,9 +106,9 @@ def _can_show(text: str) -> bool:
     return True
 
 
-def _say(text: str, style: str, end: str = "\n") -> None:
-    """Data on stdout: in colour in a terminal, plain otherwise, never broken into lines."""
-    Console(highlight=False, markup=False, soft_wrap=True).print(Text(text, style=style), end=end)
+def _console() -> Console:
+    """On stdout: in colour and as wide as the terminal; plain and one line each where there is none."""
+    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
 
 
 def _verdict(found: Sequence[Finding]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from thinwire.compression.noise import use_numba
 from thinwire.node.doctor_machine import available_bytes
 from thinwire.node.findings import Finding, Stopped, failed, ok, skipped, warning
 from thinwire.node.known_answers import KNOWN_ANSWERS
@@ -108,13 +109,18 @@ def _processor() -> str:
 
 
 def check_compilers(_stopped: Stopped) -> Iterator[Finding]:
+    try:
+        use_numba(torch.empty(0))
+    except ValueError as e:
+        yield failed("kernels", str(e), f"unset {KERNELS}: nothing can be computed with it")
     yield _numba()
     yield _triton()
 
 
 def _numba() -> Finding:
+    chosen = os.environ.get(KERNELS, "auto")
     if find_spec("numba") is None:
-        return warning(
+        return (failed if chosen == "numba" else warning)(
             "numba",
             "not installed: exact paths run as plain torch on the CPU, some ten times slower",
             "pip install 'thinwire[cpu]'",
@@ -141,7 +147,6 @@ def _numba() -> Finding:
             "NUMBA_CACHE_DIR=DIR for a folder that can be written",
             **figures,
         )
-    chosen = os.environ.get(KERNELS, "auto")
     unused = f"; not in use ({KERNELS}={chosen})" if chosen == "torch" else ""
     return ok("numba", f"{version}, kernels ready after {load_s:.1f} s{unused}", **figures)
 

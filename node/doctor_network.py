@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,33 +49,38 @@ class Plan:
             announced(text, self.port or 1)
 
 
-def check_network(plan: Plan, stopped: Stopped) -> list[Finding]:
+def check_network(plan: Plan, stopped: Stopped) -> Iterator[Finding]:
     """Leaves neither a process nor an open port behind, also when `stopped` meanwhile."""
-    return asyncio.run(_unless(stopped, _network(plan)))
-
-
-async def _unless(stopped: Stopped, work: Coroutine[Any, Any, list[Finding]]) -> list[Finding]:
-    task = asyncio.create_task(work)
-    while not task.done():
-        if stopped():
-            task.cancel()
-        await asyncio.wait({task}, timeout=_POLL_S)
-    return [] if task.cancelled() else task.result()
-
-
-async def _network(plan: Plan) -> list[Finding]:
     found: list[Finding] = []
+    try:
+        asyncio.run(_unless(stopped, _network(plan, found)))
+    except Exception:
+        yield from found
+        raise
+    yield from found
+
+
+async def _unless(stopped: Stopped, work: Coroutine[Any, Any, None]) -> None:
+    task = asyncio.create_task(work)
+    while not task.done() and not stopped():
+        await asyncio.wait({task}, timeout=_POLL_S)
+    task.cancel()  # once: it clears up behind itself, and waits for that
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.result()
+
+
+async def _network(plan: Plan, found: list[Finding]) -> None:
     host = await _listen(plan, found)
     try:
         if plan.ticket is None:
             found.append(skipped("coordinator", "not tried: give a ticket (thinwire doctor TICKET)"))
             found.append(skipped("clock", "not compared: give a ticket"))
         elif host is not None:
-            found += await _coordinator(host, plan.ticket)
+            await _coordinator(host, plan.ticket, found)
     finally:
         if host is not None:
             await host.close()
-    return found
 
 
 async def _listen(plan: Plan, found: list[Finding]) -> Host | None:
@@ -138,7 +143,7 @@ async def _reachable(plan: Plan, host: Host) -> Finding:
 # ------------------------------------------------------------------------------------------- the coordinator
 
 
-async def _coordinator(host: Host, ticket: Ticket) -> list[Finding]:
+async def _coordinator(host: Host, ticket: Ticket, found: list[Finding]) -> None:
     silent = await knock_everywhere(ticket.addresses, KNOCK_S)
     tried = {"tried": {address: silent.get(address) for address in ticket.addresses}}
     if len(silent) == len(ticket.addresses):
@@ -147,22 +152,26 @@ async def _coordinator(host: Host, ticket: Ticket) -> list[Finding]:
             "is it running, and its port open (TCP)? From another network it needs --announce; after a move, "
             "a new ticket"
         )
-        return [failed("coordinator", f"no address answers: {listing}", remedy, **tried)]
+        found.append(failed("coordinator", f"no address answers: {listing}", remedy, **tried))
+        return
     try:
         status, asked = await _asked(host, ticket)
     except ConfigError as e:  # the token
-        return [failed("coordinator", str(e), "ask who runs it for a new ticket", **tried)]
+        found.append(failed("coordinator", str(e), "ask who runs it for a new ticket", **tried))
+        return
     except (SwarmUnreachable, BadMessage, OSError, EOFError, TimeoutError) as e:
         text = str(e) or f"no answer within {KNOCK_S:g} s"
         remedy = "an old ticket, another program on that port, or a clock that is hours off?"
-        return [failed("coordinator", text, remedy, **tried)]
+        found.append(failed("coordinator", text, remedy, **tried))
+        return
     best = min(asked, key=lambda each: each.round_trip_s)
     answering = [a for a in ticket.addresses if a not in silent]
     detail = f"answers at {', '.join(answering)} in {best.round_trip_s * 1000:.1f} ms"
     if silent:
         detail += f" (not at {'; '.join(f'{a}: {why}' for a, why in silent.items())})"
     figures = {**tried, "round_trip_s": round(best.round_trip_s, 6)}
-    return [ok("coordinator", detail, **figures), _clock(best), *_run(ticket, status)]
+    found += [ok("coordinator", detail, **figures), _clock(best)]
+    found.append(_run(ticket, status))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,14 +219,14 @@ def _clock(asked: Asked) -> Finding:
     return ok("clock", detail, **figures)
 
 
-def _run(ticket: Ticket, status: dict[str, Any]) -> list[Finding]:
+def _run(ticket: Ticket, status: dict[str, Any]) -> Finding:
     """Whether this machine could take part in it."""
     there = status.get("protocol", PROTOCOL_VERSION)
     if there != PROTOCOL_VERSION:
         remedy = "install the version of thinwire that the coordinator has"
-        return [failed("run", f"protocol version {there} there, {PROTOCOL_VERSION} here", remedy)]
+        return failed("run", f"protocol version {there} there, {PROTOCOL_VERSION} here", remedy)
     if status["run_id"] != ticket.run_id.hex():
-        return [failed("run", "the coordinator serves another run now", "ask for a new ticket")]
+        return failed("run", "the coordinator serves another run now", "ask for a new ticket")
     n_params, free_bytes = int(status["n_params"]), available_bytes()
     needed_bytes = BYTES_PER_PARAM * n_params
     figures = {"n_params": n_params, "least_bytes": needed_bytes, "round": status["round"]}
@@ -226,10 +235,8 @@ def _run(ticket: Ticket, status: dict[str, Any]) -> list[Finding]:
         f"parameters: from {human_bytes(needed_bytes)} of memory on, without activations"
     )
     if status["state"] == "finished":
-        return [
-            warning("run", detail, "it is over; thinwire export TICKET -o DIR gets its weights", **figures)
-        ]
+        return warning("run", detail, "it is over: `thinwire ledger TICKET -o FILE` saves it", **figures)
     if needed_bytes > free_bytes:
         remedy = "join from a machine with more memory"
-        return [failed("run", f"{detail}; {human_bytes(free_bytes)} are available", remedy, **figures)]
-    return [ok("run", detail, **figures)]
+        return failed("run", f"{detail}; {human_bytes(free_bytes)} are available", remedy, **figures)
+    return ok("run", detail, **figures)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import signal
@@ -15,11 +17,12 @@ import pytest
 
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.identity import new_key, peer_id_of
+from thinwire.coordinator.messages import PROTOCOL_VERSION
 from thinwire.coordinator.ticket import Ticket
 from thinwire.node import doctor_machine
 from thinwire.node.doctor_disk import check_disk, nearest
 from thinwire.node.doctor_machine import check_machine, check_python
-from thinwire.node.doctor_network import Plan, check_network
+from thinwire.node.doctor_network import Plan, _run, check_network
 from thinwire.node.findings import Check, Finding, Stopped, examine, ok
 
 Start = Callable[..., Any]
@@ -224,21 +227,22 @@ def test_a_taken_port_a_silent_address_and_a_dead_ticket(own_temp_folder: Path) 
 
 @pytest.mark.swarm
 def test_a_stop_while_the_coordinator_is_mute_leaves_nothing(own_temp_folder: Path) -> None:
+    dialled = Event()
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         mute.settimeout(0)
 
         def stopped() -> bool:
-            """Once it is being dialled."""
-            try:
-                connection, _ = mute.accept()
-            except OSError:
-                return False
-            connection.close()
-            return True
+            """From the moment on at which it is dialled."""
+            with contextlib.suppress(OSError):
+                mute.accept()[0].close()
+                dialled.set()
+            return dialled.is_set()
 
-        assert check_network(Plan("127.0.0.1", 0, (), dead_ticket(mute.getsockname()[1])), stopped) == []
+        plan = Plan("127.0.0.1", 0, (), dead_ticket(mute.getsockname()[1]))
+        assert [f.name for f in check_network(plan, stopped)] == ["libp2p", "addresses"]
+    gc.collect()  # whatever was not closed is told now
 
 
 @pytest.fixture
@@ -269,6 +273,23 @@ def test_a_run_that_can_be_joined(ticket: str) -> None:
     found = by_name(check_network(Plan("127.0.0.1", 0, (), other), never))
     assert found["run"].status == "failed"
     assert "another run" in found["run"].detail
+
+
+def test_runs_that_this_machine_cannot_take_part_in() -> None:
+    ticket = dead_ticket(1)
+    status = {
+        **{"run": "r", "run_id": bytes(32).hex(), "round": 3, "rounds": 9, "state": "training"},
+        **{"n_params": 1000, "protocol": PROTOCOL_VERSION},
+    }
+    assert _run(ticket, status).status == "ok"
+    for change, found, words in (
+        ({"protocol": 1000}, "failed", f"protocol version 1000 there, {PROTOCOL_VERSION} here"),
+        ({"n_params": 10**15}, "failed", "are available"),
+        ({"state": "finished"}, "warning", "round 3 of 9 (finished)"),
+    ):
+        finding = _run(ticket, status | change)
+        assert finding.status == found
+        assert words in finding.detail
 
 
 @pytest.mark.swarm
