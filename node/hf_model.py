@@ -233,7 +233,7 @@ def _adapted(model: nn.Module, lora: Lora) -> nn.Module:
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             # These options it sets by itself, and says so.
             warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
-            warnings.filterwarnings("ignore", message=".*rank_pattern", category=RuntimeWarning)
+            warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern", category=RuntimeWarning)
             adapted: nn.Module = peft.get_peft_model(model, options)
     except ValueError as e:
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
@@ -251,7 +251,8 @@ def targets_of(model: nn.Module) -> tuple[str, ...]:
 
 def plain_name(name: str) -> str:
     """A parameter's name without what peft puts into it."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    parts = name.removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if part != "base_layer")  # there may be several
 
 
 def is_adapter(name: str) -> bool:
