@@ -1,8 +1,8 @@
 """What compressors share that send values only: the round says which elements, for all peers alike.
 
-Of a parameter of n elements m = ceil(rate n) are sent each round (at least one), and every element within
-ceil(1 / rate) rounds; tiny parameters are no exception. A pack is a row of m values (compression/rows.py):
-2 ceil(m / group_size) + ceil(m bits / 8) bytes, or 4 m with 32 bits.
+Of a parameter of n elements m = ceil(rate n) are sent each round (`striding` has a formula of its own), one
+at least, and every element within ceil(1 / rate) rounds; tiny parameters are no exception. A pack is a row of
+m values (compression/rows.py): 2 ceil(m / group_size) + ceil(m bits / 8) bytes, or 4 m with 32 bits.
 
 Which elements depends on `turn.round` alone, which therefore counts the rounds in which this parameter is
 sent: a strategy that sends it in every fourth round only has to pass a quarter of the round, rounded down.

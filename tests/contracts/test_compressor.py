@@ -6,24 +6,22 @@ import json
 import os
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import zstandard
 from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.formulas import has_expected_bytes, name_of, small_compressors, value_bits
 from thinwire.compression import wire
 from thinwire.compression.base import Compressor, Packed, Part, Turn
 from thinwire.compression.dct_topk import DctTopK
 from thinwire.compression.dense import Dense
 from thinwire.compression.errors import BadPayload, ConfigError
-from thinwire.compression.indices import PackedIndices, RiceIndices
 from thinwire.compression.noise import noise
 from thinwire.compression.none import Nothing
 from thinwire.compression.random_k import RandomK
@@ -31,8 +29,8 @@ from thinwire.compression.selection import Selection
 from thinwire.compression.slicing import Slicing
 from thinwire.compression.sparse import Sparse
 from thinwire.compression.striding import Striding
-from thinwire.compression.tiles import Tiles
 from thinwire.compression.topk import TopK
+from thinwire.optim.registry import build_compressor
 
 ROWS: dict[str, Compressor] = {
     "dct_topk 1 bit": DctTopK(),
@@ -106,59 +104,6 @@ def negative_zeros(x: torch.Tensor) -> int:
     return int(((x == 0) & torch.signbit(x)).sum())
 
 
-def n_bytes_of(packed: Packed) -> int:
-    return sum(t.numel() * t.element_size() for t in packed)
-
-
-def value_bits(compressor: Compressor) -> int:
-    bits = compressor.bits  # type: ignore[attr-defined]
-    return 4 if bits == "e3m0" else int(bits)
-
-
-def group_lengths(compressor: Sparse, shape: tuple[int, ...]) -> list[int]:
-    """Elements of each group, counted one by one."""
-    n, size = Part.whole(shape).n_global, compressor.group_size
-    group = torch.arange(n) // size
-    if isinstance(tiles := compressor.groups(shape), Tiles):
-        row, column = torch.arange(n) // tiles.columns, torch.arange(n) % tiles.columns
-        group = row // tiles.side * -(-tiles.columns // tiles.side) + column // tiles.side
-    return group.bincount().tolist() if n else []
-
-
-def expected_bytes(compressor: Compressor, packed: Packed, part: Part) -> int:
-    """What the docstrings of the implementations promise for values that are not zero."""
-    n, width = part.n_global, value_bits(compressor)
-    if isinstance(compressor, Dense) and compressor.zstd:
-        plain = replace(compressor, zstd=False).pack(drawn(part), part, TURN)
-        last = bytes(plain[-1].view(torch.uint8).tolist())
-        return n_bytes_of(plain[:-1]) + min(len(last), len(zstandard.ZstdCompressor(level=3).compress(last)))
-    if isinstance(compressor, Dense | Selection):
-        m = (
-            -(-n * compressor.share.numerator // compressor.share.denominator)
-            if isinstance(compressor, Selection)
-            else n
-        )
-        return 4 * m if width == 32 else 2 * -(-m // compressor.group_size) + -(-m * width // 8)
-    assert isinstance(compressor, Sparse)
-    lengths = group_lengths(compressor, part.shape)
-    sent = [-(-compressor.k * length // compressor.group_size) for length in lengths]
-    coder = compressor.coder
-    if isinstance(coder, PackedIndices):
-        return 2 * len(lengths) + -(-sum(sent) * (coder.index_bits + width) // 8)
-    assert isinstance(coder, RiceIndices)
-    r, n_zeros, most = coder.remainder_bits, 0, 0
-    entries = compressor.entries(packed, part)
-    chunk = 64 if isinstance(compressor, DctTopK) else 1
-    for length, k, first, last in zip(lengths, sent, entries.offsets, entries.offsets[1:], strict=False):
-        index = entries.position_E[first:last] % compressor.n_coefficients
-        n_zeros += int(((np.diff(index, prepend=-1) - 1) >> r).sum())
-        whole = isinstance(compressor.groups(part.shape), Tiles)
-        n_coefficients = compressor.group_size if whole else -(-length // chunk) * chunk
-        most += k + ((n_coefficients - k) >> r)
-    unary = -(-most // 8) if -(-most // 8) <= 32 else -(-(sum(sent) + n_zeros) // 8)
-    return 2 * len(lengths) + -(-sum(sent) * (r + width) // 8) + unary
-
-
 def is_short(compressor: Compressor) -> bool:
     """Whether the number of bytes depends on the values."""
     if isinstance(compressor, Dense):
@@ -174,7 +119,7 @@ def test_every_shape(compressor: Compressor, shape: tuple[int, ...]) -> None:
     packed = compressor.pack(x, part, TURN)
     assert torch.equal(x, before)
     assert all(t.dim() == 1 and t.device.type == "cpu" for t in packed)
-    assert n_bytes_of(packed) == expected_bytes(compressor, packed, part)
+    assert has_expected_bytes(compressor, packed, part)
     for t, field in zip(packed, compressor.fields(part), strict=True):
         assert t.dtype == field.dtype
         assert t.numel() <= field.n_elements if is_short(compressor) else t.numel() == field.n_elements
@@ -183,6 +128,34 @@ def test_every_shape(compressor: Compressor, shape: tuple[int, ...]) -> None:
     assert negative_zeros(y) == 0
     if part.n_global:
         assert float((x - y).norm()) < float(x.norm())
+
+
+ODD = [
+    (),
+    (1,),
+    (2,),
+    (7,),
+    (61,),
+    (521,),
+    (31, 37),
+    (5, 7, 11),
+    (3, 5, 7, 11),
+    (2, 3, 5, 7, 11),
+    (3, 1, 1, 97, 2),
+]
+
+
+@pytest.mark.parametrize("config", small_compressors(), ids=name_of)
+def test_bytes_of_every_compressor_and_width(config: dict[str, Any]) -> None:
+    """Prime sizes and small ones in 0 to 5 dimensions, over rounds that select other elements."""
+    compressor = build_compressor(config)
+    for i, shape in enumerate(ODD):
+        part, its_turn = Part.whole(shape), turn(1 + i)
+        x = drawn(part, i)
+        packed = compressor.pack(x, part, its_turn)
+        assert has_expected_bytes(compressor, packed, part), shape
+        y = decoded(compressor, [packed], [1.0], part, its_turn)
+        assert float((x - y).norm()) < float(x.norm()), shape
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (131,), (40, 50)], ids=str)

@@ -20,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.formulas import has_expected_bytes, n_bytes_of, name_of, small_compressors
 from tests.replicas import LAYOUT, Replica, run_round
 from thinwire.compression import wire
-from thinwire.compression.base import Payload
+from thinwire.compression.base import Part, Payload
 from thinwire.compression.errors import BadPayload
 from thinwire.compression.noise import initial_values
-from thinwire.compression.selection import Selection
-from thinwire.compression.sparse import Sparse
 from thinwire.optim.base import Closure, Own
 from thinwire.optim.registry import build_compressor, complete_config
 
@@ -283,7 +282,7 @@ def restarted(replica: Replica) -> Replica:
     torch.save({"model": replica.model.state_dict(), "strategy": replica.strategy.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    other = new_replica(replica.config, replica.peer)
+    other = new_replica(replica.config, replica.peer, width=saved["model"]["b"].numel())
     other.model.load_state_dict(saved["model"])
     other.strategy.load_state_dict(saved["strategy"])
     return other
@@ -355,45 +354,27 @@ def test_a_replica_begins_again_at_the_base_weights(row: str) -> None:
 def test_a_payload_has_as_many_bytes_as_stated(row: str) -> None:
     """29 of framing, more only for tensors shorter than usual; and what the compressor's docstring says."""
     (replica,) = swarm(row, 1)
-    data = replica.offer(1)
-    fields = replica.strategy.fields(replica.turn(1))
-    payload = replica.decode(data, 1)
-    body = sum(t.numel() * t.dtype.itemsize for packed in payload.values() for t in packed)
+    assert_stated_bytes(replica, replica.offer(1), 1)
+
+
+def assert_stated_bytes(replica: Replica, data: bytes, round: int) -> None:
+    fields = replica.strategy.fields(replica.turn(round))
+    payload = replica.decode(data, round)
+    body = sum(n_bytes_of(packed) for packed in payload.values())
     n_short = sum(
         t.numel() < f.n_elements for name in fields for t, f in zip(payload[name], fields[name], strict=True)
     )
     assert 29 + body <= len(data) <= 29 + body + 11 * n_short
-    sent = [p.tensor.numel() for p in replica.strategy.parameters_in_order() if p.name in fields]
-    stated = stated_bytes(ROWS[row], sent)
-    assert stated in (None, body)
+    assert has_stated_bytes(replica, payload)
 
 
-def stated_bytes(config: dict[str, Any], sizes: list[int]) -> int | None:
-    """The formulas in the docstrings of compressors; None where they depend on the values."""
-    if config["name"] == "spsa":
-        return int(config["probes"])
-    compressor = build_compressor(config["compressor"])
-    options = complete_config(config)["compressor"]
-    if options.get("indices") == "rice":
-        return None
-    bits = 4 if options["bits"] == "e3m0" else options["bits"]
-    total = 0
-    for n in sizes:
-        m = compressor.n_selected(n) if isinstance(compressor, Selection) else n
-        groups = group_lengths(m, options["group_size"])
-        if bits == 32:
-            total += 4 * m
-        elif isinstance(compressor, Sparse):
-            n_codes = sum(-(-options["k"] * length // options["group_size"]) for length in groups)
-            width = (options["group_size"] - 1).bit_length() + bits
-            total += 2 * len(groups) + -(-n_codes * width // 8)
-        else:
-            total += 2 * len(groups) + -(-m * bits // 8)
-    return total
-
-
-def group_lengths(n: int, size: int) -> list[int]:
-    return [size] * (n // size) + [n % size] * (n % size > 0)
+def has_stated_bytes(replica: Replica, payload: Payload) -> bool:
+    """Whether every parameter's pack has the bytes that the compressor's docstring promises."""
+    if replica.config["name"] == "spsa":
+        return sum(n_bytes_of(packed) for packed in payload.values()) == replica.config["probes"]
+    compressor = build_compressor(complete_config(replica.config)["compressor"])
+    parts = {p.name: Part.whole(p.tensor.shape) for p in replica.strategy.parameters_in_order()}
+    return all(has_expected_bytes(compressor, packed, parts[name]) for name, packed in payload.items())
 
 
 # ------------------------------------------------------------------------------------------- bad payloads
@@ -424,8 +405,11 @@ def broken_tensors(t: Tensor) -> Iterator[tuple[str, Tensor]]:
 @every_row
 def test_check_refuses_what_is_wrong(row: str) -> None:
     (replica,) = swarm(row, 1)
-    turn = replica.turn(1)
-    payload = replica.decode(replica.offer(1), 1)
+    assert_refuses_what_is_wrong(replica, replica.offer(1), 1)
+
+
+def assert_refuses_what_is_wrong(replica: Replica, data: bytes, round: int) -> None:
+    turn, payload = replica.turn(round), replica.decode(data, round)
     replica.strategy.check(payload, turn)
     for what, bad in broken(payload):
         try:
@@ -469,6 +453,50 @@ def test_a_round_without_good_payloads_changes_nothing(row: str) -> None:
     before = replica.print()
     replica.apply(1, [(replica.seed(1), spoilt(replica, data, 1))], "missed")
     assert replica.print() == before
+
+
+# ------------------------------------------------------------------- every strategy with every compressor
+
+WITH_COMPRESSOR: dict[str, dict[str, Any]] = {
+    "decoupled": {"name": "decoupled", "lr": 1e-2, "beta": 0.9, "sign": False},
+    "diloco": {"name": "diloco", "lr": 3e-3, "inner_steps": 1, "mix": 0.5, "overlap": 1},
+}
+
+
+@pytest.mark.parametrize("compressor", small_compressors(), ids=name_of)
+@pytest.mark.parametrize("strategy", WITH_COMPRESSOR)
+def test_every_strategy_with_every_compressor(strategy: str, compressor: dict[str, Any]) -> None:
+    assert_contract({**WITH_COMPRESSOR[strategy], "compressor": compressor}, n_peers=2)
+
+
+@pytest.mark.parametrize("compressor", [c for c in small_compressors() if c["bits"] == 4], ids=name_of)
+@pytest.mark.parametrize("strategy", WITH_COMPRESSOR)
+def test_four_peers_with_every_compressor(strategy: str, compressor: dict[str, Any]) -> None:
+    assert_contract({**WITH_COMPRESSOR[strategy], "compressor": compressor}, n_peers=4)
+
+
+def assert_contract(config: dict[str, Any], n_peers: int) -> None:
+    """On a small model: bytes by the formula, what is wrong is refused, replicas are equal though offers are
+    lost and a peer restarts with its state between its offer and the commit that misses it."""
+    replicas = [new_replica(config, peer, width=13) for peer in range(n_peers)]
+    lost = {2: {0}, 3: set(range(1, n_peers))}
+    for round_ in range(1, 5):
+        before = replicas[0].print()
+        offers = [r.offer(round_) for r in replicas]
+        if round_ == 1:
+            assert_stated_bytes(replicas[0], offers[0], 1)
+            assert_refuses_what_is_wrong(replicas[0], offers[0], 1)
+        if round_ == 2:
+            saved = copy.deepcopy(replicas[0].strategy.state_dict())
+            replicas[0] = restarted(replicas[0])
+            assert_same_bits(replicas[0].strategy.state_dict(), saved)
+        missing = lost.get(round_, set())
+        counted = [(r.seed(round_), offers[r.peer]) for r in replicas if r.peer not in missing]
+        for r in replicas:
+            r.apply(round_, counted, "missed" if r.peer in missing else "counted")
+        prints = {r.print() for r in replicas}
+        assert len(prints) == 1
+        assert before not in prints
 
 
 # ------------------------------------------------------------------------------------------- golden bytes
