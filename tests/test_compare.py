@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from thinwire.compression.base import Part
 from thinwire.compression.errors import ConfigError
@@ -173,6 +175,30 @@ def test_a_strategy_that_diverges_does_not_take_the_others_along(
     assert "not finite" in diverged["error"]
     assert spsa["error"] is None
     assert spsa["held_out_last"] < 6
+
+
+def test_a_task_of_ones_own_from_base_weights(
+    run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run_file.parent / "wide_task.py").write_text(
+        "from thinwire.node.tasks import TextTask\n"
+        "def make(options, data):\n"
+        "    return TextTask(options.model_copy(update={'width': 24}), data)\n"
+    )
+    monkeypatch.chdir(run_file.parent)
+    config = load_config(run_file, {"task.width": 24}, environ={})
+    base = {
+        name: torch.linspace(-0.2, 0.3, p.numel()).view_as(p) * (not name.startswith("head"))
+        for name, p in make_task(config.task, None, None).model().named_parameters()
+    }
+    save_file(base, run_file.parent / "base.safetensors")
+    options = {"import_path": "wide_task:make", "overrides": {"run.base": "base.safetensors"}}
+    assert command(run_file, "decoupled:dense,spsa", **options) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["n_params"] == sum(p.numel() for p in base.values())
+    for s in result["strategies"]:
+        assert s["held_out_first"] == pytest.approx(math.log(256))  # the last layer is zero
+        assert s["held_out_last"] != s["held_out_first"]
 
 
 # ------------------------------------------------------------------------------------------ what is shown
