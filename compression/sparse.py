@@ -157,6 +157,23 @@ class Sparse(ABC):
         n_sent_G = layout.n_sent(all_scales)
         return all_scales, self.coder.pack(torch.cat(indices), torch.cat(codes), n_sent_G, layout.most)
 
+    def strongest(self, packed: Packed, part: Part, share: float) -> Packed:
+        """Of what `pack` made only this share of the groups, one at least: those with most in them."""
+        scales, codes = packed
+        layout = _layout_of(self, part.shape)
+        n_sent_G = layout.n_sent(scales)
+        entries = self.entries(packed, part)
+        group_E = np.arange(layout.n_groups).repeat(n_sent_G)
+        magnitude_G = np.bincount(group_E, np.abs(entries.value_E), layout.n_groups)
+        n_kept = max(1, int(share * layout.n_groups))
+        is_kept_G = np.zeros(layout.n_groups, dtype=bool)
+        is_kept_G[np.argsort(-magnitude_G, kind="stable")[:n_kept]] = True
+        fewer = torch.where(torch.from_numpy(is_kept_G), scales, torch.zeros_like(scales))
+        index_E, code_E = self.coder.unpack(codes, n_sent_G, layout.most)
+        kept_E = is_kept_G.repeat(n_sent_G)
+        index, code = torch.from_numpy(index_E[kept_E]), torch.from_numpy(code_E[kept_E])
+        return fewer, self.coder.pack(index, code, layout.n_sent(fewer), layout.most)
+
     # ------------------------------------------------------------------------------- check, decode: exact
 
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:

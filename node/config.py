@@ -132,6 +132,14 @@ class Schedule(Section):
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
+class Work(Section):
+    """How much a node does in a round."""
+
+    round_s: Annotated[float, Field(ge=0, le=86400)] = 0.0
+    """Seconds that a round should take: every node measures itself and its link, and does as many batches,
+    steps or probes as fit (at most what the strategy says), and sends as much as fits. 0: all do all."""
+
+
 class LimitsSection(Section):
     """What one offer may carry."""
 
@@ -152,6 +160,7 @@ class RunConfig(Section):
     strategy: dict[str, Any] = {"name": "decoupled"}
     policy: Policy = Policy()
     schedule: Schedule = Schedule()
+    work: Work = Work()
     limits: LimitsSection = LimitsSection()
     network: Network = Network()
 

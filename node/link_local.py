@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -44,6 +44,34 @@ from thinwire.coordinator.service import Service
 from thinwire.node.link import Digest, Lied, LinkEvent, Shelf, Traffic
 from thinwire.node.payloads import Kept, Served
 
+
+class Clock(Protocol):
+    """The time of a swarm, and how its threads wait for it: always with the swarm's condition held."""
+
+    def now_s(self) -> float: ...
+
+    def wait(self, changed: threading.Condition, until_s: float | None) -> None:
+        """Until something has changed or it is that late, or a little earlier."""
+        ...
+
+    def notify(self, changed: threading.Condition) -> None:
+        """Something has changed: everybody looks again."""
+        ...
+
+
+class Monotonic:
+    """The machine's own clock."""
+
+    def now_s(self) -> float:
+        return time.monotonic()
+
+    def wait(self, changed: threading.Condition, until_s: float | None) -> None:
+        changed.wait(None if until_s is None else max(0.0, until_s - time.monotonic()))
+
+    def notify(self, changed: threading.Condition) -> None:
+        changed.notify_all()
+
+
 Script = Callable[[str, int], bool]
 """(peer id, round) -> whether the fault happens to that peer's offer."""
 
@@ -69,7 +97,9 @@ class LocalSwarm:
         *,
         lose: Script = lambda _peer, _round: False,
         late: Script = lambda _peer, _round: False,
+        clock: Clock | None = None,
     ) -> None:
+        self.clock = clock or Monotonic()
         self.changed = threading.Condition(threading.RLock())
         """Guards the service and everything below; notified when something happened."""
         self.run_id = ledger.run_id
@@ -77,6 +107,8 @@ class LocalSwarm:
         self.blobs = blobs
         self.lose, self._is_late = lose, late
         self._late: list[tuple[LocalLink, int, Offer]] = []
+        self._travelling: dict[str, tuple[float, LocalLink, int, Offer]] = {}
+        """By peer: when its offer arrives, over a link that takes its time."""
         self._links: dict[str, LocalLink] = {}
         self._sessions = count(1)
         self._is_closed = False
@@ -87,28 +119,39 @@ class LocalSwarm:
             token=TOKEN,
             send=self._send,
             on_commit=lambda _round: None,
-            now_s=time.monotonic(),
+            now_s=self.clock.now_s(),
             wall_ms=lambda: time.time_ns() // 1_000_000,
         )
         self._pump = threading.Thread(target=self._keep_time, name="local-swarm", daemon=True)
         self._pump.start()
 
-    def link(self, peer_id: str, token: str = TOKEN) -> LocalLink:
-        """A link that is not open yet."""
-        return LocalLink(self, peer_id, token)
+    def link(self, peer_id: str, token: str = TOKEN, upload_bytes_per_s: float | None = None) -> LocalLink:
+        """A link that is not open yet. `upload_bytes_per_s`: its payloads take their time."""
+        return LocalLink(self, peer_id, token, upload_bytes_per_s)
 
     def call(self, what: Callable[[Service, float], T]) -> T:
         """Runs `what(service, now_s)` alone; everybody who waits looks again afterwards."""
         with self.changed:
             if self._is_closed:
                 raise SwarmUnreachable("the local swarm is closed")
-            now_s = time.monotonic()
+            now_s = self.clock.now_s()
             try:
                 return what(self.service, now_s)
             finally:
                 self._deliver_late(now_s)
                 self.service.tick(now_s)
-                self.changed.notify_all()
+                self.clock.notify(self.changed)
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Holding `changed`."""
+        while not condition():
+            self.clock.wait(self.changed, None)
+
+    def travel(self, link: LocalLink, session: int, offer: Offer, arrives_s: float) -> None:
+        """The offer comes in then, unless the peer has made another one by that time."""
+        with self.changed:
+            self._travelling[link.peer_id] = (arrives_s, link, session, offer)
+            self.clock.notify(self.changed)
 
     def offer(self, link: LocalLink, session: int, offer: Offer) -> None:
         """Brings an offer in, unless the script says otherwise."""
@@ -145,7 +188,7 @@ class LocalSwarm:
             link.close()
         with self.changed:
             self._is_closed = True
-            self.changed.notify_all()
+            self.clock.notify(self.changed)
         self._pump.join()
 
     def _send(self, peer_id: str, message: Message) -> None:
@@ -164,21 +207,27 @@ class LocalSwarm:
         next_beat_s = 0.0
         with self.changed:
             while not self._is_closed:
-                now_s = time.monotonic()
+                now_s = self.clock.now_s()
                 if now_s >= next_beat_s:
                     next_beat_s = now_s + heartbeat_s
                     for link in self._links.values():
                         link.beat(now_s)
                 self._deliver_late(now_s)
-                wake_s = min(self.service.tick(now_s), next_beat_s)
-                self.changed.notify_all()
-                self.changed.wait(max(0.0, wake_s - now_s))
+                for peer_id in [p for p, (due_s, *_) in self._travelling.items() if due_s <= now_s]:
+                    _, link, session, offer = self._travelling.pop(peer_id)
+                    link.arrive(session, offer)
+                arrivals = [due_s for due_s, *_ in self._travelling.values()]
+                wake_s = min(self.service.tick(now_s), next_beat_s, *arrivals)
+                self.clock.notify(self.changed)
+                self.clock.wait(self.changed, wake_s)
 
 
 class LocalLink:
     """`Link` by method calls; see the contract for what each method does."""
 
-    def __init__(self, swarm: LocalSwarm, peer_id: str, token: str) -> None:
+    def __init__(
+        self, swarm: LocalSwarm, peer_id: str, token: str, upload_bytes_per_s: float | None = None
+    ) -> None:
         self.peer_id = peer_id
         self.run_id = swarm.run_id
         self._kept = Kept()
@@ -187,6 +236,7 @@ class LocalLink:
         self.received: Counter[str] = Counter()
         self._swarm = swarm
         self._token = token
+        self._upload_bytes_per_s = upload_bytes_per_s
         self._session: int | None = None
         self._is_closed = False
         self._events: deque[LinkEvent] = deque(maxlen=1000)
@@ -222,8 +272,19 @@ class LocalLink:
     def offer(self, offer: Offer) -> None:
         if offer.payload is None:
             raise ValueError("offer.payload carries the payload's bytes")
-        session, payload = self._session, offer.payload
+        session = self._session
         if session is None or self._is_closed:
+            return
+        if self._upload_bytes_per_s is None:
+            self.arrive(session, offer)
+        else:
+            takes_s = len(offer.payload) / self._upload_bytes_per_s
+            self._swarm.travel(self, session, offer, self._swarm.clock.now_s() + takes_s)
+
+    def arrive(self, session: int, offer: Offer) -> None:
+        """The offer and its payload are at the coordinator."""
+        payload = offer.payload
+        if payload is None or self._is_closed:
             return
         self.sent["payload"] += len(payload)
         if len(payload) > INLINE_BYTES:
@@ -271,7 +332,7 @@ class LocalLink:
     def events(self) -> Iterator[LinkEvent]:
         while True:
             with self._swarm.changed:
-                self._swarm.changed.wait_for(lambda: self._events or self._is_closed)
+                self._swarm.wait_for(lambda: self._events or self._is_closed)
                 if not self._events:
                     return
                 event = self._events.popleft()
@@ -279,7 +340,7 @@ class LocalLink:
 
     def traffic(self) -> Traffic:
         with self._swarm.changed:
-            return Traffic(dict(self.sent), dict(self.received))
+            return Traffic(dict(self.sent), dict(self.received), self._upload_bytes_per_s)
 
     def close(self) -> None:
         self._tell(State(state=NodeState.LEAVING))
@@ -292,7 +353,7 @@ class LocalLink:
             session, self._session = self._session, None
             if session is not None:
                 self._swarm.call(lambda service, now_s: service.closed(self.peer_id, session, now_s))
-            self._swarm.changed.notify_all()
+            self._swarm.clock.notify(self._swarm.changed)
 
     def deliver(self, message: Message) -> None:
         """A message from the coordinator; called under the swarm's lock."""
@@ -340,7 +401,7 @@ class LocalLink:
     def _next_commits(self, after: int) -> list[Commit]:
         """Blocks; empty once the link is closed."""
         with self._swarm.changed:
-            self._swarm.changed.wait_for(lambda: self._is_closed or self.head > after)
+            self._swarm.wait_for(lambda: self._is_closed or self.head > after)
             return [] if self._is_closed else self._swarm.service.commits(after, BATCH)
 
     def _read(self, after: int, up_to: int) -> Iterator[Commit]:
@@ -416,6 +477,7 @@ def local_swarm(
     blobs: Iterable[bytes] = (),
     lose: Script = lambda _peer, _round: False,
     late: Script = lambda _peer, _round: False,
+    clock: Clock | None = None,
 ) -> Iterator[LocalSwarm]:
     """A new run in an empty folder, or the one that is in it. `blobs`: base weights and texts of the run."""
     path = folder / "ledger.db"
@@ -423,7 +485,7 @@ def local_swarm(
     store = BlobStore(folder / "blobs", quota_bytes=2**30)
     for blob in blobs:
         store.put(digest_of(blob), blob)
-    swarm = LocalSwarm(ledger, store, key, lose=lose, late=late)
+    swarm = LocalSwarm(ledger, store, key, lose=lose, late=late, clock=clock)
     try:
         yield swarm
     finally:

@@ -12,18 +12,20 @@ import torch
 from thinwire.compression.base import Turn
 from thinwire.node.replica import Replica, data_seed
 from thinwire.node.tasks import Task
-from thinwire.optim.base import Closure
+from thinwire.optim.base import Allotment, Closure
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What goes into an offer for `round`. `loss`: None if every batch was dropped."""
+    """What goes into an offer for `round`. `loss`: None if every batch was dropped. `n_batches`: drawn just
+    now, not ahead."""
 
     round: int
     payload: bytes
     n_samples: int
     n_tokens: int
     loss: float | None
+    n_batches: int
 
 
 class LocalWork:
@@ -36,16 +38,17 @@ class LocalWork:
         self._n_drawn = self._n_tokens = self._n_tokens_ahead = 0
         self._set_mode()
 
-    def propose(self) -> Proposal:
-        """The round after the one that the replica is at."""
+    def propose(self, allotted: Allotment | None = None) -> Proposal:
+        """The round after the one that the replica is at. `allotted`: how much of its work; None: all."""
         self._turn = turn = self._replica.turn()
         self._n_drawn = self._n_tokens = 0
         strategy = self._replica.strategy
+        strategy.allotted = allotted or Allotment()
         payload = self._replica.encode(strategy.propose(self._draw, turn), turn)
         n_tokens = self._n_tokens + (self._n_tokens_ahead if strategy.n_ahead else 0)
         n_samples = self.task.n_samples * (self._n_drawn + strategy.n_ahead)
         self._n_tokens = self._n_tokens_ahead = 0
-        return Proposal(turn.round, payload, n_samples, n_tokens, strategy.last_loss)
+        return Proposal(turn.round, payload, n_samples, n_tokens, strategy.last_loss, self._n_drawn)
 
     def work_ahead(self) -> bool:
         """A piece of the next round's work, after `propose`; False, with nothing done, if there is none."""

@@ -26,6 +26,7 @@ class NodeMetrics:
         self._payload = Counter("thinwire_payload_bytes", "Bytes of own payloads, each once", registry=r)
         self._sent = Counter("thinwire_sent_bytes", "Bytes written to streams", ["kind"], registry=r)
         self._received = Counter("thinwire_received_bytes", "Bytes read from streams", ["kind"], registry=r)
+        self._batches = Gauge("thinwire_batches", "Batches drawn for the last own payload", registry=r)
         self._duration = Histogram(
             "thinwire_round_duration_seconds", "From one commit to the next", registry=r, buckets=BUCKETS_S
         )
@@ -53,6 +54,9 @@ class NodeMetrics:
 
     def worked_ahead(self, duration_s: float) -> None:
         self._phase.labels(phase="ahead").observe(duration_s)
+
+    def batches(self, n: int) -> None:
+        self._batches.set(n)
 
     def applied(self, own: Own, duration_s: float) -> None:
         if own is not None:

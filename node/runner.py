@@ -8,7 +8,7 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,7 @@ from thinwire.node.snapshot_writer import SnapshotWriter
 from thinwire.node.snapshots import Stored
 from thinwire.node.tasks import make_task
 from thinwire.node.view import human_bytes
+from thinwire.node.workload import Workload
 
 log = logging.getLogger("thinwire.node")
 
@@ -80,6 +81,7 @@ class Runner:
         device: str = "cpu",
         folder: Path | None = None,
         metrics: NodeMetrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.link = link
         self.folder = folder
@@ -88,9 +90,11 @@ class Runner:
         self.device = torch.device(device)
         self.metrics = metrics or NodeMetrics()
         self.stop = threading.Event()
+        self._clock = clock
+        self._workload: Workload | None = None
         self._offered_round = 0
         self._is_joining = self._is_replay = True
-        self._applied_s = time.monotonic()
+        self._applied_s = self._came_s = clock()
         self._counted = self._missed = self._payload_bytes = 0
         self._held_out: list[tuple[int, float]] = []
 
@@ -126,6 +130,9 @@ class Runner:
         strategy = self.replica.strategy
         task.load(self._download(body.corpus, "text"), self._download(body.held_out, "held-out text"))
         self.work = LocalWork(self.replica, task)
+        if self.config.work.round_s > 0:
+            most = min(strategy.most_batches, max(1, body.limits.max_samples // task.n_samples))
+            self._workload = Workload(self.config.work.round_s, most)
         self._welcome = welcome
         self.history = History.of(self.replica, self.config.run.snapshot_every)
         n_parameters = sum(p.tensor.numel() for p in strategy.parameters_in_order())
@@ -203,6 +210,7 @@ class Runner:
     def _commits(self) -> Iterator[Commit]:
         for commit in self.link.commits(self.replica.round):
             self.history.add(commit)
+            self._came_s = self._clock()
             yield commit
 
     def _applied(self, commits: list[Commit]) -> bool:
@@ -322,11 +330,20 @@ class Runner:
 
     def _propose(self) -> None:
         """This replica is at the head of the ledger: local work and an offer for the next round."""
-        started_s = time.monotonic()
-        proposal = self.work.propose()
+        started_s = self._clock()
+        allotted = None if self._workload is None else self._workload.allotment()
+        proposal = self.work.propose(allotted)
+        duration_s = self._clock() - started_s
         self._offered_round = proposal.round
         self._payload_bytes += len(proposal.payload)
-        self.metrics.proposed(proposal.loss, len(proposal.payload), time.monotonic() - started_s)
+        self.metrics.proposed(proposal.loss, len(proposal.payload), duration_s)
+        self.metrics.batches(proposal.n_batches)
+        if self._workload is not None and allotted is not None:
+            if self.replica.round > 0:
+                self._workload.began(started_s - self._came_s)
+            self._workload.worked(proposal.n_batches, duration_s)
+            speed = self.link.traffic().upload_bytes_per_s
+            self._workload.sent(len(proposal.payload), allotted.share, speed)
         self.link.offer(
             Offer(
                 round=proposal.round,
@@ -352,12 +369,12 @@ class Runner:
     def _apply(self, commits: list[Commit]) -> None:
         """One live commit, or several older ones."""
         last = commits[-1].body
-        started_s = time.monotonic()
+        started_s = self._clock()
         owns = self.replica.apply_batch(commits, self._payload, offered={self._offered_round})
         own = next((own for own in owns if own is not None), None)  # one offer at most is under way
         self._counted += own == "counted"
         self._missed += own == "missed"
-        now_s = time.monotonic()
+        now_s = self._clock()
         self.metrics.applied(own, now_s - started_s)
         self.metrics.round(self.replica.round, now_s - self._applied_s, self.link.traffic())
         self._applied_s = now_s

@@ -54,6 +54,18 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class Allotment:
+    """How much of a round's work a peer does: its own matter, but the same on all ranks of a node.
+
+    `n_batches`: that it draws, of at most `Strategy.most_batches`; None: all of them. `share`: of what a
+    payload may carry; strategies that keep what they do not send obey it, the others do not.
+    """
+
+    n_batches: int | None = None
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """One replicated parameter: its canonical name, its index in name order, the tensor, and what this rank
     holds of it."""
@@ -131,6 +143,9 @@ class Strategy(torch.optim.Optimizer):
 
     peers: Peers | None = None
     """Whom `step` exchanges with; None: alone."""
+
+    allotted: Allotment = Allotment()
+    """What the next `propose` does, at most."""
 
     ranks: Ranks = ALONE
     """Over which the parameters are sharded; every rank calls the same methods in the same order."""
@@ -261,6 +276,17 @@ class Strategy(torch.optim.Optimizer):
     @abstractmethod
     def fields(self, turn: Turn | None = None) -> Fields:
         """What a payload of that round looks like to a receiver; None: with all that any round sends."""
+
+    @property
+    def most_batches(self) -> int:
+        """How many batches `propose` draws when it is allotted all of the work."""
+        return 1
+
+    @property
+    def batches(self) -> int:
+        """How many it draws next, one at least."""
+        n = self.allotted.n_batches
+        return self.most_batches if n is None else max(1, min(n, self.most_batches))
 
     @abstractmethod
     def propose(self, draw: Draw, turn: Turn) -> Payload:

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from thinwire.compression.exact import to_float32
 
+MAX_WEIGHT = 2**20
+"""More samples than that count no more."""
+
 SMALLEST_WEIGHT = 2.0**-40
 """A weight below what compressors take is as good as none."""
 
@@ -21,6 +24,13 @@ def clip_limit(sizes: Sequence[float], clip: float) -> float:
     half = len(nonzero) // 2
     middle = nonzero[half] if len(nonzero) % 2 else (nonzero[half - 1] + nonzero[half]) / 2
     return clip * middle
+
+
+def sample_weights(n_samples: Sequence[int], clip: float) -> list[float]:
+    """float32 values: the samples of every offer, up to `clip` times their median in the round."""
+    counts = [float(min(max(n, 0), MAX_WEIGHT)) for n in n_samples]
+    limit = clip_limit(counts, clip)
+    return [to_float32(min(n, limit)) for n in counts]
 
 
 def clipped_weights(norms: Sequence[float], weights: Sequence[float], clip: float) -> list[float]:

@@ -37,7 +37,7 @@ from thinwire.optim.base import (
     flattened,
     refuse_names,
 )
-from thinwire.optim.clip import clipped_weights
+from thinwire.optim.clip import clipped_weights, sample_weights
 from thinwire.optim.gradients import MeanGradient, backward
 from thinwire.optim.leftover import Leftover, refuse_other_packing
 from thinwire.optim.senders import decode_senders
@@ -67,13 +67,15 @@ class Decoupled(Strategy):
         seed: int = 0,
         base: str = "sgd",
         mean: str = "all",
+        weights: str = "equal",
         replicate_every: int = 1,
         adam_beta1: float = 0.9,
         adam_beta2: float = 0.999,
         adam_eps: float = 1e-8,
     ) -> None:
         """`accumulate`: micro-batches per step of the momentum; `step()` without a closure has the gradients
-        of as many as its loop gathered. `max_grad_norm`: 0 means no limit.
+        of as many as its loop gathered. `max_grad_norm`: 0 means no limit. `weights`: offers count "equal" or
+        by their "samples", up to `clip` times their median.
 
         `clip`: without sign, no offer counts for more than this many times the median L1 norm of the round.
         `mean`: over "all" counted offers, or per coefficient over the "senders" of it, only with sign.
@@ -92,6 +94,7 @@ class Decoupled(Strategy):
             "clip": clip,
             "base": base,
             "mean": mean,
+            "weights": weights,
             "replicate_every": replicate_every,
             "adam_beta1": adam_beta1,
             "adam_beta2": adam_beta2,
@@ -111,10 +114,13 @@ class Decoupled(Strategy):
         options.real(group, "clip", at_least=1)
         options.choice(group, "base", ["sgd", "adamw"])
         options.choice(group, "mean", ["all", "senders"])
+        options.choice(group, "weights", ["equal", "samples"])
         options.whole(group, "replicate_every", at_least=1, at_most=2**16)
         options.real(group, "adam_beta1", at_least=0, below=1)
         options.real(group, "adam_beta2", at_least=0, below=1)
         options.real(group, "adam_eps", above=0)
+        if group["mean"] == "senders" and group["weights"] == "samples":
+            raise ConfigError("mean = 'senders' counts every sender alike: use weights = 'equal'")
         if group["mean"] == "senders" and not group["sign"]:
             raise ConfigError("mean = 'senders' diverges without sign: use sign = true or mean = 'all'")
 
@@ -135,6 +141,10 @@ class Decoupled(Strategy):
 
     # --------------------------------------------------------------------------------- local work
 
+    @property
+    def most_batches(self) -> int:
+        return int(self.option("replicate_every") * self.option("accumulate"))
+
     def propose(self, draw: Draw, turn: Turn) -> Payload:
         """`replicate_every` steps of the momentum, each from the mean gradient of `accumulate` micro-batches;
         packs what is selected of it, which thereby leaves it. Uses and clears the gradients."""
@@ -142,9 +152,10 @@ class Decoupled(Strategy):
         for parameter in self.parameters_in_order():
             # Proposed once more for the same round: what was packed before never counted.
             self._momentum.put_back(parameter, turn)
+        n_micro = max(1, self.batches // self.option("replicate_every"))
         for _ in range(self.option("replicate_every")):
             gradient = MeanGradient(self.parameters_in_order(), self.ranks)
-            for _ in range(self.option("accumulate")):
+            for _ in range(n_micro):
                 self.zero_grad(set_to_none=True)
                 loss = backward(draw(), self.ranks)
                 if gradient.take_in(loss):
@@ -153,7 +164,7 @@ class Decoupled(Strategy):
                     self.count("dropped_batches")
             self._step(gradient, turn)
         self.last_loss = sum(losses) / len(losses) if losses else None
-        self.n_batches = self.option("replicate_every") * self.option("accumulate")
+        self.n_batches = self.option("replicate_every") * n_micro
         self.zero_grad(set_to_none=True)
         return self._send(turn)
 
@@ -242,8 +253,11 @@ class Decoupled(Strategy):
         return AdamW(self.option("adam_beta1"), self.option("adam_beta2"), self.option("adam_eps"))
 
     def _weights(self, shares: Sequence[Share], turn: Turn) -> list[float]:
-        """1 for every offer; without sign less for those whose L1 norm is beyond the limit of the round."""
-        weights = [1.0] * len(shares)
+        """1 for every offer, or its samples; without sign less for those whose L1 norm is beyond the limit of
+        the round."""
+        equal = self.option("weights") == "equal"
+        n_samples = [s.n_samples for s in shares]
+        weights = [1.0] * len(shares) if equal else sample_weights(n_samples, self.option("clip"))
         if self.option("sign"):
             return weights
         parameters = self.parameters_in_order()

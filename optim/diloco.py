@@ -50,7 +50,7 @@ from thinwire.optim.base import (
     flattened,
     refuse_names,
 )
-from thinwire.optim.clip import clip_limit, clipped_weights
+from thinwire.optim.clip import clipped_weights, sample_weights
 from thinwire.optim.fragments import fragments_of
 from thinwire.optim.gradients import backward
 from thinwire.optim.inner import check_inner
@@ -195,6 +195,10 @@ class Diloco(Strategy):
 
     # --------------------------------------------------------------------------------- local work
 
+    @property
+    def most_batches(self) -> int:
+        return int(self.option("inner_steps"))
+
     def propose(self, draw: Draw, turn: Turn) -> Payload:
         """Inner steps, one drawn batch each. Puts the parameters back, and clears the gradients."""
         self._start(turn)
@@ -288,7 +292,7 @@ class Diloco(Strategy):
 
     def _is_enough(self, n_steps: int) -> bool:
         """Whether the round has had all its inner steps, or its time."""
-        if n_steps >= int(self.option("inner_steps")):
+        if n_steps >= self.batches:
             return True
         if self.option("max_seconds") == 0 or self._deadline_s is None:
             return False
@@ -361,10 +365,9 @@ class Diloco(Strategy):
 
     def _weights(self, shares: Sequence[Share], fragment: Sequence[Parameter], turn: Turn) -> list[float]:
         """By samples; less for those whose L1 norm or number of samples is beyond the limit of the round."""
-        counts = [float(min(max(s.n_samples, 0), MAX_WEIGHT)) for s in shares]
-        limit = clip_limit(counts, self.option("clip"))
         equal = self.option("weights") == "equal"
-        weights = [1.0 if equal else to_float32(min(n, limit)) for n in counts]
+        n_samples = [s.n_samples for s in shares]
+        weights = [1.0] * len(shares) if equal else sample_weights(n_samples, self.option("clip"))
         with exact_arithmetic():
             norms = [
                 sum(self.compressor.magnitude(s.payload[p.name], p.part.entire, turn) for p in fragment)

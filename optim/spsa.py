@@ -116,9 +116,13 @@ class Spsa(Strategy):
     def fields(self, turn: Turn | None = None) -> Fields:
         return {CODES: (Field(torch.uint8, self.option("max_probes")),)}
 
+    @property
+    def most_batches(self) -> int:
+        return int(self.option("probes"))
+
     def propose(self, draw: Draw, turn: Turn) -> Payload:
         """Two evaluations per probe, each probe on a batch of its own. Parameters are not written to."""
-        n, eps = self.option("probes"), self.option("eps")
+        n, eps = self.batches, self.option("eps")
         words = uniform_words(turn.own_seed, Purpose.CODE, 0, n)
         seed = turn.shared_seed if self.option("shared_noise") else turn.own_seed
         pairs = [self._losses(draw(), seed, probe) for probe in range(n)]
