@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def write_aside(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Writes `data` to `path` so that a crash leaves the old file or the new one. Raises OSError."""
+def write_aside(path: Path, data: bytes | Iterable[bytes | memoryview], mode: int = 0o644) -> None:
+    """Writes `data`, or its pieces, to `path` so that a crash leaves the old file or the new one. Raises
+    OSError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(fd, "wb") as file:
-            file.write(data)
+            for piece in [data] if isinstance(data, bytes) else data:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         aside.rename(path)

@@ -306,7 +306,7 @@ class _SameBatches:
         self._task, self._seed, self._peer_id, self._n_drawn = task, seed.to_bytes(32, "little"), peer_id, 0
         self.n_samples, self.n_tokens = task.n_samples, task.n_tokens
 
-    def draw(self, model: nn.Module, seed: int) -> Closure:
+    def draw(self, model: nn.Module, seed: int, rank: int = 0, ranks: int = 1) -> Closure:
         self._n_drawn += 1
         closure = self._task.draw(model, data_seed(self._seed, 0, self._peer_id, self._n_drawn))
         self.n_tokens = self._task.n_tokens
@@ -327,7 +327,7 @@ class _SameBatches:
     def load(self, corpus: bytes | None, held_out: bytes | None) -> None:
         self._task.load(corpus, held_out)
 
-    def evaluate(self, model: nn.Module) -> float:
+    def evaluate(self, model: nn.Module, rank: int = 0, ranks: int = 1) -> float:
         return self._task.evaluate(model)
 
 

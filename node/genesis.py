@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from thinwire.compression import wire
+from thinwire.compression.base import Part
 from thinwire.compression.errors import ConfigError, Incompatible
 from thinwire.compression.noise import initial_values
 from thinwire.coordinator.messages import (
@@ -30,6 +34,7 @@ from thinwire.node.config import RunConfig
 from thinwire.node.snapshots import data_of
 from thinwire.node.tasks import Pretrained, Task
 from thinwire.optim.base import canonical_name
+from thinwire.optim.ranks import local_of, parts_of, ranks_of
 from thinwire.optim.registry import build_strategy, complete_config
 
 
@@ -119,21 +124,52 @@ def check_layout(body: GenesisBody, layout: tuple[LayoutEntry, ...]) -> None:
         )  # fmt: skip
 
 
-def initialise(model: nn.Module, body: GenesisBody, seed: int, base: bytes | None) -> None:
-    """Base weights into the model's parameters: the given safetensors bytes, and exact noise by rule for what
-    is not in them."""
+def initialise(model: nn.Module, body: GenesisBody, seed: int, base: bytes | Path | None) -> None:
+    """Base weights into what this rank has of the model's parameters: from safetensors (bytes, or a file of
+    which each rank reads its rows), and exact noise by rule for what is not in them."""
     parameters = {canonical_name(name): p for name, p in model.named_parameters()}
-    tensors = load_safetensors(base) if base is not None else {}
-    with torch.no_grad():
+    ranks = ranks_of(parameters.values())
+    with torch.no_grad(), _reader(base) as rows_of:
         for index, e in enumerate(body.layout):
             p = parameters[e.name]
-            if e.name in tensors:
-                p.copy_(tensors.pop(e.name))
+            local, part = local_of(p), parts_of(p, ranks.count)[ranks.index]
+            if (rows := rows_of(e.name, part)) is not None:
+                local.copy_(rows)
             elif e.init == "normal":
-                values = initial_values(seed, index, 0, p.numel(), e.scale)
-                p.copy_(values.view(p.shape))
+                values = initial_values(seed, index, part.start, part.stop, e.scale)
+                local.copy_(values.view(local.shape))
             else:
-                p.fill_(1.0 if e.init == "ones" else 0.0)
+                local.fill_(1.0 if e.init == "ones" else 0.0)
+
+
+_RowsOf = Callable[[str, Part], Tensor | None]
+"""The rows of a parameter that are a part; None: it is not among the base weights."""
+
+
+@contextmanager
+def _reader(base: bytes | Path | None) -> Iterator[_RowsOf]:
+    if not isinstance(base, Path):
+        tensors = {} if base is None else load_safetensors(base)
+        yield lambda name, part: _rows(tensors[name], part) if name in tensors else None
+        return
+    with safe_open(base, framework="pt") as file:
+        names = set(file.keys())
+
+        def rows_of(name: str, part: Part) -> Tensor | None:
+            if name not in names:
+                return None
+            rows: Tensor | None = _rows(file.get_slice(name), part) if part.shape else file.get_tensor(name)
+            return rows
+
+        yield rows_of
+
+
+def _rows(whole: Any, part: Part) -> Any:
+    """`whole`: a tensor, or the slice of a file that stands for one."""
+    if part == part.entire:
+        return whole[:] if part.shape else whole
+    row = prod(part.shape[1:])
+    return whole[part.start // row : part.stop // row]
 
 
 def base_bytes(tensors: Mapping[str, Tensor]) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch.nn import functional
 from thinwire.compression.errors import ConfigError
 from thinwire.node import config, hf_data, hf_model
 from thinwire.node.hf_data import Prompts, Stream, Tokenizer, Tokens
-from thinwire.node.tasks import Init
+from thinwire.node.tasks import Init, Rows, device_of
 from thinwire.optim.base import Closure
 
 log = logging.getLogger("thinwire.node")
@@ -136,46 +136,55 @@ class HfTask:
                 f"only {len(self._tokens.ids)} tokens to train on: at least {self.options.context + 1} needed"
             )
 
-    def draw(self, model: nn.Module, seed: int) -> Closure:
+    def draw(self, model: nn.Module, seed: int, rank: int = 0, ranks: int = 1) -> Closure:
         assert self._tokens is not None, "load() comes before draw()"
         rng = np.random.Generator(np.random.Philox(key=seed))
-        device = next(model.parameters()).device
+        device = device_of(model)
+        mine = Rows.of(self.options.batch, rank, ranks)
         if isinstance(self._tokens, Stream):
             n = self._tokens.windows(self.options.context)
-            window_BT = _windows(self._tokens, rng.integers(0, n, self.options.batch), self.options.context)
-            window_BT = window_BT.to(device)
-            return lambda: _next_token_loss(model, window_BT)
+            starts = rng.integers(0, n, self.options.batch)[mine.slice]
+            window_BT = _windows(self._tokens, starts, self.options.context).to(device)
+            return lambda: _next_token_loss(model, window_BT) * mine.weight
         n = len(self._tokens.answers)
         chosen = rng.choice(n, self.options.batch, replace=self.options.batch > n)
         labels = None if self.options.loss == "candidates" else self._tokens.answers[chosen]
-        rows = _Rows.of(self._tokens, chosen, labels, device)
-        self.n_tokens = rows.n_tokens
+        whole = _Rows.of(self._tokens, chosen, labels, torch.device("cpu"))
+        self.n_tokens = whole.n_tokens
+        if ranks > 1:
+            chosen, labels = chosen[mine.slice], None if labels is None else labels[mine.slice]
+            whole = _Rows.of(self._tokens, chosen, labels, torch.device("cpu"))
+        rows = whole.to(device)
         answers = torch.from_numpy(self._tokens.answers[chosen]).to(device)
-        return lambda: _label_loss(_scores(model, rows), answers)
+        return lambda: _label_loss(_scores(model, rows), answers) * mine.weight
 
-    def evaluate(self, model: nn.Module) -> float:
+    def evaluate(self, model: nn.Module, rank: int = 0, ranks: int = 1) -> float:
         """Of a classification also logs the accuracy: how often the right label is the likeliest."""
         assert self._held_out is not None, "load() comes before evaluate()"
-        device = next(model.parameters()).device
-        total, n_right, batch = 0.0, 0, self.options.batch
+        device = device_of(model)
+        total, n_right, n_seen, batch = 0.0, 0, 0, self.options.batch
         if isinstance(self._held_out, Stream):
             n = self._held_out.windows(self.options.context)
         else:
             n = len(self._held_out.answers)
         for first in range(0, n, batch):
-            chosen = np.arange(first, min(first + batch, n))
+            n_rows = min(batch, n - first)
+            mine = Rows.of(n_rows, rank, ranks)
+            chosen = np.arange(first + mine.first, first + mine.stop)
             if isinstance(self._held_out, Stream):
                 window_BT = _windows(self._held_out, chosen, self.options.context).to(device)
-                total += float(_next_token_loss(model, window_BT)) * len(chosen)
+                total += float(_next_token_loss(model, window_BT)) * n_rows * mine.weight
                 continue
             scores_BC = _scores(model, _Rows.of(self._held_out, chosen, None, device))
             answers = torch.from_numpy(self._held_out.answers[chosen]).to(device)
             right_B1 = scores_BC.gather(1, answers[:, None])
             scored = scores_BC if self.options.loss == "candidates" else right_B1
-            total += float(_label_loss(scored, answers)) * len(chosen)
-            n_right += int((scores_BC.argmax(dim=1) == answers).sum())
-        if isinstance(self._held_out, Prompts):
-            log.info("held-out accuracy %.4f (%d of %d)", n_right / n, n_right, n)
+            total += float(_label_loss(scored, answers)) * n_rows * mine.weight
+            if mine.weight > 0:
+                n_right += int((scores_BC.argmax(dim=1) == answers).sum())
+                n_seen += len(chosen)
+        if n_seen > 0:  # of several ranks each has some
+            log.info("held-out accuracy %.4f (%d of %d)", n_right / n_seen, n_right, n_seen)
         return total / n
 
     # ------------------------------------------------------------------------------------------- export
@@ -236,9 +245,10 @@ class _Rows:
             ids_RT[r, : len(ids)] = ids
             words_RT[r, first : len(ids)] = 1.0
         n_tokens = sum(len(ids) for ids, _ in wanted)
-        return cls(
-            torch.from_numpy(ids_RT).to(device), torch.from_numpy(words_RT).to(device), n_labels, n_tokens
-        )
+        return cls(torch.from_numpy(ids_RT), torch.from_numpy(words_RT), n_labels, n_tokens).to(device)
+
+    def to(self, device: torch.device) -> _Rows:
+        return replace(self, ids_RT=self.ids_RT.to(device), words_RT=self.words_RT.to(device))
 
 
 def _scores(model: nn.Module, rows: _Rows) -> Tensor:

@@ -19,7 +19,7 @@ from thinwire.node.download import Progress, download
 from thinwire.node.history import History
 from thinwire.node.link import Link
 from thinwire.node.replica import Replica, round_seed
-from thinwire.node.snapshot_store import SnapshotStore
+from thinwire.node.snapshot_store import LOCAL, SnapshotStore
 from thinwire.node.snapshots import CHUNK_BYTES, Stored, max_manifest_bytes
 from thinwire.node.view import human_bytes, human_seconds
 
@@ -203,8 +203,7 @@ class Joiner:
         if self._replica.has_frozen:
             self._begin_anew()
         stored = start.stored or self._fetch(start)
-        manifest, tensors = self._store.load(stored)
-        self._replica.adopt(manifest, tensors, self._commit(start.round))
+        self._replica.take(self._store, stored, self._commit(start.round))
         self._replica.peers = dict(self._history.peers)
         if with_local_state and start.kind == "own":
             self._take_local_state(stored)
@@ -230,11 +229,11 @@ class Joiner:
 
     def _take_local_state(self, stored: Stored) -> None:
         """Momentum and the like: best effort, the replica is whole without it."""
+        folder = self._store.folder_of(stored)
         try:
-            local = self._store.local(stored)
-            if local is not None and local.round == stored.round:
-                self._replica.strategy.load_state_dict(local.strategy)
-        except (ThinwireError, OSError, LookupError, TypeError, ValueError) as e:
+            if not self._replica.take_local_state(folder) and any(folder.glob(f"{LOCAL}*")):
+                log.info("the local state beside the snapshot is of another number of ranks: left out")
+        except (ThinwireError, OSError) as e:
             log.warning("the local state beside the snapshot cannot be used (%s): starting without it", e)
 
     def _fetch(self, start: Start) -> Stored:

@@ -9,21 +9,30 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import msgpack
 import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
 from thinwire.compression import wire
 from thinwire.compression.base import Payload, Turn
-from thinwire.compression.errors import BadPayload, ReplicaDiverged
+from thinwire.compression.errors import BadPayload, ConfigError, ReplicaDiverged
 from thinwire.compression.fingerprint import fingerprint, parameter_sum
+from thinwire.coordinator.files import write_aside
 from thinwire.coordinator.messages import Commit, GenesisBody, OfferEntry
 from thinwire.coordinator.schedule import float32_of_bits
 from thinwire.node.config import parse_config
 from thinwire.node.genesis import check_layout, initialise, layout_hash, layout_of
-from thinwire.node.snapshots import Manifest
+from thinwire.node.incoming import DATA, write_file
+from thinwire.node.local_state import BadLocalState, LocalState, encode
+from thinwire.node.snapshot_parts import read_parts, weight_pieces, write_parts
+from thinwire.node.snapshot_store import SnapshotStore, local_name, read_local
+from thinwire.node.snapshot_writer import SnapshotWriter
+from thinwire.node.snapshots import Manifest, Stored
 from thinwire.node.tasks import Task
+from thinwire.node.together import together
 from thinwire.optim.base import Own, Round, Share, Strategy, canonical_name
 from thinwire.optim.registry import build_strategy
 
@@ -116,13 +125,14 @@ class Replica:
         """
         ahead = _Ahead(self.round, self.digest, self._lr_factor, dict(self.peers), Counter())
         rounds = [self._read(commit, ahead, payload_bytes, offered) for commit in commits]
-        try:
-            self.strategy.apply_many(rounds)
-        except Exception as e:  # whatever it was, the parameters are in no known state now
-            raise ReplicaDiverged(
-                f"applying {_rounds(self.round, ahead.round)} failed: {type(e).__name__}: {e}"
-            ) from e
-        self._refuse_non_finite(ahead.round)
+        with together(self.strategy.ranks):
+            try:
+                self.strategy.apply_many(rounds)
+            except Exception as e:  # whatever it was, the parameters are in no known state now
+                raise ReplicaDiverged(
+                    f"applying {_rounds(self.round, ahead.round)} failed: {type(e).__name__}: {e}"
+                ) from e
+            self._refuse_non_finite(ahead.round)
         self.round, self.digest, self._lr_factor = ahead.round, ahead.digest, ahead.lr_factor
         self.peers.update(ahead.peers)
         self.bad.update(ahead.bad)
@@ -180,26 +190,55 @@ class Replica:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the replicated tensors."""
-        return sum(t.numel() * t.itemsize for t in self.tensors().values())
+        """Size of the replicated tensors, those of all ranks together."""
+        parts = self.strategy.replicated_parts()
+        return sum(parts[name].n_global * t.itemsize for name, t in self.tensors().items())
 
     def sums(self) -> dict[str, int]:
         """Name of a replicated tensor -> its part of the fingerprint: shows which tensors differ."""
-        return {name: parameter_sum(t) for name, t in self.tensors().items()}
+        return self._sums_of(self.tensors())
+
+    def _sums_of(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+        """Over all ranks. What every rank has whole counts once."""
+        parts, ranks = self.strategy.replicated_parts(), self.strategy.ranks
+        own = {
+            name: parameter_sum(t, parts[name].start)
+            for name, t in tensors.items()
+            if ranks.index == 0 or parts[name] != parts[name].entire
+        }
+        sums = dict.fromkeys(sorted(tensors), 0)
+        for data in ranks.gather(msgpack.packb(own)):
+            for name, n in msgpack.unpackb(data).items():
+                sums[name] = (sums[name] + n) % 2**64
+        return sums
 
     def fingerprint(self) -> bytes:
         """8 bytes: equal on all peers after the same round."""
         return fingerprint(self.sums())
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is replicated, live: parameters, and what `apply` keeps beside them."""
+        """All that is replicated, live: parameters, and what `apply` keeps beside them. What this rank holds
+        of them."""
         return self.strategy.replicated_tensors()
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's parameters by name, contiguous on the CPU: what a user wants to have in a file."""
+        """The model's parameters by name, contiguous on the CPU: what a user wants to have in a file. On a
+        node of one rank."""
         with self.strategy.replica():
             named = self.model.named_parameters()
             return {canonical_name(name): p.detach().cpu().contiguous() for name, p in named}
+
+    def save_weights(self, path: Path | None) -> None:
+        """The same as a safetensors file that rank 0 writes (the others: None), one whole tensor at a time.
+        Raises OSError."""
+        with self.strategy.replica():
+            pieces = weight_pieces(self.model)
+            try:
+                if path is not None:
+                    write_aside(path, pieces)
+            finally:
+                for _ in pieces:  # the other ranks give what they have, whatever became of the file
+                    pass
 
     def saved(self) -> Saved:
         """A copy of the replicated state on the CPU, for a snapshot or to come back to."""
@@ -224,15 +263,66 @@ class Replica:
         found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
         if found != {name: (tuple(t.shape), t.dtype) for name, t in self.tensors().items()}:
             raise ReplicaDiverged("the snapshot's tensors are not those of the run's layout")
-        if fingerprint({name: parameter_sum(t) for name, t in tensors.items()}) != manifest.fingerprint:
+        if fingerprint(self._sums_of(tensors)) != manifest.fingerprint:
             raise ReplicaDiverged("the snapshot's tensors do not have the fingerprint that it states")
         self._become(tensors)
         self.round, self.digest = manifest.round, manifest.commit
         self._lr_factor = float32_of_bits(commit.body.lr_factor_bits)
 
-    def begin(self, base: bytes | None) -> None:
-        """Becomes the replica before round 1. `base`: the base weights' bytes; None: exact initialisation."""
-        initialise(self.model, self._genesis, self._seed, base)
+    def take(self, store: SnapshotStore, stored: Stored, commit: Commit) -> None:
+        """Becomes the replica in a snapshot on disk, see `adopt`. Raises what `SnapshotStore.load` raises."""
+        manifest, tensors = store.load(stored)
+        self.adopt(manifest, tensors, commit)
+
+    def take_file(self, path: Path, manifest: Manifest, commit: Commit) -> None:
+        """The same from the data in a file, of which every rank reads its rows."""
+        with together(self.strategy.ranks):
+            tensors = read_parts(path, self.strategy.replicated_parts())
+        self.adopt(manifest, tensors, commit)
+
+    def write_snapshot(self, writer: SnapshotWriter) -> None:
+        """Goes on as soon as the tensors are copied."""
+        writer.take(
+            self.tensors(),
+            round=self.round,
+            commit=self.digest,
+            fingerprint=self.fingerprint(),
+            local=self._local_state(),
+        )
+
+    def write_part(self, folder: Path) -> None:
+        """What this rank has of a snapshot into a folder of the store, durably."""
+        ranks = self.strategy.ranks
+        with together(ranks):
+            parts = self.strategy.replicated_parts()
+            write_parts(folder / DATA, self.tensors(), parts, is_first=ranks.index == 0)
+            write_file(folder / local_name(ranks.index, ranks.count), encode(self._local_state()))
+
+    def _local_state(self) -> LocalState:
+        return LocalState(self.round, self.strategy.local_state_dict())
+
+    def take_local_state(self, folder: Path) -> bool:
+        """Momentum and the like, from beside a snapshot of this round; False: there is none that was saved by
+        as many ranks. Raises BadLocalState and OSError."""
+        ranks = self.strategy.ranks
+        with together(ranks):
+            local = read_local(folder, local_name(ranks.index, ranks.count))
+        is_here = local is not None and local.round == self.round
+        if ranks.sums([float(is_here)])[0] < ranks.count:
+            return False
+        assert local is not None
+        with together(ranks):
+            try:
+                self.strategy.load_state_dict(local.strategy)
+            except (ConfigError, LookupError, TypeError, ValueError) as e:
+                raise BadLocalState(f"{type(e).__name__}: {e}") from e
+        return True
+
+    def begin(self, base: bytes | Path | None) -> None:
+        """Becomes the replica before round 1. `base`: the base weights, bytes or a file; None: exact
+        initialisation."""
+        with together(self.strategy.ranks):
+            initialise(self.model, self._genesis, self._seed, base)
         self.strategy.begin()
         self.round, self.digest = 0, self.run_id
         self._lr_factor = float32_of_bits(self._genesis.lr_factor_bits)
@@ -267,6 +357,11 @@ def build_replica(
     run's, and ConfigError for an unknown strategy.
     """
     model = task.model().to(device)
+    return Replica(run_id, genesis, model, strategy_for(genesis, task, model), peer_id)
+
+
+def strategy_for(genesis: GenesisBody, task: Task, model: nn.Module) -> Strategy:
+    """The run's, over the task's model. Raises as `build_replica` does."""
     strategy = build_strategy(parse_config(genesis.config).strategy, model.named_parameters())
     check_layout(genesis, layout_of(model, task))
-    return Replica(run_id, genesis, model, strategy, peer_id)
+    return strategy

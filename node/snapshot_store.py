@@ -1,6 +1,7 @@
 """A node's snapshots on disk: whole ones only, each in a folder that is written aside, synced and renamed.
 
-    0000000050-<digest of the manifest>/   manifest, data.safetensors, local (if it is the node's own)
+    0000000050-<digest of the manifest>/   manifest, data.safetensors, and if it is the node's own: local
+                   (several ranks: local.0-of-2, local.1-of-2)
     .writing-*     being written; removed at start        .removed-*   on its way out; removed at start
     .replaced-*    makes room for its successor; put back at start if that did not come
     .incoming-*    a download that is not complete; stays
@@ -85,26 +86,48 @@ class SnapshotStore:
 
         Raises OSError (a full disk) with nothing half-written left behind.
         """
-        aside = self._aside("writing")
+        aside = self.aside()
         try:
             digests = ChunkDigests()
             write_file(aside / DATA, _through(digests, data_of(tensors)))
-            manifest = Manifest(
-                version=VERSION,
-                run_id=self._run_id,
-                round=round,
-                commit=commit,
-                fingerprint=fingerprint,
-                n_bytes=digests.n_bytes,
-                chunks=digests.digests(),
-            )
-            write_file(aside / MANIFEST, [encode_record(manifest)])
             if local is not None:
-                write_file(aside / LOCAL, encode(local))
-            return self._adopt(aside, manifest)
+                write_file(aside / local_name(), encode(local))
+            return self._finish(aside, digests, round, commit, fingerprint)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+
+    def aside(self) -> Path:
+        """A folder to write a snapshot in, file by file: to be given to `complete`, or removed."""
+        return self._aside("writing")
+
+    def complete(self, aside: Path, *, round: int, commit: bytes, fingerprint: bytes) -> Stored:
+        """A folder that has all but its manifest (the data may come from several processes) becomes a
+        snapshot. Raises OSError, and the folder is gone."""
+        try:
+            digests = ChunkDigests()
+            with (aside / DATA).open("rb") as file:
+                while piece := file.read(CHUNK_BYTES):
+                    digests.update(piece)
+            return self._finish(aside, digests, round, commit, fingerprint)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    def _finish(
+        self, aside: Path, digests: ChunkDigests, round: int, commit: bytes, fingerprint: bytes
+    ) -> Stored:
+        manifest = Manifest(
+            version=VERSION,
+            run_id=self._run_id,
+            round=round,
+            commit=commit,
+            fingerprint=fingerprint,
+            n_bytes=digests.n_bytes,
+            chunks=digests.digests(),
+        )
+        write_file(aside / MANIFEST, [encode_record(manifest)])
+        return self._adopt(aside, manifest)
 
     def incoming(self, manifest: bytes) -> Incoming:
         """Where the snapshot with this manifest is downloaded to: whatever of it is already here from an
@@ -131,7 +154,7 @@ class SnapshotStore:
                 return
             self._read_s.pop(stored, None)
             self._index()
-            self._remove(self._folder / _folder_name(stored))
+            self._remove(self.folder_of(stored))
 
     # ----------------------------------------------------------------------------------- reading
 
@@ -148,24 +171,39 @@ class SnapshotStore:
         with self._lock:
             manifest = self._manifests[stored]
         data = bytearray(manifest.n_bytes)
-        view = memoryview(data)
+        self._read(stored, manifest, memoryview(data))
+        return manifest, tensors_of(data)
+
+    def verified(self, stored: Stored) -> tuple[Manifest, Path]:
+        """The snapshot's manifest and the file with its data, every chunk of which was read and verified.
+
+        Raises as `load` does.
+        """
+        with self._lock:
+            manifest = self._manifests[stored]
+        self._read(stored, manifest, None)
+        return manifest, self.folder_of(stored) / DATA
+
+    def _read(self, stored: Stored, manifest: Manifest, into: memoryview | None) -> None:
+        """Verifies every chunk; keeps them if there is room for all."""
+        spare = memoryview(bytearray(CHUNK_BYTES if into is None else 0))
         try:
-            with (self._folder / _folder_name(stored) / DATA).open("rb") as file:
+            with (self.folder_of(stored) / DATA).open("rb") as file:
                 for i in range(len(manifest.chunks)):
-                    part = view[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES]
+                    part = spare if into is None else into[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES]
+                    part = part[: manifest.chunk_bytes(i)]
                     manifest.check_chunk(i, part[: file.readinto(part)])
                 if file.read(1):
                     raise ReplicaDiverged(f"the snapshot of round {stored.round} has more bytes than it says")
         except OSError as e:
             raise ReplicaDiverged(f"the snapshot of round {stored.round} cannot be read: {e}") from e
-        return manifest, tensors_of(data)
+
+    def folder_of(self, stored: Stored) -> Path:
+        return self._folder / _folder_name(stored)
 
     def local(self, stored: Stored) -> LocalState | None:
         """The local state that was saved beside it; None: there is none. Raises BadLocalState."""
-        try:
-            return decode((self._folder / _folder_name(stored) / LOCAL).read_bytes())
-        except FileNotFoundError:
-            return None
+        return read_local(self.folder_of(stored), local_name())
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
         """A manifest or a chunk, verified before anybody gets it; it stays readable whatever happens to the
@@ -176,9 +214,9 @@ class SnapshotStore:
             self._read_s[stored] = self._clock()
         try:
             if i is None:
-                data = (self._folder / _folder_name(stored) / MANIFEST).read_bytes()
+                data = (self.folder_of(stored) / MANIFEST).read_bytes()
             else:
-                with (self._folder / _folder_name(stored) / DATA).open("rb") as file:
+                with (self.folder_of(stored) / DATA).open("rb") as file:
                     file.seek(i * CHUNK_BYTES)
                     data = file.read(manifest.chunk_bytes(i))
         except OSError as e:
@@ -195,7 +233,7 @@ class SnapshotStore:
         """A folder that is complete becomes a snapshot, and the oldest ones go."""
         sync_folder(aside)
         stored = Stored.of(manifest)
-        final = self._folder / _folder_name(stored)
+        final = self.folder_of(stored)
         with self._lock:
             replaced = self._folder / f".replaced-{_folder_name(stored)}"
             if final.exists():
@@ -219,7 +257,7 @@ class SnapshotStore:
             if stored != spare:
                 del self._manifests[stored]
                 self._read_s.pop(stored, None)
-                self._remove(self._folder / _folder_name(stored))
+                self._remove(self.folder_of(stored))
 
     def _index(self) -> None:
         """Digest -> the snapshot, and the chunk's number; None: the manifest."""
@@ -287,7 +325,21 @@ def _through(digests: ChunkDigests, pieces: Iterable[bytes | memoryview]) -> Ite
         yield piece
 
 
+def local_name(rank: int = 0, ranks: int = 1) -> str:
+    """The file with a rank's local state: it can be used by the same rank of as many."""
+    return LOCAL if ranks == 1 else f"{LOCAL}.{rank}-of-{ranks}"
+
+
+def read_local(folder: Path, name: str) -> LocalState | None:
+    """None: there is none. Raises BadLocalState and OSError."""
+    try:
+        return decode((folder / name).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
 def _keep_local(old: Path, new: Path) -> None:
     """The successor of a snapshot takes over the local state if it has none of its own."""
-    if (old / LOCAL).exists() and not (new / LOCAL).exists():
-        shutil.copy2(old / LOCAL, new / LOCAL)
+    if not any(new.glob(f"{LOCAL}*")):
+        for path in old.glob(f"{LOCAL}*"):
+            shutil.copy2(path, new / path.name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,11 +21,14 @@ log = logging.getLogger("thinwire.node")
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    tensors: dict[str, Tensor]
+    """`aside`: a folder in which everything is already."""
+
     round: int
     commit: bytes
     fingerprint: bytes
-    local: LocalState | None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    local: LocalState | None = None
+    aside: Path | None = None
 
 
 class SnapshotWriter:
@@ -34,7 +39,8 @@ class SnapshotWriter:
     """
 
     def __init__(self, store: SnapshotStore, done: Callable[[Stored], None]) -> None:
-        self._store, self._done = store, done
+        self.store = store
+        self._done = done
         self._changed = threading.Condition()
         self._waiting: _Job | None = None
         self._closed = False
@@ -56,19 +62,35 @@ class SnapshotWriter:
         if self._closed:
             return
         copies = {name: t.detach().to(torch.device("cpu"), copy=True) for name, t in tensors.items()}
-        job = _Job(copies, round, commit, fingerprint, None if local is None else local.copied())
+        self._put(_Job(round, commit, fingerprint, copies, None if local is None else local.copied()))
+
+    def complete(self, aside: Path, *, round: int, commit: bytes, fingerprint: bytes) -> None:
+        """The same for one of which every rank has written its part (see `SnapshotStore.complete`)."""
+        if self._closed:
+            shutil.rmtree(aside, ignore_errors=True)
+            return
+        self._put(_Job(round, commit, fingerprint, aside=aside))
+
+    def _put(self, job: _Job) -> None:
         with self._changed:
-            if self._waiting is not None:
-                log.info("the snapshot of round %d is overtaken before it was written", self._waiting.round)
+            if (old := self._waiting) is not None:
+                log.info("the snapshot of round %d is overtaken before it was written", old.round)
+                self._drop(old)
             self._waiting = job
             self._changed.notify_all()
+
+    @staticmethod
+    def _drop(job: _Job) -> None:
+        if job.aside is not None:
+            shutil.rmtree(job.aside, ignore_errors=True)
 
     def close(self, wait: bool = True) -> None:
         """`wait`: until what was taken is on disk. Otherwise what waits is dropped, and a snapshot that is
         being written goes on by itself if the process lives that long."""
         with self._changed:
             self._closed = True
-            if not wait:
+            if not wait and self._waiting is not None:
+                self._drop(self._waiting)
                 self._waiting = None
             self._changed.notify_all()
         if wait:
@@ -87,18 +109,27 @@ class SnapshotWriter:
 
     def _write(self, job: _Job) -> None:
         try:
-            stored = self._store.write(
+            stored = self._written(job)
+            self._told.clear()
+            self._done(stored)
+        except Exception as e:  # noqa: BLE001 - whatever it was, training and later snapshots go on
+            self.tell_failure(job.round, e)
+
+    def tell_failure(self, round_: int, error: Exception) -> None:
+        """Counts and logs it."""
+        self.failed += 1
+        cause = f"{type(error).__name__} {error.strerror if isinstance(error, OSError) else error}"
+        if cause not in self._told:
+            self._told.add(cause)
+            log.warning("no snapshot of round %d (training goes on): %s", round_, error)
+
+    def _written(self, job: _Job) -> Stored:
+        if job.aside is None:
+            return self.store.write(
                 job.tensors,
                 round=job.round,
                 commit=job.commit,
                 fingerprint=job.fingerprint,
                 local=job.local,
             )
-            self._told.clear()
-            self._done(stored)
-        except Exception as e:  # noqa: BLE001 - whatever it was, training and later snapshots go on
-            self.failed += 1
-            cause = f"{type(e).__name__} {e.strerror if isinstance(e, OSError) else e}"
-            if cause not in self._told:
-                self._told.add(cause)
-                log.warning("no snapshot of round %d (training goes on): %s", job.round, e)
+        return self.store.complete(job.aside, round=job.round, commit=job.commit, fingerprint=job.fingerprint)

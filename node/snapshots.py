@@ -158,7 +158,8 @@ class ChunkDigests:
 
 # --------------------------------------------------------------------------------------- tensors as bytes
 
-_Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
+Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
+"""Name, dtype and shape of every tensor, by name."""
 
 
 def data_of(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -166,37 +167,37 @@ def data_of(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
     Any device, any of `DTYPES`; raises TypeError for another.
     """
-    layout: _Layout = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
-    yield _header(layout)
+    layout: Layout = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
+    yield header_of(layout)
     for name, _, _ in layout:
-        yield _bytes_of(tensors[name])
+        yield bytes_of(tensors[name])
 
 
 def tensors_of(data: bytearray) -> dict[str, Tensor]:
     """The tensors, as views of `data` where its alignment allows. Raises ReplicaDiverged for anything that
     `data_of` does not write."""
-    layout, start = _read_header(data)
+    layout, start = read_header(data, len(data))
     tensors = {}
     for name, dtype, shape in layout:
         stop = start + math.prod(shape) * dtype.itemsize
-        tensors[name] = _tensor(data, start, stop, dtype).view(shape)
+        tensors[name] = tensor_of(data, start, stop, dtype).view(shape)
         start = stop
     return tensors
 
 
-def _bytes_of(x: Tensor) -> memoryview:
+def bytes_of(x: Tensor) -> memoryview:
     flat = x.detach().cpu().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data
 
 
-def _tensor(data: bytearray, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+def tensor_of(data: bytearray, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     if start == stop:
         return torch.empty(0, dtype=dtype)
     source, offset = (data, start) if start % dtype.itemsize == 0 else (data[start:stop], 0)
     return torch.frombuffer(source, dtype=dtype, count=(stop - start) // dtype.itemsize, offset=offset)
 
 
-def _header(layout: _Layout) -> bytes:
+def header_of(layout: Layout) -> bytes:
     entries, start = {}, 0
     for name, dtype, shape in layout:
         if dtype not in _NAMES:
@@ -209,24 +210,25 @@ def _header(layout: _Layout) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _read_header(data: bytearray) -> tuple[_Layout, int]:
-    """What is in the data, and where its first tensor begins."""
+def read_header(data: bytes | bytearray, n_bytes: int) -> tuple[Layout, int]:
+    """What is in the data, and where its first tensor begins. `data`: its beginning, with all of the header;
+    `n_bytes`: of the whole. Raises ReplicaDiverged."""
     try:
         (n_text,) = struct.unpack_from("<Q", data)
         start = 8 + n_text
         if start > len(data):
             raise ReplicaDiverged("the snapshot's header is cut short")
         found: dict[str, Any] = json.loads(data[8:start])
-        layout: _Layout = [
+        layout: Layout = [
             (name, DTYPES[entry["dtype"]], _shape(entry["shape"])) for name, entry in found.items()
         ]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ReplicaDiverged(f"the snapshot's header cannot be read: {type(e).__name__}: {e}") from e
-    n_bytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in layout)
+    n_tensors = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in layout)
     # Other names, orders, offsets and spaces would be read differently somewhere else.
     if [name for name, _, _ in layout] != sorted(found):
         raise ReplicaDiverged("the snapshot's tensors are not in the order of their names")
-    if data[:start] != _header(layout) or start + n_bytes != len(data):
+    if data[:start] != header_of(layout) or start + n_tensors != n_bytes:
         raise ReplicaDiverged("the snapshot's header does not fit its data")
     return layout, start
 

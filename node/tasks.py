@@ -60,12 +60,17 @@ class Task(Protocol):
         """Before the first `draw`: what `corpus` and `held_out` gave at the coordinator."""
         ...
 
-    def draw(self, model: nn.Module, seed: int) -> Closure:
-        """The batch of this unsigned 64-bit seed as a closure that returns its mean loss (float32, 0-d)."""
+    def draw(self, model: nn.Module, seed: int, rank: int = 0, ranks: int = 1) -> Closure:
+        """The batch of this unsigned 64-bit seed as a closure that returns its mean loss (float32, 0-d).
+
+        On a node of several ranks each has some of its rows (see `Rows`), and the mean of what their closures
+        return is the batch's mean loss. Every rank's closure calls the model as often as the others'.
+        """
         ...
 
-    def evaluate(self, model: nn.Module) -> float:
-        """Mean held-out loss; the caller has set eval mode and no_grad."""
+    def evaluate(self, model: nn.Module, rank: int = 0, ranks: int = 1) -> float:
+        """Mean held-out loss, of several ranks the mean of what they return, after as many calls of the model
+        on each; the caller has set eval mode and no_grad."""
         ...
 
 
@@ -88,6 +93,28 @@ class Pretrained(Protocol):
     def export(self, model: nn.Module, held_out: bytes, folder: Path) -> None:
         """The model as its library reads it."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A rank's rows [first, stop) of a batch, and the factor by which the mean over them counts, so that the
+    mean over the ranks is that of the batch. A rank without a row computes one that counts 0."""
+
+    first: int
+    stop: int
+    weight: float
+
+    @classmethod
+    def of(cls, n: int, rank: int, ranks: int) -> Rows:
+        """As even as can be. `n`: rows of the batch, at least one."""
+        first, stop = n * rank // ranks, n * (rank + 1) // ranks
+        if first == stop:
+            return cls(0, 1, 0.0)
+        return cls(first, stop, (stop - first) * ranks / n)
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.first, self.stop)
 
 
 class TextTask:
@@ -158,26 +185,35 @@ class TextTask:
         if held_out is not None:
             self._held_out = torch.from_numpy(np.frombuffer(held_out, dtype=np.uint8).copy())
 
-    def draw(self, model: nn.Module, seed: int) -> Closure:
+    def draw(self, model: nn.Module, seed: int, rank: int = 0, ranks: int = 1) -> Closure:
         assert self._text is not None, "load() comes before draw()"
         o = self.options
         rng = np.random.Generator(np.random.Philox(key=seed))
         starts = rng.integers(0, len(self._text) - o.context, size=o.batch)
-        offsets = torch.from_numpy(starts)[:, None] + torch.arange(o.context + 1)
-        window_BT = self._text[offsets].long().to(next(model.parameters()).device)
-        return lambda: _next_byte_loss(model, window_BT)
+        rows = Rows.of(o.batch, rank, ranks)
+        offsets = torch.from_numpy(starts[rows.slice])[:, None] + torch.arange(o.context + 1)
+        window_BT = self._text[offsets].long().to(device_of(model))
+        return lambda: _next_byte_loss(model, window_BT) * rows.weight
 
-    def evaluate(self, model: nn.Module) -> float:
+    def evaluate(self, model: nn.Module, rank: int = 0, ranks: int = 1) -> float:
         assert self._held_out is not None, "load() comes before evaluate()"
         t = self.options.context
         n_windows = (len(self._held_out) - 1) // t
-        device = next(model.parameters()).device
+        device = device_of(model)
         total = 0.0
         for first in range(0, n_windows, 64):
-            starts = torch.arange(first, min(first + 64, n_windows)) * t
+            n = min(64, n_windows - first)
+            rows = Rows.of(n, rank, ranks)
+            starts = torch.arange(first + rows.first, first + rows.stop) * t
             window_BT = self._held_out[starts[:, None] + torch.arange(t + 1)].long().to(device)
-            total += float(_next_byte_loss(model, window_BT)) * len(starts)
+            total += float(_next_byte_loss(model, window_BT)) * n * rows.weight
         return total / n_windows
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes; its parameters may be kept elsewhere (see `mesh.sharded_model`)."""
+    device: torch.device | None = getattr(model, "thinwire_device", None)
+    return next(model.parameters()).device if device is None else device
 
 
 def _next_byte_loss(model: nn.Module, window_BT: Tensor) -> Tensor:
