@@ -17,22 +17,18 @@ from typing import Any
 
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from torch import nn
 
 from thinwire.compression.errors import ConfigError, ThinwireError
 from thinwire.coordinator.board import finite
 from thinwire.coordinator.identity import peer_id_of
-from thinwire.coordinator.messages import BlobRef, Commit, NodeState, Welcome, digest_of
+from thinwire.coordinator.messages import digest_of
+from thinwire.node.compare_nodes import Peer, Point, Reader
 from thinwire.node.compare_specs import Plan, batches_per_step
-from thinwire.node.config import RunConfig, parse_config
+from thinwire.node.config import RunConfig
 from thinwire.node.genesis import Genesis, make_genesis
-from thinwire.node.link_local import LocalLink, local_swarm
-from thinwire.node.local_work import LocalWork
-from thinwire.node.phases import Stopwatch, time_calls, typical
-from thinwire.node.replica import Replica, build_replica, data_seed
-from thinwire.node.runner import Runner
-from thinwire.node.tasks import Init, Task, make_task
-from thinwire.optim.base import Closure
+from thinwire.node.link_local import local_swarm
+from thinwire.node.phases import typical
+from thinwire.node.tasks import Task, make_task
 from thinwire.optim.registry import build_strategy
 
 PHASES = ("compute", "pack", "decode")
@@ -46,17 +42,6 @@ POLL_S = 0.1
 
 Progress = Callable[[Plan, int, float | None], None]
 """Told now and then: the plan, the last round that the reader has applied, the newest held-out loss."""
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """The replica after a round: what every peer has done for it (on average), and the held-out loss."""
-
-    round: int
-    steps: float
-    tokens: float
-    payload_bytes: float
-    held_out: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +209,18 @@ class _Training:
         started_s = time.monotonic()
         comparison = self.comparison
         with local_swarm(folder, self.genesis.body, comparison.key, blobs=self.genesis.blobs) as swarm:
-            reader = _Reader(self, swarm.link("reader"))
-            peers = [_Peer(swarm.link(f"peer-{i}"), comparison) for i in range(comparison.n_peers)]
+            reader = Reader(
+                swarm.link("reader"),
+                self.genesis.body,
+                comparison.import_path,
+                every=comparison.points_every(self.plan),
+                n_peers=comparison.n_peers,
+                samples_per_step=comparison.samples_per_step,
+            )
+            peers = [
+                Peer(swarm.link(f"peer-{i}"), comparison.import_path, comparison.seed)
+                for i in range(comparison.n_peers)
+            ]
             for link in (reader.link, *(peer.link for peer in peers)):
                 link.open()  # admitted in this order: it is the first one that evaluates round 0
             threads = [
@@ -273,118 +268,3 @@ class _Training:
         thread = threading.Thread(target=target, name=name)
         thread.start()
         return thread
-
-
-class _Peer(Runner):
-    """A node whose batches are the same whatever the strategy, and whose time is taken."""
-
-    def __init__(self, link: LocalLink, comparison: Comparison) -> None:
-        super().__init__(link, import_path=comparison.import_path)
-        self.stopwatch = Stopwatch()
-        self._comparison = comparison
-
-    def _prepare(self, welcome: Welcome) -> None:
-        super()._prepare(welcome)
-        self.work.task = _SameBatches(self.work.task, self._comparison.seed, self.link.peer_id)
-        watch, strategy = self.stopwatch, self.replica.strategy
-        if hasattr(strategy, "compressor"):
-            time_calls(strategy.compressor, {"pack": "pack", "decode": "decode"}, watch)
-        time_calls(strategy, {"propose": "compute", "work_ahead": "compute"}, watch)
-        time_calls(self.replica, {"encode": "pack", "apply_batch": "decode"}, watch)
-        time_calls(self.link, {"payload": "exchange", "offer": "exchange"}, watch)
-
-    def _propose(self) -> None:
-        self.stopwatch.next_round()
-        super()._propose()
-
-
-class _SameBatches:
-    """A task whose n-th batch is drawn from (seed, peer, n): what a run, a round and a strategy are does not
-    come into it."""
-
-    def __init__(self, task: Task, seed: int, peer_id: str) -> None:
-        self._task, self._seed, self._peer_id, self._n_drawn = task, seed.to_bytes(32, "little"), peer_id, 0
-        self.n_samples, self.n_tokens = task.n_samples, task.n_tokens
-
-    def draw(self, model: nn.Module, seed: int, rank: int = 0, ranks: int = 1) -> Closure:
-        self._n_drawn += 1
-        closure = self._task.draw(model, data_seed(self._seed, 0, self._peer_id, self._n_drawn))
-        self.n_tokens = self._task.n_tokens
-        return closure
-
-    def model(self) -> nn.Module:
-        return self._task.model()
-
-    def init(self, name: str, shape: tuple[int, ...]) -> Init:
-        return self._task.init(name, shape)
-
-    def held_out(self) -> bytes | None:
-        return self._task.held_out()
-
-    def corpus(self) -> bytes | None:
-        return self._task.corpus()
-
-    def load(self, corpus: bytes | None, held_out: bytes | None) -> None:
-        self._task.load(corpus, held_out)
-
-    def evaluate(self, model: nn.Module, rank: int = 0, ranks: int = 1) -> float:
-        return self._task.evaluate(model)
-
-
-class _Reader:
-    """Applies every commit and evaluates on the way. Nobody waits for it."""
-
-    def __init__(self, training: _Training, link: LocalLink) -> None:
-        self.link, self.curve = link, list[Point]()
-        comparison, body = training.comparison, training.genesis.body
-        self._rounds = training.plan.rounds
-        self._every = comparison.points_every(training.plan)
-        self._n_peers = comparison.n_peers
-        self._samples_per_step = comparison.samples_per_step
-        self._samples = self._tokens = self._payload_bytes = 0
-        self._body = body
-        self._task = make_task(parse_config(body.config).task, comparison.import_path, None)
-        self.replica: Replica = build_replica(link.run_id, body, self._task)
-        self._work = LocalWork(self.replica, self._task)
-
-    @property
-    def held_out(self) -> float | None:
-        return self.curve[-1].held_out if self.curve else None
-
-    def run(self) -> None:
-        self._task.load(self._fetched(self._body.corpus), self._fetched(self._body.held_out))
-        self.replica.begin(self._fetched(self._body.base))
-        self._needs_after(0)
-        self._evaluate()
-        for commit in self.link.commits(0):
-            self._apply(commit)
-            if self.replica.round == self._rounds:
-                break
-
-    def _apply(self, commit: Commit) -> None:
-        self.replica.apply(commit, self.link.payload, offered=False)
-        self._samples += sum(offer.n_samples for offer in commit.body.offers)
-        self._tokens += sum(offer.n_tokens for offer in commit.body.offers)
-        self._payload_bytes += sum(offer.n_bytes for offer in commit.body.offers)
-        if self.replica.round % self._every == 0 or self.replica.round == self._rounds:
-            self._evaluate()
-        self._needs_after(self.replica.round)
-
-    def _needs_after(self, round_: int) -> None:
-        """Payloads of later rounds are kept until this replica has applied them."""
-        self.link.state(NodeState.JOINING, needs_after=round_)
-
-    def _evaluate(self) -> None:
-        held_out = self._work.evaluate()
-        self.curve.append(
-            Point(
-                round=self.replica.round,
-                steps=self._samples / self._n_peers / self._samples_per_step,
-                tokens=self._tokens / self._n_peers,
-                payload_bytes=self._payload_bytes / self._n_peers,
-                held_out=held_out,
-            )
-        )
-
-    def _fetched(self, blob: BlobRef | None) -> bytes | None:
-        return None if blob is None else self.link.fetch(blob.digest, blob.n_bytes)

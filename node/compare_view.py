@@ -50,7 +50,7 @@ def compare_command(
         raise ConfigError(f"--peers: between 2 and {MAX_PEERS}: they are threads of this process")
     picture = _picture(output, run.run.name)
     comparison = Comparison(run, plans(specs, run), n_peers, import_path)
-    unit = "nats/byte" if run.task.name == "text" and import_path is None else "nats/token"
+    unit = "nats/byte" if run.task.name == "text" and import_path is None else "nats"
     console = Console(stderr=True)
     outcomes = []
     with _display(console, comparison.plans) as tell:
