@@ -30,7 +30,7 @@ class Workload:
         self._most = most_batches
         self._batch_s: deque[float] = deque(maxlen=_REMEMBERED)
         self._before_s: deque[float] = deque(maxlen=_REMEMBERED)
-        self._payload_bytes = 0.0
+        self._sent_bytes, self._sent_share = 0, 1.0
         self._bytes_per_s: float | None = None
 
     def began(self, after_s: float) -> None:
@@ -43,7 +43,7 @@ class Workload:
 
     def sent(self, n_bytes: int, share: float, bytes_per_s: float | None) -> None:
         """A payload of which `share` was allotted; `bytes_per_s`: how fast they go out, None: not known."""
-        self._payload_bytes = n_bytes / share
+        self._sent_bytes, self._sent_share = n_bytes, share
         self._bytes_per_s = bytes_per_s
 
     def allotment(self) -> Allotment:
@@ -51,7 +51,8 @@ class Workload:
         share = self._share()
         if not self._batch_s:
             return Allotment(1, share)
-        left_s = self._left_s() - self._upload_s() * share
+        # A payload has parts that are always sent: of less, no more than the wish is known.
+        left_s = self._left_s() - self._upload_s(max(share, self._sent_share))
         n_batches = int(max(0.0, left_s) / max(median(self._batch_s), 1e-9))
         return Allotment(max(1, min(n_batches, self._most)), share)
 
@@ -59,12 +60,14 @@ class Workload:
         """Of the plan when own work begins."""
         return self._plan_s - (median(self._before_s) if self._before_s else 0.0)
 
-    def _upload_s(self) -> float:
-        """Of a whole payload."""
-        return self._payload_bytes / self._bytes_per_s if self._bytes_per_s else 0.0
+    def _upload_s(self, share: float) -> float:
+        """Of a payload with this share, as if it were in proportion."""
+        if not self._bytes_per_s:
+            return 0.0
+        return self._sent_bytes * share / self._sent_share / self._bytes_per_s
 
     def _share(self) -> float:
-        upload_s = self._upload_s()
+        upload_s = self._upload_s(1.0)
         if upload_s <= 0:
             return 1.0
         return min(1.0, max(LEAST_SHARE, UPLOAD_PART * self._left_s() / upload_s))

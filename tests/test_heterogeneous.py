@@ -178,15 +178,15 @@ def test_with_work_of_their_own_choice_nobody_needs_to_be_left_out(tmp_path: Pat
 
 
 def test_a_thin_link_sends_less_and_holds_nobody_up(tmp_path: Path) -> None:
-    """The first peer's payloads would take the whole round: it sends the strongest groups alone, in half of it,
-    and works in the other half."""
+    """The first peer's payloads would take the whole round: it sends the strongest groups alone, and works in
+    the time that is left."""
     strategy = {**STRATEGY, "accumulate": 8}
     whole = max(o.n_bytes for o in train(tmp_path / "whole", "all", 1, 0.0, strategy).commits[0].offers)
     round_s = 4.5 * BATCH_S
     outcome = train(tmp_path / "thin", "all", 8, round_s, strategy, upload_bytes_per_s=whole / round_s)
     (thin,) = (o for o in outcome.commits[-1].offers if o.peer == 0)
     assert thin.n_bytes < 0.6 * whole
-    assert thin.n_samples == 8, "two batches of four"
+    assert 4 <= thin.n_samples <= 8, "one or two batches of four"
     assert outcome.times_s[-1] - outcome.times_s[-2] <= round_s
     assert len(outcome.fingerprints) == 1
 
