@@ -5,11 +5,13 @@ On a node of several ranks each has one of these over its shards; all call the s
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
 
 from thinwire.compression.base import Turn
+from thinwire.compression.errors import ConfigError
 from thinwire.node.replica import Replica, data_seed
 from thinwire.node.tasks import Task
 from thinwire.optim.base import Allotment, Closure
@@ -36,6 +38,13 @@ class LocalWork:
         self._replica = replica
         self._turn: Turn | None = None
         self._n_drawn = self._n_tokens = self._n_tokens_ahead = 0
+        ranks = replica.strategy.ranks
+        self._split = () if ranks.count == 1 else (ranks.index, ranks.count)
+        if self._split and "ranks" not in inspect.signature(task.draw).parameters:
+            raise ConfigError(
+                "the task cannot split a batch over the ranks of a node: its draw and evaluate take no "
+                "rank and ranks (see thinwire.node.tasks.Task). Start the node with --ranks 1"
+            )
         self._set_mode()
 
     def propose(self, allotted: Allotment | None = None) -> Proposal:
@@ -62,16 +71,17 @@ class LocalWork:
         model = self._replica.model
         model.eval()
         with torch.no_grad():
-            loss = self.task.evaluate(model)
+            loss = self.task.evaluate(model, *self._split)
         self._set_mode()
-        return loss
+        ranks = self._replica.strategy.ranks
+        return ranks.sums([loss])[0] / ranks.count
 
     def _draw(self) -> Closure:
         assert self._turn is not None
         replica = self._replica
         seed = data_seed(replica.run_id, self._turn.round, replica.peer_id, self._n_drawn)
         self._n_drawn += 1
-        closure = self.task.draw(replica.model, seed)
+        closure = self.task.draw(replica.model, seed, *self._split)
         self._n_tokens += self.task.n_tokens
         return closure
 

@@ -31,8 +31,8 @@ from thinwire.node.config import RunConfig, parse_config
 from thinwire.node.healing import Healer
 from thinwire.node.history import History
 from thinwire.node.joining import CatchingUp, Joiner
+from thinwire.node.lead import Lead
 from thinwire.node.link import Link
-from thinwire.node.local_state import LocalState
 from thinwire.node.local_work import LocalWork
 from thinwire.node.metrics import NodeMetrics
 from thinwire.node.replica import Replica, build_replica
@@ -69,7 +69,8 @@ class Runner:
 
     `import_path` and `data` come from the user's own command line (see `tasks.make_task`). `folder`: where
     snapshots are kept, to be resumed from and served; None: a temporary one. `stop` may be set from any
-    thread (or a signal handler): the node leaves the swarm cleanly.
+    thread (or a signal handler): the node leaves the swarm cleanly. `lead`: the node has several ranks, this
+    is rank 0's.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Runner:
         folder: Path | None = None,
         metrics: NodeMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
+        lead: Lead | None = None,
     ) -> None:
         self.link = link
         self.folder = folder
@@ -91,6 +93,7 @@ class Runner:
         self.metrics = metrics or NodeMetrics()
         self.stop = threading.Event()
         self._clock = clock
+        self._lead = lead
         self._workload: Workload | None = None
         self._offered_round = 0
         self._is_joining = self._is_replay = True
@@ -126,10 +129,15 @@ class Runner:
         self.config: RunConfig = parse_config(body.config)
         self.peer_index = welcome.peer_index
         task = make_task(self.config.task, self.import_path, self.data)
-        self.replica: Replica = build_replica(self.link.run_id, body, task, self.link.peer_id, self.device)
+        run_id, peer_id, lead = self.link.run_id, self.link.peer_id, self._lead
+        if lead is None:
+            self.replica: Replica = build_replica(run_id, body, task, peer_id, self.device)
+        else:
+            self.replica = lead.replica(run_id, body, peer_id, task)
         strategy = self.replica.strategy
-        task.load(self._download(body.corpus, "text"), self._download(body.held_out, "held-out text"))
-        self.work = LocalWork(self.replica, task)
+        texts = self._download(body.corpus, "text"), self._download(body.held_out, "held-out text")
+        task.load(*texts)
+        self.work = LocalWork(self.replica, task) if lead is None else lead.work(self.replica, task, texts)
         if self.config.work.round_s > 0:
             most = min(strategy.most_batches, max(1, body.limits.max_samples // task.n_samples))
             self._workload = Workload(self.config.work.round_s, most)
@@ -302,13 +310,7 @@ class Runner:
         """Training goes on when the tensors are copied; what is on disk is announced."""
         if self.replica.round == 0 or any(s.round == self.replica.round for s in self.store.stored()):
             return
-        self._writer.take(
-            self.replica.tensors(),
-            round=self.replica.round,
-            commit=self.replica.digest,
-            fingerprint=self.replica.fingerprint(),
-            local=LocalState(self.replica.round, self.replica.strategy.local_state_dict()),
-        )
+        self.replica.write_snapshot(self._writer)
 
     def _stored(self, stored: Stored) -> None:
         """A snapshot is on the disk; called by the writer's thread."""
