@@ -123,8 +123,19 @@ class Join:
     where it was. Default: the first of ~/.local/state/thinwire/node-0, node-1, ... that nobody uses."""
     device: str = "cpu"
     """Where to train: cpu, cuda, cuda:1, ..."""
+    ranks: Annotated[int | None, arg(metavar="N")] = None
+    """Processes among which the model is sharded (FSDP), each with a GPU or on the CPU. Default: one for each
+    GPU with --device cuda, else 1. The others in the swarm cannot tell."""
+    mixed_precision: Literal["bf16"] | None = None
+    """Compute in bfloat16; what is sent and kept stays float32."""
+    activation_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compute each block again in the backward pass: less memory, more time."""
+    cpu_offload: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep parameters in the machine's memory instead of the GPU's."""
+    restart: Annotated[int, arg(metavar="N")] = 0
+    """Start the node again, from its snapshot, up to N times when it breaks."""
     threads: Annotated[int | None, arg(metavar="N")] = None
-    """CPU threads for training. Default: all cores."""
+    """CPU threads for training, of each rank. Default: all cores, dealt among the ranks."""
     host: str = "0.0.0.0"
     port: int = 0
     announce: UseAppendAction[tuple[str, ...]] = ()
@@ -142,24 +153,31 @@ class Join:
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
-        from thinwire.node.join import join
+        from thinwire.node.join import Options, join
 
         with stop_on_signals() as stop:
             result = join(
-                ticket=_read_ticket(self.ticket),
-                data=self.data,
-                import_path=self.task,
-                state=self.state,
-                device=self.device,
-                threads=self.threads,
-                host=self.host,
-                port=self.port,
-                announce=self.announce,
-                max_upload=self.max_upload,
-                patience_s=self.patience_s,
-                http=_host_port(self.http),
-                save=self.save,
-                stop=stop,
+                Options(
+                    ticket=_read_ticket(self.ticket),
+                    data=self.data,
+                    import_path=self.task,
+                    state=self.state,
+                    device=self.device,
+                    threads=self.threads,
+                    host=self.host,
+                    port=self.port,
+                    announce=self.announce,
+                    max_upload=self.max_upload,
+                    patience_s=self.patience_s,
+                    http=_host_port(self.http),
+                    save=self.save,
+                    ranks=self.ranks,
+                    mixed_precision=self.mixed_precision,
+                    activation_checkpointing=self.activation_checkpointing,
+                    cpu_offload=self.cpu_offload,
+                    restart=self.restart,
+                ),
+                stop,
             )
         if stop.signal or result is None:
             return 128 + stop.signal
@@ -251,7 +269,10 @@ class Replay:
 
 @dataclass
 class Export:
-    """Save the newest weights of a live run (model.safetensors) and what they are (config.json)."""
+    """Save the newest weights of a live run (model.safetensors) and what they are (config.json).
+
+    Of a model of transformers: a folder that transformers loads, or peft if adapters were trained.
+    """
 
     ticket: Annotated[Positional[str], arg(metavar="TICKET")]
     """The line that the coordinator printed; - reads it from standard input."""
@@ -377,8 +398,8 @@ Command = Annotated[
     | Annotated[Ledger, tyro.conf.subcommand("ledger")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Bench, tyro.conf.subcommand("bench")],
     None,
 ]
@@ -441,9 +462,10 @@ def _overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
-def _log_to_stderr(level: int) -> None:
+def log_to_stderr(level: int, prefix: str = "") -> None:
+    """What thinwire logs, for people to read."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("thinwire")
     logger.handlers = [handler]
     logger.setLevel(level)
@@ -462,7 +484,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end_with_parent()
     tells_itself = isinstance(command, Bench | Compare | Demo | Doctor | Status)  # shown, not logged
     chatty = logging.DEBUG if getattr(command, "verbose", False) else logging.INFO
-    _log_to_stderr(logging.WARNING if tells_itself else chatty)
+    log_to_stderr(logging.WARNING if tells_itself else chatty)
     try:
         code: int = command.run()
     except ThinwireError as e:

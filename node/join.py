@@ -3,74 +3,155 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from thinwire.compression.errors import ConfigError, ThinwireError
-from thinwire.coordinator.files import write_aside
 from thinwire.coordinator.ticket import Ticket
 from thinwire.node.rate import UploadLimit, parse_rate
 
 if TYPE_CHECKING:
     from thinwire.node.cli import Stop
-    from thinwire.node.runner import Result, Runner
+    from thinwire.node.lead import Lead
+    from thinwire.node.result import Result
 
 log = logging.getLogger("thinwire.node")
 
+MAX_RANKS: Final = 64
 
-def join(
-    *,
-    ticket: str,
-    data: Path | None,
-    import_path: str | None,
-    state: Path | None,
-    device: str,
-    threads: int | None,
-    host: str,
-    port: int,
-    announce: tuple[str, ...],
-    max_upload: str | None,
-    patience_s: float,
-    http: tuple[str, int] | None,
-    save: Path | None,
-    stop: Stop,
-) -> Result | None:
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user of a node says. `ranks` None: one for each GPU, or one on a CPU."""
+
+    ticket: str
+    data: Path | None
+    import_path: str | None
+    state: Path | None
+    device: str
+    threads: int | None
+    host: str
+    port: int
+    announce: tuple[str, ...]
+    max_upload: str | None
+    patience_s: float
+    http: tuple[str, int] | None
+    save: Path | None
+    ranks: int | None
+    mixed_precision: str | None
+    activation_checkpointing: bool
+    cpu_offload: bool
+    restart: int
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Options:
+        paths = {k: Path(plain[k]) for k in ("data", "state", "save") if plain[k] is not None}
+        http = None if plain["http"] is None else tuple(plain["http"])
+        return cls(**{**plain, **paths, "http": http, "announce": tuple(plain["announce"])})
+
+
+def join(options: Options, stop: Stop) -> Result | None:
     """Trains until the run ends; None: `stop` was set before. Raises what `Runner.run` raises."""
-    if data is not None and not data.exists():
-        raise ConfigError(f"--data {data}: no such file or folder")
-    parsed = Ticket.parse(ticket)
-    rate_bytes_per_s = None if max_upload is None else parse_rate(max_upload)
-    _limit_threads(threads)
+    refuse(options)
+    ranks = _number_of_ranks(options)
+    options = replace(options, ranks=ranks)
+    if ranks == 1 and not options.restart and not is_sharded(options):
+        return run_node(options, stop)
+    from thinwire.node.launch import run_ranks
+
+    return run_ranks(options, stop)
+
+
+def refuse(options: Options) -> None:
+    """Raises ConfigError for what cannot work, before anything is started."""
+    if options.data is not None and not options.data.exists():
+        raise ConfigError(f"--data {options.data}: no such file or folder")
+    Ticket.parse(options.ticket)
+    if options.max_upload is not None:
+        parse_rate(options.max_upload)
+    if options.ranks is not None and not 1 <= options.ranks <= MAX_RANKS:
+        raise ConfigError(f"--ranks {options.ranks}: between 1 and {MAX_RANKS}")
+    if options.threads is not None and options.threads < 1:
+        raise ConfigError(f"--threads {options.threads}: at least 1")
+    if options.restart < 0:
+        raise ConfigError(f"--restart {options.restart}: at least 0")
+    on_cpu = options.device.startswith("cpu")
+    if options.cpu_offload and on_cpu:
+        raise ConfigError("--cpu-offload: this node trains on the CPU, where its parameters are already")
+
+
+def is_sharded(options: Options) -> bool:
+    """Whether the model is held by `mesh.sharded_model`, be it for a single rank."""
+    special = options.mixed_precision or options.activation_checkpointing or options.cpu_offload
+    return bool(special) or (options.ranks or 1) > 1
+
+
+def _number_of_ranks(options: Options) -> int:
+    if options.device != "cuda":
+        ranks = options.ranks or 1
+        if ranks > 1 and options.device != "cpu":
+            raise ConfigError(f"--device {options.device} --ranks {ranks}: several ranks need cpu or cuda")
+        return ranks
+    import torch
+
+    n = torch.cuda.device_count()
+    if n == 0:
+        _check_device("cuda")
+    if (options.ranks or 1) > n:
+        raise ConfigError(
+            f"--ranks {options.ranks}: this machine has {n} GPUs, and a rank needs one of its own"
+        )
+    return options.ranks or n
+
+
+def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | None = None) -> Result | None:
+    """The node in this process. `lead_in`: it is rank 0 of several; called with the node's folder."""
+    limit_threads(options.threads)
 
     from thinwire.node.folder import NodeFolder
     from thinwire.node.link_hivemind import HivemindLink
     from thinwire.node.metrics import serve
     from thinwire.node.runner import Runner, follow_events
 
-    _check_device(device)
-    _check_arithmetic(device)
-    folder = NodeFolder(state)
-    log.info("this node's state is in %s", folder.path)
+    _check_device(options.device)
+    _check_arithmetic(options.device)
+    rate_bytes_per_s = None if options.max_upload is None else parse_rate(options.max_upload)
     limit = None if rate_bytes_per_s is None else UploadLimit(rate_bytes_per_s)
+    folder = NodeFolder(options.state)
+    log.info("this node's state is in %s", folder.path)
     link = HivemindLink(
-        parsed,
+        Ticket.parse(options.ticket),
         state=folder.path,
-        host=host,
-        port=port,
-        announce=announce,
-        patience_s=patience_s,
+        host=options.host,
+        port=options.port,
+        announce=options.announce,
+        patience_s=options.patience_s,
         limit=limit,
     )
     events = follow_events(link)
-    runner = Runner(link, import_path=import_path, data=data, device=device, folder=link.run_folder)
+    runner = Runner(
+        link,
+        import_path=options.import_path,
+        data=options.data,
+        device=options.device,
+        folder=link.run_folder,
+        lead=None if lead_in is None else lead_in(folder.path),
+    )
     if limit is not None:
         runner.metrics.upload_limit(limit.rate_bytes_per_s, limit.used_ratio)
     stop.on_stop.append(runner.request_stop)
     try:
-        with serve(runner.metrics.registry, http):
+        with serve(runner.metrics.registry, options.http):
             result = runner.run()
-            if save is not None and not stop.is_set():
-                _save(runner, save)
+            if options.save is not None and not stop.is_set():
+                runner.replica.save_weights(options.save)
+                log.info("wrote the weights after round %d to %s", runner.replica.round, options.save)
     except ThinwireError:
         if stop.is_set():  # what broke was what the user stopped
             return None
@@ -82,11 +163,9 @@ def join(
     return result
 
 
-def _limit_threads(threads: int | None) -> None:
+def limit_threads(threads: int | None) -> None:
     if threads is None:
         return
-    if threads < 1:
-        raise ConfigError(f"--threads {threads}: at least 1")
     import torch  # its number of threads is that of our kernels too
 
     torch.set_num_threads(threads)
@@ -112,10 +191,3 @@ def _check_arithmetic(device: str) -> None:
 
     log.info("comparing this machine's arithmetic with known answers")
     refuse_wrong_arithmetic(torch.device(device))
-
-
-def _save(runner: Runner, path: Path) -> None:
-    from safetensors.torch import save as save_safetensors
-
-    write_aside(path, save_safetensors(runner.replica.weights()))
-    log.info("wrote the weights after round %d to %s", runner.replica.round, path)

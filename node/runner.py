@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,6 +35,7 @@ from thinwire.node.link import Link
 from thinwire.node.local_work import LocalWork
 from thinwire.node.metrics import NodeMetrics
 from thinwire.node.replica import Replica, build_replica
+from thinwire.node.result import Result
 from thinwire.node.snapshot_store import SnapshotStore
 from thinwire.node.snapshot_writer import SnapshotWriter
 from thinwire.node.snapshots import Stored
@@ -48,20 +48,6 @@ log = logging.getLogger("thinwire.node")
 
 class PayloadGone(SwarmUnreachable):
     """Nobody has a payload that the ledger counted: a snapshot of a later round is needed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a finished node knows. `fingerprint` is hex; `held_out`: (round, nats) that this node measured."""
-
-    rounds: int
-    fingerprint: str
-    held_out: tuple[tuple[int, float], ...]
-    sent_bytes: int
-    received_bytes: int
-    payload_bytes: int
-    counted: int
-    missed: int
 
 
 class Runner:
