@@ -282,7 +282,11 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
 
 
 @pytest.mark.swarm
-def test_ctrl_c_shows_what_is_there(thinwire: Start, run_file: Path, own_temp_folder: Path) -> None:
+def test_ctrl_c_shows_what_is_there(
+    thinwire: Start, run_file: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
     program = thinwire(
         *("compare", "run.toml", "--strategies", "decoupled,decoupled:topk", "--rounds", "20", "--json"),
         *("--set", "task.width=64", "-o", "x.png"),
@@ -294,6 +298,7 @@ def test_ctrl_c_shows_what_is_there(thinwire: Start, run_file: Path, own_temp_fo
     assert result["stopped"] is True
     assert [s["strategy"] for s in result["strategies"]] == ["decoupled"]
     assert "1 of 2 strategies are left out" in program.stderr()
+    assert not list(temporary.glob("thinwire-*"))  # torch may leave a cache of its own
     assert "Traceback" not in program.stderr()
 
 
