@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,7 @@ def test_a_late_joiner_ends_equal_and_only_what_is_trained_changes(
         late = Meddled(swarm.link("peer-2"), {7: lambda _: release.set()})
         results += run_all([late])
         thread.join(100)
+    assert len(results) == 3
     assert len({r.fingerprint for r in results}) == 1
     took_snapshot = any("took the replica" in r.getMessage() for r in caplog.records)
     # Payloads of spsa are smaller than a snapshot of all weights, not than one of small adapters.
@@ -233,6 +235,58 @@ def test_the_run_is_replayed_from_its_ledger_and_the_folder(
     assert replayed is not None
     assert replayed.fingerprint == live[0].fingerprint
     assert replayed.differing == 0
+
+
+RUN = """
+[run]
+name = "tiny"
+rounds = 100000
+min_peers = 2
+verify_every = 2
+[task]
+name = "hf"
+model = "model"
+corpus = "pydoc"
+context = 16
+batch = 2
+held_out = 4
+lora = { r = 2 }
+[strategy]
+name = "decoupled"
+[network]
+heartbeat_s = 0.5
+"""
+
+
+@pytest.mark.swarm
+@pytest.mark.timeout(240)
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_processes_train_and_export_without_the_folder(
+    thinwire: Callable[..., Any], tmp_path: Path, tiny_llama: Path
+) -> None:
+    """Only the coordinator sees the model's folder, when it begins the run."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    (tmp_path / "run.toml").write_text(RUN)
+    ticket = thinwire("coordinator", "run.toml", "--host", "127.0.0.1").first_line(100)
+    shutil.rmtree(tmp_path / "model")
+    nodes = [thinwire("join", ticket, "--threads", "1") for _ in range(2)]
+    nodes[1].wait_for("round 4/", 100)
+    exported = thinwire("export", ticket, "-o", "adapter")
+    assert exported.wait(100) == 0, exported.stderr()
+    nodes[0].process.send_signal(signal.SIGINT)
+    assert nodes[0].wait() == 130, nodes[0].stderr()
+    assert not list((tmp_path / "adapter").glob(".*")), "nothing is left of what was written aside"
+    about = json.loads((tmp_path / "adapter" / "thinwire.json").read_text())
+    assert about["round"] >= 4
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert {n.rpartition(".lora_")[0] for n, _ in adapted.named_parameters() if hf_model.is_adapter(n)} == {
+        f"base_model.model.model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"
+    }
+    assert any(float(p.detach().abs().sum()) > 0 for n, p in adapted.named_parameters() if ".lora_B." in n)
 
 
 # ------------------------------------------------------------------------------------ model and weights
