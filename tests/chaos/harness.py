@@ -161,6 +161,7 @@ class Swarm:
 
     `settings`: dotted key -> value, over SETTINGS. `seed` gives `rng`, for whoever chooses what to break.
     `proxied`: each node reaches the coordinator through a proxy of its own. `strings`: nodes take orders.
+    `work_s`: of a batch; a list is dealt out to the nodes in turn.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class Swarm:
         seed: int = 1,
         proxied: bool = False,
         strings: bool = False,
-        work_s: float = 0.05,
+        work_s: float | Sequence[float] = 0.05,
     ) -> None:
         self.folder, self.proxied, self.strings = folder, proxied, strings
         self.rng = random.Random(seed)
@@ -185,12 +186,12 @@ class Swarm:
             "PYTHONPATH": os.pathsep.join(p for p in path if p),
             "TMPDIR": str(self._temp),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "torch"),
-            "CHAOS_WORK_S": str(work_s),
             PARENT_VARIABLE: str(os.getpid()),
         }
         self.coordinator = Program("coordinator", folder, self._env)
         self.coordinator_state = folder / "state"
-        self.nodes = [Node(i, folder, self._env) for i in range(n_peers)]
+        self._work_s = [work_s] if isinstance(work_s, float) else list(work_s)
+        self.nodes = [self._node(i) for i in range(n_peers)]
         self.book = Book(self.coordinator_state / "ledger.db")
         self.port = _free_port()
         self.ticket = ""
@@ -251,8 +252,12 @@ class Swarm:
 
     def add(self) -> Node:
         """One more node; to be started."""
-        self.nodes.append(Node(len(self.nodes), self.folder, self._env))
+        self.nodes.append(self._node(len(self.nodes)))
         return self.nodes[-1]
+
+    def _node(self, number: int) -> Node:
+        work_s = self._work_s[number % len(self._work_s)]
+        return Node(number, self.folder, {**self._env, "CHAOS_WORK_S": str(work_s)})
 
     def start(self, node: Node) -> None:
         """For the first time or again."""
