@@ -289,9 +289,9 @@ def test_ctrl_c_shows_what_is_there(
     monkeypatch.setenv("TMPDIR", str(temporary))
     program = thinwire(
         *("compare", "run.toml", "--strategies", "decoupled,decoupled:topk", "--rounds", "20", "--json"),
-        *("--set", "task.width=64", "-o", "x.png"),
+        *("--set", "task.width=32", "-o", "x.png"),
     )
-    program.wait_for("decoupled:topk: round")
+    program.wait_for("decoupled:topk: round", 100)
     program.process.send_signal(signal.SIGINT)
     assert program.wait() == 128 + signal.SIGINT, program.stderr()
     result = json.loads(program.stdout())
