@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PACKAGES := compression optim coordinator node
 
-.PHONY: help setup demo test test-fast soak lint bench clean
+.PHONY: help setup demo test test-fast soak learning lint bench clean
 .DEFAULT_GOAL := help
 
 help:            ## show this list
@@ -37,6 +37,9 @@ SEED    ?= 1
 
 soak: setup      ## faults in a swarm of real processes: SECONDS=120 PEERS=4 EVERY=10 SEED=1 are the defaults
 	$(BIN)/python -m tests.chaos.soak --seconds $(SECONDS) --peers $(PEERS) --every $(EVERY) --seed $(SEED)
+
+learning: setup  ## long runs of what the methods are claimed to learn, an hour: losses, and claims that do not hold
+	$(BIN)/python -m tests.learning
 
 # The checkers want to see the packages under their own name, which an editable install does not show them.
 lint: setup      ## ruff, mypy (strict), import-linter
