@@ -73,7 +73,7 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
 def public_config(config: RunConfig, task: Task) -> RunConfig:
     """What goes into record 0: defaults spelled out, and no path of the coordinator's machine."""
     if isinstance(task, Pretrained):
-        options = task.public()
+        options = task.public(config.task)
     else:
         options = config.task.model_copy(update={"corpus": "run"} if task.corpus() is not None else {})
     return config.model_copy(

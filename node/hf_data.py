@@ -75,7 +75,11 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        return cls(**json.loads(text))
+        """Raises ConfigError."""
+        try:
+            return cls(**json.loads(text))
+        except Exception as e:  # the library raises nothing more special
+            raise ConfigError(f"the run's tokenizer cannot be read: {_first_line(e)}") from e
 
     def save(self, folder: Path) -> None:
         """As transformers reads it."""

@@ -88,21 +88,23 @@ class HfTask:
     def _vocabulary(self) -> int:
         return int(self._configuration.get_text_config().vocab_size)
 
-    def public(self) -> config.Task:
+    def public(self, options: config.Task) -> config.Task:
         """The options for record 0: with the model's architecture, and no path of this machine."""
+        if options.architecture is not None:
+            return options
         with torch.device("meta"):
             model = self.model()
-        lora = self.options.lora
+        lora = options.lora
         if lora is not None:
             lora = lora.model_copy(update={"targets": hf_model.targets_of(model)})
-        is_folder = self.options.model is not None and Path(self.options.model).expanduser().is_dir()
+        is_folder = options.model is not None and Path(options.model).expanduser().is_dir()
         update = {
             "corpus": "run",
-            "model": "run" if is_folder else self.options.model,
+            "model": "run" if is_folder else options.model,
             "lora": lora,
             "architecture": self._architecture,
         }
-        return self.options.model_copy(update=update)
+        return options.model_copy(update=update)
 
     def base(self, model: nn.Module) -> dict[str, Tensor]:
         """The folder's weights by the names of `model`, which may be on the meta device."""

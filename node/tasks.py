@@ -78,8 +78,9 @@ class Task(Protocol):
 class Pretrained(Protocol):
     """What a task has besides whose model brings weights, so that a run needs no `run.base`."""
 
-    def public(self) -> config.Task:
-        """The options for record 0: all that a node needs to build the model, no path of this machine."""
+    def public(self, options: config.Task) -> config.Task:
+        """The options for record 0: all that a node needs to build the model, no path of this machine. Those
+        that come from a record 0 stay what they are."""
         ...
 
     def base(self, model: nn.Module) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ from thinwire.coordinator.identity import peer_id_of
 from thinwire.coordinator.ledger_file import write_ledger
 from thinwire.coordinator.messages import digest_of
 from thinwire.node import config
-from thinwire.node.config import RunConfig
-from thinwire.node.genesis import base_bytes, make_genesis
+from thinwire.node.config import RunConfig, load_config, parse_config
+from thinwire.node.genesis import base_bytes, make_genesis, public_config
 from thinwire.node.link_local import LocalSwarm, local_swarm
 from thinwire.node.replay import replay
 from thinwire.node.runner import Result, Runner
@@ -360,6 +360,11 @@ def test_record_0_says_all_that_a_node_needs_and_no_path(tiny_llama: Path, docum
     options = json.loads(body.config)["task"]
     assert options["lora"]["targets"] == ["q_proj", "v_proj"]
     assert json.loads(options["architecture"])["model_type"] == "llama"
+    there = parse_config(body.config)
+    task = make_task(run.task, None, None)
+    assert public_config(there, task) == there == public_config(run, task), "the same run, started again"
+    other = run.model_copy(update={"task": run.task.model_copy(update={"context": 17})})
+    assert public_config(other, make_task(other.task, None, None)) != there
     rules = {e.name.rpartition("layers.0.")[2]: (e.init, e.scale) for e in body.layout}
     assert rules["self_attn.q_proj.lora_A.default.weight"] == ("normal", pytest.approx((3 * 32) ** -0.5))
     assert rules["self_attn.q_proj.lora_B.default.weight"] == ("zeros", 0.0)
@@ -577,9 +582,9 @@ def test_a_node_refuses_a_record_0_that_names_code(tiny_llama: Path, keys: dict[
 
 def test_a_node_opens_no_path_that_a_run_names(tmp_path: Path, tiny_llama: Path, documents: Path) -> None:
     """Whatever `model` and `corpus` say beside an architecture, nobody looks."""
-    options = task_of(tiny_llama, documents).public().model_copy(
-        update={"model": str(tmp_path / "gone"), "corpus": str(tmp_path / "gone")}
-    )  # fmt: skip
+    task = task_of(tiny_llama, documents)
+    gone = {"model": str(tmp_path / "gone"), "corpus": str(tmp_path / "gone")}
+    options = task.public(task.options).model_copy(update=gone)
     node = HfTask(options, None)
     node.model()
     with pytest.raises(ConfigError, match="no tokens to train on"):
@@ -681,6 +686,11 @@ def test_a_word_that_the_tokenizer_does_not_know_is_named() -> None:
     assert tokenizer.prompt("It was", " great") == ([1, 2, 3], 2)
     with pytest.raises(ConfigError, match="does not know ' terrible'"):
         tokenizer.prompt("It was", " terrible")
+
+
+def test_an_unknown_option_of_a_table_is_told_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'task\.lora\.alfa'; did you mean 'alpha'"):
+        load_config(None, {"task.lora": {"alfa": 1}}, environ={})
 
 
 def test_options_of_another_task_are_refused() -> None:
