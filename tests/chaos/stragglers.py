@@ -3,8 +3,8 @@
     python -m tests.chaos.stragglers                 the same work for everybody
     python -m tests.chaos.stragglers --chosen        every node chooses how much it does in a round
 
-Runs a swarm with the policy `all`, then one with `fastest`, and prints one line of JSON: the seconds that both
-took for the same tokens, their ratio, and the held-out losses there. Batches sleep instead of computing,
+Runs a swarm with the policy `all`, then one with `fastest`, and prints one line of JSON: the seconds that
+both took for the same tokens, their ratio, and the held-out losses there. Batches sleep instead of computing,
 so that eight nodes fit on two cores. A measurement, not a test: tests/test_heterogeneous.py asserts the same
 in scripted time.
 """
