@@ -34,9 +34,9 @@ _COS_QUARTER_PI: Final = 90  # 127 / sqrt(2): the constant row of the orthonorma
 
 INVERSE_SCALE: Final = 0.0013919424964115024  # float32 of sqrt(2 / 64) / 127: makes the integer basis real
 
-_ROUNDER: Final = 12582912.0  # 1.5 * 2^23: adding and subtracting it rounds to even
-_TOP_BIT: Final = 9  # the largest coefficient of a group is brought to [2^9, 2^10]
-_SMALLEST: Final = 27  # biased exponent of 2^-100: groups below it count as zero
+ROUNDER: Final = 12582912.0  # 1.5 * 2^23: adding and subtracting it rounds to even
+TOP_BIT: Final = 9  # the largest coefficient of a group is brought to [2^9, 2^10]
+SMALLEST: Final = 27  # biased exponent of 2^-100: groups below it count as zero
 
 
 @cache
@@ -108,12 +108,12 @@ def _to_integers(coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """Integers of at most 2^10, rounded to even, and per group the power of two that takes them back."""
     # biased, from the bits: log2 is inexact
     exponents = coefficients.abs().amax(dim=1).view(torch.int32) >> 23
-    up = _power_of_two(254 + _TOP_BIT - exponents, exponents)
-    down = _power_of_two(exponents - _TOP_BIT, exponents)
+    up = _power_of_two(254 + TOP_BIT - exponents, exponents)
+    down = _power_of_two(exponents - TOP_BIT, exponents)
     integers = coefficients * up
-    return integers.add_(_ROUNDER).sub_(_ROUNDER), down
+    return integers.add_(ROUNDER).sub_(ROUNDER), down
 
 
 def _power_of_two(biased: Tensor, exponents: Tensor) -> Tensor:
     """float32 (groups, 1) with this biased exponent; 0 for groups that count as zero."""
-    return torch.where(exponents >= _SMALLEST, biased << 23, 0).view(torch.float32)[:, None]
+    return torch.where(exponents >= SMALLEST, biased << 23, 0).view(torch.float32)[:, None]

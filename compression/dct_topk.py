@@ -33,6 +33,8 @@ class DctTopK(Sparse):
 
     layout: Literal["flat", "tiles"] = "flat"
 
+    transforms = True
+
     def __post_init__(self) -> None:
         Sparse.__post_init__(self)
         if self.layout not in ("flat", "tiles"):

@@ -45,12 +45,12 @@ class Flat:
     def n_groups(self) -> int:
         return -(-self.n // self.size)
 
-    def slabs(self, start: int = 0, stop: int | None = None) -> Iterator[Slab]:
-        """The groups that overlap the elements [start, stop), equal ones together."""
+    def slabs(self, start: int = 0, stop: int | None = None, at_once: int = SLAB) -> Iterator[Slab]:
+        """The groups that overlap the elements [start, stop), equal ones together, `at_once` elements."""
         stop = self.n if stop is None else stop
         n_full = self.n // self.size
         first, last = start // self.size, -(-stop // self.size)
-        step = max(1, SLAB // self.size)
+        step = max(1, at_once // self.size)
         for g in range(first, min(last, n_full), step):
             yield self._slab(g, min(g + step, last, n_full), self.size)
         if first <= n_full < last:

@@ -14,10 +14,11 @@ A zero group sends nothing. Ties go to the lower index.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,9 @@ from torch import Tensor
 from thinwire.compression.base import Field, Packed, Part, Turn
 from thinwire.compression.errors import BadPayload
 from thinwire.compression.exact import exact_arithmetic
-from thinwire.compression.groups import Flat, Slab
+from thinwire.compression.groups import SLAB, Flat, Slab
 from thinwire.compression.indices import IndexCoder, IndexFormat, Most, coder_of
+from thinwire.compression.noise import use_numba
 from thinwire.compression.reduce import l1_norm, mean_weights
 from thinwire.compression.tiles import Tiles
 from thinwire.compression.values import (
@@ -40,6 +42,10 @@ from thinwire.compression.values import (
     format_of,
     quantize,
 )
+
+if TYPE_CHECKING:
+    from thinwire.compression import sparse_cpu
+    from thinwire.compression.descent import Step
 
 Array = npt.NDArray[Any]
 
@@ -85,6 +91,9 @@ class Sparse(ABC):
     group_size: int = 4096
     bits: Bits = 1
     indices: IndexFormat = "packed"
+
+    transforms: ClassVar[bool] = False
+    """Whether what is sent of flat groups are cosine coefficients; else the elements themselves."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, in words for the user."""
@@ -142,12 +151,8 @@ class Sparse(ABC):
         scales: list[Tensor] = [torch.empty(0, dtype=torch.bfloat16)]
         indices: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
         codes: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
-        groups = self.groups(part.shape)
         with torch.no_grad():
-            for slab in groups.slabs():
-                coefficients_GC = self.forward(groups.read(x.detach(), slab), part.shape)
-                check_sendable(coefficients_GC)
-                index_GK, value_GK = largest(coefficients_GC, slab.k)
+            for index_GK, value_GK in self._selected(x.detach(), part.shape):
                 scale_G, code_E = quantize(value_GK, self.format)
                 scales.append(scale_G.cpu())
                 indices.append(index_GK[scale_G > 0].view(-1).cpu())
@@ -156,6 +161,25 @@ class Sparse(ABC):
         layout = _layout_of(self, part.shape)
         n_sent_G = layout.n_sent(all_scales)
         return all_scales, self.coder.pack(torch.cat(indices), torch.cat(codes), n_sent_G, layout.most)
+
+    def _selected(self, x: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Which coefficients are sent, rising, and their values, a few groups at a time."""
+        groups = self.groups(shape)
+        if isinstance(groups, Flat) and use_numba(x):
+            from thinwire.compression import sparse_cpu
+
+            row = x.float().contiguous()
+            for slab in groups.slabs(at_once=16 * SLAB):
+                first = slab.first * self.group_size
+                elements = row[first : first + slab.n_groups * slab.length]
+                index_GK, value_GK, top = sparse_cpu.largest(elements, slab, self.transforms)
+                check_sendable(torch.tensor([top]))
+                yield index_GK, value_GK
+            return
+        for slab in groups.slabs():
+            coefficients_GC = self.forward(groups.read(x, slab), shape)
+            check_sendable(coefficients_GC)
+            yield largest(coefficients_GC, slab.k)
 
     def strongest(self, packed: Packed, part: Part, share: float) -> Packed:
         """Of what `pack` made only this share of the groups, one at least: those with most in them."""
@@ -196,7 +220,12 @@ class Sparse(ABC):
     def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
         """Weighted mean of the coefficients in order, then the inverse per group. On the CPU."""
         rounded, inverse = mean_weights(weights)
-        out = torch.zeros(part.n_local, dtype=torch.float32)
+        out = torch.empty(part.n_local, dtype=torch.float32)
+        if self.has_kernel(out, part.shape):
+            from thinwire.compression import sparse_cpu
+
+            sparse_cpu.decode(out, part.start, self._mean(packs, rounded, inverse, part.shape))
+            return out
         shares = [self.entries(p, part) for p in packs]
         groups = self.groups(part.shape)
         with exact_arithmetic():
@@ -204,6 +233,27 @@ class Sparse(ABC):
                 mean_GC = torch.from_numpy(self._sum(shares, rounded, slab)).mul_(inverse)
                 groups.write(self.inverse(mean_GC, part.shape), slab, part, out)
         return out
+
+    def has_kernel(self, target: Tensor, shape: tuple[int, ...]) -> bool:
+        """Whether `descend` can be used."""
+        return isinstance(self.groups(shape), Flat) and use_numba(target)
+
+    def descend(
+        self, target: Tensor, packs: Sequence[Packed], weights: Sequence[float], part: Part, step: Step
+    ) -> None:
+        """See `descent.descend`. On the CPU."""
+        from thinwire.compression import sparse_cpu
+
+        sparse_cpu.descend(target, part.start, self._mean(packs, *mean_weights(weights), part.shape), step)
+
+    def _mean(
+        self, packs: Sequence[Packed], weights: Sequence[float], inverse: float, shape: tuple[int, ...]
+    ) -> sparse_cpu.Mean:
+        from thinwire.compression import sparse_cpu
+
+        shares = [self.entries(p, Part.whole(shape)) for p in packs]
+        size = (prod(shape), self.group_size, self.n_coefficients)
+        return sparse_cpu.mean_of(shares, weights, inverse, *size, self.transforms)
 
     def _sum(self, shares: Sequence[Entries], weights: Sequence[float], slab: Slab) -> Array:
         """The sum of weight * value over the shares in order: float32 (groups, coefficients)."""
