@@ -30,6 +30,7 @@ BENCHES: Final = {
     "decoupled": "thinwire.node.bench_decoupled:bench_decoupled",
     "round": "thinwire.node.bench_round:bench_round",
     "wire": "thinwire.node.bench_wire:bench_wire",
+    "memory": "thinwire.node.bench_memory:bench_memory",
 }
 
 DEFAULT_N_PARAMS: Final = 28_000_000
