@@ -32,8 +32,8 @@ def bench_memory(n_params: int, n_repeats: int) -> dict[str, Any]:
     """Peak of live tensor bytes per rank, over two rounds (gradients, momentum, pack, decode, update), for
     nodes of 1, 2 and 4 gloo ranks on the CPU. A small batch: parameters dominate.
 
-    Baseline: parameters, momentum and gradients, evenly shared out; `n_block_bytes` of one whole block come on
-    top, which every rank has while it computes it.
+    Baseline: parameters, momentum and gradients, evenly shared out; the bytes of one whole block, which every
+    rank has while it computes it, come on top.
     """
     nodes = {count: _node(count, n_params) for count in RANKS}
     whole = nodes[1][0]

@@ -341,7 +341,7 @@ class Compare:
     run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
     strategies: Annotated[str, arg(metavar="A,B,...")] = "ddp,decoupled,diloco,spsa"
     rounds: Annotated[int | None, arg(metavar="N")] = None
-    """Rounds of the run file's strategy; the others have as many as take the same tokens. Default: the run's."""
+    """Of the run file's strategy; the others have as many as take the same tokens. Default: the run's."""
     peers: Annotated[int | None, arg(metavar="N")] = None
     """Default: the run's min_peers, but two at least."""
     set: UseAppendAction[tuple[str, ...]] = ()
@@ -375,9 +375,11 @@ class Compare:
 class Bench:
     """Measure speed and memory, as ratios to a baseline and to the copy bandwidth of this machine."""
 
-    name: Annotated[Positional[Literal["noise", "decoupled", "wire", "round", "all"]], arg(metavar="NAME")]
+    name: Annotated[
+        Positional[Literal["noise", "decoupled", "wire", "round", "memory", "all"]], arg(metavar="NAME")
+    ]
     """noise (SPSA), decoupled (pack, decode, update), wire (bits per coefficient), round (8 peers on
-    loopback), or all."""
+    loopback), memory (of a rank of a sharded node), or all."""
     params: Annotated[float | None, arg(metavar="N")] = None
     """Parameters of the model, e.g. 3e7."""
     repeats: Annotated[int, arg(metavar="N")] = 5
