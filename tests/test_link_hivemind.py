@@ -30,6 +30,7 @@ from thinwire.coordinator.messages import (
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.ticket import Ticket
 from thinwire.node.link_hivemind import HivemindLink
+from thinwire.node.rate import UploadLimit
 
 pytestmark = pytest.mark.swarm
 
@@ -85,13 +86,15 @@ class Swarm:
     def folder(self, name: str) -> Path:
         return self._folder / name
 
-    def link(self, name: str) -> HivemindLink:
-        link = HivemindLink(self.ticket, state=self.folder(name), host="127.0.0.1", patience_s=60)
+    def link(self, name: str, limit: UploadLimit | None = None) -> HivemindLink:
+        link = HivemindLink(
+            self.ticket, state=self.folder(name), host="127.0.0.1", patience_s=60, limit=limit
+        )
         self._stack.callback(link.close)
         return link
 
-    def trainer(self, name: str) -> HivemindLink:
-        link = self.link(name)
+    def trainer(self, name: str, limit: UploadLimit | None = None) -> HivemindLink:
+        link = self.link(name, limit)
         link.open()
         link.state(NodeState.TRAINING)
         return link
@@ -161,6 +164,41 @@ def test_another_run_s_copy_is_refused_before_anybody_is_asked(make_swarm: MakeS
     with pytest.raises(ConfigError, match=str(path)):
         link.open()
     assert swarm.status()["peers"] == []
+
+
+def test_a_limited_node_gives_its_payload_to_the_coordinator_alone(make_swarm: MakeSwarm) -> None:
+    """Others find it there; small ones, for which there is time, come from the node."""
+    swarm = make_swarm()
+    limit = UploadLimit(100_000)
+    a, b = swarm.trainer("a", limit), swarm.trainer("b")
+    until(lambda: a.members() == [b.peer_id] and b.members() == [a.peer_id])
+    assert a.traffic().upload_bytes_per_s is None
+    a.offer(offer(1, LARGE))
+    b.offer(offer(1, b"small"))
+    (commit,) = islice(b.commits(0), 1)
+    assert [b.payload(entry) for entry in commit.body.offers] == [LARGE, b"small"]
+    assert len(LARGE) <= a.traffic().sent["payload"] < 1.1 * len(LARGE)
+    speed = a.traffic().upload_bytes_per_s
+    assert speed is not None
+    assert speed < 140_000, "half a second's worth is there at once"
+    assert 0 < limit.used_ratio() <= 1.0
+    a.offer(offer(2, LARGE[:20_000]))
+    until(lambda: b.traffic().received["payload"] >= len(LARGE) + 20_000)
+    assert a.traffic().sent["payload"] >= len(LARGE) + 2 * 20_000
+
+
+def test_a_payload_that_comes_rounds_too_late_is_not_sent(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm(min_peers=1)
+    a = swarm.trainer("a")
+    train(a, 0, b"x", b"y", b"z")
+    b = swarm.trainer("b")
+    assert len(list(b.records(0))) == 3
+    b.offer(offer(1, LARGE))
+    until(lambda: swarm.status()["rejected"] == {"late_offer": 1})
+    b.offer(offer(4, b"next"))
+    a.offer(offer(4, b"next"))
+    until(lambda: b.head == 4)
+    assert b.traffic().sent["payload"] == len(b"next")
 
 
 def test_payloads_of_the_open_round_come_from_the_peer_that_has_them(make_swarm: MakeSwarm) -> None:
