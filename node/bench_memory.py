@@ -81,7 +81,7 @@ def _measured(rank: int, count: int, n_params: int, meeting: Path | None) -> dic
     device = torch.device("cpu")
     if meeting is not None:
         join_node(device, rank, count, meeting)
-        model = sharded_model(task, device, Sharding(ranks=count))
+        model = sharded_model(task, device, Sharding(ranks=count), config.RunConfig())
     else:
         model = task.model()
     _fill(model, rank, count)

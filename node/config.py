@@ -41,6 +41,9 @@ class Run(Section):
     """Rounds between fingerprint reports."""
     snapshot_every: Annotated[int, Field(ge=1)] = 50
     """Rounds between the snapshots that nodes write to disk and serve; a multiple of verify_every."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the replicas. bfloat16 takes half the memory; updates are rounded to it stochastically, on all peers
+    alike."""
     base: str | None = None
     """Base weights, a safetensors file; without it the exact initialisation from `seed`."""
 

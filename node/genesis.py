@@ -49,7 +49,7 @@ class Genesis:
 def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) -> Genesis:
     """`coordinator`: its peer id. Builds the model on the meta device only. Raises ConfigError."""
     with torch.device("meta"):
-        model = task.model()
+        model = in_dtype(task.model(), config)
     build_strategy(config.strategy, model.named_parameters()).fields()  # refuses what cannot be sent
     layout = layout_of(model, task)
     held_out, corpus = task.held_out(), task.corpus()
@@ -68,6 +68,15 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
         time_ms=time_ms,
     )
     return Genesis(body, tuple(blob for blob in (base, held_out, corpus) if blob is not None))
+
+
+def in_dtype(model: nn.Module, config: RunConfig) -> nn.Module:
+    """The model with parameters of the run's dtype; buffers stay what they are. Returns it."""
+    dtype = getattr(torch, config.run.dtype)
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
+    return model
 
 
 def public_config(config: RunConfig, task: Task) -> RunConfig:
@@ -126,7 +135,8 @@ def check_layout(body: GenesisBody, layout: tuple[LayoutEntry, ...]) -> None:
 
 def initialise(model: nn.Module, body: GenesisBody, seed: int, base: bytes | Path | None) -> None:
     """Base weights into what this rank has of the model's parameters: from safetensors (bytes, or a file of
-    which each rank reads its rows), and exact noise by rule for what is not in them."""
+    which each rank reads its rows), and exact noise by rule for what is not in them. Values of another dtype
+    than the parameter's go to the nearest that it has, ties to even."""
     parameters = {canonical_name(name): p for name, p in model.named_parameters()}
     ranks = ranks_of(parameters.values())
     with torch.no_grad(), _reader(base) as rows_of:
@@ -199,7 +209,7 @@ def _read_base(path: Path, layout: tuple[LayoutEntry, ...]) -> bytes:
         if entry.name not in tensors:
             raise ConfigError(f"run.base {path}: has no tensor {entry.name}")
         found = tensors[entry.name]
-        if tuple(found.shape) != entry.shape or str(found.dtype) != f"torch.{entry.dtype}":
+        if tuple(found.shape) != entry.shape or not found.is_floating_point():
             raise ConfigError(
                 f"run.base {path}: {entry.name} is {list(found.shape)} {found.dtype}, "
                 f"the model wants {list(entry.shape)} {entry.dtype}"

@@ -286,7 +286,7 @@ def _alike(what: str) -> tuple[type[Exception], ...]:
 def _sharded(
     body: GenesisBody, task: Task, device: torch.device, sharding: Sharding
 ) -> tuple[nn.Module, Strategy]:
-    model = sharded_model(task, device, sharding)
+    model = sharded_model(task, device, sharding, parse_config(body.config))
     return model, strategy_for(body, task, model)
 
 

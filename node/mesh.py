@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from thinwire.compression.errors import ConfigError
+from thinwire.node.config import RunConfig
+from thinwire.node.genesis import in_dtype
 from thinwire.node.tasks import Task
 from thinwire.optim.unsharded import mark_unsharded
 
@@ -54,7 +56,7 @@ def join_node(device: torch.device, rank: int, ranks: int, meeting: Path) -> Non
     )
 
 
-def sharded_model(task: Task, device: torch.device, sharding: Sharding) -> nn.Module:
+def sharded_model(task: Task, device: torch.device, sharding: Sharding, run: RunConfig) -> nn.Module:
     """The task's model over all ranks, its parameters still to be filled in; buffers have their values."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -62,7 +64,7 @@ def sharded_model(task: Task, device: torch.device, sharding: Sharding) -> nn.Mo
     if sharding.cpu_offload and device.type == "cpu":
         raise ConfigError("--cpu-offload: this node trains on the CPU, its parameters are there already")
     with _parameters_on_meta():
-        model = task.model()
+        model = in_dtype(task.model(), run)
     blocks = blocks_of(task, model)
     if sharding.activation_checkpointing:
         _checkpoint(model, [model.get_submodule(name) for name in blocks])

@@ -24,7 +24,7 @@ from thinwire.coordinator.files import write_aside
 from thinwire.coordinator.messages import Commit, GenesisBody, OfferEntry
 from thinwire.coordinator.schedule import float32_of_bits
 from thinwire.node.config import parse_config
-from thinwire.node.genesis import check_layout, initialise, layout_hash, layout_of
+from thinwire.node.genesis import check_layout, in_dtype, initialise, layout_hash, layout_of
 from thinwire.node.incoming import DATA, write_file
 from thinwire.node.local_state import BadLocalState, LocalState, encode
 from thinwire.node.snapshot_parts import read_parts, weight_pieces, write_parts
@@ -356,7 +356,7 @@ def build_replica(
     `peer_id`: whose; empty for one that makes no offers. Raises Incompatible when the task's model is not the
     run's, and ConfigError for an unknown strategy.
     """
-    model = task.model().to(device)
+    model = in_dtype(task.model(), parse_config(genesis.config)).to(device)
     return Replica(run_id, genesis, model, strategy_for(genesis, task, model), peer_id)
 
 

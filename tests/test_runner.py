@@ -285,8 +285,9 @@ def test_stopping_leaves_the_swarm_and_the_others_go_on(tmp_path: Path) -> None:
     assert status["peers"][1]["state"] != NodeState.TRAINING
 
 
-def test_base_weights_come_from_the_coordinator(tmp_path: Path) -> None:
-    config = config_of(STRATEGIES["decoupled"], min_peers=1, rounds=2)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_base_weights_come_from_the_coordinator(tmp_path: Path, dtype: str) -> None:
+    config = config_of(STRATEGIES["decoupled"], min_peers=1, rounds=2, dtype=dtype)
     model = make_task(config.task, None, None).model()
     path = tmp_path / "base.safetensors"
     save_file({name: torch.full_like(p, 0.125) for name, p in model.named_parameters()}, path)
@@ -299,6 +300,7 @@ def test_base_weights_come_from_the_coordinator(tmp_path: Path) -> None:
                 if self.replica.round == 0:
                     tensors = self.replica.tensors().values()
                     seen.append(all(torch.equal(t, torch.full_like(t, 0.125)) for t in tensors))
+                    assert {str(t.dtype) for t in tensors} == {f"torch.{dtype}"}
                 super()._propose()
 
         runner = Watching(swarm.link("peer-0"))

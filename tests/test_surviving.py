@@ -57,17 +57,26 @@ def _all_logs(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "snapshot_every", "where"),
+    ("strategy", "snapshot_every", "where", "dtype"),
     [
-        ("decoupled-dense", 2, "from the swarm"),  # a snapshot is smaller than the payloads of two peers
-        ("decoupled", 2, None),  # compressed payloads are smaller than the model
-        ("spsa", 2, None),  # the ledger alone
+        # a snapshot is smaller than the payloads of two peers
+        ("decoupled-dense", 2, "from the swarm", "float32"),
+        ("decoupled-dense", 2, "from the swarm", "bfloat16"),
+        ("decoupled", 2, None, "float32"),  # compressed payloads are smaller than the model
+        ("spsa", 2, None, "float32"),  # the ledger alone
+        ("spsa", 2, None, "bfloat16"),
     ],
 )
 def test_a_late_joiner_takes_the_cheaper_way_and_ends_equal(
-    tmp_path: Path, strategy: str, snapshot_every: int, where: str | None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    strategy: str,
+    snapshot_every: int,
+    where: str | None,
+    dtype: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config = config_of(STRATEGIES[strategy], min_peers=2, rounds=12, snapshot_every=snapshot_every)
+    options = {"min_peers": 2, "rounds": 12, "snapshot_every": snapshot_every, "dtype": dtype}
+    config = config_of(STRATEGIES[strategy], **options)
     with swarm_of(tmp_path, config) as swarm:
         reached, release = threading.Event(), threading.Event()
 
