@@ -129,6 +129,9 @@ class Strategy(torch.optim.Optimizer):
     needs_grad: ClassVar[bool] = True
     """False: closures are evaluated without gradients, with the model in eval mode."""
 
+    takes_bfloat16: ClassVar[bool] = True
+    """Whether parameters may be bfloat16, which `apply` rounds to stochastically (see `updating`)."""
+
     per_group: ClassVar[frozenset[str]] = frozenset({"lr", "weight_decay"})
     """Options that may differ from one parameter group to another."""
 
@@ -154,8 +157,8 @@ class Strategy(torch.optim.Optimizer):
         """`seed`: unsigned 64-bit, for the rounds of `step`; a swarm's rounds bring their own seeds.
 
         Parameters that need no gradient are left out; they may be sharded by `fully_shard`. Raises
-        ConfigError for nameless parameters, for two of one name, for anything but float32, for other
-        placements and for options out of their range.
+        ConfigError for nameless parameters, for two of one name, for other dtypes and placements, and for
+        options out of their range.
         """
         self.counters: dict[str, int] = {}
         super().__init__(cast(Any, named_parameters), {**defaults, "seed": seed})
@@ -186,8 +189,9 @@ class Strategy(torch.optim.Optimizer):
             if name in seen:
                 raise ConfigError(f"two parameters are called {name!r}")
             refuse_placement(name, p)
-            if p.dtype != torch.float32:
-                raise ConfigError(f"parameter {name!r} is {p.dtype}: replicas are float32")
+            if p.dtype != torch.float32 and not (p.dtype == torch.bfloat16 and self.takes_bfloat16):
+                also = " or bfloat16" if self.takes_bfloat16 else f" with {type(self).__name__}"
+                raise ConfigError(f"parameter {name!r} is {p.dtype}: replicas are float32{also}")
             if ":" in name:
                 raise ConfigError(f"parameter {name!r}: a colon stands between a parameter and its state")
             seen.add(name)
@@ -418,18 +422,6 @@ class Strategy(torch.optim.Optimizer):
             state[p] |= {name: _restored(value, p.device) for name, value in entries.items()}
         self.state = state
         self.counters = dict(state_dict["counters"])
-
-
-@contextmanager
-def flattened(theta: Tensor) -> Iterator[Tensor]:
-    """A detached tensor as a contiguous row, in the order of its indices, to be changed in place.
-
-    Other memory formats (channels_last) are copied, and written back at the end.
-    """
-    flat = theta.reshape(-1)
-    yield flat
-    if not theta.is_contiguous():
-        theta.copy_(flat.view(theta.shape))
 
 
 def refuse_names(payload: Payload, expected: Iterable[str]) -> None:

@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -47,7 +47,6 @@ from thinwire.optim.base import (
     Parameter,
     Share,
     Strategy,
-    flattened,
     refuse_names,
 )
 from thinwire.optim.clip import clipped_weights, sample_weights
@@ -57,10 +56,9 @@ from thinwire.optim.inner import check_inner
 from thinwire.optim.inner_phase import InnerPhase
 from thinwire.optim.leftover import Leftover, refuse_other_packing
 from thinwire.optim.packing import pack_all
+from thinwire.optim.updating import updating
 
 INNER: Final[dict[str, Any]] = {"name": "AdamW", "betas": [0.9, 0.95]}
-
-MAX_WEIGHT: Final = 2**20
 
 
 class Diloco(Strategy):
@@ -74,6 +72,8 @@ class Diloco(Strategy):
     `dropped_rounds` whose inner parameters were not; `inner`, steps since the last round; `ahead`, steps of
     the next one; `decays F` of the error feedback of fragment F; `lost_sends` (see `Leftover`).
     """
+
+    takes_bfloat16: ClassVar[bool] = False  # inner steps in bfloat16 would mostly be rounded away
 
     def __init__(
         self,
@@ -345,7 +345,7 @@ class Diloco(Strategy):
         for p in fragment:
             n_lost = self._leftover.settle(p, its_turn, own)
             if any(weights):
-                with exact_arithmetic(), flattened(p.local) as theta:
+                with exact_arithmetic(), updating(p, turn) as theta:
                     self._update(p, theta, [s.payload[p.name] for s in shares], weights, its_turn)
             self._phase.restart(p, self.option("mix"))
         self.count("lost_sends", n_lost)

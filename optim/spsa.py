@@ -30,15 +30,16 @@ from thinwire.optim.base import (
     Draw,
     NamedParameters,
     Own,
+    Parameter,
     Round,
     Share,
     Strategy,
-    flattened,
     refuse_names,
 )
 from thinwire.optim.clip import clip_limit
 from thinwire.optim.perturb import Direction, NotSubstituted, dry_run, perturbed_loss
 from thinwire.optim.subset import selected
+from thinwire.optim.updating import updating
 
 CODES = "codes"
 """The one entry of a payload: uint8 codes, in the order of the probes."""
@@ -167,16 +168,23 @@ class Spsa(Strategy):
     def apply_many(self, rounds: Sequence[Round]) -> None:
         """One pass over the parameters for all rounds: what a round adds depends on payloads alone."""
         steps = [step for r in rounds if (step := self._step(r))]
+        if not steps:
+            return
         updates: dict[tuple[float, float], list[Update]] = {}  # by (lr, weight decay), in the steps' order
         for parameter in self.parameters_in_order():
             lr = float(parameter.group["lr"])
             wd = float(parameter.group["weight_decay"]) if parameter.decays else 0.0
             if (lr, wd) not in updates:
                 updates[lr, wd] = [step.update(lr, wd) for step in steps]
-            with exact_arithmetic(), flattened(parameter.local) as theta:
-                update_all_(
-                    theta, updates[lr, wd], self.option("noise"), parameter.index, parameter.part.start
-                )
+            self._update(parameter, updates[lr, wd], steps)
+
+    def _update(self, parameter: Parameter, updates: Sequence[Update], steps: Sequence[_Step]) -> None:
+        passes = [(steps[-1:], updates)]
+        if parameter.local.dtype != torch.float32:  # is rounded after every round
+            passes = [([step], [update]) for step, update in zip(steps, updates, strict=True)]
+        for (last, *_), some in passes:
+            with exact_arithmetic(), updating(parameter, last.turn) as theta:
+                update_all_(theta, some, self.option("noise"), parameter.index, parameter.part.start)
 
     def batch_bytes(self) -> int:
         """A pass takes time for every parameter, and again for every probe: about a second in all, unless a
@@ -200,7 +208,7 @@ class Spsa(Strategy):
             np.array(numbers, dtype=np.int64),
             np.array(gradients, dtype=np.float64),
             _divisor(len(counted), self.option("scale")),
-            round.turn.lr_factor,
+            round.turn,
         )
 
 
@@ -212,11 +220,11 @@ class _Step:
     numbers: npt.NDArray[np.int64]
     gradients: npt.NDArray[np.float64]
     divisor: float
-    lr_factor: float
+    turn: Turn
 
     def update(self, lr: float, weight_decay: float) -> Update:
         """In float64, one rounding per operation as in Python floats; then rounded once to float32."""
-        lr = lr * self.lr_factor
+        lr = lr * self.turn.lr_factor
         coefficients = (lr / self.divisor * self.gradients).astype(np.float32)
         return Update(self.seeds, self.numbers, coefficients, to_float32(1.0 - lr * weight_decay))
 
