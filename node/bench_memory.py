@@ -58,10 +58,10 @@ def _verdict(ranks: list[dict[str, int]], n_block_bytes: int) -> dict[str, Any]:
 
 def _node(count: int, n_params: int) -> list[dict[str, int]]:
     """What each rank found."""
-    import torch.multiprocessing as mp
+    from torch.multiprocessing.spawn import spawn
 
     with tempfile.TemporaryDirectory(prefix="thinwire-bench-") as folder:
-        mp.spawn(_rank, args=(count, n_params, folder), nprocs=count)
+        spawn(_rank, args=(count, n_params, folder), nprocs=count)  # type: ignore[no-untyped-call]
         return [json.loads((Path(folder) / f"rank-{r}").read_text()) for r in range(count)]
 
 

@@ -61,7 +61,7 @@ def spsa_step(parameters: list[Parameter], n_probes: int) -> None:
     for probe in range(n_probes):
         for eps in (EPS, -EPS):
             for p in parameters:
-                perturbed(p, Direction("sign", 1, probe, eps))
+                perturbed(p.tensor, p, Direction("sign", 1, probe, eps))
     spsa_update(parameters, n_probes)
 
 
