@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from thinwire.compression.base import Compressor, Fields, Packed, Part, Payload, Turn
+from thinwire.compression.descent import Step, descend
 from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import exact_arithmetic, to_float32
 from thinwire.compression.sparse import Sparse
@@ -34,13 +35,13 @@ from thinwire.optim.base import (
     Parameter,
     Share,
     Strategy,
-    flattened,
     refuse_names,
 )
 from thinwire.optim.clip import clipped_weights, sample_weights
 from thinwire.optim.gradients import MeanGradient, backward
 from thinwire.optim.leftover import Leftover, refuse_other_packing
 from thinwire.optim.senders import decode_senders
+from thinwire.optim.updating import updating
 
 
 class Decoupled(Strategy):
@@ -193,8 +194,8 @@ class Decoupled(Strategy):
         scale = gradient.scale(self.option("max_grad_norm"))
         for parameter in self.parameters_in_order():
             lr = float(parameter.group["lr"]) * turn.lr_factor if self.option("base") == "sgd" else 1.0
-            momentum = self._momentum.of(parameter).mul_(self.option("beta"))
-            gradient.add_to(momentum, parameter.name, lr * scale)
+            momentum = self._momentum.of(parameter)
+            gradient.add_to(momentum, parameter.name, self.option("beta"), lr * scale)
 
     def _send(self, turn: Turn) -> Payload:
         n_decays, alpha = self.counters.get("decays", 0), self.option("alpha")
@@ -223,7 +224,7 @@ class Decoupled(Strategy):
         for parameter in self.parameters_in_order():
             n_lost = self._momentum.settle(parameter, turn, own)
             if shares:
-                with exact_arithmetic(), flattened(parameter.local) as theta:
+                with exact_arithmetic(), updating(parameter, turn) as theta:
                     self._update(parameter, theta, [s.payload[parameter.name] for s in shares], weights, turn)
         self.count("lost_sends", n_lost)
 
@@ -233,6 +234,11 @@ class Decoupled(Strategy):
         """One rounding per operation: no fused forms (`alpha=`, foreach)."""
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
+        if self.option("base") == "sgd" and self.option("mean") == "all":
+            sign = self.option("sign")
+            how = Step(to_float32(lr) if sign else 1.0, to_float32(1.0 - lr * wd), sign)
+            descend(self.compressor, theta, packs, weights, parameter.part, turn, how)
+            return
         step = self._mean(packs, weights, parameter.part, turn).to(theta.device)
         if self.option("sign"):
             step.sign_()

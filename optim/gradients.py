@@ -13,6 +13,7 @@ from math import isfinite, sqrt
 import torch
 from torch import Tensor
 
+from thinwire.compression.noise import use_numba
 from thinwire.optim.base import Closure, Parameter
 from thinwire.optim.ranks import ALONE, Ranks, is_sharded, local_of
 
@@ -46,11 +47,19 @@ class MeanGradient:
             mean_norm = norm(self._parameters, self._sums, self._ranks) / self._n_batches
         return min(1.0, max_norm / mean_norm if mean_norm > 0 else 1.0) / self._n_batches
 
-    def add_to(self, momentum: Tensor, name: str, factor: float) -> None:
-        """`momentum`: the flat one of the parameter, what this rank holds of it."""
-        if name in self._sums:
+    def add_to(self, momentum: Tensor, name: str, decay: float, factor: float) -> None:
+        """momentum = decay momentum + factor gradients; the flat one of the parameter, what this rank holds."""
+        if name not in self._sums:
+            momentum.mul_(decay)
+            return
+        grad = self._sums[name].reshape(-1)
+        if use_numba(momentum, grad):
+            from thinwire.optim.gradients_cpu import decay_and_add
+
+            decay_and_add(momentum, grad, decay, factor)
+        else:
             # Local work: a fused multiply-add is welcome here.
-            momentum.add_(self._sums[name].reshape(-1), alpha=factor)
+            momentum.mul_(decay).add_(grad, alpha=factor)
 
 
 def backward(closure: Closure, ranks: Ranks = ALONE) -> float:

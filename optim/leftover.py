@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.base import Compressor, Packed, Payload, Turn
+from thinwire.compression.descent import Step, descend
 from thinwire.compression.errors import ConfigError
-from thinwire.compression.exact import exact_arithmetic, to_float32
+from thinwire.compression.exact import to_float32
 from thinwire.compression.sparse import Sparse
 from thinwire.optim.base import Own, Parameter, Strategy
 from thinwire.optim.packing import pack_all
@@ -57,7 +58,7 @@ class Leftover:
             }
         for parameter in parameters:
             packed = payload[parameter.name]
-            self.of(parameter).sub_(self._decoded(parameter, packed, turn, alpha))
+            self._subtract(parameter, packed, turn, alpha)
             self._sends(parameter)[turn.round] = (n_decays, packed)
         return payload
 
@@ -66,7 +67,7 @@ class Leftover:
         if turn.round in self._sends(parameter):
             n_decays, packed = self._sends(parameter).pop(turn.round)
             factor = self._kept(parameter, n_decays)
-            self.of(parameter).add_(self._decoded(parameter, packed, turn, factor))
+            self._subtract(parameter, packed, turn, -factor)
 
     def is_open(self, parameter: Parameter, turn: Turn) -> bool:
         """Whether the fate of this round's send is open."""
@@ -96,12 +97,10 @@ class Leftover:
         sends: Sends = states[parameter.tensor].get("sends", {}) if parameter.tensor in states else {}
         return sends
 
-    def _decoded(self, parameter: Parameter, packed: Packed, turn: Turn, factor: float) -> Tensor:
-        """factor * q: what the receivers read from `packed`."""
-        with exact_arithmetic():
-            q = self._compressor.decode([packed], [1.0], parameter.part, turn)
-            q = q.to(parameter.tensor.device)
-            return q if factor == 1.0 else q.mul_(to_float32(factor))
+    def _subtract(self, parameter: Parameter, packed: Packed, turn: Turn, factor: float) -> None:
+        """leftover -= factor * q: what the receivers read from `packed`."""
+        step = Step(scale=to_float32(factor))
+        descend(self._compressor, self.of(parameter), [packed], [1.0], parameter.part, turn, step)
 
 
 def refuse_other_packing(state_dict: Mapping[str, Any], compressor: Compressor) -> None:
