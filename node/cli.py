@@ -41,6 +41,8 @@ class Demo:
     peers: Annotated[int, arg(metavar="N")] = 4
     rounds: Annotated[int | None, arg(metavar="N")] = None
     """Rounds to train. Default: 150 (decoupled), 55 (spsa)."""
+    ranks: Annotated[str, arg(metavar="N,M,...")] = "1"
+    """Ranks of the nodes, over and over: with 1,2 every other node shards its model over two processes."""
     faults: bool = True
     """Kill one node on the way and start it again."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -55,7 +57,8 @@ class Demo:
             raise ConfigError("--rounds: at least 5, or there is nothing to see")
         rounds = self.rounds or {"decoupled": 150, "spsa": 55}[self.strategy]
         with stop_on_signals() as stop:
-            result = run_demo(Plan(self.strategy, self.peers, rounds, self.faults), stop.is_set)
+            plan = Plan(self.strategy, self.peers, rounds, self.faults, _ranks(self.ranks))
+            result = run_demo(plan, stop.is_set)
         if stop.signal:
             return 128 + stop.signal
         if self.json:
@@ -437,6 +440,13 @@ def stop_on_signals() -> Iterator[Stop]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    counts = text.split(",")
+    if not all(count.isdigit() and 1 <= int(count) <= 8 for count in counts):
+        raise ConfigError(f"--ranks {text}: numbers from 1 to 8 with commas between them, for example 1,2")
+    return tuple(int(count) for count in counts)
 
 
 def _read_ticket(text: str) -> str:

@@ -50,12 +50,14 @@ class DemoFailed(ThinwireError):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be shown. `faults`: kill a node at a third of the rounds and start it again."""
+    """What is to be shown. `faults`: kill a node at a third of the rounds and start it again. `ranks`: of the
+    nodes, over and over."""
 
     strategy: str
     n_peers: int
     rounds: int
     faults: bool
+    ranks: tuple[int, ...] = (1,)
 
 
 def run_demo(plan: Plan, stopped: Callable[[], bool]) -> dict[str, Any]:
@@ -98,6 +100,7 @@ class DemoSwarm:
         self.save = save
         self.children = children
         self.nodes: dict[str, Child] = {}
+        self.ranks: dict[str, int] = {}
         self.killed: Child | None = None
         self.notes: list[str] = []
         self.faults: list[dict[str, Any]] = []
@@ -112,6 +115,7 @@ class DemoSwarm:
         """Raises DemoFailed."""
         self._start_coordinator()
         for i in range(self.plan.n_peers):
+            self.ranks[f"node-{i}"] = self.plan.ranks[i % len(self.plan.ranks)]
             self._start_node(f"node-{i}")
         with StatusClient(self.ticket) as client:
             self._watch(client)
@@ -133,6 +137,7 @@ class DemoSwarm:
     def _start_node(self, name: str) -> None:
         folder = self.folder / name
         args = ["join", "-", "--state", str(folder / "state"), "--threads", "1", "--host", "127.0.0.1"]
+        args += ["--ranks", str(self.ranks[name])]
         if self.save is not None and not self.nodes:
             args += ["--save", str(self.save)]
         self.nodes[name] = self.children.start(name, folder, args, line=self.ticket)
@@ -183,7 +188,7 @@ class DemoSwarm:
 
     def _kill_one(self, now: int) -> None:
         self.killed = list(self.nodes.values())[-1]
-        self.killed.process.kill()
+        self.killed.kill()
         key = load_or_create(self.killed.folder / "state" / "identity.key")
         peer_id = peer_id_of(key.public_key())
         self.notes.append(f"round {now}: {self.killed.name} (…{peer_id[-6:]}) was killed with SIGKILL")
@@ -213,6 +218,7 @@ class DemoSwarm:
         return {
             "strategy": self.plan.strategy,
             "peers": self.plan.n_peers,
+            "ranks": list(self.ranks.values()),
             "rounds": end["round"],
             "held_out_first": end["held_out"][0][1],
             "held_out_last": end["held_out"][-1][1],

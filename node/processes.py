@@ -39,6 +39,18 @@ class Child:
     folder: Path
     process: subprocess.Popen[bytes]
 
+    def kill(self) -> None:
+        """SIGKILL to it, and to the other processes of a node of several ranks."""
+        import psutil
+
+        ranks = [
+            p for p in psutil.Process(self.process.pid).children() if "thinwire.node.rank" in p.cmdline()
+        ]
+        self.process.kill()
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
+
     def log_tail(self, n_lines: int = 15) -> str:
         """The end of what it logged, for an error message."""
         with contextlib.suppress(OSError):
