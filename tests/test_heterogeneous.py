@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 
@@ -85,7 +84,7 @@ def config_of(policy: str, rounds: int, round_s: float, strategy: Mapping[str, A
         **{"run.rounds": rounds, "run.min_peers": 8, "run.eval_every": 4, "run.verify_every": 10},
         **{"task.layers": 1, "task.width": 16, "task.heads": 2, "task.context": 16, "task.batch": 4},
         **{"task.held_out_bytes": 2048, "policy.name": policy, "work.round_s": round_s},
-        **{"schedule.name": "constant", "schedule.warmup_rounds": 0, "network.heartbeat_s": 20.0},
+        **{"schedule.name": "linear", "schedule.warmup_rounds": 0, "network.heartbeat_s": 20.0},
     }
     return RunConfig.model_validate(
         {**load_config(None, flat, environ={}).model_dump(), "strategy": dict(strategy)}
@@ -161,7 +160,7 @@ def test_the_fastest_commit_the_same_tokens_sooner_and_learn_as_much(tmp_path: P
     assert {len(body.offers) for body in everybody.commits} <= {7, 8}, "but for who evaluates"
     assert {o.peer for body in fastest.commits[5:] for o in body.offers} == set(range(6))
     loss, sooner = near(everybody.held_out, 20), near(fastest.held_out, rounds)
-    assert sooner == pytest.approx(loss, rel=0.03)
+    assert sooner <= 1.03 * loss, "(it is lower: more rounds, of fewer offers each)"
     assert loss < everybody.held_out[0] - 0.5, "it has learnt something"
 
 
