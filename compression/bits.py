@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from thinwire.compression.noise import use_numba
+
 MAX_WIDTH: Final = 32
 _CHUNK: Final = 1 << 16  # values at a time, a multiple of 8: scratch of a few MB, and they begin with a byte
 
@@ -21,7 +23,14 @@ def n_bytes(n: int, width: int) -> int:
 def pack_bits(values: Tensor, width: int) -> Tensor:
     """1-d integers in [0, 2^width), 1 <= width <= 32, to uint8; the last byte is filled up with zero bits."""
     _check_width(width)
-    numbers = values.cpu().numpy().astype(np.int64)
+    numbers = values.cpu().numpy().astype(np.int64, copy=False)
+    if use_numba():
+        from thinwire.compression import bits_cpu
+
+        octets = np.empty(n_bytes(numbers.size, width), dtype=np.uint8)
+        if not bits_cpu.pack(numbers, width, octets):
+            raise ValueError(f"values do not fit into {width} bits")
+        return torch.from_numpy(octets)
     if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < 1 << width:
         raise ValueError(f"values do not fit into {width} bits")
     out = np.empty(n_bytes(numbers.size, width), dtype=np.uint8)
@@ -40,6 +49,11 @@ def unpack_bits(data: Tensor, width: int, n: int) -> Tensor:
         raise ValueError(f"{data.numel()} bytes do not hold {n} values of {width} bits")
     octets = data.cpu().numpy()
     out = np.empty(n, dtype=np.int64)
+    if use_numba():
+        from thinwire.compression import bits_cpu
+
+        bits_cpu.unpack(octets, width, out)
+        return torch.from_numpy(out)
     for first in range(0, n, _CHUNK):
         here = out[first : first + _CHUNK]
         at = first * width // 8

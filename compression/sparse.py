@@ -36,6 +36,7 @@ from thinwire.compression.tiles import Tiles
 from thinwire.compression.values import (
     Bits,
     Format,
+    Table,
     check_codes,
     check_scales,
     check_sendable,
@@ -277,8 +278,13 @@ class Sparse(ABC):
         layout = _layout_of(self, part.shape)
         n_sent_G = layout.n_sent(scales)
         index_E, code_E = self.coder.unpack(codes, n_sent_G, layout.most)
-        value_E = self.format.read(code_E, scales.float().numpy().repeat(n_sent_G))
         offsets = np.concatenate([[0], n_sent_G.cumsum()])
+        if isinstance(self.format, Table) and use_numba(scales):
+            from thinwire.compression import sparse_cpu
+
+            found = index_E, code_E, offsets, scales.float().numpy(), self.format.levels
+            return Entries(*sparse_cpu.spread(*found, self.n_coefficients), offsets)
+        value_E = self.format.read(code_E, scales.float().numpy().repeat(n_sent_G))
         return Entries(layout.start_G.repeat(n_sent_G) + index_E, value_E, offsets)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.dct import INVERSE_SCALE, ROUNDER, SMALLEST, TOP_BIT, N
-from thinwire.compression.dct_cpu import INTEGER_BASIS, PANEL, PRODUCTS, add_basis, forward
+from thinwire.compression.dct_cpu import INTEGER_BASIS, ORDER, PANEL, add_basis, forward
 from thinwire.compression.threads import share
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ def largest(x: Tensor, slab: Slab, transform: bool) -> tuple[Tensor, Tensor, flo
     """
     index_GK = np.empty((slab.n_groups, slab.k), dtype=np.int64)
     value_GK = np.empty((slab.n_groups, slab.k), dtype=np.float32)
-    values = x.numpy()
+    values, order = x.numpy(), ORDER if transform else np.arange(N)
 
     def run(first: int, last: int) -> Any:
-        return _largest(values, slab.length, slab.k, transform, PRODUCTS, first, last, index_GK, value_GK)
+        return _largest(values, slab.length, slab.k, transform, order, first, last, index_GK, value_GK)
 
     tops = share(run, 0, slab.n_groups, smallest=max(1, _PER_THREAD // slab.length))
     top = float(np.array(max(tops), dtype=np.int32).view(np.float32))
@@ -66,7 +66,7 @@ def largest(x: Tensor, slab: Slab, transform: bool) -> tuple[Tensor, Tensor, flo
 
 @numba.njit(cache=True, nogil=True)
 def _largest(
-    x: Array, length: int, k: int, transform: bool, products: Array,
+    x: Array, length: int, k: int, transform: bool, order: Array,
     first: int, last: int, index_GK: Array, value_GK: Array,
 ) -> Any:  # fmt: skip
     """The bits of the largest magnitude: as integers, NaN is above infinity and that above all numbers."""
@@ -84,11 +84,14 @@ def _largest(
     for g in range(first, last, together):
         n_here = min(together, last - g)
         for h in range(n_here):
-            _read(x, (g + h) * length, length, panels, h * n_columns)
+            _read(x, (g + h) * length, length, panels, h * n_columns, order)
         for p in range(n_panels):
+            here = slice(p * PANEL, (p + 1) * PANEL)
             if transform:
-                forward(panels, coefficients, p * PANEL, products)
-            _block_maxima(bits, p * PANEL, maxima, p * _SLICES * N)
+                forward(panels[here], coefficients[here])
+            for s in range(_SLICES):
+                at, to = p * PANEL + s * _BLOCK * N, (p * _SLICES + s) * N
+                _block_maxima(bits[at : at + _BLOCK * N], maxima[to : to + N])
         for h in range(n_here):
             c0 = h * n_columns
             _order_blocks(maxima, c0, n_columns, blocks)
@@ -111,29 +114,25 @@ def _place(column: int) -> int:
 
 
 @numba.njit(inline="always")
-def _read(x: Array, at: int, length: int, panels: Array, column: int) -> None:
+def _read(x: Array, at: int, length: int, panels: Array, column: int, order: Array) -> None:
     """A group becomes columns of 64, the last one filled up with zeros."""
-    n_full = length // N
-    for c in range(n_full):
-        to, source = _place(column + c), at + c * N
-        for i in range(N):
-            panels[to + i * N] = x[source + i]
-    rest = length - n_full * N
-    if rest:
-        to, source = _place(column + n_full), at + n_full * N
-        for i in range(N):
-            panels[to + i * N] = x[source + i] if i < rest else _ZERO
+    for c in range(-(-length // N)):
+        to = _place(column + c)
+        source = x[at + c * N : at + min(length, (c + 1) * N)]
+        for i in range(source.size):
+            panels[to + order[i] * N] = source[i]
+        for i in range(source.size, N):
+            panels[to + order[i] * N] = 0
 
 
 @numba.njit(inline="always")
-def _block_maxima(bits: Array, at: int, maxima: Array, to: int) -> None:
-    for s in range(_SLICES):
-        row, out = at + s * _BLOCK * N, to + s * N
-        for j in range(N):
-            maxima[out + j] = bits[row + j] & _MAGNITUDE
+def _block_maxima(bits: Array, maxima: Array) -> None:
+    """The largest magnitude in each column of a slice."""
+    for j in range(N):
+        largest = bits[j] & _MAGNITUDE
         for i in range(1, _BLOCK):
-            for j in range(N):
-                maxima[out + j] = max(maxima[out + j], bits[row + i * N + j] & _MAGNITUDE)
+            largest = max(largest, bits[i * N + j] & _MAGNITUDE)
+        maxima[j] = largest
 
 
 @numba.njit(inline="always")
@@ -178,7 +177,7 @@ def _choose(candidates: Array, where: Array, n: int, k: int, out: Array) -> None
             n_equal -= 1
 
 
-@numba.njit
+@numba.njit(nogil=True)
 def _threshold(magnitudes: Array, n: int, k: int) -> Any:
     """A value that k of them, or equal ones more, reach. By bisection: counting takes a vector at a time."""
     top = 0
@@ -207,6 +206,27 @@ def _count(magnitudes: Array, n: int, least: Word) -> Word:
 
 
 # ------------------------------------------------------------------------------------------- decode: exact
+
+
+def spread(
+    index_E: Array, code_E: Array, offsets: Array, scale_G: Array, levels: Array, n_coefficients: int
+) -> tuple[Array, Array]:
+    """Positions and values of the entries of a pack, as `Sparse.entries`."""
+    position_E = np.empty(index_E.size, dtype=np.int64)
+    value_E = np.empty(index_E.size, dtype=np.float32)
+    _spread(index_E, code_E, offsets, scale_G, levels, n_coefficients, position_E, value_E)
+    return position_E, value_E
+
+
+@numba.njit(cache=True, nogil=True)
+def _spread(
+    index_E: Array, code_E: Array, offsets: Array, scale_G: Array, levels: Array, n_coefficients: int,
+    position_E: Array, value_E: Array,
+) -> None:  # fmt: skip
+    for g in range(scale_G.size):
+        for e in range(offsets[g], offsets[g + 1]):
+            position_E[e] = g * n_coefficients + index_E[e]
+            value_E[e] = levels[code_E[e]] * scale_G[g]
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,8 +105,8 @@ def check_codes(code_E: Array, format_: Format) -> None:
 # ------------------------------------------------------------------------------------------- formats
 
 
-class _Table:
-    """A format of few values: `levels[code]` is what a code says, times the scale; NaN: no such code."""
+class Table:
+    """A format of few values: `levels[code]`, float32, is what a code says, times the scale; NaN: no such."""
 
     def __init__(self, levels: list[float]) -> None:
         self.levels = np.array(levels, dtype=np.float32)
@@ -125,7 +125,7 @@ class _Table:
         return values
 
 
-class _Sign(_Table):
+class _Sign(Table):
     def __init__(self) -> None:
         super().__init__([1.0, -1.0])
 
@@ -136,7 +136,7 @@ class _Sign(_Table):
         return (value_GK < 0).long()
 
 
-class _TwoBits(_Table):
+class _TwoBits(Table):
     def __init__(self) -> None:
         super().__init__([1.0, 2.0, -1.0, -2.0])
 
@@ -154,7 +154,7 @@ class _TwoBits(_Table):
         return (value_GK.abs() > 1.5 * scale_GK).long() | (value_GK < 0).long() << 1
 
 
-class _Linear(_Table):
+class _Linear(Table):
     def __init__(self, width: int) -> None:
         self.largest = (1 << width - 1) - 1
         up = [float(q) for q in range(self.largest + 1)]
@@ -168,7 +168,7 @@ class _Linear(_Table):
         return q_GK.long() & (2 * self.largest + 1)
 
 
-class _E3M0(_Table):
+class _E3M0(Table):
     """4-bit floats without a mantissa, as Streaming DiLoCo sends them (arXiv 2501.18512)."""
 
     def __init__(self) -> None:

@@ -48,7 +48,7 @@ class MeanGradient:
         return min(1.0, max_norm / mean_norm if mean_norm > 0 else 1.0) / self._n_batches
 
     def add_to(self, momentum: Tensor, name: str, decay: float, factor: float) -> None:
-        """momentum = decay momentum + factor gradients; the flat one of the parameter, what this rank holds."""
+        """momentum = decay momentum + factor gradient; flat, what this rank holds of the parameter."""
         if name not in self._sums:
             momentum.mul_(decay)
             return
