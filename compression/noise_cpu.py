@@ -32,6 +32,7 @@ _ONE: Final = np.float32(1.0)
 def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where) -> None:
     """out = theta after the updates, as `noise.combine_torch`. Flat contiguous float32 CPU tensors."""
     y, x, start = out.numpy(), theta.numpy(), where.start
+    in_place = out.data_ptr() == theta.data_ptr()
     seeds = np.concatenate([u.seeds for u in updates])
     tails = np.concatenate([u.numbers for u in updates]).astype(np.uint32) + np.uint32(where.last_word(0))
     coefficients = np.concatenate([u.coefficients for u in updates])
@@ -41,59 +42,114 @@ def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where)
     third = np.uint32(where.param_index)
 
     def run(first: int, last: int) -> None:
-        kernel(y, x, start, first, last, seeds, tails, coefficients, ends, decays, third, _TABLE)
+        kernel(y, x, in_place, start, first, last, seeds, tails, coefficients, ends, decays, third, _TABLE)
 
     smallest = max(1, 64 // max(1, seeds.size))
     share(run, start // 4096, -(-(start + x.size) // 4096), smallest)
 
 
-# A block is taken through all updates before the next one: after the first it is in the cache.
+# A block is taken through all updates before the next one: after the first it is in the cache. Loops over whole
+# blocks run over plain arrays with float32 and its bits in registers: the compiler makes vectors of them.
 
 
 @numba.njit(cache=True, nogil=True)
 def _sign_blocks(
-    y: Array, x: Array, start: int, first: int, last: int,
+    y: Array, x: Array, in_place: bool, start: int, first: int, last: int,
     seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, third: Word, table: Array,
 ) -> None:  # fmt: skip
-    words = np.empty(128, np.uint32)
+    words = np.empty((4, 128), np.uint32)
     acc = np.empty(4096, np.float32)
-    acc_bits = acc.view(np.uint32)
-    term = np.empty(128, np.float32)
-    term_bits = term.view(np.uint32)
     for block in range(first, last):
         a, b, skipped = _overlap(x.size, start, block)
-        here = x[a:b]
+        here = y[a:b]
         begin = 0
         for u in range(ends.size):
             end = ends[u]
-            for p in range(begin, end):
-                _fill_words(words, 32, block, third, tails[p], seeds[p])
-                plain = coefficients[p : p + 1].view(np.uint32)[0]
-                for bit in range(32):
-                    up = np.uint32(31 - bit)
-                    if p == begin:
-                        for w in range(128):
-                            acc_bits[bit * 128 + w] = ((words[w] << up) & _SIGN_BIT) ^ plain
-                    else:
-                        for w in range(128):
-                            term_bits[w] = ((words[w] << up) & _SIGN_BIT) ^ plain
-                        for w in range(128):
-                            acc[bit * 128 + w] += term[w]
-            _finish(y[a:b], here, acc[skipped : skipped + b - a], end - begin, decays[u])
-            here = y[a:b]
+            is_written = in_place or begin > 0
+            if end - begin == 1 and decays[u] == _ONE and b - a == 4096:  # a perturbation: nothing to add up
+                _fill_words(words[0], 32, block, third, tails[begin], seeds[begin])
+                if is_written:
+                    _subtract_signs(here, here, words[0], coefficients[begin])
+                else:
+                    _subtract_signs(here, x[a:b], words[0], coefficients[begin])
+            else:
+                _add_up_signs(acc, words, block, third, tails, seeds, coefficients, begin, end)
+                terms = acc[skipped : skipped + b - a]
+                if is_written:
+                    _finish(here, here, terms, end - begin, decays[u])
+                else:
+                    _finish(here, x[a:b], terms, end - begin, decays[u])
             begin = end
+
+
+@numba.njit(inline="always")
+def _subtract_signs(y: Array, x: Array, words: Array, coefficient: Word) -> None:
+    """y = x - coefficient * z for a whole block."""
+    plain = _bits(coefficient)
+    for bit in range(32):
+        up = np.uint32(31 - bit)
+        for w in range(128):
+            y[bit * 128 + w] = x[bit * 128 + w] - _signed(words[w], up, plain)
+
+
+@numba.njit(inline="always")
+def _add_up_signs(
+    acc: Array, words: Array, block: int, third: Word, tails: Array, seeds: Array, coefficients: Array,
+    begin: int, end: int,
+) -> None:  # fmt: skip
+    """acc = the terms of the probes [begin, end) of a whole block, in order; four at a time stay in registers."""
+    w0, w1, w2, w3 = words[0], words[1], words[2], words[3]
+    for p in range(begin, min(begin + 1, end)):
+        _fill_words(w0, 32, block, third, tails[p], seeds[p])
+        c0 = _bits(coefficients[p])
+        for bit in range(32):
+            up = np.uint32(31 - bit)
+            for w in range(128):
+                acc[bit * 128 + w] = _signed(w0[w], up, c0)
+    n_fours = max(0, end - begin - 1) // 4
+    for p in range(begin + 1, begin + 1 + 4 * n_fours, 4):
+        for i in range(4):
+            _fill_words(words[i], 32, block, third, tails[p + i], seeds[p + i])
+        c0, c1 = _bits(coefficients[p]), _bits(coefficients[p + 1])
+        c2, c3 = _bits(coefficients[p + 2]), _bits(coefficients[p + 3])
+        for bit in range(32):
+            up = np.uint32(31 - bit)
+            for w in range(128):
+                value = acc[bit * 128 + w] + _signed(w0[w], up, c0)
+                value = value + _signed(w1[w], up, c1)
+                value = value + _signed(w2[w], up, c2)
+                acc[bit * 128 + w] = value + _signed(w3[w], up, c3)
+    for p in range(begin + 1 + 4 * n_fours, end):
+        _fill_words(w0, 32, block, third, tails[p], seeds[p])
+        c0 = _bits(coefficients[p])
+        for bit in range(32):
+            up = np.uint32(31 - bit)
+            for w in range(128):
+                acc[bit * 128 + w] += _signed(w0[w], up, c0)
+
+
+@numba.njit(inline="always")
+def _signed(word: Word, up: Word, plain: Word) -> Word:
+    """float32 from its bits `plain`, its sign turned round if that bit of the word is set which `up` moves to
+    the top."""
+    return np.uint32(((word << up) & _SIGN_BIT) ^ plain).view(np.float32)
+
+
+@numba.njit(inline="always")
+def _bits(x: Word) -> Word:
+    return np.float32(x).view(np.uint32)
 
 
 @numba.njit(cache=True, nogil=True)
 def _gauss_blocks(
-    y: Array, x: Array, start: int, first: int, last: int,
+    y: Array, x: Array, in_place: bool, start: int, first: int, last: int,
     seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, third: Word, table: Array,
 ) -> None:  # fmt: skip
     words = np.empty(1024, np.uint32)
     acc = np.empty(4096, np.float32)
     for block in range(first, last):
         a, b, skipped = _overlap(x.size, start, block)
-        here = x[a:b]
+        here = y[a:b]
         begin = 0
         for u in range(ends.size):
             end = ends[u]
@@ -107,8 +163,11 @@ def _gauss_blocks(
                             acc[byte * 1024 + w] = term
                         else:
                             acc[byte * 1024 + w] += term
-            _finish(y[a:b], here, acc[skipped : skipped + b - a], end - begin, decays[u])
-            here = y[a:b]
+            terms = acc[skipped : skipped + b - a]
+            if in_place or begin > 0:
+                _finish(here, here, terms, end - begin, decays[u])
+            else:
+                _finish(here, x[a:b], terms, end - begin, decays[u])
             begin = end
 
 
@@ -123,7 +182,9 @@ def _overlap(size: int, start: int, block: int) -> tuple[int, int, int]:
 
 @numba.njit(inline="always")
 def _finish(y: Array, x: Array, acc: Array, n_terms: int, decay: Word) -> None:
-    """y = x * decay - acc; without a term y = x * decay."""
+    """y = x * decay - acc; without a term y = x * decay. In place, `y` and `x` must be one and the same name to
+    the caller: that two arrays share memory the compiler does not see, and its check whether they overlap
+    sends the loop down the path without vectors."""
     if n_terms == 0:
         for i in range(y.size):
             y[i] = x[i] * decay
