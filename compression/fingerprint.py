@@ -16,7 +16,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from thinwire.compression.exact import exact_arithmetic
-from thinwire.compression.noise import use_numba
+from thinwire.compression.noise import kernels_for
 
 GOLDEN: Final = 0x9E3779B97F4A7C15
 MIX: Final = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -34,12 +34,18 @@ def parameter_sum(x: Tensor, start: int = 0) -> int:
     if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_contiguous():
         raise ValueError(f"needs a contiguous float32 or bfloat16 tensor, not {x.dtype}")
     bits = x.detach().view(-1).view(torch.int32 if x.dtype == torch.float32 else torch.int16)
-    if use_numba(bits):
-        from thinwire.compression import fingerprint_cpu
+    match kernels_for(bits):
+        case "numba":
+            from thinwire.compression import fingerprint_cpu
 
-        return fingerprint_cpu.parameter_sum(bits, start)
-    with exact_arithmetic():
-        return parameter_sum_torch(bits, start)
+            return fingerprint_cpu.parameter_sum(bits, start)
+        case "triton":
+            from thinwire.compression import fingerprint_triton
+
+            return fingerprint_triton.parameter_sum(bits, start)
+        case "torch":
+            with exact_arithmetic():
+                return parameter_sum_torch(bits, start)
 
 
 def fingerprint(sums: Mapping[str, int]) -> bytes:

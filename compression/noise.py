@@ -13,8 +13,9 @@ The flattened *global* parameter is cut into blocks of 4096 elements.
   e // 1024 (byte 0 is the lowest) of word e % 1024: the index into `NORMAL_256`.
 - words: call c has number c, lane l gives word 4 c + l.
 
-Everything here is the plain torch reference. `noise_cpu` (numba) gives the same bits and is chosen when
-numba is installed and the tensors are on the CPU; THINWIRE_KERNELS=torch or numba forces one of them.
+Everything here is the plain torch reference. `noise_cpu` (numba) and `noise_triton` give the same bits, and are
+chosen where they are installed for tensors on the CPU and on CUDA devices. THINWIRE_KERNELS=torch, numba or
+triton forces one of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
 from importlib.util import find_spec
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ from thinwire.compression.exact import to_float32
 from thinwire.compression.quantiles import NORMAL_256
 
 NoiseKind = Literal["sign", "gauss"]
+Kernels = Literal["torch", "numba", "triton"]
 
 BLOCK: Final = 4096
 """Elements per block of noise."""
@@ -195,32 +197,49 @@ def uniform_words(seed: int, purpose: Purpose, index: int, n: int) -> npt.NDArra
 # ------------------------------------------------------------------------------------------- dispatch
 
 
-def use_numba(*tensors: Tensor) -> bool:
-    """Whether the numba kernels take these tensors. THINWIRE_KERNELS: auto (default), torch or numba.
+def kernels_for(*tensors: Tensor) -> Kernels:
+    """Which kernels take these tensors. THINWIRE_KERNELS: auto (default), torch, numba or triton.
 
-    `numba` insists: it fails where numba is missing. Tensors on other devices always take the torch path.
+    `numba` and `triton` insist: they fail where they are missing. Tensors that are not on a device of theirs
+    always take the torch path. Triton's interpreter (TRITON_INTERPRET=1) makes the CPU a device of its own.
     """
     choice = os.environ.get("THINWIRE_KERNELS", "auto")
-    if choice not in ("auto", "torch", "numba"):
-        raise ValueError(f"THINWIRE_KERNELS={choice!r}: auto, torch or numba")
-    if choice == "torch" or any(t.device.type != "cpu" for t in tensors):
-        return False
-    return choice == "numba" or _has_numba()
+    if choice not in ("auto", *get_args(Kernels)):
+        raise ValueError(f"THINWIRE_KERNELS={choice!r}: auto, {', '.join(get_args(Kernels))}")
+    devices = {t.device.type for t in tensors}
+    if devices == {"cpu"}:
+        if choice == "numba" or (choice == "auto" and _has("numba")):
+            return "numba"
+        if choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+            return "triton"
+    elif devices == {"cuda"} and (choice == "triton" or (choice == "auto" and _has("triton"))):
+        return "triton"
+    return "torch"
+
+
+def use_numba(*tensors: Tensor) -> bool:
+    """Whether the numba kernels take these tensors."""
+    return kernels_for(*tensors) == "numba"
 
 
 @cache
-def _has_numba() -> bool:
-    return find_spec("numba") is not None
+def _has(package: str) -> bool:
+    return find_spec(package) is not None
 
 
 def _combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where) -> None:
     """out = theta after the updates, of which there is one at least; flat float32, `out` may be `theta`."""
-    if use_numba(out, theta):
-        from thinwire.compression import noise_cpu
+    match kernels_for(out, theta):
+        case "numba":
+            from thinwire.compression import noise_cpu
 
-        noise_cpu.combine(out, theta, updates, where)
-    else:
-        combine_torch(out, theta, updates, where)
+            noise_cpu.combine(out, theta, updates, where)
+        case "triton":
+            from thinwire.compression import noise_triton
+
+            noise_triton.combine(out, theta, updates, where)
+        case "torch":
+            combine_torch(out, theta, updates, where)
 
 
 def _flat(theta: Tensor) -> Tensor:

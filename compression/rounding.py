@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from thinwire.compression.noise import BLOCK, Purpose, philox4x32, use_numba
+from thinwire.compression.noise import BLOCK, Purpose, kernels_for, philox4x32
 
 N_CALLS: Final = 512
 """Philox calls per block."""
@@ -35,12 +35,18 @@ def round_to_bfloat16(x: Tensor, out: Tensor, seed: int, param_index: int, start
     for t, dtype in ((x, torch.float32), (out, torch.bfloat16)):
         if t.dtype != dtype or t.dim() != 1 or not t.is_contiguous() or t.numel() != x.numel():
             raise ValueError(f"needs flat contiguous rows of one length, float32 and bfloat16, not {t.dtype}")
-    if use_numba(x, out):
-        from thinwire.compression import rounding_cpu
+    rows = x.detach(), out.detach()
+    match kernels_for(*rows):
+        case "numba":
+            from thinwire.compression import rounding_cpu
 
-        rounding_cpu.round_to_bfloat16(x.detach(), out.detach(), seed, param_index, start)
-    else:
-        round_torch(x.detach(), out.detach(), seed, param_index, start)
+            rounding_cpu.round_to_bfloat16(*rows, seed, param_index, start)
+        case "triton":
+            from thinwire.compression import rounding_triton
+
+            rounding_triton.round_to_bfloat16(*rows, seed, param_index, start)
+        case "torch":
+            round_torch(*rows, seed, param_index, start)
 
 
 @torch.no_grad()
