@@ -13,13 +13,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from thinwire.compression.errors import ThinwireError
+import psutil
+
+from thinwire.compression.errors import ConfigError, ThinwireError
+from thinwire.node.folder import default_folder
 from thinwire.node.join import Options
 from thinwire.node.processes import PARENT_VARIABLE
 from thinwire.node.rank import RESULT, Failure
@@ -33,6 +35,7 @@ log = logging.getLogger("thinwire.node")
 LEAVE_S: Final = 5.0
 """How long the other ranks have to end by themselves after one has failed: rank 0 leaves the swarm."""
 
+_PREFIX: Final = ".ranks-"
 _POLL_S: Final = 0.05
 _TRACE_LINES: Final = 12
 
@@ -68,7 +71,7 @@ class _Ranks:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> Result | None:
-        self._folder = Path(tempfile.mkdtemp(prefix="thinwire-ranks-"))
+        self._folder = _meeting_place(self._options.state or default_folder(os.environ))
         self._stop.on_stop.append(self._leave)
         try:
             for rank in range(self._count):
@@ -159,6 +162,20 @@ class _Ranks:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def _meeting_place(state: Path) -> Path:
+    """An own folder of this process. What others have left there that were killed goes. Raises ConfigError."""
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        for old in state.glob(f"{_PREFIX}*"):
+            if not psutil.pid_exists(int(old.name.removeprefix(_PREFIX))):
+                shutil.rmtree(old, ignore_errors=True)
+        folder = state.resolve() / f"{_PREFIX}{os.getpid()}"
+        folder.mkdir()
+    except OSError as e:
+        raise ConfigError(f"the node's folder {state} cannot be used: {e.strerror}") from e
+    return folder
 
 
 def _ending(code: int | None) -> str:

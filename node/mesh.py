@@ -7,6 +7,7 @@ forwards would be lost in a whole copy that is still there.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,9 +52,8 @@ def join_node(device: torch.device, rank: int, ranks: int, meeting: Path) -> Non
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
-    dist.init_process_group(
-        backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=STEP_TIMEOUT
-    )
+    store = dist.FileStore(str(meeting), ranks)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=STEP_TIMEOUT)
 
 
 def sharded_model(task: Task, device: torch.device, sharding: Sharding, run: RunConfig) -> nn.Module:
@@ -108,16 +108,16 @@ def _outermost(names: list[str]) -> list[str]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are made meanwhile have parameters without memory; their buffers are what they should be.
+    """Modules that this thread makes meanwhile have parameters without memory; their buffers have values.
 
     (Under torch.device("meta") buffers would have no values either, and those of transformers' rotary
     embeddings are in no file.)
     """
-    register = nn.Module.register_parameter
+    register, own_thread = nn.Module.register_parameter, threading.get_ident()
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:
+        if parameter is not None and not parameter.is_meta and threading.get_ident() == own_thread:
             meta = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
             module._parameters[name] = meta
 
