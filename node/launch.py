@@ -165,7 +165,7 @@ class _Ranks:
 
 
 def _meeting_place(state: Path) -> Path:
-    """An own folder of this process. What others have left there that were killed goes. Raises ConfigError."""
+    """An own folder of this process; those of others that were killed go. Raises ConfigError."""
     try:
         state.mkdir(parents=True, exist_ok=True)
         for old in state.glob(f"{_PREFIX}*"):
