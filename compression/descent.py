@@ -34,10 +34,10 @@ def descend(
 
     `target`: contiguous flat float32, `part.n_local` elements. One rounding per operation: no fused forms.
     """
+    if isinstance(compressor, Sparse) and compressor.has_kernel(target, part.shape):
+        compressor.descend(target, packs, weights, part, step)
+        return
     with exact_arithmetic():
-        if isinstance(compressor, Sparse) and compressor.has_kernel(target, part.shape):
-            compressor.descend(target, packs, weights, part, step)
-            return
         x = compressor.decode(packs, weights, part, turn).to(target.device)
         if step.sign:
             x.sign_()

@@ -29,7 +29,7 @@ from thinwire.compression.base import Field, Packed, Part, Turn
 from thinwire.compression.errors import BadPayload
 from thinwire.compression.exact import exact_arithmetic
 from thinwire.compression.groups import SLAB, Flat, Slab
-from thinwire.compression.indices import IndexCoder, IndexFormat, Most, coder_of
+from thinwire.compression.indices import IndexCoder, IndexFormat, Most, PackedIndices, coder_of
 from thinwire.compression.noise import use_numba
 from thinwire.compression.reduce import l1_norm, mean_weights
 from thinwire.compression.tiles import Tiles
@@ -252,9 +252,22 @@ class Sparse(ABC):
     ) -> sparse_cpu.Mean:
         from thinwire.compression import sparse_cpu
 
-        shares = [self.entries(p, Part.whole(shape)) for p in packs]
-        size = (prod(shape), self.group_size, self.n_coefficients)
-        return sparse_cpu.mean_of(shares, weights, inverse, *size, self.transforms)
+        if isinstance(self.coder, PackedIndices) and isinstance(self.format, Table):
+            k_G, levels = _layout_of(self, shape).most.k_G, self.format.levels
+            entries = sparse_cpu.read_packed(
+                packs, k_G, self.index_bits, self.width, levels, self.n_coefficients
+            )
+        else:
+            entries = sparse_cpu.joined([self.entries(p, Part.whole(shape)) for p in packs])
+        return sparse_cpu.Mean(
+            *entries,
+            weight_W=np.array(weights, dtype=np.float32),
+            inverse=np.float32(inverse),
+            n=prod(shape),
+            size=self.group_size,
+            n_coefficients=self.n_coefficients,
+            transforms=self.transforms,
+        )
 
     def _sum(self, shares: Sequence[Entries], weights: Sequence[float], slab: Slab) -> Array:
         """The sum of weight * value over the shares in order: float32 (groups, coefficients)."""

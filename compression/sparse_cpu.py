@@ -17,9 +17,11 @@ from torch import Tensor
 
 from thinwire.compression.dct import INVERSE_SCALE, ROUNDER, SMALLEST, TOP_BIT, N
 from thinwire.compression.dct_cpu import INTEGER_BASIS, ORDER, PANEL, add_basis, forward
+from thinwire.compression.errors import BadPayload
 from thinwire.compression.threads import share
 
 if TYPE_CHECKING:
+    from thinwire.compression.base import Packed
     from thinwire.compression.descent import Step
     from thinwire.compression.groups import Slab
     from thinwire.compression.sparse import Entries
@@ -245,20 +247,63 @@ class Mean:
     transforms: bool
 
 
-def mean_of(
-    shares: Sequence[Entries], weights: Sequence[float], inverse: float,
-    n: int, size: int, n_coefficients: int, transforms: bool,
-) -> Mean:  # fmt: skip
-    """`weights` and `inverse` as `mean_weights` makes them."""
+def joined(shares: Sequence[Entries]) -> tuple[Array, Array, Array]:
+    """Positions, values and offsets of several packs."""
     before = np.cumsum([0, *(s.position_E.size for s in shares[:-1])])
-    return Mean(
+    offset_WG = np.stack([s.offsets + b for s, b in zip(shares, before, strict=True)])
+    return (
         np.concatenate([s.position_E for s in shares]),
         np.concatenate([s.value_E for s in shares]),
-        np.stack([s.offsets + b for s, b in zip(shares, before, strict=True)]),
-        np.array(weights, dtype=np.float32),
-        np.float32(inverse),
-        *(n, size, n_coefficients, transforms),
+        offset_WG,
     )
+
+
+def read_packed(
+    packs: Sequence[Packed], k_G: Array, index_bits: int, width: int, levels: Array, n_coefficients: int
+) -> tuple[Array, Array, Array]:
+    """The same of packs with packed indices, whose values are in a table. Raises BadPayload for those that
+    are too short: nothing else is checked here."""
+    n_most = int(k_G.sum())
+    position_E = np.empty(len(packs) * n_most, dtype=np.int64)
+    value_E = np.empty(len(packs) * n_most, dtype=np.float32)
+    offset_WG = np.empty((len(packs), k_G.size + 1), dtype=np.int64)
+    format_ = index_bits, width, levels, n_coefficients
+    at = 0
+    for (scales, codes), offset_G in zip(packs, offset_WG, strict=True):
+        if scales.numel() != k_G.size:
+            raise BadPayload("shape", f"{scales.numel()} scales for {k_G.size} groups")
+        arrays = codes.numpy(), scales.float().numpy(), k_G
+        at = _read_packed(*arrays, *format_, at, position_E, value_E, offset_G)
+        if at < 0:
+            raise BadPayload("shape", f"{codes.numel()} bytes are too few")
+    return position_E, value_E, offset_WG
+
+
+@numba.njit(cache=True, nogil=True)
+def _read_packed(
+    octets: Array, scale_G: Array, k_G: Array, index_bits: int, width: int, levels: Array,
+    n_coefficients: int, e: int, position_E: Array, value_E: Array, offset_G: Array,
+) -> Any:  # fmt: skip
+    """Writes from entry e on; returns which is the next, or -1."""
+    index_mask, mask = np.uint64((1 << index_bits) - 1), np.uint64((1 << width) - 1)
+    held, n_held, at = np.uint64(0), 0, 0
+    for g in range(k_G.size):
+        offset_G[g] = e
+        if scale_G[g] != _ZERO:
+            for _ in range(k_G[g]):
+                while n_held < width:
+                    if at == octets.size:
+                        return -1
+                    held |= np.uint64(octets[at]) << np.uint64(n_held)
+                    n_held += 8
+                    at += 1
+                position_E[e] = g * n_coefficients + np.int64(held & index_mask)
+                value_E[e] = levels[np.int64((held & mask) >> np.uint64(index_bits))] * scale_G[g]
+                held >>= np.uint64(width)
+                n_held -= width
+                e += 1
+    offset_G[k_G.size] = e
+    return e
 
 
 def decode(out: Tensor, start: int, mean: Mean) -> None:
@@ -279,14 +324,16 @@ def _run(target: Tensor, start: int, mean: Mean, how: int, decay: float, scale: 
     y, m = target.detach().numpy(), mean
     factors = np.float32(decay), np.float32(scale)
 
-    def run(first: int, last: int) -> None:
-        _groups(
+    def run(first: int, last: int) -> Any:
+        return _groups(
             *(y, start, m.position_E, m.value_E, m.offset_WG, m.weight_W, m.inverse, INTEGER_BASIS, _POWERS),
             *(m.n, m.size, m.n_coefficients, m.transforms, how, *factors, first, last),
         )
 
     if y.size:
-        share(run, start // m.size, -(-(start + y.size) // m.size), max(1, _PER_THREAD // m.size))
+        last = -(-(start + y.size) // m.size)
+        if not all(share(run, start // m.size, last, max(1, _PER_THREAD // m.size))):
+            raise IndexError("a coefficient past the end of its group: the packs were not checked")
 
 
 @numba.njit(cache=True, nogil=True)
@@ -294,7 +341,8 @@ def _groups(
     y: Array, start: int, position_E: Array, value_E: Array, offset_WG: Array, weights: Array, inverse: Word,
     basis: Array, powers: Array, n: int, size: int, n_coefficients: int, transform: bool,
     how: int, decay: Word, scale: Word, first: int, last: int,
-) -> None:  # fmt: skip
+) -> Any:  # fmt: skip
+    """False if there is no such coefficient."""
     sums = np.zeros(n_coefficients, np.float32)
     x = np.empty(n_coefficients, np.float32)
     for g in range(first, last):
@@ -304,7 +352,10 @@ def _groups(
         here = g * n_coefficients
         for w in range(weights.size):
             for e in range(offset_WG[w, g], offset_WG[w, g + 1]):
-                sums[position_E[e] - here] += value_E[e] * weights[w]
+                i = position_E[e] - here
+                if i < 0 or i >= n_coefficients:
+                    return False
+                sums[i] += value_E[e] * weights[w]
         down = _ONE
         if transform:
             down = _add_coefficients(x, sums, here, g, position_E, offset_WG, inverse, basis, powers)
@@ -317,6 +368,7 @@ def _groups(
                         sums[i] = 0
         a, b = max(g * size, start), min(g * size + length, start + y.size)
         _finish(y[a - start : b - start], x[a - g * size : b - g * size], transform, down, how, decay, scale)
+    return True
 
 
 @numba.njit(inline="always")
