@@ -26,6 +26,7 @@ from thinwire.coordinator.messages import Commit, GenesisBody, decode_record, en
 from thinwire.node.config import parse_config
 from thinwire.node.local_work import LocalWork, Proposal
 from thinwire.node.mesh import Sharding, sharded_model
+from thinwire.node.precision import Precision
 from thinwire.node.replica import PayloadBytes, Replica, Saved, strategy_for
 from thinwire.node.snapshot_store import SnapshotStore
 from thinwire.node.snapshot_writer import SnapshotWriter
@@ -78,7 +79,7 @@ class Lead:
     def work(self, replica: Replica, task: Task, texts: Sequence[bytes | None]) -> LocalWork:
         """`texts`: what `task` has loaded already, for the others."""
         with self.call("load", *texts):
-            return LedWork(self, replica, task)
+            return LedWork(self, replica, task, self._sharding.precision)
 
     def stop(self) -> None:
         """The others end; where something broke in the middle, they do so without being told."""
@@ -170,8 +171,8 @@ class LedReplica(Replica):
 class LedWork(LocalWork):
     """Rank 0's part of a node's local work."""
 
-    def __init__(self, lead: Lead, replica: Replica, task: Task) -> None:
-        super().__init__(replica, task)
+    def __init__(self, lead: Lead, replica: Replica, task: Task, precision: Precision) -> None:
+        super().__init__(replica, task, precision)
         self._lead = lead
 
     def propose(self, allotted: Allotment | None = None) -> Proposal:
@@ -227,7 +228,7 @@ class Follower:
 
     def _do_load(self, corpus: bytes | None, held_out: bytes | None) -> None:
         self._task.load(corpus, held_out)
-        self._work = LocalWork(self._replica, self._task)
+        self._work = LocalWork(self._replica, self._task, self._sharding.precision)
 
     def _do_apply(
         self,

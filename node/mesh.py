@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -21,21 +21,20 @@ from torch import nn
 from thinwire.compression.errors import ConfigError
 from thinwire.node.config import RunConfig
 from thinwire.node.genesis import in_dtype
+from thinwire.node.precision import Precision
 from thinwire.node.tasks import Task
 from thinwire.optim.unsharded import mark_unsharded
 
 STEP_TIMEOUT: Final = timedelta(minutes=10)
 """How far behind the others a rank may be within one operation. (One that ended is noticed at once.)"""
 
-Precision = Literal["float32", "bf16"]
-
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """A node's own choices about its ranks; none of them changes the replica. `precision`: of local work."""
+    """A node's own choices about its ranks; none of them changes the replica."""
 
     ranks: int = 1
-    precision: Precision = "float32"
+    precision: Precision = "auto"
     activation_checkpointing: bool = False
     cpu_offload: bool = False
 

@@ -156,7 +156,7 @@ def _joined(options: Options, rank: int, folder: Path) -> tuple[torch.device, Sh
     join_node(device, rank, ranks, folder / MEETING)
     sharding = Sharding(
         ranks=ranks,
-        precision="bf16" if options.mixed_precision == "bf16" else "float32",
+        precision=options.precision,
         activation_checkpointing=options.activation_checkpointing,
         cpu_offload=options.cpu_offload,
     )
