@@ -35,6 +35,7 @@ from torch import Tensor
 
 from thinwire.compression.exact import to_float32
 from thinwire.compression.quantiles import NORMAL_256
+from thinwire.compression.scratch import scratch
 
 NoiseKind = Literal["sign", "gauss"]
 Kernels = Literal["torch", "numba", "triton"]
@@ -148,7 +149,7 @@ def perturb(
     `theta`: contiguous float32 of any shape, the elements from `start` on of the flattened parameter.
     """
     flat = _flat(theta)
-    out = torch.empty_like(flat)
+    out = scratch(flat.numel()) if flat.device.type == "cpu" else torch.empty_like(flat)
     # theta - (-eps) z has the same bits as theta + eps z.
     _combine(out, flat, [Update.of([Probe(seed, probe, -eps)])], Where.of(kind, param_index, start))
     return out.view(theta.shape)

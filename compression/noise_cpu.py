@@ -36,7 +36,7 @@ def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where)
     seeds = np.concatenate([u.seeds for u in updates])
     tails = np.concatenate([u.numbers for u in updates]).astype(np.uint32) + np.uint32(where.last_word(0))
     coefficients = np.concatenate([u.coefficients for u in updates])
-    ends = np.cumsum([u.seeds.size for u in updates])
+    ends = np.array([u.seeds.size for u in updates]).cumsum()
     decays = np.array([u.decay for u in updates], dtype=np.float32)
     kernel = _sign_blocks if where.kind == "sign" else _gauss_blocks
     third = np.uint32(where.param_index)
@@ -48,8 +48,11 @@ def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where)
     share(run, start // 4096, -(-(start + x.size) // 4096), smallest)
 
 
-# A block is taken through all updates before the next one: after the first it is in the cache. Loops over whole
-# blocks run over plain arrays with float32 and its bits in registers: the compiler makes vectors of them.
+# A block is taken through all updates before the next one: after the first it is in the cache.
+#
+# Each loop that is to become vectors is a function of its own, over slices that it is handed: counting the
+# references to slices costs as much as a block. In place is another function than out of place: that two
+# arrays are one the compiler sees only by its check whether they overlap, and then it makes no vectors.
 
 
 @numba.njit(cache=True, nogil=True)
@@ -57,32 +60,32 @@ def _sign_blocks(
     y: Array, x: Array, in_place: bool, start: int, first: int, last: int,
     seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, third: Word, table: Array,
 ) -> None:  # fmt: skip
-    words = np.empty((4, 128), np.uint32)
+    w0, w1, w2, w3 = (
+        np.empty(128, np.uint32), np.empty(128, np.uint32), np.empty(128, np.uint32), np.empty(128, np.uint32)
+    )  # fmt: skip
     acc = np.empty(4096, np.float32)
     for block in range(first, last):
         a, b, skipped = _overlap(x.size, start, block)
-        here = y[a:b]
         begin = 0
         for u in range(ends.size):
             end = ends[u]
             is_written = in_place or begin > 0
             if end - begin == 1 and decays[u] == _ONE and b - a == 4096:  # a perturbation: nothing to add up
-                _fill_words(words[0], 32, block, third, tails[begin], seeds[begin])
+                _sign_words(w0, block, third, tails[begin], seeds[begin])
                 if is_written:
-                    _subtract_signs(here, here, words[0], coefficients[begin])
+                    _subtract_signs_in_place(y[a:b], w0, coefficients[begin])
                 else:
-                    _subtract_signs(here, x[a:b], words[0], coefficients[begin])
+                    _subtract_signs(y[a:b], x[a:b], w0, coefficients[begin])
             else:
-                _add_up_signs(acc, words, block, third, tails, seeds, coefficients, begin, end)
-                terms = acc[skipped : skipped + b - a]
+                _add_up_signs(acc, w0, w1, w2, w3, block, third, tails, seeds, coefficients, begin, end)
                 if is_written:
-                    _finish(here, here, terms, end - begin, decays[u])
+                    _finish_in_place(y[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
                 else:
-                    _finish(here, x[a:b], terms, end - begin, decays[u])
+                    _finish(y[a:b], x[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
             begin = end
 
 
-@numba.njit(inline="always")
+@numba.njit(nogil=True)
 def _subtract_signs(y: Array, x: Array, words: Array, coefficient: Word) -> None:
     """y = x - coefficient * z for a whole block."""
     plain = _bits(coefficient)
@@ -92,24 +95,34 @@ def _subtract_signs(y: Array, x: Array, words: Array, coefficient: Word) -> None
             y[bit * 128 + w] = x[bit * 128 + w] - _signed(words[w], up, plain)
 
 
-@numba.njit(inline="always")
+@numba.njit(nogil=True)
+def _subtract_signs_in_place(y: Array, words: Array, coefficient: Word) -> None:
+    plain = _bits(coefficient)
+    for bit in range(32):
+        up = np.uint32(31 - bit)
+        for w in range(128):
+            y[bit * 128 + w] -= _signed(words[w], up, plain)
+
+
+@numba.njit(nogil=True)
 def _add_up_signs(
-    acc: Array, words: Array, block: int, third: Word, tails: Array, seeds: Array, coefficients: Array,
-    begin: int, end: int,
+    acc: Array, w0: Array, w1: Array, w2: Array, w3: Array, block: int, third: Word,
+    tails: Array, seeds: Array, coefficients: Array, begin: int, end: int,
 ) -> None:  # fmt: skip
-    """acc = the terms of the probes [begin, end) of a whole block, in order; four at a time stay in registers."""
-    w0, w1, w2, w3 = words[0], words[1], words[2], words[3]
+    """acc = the terms of the probes [begin, end) of a whole block, in order, four at a time in registers."""
     for p in range(begin, min(begin + 1, end)):
-        _fill_words(w0, 32, block, third, tails[p], seeds[p])
+        _sign_words(w0, block, third, tails[p], seeds[p])
         c0 = _bits(coefficients[p])
         for bit in range(32):
             up = np.uint32(31 - bit)
             for w in range(128):
                 acc[bit * 128 + w] = _signed(w0[w], up, c0)
-    n_fours = max(0, end - begin - 1) // 4
-    for p in range(begin + 1, begin + 1 + 4 * n_fours, 4):
-        for i in range(4):
-            _fill_words(words[i], 32, block, third, tails[p + i], seeds[p + i])
+    rest = begin + 1 + max(0, end - begin - 1) // 4 * 4
+    for p in range(begin + 1, rest, 4):
+        _sign_words(w0, block, third, tails[p], seeds[p])
+        _sign_words(w1, block, third, tails[p + 1], seeds[p + 1])
+        _sign_words(w2, block, third, tails[p + 2], seeds[p + 2])
+        _sign_words(w3, block, third, tails[p + 3], seeds[p + 3])
         c0, c1 = _bits(coefficients[p]), _bits(coefficients[p + 1])
         c2, c3 = _bits(coefficients[p + 2]), _bits(coefficients[p + 3])
         for bit in range(32):
@@ -119,13 +132,18 @@ def _add_up_signs(
                 value = value + _signed(w1[w], up, c1)
                 value = value + _signed(w2[w], up, c2)
                 acc[bit * 128 + w] = value + _signed(w3[w], up, c3)
-    for p in range(begin + 1 + 4 * n_fours, end):
-        _fill_words(w0, 32, block, third, tails[p], seeds[p])
+    for p in range(rest, end):
+        _sign_words(w0, block, third, tails[p], seeds[p])
         c0 = _bits(coefficients[p])
         for bit in range(32):
             up = np.uint32(31 - bit)
             for w in range(128):
                 acc[bit * 128 + w] += _signed(w0[w], up, c0)
+
+
+@numba.njit(nogil=True)
+def _sign_words(words: Array, block: int, third: Word, fourth: Word, seed: Word) -> None:
+    _fill_words(words, 32, block, third, fourth, seed)
 
 
 @numba.njit(inline="always")
@@ -149,7 +167,6 @@ def _gauss_blocks(
     acc = np.empty(4096, np.float32)
     for block in range(first, last):
         a, b, skipped = _overlap(x.size, start, block)
-        here = y[a:b]
         begin = 0
         for u in range(ends.size):
             end = ends[u]
@@ -163,11 +180,10 @@ def _gauss_blocks(
                             acc[byte * 1024 + w] = term
                         else:
                             acc[byte * 1024 + w] += term
-            terms = acc[skipped : skipped + b - a]
             if in_place or begin > 0:
-                _finish(here, here, terms, end - begin, decays[u])
+                _finish_in_place(y[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
             else:
-                _finish(here, x[a:b], terms, end - begin, decays[u])
+                _finish(y[a:b], x[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
             begin = end
 
 
@@ -180,11 +196,9 @@ def _overlap(size: int, start: int, block: int) -> tuple[int, int, int]:
     return a, b, a + start - block * 4096
 
 
-@numba.njit(inline="always")
+@numba.njit(nogil=True)
 def _finish(y: Array, x: Array, acc: Array, n_terms: int, decay: Word) -> None:
-    """y = x * decay - acc; without a term y = x * decay. In place, `y` and `x` must be one and the same name to
-    the caller: that two arrays share memory the compiler does not see, and its check whether they overlap
-    sends the loop down the path without vectors."""
+    """y = x * decay - acc; without a term y = x * decay."""
     if n_terms == 0:
         for i in range(y.size):
             y[i] = x[i] * decay
@@ -194,6 +208,19 @@ def _finish(y: Array, x: Array, acc: Array, n_terms: int, decay: Word) -> None:
     else:
         for i in range(y.size):
             y[i] = x[i] * decay - acc[i]
+
+
+@numba.njit(nogil=True)
+def _finish_in_place(y: Array, acc: Array, n_terms: int, decay: Word) -> None:
+    if n_terms == 0:
+        for i in range(y.size):
+            y[i] *= decay
+    elif decay == _ONE:
+        for i in range(y.size):
+            y[i] -= acc[i]
+    else:
+        for i in range(y.size):
+            y[i] = y[i] * decay - acc[i]
 
 
 @numba.njit(inline="always")
