@@ -58,7 +58,8 @@ def run_ranks(options: Options, stop: Stop) -> Result | None:
             if e.is_told or n_left == 0 or stop.is_set():
                 raise
             log.error("%s", e)
-            log.warning("starting the node again from its snapshot (%d more times)", n_left - 1)
+            n = options.restart - n_left + 1
+            log.warning("starting the node again from its snapshot (%d of %d times)", n, options.restart)
     raise AssertionError("unreachable")
 
 
