@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from thinwire.compression.noise import use_numba
+from thinwire.compression.noise import kernels_for
 from thinwire.node.doctor_machine import available_bytes
 from thinwire.node.findings import Finding, Stopped, failed, ok, skipped, warning
 from thinwire.node.known_answers import KNOWN_ANSWERS
@@ -110,7 +110,7 @@ def _processor() -> str:
 
 def check_compilers(_stopped: Stopped) -> Iterator[Finding]:
     try:
-        use_numba(torch.empty(0))
+        kernels_for(torch.empty(0))
     except ValueError as e:
         yield failed("kernels", str(e), f"unset {KERNELS}: nothing can be computed with it")
     yield _numba()
@@ -164,11 +164,9 @@ def _triton() -> Finding:
 def check_kernels(stopped: Stopped) -> Iterator[Finding]:
     """Every backend once, then the one in use again and again until the time is over."""
     tested = backends()
-    chosen = os.environ.get(KERNELS, "auto")
-    numba_is_in_use = chosen != "torch" and any(b.kernels == "numba" for b in tested)
     passed: list[Backend] = []
     for backend in tested:
-        in_use = backend.device.type != "cpu" or backend.kernels == ("numba" if numba_is_in_use else "torch")
+        in_use = _in_use(backend)
         finding = _self_test(backend, in_use, stopped)
         if stopped():
             return
@@ -177,6 +175,13 @@ def check_kernels(stopped: Stopped) -> Iterator[Finding]:
         yield finding
     if passed:
         yield _repeated(passed, stopped)
+
+
+def _in_use(backend: Backend) -> bool:
+    try:
+        return backend.kernels == kernels_for(torch.empty(0, device=backend.device))
+    except ValueError:  # `check_compilers` says which choices there are
+        return False
 
 
 def _repeated(passed: Sequence[Backend], stopped: Stopped) -> Finding:
@@ -205,12 +210,12 @@ def _self_test(backend: Backend, in_use: bool, stopped: Stopped) -> Finding:
         use = "in use" if in_use else "not in use"
         return ok(line, f"{n} exact paths give the known results ({took_s:.2f} s, {use})", **figures)
     detail = f"computes something else than other machines: {', '.join(wrong)}"
+    if backend.kernels != "torch":
+        remedy = f"{KERNELS}=torch, if that passes above, or another version of {backend.kernels}"
+        return failed(line, detail, remedy, **figures) if in_use else warning(line, detail, remedy, **figures)
     if backend.device.type != "cpu":
         remedy = "train on another device (--device cpu), or update its driver"
         return _severity(backend.device)(line, detail, remedy, **figures)
-    if backend.kernels == "numba":
-        remedy = f"{KERNELS}=torch, if that passes above, or another version of numba"
-        return failed(line, detail, remedy, **figures) if in_use else warning(line, detail, remedy, **figures)
     # Updates and decoding are plain torch, whatever the kernels in use.
     remedy = "look for what flushes denormals or sets fast math; another version of torch; test the memory"
     return failed(line, detail, remedy, **figures)

@@ -43,7 +43,10 @@ def backends() -> list[Backend]:
     found = [Backend("torch", cpu)]
     if find_spec("numba") is not None:
         found.append(Backend("numba", cpu))
-    found += [Backend("torch", device) for device in accelerators()]
+    for device in accelerators():
+        found.append(Backend("torch", device))
+        if device.type == "cuda" and find_spec("triton") is not None:
+            found.append(Backend("triton", device))
     return found
 
 

@@ -1,0 +1,109 @@
+"""The Triton kernels: the reference's bits through the interpreter, machine code for GPUs that fuses and
+approximates nothing, and the reference's bits on CUDA where there is such a device."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.triton_cases import CASES
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install 'thinwire[test]' on Linux")
+
+HERE = Path(__file__).parent
+NO_CUDA = "there is no CUDA device: Triton's kernels have been interpreted and compiled, but not run"
+
+INEXACT = {
+    "fused multiply and add": r"\bfma\.",
+    "flushed denormals": r"\.ftz\b",
+    "approximations": r"\.approx\b|\bdiv\.full",
+    "shorter floats": r"\btf32|\bmma\.|\bwgmma\.",
+    "roundings not spelled out": r"\b(add|sub|mul)\.f32",
+}
+
+
+def environment(**more: str) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "THINWIRE_"))}
+    return {**inherited, **more}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable[[str], Any]]:
+    """Runs a case of triton_cases.py through the interpreter; None, or what went wrong."""
+    with subprocess.Popen(
+        [sys.executable, HERE / "triton_cases.py"],
+        env=environment(TRITON_INTERPRET="1", THINWIRE_KERNELS="triton", OMP_NUM_THREADS="1"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        questions, answers = process.stdin, process.stdout
+        assert questions
+        assert answers
+
+        def ask(case: str) -> Any:
+            questions.write(case + "\n")
+            questions.flush()
+            return json.loads(answers.readline())
+
+        yield ask
+        questions.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_through_the_interpreter(interpreted: Callable[[str], Any], case: str) -> None:
+    failure = interpreted(case)
+    assert failure is None, failure
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
+@pytest.mark.parametrize("case", CASES)
+def test_on_cuda(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    monkeypatch.setenv("THINWIRE_KERNELS", "triton")
+    CASES[case](torch.device("cuda"))
+
+
+@pytest.fixture(scope="module")
+def assembly(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What triton_assembly.py prints."""
+    done = subprocess.run(
+        [sys.executable, HERE / "triton_assembly.py"],
+        env=environment(TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("cache")), TRITON_DISABLE_LINE_INFO="1"),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def lines_with(pattern: str, text: str) -> list[str]:
+    return [line for line in text.splitlines() if re.search(pattern, line)]
+
+
+def test_what_is_compiled_rounds_every_operation_once(assembly: dict[str, Any]) -> None:
+    """The interpreter cannot show it: it computes with numpy, whatever a compiler would do."""
+    assert assembly["exact"]
+    wrong = {
+        f"{kernel}: {why}": lines
+        for kernel, text in assembly["exact"].items()
+        for why, pattern in INEXACT.items()
+        if (lines := lines_with(pattern, text))
+    }
+    assert wrong == {}
+    assert lines_with(r"\bsub\.rn\.f32", assembly["exact"]["sign noise sm_90"])
+
+
+def test_a_launch_that_forbids_no_fusion_is_found(assembly: dict[str, Any]) -> None:
+    assert lines_with(INEXACT["fused multiply and add"], assembly["fused"])

@@ -1,0 +1,94 @@
+"""The PTX of every Triton kernel as it is launched, without a device, for tests/test_triton.py.
+
+python triton_assembly.py prints {"exact": {kernel and architecture: PTX}, "fused": PTX} as JSON. The last is
+what becomes of a kernel whose launch does not forbid fusion.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from thinwire.compression import fingerprint_triton, noise_triton, rounding_triton
+from thinwire.compression.noise import Probe, Update, Where
+
+ARCHITECTURES = (80, 90)
+TYPES = {torch.float32: "*fp32", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
+
+
+def noise(kind: Any) -> None:
+    updates = [Update.of([Probe(1, 0, 0.5), Probe(2, 0, 0.5)], 0.5)]
+    noise_triton.combine(torch.zeros(4096), torch.zeros(4096), updates, Where.of(kind, 3, 0))
+
+
+LAUNCHES: dict[str, Callable[[], object]] = {
+    "sign noise": lambda: noise("sign"),
+    "normal noise": lambda: noise("gauss"),
+    "fingerprint": lambda: fingerprint_triton.parameter_sum(torch.zeros(4096, dtype=torch.int32), 0),
+    "bfloat16 fingerprint": lambda: fingerprint_triton.parameter_sum(torch.zeros(4096, dtype=torch.int16), 0),
+    "rounding": lambda: rounding_triton.round_to_bfloat16(
+        torch.zeros(4096), torch.zeros(4096, dtype=torch.bfloat16), 1, 2, 0
+    ),
+}
+
+
+def compiled(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any], architecture: int) -> str:
+    """What a launch with these arguments would run."""
+    given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
+    constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+    values = {name: given[name] for name in kernel.arg_names if name not in constants}
+    source = ASTSource(
+        kernel,
+        {name: type_of(x) for name, x in values.items()} | dict.fromkeys(constants, "constexpr"),
+        constants,
+        {
+            (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+            for name, x in values.items()
+            if aligned(x)
+        },
+    )
+    options = {name: x for name, x in given.items() if name not in kernel.arg_names}
+    text = triton.compile(source, GPUTarget("cuda", architecture, 32), options).asm["ptx"]
+    assert isinstance(text, str)
+    return text
+
+
+def type_of(x: Any) -> str:
+    if isinstance(x, torch.Tensor):
+        return TYPES[x.dtype]
+    if isinstance(x, float):
+        return "fp32"
+    return "i32" if -(1 << 31) <= x < 1 << 31 else "i64"
+
+
+def aligned(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) or (isinstance(x, int) and x % 16 == 0)
+
+
+def main() -> None:
+    launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        launched.append((kernel, arguments, named))
+
+    JITFunction.run = record
+    exact = {}
+    for name, launch in LAUNCHES.items():
+        launch()
+        for architecture in ARCHITECTURES:
+            exact[f"{name} sm_{architecture}"] = compiled(*launched[-1], architecture)
+    LAUNCHES["normal noise"]()
+    kernel, arguments, named = launched[-1]
+    fused = {k: v for k, v in named.items() if k not in noise_triton.EXACT}
+    print(json.dumps({"exact": exact, "fused": compiled(kernel, arguments, fused, 90)}))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

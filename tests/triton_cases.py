@@ -1,0 +1,197 @@
+"""What the Triton kernels are held to, case by case, for tests/test_triton.py.
+
+python triton_cases.py: reads names of cases, a line each, and answers with a line of JSON: null, or what went
+wrong. Triton decides at import whether it interprets, so the interpreter has a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from thinwire.compression.exact import to_float32
+from thinwire.compression.fingerprint import parameter_sum, parameter_sum_torch
+from thinwire.compression.noise import (
+    MAX_PROBES,
+    NoiseKind,
+    Probe,
+    Update,
+    Where,
+    combine_torch,
+    perturb,
+    update_,
+    update_all_,
+)
+from thinwire.compression.rounding import round_to_bfloat16, round_torch
+from thinwire.node.known_answers import KNOWN_ANSWERS
+from thinwire.node.self_test import failed_kernels
+
+N_SHAPES = 100
+INTERPRETED = ["fingerprint", "bfloat16 fingerprint", "sign noise", "normal noise", "spsa update"]
+"""Known answers that the interpreter finds in a second or two."""
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1.1e-38, -3e-39, float("inf"), float("-inf"), 3.4028234e38]
+
+
+def values(rng: random.Random, n: int) -> Tensor:
+    """float32, every tenth of them awkward; NaN is none of them, for its bits are the device's own."""
+    x = torch.randn(n, generator=torch.Generator().manual_seed(rng.getrandbits(32)))
+    for i in rng.sample(range(n), n // 10):
+        x[i] = rng.choice(SPECIAL)
+    return x
+
+
+def patterns(rng: random.Random, n: int) -> Tensor:
+    """int32, all bits alike."""
+    g = torch.Generator().manual_seed(rng.getrandbits(32))
+    return torch.randint(-(1 << 31), 1 << 31, (n,), generator=g).to(torch.int32)
+
+
+def shape(rng: random.Random) -> tuple[int, int]:
+    """A number of elements and the global index of the first one: inside a block, across some, far away."""
+    n = rng.choice([1, 2, 128, 4096, *(rng.randrange(1, m) for m in (40, 300, 2000, 9000))])
+    start = rng.choice([0, 1, 16, 4095, 4096, rng.randrange(1 << 20), (1 << 31) - 5, rng.randrange(1 << 45)])
+    return n, start
+
+
+def moved(x: Tensor, device: torch.device, by: int) -> Tensor:
+    """On the device, `by` elements after where an allocation begins: alignment is not a matter of course."""
+    room = torch.empty(x.numel() + by, dtype=x.dtype, device=device)
+    room[by:] = x.to(device)
+    return room[by:]
+
+
+def same(found: Tensor, expected: Tensor, what: object) -> None:
+    integers = torch.int16 if expected.dtype == torch.bfloat16 else torch.int32
+    assert torch.equal(found.cpu().view(integers), expected.view(integers)), what
+
+
+def updates_of(rng: random.Random) -> list[Update]:
+    updates = []
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        factors = [
+            rng.choice([rng.gauss(0, 1), rng.gauss(0, 1), 0.0, -0.0, 1e-40]) for _ in range(rng.randrange(4))
+        ]
+        coefficients = map(to_float32, factors)
+        probes = [Probe(rng.getrandbits(64), rng.randrange(MAX_PROBES), c) for c in coefficients]
+        updates.append(Update.of(probes, rng.choice([1.0, 0.99, 0.5, to_float32(rng.random())])))
+    return updates
+
+
+# ------------------------------------------------------------------------------------------- cases
+
+
+def noise_case(kind: NoiseKind, device: torch.device) -> None:
+    rng = random.Random(kind)
+    for _ in range(N_SHAPES):
+        n, start = shape(rng)
+        x, updates, index = values(rng, n), updates_of(rng), rng.choice([0, 1, 16, rng.getrandbits(32)])
+        expected = torch.empty_like(x)
+        combine_torch(expected, x, updates, Where.of(kind, index, start))
+        found = moved(x, device, rng.randrange(5))
+        update_all_(found, updates, kind, index, start)
+        same(found, expected, (n, start, index, updates))
+
+
+def perturb_case(device: torch.device) -> None:
+    """A scratch tensor of the parameter's shape; the parameter stays as it was."""
+    rng = random.Random("perturb")
+    for size in [(), (5,), (3, 1500), (2, 3, 5, 7)]:
+        x = values(rng, torch.Size(size).numel()).view(size)
+        for kind in ("sign", "gauss"):
+            theta = x.to(device)
+            found = perturb(theta, 1e-3, kind, 7, 3, 9, start=4000)
+            expected = torch.empty(x.numel())
+            update = Update.of([Probe(7, 9, -1e-3)])
+            combine_torch(expected, x.view(-1), [update], Where.of(kind, 3, 4000))
+            assert found.shape == x.shape
+            same(found, expected.view(size), (kind, size))
+            same(theta, x, (kind, size))
+
+
+def fingerprint_case(device: torch.device) -> None:
+    rng = random.Random("fingerprint")
+    for _ in range(N_SHAPES):
+        n, start = shape(rng)
+        n *= rng.choice([1, 1, 1, 4])  # more than one program
+        bits = patterns(rng, n)
+        for row, dtype in ((bits, torch.float32), (bits.to(torch.int16), torch.bfloat16)):
+            found = parameter_sum(moved(row, device, rng.randrange(5)).view(dtype), start)
+            assert found == parameter_sum_torch(row, start), (n, start, dtype)
+
+
+def rounding_case(device: torch.device) -> None:
+    rng = random.Random("rounding")
+    for i in range(N_SHAPES):
+        n, start = shape(rng)
+        # Every kind of NaN becomes the same one: here they are welcome.
+        x = patterns(rng, n).view(torch.float32) if i % 2 else values(rng, n)
+        seed, index = rng.choice([0, 5, rng.getrandbits(64)]), rng.choice([0, 1, rng.getrandbits(32)])
+        expected = torch.empty(n, dtype=torch.bfloat16)
+        round_torch(x, expected, seed, index, start)
+        found = moved(torch.zeros(n, dtype=torch.bfloat16), device, rng.randrange(9))
+        round_to_bfloat16(moved(x, device, rng.randrange(5)), found, seed, index, start)
+        same(found, expected, (n, start, seed, index))
+
+
+def nothing_case(device: torch.device) -> None:
+    """Empty tensors are no error, and views that are not contiguous are one."""
+    empty = torch.empty(0, 3, device=device)
+    update_(empty, [Probe(1, 0, 1.0)], "sign", 0, start=77)
+    assert perturb(empty, 1.0, "gauss", 1, 0, 0).shape == (0, 3)
+    assert parameter_sum(empty) == 0
+    round_to_bfloat16(empty.view(-1), empty.view(-1).bfloat16(), 1, 0)
+    across, flat = torch.ones(4, 6, device=device).T, torch.ones(8, device=device)[::2]
+    for x in (across, flat):
+        with pytest.raises(ValueError, match="contiguous float32"):
+            update_(x, [Probe(1, 0, 1.0)], "sign", 0)
+        with pytest.raises(ValueError, match="contiguous float32"):
+            perturb(x, 1.0, "sign", 1, 0, 0)
+        with pytest.raises(ValueError, match="contiguous float32"):
+            parameter_sum(x)
+    with pytest.raises(ValueError, match="contiguous rows"):
+        round_to_bfloat16(flat, torch.empty(4, dtype=torch.bfloat16, device=device), 1, 0)
+    assert bool((across == 1).all())
+    assert bool((flat == 1).all())
+
+
+def known_answers_case(device: torch.device) -> None:
+    names = KNOWN_ANSWERS if device.type != "cpu" else INTERPRETED
+    assert failed_kernels(device, "triton", names) == []
+
+
+CASES: dict[str, Callable[[torch.device], None]] = {
+    "sign noise": partial(noise_case, "sign"),
+    "normal noise": partial(noise_case, "gauss"),
+    "perturbed": perturb_case,
+    "fingerprints": fingerprint_case,
+    "rounding": rounding_case,
+    "nothing and refusals": nothing_case,
+    "known answers": known_answers_case,
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        try:
+            CASES[line.strip()](torch.device("cpu"))
+            answer = None
+        except Exception:  # noqa: BLE001 - the one who asked reports it
+            answer = traceback.format_exc()
+        print(json.dumps(answer), flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    assert os.environ["THINWIRE_KERNELS"] == "triton"
+    main()
