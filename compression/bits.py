@@ -23,8 +23,9 @@ def n_bytes(n: int, width: int) -> int:
 def pack_bits(values: Tensor, width: int) -> Tensor:
     """1-d integers in [0, 2^width), 1 <= width <= 32, to uint8; the last byte is filled up with zero bits."""
     _check_width(width)
-    numbers = values.cpu().numpy().astype(np.int64, copy=False)
-    if use_numba():
+    on_cpu = values.cpu()
+    numbers = on_cpu.numpy().astype(np.int64, copy=False)
+    if use_numba(on_cpu):
         from thinwire.compression import bits_cpu
 
         octets = np.empty(n_bytes(numbers.size, width), dtype=np.uint8)
@@ -47,9 +48,10 @@ def unpack_bits(data: Tensor, width: int, n: int) -> Tensor:
     _check_width(width)
     if data.numel() < n_bytes(n, width):
         raise ValueError(f"{data.numel()} bytes do not hold {n} values of {width} bits")
-    octets = data.cpu().numpy()
+    on_cpu = data.cpu()
+    octets = on_cpu.numpy()
     out = np.empty(n, dtype=np.int64)
-    if use_numba():
+    if use_numba(on_cpu):
         from thinwire.compression import bits_cpu
 
         bits_cpu.unpack(octets, width, out)

@@ -174,7 +174,7 @@ class Sparse(ABC):
                 first = slab.first * self.group_size
                 elements = row[first : first + slab.n_groups * slab.length]
                 index_GK, value_GK, top = sparse_cpu.largest(elements, slab, self.transforms)
-                check_sendable(torch.tensor([top]))
+                check_sendable(torch.tensor(top))
                 yield index_GK, value_GK
             return
         for slab in groups.slabs():

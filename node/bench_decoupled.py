@@ -11,6 +11,7 @@ from torch import Tensor
 
 from thinwire.compression.base import Payload, Turn
 from thinwire.compression.dct_topk import DctTopK
+from thinwire.compression.fingerprint import parameter_sum
 from thinwire.compression.noise import use_numba
 from thinwire.node.bench import copy_bandwidth, measure, transformer
 from thinwire.optim.base import Share
@@ -18,12 +19,15 @@ from thinwire.optim.decoupled import Decoupled
 
 N_PEERS, K, TILE = 4, 32, 64
 LR, BETA = 1e-3, 0.999
+VERIFY_EVERY = 10
 
 
 def bench_decoupled(n_params: int, n_repeats: int) -> dict[str, Any]:
     """Momentum, pack, what is sent leaves the momentum, decode of 4 peers, signed update.
 
-    Baseline: the same in the manner of DeMo's program, in plain torch. And a step of torch's AdamW.
+    Baseline: the same in the manner of DeMo's program, in plain torch. And steps of torch's AdamW, as it is
+    by default (foreach) and fused. Not in the round: checking a peer's payload, and the fingerprint, which is
+    taken every 10 rounds by default.
     """
     ours, theirs, adam = (transformer(n_params) for _ in range(3))
     for model in (ours, theirs, adam):
@@ -37,6 +41,9 @@ def bench_decoupled(n_params: int, n_repeats: int) -> dict[str, Any]:
     both = measure(round_.run, n_repeats)
     demo = measure(Demo(theirs).step, max(1, n_repeats // 2))
     adamw = measure(torch.optim.AdamW(adam.values(), lr=LR).step, n_repeats)
+    fused = measure(torch.optim.AdamW(adam.values(), lr=LR, fused=True).step, n_repeats)
+    check = measure(round_.check, n_repeats)
+    fingerprint = measure(lambda: [parameter_sum(p) for p in ours.values()], n_repeats)
     # The least traffic: momentum and parameters are read and written, gradients read.
     least_s = 20 * n_exactly / bandwidth
     return {
@@ -50,8 +57,13 @@ def bench_decoupled(n_params: int, n_repeats: int) -> dict[str, Any]:
         "apply": apply.to_dict(),
         "demo_step": demo.to_dict(),
         "adamw_step": adamw.to_dict(),
+        "adamw_fused_step": fused.to_dict(),
+        "check_of_a_payload": check.to_dict(),
+        "fingerprint": fingerprint.to_dict(),
         "ratio_to_baseline": demo.median_s / both.median_s,
         "ratio_to_adamw": adamw.median_s / both.median_s,
+        "ratio_to_adamw_fused": fused.median_s / both.median_s,
+        "fingerprint_share_of_round": fingerprint.median_s / VERIFY_EVERY / both.median_s,
         "fraction_of_copy_bandwidth": least_s / both.median_s,
     }
 
@@ -84,6 +96,9 @@ class Round:
     def apply(self) -> None:
         shares = [Share(i, 1, payload) for i, payload in enumerate([*self.others, self.payload])]
         self.strategy.apply(shares, self.turn(), "counted")
+
+    def check(self) -> None:
+        self.strategy.check(self.payload, self.turn())
 
     def run(self) -> None:
         self.propose()
