@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import psutil
 
@@ -17,6 +18,17 @@ from thinwire.compression.errors import ConfigError
 MAX_ADDRESSES = 32
 _PORT_RETRY_S = 1.0
 """A coordinator that was killed leaves its port to its successor within milliseconds."""
+
+
+class HttpAddress(NamedTuple):
+    """Where to serve HTTP; `token`: who has it may read, None: everybody."""
+
+    host: str
+    port: int
+    token: str | None = None
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def listen_address(host: str, port: int) -> str:

@@ -45,6 +45,7 @@ class Board:
     peers: dict[int, PeerFigures] = field(default_factory=dict)
     mismatches: int = 0
     loss: float | None = None
+    last_commit_ms: int | None = None
     n_commits: int = 0
     n_offers: int = 0
     payload_bytes: int = 0
@@ -61,6 +62,7 @@ class Board:
     def committed(self, body: CommitBody) -> None:
         losses = [offer.loss for offer in body.offers if offer.loss is not None]
         self.loss = fmean(losses) if losses else None
+        self.last_commit_ms = body.time_ms
         self.n_commits += 1
         self.n_offers += len(body.offers)
         for offer in body.offers:
@@ -84,8 +86,10 @@ class Board:
         return {
             "loss": self.loss,
             "round_s": self.round_s,
+            "last_commit_ms": self.last_commit_ms,
             "timed_rounds": self.n_durations,
             "timed_rounds_s": self.total_duration_s,
+            "payload_bytes": self.payload_bytes,
             "payload_bytes_per_peer_round": self.payload_bytes_per_offer,
             "mismatches": self.mismatches,
             "n_params": self.n_params,

@@ -28,6 +28,7 @@ from thinwire.compression.errors import (
 from thinwire.coordinator.adoption import adopt
 from thinwire.coordinator.blob_streams import Sink, serve_blobs
 from thinwire.coordinator.blobs import BlobStore, BlobWriter
+from thinwire.coordinator.inquiries import Inquiries
 from thinwire.coordinator.messages import (
     BadMessage,
     Follow,
@@ -35,6 +36,7 @@ from thinwire.coordinator.messages import (
     Heartbeat,
     Hello,
     Message,
+    Metrics,
     NodeState,
     Refused,
     State,
@@ -98,6 +100,7 @@ class Doors:
         self._token = token.encode()
         self._changed, self._failed, self._status = changed, failed, status
         self._sessions: dict[str, Session] = {}
+        self._inquiries = Inquiries(self._post)
         self._numbers = count(1)
         self._opening = asyncio.Lock()
         """Held while one node is let in: the others wait for what it may have to give back."""
@@ -112,10 +115,21 @@ class Doors:
 
     def send(self, peer_id: str, message: Message) -> None:
         """To the peer's current session, if there is one."""
+        self._post(peer_id, message)
+
+    def _post(self, peer_id: str, message: Message) -> bool:
+        """False: there is no session."""
         session = self._sessions.get(peer_id)
-        if session is not None and not session.post(message):
+        if session is None:
+            return False
+        if not session.post(message):
             self._service.count_rejected("too_slow")
             session.stream.abort()
+        return True
+
+    async def metrics_of(self, peer_id: str) -> bytes:
+        """A node's own, in Prometheus' text format. Raises `inquiries.Unanswered`."""
+        return await self._inquiries.metrics(peer_id)
 
     def wake(self) -> None:
         """There is a new commit."""
@@ -181,6 +195,7 @@ class Doors:
         number, welcome = opened
         old = self._sessions.get(peer_id)
         if old is not None:
+            self._inquiries.forget(peer_id)
             old.end(Refused(error="ConfigError", text=_REPLACED))
         session = Session(peer_id, number, stream)
         self._sessions[peer_id] = session
@@ -195,6 +210,7 @@ class Doors:
         finally:
             if self._sessions.get(peer_id) is session:
                 del self._sessions[peer_id]
+                self._inquiries.forget(peer_id)
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
             self._service.closed(peer_id, number, time.monotonic())
@@ -245,6 +261,9 @@ class Doors:
                 continue  # nobody answers any more, but the node has not read why yet
             if isinstance(message, Follow):
                 session.follow(message.after)
+            elif isinstance(message, Metrics):
+                if self._sessions.get(session.peer_id) is session:
+                    self._inquiries.answered(session.peer_id, message)
             else:
                 self._service.receive(session.peer_id, session.number, message, time.monotonic())
                 self._changed()

@@ -216,6 +216,13 @@ class Ledger:
         """(round, loss) in order."""
         return list(self._db.execute("SELECT round, loss FROM held_out ORDER BY round"))
 
+    @property
+    def n_bytes(self) -> int:
+        """Of the database on the disk."""
+        (n_pages,) = self._db.execute("PRAGMA page_count").fetchone()
+        (page_bytes,) = self._db.execute("PRAGMA page_size").fetchone()
+        return int(n_pages * page_bytes)
+
     def close(self) -> None:
         self._db.close()
 

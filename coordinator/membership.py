@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from thinwire.coordinator.messages import NodeState
 
@@ -49,13 +50,18 @@ class TimePassed:
 Event = SessionOpened | SessionClosed | StateSaid | SignOfLife | TimePassed
 
 
+Cause = Literal["said_so", "connection_lost", "silent"]
+"""How a peer went."""
+
+
 @dataclass(frozen=True, slots=True)
 class Became:
-    """The only action: a peer's state changed, and why."""
+    """The only action: a peer's state changed, and why. `cause`: of one that is gone, for counting."""
 
     peer: int
     state: PeerState
     reason: str
+    cause: Cause | None = None
 
 
 @dataclass(slots=True)
@@ -118,6 +124,14 @@ class Membership:
         """Peers that are joining or training."""
         return sorted(p for p, x in self._peers.items() if x.state is not PeerState.GONE)
 
+    def missed(self, now_s: float, for_s: float) -> list[int]:
+        """Peers that are not there and did not say that they leave, for at most so long."""
+        return sorted(
+            p
+            for p, x in self._peers.items()
+            if x.session is None and x.said is not NodeState.LEAVING and now_s < x.seen_s + for_s
+        )
+
     def seen_s(self, peer: int) -> float | None:
         """When the peer was last heard of; None: not since the coordinator started."""
         known = self._peers.get(peer)
@@ -151,7 +165,7 @@ class Membership:
     def _said(self, peer: int, state: NodeState, now_s: float, actions: list[Became]) -> None:
         known = self._peers[peer]
         known.seen_s, known.said, known.grace_until_s = now_s, state, None
-        self._become(peer, _STATE_OF[state], "said so", actions)
+        self._become(peer, _STATE_OF[state], "said so", actions, "said_so")
 
     def _seen(self, peer: int, now_s: float, actions: list[Became]) -> None:
         known = self._peers[peer]
@@ -164,18 +178,21 @@ class Membership:
             if known.state is PeerState.GONE or now_s < self._up_s(known):
                 continue
             if known.session is None:
-                self._become(peer, PeerState.GONE, "connection lost", actions)
+                self._become(peer, PeerState.GONE, "connection lost", actions, "connection_lost")
             elif now_s >= known.seen_s + self._silence_s:
-                self._become(peer, PeerState.GONE, f"silent for {now_s - known.seen_s:.0f} s", actions)
+                silent = f"silent for {now_s - known.seen_s:.0f} s"
+                self._become(peer, PeerState.GONE, silent, actions, "silent")
             else:
                 known.grace_until_s = None
                 self._become(peer, PeerState.JOINING, "came back without saying that it trains", actions)
 
-    def _become(self, peer: int, state: PeerState, reason: str, actions: list[Became]) -> None:
+    def _become(
+        self, peer: int, state: PeerState, reason: str, actions: list[Became], cause: Cause | None = None
+    ) -> None:
         known = self._peers[peer]
         if known.state is not state:
             known.state = state
-            actions.append(Became(peer, state, reason))
+            actions.append(Became(peer, state, reason, cause if state is PeerState.GONE else None))
 
 
 _STATE_OF = {

@@ -21,6 +21,9 @@ PROTOCOL_VERSION = 2
 INLINE_BYTES = 4096
 """Payloads up to this size travel inside offer and commit; larger ones are blobs named by digest."""
 
+MAX_METRICS_BYTES = 48 * 2**10
+"""Compressed; a node has about 3 kB of them."""
+
 MAX_PEERS = 1024
 MAX_ROUND = 2**32 - 1
 
@@ -346,11 +349,24 @@ class Notice(Message):
     warning: bool
 
 
+class AskMetrics(Message):
+    """Coordinator to node: somebody wants to see your metrics."""
+
+    tag = 14
+
+
+class Metrics(Message):
+    """The answer: a node's metrics in Prometheus' text format, compressed by zlib."""
+
+    tag = 15
+    text: Annotated[bytes, Field(max_length=MAX_METRICS_BYTES)]
+
+
 MESSAGES: dict[int, type[Message]] = {
     m.tag: m
     for m in (
         *(Hello, Welcome, Refused, State, Offer, Follow, Commit, Head),
-        *(Report, Heartbeat, Offered, Members, Notice),
+        *(Report, Heartbeat, Offered, Members, Notice, AskMetrics, Metrics),
     )
 }
 

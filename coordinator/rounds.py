@@ -77,6 +77,10 @@ class OfferRefused:
     reason: Literal["late_offer", "wrong_round", "changed_offer", "too_many_offers"]
 
 
+Why = Literal["complete", "enough", "deadline", "hung"]
+"""Everybody awaited was there; as many as are worth it; time was up; those who were missing count as hung."""
+
+
 @dataclass(frozen=True, slots=True)
 class RoundClosed:
     """To be committed. `peers` counted, sorted; `missing` were still awaited."""
@@ -86,6 +90,7 @@ class RoundClosed:
     missing: tuple[int, ...]
     evaluator: int | None
     duration_s: float
+    why: Why
 
 
 Action = RoundOpened | OfferKept | OfferRefused | RoundClosed
@@ -268,6 +273,7 @@ class Rounds:
         if self.is_held or self.opened_s is None or not eligible:
             return []
         missing = self.missing()
+        why: Why = "complete"
         if missing:
             due = self._limit()
             is_enough = due.enough is not None and len(eligible) >= due.enough
@@ -275,9 +281,12 @@ class Rounds:
                 return []
             if due.drops:
                 self._hung.update(missing)
-        return self._close(eligible, missing, self.opened_s, now_s)
+            why = "enough" if is_enough else "hung" if due.drops else "deadline"
+        return self._close(eligible, missing, why, self.opened_s, now_s)
 
-    def _close(self, eligible: list[int], missing: list[int], opened_s: float, now_s: float) -> list[Action]:
+    def _close(
+        self, eligible: list[int], missing: list[int], why: Why, opened_s: float, now_s: float
+    ) -> list[Action]:
         late = {peer: kept for peer, kept in self._offers.items() if not kept.has_bytes}
         self._pasts[self.round] = _Past(opened_s, self._opening, frozenset(eligible), late)
         self._pasts.pop(self.round - KEPT_ROUNDS, None)
@@ -286,7 +295,8 @@ class Rounds:
         self._offers = {}
         self.head += 1
         evaluator = self._next_evaluator()
-        closed = RoundClosed(self.head, tuple(eligible), tuple(missing), evaluator, now_s - opened_s)
+        duration_s = now_s - opened_s
+        closed = RoundClosed(self.head, tuple(eligible), tuple(missing), evaluator, duration_s, why)
         if self.is_over:
             self.opened_s, self.expected = None, set()
             return [closed]

@@ -130,6 +130,22 @@ class CoordinatorServer:
         if self._done is not None:
             self._done.cancel()
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether nodes can be served right now; may be asked from any thread."""
+        return self._p2p is not None and not self._p2p.died.is_set() and not self._is_stopped
+
+    def scraped(self) -> list[str]:
+        """Peers whose metrics are to be asked for."""
+        return self.service.scraped(time.monotonic())
+
+    async def metrics_of(self, peer_id: str) -> bytes:
+        """A node's metrics, in Prometheus' text format. Raises KeyError for somebody who was never admitted,
+        `inquiries.Unanswered` for a peer that is not there or does not answer."""
+        if not self.service.is_admitted(peer_id):
+            raise KeyError(peer_id)
+        return await self._doors.metrics_of(peer_id)
+
     def status(self) -> dict[str, Any]:
         """The service's, the bytes of this process, and what a machine compares before it joins."""
         traffic = {"sent_bytes": dict(self.meter.sent), "received_bytes": dict(self.meter.received)}

@@ -44,6 +44,11 @@ class ServerThread:
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
         self._end()
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The one that the server runs in."""
+        return self._loop
+
     def call(self, what: Callable[[CoordinatorServer], T]) -> T:
         """Runs `what(server)` in the server's loop."""
 

@@ -43,6 +43,7 @@ from thinwire.coordinator.recall import recall
 from thinwire.coordinator.reports import Reports
 from thinwire.coordinator.schedule import lr_factor_bits
 from thinwire.coordinator.settings import parse_settings
+from thinwire.coordinator.tally import Tally
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -51,6 +52,9 @@ FAREWELL_S = 60.0
 
 FIRST_NOTICE_S = 1.0
 NOTICE_EVERY_S = 5.0
+SCRAPED_S = 3600.0
+"""A peer that went without a word is listed for this long to be scraped, so that it is seen to be down."""
+
 TOLD_AFTER_MISSES = 16
 """So many rounds in a row without an offer of its, and again after as many more: the peer is told."""
 
@@ -87,6 +91,7 @@ class Service:
         self._gate = Gate(ledger, token)
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
+        self._tally = Tally()
         self._start(now_s)
 
     def _start(self, now_s: float) -> None:
@@ -136,6 +141,7 @@ class Service:
         index = self._ledger.admit(peer_id)
         if known is None:
             log.info("admitted %s as peer %d (%s)", peer_id, index, hello.agent)
+        self._tally.joined["new" if known is None else "returned"] += 1
         self._crier.opened(index, hello.addresses)
         self._keeper.welcomed(index)
         self._next_notice_s = min(self._next_notice_s, now_s + FIRST_NOTICE_S)
@@ -185,6 +191,16 @@ class Service:
         """Whether the peer is admitted and connected: others may serve it blobs."""
         index = self._ledger.index_of(peer_id)
         return index is not None and index in self._members.connected()
+
+    def is_admitted(self, peer_id: str) -> bool:
+        """Whether the peer has ever been let in."""
+        return self._ledger.index_of(peer_id) is not None
+
+    def scraped(self, now_s: float) -> list[str]:
+        """Peers whose metrics are to be asked for: all that are connected, and those that went without a word
+        not long ago."""
+        listed = {*self._members.connected(), *self._members.missed(now_s, SCRAPED_S)}
+        return [self._ledger.peer_id(index) for index in sorted(listed)]
 
     # ------------------------------------------------------------------------------------- lost commits
 
@@ -292,6 +308,8 @@ class Service:
             "held_out": [list(entry) for entry in self._ledger.held_out()],
             "peers": [self._peer_status(*peer, now_s) for peer in self._ledger.peers().items()],
             "rejected": dict(sorted(self._gate.rejected.items())),
+            "since_start": self._tally.figures(),
+            "ledger_bytes": self._ledger.n_bytes,
             **self._keeper.figures(self._members.connected()),
             **self._board.figures(),
         }
@@ -372,6 +390,7 @@ class Service:
         self._ledger.append(body, self._key)
         self._board.committed(body)
         self._board.round_closed(closed.duration_s, closed.missing)
+        self._tally.round_closed(closed.why, closed.duration_s)
         self._tell_the_slow(closed.missing)
         self._reports.committed(body)
         self._keeper.committed(body, self._present())
@@ -409,6 +428,8 @@ class Service:
         for became in self._members.handle(event, now_s):
             peer = became.peer
             log.info("%s is %s: %s", self._short(peer), became.state, became.reason)
+            if became.cause is not None:
+                self._tally.left[became.cause] += 1
             if became.state is m.PeerState.TRAINING:
                 self._handle_round(r.PeerTrains(peer), now_s)
             else:

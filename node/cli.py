@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from thinwire.compression.errors import ConfigError, ThinwireError
 from thinwire.node.processes import end_with_parent
+
+if TYPE_CHECKING:
+    from thinwire.coordinator.addresses import HttpAddress
 
 log = logging.getLogger("thinwire.cli")
 
@@ -45,6 +49,10 @@ class Demo:
     """Ranks of the nodes, over and over: with 1,2 every other node shards its model over two processes."""
     faults: bool = True
     """Kill one node on the way and start it again."""
+    http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Serve Prometheus here while it runs: /metrics, /sd (every node as a target), /healthz."""
+    http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
+    """Whoever asks must show it (Authorization: Bearer TOKEN). Default: $THINWIRE_HTTP_TOKEN, or none"""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON object with the results on stdout."""
 
@@ -56,8 +64,9 @@ class Demo:
         if self.rounds is not None and self.rounds < 5:
             raise ConfigError("--rounds: at least 5, or there is nothing to see")
         rounds = self.rounds or {"decoupled": 150, "spsa": 55}[self.strategy]
+        http = _http(self.http, self.http_token)
         with stop_on_signals() as stop:
-            plan = Plan(self.strategy, self.peers, rounds, self.faults, _ranks(self.ranks))
+            plan = Plan(self.strategy, self.peers, rounds, self.faults, _ranks(self.ranks), http)
             result = run_demo(plan, stop.is_set)
         if stop.signal:
             return 128 + stop.signal
@@ -87,7 +96,9 @@ class Coordinator:
     task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
     """A task of your own, importable here; nodes need the same."""
     http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
-    """Serve Prometheus metrics here (/metrics)."""
+    """Serve Prometheus here: /metrics, /sd (every node as a target), /healthz, /readyz."""
+    http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
+    """Whoever asks must show it (Authorization: Bearer TOKEN). Default: $THINWIRE_HTTP_TOKEN, or none"""
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
@@ -102,7 +113,7 @@ class Coordinator:
                 announce=self.announce,
                 overrides=_overrides(self.set),
                 import_path=self.task,
-                http=_host_port(self.http),
+                http=_http(self.http, self.http_token),
                 stop=stop,
             )
         return 128 + stop.signal if stop.signal else 0
@@ -148,7 +159,10 @@ class Join:
     patience_s: float = 600.0
     """Seconds to keep trying when the coordinator does not answer any more."""
     http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
-    """Serve Prometheus metrics here (/metrics)."""
+    """Serve Prometheus here: /metrics, /healthz, /readyz. The coordinator's gateway has a node's metrics also
+    without it."""
+    http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
+    """Whoever asks must show it (Authorization: Bearer TOKEN). Default: $THINWIRE_HTTP_TOKEN, or none"""
     save: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the trained weights here (safetensors) after the last round."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -172,7 +186,7 @@ class Join:
                     announce=self.announce,
                     max_upload=self.max_upload,
                     patience_s=self.patience_s,
-                    http=_host_port(self.http),
+                    http=_http(self.http, self.http_token),
                     save=self.save,
                     ranks=self.ranks,
                     mixed_precision=self.mixed_precision,
@@ -453,13 +467,17 @@ def _read_ticket(text: str) -> str:
     return sys.stdin.readline().strip() if text == "-" else text
 
 
-def _host_port(text: str | None) -> tuple[str, int] | None:
+def _http(text: str | None, token: str | None) -> HttpAddress | None:
+    from thinwire.coordinator.addresses import HttpAddress
+
     if text is None:
+        if token is not None:
+            raise ConfigError("--http-token protects what --http HOST:PORT serves: say that, too")
         return None
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"--http {text}: write it as HOST:PORT, for example 127.0.0.1:9100")
-    return host, int(port)
+    return HttpAddress(host.strip("[]"), int(port), token or os.environ.get("THINWIRE_HTTP_TOKEN") or None)
 
 
 def _overrides(pairs: Sequence[str]) -> dict[str, Any]:

@@ -7,28 +7,24 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry
-
 from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.addresses import HttpAddress
 from thinwire.coordinator.files import write_aside
 from thinwire.coordinator.identity import load_or_create, peer_id_of
-from thinwire.coordinator.metrics import register
 from thinwire.coordinator.server import CoordinatorServer
 from thinwire.coordinator.state import StateDir
 from thinwire.node.config import RunConfig, load_config, parse_config
 from thinwire.node.genesis import make_genesis, public_config
-from thinwire.node.metrics import serve
 from thinwire.node.tasks import Task, make_task
 
 if TYPE_CHECKING:
     from thinwire.node.cli import Stop
 
 log = logging.getLogger("thinwire.coordinator")
-
-SCRAPE_TIMEOUT_S = 5.0
 
 
 def coordinate(
@@ -40,7 +36,7 @@ def coordinate(
     announce: tuple[str, ...],
     overrides: Mapping[str, Any],
     import_path: str | None,
-    http: tuple[str, int] | None,
+    http: HttpAddress | None,
     stop: Stop,
 ) -> None:
     """Serves until the last round is acknowledged or `stop` is set. Prints the ticket on stdout.
@@ -87,19 +83,18 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str 
     return found
 
 
-async def _serve(server: CoordinatorServer, folder: Path, http: tuple[str, int] | None, stop: Stop) -> None:
+async def _serve(server: CoordinatorServer, folder: Path, http: HttpAddress | None, stop: Stop) -> None:
     loop = asyncio.get_running_loop()
-
-    async def status() -> dict[str, Any]:
-        return server.status()
-
-    registry = CollectorRegistry()
-    # A scrape has a thread of its own, the service lives in the loop.
-    register(registry, lambda: asyncio.run_coroutine_threadsafe(status(), loop).result(SCRAPE_TIMEOUT_S))
     stopped = asyncio.Event()
     stop.on_stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
-    with serve(registry, http):
+    with ExitStack() as stack:
         try:
+            if http is not None:
+                from thinwire.coordinator.gateway import coordinator_routes
+                from thinwire.coordinator.web import serve_http
+
+                port = stack.enter_context(serve_http(coordinator_routes(server, loop), http))
+                log.info("http://%s serves /metrics, /sd, /healthz", http._replace(port=port))
             await server.start()
             print(server.ticket.line(), flush=True)  # noqa: T201 - data goes to stdout
             log.info("the line above is the ticket. On any machine: thinwire join TICKET")

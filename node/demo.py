@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.live import Live
 
 from thinwire.compression.errors import SwarmUnreachable, ThinwireError
+from thinwire.coordinator.addresses import HttpAddress
 from thinwire.coordinator.identity import load_or_create, peer_id_of
 from thinwire.node.processes import Child, Children
 from thinwire.node.status import StatusClient
@@ -51,13 +52,14 @@ class DemoFailed(ThinwireError):
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is to be shown. `faults`: kill a node at a third of the rounds and start it again. `ranks`: of the
-    nodes, over and over."""
+    nodes, over and over. `http`: what the coordinator serves meanwhile."""
 
     strategy: str
     n_peers: int
     rounds: int
     faults: bool
     ranks: tuple[int, ...] = (1,)
+    http: HttpAddress | None = None
 
 
 def run_demo(plan: Plan, stopped: Callable[[], bool]) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def run_demo(plan: Plan, stopped: Callable[[], bool]) -> dict[str, Any]:
             console.print("First a short decoupled phase: fine-tuning needs a model that knows something.")
             base = children.folder / "base.safetensors"
             rounds = min(PRETRAINING_ROUNDS, 2 * plan.rounds)
-            pretraining = Plan("decoupled", plan.n_peers, rounds, faults=False)
+            pretraining = Plan("decoupled", plan.n_peers, rounds, faults=False, http=plan.http)
             DemoSwarm(pretraining, children, console, stopped, save=base).run()
             console.print("Now that model is fine-tuned on other text, with one byte per probe.")
         result = {} if stopped() else DemoSwarm(plan, children, console, stopped, base=base).run()
@@ -129,10 +131,15 @@ class DemoSwarm:
     def _start_coordinator(self) -> None:
         folder = self.folder / "coordinator"
         args = ["coordinator", str(self.run_file), "--state", str(folder / "state"), "--host", "127.0.0.1"]
+        if self.plan.http is not None:
+            args += ["--http", str(self.plan.http)]
+            args += [] if self.plan.http.token is None else ["--http-token", self.plan.http.token]
         self.coordinator = self.children.start("coordinator", folder, args, output=True)
         self.ticket = self.coordinator.first_line(START_TIMEOUT_S)
         if not self.ticket:
             raise DemoFailed(f"no ticket; the coordinator's log ends with:\n{self.coordinator.log_tail()}")
+        if self.plan.http is not None:
+            self.console.print(f"http://{self.plan.http} serves /metrics, /sd, /healthz", highlight=False)
 
     def _start_node(self, name: str) -> None:
         folder = self.folder / name

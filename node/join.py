@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from thinwire.compression.errors import ConfigError, ThinwireError
+from thinwire.coordinator.addresses import HttpAddress
 from thinwire.coordinator.ticket import Ticket
 from thinwire.node.rate import UploadLimit, parse_rate
 
@@ -37,7 +38,7 @@ class Options:
     announce: tuple[str, ...]
     max_upload: str | None
     patience_s: float
-    http: tuple[str, int] | None
+    http: HttpAddress | None
     save: Path | None
     ranks: int | None
     mixed_precision: str | None
@@ -52,7 +53,7 @@ class Options:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Options:
         paths = {k: Path(plain[k]) for k in ("data", "state", "save") if plain[k] is not None}
-        http = None if plain["http"] is None else tuple(plain["http"])
+        http = None if plain["http"] is None else HttpAddress(*plain["http"])
         return cls(**{**plain, **paths, "http": http, "announce": tuple(plain["announce"])})
 
 
@@ -114,9 +115,10 @@ def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | Non
     """The node in this process. `lead_in`: it is rank 0 of several; called with the node's folder."""
     limit_threads(options.threads)
 
+    from thinwire.node.device_metrics import DeviceCollector
     from thinwire.node.folder import NodeFolder
     from thinwire.node.link_hivemind import HivemindLink
-    from thinwire.node.metrics import serve
+    from thinwire.node.metrics import NodeMetrics, serve
     from thinwire.node.runner import Runner, follow_events
 
     _check_device(options.device)
@@ -125,6 +127,10 @@ def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | Non
     limit = None if rate_bytes_per_s is None else UploadLimit(rate_bytes_per_s)
     folder = NodeFolder(options.state)
     log.info("this node's state is in %s", folder.path)
+    metrics = NodeMetrics()
+    metrics.registry.register(DeviceCollector(_devices(options)))
+    if limit is not None:
+        metrics.upload_limit(limit.rate_bytes_per_s, limit.used_ratio)
     link = HivemindLink(
         Ticket.parse(options.ticket),
         state=folder.path,
@@ -133,6 +139,7 @@ def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | Non
         announce=options.announce,
         patience_s=options.patience_s,
         limit=limit,
+        metrics=metrics.text,
     )
     events = follow_events(link)
     runner = Runner(
@@ -141,13 +148,12 @@ def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | Non
         data=options.data,
         device=options.device,
         folder=link.run_folder,
+        metrics=metrics,
         lead=None if lead_in is None else lead_in(folder.path),
     )
-    if limit is not None:
-        runner.metrics.upload_limit(limit.rate_bytes_per_s, limit.used_ratio)
     stop.on_stop.append(runner.request_stop)
     try:
-        with serve(runner.metrics.registry, options.http):
+        with serve(metrics, options.http):
             result = runner.run()
             if options.save is not None and not stop.is_set():
                 runner.replica.save_weights(options.save)
@@ -161,6 +167,15 @@ def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | Non
         events.join(timeout=5)
         folder.close()
     return result
+
+
+def _devices(options: Options) -> list[str]:
+    """Those of all ranks."""
+    if not options.device.startswith("cuda"):
+        return [options.device]
+    if (options.ranks or 1) > 1:
+        return [f"cuda:{rank}" for rank in range(options.ranks or 1)]
+    return [options.device if ":" in options.device else "cuda:0"]
 
 
 def limit_threads(threads: int | None) -> None:

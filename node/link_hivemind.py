@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,7 +42,8 @@ class HivemindLink:
 
     `host`, `port`: where other nodes reach this one; `announce`: addresses that they should try first.
     `patience_s`: how long to go on trying when the coordinator does not answer any more. `limit`: of all that
-    this node sends.
+    this node sends. `metrics`: this node's, in Prometheus' text format, for when the coordinator asks; called
+    in a thread of its own.
     """
 
     def __init__(
@@ -55,10 +56,12 @@ class HivemindLink:
         announce: Sequence[str] = (),
         patience_s: float = 600.0,
         limit: UploadLimit | None = None,
+        metrics: Callable[[], bytes] = bytes,
     ) -> None:
         """Raises ConfigError (identity)."""
         self.run_id = ticket.run_id
         self._ticket, self._patience_s, self._limit = ticket, patience_s, limit
+        self._metrics = metrics
         key = new_key() if state is None else load_or_create(_made(state) / IDENTITY_NAME)
         self.run_folder = None if state is None else _made(state / self.run_id.hex()[:16])
         self.peer_id = peer_id_of(key.public_key())
@@ -102,6 +105,7 @@ class HivemindLink:
             copy=copy,
             copy_path=self._copy_path,
             limit=self._limit,
+            metrics=self._metrics,
         )
         return await self._session.open()
 

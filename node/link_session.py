@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -15,10 +16,12 @@ from statistics import median
 from thinwire.compression.errors import LedgerCorrupt, SwarmUnreachable, ThinwireError
 from thinwire.coordinator.blob_streams import NotServed, serve_blobs
 from thinwire.coordinator.chain import Forked
+from thinwire.coordinator.inquiries import packed
 from thinwire.coordinator.ledger import REPAIR_FORK
 from thinwire.coordinator.ledger_copy import LedgerCopy
 from thinwire.coordinator.messages import (
     INLINE_BYTES,
+    AskMetrics,
     BadMessage,
     Commit,
     Follow,
@@ -44,6 +47,8 @@ from thinwire.node.mailbox import Mailbox
 from thinwire.node.payloads import AHEAD, LONG_WAIT_S, Payloads, Served
 from thinwire.node.rate import UploadLimit
 from thinwire.node.uplink import Hooks, Place, Uplink
+
+_log = logging.getLogger("thinwire.link")
 
 _DOWNLOADS = 4
 _MEASURED_UPLOADS = 8
@@ -75,7 +80,7 @@ class _Listed:
 class LinkSession:
     """Lives in the event loop; `head`, `served` and `members` are used from any thread.
 
-    `copy_path`: where the copy of the ledger is on disk, if it is.
+    `copy_path`: where the copy of the ledger is on disk, if it is. `metrics`: see `HivemindLink`.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class LinkSession:
         copy: LedgerCopy,
         copy_path: Path | None,
         limit: UploadLimit | None = None,
+        metrics: Callable[[], bytes] = bytes,
     ) -> None:
         hooks = Hooks(
             head=self._known_head,
@@ -106,6 +112,8 @@ class LinkSession:
         )
         self._uplink = Uplink(ticket, place, meter, hooks, patience_s, limit)
         self._limit = limit
+        self._metrics = metrics
+        self._answering: asyncio.Task[None] | None = None
         self._mailbox, self._meter = mailbox, meter
         self._peer_id, self._copy, self._copy_path = peer_id, copy, copy_path
         self._uploads = BlobClient(
@@ -379,8 +387,19 @@ class LinkSession:
                 self._list({m.peer_id: m.addresses for m in members})
             case Notice(text=text, warning=warning):
                 self._mailbox.put_event(text, warning)
+            case AskMetrics():
+                if self._answering is None or self._answering.done():
+                    self._answering = asyncio.ensure_future(self._say_metrics())
             case _:
                 raise BadMessage(f"{type(message).__name__} is not for a node")
+
+    async def _say_metrics(self) -> None:
+        try:
+            text = await asyncio.to_thread(self._metrics)
+        except Exception:  # noqa: BLE001 - the edge: a gauge that cannot be read must not end the session
+            _log.exception("this node's metrics cannot be read")
+            text = b""
+        self._uplink.post(packed(text))
 
     def _heartbeat(self) -> Heartbeat:
         sent, received = self._meter.totals()

@@ -6,12 +6,14 @@ On a node of several ranks each has one of these over its shards; all call the s
 from __future__ import annotations
 
 import inspect
+import time
 from dataclasses import dataclass
 
 import torch
 
 from thinwire.compression.base import Turn
 from thinwire.compression.errors import ConfigError
+from thinwire.node.phases import Stopwatch, time_calls
 from thinwire.node.replica import Replica, data_seed
 from thinwire.node.tasks import Task
 from thinwire.optim.base import Allotment, Closure
@@ -20,7 +22,7 @@ from thinwire.optim.base import Allotment, Closure
 @dataclass(frozen=True, slots=True)
 class Proposal:
     """What goes into an offer for `round`. `loss`: None if every batch was dropped. `n_batches`: drawn just
-    now, not ahead."""
+    now, not ahead. `compute_s`, `pack_s`: what the local work and the packing of its outcome took."""
 
     round: int
     payload: bytes
@@ -28,6 +30,8 @@ class Proposal:
     n_tokens: int
     loss: float | None
     n_batches: int
+    compute_s: float = 0.0
+    pack_s: float = 0.0
 
 
 class LocalWork:
@@ -45,6 +49,9 @@ class LocalWork:
                 "the task cannot split a batch over the ranks of a node: its draw and evaluate take no "
                 "rank and ranks (see thinwire.node.tasks.Task). Start the node with --ranks 1"
             )
+        self._stopwatch = Stopwatch(time.perf_counter)
+        if hasattr(replica.strategy, "compressor"):  # its own payload is decoded, too, to be taken away
+            time_calls(replica.strategy.compressor, {"pack": "pack", "decode": "pack"}, self._stopwatch)
         self._set_mode()
 
     def propose(self, allotted: Allotment | None = None) -> Proposal:
@@ -53,11 +60,26 @@ class LocalWork:
         self._n_drawn = self._n_tokens = 0
         strategy = self._replica.strategy
         strategy.allotted = allotted or Allotment()
-        payload = self._replica.encode(strategy.propose(self._draw, turn), turn)
+        watch = self._stopwatch
+        watch.restart()
+        with watch.phase("compute"):
+            proposed = strategy.propose(self._draw, turn)
+        with watch.phase("pack"):
+            payload = self._replica.encode(proposed, turn)
+        times = watch.rounds[-1]
         n_tokens = self._n_tokens + (self._n_tokens_ahead if strategy.n_ahead else 0)
         n_samples = self.task.n_samples * (self._n_drawn + strategy.n_ahead)
         self._n_tokens = self._n_tokens_ahead = 0
-        return Proposal(turn.round, payload, n_samples, n_tokens, strategy.last_loss, self._n_drawn)
+        return Proposal(
+            turn.round,
+            payload,
+            n_samples,
+            n_tokens,
+            strategy.last_loss,
+            self._n_drawn,
+            compute_s=times["compute"],
+            pack_s=times["pack"],
+        )
 
     def work_ahead(self) -> bool:
         """A piece of the next round's work, after `propose`; False, with nothing done, if there is none."""

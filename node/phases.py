@@ -11,9 +11,10 @@ from typing import Any
 
 
 class Stopwatch:
-    """CPU seconds of one thread by phase; what a phase within another one takes is not counted twice.
+    """Seconds of one thread by phase; what a phase within another one takes is not counted twice.
 
-    Work that this thread hands to other threads (torch's own, a GPU's) is not in it.
+    By default they are CPU seconds: work that this thread hands to others (torch's own, a GPU's) is not in
+    them.
     """
 
     def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
@@ -25,6 +26,10 @@ class Stopwatch:
 
     def next_round(self) -> None:
         self.rounds.append(defaultdict(float))
+
+    def restart(self) -> None:
+        """Forgets all rounds and begins another one."""
+        self.rounds[:] = [defaultdict(float)]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

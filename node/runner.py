@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ from thinwire.node.snapshots import Stored
 from thinwire.node.tasks import make_task
 from thinwire.node.view import human_bytes
 from thinwire.node.workload import Workload
+from thinwire.optim.base import Own
 
 log = logging.getLogger("thinwire.node")
 
@@ -83,8 +85,12 @@ class Runner:
         self._workload: Workload | None = None
         self._offered_round = 0
         self._is_joining = self._is_replay = True
-        self._applied_s = self._came_s = clock()
-        self._counted = self._missed = self._payload_bytes = 0
+        self._came_s = clock()
+        self._applied_s: float | None = None
+        self._offered_s: float | None = None
+        self._fetched_s = 0.0
+        self._n_parameters = 0
+        self._counted = self._missed = self._n_offers = self._payload_bytes = 0
         self._held_out: list[tuple[int, float]] = []
 
     # ------------------------------------------------------------------------------------------ the run
@@ -101,6 +107,7 @@ class Runner:
                 while self._follow():
                     pass
             finally:
+                self.metrics.training(False)
                 self.link.state(NodeState.LEAVING)
         return self.result()
 
@@ -130,6 +137,8 @@ class Runner:
         self._welcome = welcome
         self.history = History.of(self.replica, self.config.run.snapshot_every)
         n_parameters = sum(p.tensor.numel() for p in strategy.parameters_in_order())
+        self._n_parameters = sum(prod(entry.shape) for entry in body.layout)
+        self.metrics.behind(lambda: max(0, self.link.head - self.replica.round))
         log.info(
             "run %s: %d parameters, strategy %s, %d rounds, peer %d",
             *(self.config.run.name, n_parameters, self.config.strategy["name"], self.config.run.rounds),
@@ -175,7 +184,8 @@ class Runner:
 
     def _begin(self) -> None:
         """Brings the replica to the cheapest start."""
-        self._is_joining, self._is_replay, self._offered_round = True, False, 0
+        self._give_up_offer()
+        self._is_joining, self._is_replay = True, False
         start = self._joiner.begin()
         self._is_replay = start.is_trusted
         self._catching_up = CatchingUp(self.replica.round)
@@ -232,7 +242,10 @@ class Runner:
             return self._is_joining and self._jump()
         if rounds := self._healer.due():
             self._is_joining = True
-            if self._healer.check(rounds):
+            self.metrics.training(False)
+            was_wrong = self._healer.check(rounds)
+            self.metrics.replayed(was_wrong)
+            if was_wrong:
                 self._go_on_from_replay()
                 return True
         if self._is_at_head():  # a check takes its time
@@ -246,6 +259,8 @@ class Runner:
         if self._is_joining:
             self.link.state(NodeState.TRAINING)
             self.link.serve(self.store)
+            self.metrics.training(True)
+            self._applied_s = None
         self._is_joining = self._is_replay = False
         if self.replica.round == 0:
             self._report(evaluate=self.peer_index == 0)
@@ -269,12 +284,21 @@ class Runner:
         log.error("%s; replaying the ledger to see whether this machine was wrong", error)
         self._joiner.begin(lambda: self._joiner.trusted_starts(self.link.head), with_local_state=False)
         self._discard_snapshots(self.replica.round)
+        self.metrics.replayed(was_wrong=True)
         self._go_on_from_replay()
 
     def _go_on_from_replay(self) -> None:
         """The replica is at an earlier round: what this node offered since was settled already."""
-        self._is_joining, self._is_replay, self._offered_round = True, True, 0
+        self._give_up_offer()
+        self._is_joining, self._is_replay = True, True
         self._catching_up = CatchingUp(self.replica.round)
+
+    def _give_up_offer(self) -> None:
+        """The replica goes to another round: what was offered for the open one is not settled any more."""
+        if self._offered_s is not None:
+            self.metrics.not_counted("given_up")
+        self._offered_round, self._offered_s = 0, None
+        self.metrics.training(False)
 
     def _is_over(self) -> bool:
         return self.replica.round == self.config.run.rounds
@@ -323,9 +347,13 @@ class Runner:
         proposal = self.work.propose(allotted)
         duration_s = self._clock() - started_s
         self._offered_round = proposal.round
+        self._n_offers += 1
         self._payload_bytes += len(proposal.payload)
-        self.metrics.proposed(proposal.loss, len(proposal.payload), duration_s)
-        self.metrics.batches(proposal.n_batches)
+        self.metrics.proposed(
+            proposal.loss, len(proposal.payload), proposal.n_samples, proposal.n_tokens, proposal.n_batches
+        )
+        self.metrics.phase("compute", proposal.compute_s)
+        self.metrics.phase("pack", proposal.pack_s)
         if self._workload is not None and allotted is not None:
             if self.replica.round > 0:
                 self._workload.began(started_s - self._came_s)
@@ -343,6 +371,7 @@ class Runner:
                 digest=None,
             )
         )
+        self._offered_s = self._clock()
         self._work_ahead(proposal.round)
 
     def _work_ahead(self, round_: int) -> None:
@@ -352,20 +381,17 @@ class Runner:
             started_s = time.monotonic()
             if not self.work.work_ahead():
                 return
-            self.metrics.worked_ahead(time.monotonic() - started_s)
+            self.metrics.phase("ahead", time.monotonic() - started_s)
 
     def _apply(self, commits: list[Commit]) -> None:
         """One live commit, or several older ones."""
         last = commits[-1].body
-        started_s = self._clock()
+        started_s, self._fetched_s = self._clock(), 0.0
         owns = self.replica.apply_batch(commits, self._payload, offered={self._offered_round})
         own = next((own for own in owns if own is not None), None)  # one offer at most is under way
         self._counted += own == "counted"
         self._missed += own == "missed"
-        now_s = self._clock()
-        self.metrics.applied(own, now_s - started_s)
-        self.metrics.round(self.replica.round, now_s - self._applied_s, self.link.traffic())
-        self._applied_s = now_s
+        self._count_round(commits, owns, started_s)
         losses = [o.loss for o in last.offers if o.loss is not None]
         log.info(
             "round %d/%d: %d offers, loss %s%s",
@@ -374,13 +400,38 @@ class Runner:
             ", ours came too late" if own == "missed" else "",
         )
 
+    def _count_round(self, commits: list[Commit], owns: list[Own], started_s: float) -> None:
+        """What metrics say of the rounds that were just applied."""
+        now_s, metrics = self._clock(), self.metrics
+        for commit, own in zip(commits, owns, strict=True):
+            metrics.result(own or "none")
+            if own == "missed":
+                is_here = any(offer.peer == self.peer_index for offer in commit.body.offers)
+                metrics.not_counted("bad_payload" if is_here else "late")
+        metrics.phase("apply", now_s - started_s - self._fetched_s)
+        if self._offered_s is not None:
+            metrics.phase("exchange", max(0.0, self._came_s - self._offered_s) + self._fetched_s)
+            self._offered_s = None
+        is_live = self._applied_s is not None and len(commits) == 1
+        metrics.round(self.replica.round, now_s - (self._applied_s or 0.0) if is_live else None)
+        self._applied_s = None if self._is_joining else now_s
+        metrics.traffic(self.link.traffic())
+        metrics.bad_payloads(self.replica.bad)
+        n_peers = len(commits[-1].body.offers)
+        if n_peers > 1 and self._payload_bytes:
+            ddp_bytes = 2 * (n_peers - 1) / n_peers * 4 * self._n_parameters
+            metrics.compression(ddp_bytes * self._n_offers / self._payload_bytes)
+
     def _payload(self, offer: OfferEntry) -> bytes:
+        started_s = self._clock()
         try:
             return self.link.payload(offer)
         except SwarmUnreachable as e:
             if self.stop.is_set():
                 raise
             raise PayloadGone(f"a counted payload of peer {offer.peer} cannot be had: {e}") from e
+        finally:
+            self._fetched_s += self._clock() - started_s
 
     def _report(self, evaluate: bool) -> None:
         """The fingerprint when it is due, the held-out loss when this node is asked to measure it."""
@@ -390,6 +441,8 @@ class Runner:
         held_out = self._evaluate() if evaluate else None
         if fingerprint is None and held_out is None:
             return
+        if fingerprint is not None:
+            self.metrics.fingerprint_reported()
         checked = self._is_replay and fingerprint is not None
         self.link.report(Report(round=round_, fingerprint=fingerprint, checked=checked, held_out=held_out))
 

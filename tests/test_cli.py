@@ -238,11 +238,15 @@ def test_metrics_are_served(thinwire: Start, run_file: Path) -> None:
     node = thinwire("join", coordinator.first_line(), "--threads", "1", "--http", f"127.0.0.1:{ports[1]}")
     node.wait_for("round 3/")
     texts = [scrape(port) for port in ports]
-    for name in ("thinwire_round ", 'thinwire_peers{state="training"} 1.0', "thinwire_sent_bytes_total{"):
+    for name in (
+        *("thinwire_swarm_round ", 'thinwire_swarm_peers{state="training"} 1.0'),
+        *("thinwire_coordinator_sent_bytes_total{", 'thinwire_build_info{protocol="2"'),
+    ):
         assert name in texts[0], texts[0]
     for name in (
         *("thinwire_round ", "thinwire_loss ", "thinwire_held_out_loss ", "thinwire_payload_bytes_total "),
         *('thinwire_sent_bytes_total{kind="payload"}', 'thinwire_received_bytes_total{kind="ledger"}'),
-        *("thinwire_round_duration_seconds_count ", 'thinwire_offers_total{result="counted"}'),
+        *("thinwire_round_duration_seconds_count ", 'thinwire_rounds_total{result="counted"}'),
+        'thinwire_device_memory_used_bytes{device="cpu"}',
     ):
         assert name in texts[1], texts[1]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from thinwire.coordinator.messages import (
     MESSAGES,
     Admission,
+    AskMetrics,
     BadMessage,
     Commit,
     CommitBody,
@@ -24,6 +25,7 @@ from thinwire.coordinator.messages import (
     Member,
     Members,
     Message,
+    Metrics,
     NodeState,
     Notice,
     Offer,
@@ -87,6 +89,8 @@ EXAMPLES: list[Message] = [
     Offered(round=7, holder="12D3KooW", digest=D, n_bytes=9000),
     Members(members=(Member(peer_id="12D3KooW", addresses=("/ip4/127.0.0.1/tcp/1",)),)),
     Notice(text="waiting", warning=False),
+    AskMetrics(),
+    Metrics(text=b"compressed"),
 ]
 
 

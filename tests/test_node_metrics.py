@@ -1,0 +1,118 @@
+"""A node's metrics: what a run leaves in them, and that they do not grow with the swarm."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from tests.prometheus import check_conventions, series, value
+from tests.test_runner import DECOUPLED, STRATEGIES, config_of, run_all, swarm_of, train
+from thinwire.coordinator.messages import NodeState, Offer
+from thinwire.coordinator.metrics import text_of
+from thinwire.node.device_metrics import DeviceCollector
+from thinwire.node.metrics import NodeMetrics
+from thinwire.node.runner import Runner
+
+PHASES = "thinwire_phase_duration_seconds"
+
+
+def test_what_a_run_leaves_in_them(tmp_path: Path) -> None:
+    """One offer of peer-0 comes too late."""
+    config = config_of(DECOUPLED, min_peers=3, eval_every=2)
+
+    def late(peer: str, round: int) -> bool:
+        return (peer, round) == ("peer-0", 3)
+
+    results, runners, status = train(tmp_path, config, 3, late=late)
+    for runner, result in zip(runners, results, strict=True):
+        text = runner.metrics.text().decode()
+        check_conventions(text)
+        assert value(text, "thinwire_round") == 6
+        assert value(text, "thinwire_rounds_behind") == 0
+        assert value(text, "thinwire_rounds_total", result="counted") == result.counted
+        assert value(text, "thinwire_rounds_total", result="missed") == result.missed
+        assert value(text, "thinwire_offers_not_counted_total", reason="late") == result.missed
+        n_offers = result.counted + result.missed
+        assert sum(value(text, "thinwire_rounds_total", result=r) for r in ("counted", "missed", "none")) == 6
+        assert value(text, "thinwire_payload_bytes_total") == result.payload_bytes
+        assert value(text, "thinwire_samples_total") == 4 * n_offers
+        assert value(text, "thinwire_tokens_total") == 4 * 16 * n_offers
+        for phase in ("compute", "pack", "exchange"):
+            assert value(text, f"{PHASES}_count", phase=phase) == n_offers
+            assert value(text, f"{PHASES}_sum", phase=phase) > 0
+        assert value(text, f"{PHASES}_count", phase="apply") >= n_offers
+        assert value(text, "thinwire_sent_bytes_total", kind="payload") >= result.payload_bytes
+        assert value(text, "thinwire_received_bytes_total", kind="ledger") > 0
+        assert value(text, "thinwire_fingerprint_checks_total") == 3
+        assert value(text, "thinwire_training") == 0  # it has left
+    first = runners[0].metrics.text().decode()
+    assert value(first, "thinwire_rounds_total", result="missed") >= 1
+    evaluated = [value(r.metrics.text().decode(), "thinwire_held_out_loss") for r in runners]
+    assert status["held_out"][-1][1] in evaluated
+    assert value(first, "thinwire_loss") == pytest.approx(status["loss"], rel=0.3)
+    ratio = status["ddp_bytes_per_peer_round"] / status["payload_bytes_per_peer_round"]
+    assert value(first, "thinwire_compression_ratio") == pytest.approx(ratio, rel=0.2)
+
+
+def test_two_hundred_peers_leave_no_series_more_than_one(tmp_path: Path) -> None:
+    """One node, and 199 peers whose payloads are garbage: they are counted by what is wrong with them."""
+    n_peers, n_rounds = 200, 2
+    config = config_of(STRATEGIES["spsa"], rounds=n_rounds, min_peers=n_peers)
+    config = config.model_copy(update={"limits": config.limits.model_copy(update={"max_peers": n_peers})})
+    alone = NodeMetrics().text().decode()
+    with swarm_of(tmp_path, config) as swarm:
+        runner = Runner(swarm.link("node"))
+        others = [swarm.link(f"peer-{i}") for i in range(n_peers - 1)]
+        for link in others:
+            link.open()
+            link.state(NodeState.TRAINING)
+
+        def offer_garbage() -> None:
+            for round_ in range(1, n_rounds + 1):
+                for link in others:
+                    link.offer(
+                        Offer(
+                            round=round_,
+                            n_samples=1,
+                            n_tokens=1,
+                            loss=1.0,
+                            n_bytes=40,
+                            payload=bytes(40),
+                            digest=None,
+                        )
+                    )
+                with swarm.changed:
+                    swarm.wait_for(lambda after=round_: swarm.service.head >= after)
+
+        thread = threading.Thread(target=offer_garbage)
+        thread.start()
+        (result,) = run_all([runner])
+        thread.join()
+        text = runner.metrics.text().decode()
+    assert result.rounds == n_rounds
+    bad = value(text, "thinwire_bad_payloads_total", reason="magic")
+    assert bad >= (n_peers - 2) * n_rounds  # one may be the evaluator, whom nobody waits for
+    assert series(text) == series(alone)
+
+
+def test_devices() -> None:
+    registry = CollectorRegistry()
+    registry.register(DeviceCollector(["cpu"]))
+    text = text_of(registry).decode()
+    check_conventions(text)
+    used = value(text, "thinwire_device_memory_used_bytes", device="cpu")
+    assert 10**7 < used < value(text, "thinwire_device_memory_bytes", device="cpu")
+    assert len(series(text)) <= 3
+
+
+def test_without_a_limit_it_is_infinite() -> None:
+    metrics = NodeMetrics()
+    text = metrics.text().decode()
+    assert value(text, "thinwire_upload_limit_bytes_per_second") == float("inf")
+    metrics.upload_limit(20_000.0, lambda: 0.25)
+    text = metrics.text().decode()
+    assert value(text, "thinwire_upload_limit_bytes_per_second") == 20_000
+    assert value(text, "thinwire_upload_used_ratio") == 0.25
