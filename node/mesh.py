@@ -51,7 +51,7 @@ def join_node(device: torch.device, rank: int, ranks: int, meeting: Path) -> Non
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
-    store = dist.FileStore(str(meeting), ranks)
+    store = dist.FileStore(str(meeting), ranks)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=STEP_TIMEOUT)
 
 
