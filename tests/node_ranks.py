@@ -33,7 +33,7 @@ from thinwire.optim.ranks import Ranks
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 CPU = torch.device("cpu")
 SMALL = {"name": "dct_topk", "k": 8, "group_size": 64}
-ROUNDS = 6
+ROUNDS = {"healed": 24}
 # Strategy, samples of a batch (with one of them a rank has none), what is special about the ranks.
 RUNS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "decoupled": ({"name": "decoupled", "lr": 1e-2, "beta": 0.9, "compressor": SMALL}, 3, {}),
@@ -44,12 +44,13 @@ RUNS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
         4,
         {"precision": "bf16", "activation_checkpointing": True},
     ),
+    "healed": ({"name": "decoupled", "lr": 1e-2, "compressor": SMALL}, 2, {}),
 }  # fmt: skip
 
 
-def config_of(strategy: dict[str, Any], batch: int) -> RunConfig:
+def config_of(strategy: dict[str, Any], batch: int, rounds: int) -> RunConfig:
     flat = {
-        "run.rounds": ROUNDS, "run.eval_every": 3, "run.verify_every": 2, "run.snapshot_every": 2,
+        "run.rounds": rounds, "run.eval_every": 3, "run.verify_every": 2, "run.snapshot_every": 2,
         "task.layers": 2, "task.width": 20, "task.heads": 2, "task.context": 12, "task.batch": batch,
         "task.held_out_bytes": 1500, "policy.name": "all", "network.heartbeat_s": 0.2,
     }  # fmt: skip
@@ -60,14 +61,15 @@ def config_of(strategy: dict[str, Any], batch: int) -> RunConfig:
 def lead(name: str, channel: Ranks, world_size: int, folder: Path) -> dict[str, Any]:
     """Rank 0: a node of one rank in a thread, and its own, which all ranks make up."""
     strategy, batch, special = RUNS[name]
-    config = config_of(strategy, batch)
+    config = config_of(strategy, batch, ROUNDS.get(name, 6))
     genesis = make_genesis(config, make_task(config.task, None, None), peer_id_of(KEY.public_key()), 1)
     (folder / "coordinator").mkdir(parents=True)
     leading = Lead(channel, CPU, Sharding(world_size, **special))
     try:
         with local_swarm(folder / "coordinator", genesis.body, KEY, blobs=genesis.blobs) as swarm:
             single = Runner(swarm.link("single"), folder=folder / "single")
-            several = Runner(swarm.link("several"), folder=folder / "several", lead=leading)
+            kind = Meddled if name == "healed" else Runner
+            several = kind(swarm.link("several"), folder=folder / "several", lead=leading)
             results = run_both(single, several)
             return {
                 "rounds": [r.rounds for r in results],
@@ -77,6 +79,18 @@ def lead(name: str, channel: Ranks, world_size: int, folder: Path) -> dict[str, 
             }
     finally:
         leading.stop()
+
+
+class Meddled(Runner):
+    """Once, after round 5, rank 0's rows are not what the ledger says."""
+
+    is_done = False
+
+    def _look_around(self, commit: Commit) -> bool:
+        if commit.body.round == 5 and not self.is_done:
+            self.is_done = True
+            self.replica.tensors()["head.weight"].view(-1)[0] += 1.0
+        return super()._look_around(commit)
 
 
 def run_both(single: Runner, several: Runner) -> list[Result]:
