@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,8 +68,20 @@ def test_fine_tuning_with_one_byte_per_probe(thinwire: Start) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_or_killed_it_leaves_nothing_running(thinwire: Start, number: signal.Signals) -> None:
-    """The fixture of `thinwire` asserts that every process, also the nodes' own, is gone."""
-    program = thinwire("demo", "--peers", "2", "--rounds", "500")
+    """The fixture of `thinwire` asserts that every process, also the nodes' own, is gone. Meanwhile it can be
+    watched."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        http = f"127.0.0.1:{free.getsockname()[1]}"
+    program = thinwire("demo", "--peers", "2", "--rounds", "500", "--http", http)
     program.wait_for("round 1", 60)
+    assert f"http://{http} serves /metrics" in program.stderr()
+    seen = {}
+    for path in ("metrics", "sd", "healthz"):
+        with urllib.request.urlopen(f"http://{http}/{path}", timeout=20) as answer:
+            seen[path] = answer.read().decode()
+    assert 'thinwire_swarm_peers{state="training"} 2.0' in seen["metrics"]
+    assert len(json.loads(seen["sd"])) == 2
+    assert seen["healthz"] == "ok\n"
     program.process.send_signal(number)
     assert program.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
