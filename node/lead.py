@@ -32,6 +32,7 @@ from thinwire.node.snapshot_store import SnapshotStore
 from thinwire.node.snapshot_writer import SnapshotWriter
 from thinwire.node.snapshots import Manifest, Stored
 from thinwire.node.tasks import Task, make_task
+from thinwire.node.together import together
 from thinwire.optim.base import Allotment, Own, Strategy
 from thinwire.optim.ranks import GroupRanks, Ranks
 
@@ -72,13 +73,13 @@ class Lead:
 
     def replica(self, run_id: bytes, body: GenesisBody, peer_id: str, task: Task) -> Replica:
         """Every rank makes its part. `task`: rank 0's own; the others make theirs."""
-        with self.call("build", run_id, encode_record(body), peer_id):
+        with self.call("build", run_id, encode_record(body), peer_id), together(self._channel):
             model, strategy = _sharded(body, task, self._device, self._sharding)
             return LedReplica(self, run_id, body, model, strategy, peer_id)
 
     def work(self, replica: Replica, task: Task, texts: Sequence[bytes | None]) -> LocalWork:
         """`texts`: what `task` has loaded already, for the others."""
-        with self.call("load", *texts):
+        with self.call("load", *texts), together(self._channel):
             return LedWork(self, replica, task, self._sharding.precision)
 
     def stop(self) -> None:
@@ -221,14 +222,16 @@ class Follower:
                 continue  # rank 0 decides what comes next
 
     def _do_build(self, run_id: bytes, genesis: bytes, peer_id: str) -> None:
-        body = decode_record(GenesisBody, genesis)
-        self._task = make_task(parse_config(body.config).task, self._import_path, self._data)
-        model, strategy = _sharded(body, self._task, self._device, self._sharding)
-        self._replica = Replica(run_id, body, model, strategy, peer_id)
+        with together(self._channel):
+            body = decode_record(GenesisBody, genesis)
+            self._task = make_task(parse_config(body.config).task, self._import_path, self._data)
+            model, strategy = _sharded(body, self._task, self._device, self._sharding)
+            self._replica = Replica(run_id, body, model, strategy, peer_id)
 
     def _do_load(self, corpus: bytes | None, held_out: bytes | None) -> None:
-        self._task.load(corpus, held_out)
-        self._work = LocalWork(self._replica, self._task, self._sharding.precision)
+        with together(self._channel):
+            self._task.load(corpus, held_out)
+            self._work = LocalWork(self._replica, self._task, self._sharding.precision)
 
     def _do_apply(
         self,
