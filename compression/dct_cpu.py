@@ -32,7 +32,7 @@ Word = Any
 Words = Any
 """A tuple of them."""
 
-INTEGER_BASIS: Final = integer_basis(torch.device("cpu")).numpy().reshape(-1).copy()
+INTEGER_BASIS: Final = integer_basis(torch.device("cpu")).numpy().copy()
 
 
 ORDER: Final = np.empty(N, dtype=np.int64)
@@ -189,8 +189,8 @@ def _four_4(a: Word, b: Word, c: Word, d: Word) -> Words:
 
 @numba.njit(inline="always")
 def add_basis(x: Array, index: int, q: Word, basis: Array) -> None:
-    """Adds the integer q at coefficient `index` of a group to the group's elements, not scaled yet."""
+    """Adds the integer q at coefficient `index` of a group to the group's elements, not scaled yet: chunks
+    of 64."""
     c, k = index // N, index % N
-    chunk, row = x[c * N : (c + 1) * N], basis[k * N : (k + 1) * N]
     for i in range(N):
-        chunk[i] += q * row[i]
+        x[c, i] += q * basis[k, i]

@@ -377,6 +377,7 @@ def _add_coefficients(
     basis: Array, powers: Array,
 ) -> Any:  # fmt: skip
     """x becomes the group's elements in integers, `sums` zero again. Returns the power of two to come."""
+    chunks = x[: x.size // N * N].reshape(-1, N)
     largest = np.zeros(1, np.float32)
     for w in range(offset_WG.shape[0]):
         for e in range(offset_WG[w, g], offset_WG[w, g + 1]):
@@ -390,7 +391,7 @@ def _add_coefficients(
             q = (sums[i] * inverse * up + _ROUNDER) - _ROUNDER
             sums[i] = 0  # a coefficient that several have is added once
             if q != _ZERO:
-                add_basis(x, i, q, basis)
+                add_basis(chunks, i, q, basis)
     return powers[exponent - TOP_BIT] if counts else _ZERO
 
 
