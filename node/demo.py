@@ -123,8 +123,9 @@ class DemoSwarm:
             self._watch(client)
         if self.stopped():
             return {}
-        for child in [*self.nodes.values(), self.coordinator]:
-            self._wait_for_end(child)
+        for child in [self.coordinator, *self.nodes.values()]:
+            if not self._is_late(child):
+                self._wait_for_end(child)
         self.children.end()
         return self._result()
 
@@ -210,6 +211,10 @@ class DemoSwarm:
             }
         )
 
+    def _is_late(self, child: Child) -> bool:
+        """Whether the run was over before the node that was killed was back: there is nothing to wait for."""
+        return any(f["node"] == child.name and f["back_at_round"] is None for f in self.faults)
+
     def _wait_for_end(self, child: Child) -> None:
         try:
             code = child.process.wait(END_TIMEOUT_S)
@@ -232,6 +237,7 @@ class DemoSwarm:
             "fingerprints": {
                 p["peer_id"]: p["fingerprint"] if p["fingerprint_round"] == end["round"] else None
                 for p in peers
+                if not any(f["peer"] == p["peer_id"] and f["back_at_round"] is None for f in self.faults)
             },
             "payload_bytes_per_peer_round": end["payload_bytes_per_peer_round"],
             "sent_bytes_per_peer_round": round(sum(p["sent_bytes"] for p in peers) / max(1, offers), 1),
@@ -277,8 +283,12 @@ def _sum_up(console: Console, plan: Plan, result: Mapping[str, Any]) -> None:
         f"{human_bytes(ddp)}, {ddp / payload:.0f} times as much.",
     ]
     lines += [
-        f"{fault['node']} was killed with SIGKILL at round {fault['killed_at_round']} and was back at "
-        f"round {fault['back_at_round']}; the others went on."
+        f"{fault['node']} was killed with SIGKILL at round {fault['killed_at_round']}, "
+        + (
+            f"and was back at round {fault['back_at_round']}; the others went on."
+            if fault["back_at_round"] is not None
+            else "and the run was over before it was back: give it more --rounds."
+        )
         for fault in result["faults"]
     ]
     other = (
