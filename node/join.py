@@ -16,6 +16,7 @@ from thinwire.node.rate import UploadLimit, parse_rate
 if TYPE_CHECKING:
     from thinwire.node.cli import Stop
     from thinwire.node.lead import Lead
+    from thinwire.node.precision import Precision
     from thinwire.node.result import Result
 
 log = logging.getLogger("thinwire.node")
@@ -41,7 +42,7 @@ class Options:
     http: HttpAddress | None
     save: Path | None
     ranks: int | None
-    mixed_precision: str | None
+    precision: Precision
     activation_checkpointing: bool
     cpu_offload: bool
     restart: int
@@ -89,7 +90,7 @@ def refuse(options: Options) -> None:
 
 def is_sharded(options: Options) -> bool:
     """Whether the model is held by `mesh.sharded_model`, be it for a single rank."""
-    special = options.mixed_precision or options.activation_checkpointing or options.cpu_offload
+    special = options.precision == "bf16" or options.activation_checkpointing or options.cpu_offload
     return bool(special) or (options.ranks or 1) > 1
 
 
@@ -149,6 +150,7 @@ def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | Non
         device=options.device,
         folder=link.run_folder,
         metrics=metrics,
+        precision=options.precision,
         lead=None if lead_in is None else lead_in(folder.path),
     )
     stop.on_stop.append(runner.request_stop)

@@ -14,8 +14,9 @@ import torch
 from thinwire.compression.base import Turn
 from thinwire.compression.errors import ConfigError
 from thinwire.node.phases import Stopwatch, time_calls
+from thinwire.node.precision import Precision, autocast
 from thinwire.node.replica import Replica, data_seed
-from thinwire.node.tasks import Task
+from thinwire.node.tasks import Task, device_of
 from thinwire.optim.base import Allotment, Closure
 
 
@@ -37,9 +38,10 @@ class Proposal:
 class LocalWork:
     """Of one replica on one task. `task` may be replaced before the first round."""
 
-    def __init__(self, replica: Replica, task: Task) -> None:
+    def __init__(self, replica: Replica, task: Task, precision: Precision = "auto") -> None:
         self.task = task
         self._replica = replica
+        self._precision = precision
         self._turn: Turn | None = None
         self._n_drawn = self._n_tokens = self._n_tokens_ahead = 0
         ranks = replica.strategy.ranks
@@ -103,9 +105,18 @@ class LocalWork:
         replica = self._replica
         seed = data_seed(replica.run_id, self._turn.round, replica.peer_id, self._n_drawn)
         self._n_drawn += 1
-        closure = self.task.draw(replica.model, seed, *self._split)
+        closure = self._in_precision(self.task.draw(replica.model, seed, *self._split))
         self._n_tokens += self.task.n_tokens
         return closure
+
+    def _in_precision(self, closure: Closure) -> Closure:
+        device, needs_grad = device_of(self._replica.model), self._replica.strategy.needs_grad
+
+        def computed() -> torch.Tensor:
+            with autocast(self._precision, device, needs_grad):
+                return closure()
+
+        return computed
 
     def _set_mode(self) -> None:
         self._replica.model.train(self._replica.strategy.needs_grad)

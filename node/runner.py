@@ -35,6 +35,7 @@ from thinwire.node.lead import Lead
 from thinwire.node.link import Link
 from thinwire.node.local_work import LocalWork
 from thinwire.node.metrics import NodeMetrics
+from thinwire.node.precision import Precision
 from thinwire.node.replica import Replica, build_replica
 from thinwire.node.result import Result
 from thinwire.node.snapshot_store import SnapshotStore
@@ -71,6 +72,7 @@ class Runner:
         folder: Path | None = None,
         metrics: NodeMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
+        precision: Precision = "auto",
         lead: Lead | None = None,
     ) -> None:
         self.link = link
@@ -82,6 +84,7 @@ class Runner:
         self.stop = threading.Event()
         self._clock = clock
         self._lead = lead
+        self._precision = precision
         self._workload: Workload | None = None
         self._offered_round = 0
         self._is_joining = self._is_replay = True
@@ -130,7 +133,10 @@ class Runner:
         strategy = self.replica.strategy
         texts = self._download(body.corpus, "text"), self._download(body.held_out, "held-out text")
         task.load(*texts)
-        self.work = LocalWork(self.replica, task) if lead is None else lead.work(self.replica, task, texts)
+        if lead is None:
+            self.work = LocalWork(self.replica, task, self._precision)
+        else:
+            self.work = lead.work(self.replica, task, texts)
         if self.config.work.round_s > 0:
             most = min(strategy.most_batches, max(1, body.limits.max_samples // task.n_samples))
             self._workload = Workload(self.config.work.round_s, most)
