@@ -140,8 +140,9 @@ class Join:
     ranks: Annotated[int | None, arg(metavar="N")] = None
     """Processes among which the model is sharded (FSDP), each with a GPU or on the CPU. Default: one for each
     GPU with --device cuda, else 1. The others in the swarm cannot tell."""
-    mixed_precision: Literal["bf16"] | None = None
-    """Compute in bfloat16; what is sent and kept stays float32."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of local work; what is kept and sent stays what it is. auto: torch.autocast to bfloat16 on GPUs that
+    have it, but for spsa. bf16: forward and backward wholly in bfloat16."""
     activation_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compute each block again in the backward pass: less memory, more time."""
     cpu_offload: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -189,7 +190,7 @@ class Join:
                     http=_http(self.http, self.http_token),
                     save=self.save,
                     ranks=self.ranks,
-                    mixed_precision=self.mixed_precision,
+                    precision=self.precision,
                     activation_checkpointing=self.activation_checkpointing,
                     cpu_offload=self.cpu_offload,
                     restart=self.restart,
