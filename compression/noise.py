@@ -13,9 +13,9 @@ The flattened *global* parameter is cut into blocks of 4096 elements.
   e // 1024 (byte 0 is the lowest) of word e % 1024: the index into `NORMAL_256`.
 - words: call c has number c, lane l gives word 4 c + l.
 
-Everything here is the plain torch reference. `noise_cpu` (numba) and `noise_triton` give the same bits, and are
-chosen where they are installed for tensors on the CPU and on CUDA devices. THINWIRE_KERNELS=torch, numba or
-triton forces one of them.
+Everything here is the plain torch reference. `noise_cpu` (numba) and `noise_triton` give the same bits; where
+they are installed they take tensors on the CPU and on CUDA devices. THINWIRE_KERNELS=torch, numba or triton
+forces one of them.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from thinwire.compression.errors import BadPayload
 from thinwire.compression.exact import exact_arithmetic
 from thinwire.compression.groups import SLAB, Flat, Slab
 from thinwire.compression.indices import IndexCoder, IndexFormat, Most, PackedIndices, coder_of
-from thinwire.compression.noise import use_numba
+from thinwire.compression.noise import kernels_for, use_numba
 from thinwire.compression.reduce import l1_norm, mean_weights
 from thinwire.compression.tiles import Tiles
 from thinwire.compression.values import (
@@ -222,7 +222,7 @@ class Sparse(ABC):
         """Weighted mean of the coefficients in order, then the inverse per group. On the CPU."""
         rounded, inverse = mean_weights(weights)
         out = torch.empty(part.n_local, dtype=torch.float32)
-        if self.has_kernel(out, part.shape):
+        if use_numba(out) and self.has_kernel(out, part.shape):
             from thinwire.compression import sparse_cpu
 
             sparse_cpu.decode(out, part.start, self._mean(packs, rounded, inverse, part.shape))
@@ -237,12 +237,17 @@ class Sparse(ABC):
 
     def has_kernel(self, target: Tensor, shape: tuple[int, ...]) -> bool:
         """Whether `descend` can be used."""
-        return isinstance(self.groups(shape), Flat) and use_numba(target)
+        return isinstance(self.groups(shape), Flat) and kernels_for(target) != "torch"
 
     def descend(
         self, target: Tensor, packs: Sequence[Packed], weights: Sequence[float], part: Part, step: Step
     ) -> None:
-        """See `descent.descend`. On the CPU."""
+        """See `descent.descend`."""
+        if kernels_for(target) == "triton":
+            from thinwire.compression import sparse_triton
+
+            sparse_triton.descend(self, target, packs, weights, part, step)
+            return
         from thinwire.compression import sparse_cpu
 
         sparse_cpu.descend(target, part.start, self._mean(packs, *mean_weights(weights), part.shape), step)

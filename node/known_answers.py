@@ -21,6 +21,7 @@ from thinwire.compression.base import Compressor, Packed, Part, Turn
 from thinwire.compression.bits import pack_bits
 from thinwire.compression.dct_topk import DctTopK
 from thinwire.compression.dense import Dense
+from thinwire.compression.descent import Step, descend
 from thinwire.compression.errors import BadPayload
 from thinwire.compression.exact import exact_arithmetic
 from thinwire.compression.fingerprint import parameter_sum
@@ -160,17 +161,29 @@ def _initial_weights(_device: torch.device) -> int:
 
 
 def _transform(layout: str, device: torch.device) -> int:
-    """10 groups of 8 coefficients each, spelled out: packing itself is local and need not be the same."""
     compressor = DctTopK(k=8, group_size=1024, bits=8, layout=layout)  # type: ignore[arg-type]
-    part = Part.whole((320, 32))
-    packs = []
+    return _decoded(compressor, _coefficients(), [1.0, 2.700000047683716], Part.whole((320, 32)))
+
+
+def _descent(device: torch.device) -> int:
+    """Steps of the size of the values and of their signs, into a part of the parameter."""
+    compressor, part = DctTopK(k=8, group_size=1024, bits=8), Part((320, 32), 100, 100 + 8192)
+    target = values(device, part.n_local)
+    for step in (Step(3.0, 0.9990234375), Step(0.3700000047683716, sign=True)):
+        descend(compressor, target, _coefficients(), [1.0, 2.700000047683716], part, _TURN, step)
+    return parameter_sum(target)
+
+
+def _coefficients() -> list[Packed]:
+    """10 groups of 8 coefficients each, spelled out: packing itself is local and need not be the same."""
+    packs: list[Packed] = []
     for first in (3, 70):
         index_GK = first + 101 * torch.arange(8).expand(10, 8)
         value_GK = (31 * index_GK + 7 * torch.arange(10)[:, None]) % 255 - 127
         codes = (value_GK & 255) << 10 | index_GK  # 8 bits of value, 10 of index
         scales = torch.tensor([2.0 ** -(13 * e) for e in range(10)], dtype=torch.bfloat16)
         packs.append((scales, pack_bits(codes.reshape(-1), 18)))
-    return _decoded(compressor, packs, [1.0, 2.700000047683716], part)
+    return packs
 
 
 def _decoded(compressor: Compressor, packs: Sequence[Packed], weights: Sequence[float], part: Part) -> int:
@@ -310,6 +323,7 @@ KNOWN_ANSWERS: Final[dict[str, KnownAnswer]] = {
     "initial weights": _cpu(_initial_weights, 0x3C833D1F1000EEC9),
     "transform decoding": _cpu(_transform, 0x0A9B53CDC730FD17, "flat"),
     "tile decoding": _cpu(_transform, 0xB50DB2C647DD947E, "tiles"),
+    "transform descent": _any(_descent, 0xDE7A6480295F2ADC),
     "1-bit values": _cpu(_values, 0xA19C0C0AD9992B9B, 1),
     "2-bit values": _cpu(_values, 0x9557178722803B7B, 2),
     "4-bit values": _cpu(_values, 0x1E1CBA9EF26AEA72, 4),

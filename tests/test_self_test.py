@@ -53,10 +53,11 @@ def _one_bit(table: tuple[float, ...], at: int) -> tuple[float, ...]:
     return (*table[:at], table[at] + 2.0**-20, *table[at + 1 :])
 
 
+FLAT_TRANSFORMS = {"transform decoding", "transform descent"}
 BREAKS: dict[str, tuple[object, str, Any, set[str]]] = {
     "normal table": (noise, "NORMAL_256", lambda t: _one_bit(t, 77), {"normal noise", "initial weights"}),
-    "transform": (dct, "INVERSE_SCALE", lambda x: x + 2.0**-30, {"transform decoding"}),
-    "rounding": (dct, "TOP_BIT", lambda x: x - 1, {"transform decoding", "tile decoding"}),
+    "transform": (dct, "INVERSE_SCALE", lambda x: x + 2.0**-30, FLAT_TRANSFORMS),
+    "rounding": (dct, "TOP_BIT", lambda x: x - 1, FLAT_TRANSFORMS | {"tile decoding"}),
     "rates": (adamw, "power", lambda _: lambda beta, t: beta**t * (1 + 2.0**-20), {"adamw update"}),
     "codes": (byte_code, "MAGNITUDES", lambda t: tuple(x * 1.001 for x in t), {"spsa update"}),
     "hash": (fingerprint, "LAST_SHIFT", lambda x: x + 1, set(KNOWN_ANSWERS) - {"packing"}),

@@ -22,8 +22,11 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install 'thin
 HERE = Path(__file__).parent
 NO_CUDA = "there is no CUDA device: Triton's kernels have been interpreted and compiled, but not run"
 
+FUSED = r"\bfma\."
+OF_A_PRODUCT = {"descent sm_80": 64**3 // 256, "descent sm_90": 64**3 // 256}
+"""Fused operations per thread in a product of 64 x 64 integers, whose sums are exact either way."""
+
 INEXACT = {
-    "fused multiply and add": r"\bfma\.",
     "flushed denormals": r"\.ftz\b",
     "approximations": r"\.approx\b|\bdiv\.full",
     "shorter floats": r"\btf32|\bmma\.|\bwgmma\.",
@@ -102,8 +105,10 @@ def test_what_is_compiled_rounds_every_operation_once(assembly: dict[str, Any]) 
         if (lines := lines_with(pattern, text))
     }
     assert wrong == {}
+    fused = {kernel: len(lines_with(FUSED, text)) for kernel, text in assembly["exact"].items()}
+    assert {kernel: n for kernel, n in fused.items() if n} == OF_A_PRODUCT
     assert lines_with(r"\bsub\.rn\.f32", assembly["exact"]["sign noise sm_90"])
 
 
 def test_a_launch_that_forbids_no_fusion_is_found(assembly: dict[str, Any]) -> None:
-    assert lines_with(INEXACT["fused multiply and add"], assembly["fused"])
+    assert lines_with(FUSED, assembly["fused"])

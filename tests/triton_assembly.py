@@ -16,8 +16,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from thinwire.compression import fingerprint_triton, noise_triton, rounding_triton
+from thinwire.compression import fingerprint_triton, noise_triton, rounding_triton, sparse_triton
+from thinwire.compression.base import Part, Turn
+from thinwire.compression.dct_topk import DctTopK
+from thinwire.compression.descent import Step
 from thinwire.compression.noise import Probe, Update, Where
+from thinwire.compression.sparse import Sparse
+from thinwire.compression.topk import TopK
 
 ARCHITECTURES = (80, 90)
 TYPES = {torch.float32: "*fp32", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
@@ -28,6 +33,12 @@ def noise(kind: Any) -> None:
     noise_triton.combine(torch.zeros(4096), torch.zeros(4096), updates, Where.of(kind, 3, 0))
 
 
+def descent(compressor: Sparse) -> None:
+    x, part, turn = torch.arange(8192.0), Part.whole((8192,)), Turn(1, 2, 3, 1.0)
+    packs = [compressor.pack(x, part, turn)] * 3
+    sparse_triton.descend(compressor, x, packs, [1.0, 1.0, 2.0], part, Step(0.5, 0.5))
+
+
 LAUNCHES: dict[str, Callable[[], object]] = {
     "sign noise": lambda: noise("sign"),
     "normal noise": lambda: noise("gauss"),
@@ -36,6 +47,8 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "rounding": lambda: rounding_triton.round_to_bfloat16(
         torch.zeros(4096), torch.zeros(4096, dtype=torch.bfloat16), 1, 2, 0
     ),
+    "descent": lambda: descent(DctTopK(k=4)),
+    "descent without a transform": lambda: descent(TopK(k=4)),
 }
 
 

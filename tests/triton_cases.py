@@ -18,6 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from thinwire.compression.base import Part, Turn
+from thinwire.compression.dct_topk import DctTopK
+from thinwire.compression.descent import Step, descend
 from thinwire.compression.exact import to_float32
 from thinwire.compression.fingerprint import parameter_sum, parameter_sum_torch
 from thinwire.compression.noise import (
@@ -32,13 +35,22 @@ from thinwire.compression.noise import (
     update_all_,
 )
 from thinwire.compression.rounding import round_to_bfloat16, round_torch
+from thinwire.compression.topk import TopK
 from thinwire.node.known_answers import KNOWN_ANSWERS
 from thinwire.node.self_test import failed_kernels
 
 N_SHAPES = 100
-INTERPRETED = ["fingerprint", "bfloat16 fingerprint", "sign noise", "normal noise", "spsa update"]
+INTERPRETED = [
+    "fingerprint",
+    "bfloat16 fingerprint",
+    "sign noise",
+    "normal noise",
+    "spsa update",
+    "transform descent",
+]
 """Known answers that the interpreter finds in a second or two."""
 
+TURN = Turn(round=1, shared_seed=2, own_seed=3, lr_factor=1.0)
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1.1e-38, -3e-39, float("inf"), float("-inf"), 3.4028234e38]
 
 
@@ -143,6 +155,35 @@ def rounding_case(device: torch.device) -> None:
         same(found, expected, (n, start, seed, index))
 
 
+def descent_case(device: torch.device) -> None:
+    """Payloads of several peers with coefficients in common, whole parameters and parts of them."""
+    rng = random.Random("descent")
+    for _ in range(N_SHAPES):
+        size = rng.choice([1, 40, 64, 100, 256, 1000, 4096, 5000])
+        n = rng.choice([1, size, rng.randrange(1, 3 * size + 1)])
+        k = rng.randrange(1, min(size, 40) + 1)
+        compressor = rng.choice([DctTopK, TopK])(k=k, group_size=size, bits=rng.choice([1, 2, 4, 8, 16]))
+        whole = Part.whole((n,))
+        scale = rng.choice([1.0, 1e-30, 1e16])  # some groups count as zero
+        x = torch.randn(n, generator=torch.Generator().manual_seed(rng.getrandbits(32))) * scale
+        peers = rng.sample([1.0, -0.5, 0.25, 3.0], rng.randrange(1, 5))
+        packs = [compressor.pack(x * peer, whole, TURN) for peer in peers]
+        packs = [compressor.pack(torch.zeros(n), whole, TURN)] * rng.randrange(2) + packs
+        weights = [rng.choice([1.0, 3.0, 1000.0, 0.7]) for _ in packs]
+        start = rng.randrange(n) if rng.random() < 0.4 else 0
+        part = Part((n,), start, rng.randrange(start, n + 1) if start else n)
+        factors = rng.choice([1.0, 0.003]), rng.choice([1.0, 0.9])
+        step = Step(*map(to_float32, factors), sign=rng.random() < 0.5)
+        before = values(rng, part.n_local)
+        expected = before.clone()
+        os.environ["THINWIRE_KERNELS"] = "torch"
+        descend(compressor, expected, packs, weights, part, TURN, step)
+        os.environ["THINWIRE_KERNELS"] = "triton"
+        found = moved(before, device, rng.randrange(5))
+        descend(compressor, found, packs, weights, part, TURN, step)
+        same(found, expected, (compressor, part, weights, step))
+
+
 def nothing_case(device: torch.device) -> None:
     """Empty tensors are no error, and views that are not contiguous are one."""
     empty = torch.empty(0, 3, device=device)
@@ -175,6 +216,7 @@ CASES: dict[str, Callable[[torch.device], None]] = {
     "perturbed": perturb_case,
     "fingerprints": fingerprint_case,
     "rounding": rounding_case,
+    "descent": descent_case,
     "nothing and refusals": nothing_case,
     "known answers": known_answers_case,
 }
