@@ -153,8 +153,13 @@ def _numba() -> Finding:
 
 def _triton() -> Finding:
     if find_spec("triton") is None:
-        there = torch.cuda.is_available()
-        return skipped("triton", f"not installed{'' if there else ', and without a CUDA device not needed'}")
+        if not torch.cuda.is_available():
+            return skipped("triton", "not installed, and without a CUDA device not needed")
+        return warning(
+            "triton",
+            "not installed: exact paths run as plain torch on CUDA devices, in many passes over the memory",
+            "pip install triton, in the version that your torch asks for",
+        )
     version = metadata.version("triton")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     where = "interpreter" if interpreted else "CUDA" if torch.cuda.is_available() else "no device for it"

@@ -12,14 +12,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.triton_cases import CASES
+from thinwire.compression.fingerprint import parameter_sum
+from thinwire.compression.noise import Probe, update_
+from thinwire.compression.rounding import round_to_bfloat16
 
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'thinwire[test]' on Linux")
+TRITON = pytest.importorskip(
+    "triton", reason="Triton is not installed: pip install 'thinwire[test]'"
+)
 
 HERE = Path(__file__).parent
+CANNOT_INTERPRET = TRITON.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
 NO_CUDA = "there is no CUDA device: Triton's kernels have been interpreted and compiled, but not run"
 
 FUSED = r"\bfma\."
@@ -62,6 +69,7 @@ def interpreted() -> Iterator[Callable[[str], Any]]:
         questions.close()
 
 
+@pytest.mark.skipif(CANNOT_INTERPRET, reason="the interpreter of Triton 3.6 needs numpy 2.3 or older")
 @pytest.mark.parametrize("case", CASES)
 def test_through_the_interpreter(interpreted: Callable[[str], Any], case: str) -> None:
     failure = interpreted(case)
@@ -73,6 +81,29 @@ def test_through_the_interpreter(interpreted: Callable[[str], Any], case: str) -
 def test_on_cuda(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     monkeypatch.setenv("THINWIRE_KERNELS", "triton")
     CASES[case](torch.device("cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
+def test_more_elements_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of 2^31 + 9 elements are those that a small tensor at their place has."""
+    n, tail = (1 << 31) + 9, 5000
+    if torch.cuda.mem_get_info()[0] < 9 * n:
+        pytest.skip("needs 20 GB of free memory on the device")
+    theta = torch.zeros(n, device="cuda")
+    probes = [Probe(7, 0, 0.5), Probe(8, 1, 0.25)]
+    update_(theta, probes, "sign", 1)
+    rounded = torch.empty(n, dtype=torch.bfloat16, device="cuda")
+    round_to_bfloat16(theta, rounded, 5, 1)
+    found = theta[-tail:].cpu(), rounded[-tail:].cpu(), parameter_sum(rounded)
+    head = parameter_sum(rounded[:-tail])
+    monkeypatch.setenv("THINWIRE_KERNELS", "torch")
+    expected = torch.zeros(tail)
+    update_(expected, probes, "sign", 1, n - tail)
+    assert torch.equal(found[0], expected)
+    expected_rounded = torch.empty(tail, dtype=torch.bfloat16)
+    round_to_bfloat16(expected, expected_rounded, 5, 1, n - tail)
+    assert torch.equal(found[1], expected_rounded)
+    assert found[2] == (head + parameter_sum(expected_rounded, n - tail)) % (1 << 64)
 
 
 @pytest.fixture(scope="module")
