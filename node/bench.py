@@ -1,20 +1,21 @@
 """`thinwire bench`: times as ratios to a baseline and to the copy bandwidth, all measured in the same run.
 
 A benchmark is a function (n_params, n_repeats) -> results; a new one is one file and one row in `BENCHES`.
-Results are plain values: `ratio_to_baseline` is how many times faster than the baseline we are,
-`fraction_of_copy_bandwidth` the least traffic with memory that the work needs, at the bandwidth of a copy,
-over the time that it took.
+Results are plain values: `least_n_bytes` is the least traffic with memory that the work needs,
+`fraction_of_copy_bandwidth` that traffic at the bandwidth of a copy, over the time that it took,
+`ratio_to_baseline` how many times faster than the baseline we are. Times are medians, with least and most.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,10 +29,16 @@ if TYPE_CHECKING:
 BENCHES: Final = {
     "noise": "thinwire.node.bench_noise:bench_noise",
     "decoupled": "thinwire.node.bench_decoupled:bench_decoupled",
+    "diloco": "thinwire.node.bench_diloco:bench_diloco",
+    "peers": "thinwire.node.bench_peers:bench_peers",
     "round": "thinwire.node.bench_round:bench_round",
+    "join": "thinwire.node.bench_join:bench_join",
     "wire": "thinwire.node.bench_wire:bench_wire",
     "memory": "thinwire.node.bench_memory:bench_memory",
 }
+
+SIZELESS: Final = frozenset(["round", "join"])
+"""Their model is a small one of their own."""
 
 DEFAULT_N_PARAMS: Final = 28_000_000
 
@@ -49,25 +56,57 @@ class Timing:
         return {"median_s": self.median_s, "min_s": self.min_s, "max_s": self.max_s}
 
 
-def bench_command(name: str, n_params: int | None, n_repeats: int, as_json: bool) -> None:
-    """Runs one benchmark, or all: tables on stdout, or one JSON object."""
+def bench_command(
+    name: str, sizes: Sequence[int] | None, n_repeats: int, as_json: bool, picture: Path | None = None
+) -> None:
+    """Runs one benchmark, or all, for every size: tables on stdout, or one JSON object; and a PNG."""
+    from thinwire.node.bench_view import check_picture, print_bench, save_picture
+
     names = list(BENCHES) if name == "all" else [name]
-    results = {each: run_bench(each, n_params, n_repeats) for each in names}
+    if picture is not None:
+        check_picture(picture)
+    results = {each: run_sizes(each, sizes, n_repeats) for each in names}
     if as_json:
-        print(json.dumps(results.get(name, results), indent=1))  # noqa: T201
+        printed = {each: _plain(result) for each, result in results.items()}
+        print(json.dumps(printed.get(name, printed), indent=1))  # noqa: T201
     else:
         for result in results.values():
             print_bench(result)
+    if picture is not None:
+        save_picture(picture, list(results.values()))
+
+
+def _plain(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One result as it is; several as the list `sizes`, with what they share beside it."""
+    if len(results) == 1:
+        return results[0]
+    first = results[0]
+    shared = {key: first[key] for key in ("bench", "machine")}
+    return {**shared, "sizes": [{k: v for k, v in r.items() if k not in shared} for r in results]}
+
+
+def parse_sizes(text: str) -> list[int]:
+    """ "1e6,1e8" -> [1000000, 100000000]. Raises ConfigError."""
+    try:
+        sizes = [int(float(word)) for word in text.split(",")]
+    except (ValueError, OverflowError):
+        raise ConfigError(f"--params {text}: numbers with commas between them, e.g. 1e6,1e8") from None
+    return sorted(set(sizes))
+
+
+def run_sizes(name: str, sizes: Sequence[int] | None, n_repeats: int) -> list[dict[str, Any]]:
+    """A result for each size; one for a benchmark that no size has an influence on."""
+    if sizes is None or name in SIZELESS:
+        sizes = None if not sizes else sizes[:1]
+        return [run_bench(name, None if sizes is None else sizes[0], n_repeats)]
+    for n_params in sizes:  # all of them, before the first takes its time
+        _check_arguments(name, n_params, n_repeats)
+    return [run_bench(name, n_params, n_repeats) for n_params in sizes]
 
 
 def run_bench(name: str, n_params: int | None, n_repeats: int) -> dict[str, Any]:
     """Results of one benchmark, with the machine that it ran on. Raises ConfigError for a wrong argument."""
-    if name not in BENCHES:
-        raise ConfigError(f"no benchmark is called {name!r}: one of {', '.join(BENCHES)}, all")
-    if n_repeats < 1:
-        raise ConfigError(f"{n_repeats} repeats: at least 1")
-    if n_params is not None and not 1_000_000 <= n_params <= 10**10:
-        raise ConfigError(f"{n_params} parameters: between 1e6 and 1e10")
+    _check_arguments(name, n_params, n_repeats)
     module, _, function = BENCHES[name].partition(":")
     bench = getattr(import_module(module), function)
     return {
@@ -77,47 +116,27 @@ def run_bench(name: str, n_params: int | None, n_repeats: int) -> dict[str, Any]
     }
 
 
+def _check_arguments(name: str, n_params: int | None, n_repeats: int) -> None:
+    if name not in BENCHES:
+        raise ConfigError(f"no benchmark is called {name!r}: one of {', '.join(BENCHES)}, all")
+    if n_repeats < 1:
+        raise ConfigError(f"{n_repeats} repeats: at least 1")
+    if n_params is not None and not 1_000_000 <= n_params <= 10**10:
+        raise ConfigError(f"{n_params} parameters: between 1e6 and 1e10")
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     import torch
 
     return {
         "cpu": platform.processor() or platform.machine(),
+        "n_cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
-
-
-def print_bench(result: dict[str, Any]) -> None:
-    """The results as a table on stdout; nested results get the names of all levels."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"bench {result['bench']}", show_header=False)
-    for key, value in _flat(result):
-        if key != "bench":
-            table.add_row(key, _words(key, value))
-    Console(file=sys.stdout).print(table)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        rows += _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else [(prefix + key, value)]
-    return rows
-
-
-def _words(key: str, value: Any) -> str:
-    if key.endswith("_bytes_per_s"):
-        return f"{value / 1e9:.2f} GB/s"
-    if key.endswith("_per_s"):
-        return f"{value / 1e6:,.0f} M/s"
-    if key.endswith("_s"):
-        return f"{value * 1e3:.2f} ms"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 # ------------------------------------------------------------------------------------------- helpers
@@ -136,11 +155,13 @@ def measure(work: Callable[[], object], n_repeats: int, n_warm_up: int = 1) -> T
 
 
 def copy_bandwidth(n_params: int, n_repeats: int) -> float:
-    """Bytes per second of an out-of-place copy of float32 values, at its quickest: 8 bytes move per value."""
+    """Bytes per second of an out-of-place copy of float32 values, at its quickest: 8 bytes move per value. So
+    many values that they are in no cache."""
     import torch
 
-    source, target = torch.ones(n_params), torch.zeros(n_params)
-    return 8 * n_params / measure(lambda: target.copy_(source), max(n_repeats, 10)).min_s
+    n = max(n_params, 1 << 25)
+    source, target = torch.ones(n), torch.zeros(n)
+    return 8 * n / measure(lambda: target.copy_(source), max(n_repeats, 10)).min_s
 
 
 def transformer(n_params: int) -> dict[str, torch.nn.Parameter]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.exact import to_float32
-from thinwire.compression.noise import Probe, Update, update_all_, use_numba
+from thinwire.compression.noise import NoiseKind, Probe, Update, update_all_, use_numba
 from thinwire.node.bench import copy_bandwidth, measure, transformer
 from thinwire.optim.base import Parameter
 from thinwire.optim.perturb import Direction, perturbed
@@ -21,7 +21,8 @@ FUSED_ROUNDS, FUSED_PROBES = 8, 4
 
 
 def bench_noise(n_params: int, n_repeats: int) -> dict[str, Any]:
-    """A step without its forwards: two perturbations per probe and one update, for 1 and for 16 probes.
+    """A step without its forwards: two perturbations per probe and one update, for 1 and for 16 probes; and a
+    perturbation alone, with signs and with Gaussian noise.
 
     Baseline: four passes of `torch.normal` per probe (perturb, to the other side, restore, update).
     """
@@ -36,21 +37,31 @@ def bench_noise(n_params: int, n_repeats: int) -> dict[str, Any]:
         "copy_bandwidth_bytes_per_s": bandwidth,
         "mezo_step": mezo.to_dict(),
     }
+    pass_s = 8 * n_exactly / bandwidth
+    kinds: tuple[NoiseKind, ...] = ("sign", "gauss")
+    for kind in kinds:
+        one = measure(lambda kind=kind: perturb_all(parameters, kind), n_repeats)  # type: ignore[misc]
+        result[f"perturb_{kind}"] = {
+            **one.to_dict(),
+            "least_n_bytes": 8 * n_exactly,
+            "fraction_of_copy_bandwidth": pass_s / one.median_s,
+        }
     for n in N_PROBES:
         step = measure(lambda n=n: spsa_step(parameters, n), n_repeats)  # type: ignore[misc]
         update = measure(lambda n=n: spsa_update(parameters, n), n_repeats)  # type: ignore[misc]
         # The least traffic: each perturbation and the update read and write every parameter once. (Scratch
         # that stays in the cache until it is used again may beat a copy.)
-        least_s = (2 * n + 1) * 8 * n_exactly / bandwidth
         result[f"probes_{n}"] = {
             "step": step.to_dict(),
             "update": update.to_dict(),
             "ratio_to_baseline": n * mezo.median_s / step.median_s,  # n probes are n steps of the baseline
-            "fraction_of_copy_bandwidth": least_s / step.median_s,
-            "update_fraction_of_copy_bandwidth": 8 * n_exactly / bandwidth / update.median_s,
+            "least_n_bytes": (2 * n + 1) * 8 * n_exactly,
+            "fraction_of_copy_bandwidth": (2 * n + 1) * pass_s / step.median_s,
+            "update_least_n_bytes": 8 * n_exactly,
+            "update_fraction_of_copy_bandwidth": pass_s / update.median_s,
             "update_params_times_probes_per_s": n * n_exactly / update.median_s,
         }
-    result["catching_up"] = catching_up(parameters, n_repeats, 8 * n_exactly / bandwidth)
+    result["catching_up"] = catching_up(parameters, n_repeats, pass_s)
     for key in ("ratio_to_baseline", "fraction_of_copy_bandwidth"):
         result[key] = result["probes_1"][key]
     return result
@@ -63,6 +74,11 @@ def spsa_step(parameters: list[Parameter], n_probes: int) -> None:
             for p in parameters:
                 perturbed(p.tensor, p, Direction("sign", 1, probe, eps))
     spsa_update(parameters, n_probes)
+
+
+def perturb_all(parameters: list[Parameter], kind: NoiseKind) -> None:
+    for p in parameters:
+        perturbed(p.tensor, p, Direction(kind, 1, 0, EPS))
 
 
 def spsa_update(parameters: list[Parameter], n_probes: int, n_rounds: int = 1) -> None:

@@ -39,9 +39,17 @@ _WARM_UP_ROUNDS = 10
 
 
 def bench_round(n_params: int, n_repeats: int) -> dict[str, Any]:
-    """A row of `bench.BENCHES`; `n_params` has no influence."""
-    del n_params
-    return measure_rounds(N_PEERS, ROUNDS_PER_REPEAT * n_repeats)
+    """Baseline: what a peer of data-parallel training sends in a step for so many parameters, in a ring of as
+    many peers. They have no other influence."""
+    result = measure_rounds(N_PEERS, ROUNDS_PER_REPEAT * n_repeats)
+    ddp = 2 * (N_PEERS - 1) / N_PEERS * 4 * n_params
+    return {
+        **result,
+        "least_n_bytes": PAYLOAD_BYTES,
+        "ddp_n_params": n_params,
+        "ddp_n_bytes_per_step": round(ddp),
+        "ratio_to_ddp_bytes": ddp / result["sent_bytes_per_peer_and_round"],
+    }
 
 
 def measure_rounds(n_peers: int, n_rounds: int) -> dict[str, Any]:
@@ -70,6 +78,7 @@ def measure_rounds(n_peers: int, n_rounds: int) -> dict[str, Any]:
         "peers": n_peers,
         "rounds": n_rounds,
         "payload_bytes": PAYLOAD_BYTES,
+        "round": {"median_s": median(times_s), "min_s": min(times_s), "max_s": max(times_s)},
         "round_p50_s": median(times_s),
         "round_p99_s": quantiles(times_s, n=100, method="inclusive")[98],
         "round_max_s": max(times_s),

@@ -394,19 +394,26 @@ class Bench:
     """Measure speed and memory, as ratios to a baseline and to the copy bandwidth of this machine."""
 
     name: Annotated[
-        Positional[Literal["noise", "decoupled", "wire", "round", "memory", "all"]], arg(metavar="NAME")
+        Positional[
+            Literal["noise", "decoupled", "diloco", "peers", "round", "join", "wire", "memory", "all"]
+        ],
+        arg(metavar="NAME"),
     ]
-    """noise (SPSA), decoupled (pack, decode, update), wire (bits per coefficient), round (8 peers on
-    loopback), memory (of a rank of a sharded node), or all."""
-    params: Annotated[float | None, arg(metavar="N")] = None
-    """Parameters of the model, e.g. 3e7."""
+    """noise (SPSA), decoupled and diloco (pack, decode, update), peers (1 to 256 payloads), round (8 peers on
+    loopback), join (process to first offer, catching up), wire (bits per coefficient), memory (of a rank of a
+    sharded node), or all."""
+    params: Annotated[str | None, arg(metavar="N,...")] = None
+    """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
+    """A picture of the times."""
     repeats: Annotated[int, arg(metavar="N")] = 5
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
-        from thinwire.node.bench import bench_command
+        from thinwire.node.bench import bench_command, parse_sizes
 
-        bench_command(self.name, None if self.params is None else int(self.params), self.repeats, self.json)
+        sizes = None if self.params is None else parse_sizes(self.params)
+        bench_command(self.name, sizes, self.repeats, self.json, self.output)
         return 0
 
 

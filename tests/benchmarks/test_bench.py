@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from thinwire.compression.errors import ConfigError
-from thinwire.node.bench import bench_command, copy_bandwidth, measure, run_bench, transformer
+from thinwire.node.bench import (
+    BENCHES,
+    bench_command,
+    copy_bandwidth,
+    measure,
+    parse_sizes,
+    run_bench,
+    run_sizes,
+    transformer,
+)
 from thinwire.node.bench_decoupled import Demo, cosine_basis
+from thinwire.node.bench_diloco import PlainDiloco
 
 N_PARAMS = 2_000_000
 
@@ -44,14 +56,14 @@ def test_decoupled_reports_bytes_and_ratios() -> None:
 
 
 def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_command("decoupled", N_PARAMS, 1, as_json=True)
+    bench_command("decoupled", [N_PARAMS], 1, as_json=True)
     assert json.loads(capsys.readouterr().out)["bench"] == "decoupled"
 
 
 def test_the_table_names_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_command("decoupled", N_PARAMS, 1, as_json=False)
+    bench_command("decoupled", [N_PARAMS], 1, as_json=False)
     printed = capsys.readouterr().out
-    for words in ("ratio_to_baseline", "fraction_of_copy_bandwidth", "GB/s", "round median_s", "ms"):
+    for words in ("ratio_to_baseline", "fraction_of_copy_bandwidth", "GB/s", " round ", " ms ("):
         assert words in printed
 
 
@@ -68,13 +80,98 @@ def test_wrong_arguments(arguments: tuple[str, int | None, int], words: str) -> 
         run_bench(*arguments)
 
 
-def test_benchmarks_import_without_network_packages() -> None:
-    code = (
-        "import sys, thinwire.node.bench_noise, thinwire.node.bench_decoupled; "
-        "print(sorted({'hivemind', 'ray', 'grpc'} & set(sys.modules)))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[]"
+@pytest.mark.parametrize("name", ["noise", "decoupled", "diloco", "peers", "wire"])
+def test_benchmarks_run_without_network_packages(name: str) -> None:
+    code = """
+import sys
+for package in ("hivemind", "ray", "grpc", "multiaddr"):
+    sys.modules[package] = None  # importing it fails
+from thinwire.node.cli import main
+main(sys.argv[1:])
+"""
+    arguments = ["bench", name, "--params", "1e6", "--repeats", "1", "--json"]
+    out = subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.PIPE)
+    assert json.loads(out.stdout)["bench"] == name
+
+
+def test_diloco_reports_bytes_and_ratios() -> None:
+    result = run_bench("diloco", N_PARAMS, n_repeats=1)
+    assert keys_of(result) == set()
+    assert result["dense_e3m0"]["ratio_to_ddp_bytes"] == pytest.approx(12, rel=0.02)  # 48 bits against 4
+    for method in ("dense_e3m0", "sparseloco"):
+        row = result[method]
+        assert row["ratio_to_baseline"] == pytest.approx(
+            result["plain_round"]["median_s"] / row["round"]["median_s"]
+        )
+        assert row["ratio_to_ddp_bytes"] == pytest.approx(
+            result["ddp_n_bytes_per_step"] / row["payload_n_bytes"]
+        )
+    assert result["sparseloco"]["least_n_bytes"] < result["dense_e3m0"]["least_n_bytes"]
+
+
+def test_the_baseline_is_diloco() -> None:
+    """What peers of the same difference do together is what one of them does alone: Nesterov's first step."""
+    model = transformer(1_000_000)
+    before = {name: p.detach().clone() for name, p in model.items()}
+    plain = PlainDiloco(model)
+    plain.adamw.step = lambda: None  # type: ignore[assignment, method-assign]
+    for p, others in zip(plain.inner, plain.others[0], strict=True):
+        p.data.sub_(others)
+    plain.run()
+    for name, p in model.items():
+        torch.testing.assert_close(p.detach(), before[name] - 0.7 * 1.9 * 1e-4, atol=1e-7, rtol=0)
+
+
+def test_peers_cost_the_more_the_more_they_are() -> None:
+    result = run_bench("peers", 1_000_000, n_repeats=1)
+    for strategy in ("spsa", "decoupled"):
+        rows = result[strategy]
+        assert {f"peers_{n}" for n in (1, 4, 16, 64, 256)} <= rows.keys()
+        assert rows["peers_256"]["median_s"] > rows["peers_1"]["median_s"]
+        assert rows["further_peer_s"] > 0
+
+
+def test_several_sizes_are_columns(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sizes = parse_sizes("4e6,1e6,1e6")
+    assert sizes == [1_000_000, 4_000_000]
+    picture = tmp_path / "noise.png"
+    bench_command("noise", sizes, 1, as_json=True, picture=picture)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["bench"] == "noise"
+    assert [round(size["n_params"] / 1e6) for size in printed["sizes"]] == [2, 4]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    bench_command("wire", sizes, 1, as_json=False)
+    head = next(line for line in capsys.readouterr().out.splitlines() if "parameters" in line)
+    assert len(re.findall(r"[\d,]{7,}", head)) == 2
+
+
+def test_a_size_has_no_influence_on_some() -> None:
+    assert {"round", "join"} <= BENCHES.keys()
+    with pytest.raises(ConfigError, match="0 repeats"):
+        run_sizes("round", [1_000_000, 2_000_000], 0)
+
+
+@pytest.mark.parametrize("text", ["", "1e6,", "many", "1e6;2e6", "inf"])
+def test_wrong_sizes(text: str) -> None:
+    with pytest.raises(ConfigError, match="numbers with commas"):
+        parse_sizes(text)
+
+
+def test_a_picture_that_cannot_be_is_refused_first(tmp_path: Path) -> None:
+    refused = {tmp_path / "x.jpg": "the picture is a PNG", tmp_path / "no" / "x.png": "nothing can"}
+    for path, words in refused.items():
+        with pytest.raises(ConfigError, match=words):
+            bench_command("noise", [10**9], 1, as_json=False, picture=path)
+
+
+@pytest.mark.swarm
+def test_join_reports_what_a_node_waits_for() -> None:
+    result = run_bench("join", None, n_repeats=1)
+    assert result["model_n_bytes"] > 100_000
+    for key in ("process_to_first_offer", "open_and_download", "catch_up"):
+        assert 0 < result[key]["min_s"] <= result[key]["median_s"] <= result[key]["max_s"]
+    per_round_s = result["catch_up"]["median_s"] / result["rounds_behind"]
+    assert result["catch_up_per_round_s"] == pytest.approx(per_round_s)
 
 
 def test_measure_leaves_the_warm_up_out() -> None:

@@ -17,7 +17,7 @@ N_PARAMS = 2_000_000
 
 @pytest.fixture
 def result(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    bench_command("wire", N_PARAMS, 1, as_json=True)
+    bench_command("wire", [N_PARAMS], 1, as_json=True)
     printed: dict[str, Any] = json.loads(capsys.readouterr().out)
     return printed
 
