@@ -52,6 +52,10 @@ def closed(actions: list[Action]) -> list[tuple[int, tuple[int, ...]]]:
     return [(a.round, a.peers) for a in actions if isinstance(a, RoundClosed)]
 
 
+def why(actions: list[Action]) -> list[str]:
+    return [a.why for a in actions if isinstance(a, RoundClosed)]
+
+
 def refusals(actions: list[Action]) -> list[str]:
     return [a.reason for a in actions if isinstance(a, OfferRefused)]
 
@@ -84,6 +88,7 @@ def test_a_round_closes_when_everybody_expected_is_in() -> None:
     assert closed(actions) == [(1, (0, 1, 2))]
     assert actions[-1] == RoundOpened(2, (0, 1, 2))
     assert next(a for a in actions if isinstance(a, RoundClosed)).duration_s == 1.5
+    assert why(actions) == ["complete"]
 
 
 def test_who_trains_later_is_not_awaited_but_counts() -> None:
@@ -167,6 +172,7 @@ def test_the_deadline_closes_without_the_slow_one() -> None:
     actions = rounds.handle(TimePassed(), now_s + 1.5)
     assert closed(actions) == [(4, (0, 1))]
     assert next(a for a in actions if isinstance(a, RoundClosed)).missing == (2,)
+    assert why(actions) == ["deadline"]
     assert actions[-1] == RoundOpened(5, (0, 1, 2)), "it is awaited again"
 
 
@@ -215,7 +221,7 @@ def test_the_fastest_do_not_wait_for_the_others() -> None:
     rounds = started(8, policy="fastest")
     now_s, busy_until_s = 0.0, dict.fromkeys(times_s, 0.0)
     works_on = dict.fromkeys(times_s, 1)
-    closings = []
+    closings, reasons = [], []
     while rounds.head < 20:
         for peer, time_s in times_s.items():  # whoever is idle begins with the open round
             has_work = works_on[peer] <= rounds.head or busy_until_s[peer] == 0.0
@@ -225,7 +231,9 @@ def test_the_fastest_do_not_wait_for_the_others() -> None:
         for peer in [peer for peer, s in busy_until_s.items() if s == now_s]:
             actions = rounds.handle(offer(peer, works_on[peer], bytes([peer])), now_s)
             closings += [(a.round, len(a.peers), a.duration_s) for a in actions if isinstance(a, RoundClosed)]
+            reasons += why(actions)
             assert refusals(actions) in ([], ["late_offer"])
+    assert reasons == ["complete"] * 3 + ["enough"] * 17
     assert closings[:3] == [(r, 8, 4.0) for r in (1, 2, 3)]
     assert {entry[1:] for entry in closings[3:]} == {(6, 1.0)}
 
@@ -274,6 +282,7 @@ def test_all_drops_a_hung_trainer_until_it_offers_again() -> None:
     assert closed(rounds.handle(TimePassed(), now_s + 59)) == []
     actions = rounds.handle(TimePassed(), now_s + 60)
     assert closed(actions) == [(4, (0,))]
+    assert why(actions) == ["hung"]
     assert actions[-1] == RoundOpened(5, (0,))
     rounds.handle(offer(1, 4), now_s + 61)
     assert rounds.handle(offer(0, 5), now_s + 61)[-1] == RoundOpened(6, (0, 1))

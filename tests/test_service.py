@@ -35,7 +35,7 @@ from thinwire.coordinator.messages import (
     digest_of,
 )
 from thinwire.coordinator.schedule import lr_factor_bits
-from thinwire.coordinator.service import Service
+from thinwire.coordinator.service import SCRAPED_S, Service
 from thinwire.coordinator.settings import parse_settings
 
 
@@ -384,6 +384,7 @@ def test_a_peer_whose_connection_broke_is_awaited_for_two_seconds(make_world: Ma
     world.wait(0.5, "a")
     assert world.committed == [1]
     assert world.peer("b")["state"] == "gone"
+    assert world.status()["since_start"]["left"] == {"connection_lost": 1}
 
 
 def test_a_silent_peer_is_awaited_for_ten_seconds(make_world: MakeWorld) -> None:
@@ -395,6 +396,37 @@ def test_a_silent_peer_is_awaited_for_ten_seconds(make_world: MakeWorld) -> None
     world.wait(0.5, "a")
     assert world.committed == [1]
     assert world.peer("b")["offers_missed"] == 0, "it was gone, not slow"
+    assert world.status()["since_start"]["left"] == {"silent": 1}
+
+
+def test_who_is_to_be_scraped_and_what_is_counted_since_the_start(make_world: MakeWorld) -> None:
+    """Who leaves is not missed, who goes without a word is, for an hour; also over a restart."""
+    world = make_world()
+    assert world.service.scraped(world.now_s) == []
+    assert world.status()["last_commit_ms"] is None
+    world.train("a", "b", "c")
+    world.round(1, "a", "b")
+    world.say("b", State(state=NodeState.LEAVING))
+    world.service.closed("b", 1, world.now_s)
+    world.service.closed("c", 1, world.now_s)
+    world.wait(20, "a")
+    assert world.service.scraped(world.now_s) == ["a", "c"]
+    assert world.service.scraped(world.now_s + SCRAPED_S) == ["a"]
+    assert world.service.is_admitted("b")
+    assert not world.service.is_admitted("x")
+    world.open("c")
+    since_start = world.status()["since_start"]
+    assert since_start["joined"] == {"new": 3, "returned": 1}
+    assert since_start["left"] == {"said_so": 1, "connection_lost": 1}
+    assert since_start["closed"] == {"complete": 1}
+    assert sum(since_start["durations"]) == 1
+    assert world.status()["last_commit_ms"] == 123
+    assert world.status()["payload_bytes"] == len(b"abc" + b"abcb")
+    assert world.status()["ledger_bytes"] > 4096
+    world.restart()
+    assert world.service.scraped(world.now_s) == ["a", "b"], "they were in the last commits"
+    assert world.status()["since_start"]["closed"] == {}
+    assert world.status()["last_commit_ms"] == 123
 
 
 def test_the_adaptive_deadline_leaves_the_slow_one_out(make_world: MakeWorld) -> None:
