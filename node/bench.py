@@ -3,7 +3,8 @@
 A benchmark is a function (n_params, n_repeats) -> results; a new one is one file and one row in `BENCHES`.
 Results are plain values: `least_n_bytes` is the least traffic with memory that the work needs,
 `fraction_of_copy_bandwidth` that traffic at the bandwidth of a copy, over the time that it took,
-`ratio_to_baseline` how many times faster than the baseline we are. Times are medians, with least and most.
+`ratio_to_baseline` how many times faster than the baseline we are. Times are medians, with least and most; a
+fraction "at best" is that of the least, for machines that have other work to do.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ def bench_noise(n_params: int, n_repeats: int) -> dict[str, Any]:
             **one.to_dict(),
             "least_n_bytes": 8 * n_exactly,
             "fraction_of_copy_bandwidth": pass_s / one.median_s,
+            "fraction_at_best": pass_s / one.min_s,
         }
     for n in N_PROBES:
         step = measure(lambda n=n: spsa_step(parameters, n), n_repeats)  # type: ignore[misc]
@@ -59,6 +60,7 @@ def bench_noise(n_params: int, n_repeats: int) -> dict[str, Any]:
             "fraction_of_copy_bandwidth": (2 * n + 1) * pass_s / step.median_s,
             "update_least_n_bytes": 8 * n_exactly,
             "update_fraction_of_copy_bandwidth": pass_s / update.median_s,
+            "update_fraction_at_best": pass_s / update.min_s,
             "update_params_times_probes_per_s": n * n_exactly / update.median_s,
         }
     result["catching_up"] = catching_up(parameters, n_repeats, pass_s)
