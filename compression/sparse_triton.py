@@ -120,6 +120,7 @@ def _descend(
                 i = tl.load(position_E + e + entry, mask=e + entry < end, other=here) - here
                 value = tl.load(value_E + e + entry, mask=e + entry < end)
                 total = tl.load(sums + i, mask=e + entry < end) + value * weight
+                tl.debug_barrier()  # few entries are read by several threads each, and written by one
                 tl.store(sums + i, total, mask=e + entry < end)
             tl.debug_barrier()  # the next peer may have the same coefficients
         up = inverse * 0

@@ -1,7 +1,7 @@
 """The PTX of every Triton kernel as it is launched, without a device, for tests/test_triton.py.
 
-python triton_assembly.py prints {"exact": {kernel and architecture: PTX}, "fused": PTX} as JSON. The last is
-what becomes of a kernel whose launch does not forbid fusion.
+python triton_assembly.py prints {"exact": {kernel: PTX}, "fused": PTX} as JSON. The last is what becomes of a
+kernel whose launch does not forbid fusion.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from thinwire.compression.noise import Probe, Update, Where
 from thinwire.compression.sparse import Sparse
 from thinwire.compression.topk import TopK
 
-ARCHITECTURES = (80, 90)
+TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {torch.float32: "*fp32", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
 
 
@@ -52,7 +52,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
 }
 
 
-def compiled(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any], architecture: int) -> str:
+def compiled(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
     """What a launch with these arguments would run."""
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
     constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
@@ -68,7 +68,7 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any], arc
         },
     )
     options = {name: x for name, x in given.items() if name not in kernel.arg_names}
-    text = triton.compile(source, GPUTarget("cuda", architecture, 32), options).asm["ptx"]
+    text = triton.compile(source, TARGET, options).asm["ptx"]
     assert isinstance(text, str)
     return text
 
@@ -95,12 +95,11 @@ def main() -> None:
     exact = {}
     for name, launch in LAUNCHES.items():
         launch()
-        for architecture in ARCHITECTURES:
-            exact[f"{name} sm_{architecture}"] = compiled(*launched[-1], architecture)
+        exact[name] = compiled(*launched[-1])
     LAUNCHES["normal noise"]()
     kernel, arguments, named = launched[-1]
     fused = {k: v for k, v in named.items() if k not in noise_triton.EXACT}
-    print(json.dumps({"exact": exact, "fused": compiled(kernel, arguments, fused, 90)}))  # noqa: T201
+    print(json.dumps({"exact": exact, "fused": compiled(kernel, arguments, fused)}))  # noqa: T201
 
 
 if __name__ == "__main__":
