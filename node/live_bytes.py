@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active: `peak_bytes`, the most that the memory behind tensors came to, after any operation.
+    """While active: `peak_bytes`, the most that the memory behind tensors came to, after any operation that
+    made some.
 
     Counted are tensors that are given at the start, and what operations make; memory that several tensors
     share counts once. What one operation needs inside of itself is not seen.
@@ -37,6 +38,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _see(self, tensors: Iterable[Tensor]) -> None:
+        is_news = False
         for t in tensors:
             local = getattr(t, "_local_tensor", t)  # of a DTensor
             if local.device.type == "meta":
@@ -44,7 +46,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = local.untyped_storage()
             if id(storage) not in self._storages:
                 self._storages[id(storage)] = weakref.ref(storage, self._forget(id(storage)))
-        self.peak_bytes = max(self.peak_bytes, self.bytes())
+                is_news = True
+        if is_news:  # looking through all of them takes longer than most operations
+            self.peak_bytes = max(self.peak_bytes, self.bytes())
 
     def _forget(self, key: int) -> Any:
         return lambda _ref: self._storages.pop(key, None)
