@@ -104,7 +104,7 @@ def _listen(address: HttpAddress) -> socket.socket:
     try:
         return socket.create_server((address.host, address.port), family=family)
     except OSError as e:
-        why = e.strerror or str(e)
+        why = (e.strerror or str(e)).split(" (while")[0]
         raise ConfigError(
             f"--http {address}: {why}; choose another port, or an address of this machine"
         ) from e

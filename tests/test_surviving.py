@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.prometheus import value
 from tests.test_runner import STRATEGIES, config_of, run_all, swarm_of, wait_for
 from thinwire.compression.errors import ReplicaDiverged
 from thinwire.node.joining import NoStart
@@ -189,6 +190,10 @@ def test_a_flipped_bit_is_found_named_and_healed(
     assert healed == ["this replica was wrong after round 12, in head.weight: healed by replaying the ledger"]
     right = texts(caplog, "this replica is right")
     assert bool(right) == (n_peers == 2), "one against one, the lower index checks first"
+    told = flipped.metrics.text().decode(), others[0].metrics.text().decode()
+    assert [value(text, "thinwire_heals_total", result="adopted") for text in told] == [1, 0]
+    assert [value(text, "thinwire_heals_total", result="confirmed") for text in told] == [0, len(right)]
+    assert [value(text, "thinwire_offers_not_counted_total", reason="given_up") for text in told] == [0, 0]
     assert {p["fingerprint"] for p in status["peers"]} == {results[0].fingerprint}
 
 
