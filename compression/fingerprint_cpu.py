@@ -26,9 +26,11 @@ def parameter_sum(bits: Tensor, start: int) -> int:
 
 @numba.njit(cache=True, nogil=True)
 def _sum(patterns: Any, start: Any, first: int, last: int) -> Any:
+    here = patterns[first:last]  # an index that may be negative, for all the compiler knows, makes no vectors
+    begin = start + np.uint64(first)
     total = np.uint64(0)
-    for i in range(first, last):
-        h = ((start + np.uint64(i)) * _GOLDEN) ^ np.uint64(patterns[i])
+    for i in range(here.size):
+        h = ((begin + np.uint64(i)) * _GOLDEN) ^ np.uint64(here[i])
         h = (h ^ (h >> _SHIFTS[0])) * _FACTORS[0]
         h = (h ^ (h >> _SHIFTS[1])) * _FACTORS[1]
         total += h ^ (h >> _SHIFTS[2])

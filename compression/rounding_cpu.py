@@ -44,11 +44,14 @@ def _blocks(y: Any, x: Any, start: int, first: int, last: int, third: Any, fourt
         for w in range(2048):
             random[w] = words[w] & _LOW
             random[2048 + w] = words[w] >> _16
-        for i in range(b - a):
-            bits = x[a + i]
-            if bits & _EXPONENT != _EXPONENT:
-                y[a + i] = np.uint16((bits + random[skipped + i]) >> _16)
-            elif bits & _FRACTION:
-                y[a + i] = _NAN
-            else:
-                y[a + i] = np.uint16(bits >> _16)
+        _round(y[a:b], x[a:b], random[skipped : skipped + b - a])
+
+
+@numba.njit(nogil=True)
+def _round(y: Any, x: Any, random: Any) -> None:
+    """A function of its own, over slices and without branches: the compiler makes vectors of it."""
+    for i in range(y.size):
+        bits = x[i]
+        special = _NAN if bits & _FRACTION else np.uint16(bits >> _16)
+        rounded = np.uint16((bits + random[i]) >> _16)
+        y[i] = special if bits & _EXPONENT == _EXPONENT else rounded
