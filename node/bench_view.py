@@ -22,13 +22,14 @@ def print_bench(results: Sequence[Result]) -> None:
     several = len(results) > 1
     columns = [dict(_flat(result)) for result in results]
     table = Table(title=f"bench {results[0]['bench']}", show_header=several)
-    table.add_column("parameters" if several else "")
+    table.add_column("parameters" if several else "", overflow="fold")
     for result in results:
         table.add_column(f"{result['n_params']:,}" if several else "", justify="right" if several else "left")
     for key in columns[0]:
         if key != "bench" and not (several and key == "n_params"):
             table.add_row(key, *(_words(key, c[key]) if key in c else "" for c in columns))
-    Console(file=sys.stdout).print(table)
+    # A file has no width: what is read later shall not be folded.
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def check_picture(path: Path) -> None:
