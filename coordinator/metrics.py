@@ -7,6 +7,7 @@ peer is at that peer's own target (`gateway`).
 
 from __future__ import annotations
 
+import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,15 +52,17 @@ def register(registry: CollectorRegistry, status: Callable[[], dict[str, Any]]) 
 
 
 class Shown(Collector):
-    """A registry as it is scraped: without the times at which counters were made, which would be half of all
-    series and tell nothing."""
+    """A registry as it is scraped: without what was not measured yet (NaN), and without the times at which
+    counters were made, which would be half of all series and tell nothing."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
 
     def collect(self) -> Iterable[Metric]:
         for family in self._registry.collect():
-            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
+            family.samples = [
+                s for s in family.samples if not math.isnan(s.value) and not s.name.endswith("_created")
+            ]
             yield family
 
 

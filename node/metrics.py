@@ -97,6 +97,8 @@ class NodeMetrics:
             "thinwire_upload_used_ratio", "Part of that limit used in the last 10 s", registry=r
         )
         self._limit.set(math.inf)
+        for gauge in (self._loss, self._held_out, self._ratio):
+            gauge.set(math.nan)
         self._last = Traffic({}, {})
         self._last_bad: dict[str, int] = {}
         self._is_training = False

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from tests.prometheus import check_conventions, series, value
+from tests.prometheus import check_conventions, samples, series, value
 from tests.test_runner import DECOUPLED, STRATEGIES, config_of, run_all, swarm_of, train
 from thinwire.coordinator.messages import NodeState, Offer
 from thinwire.coordinator.metrics import text_of
@@ -95,7 +95,9 @@ def test_two_hundred_peers_leave_no_series_more_than_one(tmp_path: Path) -> None
     assert result.rounds == n_rounds
     bad = value(text, "thinwire_bad_payloads_total", reason="magic")
     assert bad >= (n_peers - 2) * n_rounds  # one may be the evaluator, whom nobody waits for
-    assert series(text) == series(alone)
+    measured = {name for name, _ in series(text) - series(alone)}
+    assert measured <= {"thinwire_loss", "thinwire_held_out_loss", "thinwire_compression_ratio"}
+    assert series(alone) < series(text)
 
 
 def test_devices() -> None:
@@ -106,6 +108,17 @@ def test_devices() -> None:
     used = value(text, "thinwire_device_memory_used_bytes", device="cpu")
     assert 10**7 < used < value(text, "thinwire_device_memory_bytes", device="cpu")
     assert len(series(text)) <= 3
+
+
+def test_what_was_not_measured_yet_is_no_zero() -> None:
+    metrics = NodeMetrics()
+    assert "thinwire_loss" not in samples(metrics.text().decode())
+    metrics.held_out(2.5)
+    metrics.proposed(None, 100, 4, 64, 1)  # every batch was dropped
+    text = metrics.text().decode()
+    assert value(text, "thinwire_held_out_loss") == 2.5
+    assert "thinwire_loss" not in samples(text)
+    check_conventions(text)
 
 
 def test_without_a_limit_it_is_infinite() -> None:
