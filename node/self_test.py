@@ -75,7 +75,8 @@ def runs_on(name: str, device: torch.device) -> bool:
 
 def refuse_wrong_arithmetic(device: torch.device) -> None:
     """Raises Incompatible, with what failed, on a machine whose replica would not stay the others'."""
-    failed = failed_kernels(device)
+    # An inner optimizer of torch takes a second to load; what `apply` does afterwards is tested elsewhere.
+    failed = failed_kernels(device, names=[name for name in KNOWN_ANSWERS if name != "outer update"])
     if failed:
         raise Incompatible(wrong_arithmetic(failed))
 

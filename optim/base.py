@@ -7,12 +7,13 @@ and calls `apply` with what the ledger counted; a plain training loop calls `ste
 from __future__ import annotations
 
 import hashlib
+import inspect
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Final, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -115,6 +116,12 @@ class Peers(Protocol):
         ...
 
 
+# torch keeps these two out of compiled graphs, and imports its compiler to say so: more than a second of
+# every process that compiles nothing.
+_UNCOMPILED_ADD: Final = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+_UNCOMPILED_ZERO: Final = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
 class Strategy(torch.optim.Optimizer):
     """Base of all strategies; see the module's docstring.
 
@@ -180,8 +187,12 @@ class Strategy(torch.optim.Optimizer):
             raise ConfigError("a parameter group without a parameter that needs a gradient")
         group.pop("param_names", None)
         group["params"] = named
-        super().add_param_group(group)
+        _UNCOMPILED_ADD(self, group)
         self.ranks = ranks_of(p for group in self.param_groups for p in group["params"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """torch's."""
+        _UNCOMPILED_ZERO(self, set_to_none)
 
     def _refuse_parameters(self, named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
         seen = {name for group in self.param_groups for name in group["param_names"]}
