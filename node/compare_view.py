@@ -172,7 +172,7 @@ def _cells(outcome: Outcome) -> list[str]:
 
 @contextmanager
 def _display(console: Console, all_plans: Sequence[Plan]) -> Iterator[Tell]:
-    """A bar for each strategy on a terminal; elsewhere a line every three seconds."""
+    """A bar for each strategy on a terminal; elsewhere a line when it begins, and one every three seconds."""
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TextColumn("{task.fields[held_out]}"), console=console) as bars:
@@ -188,12 +188,14 @@ def _display(console: Console, all_plans: Sequence[Plan]) -> Iterator[Tell]:
 
             yield move
         return
-    printed_s = 0.0
+    printed: tuple[Plan | None, int, float] = None, -1, 0.0
 
     def print_line(plan: Plan, round_: int, held_out: float | None) -> None:
-        nonlocal printed_s
-        if time.monotonic() - printed_s >= LINE_EVERY_S:
-            printed_s = time.monotonic()
+        nonlocal printed
+        before, at, when_s = printed
+        is_due = time.monotonic() - when_s >= LINE_EVERY_S and round_ != at
+        if plan is not before or is_due:
+            printed = plan, round_, time.monotonic()
             line = f"{plan.label}: round {round_}/{plan.rounds} {_told(held_out)}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
