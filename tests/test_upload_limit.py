@@ -19,7 +19,7 @@ from thinwire.node.rate import WINDOW_S
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
 
 LIMIT_BYTES_PER_S = 20_000
-WATCHED_S = 20.0
+WATCHED_S = 14.0
 
 RUN = """
 [run]
