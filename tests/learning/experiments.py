@@ -49,7 +49,7 @@ DEMO: Final[dict[str, dict[str, Any]]] = {
 
 DECOUPLED_CLAIMS: Final[list[Better]] = [
     ("AdamW", "k 32", 0.02),
-    ("AdamW", "k 8", 0.2),
+    ("AdamW", "k 8", 0.1),
     ("k 32", "k 8", 0.1),
     ("k 8", "k 1", 0.1),
     ("k 8", "k 8 without DCT", 0.3),
