@@ -10,7 +10,7 @@ from thinwire.coordinator.messages import BlobRef, Commit, GenesisBody, NodeStat
 from thinwire.node.config import parse_config
 from thinwire.node.link_local import LocalLink
 from thinwire.node.local_work import LocalWork
-from thinwire.node.phases import Stopwatch, time_calls
+from thinwire.node.phases import Stopwatch, time_calls, time_compressor
 from thinwire.node.replica import Replica, build_replica, data_seed
 from thinwire.node.runner import Runner
 from thinwire.node.tasks import Init, Task, make_task
@@ -40,8 +40,7 @@ class Peer(Runner):
         super()._prepare(welcome)
         self.work.task = SameBatches(self.work.task, self._seed, self.link.peer_id)
         watch, strategy = self.stopwatch, self.replica.strategy
-        if hasattr(strategy, "compressor"):
-            time_calls(strategy.compressor, {"pack": "pack", "decode": "decode"}, watch)
+        time_compressor(strategy, watch)
         time_calls(strategy, {"propose": "compute", "work_ahead": "compute"}, watch)
         time_calls(self.replica, {"encode": "pack", "apply_batch": "decode"}, watch)
         time_calls(self.link, {"payload": "exchange", "offer": "exchange"}, watch)

@@ -13,7 +13,7 @@ import torch
 
 from thinwire.compression.base import Turn
 from thinwire.compression.errors import ConfigError
-from thinwire.node.phases import Stopwatch, time_calls
+from thinwire.node.phases import Stopwatch, time_compressor
 from thinwire.node.precision import Precision, autocast
 from thinwire.node.replica import Replica, data_seed
 from thinwire.node.tasks import Task, device_of
@@ -52,8 +52,8 @@ class LocalWork:
                 "rank and ranks (see thinwire.node.tasks.Task). Start the node with --ranks 1"
             )
         self._stopwatch = Stopwatch(time.perf_counter)
-        if hasattr(replica.strategy, "compressor"):  # its own payload is decoded, too, to be taken away
-            time_calls(replica.strategy.compressor, {"pack": "pack", "decode": "pack"}, self._stopwatch)
+        # Its own payload is decoded, too, to be taken away.
+        time_compressor(replica.strategy, self._stopwatch, decode="pack")
         self._set_mode()
 
     def propose(self, allotted: Allotment | None = None) -> Proposal:

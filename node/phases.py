@@ -68,6 +68,14 @@ def time_calls(thing: Any, phases: Mapping[str, str], stopwatch: Stopwatch) -> N
     object.__setattr__(thing, "__class__", type(kind.__name__, (kind,), {**same, **methods}))
 
 
+def time_compressor(strategy: Any, stopwatch: Stopwatch, decode: str = "decode") -> None:
+    """What a strategy's compressor does: packing as "pack", decoding in each of its forms as `decode`."""
+    compressor = getattr(strategy, "compressor", None)
+    if compressor is not None:
+        phases = {"pack": "pack", "decode": decode, "descend": decode}
+        time_calls(compressor, {m: p for m, p in phases.items() if hasattr(compressor, m)}, stopwatch)
+
+
 def typical(stopwatches: list[Stopwatch], phase: str) -> float:
     """Median over all rounds of all stopwatches: compiling kernels in the first round does not count."""
     times = [round_[phase] for watch in stopwatches for round_ in watch.rounds if round_]

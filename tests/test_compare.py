@@ -7,14 +7,17 @@ import math
 import signal
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from thinwire.compression.base import Part
+from thinwire.compression.base import Part, Turn
+from thinwire.compression.descent import Step, descend
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.schedule import lr_factor
 from thinwire.coordinator.settings import ScheduleSection
@@ -24,10 +27,10 @@ from thinwire.node.compare_specs import Plan, fitted, notable, plans
 from thinwire.node.compare_view import compare_command
 from thinwire.node.config import RunConfig, load_config
 from thinwire.node.genesis import initialise, make_genesis
-from thinwire.node.phases import Stopwatch, time_calls, typical
+from thinwire.node.phases import Stopwatch, time_calls, time_compressor, typical
 from thinwire.node.replica import data_seed
 from thinwire.node.tasks import make_task
-from thinwire.optim.registry import build_compressor
+from thinwire.optim.registry import build_compressor, build_strategy
 
 RUN = """
 [run]
@@ -377,3 +380,16 @@ def test_a_timed_object_is_what_it_was() -> None:
     assert isinstance(plain, type(other))
     assert set(watch.rounds[0]) == {"asking"}
     assert type(other) is not type(plain)
+
+
+def test_decoding_is_timed_in_each_of_its_forms() -> None:
+    seconds = count()
+    watch = Stopwatch(clock=lambda: float(next(seconds)))
+    strategy = build_strategy({"name": "decoupled"}, [("w", nn.Parameter(torch.zeros(64)))])
+    time_compressor(strategy, watch)
+    target, part, turn = torch.zeros(64), Part.whole((64,)), Turn(1, 1, 1, 1.0)
+    packed = strategy.compressor.pack(torch.ones(64), part, turn)  # type: ignore[attr-defined]
+    assert set(watch.rounds[0]) == {"pack"}
+    descend(strategy.compressor, target, [packed], [1.0], part, turn, Step())  # type: ignore[attr-defined]
+    assert watch.rounds[0]["decode"] > 0
+    assert bool(target.any())
