@@ -38,11 +38,6 @@ class Sharding:
     activation_checkpointing: bool = False
     cpu_offload: bool = False
 
-    @property
-    def is_plain(self) -> bool:
-        """One rank with an ordinary model: nothing of this module is needed."""
-        return self == Sharding()
-
 
 def join_node(device: torch.device, rank: int, ranks: int, meeting: Path) -> None:
     """This process becomes a rank. `meeting`: a file for the ranks to find each other by."""

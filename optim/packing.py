@@ -30,7 +30,8 @@ def pack_all(
     if ranks.count == 1:
         return {p.name: compressor.pack(values(p), p.part, turn) for p in parameters}
     own: Payload = {}
-    for row in zip_longest(*owned(parameters, ranks.count)):
+    by_owner = owned(parameters, ranks.count)
+    for row in zip_longest(*by_owner):
         # Row i has the i-th parameter of every owner: all of them pack at the same time.
         pieces = [_piece(p, values, to, ranks) for to, p in enumerate(row)]
         mine: Parameter | None = row[ranks.index]
@@ -38,7 +39,8 @@ def pack_all(
         whole = ranks.deal(pieces, lengths)
         if mine is not None:
             own[mine.name] = compressor.pack(whole, mine.part.entire, turn)
-    return _shared(ranks, compressor, parameters, own, turn)
+    payload = _shared(ranks, compressor, by_owner, own, turn)
+    return {p.name: payload[p.name] for p in parameters}
 
 
 def owned(parameters: Sequence[Parameter], count: int) -> list[list[Parameter]]:
@@ -66,15 +68,13 @@ def _lengths(p: Parameter, ranks: Ranks) -> list[int]:
 
 
 def _shared(
-    ranks: Ranks, compressor: Compressor, parameters: Sequence[Parameter], own: Payload, turn: Turn
+    ranks: Ranks, compressor: Compressor, by_owner: list[list[Parameter]], own: Payload, turn: Turn
 ) -> Payload:
     """Every owner's packs, on every rank."""
-    fields = [
-        {p.name: compressor.fields(p.part.entire) for p in list_} for list_ in owned(parameters, ranks.count)
-    ]
+    fields = [{p.name: compressor.fields(p.part.entire) for p in list_} for list_ in by_owner]
     layout = wire.layout_hash(b"packs of a node's ranks")
     messages = ranks.gather(wire.encode(own, fields[ranks.index], turn.round, layout))
     payload: Payload = {}
     for theirs, data in zip(fields, messages, strict=True):
         payload |= wire.decode(data, theirs, turn.round, layout, wire.max_bytes_of(theirs))
-    return {p.name: payload[p.name] for p in parameters}
+    return payload

@@ -99,12 +99,9 @@ class GroupRanks:
     def spread(self, data: bytes | None) -> bytes:
         n = torch.tensor([0 if data is None else len(data)], dtype=torch.int64, device=self.device)
         self._dist.broadcast(n, group=self._group, group_src=0)
-        row = torch.zeros(int(n), dtype=torch.uint8)
-        if data:
-            row = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         if not int(n):
             return b""
-        row = row.to(self.device)
+        row = torch.frombuffer(bytearray(data or int(n)), dtype=torch.uint8).to(self.device)
         self._dist.broadcast(row, group=self._group, group_src=0)
         return row.cpu().numpy().tobytes()
 

@@ -1,14 +1,11 @@
 """One rank of a gloo process group for tests/test_group.py: runs a scenario, prints its result as JSON.
 
-python group_ranks.py SCENARIO RANK WORLD_SIZE FOLDER
+python -m tests.group_ranks RANK WORLD_SIZE SCENARIO FOLDER
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.rank_processes import join, leave
 from thinwire.compression.errors import ConfigError, ReplicaDiverged
 from thinwire.compression.fingerprint import fingerprint, parameter_sum
 from thinwire.optim.base import Closure, Strategy
@@ -189,27 +187,11 @@ def scenario_subgroup(rank: int, world_size: int, folder: Path) -> Any:
     return {"prints": prints, "bad": optimizer.counters.get("bad_payloads", 0)}
 
 
-def main(scenario: str, rank: int, world_size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / scenario}", rank=rank, world_size=world_size
-    )
+def main(rank: int, world_size: int, scenario: str, folder: Path) -> None:
+    join(folder / scenario, rank, world_size)
     result = globals()[f"scenario_{scenario}"](rank, world_size, folder)
-    json.dump(result, sys.stdout)
-    sys.stdout.flush()
-    wait_for_the_others(folder / f"{scenario}-ends", rank, world_size)
-    os._exit(0)  # gloo's threads sometimes end the interpreter by SIGABRT when they are torn down
-
-
-def wait_for_the_others(ends: Path, rank: int, world_size: int) -> None:
-    """By files, so that no rank closes its connections while another may still be in a collective."""
-    ends.mkdir(exist_ok=True)
-    (ends / str(rank)).touch()
-    deadline_s = time.monotonic() + 60
-    while len(list(ends.iterdir())) < world_size and time.monotonic() < deadline_s:
-        time.sleep(0.02)
+    leave(result, folder / f"{scenario}-ends", rank, world_size)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

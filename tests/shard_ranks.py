@@ -1,15 +1,13 @@
 """One rank of a node for tests/test_sharded.py: the same rounds on parameters that are sharded over ranks.
 
-python shard_ranks.py RANK WORLD_SIZE FOLDER: reads FOLDER/rounds.json, prints what it did as JSON. With one
-rank nothing is sharded, and no process group is needed: that is what the others are compared with.
+python -m tests.shard_ranks RANK WORLD_SIZE FOLDER: reads FOLDER/rounds.json, prints what it did as JSON. With
+one rank nothing is sharded, and no process group is needed: that is what the others are compared with.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -20,13 +18,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.rank_processes import join, leave
 from thinwire.compression import wire
 from thinwire.compression.base import Turn
 from thinwire.compression.fingerprint import fingerprint, parameter_sum
 from thinwire.compression.noise import initial_values
 from thinwire.optim.base import Closure, Parameter, Share, Strategy, canonical_name
 from thinwire.optim.packing import pack_all
-from thinwire.optim.ranks import Ranks, local_of, parts_of
+from thinwire.optim.ranks import GroupRanks, Ranks, local_of, parts_of
 from thinwire.optim.registry import build_compressor, build_strategy
 from thinwire.optim.unsharded import mark_unsharded
 
@@ -254,22 +253,10 @@ def collectives(ranks: Ranks) -> dict[str, Any]:
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world_size
-    )
-    from thinwire.optim.ranks import GroupRanks
-
+    join(folder / "store", rank, world_size)
     found = results(json.loads((folder / "rounds.json").read_text()), rank, world_size)
-    json.dump({**found, "collectives": collectives(GroupRanks())}, sys.stdout)
-    sys.stdout.flush()
-    (folder / f"end-{rank}").touch()
-    deadline_s = time.monotonic() + 60
-    while len(list(folder.glob("end-*"))) < world_size and time.monotonic() < deadline_s:
-        time.sleep(0.02)
-    os._exit(0)  # gloo's threads sometimes end the interpreter by SIGABRT when they are torn down
+    leave({**found, "collectives": collectives(GroupRanks())}, folder / "ends", rank, world_size)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from tests import group_ranks as ranks
+from tests.rank_processes import run_ranks
 from thinwire.compression.base import Payload
 from thinwire.compression.errors import ConfigError
 from thinwire.optim.base import Share
 from thinwire.optim.group import group_optimizer, rank_seed, verify_group
 from thinwire.optim.registry import build_strategy
 
-SCRIPT = Path(__file__).with_name("group_ranks.py")
-
-
-def _loaded() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("group_ranks", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ranks = _loaded()
 NAMES = list(ranks.CONFIGS)
 
 
@@ -47,22 +31,7 @@ def _one_thread() -> Iterator[None]:
 
 def run(scenario: str, world_size: int, folder: Path) -> list[Any]:
     """What the ranks print, by rank."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), scenario, str(rank), str(world_size), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        ended = [p.communicate(timeout=100) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0] * world_size, "\n".join(err for _, err in ended)
-    return [json.loads(out) for out, _ in ended]
+    return run_ranks("tests.group_ranks", world_size, scenario, str(folder))
 
 
 def swarm_prints(name: str, world_size: int, steps: range) -> list[str]:

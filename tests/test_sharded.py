@@ -3,38 +3,22 @@ many there are, but for the rounding of its gradients."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from tests import shard_ranks as ranks
+from tests.rank_processes import run_ranks
 from thinwire.compression.base import Part
 from thinwire.compression.errors import ConfigError
 from thinwire.optim.base import Parameter
 from thinwire.optim.packing import owned
 from thinwire.optim.ranks import ALONE, local_of, parts_of, ranks_of, refuse_placement
 
-SCRIPT = Path(__file__).with_name("shard_ranks.py")
-
-
-def _loaded() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("shard_ranks", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ranks = _loaded()
 STRATEGIES, COMPRESSORS = list(ranks.STRATEGIES), list(ranks.COMPRESSORS)
 CHECKSUM_BYTES = 8
 
@@ -67,22 +51,7 @@ def sharded(
     """What the ranks of a node did, by rank."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "rounds.json").write_text(json.dumps(rounds))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(request.param), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(request.param)
-    ]
-    try:
-        ended = [p.communicate(timeout=100) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0] * len(processes), "\n".join(err for _, err in ended)
-    return [json.loads(out) for out, _ in ended]
+    return run_ranks("tests.shard_ranks", request.param, str(folder))
 
 
 @pytest.mark.swarm
