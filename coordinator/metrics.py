@@ -165,6 +165,12 @@ def _process(status: Mapping[str, Any]) -> Iterator[Metric]:
     rejected = "What was not let in: frames, sessions, offers, reports"
     yield _labelled(CounterMetricFamily, "coordinator_rejected", rejected, "reason", status["rejected"])
     yield _gauge("coordinator_ledger_bytes", "The ledger on the disk", status["ledger_bytes"])
+    if status.get("disk_free_bytes") is not None:
+        yield _gauge(
+            "coordinator_disk_free_bytes",
+            "Room on the disk that has ledger and payloads",
+            status["disk_free_bytes"],
+        )
     if "payloads" in status:
         kept = status["payloads"]
         yield _gauge("coordinator_kept_payload_bytes", "Payloads on the disk", kept["bytes"])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import sqlite3
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from thinwire.compression.errors import LedgerCorrupt, ThinwireError
+from thinwire.coordinator.addresses import HttpAddress
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.doors import Doors
 from thinwire.coordinator.identity import load_or_create
@@ -86,6 +88,8 @@ class CoordinatorServer:
         self._tick_timer: asyncio.TimerHandle | None = None
         self._is_stopped = False
         self._tasks: list[asyncio.Task[None]] = []
+        self.http: HttpAddress | None = None
+        """Where this coordinator is served over HTTP, too: told to those who ask for the status."""
 
     # ------------------------------------------------------------------------------------ start and stop
 
@@ -149,8 +153,20 @@ class CoordinatorServer:
     def status(self) -> dict[str, Any]:
         """The service's, the bytes of this process, and what a machine compares before it joins."""
         traffic = {"sent_bytes": dict(self.meter.sent), "received_bytes": dict(self.meter.received)}
-        here = {"protocol": PROTOCOL_VERSION, "time_ms": time.time_ns() // 10**6, "coordinator": traffic}
+        here = {
+            "protocol": PROTOCOL_VERSION,
+            "time_ms": time.time_ns() // 10**6,
+            "coordinator": traffic,
+            "disk_free_bytes": self._disk_free_bytes(),
+            "http": None if self.http is None else _told(self.http),
+        }
         return {**self.service.status(time.monotonic()), **here}
+
+    def _disk_free_bytes(self) -> int | None:
+        try:
+            return shutil.disk_usage(self._state.path).free
+        except OSError:
+            return None
 
     async def _listen(self) -> None:
         self._p2p = await start_p2p(self._key, host=self._host_ip, port=self._port, announce=self._announce)
@@ -214,3 +230,8 @@ class CoordinatorServer:
                 payload_bytes=self.meter.received["payload"],
             )
             self._doors.beat(beat, self._silence_limit_s)
+
+
+def _told(http: HttpAddress) -> dict[str, Any]:
+    """The token itself is for those who got it from a person."""
+    return {"host": http.host, "port": http.port, "needs_token": http.token is not None}

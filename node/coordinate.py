@@ -36,6 +36,7 @@ def coordinate(
     announce: tuple[str, ...],
     overrides: Mapping[str, Any],
     import_path: str | None,
+    ticket_file: Path | None,
     http: HttpAddress | None,
     stop: Stop,
 ) -> None:
@@ -43,12 +44,14 @@ def coordinate(
 
     Raises ConfigError (configuration, taken port, a state directory in use or of another run), LedgerCorrupt.
     """
+    if ticket_file is not None and not ticket_file.absolute().parent.is_dir():
+        raise ConfigError(f"--ticket-file {ticket_file}: there is no folder {ticket_file.parent}")
     config = load_config(run_file, overrides)
     task = make_task(config.task, import_path, None)
     folder = state or Path(f"{config.run.name}-coordinator")
     with StateDir(folder) as state_dir:
         server = open_server(state_dir, config, task, host=host, port=port, announce=announce)
-        asyncio.run(_serve(server, folder, http, stop))
+        asyncio.run(_serve(server, folder, ticket_file, http, stop))
 
 
 def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) -> CoordinatorServer:
@@ -83,7 +86,9 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str 
     return found
 
 
-async def _serve(server: CoordinatorServer, folder: Path, http: HttpAddress | None, stop: Stop) -> None:
+async def _serve(
+    server: CoordinatorServer, folder: Path, ticket_file: Path | None, http: HttpAddress | None, stop: Stop
+) -> None:
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     stop.on_stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
@@ -94,8 +99,11 @@ async def _serve(server: CoordinatorServer, folder: Path, http: HttpAddress | No
                 from thinwire.coordinator.web import serve_http
 
                 port = stack.enter_context(serve_http(coordinator_routes(server, loop), http))
-                log.info("http://%s serves /metrics, /sd, /healthz", http._replace(port=port))
+                server.http = http._replace(port=port)
+                log.info("http://%s serves /metrics, /sd, /healthz", server.http)
             await server.start()
+            if ticket_file is not None:
+                _write_ticket(ticket_file, server.ticket.line())
             print(server.ticket.line(), flush=True)  # noqa: T201 - data goes to stdout
             log.info("the line above is the ticket. On any machine: thinwire join TICKET")
             finished = asyncio.create_task(server.run_until_finished())
@@ -109,3 +117,10 @@ async def _serve(server: CoordinatorServer, folder: Path, http: HttpAddress | No
             finished.cancel()
         finally:
             await server.stop()
+
+
+def _write_ticket(path: Path, line: str) -> None:
+    try:
+        write_aside(path, f"{line}\n".encode(), 0o600)
+    except OSError as e:
+        raise ConfigError(f"--ticket-file {path}: {e.strerror}") from e

@@ -130,6 +130,7 @@ def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | Non
     log.info("this node's state is in %s", folder.path)
     metrics = NodeMetrics()
     metrics.registry.register(DeviceCollector(_devices(options)))
+    metrics.disk(folder.path)
     if limit is not None:
         metrics.upload_limit(limit.rate_bytes_per_s, limit.used_ratio)
     link = HivemindLink(

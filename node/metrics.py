@@ -4,8 +4,10 @@ names another peer: a node's series do not grow with its swarm."""
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -21,6 +23,11 @@ NotCounted = Literal["late", "bad_payload", "given_up"]
 """The round closed without it; its payload did not pass the check; the replica was moved to another round."""
 
 KINDS: Final = ("payload", "snapshot", "ledger", "control")
+
+Dropped = Literal["batches", "probes", "rounds"]
+"""What `Strategy.counters` calls dropped_batches, dropped_probes, dropped_rounds."""
+
+TrackerName = Literal["jsonl", "tensorboard", "wandb"]
 
 
 class NodeMetrics:
@@ -54,6 +61,12 @@ class NodeMetrics:
             "thinwire_bad_payloads",
             "Counted payloads that were left out, by what is wrong with them; again when they are replayed",
             ["reason"],
+            registry=r,
+        )
+        self._dropped = Counter(
+            "thinwire_not_finite",
+            "Local work that was thrown away because its loss or gradient was not finite",
+            ["kind"],
             registry=r,
         )
         self._payload = Counter("thinwire_payload_bytes", "Bytes of own payloads, each once", registry=r)
@@ -96,11 +109,18 @@ class NodeMetrics:
         self._used = Gauge(
             "thinwire_upload_used_ratio", "Part of that limit used in the last 10 s", registry=r
         )
+        self._disk_free = Gauge(
+            "thinwire_disk_free_bytes", "Room on the disk that has this node's state", registry=r
+        )
+        self._untracked = Counter(
+            "thinwire_tracker_failures", "Records that a tracker could not take", ["kind"], registry=r
+        )
         self._limit.set(math.inf)
-        for gauge in (self._loss, self._held_out, self._ratio):
+        for gauge in (self._loss, self._held_out, self._ratio, self._disk_free):
             gauge.set(math.nan)
         self._last = Traffic({}, {})
         self._last_bad: dict[str, int] = {}
+        self._last_dropped: dict[str, int] = {}
         self._is_training = False
         for counter, values in (
             (self._rounds, ("counted", "missed", "none")),
@@ -109,6 +129,8 @@ class NodeMetrics:
             (self._sent, KINDS),
             (self._received, KINDS),
             (self._heals, ("adopted", "confirmed")),
+            (self._dropped, get_args(Dropped)),
+            (self._untracked, get_args(TrackerName)),
         ):
             for value in values:
                 counter.labels(value)
@@ -176,6 +198,13 @@ class NodeMetrics:
             self._bad.labels(reason).inc(n - self._last_bad.get(reason, 0))
         self._last_bad = dict(so_far)
 
+    def not_finite(self, counters: Mapping[str, int]) -> None:
+        """Totals of the strategy; after a replay they may be lower than they were."""
+        for kind in get_args(Dropped):
+            now = counters.get(f"dropped_{kind}", 0)
+            self._dropped.labels(kind).inc(max(0, now - self._last_dropped.get(kind, 0)))
+            self._last_dropped[kind] = now
+
     def held_out(self, loss: float) -> None:
         self._held_out.set(loss)
 
@@ -189,6 +218,20 @@ class NodeMetrics:
         """`used_ratio`: the part of it used lately, asked whenever somebody looks."""
         self._limit.set(rate_bytes_per_s)
         self._used.set_function(used_ratio)
+
+    def disk(self, folder: Path) -> None:
+        """Where this node's state is."""
+        self._disk_free.set_function(lambda: _free_bytes(folder))
+
+    def not_tracked(self, tracker: TrackerName) -> None:
+        self._untracked.labels(tracker).inc()
+
+
+def _free_bytes(folder: Path) -> float:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.nan
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def status_of(n_peers: int = 3, **changes: Any) -> dict[str, Any]:
         "rejected": {"late_offer": 2},
         "since_start": tally.figures(),
         "ledger_bytes": 40960,
+        "disk_free_bytes": 10**10,
         "payload_bytes": 1500,
         "payload_bytes_per_peer_round": 100.0,
         "ddp_bytes_per_peer_round": 25_000.0,
@@ -78,6 +79,7 @@ def test_a_scrape_shows_the_status() -> None:
     assert value(text, "thinwire_swarm_leaves_total", reason="connection_lost") == 1
     assert value(text, "thinwire_swarm_leaves_total", reason="said_so") == 0
     assert value(text, "thinwire_coordinator_ledger_bytes") == 40960
+    assert value(text, "thinwire_coordinator_disk_free_bytes") == 10**10
     assert value(text, "thinwire_coordinator_kept_payload_bytes") == 900
     assert value(text, "thinwire_coordinator_rejected_total", reason="late_offer") == 2
     assert value(text, "thinwire_coordinator_received_bytes_total", kind="payload") == 30

@@ -121,6 +121,21 @@ def test_what_was_not_measured_yet_is_no_zero() -> None:
     check_conventions(text)
 
 
+def test_local_work_that_was_not_finite(tmp_path: Path) -> None:
+    metrics = NodeMetrics()
+    metrics.not_finite({"dropped_batches": 3, "steps": 7})
+    metrics.not_finite({"dropped_batches": 1})  # an older state was loaded
+    metrics.not_finite({"dropped_batches": 2, "dropped_probes": 4})
+    metrics.disk(tmp_path)
+    text = metrics.text().decode()
+    check_conventions(text)
+    assert value(text, "thinwire_not_finite_total", kind="batches") == 4
+    assert value(text, "thinwire_not_finite_total", kind="probes") == 4
+    assert value(text, "thinwire_disk_free_bytes") > 0
+    metrics.disk(tmp_path / "gone")
+    assert "thinwire_disk_free_bytes" not in samples(metrics.text().decode())
+
+
 def test_without_a_limit_it_is_infinite() -> None:
     metrics = NodeMetrics()
     text = metrics.text().decode()
