@@ -95,6 +95,8 @@ class Coordinator:
     """section.key=value, instead of what the file says; may be repeated."""
     task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
     """A task of your own, importable here; nodes need the same."""
+    ticket_file: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write the ticket here, too, readable by this user alone: nodes on the same disk join @FILE."""
     http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
     """Serve Prometheus here: /metrics, /sd (every node as a target), /healthz, /readyz."""
     http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
@@ -113,6 +115,7 @@ class Coordinator:
                 announce=self.announce,
                 overrides=_overrides(self.set),
                 import_path=self.task,
+                ticket_file=self.ticket_file,
                 http=_http(self.http, self.http_token),
                 stop=stop,
             )
@@ -127,7 +130,7 @@ class Join:
     """
 
     ticket: Annotated[Positional[str], arg(metavar="TICKET")]
-    """The line that the coordinator printed; - reads it from standard input."""
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
     data: Annotated[Path | None, arg(metavar="FILE")] = None
     """Train on your own text (a file or a folder) instead of the run's. It stays on this machine."""
     task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
@@ -209,7 +212,7 @@ class Status:
     """Show a run: peers, round, losses, bytes, fingerprints. Needs only the ticket."""
 
     ticket: Annotated[Positional[str], arg(metavar="TICKET")]
-    """The line that the coordinator printed; - reads it from standard input."""
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON object on stdout (with --watch: one a line)."""
     watch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -231,7 +234,7 @@ class Ledger:
     """
 
     ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
-    """The line that the coordinator printed; - reads it from standard input."""
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None
     """Write the ledger here: signed records, and the payloads that they name."""
     check: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -293,7 +296,7 @@ class Export:
     """
 
     ticket: Annotated[Positional[str], arg(metavar="TICKET")]
-    """The line that the coordinator printed; - reads it from standard input."""
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
     output: Annotated[Path, arg(aliases=["-o"], metavar="DIR")]
     task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
     """The run's custom task, importable here."""
@@ -319,7 +322,7 @@ class Doctor:
     """
 
     ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
-    """The line that the coordinator printed; - reads it from standard input."""
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
     state: Annotated[Path | None, arg(metavar="DIR")] = None
     """Where a node or a coordinator would keep its state. Default: ~/.local/state/thinwire"""
     host: str = "0.0.0.0"
@@ -472,7 +475,17 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 
 def _read_ticket(text: str) -> str:
-    return sys.stdin.readline().strip() if text == "-" else text
+    if text == "-":
+        return sys.stdin.readline().strip()
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "not text"
+        raise ConfigError(
+            f"the ticket in {text[1:]}: {why}; thinwire coordinator --ticket-file writes one"
+        ) from e
 
 
 def _http(text: str | None, token: str | None) -> HttpAddress | None:

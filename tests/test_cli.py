@@ -68,6 +68,8 @@ def test_help_is_quick_and_names_every_command(thinwire: Start) -> None:
         (("coordinator", "run.toml", "--set", "strategy.beta=2"), 2, "beta = 2: must be a number"),
         (("join", "tw1-damaged"), 2, "ticket"),
         (("join", "something else"), 2, "no ticket of this version"),
+        (("join", "@none"), 2, "the ticket in none: No such file"),
+        (("coordinator", "run.toml", "--ticket-file", "none/ticket"), 2, "there is no folder none"),
         (("join", "tw1-x", "--data", "nothing.txt"), 2, "no such file or folder"),
         (("status", ""), 2, "the ticket is empty"),
         (("join", "x", "--http", "9100"), 2, "write it as HOST:PORT"),
@@ -166,13 +168,16 @@ def test_a_small_run_from_the_ticket_to_the_weights(thinwire: Start, run_file: P
     (tmp_path / "own.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     (tmp_path / "run-text.txt").write_text("pack my box with five dozen liquor jugs! " * 300)
     coordinator = thinwire(
-        *("coordinator", "run.toml", "--host", "127.0.0.1", "--set", "task.corpus=run-text.txt")
+        *("coordinator", "run.toml", "--host", "127.0.0.1", "--set", "task.corpus=run-text.txt"),
+        *("--ticket-file", "ticket"),
     )
     ticket = coordinator.first_line()
     assert "run-text" not in ticket
+    assert (tmp_path / "ticket").read_text() == ticket + "\n"
+    assert (tmp_path / "ticket").stat().st_mode & 0o777 == 0o600
     nodes = [
         thinwire("join", "-", "--threads", "1", "--json", "--save", "end.safetensors", line=ticket),
-        thinwire("join", ticket, "--threads", "1", "--json", "--data", "own.txt"),
+        thinwire("join", "@ticket", "--threads", "1", "--json", "--data", "own.txt"),
     ]
     nodes[0].wait_for("round 3/200")
     status, shown = thinwire("status", ticket, "--json"), thinwire("status", ticket)
