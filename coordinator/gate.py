@@ -12,6 +12,7 @@ from typing import TypeVar
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
 from thinwire.coordinator.ledger import REPAIR_FORK, Ledger
 from thinwire.coordinator.messages import INLINE_BYTES, PROTOCOL_VERSION, BadMessage, Hello, Offer, digest_of
+from thinwire.coordinator.tally import Rejected
 
 UPLOADS_PER_ROUND = 4
 """Times `max_payload_bytes` that a peer may upload between two commits (offers are uploaded again after a
@@ -26,9 +27,9 @@ class Gate:
         self._token = token.encode()
         self._limits = ledger.genesis.limits
         self._uploaded_bytes: Counter[int] = Counter()
-        self.rejected: Counter[str] = Counter()
+        self.rejected: Counter[Rejected] = Counter()
 
-    def refused(self, reason: str, error: E) -> E:
+    def refused(self, reason: Rejected, error: E) -> E:
         """Counts the reason; the caller raises what it gets back."""
         self.rejected[reason] += 1
         return error

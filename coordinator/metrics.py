@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 from thinwire.coordinator.membership import Cause, PeerState
 from thinwire.coordinator.messages import PROTOCOL_VERSION
 from thinwire.coordinator.rounds import Why
-from thinwire.coordinator.tally import BUCKETS_S
+from thinwire.coordinator.tally import BUCKETS_S, Rejected
 
 JOINED = ("new", "returned")
 
@@ -162,8 +162,9 @@ def _since_start(since_start: Mapping[str, Any]) -> Iterator[Metric]:
 
 
 def _process(status: Mapping[str, Any]) -> Iterator[Metric]:
-    rejected = "What was not let in: frames, sessions, offers, reports"
-    yield _labelled(CounterMetricFamily, "coordinator_rejected", rejected, "reason", status["rejected"])
+    rejected = _complete(status["rejected"], get_args(Rejected))
+    words = "What was not let in: frames, sessions, offers, reports"
+    yield _labelled(CounterMetricFamily, "coordinator_rejected", words, "reason", rejected)
     yield _gauge("coordinator_ledger_bytes", "The ledger on the disk", status["ledger_bytes"])
     if status.get("disk_free_bytes") is not None:
         yield _gauge(
@@ -175,9 +176,9 @@ def _process(status: Mapping[str, Any]) -> Iterator[Metric]:
         kept = status["payloads"]
         yield _gauge("coordinator_kept_payload_bytes", "Payloads on the disk", kept["bytes"])
         yield _gauge("coordinator_blob_quota_bytes", "What blobs may take there", kept["quota_bytes"])
-    words = {"sent_bytes": "Bytes written to streams", "received_bytes": "Bytes read from streams"}
+    kinds = {"sent_bytes": "Bytes written to streams", "received_bytes": "Bytes read from streams"}
     for name, by_kind in status.get("coordinator", {}).items():
-        yield _labelled(CounterMetricFamily, f"coordinator_{name}", words[name], "kind", by_kind)
+        yield _labelled(CounterMetricFamily, f"coordinator_{name}", kinds[name], "kind", by_kind)
 
 
 def _gauge(name: str, words: str, value: float) -> Metric:

@@ -11,6 +11,7 @@ from thinwire.coordinator.board import KEPT_FINGERPRINTS, Board
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.messages import MAX_PEERS, CommitBody, Report, ReportEntry, SnapshotEntry
 from thinwire.coordinator.settings import RunSection
+from thinwire.coordinator.tally import Rejected
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -34,7 +35,7 @@ class Reports:
     """
 
     def __init__(
-        self, ledger: Ledger, board: Board, snapshots: Snapshots, rejected: Counter[str], run: RunSection
+        self, ledger: Ledger, board: Board, snapshots: Snapshots, rejected: Counter[Rejected], run: RunSection
     ) -> None:
         self._ledger, self._board, self._snapshots = ledger, board, snapshots
         self._rejected, self._run = rejected, run

@@ -43,7 +43,7 @@ from thinwire.coordinator.recall import recall
 from thinwire.coordinator.reports import Reports
 from thinwire.coordinator.schedule import lr_factor_bits
 from thinwire.coordinator.settings import parse_settings
-from thinwire.coordinator.tally import Tally
+from thinwire.coordinator.tally import Rejected, Tally
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -291,7 +291,7 @@ class Service:
         if index is not None and not self._n_adopted:
             self._handle_round(r.Excused(index, round_), now_s)
 
-    def count_rejected(self, reason: str) -> None:
+    def count_rejected(self, reason: Rejected) -> None:
         """Counts something that was not let in; reasons are few and fixed, they become metric labels."""
         self._gate.rejected[reason] += 1
 
@@ -366,7 +366,7 @@ class Service:
             if offer.digest is not None and self._blobs.size(offer.digest) == offer.n_bytes
         }
 
-    def _refused(self, peer: int, reason: str) -> None:
+    def _refused(self, peer: int, reason: Rejected) -> None:
         self.count_rejected(reason)
         log.info("an offer of peer %d is not taken: %s", peer, reason)
         if reason == "changed_offer":

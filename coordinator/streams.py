@@ -25,6 +25,7 @@ from thinwire.coordinator.messages import (
     decode_message,
     encode_message,
 )
+from thinwire.coordinator.tally import Rejected
 
 SESSION = "thinwire/1/session"
 BLOB = "thinwire/1/blob"
@@ -70,7 +71,7 @@ class Frame(NamedTuple):
 class BadFrame(BadMessage):
     """A frame that breaks the protocol. `reason` is one of few words: it becomes a metric's label."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Rejected, detail: str) -> None:
         super().__init__(detail)
         self.reason = reason
 

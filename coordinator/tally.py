@@ -5,10 +5,28 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper bounds of round durations; from quick rounds in a cluster to slow ones over thin links."""
+
+Rejected = Literal[
+    # sessions
+    "adopt", "fork", "full", "head", "hello", "not_admitted", "old_session", "run", "strangers", "token",
+    "too_slow", "version",
+    # frames and messages
+    "frame_cut", "frame_kind", "frame_size", "message", "metrics", "wrong_message",
+    # offers
+    "changed_offer", "late_offer", "offer", "oversized", "samples", "size", "too_many_offers", "wrong_round",
+    # blobs
+    "blob", "blob_streams", "quota", "stranger",
+    # reports
+    "fingerprint", "held_out", "report_round", "snapshot", "too_many_reports",
+    # a fault of ours
+    "internal",
+]  # fmt: skip
+"""What was not let in. Late offers are usual, and after a crash changed ones and old sessions; the others say
+that a program is broken, too old or ill meant."""
 
 
 @dataclass(slots=True)

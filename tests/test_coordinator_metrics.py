@@ -82,6 +82,7 @@ def test_a_scrape_shows_the_status() -> None:
     assert value(text, "thinwire_coordinator_disk_free_bytes") == 10**10
     assert value(text, "thinwire_coordinator_kept_payload_bytes") == 900
     assert value(text, "thinwire_coordinator_rejected_total", reason="late_offer") == 2
+    assert value(text, "thinwire_coordinator_rejected_total", reason="token") == 0
     assert value(text, "thinwire_coordinator_received_bytes_total", kind="payload") == 30
 
 
