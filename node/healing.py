@@ -47,8 +47,15 @@ class Healer:
         self._checked: set[int] = set()
         self._tested: set[int] = set()
 
-    def fingerprint(self) -> bytes:
-        """The replica's, and remembers what it is made of, to be able to name a tensor later."""
+    def said(self, round_: int) -> bool:
+        """Whether this node had told its fingerprint of this round, maybe a wrong one."""
+        return round_ in self._sums
+
+    def fingerprint(self, *, checked: bool) -> bytes:
+        """The replica's, and remembers what it is made of, to be able to name a tensor later. `checked`: the
+        replica is a replay of the ledger, which nobody needs to check again."""
+        if checked:
+            self._checked.add(self._replica.round)
         sums = self._sums[self._replica.round] = self._replica.sums()
         while len(self._sums) > _KEPT_SUMS:
             self._sums.popitem(last=False)

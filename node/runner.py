@@ -442,14 +442,18 @@ class Runner:
     def _report(self, evaluate: bool) -> None:
         """The fingerprint when it is due, the held-out loss when this node is asked to measure it."""
         round_ = self.replica.round
-        is_news = self._is_near(self.config.run.verify_every) or self.history.verdicts.differs(round_)
-        fingerprint = self._healer.fingerprint() if self.is_due(round_) and is_news else None
+        takes_back = self._is_replay and self._healer.said(round_)
+        is_news = (
+            takes_back or self._is_near(self.config.run.verify_every) or self.history.verdicts.differs(round_)
+        )
+        told = self.is_due(round_) and is_news
+        fingerprint = self._healer.fingerprint(checked=self._is_replay) if told else None
         held_out = self._evaluate() if evaluate else None
         if fingerprint is None and held_out is None:
             return
         if fingerprint is not None:
             self.metrics.fingerprint_reported()
-        checked = self._is_replay and fingerprint is not None
+        checked = self._is_replay and told
         self.link.report(Report(round=round_, fingerprint=fingerprint, checked=checked, held_out=held_out))
 
     def _evaluate(self) -> float:

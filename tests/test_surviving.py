@@ -197,6 +197,41 @@ def test_a_flipped_bit_is_found_named_and_healed(
     assert {p["fingerprint"] for p in status["peers"]} == {results[0].fingerprint}
 
 
+def test_a_peer_that_was_wrong_for_a_while_replays_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it had said of later rounds before it was healed was the same fault: nobody has to find it again."""
+    began, ended = threading.Event(), threading.Event()
+
+    def check_slowly(runner: Runner) -> None:
+        due, replay = runner._healer.due, runner._healer._replay
+
+        def slowly(after: int, rounds: Sequence[int]) -> bool:
+            began.set()
+            wait_for(lambda: runner.link.head >= 19)
+            was_wrong = replay(after, rounds)
+            ended.set()
+            return was_wrong
+
+        runner._healer.due = lambda: due() if runner.replica.round >= 16 else []  # type: ignore[method-assign]
+        runner._healer._replay = slowly  # type: ignore[method-assign]
+
+    config = config_of(STRATEGIES["decoupled"], min_peers=2, rounds=24, verify_every=4, snapshot_every=100)
+    with swarm_of(tmp_path, config) as swarm:
+        flipped = Meddled(swarm.link("peer-1"), {9: flip_a_bit, 10: check_slowly})
+        wait = {17: lambda _: began.wait(60), 20: lambda _: ended.wait(60)}
+        others = [Meddled(swarm.link(name), wait) for name in ("peer-0", "peer-2")]
+        for runner in (others[0], flipped, others[1]):  # indices
+            runner.link.open()
+        results = run_all([flipped, *others])
+    assert {r.rounds for r in results} == {24}
+    assert len({r.fingerprint for r in results}) == 1
+    assert len(texts(caplog, "the replicas differ after round")) == 1
+    assert texts(caplog, "this replica was wrong") == [
+        "this replica was wrong after round 12, in head.weight: healed by replaying the ledger"
+    ]
+
+
 def test_a_bit_that_makes_the_replica_non_finite_is_healed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
