@@ -200,7 +200,7 @@ def test_a_flipped_bit_is_found_named_and_healed(
 def test_a_peer_that_was_wrong_for_a_while_replays_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What it had said of later rounds before it was healed was the same fault: nobody has to find it again."""
+    """What it had said of later rounds before it was healed was the same fault: nobody looks for it again."""
     began, ended = threading.Event(), threading.Event()
 
     def check_slowly(runner: Runner) -> None:
