@@ -42,7 +42,7 @@ from thinwire.coordinator.messages import (
     State,
     Welcome,
 )
-from thinwire.coordinator.p2p import Host, StreamHandler
+from thinwire.coordinator.place import Place, StreamHandler
 from thinwire.coordinator.service import Service
 from thinwire.coordinator.sessions import Session
 from thinwire.coordinator.streams import (
@@ -107,11 +107,11 @@ class Doors:
         self._strangers: Counter[str] = Counter()
         self._blob_streams: Counter[str] = Counter()
 
-    async def open_on(self, host: Host) -> None:
-        """From now on peers that dial `host` are served."""
-        await host.handle(SESSION, self._guarded(self._serve_session))
-        await host.handle(BLOB, self._guarded(self._serve_blobs))
-        await host.handle(STATUS, self._guarded(self._serve_status))
+    async def open_on(self, place: Place) -> None:
+        """From now on peers that dial `place` are served."""
+        await place.handle(SESSION, self._guarded(self._serve_session))
+        await place.handle(BLOB, self._guarded(self._serve_blobs))
+        await place.handle(STATUS, self._guarded(self._serve_status))
 
     def send(self, peer_id: str, message: Message) -> None:
         """To the peer's current session, if there is one."""

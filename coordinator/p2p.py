@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import warnings
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -18,17 +18,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from thinwire.compression.errors import ConfigError, SwarmUnreachable
 from thinwire.coordinator.addresses import dialable, knock_everywhere, listen_address, require_free
 from thinwire.coordinator.p2p_daemon import SOCKET_NAME, Daemon, start_daemon
+from thinwire.coordinator.place import StreamHandler
 
 _log = logging.getLogger("thinwire.p2p")
-
-StreamHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-"""Gets the peer id that the secured connection proved, never what a message claims."""
 
 _CONTROL_TIMEOUT_S = 30.0
 
 
 class Host:
-    """This process's place in the network. Made by `start_p2p`; belongs to one event loop."""
+    """This process's `Place` in the network. Made by `start_p2p`; the secured connection proves peer ids."""
 
     def __init__(self, p2p: Any, daemon: Daemon, port: int, addresses: tuple[str, ...]) -> None:
         self.peer_id = str(p2p.peer_id)

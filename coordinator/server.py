@@ -7,7 +7,7 @@ import logging
 import shutil
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from thinwire.compression.errors import LedgerCorrupt, ThinwireError
@@ -17,7 +17,8 @@ from thinwire.coordinator.doors import Doors
 from thinwire.coordinator.identity import load_or_create
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, digest_of
-from thinwire.coordinator.p2p import Host, start_p2p
+from thinwire.coordinator.p2p import start_p2p
+from thinwire.coordinator.place import Place
 from thinwire.coordinator.service import Service
 from thinwire.coordinator.settings import parse_settings
 from thinwire.coordinator.state import StateDir
@@ -30,6 +31,10 @@ SILENT_SESSION_S = 30.0
 """A session without a byte for this long, and for three times the run's own limit, is closed."""
 
 DEFAULT_QUOTA_BYTES = 20 * 10**9
+
+
+StartPlace = Callable[..., Awaitable[Place]]
+"""Opens the coordinator's place in a network; takes the arguments of `start_p2p`."""
 
 
 class CoordinatorServer:
@@ -49,9 +54,11 @@ class CoordinatorServer:
         port: int = 0,
         announce: Sequence[str] = (),
         quota_bytes: int = DEFAULT_QUOTA_BYTES,
+        start_place: StartPlace = start_p2p,
     ) -> None:
         """Raises ConfigError or LedgerCorrupt."""
         self._state, self._host_ip, self._port, self._announce = state, host, port, tuple(announce)
+        self._start_place = start_place
         self._token = state.token()
         self.blobs = BlobStore(state.blobs_path, quota_bytes)
         for blob in blobs:
@@ -84,7 +91,7 @@ class CoordinatorServer:
             status=self.status,
         )
         self._done: asyncio.Future[None] | None = None
-        self._p2p: Host | None = None
+        self._p2p: Place | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._is_stopped = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -169,7 +176,9 @@ class CoordinatorServer:
             return None
 
     async def _listen(self) -> None:
-        self._p2p = await start_p2p(self._key, host=self._host_ip, port=self._port, announce=self._announce)
+        self._p2p = await self._start_place(
+            self._key, host=self._host_ip, port=self._port, announce=self._announce
+        )
         self._port = self._p2p.port
         await self._doors.open_on(self._p2p)
 

@@ -1,49 +1,27 @@
-"""`Link` over libp2p: the session runs in an event loop of its own thread, the node calls from its thread."""
+"""`Link` over libp2p."""
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
-from thinwire.compression.errors import ConfigError, SwarmUnreachable
-from thinwire.coordinator.identity import load_or_create, new_key, peer_id_of, public_key_of
-from thinwire.coordinator.ledger_copy import COPY_NAME, LedgerCopy
-from thinwire.coordinator.messages import (
-    MAX_ROUND,
-    Commit,
-    NodeState,
-    Offer,
-    OfferEntry,
-    Report,
-    Welcome,
-)
-from thinwire.coordinator.streams import Meter, Purpose
+from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.identity import load_or_create, new_key, peer_id_of
+from thinwire.coordinator.p2p import start_p2p
+from thinwire.coordinator.place import Place
 from thinwire.coordinator.ticket import Ticket
-from thinwire.node.link import Digest, LinkEvent, Shelf, Traffic
-from thinwire.node.link_session import LinkSession
-from thinwire.node.mailbox import Mailbox
 from thinwire.node.rate import UploadLimit
-from thinwire.node.uplink import Place
-
-T = TypeVar("T")
+from thinwire.node.session_link import SessionLink
 
 IDENTITY_NAME = "identity.key"
-_READ_AT_ONCE = 64
 
 
-class HivemindLink:
+class HivemindLink(SessionLink):
     """See `Link`. `state`: a folder for this node's identity, None for a new one each time; what belongs
     to this run is in a folder of its own in there, `run_folder`.
 
-    `host`, `port`: where other nodes reach this one; `announce`: addresses that they should try first.
-    `patience_s`: how long to go on trying when the coordinator does not answer any more. `limit`: of all that
-    this node sends. `metrics`: this node's, in Prometheus' text format, for when the coordinator asks; called
-    in a thread of its own.
+    `host`, `port`: where other nodes reach this one; `announce`: addresses that they should try first. The
+    other arguments are those of `SessionLink`.
     """
 
     def __init__(
@@ -59,197 +37,20 @@ class HivemindLink:
         metrics: Callable[[], bytes] = bytes,
     ) -> None:
         """Raises ConfigError (identity)."""
-        self.run_id = ticket.run_id
-        self._ticket, self._patience_s, self._limit = ticket, patience_s, limit
-        self._metrics = metrics
         key = new_key() if state is None else load_or_create(_made(state) / IDENTITY_NAME)
-        self.run_folder = None if state is None else _made(state / self.run_id.hex()[:16])
-        self.peer_id = peer_id_of(key.public_key())
-        self._place = Place(key, host, port, tuple(announce))
-        self._mailbox = Mailbox()
-        self._meter = Meter()
-        self._closing = threading.Lock()
-        self._is_closed = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._session: LinkSession | None = None
-        self._copy: LedgerCopy | None = None
-        self._copy_path = None if self.run_folder is None else self.run_folder / COPY_NAME
 
-    # ----------------------------------------------------------------------------- the node's thread
+        async def start_place() -> Place:
+            return await start_p2p(key, host=host, port=port, announce=tuple(announce))
 
-    def open(self) -> Welcome:
-        with self._closing:
-            if self._is_closed or self._loop is not None:
-                raise SwarmUnreachable(
-                    "the link is closed" if self._is_closed else "the link is open already"
-                )
-            copy = self._copy = LedgerCopy(self._copy_path, self.run_id, public_key_of(self._ticket.peer_id))
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
-            self._thread.start()
-        try:
-            return self._wait(self._open(copy))
-        except BaseException:
-            self.close()
-            raise
-
-    async def _open(self, copy: LedgerCopy) -> Welcome:
-        self._session = LinkSession(
-            self._ticket,
-            self._place,
-            self._mailbox,
-            self._meter,
-            self._patience_s,
-            peer_id=self.peer_id,
-            copy=copy,
-            copy_path=self._copy_path,
-            limit=self._limit,
-            metrics=self._metrics,
+        super().__init__(
+            ticket,
+            peer_id_of(key.public_key()),
+            start_place,
+            run_folder=None if state is None else _made(state / ticket.run_id.hex()[:16]),
+            patience_s=patience_s,
+            limit=limit,
+            metrics=metrics,
         )
-        return await self._session.open()
-
-    @property
-    def head(self) -> int:
-        return 0 if self._session is None else self._session.head
-
-    def state(self, state: NodeState, needs_after: int | None = None) -> None:
-        self._soon("say_state", state, needs_after)
-
-    def offer(self, offer: Offer) -> None:
-        if offer.payload is None:
-            raise ValueError("offer.payload carries the payload's bytes")
-        self._soon("make_offer", offer)
-
-    def report(self, report: Report) -> None:
-        self._soon("make_report", report)
-
-    def records(self, after: int) -> Iterator[Commit]:
-        yield from self._read(after, self.head)
-
-    def commits(self, after: int) -> Iterator[Commit]:
-        for commit in self._read(after, MAX_ROUND):
-            self._soon("taken", commit.body.round)
-            yield commit
-
-    def _read(self, after: int, up_to: int) -> Iterator[Commit]:
-        """From the copy, as it grows; ends when the link is closed."""
-        copy = self._copy
-        while copy is not None and after < up_to:
-            if not self._mailbox.wait(partial(_goes_past, copy, after)):
-                return
-            for commit in copy.commits(after, min(_READ_AT_ONCE, up_to - after)):
-                if self._mailbox.is_closed:
-                    return
-                after += 1
-                yield commit
-
-    def payload(self, offer: OfferEntry) -> bytes:
-        if offer.payload is not None:
-            return offer.payload
-        return self._wait(self._opened().payload(offer))
-
-    def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
-        session = self._opened()
-        if holder is None:
-            return self._wait(session.fetch(digest, n_bytes))
-        return self._wait(session.fetch_from(holder, digest, n_bytes))
-
-    def members(self) -> list[str]:
-        return [] if self._session is None else self._session.members()
-
-    def serve(self, shelf: Shelf | None) -> None:
-        if self._session is not None:
-            self._session.served.shelf = shelf
-
-    def events(self) -> Iterator[LinkEvent]:
-        while (event := self._mailbox.take_event()) is not None:
-            yield event
-
-    def traffic(self) -> Traffic:
-        return Traffic(
-            _without_heartbeats(self._meter.sent),
-            _without_heartbeats(self._meter.received),
-            None if self._session is None else self._session.upload_bytes_per_s,
-        )
-
-    def close(self) -> None:
-        self._end(say_goodbye=True)
-
-    def kill(self) -> None:
-        """Ends the session as a crash of the node does: without a word."""
-        self._end(say_goodbye=False)
-
-    def _end(self, say_goodbye: bool) -> None:
-        with self._closing:
-            was_closed, self._is_closed = self._is_closed, True
-            loop, thread = self._loop, self._thread
-            if not was_closed and loop is not None and thread is not None:
-                done = asyncio.run_coroutine_threadsafe(self._shut(say_goodbye), loop)
-                self._mailbox.close()
-                done.result()
-                loop.call_soon_threadsafe(loop.stop)
-                thread.join()
-                _empty(loop)
-                loop.close()
-            self._mailbox.close()
-            if self._copy is not None:
-                self._copy.close()
-
-    async def _shut(self, say_goodbye: bool) -> None:
-        """Ends the session, then whatever still runs in the loop, so that nobody waits for it."""
-        if self._session is not None:
-            await self._session.close(say_goodbye)
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await asyncio.get_running_loop().shutdown_default_executor()
-
-    def _opened(self) -> LinkSession:
-        if self._session is None or self._is_closed:
-            raise SwarmUnreachable("the link is not open")
-        return self._session
-
-    def _soon(self, method: str, *arguments: object) -> None:
-        """Calls a method of the session in the loop; does nothing without a session."""
-        if self._session is None or self._loop is None or self._is_closed:
-            return
-        try:
-            self._loop.call_soon_threadsafe(getattr(self._session, method), *arguments)
-        except RuntimeError:  # the loop was closed by another thread meanwhile
-            return
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of work in the loop. Raises SwarmUnreachable when the link is closed meanwhile."""
-        assert self._loop is not None
-        try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-        except (concurrent.futures.CancelledError, RuntimeError) as e:
-            work.close()
-            if self._is_closed:
-                raise SwarmUnreachable("the link was closed") from e
-            raise
-
-
-def _goes_past(copy: LedgerCopy, round_: int) -> bool:
-    return copy.head_round > round_
-
-
-def _empty(loop: asyncio.AbstractEventLoop) -> None:
-    """Ends what other threads have asked for while the loop was about to stop: they wait for an answer."""
-
-    async def cancel_all() -> None:
-        late = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
-
-    loop.run_until_complete(cancel_all())
-
-
-def _without_heartbeats(counts: Mapping[Purpose, int]) -> dict[str, int]:
-    return {str(purpose): n for purpose, n in counts.items() if purpose != "heartbeat"}
 
 
 def _made(state: Path) -> Path:

@@ -46,7 +46,7 @@ from thinwire.node.link import Digest, Lied
 from thinwire.node.mailbox import Mailbox
 from thinwire.node.payloads import AHEAD, LONG_WAIT_S, Payloads, Served
 from thinwire.node.rate import UploadLimit
-from thinwire.node.uplink import Hooks, Place, Uplink
+from thinwire.node.uplink import Hooks, StartPlace, Uplink
 
 _log = logging.getLogger("thinwire.link")
 
@@ -86,7 +86,7 @@ class LinkSession:
     def __init__(
         self,
         ticket: Ticket,
-        place: Place,
+        start_place: StartPlace,
         mailbox: Mailbox,
         meter: Meter,
         patience_s: float,
@@ -110,7 +110,7 @@ class LinkSession:
             failed=self._failed,
             blob_server=self._serve_blobs,
         )
-        self._uplink = Uplink(ticket, place, meter, hooks, patience_s, limit)
+        self._uplink = Uplink(ticket, start_place, meter, hooks, patience_s, limit)
         self._limit = limit
         self._metrics = metrics
         self._answering: asyncio.Task[None] | None = None

@@ -11,8 +11,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
 from thinwire.compression.errors import (
     ConfigError,
     Incompatible,
@@ -33,8 +31,8 @@ from thinwire.coordinator.messages import (
     Welcome,
     digest_of,
 )
-from thinwire.coordinator.p2p import Host, StreamHandler, start_p2p
 from thinwire.coordinator.patience import Patience
+from thinwire.coordinator.place import Place, StreamHandler
 from thinwire.coordinator.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream, Throttle
 from thinwire.coordinator.ticket import Ticket
 from thinwire.node.rate import UploadLimit
@@ -60,14 +58,8 @@ _AGENT = "thinwire"
 _REFUSALS = {"ConfigError": ConfigError, "Incompatible": Incompatible, "LedgerCorrupt": LedgerCorrupt}
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Who this node is, and where it can be reached by others."""
-
-    key: Ed25519PrivateKey
-    host: str
-    port: int
-    announce: Sequence[str]
+StartPlace = Callable[[], Awaitable[Place]]
+"""Opens this node's place in the network. Raises ConfigError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +93,19 @@ class Uplink:
     def __init__(
         self,
         ticket: Ticket,
-        place: Place,
+        start_place: StartPlace,
         meter: Meter,
         hooks: Hooks,
         patience_s: float,
         limit: UploadLimit | None = None,
     ) -> None:
-        self._ticket, self._place, self._meter, self._hooks = ticket, place, meter, hooks
+        self._ticket, self._start_place, self._meter, self._hooks = ticket, start_place, meter, hooks
         self._control = None if limit is None else limit.control
         self._patience_s = patience_s
         self._jitter = random.Random()
         self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
-        self._host: Host | None = None
+        self._place: Place | None = None
         self._stream: Stream | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._retry_s = FIRST_RETRY_S
@@ -146,19 +138,19 @@ class Uplink:
 
     async def open_stream(self, protocol: str, throttle: Throttle | None = None) -> Stream:
         """Another stream to the coordinator. Raises SwarmUnreachable."""
-        if self._host is None or not self.is_up.is_set():
+        if self._place is None or not self.is_up.is_set():
             raise SwarmUnreachable("there is no connection to the coordinator")
-        reader, writer = await self._host.open_stream(self._ticket.peer_id, protocol, DIAL_TIMEOUT_S)
+        reader, writer = await self._place.open_stream(self._ticket.peer_id, protocol, DIAL_TIMEOUT_S)
         return Stream(reader, writer, self._meter, throttle or self._control)
 
     async def open_stream_to(self, peer_id: str, addresses: Sequence[str], protocol: str) -> Stream:
         """A stream to another node. Raises SwarmUnreachable."""
-        if self._host is None:
+        if self._place is None:
             raise SwarmUnreachable("there is no connection to the swarm")
         began_s, limit_s = time.monotonic(), self._dial_patience.limit_s
         try:
-            await self._host.dial(peer_id, addresses, limit_s)
-            reader, writer = await self._host.open_stream(peer_id, protocol, limit_s)
+            await self._place.dial(peer_id, addresses, limit_s)
+            reader, writer = await self._place.open_stream(peer_id, protocol, limit_s)
         except SwarmUnreachable:
             if time.monotonic() - began_s >= limit_s:
                 self._dial_patience.ran_out()
@@ -175,16 +167,16 @@ class Uplink:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        if self._host is not None:
-            await self._host.close()
-            self._host = None
+        if self._place is not None:
+            await self._place.close()
+            self._place = None
 
     # ------------------------------------------------------------------------------------- connecting
 
     async def _connect(self) -> tuple[Stream, Welcome]:
-        host = await self._living_host()
-        await host.dial(self._ticket.peer_id, self._ticket.addresses, DIAL_TIMEOUT_S)
-        reader, writer = await host.open_stream(self._ticket.peer_id, SESSION, DIAL_TIMEOUT_S)
+        place = await self._living_place()
+        await place.dial(self._ticket.peer_id, self._ticket.addresses, DIAL_TIMEOUT_S)
+        reader, writer = await place.open_stream(self._ticket.peer_id, SESSION, DIAL_TIMEOUT_S)
         stream = Stream(reader, writer, self._meter, self._control)
         try:
             head_round, head_digest = self._hooks.head()
@@ -195,7 +187,7 @@ class Uplink:
                     token=self._ticket.token,
                     head_round=head_round,
                     head_digest=head_digest,
-                    addresses=host.addresses,
+                    addresses=place.addresses,
                     agent=_AGENT,
                 )
             )
@@ -230,16 +222,15 @@ class Uplink:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
 
-    async def _living_host(self) -> Host:
-        if self._host is not None and self._host.died.is_set():
+    async def _living_place(self) -> Place:
+        if self._place is not None and self._place.died.is_set():
             self._hooks.tell("this machine's libp2p has ended unexpectedly: starting it again", True)
-            await self._host.close()
-            self._host = None
-        if self._host is None:
-            place = self._place
-            self._host = await start_p2p(place.key, host=place.host, port=place.port, announce=place.announce)
-            await self._host.handle(BLOB, self._hooks.blob_server)
-        return self._host
+            await self._place.close()
+            self._place = None
+        if self._place is None:
+            self._place = await self._start_place()
+            await self._place.handle(BLOB, self._hooks.blob_server)
+        return self._place
 
     # -------------------------------------------------------------------------------- keeping it alive
 
@@ -262,12 +253,12 @@ class Uplink:
         for message in self._hooks.greeting():
             self.post(message)
         self.is_up.set()
-        assert self._host is not None
+        assert self._place is not None
         tasks = [
             asyncio.create_task(self._read(stream)),
             asyncio.create_task(self._write(stream)),
             asyncio.create_task(self._beat(stream, welcome.heartbeat_s)),
-            asyncio.create_task(self._host.died.wait()),
+            asyncio.create_task(self._place.died.wait()),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -305,8 +296,8 @@ class Uplink:
             await asyncio.sleep(pause_s)
             self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
             try:
-                if self._host is not None and not self._host.died.is_set():
-                    await self._host.disconnect(self._ticket.peer_id)
+                if self._place is not None and not self._place.died.is_set():
+                    await self._place.disconnect(self._ticket.peer_id)
                 stream, welcome = await self._connect()
             except (SwarmUnreachable, BadMessage) as e:
                 why = str(e)
