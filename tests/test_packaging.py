@@ -15,10 +15,16 @@ ROOT = Path(__file__).parents[1]
 NOT_PACKAGES = {"tests", "deploy", "build"}
 
 
+MONITORING = ROOT / "deploy/monitoring"
+"""Installed as thinwire.monitoring, which has no code."""
+
+
 def listed() -> list[str]:
+    """The packages that have code."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packages: list[str] = project["tool"]["setuptools"]["packages"]
-    return [name.removeprefix("thinwire.") for name in packages]
+    assert "thinwire.monitoring" in packages
+    return [name.removeprefix("thinwire.") for name in packages if name != "thinwire.monitoring"]
 
 
 def modules(package: str) -> set[str]:
@@ -48,6 +54,7 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, source)
     for package in listed():
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(MONITORING, source / "deploy/monitoring")
     made = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
         capture_output=True,
@@ -60,3 +67,10 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     for package in listed():
         assert {f"thinwire/{module}" for module in modules(package)} <= inside
         assert f"thinwire/{package}/py.typed" in inside
+    shipped = {
+        f"thinwire/monitoring/{p.relative_to(MONITORING).as_posix()}"
+        for kind in ("*.yml", "*.json")
+        for p in MONITORING.rglob(kind)
+        if "tests" not in p.relative_to(MONITORING).parts
+    }
+    assert shipped == {name for name in inside if name.startswith("thinwire/monitoring/")}
