@@ -15,6 +15,7 @@ KEPT_FINGERPRINTS = 64
 """Reported rounds that are remembered."""
 
 RECENT_ROUNDS = 16
+MAX_LOSS = 1e9
 
 
 @dataclass(slots=True)
@@ -60,8 +61,7 @@ class Board:
         return self.peers.setdefault(index, PeerFigures())
 
     def committed(self, body: CommitBody) -> None:
-        losses = [offer.loss for offer in body.offers if offer.loss is not None]
-        self.loss = fmean(losses) if losses else None
+        self.loss = mean_loss(body)
         self.last_commit_ms = body.time_ms
         self.n_commits += 1
         self.n_offers += len(body.offers)
@@ -133,11 +133,30 @@ class Board:
 
     @property
     def ddp_bytes_per_peer_round(self) -> float | None:
-        """A ring all-reduce of fp32 gradients among as many peers as counted on average."""
-        if not self.n_commits:
+        return ddp_bytes(self.n_offers / self.n_commits if self.n_commits else None, self.n_params)
+
+    def agreement(self, index: int) -> tuple[int, int] | None:
+        """How many others reported the peer's newest fingerprint on that round, and how many another one.
+
+        None: it has reported none, or long ago.
+        """
+        peer = self.peer(index)
+        reports = {} if peer.fingerprint_round is None else self._fingerprints.get(peer.fingerprint_round, {})
+        if index not in reports:
             return None
-        n_peers = self.n_offers / self.n_commits
-        return 2 * (n_peers - 1) / n_peers * 4 * self.n_params
+        n_same = sum(value == reports[index] for value in reports.values())
+        return n_same - 1, len(reports) - n_same
+
+
+def ddp_bytes(n_peers: float | None, n_params: int) -> float | None:
+    """What each peer would send in a ring all-reduce of fp32 gradients among so many (on average)."""
+    return None if n_peers is None else 2 * (n_peers - 1) / n_peers * 4 * n_params
+
+
+def mean_loss(body: CommitBody) -> float | None:
+    """Of the offers that counted. Whatever a peer says its loss is, sums of means stay finite."""
+    losses = [max(-MAX_LOSS, min(MAX_LOSS, o.loss)) for o in body.offers if o.loss is not None]
+    return fmean(losses) if losses else None
 
 
 def finite(x: float | None) -> float | None:

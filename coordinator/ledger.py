@@ -207,10 +207,11 @@ class Ledger:
     def peer_id(self, index: int) -> str:
         return self._peer_ids[index]
 
-    def note_held_out(self, round_: int, loss: float) -> None:
-        """Keeps the first held-out loss of a round, in nats."""
+    def note_held_out(self, round_: int, loss: float) -> bool:
+        """Keeps the first held-out loss of a round, in nats; False: there was one."""
         with self._db:
-            self._db.execute("INSERT OR IGNORE INTO held_out VALUES (?, ?)", (round_, loss))
+            done = self._db.execute("INSERT OR IGNORE INTO held_out VALUES (?, ?)", (round_, loss))
+        return done.rowcount > 0
 
     def held_out(self) -> list[tuple[int, float]]:
         """(round, loss) in order."""

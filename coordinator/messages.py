@@ -199,6 +199,8 @@ class Message(Record):
 class Hello(Message):
     """First frame of a session, from the node. `head_*`: the last commit that it has on disk, if any.
 
+    `device`: what it trains on, in words, for people.
+
     A head that the coordinator does not have (restored from an older copy) is answered by `Follow`: the node
     sends the commits that are missing, then comes the Welcome.
     """
@@ -211,6 +213,7 @@ class Hello(Message):
     head_digest: Digest | None
     addresses: Annotated[tuple[Address, ...], Field(max_length=32)]
     agent: Annotated[str, Field(max_length=100)]
+    device: Annotated[str, Field(max_length=100)] = ""
 
 
 class Welcome(Message):
@@ -309,6 +312,16 @@ class Report(Message):
     snapshot_bytes: Count | None = None
 
 
+class Phases(Record):
+    """How long a node has taken for the parts of so many rounds, in all: totals since it was started."""
+
+    rounds: Count
+    compute_ms: Count
+    pack_ms: Count
+    exchange_ms: Count
+    apply_ms: Count
+
+
 class Heartbeat(Message):
     """Node to coordinator every `heartbeat_s`, and back: totals so far, for people and metrics."""
 
@@ -317,6 +330,7 @@ class Heartbeat(Message):
     sent_bytes: Count
     received_bytes: Count
     payload_bytes: Count
+    phases: Phases | None = None
 
 
 class Offered(Message):

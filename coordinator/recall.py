@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.board import Board
+from thinwire.coordinator.chronicle import Chronicle
 from thinwire.coordinator.keeper import Keeper
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.reports import Reports
@@ -24,19 +25,24 @@ class Recalled:
     resting: int | None
 
 
-def recall(ledger: Ledger, blobs: BlobStore, board: Board, keeper: Keeper, reports: Reports) -> Recalled:
+def recall(
+    ledger: Ledger, blobs: BlobStore, board: Board, keeper: Keeper, reports: Reports, chronicle: Chronicle
+) -> Recalled:
     """Reads the whole ledger once. Raises ConfigError if a blob of the run's own is not in the store."""
     training: set[int] = set()
     evaluator = resting = None
     for commit in ledger.all_commits():
         body = commit.body
         board.committed(body)
+        chronicle.committed(commit)
         reports.recall(body)
         if body.round > ledger.head_round - RECALLED_COMMITS:
             training.update(offer.peer for offer in body.offers)
         keeper.recall(body)
         resting = body.evaluator
         evaluator = evaluator if resting is None else resting
+    for round_, loss in ledger.held_out():
+        chronicle.trend.held_out(round_, loss)
     for ref in (ledger.genesis.base, ledger.genesis.held_out, ledger.genesis.corpus):
         if ref is None:
             continue

@@ -12,6 +12,7 @@ from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.messages import MAX_PEERS, CommitBody, Report, ReportEntry, SnapshotEntry
 from thinwire.coordinator.settings import RunSection
 from thinwire.coordinator.tally import Rejected
+from thinwire.coordinator.trend import Trend
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -35,9 +36,15 @@ class Reports:
     """
 
     def __init__(
-        self, ledger: Ledger, board: Board, snapshots: Snapshots, rejected: Counter[Rejected], run: RunSection
+        self,
+        ledger: Ledger,
+        board: Board,
+        trend: Trend,
+        snapshots: Snapshots,
+        rejected: Counter[Rejected],
+        run: RunSection,
     ) -> None:
-        self._ledger, self._board, self._snapshots = ledger, board, snapshots
+        self._ledger, self._board, self._trend, self._snapshots = ledger, board, trend, snapshots
         self._rejected, self._run = rejected, run
         # By convention the first peer evaluates the model as it is before round 1.
         self._evaluators: dict[int, int] = {0: 0}
@@ -125,5 +132,6 @@ class Reports:
         if self._evaluators.get(round_) != peer or not math.isfinite(loss):
             self._rejected["held_out"] += 1
             return
-        self._ledger.note_held_out(round_, loss)
+        if self._ledger.note_held_out(round_, loss):
+            self._trend.held_out(round_, loss)
         log.info("round %d: held-out loss %.4f", round_, loss)

@@ -19,6 +19,7 @@ from thinwire.coordinator import membership as m
 from thinwire.coordinator import rounds as r
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.board import Board, finite
+from thinwire.coordinator.chronicle import Chronicle, Kind
 from thinwire.coordinator.crier import Crier
 from thinwire.coordinator.gate import Gate
 from thinwire.coordinator.keeper import Keeper
@@ -39,6 +40,7 @@ from thinwire.coordinator.messages import (
     Welcome,
 )
 from thinwire.coordinator.notices import awaited
+from thinwire.coordinator.overview import overview
 from thinwire.coordinator.recall import recall
 from thinwire.coordinator.reports import Reports
 from thinwire.coordinator.schedule import lr_factor_bits
@@ -79,8 +81,10 @@ class Service:
         on_commit: Callable[[int], None],
         now_s: float,
         wall_ms: Callable[[], int],
+        history: bytes | None = None,
     ) -> None:
-        """Raises ConfigError for another run's key or a config that it cannot read."""
+        """`history`: what the method gave before a restart. Raises ConfigError for another run's key or a
+        config that it cannot read."""
         self._ledger, self._blobs, self._key = ledger, blobs, key
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
         self._settings = parse_settings(ledger.genesis.config)
@@ -92,19 +96,24 @@ class Service:
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._tally = Tally()
-        self._start(now_s)
+        self._start(now_s, history)
 
-    def _start(self, now_s: float) -> None:
+    def _start(self, now_s: float, history: bytes | None) -> None:
         """Everything that is derived from the ledger, and nothing that sessions have brought."""
         ledger, run = self._ledger, self._settings.run
-        self._board = Board(n_params=sum(prod(entry.shape) for entry in ledger.genesis.layout))
+        n_params = sum(prod(entry.shape) for entry in ledger.genesis.layout)
+        self._board, self._chronicle = Board(n_params), Chronicle(n_params, self._gate.rejected)
         self._keeper = Keeper(self._blobs, run.snapshot_every, self._short)
-        self._reports = Reports(ledger, self._board, self._keeper.snapshots, self._gate.rejected, run)
+        self._reports = Reports(
+            *(ledger, self._board, self._chronicle.trend, self._keeper.snapshots, self._gate.rejected, run)
+        )
         self._crier = Crier(self._send_to, ledger.peer_id)
         self._offers: dict[int, Offer] = {}
         self._next_notice_s = now_s + FIRST_NOTICE_S
         self._gate.new_round()
-        past = recall(ledger, self._blobs, self._board, self._keeper, self._reports)
+        past = recall(ledger, self._blobs, self._board, self._keeper, self._reports, self._chronicle)
+        if history is not None:
+            self._chronicle.restore(history, ledger.run_id.hex())
         self._members = m.Membership(self._settings.silence_s, past.training, now_s)
         self._rounds = r.Rounds(
             n_rounds=run.rounds,
@@ -143,6 +152,7 @@ class Service:
             log.info("admitted %s as peer %d (%s)", peer_id, index, hello.agent)
         self._tally.joined["new" if known is None else "returned"] += 1
         self._crier.opened(index, hello.addresses)
+        self._chronicle.opened(index, hello.device)
         self._keeper.welcomed(index)
         self._next_notice_s = min(self._next_notice_s, now_s + FIRST_NOTICE_S)
         self._handle_member(m.SessionOpened(index, session), now_s)
@@ -177,6 +187,7 @@ class Service:
                 self._reported(index, message)
             case Heartbeat():
                 self._board.heartbeat(index, message)
+                self._chronicle.beat(index, message)
             case _:
                 text = f"{type(message).__name__} is not for the coordinator"
                 raise self._gate.refused("wrong_message", BadMessage(text))
@@ -234,7 +245,7 @@ class Service:
         self._rounds.is_held = False
         if n_adopted:
             log.warning("got %d commits back from a node: round %d is the newest", n_adopted, self.head)
-            self._start(now_s)
+            self._start(now_s, self.history())
 
     # ------------------------------------------------------------------------------------------- blobs
 
@@ -270,6 +281,7 @@ class Service:
         self._handle_round(r.TimePassed(), now_s)
         self._crier.tell(self._members.connected(), self._fetchable())
         self._notice(now_s)
+        self._chronicle.rejected(self._wall_ms(), self._gate.rejected)
         self._update_finished(now_s)
         wakes = [self._members.wake_s(), self._rounds.wake_s(), self._next_notice_s]
         if self._over_s is not None and not self.finished:
@@ -313,6 +325,24 @@ class Service:
             **self._keeper.figures(self._members.connected()),
             **self._board.figures(),
         }
+
+    def overview(self, now_s: float) -> dict[str, Any]:
+        """JSON-able and bounded, for the page."""
+        rounds, members = self._rounds, self._members
+        return overview(
+            *(self._settings.run, self._ledger, rounds, members, self._board, self._chronicle),
+            now_s=now_s,
+            now_ms=self._wall_ms(),
+        )
+
+    def trend(self, since: int) -> dict[str, Any]:
+        """JSON-able and bounded: the points of the charts that have changed since that stamp."""
+        trend = self._chronicle.trend
+        return {"stamp": trend.stamp, **trend.points(since)}
+
+    def history(self) -> bytes:
+        """What only this process has seen of the run, to be kept over a restart; small."""
+        return self._chronicle.saved(self._ledger.run_id.hex())
 
     def _peer_status(self, index: int, peer_id: str, now_s: float) -> dict[str, Any]:
         seen_s = self._members.seen_s(index)
@@ -387,8 +417,10 @@ class Service:
             evaluator=closed.evaluator,
             time_ms=self._wall_ms(),
         )
-        self._ledger.append(body, self._key)
+        commit = self._ledger.append(body, self._key)
         self._board.committed(body)
+        self._chronicle.committed(commit)
+        self._chronicle.closed(closed.why, closed.duration_s)
         self._board.round_closed(closed.duration_s, closed.missing)
         self._tally.round_closed(closed.why, closed.duration_s)
         self._tell_the_slow(closed.missing)
@@ -421,6 +453,8 @@ class Service:
             text = f"round {report.round}: the replica of {self._short(index)} differs from that of {names}"
             log.error("%s", text)
             self._broadcast(Notice(text=text, warning=True))
+            told = f"{self._short(index)} differs from {names}"[:200]
+            self._chronicle.happened(self._wall_ms(), "differs", told)
 
     # ------------------------------------------------------------------------------- members and sending
 
@@ -430,6 +464,8 @@ class Service:
             log.info("%s is %s: %s", self._short(peer), became.state, became.reason)
             if became.cause is not None:
                 self._tally.left[became.cause] += 1
+            if (kind := _kind(became)) is not None:
+                self._chronicle.happened(self._wall_ms(), kind, self._short(peer))
             if became.state is m.PeerState.TRAINING:
                 self._handle_round(r.PeerTrains(peer), now_s)
             else:
@@ -469,6 +505,15 @@ class Service:
     def _short(self, index: int) -> str:
         peer_id = self._ledger.peer_id(index)
         return peer_id if len(peer_id) <= 20 else f"{peer_id[:8]}..{peer_id[-6:]}"
+
+
+def _kind(became: m.Became) -> Kind | None:
+    """What people are told of it, if anything."""
+    if became.state is m.PeerState.TRAINING:
+        return "joined"
+    if became.cause is None:
+        return None
+    return "left" if became.cause == "said_so" else "lost"
 
 
 def _entry(index: int, offer: Offer) -> OfferEntry:

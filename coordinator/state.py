@@ -52,6 +52,7 @@ class StateDir:
         self.ledger_path = path / "ledger.db"
         self.blobs_path = path / "blobs"
         self.key_path = path / "key"
+        self.history_path = path / "history.json"
 
     def token(self) -> str:
         """The access token of the run's tickets; made at the first call, mode 0600."""
