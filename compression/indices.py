@@ -106,11 +106,17 @@ class RiceIndices:
         return self.remainder_bits + self.value_bits
 
     def max_bytes(self, most: Most) -> int:
-        return n_bytes(int(most.k_G.sum()), self.width) + self._max_unary(most)
+        return n_bytes(int(most.k_G.sum()), self.width) + self.max_unary(most)
 
-    def _max_unary(self, most: Most) -> int:
+    def max_unary(self, most: Most) -> int:
+        """Bytes of zeros and ones, at most."""
         n_bits = most.k_G.sum() + ((most.n_G - most.k_G) >> self.remainder_bits).sum()
         return n_bytes(int(n_bits), 1)
+
+    def unary_bytes(self, n_bits: int, most: Most) -> int:
+        """Bytes that so many zeros and ones take."""
+        n_most = self.max_unary(most)
+        return n_most if n_bits and n_most <= _FILLED_UP else n_bytes(n_bits, 1)
 
     def pack(self, index_E: Tensor, value_E: Tensor, n_sent_G: Array, most: Most) -> Tensor:
         if index_E.numel() == 0:
@@ -121,16 +127,14 @@ class RiceIndices:
         bits = np.zeros(int(ends_E[-1]) + 1, dtype=np.uint8)
         bits[ends_E] = 1
         unary = np.packbits(bits, bitorder="little")
-        n_most = self._max_unary(most)
-        if n_most <= _FILLED_UP:
-            unary = np.pad(unary, (0, n_most - unary.size))
+        unary = np.pad(unary, (0, self.unary_bytes(bits.size, most) - unary.size))
         fixed = pack_bits(value_E << self.remainder_bits | low_E, self.width)
         return torch.cat([fixed, torch.from_numpy(unary)])
 
     def unpack(self, codes: Tensor, n_sent_G: Array, most: Most) -> tuple[Array, Array]:
         n = int(n_sent_G.sum())
         n_fixed = n_bytes(n, self.width)
-        ends_E = self._ends(codes[n_fixed:].numpy(), n, self._max_unary(most))
+        ends_E = self._ends(codes[n_fixed:].numpy(), n, self.max_unary(most))
         low_E, value_E = _split(unpack_exactly(codes[:n_fixed], self.width, n), self.remainder_bits)
         step_E = ((np.diff(ends_E, prepend=-1) - 1) << self.remainder_bits | low_E) + 1
         return _indices(step_E, n_sent_G), value_E

@@ -141,7 +141,7 @@ class Sparse(ABC):
 
     def fields(self, part: Part) -> tuple[Field, ...]:
         """A pack always is of the whole parameter, whatever the part that is decoded from it."""
-        layout = _layout_of(self, part.shape)
+        layout = layout_of(self, part.shape)
         return Field(torch.bfloat16, layout.n_groups), Field(torch.uint8, layout.max_bytes)
 
     # ------------------------------------------------------------------------------- pack: local
@@ -159,7 +159,7 @@ class Sparse(ABC):
                 indices.append(index_GK[scale_G > 0].view(-1).cpu())
                 codes.append(code_E.cpu())
         all_scales = torch.cat(scales)
-        layout = _layout_of(self, part.shape)
+        layout = layout_of(self, part.shape)
         n_sent_G = layout.n_sent(all_scales)
         return all_scales, self.coder.pack(torch.cat(indices), torch.cat(codes), n_sent_G, layout.most)
 
@@ -185,7 +185,7 @@ class Sparse(ABC):
     def strongest(self, packed: Packed, part: Part, share: float) -> Packed:
         """Of what `pack` made only this share of the groups, one at least: those with most in them."""
         scales, codes = packed
-        layout = _layout_of(self, part.shape)
+        layout = layout_of(self, part.shape)
         n_sent_G = layout.n_sent(scales)
         entries = self.entries(packed, part)
         group_E = np.arange(layout.n_groups).repeat(n_sent_G)
@@ -202,7 +202,7 @@ class Sparse(ABC):
     # ------------------------------------------------------------------------------- check, decode: exact
 
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:
-        layout = _layout_of(self, part.shape)
+        layout = layout_of(self, part.shape)
         if [(t.dtype, t.dim()) for t in packed] != [(torch.bfloat16, 1), (torch.uint8, 1)]:
             raise BadPayload("shape", "expected bfloat16 scales and uint8 codes")
         scales, codes = packed
@@ -258,7 +258,7 @@ class Sparse(ABC):
         from thinwire.compression import sparse_cpu
 
         if isinstance(self.coder, PackedIndices) and isinstance(self.format, Table):
-            k_G, levels = _layout_of(self, shape).most.k_G, self.format.levels
+            k_G, levels = layout_of(self, shape).most.k_G, self.format.levels
             entries = sparse_cpu.read_packed(
                 packs, k_G, self.index_bits, self.width, levels, self.n_coefficients
             )
@@ -293,7 +293,7 @@ class Sparse(ABC):
     def entries(self, packed: Packed, part: Part) -> Entries:
         """What a pack says that was checked."""
         scales, codes = packed
-        layout = _layout_of(self, part.shape)
+        layout = layout_of(self, part.shape)
         n_sent_G = layout.n_sent(scales)
         index_E, code_E = self.coder.unpack(codes, n_sent_G, layout.most)
         offsets = np.concatenate([[0], n_sent_G.cumsum()])
@@ -326,7 +326,7 @@ def largest(values_GC: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=4096)
-def _layout_of(compressor: Sparse, shape: tuple[int, ...]) -> Layout:
+def layout_of(compressor: Sparse, shape: tuple[int, ...]) -> Layout:
     """The layout of a parameter: a few bytes per group, kept because every round needs it."""
     slabs = list(compressor.groups(shape).slabs())
     sizes = [s.n_groups for s in slabs]
