@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.exact import to_float32
+from thinwire.compression.noise import use_numba
 
 VALUE_LIMIT: Final = 2.0**60
 """Every value in a payload is below this: weighted sums over all peers stay finite."""
@@ -42,6 +43,10 @@ def l1_norm(values: Tensor) -> float:
     Values are rounded to multiples of 2^-40 of the largest one's power of two and added as integers.
     """
     flat = values.detach().reshape(-1)
+    if flat.numel() and flat.dtype == torch.float32 and use_numba(flat):
+        from thinwire.compression import reduce_cpu
+
+        return reduce_cpu.l1_norm(flat.contiguous())
     if flat.numel() == 0 or (largest := float(flat.abs().amax())) == 0.0:
         return 0.0
     shift = _BITS - frexp(largest)[1]  # exact, and so is multiplying by a power of two

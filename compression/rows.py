@@ -10,9 +10,9 @@ or with 32 bits one float32 tensor: 4 m bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,17 +24,22 @@ from thinwire.compression.bits import n_bytes, pack_bits
 from thinwire.compression.errors import BadPayload
 from thinwire.compression.groups import SLAB, Flat
 from thinwire.compression.indices import unpack_exactly
-from thinwire.compression.reduce import VALUE_LIMIT
+from thinwire.compression.noise import use_numba
+from thinwire.compression.reduce import VALUE_LIMIT, l1_norm
 from thinwire.compression.values import (
     FORMATS,
     Bits,
     Format,
+    Table,
     check_codes,
     check_scales,
     check_sendable,
     format_of,
     quantize,
 )
+
+if TYPE_CHECKING:
+    from thinwire.compression import rows_cpu
 
 Array = npt.NDArray[Any]
 RowBits = Bits | Literal[32]
@@ -44,6 +49,50 @@ MAX_GROUP: Final = SLAB
 Chunk = tuple[int, int]
 """Values [first, last) of the row: what is worked on at a time."""
 
+_AT_ONCE: Final = 16 * SLAB
+"""Values, where a kernel keeps to the cache by itself."""
+
+
+class Reader(Protocol):
+    """The values of a pack."""
+
+    def __call__(self, chunk: Chunk) -> Tensor:
+        """float32 values of a chunk, to be read only."""
+        ...
+
+    @property
+    def grouped(self) -> rows_cpu.Grouped | None:
+        """The same for kernels, where they take it."""
+        ...
+
+
+def mean_into(
+    out: Tensor, readers: Sequence[Reader], weights: Sequence[float], inverse: float, chunk: Chunk
+) -> None:
+    """Exact, within `exact_arithmetic`: out = sum of weight * value, in order, times `inverse`; never -0.
+
+    `out`: contiguous flat float32 on the CPU, as long as the chunk.
+    """
+    grouped = [g for read in readers if (g := read.grouped) is not None]
+    if len(grouped) == len(readers):
+        from thinwire.compression import rows_cpu
+
+        rows_cpu.mean(out, grouped, weights, inverse, chunk[0])
+        return
+    out.zero_()
+    for read, w in zip(readers, weights, strict=True):
+        out.add_(read(chunk) * w)
+    out.mul_(inverse).add_(0.0)
+
+
+def l1_norms(read: Reader, chunks: Sequence[Chunk]) -> list[float]:
+    """`l1_norm` of each chunk."""
+    if read.grouped is None:
+        return [l1_norm(read(chunk)) for chunk in chunks]
+    from thinwire.compression import rows_cpu
+
+    return rows_cpu.l1_norms(read.grouped, chunks)
+
 
 class Row(Protocol):
     """m values as packed tensors, chunk by chunk: scratch does not grow with m."""
@@ -51,6 +100,10 @@ class Row(Protocol):
     def fields(self, m: int) -> tuple[Field, ...]: ...
 
     def chunks(self, m: int) -> Iterator[Chunk]: ...
+
+    def long_chunks(self, m: int) -> Iterator[Chunk]:
+        """Longer ones, where that is of use: a caller shall have no scratch for them."""
+        ...
 
     def pack(self, chunks: Iterable[Tensor]) -> Packed:
         """Float32 values of all chunks in order. Raises ValueError for values that `check` would refuse."""
@@ -60,8 +113,8 @@ class Row(Protocol):
         """Raises BadPayload unless this is what `pack` makes of m values."""
         ...
 
-    def reader(self, packed: Packed, m: int) -> Callable[[Chunk], Tensor]:
-        """Exact: float32 values of a chunk, to be read only. `packed` was checked."""
+    def reader(self, packed: Packed, m: int) -> Reader:
+        """Exact. `packed` was checked."""
         ...
 
     def last_bytes(self, others: Packed, m: int) -> int:
@@ -98,10 +151,22 @@ class GroupedRow:
             first = slab.first * self.group_size
             yield first, first + slab.n_groups * slab.length
 
+    def long_chunks(self, m: int) -> Iterator[Chunk]:
+        step = _AT_ONCE // self.group_size * self.group_size
+        return ((first, min(first + step, m)) for first in range(0, m, step))
+
     def pack(self, chunks: Iterable[Tensor]) -> Packed:
         scales: list[Tensor] = [torch.empty(0, dtype=torch.bfloat16)]
         codes: list[Tensor] = [torch.empty(0, dtype=torch.uint8)]
         for values in chunks:
+            if use_numba(values):
+                from thinwire.compression import rows_cpu
+
+                some_scales, some_codes, top = rows_cpu.pack(values, self.group_size, self.format)
+                check_sendable(torch.tensor(top))
+                scales.append(some_scales)
+                codes.append(some_codes)
+                continue
             check_sendable(values)
             size = min(self.group_size, values.numel())
             scale_G, code_E = quantize(values.view(-1, size), self.format)
@@ -115,27 +180,23 @@ class GroupedRow:
         scales, codes = packed
         if codes.numel() != (expected := self.last_bytes((scales,), m)):
             raise BadPayload("shape", f"{codes.numel()} bytes, {expected} for the groups with values")
+        if isinstance(self.format, Table) and use_numba(codes):
+            self._check_by_kernel(codes, int(self._offsets(scales, m)[-1]), self.format)
+            return
         offsets = self._offsets(scales, m)
         for chunk in self.chunks(m):
             check_codes(self._codes(codes, offsets, chunk), self.format)
 
-    def reader(self, packed: Packed, m: int) -> Callable[[Chunk], Tensor]:
-        scales, codes = packed
-        offsets = self._offsets(scales, m)
-        scale_G = scales.float().numpy()
+    def _check_by_kernel(self, codes: Tensor, n_codes: int, format_: Table) -> None:
+        from thinwire.compression import rows_cpu
 
-        def read(chunk: Chunk) -> Tensor:
-            first, last = chunk
-            here = slice(first // self.group_size, -(-last // self.group_size))
-            length = min(self.group_size, last - first)
-            live_G = scale_G[here] != 0
-            values_GL = np.zeros((len(live_G), length), dtype=np.float32)
-            scale_E = scale_G[here][live_G].repeat(length)
-            values_E = self.format.read(self._codes(codes, offsets, chunk), scale_E)
-            values_GL[live_G] = values_E.reshape(-1, length)
-            return torch.from_numpy(values_GL.reshape(-1))
+        if n_codes * format_.width % 8:  # what stands in the last byte
+            check_codes(unpack_exactly(codes[-1:], format_.width, n_codes % (8 // format_.width)), format_)
+        if rows_cpu.has_refused(codes, format_):
+            raise BadPayload("range", "a code without a value")
 
-        return read
+    def reader(self, packed: Packed, m: int) -> Reader:
+        return _GroupedReader(self, packed, m)
 
     def last_bytes(self, others: Packed, m: int) -> int:
         if [(t.dtype, t.dim()) for t in others] != [(torch.bfloat16, 1)]:
@@ -166,6 +227,37 @@ class GroupedRow:
         return unpack_exactly(codes[at : at + n_bytes(b - a, width)], width, b - a)
 
 
+class _GroupedReader:
+    def __init__(self, row: GroupedRow, packed: Packed, m: int) -> None:
+        scales, self._codes = packed
+        self._row, self._m = row, m
+        self._offsets = row._offsets(scales, m)
+        self._scale_G = scales.float().numpy()
+
+    def __call__(self, chunk: Chunk) -> Tensor:
+        first, last = chunk
+        size = self._row.group_size
+        scale_G = self._scale_G[first // size : -(-last // size)]
+        length = min(size, last - first)
+        live_G = scale_G != 0
+        values_GL = np.zeros((len(live_G), length), dtype=np.float32)
+        code_E = self._row._codes(self._codes, self._offsets, chunk)
+        values_E = self._row.format.read(code_E, scale_G[live_G].repeat(length))
+        values_GL[live_G] = values_E.reshape(-1, length)
+        return torch.from_numpy(values_GL.reshape(-1))
+
+    @property
+    def grouped(self) -> rows_cpu.Grouped | None:
+        if not use_numba(self._codes):
+            return None
+        from thinwire.compression import rows_cpu
+
+        row = self._row
+        at_G = self._offsets[:-1] * row.format.width // 8
+        kind = rows_cpu.kind_of(row.format)
+        return rows_cpu.Grouped(self._codes.numpy(), self._scale_G, at_G, self._m, row.group_size, kind)
+
+
 @dataclass(frozen=True, slots=True)
 class Float32Row:
     """The values themselves, below 2^60."""
@@ -194,10 +286,25 @@ class Float32Row:
             if not bool((values.abs() < VALUE_LIMIT).all()):
                 raise BadPayload("range", "value not below 2^60")
 
-    def reader(self, packed: Packed, m: int) -> Callable[[Chunk], Tensor]:
-        return lambda chunk: packed[0][chunk[0] : chunk[1]]
+    def long_chunks(self, m: int) -> Iterator[Chunk]:
+        return self.chunks(m)
+
+    def reader(self, packed: Packed, m: int) -> Reader:
+        return _PlainReader(packed[0])
 
     def last_bytes(self, others: Packed, m: int) -> int:
         if others:
             raise BadPayload("shape", "expected one tensor")
         return 4 * m
+
+
+@dataclass(frozen=True, slots=True)
+class _PlainReader:
+    values: Tensor
+
+    def __call__(self, chunk: Chunk) -> Tensor:
+        return self.values[chunk[0] : chunk[1]]
+
+    @property
+    def grouped(self) -> None:
+        return None

@@ -11,11 +11,11 @@ sent: a strategy that sends it in every fourth round only has to pass a quarter 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy.typing as npt
 import torch
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from thinwire.compression.base import Field, Packed, Part, Turn
 from thinwire.compression.exact import exact_arithmetic
-from thinwire.compression.reduce import l1_norm, mean_weights
-from thinwire.compression.rows import Row, RowBits, row_of
+from thinwire.compression.noise import use_numba
+from thinwire.compression.reduce import mean_weights
+from thinwire.compression.rows import Chunk, Row, RowBits, l1_norms, mean_into, row_of
 from thinwire.compression.sparse import refuse_part
 
 Array = npt.NDArray[Any]
@@ -38,6 +39,9 @@ class Selection(ABC):
     bits: RowBits = 8
     group_size: int = 1024
 
+    in_a_row: ClassVar[bool] = False
+    """Whether the values of a round are neighbours, but for the end and the beginning of a parameter."""
+
     def __post_init__(self) -> None:
         """Raises ValueError, in words for the user."""
         number = isinstance(self.rate, int | float) and not isinstance(self.rate, bool)
@@ -48,6 +52,10 @@ class Selection(ABC):
     @abstractmethod
     def positions(self, n: int, turn: Turn, first: int, last: int) -> Array:
         """int64: which of n elements the values [first, last) of this round belong to; none twice."""
+
+    def neighbours(self, n: int, turn: Turn, first: int, last: int) -> slice | None:
+        """The same as a slice, where these are neighbours in rising order."""
+        return None
 
     def n_selected(self, n: int) -> int:
         """Elements of n that are sent in a round: always the same number."""
@@ -69,12 +77,20 @@ class Selection(ABC):
     def pack(self, x: Tensor, part: Part, turn: Turn) -> Packed:
         """Raises ValueError for a part of a parameter, and for values that are not finite or too large."""
         refuse_part(part)
-        n = part.n_global
+        m = self.n_selected(part.n_global)
         with torch.no_grad():
-            return self.row.pack(
-                x.detach()[torch.from_numpy(self.positions(n, turn, *chunk)).to(x.device)].float()
-                for chunk in self.row.chunks(self.n_selected(n))
-            )
+            return self.row.pack(self._read(x.detach(), turn, chunk).float() for chunk in self._chunks(m, x))
+
+    def _chunks(self, m: int, x: Tensor) -> Iterator[Chunk]:
+        """Long ones, where kernels read or write the values in their place."""
+        return self.row.long_chunks(m) if self.in_a_row and use_numba(x) else self.row.chunks(m)
+
+    def _read(self, x: Tensor, turn: Turn, chunk: Chunk) -> Tensor:
+        """Contiguous: what a chunk of values is of the whole parameter."""
+        here = self.neighbours(x.numel(), turn, *chunk)
+        if here is not None:
+            return x[here].contiguous()
+        return x[torch.from_numpy(self.positions(x.numel(), turn, *chunk)).to(x.device)]
 
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:
         with exact_arithmetic():
@@ -85,14 +101,18 @@ class Selection(ABC):
         rounded, inverse = mean_weights(weights)
         n = part.n_global
         m = self.n_selected(n)
-        out = torch.zeros(part.n_local, dtype=torch.float32)
+        out = torch.empty(part.n_local, dtype=torch.float32)
+        if m < n or part.n_local < n:
+            out.zero_()
         readers = [self.row.reader(p, m) for p in packs]
         with exact_arithmetic():
-            for chunk in self.row.chunks(m):
-                mean = torch.zeros(chunk[1] - chunk[0], dtype=torch.float32)
-                for read, w in zip(readers, rounded, strict=True):
-                    mean.add_(read(chunk) * w)
-                mean.mul_(inverse).add_(0.0)
+            for chunk in self._chunks(m, out):
+                here = self.neighbours(n, turn, *chunk)
+                if here is not None and part.n_local == n:
+                    mean_into(out[here], readers, rounded, inverse, chunk)
+                    continue
+                mean = torch.empty(chunk[1] - chunk[0], dtype=torch.float32)
+                mean_into(mean, readers, rounded, inverse, chunk)
                 position = torch.from_numpy(self.positions(n, turn, *chunk))
                 if part.n_local != n:
                     here = (position >= part.start) & (position < part.stop)
@@ -103,9 +123,8 @@ class Selection(ABC):
     def magnitude(self, packed: Packed, part: Part, turn: Turn) -> float:
         """Of the whole parameter's values, whatever the part."""
         m = self.n_selected(part.n_global)
-        read = self.row.reader(packed, m)
         total = 0.0
         with exact_arithmetic():
-            for chunk in self.row.chunks(m):
-                total += l1_norm(read(chunk))
+            for norm in l1_norms(self.row.reader(packed, m), list(self.row.chunks(m))):
+                total += norm
         return total

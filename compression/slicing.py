@@ -17,6 +17,13 @@ class Slicing(Selection):
     compression/selection.py has the format and its bytes.
     """
 
+    in_a_row = True
+
     def positions(self, n: int, turn: Turn, first: int, last: int) -> Array:
         start = (turn.round - 1) * self.n_selected(n) % n
         return np.arange(start + first, start + last, dtype=np.int64) % n
+
+    def neighbours(self, n: int, turn: Turn, first: int, last: int) -> slice | None:
+        start = (turn.round - 1) * self.n_selected(n) % n
+        a = (start + first) % n
+        return slice(a, a + last - first) if a + last - first <= n else None

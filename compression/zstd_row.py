@@ -12,7 +12,7 @@ Higher levels save another 1% to 4%, and take many times as long.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Final
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from thinwire.compression.base import Field, Packed
 from thinwire.compression.errors import BadPayload
-from thinwire.compression.rows import Chunk, Row
+from thinwire.compression.rows import Chunk, Reader, Row
 
 LEVEL: Final = 3
 
@@ -50,6 +50,9 @@ class ZstdRow:
     def chunks(self, m: int) -> Iterator[Chunk]:
         return self.inner.chunks(m)
 
+    def long_chunks(self, m: int) -> Iterator[Chunk]:
+        return self.inner.long_chunks(m)
+
     def pack(self, chunks: Iterable[Tensor]) -> Packed:
         import zstandard
 
@@ -62,7 +65,7 @@ class ZstdRow:
     def check(self, packed: Packed, m: int) -> None:
         self.inner.check(self._expanded(packed, m), m)
 
-    def reader(self, packed: Packed, m: int) -> Callable[[Chunk], Tensor]:
+    def reader(self, packed: Packed, m: int) -> Reader:
         return self.inner.reader(self._expanded(packed, m), m)
 
     def last_bytes(self, others: Packed, m: int) -> int:
