@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ _log = logging.getLogger("thinwire.coordinator")
 
 SILENT_SESSION_S = 30.0
 """A session without a byte for this long, and for three times the run's own limit, is closed."""
+
+HISTORY_EVERY_S = 10.0
 
 DEFAULT_QUOTA_BYTES = 20 * 10**9
 
@@ -77,7 +80,9 @@ class CoordinatorServer:
             on_commit=lambda _round: self._doors.wake(),
             now_s=time.monotonic(),
             wall_ms=lambda: time.time_ns() // 10**6,
+            history=state.history(),
         )
+        self._saving, self._kept_history = threading.Lock(), b""
         self._settings = parse_settings(self.ledger.genesis.config)
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         self.meter = Meter()
@@ -106,7 +111,8 @@ class CoordinatorServer:
         self._port = self._port or self._state.port() or 0
         await self._listen()
         self._state.save_port(self._port)
-        self._tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._watch_p2p())]
+        work = (self._beat(), self._watch_p2p(), self._keep_history())
+        self._tasks = [asyncio.create_task(one) for one in work]
         self._tick()
 
     @property
@@ -137,6 +143,7 @@ class CoordinatorServer:
             self._p2p = None
         if self._tick_timer is not None:
             self._tick_timer.cancel()
+        self._save_history(self.service.history())
         self.ledger.close()
         if self._done is not None:
             self._done.cancel()
@@ -226,6 +233,22 @@ class CoordinatorServer:
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         self._tick_timer = asyncio.get_running_loop().call_later(0, self._tick)
+
+    async def _keep_history(self) -> None:
+        """What the page shows outlives this process, but for the last seconds before a crash."""
+        while True:
+            await asyncio.sleep(HISTORY_EVERY_S)
+            await asyncio.to_thread(self._save_history, self.service.history())
+
+    def _save_history(self, data: bytes) -> None:
+        with self._saving:
+            if data == self._kept_history:
+                return
+            try:
+                self._state.save_history(data)
+            except OSError as e:
+                _log.warning("what the page shows of the past cannot be kept: %s", e)
+            self._kept_history = data
 
     async def _beat(self) -> None:
         """Heartbeats to every node."""

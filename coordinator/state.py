@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.chronicle import MAX_SAVED_BYTES
 from thinwire.coordinator.files import write_aside
 
 
@@ -70,6 +71,19 @@ class StateDir:
             return int(path.read_text("ascii"))
         except ValueError as e:
             raise ConfigError(f"{path} should hold a port number: correct or delete it") from e
+
+    def history(self) -> bytes | None:
+        """What the last coordinator saw of the run beside its ledger; None: nothing that is kept."""
+        try:
+            with self.history_path.open("rb") as file:
+                data = file.read(MAX_SAVED_BYTES + 1)
+        except OSError:
+            return None
+        return data if len(data) <= MAX_SAVED_BYTES else None
+
+    def save_history(self, data: bytes) -> None:
+        """Raises OSError."""
+        write_aside(self.history_path, data)
 
     def save_port(self, port: int) -> None:
         write_aside(self.path / "port", str(port).encode())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 from prometheus_client import Metric
@@ -70,6 +72,28 @@ class DeviceCollector(Collector):
                 }
                 self._read_s = time.monotonic()
             return self._readings
+
+
+def in_words(devices: Sequence[str]) -> str:
+    """For people: 2 x NVIDIA H200, or AMD EPYC 7B13 (4 threads)."""
+    import torch
+
+    if not devices[0].startswith("cuda"):
+        return f"{processor_name()} ({torch.get_num_threads()} threads)".replace("(1 threads)", "(1 thread)")[
+            :100
+        ]
+    names = [torch.cuda.get_device_name(device) for device in devices]
+    counts = {name: names.count(name) for name in names}
+    return ", ".join(name if n == 1 else f"{n} x {name}" for name, n in counts.items())[:100]
+
+
+def processor_name() -> str:
+    """The CPU's, as it says itself."""
+    name = ""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    return name or "CPU"
 
 
 class _Cpu:

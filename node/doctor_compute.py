@@ -6,7 +6,6 @@ The lines of accelerators are plain torch calls; they have been run with CPU bui
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from thinwire.compression.noise import kernels_for
+from thinwire.node.device_metrics import processor_name
 from thinwire.node.doctor_machine import available_bytes
 from thinwire.node.findings import Finding, Stopped, failed, ok, skipped, warning
 from thinwire.node.known_answers import KNOWN_ANSWERS
@@ -101,11 +101,7 @@ def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
 def _processor() -> str:
     """The CPU's name and the instructions that torch uses of it."""
-    name = ""
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return f"{name or 'CPU'} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def check_compilers(_stopped: Stopped) -> Iterator[Finding]:

@@ -116,9 +116,10 @@ def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | Non
     """The node in this process. `lead_in`: it is rank 0 of several; called with the node's folder."""
     limit_threads(options.threads)
 
-    from thinwire.node.device_metrics import DeviceCollector
+    from thinwire.node.device_metrics import DeviceCollector, in_words
     from thinwire.node.folder import NodeFolder
     from thinwire.node.link_hivemind import HivemindLink
+    from thinwire.node.link_session import About
     from thinwire.node.metrics import NodeMetrics, serve
     from thinwire.node.runner import Runner, follow_events
 
@@ -142,6 +143,7 @@ def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | Non
         patience_s=options.patience_s,
         limit=limit,
         metrics=metrics.text,
+        about=About(in_words(_devices(options)), metrics.phases),
     )
     events = follow_events(link)
     runner = Runner(

@@ -10,6 +10,7 @@ from thinwire.coordinator.identity import load_or_create, new_key, peer_id_of
 from thinwire.coordinator.p2p import start_p2p
 from thinwire.coordinator.place import Place
 from thinwire.coordinator.ticket import Ticket
+from thinwire.node.link_session import About
 from thinwire.node.rate import UploadLimit
 from thinwire.node.session_link import SessionLink
 
@@ -35,6 +36,7 @@ class HivemindLink(SessionLink):
         patience_s: float = 600.0,
         limit: UploadLimit | None = None,
         metrics: Callable[[], bytes] = bytes,
+        about: About = About(),  # noqa: B008 - frozen
     ) -> None:
         """Raises ConfigError (identity)."""
         key = new_key() if state is None else load_or_create(_made(state) / IDENTITY_NAME)
@@ -50,6 +52,7 @@ class HivemindLink(SessionLink):
             patience_s=patience_s,
             limit=limit,
             metrics=metrics,
+            about=about,
         )
 
 

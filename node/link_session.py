@@ -34,6 +34,7 @@ from thinwire.coordinator.messages import (
     Offer,
     Offered,
     OfferEntry,
+    Phases,
     Report,
     State,
     Welcome,
@@ -77,6 +78,15 @@ class _Listed:
     until_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """What people are told of a node: what it trains on, and how long the parts of its rounds take (called in
+    the link's thread, with every heartbeat)."""
+
+    device: str = ""
+    phases: Callable[[], Phases | None] = lambda: None
+
+
 class LinkSession:
     """Lives in the event loop; `head`, `served` and `members` are used from any thread.
 
@@ -96,6 +106,7 @@ class LinkSession:
         copy_path: Path | None,
         limit: UploadLimit | None = None,
         metrics: Callable[[], bytes] = bytes,
+        about: About = About(),
     ) -> None:
         hooks = Hooks(
             head=self._known_head,
@@ -110,9 +121,9 @@ class LinkSession:
             failed=self._failed,
             blob_server=self._serve_blobs,
         )
-        self._uplink = Uplink(ticket, start_place, meter, hooks, patience_s, limit)
+        self._uplink = Uplink(ticket, start_place, meter, hooks, patience_s, limit, about.device)
         self._limit = limit
-        self._metrics = metrics
+        self._metrics, self._phases = metrics, about.phases
         self._answering: asyncio.Task[None] | None = None
         self._mailbox, self._meter = mailbox, meter
         self._peer_id, self._copy, self._copy_path = peer_id, copy, copy_path
@@ -408,6 +419,7 @@ class LinkSession:
             sent_bytes=sent,
             received_bytes=received,
             payload_bytes=self._payload_bytes,
+            phases=self._phases(),
         )
 
     def _refused(self) -> None:

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from thinwire.compression.errors import BadReason
 from thinwire.coordinator.addresses import HttpAddress
+from thinwire.coordinator.messages import Phases
 from thinwire.coordinator.metrics import build_info, text_of
 from thinwire.coordinator.tally import BUCKETS_S
 from thinwire.node.link import Traffic
@@ -21,6 +22,9 @@ from thinwire.node.link import Traffic
 Phase = Literal["compute", "pack", "exchange", "apply", "ahead"]
 NotCounted = Literal["late", "bad_payload", "given_up"]
 """The round closed without it; its payload did not pass the check; the replica was moved to another round."""
+
+TIMED: Final = ("compute", "pack", "exchange", "apply")
+"""The phases that make up a round, as `Phases` has them."""
 
 KINDS: Final = ("payload", "snapshot", "ledger", "control")
 
@@ -119,6 +123,8 @@ class NodeMetrics:
         for gauge in (self._loss, self._held_out, self._ratio, self._disk_free):
             gauge.set(math.nan)
         self._last = Traffic({}, {})
+        self._parts: dict[str, float] = {}
+        self._timed: tuple[float, ...] = (0.0,) * (1 + len(TIMED))
         self._last_bad: dict[str, int] = {}
         self._last_dropped: dict[str, int] = {}
         self._is_training = False
@@ -185,6 +191,18 @@ class NodeMetrics:
 
     def phase(self, phase: Phase, duration_s: float) -> None:
         self._phase.labels(phase).observe(duration_s)
+        self._parts[phase] = duration_s
+        if phase == "exchange":  # the last that becomes known of a round that this node took part in
+            n_rounds, *totals = self._timed
+            times = (self._parts.get(part, 0.0) for part in TIMED)
+            self._timed = (n_rounds + 1, *(total + s for total, s in zip(totals, times, strict=True)))
+
+    def phases(self) -> Phases:
+        """Totals of the rounds that this node took part in; may be asked from any thread."""
+        n_rounds, *totals = self._timed
+        return Phases(
+            rounds=int(n_rounds), **{f"{p}_ms": int(s * 1000) for p, s in zip(TIMED, totals, strict=True)}
+        )
 
     def result(self, result: Literal["counted", "missed", "none"], n_rounds: int = 1) -> None:
         self._rounds.labels(result).inc(n_rounds)

@@ -26,7 +26,7 @@ from thinwire.coordinator.messages import (
 from thinwire.coordinator.streams import Meter, Purpose
 from thinwire.coordinator.ticket import Ticket
 from thinwire.node.link import Digest, LinkEvent, Shelf, Traffic
-from thinwire.node.link_session import LinkSession
+from thinwire.node.link_session import About, LinkSession
 from thinwire.node.mailbox import Mailbox
 from thinwire.node.rate import UploadLimit
 from thinwire.node.uplink import StartPlace
@@ -42,7 +42,7 @@ class SessionLink:
 
     `patience_s`: how long to go on trying when the coordinator does not answer any more. `limit`: of all that
     this node sends. `metrics`: this node's, in Prometheus' text format, for when the coordinator asks; called
-    in a thread of its own.
+    in a thread of its own. `about`: what people are told of this node.
     """
 
     def __init__(
@@ -55,10 +55,11 @@ class SessionLink:
         patience_s: float = 600.0,
         limit: UploadLimit | None = None,
         metrics: Callable[[], bytes] = bytes,
+        about: About = About(),  # noqa: B008 - frozen
     ) -> None:
         self.run_id = ticket.run_id
         self._ticket, self._patience_s, self._limit = ticket, patience_s, limit
-        self._metrics = metrics
+        self._metrics, self._about = metrics, about
         self.peer_id, self.run_folder = peer_id, run_folder
         self._start_place = start_place
         self._mailbox = Mailbox()
@@ -101,6 +102,7 @@ class SessionLink:
             copy_path=self._copy_path,
             limit=self._limit,
             metrics=self._metrics,
+            about=self._about,
         )
         return await self._session.open()
 

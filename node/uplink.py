@@ -98,10 +98,11 @@ class Uplink:
         hooks: Hooks,
         patience_s: float,
         limit: UploadLimit | None = None,
+        device: str = "",
     ) -> None:
         self._ticket, self._start_place, self._meter, self._hooks = ticket, start_place, meter, hooks
         self._control = None if limit is None else limit.control
-        self._patience_s = patience_s
+        self._patience_s, self._device = patience_s, device
         self._jitter = random.Random()
         self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
@@ -189,6 +190,7 @@ class Uplink:
                     head_digest=head_digest,
                     addresses=place.addresses,
                     agent=_AGENT,
+                    device=self._device,
                 )
             )
             answer = await _answer(stream)
