@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from io import BytesIO
 from itertools import islice
@@ -19,8 +19,11 @@ from typing import Any, BinaryIO, Protocol
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.ray_cluster import ManyRuns, local_ray
 from thinwire.compression.errors import ConfigError, Incompatible, SwarmUnreachable
+from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.identity import save
+from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.messages import (
     INLINE_BYTES,
     MAX_ROUND,
@@ -33,10 +36,13 @@ from thinwire.coordinator.messages import (
     digest_of,
 )
 from thinwire.coordinator.server_thread import ServerThread
+from thinwire.coordinator.state import StateDir
 from thinwire.coordinator.ticket import Ticket
 from thinwire.node.link import Lied, Link
 from thinwire.node.link_hivemind import HivemindLink
 from thinwire.node.link_local import LocalLink, LocalSwarm, local_swarm
+from thinwire.node.link_ray import RayLink
+from thinwire.node.ray_place import COORDINATOR
 
 WAIT_S = 20.0
 
@@ -133,6 +139,60 @@ def hivemind(folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey) -> Iter
         yield HivemindRow(folder, coordinator)
 
 
+class RayRow:
+    """Links in this process to an actor, over a real cluster on this machine."""
+
+    def __init__(self, folder: Path, actor: Any, ticket: Ticket) -> None:
+        self._folder, self._actor, self._ticket = folder, actor, ticket
+
+    def link(self, name: str) -> Link:
+        run_folder = self._folder / name
+        run_folder.mkdir(exist_ok=True)
+        return RayLink(self._ticket, name, run_folder=run_folder)
+
+    def stranger(self, name: str) -> Link:
+        return RayLink(self._ticket.model_copy(update={"token": "wrong"}), name)
+
+    def kill(self, link: Link) -> None:
+        assert isinstance(link, RayLink)
+        link.kill()
+
+    def forget_payloads(self) -> None:
+        import ray
+
+        ray.get(self._actor.forget_payloads.remote())
+
+    def status(self) -> dict[str, Any]:
+        import ray
+
+        status: dict[str, Any] = ray.get(self._actor.status.remote())
+        return status
+
+
+@pytest.fixture(scope="module")
+def actor() -> Iterator[Any]:
+    """The coordinator's actor in a cluster of this module's own."""
+    import ray
+
+    with local_ray(num_cpus=2):
+        options = {"name": COORDINATOR, "namespace": "test", "num_cpus": 0, "max_concurrency": 1000}
+        yield ray.remote(ManyRuns).options(**options).remote("", "test")
+
+
+def ray_row(
+    actor: Any, folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey
+) -> AbstractContextManager[Started]:
+    import ray
+
+    state = folder / "coordinator"
+    with StateDir(state) as state_dir:
+        save(key, state_dir.key_path)
+        Ledger.create(state_dir.ledger_path, genesis, key).close()
+        BlobStore(state_dir.blobs_path, 2**30).put(digest_of(HELD_OUT), HELD_OUT)
+    ticket = Ticket.parse(ray.get(actor.begin.remote(str(state))))
+    return nullcontext(RayRow(folder, actor, ticket))
+
+
 ROWS: dict[str, Row] = {"local": local, "hivemind": hivemind}
 
 
@@ -171,11 +231,22 @@ class Swarm:
 MakeSwarm = Callable[..., Swarm]
 
 
-@pytest.fixture(params=["local", pytest.param("hivemind", marks=pytest.mark.swarm)])
+@pytest.fixture(
+    params=[
+        "local",
+        pytest.param("hivemind", marks=pytest.mark.swarm),
+        pytest.param("ray", marks=pytest.mark.swarm),
+    ]
+)
 def make_swarm(
     request: pytest.FixtureRequest, tmp_path: Path, make_genesis: Any, key: Ed25519PrivateKey
 ) -> Iterator[MakeSwarm]:
     """Starts the row's swarm; arguments are those of `make_genesis`."""
+    if request.param == "ray":
+        pytest.importorskip("ray", reason="the link over Ray is an extra")
+        row: Row = partial(ray_row, request.getfixturevalue("actor"))
+    else:
+        row = ROWS[request.param]
     with ExitStack() as stack:
 
         def make(**config: Any) -> Swarm:
@@ -183,7 +254,7 @@ def make_swarm(
             genesis = genesis.model_copy(
                 update={"held_out": BlobRef(digest=digest_of(HELD_OUT), n_bytes=len(HELD_OUT))}
             )
-            return Swarm(stack.enter_context(ROWS[request.param](tmp_path, genesis, key)), stack)
+            return Swarm(stack.enter_context(row(tmp_path, genesis, key)), stack)
 
         yield make
 

@@ -1,0 +1,43 @@
+"""`Link` inside of a Ray cluster: offers and commits as actor calls, blobs through the object store.
+
+The cluster is one domain of trust: a peer is who it says it is, and is named by its actor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from thinwire.coordinator.place import Place
+from thinwire.coordinator.ticket import Ticket
+from thinwire.node.rate import UploadLimit
+from thinwire.node.ray_place import RayPlace
+from thinwire.node.session_link import SessionLink
+
+
+class RayLink(SessionLink):
+    """See `Link`. The process must be connected to the cluster (`ray.init`, or an actor's); the ticket's
+    address names the namespace of the coordinator's actor. The arguments are those of `SessionLink`."""
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        peer_id: str,
+        *,
+        run_folder: Path | None = None,
+        patience_s: float = 600.0,
+        limit: UploadLimit | None = None,
+        metrics: Callable[[], bytes] = bytes,
+    ) -> None:
+        async def start_place() -> Place:
+            return RayPlace(peer_id, ticket.peer_id)
+
+        super().__init__(
+            ticket,
+            peer_id,
+            start_place,
+            run_folder=run_folder,
+            patience_s=patience_s,
+            limit=limit,
+            metrics=metrics,
+        )
