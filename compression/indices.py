@@ -22,6 +22,7 @@ from torch import Tensor
 
 from thinwire.compression.bits import n_bytes, pack_bits, unpack_bits
 from thinwire.compression.errors import BadPayload
+from thinwire.compression.noise import use_numba
 
 Array = npt.NDArray[Any]
 
@@ -121,6 +122,14 @@ class RiceIndices:
     def pack(self, index_E: Tensor, value_E: Tensor, n_sent_G: Array, most: Most) -> Tensor:
         if index_E.numel() == 0:
             return torch.empty(0, dtype=torch.uint8)
+        if use_numba(index_E):
+            from thinwire.compression import indices_cpu
+
+            code_E, ends_E = indices_cpu.to_gaps(
+                index_E.numpy(), value_E.numpy(), n_sent_G, self.remainder_bits
+            )
+            unary = indices_cpu.set_bits(ends_E, self.unary_bytes(int(ends_E[-1]) + 1, most))
+            return torch.cat([pack_bits(torch.from_numpy(code_E), self.width), torch.from_numpy(unary)])
         gap_E = _gaps(index_E.numpy(), n_sent_G)
         low_E = torch.from_numpy(gap_E & ((1 << self.remainder_bits) - 1))
         ends_E = np.cumsum((gap_E >> self.remainder_bits) + 1) - 1
@@ -134,19 +143,31 @@ class RiceIndices:
     def unpack(self, codes: Tensor, n_sent_G: Array, most: Most) -> tuple[Array, Array]:
         n = int(n_sent_G.sum())
         n_fixed = n_bytes(n, self.width)
-        ends_E = self._ends(codes[n_fixed:].numpy(), n, self.max_unary(most))
+        ends_E = self._ends(codes[n_fixed:], n, self.max_unary(most))
+        if use_numba(codes):
+            from thinwire.compression import indices_cpu
+
+            code_E = unpack_exactly(codes[:n_fixed], self.width, n)
+            return indices_cpu.from_gaps(ends_E, code_E, n_sent_G, self.remainder_bits)
         low_E, value_E = _split(unpack_exactly(codes[:n_fixed], self.width, n), self.remainder_bits)
         step_E = ((np.diff(ends_E, prepend=-1) - 1) << self.remainder_bits | low_E) + 1
         return _indices(step_E, n_sent_G), value_E
 
-    def _ends(self, unary: Array, n: int, n_most: int) -> Array:
+    def _ends(self, octets: Tensor, n: int, n_most: int) -> Array:
         """int64: where the n ones stand."""
+        unary = octets.numpy()
         filled_up = n > 0 and n_most <= _FILLED_UP
         if unary.size != n_most if filled_up else unary.size > n_most:
             raise BadPayload("shape", f"{unary.size} bytes for the gaps of {n} coefficients")
-        ends_E = np.flatnonzero(np.unpackbits(unary, bitorder="little"))
-        if ends_E.size != n:
-            raise BadPayload("index", f"{ends_E.size} gaps for {n} coefficients")
+        if use_numba(octets):
+            from thinwire.compression import indices_cpu
+
+            ends_E, n_ones = indices_cpu.ones(unary, n)
+        else:
+            ends_E = np.flatnonzero(np.unpackbits(unary, bitorder="little"))
+            n_ones = ends_E.size
+        if n_ones != n:
+            raise BadPayload("index", f"{n_ones} gaps for {n} coefficients")
         if not filled_up and unary.size != (int(ends_E[-1]) // 8 + 1 if n else 0):
             raise BadPayload("shape", "bytes after the last gap")
         return ends_E

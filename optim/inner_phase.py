@@ -20,6 +20,11 @@ from thinwire.optim.gradients import local_gradients, norm
 from thinwire.optim.inner import build_inner
 
 
+def is_finite(x: Tensor) -> bool:
+    """Whether every element is. Mostly one sum tells, in one pass and without scratch."""
+    return isfinite(float(x.sum())) or bool(x.isfinite().all())
+
+
 class InnerPhase:
     """See the module's docstring. Reads the strategy's options `inner` and `max_grad_norm`."""
 
@@ -113,7 +118,7 @@ class InnerPhase:
     def start_over_unless_finite(self) -> bool:
         """Local training that went wrong starts anew from the outer parameters: True, if it had to."""
         parameters = self._strategy.parameters_in_order()
-        n_broken = sum(not bool(p.local.isfinite().all()) for p in parameters)
+        n_broken = sum(not is_finite(p.local) for p in parameters)
         if not any(self._strategy.ranks.sums([float(n_broken)])):
             return False
         for p in parameters:
