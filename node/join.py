@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from thinwire.node.lead import Lead
     from thinwire.node.precision import Precision
     from thinwire.node.result import Result
+    from thinwire.node.runner import Runner
+    from thinwire.node.session_link import SessionLink
 
 log = logging.getLogger("thinwire.node")
 
@@ -112,13 +114,33 @@ def _number_of_ranks(options: Options) -> int:
     return options.ranks or n
 
 
-def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | None = None) -> Result | None:
-    """The node in this process. `lead_in`: it is rank 0 of several; called with the node's folder."""
+def hivemind_link(options: Options, folder: Path, **shared: Any) -> SessionLink:
+    """`shared`: arguments that every link takes."""
+    from thinwire.node.link_hivemind import HivemindLink
+
+    return HivemindLink(
+        Ticket.parse(options.ticket),
+        state=folder,
+        host=options.host,
+        port=options.port,
+        announce=options.announce,
+        **shared,
+    )
+
+
+def run_node(
+    options: Options,
+    stop: Stop,
+    lead_in: Callable[[Path], Lead] | None = None,
+    make_link: Callable[..., SessionLink] = hivemind_link,
+    finished: Callable[[Runner], object] = lambda _runner: None,
+) -> Result | None:
+    """The node in this process. `lead_in`: it is rank 0 of several; called with the node's folder. `finished`
+    is called after the last round."""
     limit_threads(options.threads)
 
     from thinwire.node.device_metrics import DeviceCollector, in_words
     from thinwire.node.folder import NodeFolder
-    from thinwire.node.link_hivemind import HivemindLink
     from thinwire.node.link_session import About
     from thinwire.node.metrics import NodeMetrics, serve
     from thinwire.node.runner import Runner, follow_events
@@ -134,12 +156,8 @@ def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | Non
     metrics.disk(folder.path)
     if limit is not None:
         metrics.upload_limit(limit.rate_bytes_per_s, limit.used_ratio)
-    link = HivemindLink(
-        Ticket.parse(options.ticket),
-        state=folder.path,
-        host=options.host,
-        port=options.port,
-        announce=options.announce,
+    link = make_link(
+        *(options, folder.path),
         patience_s=options.patience_s,
         limit=limit,
         metrics=metrics.text,
@@ -163,6 +181,8 @@ def run_node(options: Options, stop: Stop, lead_in: Callable[[Path], Lead] | Non
             if options.save is not None and not stop.is_set():
                 runner.replica.save_weights(options.save)
                 log.info("wrote the weights after round %d to %s", runner.replica.round, options.save)
+            if not stop.is_set():
+                finished(runner)
     except ThinwireError:
         if stop.is_set():  # what broke was what the user stopped
             return None

@@ -20,13 +20,14 @@ from thinwire.compression.errors import ConfigError, ThinwireError
 from thinwire.coordinator.blob_streams import NotServed
 from thinwire.coordinator.files import write_aside
 from thinwire.coordinator.ledger_file import Summary, check, write_ledger
-from thinwire.coordinator.messages import Commit, Welcome
+from thinwire.coordinator.messages import Commit, GenesisBody, Welcome
 from thinwire.coordinator.ticket import Ticket
 
 if TYPE_CHECKING:
     from thinwire.node.cli import Stop
     from thinwire.node.link import Link
     from thinwire.node.replica import Replica
+    from thinwire.node.tasks import Task
 
 log = logging.getLogger("thinwire.node")
 
@@ -57,11 +58,9 @@ def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> No
 
     Raises NoStart, and like the link.
     """
-    from safetensors.torch import save as save_safetensors
-
     from thinwire.node.config import parse_config
     from thinwire.node.replica import build_replica
-    from thinwire.node.tasks import Pretrained, make_task
+    from thinwire.node.tasks import make_task
 
     with _session(ticket, stop) as (link, welcome):
         config = parse_config(welcome.body.config)
@@ -70,27 +69,35 @@ def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> No
         if welcome.head_round == 0:
             raise ThinwireError("the run has no round yet: there is nothing to export")
         _catch_up(link, welcome, replica, config.run.snapshot_every)
-        held_out = welcome.body.held_out
-        tokens = b""
-        if isinstance(task, Pretrained) and held_out is not None:
-            tokens = link.fetch(held_out.digest, held_out.n_bytes)
+        write_export(folder, replica, task, welcome.body, link)
+
+
+def write_export(folder: Path, replica: Replica, task: Task, body: GenesisBody, link: Link) -> None:
+    """What `export` writes. Of a node of several ranks: the weights as they are, also of a model of
+    transformers. Raises ConfigError if the folder cannot be written."""
+    from thinwire.node.tasks import Pretrained
+
     about = {
-        "run": config.run.name,
+        "run": json.loads(body.config)["run"]["name"],
         "run_id": replica.run_id.hex(),
         "round": replica.round,
         "fingerprint": replica.fingerprint().hex(),
-        "config": json.loads(welcome.body.config),
+        "config": json.loads(body.config),
     }
     text = json.dumps(about, indent=2).encode() + b"\n"
+    is_whole = replica.strategy.ranks.count == 1
+    tokens = b""
+    if isinstance(task, Pretrained) and is_whole and body.held_out is not None:
+        tokens = link.fetch(body.held_out.digest, body.held_out.n_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(task, Pretrained):
+        if isinstance(task, Pretrained) and is_whole:
             with replica.strategy.replica():
                 _export_whole(folder, lambda aside: task.export(replica.model, tokens, aside))
             write_aside(folder / "thinwire.json", text)
         else:
-            write_aside(folder / "model.safetensors", save_safetensors(replica.weights()))
-            write_aside(folder / "config.json", text)
+            replica.save_weights(folder / "model.safetensors")
+            write_aside(folder / ("thinwire.json" if isinstance(task, Pretrained) else "config.json"), text)
     except OSError as e:
         raise ConfigError(f"{folder} cannot be written: {e.strerror}") from e
     log.info("wrote the weights after round %d to %s", replica.round, folder)

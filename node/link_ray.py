@@ -10,6 +10,7 @@ from pathlib import Path
 
 from thinwire.coordinator.place import Place
 from thinwire.coordinator.ticket import Ticket
+from thinwire.node.link_session import About
 from thinwire.node.rate import UploadLimit
 from thinwire.node.ray_place import RayPlace
 from thinwire.node.session_link import SessionLink
@@ -28,6 +29,7 @@ class RayLink(SessionLink):
         patience_s: float = 600.0,
         limit: UploadLimit | None = None,
         metrics: Callable[[], bytes] = bytes,
+        about: About = About(),  # noqa: B008 - frozen
     ) -> None:
         async def start_place() -> Place:
             return RayPlace(peer_id, ticket.peer_id)
@@ -40,4 +42,5 @@ class RayLink(SessionLink):
             patience_s=patience_s,
             limit=limit,
             metrics=metrics,
+            about=about,
         )

@@ -2,9 +2,9 @@
 through the object store.
 
 What is written into a stream here comes out at the coordinator's handlers (`ray_switchboard`), and the other
-way round, so that sessions, and what they survive, are the same as over libp2p. No call is ever repeated: when
-one fails, its stream ends, and the session begins anew. Requests for blobs end in this process: what is asked
-for comes as a reference from the object store of whoever has it, what is uploaded goes there as one.
+way round, so that sessions, and what they survive, are the same as over libp2p. No call is ever repeated:
+when one fails, its stream ends, and the session begins anew. Requests for blobs end in this process: what is
+asked for comes as a reference from the object store of whoever has it, what is uploaded goes there as one.
 """
 
 from __future__ import annotations

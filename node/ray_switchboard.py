@@ -1,9 +1,9 @@
 """The coordinator's place in a Ray cluster: calls of node actors become streams to its handlers.
 
 A *line* is one stream; its number is random and made by the node, so that a restarted coordinator knows none
-of the old ones. Blobs are references: those that nodes have put are handed on as long as somebody asks for them,
-and are freed a little later; what is on the coordinator's disk is put into its own object store when it is
-wanted.
+of the old ones. Blobs are references: those that nodes have put are handed on as long as somebody asks for
+them, and are freed a little later; what is on the coordinator's disk is put into its own object store when it
+is wanted.
 """
 
 from __future__ import annotations
