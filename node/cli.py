@@ -350,6 +350,44 @@ class Doctor:
 
 
 @dataclass
+class Monitor:
+    """Write a ready configuration of Prometheus, Alertmanager and Grafana for a run into a folder, and say
+    how to start them: a dashboard, rules, and alerts that name the next command.
+
+    The coordinator must serve HTTP (thinwire coordinator ... --http HOST:PORT). With a ticket this finds out
+    by itself where; nodes need nothing. Run it where Prometheus is to run:
+
+      thinwire monitor tw1-...                                        into ./RUN-monitoring
+      thinwire monitor tw1-... swarm --http-token TOKEN               into ./swarm
+      thinwire monitor --coordinator http://10.0.0.5:9100 swarm       without a ticket, or through a tunnel
+    """
+
+    ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
+    """The line that the coordinator printed; - reads it from standard input. Left out with --coordinator."""
+    folder: Annotated[Positional[Path | None], arg(metavar="FOLDER")] = None
+    """Default: ./NAME-monitoring"""
+    coordinator: Annotated[str | None, arg(metavar="URL")] = None
+    """Where the coordinator's HTTP is reached from here."""
+    http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
+    """What the coordinator's --http-token says. Default: $THINWIRE_HTTP_TOKEN, or none"""
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write over what is in the folder; alertmanager.yml and data are kept."""
+
+    def run(self) -> int:
+        from thinwire.node.monitor import how_to_start, monitor
+
+        ticket, folder = self.ticket, self.folder
+        if self.coordinator is not None and folder is None and ticket is not None:
+            folder, ticket = Path(ticket), None
+        token = self.http_token or os.environ.get("THINWIRE_HTTP_TOKEN") or None
+        ticket = None if ticket is None else _read_ticket(ticket)
+        with stop_on_signals() as stop:
+            written, address = monitor(ticket, self.coordinator, folder, token, force=self.force)
+        print(how_to_start(written, address))  # noqa: T201 - what the user does next
+        return 128 + stop.signal if stop.signal else 0
+
+
+@dataclass
 class Compare:
     """Train a run's model with several strategies, one after another, on the same data for the same number of
     tokens, and compare: held-out loss, bytes, time. All peers are threads of this process.
@@ -429,6 +467,7 @@ Command = Annotated[
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Monitor, tyro.conf.subcommand("monitor")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Bench, tyro.conf.subcommand("bench")],
     None,

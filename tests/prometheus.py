@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 
@@ -29,6 +34,14 @@ def series(text: str) -> set[tuple[str, tuple[tuple[str, str], ...]]]:
     return {(name, labels) for name, by_labels in samples(text).items() for labels in by_labels}
 
 
+def names(text: str) -> set[str]:
+    """Of every series that there can be, measured yet or not."""
+    found = set()
+    for kind, name in re.findall(r"^# TYPE (?=\S+ (\w+)$)(\S+)", text, re.MULTILINE):
+        found |= {f"{name}_{part}" for part in ("bucket", "sum", "count")} if kind == "histogram" else {name}
+    return found
+
+
 def check_conventions(text: str) -> None:
     """Prefix, help, `_total` for counters only, and labels that are no peer's."""
     for family in text_string_to_metric_families(text):
@@ -44,12 +57,37 @@ def check_conventions(text: str) -> None:
             assert not any(v.startswith("12D3Koo") for v in sample.labels.values()), sample
 
 
+def queries(monitoring: Path) -> list[str]:
+    """Every expression in rules and dashboards."""
+    rules = [
+        rule["expr"]
+        for path in sorted(monitoring.glob("rules/*.yml"))
+        for group in yaml.safe_load(path.read_text())["groups"]
+        for rule in group["rules"]
+    ]
+    dashboards = [json.loads(path.read_text()) for path in monitoring.glob("grafana/dashboards/*.json")]
+    return rules + [expression for dashboard in dashboards for expression in _expressions(dashboard)]
+
+
+def _expressions(of: Any) -> Iterator[str]:
+    if isinstance(of, list):
+        for one in of:
+            yield from _expressions(one)
+    elif isinstance(of, dict):
+        for key, one in of.items():
+            if key == "expr":
+                yield one
+            else:
+                yield from _expressions(one)
+
+
 @dataclass(frozen=True)
 class Tools:
     """Paths of the programs."""
 
     prometheus: str
     promtool: str
+    amtool: str
 
     def check_metrics(self, text: str) -> str:
         """What promtool finds wrong with it."""
@@ -65,22 +103,23 @@ class Tools:
 
 
 def find_tools(folder: Path) -> Tools:
-    """Those of the machine, or of Debian's package unpacked into `folder`; skips where neither can be had."""
-    installed = shutil.which("prometheus"), shutil.which("promtool")
-    if installed[0] and installed[1]:
-        return Tools(installed[0], installed[1])
+    """The machine's, or those of Debian's packages unpacked into `folder`; skips where neither can be had."""
+    installed = [path for path in map(shutil.which, ("prometheus", "promtool", "amtool")) if path]
+    if len(installed) == 3:
+        return Tools(*installed)
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         pytest.skip("no prometheus in PATH, and no apt-get to fetch Debian's package with")
     fetched = subprocess.run(
-        ["apt-get", "-q", "download", "prometheus"],
+        ["apt-get", "-q", "download", "prometheus", "prometheus-alertmanager"],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=90,
         check=False,
     )
-    packages = list(folder.glob("prometheus_*.deb"))
-    if fetched.returncode or not packages:
-        pytest.skip(f"Debian's package prometheus cannot be had: {fetched.stderr.strip()[-200:]}")
-    subprocess.run(["dpkg-deb", "-x", str(packages[0]), str(folder)], check=True, timeout=60)
-    return Tools(str(folder / "usr/bin/prometheus"), str(folder / "usr/bin/promtool"))
+    packages = list(folder.glob("*.deb"))
+    if fetched.returncode or len(packages) != 2:
+        pytest.skip(f"Debian's packages of Prometheus cannot be had: {fetched.stderr.strip()[-200:]}")
+    for package in packages:
+        subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True, timeout=60)
+    return Tools(*(str(folder / "usr/bin" / name) for name in ("prometheus", "promtool", "amtool")))
