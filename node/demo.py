@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 
 from thinwire.compression.errors import SwarmUnreachable, ThinwireError
 from thinwire.coordinator.addresses import HttpAddress
 from thinwire.coordinator.identity import load_or_create, peer_id_of
 from thinwire.node.processes import Child, Children
 from thinwire.node.status import StatusClient
-from thinwire.node.view import headline, human_bytes, swarm_table
+from thinwire.node.view import figures, headline, human_bytes, live_view
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 90.0
@@ -40,9 +38,6 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "schedule": {"name": "constant"},
     },
 }
-
-Show = Callable[[Mapping[str, Any], bool], None]
-"""Shows a status; True: it is the last one."""
 
 
 class DemoFailed(ThinwireError):
@@ -120,6 +115,7 @@ class DemoSwarm:
             self.ranks[f"node-{i}"] = self.plan.ranks[i % len(self.plan.ranks)]
             self._start_node(f"node-{i}")
         with StatusClient(self.ticket) as client:
+            self._tell_address(client)
             self._watch(client)
         if self.stopped():
             return {}
@@ -139,8 +135,16 @@ class DemoSwarm:
         self.ticket = self.coordinator.first_line(START_TIMEOUT_S)
         if not self.ticket:
             raise DemoFailed(f"no ticket; the coordinator's log ends with:\n{self.coordinator.log_tail()}")
+
+    def _tell_address(self, client: StatusClient) -> None:
+        """Of the page; the coordinator knows the port, if it was to take a free one."""
         if self.plan.http is not None:
-            self.console.print(f"http://{self.plan.http} serves /metrics, /sd, /healthz", highlight=False)
+            address = self.plan.http._replace(port=client.fetch()["http"]["port"])
+            self.console.print(
+                f"The swarm's page: {address.url()} (and /metrics, /sd, /healthz)",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def _start_node(self, name: str) -> None:
         folder = self.folder / name
@@ -153,7 +157,7 @@ class DemoSwarm:
     def _watch(self, client: StatusClient) -> None:
         """Shows the swarm until the last round; kills a node on the way and starts it again."""
         last_round, moved_s = -1, time.monotonic()
-        with _display(self.console, self.notes) as show:
+        with live_view(self.console, self.notes) as show:
             while not self.stopped():
                 for child in [self.coordinator, *self.nodes.values()]:
                     if child.process.poll() and child is not self.killed:
@@ -225,43 +229,8 @@ class DemoSwarm:
 
     def _result(self) -> dict[str, Any]:
         end = json.loads((self.folder / "coordinator" / "state" / "result.json").read_text())
-        peers = end["peers"]
-        offers = sum(p["offers_counted"] + p["offers_missed"] for p in peers)
-        return {
-            "strategy": self.plan.strategy,
-            "peers": self.plan.n_peers,
-            "ranks": list(self.ranks.values()),
-            "rounds": end["round"],
-            "held_out_first": end["held_out"][0][1],
-            "held_out_last": end["held_out"][-1][1],
-            "fingerprints": {
-                p["peer_id"]: p["fingerprint"] if p["fingerprint_round"] == end["round"] else None
-                for p in peers
-                if not any(f["peer"] == p["peer_id"] and f["back_at_round"] is None for f in self.faults)
-            },
-            "payload_bytes_per_peer_round": end["payload_bytes_per_peer_round"],
-            "sent_bytes_per_peer_round": round(sum(p["sent_bytes"] for p in peers) / max(1, offers), 1),
-            "ddp_bytes_per_peer_round": end["ddp_bytes_per_peer_round"],
-            "faults": self.faults,
-        }
-
-
-@contextmanager
-def _display(console: Console, notes: Sequence[str]) -> Iterator[Show]:
-    """A table that is redrawn on a terminal; elsewhere a line every three seconds."""
-    if console.is_terminal:
-        with Live(console=console, refresh_per_second=4) as live:
-            yield lambda status, _last: live.update(swarm_table(status, notes))
-        return
-    printed_s = 0.0
-
-    def print_line(status: Mapping[str, Any], last: bool) -> None:
-        nonlocal printed_s
-        if last or time.monotonic() - printed_s >= 3:
-            printed_s = time.monotonic()
-            console.print(headline(status), highlight=False, soft_wrap=True)
-
-    yield print_line
+        late = [f["peer"] for f in self.faults if f["back_at_round"] is None]
+        return figures(end, self.plan.strategy, list(self.ranks.values()), self.faults, late)
 
 
 def _ended(child: Child) -> DemoFailed:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -16,6 +17,9 @@ from thinwire.compression.errors import SwarmUnreachable
 from thinwire.node.status import StatusClient
 
 WATCH_EVERY_S = 1.0
+
+Show = Callable[[Mapping[str, Any], bool], None]
+"""Shows a status; True: it is the last one."""
 
 
 def human_bytes(n: float) -> str:
@@ -77,6 +81,55 @@ def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
     if status["mismatches"]:
         lines.append(Text(f"{status['mismatches']} fingerprint mismatches", style="bold red"))
     return Group(*lines)
+
+
+def figures(
+    end: Mapping[str, Any],
+    strategy: str,
+    ranks: Sequence[int],
+    faults: Sequence[Mapping[str, Any]],
+    late: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What commands that run a whole swarm print as JSON, from its last status. `late`: peers that were not
+    back when it ended."""
+    peers = end["peers"]
+    offers = sum(p["offers_counted"] + p["offers_missed"] for p in peers)
+    held_out = end["held_out"] or [[0, None]]
+    return {
+        "strategy": strategy,
+        "peers": len(ranks),
+        "ranks": list(ranks),
+        "rounds": end["round"],
+        "held_out_first": held_out[0][1],
+        "held_out_last": held_out[-1][1],
+        "fingerprints": {
+            p["peer_id"]: p["fingerprint"] if p["fingerprint_round"] == end["round"] else None
+            for p in peers
+            if p["peer_id"] not in late
+        },
+        "payload_bytes_per_peer_round": end["payload_bytes_per_peer_round"],
+        "sent_bytes_per_peer_round": round(sum(p["sent_bytes"] for p in peers) / max(1, offers), 1),
+        "ddp_bytes_per_peer_round": end["ddp_bytes_per_peer_round"],
+        "faults": list(faults),
+    }
+
+
+@contextmanager
+def live_view(console: Console, notes: Sequence[str]) -> Iterator[Show]:
+    """A table that is redrawn on a terminal; elsewhere a line every three seconds."""
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=4) as live:
+            yield lambda status, _last: live.update(swarm_table(status, notes))
+        return
+    printed_s = 0.0
+
+    def print_line(status: Mapping[str, Any], last: bool) -> None:
+        nonlocal printed_s
+        if last or time.monotonic() - printed_s >= 3:
+            printed_s = time.monotonic()
+            console.print(headline(status), highlight=False, soft_wrap=True)
+
+    yield print_line
 
 
 def show_status(ticket: str, *, as_json: bool, watch: bool, stopped: Callable[[], bool]) -> None:
