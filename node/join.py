@@ -198,7 +198,7 @@ def _devices(options: Options) -> list[str]:
     """Those of all ranks."""
     if not options.device.startswith("cuda"):
         return [options.device]
-    if (options.ranks or 1) > 1:
+    if (options.ranks or 1) > 1 and ":" not in options.device:
         return [f"cuda:{rank}" for rank in range(options.ranks or 1)]
     return [options.device if ":" in options.device else "cuda:0"]
 

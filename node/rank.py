@@ -114,7 +114,7 @@ def _lead(options: Options, folder: Path) -> None:
         return
     from thinwire.node.lead import Lead, open_channel
 
-    device, sharding = _joined(options, 0, folder)
+    device, sharding = joined(options, 0, folder)
     leads = [Lead(open_channel(), device, sharding)]
 
     def lead_in(node_folder: Path) -> Lead:
@@ -135,12 +135,12 @@ def _follow(options: Options, rank: int, folder: Path) -> None:
     limit_threads(options.threads)
     from thinwire.node.lead import Follower, open_channel
 
-    device, sharding = _joined(options, rank, folder)
+    device, sharding = joined(options, rank, folder)
     follower = Follower(open_channel(), device, sharding, import_path=options.import_path, data=options.data)
     follower.run()
 
 
-def _joined(options: Options, rank: int, folder: Path) -> tuple[torch.device, Sharding]:
+def joined(options: Options, rank: int, folder: Path) -> tuple[torch.device, Sharding]:
     """This process is a rank from now on."""
     import torch
 

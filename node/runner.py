@@ -122,6 +122,7 @@ class Runner:
     def _prepare(self, welcome: Welcome) -> None:
         """Task, model, strategy; nothing is downloaded before the layout was compared."""
         body: GenesisBody = welcome.body
+        self.genesis = body
         self.config: RunConfig = parse_config(body.config)
         self.peer_index = welcome.peer_index
         task = make_task(self.config.task, self.import_path, self.data)
