@@ -30,6 +30,11 @@ class HttpAddress(NamedTuple):
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
+    def url(self) -> str:
+        """As it can be typed into a browser."""
+        anywhere = self.host in {"0.0.0.0", "::"}
+        return f"http://{self._replace(host=socket.gethostname()) if anywhere else self}"
+
 
 def listen_address(host: str, port: int) -> str:
     """The multiaddr to listen on. Raises ConfigError for a host that is no IP address, or a bad port."""

@@ -182,6 +182,10 @@ class CoordinatorServer:
         except OSError:
             return None
 
+    def look(self, since: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """For the page: how things are, and the points of its charts that have changed since that stamp."""
+        return self.service.overview(time.monotonic()), self.service.trend(since)
+
     async def _listen(self) -> None:
         self._p2p = await self._start_place(
             self._key, host=self._host_ip, port=self._port, announce=self._announce

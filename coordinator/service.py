@@ -453,7 +453,8 @@ class Service:
             text = f"round {report.round}: the replica of {self._short(index)} differs from that of {names}"
             log.error("%s", text)
             self._broadcast(Notice(text=text, warning=True))
-            told = f"{self._short(index)} differs from {names}"[:200]
+            told = ", ".join(self._called(peer) for peer in sorted(differ)[:4])
+            told = f"round {report.round}: {self._called(index)} differs from {told}"
             self._chronicle.happened(self._wall_ms(), "differs", told)
 
     # ------------------------------------------------------------------------------- members and sending
@@ -465,7 +466,7 @@ class Service:
             if became.cause is not None:
                 self._tally.left[became.cause] += 1
             if (kind := _kind(became)) is not None:
-                self._chronicle.happened(self._wall_ms(), kind, self._short(peer))
+                self._chronicle.happened(self._wall_ms(), kind, self._called(peer))
             if became.state is m.PeerState.TRAINING:
                 self._handle_round(r.PeerTrains(peer), now_s)
             else:
@@ -501,6 +502,10 @@ class Service:
             return
         awaited = set(self._members.training()) - self._reports.acknowledged
         self.finished = not awaited or now_s >= self._over_s + FAREWELL_S
+
+    def _called(self, index: int) -> str:
+        """As the page calls it."""
+        return f"peer {index} …{self._ledger.peer_id(index)[-6:]}"
 
     def _short(self, index: int) -> str:
         peer_id = self._ledger.peer_id(index)

@@ -122,7 +122,8 @@ class Trend:
 
     def _halve(self) -> None:
         self._rows = [[sum(pair) for pair in zip(*rows, strict=True)] for rows in _pairs(self._rows)]
-        self._stamps = [max(stamps) for stamps in _pairs(self._stamps)]
+        self.stamp += 1  # a point is another one now, for whoever has seen it
+        self._stamps = [self.stamp if any(stamps) else 0 for stamps in _pairs(self._stamps)]
         self.width *= 2
 
 

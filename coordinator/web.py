@@ -5,14 +5,13 @@ Neither a scrape nor a browser ever runs in the loop that serves the swarm, or i
 
 from __future__ import annotations
 
-import hmac
-import ipaddress
+import asyncio
 import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -23,16 +22,14 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.access import OnlyWithToken, is_loopback
 from thinwire.coordinator.addresses import HttpAddress
 from thinwire.coordinator.metrics import Shown
 
 log = logging.getLogger("thinwire.http")
-
-OPEN_PATHS: Final = frozenset({"/healthz", "/readyz"})
-"""What a container's supervisor asks for knows no token."""
 
 _MAX_CONNECTIONS: Final = 256
 _END_S: Final = 5.0
@@ -61,14 +58,14 @@ def serve_http(routes: Sequence[BaseRoute], address: HttpAddress) -> Iterator[in
     port = int(listening.getsockname()[1])
     middleware = [Middleware(GZipMiddleware, minimum_size=1000)]
     if address.token is not None:
-        middleware.insert(0, Middleware(_OnlyWithToken, token=address.token))
+        middleware.insert(0, Middleware(OnlyWithToken, token=address.token))
     elif not is_loopback(address.host):
         log.warning("--http %s: whoever reaches this port may read; --http-token protects it", address)
     server = uvicorn.Server(
         uvicorn.Config(
             Starlette(routes=list(routes), middleware=middleware),
             loop="asyncio",
-            http="h11",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -89,15 +86,6 @@ def serve_http(routes: Sequence[BaseRoute], address: HttpAddress) -> Iterator[in
         listening.close()
 
 
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _listen(address: HttpAddress) -> socket.socket:
     """Connections are taken from now on, and answered once the server runs."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
@@ -110,17 +98,9 @@ def _listen(address: HttpAddress) -> socket.socket:
         ) from e
 
 
-class _OnlyWithToken:
-    """Whoever shows it as `Authorization: Bearer TOKEN` may come in."""
+class _Protocol(H11Protocol):
+    """Lets an application cut the connection that it answers: `scope["state"]["abort"]`."""
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._expected = app, f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            shown = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(shown, self._expected):
-                headers = {"www-authenticate": "Bearer"}
-                await PlainTextResponse("a token is needed\n", 401, headers)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.app_state: dict[str, Any] = {**self.app_state, "abort": transport.abort}

@@ -22,6 +22,7 @@ from thinwire.node.genesis import make_genesis, public_config
 from thinwire.node.tasks import Task, make_task
 
 if TYPE_CHECKING:
+    from thinwire.coordinator.page import Page
     from thinwire.node.cli import Stop
 
 log = logging.getLogger("thinwire.coordinator")
@@ -90,17 +91,17 @@ async def _serve(
     server: CoordinatorServer, folder: Path, ticket_file: Path | None, http: HttpAddress | None, stop: Stop
 ) -> None:
     loop = asyncio.get_running_loop()
+    page: Page | None = None
     stopped = asyncio.Event()
     stop.on_stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
     with ExitStack() as stack:
         try:
             if http is not None:
-                from thinwire.coordinator.gateway import coordinator_routes
-                from thinwire.coordinator.web import serve_http
+                from thinwire.coordinator.page import serve_coordinator
 
-                port = stack.enter_context(serve_http(coordinator_routes(server, loop), http))
+                page, port = stack.enter_context(serve_coordinator(server, loop, http))
                 server.http = http._replace(port=port)
-                log.info("http://%s serves /metrics, /sd, /healthz", server.http)
+                log.info("the swarm's page: %s (and /metrics, /sd, /healthz)", server.http.url())
             await server.start()
             if ticket_file is not None:
                 _write_ticket(ticket_file, server.ticket.line())
@@ -112,6 +113,8 @@ async def _serve(
             leave.cancel()
             if finished.done():
                 finished.result()
+                if page is not None:
+                    page.farewell()
                 write_aside(folder / "result.json", json.dumps(server.status()).encode())
                 log.info("the run is over after round %d", server.ledger.head_round)
             finished.cancel()

@@ -75,7 +75,7 @@ def test_stopped_or_killed_it_leaves_nothing_running(thinwire: Start, number: si
         http = f"127.0.0.1:{free.getsockname()[1]}"
     program = thinwire("demo", "--peers", "2", "--rounds", "500", "--http", http)
     program.wait_for("round 1", 60)
-    assert f"http://{http} serves /metrics" in program.stderr()
+    assert f"The swarm's page: http://{http} " in program.stderr()
     seen = {}
     for path in ("metrics", "sd", "healthz"):
         with urllib.request.urlopen(f"http://{http}/{path}", timeout=20) as answer:

@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.prometheus import value
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator import inquiries
+from thinwire.coordinator.access import is_loopback
 from thinwire.coordinator.addresses import HttpAddress
-from thinwire.coordinator.gateway import coordinator_routes
 from thinwire.coordinator.identity import save
 from thinwire.coordinator.inquiries import Inquiries, Unanswered, packed, unpacked
 from thinwire.coordinator.messages import (
@@ -33,9 +33,10 @@ from thinwire.coordinator.messages import (
     Metrics,
     NodeState,
 )
+from thinwire.coordinator.page import serve_coordinator
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.streams import BadFrame
-from thinwire.coordinator.web import is_loopback, metrics_routes, serve_http
+from thinwire.coordinator.web import metrics_routes, serve_http
 from thinwire.node.link_hivemind import HivemindLink
 from thinwire.node.metrics import NodeMetrics
 
@@ -194,8 +195,8 @@ class Served:
         save(key, state / "key")
         self._folder, self._stack = folder, stack
         self.coordinator = stack.enter_context(ServerThread(state, genesis))
-        routes = coordinator_routes(self.coordinator.server, self.coordinator.loop)
-        self.port = stack.enter_context(serve_http(routes, HttpAddress("127.0.0.1", 0)))
+        server, loop, address = self.coordinator.server, self.coordinator.loop, HttpAddress("127.0.0.1", 0)
+        _, self.port = stack.enter_context(serve_coordinator(server, loop, address))
 
     def node(self, name: str, metrics: Callable[[], bytes] = bytes, is_open: bool = True) -> HivemindLink:
         link = HivemindLink(
