@@ -167,6 +167,9 @@ class Join:
     without it."""
     http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
     """Whoever asks must show it (Authorization: Bearer TOKEN). Default: $THINWIRE_HTTP_TOKEN, or none"""
+    track: UseAppendAction[tuple[Literal["tensorboard", "wandb"], ...]] = ()
+    """Records of this node's rounds for TensorBoard (in its state folder) or Weights & Biases, too; may be
+    repeated. JSON lines are always there: track.jsonl."""
     save: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the trained weights here (safetensors) after the last round."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -197,6 +200,7 @@ class Join:
                     activation_checkpointing=self.activation_checkpointing,
                     cpu_offload=self.cpu_offload,
                     restart=self.restart,
+                    track=self.track,
                 ),
                 stop,
             )
@@ -431,6 +435,80 @@ class Compare:
 
 
 @dataclass
+class Ray:
+    """Train on a Ray cluster: coordinator and peers are actors, a placement group for each peer. Connects to
+    the cluster of this machine, or starts one for this run alone.
+
+    thinwire and its extra [ray] must be installed on every machine of the cluster. Ctrl-C leaves cleanly; the
+    same command continues the run from its state folder. Prints the folder of the trained weights.
+    """
+
+    run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
+    peers: Annotated[int | None, arg(metavar="N")] = None
+    """Peers of the same kind. Default: 2, or those of --peer."""
+    gpus_per_peer: Annotated[int, arg(metavar="N")] = 0
+    """Each with a rank of its own, all on one machine. Default: peers train on CPUs."""
+    cpus_per_peer: Annotated[float | None, arg(metavar="N")] = None
+    """Default: 1 for each rank. On a small machine less than 1 lets more peers share it."""
+    ranks_per_peer: Annotated[int | None, arg(metavar="N")] = None
+    """Processes among which a peer's model is sharded. Default: one for each GPU, or 1."""
+    accelerator_type: Annotated[str | None, arg(metavar="TYPE")] = None
+    """As Ray calls it: H100, A100, L4, T4, ..."""
+    peer: UseAppendAction[tuple[str, ...]] = ()
+    """More peers of another kind, COUNT:gpus=N,type=NAME,cpus=N,ranks=N; may be repeated."""
+    address: Annotated[str | None, arg(metavar="ADDRESS")] = None
+    """auto, HOST:PORT, or local for a cluster of this command's own. Default: $RAY_ADDRESS, else auto, else
+    local."""
+    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where the coordinator keeps the ledger, on this machine. Default: ./NAME-ray"""
+    node_state: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where peers keep snapshots, on their machines; a shared folder where machines come and go. Default:
+    ~/.local/state/thinwire/ray"""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR")] = None
+    """Where the trained weights go. Default: weights in the state folder"""
+    rounds: Annotated[int | None, arg(metavar="N")] = None
+    """Instead of run.rounds."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """section.key=value, instead of what the file says; may be repeated."""
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """A task of your own, importable here and on every machine of the cluster."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of local work; see thinwire join."""
+    wait: Annotated[float | None, arg(metavar="SECONDS")] = None
+    """For room in a cluster that grows by itself. Default: 20, and none if it is too small."""
+    restarts: Annotated[int, arg(metavar="N")] = 10
+    """How often the actor of a peer is started again after it died; -1: always."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object with the result on stdout."""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Show the logs of the actors, too."""
+
+    def run(self) -> int:
+        from thinwire.node.ray_command import Asked, ray_command
+
+        kinds = (self.gpus_per_peer, self.cpus_per_peer, self.ranks_per_peer, self.accelerator_type)
+        rounds = {} if self.rounds is None else {"run.rounds": self.rounds}
+        with stop_on_signals() as stop:
+            ray_command(
+                self.run_file,
+                Asked(self.peers, *kinds, self.peer),
+                overrides={**rounds, **_overrides(self.set)},
+                as_json=self.json,
+                stop=stop,
+                address=self.address,
+                state=self.state,
+                node_state=self.node_state,
+                output=self.output,
+                task=self.task,
+                precision=self.precision,
+                wait_s=self.wait,
+                restarts=self.restarts,
+                verbose=self.verbose,
+            )
+        return 128 + stop.signal if stop.signal else 0
+
+
+@dataclass
 class Bench:
     """Measure speed and memory, as ratios to a baseline and to the copy bandwidth of this machine."""
 
@@ -469,6 +547,7 @@ Command = Annotated[
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Monitor, tyro.conf.subcommand("monitor")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Ray, tyro.conf.subcommand("ray")]
     | Annotated[Bench, tyro.conf.subcommand("bench")],
     None,
 ]
