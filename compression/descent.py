@@ -34,7 +34,7 @@ def descend(
 
     `target`: contiguous flat float32, `part.n_local` elements. One rounding per operation: no fused forms.
     """
-    if isinstance(compressor, Sparse) and compressor.has_kernel(target, part.shape):
+    if isinstance(compressor, Sparse) and compressor.has_kernel(target):
         compressor.descend(target, packs, weights, part, step)
         return
     with exact_arithmetic():

@@ -166,14 +166,17 @@ class Sparse(ABC):
     def _selected(self, x: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
         """Which coefficients are sent, rising, and their values, a few groups at a time."""
         groups = self.groups(shape)
-        if isinstance(groups, Flat) and use_numba(x):
-            from thinwire.compression import sparse_cpu
+        if use_numba(x):
+            from thinwire.compression import sparse_cpu, tiles_cpu
 
             row = x.float().contiguous()
             for slab in groups.slabs(at_once=16 * SLAB):
-                first = slab.first * self.group_size
-                elements = row[first : first + slab.n_groups * slab.length]
-                index_GK, value_GK, top = sparse_cpu.largest(elements, slab, self.transforms)
+                if isinstance(groups, Tiles):
+                    index_GK, value_GK, top = tiles_cpu.largest(row, groups, slab)
+                else:
+                    first = slab.first * self.group_size
+                    elements = row[first : first + slab.n_groups * slab.length]
+                    index_GK, value_GK, top = sparse_cpu.largest(elements, slab, self.transforms)
                 check_sendable(torch.tensor(top))
                 yield index_GK, value_GK
             return
@@ -222,7 +225,7 @@ class Sparse(ABC):
         """Weighted mean of the coefficients in order, then the inverse per group. On the CPU."""
         rounded, inverse = mean_weights(weights)
         out = torch.empty(part.n_local, dtype=torch.float32)
-        if use_numba(out) and self.has_kernel(out, part.shape):
+        if use_numba(out):
             from thinwire.compression import sparse_cpu
 
             sparse_cpu.decode(out, part.start, self._mean(packs, rounded, inverse, part.shape))
@@ -235,9 +238,9 @@ class Sparse(ABC):
                 groups.write(self.inverse(mean_GC, part.shape), slab, part, out)
         return out
 
-    def has_kernel(self, target: Tensor, shape: tuple[int, ...]) -> bool:
+    def has_kernel(self, target: Tensor) -> bool:
         """Whether `descend` can be used."""
-        return isinstance(self.groups(shape), Flat) and kernels_for(target) != "torch"
+        return kernels_for(target) != "torch"
 
     def descend(
         self, target: Tensor, packs: Sequence[Packed], weights: Sequence[float], part: Part, step: Step
@@ -272,6 +275,7 @@ class Sparse(ABC):
             size=self.group_size,
             n_coefficients=self.n_coefficients,
             transforms=self.transforms,
+            tiles=groups if isinstance(groups := self.groups(shape), Tiles) else None,
         )
 
     def _sum(self, shares: Sequence[Entries], weights: Sequence[float], slab: Slab) -> Array:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from thinwire.compression.descent import Step
     from thinwire.compression.groups import Slab
     from thinwire.compression.sparse import Entries
+    from thinwire.compression.tiles import Tiles
 
 Array = Any
 """A numpy array inside a kernel; numba finds the types."""
@@ -39,7 +40,7 @@ _SLICES: Final = 4  # of a column of a panel: blocks of 16 coefficients in a row
 _BLOCK: Final = N // _SLICES
 _FOUR_OCTAVES: Final = 4 << 23
 
-_POWERS: Final = (np.arange(256, dtype=np.uint32) << np.uint32(23)).view(np.float32)  # by biased exponent
+POWERS: Final = (np.arange(256, dtype=np.uint32) << np.uint32(23)).view(np.float32)  # by biased exponent
 _ROUNDER: Final = np.float32(ROUNDER)
 _INVERSE_SCALE: Final = np.float32(INVERSE_SCALE)
 _ZERO: Final = np.float32(0.0)
@@ -100,9 +101,9 @@ def _largest(
             for b in range(blocks.size):
                 top = max(top, blocks[b])
             # k blocks have a maximum of at least that much, so k coefficients are.
-            enough = _threshold(blocks, blocks.size, k) if k <= blocks.size else np.int32(0)
+            enough = threshold(blocks, blocks.size, k) if k <= blocks.size else np.int32(0)
             n = _candidates(bits, blocks, c0, enough, candidates, where)
-            _choose(candidates, where, n, k, index_GK[g + h])
+            choose(candidates, where, n, k, index_GK[g + h])
             for e in range(k):
                 i = index_GK[g + h, e]
                 value_GK[g + h, e] = coefficients[_place(c0 + i // N) + i % N * N]
@@ -164,9 +165,9 @@ def _candidates(
 
 
 @numba.njit(inline="always")
-def _choose(candidates: Array, where: Array, n: int, k: int, out: Array) -> None:
+def choose(candidates: Array, where: Array, n: int, k: int, out: Array) -> None:
     """Where the k largest are; of equal ones the first."""
-    least = _threshold(candidates, n, k)
+    least = threshold(candidates, n, k)
     n_equal = k - _count(candidates, n, np.int32(least + 1))
     e = 0
     for i in range(n):
@@ -180,7 +181,7 @@ def _choose(candidates: Array, where: Array, n: int, k: int, out: Array) -> None
 
 
 @numba.njit(nogil=True)
-def _threshold(magnitudes: Array, n: int, k: int) -> Any:
+def threshold(magnitudes: Array, n: int, k: int) -> Any:
     """A value that k of them, or equal ones more, reach. By bisection: counting takes a vector at a time."""
     top = 0
     for i in range(n):
@@ -233,7 +234,7 @@ def _spread(
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A weighted mean of W packs of flat groups. Their entries stand one after another; group g of pack w has
+    """A weighted mean of W packs. Their entries stand one after another; group g of pack w has
     [offset_WG[w, g], offset_WG[w, g + 1])."""
 
     position_E: Array  # int64: group * coefficients of a full group + index
@@ -245,6 +246,7 @@ class Mean:
     size: int  # of a full group
     n_coefficients: int  # of a full group
     transforms: bool
+    tiles: Tiles | None  # instead of flat groups
 
 
 def joined(shares: Sequence[Entries]) -> tuple[Array, Array, Array]:
@@ -322,11 +324,16 @@ _PLAIN, _VALUES, _SIGNS = range(3)  # what becomes of decoded values
 def _run(target: Tensor, start: int, mean: Mean, how: int, decay: float, scale: float) -> None:
     """`target`: contiguous flat float32 on the CPU."""
     y, m = target.detach().numpy(), mean
+    if m.tiles is not None:
+        from thinwire.compression import tiles_cpu
+
+        tiles_cpu.run(y, start, m, m.tiles, how, decay, scale)
+        return
     factors = np.float32(decay), np.float32(scale)
 
     def run(first: int, last: int) -> Any:
         return _groups(
-            *(y, start, m.position_E, m.value_E, m.offset_WG, m.weight_W, m.inverse, INTEGER_BASIS, _POWERS),
+            *(y, start, m.position_E, m.value_E, m.offset_WG, m.weight_W, m.inverse, INTEGER_BASIS, POWERS),
             *(m.n, m.size, m.n_coefficients, m.transforms, how, *factors, first, last),
         )
 
@@ -367,7 +374,10 @@ def _groups(
                         x[i] = sums[i] * inverse
                         sums[i] = 0
         a, b = max(g * size, start), min(g * size + length, start + y.size)
-        _finish(y[a - start : b - start], x[a - g * size : b - g * size], transform, down, how, decay, scale)
+        here_x = x[a - g * size : b - g * size]
+        if transform:
+            _scale(here_x, down)
+        finish(y[a - start : b - start], here_x, how, decay, scale)
     return True
 
 
@@ -396,20 +406,20 @@ def _add_coefficients(
 
 
 @numba.njit(inline="always")
-def _finish(y: Array, x: Array, transform: bool, down: Word, how: int, decay: Word, scale: Word) -> None:
-    """From the sums to the target, one rounding per operation. Adding 0 makes 0 of -0."""
-    if transform:
-        for i in range(x.size):
-            x[i] = x[i] * down * _INVERSE_SCALE + _ZERO
-    else:
-        for i in range(x.size):
-            x[i] = x[i] + _ZERO
+def _scale(x: Array, down: Word) -> None:
+    for i in range(x.size):
+        x[i] = x[i] * down * _INVERSE_SCALE
+
+
+@numba.njit(inline="always")
+def finish(y: Array, x: Array, how: int, decay: Word, scale: Word) -> None:
+    """From decoded values to the target, one rounding per operation. Adding 0 makes 0 of -0."""
     if how == _PLAIN:
         for i in range(y.size):
-            y[i] = x[i]
+            y[i] = x[i] + _ZERO
     elif how == _VALUES:
         for i in range(y.size):
-            y[i] = y[i] * decay - x[i] * scale
+            y[i] = y[i] * decay - (x[i] + _ZERO) * scale
     else:
         for i in range(y.size):
             sign = np.float32(x[i] > _ZERO) - np.float32(x[i] < _ZERO)

@@ -39,13 +39,14 @@ class Tiles:
     def n_groups(self) -> int:
         return self.n_wide * -(-self.rows // self.side)
 
-    def slabs(self, start: int = 0, stop: int | None = None) -> Iterator[Slab]:
-        """The tiles of the rows of tiles that overlap the flattened elements [start, stop)."""
+    def slabs(self, start: int = 0, stop: int | None = None, at_once: int = SLAB) -> Iterator[Slab]:
+        """The tiles of the rows of tiles that overlap the flattened elements [start, stop), equal ones
+        together, `at_once` elements."""
         stop = self.rows * self.columns if stop is None else stop
         tall = self.side * self.columns  # elements of a row of tiles
         first, last = start // tall, -(-stop // tall)
         n_full_high, n_full_wide = self.rows // self.side, self.columns // self.side
-        step = max(1, SLAB // self.side**2)
+        step = max(1, at_once // self.side**2)
         if n_full_wide < self.n_wide or step < self.n_wide:
             for r in range(first, last):
                 for c in range(0, n_full_wide, step):
