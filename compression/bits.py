@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from thinwire.compression.noise import use_numba
+from thinwire.compression.noise import kernels_for, use_numba
 
 MAX_WIDTH: Final = 32
 _CHUNK: Final = 1 << 16  # values at a time, a multiple of 8: scratch of a few MB, and they begin with a byte
@@ -23,6 +23,10 @@ def n_bytes(n: int, width: int) -> int:
 def pack_bits(values: Tensor, width: int) -> Tensor:
     """1-d integers in [0, 2^width), 1 <= width <= 32, to uint8; the last byte is filled up with zero bits."""
     _check_width(width)
+    if kernels_for(values) == "triton":
+        from thinwire.compression import bits_triton
+
+        return bits_triton.pack(values, width).cpu()
     on_cpu = values.cpu()
     numbers = on_cpu.numpy().astype(np.int64, copy=False)
     if use_numba(on_cpu):
@@ -48,6 +52,10 @@ def unpack_bits(data: Tensor, width: int, n: int) -> Tensor:
     _check_width(width)
     if data.numel() < n_bytes(n, width):
         raise ValueError(f"{data.numel()} bytes do not hold {n} values of {width} bits")
+    if kernels_for(data) == "triton":
+        from thinwire.compression import bits_triton
+
+        return bits_triton.unpack(data.contiguous(), width, n).cpu()
     on_cpu = data.cpu()
     octets = on_cpu.numpy()
     out = np.empty(n, dtype=np.int64)

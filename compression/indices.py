@@ -42,6 +42,11 @@ class Most:
 class IndexCoder(Protocol):
     """E entries in all, n_sent_G of them per group. Indices rise within a group; values are integers."""
 
+    @property
+    def width(self) -> int:
+        """Bits of the code that each entry has."""
+        ...
+
     def max_bytes(self, most: Most) -> int: ...
 
     def pack(self, index_E: Tensor, value_E: Tensor, n_sent_G: Array, most: Most) -> Tensor:

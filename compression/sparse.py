@@ -149,6 +149,13 @@ class Sparse(ABC):
     def pack(self, x: Tensor, part: Part, turn: Turn) -> Packed:
         """Raises ValueError for a part of a parameter, and for values that are not finite or too large."""
         refuse_part(part)
+        if kernels_for(x) == "triton":
+            from thinwire.compression import pack_triton
+
+            if pack_triton.takes(self, part.shape):
+                row = x.detach().float().contiguous()
+                (packed,) = pack_triton.Sent(self, [pack_triton.Source(part.shape, row)]).packs()
+                return packed
         scales: list[Tensor] = [torch.empty(0, dtype=torch.bfloat16)]
         indices: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
         codes: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
@@ -248,8 +255,9 @@ class Sparse(ABC):
         """See `descent.descend`."""
         if kernels_for(target) == "triton":
             from thinwire.compression import sparse_triton
+            from thinwire.compression.descent import Target
 
-            sparse_triton.descend(self, target, packs, weights, part, step)
+            sparse_triton.descend(self, [Target(target.detach(), part, packs, step)], weights)
             return
         from thinwire.compression import sparse_cpu
 

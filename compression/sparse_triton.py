@@ -1,17 +1,17 @@
-"""The Triton kernel of `descent` for flat groups: decoded values meet the target in one pass over it.
+"""The Triton kernel of `descent`: decoded values meet their targets in one pass over them, all parameters in
+one launch.
 
 A program takes one group after another. It adds up the group's coefficients in a row of scratch memory, peer
-by peer, brings them to integers, multiplies them by the integer basis and takes the step; then it clears what
-it has written to. The rows of all programs fit into the GPU's cache, and a launch moves the target once and
-every peer's entries.
+by peer, reading them out of the packed bytes; brings them to integers, multiplies them by the integer basis
+and takes the step; then it clears what it has written to. The rows of all programs fit into the GPU's cache,
+and a launch moves the targets once and every peer's bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from math import prod
-from typing import TYPE_CHECKING, Final
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -20,72 +20,97 @@ import triton.language as tl
 from torch import Tensor
 
 from thinwire.compression import dct
-from thinwire.compression.base import Packed, Part
-from thinwire.compression.noise_triton import EXACT, on_device
+from thinwire.compression.bits_triton import bits_at
+from thinwire.compression.exact import to_float32
+from thinwire.compression.indices_triton import chart, uploaded
 from thinwire.compression.reduce import mean_weights
+from thinwire.compression.tables_triton import (
+    EXACT,
+    floats,
+    high_float,
+    low_float,
+    on_device,
+    owners,
+    pointer,
+    table,
+    upload,
+)
+from thinwire.compression.tiles import Tiles
+from thinwire.compression.values_triton import number_of, value_of
 
 if TYPE_CHECKING:
-    from thinwire.compression.descent import Step
+    from thinwire.compression.descent import Target
     from thinwire.compression.sparse import Sparse
 
 _PROGRAMS_PER_PROCESSOR: Final = 4
 _N: Final = tl.constexpr(dct.N)
+_HALF: Final = tl.constexpr(dct.N // 2)
 _TOP_BIT: Final = tl.constexpr(dct.TOP_BIT)
 _SMALLEST: Final = tl.constexpr(dct.SMALLEST)
 _ROUNDER: Final = tl.constexpr(dct.ROUNDER)
 _INVERSE_SCALE: Final = tl.constexpr(dct.INVERSE_SCALE)
 
 
-def descend(
-    compressor: Sparse,
-    target: Tensor,
-    packs: Sequence[Packed],
-    weights: Sequence[float],
-    part: Part,
-    step: Step,
+def descend(compressor: Sparse, targets: Sequence[Target], weights: Sequence[float]) -> None:
+    """As `descent.descend_all`, for targets of one device. The packs were checked."""
+    mean = mean_weights(weights)
+    alike: dict[tuple[int, bool], list[Target]] = {}
+    for t in targets:
+        if t.x.numel():
+            groups = compressor.groups(t.part.shape)
+            side = groups.side if isinstance(groups, Tiles) else 0
+            alike.setdefault((side, t.step.sign), []).append(t)
+    for (side, sign), some in alike.items():
+        with on_device(some[0].x):
+            _launch(compressor, some, *mean, side, sign)
+
+
+def _launch(
+    compressor: Sparse, targets: Sequence[Target], weights: list[float], inverse: float, side: int, sign: bool
 ) -> None:
-    """As `descent.descend`. `target`: contiguous flat float32; the groups are `Flat`."""
-    rounded, inverse = mean_weights(weights)
-    if not target.numel():
-        return
-    size, device = compressor.group_size, target.device
-    first, last = part.start // size, -(-part.stop // size)
-    position_E, value_E, offset_WG = _entries(compressor, packs, part, first, last)
-    n_programs = min(last - first, _PROGRAMS_PER_PROCESSOR * _n_processors(device))
-    with on_device(target):
-        _descend[(n_programs,)](
-            target.detach(),
-            torch.zeros(n_programs * compressor.n_coefficients, dtype=torch.float32, device=device),
-            *(position_E.to(device), value_E.to(device), offset_WG.to(device)),
-            torch.tensor(rounded, dtype=torch.float32).to(device),
-            dct.integer_basis(device),
-            *(len(packs), inverse, step.decay, step.scale, part.start, part.stop, first, last),
-            *(prod(part.shape), size, compressor.n_coefficients),
-            TRANSFORMS=compressor.transforms,
-            SIGN=step.sign,
-            CHUNKS=min(64, max(16, triton.next_power_of_2(-(-size // dct.N)))),
-            ENTRIES=min(256, max(16, triton.next_power_of_2(compressor.k))),
-            num_warps=8,
-            **EXACT,
-        )
+    """`side`: of tiles; 0 for flat groups."""
+    device, size = targets[0].x.device, compressor.group_size
+    places = chart(compressor, tuple(t.part.shape for t in targets), device)
+    codes = uploaded(compressor, [t.packs for t in targets], places, device)
+    rows, n_items = _table(compressor, targets, places.first_P)
+    n_programs = min(int(n_items.sum()), _PROGRAMS_PER_PROCESSOR * _n_processors(device))
+    _descend[(n_programs,)](
+        *(table(rows, device), owners(n_items, device)),
+        torch.zeros(n_programs * compressor.n_coefficients, dtype=torch.float32, device=device),
+        *(codes.octets, codes.bit_WP, codes.scale_WG, codes.end_WG1, places.first),
+        upload(torch.tensor(weights, dtype=torch.float32), device),
+        tile_basis(device, side) if side else inverse_halves(device),
+        *(len(weights), len(targets), int(places.first_P[-1]), int(n_items.sum()), codes.octets.numel()),
+        *(inverse, to_float32(2.0 / (max(1, side) * 127.0 * 127.0)), size, compressor.n_coefficients),
+        FORMAT=number_of(compressor.format),
+        WIDTH=codes.width,
+        INDEX_BITS=compressor.index_bits,
+        TRANSFORMS=compressor.transforms,
+        SIGN=sign,
+        SIDE=side,
+        CHUNKS=min(64, max(16, triton.next_power_of_2(-(-size // dct.N)))),
+        ENTRIES=min(256, max(16, triton.next_power_of_2(compressor.k))),
+        num_warps=8,
+        **EXACT,
+    )
 
 
-def _entries(
-    compressor: Sparse, packs: Sequence[Packed], part: Part, first: int, last: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the groups [first, last): positions and values of the entries, pack after pack. Group g of pack w
-    has the entries [offset[w, g - first], offset[w, g - first + 1])."""
-    positions, values, offsets, before = [], [], [], 0
-    for packed in packs:
-        entries = compressor.entries(packed, Part.whole(part.shape))
-        begin, end = int(entries.offsets[first]), int(entries.offsets[last])
-        positions.append(entries.position_E[begin:end])
-        values.append(entries.value_E[begin:end])
-        offsets.append(entries.offsets[first : last + 1] + (before - begin))
-        before += end - begin
-    rows = np.concatenate(positions), np.concatenate(values), np.stack(offsets)
-    position_E, value_E, offset_WG = map(torch.from_numpy, rows)
-    return position_E, value_E, offset_WG
+def _table(compressor: Sparse, targets: Sequence[Target], first_P: Any) -> tuple[Any, Any]:
+    """Of every target: address, part, shape (as a matrix for tiles), factors, the first item of its work, the
+    group that this is, of its own and of all. And how many items it has: the groups that overlap the part."""
+    rows, at = [], 0
+    for t, first in zip(targets, first_P.tolist(), strict=False):
+        groups = compressor.groups(t.part.shape)
+        shape = (groups.rows, groups.columns) if isinstance(groups, Tiles) else (t.part.n_global, 1)
+        tall, wide = compressor.group_size, 1
+        if isinstance(groups, Tiles):
+            tall, wide = groups.side * groups.columns, groups.n_wide
+        begin, end = t.part.start // tall * wide, -(-t.part.stop // tall) * wide
+        factors = int(floats(np.array(t.step.decay), np.array(t.step.scale)))
+        rows.append([t.x.data_ptr(), t.part.start, t.part.stop, *shape, factors, at, begin, first + begin])
+        at += end - begin
+    n_items = np.diff([*(row[6] for row in rows), at])
+    return np.array(rows, dtype=np.int64), n_items
 
 
 @lru_cache
@@ -93,92 +118,204 @@ def _n_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@triton.jit(do_not_specialize=["n_peers", "start", "stop", "first", "last"])
+@cache
+def inverse_halves(device: torch.device) -> Tensor:
+    """float32 (2, 32, 32) of integers: [h, m, j] is element j of the basis vector 2 m + h. Its element 63 - j
+    is the same, or for odd vectors the same with the other sign: half of the products are enough."""
+    half = dct.integer_basis(device)[:, : dct.N // 2]
+    return torch.stack([half[0::2], half[1::2]]).contiguous()
+
+
+@cache
+def tile_basis(device: torch.device, side: int) -> Tensor:
+    """float32 (n, n): the integer basis; where products need more, filled up with zeros."""
+    n = max(16, side)
+    basis = torch.zeros(n, n, device=device)
+    basis[:side, :side] = dct.integer_basis(device, side)
+    return basis
+
+
+@triton.jit(do_not_specialize=["n_peers", "n_params", "n_groups", "n_items", "n_octets"])
 def _descend(
-    y: tl.tensor, scratch: tl.tensor, position_E: tl.tensor, value_E: tl.tensor, offset_WG: tl.tensor,
-    weight_W: tl.tensor, basis: tl.tensor, n_peers: tl.tensor, inverse: tl.tensor, decay: tl.tensor,
-    scale: tl.tensor, start: tl.tensor, stop: tl.tensor, first: tl.tensor, last: tl.tensor, n: tl.tensor,
-    size: tl.tensor, n_coefficients: tl.tensor, TRANSFORMS: tl.constexpr, SIGN: tl.constexpr,
-    CHUNKS: tl.constexpr, ENTRIES: tl.constexpr,
+    rows: tl.tensor, owner: tl.tensor, scratch: tl.tensor, octets: tl.tensor, bit_WP: tl.tensor,
+    scale_WG: tl.tensor, end_WG1: tl.tensor, first_P: tl.tensor, weight_W: tl.tensor, basis: tl.tensor,
+    n_peers: tl.tensor, n_params: tl.tensor, n_groups: tl.tensor, n_items: tl.tensor, n_octets: tl.tensor,
+    inverse: tl.tensor, tile_scale: tl.tensor, size: tl.tensor, n_coefficients: tl.tensor,
+    FORMAT: tl.constexpr, WIDTH: tl.constexpr, INDEX_BITS: tl.constexpr, TRANSFORMS: tl.constexpr,
+    SIGN: tl.constexpr, SIDE: tl.constexpr, CHUNKS: tl.constexpr, ENTRIES: tl.constexpr,
 ) -> None:  # fmt: skip
-    """`y` holds the elements [start, stop) of n; they lie in the groups [first, last)."""
+    """Groups of all targets are items, one after another; `_table` has the columns of `rows`."""
     program = tl.program_id(0)
     sums = scratch + program.to(tl.int64) * n_coefficients
-    row, column = tl.arange(0, CHUNKS)[:, None], tl.arange(0, _N)[None, :]
-    square = tl.load(basis + tl.arange(0, _N)[:, None] * _N + column)
     entry = tl.arange(0, ENTRIES)
-    n_groups = last - first
-    for g in range(first + program, last, tl.num_programs(0)):
-        group = tl.zeros((), tl.int64) + g
-        here = group * n_coefficients
-        offsets = offset_WG + (g - first)
-        length = tl.minimum(size, n - group * size)
+    for item in range(program, n_items, tl.num_programs(0)):
+        p = tl.load(owner + item).to(tl.int64)
+        row = rows + 9 * p
+        y = pointer(tl.load(row), tl.float32)
+        start, stop, n, columns = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+        decay, scale = low_float(tl.load(row + 5)), high_float(tl.load(row + 5))
+        group = item - tl.load(row + 6) + tl.load(row + 7)
+        model_group = item - tl.load(row + 6) + tl.load(row + 8)
+        first_group = tl.load(first_P + p)
         for w in range(n_peers):
             weight = tl.load(weight_W + w)
-            begin, end = _range(offsets, w, n_groups)
-            for e in range(begin, end, ENTRIES):
-                i = tl.load(position_E + e + entry, mask=e + entry < end, other=here) - here
-                value = tl.load(value_E + e + entry, mask=e + entry < end)
-                total = tl.load(sums + i, mask=e + entry < end) + value * weight
-                tl.debug_barrier()  # few entries are read by several threads each, and written by one
-                tl.store(sums + i, total, mask=e + entry < end)
-            tl.debug_barrier()  # the next peer may have the same coefficients
-        up = inverse * 0
-        down = up
-        if TRANSFORMS:
-            largest = _largest(
-                sums, position_E, offsets, here, inverse, n_peers, last - first, entry, ENTRIES
+            bit, count, peer_scale = _stream(
+                bit_WP, scale_WG, end_WG1, w, p, n_params, n_groups, model_group, first_group, WIDTH
             )
-            exponent = largest.to(tl.int32, bitcast=True) >> 23  # biased, from the bits: log2 is inexact
-            up = _power_of_two(254 + _TOP_BIT - exponent, exponent)
-            down = _power_of_two(exponent - _TOP_BIT, exponent)
-        for chunk in range(0, tl.cdiv(length, _N), CHUNKS):
-            i = (chunk + row) * _N + column
-            mean = tl.load(sums + i, mask=i < n_coefficients, other=0.0) * inverse
-            x = mean
-            if TRANSFORMS:
-                integers = (mean * up + _ROUNDER) - _ROUNDER
-                x = tl.dot(integers, square, input_precision="ieee") * down * _INVERSE_SCALE
-            x = x + 0.0  # makes 0 of -0
-            if SIGN:
-                x = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
-            at = group * size + i
-            inside = (i < length) & (at >= start) & (at < stop)
-            before = tl.load(y + (at - start), mask=inside)
-            tl.store(y + (at - start), before * decay - x * scale, mask=inside)
+            for e in range(0, count, ENTRIES):
+                here = e + entry < count
+                code = bits_at(octets, bit + (e + entry) * WIDTH, here, n_octets, WIDTH)
+                i = _index(code, n_coefficients, INDEX_BITS)
+                value = value_of((code >> INDEX_BITS).to(tl.int32), peer_scale, FORMAT)
+                total = tl.load(sums + i, mask=here) + value * weight
+                tl.debug_barrier()  # few entries are read by several threads each, and written by one
+                tl.store(sums + i, total, mask=here)
+            tl.debug_barrier()  # the next peer may have the same coefficients
+        if TRANSFORMS:
+            largest = tl.zeros((ENTRIES,), tl.float32)
+            for w in range(n_peers):
+                bit, count, _ = _stream(
+                    bit_WP, scale_WG, end_WG1, w, p, n_params, n_groups, model_group, first_group, WIDTH
+                )
+                for e in range(0, count, ENTRIES):
+                    here = e + entry < count
+                    code = bits_at(octets, bit + (e + entry) * WIDTH, here, n_octets, WIDTH)
+                    i = _index(code, n_coefficients, INDEX_BITS)
+                    mean = tl.load(sums + i, mask=here, other=0.0) * inverse
+                    largest = tl.maximum(largest, tl.abs(mean))
+            up, down = powers(tl.max(largest))
+            if SIDE > 0:
+                _tile(
+                    y, sums, basis, inverse, up, down, tile_scale, group, n, columns, start, stop,
+                    decay, scale, SIGN, SIDE,
+                )  # fmt: skip
+            else:
+                _chunks(
+                    y, sums, basis, inverse, up, down, group, n, size, start, stop, decay, scale, SIGN, CHUNKS
+                )
+        else:
+            _elements(y, sums, inverse, group, n, size, start, stop, decay, scale, SIGN, CHUNKS)
         tl.debug_barrier()
         for w in range(n_peers):
-            begin, end = _range(offsets, w, n_groups)
-            for e in range(begin, end, ENTRIES):
-                i = tl.load(position_E + e + entry, mask=e + entry < end, other=here) - here
-                tl.store(sums + i, tl.zeros((ENTRIES,), tl.float32), mask=e + entry < end)
+            bit, count, _ = _stream(
+                bit_WP, scale_WG, end_WG1, w, p, n_params, n_groups, model_group, first_group, WIDTH
+            )
+            for e in range(0, count, ENTRIES):
+                here = e + entry < count
+                code = bits_at(octets, bit + (e + entry) * WIDTH, here, n_octets, WIDTH)
+                i = _index(code, n_coefficients, INDEX_BITS)
+                tl.store(sums + i, tl.zeros((ENTRIES,), tl.float32), mask=here)
         tl.debug_barrier()
 
 
 @triton.jit
-def _range(offsets: tl.tensor, peer: tl.tensor, n_groups: tl.tensor) -> tl.tensor:
-    """Which entries a group has from that peer."""
-    at = offsets + peer * (n_groups + 1)
-    return tl.load(at), tl.load(at + 1)
-
-
-@triton.jit
-def _largest(
-    sums: tl.tensor, position_E: tl.tensor, offsets: tl.tensor, here: tl.tensor, inverse: tl.tensor,
-    n_peers: tl.tensor, n_groups: tl.tensor, entry: tl.tensor, ENTRIES: tl.constexpr,
+def _stream(
+    bit_WP: tl.tensor, scale_WG: tl.tensor, end_WG1: tl.tensor, w: tl.tensor, p: tl.tensor,
+    n_params: tl.tensor, n_groups: tl.tensor, group: tl.tensor, first_group: tl.tensor, WIDTH: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Magnitude of the group's means."""
-    largest = tl.zeros((ENTRIES,), tl.float32)
-    for w in range(n_peers):
-        begin, end = _range(offsets, w, n_groups)
-        for e in range(begin, end, ENTRIES):
-            i = tl.load(position_E + e + entry, mask=e + entry < end, other=here) - here
-            mean = tl.load(sums + i, mask=e + entry < end, other=0.0) * inverse
-            largest = tl.maximum(largest, tl.abs(mean))
-    return tl.max(largest)
+    """Of a group and a peer: the bit that its codes begin with, how many they are, their scale."""
+    peer = tl.zeros((), tl.int64) + w
+    ends = end_WG1 + peer * (n_groups + 1)
+    begin = tl.load(ends + group)
+    bit = tl.load(bit_WP + peer * n_params + p) + (begin - tl.load(ends + first_group)) * WIDTH
+    bits = tl.load(scale_WG + peer * n_groups + group).to(tl.int32) << 16
+    count = (tl.load(ends + group + 1) - begin).to(tl.int32)
+    return bit, count, bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _power_of_two(biased: tl.tensor, exponent: tl.tensor) -> tl.tensor:
-    """0 for groups that count as zero."""
-    return tl.where(exponent >= _SMALLEST, biased << 23, 0).to(tl.float32, bitcast=True)
+def _index(code: tl.tensor, n_coefficients: tl.tensor, INDEX_BITS: tl.constexpr) -> tl.tensor:
+    """In its group; a pack that nobody checked shall not reach beyond it."""
+    return tl.minimum((code & ((1 << INDEX_BITS) - 1)).to(tl.int32), n_coefficients - 1)
+
+
+@triton.jit
+def powers(largest: tl.tensor) -> tl.tensor:
+    """The powers of two that bring coefficients to integers, and back; 0 for groups that count as zero."""
+    exponent = largest.to(tl.int32, bitcast=True) >> 23  # biased, from the bits: log2 is inexact
+    up = tl.where(exponent >= _SMALLEST, (254 + _TOP_BIT - exponent) << 23, 0).to(tl.float32, bitcast=True)
+    down = tl.where(exponent >= _SMALLEST, (exponent - _TOP_BIT) << 23, 0).to(tl.float32, bitcast=True)
+    return up, down
+
+
+@triton.jit
+def halves(even: tl.tensor, odd: tl.tensor, basis: tl.tensor) -> tl.tensor:
+    """From integer coefficients (chunks, 32) of even and odd number to the integer elements 0 to 31 of the
+    chunks, and 63 to 32. Every sum is below 2^24: exact in any order."""
+    square = tl.arange(0, _HALF)[:, None] * _HALF + tl.arange(0, _HALF)[None, :]
+    same = tl.dot(even, tl.load(basis + square), input_precision="ieee")
+    other = tl.dot(odd, tl.load(basis + _HALF * _HALF + square), input_precision="ieee")
+    return same + other, same - other
+
+
+@triton.jit
+def _chunks(
+    y: tl.tensor, sums: tl.tensor, basis: tl.tensor, inverse: tl.tensor, up: tl.tensor, down: tl.tensor,
+    group: tl.tensor, n: tl.tensor, size: tl.tensor, start: tl.tensor, stop: tl.tensor, decay: tl.tensor,
+    scale: tl.tensor, SIGN: tl.constexpr, CHUNKS: tl.constexpr,
+) -> None:  # fmt: skip
+    begin = group * size
+    length = tl.minimum(size, n - begin).to(tl.int32)
+    row, column = tl.arange(0, CHUNKS)[:, None], tl.arange(0, _HALF)[None, :]
+    for chunk in range(0, tl.cdiv(length, _N), CHUNKS):
+        c = (chunk + row) * _N
+        even = tl.load(sums + (c + 2 * column), mask=c + 0 * column < length, other=0.0)
+        odd = tl.load(sums + (c + 2 * column + 1), mask=c + 0 * column < length, other=0.0)
+        even = (even * inverse * up + _ROUNDER) - _ROUNDER
+        odd = (odd * inverse * up + _ROUNDER) - _ROUNDER
+        low, high = halves(even, odd, basis)
+        i = c + column
+        inside = (i < length) & (begin + i >= start) & (begin + i < stop)
+        _take(y + (begin - start + i), low * down * _INVERSE_SCALE, inside, decay, scale, SIGN)
+        i = c + (_N - 1) - column
+        inside = (i < length) & (begin + i >= start) & (begin + i < stop)
+        _take(y + (begin - start + i), high * down * _INVERSE_SCALE, inside, decay, scale, SIGN)
+
+
+@triton.jit
+def _elements(
+    y: tl.tensor, sums: tl.tensor, inverse: tl.tensor, group: tl.tensor, n: tl.tensor, size: tl.tensor,
+    start: tl.tensor, stop: tl.tensor, decay: tl.tensor, scale: tl.tensor, SIGN: tl.constexpr,
+    CHUNKS: tl.constexpr,
+) -> None:  # fmt: skip
+    begin = group * size
+    length = tl.minimum(size, n - begin).to(tl.int32)
+    for first in range(0, length, CHUNKS * _N):
+        i = first + tl.arange(0, CHUNKS * _N)
+        mean = tl.load(sums + i, mask=i < length, other=0.0) * inverse
+        inside = (i < length) & (begin + i >= start) & (begin + i < stop)
+        _take(y + (begin - start + i), mean, inside, decay, scale, SIGN)
+
+
+@triton.jit
+def _tile(
+    y: tl.tensor, sums: tl.tensor, basis: tl.tensor, inverse: tl.tensor, up: tl.tensor, down: tl.tensor,
+    tile_scale: tl.tensor, group: tl.tensor, n_rows: tl.tensor, columns: tl.tensor, start: tl.tensor,
+    stop: tl.tensor, decay: tl.tensor, scale: tl.tensor, SIGN: tl.constexpr, SIDE: tl.constexpr,
+) -> None:  # fmt: skip
+    SQUARE: tl.constexpr = 16 if SIDE < 16 else SIDE  # products need that many
+    r, c = tl.arange(0, SQUARE)[:, None], tl.arange(0, SQUARE)[None, :]
+    there = (r < SIDE) & (c < SIDE)
+    integers = (tl.load(sums + (r * SIDE + c), mask=there, other=0.0) * inverse * up + _ROUNDER) - _ROUNDER
+    half = tl.dot(integers, tl.load(basis + (r * SQUARE + c)), input_precision="ieee")
+    half_up, half_down = powers(tl.max(tl.abs(half)))
+    half = (half * half_up + _ROUNDER) - _ROUNDER
+    x = tl.dot(tl.load(basis + (c * SQUARE + r)), half, input_precision="ieee")
+    x = x * half_down * tile_scale * down  # in this order nothing overflows
+    n_wide = tl.cdiv(columns, SIDE)
+    i, j = group // n_wide * SIDE + r, group % n_wide * SIDE + c
+    at = i * columns + j
+    inside = there & (i < n_rows) & (j < columns) & (at >= start) & (at < stop)
+    _take(y + (at - start), x, inside, decay, scale, SIGN)
+
+
+@triton.jit
+def _take(
+    y: tl.tensor, x: tl.tensor, inside: tl.tensor, decay: tl.tensor, scale: tl.tensor, SIGN: tl.constexpr
+) -> None:
+    """The step: one rounding per operation."""
+    x = x + 0.0  # makes 0 of -0
+    if SIGN:
+        x = tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+    before = tl.load(y, mask=inside)
+    tl.store(y, before * decay - x * scale, mask=inside)

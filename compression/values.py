@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.errors import BadPayload
+from thinwire.compression.noise import kernels_for
 from thinwire.compression.reduce import VALUE_LIMIT
 
 Array = npt.NDArray[Any]
@@ -74,6 +75,12 @@ def quantize(value_GK: Tensor, format_: Format) -> tuple[Tensor, Tensor]:
 
     The values passed `check_sendable`.
     """
+    if kernels_for(value_GK) == "triton":
+        from thinwire.compression import values_triton
+
+        if value_GK.shape[1] <= values_triton.MAX_GROUP:
+            scale_G, code_GK = values_triton.quantize(value_GK.contiguous(), format_)
+            return scale_G, code_GK[scale_G > 0].view(-1).long()
     scale_G = format_.scales(value_GK.abs())
     code_GK = format_.codes(value_GK, scale_G.float()[:, None])
     return scale_G, code_GK[scale_G > 0].view(-1)

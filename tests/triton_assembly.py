@@ -16,16 +16,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from thinwire.compression import fingerprint_triton, noise_triton, rounding_triton, sparse_triton
+from thinwire.compression import fingerprint_triton, noise_triton, pack_triton, rounding_triton, sparse_triton
 from thinwire.compression.base import Part, Turn
 from thinwire.compression.dct_topk import DctTopK
-from thinwire.compression.descent import Step
+from thinwire.compression.descent import Step, Target
 from thinwire.compression.noise import Probe, Update, Where
 from thinwire.compression.sparse import Sparse
 from thinwire.compression.topk import TopK
 
 TARGET = GPUTarget("cuda", 90, 32)
-TYPES = {torch.float32: "*fp32", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 def noise(kind: Any) -> None:
@@ -33,10 +39,17 @@ def noise(kind: Any) -> None:
     noise_triton.combine(torch.zeros(4096), torch.zeros(4096), updates, Where.of(kind, 3, 0))
 
 
-def descent(compressor: Sparse) -> None:
-    x, part, turn = torch.arange(8192.0), Part.whole((8192,)), Turn(1, 2, 3, 1.0)
-    packs = [compressor.pack(x, part, turn)] * 3
-    sparse_triton.descend(compressor, x, packs, [1.0, 1.0, 2.0], part, Step(0.5, 0.5))
+def descent(compressor: Sparse, shape: tuple[int, ...] = (8192,)) -> None:
+    part, turn = Part.whole(shape), Turn(1, 2, 3, 1.0)
+    x = torch.arange(float(part.n_global))
+    targets = [Target(x, part, [compressor.pack(x, part, turn)] * 3, Step(0.5, 0.5))]
+    sparse_triton.descend(compressor, targets, [1.0, 1.0, 2.0])
+
+
+def packing(compressor: Sparse) -> None:
+    x = torch.zeros(8192)
+    change = pack_triton.Change(0.5, torch.tensor(1.0), 0.5)
+    pack_triton.Sent(compressor, [pack_triton.Source((8192,), x, x, 0.5)], change)
 
 
 LAUNCHES: dict[str, Callable[[], object]] = {
@@ -49,6 +62,9 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     ),
     "descent": lambda: descent(DctTopK(k=4)),
     "descent without a transform": lambda: descent(TopK(k=4)),
+    "descent of tiles": lambda: descent(DctTopK(k=4, layout="tiles"), (64, 128)),
+    "packing": lambda: packing(DctTopK(k=4)),
+    "packing without a transform": lambda: packing(TopK(k=4, bits=2)),
 }
 
 
@@ -92,10 +108,12 @@ def main() -> None:
         launched.append((kernel, arguments, named))
 
     JITFunction.run = record
-    exact = {}
+    exact: dict[str, str] = {}
     for name, launch in LAUNCHES.items():
         launch()
-        exact[name] = compiled(*launched[-1])
+        for kernel, arguments, named in launched:
+            exact[f"{name}: {kernel.fn.__name__}"] = compiled(kernel, arguments, named)
+        launched.clear()
     LAUNCHES["normal noise"]()
     kernel, arguments, named = launched[-1]
     fused = {k: v for k, v in named.items() if k not in noise_triton.EXACT}

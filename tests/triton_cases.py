@@ -1,7 +1,7 @@
 """What the Triton kernels are held to, case by case, for tests/test_triton.py.
 
-python triton_cases.py: reads names of cases, a line each, and answers with a line of JSON: null, or what went
-wrong. Triton decides at import whether it interprets, so the interpreter has a process of its own.
+python -m tests.triton_cases: reads names of cases, a line each, and answers with a line of JSON: null, or
+what went wrong. Triton decides at import whether it interprets, so the interpreter has a process of its own.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from thinwire.compression.base import Part, Turn
-from thinwire.compression.dct_topk import DctTopK
-from thinwire.compression.descent import Step, descend
+from tests.triton_payload_cases import PAYLOAD_CASES, awkward, moved, n_shapes, same
 from thinwire.compression.exact import to_float32
 from thinwire.compression.fingerprint import parameter_sum, parameter_sum_torch
 from thinwire.compression.noise import (
@@ -35,11 +33,9 @@ from thinwire.compression.noise import (
     update_all_,
 )
 from thinwire.compression.rounding import round_to_bfloat16, round_torch
-from thinwire.compression.topk import TopK
 from thinwire.node.known_answers import KNOWN_ANSWERS
 from thinwire.node.self_test import failed_kernels
 
-N_SHAPES = 100
 INTERPRETED = [
     "fingerprint",
     "bfloat16 fingerprint",
@@ -49,17 +45,6 @@ INTERPRETED = [
     "transform descent",
 ]
 """Known answers that the interpreter finds in a second or two."""
-
-TURN = Turn(round=1, shared_seed=2, own_seed=3, lr_factor=1.0)
-SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1.1e-38, -3e-39, float("inf"), float("-inf"), 3.4028234e38]
-
-
-def values(rng: random.Random, n: int) -> Tensor:
-    """float32, every tenth of them awkward; NaN is none of them, for its bits are the device's own."""
-    x = torch.randn(n, generator=torch.Generator().manual_seed(rng.getrandbits(32)))
-    for i in rng.sample(range(n), n // 10):
-        x[i] = rng.choice(SPECIAL)
-    return x
 
 
 def patterns(rng: random.Random, n: int) -> Tensor:
@@ -73,18 +58,6 @@ def shape(rng: random.Random) -> tuple[int, int]:
     n = rng.choice([1, 2, 128, 4096, *(rng.randrange(1, m) for m in (40, 300, 2000, 9000))])
     start = rng.choice([0, 1, 16, 4095, 4096, rng.randrange(1 << 20), (1 << 31) - 5, rng.randrange(1 << 45)])
     return n, start
-
-
-def moved(x: Tensor, device: torch.device, by: int) -> Tensor:
-    """On the device, `by` elements after where an allocation begins: alignment is not a matter of course."""
-    room = torch.empty(x.numel() + by, dtype=x.dtype, device=device)
-    room[by:] = x.to(device)
-    return room[by:]
-
-
-def same(found: Tensor, expected: Tensor, what: object) -> None:
-    integers = torch.int16 if expected.dtype == torch.bfloat16 else torch.int32
-    assert torch.equal(found.cpu().view(integers), expected.view(integers)), what
 
 
 def updates_of(rng: random.Random) -> list[Update]:
@@ -104,9 +77,9 @@ def updates_of(rng: random.Random) -> list[Update]:
 
 def noise_case(kind: NoiseKind, device: torch.device) -> None:
     rng = random.Random(kind)
-    for _ in range(N_SHAPES):
+    for _ in range(n_shapes(device)):
         n, start = shape(rng)
-        x, updates, index = values(rng, n), updates_of(rng), rng.choice([0, 1, 16, rng.getrandbits(32)])
+        x, updates, index = awkward(rng, n), updates_of(rng), rng.choice([0, 1, 16, rng.getrandbits(32)])
         expected = torch.empty_like(x)
         combine_torch(expected, x, updates, Where.of(kind, index, start))
         found = moved(x, device, rng.randrange(5))
@@ -118,7 +91,7 @@ def perturb_case(device: torch.device) -> None:
     """A scratch tensor of the parameter's shape; the parameter stays as it was."""
     rng = random.Random("perturb")
     for size in [(), (5,), (3, 1500), (2, 3, 5, 7)]:
-        x = values(rng, torch.Size(size).numel()).view(size)
+        x = awkward(rng, torch.Size(size).numel()).view(size)
         for kind in ("sign", "gauss"):
             theta = x.to(device)
             found = perturb(theta, 1e-3, kind, 7, 3, 9, start=4000)
@@ -132,7 +105,7 @@ def perturb_case(device: torch.device) -> None:
 
 def fingerprint_case(device: torch.device) -> None:
     rng = random.Random("fingerprint")
-    for _ in range(N_SHAPES):
+    for _ in range(n_shapes(device)):
         n, start = shape(rng)
         n *= rng.choice([1, 1, 1, 4])  # more than one program
         bits = patterns(rng, n)
@@ -143,45 +116,16 @@ def fingerprint_case(device: torch.device) -> None:
 
 def rounding_case(device: torch.device) -> None:
     rng = random.Random("rounding")
-    for i in range(N_SHAPES):
+    for i in range(n_shapes(device)):
         n, start = shape(rng)
         # Every kind of NaN becomes the same one: here they are welcome.
-        x = patterns(rng, n).view(torch.float32) if i % 2 else values(rng, n)
+        x = patterns(rng, n).view(torch.float32) if i % 2 else awkward(rng, n)
         seed, index = rng.choice([0, 5, rng.getrandbits(64)]), rng.choice([0, 1, rng.getrandbits(32)])
         expected = torch.empty(n, dtype=torch.bfloat16)
         round_torch(x, expected, seed, index, start)
         found = moved(torch.zeros(n, dtype=torch.bfloat16), device, rng.randrange(9))
         round_to_bfloat16(moved(x, device, rng.randrange(5)), found, seed, index, start)
         same(found, expected, (n, start, seed, index))
-
-
-def descent_case(device: torch.device) -> None:
-    """Payloads of several peers with coefficients in common, whole parameters and parts of them."""
-    rng = random.Random("descent")
-    for _ in range(N_SHAPES):
-        size = rng.choice([1, 40, 64, 100, 256, 1000, 4096, 5000])
-        n = rng.choice([1, size, rng.randrange(1, 3 * size + 1)])
-        k = rng.randrange(1, min(size, 40) + 1)
-        compressor = rng.choice([DctTopK, TopK])(k=k, group_size=size, bits=rng.choice([1, 2, 4, 8, 16]))
-        whole = Part.whole((n,))
-        scale = rng.choice([1.0, 1e-30, 1e16])  # some groups count as zero
-        x = torch.randn(n, generator=torch.Generator().manual_seed(rng.getrandbits(32))) * scale
-        peers = rng.sample([1.0, -0.5, 0.25, 3.0], rng.randrange(1, 5))
-        packs = [compressor.pack(x * peer, whole, TURN) for peer in peers]
-        packs = [compressor.pack(torch.zeros(n), whole, TURN)] * rng.randrange(2) + packs
-        weights = [rng.choice([1.0, 3.0, 1000.0, 0.7]) for _ in packs]
-        start = rng.randrange(n) if rng.random() < 0.4 else 0
-        part = Part((n,), start, rng.randrange(start, n + 1) if start else n)
-        factors = rng.choice([1.0, 0.003]), rng.choice([1.0, 0.9])
-        step = Step(*map(to_float32, factors), sign=rng.random() < 0.5)
-        before = values(rng, part.n_local)
-        expected = before.clone()
-        os.environ["THINWIRE_KERNELS"] = "torch"
-        descend(compressor, expected, packs, weights, part, TURN, step)
-        os.environ["THINWIRE_KERNELS"] = "triton"
-        found = moved(before, device, rng.randrange(5))
-        descend(compressor, found, packs, weights, part, TURN, step)
-        same(found, expected, (compressor, part, weights, step))
 
 
 def nothing_case(device: torch.device) -> None:
@@ -216,7 +160,7 @@ CASES: dict[str, Callable[[torch.device], None]] = {
     "perturbed": perturb_case,
     "fingerprints": fingerprint_case,
     "rounding": rounding_case,
-    "descent": descent_case,
+    **PAYLOAD_CASES,
     "nothing and refusals": nothing_case,
     "known answers": known_answers_case,
 }
@@ -228,7 +172,7 @@ def main() -> None:
         try:
             CASES[line.strip()](torch.device("cpu"))
             answer = None
-        except Exception:  # noqa: BLE001 - the one who asked reports it
+        except (Exception, pytest.fail.Exception):  # noqa: BLE001 - the one who asked reports it
             answer = traceback.format_exc()
         print(json.dumps(answer), flush=True)  # noqa: T201
 
