@@ -153,6 +153,7 @@ class Chart {
   shown() {
     const [x, ...values] = this.data();
     this.known = values;
+    this.tops = values.at(-1);
     const areas = this.series.map((one, i) => (one.area ? i : -1)).filter((i) => i >= 0);
     return [x, ...values.map((column, i) => (!areas.includes(i) ? column : column.map((value, at) => (
       value === null ? null : areas.filter((j) => j >= i).reduce((sum, j) => sum + (values[j][at] ?? 0), 0)))))];
@@ -161,8 +162,12 @@ class Chart {
   range(min, max) {
     if (!isNumber(min) || !isNumber(max)) return this.log ? [1, 1e6] : [0, 1];
     if (this.log) return [10 ** Math.floor(Math.log10(min) + 1e-9), 10 ** Math.max(Math.ceil(Math.log10(max)), Math.floor(Math.log10(min)) + 1)];
+    if (this.zero) {
+      const all = this.tops.filter(isNumber).sort((a, b) => a - b);
+      return [0, 1.08 * Math.min(max, 3 * (all[Math.floor(all.length * 0.9)] ?? max)) || 1]; // one slow round must not flatten the others
+    }
     const pad = Math.max((max - min) * 0.08, Math.abs(max) * 0.01, 1e-6);
-    return [this.zero ? 0 : min - pad, max + pad];
+    return [min - pad, max + pad];
   }
 
   size() { return { width: Math.max(120, this.plot.clientWidth), height: this.plot.clientHeight || 200 }; }
