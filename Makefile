@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "thinwire needs Python 3.11 or newer: make setup PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,hf,plot,ray,test,lint]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,hf,plot,tensorboard,wandb,ray,test,lint]'
 	touch $@
 
 demo: setup      ## a coordinator and 4 nodes on this machine, real text, live table (2 minutes)
@@ -27,8 +27,8 @@ test: setup      ## every test that this machine can run; says what it skipped a
 	$(BIN)/python -m pytest -n 2 -m "not swarm"
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m swarm
 
-test-fast: setup ## the tests without real processes and sockets
-	$(BIN)/python -m pytest -n 2 -m "not swarm"
+test-fast: setup ## the quick ones: no swarms of processes, no long computations
+	$(BIN)/python -m pytest -n 2 -m "not swarm and not slow"
 
 SECONDS ?= 120
 PEERS   ?= 4

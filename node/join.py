@@ -12,10 +12,12 @@ from thinwire.compression.errors import ConfigError, ThinwireError
 from thinwire.coordinator.addresses import HttpAddress
 from thinwire.coordinator.ticket import Ticket
 from thinwire.node.rate import UploadLimit, parse_rate
+from thinwire.node.trackers import open_tracks, refuse_trackers
 
 if TYPE_CHECKING:
     from thinwire.node.cli import Stop
     from thinwire.node.lead import Lead
+    from thinwire.node.metrics import TrackerName
     from thinwire.node.precision import Precision
     from thinwire.node.result import Result
     from thinwire.node.runner import Runner
@@ -48,6 +50,7 @@ class Options:
     activation_checkpointing: bool
     cpu_offload: bool
     restart: int
+    track: tuple[TrackerName, ...] = ()
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -57,7 +60,8 @@ class Options:
     def from_plain(cls, plain: dict[str, Any]) -> Options:
         paths = {k: Path(plain[k]) for k in ("data", "state", "save") if plain[k] is not None}
         http = None if plain["http"] is None else HttpAddress(*plain["http"])
-        return cls(**{**plain, **paths, "http": http, "announce": tuple(plain["announce"])})
+        lists = {name: tuple(plain[name]) for name in ("announce", "track")}
+        return cls(**{**plain, **paths, **lists, "http": http})
 
 
 def join(options: Options, stop: Stop) -> Result | None:
@@ -85,6 +89,7 @@ def refuse(options: Options) -> None:
         raise ConfigError(f"--threads {options.threads}: at least 1")
     if options.restart < 0:
         raise ConfigError(f"--restart {options.restart}: at least 0")
+    refuse_trackers(options.track)
     on_cpu = options.device.startswith("cpu")
     if options.cpu_offload and on_cpu:
         raise ConfigError("--cpu-offload: this node trains on the CPU, where its parameters are already")
@@ -164,6 +169,7 @@ def run_node(
         about=About(in_words(_devices(options)), metrics.phases),
     )
     events = follow_events(link)
+    tracks = open_tracks(options.track, link.run_folder, metrics)
     runner = Runner(
         link,
         import_path=options.import_path,
@@ -173,6 +179,7 @@ def run_node(
         metrics=metrics,
         precision=options.precision,
         lead=None if lead_in is None else lead_in(folder.path),
+        tracks=tracks,
     )
     stop.on_stop.append(runner.request_stop)
     try:
@@ -190,6 +197,7 @@ def run_node(
     finally:
         link.close()
         events.join(timeout=5)
+        tracks.close()
         folder.close()
     return result
 

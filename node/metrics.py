@@ -197,6 +197,10 @@ class NodeMetrics:
             times = (self._parts.get(part, 0.0) for part in TIMED)
             self._timed = (n_rounds + 1, *(total + s for total, s in zip(totals, times, strict=True)))
 
+    def parts(self) -> dict[str, float]:
+        """What each phase took the last time, in seconds."""
+        return {phase: self._parts[phase] for phase in TIMED if phase in self._parts}
+
     def phases(self) -> Phases:
         """Totals of the rounds that this node took part in; may be asked from any thread."""
         n_rounds, *totals = self._timed

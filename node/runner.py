@@ -42,6 +42,7 @@ from thinwire.node.snapshot_store import SnapshotStore
 from thinwire.node.snapshot_writer import SnapshotWriter
 from thinwire.node.snapshots import Stored
 from thinwire.node.tasks import make_task
+from thinwire.node.trackers import Tracks
 from thinwire.node.view import human_bytes
 from thinwire.node.workload import Workload
 from thinwire.optim.base import Own
@@ -59,7 +60,7 @@ class Runner:
     `import_path` and `data` come from the user's own command line (see `tasks.make_task`). `folder`: where
     snapshots are kept, to be resumed from and served; None: a temporary one. `stop` may be set from any
     thread (or a signal handler): the node leaves the swarm cleanly. `lead`: the node has several ranks, this
-    is rank 0's.
+    is rank 0's. `tracks`: where records of the run go; whoever opened them closes them.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Runner:
         clock: Callable[[], float] = time.monotonic,
         precision: Precision = "auto",
         lead: Lead | None = None,
+        tracks: Tracks | None = None,
     ) -> None:
         self.link = link
         self.folder = folder
@@ -84,6 +86,7 @@ class Runner:
         self.stop = threading.Event()
         self._clock = clock
         self._lead = lead
+        self._tracks = tracks or Tracks(self.metrics)
         self._precision = precision
         self._workload: Workload | None = None
         self._offered_round = 0
@@ -94,6 +97,7 @@ class Runner:
         self._fetched_s = 0.0
         self._n_parameters = 0
         self._counted = self._missed = self._n_offers = self._payload_bytes = 0
+        self._proposed: dict[str, float | None] = {}
         self._held_out: list[tuple[int, float]] = []
 
     # ------------------------------------------------------------------------------------------ the run
@@ -107,10 +111,12 @@ class Runner:
             try:
                 self._joiner.read_ledger()
                 self._begin()
+                self._track_start()
                 while self._follow():
                     pass
             finally:
                 self.metrics.training(False)
+                self._tracks.add("end", self.replica.round, counted=self._counted, missed=self._missed)
                 self.link.state(NodeState.LEAVING)
         return self.result()
 
@@ -251,7 +257,7 @@ class Runner:
             self._is_joining = True
             self.metrics.training(False)
             was_wrong = self._healer.check(rounds)
-            self.metrics.replayed(was_wrong)
+            self._count_replay(was_wrong)
             if was_wrong:
                 self._go_on_from_replay()
                 return True
@@ -291,7 +297,7 @@ class Runner:
         log.error("%s; replaying the ledger to see whether this machine was wrong", error)
         self._joiner.begin(lambda: self._joiner.trusted_starts(self.link.head), with_local_state=False)
         self._discard_snapshots(self.replica.round)
-        self.metrics.replayed(was_wrong=True)
+        self._count_replay(was_wrong=True)
         self._go_on_from_replay()
 
     def _go_on_from_replay(self) -> None:
@@ -359,6 +365,13 @@ class Runner:
         self.metrics.proposed(
             proposal.loss, len(proposal.payload), proposal.n_samples, proposal.n_tokens, proposal.n_batches
         )
+        self._proposed = {
+            "own_loss": proposal.loss,
+            "samples": proposal.n_samples,
+            "tokens": proposal.n_tokens,
+            "payload_bytes": len(proposal.payload),
+        }
+        self.metrics.not_finite(self.replica.strategy.counters)
         self.metrics.phase("compute", proposal.compute_s)
         self.metrics.phase("pack", proposal.pack_s)
         if self._workload is not None and allotted is not None:
@@ -398,17 +411,55 @@ class Runner:
         own = next((own for own in owns if own is not None), None)  # one offer at most is under way
         self._counted += own == "counted"
         self._missed += own == "missed"
-        self._count_round(commits, owns, started_s)
+        round_s = self._count_round(commits, owns, started_s)
         losses = [o.loss for o in last.offers if o.loss is not None]
+        loss = sum(losses) / len(losses) if losses else None
         log.info(
             "round %d/%d: %d offers, loss %s%s",
             *(self.replica.round, self.config.run.rounds, len(last.offers)),
-            f"{sum(losses) / len(losses):.4f}" if losses else "-",
+            "-" if loss is None else f"{loss:.4f}",
             ", ours came too late" if own == "missed" else "",
         )
+        self._track_round(commits, own, loss, round_s)
 
-    def _count_round(self, commits: list[Commit], owns: list[Own], started_s: float) -> None:
-        """What metrics say of the rounds that were just applied."""
+    def _track_start(self) -> None:
+        self._tracks.add(
+            "start",
+            self.replica.round,
+            run=self.config.run.name,
+            run_id=self.link.run_id.hex(),
+            peer_id=self.link.peer_id,
+            parameters=self._n_parameters,
+            config=self.config.model_dump(mode="json"),
+        )
+
+    def _track_round(
+        self, commits: list[Commit], own: Own, loss: float | None, round_s: float | None
+    ) -> None:
+        """One record of all rounds that were applied at once: of one, where this node trains."""
+        traffic = self.link.traffic()
+        figures: dict[str, float | None] = {"loss": loss}
+        if own is not None:  # what this node did for that round, and how long it took
+            figures |= self._proposed | {f"{p}_s": s for p, s in self.metrics.parts().items()}
+        if round_s is not None:
+            figures["round_s"] = round_s
+        self._tracks.add(
+            "round",
+            self.replica.round,
+            rounds=len(commits),
+            offers=len(commits[-1].body.offers),
+            own=own or "none",
+            **figures,
+            sent_bytes=sum(traffic.sent.values()),
+            received_bytes=sum(traffic.received.values()),
+        )
+
+    def _count_replay(self, was_wrong: bool) -> None:
+        self.metrics.replayed(was_wrong)
+        self._tracks.add("replay", self.replica.round, was_wrong=was_wrong)
+
+    def _count_round(self, commits: list[Commit], owns: list[Own], started_s: float) -> float | None:
+        """What metrics say of the rounds that were just applied. Returns how long the live round took."""
         now_s, metrics = self._clock(), self.metrics
         for commit, own in zip(commits, owns, strict=True):
             metrics.result(own or "none")
@@ -420,7 +471,8 @@ class Runner:
             metrics.phase("exchange", max(0.0, self._came_s - self._offered_s) + self._fetched_s)
             self._offered_s = None
         is_live = self._applied_s is not None and len(commits) == 1
-        metrics.round(self.replica.round, now_s - (self._applied_s or 0.0) if is_live else None)
+        round_s = now_s - (self._applied_s or 0.0) if is_live else None
+        metrics.round(self.replica.round, round_s)
         self._applied_s = None if self._is_joining else now_s
         metrics.traffic(self.link.traffic())
         metrics.bad_payloads(self.replica.bad)
@@ -428,6 +480,7 @@ class Runner:
         if n_peers > 1 and self._payload_bytes:
             ddp_bytes = 2 * (n_peers - 1) / n_peers * 4 * self._n_parameters
             metrics.compression(ddp_bytes * self._n_offers / self._payload_bytes)
+        return round_s
 
     def _payload(self, offer: OfferEntry) -> bytes:
         started_s = self._clock()
@@ -461,6 +514,7 @@ class Runner:
         loss = self.work.evaluate()
         self._held_out.append((self.replica.round, loss))
         self.metrics.held_out(loss)
+        self._tracks.add("held_out", self.replica.round, loss=loss)
         log.info("round %d: held-out loss %.4f", self.replica.round, loss)
         return loss
 
