@@ -68,7 +68,7 @@ def cases(draw: st.DrawFn) -> tuple[Groups, Most, int, int]:
     return groups, most, remainder_bits(n, k), value_bits
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(cases())
 def test_there_and_back(case: tuple[Groups, Most, int, int]) -> None:
     groups, most, r, value_bits = case
@@ -83,7 +83,7 @@ def test_there_and_back(case: tuple[Groups, Most, int, int]) -> None:
             assert read_by_hand(data, groups, r, value_bits) == groups
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     cases(), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4), st.integers(-3, 3)
 )

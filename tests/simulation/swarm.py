@@ -313,7 +313,7 @@ class Swarm(RuleBasedStateMachine):
 
 
 SETTINGS = settings(
-    max_examples=LONGER or 150,
+    max_examples=LONGER or 60,
     stateful_step_count=150 if LONGER else 80,
     derandomize=not LONGER,
     # Shrinking takes minutes: what fails here is told at once, as it was drawn.

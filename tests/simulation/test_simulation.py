@@ -18,6 +18,7 @@ TIMEOUT_S = 0 if "THINWIRE_SIMULATION" in os.environ else 300
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(TIMEOUT_S)
 def test_swarm_survives() -> None:
     """In an interpreter of its own: which schedules are drawn depends on the modules that are loaded."""
