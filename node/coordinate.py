@@ -96,6 +96,8 @@ async def _serve(
     stop.on_stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
     with ExitStack() as stack:
         try:
+            if stop.is_set():  # it came while there was nobody to tell
+                return
             if http is not None:
                 from thinwire.coordinator.page import serve_coordinator
 

@@ -183,6 +183,8 @@ def run_node(
     )
     stop.on_stop.append(runner.request_stop)
     try:
+        if stop.is_set():  # it came while there was nobody to tell
+            return None
         with serve(metrics, options.http):
             result = runner.run()
             if options.save is not None and not stop.is_set():
