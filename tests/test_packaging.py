@@ -67,6 +67,9 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     for package in listed():
         assert {f"thinwire/{module}" for module in modules(package)} <= inside
         assert f"thinwire/{package}/py.typed" in inside
+    page = {p.name for p in (ROOT / "coordinator/static").iterdir()}
+    assert {"index.html", "page.css", "page.js"} < page
+    assert {f"thinwire/coordinator/static/{name}" for name in page} <= inside
     shipped = {
         f"thinwire/monitoring/{p.relative_to(MONITORING).as_posix()}"
         for kind in ("*.yml", "*.json")
