@@ -50,9 +50,11 @@ class Demo:
     faults: bool = True
     """Kill one node on the way and start it again."""
     http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
-    """Serve Prometheus here while it runs: /metrics, /sd (every node as a target), /healthz."""
+    """Serve the swarm's own page here while it runs; and /metrics, /sd and /healthz for Prometheus. Port 0: a
+    free one."""
     http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
-    """Whoever asks must show it (Authorization: Bearer TOKEN). Default: $THINWIRE_HTTP_TOKEN, or none"""
+    """Whoever asks must show it: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. Default:
+    $THINWIRE_HTTP_TOKEN, or none"""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON object with the results on stdout."""
 
@@ -98,9 +100,11 @@ class Coordinator:
     ticket_file: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the ticket here, too, readable by this user alone: nodes on the same disk join @FILE."""
     http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
-    """Serve Prometheus here: /metrics, /sd (every node as a target), /healthz, /readyz."""
+    """Serve the swarm's own page here; and for Prometheus /metrics, /sd (every node as a target), /healthz,
+    /readyz."""
     http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
-    """Whoever asks must show it (Authorization: Bearer TOKEN). Default: $THINWIRE_HTTP_TOKEN, or none"""
+    """Whoever asks must show it: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. Default:
+    $THINWIRE_HTTP_TOKEN, or none"""
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
@@ -166,7 +170,8 @@ class Join:
     """Serve Prometheus here: /metrics, /healthz, /readyz. The coordinator's gateway has a node's metrics also
     without it."""
     http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
-    """Whoever asks must show it (Authorization: Bearer TOKEN). Default: $THINWIRE_HTTP_TOKEN, or none"""
+    """Whoever asks must show it: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. Default:
+    $THINWIRE_HTTP_TOKEN, or none"""
     track: UseAppendAction[tuple[Literal["tensorboard", "wandb"], ...]] = ()
     """Records of this node's rounds for TensorBoard (in its state folder) or Weights & Biases, too; may be
     repeated. JSON lines are always there: track.jsonl."""
