@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from thinwire.coordinator.board import mean_loss
 from thinwire.coordinator.messages import Commit, Heartbeat, Phases
+from thinwire.coordinator.tally import Rejected
 from thinwire.coordinator.trend import PHASES, Trend
 
 log = logging.getLogger("thinwire.coordinator")
@@ -71,7 +72,7 @@ class Pace(NamedTuple):
 class Chronicle:
     """Of one run; fed by the service. `rejected`: what was counted by reason, and told, before."""
 
-    def __init__(self, n_params: int, rejected: Mapping[str, int] | None = None) -> None:
+    def __init__(self, n_params: int, rejected: Mapping[Rejected, int] | None = None) -> None:
         self.trend = Trend(n_params)
         self.entries: deque[Entry] = deque(maxlen=KEPT_ENTRIES)
         self.happenings: deque[Happening] = deque(maxlen=KEPT_HAPPENINGS)
@@ -80,7 +81,7 @@ class Chronicle:
         """When each peer's newest counted offer was committed."""
         self._recent: deque[tuple[int, list[_Work]]] = deque(maxlen=RECENT_ROUNDS + 1)
         self._beats: dict[int, Heartbeat] = {}
-        self._rejected = Counter(rejected)
+        self._rejected: Counter[Rejected] = Counter(rejected)
 
     # ------------------------------------------------------------------------------------- what happens
 
@@ -141,7 +142,7 @@ class Chronicle:
                 return
         self.happenings.append(Happening(time_ms, kind, text, n))
 
-    def rejected(self, time_ms: int, so_far: Mapping[str, int]) -> None:
+    def rejected(self, time_ms: int, so_far: Mapping[Rejected, int]) -> None:
         """Totals by reason, of this process."""
         for reason, n in so_far.items():
             if n > self._rejected[reason]:

@@ -29,6 +29,9 @@ FOLDER: Final = Path(__file__).parent / "static"
 LOOK_TIMEOUT_S: Final = 10.0
 
 _TYPES: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".txt": "text/plain"}
+_PROXIES: Final = frozenset({b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via"})
+"""Who is asked for by others is not at this machine, wherever the request comes from."""
+
 _HEADERS: Final = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -73,7 +76,8 @@ class Page:
 
     async def _ticket(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer: Response
-        if not self._has_token and not self._is_local:
+        is_passed_on = not _PROXIES.isdisjoint(name for name, _ in scope["headers"])
+        if not self._has_token and (is_passed_on or not self._is_local):
             why = "The ticket is shown on this machine, or to those who know the token (--http-token)."
             answer = PlainTextResponse(why, 403)
         elif not self._server.is_serving:

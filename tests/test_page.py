@@ -295,6 +295,8 @@ def test_on_this_machine_alone(serving: Callable[..., Serving]) -> None:
             assert get(port, path, Host=host)[0] == 403, (host, path)
     assert get(port, "/healthz", Host="evil.example")[0] == 200  # nothing that is not for everybody
     assert get(port, "/ticket", Host=f"localhost:{port}")[0] == 200
+    for proxy in ("X-Forwarded-For", "Forwarded", "Via"):  # whose client is somebody else
+        assert get(port, "/ticket", **{proxy: "10.0.0.1"})[0] == 403
 
 
 @pytest.mark.swarm

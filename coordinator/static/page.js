@@ -258,10 +258,18 @@ function showTiles(told) {
   put("payload-more", told.ddp_bytes ? `data-parallel ${bytes(told.ddp_bytes)}, ${times >= 10 ? whole(times) : times.toFixed(1)} ×` : "\u00a0");
   put("round-time", seconds(told.round_s));
   put("round-time-more", told.last_commit_ms ? "" : "no round yet");
-  if (told.last_commit_ms) $("round-time-more").replaceChildren("last commit ", since(told.last_commit_ms));
+  if (told.last_commit_ms) $("round-time-more").replaceChildren("last commit ", since(told.last_commit_ms), make("span", { id: "awaited" }));
   put("peers", `${whole(told.n_peers.training)}`);
   const others = [["joining", told.n_peers.joining], ["gone", told.n_peers.gone]].filter(([, n]) => n).map(([word, n]) => `${whole(n)} ${word}`);
   put("peers-more", ["training", ...others].join(" · "));
+}
+
+// When a round takes much longer than usual: how many are waited for.
+function showAwaited() {
+  if (!last || !$("awaited")) return;
+  const open = (now() - last.last_commit_ms) / 1000;
+  const isLong = last.state === "training" && last.missing > 0 && open > Math.max(5, 3 * (last.round_s ?? 0));
+  put("awaited", isLong ? `, ${whole(last.missing)} awaited` : "");
 }
 
 function replica(peer) {
@@ -332,6 +340,7 @@ function draw() {
 setInterval(() => {
   for (const element of document.querySelectorAll("[data-ms]")) put(element, ago(Number(element.dataset.ms)));
   if (!$("notice").hidden) away();
+  else showAwaited();
 }, 1000);
 
 // ---------------------------------------------------------------- the coordinator
@@ -382,6 +391,14 @@ function connect() {
     if (source.readyState === EventSource.CLOSED) retry = setTimeout(connect, 3000);
   };
 }
+
+// Nobody looks: nothing has to be sent.
+let hidden = null;
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(hidden);
+  if (document.hidden) hidden = setTimeout(() => { clearTimeout(retry); source?.close(); }, 60000);
+  else if (source?.readyState === EventSource.CLOSED && last?.state !== "finished") connect();
+});
 
 function showEnd() {
   put("join-more", "The run is over.");
