@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PACKAGES := compression optim coordinator node
 
-.PHONY: help setup demo test test-fast soak learning lint bench clean
+.PHONY: help setup demo test test-fast soak learning lint bench publish clean
 .DEFAULT_GOAL := help
 
 help:            ## show this list
@@ -51,8 +51,15 @@ lint: setup      ## ruff, mypy (strict), import-linter
 	  --explicit-package-bases --namespace-packages $(addprefix -p thinwire.,$(PACKAGES))
 	cd $(VENV)/lint && PYTHONPATH=. ../bin/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 
-bench: setup     ## speed and memory, as ratios to baselines and to this machine's copy bandwidth
-	$(BIN)/thinwire bench all
+PUBLISHED := tests/benchmarks/published.json
+
+bench: setup     ## speed and memory, beside the published figures: says what got worse
+	$(BIN)/thinwire bench all --against $(PUBLISHED)
+
+publish: setup   ## measure, and make these the published figures
+	mkdir -p build
+	$(BIN)/thinwire bench all --json > build/published.json
+	mv build/published.json $(PUBLISHED)
 
 clean:           ## remove what setup and the tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

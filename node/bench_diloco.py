@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from thinwire.compression.base import Compressor, Payload, Turn
 from thinwire.compression.dense import Dense
-from thinwire.compression.noise import use_numba
+from thinwire.compression.noise import kernels_for
 from thinwire.compression.topk import TopK
-from thinwire.node.bench import copy_bandwidth, measure, transformer
+from thinwire.node.bench import copy_bandwidth, fill_gradients, measure, ratios, transformer
 from thinwire.optim.base import Own, Share
 from thinwire.optim.diloco import Diloco
 
@@ -22,21 +21,21 @@ LR, OUTER_LR, MU = 4e-4, 0.7, 0.9
 ADAMW_BYTES, OUTER_BYTES, MOMENTUM_BYTES = 28, 24, 8
 
 
-def bench_diloco(n_params: int, n_repeats: int) -> dict[str, Any]:
+def bench_diloco(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     """One AdamW step, pack, decode of 4 peers, outer step; H such inner steps make a round in real life.
 
     Baseline: DiLoCo in plain torch on float32 values that nobody packs. And what data-parallel training sends
     in a single step, to a ring of as many peers.
     """
-    model = transformer(n_params)
+    model = transformer(n_params, device)
     n_exactly = sum(p.numel() for p in model.values())
-    bandwidth = copy_bandwidth(n_exactly, n_repeats)
-    plain = measure(PlainDiloco(transformer(n_params)).run, n_repeats)
+    bandwidth = copy_bandwidth(n_exactly, n_repeats, device)
+    plain = measure(PlainDiloco(transformer(n_params, device)).run, n_repeats, device)
     ddp_bytes = 2 * (N_PEERS - 1) / N_PEERS * 4 * n_exactly
     result: dict[str, Any] = {
         "n_params": n_exactly,
         "n_peers": N_PEERS,
-        "kernels": "numba" if use_numba(model["embed"]) else "torch",
+        "kernels": kernels_for(model["embed"].detach()),
         "copy_bandwidth_bytes_per_s": bandwidth,
         "plain_round": plain.to_dict(),
         "ddp_n_bytes_per_step": round(ddp_bytes),
@@ -46,10 +45,11 @@ def bench_diloco(n_params: int, n_repeats: int) -> dict[str, Any]:
         "sparseloco": (TopK(k=64, bits=2), {"outer_lr": 1.0, "outer_momentum": 0.0, "feedback_decay": 0.95}),
     }
     for name, (compressor, options) in methods.items():
-        round_ = Round(Diloco(transformer(n_params).items(), compressor=compressor, lr=LR, **options))  # type: ignore[arg-type]
-        propose = measure(round_.propose_again, n_repeats)
-        apply = measure(round_.apply_again, n_repeats)
-        both = measure(round_.run, n_repeats)
+        parameters = transformer(n_params, device).items()
+        round_ = Round(Diloco(parameters, compressor=compressor, lr=LR, **options))  # type: ignore[arg-type]
+        propose = measure(round_.propose_again, n_repeats, device)
+        apply = measure(round_.apply_again, n_repeats, device)
+        both = measure(round_.run, n_repeats, device)
         per_param = ADAMW_BYTES + OUTER_BYTES + (MOMENTUM_BYTES if options["outer_momentum"] else 0)
         result[name] = {
             "payload_n_bytes": round_.payload_n_bytes(),
@@ -58,10 +58,10 @@ def bench_diloco(n_params: int, n_repeats: int) -> dict[str, Any]:
             "propose": propose.to_dict(),
             "apply": apply.to_dict(),
             "least_n_bytes": per_param * n_exactly,
-            "ratio_to_baseline": plain.median_s / both.median_s,
+            **ratios(plain, both),
             "fraction_of_copy_bandwidth": per_param * n_exactly / bandwidth / both.median_s,
         }
-    for key in ("ratio_to_baseline", "fraction_of_copy_bandwidth"):
+    for key in ("ratio_to_baseline", "ratio_to_baseline_by_cpu_time", "fraction_of_copy_bandwidth"):
         result[key] = result["dense_e3m0"][key]
     return result
 
@@ -125,9 +125,3 @@ class PlainDiloco:
         self.sgd.step()
         for outer, inner in zip(self.outer, self.inner, strict=True):
             inner.copy_(outer)
-
-
-def fill_gradients(parameters: list[torch.nn.Parameter] | list[Tensor]) -> None:
-    generator = torch.Generator().manual_seed(2)
-    for p in parameters:
-        p.grad = torch.randn(p.shape, generator=generator)

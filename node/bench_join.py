@@ -28,9 +28,9 @@ TIMEOUT_S: Final = 120.0
 _TASK: Final = {"layers": 2, "width": 64, "heads": 2, "context": 32, "batch": 4, "held_out_bytes": 2048}
 
 
-def bench_join(n_params: int, n_repeats: int) -> dict[str, Any]:
+def bench_join(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     """Processes with caches that are warm: the first one does not count."""
-    del n_params
+    del n_params, device
     with TemporaryDirectory(prefix="thinwire-bench-") as folder:
         first_offer = started_nodes(Path(folder) / "processes", n_repeats)
         joined = [caught_up(Path(folder) / f"run-{i}") for i in range(n_repeats)]

@@ -28,7 +28,7 @@ LAYERS: Final = 32
 STRATEGY: Final = {"name": "decoupled", "beta": 0.9}
 
 
-def bench_memory(n_params: int, n_repeats: int) -> dict[str, Any]:
+def bench_memory(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     """Peak of live tensor bytes per rank, over two rounds (gradients, momentum, pack, decode, update), for
     nodes of 1, 2 and 4 gloo ranks on the CPU. Four tokens: parameters dominate, not activations.
 

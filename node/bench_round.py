@@ -38,7 +38,7 @@ ROUNDS_PER_REPEAT = 40
 _WARM_UP_ROUNDS = 10
 
 
-def bench_round(n_params: int, n_repeats: int) -> dict[str, Any]:
+def bench_round(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     """Baseline: what a peer of data-parallel training sends in a step for so many parameters, in a ring of as
     many peers. They have no other influence."""
     result = measure_rounds(N_PEERS, ROUNDS_PER_REPEAT * n_repeats)

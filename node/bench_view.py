@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.files import write_aside
 
 Result = dict[str, Any]
+
+_COUNTED: Final = (
+    *("payload_n_bytes", "sent_bytes_per_peer_and_round", "peak_bytes"),
+    *("bits_per_coefficient", "our_bytes"),
+)
 
 
 def print_bench(results: Sequence[Result]) -> None:
@@ -45,41 +50,59 @@ def check_picture(path: Path) -> None:
 
 
 def save_picture(path: Path, benches: Sequence[Sequence[Result]]) -> None:
-    from thinwire.node.charts import times_png
+    """A panel for each benchmark: its times, or else the bytes and bits that it counts."""
+    from thinwire.node.charts import Panel, bars_png
 
-    panels = {
-        results[0]["bench"]: {
-            f"{r['n_params']:.1e} parameters" if "n_params" in r else "": dict(_timings(r)) for r in results
+    panels = {}
+    for results in benches:
+        sizes = {f"{r['n_params']:.1e} parameters" if "n_params" in r else "": r for r in results}
+        times = {
+            size: {what: (t["median_s"] * 1e3, t["min_s"] * 1e3, t["max_s"] * 1e3) for what, t in timings(r)}
+            for size, r in sizes.items()
         }
-        for results in benches
-    }
-    panels = {name: sizes for name, sizes in panels.items() if any(sizes.values())}
-    if not panels:
-        raise ConfigError(f"-o {path}: {benches[0][0]['bench']} measures no times, there is nothing to draw")
+        counts = {size: {what: (n, n, n) for what, n in bytes_and_bits(r)} for size, r in sizes.items()}
+        is_timed = any(times.values())
+        panels[results[0]["bench"]] = Panel(
+            "ms" if is_timed else "bytes or bits", times if is_timed else counts
+        )
     try:
-        write_aside(path, times_png("thinwire bench: medians, least and most", panels))
+        write_aside(path, bars_png("thinwire bench: medians, least and most", panels))
     except OSError as e:
         raise ConfigError(f"-o {path}: {e.strerror}") from e
 
 
-def _timings(values: Result, prefix: str = "") -> Iterator[tuple[str, tuple[float, float, float]]]:
-    """(name, (median, least, most)) of every time, in seconds."""
+def timings(values: Result, prefix: str = "") -> Iterator[tuple[str, dict[str, float]]]:
+    """(name, the time) of everything that was timed, in seconds."""
     for key, value in values.items():
         if isinstance(value, dict) and "median_s" in value:
-            yield prefix + key, (value["median_s"], value["min_s"], value["max_s"])
+            yield prefix + key, value
         elif isinstance(value, dict):
-            yield from _timings(value, f"{prefix}{key} ")
+            yield from timings(value, f"{prefix}{key} ")
+
+
+def bytes_and_bits(values: Result, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(name, how many) of what is sent and of the memory that is taken."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from bytes_and_bits(value, f"{prefix}{key} ")
+        elif key in _COUNTED:
+            yield prefix + key, value
 
 
 def _flat(values: Result, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict) and value.keys() >= {"median_s", "min_s", "max_s"}:
-            spread = f"{_time(value['median_s'])} ({_time(value['min_s'])} .. {_time(value['max_s'])})"
-            yield prefix + key, spread
+            cpu = f", CPU {_time(value['cpu_s'])}" if "cpu_s" in value else ""
+            yield prefix + key, f"{spread(value)}{cpu}"
+            yield from _flat({k: v for k, v in value.items() if not k.endswith("_s")}, f"{prefix}{key} ")
         elif isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key} ")
         else:
             yield prefix + key, value
+
+
+def spread(time: Mapping[str, float]) -> str:
+    return f"{_time(time['median_s'])} ({_time(time['min_s'])} .. {_time(time['max_s'])})"
 
 
 def _words(key: str, value: Any) -> str:

@@ -80,9 +80,9 @@ PUBLISHED: Final[dict[str, Published]] = {
 }
 
 
-def bench_wire(n_params: int, n_repeats: int) -> dict[str, Any]:
+def bench_wire(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     """A row of `bench.BENCHES`: payloads of a random momentum in the shapes of a transformer; no times."""
-    del n_repeats
+    del n_repeats, device
     parts = {name: Part.whole(p.shape) for name, p in transformer(n_params).items()}
     generator = torch.Generator().manual_seed(3)
     momentum = {name: torch.randn(part.n_global, generator=generator) for name, part in parts.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -61,38 +62,47 @@ def comparison_png(title: str, unit: str, outcomes: Sequence[Outcome], ddp_bytes
     return file.getvalue()
 
 
-Times = Mapping[str, tuple[float, float, float]]
-"""What was timed: median, least and most, in seconds."""
+Bars = Mapping[str, tuple[float, float, float]]
+"""What was measured: median, least and most."""
 
 
-def times_png(title: str, panels: Mapping[str, Mapping[str, Times]]) -> bytes:
-    """A panel for each benchmark, panels[name][size]: bars with their spread across them, sizes next to each
-    other. Raises ImportError without matplotlib."""
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One benchmark: bars[size], in this unit."""
+
+    unit: str
+    bars: Mapping[str, Bars]
+
+
+def bars_png(title: str, panels: Mapping[str, Panel]) -> bytes:
+    """A panel for each benchmark: bars with their spread across them, sizes next to each other. Raises
+    ImportError without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [sum(len(times) for times in sizes.values()) for sizes in panels.values()]
+    rows = [sum(len(bars) for bars in panel.bars.values()) for panel in panels.values()]
     heights = [0.8 + 0.24 * n for n in rows]
     figure = Figure(figsize=(10, 0.6 + sum(heights)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (name, sizes) in zip(all_axes, panels.items(), strict=True):
+    for axes, (name, panel) in zip(all_axes, panels.items(), strict=True):
+        sizes = panel.bars
         whats = list(dict.fromkeys(what for times in sizes.values() for what in times))
         width = 0.8 / len(sizes)
         for i, (size, times) in enumerate(sizes.items()):
             for what, (middle, least, most) in times.items():
                 axes.barh(
                     whats.index(what) + i * width,
-                    middle * 1e3,
+                    middle,
                     height=width,
-                    xerr=[[(middle - least) * 1e3], [(most - middle) * 1e3]],
+                    xerr=[[middle - least], [most - middle]],
                     color=COLOURS[i % len(COLOURS)],
                     label=size if what == next(iter(times)) else None,
                 )
         axes.set_yticks([i + 0.4 - width / 2 for i in range(len(whats))], whats)
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.set_xlabel("ms")
+        axes.set_xlabel(panel.unit)
         axes.set_title(name)
         axes.grid(visible=True, axis="x", alpha=0.3)
         if any(sizes):

@@ -529,15 +529,19 @@ class Bench:
     params: Annotated[str | None, arg(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
-    """A picture of the times."""
+    """A picture of the times, or bytes."""
     repeats: Annotated[int, arg(metavar="N")] = 5
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where noise, decoupled, diloco and peers run."""
+    against: Annotated[Path | None, arg(metavar="FILE")] = None
+    """What --json printed before: its figures beside the new ones, and which got worse than their noise."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
         from thinwire.node.bench import bench_command, parse_sizes
 
         sizes = None if self.params is None else parse_sizes(self.params)
-        bench_command(self.name, sizes, self.repeats, self.json, self.output)
+        bench_command(self.name, sizes, self.repeats, self.json, self.output, self.device, self.against)
         return 0
 
 
@@ -648,6 +652,9 @@ def log_to_stderr(level: int, prefix: str = "") -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The `thinwire` command. Returns the exit code."""
+    # Before torch is loaded, whose threads else spin while they have nothing to do: where a machine does
+    # anything besides, a step of a small model took ten times the CPU time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = tyro.cli(
         Command,
         prog="thinwire",

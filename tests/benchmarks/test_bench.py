@@ -18,14 +18,16 @@ from thinwire.node.bench import (
     BENCHES,
     bench_command,
     copy_bandwidth,
+    fill_gradients,
     measure,
     parse_sizes,
     run_bench,
     run_sizes,
     transformer,
 )
-from thinwire.node.bench_decoupled import Demo, cosine_basis
+from thinwire.node.bench_decoupled import Demo, InexactApply, Round, cosine_basis
 from thinwire.node.bench_diloco import PlainDiloco
+from thinwire.node.bench_view import print_bench
 
 N_PARAMS = 2_000_000
 
@@ -45,7 +47,7 @@ def test_noise_reports_its_ratios() -> None:
     assert 0 < result["fraction_of_copy_bandwidth"] < 10
 
 
-def test_decoupled_reports_bytes_and_ratios() -> None:
+def test_decoupled_reports_bytes_and_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     result = run_bench("decoupled", N_PARAMS, n_repeats=1)
     assert keys_of(result) == set()
     assert result["n_peers"] == 4
@@ -53,18 +55,33 @@ def test_decoupled_reports_bytes_and_ratios() -> None:
     assert result["payload_n_bytes"] * 8 / result["n_params"] == pytest.approx(0.1055, rel=0.02)
     for key in ("ratio_to_baseline", "ratio_to_adamw", "fraction_of_copy_bandwidth"):
         assert 0 < result[key] < 100
-
-
-def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_command("decoupled", [N_PARAMS], 1, as_json=True)
-    assert json.loads(capsys.readouterr().out)["bench"] == "decoupled"
-
-
-def test_the_table_names_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_command("decoupled", [N_PARAMS], 1, as_json=False)
+    for part in ("propose", "apply", "fingerprint"):
+        expected = result[part]["least_n_bytes"] / result["copy_bandwidth_bytes_per_s"]
+        assert result[part]["fraction_of_copy_bandwidth"] == pytest.approx(
+            expected / result[part]["median_s"]
+        )
+    exactness = result["exactness"]
+    extra = max(0.0, exactness["exact_update_share_of_round"]) + exactness["fingerprint_share_of_round"]
+    assert exactness["share_of_round"] == pytest.approx(extra)
+    print_bench([result])
     printed = capsys.readouterr().out
-    for words in ("ratio_to_baseline", "fraction_of_copy_bandwidth", "GB/s", " round ", " ms ("):
+    for words in ("ratio_to_baseline", "fraction_of_copy_bandwidth", "GB/s", " round ", " ms (", ", CPU "):
         assert words in printed
+
+
+def test_an_inexact_update_is_the_same_but_for_rounding() -> None:
+    model = transformer(1_000_000)
+    fill_gradients(model.values())
+    round_ = Round(model)
+    inexact = InexactApply(model, round_)
+    before = {name: p.detach().clone() for name, p in model.items()}
+    inexact.step()
+    moved = {name: p.detach() - before[name] for name, p in model.items()}
+    for name, p in model.items():
+        p.data.copy_(before[name])
+    round_.apply()
+    for name, p in model.items():
+        assert float(((p.detach() - before[name]) - moved[name]).abs().gt(1e-6).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -157,6 +174,34 @@ def test_a_size_has_no_influence_on_some() -> None:
 def test_wrong_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="numbers with commas"):
         parse_sizes(text)
+
+
+def test_what_does_not_fit_is_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("thinwire.node.bench.free_bytes", lambda device: 16 * 3_000_000)
+    (result,) = run_sizes("noise", [1_000_000, 4_000_000], 1)
+    assert result["n_params"] < 3_000_000
+    assert "4.0e+06 parameters do not fit" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="do not fit into the free memory: take fewer"):
+        run_sizes("noise", [4_000_000], 1)
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="finds no GPU"):
+        run_bench("noise", N_PARAMS, 1, device="cuda")
+    with pytest.raises(ConfigError, match="cpu or cuda"):
+        run_bench("noise", N_PARAMS, 1, device="tpu")
+
+
+def test_bytes_have_a_picture_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "wire.png"
+    bench_command("wire", [1_000_000], 1, as_json=True, picture=picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "wire.json").write_text(capsys.readouterr().out)
+    bench_command("wire", [1_000_000], 1, as_json=False, against=tmp_path / "wire.json")
+    assert re.search(r"none of \d+ figures got worse", capsys.readouterr().err)
 
 
 def test_a_picture_that_cannot_be_is_refused_first(tmp_path: Path) -> None:
