@@ -31,9 +31,7 @@ def parameter_sum(x: Tensor, start: int = 0) -> int:
 
     `x`: float32 or bfloat16, contiguous, any shape. Sums of shards add up modulo 2^64.
     """
-    if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_contiguous():
-        raise ValueError(f"needs a contiguous float32 or bfloat16 tensor, not {x.dtype}")
-    bits = x.detach().view(-1).view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+    bits = _bits(x)
     match kernels_for(bits):
         case "numba":
             from thinwire.compression import fingerprint_cpu
@@ -42,10 +40,35 @@ def parameter_sum(x: Tensor, start: int = 0) -> int:
         case "triton":
             from thinwire.compression import fingerprint_triton
 
-            return fingerprint_triton.parameter_sum(bits, start)
+            return fingerprint_triton.parameter_sums([bits], [start])[0]
         case "torch":
             with exact_arithmetic():
                 return parameter_sum_torch(bits, start)
+
+
+def parameter_sums(tensors: Mapping[str, Tensor], starts: Mapping[str, int]) -> dict[str, int]:
+    """`parameter_sum` of each: on a GPU in one read of all of them, for which the host waits once."""
+    bits = {name: _bits(x) for name, x in tensors.items()}
+    on_gpu: dict[torch.device, list[str]] = {}
+    found = {}
+    for name, row in bits.items():
+        if kernels_for(row) == "triton":
+            on_gpu.setdefault(row.device, []).append(name)
+        else:
+            found[name] = parameter_sum(tensors[name], starts[name])
+    for names in on_gpu.values():
+        from thinwire.compression import fingerprint_triton
+
+        sums = fingerprint_triton.parameter_sums([bits[n] for n in names], [starts[n] for n in names])
+        found.update(zip(names, sums, strict=True))
+    return {name: found[name] for name in tensors}
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Its bit patterns, flat. Raises ValueError for what no kernel takes."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or not x.is_contiguous():
+        raise ValueError(f"needs a contiguous float32 or bfloat16 tensor, not {x.dtype}")
+    return x.detach().view(-1).view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
 def fingerprint(sums: Mapping[str, int]) -> bytes:

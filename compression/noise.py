@@ -179,6 +179,43 @@ def update_all_(
         _combine(flat, flat, updates, Where.of(kind, param_index, start))
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What takes an update: elements from `start` on of a flattened parameter, contiguous, of any shape."""
+
+    theta: Tensor
+    param_index: int
+    start: int
+
+
+def update_pieces_(
+    pieces: Sequence[Piece], updates: Sequence[Update], kind: NoiseKind, round_seed: int = 0
+) -> None:
+    """`update_all_` of each, on a GPU in one launch for all float32 ones and one for all bfloat16 ones. Those
+    are rounded after the last update, as `rounding` does with this seed."""
+    from thinwire.compression.rounding import round_to_bfloat16
+
+    together: dict[tuple[torch.device, torch.dtype], list[Piece]] = {}
+    for p in pieces:
+        if p.theta.dtype not in (torch.float32, torch.bfloat16) or not p.theta.is_contiguous():
+            raise ValueError(f"needs a contiguous float32 or bfloat16 tensor, not {p.theta.dtype}")
+        theta = p.theta.detach().view(-1)
+        if kernels_for(theta) == "triton":
+            piece = Piece(theta, p.param_index, p.start)
+            together.setdefault((theta.device, theta.dtype), []).append(piece)
+        elif theta.dtype == torch.float32:
+            update_all_(theta, updates, kind, p.param_index, p.start)
+        elif updates:
+            wide = theta.float()
+            update_all_(wide, updates, kind, p.param_index, p.start)
+            round_to_bfloat16(wide, theta, round_seed, p.param_index, p.start)
+    for alike in together.values():
+        if updates:
+            from thinwire.compression import noise_triton
+
+            noise_triton.combine_all(alike, updates, kind, round_seed)
+
+
 def initial_values(seed: int, param_index: int, start: int, stop: int, scale: float) -> Tensor:
     """scale * gauss for an exact initialisation: elements [start, stop) of a flattened parameter."""
     out = torch.zeros(stop - start, dtype=torch.float32)

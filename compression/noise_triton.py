@@ -19,18 +19,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from thinwire.compression.noise import BLOCK, CALLS
+from thinwire.compression.noise import BLOCK, CALLS, Where
 from thinwire.compression.quantiles import NORMAL_256
+from thinwire.compression.rounding_triton import random_halves, rounded_bits
+from thinwire.compression.tables_triton import EXACT, high_float, on_device, owners, pointer, table, upload
+from thinwire.compression.words_triton import in_order, random_words
 
 if TYPE_CHECKING:
-    from thinwire.compression.noise import Update, Where
-
-EXACT: Final = {"enable_fp_fusion": False}
-"""What every launch of an exact kernel says."""
+    from thinwire.compression.noise import NoiseKind, Piece, Update
 
 _WARPS: Final = 2  # a program's accumulators fit into the registers, and few words are computed twice
 _BLOCK: Final = tl.constexpr(BLOCK)
-_ROUNDS: Final = tl.constexpr(10)
 
 
 def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where) -> None:
@@ -53,9 +52,49 @@ def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where)
         )
 
 
-def on_device(x: Tensor) -> torch.cuda.device:
-    """Triton launches on the current device, whichever its tensors are on. On the CPU nothing is set."""
-    return torch.cuda.device(x.device if x.is_cuda else -1)
+def combine_all(pieces: Sequence[Piece], updates: Sequence[Update], kind: NoiseKind, round_seed: int) -> None:
+    """As `noise.update_pieces_`, for pieces of one type on one device: a launch for the blocks that are
+    whole, and one for those that are not, or lie at odd addresses, and have to be read element by element."""
+    whole, rest = _blocks_of([p for p in pieces if p.theta.numel()])
+    is_float32 = pieces[0].theta.dtype == torch.float32
+    device = pieces[0].theta.device
+    plan = _plan(_encoded(updates, Where.of(kind, 0, 0)), device)
+    n_probes = sum(u.seeds.size for u in updates)
+    for rows, is_whole in ((whole, True), (rest, False)):
+        if rows:
+            n_programs = np.array([row.pop() for row in rows])
+            columns = np.array(rows, dtype=np.int64)
+            columns[:, -1] = n_programs.cumsum() - n_programs
+            with on_device(plan):
+                _combine_all[(int(n_programs.sum()),)](
+                    *(table(columns, device), owners(n_programs, device), plan, _table(device)),
+                    *(n_probes, len(updates), round_seed & 0xFFFFFFFF, round_seed >> 32),
+                    GAUSS=kind == "gauss",
+                    N_CALLS=CALLS[kind],
+                    WHOLE=is_whole,
+                    FLOAT32=is_float32,
+                    num_warps=_WARPS if is_float32 else 2 * _WARPS,
+                    **EXACT,
+                )
+
+
+def _blocks_of(pieces: Sequence[Piece]) -> tuple[list[list[int]], list[list[int]]]:
+    """Rows of whole blocks and of others: address, elements, how many of the first block are missing, its
+    number, index of the parameter, the first block of this row, room for the first program; and how many
+    blocks it has."""
+    whole, rest = [], []
+    for p in pieces:
+        first, shift = divmod(p.start, BLOCK)
+        n = p.theta.numel()
+        row = [p.theta.data_ptr(), n, shift, first, p.param_index]
+        n_blocks = -(-(shift + n) // BLOCK)
+        begin, end = int(shift > 0), (shift + n) // BLOCK
+        if begin >= end or p.theta.data_ptr() % 16 or shift % 8:
+            rest.append([*row, 0, 0, n_blocks])
+            continue
+        whole.append([*row, begin, 0, end - begin])
+        rest += [[*row, b, 0, 1] for b in {0, n_blocks - 1} if not begin <= b < end]
+    return whole, rest
 
 
 def _encoded(updates: Sequence[Update], where: Where) -> bytes:
@@ -73,7 +112,7 @@ def _encoded(updates: Sequence[Update], where: Where) -> bytes:
 @lru_cache(maxsize=8)
 def _plan(encoded: bytes, device: torch.device) -> Tensor:
     """Kept, because all parameters of a step have the same one."""
-    return torch.from_numpy(np.frombuffer(encoded, dtype=np.int64).copy()).to(device)
+    return upload(torch.from_numpy(np.frombuffer(encoded, dtype=np.int64).copy()), device)
 
 
 @lru_cache
@@ -89,24 +128,96 @@ def _combine(
 ) -> None:  # fmt: skip
     """`first`: the block in which the tensors begin, `shift` elements after its first one."""
     block = tl.program_id(0).to(tl.int64)
+    i0, i1, i2, i3 = _places(block * _BLOCK - shift, N_CALLS)
+    x0, x1, x2, x3 = _updated(
+        _read(x, i0, n, False), _read(x, i1, n, False), _read(x, i2, n, False), _read(x, i3, n, False),
+        first + block, third, plan, table, n_probes, n_updates, GAUSS, N_CALLS,
+    )  # fmt: skip
+    _write(y, i0, n, x0, False)
+    _write(y, i1, n, x1, False)
+    _write(y, i2, n, x2, False)
+    _write(y, i3, n, x3, False)
+
+
+@triton.jit(do_not_specialize=["n_probes", "n_updates", "seed_low", "seed_high"])
+def _combine_all(
+    rows: tl.tensor, owner: tl.tensor, plan: tl.tensor, table: tl.tensor, n_probes: tl.tensor,
+    n_updates: tl.tensor, seed_low: tl.tensor, seed_high: tl.tensor, GAUSS: tl.constexpr,
+    N_CALLS: tl.constexpr, WHOLE: tl.constexpr, FLOAT32: tl.constexpr,
+) -> None:  # fmt: skip
+    """In place. `_blocks_of` has the columns of `rows`."""
+    program = tl.program_id(0)
+    row = rows + 7 * tl.load(owner + program).to(tl.int64)
+    n, shift, third = tl.load(row + 1), tl.load(row + 2), tl.load(row + 4)
+    block = program - tl.load(row + 6) + tl.load(row + 5)
+    number = tl.load(row + 3) + block
     at = block * _BLOCK - shift
+    x = pointer(tl.load(row), tl.float32 if FLOAT32 else tl.int16)
+    if WHOLE:
+        x, at = tl.multiple_of(x, 16), tl.multiple_of(at, 8)
+    i0, i1, i2, i3 = _places(at, N_CALLS)
+    x0, x1, x2, x3 = _updated(
+        _read(x, i0, n, WHOLE), _read(x, i1, n, WHOLE), _read(x, i2, n, WHOLE), _read(x, i3, n, WHOLE),
+        number, third, plan, table, n_probes, n_updates, GAUSS, N_CALLS,
+    )  # fmt: skip
+    if FLOAT32:
+        _write(x, i0, n, x0, WHOLE)
+        _write(x, i1, n, x1, WHOLE)
+        _write(x, i2, n, x2, WHOLE)
+        _write(x, i3, n, x3, WHOLE)
+    else:
+        seed = seed_low.to(tl.uint32).to(tl.uint64) | (seed_high.to(tl.uint32).to(tl.uint64) << 32)
+        bits = in_order(x0, x1, x2, x3).to(tl.int32, bitcast=True)
+        rounded = rounded_bits(bits, random_halves(number, third, seed))
+        _write(x, at + tl.arange(0, _BLOCK), n, rounded, WHOLE)
+
+
+@triton.jit
+def _places(at: tl.tensor, N_CALLS: tl.constexpr) -> tl.tensor:
+    """Of the elements of the four lanes, in a block that begins at element `at`: (rows, calls)."""
     row = tl.arange(0, _BLOCK // (4 * N_CALLS))[:, None]
-    e = row * (4 * N_CALLS) + tl.arange(0, N_CALLS)[None, :]  # of lane 0
-    i0, i1, i2, i3 = at + e, at + e + N_CALLS, at + e + 2 * N_CALLS, at + e + 3 * N_CALLS
-    x0 = tl.load(x + i0, mask=(i0 >= 0) & (i0 < n))
-    x1 = tl.load(x + i1, mask=(i1 >= 0) & (i1 < n))
-    x2 = tl.load(x + i2, mask=(i2 >= 0) & (i2 < n))
-    x3 = tl.load(x + i3, mask=(i3 >= 0) & (i3 < n))
+    e = row * (4 * N_CALLS) + tl.arange(0, N_CALLS)[None, :]
+    return at + e, at + e + N_CALLS, at + e + 2 * N_CALLS, at + e + 3 * N_CALLS
+
+
+@triton.jit
+def _read(x: tl.tensor, i: tl.tensor, n: tl.tensor, WHOLE: tl.constexpr) -> tl.tensor:
+    """float32, of that or of the bits of bfloat16."""
+    if WHOLE:
+        value = tl.load(x + i)
+    else:
+        value = tl.load(x + i, mask=(i >= 0) & (i < n), other=0)
+    if x.dtype.element_ty == tl.int16:
+        value = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit
+def _write(y: tl.tensor, i: tl.tensor, n: tl.tensor, value: tl.tensor, WHOLE: tl.constexpr) -> None:
+    if WHOLE:
+        tl.store(y + i, value)
+    else:
+        tl.store(y + i, value, mask=(i >= 0) & (i < n))
+
+
+@triton.jit
+def _updated(
+    x0: tl.tensor, x1: tl.tensor, x2: tl.tensor, x3: tl.tensor, number: tl.tensor, third: tl.tensor,
+    plan: tl.tensor, table: tl.tensor, n_probes: tl.tensor, n_updates: tl.tensor,
+    GAUSS: tl.constexpr, N_CALLS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The lanes of a block, after the updates."""
+    row = tl.arange(0, _BLOCK // (4 * N_CALLS))[:, None]
     begin = 0
     for u in range(n_updates):
         update = tl.load(plan + 2 * n_probes + u)
-        end, decay = update.to(tl.int32), _upper_float(update)
-        a0 = _minus_zeros(e)  # -0 + term is the term, whatever its sign
+        end, decay = update.to(tl.int32), high_float(update)
+        a0 = _minus_zeros(x0)  # -0 + term is the term, whatever its sign
         a1, a2, a3 = a0, a0, a0
         for p in range(begin, end):
             probe = tl.load(plan + n_probes + p)
-            fourth, coefficient = probe.to(tl.uint32), _upper_float(probe)
-            w0, w1, w2, w3 = random_words(first + block, N_CALLS, third, fourth, tl.load(plan + p))
+            fourth, coefficient = probe.to(tl.uint32), high_float(probe)
+            w0, w1, w2, w3 = random_words(number, N_CALLS, third, fourth, tl.load(plan + p))
             a0 += _term(w0, row, coefficient, table, GAUSS)
             a1 += _term(w1, row, coefficient, table, GAUSS)
             a2 += _term(w2, row, coefficient, table, GAUSS)
@@ -115,22 +226,7 @@ def _combine(
         if end > begin:  # without a probe, subtracting would make 0 of -0
             x0, x1, x2, x3 = x0 - a0, x1 - a1, x2 - a2, x3 - a3
         begin = end
-    tl.store(y + i0, x0, mask=(i0 >= 0) & (i0 < n))
-    tl.store(y + i1, x1, mask=(i1 >= 0) & (i1 < n))
-    tl.store(y + i2, x2, mask=(i2 >= 0) & (i2 < n))
-    tl.store(y + i3, x3, mask=(i3 >= 0) & (i3 < n))
-
-
-@triton.jit
-def random_words(
-    block: tl.tensor, N_CALLS: tl.constexpr, third: tl.tensor, fourth: tl.tensor, seed: tl.tensor
-) -> tl.tensor:
-    """The four lanes of the block's calls, uint32 (N_CALLS,) each."""
-    number = block.to(tl.int64) * N_CALLS
-    # A power of two of calls: the low word never carries.
-    low = number.to(tl.uint32) + tl.arange(0, N_CALLS).to(tl.uint32)
-    high = (number >> 32).to(tl.uint32)
-    return tl.philox(seed, low, high, third.to(tl.uint32), fourth, _ROUNDS)
+    return x0, x1, x2, x3
 
 
 @triton.jit
@@ -146,12 +242,6 @@ def _term(
         signs = (words[None, :] << up) & 0x80000000
         term = (signs ^ coefficient.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
     return term
-
-
-@triton.jit
-def _upper_float(x: tl.tensor) -> tl.tensor:
-    """The float32 in the upper half of an int64."""
-    return (x >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit

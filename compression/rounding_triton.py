@@ -11,7 +11,8 @@ from torch import Tensor
 
 from thinwire.compression import rounding
 from thinwire.compression.noise import BLOCK, Purpose
-from thinwire.compression.noise_triton import EXACT, on_device, random_words
+from thinwire.compression.tables_triton import EXACT, on_device
+from thinwire.compression.words_triton import in_order, random_words
 
 _BLOCK: Final = tl.constexpr(BLOCK)
 _N_CALLS: Final = tl.constexpr(rounding.N_CALLS)
@@ -41,25 +42,27 @@ def _round(
 ) -> None:  # fmt: skip
     """A block; `first` is the one in which the tensors begin, `shift` elements after its first one."""
     block = tl.program_id(0).to(tl.int64)
-    at = block * _BLOCK - shift
     seed = seed_low.to(tl.uint64) | (seed_high.to(tl.uint64) << 32)
-    fourth = tl.full((), _FOURTH, tl.uint32)
-    w0, w1, w2, w3 = random_words(first + block, _N_CALLS, third, fourth, seed)
-    half = tl.arange(0, 2)[:, None]
-    i = at + half * (4 * _N_CALLS) + tl.arange(0, _N_CALLS)[None, :]  # of lane 0
-    _lane(y, x, i, n, half, w0)
-    _lane(y, x, i + _N_CALLS, n, half, w1)
-    _lane(y, x, i + 2 * _N_CALLS, n, half, w2)
-    _lane(y, x, i + 3 * _N_CALLS, n, half, w3)
+    i = block * _BLOCK - shift + tl.arange(0, _BLOCK)
+    inside = (i >= 0) & (i < n)
+    bits = tl.load(x + i, mask=inside, other=0)
+    tl.store(y + i, rounded_bits(bits, random_halves(first + block, third, seed)), mask=inside)
 
 
 @triton.jit
-def _lane(y: tl.tensor, x: tl.tensor, i: tl.tensor, n: tl.tensor, half: tl.tensor, words: tl.tensor) -> None:
-    inside = (i >= 0) & (i < n)
-    bits = tl.load(x + i, mask=inside, other=0)
-    random = ((words[None, :] >> (16 * half).to(tl.uint32)) & 0xFFFF).to(tl.int32)
+def random_halves(block: tl.tensor, third: tl.tensor, seed: tl.tensor) -> tl.tensor:
+    """int32 below 2^16 for the elements of a block."""
+    fourth = tl.full((), _FOURTH, tl.uint32)
+    w0, w1, w2, w3 = random_words(block, _N_CALLS, third, fourth, seed)
+    words = in_order(w0[None, :], w1[None, :], w2[None, :], w3[None, :])
+    halves = tl.permute(tl.join(words & 0xFFFF, words >> 16), (1, 0))
+    return tl.reshape(halves, (_BLOCK,)).to(tl.int32)
+
+
+@triton.jit
+def rounded_bits(bits: tl.tensor, random: tl.tensor) -> tl.tensor:
+    """int16 of bfloat16, from int32 of float32."""
     infinite = bits >> 16
     special = tl.where((bits & 0x007FFFFF) != 0, _NAN, infinite)
     # The signs of int32 do no harm: the low 16 bits are added to, and what they carry moves up.
-    rounded = tl.where((bits & 0x7F800000) == 0x7F800000, special, (bits + random) >> 16)
-    tl.store(y + i, rounded.to(tl.int16), mask=inside)
+    return tl.where((bits & 0x7F800000) == 0x7F800000, special, (bits + random) >> 16).to(tl.int16)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from thinwire.compression import wire
 from thinwire.compression.base import Payload, Turn
 from thinwire.compression.errors import BadPayload, ConfigError, ReplicaDiverged
-from thinwire.compression.fingerprint import fingerprint, parameter_sum
+from thinwire.compression.fingerprint import fingerprint, parameter_sums
 from thinwire.coordinator.files import write_aside
 from thinwire.coordinator.messages import Commit, GenesisBody, OfferEntry
 from thinwire.coordinator.schedule import float32_of_bits
@@ -201,11 +201,10 @@ class Replica:
     def _sums_of(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         """Over all ranks. What every rank has whole counts once."""
         parts, ranks = self.strategy.replicated_parts(), self.strategy.ranks
-        own = {
-            name: parameter_sum(t, parts[name].start)
-            for name, t in tensors.items()
-            if ranks.index == 0 or parts[name] != parts[name].entire
+        counted = {
+            name: t for name, t in tensors.items() if ranks.index == 0 or parts[name] != parts[name].entire
         }
+        own = parameter_sums(counted, {name: parts[name].start for name in counted})
         sums = dict.fromkeys(sorted(tensors), 0)
         for data in ranks.gather(msgpack.packb(own)):
             for name, n in msgpack.unpackb(data).items():

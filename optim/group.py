@@ -28,7 +28,7 @@ import torch.distributed as dist
 from thinwire.compression import wire
 from thinwire.compression.base import Payload, Turn
 from thinwire.compression.errors import BadPayload, ConfigError, ReplicaDiverged
-from thinwire.compression.fingerprint import parameter_sum
+from thinwire.compression.fingerprint import parameter_sums
 from thinwire.optim.base import NamedParameters, Own, Share, Strategy
 from thinwire.optim.ranks import GroupRanks
 from thinwire.optim.registry import build_strategy
@@ -135,7 +135,8 @@ class GroupPeers:
 
     def verify(self, strategy: Strategy) -> None:
         """See `verify_group`."""
-        sums = {name: parameter_sum(t) for name, t in strategy.replicated_tensors().items()}
+        tensors = strategy.replicated_tensors()
+        sums = parameter_sums(tensors, dict.fromkeys(tensors, 0))
         everybody = [json.loads(data) for data in self._ranks.gather(json.dumps(sums).encode())]
         for rank, theirs in enumerate(everybody):
             differing = [n for n in sorted(sums) if theirs.get(n) != everybody[0].get(n)]

@@ -23,7 +23,17 @@ import torch
 from thinwire.compression.base import Field, Fields, Payload, Turn
 from thinwire.compression.errors import BadPayload
 from thinwire.compression.exact import exact_arithmetic, to_float32
-from thinwire.compression.noise import MAX_PROBES, NoiseKind, Purpose, Update, uniform_words, update_all_
+from thinwire.compression.noise import (
+    MAX_PROBES,
+    NoiseKind,
+    Piece,
+    Purpose,
+    Update,
+    kernels_for,
+    uniform_words,
+    update_all_,
+    update_pieces_,
+)
 from thinwire.optim import byte_code, options
 from thinwire.optim.base import (
     Closure,
@@ -170,13 +180,33 @@ class Spsa(Strategy):
         steps = [step for r in rounds if (step := self._step(r))]
         if not steps:
             return
-        updates: dict[tuple[float, float], list[Update]] = {}  # by (lr, weight decay), in the steps' order
+        alike: dict[tuple[float, float], list[Parameter]] = {}  # by (lr, weight decay)
         for parameter in self.parameters_in_order():
             lr = float(parameter.group["lr"])
             wd = float(parameter.group["weight_decay"]) if parameter.decays else 0.0
-            if (lr, wd) not in updates:
-                updates[lr, wd] = [step.update(lr, wd) for step in steps]
-            self._update(parameter, updates[lr, wd], steps)
+            alike.setdefault((lr, wd), []).append(parameter)
+        for (lr, wd), parameters in alike.items():
+            updates = [step.update(lr, wd) for step in steps]
+            for parameter in self._updated_at_once(parameters, updates, steps):
+                self._update(parameter, updates, steps)
+
+    def _updated_at_once(
+        self, parameters: Sequence[Parameter], updates: Sequence[Update], steps: Sequence[_Step]
+    ) -> list[Parameter]:
+        """On a GPU one launch for all float32 parameters, and one per round for those in bfloat16, which are
+        rounded after it. Returns those that are left."""
+        pieces = {
+            p.name: Piece(p.local, p.index, p.part.start)
+            for p in parameters
+            if kernels_for(p.local) == "triton" and p.local.is_contiguous()
+        }
+        wide = [p for p in pieces.values() if p.theta.dtype == torch.float32]
+        halves = [p for p in pieces.values() if p.theta.dtype == torch.bfloat16]
+        with exact_arithmetic():
+            update_pieces_(wide, updates, self.option("noise"))
+            for step, update in zip(steps, updates, strict=True):
+                update_pieces_(halves, [update], self.option("noise"), step.turn.shared_seed)
+        return [p for p in parameters if p.name not in pieces]
 
     def _update(self, parameter: Parameter, updates: Sequence[Update], steps: Sequence[_Step]) -> None:
         passes = [(steps[-1:], updates)]

@@ -130,5 +130,5 @@ def test_triton_kernels(path: Path) -> None:
     statements = "\n".join(compiled(code))
     assert statements
     assert {why: lines for why, p in TRITON.items() if (lines := lines_with(p, statements))} == {}
-    assert launches(code) or path.stem == "tables_triton"
+    assert launches(code) or path.stem in ("tables_triton", "words_triton")
     assert all(map(is_exact, launches(code)))

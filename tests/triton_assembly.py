@@ -16,11 +16,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from thinwire.compression import fingerprint_triton, noise_triton, pack_triton, rounding_triton, sparse_triton
+from thinwire.compression import (
+    fingerprint_triton,
+    noise_triton,
+    pack_triton,
+    rounding_triton,
+    sparse_triton,
+    tables_triton,
+)
 from thinwire.compression.base import Part, Turn
 from thinwire.compression.dct_topk import DctTopK
 from thinwire.compression.descent import Step, Target
-from thinwire.compression.noise import Probe, Update, Where
+from thinwire.compression.noise import Piece, Probe, Update, Where
 from thinwire.compression.sparse import Sparse
 from thinwire.compression.topk import TopK
 
@@ -31,12 +38,18 @@ TYPES = {
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bfloat16: "*bf16",
 }
 
 
 def noise(kind: Any) -> None:
     updates = [Update.of([Probe(1, 0, 0.5), Probe(2, 0, 0.5)], 0.5)]
     noise_triton.combine(torch.zeros(4096), torch.zeros(4096), updates, Where.of(kind, 3, 0))
+
+
+def pieces(dtype: torch.dtype) -> None:
+    whole, part = (Piece(torch.zeros(n, dtype=dtype), 0, 0) for n in (4096, 100))
+    noise_triton.combine_all([whole, part], [Update.of([Probe(1, 0, 0.5)], 0.5)], "sign", 7)
 
 
 def descent(compressor: Sparse, shape: tuple[int, ...] = (8192,)) -> None:
@@ -55,8 +68,12 @@ def packing(compressor: Sparse) -> None:
 LAUNCHES: dict[str, Callable[[], object]] = {
     "sign noise": lambda: noise("sign"),
     "normal noise": lambda: noise("gauss"),
-    "fingerprint": lambda: fingerprint_triton.parameter_sum(torch.zeros(4096, dtype=torch.int32), 0),
-    "bfloat16 fingerprint": lambda: fingerprint_triton.parameter_sum(torch.zeros(4096, dtype=torch.int16), 0),
+    "noise for all": lambda: pieces(torch.float32),
+    "bfloat16 noise for all": lambda: pieces(torch.bfloat16),
+    "fingerprint": lambda: fingerprint_triton.parameter_sums([torch.zeros(4096, dtype=torch.int32)], [0]),
+    "bfloat16 fingerprint": lambda: fingerprint_triton.parameter_sums(
+        [torch.zeros(4096, dtype=torch.int16)], [0]
+    ),
     "rounding": lambda: rounding_triton.round_to_bfloat16(
         torch.zeros(4096), torch.zeros(4096, dtype=torch.bfloat16), 1, 2, 0
     ),
@@ -116,7 +133,7 @@ def main() -> None:
         launched.clear()
     LAUNCHES["normal noise"]()
     kernel, arguments, named = launched[-1]
-    fused = {k: v for k, v in named.items() if k not in noise_triton.EXACT}
+    fused = {k: v for k, v in named.items() if k not in tables_triton.EXACT}
     print(json.dumps({"exact": exact, "fused": compiled(kernel, arguments, fused)}))  # noqa: T201
 
 

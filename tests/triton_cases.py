@@ -20,10 +20,11 @@ from torch import Tensor
 
 from tests.triton_payload_cases import PAYLOAD_CASES, awkward, moved, n_shapes, same
 from thinwire.compression.exact import to_float32
-from thinwire.compression.fingerprint import parameter_sum, parameter_sum_torch
+from thinwire.compression.fingerprint import parameter_sum, parameter_sum_torch, parameter_sums
 from thinwire.compression.noise import (
     MAX_PROBES,
     NoiseKind,
+    Piece,
     Probe,
     Update,
     Where,
@@ -31,6 +32,7 @@ from thinwire.compression.noise import (
     perturb,
     update_,
     update_all_,
+    update_pieces_,
 )
 from thinwire.compression.rounding import round_to_bfloat16, round_torch
 from thinwire.node.known_answers import KNOWN_ANSWERS
@@ -87,6 +89,27 @@ def noise_case(kind: NoiseKind, device: torch.device) -> None:
         same(found, expected, (n, start, index, updates))
 
 
+def pieces_case(device: torch.device) -> None:
+    """Several tensors of both types at once: blocks that are whole, and all other ones."""
+    rng = random.Random("pieces")
+    for kind in ("sign", "gauss"):
+        for _ in range(n_shapes(device) // 5):
+            pieces, expected = [], []
+            updates, seed = updates_of(rng), rng.getrandbits(64)
+            for index in range(rng.randrange(1, 5)):
+                n, start = rng.choice([0, 1, 4096, 8200, 13_000]), rng.choice([0, 0, 16, 4096, 4097, 1 << 40])
+                x = awkward(rng, n).to(rng.choice([torch.float32, torch.bfloat16]))
+                pieces.append(Piece(moved(x, device, rng.choice([0, 0, 8, 1])), index, start))
+                wide = x.float()
+                combine_torch(wide, wide, updates, Where.of(kind, index, start))
+                if x.dtype == torch.bfloat16:
+                    round_torch(wide, x, seed, index, start)
+                expected.append(wide if x.dtype == torch.float32 else x)
+            update_pieces_(pieces, updates, kind, seed)
+            for piece, x in zip(pieces, expected, strict=True):
+                same(piece.theta, x, (kind, piece.param_index, piece.start, x.dtype, updates))
+
+
 def perturb_case(device: torch.device) -> None:
     """A scratch tensor of the parameter's shape; the parameter stays as it was."""
     rng = random.Random("perturb")
@@ -104,14 +127,23 @@ def perturb_case(device: torch.device) -> None:
 
 
 def fingerprint_case(device: torch.device) -> None:
+    """One by one, and of several tensors of both types at once."""
     rng = random.Random("fingerprint")
-    for _ in range(n_shapes(device)):
+    rows, starts, expected = {}, {}, {}
+    for i in range(n_shapes(device)):
         n, start = shape(rng)
-        n *= rng.choice([1, 1, 1, 4])  # more than one program
+        n *= rng.choice([0, 1, 1, 4, 9])  # up to five programs
         bits = patterns(rng, n)
-        for row, dtype in ((bits, torch.float32), (bits.to(torch.int16), torch.bfloat16)):
-            found = parameter_sum(moved(row, device, rng.randrange(5)).view(dtype), start)
-            assert found == parameter_sum_torch(row, start), (n, start, dtype)
+        dtype = rng.choice([torch.float32, torch.bfloat16])
+        bits = bits if dtype == torch.float32 else bits.to(torch.int16)
+        name = f"{i}"
+        rows[name] = moved(bits, device, 0 if i < 9 else rng.randrange(5)).view(dtype)
+        starts[name], expected[name] = start, parameter_sum_torch(bits, start)
+        if i % 4 == 0:
+            assert parameter_sum(rows[name], start) == expected[name], (n, start, dtype)
+    aligned = [name for name in rows if int(name) < 9]
+    assert parameter_sums({n: rows[n] for n in aligned}, starts) == {n: expected[n] for n in aligned}
+    assert parameter_sums(rows, starts) == expected
 
 
 def rounding_case(device: torch.device) -> None:
@@ -157,6 +189,7 @@ def known_answers_case(device: torch.device) -> None:
 CASES: dict[str, Callable[[torch.device], None]] = {
     "sign noise": partial(noise_case, "sign"),
     "normal noise": partial(noise_case, "gauss"),
+    "pieces": pieces_case,
     "perturbed": perturb_case,
     "fingerprints": fingerprint_case,
     "rounding": rounding_case,
