@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+from base64 import b64encode
 from http.cookies import CookieError, SimpleCookie
 from typing import Final
 from urllib.parse import parse_qs
@@ -16,14 +17,29 @@ OPEN_PATHS: Final = frozenset({"/healthz", "/readyz"})
 """What a container's supervisor asks for knows no token."""
 
 COOKIE_S: Final = 30 * 24 * 3600
-_ASK: Final = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta name="color-scheme" content="light dark"><title>thinwire</title>
-<h1>A token is needed</h1>
-<p>It is the one that the coordinator was started with: --http-token, or THINWIRE_HTTP_TOKEN.</p>
-<form action="/" method="get"><label>Token <input name="token" type="password" required></label>
-<button>Show the swarm</button></form>
+_STYLE: Final = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
+body { max-width: 27rem; margin: 18vh auto 0; padding: 0 1.25rem }
+h1 { font-size: 1.4rem; margin: 0 0 .5rem }
+form { display: flex; gap: .5rem; align-items: end; margin-top: 1.25rem }
+label { flex: 1; font-weight: 550 }
+input, button { font: inherit; padding: .45rem .7rem; border-radius: 7px; border: 1px solid #8088 }
+input { display: block; width: 100%; box-sizing: border-box }
+button { background: #2463d6; color: #fff; cursor: pointer }
 """
+_ASK: Final = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>thinwire</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>
+<h1>This swarm is protected</h1>
+<p>Its token is the one that the coordinator was started with: --http-token, or THINWIRE_HTTP_TOKEN.</p>
+<form action="/" method="get">
+<label>Token <input name="token" type="password" required autofocus autocomplete="current-password"></label>
+<button>Show it</button></form></body></html>
+"""
+_ASK_CSP: Final = (
+    "default-src 'none'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'; img-src data:; "
+    f"style-src 'sha256-{b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()}'"
+)
 
 
 class OnlyWithToken:
@@ -60,8 +76,7 @@ class OnlyWithToken:
         headers = {"www-authenticate": "Bearer", "cache-control": "no-store"}
         accepts = dict(scope["headers"]).get(b"accept", b"")
         if scope["path"] == "/" and b"text/html" in accepts:
-            csp = "default-src 'none'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
-            return HTMLResponse(_ASK, 401, {**headers, "content-security-policy": csp})
+            return HTMLResponse(_ASK, 401, {**headers, "content-security-policy": _ASK_CSP})
         return PlainTextResponse("a token is needed\n", 401, headers)
 
     def _derived(self, purpose: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -375,6 +376,25 @@ def test_what_was_seen_is_kept_beside_the_ledger(
     assert happenings() == []
     (tmp_path / "history.json").unlink()
     assert happenings() == []
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_whatever_is_written_can_be_read(theme: int) -> None:
+    """WCAG AA: 4.5 to 1 for text, on cards and beside them."""
+    declared = re.findall(r":root \{(.*?)\}", (FOLDER / "page.css").read_text(), re.DOTALL)
+    colors = {k: v for block in declared[: theme + 1] for k, v in re.findall(r"--(\w+): (#\w+);", block)}
+    assert len(declared) == 2
+    for text in ("ink", "soft", "green", "red", "yellow", "orange", "blue"):
+        for ground in ("card", "bg"):
+            dark, light = sorted(_luminance(colors[name]) for name in (text, ground))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
+
+
+def _luminance(color: str) -> float:
+    digits = color[1:] if len(color) == 7 else "".join(2 * c for c in color[1:])
+    parts = (int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4))
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 # ---------------------------------------------------------------------------------- what it may cost

@@ -142,8 +142,8 @@ class Chart {
       },
       axes: [
         { ...axis, grid: { show: false }, size: 30, gap: 6, values: (u, v) => v.map((x) => (Number.isInteger(x) ? whole(x) : "")) },
-        { ...axis, grid: { stroke: line, width: 1 }, size: 60, gap: 8, splits: this.log ? powers : undefined,
-          values: (u, v) => v.map((x) => (x === 0 ? "0" : this.text(x).replace(/(\.\d*?)0+(?= |$)/, "$1").replace(/\.(?= |$)/, ""))) },
+        { ...axis, grid: { stroke: line, width: 1 }, size: 60, gap: 8, splits: this.log ? powers : undefined, filter: (u, splits) => splits,
+          values: (u, v) => v.map((x) => (x === null ? "" : x === 0 ? "0" : this.text(x).replace(/(\.\d*?)0+(?= |$)/, "$1").replace(/\.(?= |$)/, ""))) },
       ],
       hooks: { setCursor: [(u) => { this.at = u.cursor.idx; this.tell(); }] },
     }, this.shown(), this.plot);
@@ -261,6 +261,7 @@ function showTiles(told) {
   if (told.last_commit_ms) $("round-time-more").replaceChildren("last commit ", since(told.last_commit_ms), make("span", { id: "awaited" }));
   put("peers", `${whole(told.n_peers.training)}`);
   const others = [["joining", told.n_peers.joining], ["gone", told.n_peers.gone]].filter(([, n]) => n).map(([word, n]) => `${whole(n)} ${word}`);
+  if (told.waits_for) others.push(`${whole(told.waits_for)} more needed`);
   put("peers-more", ["training", ...others].join(" · "));
 }
 
@@ -351,7 +352,7 @@ let retry = null;
 function away() {
   document.body.classList.add("away");
   $("notice").hidden = false;
-  put("notice", heard ? `The coordinator does not answer, trying again. Last word ${ago(heard + skew)}.` : "The coordinator does not answer, trying again.");
+  put("silence", heard ? `Last word ${ago(heard + skew)}.` : "");
   put("state", "no contact");
   $("state").className = "pill away";
 }
@@ -429,7 +430,7 @@ $("copy").addEventListener("click", async () => {
   setTimeout(() => put("copy", "Copy"), 1500);
 });
 $("ticket").addEventListener("focus", () => $("ticket").select());
-dark.addEventListener("change", () => charts.forEach((chart) => { chart.build(); chart.update(""); }));
+dark.addEventListener("change", () => { charts.forEach((chart) => chart.build()); draw(); });
 
 buildCharts();
 showTicket();
