@@ -42,7 +42,7 @@ CALL_S: Final = 60.0
 """An actor that is being started again answers within this time."""
 
 LEAVE_S: Final = 15.0
-LATE_S: Final = 60.0
+LATE_S: Final = 120.0
 """After the last round: for peers that are on their way back."""
 
 _PART_BYTES: Final = 2**26
@@ -102,13 +102,13 @@ def train(
     config = _config(run, overrides)
     folder = Path(state or f"{config.run.name}-ray").absolute()
     _refuse(config, sum(group.count for group in groups))
-    with connected(address, verbose=verbose):
-        namespace = _prepare(config, task, folder)
-        place = _Place(namespace, folder, None if node_state is None else str(Path(node_state).absolute()))
+    node_folder = None if node_state is None else str(Path(node_state).absolute())
+    with connected(address, verbose=verbose), _room(groups, config, wait_s, stopped) as places:
+        if not places:
+            return RayResult({}, None, folder)
+        place = _Place(_prepare(config, task, folder), folder, node_folder)
         driver = _Driver(config, groups, place, task, precision, restarts, patience_s)
-        with driver.started(wait_s, stopped) as is_started:
-            if not is_started:
-                return RayResult({}, None, folder)
+        with driver.started(places):
             return driver.run(Path(output or folder / "weights"), on_status, stopped)
 
 
@@ -132,6 +132,18 @@ def _refuse(config: RunConfig, n_peers: int) -> None:
         )
     if n_peers > config.limits.max_peers:
         raise ConfigError(f"--peers {n_peers}: the run's limits.max_peers is {config.limits.max_peers}")
+
+
+@contextmanager
+def _room(
+    groups: Sequence[PeerGroup], config: RunConfig, wait_s: float | None, stopped: Callable[[], bool]
+) -> Iterator[list[Any]]:
+    """A place for each peer meanwhile."""
+    places = find_room(groups, f"thinwire-{config.run.name}", wait_s, stopped)
+    try:
+        yield places
+    finally:
+        give_back([], places)
 
 
 def _prepare(config: RunConfig, import_path: str | None, folder: Path) -> str:
@@ -227,16 +239,14 @@ class _Driver:
     # ----------------------------------------------------------------------------------- begin and end
 
     @contextmanager
-    def started(self, wait_s: float | None, stopped: Callable[[], bool]) -> Iterator[bool]:
-        """All actors are there meanwhile, and none of them afterwards. False: `stopped` before."""
-        places = find_room(self._groups, self._place.namespace, wait_s, stopped)
+    def started(self, places: Sequence[Any]) -> Iterator[None]:
+        """All actors are there meanwhile, and none of them afterwards."""
         try:
-            if places:
-                self._start_coordinator()
-                self._start_peers(places)
-            yield bool(places)
+            self._start_coordinator()
+            self._start_peers(places)
+            yield
         finally:
-            give_back([*(peer.actor for peer in self._peers), self._coordinator], places)
+            give_back([*(peer.actor for peer in self._peers), self._coordinator], [])
 
     def _start_coordinator(self) -> None:
         """On this machine, whose folder it serves; it needs no CPU that peers could have."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -130,7 +129,7 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[Any]:
     options = {"log_to_driver": verbose, "logging_level": logging.ERROR}
     handlers = _signal_handlers()
     wanted = address or os.environ.get("RAY_ADDRESS")
-    with Children() as own:  # its folder goes when this process has ended, however that was
+    with ExitStack() as stack:
         try:
             try:
                 ray.init(address=wanted or "auto", **options)
@@ -138,6 +137,7 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[Any]:
                 if wanted and wanted != "local":
                     raise ConfigError(f"there is no Ray cluster at {wanted}: {str(e).splitlines()[0]}") from e
                 log.info("no Ray cluster is running here: starting one on this machine, for this run")
+                own = stack.enter_context(Children())  # the folder goes with this process, however it ends
                 ray.init(
                     address="local",
                     include_dashboard=False,
@@ -197,7 +197,7 @@ def give_back(actors: Sequence[Any], places: Sequence[Any]) -> None:
     import ray
     from ray.util import remove_placement_group
 
-    for actor in actors:
+    for actor in (actor for actor in actors if actor is not None):
         with suppress(ray.exceptions.RayError, ValueError):
             ray.kill(actor, no_restart=True)
     for place in places:
@@ -260,8 +260,8 @@ def _no_room(groups: Sequence[PeerGroup], n_ready: int, why: str) -> str:
         "there (a peer needs all of its own on one machine):",
         *there,
         f"free now, all machines together: {_resources(ray.available_resources())}",
-        "ask for fewer --peers or for less (--cpus-per-peer 0.5, --gpus-per-peer); where the cluster grows by "
-        "itself, let it --wait 600 seconds",
+        "ask for fewer --peers or for less (--cpus-per-peer 0.5, --gpus-per-peer); "
+        "where the cluster grows by itself, let it --wait 600 seconds",
     ]
     return "\n".join(lines)
 
@@ -290,7 +290,6 @@ def _restore(handlers: dict[int, Any]) -> None:
 @contextmanager
 def quiet_stdout() -> Iterator[None]:
     """Ray prints news of dying workers on standard output, where a command's data belongs: to the log."""
-    import contextlib
 
     class Log:
         def write(self, text: str) -> int:
@@ -303,7 +302,5 @@ def quiet_stdout() -> Iterator[None]:
         def isatty(self) -> bool:
             return False
 
-    before = sys.stdout
-    with contextlib.redirect_stdout(Log()):  # type: ignore[type-var]
+    with redirect_stdout(Log()):  # type: ignore[type-var]
         yield
-    assert sys.stdout is before

@@ -1,8 +1,8 @@
 """A peer of a run as actors: rank 0 is the node, with its link; the other ranks, if any, follow it.
 
 A peer's actor begins to train when it is made, so that Ray can start it again wherever there is room: it
-reads what it missed from the ledger and from snapshots. Its other ranks are actors that it owns; they end with
-it, and it ends when one of them dies.
+reads what it missed from the ledger and from snapshots. Its other ranks are actors that it owns; they end
+with it, and it ends when one of them dies.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -137,6 +138,8 @@ class PeerActor:
     def clean(self) -> None:
         """After the end of the run: nothing of the peer stays on this machine."""
         shutil.rmtree(self._spec.path(), ignore_errors=True)
+        with suppress(OSError):  # the last one of the run removes its folder
+            self._spec.path().parent.rmdir()
 
     # ------------------------------------------------------------------------------------------- the node
 

@@ -32,6 +32,7 @@ PIECE_BYTES: Final = 2**20
 """Of a stream, in one call."""
 
 ADDRESS_PREFIX: Final = "ray/"
+NO_SESSION: Final = "there is no session with the coordinator"
 
 _REQUESTS: Limits = {Kind.GET: 32, Kind.PUT: 40}
 _UPLOAD: Limits = {Kind.CHUNK: CHUNK_BYTES, Kind.END: 32}
@@ -104,10 +105,10 @@ class RayPlace:
             raise SwarmUnreachable("the coordinator was not reached yet")
         if protocol == BLOB:
             if self._session is None:
-                raise SwarmUnreachable("there is no session with the coordinator")
+                raise SwarmUnreachable(NO_SESSION)
             holder = None if peer_id == self._coordinator else peer_id
             near, far = await stream_pair()
-            self._start(self._serve_blobs(actor, self._session, holder, far))
+            self._start(self._serve_blobs(actor, holder, far))
             return near
         return await self._open_line(actor, protocol, timeout_s)
 
@@ -168,12 +169,18 @@ class RayPlace:
 
     # ------------------------------------------------------------------------------------------- blobs
 
-    async def _serve_blobs(self, actor: Any, line: bytes, holder: str | None, far: Ends) -> None:
-        """What a stream for blobs leads to: the object store. `holder` None: the coordinator."""
+    async def _serve_blobs(self, actor: Any, holder: str | None, far: Ends) -> None:
+        """What a stream for blobs leads to: the object store. `holder` None: the coordinator.
+
+        A stream may outlive a session; it breaks when something is asked for while there is none.
+        """
         stream = Stream(*far, Meter())
         try:
             while True:
                 kind, body = await stream.receive(_REQUESTS)
+                line = self._session
+                if line is None:
+                    raise SwarmUnreachable(NO_SESSION)
                 if kind is Kind.GET:
                     await self._get(actor, line, holder, stream, body)
                 else:
@@ -187,6 +194,8 @@ class RayPlace:
         found: bytes | str = ""
         for is_fresh in (False, True):
             refs, why = await _call(actor.get_blob.remote(line, digest, holder, is_fresh))
+            if why == NO_SESSION:
+                raise SwarmUnreachable(why)
             if not refs:
                 found = why
                 break
@@ -208,6 +217,8 @@ class RayPlace:
         await stream.send(Kind.GO)
         ref = await _stored(await _chunks(stream))
         why = await _call(actor.put_blob.remote(line, digest, [ref]))
+        if why == NO_SESSION:
+            raise SwarmUnreachable(why)
         await (stream.send(Kind.DONE) if why is None else stream.send(Kind.NO, why.encode()[:2000]))
 
     async def _answer_wanted(self, actor: Any, line: bytes) -> None:

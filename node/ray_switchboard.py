@@ -22,7 +22,7 @@ from thinwire.coordinator.blob_streams import NotServed, put_blob
 from thinwire.coordinator.messages import BadMessage
 from thinwire.coordinator.place import StreamHandler
 from thinwire.coordinator.streams import BLOB, SESSION, Meter, Stream
-from thinwire.node.ray_place import PIECE_BYTES, Ends, ask_handler, run_handler, stream_pair
+from thinwire.node.ray_place import NO_SESSION, PIECE_BYTES, Ends, ask_handler, run_handler, stream_pair
 
 POLL_S: Final = 5.0
 """A call that waits for something returns after so long, so that it is seen to be alive."""
@@ -195,7 +195,7 @@ class Switchboard:
 
         peer_id = self._peer_of(line)
         if peer_id is None:
-            return "there is no session"
+            return NO_SESSION
         try:
             data = await refs[0]
         except RayError as e:
@@ -219,7 +219,7 @@ class Switchboard:
         """`holder` None: the coordinator. `is_fresh`: what was given before is lost."""
         asker = self._peer_of(line)
         if asker is None:
-            return [], "there is no session"
+            return [], NO_SESSION
         self._forget_old()
         if is_fresh:
             for key in [key for key in self._kept if key[0] == digest]:

@@ -1,7 +1,8 @@
-"""A Ray cluster for tests: on loopback, without a dashboard, in a folder of its own that goes with it."""
+"""Ray clusters for tests: on loopback, without a dashboard, in a folder of their own that goes with them."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -10,32 +11,54 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
+
+from thinwire.coordinator.messages import MAX_ROUND
 from thinwire.node.ray_coordinator import CoordinatorActor
 
-NO_NOISE = {"logging_level": "ERROR", "log_to_driver": False}
 STORE_BYTES = 80 * 2**20
+NODE = {
+    "object_store_memory": STORE_BYTES,
+    "include_dashboard": False,
+    "node_ip_address": "127.0.0.1",
+}
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Ray's daemons read the environment when they start."""
+def own_folder() -> Iterator[Path]:
+    """Whatever Ray writes goes there; its name is short, for sockets. Ray's processes are gone in the end."""
+    folder = Path(tempfile.mkdtemp(prefix="tw-ray-", dir="/tmp"))
     before = dict(os.environ)
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_RECORD_ACTOR_TASK_LOGGING="0")
+    os.environ.update(
+        RAY_TMPDIR=str(folder),
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_AUTH_MODE="disabled",  # else a token is written into the user's home
+    )
     try:
-        yield
+        yield folder
     finally:
         os.environ.clear()
         os.environ.update(before)
+        left = [p for p in psutil.Process().children(recursive=True) if _is_of_ray(p, folder)]
+        psutil.wait_procs(left, timeout=20)
+        shutil.rmtree(folder)
+
+
+def _is_of_ray(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return any(str(folder) in word for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 @contextmanager
-def local_ray(num_cpus: int = 16, **resources: Any) -> Iterator[Path]:
-    """Connects this process to a cluster that is made for it; its folder's name is short, for sockets."""
+def local_ray(num_cpus: int) -> Iterator[None]:
+    """This process is the driver of a cluster of one node."""
     import ray
 
-    folder = Path(tempfile.mkdtemp(prefix="tw-ray-", dir="/tmp"))
-    try:
-        with quiet():
+    with own_folder() as folder:
+        try:
             ray.init(
                 address="local",
                 num_cpus=num_cpus,
@@ -43,13 +66,30 @@ def local_ray(num_cpus: int = 16, **resources: Any) -> Iterator[Path]:
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
                 _temp_dir=str(folder),
-                **NO_NOISE,
-                **resources,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
             )
-            yield folder
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder)
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def many_nodes(head_cpus: int) -> Iterator[Any]:
+    """A `ray.cluster_utils.Cluster`, to which nodes can be added; this process is a driver on its head."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    with own_folder(), pytest.MonkeyPatch.context() as patch:
+        # As on systems where Ray has no clusters: else it takes this machine's address for 127.0.0.1.
+        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": head_cpus})
+        try:
+            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 class ManyRuns(CoordinatorActor):
@@ -61,8 +101,6 @@ class ManyRuns(CoordinatorActor):
         return await self.ticket()
 
     async def forget_payloads(self) -> None:
-        from thinwire.coordinator.messages import MAX_ROUND
-
         server, board = await self._serving()
         server.blobs.release(counted_to=MAX_ROUND, offered_to=MAX_ROUND)
         board._kept.clear()
