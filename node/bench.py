@@ -42,10 +42,14 @@ BENCHES: Final = {
     "join": "thinwire.node.bench_join:bench_join",
     "wire": "thinwire.node.bench_wire:bench_wire",
     "memory": "thinwire.node.bench_memory:bench_memory",
+    "ray": "thinwire.node.bench_ray:bench_ray",
 }
 
-SIZELESS: Final = frozenset(["round", "join"])
+SIZELESS: Final = frozenset(["round", "join", "ray"])
 """Their model is a small one of their own."""
+
+NOT_IN_ALL: Final = frozenset(["ray"])
+"""Needs an extra, and a cluster of its own."""
 
 DEVICES: Final = ("cpu", "cuda")
 
@@ -82,7 +86,7 @@ def bench_command(
     from thinwire.node import bench_against
     from thinwire.node.bench_view import check_picture, print_bench, save_picture
 
-    names = list(BENCHES) if name == "all" else [name]
+    names = [each for each in BENCHES if each not in NOT_IN_ALL] if name == "all" else [name]
     if picture is not None:
         check_picture(picture)
     then = None if against is None else bench_against.load(against)

@@ -11,6 +11,7 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +36,7 @@ from thinwire.node.link_hivemind import HivemindLink
 PAYLOAD_BYTES = 16
 N_PEERS = 8
 ROUNDS_PER_REPEAT = 40
-_WARM_UP_ROUNDS = 10
+WARM_UP_ROUNDS = 10
 
 
 def bench_round(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
@@ -54,25 +55,30 @@ def bench_round(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
 
 def measure_rounds(n_peers: int, n_rounds: int) -> dict[str, Any]:
     """Times of `n_rounds` rounds (at least 2) from commit to commit, and bytes per peer and round."""
-    total = _WARM_UP_ROUNDS + n_rounds
+    total = WARM_UP_ROUNDS + n_rounds
     with tempfile.TemporaryDirectory(prefix="thinwire-bench-") as folder, ExitStack() as stack:
         path = Path(folder)
         key = load_or_create(path / "key")
         server = stack.enter_context(
-            ServerThread(path, _genesis(peer_id_of(key.public_key()), n_peers, total))
+            ServerThread(path, genesis_of(peer_id_of(key.public_key()), n_peers, total))
         )
         links = [HivemindLink(server.ticket, host="127.0.0.1") for _ in range(n_peers)]
         for link in links:
             stack.callback(link.close)
             link.open()
         seen_s: list[float] = []
-        threads = [threading.Thread(target=_take_part, args=(link, total)) for link in links[1:]]
+        threads = [threading.Thread(target=take_part, args=(link, total)) for link in links[1:]]
         for thread in threads:
             thread.start()
-        _take_part(links[0], total, seen_s)
+        take_part(links[0], total, seen_s)
         for thread in threads:
             thread.join()
         sent = sum(sum(link.traffic().sent.values()) for link in links)
+    return figures(seen_s, n_peers, n_rounds, sent)
+
+
+def figures(seen_s: Sequence[float], n_peers: int, n_rounds: int, sent_bytes: int) -> dict[str, Any]:
+    """`seen_s`: when a peer had each commit; the first ones are for warming up."""
     times_s = [b - a for a, b in pairwise(seen_s)][-n_rounds:]
     return {
         "peers": n_peers,
@@ -82,11 +88,12 @@ def measure_rounds(n_peers: int, n_rounds: int) -> dict[str, Any]:
         "round_p50_s": median(times_s),
         "round_p99_s": quantiles(times_s, n=100, method="inclusive")[98],
         "round_max_s": max(times_s),
-        "sent_bytes_per_peer_and_round": sent / (n_peers * total),
+        "sent_bytes_per_peer_and_round": sent_bytes / (n_peers * (WARM_UP_ROUNDS + n_rounds)),
     }
 
 
-def _take_part(link: Link, n_rounds: int, seen_s: list[float] | None = None) -> None:
+def take_part(link: Link, n_rounds: int, seen_s: list[float] | None = None) -> None:
+    """Offers as soon as the last commit is there; `seen_s` gets the time of each."""
     link.state(NodeState.TRAINING)
     link.offer(_offer(1))
     for commit in link.commits(0):
@@ -110,7 +117,8 @@ def _offer(round_: int) -> Offer:
     )
 
 
-def _genesis(coordinator: str, n_peers: int, n_rounds: int) -> GenesisBody:
+def genesis_of(coordinator: str, n_peers: int, n_rounds: int) -> GenesisBody:
+    """Record 0 of a run whose rounds close with the last peer."""
     config = {
         "run": {
             "name": "bench",

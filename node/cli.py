@@ -519,13 +519,13 @@ class Bench:
 
     name: Annotated[
         Positional[
-            Literal["noise", "decoupled", "diloco", "peers", "round", "join", "wire", "memory", "all"]
+            Literal["noise", "decoupled", "diloco", "peers", "round", "join", "wire", "memory", "ray", "all"]
         ],
         arg(metavar="NAME"),
     ]
     """noise (SPSA), decoupled and diloco (pack, decode, update), peers (1 to 256 payloads), round (8 peers on
     loopback), join (process to first offer, catching up), wire (bits per coefficient), memory (of a rank of a
-    sharded node), or all."""
+    sharded node), ray (round of 4 actors on a Ray cluster of its own), or all, but for ray."""
     params: Annotated[str | None, arg(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None

@@ -67,6 +67,10 @@ class PeerSpec:
         root = default_folder(os.environ) / "ray" if self.folder is None else Path(self.folder)
         return root / self.namespace / self.name
 
+    def meeting_place(self) -> Path:
+        """Where its ranks find each other: on the disk of their machine, whatever `folder` is on."""
+        return Path(tempfile.gettempdir()) / f"thinwire-ranks-{self.namespace}-{self.name}"
+
     def options(self) -> Options:
         """As if this peer had been started by `thinwire join`."""
         return Options(
@@ -168,12 +172,14 @@ class PeerActor:
         if self._spec.ranks == 1:
             return run_node(options, self._stop, None, self._link, self._export)
         limit_threads(options.threads)
-        meeting = Path(tempfile.mkdtemp(prefix="thinwire-ranks-"))
+        place = self._spec.meeting_place()
+        shutil.rmtree(place, ignore_errors=True)  # of an attempt that was killed
+        place.mkdir(mode=0o700)
         try:
-            self._start_ranks(meeting)
-            return self._lead(options, meeting)
+            self._start_ranks(place)
+            return self._lead(options, place)
         finally:
-            shutil.rmtree(meeting, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
 
     def _lead(self, options: Options, meeting: Path) -> Result | None:
         from thinwire.node.lead import Lead, open_channel
@@ -240,6 +246,7 @@ class PeerActor:
             self._rank_error = ray.get(first)
         except ray.exceptions.RayError as e:
             log.error("a rank has died, and the node with it: %s", type(e).__name__)
+            shutil.rmtree(self._spec.meeting_place(), ignore_errors=True)
             os._exit(1)
         self._rank_ended.set()
 
