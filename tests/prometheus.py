@@ -57,16 +57,16 @@ def check_conventions(text: str) -> None:
             assert not any(v.startswith("12D3Koo") for v in sample.labels.values()), sample
 
 
-def queries(monitoring: Path) -> list[str]:
+def queries(monitoring: Path, rules: str = "rules/*.yml") -> list[str]:
     """Every expression in rules and dashboards."""
-    rules = [
+    in_rules = [
         rule["expr"]
-        for path in sorted(monitoring.glob("rules/*.yml"))
+        for path in sorted(monitoring.glob(rules))
         for group in yaml.safe_load(path.read_text())["groups"]
         for rule in group["rules"]
     ]
     dashboards = [json.loads(path.read_text()) for path in monitoring.glob("grafana/dashboards/*.json")]
-    return rules + [expression for dashboard in dashboards for expression in _expressions(dashboard)]
+    return in_rules + [expression for dashboard in dashboards for expression in _expressions(dashboard)]
 
 
 def _expressions(of: Any) -> Iterator[str]:

@@ -1,11 +1,14 @@
-"""A real Prometheus watches a swarm of real processes through the coordinator alone."""
+"""A real Prometheus, configured by `thinwire monitor`, watches a swarm of real processes through the
+coordinator alone."""
 
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,10 +19,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import wait_until
-from tests.prometheus import Tools, check_conventions, find_tools, value
+from tests.prometheus import Tools, check_conventions, find_tools, queries, value
+from thinwire.compression.errors import ConfigError
+from thinwire.node.monitor import monitor
 from thinwire.node.status import StatusClient
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(500)]
 
 Start = Callable[..., Any]
 
@@ -42,14 +47,7 @@ lr = 1e-2
 heartbeat_s = 0.5
 """
 
-CONFIG = """
-global: {{scrape_interval: 2s, scrape_timeout: 2s}}
-scrape_configs:
-  - job_name: thinwire-coordinator
-    static_configs: [{{targets: ["127.0.0.1:{port}"]}}]
-  - job_name: thinwire
-    http_sd_configs: [{{url: "http://127.0.0.1:{port}/sd", refresh_interval: 1s}}]
-"""
+TOKEN = "as the coordinator's --http-token says"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,8 @@ def free_port() -> int:
 
 
 def fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         return str(answer.read().decode())
 
 
@@ -74,27 +73,31 @@ class Prometheus:
     def __init__(self, port: int) -> None:
         self._port = port
 
-    def query(self, text: str) -> dict[str, float]:
-        """Instance -> value; empty while it does not answer."""
+    def ask(self, text: str) -> list[dict[str, Any]]:
+        """Rows; none while it does not answer. Raises HTTPError for what is no PromQL."""
         url = f"http://127.0.0.1:{self._port}/api/v1/query?{urllib.parse.urlencode({'query': text})}"
         try:
-            found = json.loads(fetch(url))["data"]["result"]
-        except OSError:
-            return {}
-        return {row["metric"].get("instance", ""): float(row["value"][1]) for row in found}
+            found: list[dict[str, Any]] = json.loads(fetch(url))["data"]["result"]
+        except OSError as e:
+            if isinstance(e, urllib.error.HTTPError) and e.code == 400:
+                raise
+            return []
+        return found
+
+    def query(self, text: str) -> dict[str, float]:
+        """Instance -> value."""
+        return {row["metric"].get("instance", ""): float(row["value"][1]) for row in self.ask(text)}
 
 
 @contextmanager
-def prometheus(tools: Tools, folder: Path, coordinator_port: int) -> Iterator[Prometheus]:
-    config, port = folder / "prometheus.yml", free_port()
-    config.write_text(CONFIG.format(port=coordinator_port))
-    subprocess.run([tools.promtool, "check", "config", str(config)], check=True, capture_output=True)
+def prometheus(tools: Tools, folder: Path) -> Iterator[Prometheus]:
+    port = free_port()
     with (folder / "prometheus.log").open("wb") as log:
         server = subprocess.Popen(
             [
                 tools.prometheus,
-                f"--config.file={config}",
-                f"--storage.tsdb.path={folder / 'tsdb'}",
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'data/prometheus'}",
                 f"--web.listen-address=127.0.0.1:{port}",
                 "--log.level=warn",
             ],
@@ -108,19 +111,36 @@ def prometheus(tools: Tools, folder: Path, coordinator_port: int) -> Iterator[Pr
         server.wait(30)
 
 
+def in_a_hurry(folder: Path) -> None:
+    """The same configuration, looking every second or two, with alerts that fire as soon as they are due."""
+    config, alerts = folder / "prometheus.yml", folder / "rules/alerts.yml"
+    text = config.read_text().replace("scrape_interval: 15s", "scrape_interval: 2s")
+    text = text.replace("scrape_timeout: 10s", "scrape_timeout: 2s")
+    config.write_text(re.sub(r"(evaluation|refresh)_interval: 15s", r"\1_interval: 1s", text))
+    alerts.write_text(re.sub(r"for: \d+m", "for: 0s", alerts.read_text()))
+
+
 def test_a_swarm_as_prometheus_sees_it(tools: Tools, thinwire: Start, tmp_path: Path) -> None:
-    """No node has a port for metrics; one of them is killed in the end."""
+    """No node has a port for metrics; one of them is killed in the end, and the alert fires."""
     (tmp_path / "run.toml").write_text(RUN)
     port = free_port()
-    coordinator = thinwire("coordinator", "run.toml", "--host", "127.0.0.1", "--http", f"127.0.0.1:{port}")
-    ticket = coordinator.first_line()
-    assert fetch(f"http://127.0.0.1:{port}/readyz") == "ready\n"
+    http = ("--http", f"127.0.0.1:{port}", "--http-token", TOKEN)
+    ticket = thinwire("coordinator", "run.toml", "--host", "127.0.0.1", *http).first_line()
     join = ("join", ticket, "--threads", "1", "--host", "127.0.0.1")
     nodes = [thinwire(*join, before=("nice", "-n", "10")) for _ in range(3)]
-    with prometheus(tools, tmp_path, port) as server, StatusClient(ticket) as client:
+    assert fetch(f"http://127.0.0.1:{port}/readyz") == "ready\n"
+    with pytest.raises(ConfigError, match="asks for a token"):
+        monitor(ticket, None, tmp_path / "watch", None, force=False)
+    folder, address = monitor(ticket, None, tmp_path / "watch", TOKEN, force=False)
+    assert str(address) == f"http://127.0.0.1:{port}"
+    in_a_hurry(folder)
+    with prometheus(tools, folder) as server, StatusClient(ticket) as client:
 
         def is_up(*expected: float) -> bool:
             return sorted(server.query('up{job="thinwire"}').values()) == list(expected)
+
+        def firing(alert: str) -> set[str]:
+            return set(server.query(f'ALERTS{{alertname="{alert}", alertstate="firing"}}'))
 
         wait_until(lambda: is_up(1, 1, 1), 90, lambda: str(server.query("up")) + nodes[0].stderr()[-2000:])
         wait_until(lambda: len(server.query("thinwire_loss")) == 3, 60, lambda: nodes[0].stderr()[-2000:])
@@ -155,9 +175,25 @@ def test_a_swarm_as_prometheus_sees_it(tools: Tools, thinwire: Start, tmp_path: 
         for text in by_instance.values():
             assert value(text, "thinwire_training") == 1
             assert value(text, "thinwire_device_memory_used_bytes", device="cpu") > 10**7
+            assert value(text, "thinwire_disk_free_bytes") > 0
 
+        # Every panel of the dashboard and every recorded rule has an answer, but those that show faults only.
+        asked = {
+            query.replace("$__rate_interval", "1m").replace("$node", ".*")
+            for query in queries(folder, rules="rules/recording.yml")
+            if not query.endswith("> 0") and not query.startswith("ALERTS")
+        }
+
+        def unanswered() -> list[str]:
+            return [query for query in asked if not server.ask(query)]
+
+        wait_until(lambda: not unanswered(), 90, lambda: str(unanswered()))
+
+        assert firing("ThinwireNodeDown") == firing("ThinwireCoordinatorDown") == set()
         nodes[0].process.send_signal(signal.SIGKILL)
         wait_until(lambda: is_up(0, 1, 1), 60, lambda: str(server.query("up")))
+        killed = {peer for peer, up in server.query('up{job="thinwire"}').items() if up == 0}
+        wait_until(lambda: firing("ThinwireNodeDown") == killed, 60, lambda: str(server.ask("ALERTS")))
         nodes[1].process.send_signal(signal.SIGINT)  # one that leaves is not missed
         assert nodes[1].wait() == 128 + signal.SIGINT
         listed = [t["labels"]["instance"] for t in json.loads(fetch(f"http://127.0.0.1:{port}/sd"))]
