@@ -37,11 +37,15 @@ class Target:
 def descend_all(
     compressor: Compressor, targets: Sequence[Target], weights: Sequence[float], turn: Turn
 ) -> None:
-    """`descend` of each: on a GPU in one launch for all."""
+    """`descend` of each: on a GPU in one launch for all, on a CPU in one call for small ones."""
     together: dict[torch.device, list[Target]] = {}
+    small: list[Target] = []
     for t in targets:
-        if isinstance(compressor, Sparse) and kernels_for(t.x) == "triton":
+        kernels = kernels_for(t.x)
+        if isinstance(compressor, Sparse) and kernels == "triton":
             together.setdefault(t.x.device, []).append(t)
+        elif kernels == "numba" and _is_small(compressor, t):
+            small.append(t)
         else:
             descend(compressor, t.x, t.packs, weights, t.part, turn, t.step)
     for some in together.values():
@@ -49,6 +53,17 @@ def descend_all(
 
         assert isinstance(compressor, Sparse)
         sparse_triton.descend(compressor, some, weights)
+    if small:
+        from thinwire.compression import several_cpu
+
+        assert isinstance(compressor, Sparse)
+        several_cpu.descend(compressor, small, weights)
+
+
+def _is_small(compressor: Compressor, target: Target) -> bool:
+    from thinwire.compression import several_cpu
+
+    return target.part.n_global <= several_cpu.SMALL and several_cpu.takes(compressor, target.part.shape)
 
 
 def descend(

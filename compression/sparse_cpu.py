@@ -60,7 +60,7 @@ def largest(x: Tensor, slab: Slab, transform: bool) -> tuple[Tensor, Tensor, flo
     values, order = x.numpy(), ORDER if transform else np.arange(N)
 
     def run(first: int, last: int) -> Any:
-        return _largest(values, slab.length, slab.k, transform, order, first, last, index_GK, value_GK)
+        return select_groups(values, slab.length, slab.k, transform, order, first, last, index_GK, value_GK)
 
     tops = share(run, 0, slab.n_groups, smallest=max(1, _PER_THREAD // slab.length))
     top = float(np.array(max(tops), dtype=np.int32).view(np.float32))
@@ -68,7 +68,7 @@ def largest(x: Tensor, slab: Slab, transform: bool) -> tuple[Tensor, Tensor, flo
 
 
 @numba.njit(cache=True, nogil=True)
-def _largest(
+def select_groups(
     x: Array, length: int, k: int, transform: bool, order: Array,
     first: int, last: int, index_GK: Array, value_GK: Array,
 ) -> Any:  # fmt: skip
@@ -275,14 +275,14 @@ def read_packed(
         if scales.numel() != k_G.size:
             raise BadPayload("shape", f"{scales.numel()} scales for {k_G.size} groups")
         arrays = codes.numpy(), scales.float().numpy(), k_G
-        at = _read_packed(*arrays, *format_, at, position_E, value_E, offset_G)
+        at = read_entries(*arrays, *format_, at, position_E, value_E, offset_G)
         if at < 0:
             raise BadPayload("shape", f"{codes.numel()} bytes are too few")
     return position_E, value_E, offset_WG
 
 
 @numba.njit(cache=True, nogil=True)
-def _read_packed(
+def read_entries(
     octets: Array, scale_G: Array, k_G: Array, index_bits: int, width: int, levels: Array,
     n_coefficients: int, e: int, position_E: Array, value_E: Array, offset_G: Array,
 ) -> Any:  # fmt: skip
@@ -315,10 +315,15 @@ def decode(out: Tensor, start: int, mean: Mean) -> None:
 
 def descend(target: Tensor, start: int, mean: Mean, step: Step) -> None:
     """As `descent.descend`: one pass over the target."""
-    _run(target, start, mean, _SIGNS if step.sign else _VALUES, step.decay, step.scale)
+    _run(target, start, mean, how_of(step), step.decay, step.scale)
 
 
 _PLAIN, _VALUES, _SIGNS = range(3)  # what becomes of decoded values
+
+
+def how_of(step: Step) -> int:
+    """How kernels name what becomes of decoded values."""
+    return _SIGNS if step.sign else _VALUES
 
 
 def _run(target: Tensor, start: int, mean: Mean, how: int, decay: float, scale: float) -> None:
@@ -332,7 +337,7 @@ def _run(target: Tensor, start: int, mean: Mean, how: int, decay: float, scale: 
     factors = np.float32(decay), np.float32(scale)
 
     def run(first: int, last: int) -> Any:
-        return _groups(
+        return decode_groups(
             *(y, start, m.position_E, m.value_E, m.offset_WG, m.weight_W, m.inverse, INTEGER_BASIS, POWERS),
             *(m.n, m.size, m.n_coefficients, m.transforms, how, *factors, first, last),
         )
@@ -344,7 +349,7 @@ def _run(target: Tensor, start: int, mean: Mean, how: int, decay: float, scale: 
 
 
 @numba.njit(cache=True, nogil=True)
-def _groups(
+def decode_groups(
     y: Array, start: int, position_E: Array, value_E: Array, offset_WG: Array, weights: Array, inverse: Word,
     basis: Array, powers: Array, n: int, size: int, n_coefficients: int, transform: bool,
     how: int, decay: Word, scale: Word, first: int, last: int,

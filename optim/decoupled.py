@@ -17,12 +17,14 @@ A payload has what the compressor needs for every parameter, and 29 bytes of fra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from thinwire.compression.base import Compressor, Fields, Packed, Part, Payload, Turn
-from thinwire.compression.descent import Step, descend
+from thinwire.compression.descent import Step, Target, descend, descend_all
 from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import exact_arithmetic, to_float32
 from thinwire.compression.sparse import Sparse
@@ -39,8 +41,10 @@ from thinwire.optim.base import (
 )
 from thinwire.optim.clip import clipped_weights, sample_weights
 from thinwire.optim.gradients import MeanGradient, backward
+from thinwire.optim.gradients_device import DeviceGradient, backward_at_once
 from thinwire.optim.leftover import Leftover, refuse_other_packing
 from thinwire.optim.senders import decode_senders
+from thinwire.optim.sending import Gain, Sending, sends_at_once
 from thinwire.optim.updating import updating
 
 
@@ -153,6 +157,8 @@ class Decoupled(Strategy):
         for parameter in self.parameters_in_order():
             # Proposed once more for the same round: what was packed before never counted.
             self._momentum.put_back(parameter, turn)
+        if sends_at_once(self, self.compressor, self.parameters_in_order()):
+            return self._propose_at_once(draw, turn)
         n_micro = max(1, self.batches // self.option("replicate_every"))
         for _ in range(self.option("replicate_every")):
             gradient = MeanGradient(self.parameters_in_order(), self.ranks)
@@ -169,6 +175,42 @@ class Decoupled(Strategy):
         self.zero_grad(set_to_none=True)
         return self._send(turn)
 
+    def _propose_at_once(self, draw: Draw, turn: Turn) -> Payload:
+        """`propose` on a GPU: the host waits once, for the payload and the losses."""
+        parameters, n_steps = self.parameters_in_order(), int(self.option("replicate_every"))
+        n_micro = max(1, self.batches // n_steps)
+        losses: list[Tensor] = []
+        for step in range(1, n_steps + 1):
+            gradient = DeviceGradient(parameters, n_micro)
+            for _ in range(n_micro):
+                self.zero_grad(set_to_none=True)
+                gradient.take_in(backward_at_once(draw()))
+            losses += gradient.losses
+            if step < n_steps:
+                self.count("decays")
+                scale = gradient.scale(self.option("max_grad_norm"))
+                for p in parameters:
+                    factor = scale * self._gain(p, turn)
+                    gradient.add_to(self._momentum.of(p), p, self.option("beta"), factor)
+        self.zero_grad(set_to_none=True)
+        self.n_batches = n_steps * n_micro
+        payload = self._send_at_once(gradient, turn)
+        kept = [loss for loss in torch.stack(losses).tolist() if isfinite(loss)]
+        self.last_loss = sum(kept) / len(kept) if kept else None
+        self.count("dropped_batches", len(losses) - len(kept))
+        return payload
+
+    def _send_at_once(self, gradient: DeviceGradient, turn: Turn) -> Payload:
+        """The last step of the momentum before an exchange, and the sending."""
+        self.count("decays")
+        parameters, n_decays = self.parameters_in_order(), self.counters["decays"]
+        scale = gradient.scale(self.option("max_grad_norm"))
+        gain = Gain(self.option("beta"), scale, lambda p: self._gain(p, turn), gradient.of)
+        sending = Sending(self.compressor, parameters, self._momentum.of, gain, self.option("alpha"))
+        payload = sending.payload()
+        self._momentum.keep(parameters, turn, n_decays, payload)
+        return payload
+
     def absorb_gradients(self, turn: Turn) -> bool:
         if self.counters.get("unsent", 0) + 1 >= self.option("replicate_every"):
             return False
@@ -177,9 +219,15 @@ class Decoupled(Strategy):
         return True
 
     def propose_from_grad(self, turn: Turn) -> Payload:
-        self._take_gradients(turn)
         self.counters.pop("unsent", None)
         self.n_batches = self.option("replicate_every")
+        if sends_at_once(self, self.compressor, parameters := self.parameters_in_order()):
+            gradient = DeviceGradient(parameters, n_batches=1)
+            gradient.take_in(torch.zeros((), device=parameters[0].local.device))
+            payload = self._send_at_once(gradient, turn)
+            self.count("dropped_batches", int(gradient.losses[0].isnan()))
+            return payload
+        self._take_gradients(turn)
         return self._send(turn)
 
     def _take_gradients(self, turn: Turn) -> None:
@@ -193,9 +241,12 @@ class Decoupled(Strategy):
         self.count("decays")
         scale = gradient.scale(self.option("max_grad_norm"))
         for parameter in self.parameters_in_order():
-            lr = float(parameter.group["lr"]) * turn.lr_factor if self.option("base") == "sgd" else 1.0
-            momentum = self._momentum.of(parameter)
-            gradient.add_to(momentum, parameter.name, self.option("beta"), lr * scale)
+            factor = self._gain(parameter, turn) * scale
+            gradient.add_to(self._momentum.of(parameter), parameter.name, self.option("beta"), factor)
+
+    def _gain(self, parameter: Parameter, turn: Turn) -> float:
+        """How often a gradient comes to the momentum."""
+        return float(parameter.group["lr"]) * turn.lr_factor if self.option("base") == "sgd" else 1.0
 
     def _send(self, turn: Turn) -> Payload:
         n_decays, alpha = self.counters.get("decays", 0), self.option("alpha")
@@ -218,27 +269,47 @@ class Decoupled(Strategy):
                 self.compressor.check(payload[parameter.name], parameter.part.entire, turn)
 
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
-        """Parameter by parameter: scratch is a few times the largest one. No shares, no change."""
+        """Large parameters one by one: scratch is a few times the largest one. No shares, no change."""
         weights = self._weights(shares, turn)
         n_lost = 0
         for parameter in self.parameters_in_order():
             n_lost = self._momentum.settle(parameter, turn, own)
-            if shares:
-                with exact_arithmetic(), updating(parameter, turn) as theta:
-                    self._update(parameter, theta, [s.payload[parameter.name] for s in shares], weights, turn)
         self.count("lost_sends", n_lost)
+        if not shares:
+            return
+        targets: list[Target] = []
+        with exact_arithmetic():
+            for parameter in self.parameters_in_order():
+                packs, theta = [s.payload[parameter.name] for s in shares], parameter.local
+                if self._is_descent and theta.dtype == torch.float32 and theta.is_contiguous():
+                    step = self._descent_step(parameter, turn)
+                    targets.append(Target(theta.detach().view(-1), parameter.part, packs, step))
+                else:
+                    with updating(parameter, turn) as row:
+                        self._update(parameter, row, packs, weights, turn)
+            descend_all(self.compressor, targets, weights, turn)
+
+    @property
+    def _is_descent(self) -> bool:
+        """Whether a round adds a multiple of the mean, or its signs, to the parameters."""
+        return bool(self.option("base") == "sgd" and self.option("mean") == "all")
+
+    def _descent_step(self, parameter: Parameter, turn: Turn) -> Step:
+        lr = float(parameter.group["lr"]) * turn.lr_factor
+        wd = parameter.group["weight_decay"] if parameter.decays else 0.0
+        sign = self.option("sign")
+        return Step(to_float32(lr) if sign else 1.0, to_float32(1.0 - lr * wd), sign)
 
     def _update(
         self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], weights: list[float], turn: Turn
     ) -> None:
         """One rounding per operation: no fused forms (`alpha=`, foreach)."""
+        if self._is_descent:
+            step_of_mean = self._descent_step(parameter, turn)
+            descend(self.compressor, theta, packs, weights, parameter.part, turn, step_of_mean)
+            return
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
-        if self.option("base") == "sgd" and self.option("mean") == "all":
-            sign = self.option("sign")
-            how = Step(to_float32(lr) if sign else 1.0, to_float32(1.0 - lr * wd), sign)
-            descend(self.compressor, theta, packs, weights, parameter.part, turn, how)
-            return
         step = self._mean(packs, weights, parameter.part, turn).to(theta.device)
         if self.option("sign"):
             step.sign_()

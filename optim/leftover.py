@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.base import Compressor, Packed, Payload, Turn
-from thinwire.compression.descent import Step, descend
+from thinwire.compression.descent import Step, Target, descend_all
 from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import to_float32
 from thinwire.compression.sparse import Sparse
@@ -56,18 +56,22 @@ class Leftover:
             payload = {
                 p.name: compressor.strongest(payload[p.name], p.part.entire, share) for p in parameters
             }
+        self._subtract([(p, payload[p.name], alpha) for p in parameters], turn)
         for parameter in parameters:
-            packed = payload[parameter.name]
-            self._subtract(parameter, packed, turn, alpha)
-            self._sends(parameter)[turn.round] = (n_decays, packed)
+            self._sends(parameter)[turn.round] = (n_decays, payload[parameter.name])
         return payload
+
+    def keep(self, parameters: Sequence[Parameter], turn: Turn, n_decays: int, payload: Payload) -> None:
+        """A payload whose share has left already: its fate is open from now on."""
+        for p in parameters:
+            self._sends(p)[turn.round] = (n_decays, payload[p.name])
 
     def put_back(self, parameter: Parameter, turn: Turn) -> None:
         """Adds this round's send again, as far as it would have decayed since. Only once."""
         if turn.round in self._sends(parameter):
             n_decays, packed = self._sends(parameter).pop(turn.round)
             factor = self._kept(parameter, n_decays)
-            self._subtract(parameter, packed, turn, -factor)
+            self._subtract([(parameter, packed, -factor)], turn)
 
     def is_open(self, parameter: Parameter, turn: Turn) -> bool:
         """Whether the fate of this round's send is open."""
@@ -97,10 +101,13 @@ class Leftover:
         sends: Sends = states[parameter.tensor].get("sends", {}) if parameter.tensor in states else {}
         return sends
 
-    def _subtract(self, parameter: Parameter, packed: Packed, turn: Turn, factor: float) -> None:
-        """leftover -= factor * q: what the receivers read from `packed`."""
-        step = Step(scale=to_float32(factor))
-        descend(self._compressor, self.of(parameter), [packed], [1.0], parameter.part, turn, step)
+    def _subtract(self, sends: Sequence[tuple[Parameter, Packed, float]], turn: Turn) -> None:
+        """leftover -= factor * q of each: what the receivers read from the pack."""
+        targets = [
+            Target(self.of(p), p.part, [packed], Step(scale=to_float32(factor)))
+            for p, packed, factor in sends
+        ]
+        descend_all(self._compressor, targets, [1.0], turn)
 
 
 def refuse_other_packing(state_dict: Mapping[str, Any], compressor: Compressor) -> None:

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from thinwire.compression import wire
 from thinwire.compression.base import Compressor, Payload, Turn
+from thinwire.compression.noise import use_numba
+from thinwire.compression.sparse import Sparse
 from thinwire.optim.base import Parameter
 from thinwire.optim.ranks import Ranks, is_sharded, parts_of
+
+SMALL: Final = 1 << 18
+"""Elements of a parameter that is packed together with others, at most."""
+
+AT_ONCE: Final = 1 << 22
+"""Elements that are packed together, about: what is made on the way to them is there at the same time."""
 
 
 def pack_all(
@@ -28,7 +37,7 @@ def pack_all(
 ) -> Payload:
     """The same on every rank. `values`: flat float32, what this rank holds of what is to be packed."""
     if ranks.count == 1:
-        return {p.name: compressor.pack(values(p), p.part, turn) for p in parameters}
+        return _pack_whole(compressor, parameters, values, turn)
     own: Payload = {}
     by_owner = owned(parameters, ranks.count)
     for row in zip_longest(*by_owner):
@@ -41,6 +50,45 @@ def pack_all(
             own[mine.name] = compressor.pack(whole, mine.part.entire, turn)
     payload = _shared(ranks, compressor, by_owner, own, turn)
     return {p.name: payload[p.name] for p in parameters}
+
+
+def _pack_whole(
+    compressor: Compressor, parameters: Sequence[Parameter], values: Callable[[Parameter], Tensor], turn: Turn
+) -> Payload:
+    """Small parameters together, where kernels can."""
+    payload: Payload = {}
+    waiting: list[tuple[Parameter, Tensor]] = []
+    n_waiting = 0
+    for p in parameters:
+        x = values(p)
+        if not _can_wait(compressor, p, x):
+            payload[p.name] = compressor.pack(x, p.part, turn)
+            continue
+        waiting.append((p, x))
+        n_waiting += x.numel()
+        if n_waiting > AT_ONCE:
+            payload |= _pack_together(compressor, waiting)
+            waiting, n_waiting = [], 0
+    payload |= _pack_together(compressor, waiting)
+    return {p.name: payload[p.name] for p in parameters}
+
+
+def _can_wait(compressor: Compressor, p: Parameter, x: Tensor) -> bool:
+    if x.numel() > SMALL or x.dtype != torch.float32 or not x.is_contiguous() or not use_numba(x):
+        return False
+    from thinwire.compression import several_cpu
+
+    return x.numel() > 0 and several_cpu.takes(compressor, p.part.shape)
+
+
+def _pack_together(compressor: Compressor, waiting: Sequence[tuple[Parameter, Tensor]]) -> Payload:
+    if not waiting:
+        return {}
+    from thinwire.compression import several_cpu
+
+    assert isinstance(compressor, Sparse)
+    packs = several_cpu.pack(compressor, [x for _, x in waiting], [p.part.shape for p, _ in waiting])
+    return {p.name: packed for (p, _), packed in zip(waiting, packs, strict=True)}
 
 
 def owned(parameters: Sequence[Parameter], count: int) -> list[list[Parameter]]:

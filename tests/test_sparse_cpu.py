@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from thinwire.compression.base import Packed, Part, Turn
 from thinwire.compression.bits import pack_bits, unpack_bits
 from thinwire.compression.dct_topk import DctTopK
-from thinwire.compression.descent import Step, descend
+from thinwire.compression.descent import Step, Target, descend
 from thinwire.compression.errors import BadPayload
 from thinwire.compression.groups import Flat
 from thinwire.compression.noise import noise
@@ -21,6 +22,7 @@ from thinwire.compression.sparse import Sparse
 from thinwire.compression.topk import TopK
 
 pytest.importorskip("numba", reason="the numba kernels are an extra")
+from thinwire.compression import several_cpu
 
 TURN = Turn(round=7, shared_seed=8, own_seed=9, lr_factor=1.0)
 Switch = Callable[[str], None]
@@ -266,3 +268,40 @@ def test_bits(width: int, use: Switch) -> None:
     assert torch.equal(*packed)
     assert torch.equal(*unpacked)
     assert torch.equal(unpacked[0], values)
+
+
+# ------------------------------------------------------------------------------------------- several at once
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_several_at_once_are_those_one_by_one(seed: int, use: Switch) -> None:
+    """Packs, and steps of shards of any parameters, some of them without groups."""
+    rng = random.Random(seed)
+    use("numba")
+    kind = rng.choice([DctTopK, TopK])
+    group_size = rng.choice([61, 64, 192, 4096])
+    compressor = kind(rng.randint(1, 40), group_size, rng.choice([1, 2, 4, 8, "e3m0"]), "packed")
+    parts = [Part.whole((rng.choice([1, 64, 4096, 5000, 12_345]),)) for _ in range(rng.randint(1, 6))]
+    xs = [[drawn_values(rng, part.n_global) for part in parts] for _ in range(3)]
+    together = [several_cpu.pack(compressor, x, [p.shape for p in parts]) for x in xs]
+    for x, packs in zip(xs, together, strict=True):
+        for values, part, packed in zip(x, parts, packs, strict=True):
+            compressor.check(packed, part, TURN)
+            alone = compressor.pack(values, part, TURN)
+            assert all(torch.equal(a, b) for a, b in zip(packed, alone, strict=True))
+    targets, alone_targets = [], []
+    for i, whole in enumerate(parts):
+        start = rng.randint(0, whole.n_global)
+        part = rng.choice([whole, Part(whole.shape, start, rng.randint(start, whole.n_global))])
+        step = Step(rng.choice([1.0, 0.37, -0.5]), rng.choice([1.0, 0.999]), rng.random() < 0.5)
+        theta, packs = drawn_values(rng, part.n_local + 1)[:-1], [packs[i] for packs in together]
+        targets.append(Target(theta, part, packs, step))
+        alone_targets.append(Target(theta.clone(), part, packs, step))
+    weights = [1.0, 0.0, 2.5]
+    several_cpu.descend(compressor, targets, weights)
+    for t, alone_t in zip(targets, alone_targets, strict=True):
+        descend(compressor, alone_t.x, t.packs, weights, t.part, TURN, t.step)
+        assert same_bits(t.x, alone_t.x)
+    short = [(scales, codes[:-1]) for scales, codes in targets[0].packs]
+    with pytest.raises(BadPayload):
+        several_cpu.descend(compressor, [replace(targets[0], packs=short)], weights)
