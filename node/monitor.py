@@ -205,14 +205,15 @@ Say in {folder}/{KEPT} whom alerts are sent to; nobody is told yet."""
 
 
 def _candidates(host: str, port: int, addresses: Sequence[str]) -> list[Address]:
-    """Where to try what a coordinator is bound to: everywhere means each of the ticket's addresses."""
+    """Where to try what a coordinator is bound to: everywhere means each of the ticket's addresses; and this
+    machine, to which a container's port may be published."""
     if host not in ("0.0.0.0", "::"):
         return [Address("http", f"[{host}]:{port}" if ":" in host else f"{host}:{port}")]
     found = []
     for multiaddr in addresses:
         _, kind, name, *_ = multiaddr.split("/")
         found.append(Address("http", f"[{name}]:{port}" if kind == "ip6" else f"{name}:{port}"))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*found, Address("http", f"127.0.0.1:{port}")]))
 
 
 def _replace(text: str, replaced: Mapping[str, str]) -> str:

@@ -7,12 +7,13 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -21,10 +22,14 @@ from tests.prometheus import Tools, find_tools, names, queries, samples
 from tests.test_coordinator_metrics import scrape, status_of
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.addresses import HttpAddress
+from thinwire.coordinator.gateway import coordinator_routes
+from thinwire.coordinator.identity import save
+from thinwire.coordinator.messages import GenesisBody
+from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.web import serve_http
 from thinwire.node.device_metrics import DeviceCollector
 from thinwire.node.metrics import NodeMetrics
-from thinwire.node.monitor import Address, ask, contents, how_to_start, monitor, source_folder
+from thinwire.node.monitor import Address, ask, contents, how_to_start, monitor, of_ticket, source_folder
 
 SOURCE = Path(__file__).parents[1] / "deploy/monitoring"
 
@@ -183,6 +188,34 @@ def test_one_that_does_not_answer_yet(tmp_path: Path, caplog: pytest.LogCaptureF
     folder, _ = monitor(None, "127.0.0.1:1", tmp_path / "folder", None, force=False)
     assert (folder / "prometheus.yml").exists()
     assert "does not answer" in caplog.text
+
+
+@pytest.mark.swarm
+def test_a_ticket_is_enough_or_the_error_says_what_is_missing(
+    tmp_path: Path, make_genesis: Callable[..., GenesisBody], key: Ed25519PrivateKey, coordinator: str
+) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    save(key, state / "key")
+    with ServerThread(state, make_genesis()) as it:
+
+        def found() -> tuple[Address, str]:
+            return of_ticket(it.ticket, "secret")
+
+        with pytest.raises(
+            ConfigError, match="serves no HTTP: start it again with the same command and --http"
+        ):
+            found()
+        routes = coordinator_routes(it.server, it.loop)
+        with serve_http(routes, HttpAddress("127.0.0.1", 0, "secret")) as port:
+            for host in ("127.0.0.1", "0.0.0.0"):  # everywhere: the ticket's addresses are tried
+                it.server.http = HttpAddress(host, port, "secret")
+                assert found() == (Address("http", f"127.0.0.1:{port}"), "test")
+        with pytest.raises(ConfigError, match=r"cannot be reached from here.*refused.*ssh -L.*--coordinator"):
+            found()
+        it.server.http = HttpAddress("127.0.0.1", int(coordinator.rpartition(":")[2]))
+        with pytest.raises(ConfigError, match="the coordinator of another run answers"):
+            found()
 
 
 def test_something_else_answers() -> None:
