@@ -14,7 +14,7 @@ A zero group sends nothing. Ties go to the lower index.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -244,6 +244,14 @@ class Sparse(ABC):
                 mean_GC = torch.from_numpy(self._sum(shares, rounded, slab)).mul_(inverse)
                 groups.write(self.inverse(mean_GC, part.shape), slab, part, out)
         return out
+
+    def packs_at_once(self, shapes: Iterable[tuple[int, ...]], tensors: Iterable[Tensor]) -> bool:
+        """Whether `pack_triton.Sent` takes all of these parameters."""
+        if not all(kernels_for(t) == "triton" for t in tensors):
+            return False
+        from thinwire.compression import pack_triton
+
+        return all(pack_triton.takes(self, shape) for shape in shapes)
 
     def has_kernel(self, target: Tensor) -> bool:
         """Whether `descend` can be used."""

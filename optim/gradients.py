@@ -77,6 +77,12 @@ def mean_loss(loss: Tensor, ranks: Ranks) -> float:
     return ranks.sums([float(loss.detach())])[0] / ranks.count
 
 
+def read_losses(losses: Sequence[Tensor], ranks: Ranks) -> list[float]:
+    """`mean_loss` of each: the host waits once for all of them."""
+    found = torch.stack(list(losses)).tolist()
+    return [total / ranks.count for total in ranks.sums(found)]
+
+
 def local_gradients(parameters: Iterable[Parameter], ranks: Ranks) -> dict[str, Tensor]:
     """Name -> gradient of what this rank holds, float32; those of parameters that every rank has whole are
     the mean over the ranks. Without those that have none."""

@@ -119,9 +119,14 @@ def perturbed_loss(
     closure: Closure, parameters: Sequence[Parameter], direction: Direction, ranks: Ranks = ALONE
 ) -> float:
     """The batch's loss at theta + eps z, the same on every rank; NaN and infinity are passed on."""
+    return mean_loss(evaluated(closure, parameters, direction), ranks)
+
+
+def evaluated(closure: Closure, parameters: Sequence[Parameter], direction: Direction) -> Tensor:
+    """The same of this rank, 0-d, still on its device: the host does not wait for it."""
     with torch.no_grad(), _UNCOMPILED, Substitution(parameters, direction):
         loss = closure()
-    return mean_loss(loss, ranks)
+    return loss.detach().reshape(()).clone()  # whatever the next evaluation does with its memory
 
 
 class _Uncompiled:

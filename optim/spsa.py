@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from thinwire.compression.base import Field, Fields, Payload, Turn
 from thinwire.compression.errors import BadPayload
@@ -47,7 +48,8 @@ from thinwire.optim.base import (
     refuse_names,
 )
 from thinwire.optim.clip import clip_limit
-from thinwire.optim.perturb import Direction, NotSubstituted, dry_run, perturbed_loss
+from thinwire.optim.gradients import read_losses
+from thinwire.optim.perturb import Direction, NotSubstituted, dry_run, evaluated
 from thinwire.optim.subset import selected
 from thinwire.optim.updating import updating
 
@@ -136,7 +138,10 @@ class Spsa(Strategy):
         n, eps = self.batches, self.option("eps")
         words = uniform_words(turn.own_seed, Purpose.CODE, 0, n)
         seed = turn.shared_seed if self.option("shared_noise") else turn.own_seed
-        pairs = [self._losses(draw(), seed, probe) for probe in range(n)]
+        # A GPU is given all forward passes before the first loss is read.
+        losses = [loss for probe in range(n) for loss in self._losses(draw(), seed, probe)]
+        means = read_losses(losses, self.ranks)
+        pairs = list(zip(means[::2], means[1::2], strict=True))
         if self._is_first and all(plus == minus for plus, minus in pairs):
             raise NotSubstituted(
                 "no probe changed the loss: it does not depend on the parameters, or eps is too small"
@@ -149,15 +154,15 @@ class Spsa(Strategy):
         codes = [byte_code.encode(g, int(word)) for g, word in zip(gradients, words, strict=True)]
         return {CODES: (torch.tensor(codes, dtype=torch.uint8),)}
 
-    def _losses(self, closure: Closure, seed: int, probe: int) -> tuple[float, float]:
+    def _losses(self, closure: Closure, seed: int, probe: int) -> tuple[Tensor, Tensor]:
         """L(theta + eps z) and L(theta - eps z)."""
         parameters, eps, kind = self.parameters_in_order(), self.option("eps"), self.option("noise")
         if self._is_first and probe == 0:
             # Farther than a probe goes: what is read past the substitution must not drown in rounding.
             dry_run(closure, parameters, Direction(kind, seed, probe, 16 * eps), self.ranks)
         ahead, behind = (Direction(kind, seed, probe, e) for e in (eps, -eps))
-        plus = perturbed_loss(closure, parameters, ahead, self.ranks)
-        return plus, perturbed_loss(closure, parameters, behind, self.ranks)
+        plus = evaluated(closure, parameters, ahead)
+        return plus, evaluated(closure, parameters, behind)
 
     # --------------------------------------------------------------------------------- replicated work
 
@@ -194,11 +199,11 @@ class Spsa(Strategy):
         self, parameters: Sequence[Parameter], updates: Sequence[Update], steps: Sequence[_Step]
     ) -> list[Parameter]:
         """On a GPU one launch for all float32 parameters, and one per round for those in bfloat16, which are
-        rounded after it. Returns those that are left."""
+        rounded after it; on a CPU one call for all small ones. Returns those that are left."""
         pieces = {
             p.name: Piece(p.local, p.index, p.part.start)
             for p in parameters
-            if kernels_for(p.local) == "triton" and p.local.is_contiguous()
+            if p.local.is_contiguous() and kernels_for(p.local) != "torch"
         }
         wide = [p for p in pieces.values() if p.theta.dtype == torch.float32]
         halves = [p for p in pieces.values() if p.theta.dtype == torch.bfloat16]

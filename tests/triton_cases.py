@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tests.triton_payload_cases import PAYLOAD_CASES, awkward, moved, n_shapes, same
+from tests.triton_round_cases import ROUND_CASES
 from thinwire.compression.exact import to_float32
 from thinwire.compression.fingerprint import parameter_sum, parameter_sum_torch, parameter_sums
 from thinwire.compression.noise import (
@@ -194,6 +195,7 @@ CASES: dict[str, Callable[[torch.device], None]] = {
     "fingerprints": fingerprint_case,
     "rounding": rounding_case,
     **PAYLOAD_CASES,
+    **ROUND_CASES,
     "nothing and refusals": nothing_case,
     "known answers": known_answers_case,
 }
