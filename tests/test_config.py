@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from thinwire.compression.errors import ConfigError
 from thinwire.node.config import load_config, parse_config
+from thinwire.node.tasks import make_task
+from thinwire.optim.registry import build_strategy
 
 
 def write(folder: Path, text: str) -> Path:
@@ -58,4 +61,8 @@ def test_every_example_run_is_valid() -> None:
     runs = sorted((Path(__file__).parent.parent / "deploy" / "runs").glob("*.toml"))
     assert runs
     for run in runs:
-        load_config(run, environ={})
+        config = load_config(run, environ={})
+        build_strategy(config.strategy, torch.nn.Linear(8, 8).named_parameters())
+        if config.task.name == "text":
+            with torch.device("meta"):
+                make_task(config.task, None, None).model()
