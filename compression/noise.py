@@ -50,6 +50,8 @@ CALLS: Final[dict[NoiseKind, int]] = {"sign": 32, "gauss": 256}
 """Philox calls per block."""
 
 _CHUNK: Final[dict[NoiseKind, int]] = {"sign": 64, "gauss": 16}  # blocks at a time: scratch of a few MB
+_SMALL: Final = 1 << 18  # elements of a tensor whose call takes longer than its work, about
+_CHOICES: Final = ("auto", *get_args(Kernels))
 _MASK: Final = 0xFFFFFFFF
 _SIGN_BIT: Final = -(1 << 31)
 
@@ -191,29 +193,38 @@ class Piece:
 def update_pieces_(
     pieces: Sequence[Piece], updates: Sequence[Update], kind: NoiseKind, round_seed: int = 0
 ) -> None:
-    """`update_all_` of each, on a GPU in one launch for all float32 ones and one for all bfloat16 ones. Those
-    are rounded after the last update, as `rounding` does with this seed."""
+    """`update_all_` of each, on a GPU in one launch for all float32 ones and one for all bfloat16 ones, on a
+    CPU in one call for small float32 ones. Those in bfloat16 are rounded after the last update, as `rounding`
+    does with this seed."""
     from thinwire.compression.rounding import round_to_bfloat16
 
+    if not updates:
+        return
+    small: list[Piece] = []
     together: dict[tuple[torch.device, torch.dtype], list[Piece]] = {}
     for p in pieces:
         if p.theta.dtype not in (torch.float32, torch.bfloat16) or not p.theta.is_contiguous():
             raise ValueError(f"needs a contiguous float32 or bfloat16 tensor, not {p.theta.dtype}")
         theta = p.theta.detach().view(-1)
-        if kernels_for(theta) == "triton":
-            piece = Piece(theta, p.param_index, p.start)
+        piece, kernels = Piece(theta, p.param_index, p.start), kernels_for(theta)
+        if kernels == "triton":
             together.setdefault((theta.device, theta.dtype), []).append(piece)
+        elif theta.dtype == torch.float32 and kernels == "numba" and theta.numel() <= _SMALL:
+            small.append(piece)
         elif theta.dtype == torch.float32:
             update_all_(theta, updates, kind, p.param_index, p.start)
-        elif updates:
+        else:
             wide = theta.float()
             update_all_(wide, updates, kind, p.param_index, p.start)
             round_to_bfloat16(wide, theta, round_seed, p.param_index, p.start)
     for alike in together.values():
-        if updates:
-            from thinwire.compression import noise_triton
+        from thinwire.compression import noise_triton
 
-            noise_triton.combine_all(alike, updates, kind, round_seed)
+        noise_triton.combine_all(alike, updates, kind, round_seed)
+    if small:
+        from thinwire.compression import noise_cpu
+
+        noise_cpu.combine_all(small, updates, kind)
 
 
 def initial_values(seed: int, param_index: int, start: int, stop: int, scale: float) -> Tensor:
@@ -242,8 +253,8 @@ def kernels_for(*tensors: Tensor) -> Kernels:
     always take the torch path. Triton's interpreter (TRITON_INTERPRET=1) makes the CPU a device of its own.
     """
     choice = os.environ.get("THINWIRE_KERNELS", "auto")
-    if choice not in ("auto", *get_args(Kernels)):
-        raise ValueError(f"THINWIRE_KERNELS={choice!r}: auto, {', '.join(get_args(Kernels))}")
+    if choice not in _CHOICES:
+        raise ValueError(f"THINWIRE_KERNELS={choice!r}: {', '.join(_CHOICES)}")
     devices = {t.device.type for t in tensors}
     if devices == {"cpu"}:
         if choice == "numba" or (choice == "auto" and _has("numba")):

@@ -9,11 +9,13 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from thinwire.compression.addresses_cpu import floats_at
+from thinwire.compression.noise import Where
 from thinwire.compression.quantiles import NORMAL_256
 from thinwire.compression.threads import share
 
 if TYPE_CHECKING:
-    from thinwire.compression.noise import Update, Where
+    from thinwire.compression.noise import NoiseKind, Piece, Update
 
 Array = Any
 """A numpy array inside a kernel; numba finds the types."""
@@ -33,11 +35,7 @@ def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where)
     """out = theta after the updates, as `noise.combine_torch`. Flat contiguous float32 CPU tensors."""
     y, x, start = out.numpy(), theta.numpy(), where.start
     in_place = out.data_ptr() == theta.data_ptr()
-    seeds = np.concatenate([u.seeds for u in updates])
-    tails = np.concatenate([u.numbers for u in updates]).astype(np.uint32) + np.uint32(where.last_word(0))
-    coefficients = np.concatenate([u.coefficients for u in updates])
-    ends = np.array([u.seeds.size for u in updates]).cumsum()
-    decays = np.array([u.decay for u in updates], dtype=np.float32)
+    seeds, tails, coefficients, ends, decays = _terms(updates, where.last_word(0))
     kernel = _sign_blocks if where.kind == "sign" else _gauss_blocks
     third = np.uint32(where.param_index)
 
@@ -46,6 +44,62 @@ def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where)
 
     smallest = max(1, 64 // max(1, seeds.size))
     share(run, start // 4096, -(-(start + x.size) // 4096), smallest)
+
+
+def combine_all(pieces: Sequence[Piece], updates: Sequence[Update], kind: NoiseKind) -> None:
+    """`combine` of each in place, in one call. Flat contiguous float32 CPU tensors."""
+    where = Where.of(kind, 0, 0)
+    args = (
+        np.array([p.theta.data_ptr() for p in pieces], dtype=np.uint64),
+        np.array([p.theta.numel() for p in pieces], dtype=np.int64),
+        np.array([p.start for p in pieces], dtype=np.int64),
+        np.array([p.param_index for p in pieces], dtype=np.uint32),
+        *_terms(updates, where.last_word(0)),
+        _TABLE,
+    )
+    kernel = _sign_pieces if kind == "sign" else _gauss_pieces
+    n_terms = max(1, int(args[4].size))
+    mean = max(1, int(args[1].sum()) * n_terms // (64 * len(pieces)))
+    share(lambda first, last: kernel(first, last, *args), 0, len(pieces), smallest=max(1, 4096 // mean))
+
+
+@numba.njit(cache=True, nogil=True)
+def _sign_pieces(
+    first: int, last: int, addresses: Array, sizes: Array, starts: Array, thirds: Array,
+    seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, table: Array,
+) -> None:  # fmt: skip
+    for p in range(first, last):
+        if sizes[p] > 0:
+            y, begin = floats_at(addresses[p], sizes[p]), starts[p] // 4096
+            end = (starts[p] + sizes[p] + 4095) // 4096
+            _sign_blocks(
+                y, y, True, starts[p], begin, end, seeds, tails, coefficients, ends, decays, thirds[p], table
+            )
+
+
+@numba.njit(cache=True, nogil=True)
+def _gauss_pieces(
+    first: int, last: int, addresses: Array, sizes: Array, starts: Array, thirds: Array,
+    seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, table: Array,
+) -> None:  # fmt: skip
+    for p in range(first, last):
+        if sizes[p] > 0:
+            y, begin = floats_at(addresses[p], sizes[p]), starts[p] // 4096
+            end = (starts[p] + sizes[p] + 4095) // 4096
+            _gauss_blocks(
+                y, y, True, starts[p], begin, end, seeds, tails, coefficients, ends, decays, thirds[p], table
+            )
+
+
+def _terms(updates: Sequence[Update], fourth: int) -> tuple[Array, ...]:
+    """Seeds, fourth words and coefficients of all probes, where those of each update end, and the decays."""
+    return (
+        np.concatenate([u.seeds for u in updates]),
+        np.concatenate([u.numbers for u in updates]).astype(np.uint32) + np.uint32(fourth),
+        np.concatenate([u.coefficients for u in updates]),
+        np.array([u.seeds.size for u in updates]).cumsum(),
+        np.array([u.decay for u in updates], dtype=np.float32),
+    )
 
 
 # A block is taken through all updates before the next one: after the first it is in the cache.

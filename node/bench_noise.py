@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.exact import to_float32
-from thinwire.compression.noise import NoiseKind, Probe, Update, kernels_for, update_all_
+from thinwire.compression.noise import NoiseKind, Piece, Probe, Update, kernels_for, update_pieces_
 from thinwire.node.bench import copy_bandwidth, measure, ratios, transformer
 from thinwire.optim.base import Parameter
 from thinwire.optim.perturb import Direction, perturbed
@@ -85,8 +85,7 @@ def perturb_all(parameters: list[Parameter], kind: NoiseKind) -> None:
 
 def spsa_update(parameters: list[Parameter], n_probes: int, n_rounds: int = 1) -> None:
     terms = [Probe(1, probe, to_float32(LR / n_probes)) for probe in range(n_probes)]
-    for p in parameters:
-        update_all_(p.tensor, [Update.of(terms)] * n_rounds, "sign", p.index)
+    update_pieces_([Piece(p.tensor, p.index, 0) for p in parameters], [Update.of(terms)] * n_rounds, "sign")
 
 
 def catching_up(parameters: list[Parameter], n_repeats: int, pass_s: float, device: str) -> dict[str, Any]:

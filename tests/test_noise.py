@@ -16,6 +16,7 @@ from thinwire.compression import noise as module
 from thinwire.compression.exact import to_float32
 from thinwire.compression.noise import (
     NoiseKind,
+    Piece,
     Probe,
     Purpose,
     Update,
@@ -26,8 +27,10 @@ from thinwire.compression.noise import (
     uniform_words,
     update_,
     update_all_,
+    update_pieces_,
 )
 from thinwire.compression.quantiles import NORMAL_256
+from thinwire.compression.rounding import round_to_bfloat16
 
 KINDS: tuple[NoiseKind, ...] = ("sign", "gauss")
 SEED = 0x0123456789ABCDEF
@@ -242,6 +245,24 @@ def test_threads_do_not_change_many_updates(kernels: str) -> None:
         torch.set_num_threads(torch_threads)
     assert all(torch.equal(r, results[0]) for r in results)
     assert not torch.equal(theta, results[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_are_updated_as_one_by_one(kernels: str, kind: NoiseKind) -> None:
+    """Small ones, empty ones, shards, one that is large, and one in bfloat16."""
+    updates = [Update.of([Probe(3, 0, 0.25), Probe(2**63, 5, -1e-3)], 0.875), Update.of([Probe(9, 1, 1.5)])]
+    sizes = {(5, 0): 3, (0, 0): 1, (4096, 8): 7, (10_001, 4095): 2, ((1 << 18) + 1, 2**32 - 3): 9}
+    pieces = [Piece(noise("gauss", 1, i, 0, 0, n), i, start) for (n, start), i in sizes.items()]
+    pieces.append(Piece(noise("gauss", 1, 4, 0, 0, 777).bfloat16(), 4, 12))
+    expected = [p.theta.float() for p in pieces]
+    for x, p in zip(expected, pieces, strict=True):
+        update_all_(x, updates, kind, p.param_index, p.start)
+    update_pieces_(pieces, updates, kind, round_seed=11)
+    for x, p in zip(expected[:-1], pieces, strict=False):
+        assert torch.equal(p.theta.view(torch.int32), x.view(torch.int32))
+    rounded = torch.empty(777, dtype=torch.bfloat16)
+    round_to_bfloat16(expected[-1], rounded, 11, 4, 12)
+    assert torch.equal(pieces[-1].theta, rounded)
 
 
 def test_no_updates_change_nothing(kernels: str) -> None:
