@@ -120,12 +120,13 @@ def _cpu_times() -> tuple[float, float]:
 def _processes() -> list[psutil.Process]:
     """This one, and its siblings if it is a rank of several."""
     me = psutil.Process()
+    if "thinwire.node.rank" not in me.cmdline():
+        return [me]  # to look for siblings is to look at every process of the machine
     try:
         siblings = psutil.Process(os.getppid()).children()
-        ranks = [p for p in siblings if p.pid != me.pid and "thinwire.node.rank" in p.cmdline()]
+        return [me, *(p for p in siblings if p.pid != me.pid and "thinwire.node.rank" in p.cmdline())]
     except psutil.Error:
-        ranks = []
-    return [me, *(ranks if "thinwire.node.rank" in me.cmdline() else [])]
+        return [me]
 
 
 def _resident(process: psutil.Process) -> int:
