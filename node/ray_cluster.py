@@ -302,5 +302,5 @@ def quiet_stdout() -> Iterator[None]:
         def isatty(self) -> bool:
             return False
 
-    with redirect_stdout(Log()):  # type: ignore[type-var]
+    with redirect_stdout(Log()):
         yield

@@ -67,7 +67,7 @@ class Switchboard:
 
     def __init__(self, peer_id: str, address: str, is_member: Callable[[str], bool]) -> None:
         self._peer_id, self._is_member = peer_id, is_member
-        self.addresses = (address,)
+        self.addresses: tuple[str, ...] = (address,)
         self.died = asyncio.Event()
         self._handlers: dict[str, StreamHandler] = {}
         self._lines: dict[bytes, _Line] = {}
@@ -265,7 +265,8 @@ class Switchboard:
         if entry is None:
             return [], f"{holder} is not connected to the swarm"
         number = next(self._numbers)
-        answer = self._asked[number] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
+        self._asked[number] = answer
         entry.asked.add(number)
         entry.wanted.append((number, asker, digest))
         entry.is_wanted.set()

@@ -53,11 +53,19 @@ def _is_of_ray(process: psutil.Process, folder: Path) -> bool:
 
 
 @contextmanager
+def on_loopback() -> Iterator[None]:
+    """As on systems where Ray has no clusters: else it takes this machine's address for 127.0.0.1."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+        yield
+
+
+@contextmanager
 def local_ray(num_cpus: int) -> Iterator[None]:
     """This process is the driver of a cluster of one node."""
     import ray
 
-    with own_folder() as folder:
+    with own_folder() as folder, on_loopback():
         try:
             ray.init(
                 address="local",
@@ -80,9 +88,7 @@ def many_nodes(head_cpus: int) -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    with own_folder(), pytest.MonkeyPatch.context() as patch:
-        # As on systems where Ray has no clusters: else it takes this machine's address for 127.0.0.1.
-        patch.setattr("ray._private.ray_constants.ENABLE_RAY_CLUSTER", False)
+    with own_folder(), on_loopback():
         cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": head_cpus})
         try:
             ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
