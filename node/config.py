@@ -104,7 +104,7 @@ class Task(Section):
     split: str = "train"
     """Of a data set of the hub, or a part of it: "train[:10000]"."""
     held_out_split: str | None = None
-    """Evaluate on the beginning of this split instead of the end of what is trained on."""
+    """Evaluate on the beginning of this split instead of the end of what is trained on ("": the latter)."""
     held_out: Annotated[int, Field(ge=1, le=2**20)] = 64
     """Sequences for evaluation (of `context` tokens, or prompts): every node evaluates on the same ones."""
     prompt: str | None = None

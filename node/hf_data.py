@@ -130,6 +130,15 @@ def rows_of(options: config.Task, corpus: str, split: str) -> Iterator[Row]:
         yield from _hub_set(options, corpus, split)
 
 
+def has_splits(corpus: str) -> bool:
+    """Whether `rows_of` gives other documents for another split."""
+    from thinwire.node.tasks import BUILT_IN
+
+    path = Path(corpus).expanduser()
+    is_plain = path.is_file() and path.suffix not in _KINDS.keys() - {".jsonl", ".ndjson"}
+    return corpus not in BUILT_IN and not is_plain
+
+
 def field_of(row: Row, field: str, option: str) -> str:
     """Raises ConfigError that names the fields which are there."""
     value = row.get(field)

@@ -75,8 +75,13 @@ class HfTask:
         o = self.options
         tokenizer = Tokenizer.of(self._folder)
         tokens = self._tokenised(tokenizer, o.corpus, o.split)
-        if o.held_out_split is None:
+        if not o.held_out_split:
             return *tokens.split(o.held_out, o.context), tokenizer
+        if not hf_data.has_splits(o.corpus):  # it would be evaluated on what it is trained on
+            raise ConfigError(
+                f"task.held_out_split: {o.corpus} has no splits; leave it out, or empty on the command line "
+                f"(--set task.held_out_split=), to hold out its last {o.held_out}"
+            )
         held_out = self._tokenised(tokenizer, o.corpus, o.held_out_split)
         return tokens, held_out.first(o.held_out, o.context), tokenizer
 

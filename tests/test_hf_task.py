@@ -537,6 +537,15 @@ def test_a_folder_that_datasets_reads(
     assert task.held_out() == plain.held_out()
 
 
+def test_a_file_without_splits_is_not_evaluated_on_what_it_trains(tiny_llama: Path, documents: Path) -> None:
+    split = {**PROMPT, "context": 48, "held_out": 20}
+    plain = task_of(tiny_llama, documents, **split)
+    assert task_of(tiny_llama, documents, **split, held_out_split="").held_out() == plain.held_out()
+    for corpus in (documents, Path("pydoc")):
+        with pytest.raises(ConfigError, match=r"held_out_split: .+ has no splits; leave it out"):
+            task_of(tiny_llama, corpus, context=48, held_out_split="validation").held_out()
+
+
 # ------------------------------------------------------------------------------------- what a user is told
 
 
