@@ -60,6 +60,22 @@ def descend_all(
         several_cpu.descend(compressor, small, weights)
 
 
+def decoded_on(
+    device: torch.device,
+    compressor: Compressor,
+    packs: Sequence[Packed],
+    weights: Sequence[float],
+    part: Part,
+    turn: Turn,
+) -> Tensor:
+    """`compressor.decode` for whom the values are on a device: there, where it has kernels."""
+    if isinstance(compressor, Sparse) and kernels_for(torch.empty(0, device=device)) == "triton":
+        out = torch.zeros(part.n_local, dtype=torch.float32, device=device)
+        compressor.descend(out, packs, weights, part, Step(scale=-1.0))  # 0 - (-1) x is x, and never -0
+        return out
+    return compressor.decode(packs, weights, part, turn).to(device)
+
+
 def _is_small(compressor: Compressor, target: Target) -> bool:
     from thinwire.compression import several_cpu
 

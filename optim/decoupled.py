@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.base import Compressor, Fields, Packed, Part, Payload, Turn
-from thinwire.compression.descent import Step, Target, descend, descend_all
+from thinwire.compression.descent import Step, Target, decoded_on, descend, descend_all
 from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import exact_arithmetic, to_float32
 from thinwire.compression.sparse import Sparse
@@ -310,7 +310,7 @@ class Decoupled(Strategy):
             return
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
-        step = self._mean(packs, weights, parameter.part, turn).to(theta.device)
+        step = self._mean(packs, weights, parameter.part, turn, theta.device)
         if self.option("sign"):
             step.sign_()
         if self.option("base") == "adamw":
@@ -321,10 +321,12 @@ class Decoupled(Strategy):
             theta.mul_(to_float32(1.0 - lr * wd))
         theta.sub_(step)
 
-    def _mean(self, packs: Sequence[Packed], weights: list[float], part: Part, turn: Turn) -> Tensor:
+    def _mean(
+        self, packs: Sequence[Packed], weights: list[float], part: Part, turn: Turn, device: torch.device
+    ) -> Tensor:
         if self.option("mean") == "senders" and isinstance(self.compressor, Sparse):
-            return decode_senders(self.compressor, packs, part)
-        return self.compressor.decode(packs, weights, part, turn)
+            return decode_senders(self.compressor, packs, part).to(device)
+        return decoded_on(device, self.compressor, packs, weights, part, turn)
 
     def _adamw(self) -> AdamW:
         return AdamW(self.option("adam_beta1"), self.option("adam_beta2"), self.option("adam_eps"))

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.base import Compressor, Fields, Packed, Payload, Turn
+from thinwire.compression.descent import decoded_on
 from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import exact_arithmetic, to_float32
 from thinwire.optim import options
@@ -355,7 +356,7 @@ class Diloco(Strategy):
         self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], weights: list[float], turn: Turn
     ) -> None:
         """One rounding per operation: no fused forms (`alpha=`, foreach)."""
-        step = self.compressor.decode(packs, weights, parameter.part, turn).to(theta.device)
+        step = decoded_on(theta.device, self.compressor, packs, weights, parameter.part, turn)
         mu = to_float32(self.option("outer_momentum"))
         if mu > 0.0:
             momentum = self.replicated_state(parameter)["outer_momentum"].view(-1)

@@ -79,8 +79,7 @@ def mean_loss(loss: Tensor, ranks: Ranks) -> float:
 
 def read_losses(losses: Sequence[Tensor], ranks: Ranks) -> list[float]:
     """`mean_loss` of each: the host waits once for all of them."""
-    found = torch.stack(list(losses)).tolist()
-    return [total / ranks.count for total in ranks.sums(found)]
+    return [total / ranks.count for total in ranks.sums(_values_of(losses))]
 
 
 def local_gradients(parameters: Iterable[Parameter], ranks: Ranks) -> dict[str, Tensor]:
@@ -109,5 +108,14 @@ def norm(parameters: Iterable[Parameter], grads: Mapping[str, Tensor], ranks: Ra
     """The L2 norm over all gradients, everywhere; not finite if a single element is not."""
     # What every rank has whole is counted once.
     counted = [p for p in parameters if p.name in grads and (ranks.index == 0 or is_sharded(p.tensor))]
-    squares = sum(float(torch.linalg.vector_norm(grads[p.name])) ** 2 for p in counted)
+    norms = [torch.linalg.vector_norm(grads[p.name]) for p in counted]
+    squares = sum(x**2 for x in _values_of(norms))
     return sqrt(ranks.sums([squares])[0])
+
+
+def _values_of(scalars: Sequence[Tensor]) -> list[float]:
+    """0-d tensors: the host waits once for all of them."""
+    if not scalars:
+        return []
+    found: list[float] = torch.stack([x.to(scalars[0].device) for x in scalars]).tolist()
+    return found

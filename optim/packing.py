@@ -27,6 +27,9 @@ SMALL: Final = 1 << 18
 AT_ONCE: Final = 1 << 22
 """Elements that are packed together, about: what is made on the way to them is there at the same time."""
 
+AT_ONCE_ON_GPU: Final = 1 << 28
+"""The same on a GPU: `values` may be made for the purpose."""
+
 
 def pack_all(
     ranks: Ranks,
@@ -55,7 +58,11 @@ def pack_all(
 def _pack_whole(
     compressor: Compressor, parameters: Sequence[Parameter], values: Callable[[Parameter], Tensor], turn: Turn
 ) -> Payload:
-    """Small parameters together, where kernels can."""
+    """Small parameters together, where kernels can; on a GPU large ones, too."""
+    if isinstance(compressor, Sparse):
+        shapes, devices = [p.part.shape for p in parameters], [p.local for p in parameters]
+        if compressor.packs_at_once(shapes, devices):
+            return _pack_on_gpu(compressor, parameters, values)
     payload: Payload = {}
     waiting: list[tuple[Parameter, Tensor]] = []
     n_waiting = 0
@@ -71,6 +78,25 @@ def _pack_whole(
             waiting, n_waiting = [], 0
     payload |= _pack_together(compressor, waiting)
     return {p.name: payload[p.name] for p in parameters}
+
+
+def _pack_on_gpu(
+    compressor: Sparse, parameters: Sequence[Parameter], values: Callable[[Parameter], Tensor]
+) -> Payload:
+    """In a few launches; the host waits when the last of them is under way."""
+    from thinwire.compression.pack_triton import Sent, Source
+
+    under_way: list[tuple[list[str], Sent]] = []
+    sources: dict[str, Source] = {}
+    for i, p in enumerate(parameters, 1):
+        sources[p.name] = Source(p.part.shape, values(p).detach().float().contiguous())
+        following = parameters[i].local.device if i < len(parameters) else None
+        if following != p.local.device or sum(s.x.numel() for s in sources.values()) > AT_ONCE_ON_GPU:
+            under_way.append(([*sources], Sent(compressor, [*sources.values()])))
+            sources = {}
+    return {
+        name: packed for names, sent in under_way for name, packed in zip(names, sent.packs(), strict=True)
+    }
 
 
 def _can_wait(compressor: Compressor, p: Parameter, x: Tensor) -> bool:

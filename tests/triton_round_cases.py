@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from tests.triton_payload_cases import is_same_pack, plain
 from thinwire.compression.base import Payload, Turn
 from thinwire.compression.dct_topk import DctTopK
+from thinwire.compression.dense import Dense
 from thinwire.compression.topk import TopK
 from thinwire.optim.base import Draw, Round, Share, Strategy
 from thinwire.optim.decoupled import Decoupled
+from thinwire.optim.diloco import Diloco
 from thinwire.optim.spsa import Spsa
 
 
@@ -105,6 +107,38 @@ def from_grad_case(device: torch.device) -> None:
         assert same_replicas(*models), step
 
 
+def diloco_case(device: torch.device) -> None:
+    """Pseudo-gradients packed at once and decoded where the parameters are; other compressors, too."""
+    for compressor in (TopK(k=8, group_size=100, bits=2), Dense(bits=4, group_size=64)):
+        models = model_on(device), model_on(torch.device("cpu"))
+        ours, theirs = (
+            Diloco(m.named_parameters(), compressor=compressor, lr=1e-2, inner_steps=2) for m in models
+        )
+        for round in (1, 2):
+            turn = Turn(round, 1, 2, 1.0)
+            payload = ours.propose(draws(models[0], round), turn)
+            with plain():
+                payloads = [payload, theirs.propose(draws(models[1], round), turn)]
+                apply(theirs, payloads, turn, "counted")
+            apply(ours, payloads, turn, "counted")
+            assert same_replicas(*models), (compressor, round)
+
+
+def adamw_case(device: torch.device) -> None:
+    models = model_on(device), model_on(torch.device("cpu"))
+    ours, theirs = (
+        Decoupled(m.named_parameters(), compressor=DctTopK(k=4, group_size=256), base="adamw", lr=1e-2)
+        for m in models
+    )
+    for round in (1, 2):
+        turn = Turn(round, 1, 2, 1.0)
+        payload = ours.propose(draws(models[0], round), turn)
+        apply(ours, [payload], turn, "counted")
+        with plain():
+            apply(theirs, [payload], turn, None)
+        assert same_replicas(*models), round
+
+
 def spsa_case(device: torch.device) -> None:
     """Many rounds at once, in both types; rounding depends on the round."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -130,5 +164,7 @@ def spsa_case(device: torch.device) -> None:
 ROUND_CASES: dict[str, Callable[[torch.device], None]] = {
     "decoupled": decoupled_case,
     "decoupled from gradients in place": from_grad_case,
+    "diloco": diloco_case,
+    "adamw": adamw_case,
     "spsa": spsa_case,
 }
