@@ -116,10 +116,12 @@ class Peers(Protocol):
         ...
 
 
-# torch keeps these two out of compiled graphs, and imports its compiler to say so: more than a second of
+# torch keeps these out of compiled graphs, and imports its compiler to say so: more than a second of
 # every process that compiles nothing.
 _UNCOMPILED_ADD: Final = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 _UNCOMPILED_ZERO: Final = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+_UNCOMPILED_STATE: Final = inspect.unwrap(torch.optim.Optimizer.state_dict)
+_UNCOMPILED_LOAD: Final = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
 
 class Strategy(torch.optim.Optimizer):
@@ -395,7 +397,7 @@ class Strategy(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, and the counters."""
-        return {**super().state_dict(), "counters": dict(self.counters)}
+        return {**_UNCOMPILED_STATE(self), "counters": dict(self.counters)}
 
     def local_state_dict(self) -> dict[str, Any]:
         """`state_dict` without what `replicated_tensors` holds: for a file beside a snapshot."""
@@ -422,7 +424,7 @@ class Strategy(torch.optim.Optimizer):
         # torch would cast every tensor to the parameter's dtype: it restores the groups only.
         # A state of an earlier version has no value for options that are younger: they keep the default.
         complete = [group | {k: v for k, v in self.defaults.items() if k not in group} for group in groups]
-        super().load_state_dict({"state": {}, "param_groups": complete})
+        _UNCOMPILED_LOAD(self, {"state": {}, "param_groups": complete})
         parameters = [p for group in self.param_groups for p in group["params"]]
         state: defaultdict[Tensor, Any] = defaultdict(dict)
         if state_dict.get("is_local", False):
