@@ -134,7 +134,7 @@ class Chart {
       return Array.from({ length: to - from + 1 }, (_, i) => 10 ** (from + i));
     };
     this.u = new uPlot({
-      ...this.size(), series: [{}, ...series], legend: { show: false }, padding: [10, 8, 0, 0],
+      ...this.size(), series: [{}, ...series], legend: { show: false }, padding: [10, 16, 0, 0],
       cursor: { drag: { x: false, y: false }, y: false, points: { size: 7, width: 2, stroke: card, fill: (u, s) => color(this.series[s - 1].color) } },
       scales: {
         x: { time: false, range: (u, min, max) => (isNumber(min) ? [min, Math.max(max, min + 8)] : [0, 10]) },
