@@ -76,6 +76,7 @@ class RayPlace:
         self._actor: Any = None
         self._session: bytes | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
 
     @property
     def peer_id(self) -> str:
@@ -107,7 +108,7 @@ class RayPlace:
             if self._session is None:
                 raise SwarmUnreachable(NO_SESSION)
             holder = None if peer_id == self._coordinator else peer_id
-            near, far = await stream_pair()
+            near, far = await self._pair()
             self._start(self._serve_blobs(actor, holder, far))
             return near
         return await self._open_line(actor, protocol, timeout_s)
@@ -119,6 +120,16 @@ class RayPlace:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for writer in self._writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)  # transports close in the loop's next turn
+
+    async def _pair(self) -> tuple[Ends, Ends]:
+        """Two ends that are closed with this place at the latest."""
+        near, far = await stream_pair()
+        open_ones = {w for w in self._writers if not w.is_closing() or w.transport.get_write_buffer_size()}
+        self._writers = open_ones | {near[1], far[1]}
+        return near, far
 
     # ------------------------------------------------------------------------------ streams over calls
 
@@ -127,7 +138,7 @@ class RayPlace:
         sees at once when this process dies."""
         line = secrets.token_bytes(8)
         life = actor.attend.remote(line)
-        near, far = await stream_pair()
+        near, far = await self._pair()
         try:
             async with asyncio.timeout(timeout_s):
                 is_open = await _call(actor.connect.remote(line, self._peer_id, protocol, [life]))
@@ -264,7 +275,10 @@ async def ask_handler(handler: StreamHandler | None, asker: str, digest: bytes) 
         return f"the holder gave up: {e}"
     finally:
         stream.abort()
-        await asyncio.gather(task, return_exceptions=True)
+        try:
+            await asyncio.gather(task, return_exceptions=True)
+        finally:
+            far[1].transport.abort()
 
 
 async def run_handler(
