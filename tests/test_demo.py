@@ -5,31 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import tempfile
-import time
 import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300), pytest.mark.usefixtures("own_temp_folder")]
 
 Start = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_in_the_temporary_folder() -> Any:
-    def ours() -> set[Path]:
-        return set(Path(tempfile.gettempdir()).glob("thinwire-*"))
-
-    before = ours()
-    yield
-    deadline_s = time.monotonic() + 15
-    while not ours() <= before:
-        assert time.monotonic() < deadline_s, ours() - before
-        time.sleep(0.1)
 
 
 def test_training_from_scratch_with_a_kill_on_the_way(thinwire: Start) -> None:
@@ -84,4 +68,4 @@ def test_stopped_or_killed_it_leaves_nothing_running(thinwire: Start, number: si
     assert len(json.loads(seen["sd"])) == 2
     assert seen["healthz"] == "ok\n"
     program.process.send_signal(number)
-    assert program.wait(20) == (-number if number == signal.SIGKILL else 128 + number)
+    assert program.wait() == (-number if number == signal.SIGKILL else 128 + number)

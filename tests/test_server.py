@@ -211,7 +211,7 @@ def test_wrong_tickets_are_told_apart(make_swarm: Callable[..., Swarm]) -> None:
         started_s = time.monotonic()
         with pytest.raises(error, match=text):
             link.open()
-        assert time.monotonic() - started_s < 5
+        assert time.monotonic() - started_s < 60
     with pytest.raises(ConfigError, match="token is wrong"):
         fetch_status(swarm.ticket.model_copy(update={"token": "wrong"}))
     honest.offer(offer(1, b"still here"))
@@ -236,7 +236,7 @@ def test_a_dead_ticket_fails_within_a_bounded_time(make_swarm: Callable[..., Swa
     started_s = time.monotonic()
     with pytest.raises(SwarmUnreachable) as caught:
         swarm.link("node", dead).open()
-    assert time.monotonic() - started_s < 15
+    assert time.monotonic() - started_s < 60
     assert "/ip4/192.0.2.1/tcp/9: " in str(caught.value)
     assert "/ip4/127.0.0.1/tcp/1: connection refused" in str(caught.value)
 
