@@ -5,7 +5,7 @@ Who passes an address keeps the tensor alive for as long as the call takes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numba
 import numpy as np
@@ -15,30 +15,33 @@ from numba.extending import intrinsic
 Array = Any
 """A numpy array inside a kernel; numba finds the types."""
 
-
-@intrinsic
-def _bytes_from(typing_context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.uint8)(types.uintp), generate
+_types: Final[Any] = types
+_array: Final[Any] = numba.carray  # type: ignore[attr-defined]
 
 
-@intrinsic
-def _floats_from(typing_context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+def _to_pointer(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(types.float32)(types.uintp), generate
+
+def _bytes_typed(typing_context: Any, address: Any) -> Any:
+    return _types.CPointer(_types.uint8)(_types.uintp), _to_pointer
+
+
+def _floats_typed(typing_context: Any, address: Any) -> Any:
+    return _types.CPointer(_types.float32)(_types.uintp), _to_pointer
+
+
+_bytes_from: Final[Any] = intrinsic(_bytes_typed)
+_floats_from: Final[Any] = intrinsic(_floats_typed)
 
 
 @numba.njit(inline="always")
 def bytes_at(address: Any, n: int) -> Array:
     """uint8, n of them. `address`: uint64, as `Tensor.data_ptr` gives it."""
-    return numba.carray(_bytes_from(np.uintp(address)), (n,))
+    return _array(_bytes_from(np.uintp(address)), (n,))
 
 
 @numba.njit(inline="always")
 def floats_at(address: Any, n: int) -> Array:
     """float32, n of them."""
-    return numba.carray(_floats_from(np.uintp(address)), (n,))
+    return _array(_floats_from(np.uintp(address)), (n,))

@@ -167,6 +167,7 @@ class RiceIndices:
         if use_numba(octets):
             from thinwire.compression import indices_cpu
 
+            ends_E: Array
             ends_E, n_ones = indices_cpu.ones(unary, n)
         else:
             ends_E = np.flatnonzero(np.unpackbits(unary, bitorder="little"))

@@ -181,18 +181,19 @@ class GroupedRow:
         if codes.numel() != (expected := self.last_bytes((scales,), m)):
             raise BadPayload("shape", f"{codes.numel()} bytes, {expected} for the groups with values")
         if isinstance(self.format, Table) and use_numba(codes):
-            self._check_by_kernel(codes, int(self._offsets(scales, m)[-1]), self.format)
+            self._check_by_kernel(codes, int(self._offsets(scales, m)[-1]))
             return
         offsets = self._offsets(scales, m)
         for chunk in self.chunks(m):
             check_codes(self._codes(codes, offsets, chunk), self.format)
 
-    def _check_by_kernel(self, codes: Tensor, n_codes: int, format_: Table) -> None:
+    def _check_by_kernel(self, codes: Tensor, n_codes: int) -> None:
         from thinwire.compression import rows_cpu
 
-        if n_codes * format_.width % 8:  # what stands in the last byte
-            check_codes(unpack_exactly(codes[-1:], format_.width, n_codes % (8 // format_.width)), format_)
-        if rows_cpu.has_refused(codes, format_):
+        width = self.format.width
+        if n_codes * width % 8:  # what stands in the last byte
+            check_codes(unpack_exactly(codes[-1:], width, n_codes % (8 // width)), self.format)
+        if rows_cpu.has_refused(codes, self.format):
             raise BadPayload("range", "a code without a value")
 
     def reader(self, packed: Packed, m: int) -> Reader:

@@ -17,7 +17,7 @@ from thinwire.compression.addresses_cpu import bytes_at
 from thinwire.compression.bits import n_bytes
 from thinwire.compression.reduce_cpu import add_up, largest_bits
 from thinwire.compression.threads import share
-from thinwire.compression.values import FORMATS, Format, Table
+from thinwire.compression.values import FORMATS, Format
 
 Array = Any
 """A numpy array inside a kernel; numba finds the types."""
@@ -196,14 +196,14 @@ class Grouped:
     kind: int
 
 
-def has_refused(octets: Tensor, format_: Table) -> bool:
+def has_refused(octets: Tensor, format_: Format) -> bool:
     """Whether a code is there that stands for no value. Bits after the last code are zero."""
     refused = _REFUSED.get(kind_of(format_))
     return refused is not None and bool(_has_code(octets.numpy(), format_.width, refused))
 
 
 @numba.njit(cache=True, nogil=True)
-def _has_code(octets: Array, width: int, refused: int) -> bool:
+def _has_code(octets: Array, width: int, refused: int) -> Any:
     found = np.uint8(0)
     if width == 8:
         for i in range(octets.size):

@@ -115,8 +115,8 @@ class Selection(ABC):
                 mean_into(mean, readers, rounded, inverse, chunk)
                 position = torch.from_numpy(self.positions(n, turn, *chunk))
                 if part.n_local != n:
-                    here = (position >= part.start) & (position < part.stop)
-                    position, mean = position[here] - part.start, mean[here]
+                    held = (position >= part.start) & (position < part.stop)
+                    position, mean = position[held] - part.start, mean[held]
                 out[position] = mean
         return out
 

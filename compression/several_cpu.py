@@ -205,12 +205,14 @@ def descend(compressor: Sparse, targets: Sequence[Target], weights: Sequence[flo
         *(compressor.n_coefficients, compressor.transforms),
     )
 
+    arguments: tuple[Any, ...] = (
+        *(*where, chart.n_P, chart.first_P, chart.k_G, scale_WG, address_WP, n_octets_WP),
+        *(np.array(rounded, dtype=np.float32), np.float32(inverse), INTEGER_BASIS, POWERS, *form),
+        *(how_P, decay_P, scale_P),
+    )
+
     def run(first: int, last: int) -> Any:
-        return _descend(
-            *(*where, chart.n_P, chart.first_P, chart.k_G, scale_WG, address_WP, n_octets_WP),
-            *(np.array(rounded, dtype=np.float32), np.float32(inverse), INTEGER_BASIS, POWERS, *form),
-            *(how_P, decay_P, scale_P, first, last),
-        )
+        return _descend(*(*arguments, first, last))
 
     per_target = max(1, int(chart.n_P.sum()) // len(targets))
     found = min(share(run, 0, len(targets), smallest=max(1, _PER_THREAD // per_target)))

@@ -247,7 +247,7 @@ def copy_bandwidth(n_params: int, n_repeats: int, device: torch.device | str = "
     many values that they are in no cache."""
     import torch
 
-    n = max(n_params, 1 << 25)
+    n = max(n_params, 1 << 24)
     source, target = torch.ones(n, device=device), torch.zeros(n, device=device)
     return 8 * n / measure(lambda: target.copy_(source), max(n_repeats, 10), device).min_s
 

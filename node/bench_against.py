@@ -52,7 +52,7 @@ def _sizes(printed: Result) -> Iterator[Result]:
 
 def compare(then: Mapping[str, Sequence[Result]], now: Mapping[str, Sequence[Result]]) -> list[Compared]:
     """Every figure that both have, of benchmarks with as many parameters."""
-    rows = []
+    rows: list[Compared] = []
     for bench, results in now.items():
         for result in results:
             for old in then.get(bench, []):

@@ -172,6 +172,7 @@ def test_packs_that_nobody_checked_do_no_harm(use: Switch) -> None:
 # ------------------------------------------------------------------------------------------- pack: local
 
 
+@pytest.mark.parametrize("rng", range(40), indirect=True)
 def test_what_is_selected(rng: random.Random, use: Switch) -> None:
     """The same coefficients as the reference's, but for those that are equal within rounding."""
     compressor, part = drawn(rng)
@@ -200,6 +201,7 @@ def test_what_is_selected(rng: random.Random, use: Switch) -> None:
     assert abs(float(energy - energy_torch)) <= 1e-5 * float(energy_torch)
 
 
+@pytest.mark.parametrize("rng", range(40), indirect=True)
 def test_the_packs_are_those_of_the_reference_where_nothing_is_rounded(
     rng: random.Random, use: Switch
 ) -> None:
