@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import tyro
 from safetensors import safe_open
 
 from tests.ray_cluster import NODE, many_nodes
@@ -22,6 +25,8 @@ from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.identity import load_or_create
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.messages import GenesisBody, OfferEntry
+from thinwire.node.cli import Command, Ray
+from thinwire.node.config import load_config
 from thinwire.node.link_local import local_swarm
 from thinwire.node.ray_cluster import NoRoom, PeerGroup, parse_group
 from thinwire.node.runner import Runner
@@ -297,6 +302,39 @@ def test_a_run_that_could_never_begin_is_refused_before_anything_starts(tmp_path
     with pytest.raises(ConfigError, match="job"):
         train_on_ray(tmp_path, run_of(SPSA), num_peers=4, address="ray://127.0.0.1:10001")
     assert not (tmp_path / "state").exists()
+
+
+def test_the_job_for_kubernetes_is_one_that_the_command_understands() -> None:
+    yaml = pytest.importorskip("yaml", reason="comes with Ray")
+    path = Path(__file__).parents[1] / "deploy" / "kubernetes" / "rayjob.yaml"
+    run, *claims, job = yaml.safe_load_all(path.read_text())
+    program, *arguments = shlex.split(job["spec"]["entrypoint"])
+    assert program == "thinwire"
+    command = tyro.cli(
+        Command, args=arguments, config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+    )
+    assert isinstance(command, Ray)
+    config = load_config(None, tomllib.loads(run["data"]["run.toml"]), environ={})
+    assert command.peers is not None
+    assert config.run.min_peers <= command.peers
+    cluster = job["spec"]["rayClusterSpec"]
+    head, *workers = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    assert sum(group["maxReplicas"] for group in workers) >= command.peers
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    assert command.state is not None
+    claimed = set()
+    for group, folder in [
+        (head, command.state.parent),
+        *((worker, command.node_state) for worker in workers),
+    ]:
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["image"].endswith(f":{cluster['rayVersion']}")
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+        claimed.add(volumes[mounts[str(folder)]]["persistentVolumeClaim"]["claimName"])
+    assert claimed == {claim["metadata"]["name"] for claim in claims}
+    constraints = (path.parents[2] / "constraints.txt").read_text().splitlines()
+    assert f"ray=={cluster['rayVersion']}" in constraints
 
 
 WITHOUT_RAY = """
