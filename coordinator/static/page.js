@@ -284,7 +284,7 @@ function replica(peer) {
 function peerRow(peer) {
   const part = make("i");
   part.style.setProperty("--part", peer.share ?? 0);
-  const speed = peer.speed ? `${count(peer.speed[0])} ${peer.speed[1]}/s` : "–";
+  const speed = peer.speed ? `${peer.speed[0] < 1e4 ? significant(peer.speed[0]) : count(peer.speed[0])} ${peer.speed[1]}/s` : "–";
   return make("tr", { role: "row", class: peer.state, "data-peer": String(peer.index) },
     cell({ class: "who" }, make("b", { text: String(peer.index) }), make("span", { class: "mono", text: `…${peer.id}` })),
     cell({}, make("span", { class: `dot ${peer.state}`, text: STATES[peer.state] ?? "" })),
