@@ -36,6 +36,7 @@ from thinwire.node.link import Link
 from thinwire.node.local_work import LocalWork
 from thinwire.node.metrics import NodeMetrics
 from thinwire.node.precision import Precision
+from thinwire.node.records import Records
 from thinwire.node.replica import Replica, build_replica
 from thinwire.node.result import Result
 from thinwire.node.snapshot_store import SnapshotStore
@@ -86,7 +87,7 @@ class Runner:
         self.stop = threading.Event()
         self._clock = clock
         self._lead = lead
-        self._tracks = tracks or Tracks(self.metrics)
+        self._records = Records(tracks or Tracks(self.metrics), self.metrics, link.traffic)
         self._precision = precision
         self._workload: Workload | None = None
         self._offered_round = 0
@@ -97,7 +98,6 @@ class Runner:
         self._fetched_s = 0.0
         self._n_parameters = 0
         self._counted = self._missed = self._n_offers = self._payload_bytes = 0
-        self._proposed: dict[str, float | None] = {}
         self._held_out: list[tuple[int, float]] = []
 
     # ------------------------------------------------------------------------------------------ the run
@@ -111,12 +111,12 @@ class Runner:
             try:
                 self._joiner.read_ledger()
                 self._begin()
-                self._track_start()
+                self._record_start()
                 while self._follow():
                     pass
             finally:
                 self.metrics.training(False)
-                self._tracks.add("end", self.replica.round, counted=self._counted, missed=self._missed)
+                self._records.event("end", self.replica.round, counted=self._counted, missed=self._missed)
                 self.link.state(NodeState.LEAVING)
         return self.result()
 
@@ -365,12 +365,7 @@ class Runner:
         self.metrics.proposed(
             proposal.loss, len(proposal.payload), proposal.n_samples, proposal.n_tokens, proposal.n_batches
         )
-        self._proposed = {
-            "own_loss": proposal.loss,
-            "samples": proposal.n_samples,
-            "tokens": proposal.n_tokens,
-            "payload_bytes": len(proposal.payload),
-        }
+        self._records.proposed(proposal)
         self.metrics.not_finite(self.replica.strategy.counters)
         self.metrics.phase("compute", proposal.compute_s)
         self.metrics.phase("pack", proposal.pack_s)
@@ -413,17 +408,16 @@ class Runner:
         self._missed += own == "missed"
         round_s = self._count_round(commits, owns, started_s)
         losses = [o.loss for o in last.offers if o.loss is not None]
-        loss = sum(losses) / len(losses) if losses else None
         log.info(
             "round %d/%d: %d offers, loss %s%s",
             *(self.replica.round, self.config.run.rounds, len(last.offers)),
-            "-" if loss is None else f"{loss:.4f}",
+            f"{sum(losses) / len(losses):.4f}" if losses else "-",
             ", ours came too late" if own == "missed" else "",
         )
-        self._track_round(commits, own, loss, round_s)
+        self._records.applied(commits, own, round_s)
 
-    def _track_start(self) -> None:
-        self._tracks.add(
+    def _record_start(self) -> None:
+        self._records.event(
             "start",
             self.replica.round,
             run=self.config.run.name,
@@ -433,30 +427,9 @@ class Runner:
             config=self.config.model_dump(mode="json"),
         )
 
-    def _track_round(
-        self, commits: list[Commit], own: Own, loss: float | None, round_s: float | None
-    ) -> None:
-        """One record of all rounds that were applied at once: of one, where this node trains."""
-        traffic = self.link.traffic()
-        figures: dict[str, float | None] = {"loss": loss}
-        if own is not None:  # what this node did for that round, and how long it took
-            figures |= self._proposed | {f"{p}_s": s for p, s in self.metrics.parts().items()}
-        if round_s is not None:
-            figures["round_s"] = round_s
-        self._tracks.add(
-            "round",
-            self.replica.round,
-            rounds=len(commits),
-            offers=len(commits[-1].body.offers),
-            own=own or "none",
-            **figures,
-            sent_bytes=sum(traffic.sent.values()),
-            received_bytes=sum(traffic.received.values()),
-        )
-
     def _count_replay(self, was_wrong: bool) -> None:
         self.metrics.replayed(was_wrong)
-        self._tracks.add("replay", self.replica.round, was_wrong=was_wrong)
+        self._records.event("replay", self.replica.round, was_wrong=was_wrong)
 
     def _count_round(self, commits: list[Commit], owns: list[Own], started_s: float) -> float | None:
         """What metrics say of the rounds that were just applied. Returns how long the live round took."""
@@ -514,7 +487,7 @@ class Runner:
         loss = self.work.evaluate()
         self._held_out.append((self.replica.round, loss))
         self.metrics.held_out(loss)
-        self._tracks.add("held_out", self.replica.round, loss=loss)
+        self._records.event("held_out", self.replica.round, loss=loss)
         log.info("round %d: held-out loss %.4f", self.replica.round, loss)
         return loss
 
