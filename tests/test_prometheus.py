@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,11 @@ def test_a_swarm_as_prometheus_sees_it(tools: Tools, thinwire: Start, tmp_path: 
     http = ("--http", f"127.0.0.1:{port}", "--http-token", TOKEN)
     ticket = thinwire("coordinator", "run.toml", "--host", "127.0.0.1", *http).first_line()
     join = ("join", ticket, "--threads", "1", "--host", "127.0.0.1")
-    nodes = [thinwire(*join, before=("nice", "-n", "10")) for _ in range(3)]
+    tracked: dict[int, tuple[str, ...]] = {1: ("--track", "tensorboard")} if find_spec("tensorboard") else {}
+    nodes = [
+        thinwire(*join, "--state", f"node-{i}", *tracked.get(i, ()), before=("nice", "-n", "10"))
+        for i in range(3)
+    ]
     assert fetch(f"http://127.0.0.1:{port}/readyz") == "ready\n"
     with pytest.raises(ConfigError, match="asks for a token"):
         monitor(ticket, None, tmp_path / "watch", None, force=False)
@@ -196,5 +201,12 @@ def test_a_swarm_as_prometheus_sees_it(tools: Tools, thinwire: Start, tmp_path: 
         wait_until(lambda: firing("ThinwireNodeDown") == killed, 60, lambda: str(server.ask("ALERTS")))
         nodes[1].process.send_signal(signal.SIGINT)  # one that leaves is not missed
         assert nodes[1].wait() == 128 + signal.SIGINT
+        for i in (0, 1):  # records are whole, also of the one that was killed
+            (track,) = tmp_path.glob(f"node-{i}/*/track.jsonl")
+            kinds = [json.loads(line)["kind"] for line in track.read_text().splitlines()]
+            assert kinds[0] == "start"
+            assert "round" in kinds
+            assert (kinds[-1] == "end") == (i == 1)
+        assert len([*tmp_path.glob("node-*/*/tensorboard/events*")]) == len(tracked)
         listed = [t["labels"]["instance"] for t in json.loads(fetch(f"http://127.0.0.1:{port}/sd"))]
         assert len(listed) == 2
