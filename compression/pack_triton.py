@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -38,6 +39,7 @@ from thinwire.compression.tables_triton import (
     on_device,
     owners,
     pointer,
+    refuse_other_rows,
     table,
 )
 from thinwire.compression.values import check_sendable
@@ -89,6 +91,7 @@ class Sent:
 
     def __init__(self, compressor: Sparse, sources: Sequence[Source], change: Change | None = None) -> None:
         self._compressor = compressor
+        refuse_other_rows((x, prod(s.shape)) for s in sources for x in (s.x, s.gradient) if x is not None)
         device = sources[0].x.device
         places = chart(compressor, tuple(s.shape for s in sources), device)
         self._layouts = places.layouts

@@ -32,6 +32,7 @@ from thinwire.compression.tables_triton import (
     on_device,
     owners,
     pointer,
+    refuse_other_rows,
     table,
     upload,
 )
@@ -54,6 +55,9 @@ _INVERSE_SCALE: Final = tl.constexpr(dct.INVERSE_SCALE)
 def descend(compressor: Sparse, targets: Sequence[Target], weights: Sequence[float]) -> None:
     """As `descent.descend_all`, for targets of one device. The packs were checked."""
     mean = mean_weights(weights)
+    refuse_other_rows((t.x, t.part.n_local) for t in targets)
+    if any(len(t.packs) != len(weights) for t in targets):
+        raise ValueError(f"{len(weights)} weights for another number of packs")
     alike: dict[tuple[int, bool], list[Target]] = {}
     for t in targets:
         if t.x.numel():

@@ -7,6 +7,7 @@ from step to step most of them stay the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Final
 
@@ -26,6 +27,19 @@ Array = npt.NDArray[Any]
 def on_device(x: Tensor) -> torch.cuda.device:
     """Triton launches on the current device, whichever its tensors are on. On the CPU nothing is set."""
     return torch.cuda.device(x.device if x.is_cuda else -1)
+
+
+def refuse_other_rows(rows: Iterable[tuple[Tensor, int]]) -> None:
+    """Raises ValueError unless these are flat contiguous float32 rows of so many elements, all on one device:
+    an address says nothing of that."""
+    device = None
+    for x, n in rows:
+        device = x.device if device is None else device
+        if x.dtype != torch.float32 or x.shape != (n,) or not x.is_contiguous() or x.device != device:
+            raise ValueError(
+                f"needs contiguous float32 rows on one device, here {n} elements on {device}, not {x.dtype} "
+                f"of shape {tuple(x.shape)} with strides {x.stride()} on {x.device}"
+            )
 
 
 def upload(row: Tensor, device: torch.device) -> Tensor:

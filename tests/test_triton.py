@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.triton_cases import CASES
 from thinwire.compression.fingerprint import parameter_sum
 from thinwire.compression.noise import Probe, update_
 from thinwire.compression.rounding import round_to_bfloat16
 
 TRITON = pytest.importorskip("triton", reason="Triton is not installed: pip install 'thinwire[test]'")
+
+from tests.triton_cases import CASES  # noqa: E402 - needs Triton
 
 HERE = Path(__file__).parent
 CANNOT_INTERPRET = TRITON.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0"

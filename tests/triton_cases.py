@@ -20,6 +20,8 @@ from torch import Tensor
 
 from tests.triton_payload_cases import PAYLOAD_CASES, awkward, moved, n_shapes, same
 from tests.triton_round_cases import ROUND_CASES
+from thinwire.compression.base import Part, Turn
+from thinwire.compression.descent import Step, Target, descend_all
 from thinwire.compression.exact import to_float32
 from thinwire.compression.fingerprint import parameter_sum, parameter_sum_torch, parameter_sums
 from thinwire.compression.noise import (
@@ -35,7 +37,9 @@ from thinwire.compression.noise import (
     update_all_,
     update_pieces_,
 )
+from thinwire.compression.pack_triton import Sent, Source
 from thinwire.compression.rounding import round_to_bfloat16, round_torch
+from thinwire.compression.topk import TopK
 from thinwire.node.known_answers import KNOWN_ANSWERS
 from thinwire.node.self_test import failed_kernels
 
@@ -162,24 +166,55 @@ def rounding_case(device: torch.device) -> None:
 
 
 def nothing_case(device: torch.device) -> None:
-    """Empty tensors are no error, and views that are not contiguous are one."""
+    """Empty tensors are no error."""
     empty = torch.empty(0, 3, device=device)
     update_(empty, [Probe(1, 0, 1.0)], "sign", 0, start=77)
+    update_pieces_([Piece(empty, 0, 77)], [Update.of([Probe(1, 0, 1.0)])], "sign")
     assert perturb(empty, 1.0, "gauss", 1, 0, 0).shape == (0, 3)
     assert parameter_sum(empty) == 0
+    assert parameter_sums({"a": empty, "b": empty.bfloat16()}, {"a": 5, "b": 6}) == {"a": 0, "b": 0}
     round_to_bfloat16(empty.view(-1), empty.view(-1).bfloat16(), 1, 0)
-    across, flat = torch.ones(4, 6, device=device).T, torch.ones(8, device=device)[::2]
-    for x in (across, flat):
-        with pytest.raises(ValueError, match="contiguous float32"):
-            update_(x, [Probe(1, 0, 1.0)], "sign", 0)
-        with pytest.raises(ValueError, match="contiguous float32"):
-            perturb(x, 1.0, "sign", 1, 0, 0)
+
+
+def refusals_case(device: torch.device) -> None:
+    """What no kernel takes is refused before anything is written."""
+    ones = torch.ones(24, device=device)
+    for x in (
+        *(ones.view(4, 6).T, ones[::2], ones[:1].expand(9), ones.view(4, 6)[:, 1:]),
+        *(ones.double(), ones.half(), ones.int(), ones.to(torch.complex64)),
+    ):
+        before, update = x.clone(), Update.of([Probe(1, 0, 1.0)])
+        for kind in ("sign", "gauss"):
+            with pytest.raises(ValueError, match="contiguous float32"):
+                update_(x, [Probe(1, 0, 1.0)], kind, 0)
+            with pytest.raises(ValueError, match="contiguous float32"):
+                update_pieces_([Piece(ones, 0, 0), Piece(x, 0, 0)], [update], kind)
+            with pytest.raises(ValueError, match="contiguous float32"):
+                perturb(x, 1.0, kind, 1, 0, 0)
         with pytest.raises(ValueError, match="contiguous float32"):
             parameter_sum(x)
-    with pytest.raises(ValueError, match="contiguous rows"):
-        round_to_bfloat16(flat, torch.empty(4, dtype=torch.bfloat16, device=device), 1, 0)
-    assert bool((across == 1).all())
-    assert bool((flat == 1).all())
+        with pytest.raises(ValueError, match="contiguous float32"):
+            parameter_sums({"a": ones, "b": x}, {"a": 0, "b": 0})
+        with pytest.raises(ValueError, match="flat contiguous rows"):
+            round_to_bfloat16(x, torch.empty(x.numel(), dtype=torch.bfloat16, device=device), 1, 0)
+        assert torch.equal(x, before)
+        assert bool((ones == 1).all())
+
+
+def views_case(device: torch.device) -> None:
+    """Nothing beyond a view is read or written; as they come out of files, views begin at any element."""
+    for n in (1, 127, 4097, 8300):
+        whole = torch.full((n + 64,), 7.0, device=device)
+        theta = whole[33 : 33 + n]
+        update_(theta, [Probe(1, 0, 0.5)], "sign", 0, 4000)
+        update_pieces_([Piece(theta, 0, 4000)], [Update.of([Probe(2, 0, 0.25)])], "gauss")
+        compressor = TopK(k=5, group_size=2000)
+        (packed,) = Sent(compressor, [Source((n,), theta)]).packs()
+        target = Target(theta, Part.whole((n,)), [packed], Step(0.5, 0.5))
+        descend_all(compressor, [target], [1.0], Turn(1, 2, 3, 1.0))
+        assert bool((whole[:33] == 7).all())
+        assert bool((whole[33 + n :] == 7).all())
+        assert bool((theta != 7).all())
 
 
 def known_answers_case(device: torch.device) -> None:
@@ -196,7 +231,9 @@ CASES: dict[str, Callable[[torch.device], None]] = {
     "rounding": rounding_case,
     **PAYLOAD_CASES,
     **ROUND_CASES,
-    "nothing and refusals": nothing_case,
+    "nothing": nothing_case,
+    "refusals": refusals_case,
+    "views": views_case,
     "known answers": known_answers_case,
 }
 
