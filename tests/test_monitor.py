@@ -85,6 +85,7 @@ def test_all_that_is_asked_for_exists() -> None:
                     assert value in there, f"{label}={value} of {name}"
 
 
+@pytest.mark.swarm
 def test_rules(tools: Tools) -> None:
     """Rules, scenarios and configuration, as promtool and amtool judge them; there is a scenario for every
     alert, and every alert says what to do."""
@@ -108,6 +109,7 @@ def test_rules(tools: Tools) -> None:
     assert len({alert["alert"] for alert in alerts}) == len(alerts) > 15
 
 
+@pytest.mark.swarm
 def test_what_is_written(tmp_path: Path, coordinator: str, tools: Tools) -> None:
     folder, address = monitor(None, coordinator, tmp_path / "a folder", "secret", force=False)
     assert (folder, str(address)) == (tmp_path / "a folder", f"http://{coordinator}")
@@ -149,6 +151,7 @@ def test_https() -> None:
     assert source_folder().samefile(SOURCE)
 
 
+@pytest.mark.swarm
 def test_what_is_there_is_kept(tmp_path: Path, coordinator: str) -> None:
     def write(force: bool = False) -> None:
         monitor(None, coordinator, tmp_path, "secret", force=force)
@@ -164,6 +167,7 @@ def test_what_is_there_is_kept(tmp_path: Path, coordinator: str) -> None:
     assert (tmp_path / "alertmanager.yml").read_text() == "mine"
 
 
+@pytest.mark.swarm
 @pytest.mark.parametrize(
     ("url", "token", "message"),
     [
@@ -218,6 +222,7 @@ def test_a_ticket_is_enough_or_the_error_says_what_is_missing(
             found()
 
 
+@pytest.mark.swarm
 def test_something_else_answers() -> None:
     routes = [Route("/sd", lambda _: JSONResponse({"a": 1}))]
     refused = pytest.raises(ConfigError, match="does not answer as a coordinator")
