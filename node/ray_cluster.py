@@ -131,18 +131,13 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[Any]:
     wanted = address or os.environ.get("RAY_ADDRESS")
     with ExitStack() as stack:
         try:
-            try:
-                ray.init(address=wanted or "auto", **options)
-            except ConnectionError as e:
-                if wanted and wanted != "local":
-                    raise ConfigError(f"there is no Ray cluster at {wanted}: {str(e).splitlines()[0]}") from e
-                log.info("no Ray cluster is running here: starting one on this machine, for this run")
+            if wanted == "local" or not _has_joined(ray, wanted, options):
+                log.info("starting a Ray cluster on this machine, for this run")
                 own = stack.enter_context(Children())  # the folder goes with this process, however it ends
                 ray.init(
                     address="local",
                     include_dashboard=False,
                     object_store_memory=LOCAL_STORE_BYTES,
-                    _node_ip_address="127.0.0.1",
                     _temp_dir=str(own.folder / "ray"),
                     **options,
                 )
@@ -151,6 +146,19 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[Any]:
         finally:
             ray.shutdown()
             _restore(handlers)
+
+
+def _has_joined(ray: Any, wanted: str | None, options: dict[str, Any]) -> bool:
+    """False: nobody has named a cluster, and there is none here. Raises ConfigError."""
+    try:
+        ray.init(address=wanted or "auto", **options)
+    except ConnectionError as e:
+        if wanted:
+            raise ConfigError(f"there is no Ray cluster at {wanted}: {str(e).splitlines()[0]}") from e
+        return False
+    except (RuntimeError, ray.exceptions.RayError) as e:  # another version of Ray or Python, a wrong token
+        raise ConfigError(f"the Ray cluster at {wanted or 'auto'} does not let us in: {e}") from e
+    return True
 
 
 def find_room(

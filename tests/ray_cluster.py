@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import psutil
 import pytest
 
 from thinwire.coordinator.messages import MAX_ROUND
+from thinwire.node.processes import Children
 from thinwire.node.ray_coordinator import CoordinatorActor
 
 STORE_BYTES = 80 * 2**20
@@ -27,8 +26,13 @@ NODE = {
 
 @contextmanager
 def own_folder() -> Iterator[Path]:
-    """Whatever Ray writes goes there; its name is short, for sockets. Ray's processes are gone in the end."""
-    folder = Path(tempfile.mkdtemp(prefix="tw-ray-", dir="/tmp"))
+    """Whatever Ray writes goes there, and it goes with this process, however that ends. Ray's processes are
+    gone in the end."""
+    with Children() as own:
+        yield from _used(own.folder)
+
+
+def _used(folder: Path) -> Iterator[Path]:
     before = dict(os.environ)
     os.environ.update(
         RAY_TMPDIR=str(folder),
@@ -42,12 +46,11 @@ def own_folder() -> Iterator[Path]:
         os.environ.update(before)
         left = [p for p in psutil.Process().children(recursive=True) if _is_of_ray(p, folder)]
         psutil.wait_procs(left, timeout=20)
-        shutil.rmtree(folder)
 
 
 def _is_of_ray(process: psutil.Process, folder: Path) -> bool:
     try:
-        return any(str(folder) in word for word in process.cmdline())
+        return process.name() != "sh" and any(str(folder) in word for word in process.cmdline())
     except psutil.Error:
         return False
 
