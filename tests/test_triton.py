@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+from thinwire.compression.base import Part, Turn
+from thinwire.compression.descent import Step, descend
 from thinwire.compression.fingerprint import parameter_sum
 from thinwire.compression.noise import Probe, update_
 from thinwire.compression.rounding import round_to_bfloat16
+from thinwire.compression.topk import TopK
 
 TRITON = pytest.importorskip("triton", reason="Triton is not installed: pip install 'thinwire[test]'")
 
@@ -109,6 +112,32 @@ def test_more_elements_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> No
     round_to_bfloat16(expected, expected_rounded, 5, 1, n - tail)
     assert torch.equal(found[1], expected_rounded)
     assert found[2] == (head + parameter_sum(expected_rounded, n - tail)) % (1 << 64)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
+def test_groups_farther_out_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last 4096 + 9 of 2^31 + 9 elements are not zero: they become the pack, and the step, of a
+    small tensor that has nothing else."""
+    monkeypatch.setenv("THINWIRE_KERNELS", "triton")
+    n, tail = (1 << 31) + 9, 4096 + 9
+    if torch.cuda.mem_get_info()[0] < 12 * n:
+        pytest.skip("needs 26 GB of free memory on the device")
+    compressor, turn = TopK(k=4, bits=8, indices="packed"), Turn(1, 2, 3, 1.0)
+    momentum, theta = torch.zeros(n, device="cuda"), torch.zeros(n, device="cuda")
+    small = torch.linspace(-1, 2, tail, device="cuda")
+    momentum[-tail:] = small
+    packs = {}
+    for x in (momentum, small):
+        part = Part.whole(x.shape)
+        packs[x.numel()] = compressor.pack(x, part, turn)
+        compressor.check(packs[x.numel()], part, turn)
+        descend(compressor, theta[: x.numel()], [packs[x.numel()]], [1.0], part, turn, Step(0.5))
+        if x is momentum:
+            far, _ = theta[-tail:].clone(), theta.zero_()
+    assert torch.equal(packs[n][0][-2:], packs[tail][0])
+    assert torch.equal(packs[n][1], packs[tail][1])
+    assert torch.equal(far, theta[:tail])
+    assert bool(far.any())
 
 
 def lines_with(pattern: str, text: str) -> list[str]:
