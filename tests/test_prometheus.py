@@ -68,6 +68,21 @@ def fetch(url: str) -> str:
         return str(answer.read().decode())
 
 
+def at_last(url: str) -> str:
+    """From a gateway whose node may be too busy to answer in time."""
+    answers: list[str] = []
+
+    def is_answered() -> bool:
+        try:
+            answers.append(fetch(url))
+        except OSError:
+            return False
+        return True
+
+    wait_until(is_answered, 60, lambda: f"no answer at {url}")
+    return answers[-1]
+
+
 class Prometheus:
     """A server that scrapes what its configuration says."""
 
@@ -148,10 +163,12 @@ def test_a_swarm_as_prometheus_sees_it(tools: Tools, thinwire: Start, tmp_path: 
             return set(server.query(f'ALERTS{{alertname="{alert}", alertstate="firing"}}'))
 
         wait_until(lambda: is_up(1, 1, 1), 90, lambda: str(server.query("up")) + nodes[0].stderr()[-2000:])
-        wait_until(lambda: len(server.query("thinwire_loss")) == 3, 60, lambda: nodes[0].stderr()[-2000:])
         targets = json.loads(fetch(f"http://127.0.0.1:{port}/sd"))
         instances = {target["labels"]["instance"] for target in targets}
-        assert set(server.query('up{job="thinwire"}')) == set(server.query("thinwire_loss")) == instances
+        assert set(server.query('up{job="thinwire"}')) == instances
+        wait_until(
+            lambda: set(server.query("thinwire_loss")) == instances, 60, lambda: nodes[0].stderr()[-2000:]
+        )
 
         # What it has stored lies between two looks at the status.
         first = client.fetch()
@@ -161,7 +178,7 @@ def test_a_swarm_as_prometheus_sees_it(tools: Tools, thinwire: Start, tmp_path: 
             lambda: str(server.query("thinwire_swarm_round")),
         )
         stored = {
-            name: next(iter(server.query(f"thinwire_swarm_{name}").values()))
+            name: next(iter(server.query(f"last_over_time(thinwire_swarm_{name}[5m])").values()))
             for name in ("round", "payload_bytes_total", "compression_ratio", "loss")
         }
         last = client.fetch()
@@ -171,9 +188,7 @@ def test_a_swarm_as_prometheus_sees_it(tools: Tools, thinwire: Start, tmp_path: 
         assert 0.8 * min(ratios) < stored["compression_ratio"] < 1.25 * max(ratios)
         assert 0 < stored["loss"] < 6
 
-        by_instance = {
-            peer: fetch(f"http://127.0.0.1:{port}/peers/{peer}/metrics") for peer in sorted(instances)
-        }
+        by_instance = {peer: at_last(f"http://127.0.0.1:{port}/peers/{peer}/metrics") for peer in instances}
         for text in (fetch(f"http://127.0.0.1:{port}/metrics"), *by_instance.values()):
             check_conventions(text)
             assert tools.check_metrics(text) == ""
@@ -194,7 +209,9 @@ def test_a_swarm_as_prometheus_sees_it(tools: Tools, thinwire: Start, tmp_path: 
 
         wait_until(lambda: not unanswered(), 90, lambda: str(unanswered()))
 
-        assert firing("ThinwireNodeDown") == firing("ThinwireCoordinatorDown") == set()
+        # A machine that is busy may have answered too late once.
+        wait_until(lambda: not firing("ThinwireNodeDown"), 60, lambda: str(server.ask("ALERTS")))
+        wait_until(lambda: not firing("ThinwireCoordinatorDown"), 60, lambda: str(server.ask("ALERTS")))
         nodes[0].process.send_signal(signal.SIGKILL)
         wait_until(lambda: is_up(0, 1, 1), 60, lambda: str(server.query("up")))
         killed = {peer for peer, up in server.query('up{job="thinwire"}').items() if up == 0}
