@@ -26,6 +26,7 @@ from thinwire.compression.exact import exact_arithmetic
 from thinwire.compression.noise import use_numba
 from thinwire.compression.reduce import mean_weights
 from thinwire.compression.rows import Chunk, Row, RowBits, l1_norms, mean_into, row_of
+from thinwire.compression.scratch import scratch
 from thinwire.compression.sparse import refuse_part
 
 Array = npt.NDArray[Any]
@@ -101,7 +102,7 @@ class Selection(ABC):
         rounded, inverse = mean_weights(weights)
         n = part.n_global
         m = self.n_selected(n)
-        out = torch.empty(part.n_local, dtype=torch.float32)
+        out = scratch(part.n_local) if self.in_a_row else torch.empty(part.n_local)
         if m < n or part.n_local < n:
             out.zero_()
         readers = [self.row.reader(p, m) for p in packs]

@@ -39,6 +39,7 @@ from thinwire.compression.base import Compressor, Fields, Packed, Payload, Turn
 from thinwire.compression.descent import decoded_on
 from thinwire.compression.errors import ConfigError
 from thinwire.compression.exact import exact_arithmetic, to_float32
+from thinwire.compression.noise import use_numba
 from thinwire.optim import options
 from thinwire.optim.base import (
     Closure,
@@ -360,6 +361,12 @@ class Diloco(Strategy):
         mu = to_float32(self.option("outer_momentum"))
         if mu > 0.0:
             momentum = self.replicated_state(parameter)["outer_momentum"].view(-1)
+            if use_numba(theta, momentum, step):
+                from thinwire.optim.outer_cpu import outer_step
+
+                outer_lr = to_float32(self.option("outer_lr"))
+                outer_step(theta, momentum, step, mu, outer_lr, self.option("nesterov"))
+                return
             momentum.mul_(mu).add_(step)
             step = step.add_(momentum * mu) if self.option("nesterov") else momentum.clone()
         theta.sub_(step.mul_(to_float32(self.option("outer_lr"))))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thinwire.compression.scratch import scratch
 from thinwire.optim.base import Parameter, Strategy
 from thinwire.optim.gradients import local_gradients, norm
 from thinwire.optim.inner import build_inner
@@ -75,7 +76,9 @@ class InnerPhase:
     def moved(self, parameter: Parameter) -> Tensor:
         """theta - theta_i, flat; to be called between `enter` and `leave`."""
         outer: Tensor = self._strategy.state[parameter.tensor]["outer"]
-        return (outer - parameter.local).reshape(-1)
+        if outer.device.type != "cpu" or not outer.is_contiguous():
+            return (outer - parameter.local).reshape(-1)
+        return torch.sub(outer, parameter.local, out=scratch(outer.numel()).view(outer.shape)).view(-1)
 
     def forget(self, parameters: Sequence[Parameter]) -> None:
         """These start from the outer parameters."""

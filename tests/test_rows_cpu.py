@@ -11,6 +11,7 @@ import torch
 from thinwire.compression.base import Packed, Part, Turn
 from thinwire.compression.dense import Dense
 from thinwire.compression.errors import BadPayload
+from thinwire.compression.exact import to_float32
 from thinwire.compression.noise import noise
 from thinwire.compression.random_k import RandomK
 from thinwire.compression.reduce import l1_norm
@@ -19,6 +20,7 @@ from thinwire.compression.slicing import Slicing
 from thinwire.compression.values import FORMATS
 
 pytest.importorskip("numba", reason="the numba kernels are an extra")
+from thinwire.optim.outer_cpu import outer_step
 
 Compressor = Dense | Slicing | RandomK
 
@@ -136,3 +138,16 @@ def test_norms(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("THINWIRE_KERNELS", kernels)
         found.append([l1_norm(v) for v in (x, x[::2], x * 2.0**-149, x * 0, x.double())])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_an_outer_step_of_diloco(nesterov: bool) -> None:
+    """One rounding per operation: a fused multiply-add would differ."""
+    theta, momentum, step = (noise("gauss", 5, i, 0, 0, 200_003) for i in range(3))
+    mu, lr = to_float32(0.9), to_float32(0.7)
+    expected_momentum = momentum * mu + step
+    moved = step + expected_momentum * mu if nesterov else expected_momentum
+    expected = theta - moved * lr
+    outer_step(theta, momentum, step, mu, lr, nesterov)
+    assert same(momentum, expected_momentum)
+    assert same(theta, expected)
