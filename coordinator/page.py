@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from blake3 import blake3
 from starlette.datastructures import Headers
@@ -24,6 +24,8 @@ from thinwire.coordinator.gateway import coordinator_routes
 from thinwire.coordinator.live import Live, Seen
 from thinwire.coordinator.server import CoordinatorServer
 from thinwire.coordinator.web import serve_http
+
+T = TypeVar("T")
 
 FOLDER: Final = Path(__file__).parent / "static"
 LOOK_TIMEOUT_S: Final = 10.0
@@ -68,23 +70,28 @@ class Page:
         return self._has_token or not self._is_local or names_this_machine(host)
 
     async def _look(self, since: int) -> Seen:
-        async def look() -> Seen:
-            return self._server.look(since)
+        return await self._ask(lambda server: server.look(since))
+
+    async def _ask(self, what: Callable[[CoordinatorServer], T]) -> T:
+        """In the coordinator's loop."""
+
+        async def ask() -> T:
+            return what(self._server)
 
         async with asyncio.timeout(LOOK_TIMEOUT_S):
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(look(), self._loop))
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(ask(), self._loop))
 
     async def _ticket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer: Response
+        ticket, why = None, ""
         is_passed_on = not _PROXIES.isdisjoint(name for name, _ in scope["headers"])
         if not self._has_token and (is_passed_on or not self._is_local):
-            why = "The ticket is shown on this machine, or to those who know the token (--http-token)."
-            answer = PlainTextResponse(why, 403)
-        elif not self._server.is_serving:
-            answer = PlainTextResponse("The coordinator is about to start or to end.", 503)
+            why = "The ticket is shown on the coordinator's machine, or to those who know its --http-token."
         else:
-            answer = JSONResponse({"ticket": self._server.ticket.line()})
-        answer.headers.update({**_HEADERS, "cache-control": "no-store"})
+            ticket = await self._ask(lambda server: server.ticket.line() if server.is_serving else None)
+        # An answer, not an error: a page that may not show it is as it should be.
+        answer = JSONResponse(
+            {"ticket": ticket, "why": why}, headers={**_HEADERS, "cache-control": "no-store"}
+        )
         await answer(scope, receive, send)
 
 

@@ -408,14 +408,12 @@ function showEnd() {
 
 async function showTicket() {
   try {
-    const answer = await fetch("ticket", { cache: "no-store" });
-    if (answer.ok) {
-      $("ticket").value = `thinwire join ${(await answer.json()).ticket}`;
+    const { ticket, why } = await (await fetch("ticket", { cache: "no-store" })).json();
+    if (ticket) {
+      $("ticket").value = `thinwire join ${ticket}`;
       $("copy").disabled = false;
-    } else {
-      put("join-more", await answer.text());
-      if (answer.status === 503) setTimeout(showTicket, 2000);
-    }
+    } else if (why) put("join-more", why);
+    else setTimeout(showTicket, 2000); // it is about to start
   } catch { /* the coordinator is away: asked again when it is back */ }
 }
 
