@@ -65,9 +65,7 @@ def _sum(
     program = tl.program_id(0)
     row = rows + 4 * tl.load(owner + program).to(tl.int64)
     n, start = tl.load(row + 1), tl.load(row + 2)
-    bits = pointer(tl.load(row), tl.int32 if IS_INT32 else tl.int16)
-    if ALIGNED:
-        bits = tl.multiple_of(bits, 16)
+    bits = pointer(tl.load(row), tl.int32 if IS_INT32 else tl.int16, ALIGNED)
     begin = (program - tl.load(row + 3)) * (_TILE * _TILES)
     total = tl.zeros((_TILE,), tl.uint64)
     if begin + _TILE * _TILES <= n:  # without a mask it reads four at a time

@@ -152,9 +152,9 @@ def _combine_all(
     block = program - tl.load(row + 6) + tl.load(row + 5)
     number = tl.load(row + 3) + block
     at = block * _BLOCK - shift
-    x = pointer(tl.load(row), tl.float32 if FLOAT32 else tl.int16)
+    x = pointer(tl.load(row), tl.float32 if FLOAT32 else tl.int16, WHOLE)
     if WHOLE:
-        x, at = tl.multiple_of(x, 16), tl.multiple_of(at, 8)
+        at = tl.multiple_of(at, 8)
     i0, i1, i2, i3 = _places(at, N_CALLS)
     x0, x1, x2, x3 = _updated(
         _read(x, i0, n, WHOLE), _read(x, i1, n, WHOLE), _read(x, i2, n, WHOLE), _read(x, i3, n, WHOLE),

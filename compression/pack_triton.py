@@ -150,6 +150,7 @@ def _select_all(
         CHANGES=change is not None,
         CHUNKS=max(16, triton.next_power_of_2(-(-size // dct.N))),
         num_warps=8,
+        maxnreg=128,  # two groups at a time on a multiprocessor: one computes while the other waits
         **EXACT,
     )
 

@@ -100,9 +100,12 @@ def _owners(encoded: bytes, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def pointer(address: tl.tensor, like: tl.constexpr) -> tl.tensor:
-    """Of elements of the type `like`, at an address out of a table."""
-    return address.to(tl.pointer_type(like))
+def pointer(address: tl.tensor, like: tl.constexpr, ALIGNED: tl.constexpr = False) -> tl.tensor:
+    """Of elements of the type `like`, at an address out of a table. `ALIGNED`: it is a multiple of 16."""
+    at = address.to(tl.pointer_type(like))
+    if ALIGNED:
+        at = tl.multiple_of(at, 16)  # here: what a call returns cannot be told anything
+    return at
 
 
 @triton.jit

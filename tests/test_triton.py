@@ -178,4 +178,10 @@ def test_what_is_compiled_rounds_every_operation_once(tmp_path: Path) -> None:
     n_fused = {kernel: len(lines_with(FUSED, text)) for kernel, text in assembly["exact"].items()}
     assert {kernel: n for kernel, n in n_fused.items() if n} == OF_A_PRODUCT
     assert lines_with(r"\bsub\.rn\.f32", assembly["exact"]["sign noise: _combine"])
+    for kernel in (
+        "noise for all: _combine_all",
+        "bfloat16 noise for all: _combine_all",
+        "fingerprint: _sum",
+    ):
+        assert lines_with(r"\bld\.global\S*\.v4", assembly["exact"][kernel]), f"{kernel} reads word by word"
     assert lines_with(FUSED, assembly["fused"]), "a launch that forbids no fusion would not be found"

@@ -129,7 +129,8 @@ def main() -> None:
     for name, launch in LAUNCHES.items():
         launch()
         for kernel, arguments, named in launched:
-            exact[f"{name}: {kernel.fn.__name__}"] = compiled(kernel, arguments, named)
+            exact.setdefault(f"{name}: {kernel.fn.__name__}", "")
+            exact[f"{name}: {kernel.fn.__name__}"] += compiled(kernel, arguments, named)
         launched.clear()
     LAUNCHES["normal noise"]()
     kernel, arguments, named = launched[-1]
