@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from thinwire.compression.descent import Target
     from thinwire.compression.sparse import Sparse
 
-_PROGRAMS_PER_PROCESSOR: Final = 4
 _N: Final = tl.constexpr(dct.N)
 _HALF: Final = tl.constexpr(dct.N // 2)
 _TOP_BIT: Final = tl.constexpr(dct.TOP_BIT)
@@ -77,7 +76,8 @@ def _launch(
     places = chart(compressor, tuple(t.part.shape for t in targets), device)
     codes = uploaded(compressor, [t.packs for t in targets], places, device)
     rows, n_items = _table(compressor, targets, places.first_P)
-    n_programs = min(int(n_items.sum()), _PROGRAMS_PER_PROCESSOR * _n_processors(device))
+    # As many as there is room for, which with tiles take twice the registers.
+    n_programs = min(int(n_items.sum()), (2 if side else 4) * _n_processors(device))
     _descend[(n_programs,)](
         *(table(rows, device), owners(n_items, device)),
         torch.zeros(n_programs * compressor.n_coefficients, dtype=torch.float32, device=device),
@@ -95,6 +95,7 @@ def _launch(
         CHUNKS=min(64, max(16, triton.next_power_of_2(-(-size // dct.N)))),
         ENTRIES=min(256, max(16, triton.next_power_of_2(compressor.k))),
         num_warps=8,
+        maxnreg=None if side else 64,
         **EXACT,
     )
 
