@@ -17,7 +17,7 @@ from tests.conftest import wait_until
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="the extra `test` brings selenium")
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
 
 Start = Callable[..., Any]
 
@@ -45,7 +45,8 @@ FLAGS = (
     *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-dev-shm-usage"),
     *("disable-background-networking", "disable-component-update", "disable-sync", "window-size=1280,900"),
 )
-QUIET_S = 60.0
+WAIT_S = 150.0
+"""For anything at all: a start of a node takes 10 s of two cores that others use, too."""
 
 
 class Browser:
@@ -66,7 +67,7 @@ class Browser:
     def wait(self, script: str) -> None:
         """Until it is true in the page."""
         seen = "document.body.innerText"
-        wait_until(lambda: bool(self.run(script)), QUIET_S, lambda: f"not {script}:\n{self.run(seen)}")
+        wait_until(lambda: bool(self.run(script)), WAIT_S, lambda: f"not {script}:\n{self.run(seen)}")
 
     def peers(self) -> dict[str, str]:
         """Index -> state, as the table shows them."""
@@ -130,7 +131,7 @@ def test_a_live_run_as_a_browser_shows_it(browser: Browser, thinwire: Start, tmp
     assert browser.run("document.querySelector('#ticket').value") == f"thinwire join {ticket}"
 
     join = ("join", ticket, "--threads", "1", "--host", "127.0.0.1")
-    nodes = [thinwire(*join, before=("nice", "-n", "10")) for _ in range(2)]
+    nodes = [thinwire(*join) for _ in range(2)]
     browser.wait("document.querySelector('#state').textContent === 'training'")
     browser.wait("document.querySelector('#loss-chart .empty').hidden")
 
@@ -164,7 +165,7 @@ def test_a_live_run_as_a_browser_shows_it(browser: Browser, thinwire: Start, tmp
     browser.wait("document.querySelectorAll('#peer-rows tr.gone').length === 1")
     assert sorted(browser.peers().values()) == ["gone", "training"]
     browser.wait("document.querySelector('#event-rows').textContent.includes('was lost')")
-    browser.wait("/\\d+ (s|min) ago/.test(document.querySelector('#peer-rows tr.gone').lastChild.textContent)")
+    browser.wait("/\\d+ (s|min) ago/.test(document.querySelector('tr.gone').lastChild.textContent)")
     assert browser.errors() == []
 
     # The coordinator is away for a while, and comes back with all that was there.
