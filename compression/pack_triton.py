@@ -1,4 +1,4 @@
-"""The Triton kernels of packing flat groups: local work, with the choice and the codes of the reference but
+"""The Triton kernels of packing: local work, with the choice and the codes of the reference but
 for rounding in sums.
 
 A program takes one group: it reads the momentum and the gradient once, transforms, finds the k largest and
@@ -27,10 +27,11 @@ from thinwire.compression import dct
 from thinwire.compression.base import Packed
 from thinwire.compression.bits import n_bytes
 from thinwire.compression.bits_triton import pack_rows
+from thinwire.compression.exact import to_float32
 from thinwire.compression.groups import Flat
 from thinwire.compression.indices import RiceIndices
 from thinwire.compression.indices_triton import Chart, chart
-from thinwire.compression.sparse_triton import halves, inverse_halves, powers
+from thinwire.compression.sparse_triton import halves, inverse_halves, powers, tile_basis, tile_of
 from thinwire.compression.tables_triton import (
     EXACT,
     Arrival,
@@ -42,12 +43,14 @@ from thinwire.compression.tables_triton import (
     refuse_other_rows,
     table,
 )
+from thinwire.compression.tiles import Tiles
 from thinwire.compression.values import check_sendable
 from thinwire.compression.values_triton import MAX_GROUP, code_of, number_of, scale_of, value_of
 
 if TYPE_CHECKING:
     from thinwire.compression.sparse import Sparse
 
+_LEAST_SIDE: Final = 16
 _N: Final = tl.constexpr(dct.N)
 _HALF: Final = tl.constexpr(dct.N // 2)
 _ROUNDER: Final = tl.constexpr(dct.ROUNDER)
@@ -79,8 +82,10 @@ class Change:
 
 
 def takes(compressor: Sparse, shape: tuple[int, ...]) -> bool:
-    """Whether there is a kernel: a group has to fit into the registers of a program."""
-    return isinstance(compressor.groups(shape), Flat) and compressor.group_size <= MAX_GROUP
+    """Whether there is a kernel: a group has to fit into the registers of a program, and a tile has to be
+    large enough for products."""
+    groups = compressor.groups(shape)
+    return compressor.group_size <= MAX_GROUP and (isinstance(groups, Flat) or groups.side >= _LEAST_SIDE)
 
 
 class Sent:
@@ -130,34 +135,42 @@ def _select_all(
     compressor: Sparse, sources: Sequence[Source], change: Change | None, places: Chart,
     scale_G: Tensor, top_G: Tensor, entry_GK: Tensor,
 ) -> None:  # fmt: skip
-    device = scale_G.device
-    rows = [
-        [s.x.data_ptr(), s.gradient.data_ptr() if s.gradient is not None else 0, s.x.numel(), first, factor]
-        for s, first, factor in zip(
-            sources, places.first_P.tolist(), floats(*_factors(sources)).tolist(), strict=False
+    """A launch for flat groups, and one for tiles."""
+    by_side: dict[int, list[int]] = {}
+    for p, source in enumerate(sources):
+        groups = compressor.groups(source.shape)
+        if groups.n_groups:
+            by_side.setdefault(groups.side if isinstance(groups, Tiles) else 0, []).append(p)
+    device, size = scale_G.device, compressor.group_size
+    for side, some in by_side.items():
+        n_groups = np.diff(places.first_P)[some]
+        rows = [_row_of(compressor, sources[p], int(places.first_P[p])) for p in some]
+        begins = n_groups.cumsum() - n_groups
+        _select[(int(n_groups.sum()),)](
+            table(np.column_stack([np.array(rows, dtype=np.int64), begins]), device),
+            *(owners(n_groups, device), scale_G, top_G, entry_GK, places.k_G),
+            dct.real_basis(device, side) if side else forward_halves(device),
+            tile_basis(device, side) if side else inverse_halves(device),
+            change.scale if change is not None else top_G,
+            *((change.decay, change.alpha) if change is not None else (0.0, 0.0)),
+            *(size, compressor.k, to_float32(2.0 / (max(1, side) * 127.0 * 127.0))),
+            FORMAT=number_of(compressor.format),
+            TRANSFORMS=compressor.transforms,
+            CHANGES=change is not None,
+            SIDE=side,
+            CHUNKS=side * side // dct.N if side else max(16, triton.next_power_of_2(-(-size // dct.N))),
+            num_warps=16 if side else 8,
+            maxnreg=128,  # two groups at a time on a multiprocessor: one computes while the other waits
+            **EXACT,
         )
-    ]
-    size = compressor.group_size
-    _select[(scale_G.numel(),)](
-        *(table(np.array(rows, dtype=np.int64), device), owners(np.diff(places.first_P), device)),
-        *(scale_G, top_G, entry_GK, places.k_G),
-        *(forward_halves(device), inverse_halves(device)),
-        change.scale if change is not None else top_G,
-        *((change.decay, change.alpha) if change is not None else (0.0, 0.0)),
-        *(size, compressor.k),
-        FORMAT=number_of(compressor.format),
-        TRANSFORMS=compressor.transforms,
-        CHANGES=change is not None,
-        CHUNKS=max(16, triton.next_power_of_2(-(-size // dct.N))),
-        num_warps=8,
-        maxnreg=128,  # two groups at a time on a multiprocessor: one computes while the other waits
-        **EXACT,
-    )
 
 
-def _factors(sources: Sequence[Source]) -> tuple[Any, Any]:
-    factors = np.array([s.factor for s in sources], dtype=np.float32)
-    return factors, np.zeros_like(factors)
+def _row_of(compressor: Sparse, source: Source, first_group: int) -> list[int]:
+    groups = compressor.groups(source.shape)
+    rows, columns = (groups.rows, groups.columns) if isinstance(groups, Tiles) else (source.x.numel(), 1)
+    gradient = source.gradient.data_ptr() if source.gradient is not None else 0
+    factor = int(floats(np.array(source.factor), np.array(0.0)))
+    return [source.x.data_ptr(), gradient, rows, columns, factor, first_group]
 
 
 @cache
@@ -168,37 +181,51 @@ def forward_halves(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _select(
+def _select(  # noqa: PLR0915 - from the momentum to what is left of it, in one pass
     rows: tl.tensor, owner: tl.tensor, scale_G: tl.tensor, top_G: tl.tensor, entry_GK: tl.tensor,
     k_G: tl.tensor, forward: tl.tensor, inverse: tl.tensor, gradient_scale: tl.tensor, decay: tl.tensor,
-    alpha: tl.tensor, size: tl.tensor, k_most: tl.tensor, FORMAT: tl.constexpr, TRANSFORMS: tl.constexpr,
-    CHANGES: tl.constexpr, CHUNKS: tl.constexpr,
+    alpha: tl.tensor, size: tl.tensor, k_most: tl.tensor, tile_scale: tl.tensor, FORMAT: tl.constexpr,
+    TRANSFORMS: tl.constexpr, CHANGES: tl.constexpr, SIDE: tl.constexpr, CHUNKS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A group. Columns of `rows`: address, address of the gradient or 0, elements, first group, factor."""
-    g = tl.program_id(0).to(tl.int64)
-    row = rows + 5 * tl.load(owner + g).to(tl.int64)
-    begin = (g - tl.load(row + 3)) * size
-    length = tl.minimum(size, tl.load(row + 2) - begin).to(tl.int32)
-    x, gradient = pointer(tl.load(row), tl.float32) + begin, tl.load(row + 1)
+    """A group. Columns of `rows`: address, address of the gradient or 0, shape (elements and 1 for flat
+    groups), factor, first group of all, first program."""
+    row = rows + 7 * tl.load(owner + tl.program_id(0)).to(tl.int64)
+    group = tl.program_id(0) - tl.load(row + 6)
+    g = group + tl.load(row + 5)
+    gradient = tl.load(row + 1)
     factor = 0.0 * decay
     if CHANGES:
         factor = low_float(tl.load(row + 4)) * tl.load(gradient_scale)
     takes_in = (gradient != 0) & (factor != 0)
-    toward = pointer(gradient, tl.float32) + begin
-    if TRANSFORMS:
-        # In these orders, both (chunks, 32), products with half of the basis give all coefficients.
-        i = tl.arange(0, CHUNKS)[:, None] * _N + tl.arange(0, _HALF)[None, :]
-        j = tl.arange(0, CHUNKS)[:, None] * _N + (_N - 1) - tl.arange(0, _HALF)[None, :]
-        low = _gathered(x, toward, i, length, takes_in, decay, factor, CHANGES)
-        high = _gathered(x, toward, j, length, takes_in, decay, factor, CHANGES)
-        square = tl.arange(0, _HALF)[:, None] * _HALF + tl.arange(0, _HALF)[None, :]
-        even = tl.dot(low + high, tl.load(forward + square), input_precision="ieee")
-        odd = tl.dot(low - high, tl.load(forward + _HALF * _HALF + square), input_precision="ieee")
-        values = tl.reshape(tl.join(even, odd), (CHUNKS * _N,))
+    x, toward = pointer(tl.load(row), tl.float32), pointer(gradient, tl.float32)
+    if SIDE > 0:
+        r, c = tl.arange(0, SIDE)[:, None], tl.arange(0, SIDE)[None, :]
+        columns = tl.load(row + 3)
+        n_wide = tl.cdiv(columns, SIDE)
+        v, h = group // n_wide * SIDE + r, group % n_wide * SIDE + c
+        i, there = v * columns + h, (v < tl.load(row + 2)) & (h < columns)
+        low = _gathered(x, toward, i, there, takes_in, decay, factor, CHANGES)
+        half = tl.dot(tl.load(forward + (r * SIDE + c)), low, input_precision="ieee")
+        both = tl.dot(half, tl.load(forward + (c * SIDE + r)), input_precision="ieee")
+        values = tl.reshape(both, (SIDE * SIDE,))
     else:
-        i = tl.arange(0, CHUNKS * _N)
-        low = _gathered(x, toward, i, length, takes_in, decay, factor, CHANGES)
-        values = low
+        begin = group * size
+        length = tl.minimum(size, tl.load(row + 2) - begin).to(tl.int32)
+        x, toward = x + begin, toward + begin
+        if TRANSFORMS:
+            # In these orders, both (chunks, 32), products with half of the basis give all coefficients.
+            i = tl.arange(0, CHUNKS)[:, None] * _N + tl.arange(0, _HALF)[None, :]
+            j = tl.arange(0, CHUNKS)[:, None] * _N + (_N - 1) - tl.arange(0, _HALF)[None, :]
+            low = _gathered(x, toward, i, i < length, takes_in, decay, factor, CHANGES)
+            high = _gathered(x, toward, j, j < length, takes_in, decay, factor, CHANGES)
+            square = tl.arange(0, _HALF)[:, None] * _HALF + tl.arange(0, _HALF)[None, :]
+            even = tl.dot(low + high, tl.load(forward + square), input_precision="ieee")
+            odd = tl.dot(low - high, tl.load(forward + _HALF * _HALF + square), input_precision="ieee")
+            values = tl.reshape(tl.join(even, odd), (CHUNKS * _N,))
+        else:
+            i = tl.arange(0, CHUNKS * _N)
+            low = _gathered(x, toward, i, i < length, takes_in, decay, factor, CHANGES)
+            values = low
 
     k = tl.load(k_G + g).to(tl.int32)
     # As integers, infinity is above all numbers, and so is what is none.
@@ -213,28 +240,33 @@ def _select(
     tl.store(entry_GK + g * k_most + rank, entry, mask=chosen & (rank < k_most))
 
     if CHANGES:
-        length = tl.where(top < _SENDABLE, length, 0)
+        good = top < _SENDABLE
         q = tl.where(chosen, value_of(code, scale, FORMAT), 0.0)
         if TRANSFORMS:
             up, down = powers(tl.max(tl.abs(q)))
             integers = (q * up + _ROUNDER) - _ROUNDER
-            even, odd = tl.split(tl.reshape(integers, (CHUNKS, _HALF, 2)))
-            same, other = halves(even, odd, inverse)
-            tl.store(x + i, low - (same * down * _INVERSE_SCALE + 0.0) * alpha, mask=i < length)
-            tl.store(x + j, high - (other * down * _INVERSE_SCALE + 0.0) * alpha, mask=j < length)
+            if SIDE > 0:
+                sent = tile_of(tl.reshape(integers, (SIDE, SIDE)), inverse, tile_scale, down, SIDE)
+                tl.store(x + i, low - (sent + 0.0) * alpha, mask=there & good)
+            else:
+                even, odd = tl.split(tl.reshape(integers, (CHUNKS, _HALF, 2)))
+                same, other = halves(even, odd, inverse)
+                same, other = same * down * _INVERSE_SCALE + 0.0, other * down * _INVERSE_SCALE + 0.0
+                tl.store(x + i, low - same * alpha, mask=(i < length) & good)
+                tl.store(x + j, high - other * alpha, mask=(j < length) & good)
         else:
-            tl.store(x + i, low - (q + 0.0) * alpha, mask=i < length)
+            tl.store(x + i, low - (q + 0.0) * alpha, mask=(i < length) & good)
 
 
 @triton.jit
 def _gathered(
-    x: tl.tensor, gradient: tl.tensor, i: tl.tensor, length: tl.tensor, takes_in: tl.tensor, decay: tl.tensor,
+    x: tl.tensor, gradient: tl.tensor, i: tl.tensor, there: tl.tensor, takes_in: tl.tensor, decay: tl.tensor,
     factor: tl.tensor, CHANGES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The momentum, with what has come to it."""
-    value = tl.load(x + i, mask=i < length, other=0.0)
+    value = tl.load(x + i, mask=there, other=0.0)
     if CHANGES:
-        value = value * decay + tl.load(gradient + i, mask=(i < length) & takes_in, other=0.0) * factor
+        value = value * decay + tl.load(gradient + i, mask=there & takes_in, other=0.0) * factor
     return value
 
 

@@ -302,16 +302,25 @@ def _tile(
     r, c = tl.arange(0, SQUARE)[:, None], tl.arange(0, SQUARE)[None, :]
     there = (r < SIDE) & (c < SIDE)
     integers = (tl.load(sums + (r * SIDE + c), mask=there, other=0.0) * inverse * up + _ROUNDER) - _ROUNDER
-    half = tl.dot(integers, tl.load(basis + (r * SQUARE + c)), input_precision="ieee")
-    half_up, half_down = powers(tl.max(tl.abs(half)))
-    half = (half * half_up + _ROUNDER) - _ROUNDER
-    x = tl.dot(tl.load(basis + (c * SQUARE + r)), half, input_precision="ieee")
-    x = x * half_down * tile_scale * down  # in this order nothing overflows
+    x = tile_of(integers, basis, tile_scale, down, SQUARE)
     n_wide = tl.cdiv(columns, SIDE)
     i, j = group // n_wide * SIDE + r, group % n_wide * SIDE + c
     at = i * columns + j
     inside = there & (i < n_rows) & (j < columns) & (at >= start) & (at < stop)
     _take(y + (at - start), x, inside, decay, scale, SIGN)
+
+
+@triton.jit
+def tile_of(
+    integers: tl.tensor, basis: tl.tensor, tile_scale: tl.tensor, down: tl.tensor, SQUARE: tl.constexpr
+) -> tl.tensor:
+    """The elements that integer coefficients (SQUARE, SQUARE) stand for. Every sum is below 2^24."""
+    r, c = tl.arange(0, SQUARE)[:, None], tl.arange(0, SQUARE)[None, :]
+    half = tl.dot(integers, tl.load(basis + (r * SQUARE + c)), input_precision="ieee")
+    half_up, half_down = powers(tl.max(tl.abs(half)))
+    half = (half * half_up + _ROUNDER) - _ROUNDER
+    x = tl.dot(tl.load(basis + (c * SQUARE + r)), half, input_precision="ieee")
+    return x * half_down * tile_scale * down  # in this order nothing overflows
 
 
 @triton.jit

@@ -36,6 +36,7 @@ OF_A_PRODUCT = {
     "descent: _descend": 2 * 64 * 32**2 // 256,
     "descent of tiles: _descend": 2 * 64**3 // 256,
     "packing: _select": 4 * 64 * 32**2 // 256,
+    "packing of tiles: _select": 4 * 64**3 // 512,
 }
 """Fused operations per thread in products of integers, whose sums are exact either way; when packing, also in
 the transform itself, which is local work."""

@@ -59,10 +59,10 @@ def descent(compressor: Sparse, shape: tuple[int, ...] = (8192,)) -> None:
     sparse_triton.descend(compressor, targets, [1.0, 1.0, 2.0])
 
 
-def packing(compressor: Sparse) -> None:
+def packing(compressor: Sparse, shape: tuple[int, ...] = (8192,)) -> None:
     x = torch.zeros(8192)
     change = pack_triton.Change(0.5, torch.tensor(1.0), 0.5)
-    pack_triton.Sent(compressor, [pack_triton.Source((8192,), x, x, 0.5)], change)
+    pack_triton.Sent(compressor, [pack_triton.Source(shape, x, x, 0.5)], change)
 
 
 LAUNCHES: dict[str, Callable[[], object]] = {
@@ -81,6 +81,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "descent without a transform": lambda: descent(TopK(k=4)),
     "descent of tiles": lambda: descent(DctTopK(k=4, layout="tiles"), (64, 128)),
     "packing": lambda: packing(DctTopK(k=4)),
+    "packing of tiles": lambda: packing(DctTopK(k=4, layout="tiles"), (64, 128)),
     "packing without a transform": lambda: packing(TopK(k=4, bits=2)),
 }
 

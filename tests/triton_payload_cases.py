@@ -130,18 +130,23 @@ def packing_case(device: torch.device) -> None:
     n_other = n_all = 0
     for _ in range(n_shapes(device)):
         compressor = compressor_of(rng)
-        shapes = [(n,) for n in (0, 1, rng.randrange(1, 2 * compressor.group_size + 2))]
-        xs = [momentum_of(rng, *shape) for shape in shapes]
+        if isinstance(compressor, DctTopK) and compressor.layout == "tiles" and compressor.group_size == 64:
+            continue  # has no kernel
+        parts = [Part.whole(shape) for shape in shapes_of(rng, compressor)]
+        xs = [momentum_of(rng, part.n_global) for part in parts]
         with plain():
-            expected = [compressor.pack(x, Part.whole(x.shape), TURN) for x in xs]
-        sources = [Source(tuple(x.shape), moved(x, device, rng.randrange(5))) for x in xs]
-        for x, found, reference in zip(xs, Sent(compressor, sources).packs(), expected, strict=True):
-            compressor.check(found, Part.whole(x.shape), TURN)
+            expected = [compressor.pack(x, part, TURN) for x, part in zip(xs, parts, strict=True)]
+        sources = [
+            Source(part.shape, moved(x, device, rng.randrange(5))) for x, part in zip(xs, parts, strict=True)
+        ]
+        all_found = Sent(compressor, sources).packs()
+        for x, part, found, reference in zip(xs, parts, all_found, expected, strict=True):
+            compressor.check(found, part, TURN)
             n_all += 1
             if not is_same_pack(found, reference):
                 n_other += 1
-                assert compressor.transforms or compressor.bits in (1, 2), (compressor, x.shape)
-                assert is_close(compressor, found, reference, x), (compressor, x.shape)
+                assert compressor.transforms or compressor.bits in (1, 2), (compressor, part)
+                assert is_close(compressor, found, reference, x, part), (compressor, part)
     assert n_other <= n_all // (20 if device.type == "cpu" else 2)
 
 
@@ -149,9 +154,8 @@ def is_same_pack(a: Packed, b: Packed) -> bool:
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True))
 
 
-def is_close(compressor: Sparse, a: Packed, b: Packed, x: Tensor) -> bool:
+def is_close(compressor: Sparse, a: Packed, b: Packed, x: Tensor, part: Part) -> bool:
     """Whether they leave the momentum equally large, but for 1%."""
-    part = Part.whole(x.shape)
     left = [(x - compressor.decode([p], [1.0], part, TURN)).double().square().sum() for p in (a, b)]
     return abs(float(left[0] - left[1])) <= 0.01 * float(left[1])
 
@@ -164,9 +168,11 @@ def sending_case(device: torch.device) -> None:
         compressor = compressor_of(rng)
         decay, factor, alpha = (to_float32(rng.choice([0.25, 0.9, 1.0])) for _ in range(3))
         scale = to_float32(rng.choice([0.0, 0.5, 0.3]))
-        x, gradient = (momentum_of(rng, rng.randrange(1, 2 * compressor.group_size + 2)) for _ in range(2))
-        gradient = torch.full_like(x, float("nan")) if scale == 0 else torch.randn_like(x)
-        part = Part.whole(x.shape)
+        if isinstance(compressor, DctTopK) and compressor.layout == "tiles" and compressor.group_size == 64:
+            continue  # has no kernel
+        part = Part.whole(max(shapes_of(rng, compressor), key=len))
+        x = momentum_of(rng, part.n_global)
+        gradient = torch.full_like(x, float("nan")) if scale == 0 else torch.linspace(-1, 1, x.numel())
         left = moved(x, device, rng.randrange(5))
         source = Source(part.shape, left, moved(gradient, device, 1), factor)
         change = Change(decay, torch.tensor(scale, device=device), alpha)
