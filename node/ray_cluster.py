@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ log = logging.getLogger("thinwire.ray")
 WAIT_S: Final = 20.0
 """For room in a cluster that would be large enough if nobody else used it."""
 
+KNOCK_S: Final = 10.0
 LOCAL_STORE_BYTES: Final = 2**30
 _POLL_S: Final = 0.5
 _TELL_EVERY_S: Final = 5.0
@@ -100,6 +102,9 @@ def parse_group(text: str) -> PeerGroup:
 
 def load_ray() -> Any:
     """The package. Raises ConfigError where it is missing."""
+    os.environ.setdefault(
+        "RAY_NUM_REDIS_GET_RETRIES", "1"
+    )  # else a cluster that is gone is waited for 14 min
     try:
         import ray
     except ImportError as e:
@@ -150,6 +155,8 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[Any]:
 
 def _has_joined(ray: Any, wanted: str | None, options: dict[str, Any]) -> bool:
     """False: nobody has named a cluster, and there is none here. Raises ConfigError."""
+    if wanted is not None:
+        _knock(wanted)
     try:
         ray.init(address=wanted or "auto", **options)
     except ConnectionError as e:
@@ -159,6 +166,17 @@ def _has_joined(ray: Any, wanted: str | None, options: dict[str, Any]) -> bool:
     except (RuntimeError, ray.exceptions.RayError) as e:  # another version of Ray or Python, a wrong token
         raise ConfigError(f"the Ray cluster at {wanted or 'auto'} does not let us in: {e}") from e
     return True
+
+
+def _knock(address: str) -> None:
+    """Ray itself would try for minutes. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
+    except OSError as e:
+        raise ConfigError(f"there is no Ray cluster at {address}: {e}") from e
 
 
 def find_room(
