@@ -102,9 +102,8 @@ def parse_group(text: str) -> PeerGroup:
 
 def load_ray() -> Any:
     """The package. Raises ConfigError where it is missing."""
-    os.environ.setdefault(
-        "RAY_NUM_REDIS_GET_RETRIES", "1"
-    )  # else a cluster that is gone is waited for 14 min
+    # By default Ray looks for a cluster that is gone for many minutes.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")
     try:
         import ray
     except ImportError as e:
