@@ -47,7 +47,7 @@ def quantize(value_GK: Tensor, format_: Format) -> tuple[Tensor, Tensor]:
     return scale_G.view(torch.bfloat16), code_GK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _quantize(
     values: tl.tensor, scale_G: tl.tensor, codes: tl.tensor, k: tl.tensor, FORMAT: tl.constexpr,
     SIZE: tl.constexpr,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,14 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from thinwire.compression import (
+    bits_triton,
     fingerprint_triton,
     noise_triton,
     pack_triton,
     rounding_triton,
     sparse_triton,
     tables_triton,
+    values_triton,
 )
 from thinwire.compression.base import Part, Turn
 from thinwire.compression.dct_topk import DctTopK
@@ -30,6 +33,7 @@ from thinwire.compression.descent import Step, Target
 from thinwire.compression.noise import Piece, Probe, Update, Where
 from thinwire.compression.sparse import Sparse
 from thinwire.compression.topk import TopK
+from thinwire.compression.values import FORMATS
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -80,6 +84,17 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "descent": lambda: descent(DctTopK(k=4)),
     "descent without a transform": lambda: descent(TopK(k=4)),
     "descent of tiles": lambda: descent(DctTopK(k=4, layout="tiles"), (64, 128)),
+    **{
+        f"{bits}-bit values": partial(values_triton.quantize, torch.zeros(4, 32), FORMATS[bits])
+        for bits in (1, 2, 4, 8, 16, "e3m0")
+    },
+    **{
+        f"descent of {bits}-bit values": partial(descent, TopK(k=4, bits=bits, indices="packed"))
+        for bits in (4, 16, "e3m0")
+    },
+    "groups of one": lambda: descent(TopK(k=1, group_size=1, indices="packed")),
+    "packing groups of one": lambda: packing(TopK(k=1, group_size=1)),
+    "unpacking": lambda: bits_triton.unpack(torch.zeros(9, dtype=torch.uint8), 13, 5),
     "packing": lambda: packing(DctTopK(k=4)),
     "packing of tiles": lambda: packing(DctTopK(k=4, layout="tiles"), (64, 128)),
     "packing without a transform": lambda: packing(TopK(k=4, bits=2)),
@@ -89,7 +104,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
 def compiled(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
     """What a launch with these arguments would run."""
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | named
-    constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+    constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr or is_one(given[p.name], p)}
     values = {name: given[name] for name in kernel.arg_names if name not in constants}
     source = ASTSource(
         kernel,
@@ -105,6 +120,11 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> 
     text = triton.compile(source, TARGET, options).asm["ptx"]
     assert isinstance(text, str)
     return text
+
+
+def is_one(x: Any, parameter: Any) -> bool:
+    """Triton makes a constant of it."""
+    return isinstance(x, int) and x == 1 and not parameter.do_not_specialize
 
 
 def type_of(x: Any) -> str:
