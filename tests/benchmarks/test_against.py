@@ -25,9 +25,9 @@ def result(low: float, high: float, cpu_s: float, n_bytes: int = 100) -> dict[st
     [
         (1.1, 1.9, 1.5, 100, ["", ""]),
         (1.9, 9.0, 3.0, 101, ["", ""]),  # a run was as quick as one of then
-        (2.1, 9.0, 1.6, 100, ["", ""]),  # the machine had other work to do
-        (2.1, 9.0, 1.7, 102, ["worse", "worse"]),
-        (0.5, 0.9, 1.3, 98, ["better", "better"]),
+        (2.1, 9.0, 1.9, 100, ["", ""]),  # the machine had other work to do
+        (2.1, 9.0, 2.0, 102, ["worse", "worse"]),
+        (0.5, 0.9, 1.1, 98, ["better", "better"]),
         (0.5, 0.9, 1.5, 100, ["", ""]),
     ],
 )
@@ -71,5 +71,5 @@ def test_the_published_figures_can_be_rerun() -> None:
     for results in published.values():
         for each in results:
             assert each["machine"].keys() >= {"date", "command", "cpu", "n_cores", "torch"}
-    assert len(compare(published, published)) > 100
+    assert len(compare(published, published)) > 60
     assert {row.verdict for row in compare(published, published)} == {""}
