@@ -93,6 +93,10 @@ def _gauss_pieces(
 
 def _terms(updates: Sequence[Update], fourth: int) -> tuple[Array, ...]:
     """Seeds, fourth words and coefficients of all probes, where those of each update end, and the decays."""
+    if len(updates) == 1:  # nothing to join: of a small tensor that would take as long as its noise
+        u = updates[0]
+        tails = u.numbers.astype(np.uint32) + np.uint32(fourth)
+        return u.seeds, tails, u.coefficients, np.array([u.seeds.size]), np.array([u.decay], dtype=np.float32)
     return (
         np.concatenate([u.seeds for u in updates]),
         np.concatenate([u.numbers for u in updates]).astype(np.uint32) + np.uint32(fourth),
