@@ -194,22 +194,27 @@ class Decoupled(Strategy):
                     gradient.add_to(self._momentum.of(p), p, self.option("beta"), factor)
         self.zero_grad(set_to_none=True)
         self.n_batches = n_steps * n_micro
-        payload = self._send_at_once(gradient, turn)
-        kept = [loss for loss in torch.stack(losses).tolist() if isfinite(loss)]
+        payload, values = self._send_at_once(gradient, losses, turn)
+        kept = [loss for loss in values if isfinite(loss)]
         self.last_loss = sum(kept) / len(kept) if kept else None
         self.count("dropped_batches", len(losses) - len(kept))
         return payload
 
-    def _send_at_once(self, gradient: DeviceGradient, turn: Turn) -> Payload:
-        """The last step of the momentum before an exchange, and the sending."""
+    def _send_at_once(
+        self, gradient: DeviceGradient, losses: Sequence[Tensor], turn: Turn
+    ) -> tuple[Payload, list[float]]:
+        """The last step of the momentum before an exchange, and the sending. Waits for it and the losses."""
         self.count("decays")
         parameters, n_decays = self.parameters_in_order(), self.counters["decays"]
         scale = gradient.scale(self.option("max_grad_norm"))
         gain = Gain(self.option("beta"), scale, lambda p: self._gain(p, turn), gradient.of)
-        sending = Sending(self.compressor, parameters, self._momentum.of, gain, self.option("alpha"))
+        alpha = self.option("alpha")
+        sending = Sending(
+            self.compressor, parameters, self._momentum.of, gain, alpha, torch.stack(list(losses))
+        )
         payload = sending.payload()
         self._momentum.keep(parameters, turn, n_decays, payload)
-        return payload
+        return payload, sending.losses()
 
     def absorb_gradients(self, turn: Turn) -> bool:
         if self.counters.get("unsent", 0) + 1 >= self.option("replicate_every"):
@@ -224,8 +229,8 @@ class Decoupled(Strategy):
         if sends_at_once(self, self.compressor, parameters := self.parameters_in_order()):
             gradient = DeviceGradient(parameters, n_batches=1)
             gradient.take_in(torch.zeros((), device=parameters[0].local.device))
-            payload = self._send_at_once(gradient, turn)
-            self.count("dropped_batches", int(gradient.losses[0].isnan()))
+            payload, (loss,) = self._send_at_once(gradient, gradient.losses, turn)
+            self.count("dropped_batches", not isfinite(loss))
             return payload
         self._take_gradients(turn)
         return self._send(turn)

@@ -48,9 +48,11 @@ class Sending:
         leftover: Callable[[Parameter], Tensor],
         gain: Gain,
         alpha: float,
+        losses: Tensor,
     ) -> None:
-        """`leftover`: flat float32, changed in place, and not to be touched before `packs`."""
+        """`leftover`: flat float32, changed in place. `losses` travel with the payload."""
         from thinwire.compression.pack_triton import Change, Sent, Source
+        from thinwire.compression.tables_triton import Arrival
 
         assert isinstance(compressor, Sparse)
         by_device: dict[torch.device, list[Parameter]] = {}
@@ -62,6 +64,7 @@ class Sending:
             change = Change(gain.decay, gain.scale.to(device), to_float32(alpha))
             sources = [Source(p.part.shape, leftover(p), gain.gradient(p), gain.factor(p)) for p in some]
             self._sent.append((some, Sent(compressor, sources, change)))
+        self._losses = Arrival(losses)
 
     def payload(self) -> Payload:
         """Waits for it. Raises ValueError for values that cannot be sent."""
@@ -69,3 +72,8 @@ class Sending:
         for some, sent in self._sent:
             packs.update(zip([p.name for p in some], sent.packs(), strict=True))
         return {name: packs[name] for name in self._names}
+
+    def losses(self) -> list[float]:
+        (values,) = self._losses.wait()
+        found: list[float] = values.tolist()
+        return found

@@ -17,11 +17,15 @@ import pytest
 import torch
 
 from thinwire.compression.base import Part, Turn
+from thinwire.compression.dct_topk import DctTopK
 from thinwire.compression.descent import Step, descend
 from thinwire.compression.fingerprint import parameter_sum
 from thinwire.compression.noise import Probe, update_
 from thinwire.compression.rounding import round_to_bfloat16
+from thinwire.compression.sparse import Sparse
 from thinwire.compression.topk import TopK
+from thinwire.optim.base import Share
+from thinwire.optim.decoupled import Decoupled
 
 TRITON = pytest.importorskip("triton", reason="Triton is not installed: pip install 'thinwire[test]'")
 
@@ -139,6 +143,26 @@ def test_groups_farther_out_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(packs[n][1], packs[tail][1])
     assert torch.equal(far, theta[:tail])
     assert bool(far.any())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
+@pytest.mark.parametrize("compressor", [DctTopK(k=4, group_size=256), TopK(k=4, group_size=256)], ids=str)
+def test_a_round_waits_for_nothing_but_its_payload(
+    monkeypatch: pytest.MonkeyPatch, compressor: Sparse
+) -> None:
+    """In the second round: tables of constants are there. torch raises for operations that wait."""
+    monkeypatch.setenv("THINWIRE_KERNELS", "triton")
+    model = torch.nn.Linear(100, 100, device="cuda")
+    x = torch.ones(9, 100, device="cuda")
+    strategy = Decoupled(model.named_parameters(), compressor=compressor, accumulate=2, max_grad_norm=1.0)
+    try:
+        for round in (1, 2):
+            turn = Turn(round, 1, 2, 1.0)
+            torch.cuda.set_sync_debug_mode("error" if round == 2 else "default")
+            payload = strategy.propose(lambda: lambda: model(x).square().mean(), turn)
+            strategy.apply([Share(1, 1, payload)] * 2, turn, "counted")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def lines_with(pattern: str, text: str) -> list[str]:
