@@ -53,7 +53,8 @@ def started_nodes(folder: Path, n_repeats: int) -> list[float]:
         path.mkdir(parents=True)
         genesis = _genesis(path, rounds=10**6)
         with ServerThread(path, genesis.body, genesis.blobs) as server, Children() as children:
-            args = ["join", "-", "--state", str(path / "node"), "--threads", "1", "--host", "127.0.0.1"]
+            args = ["join", "-", "--device", "cpu", "--threads", "1", "--host", "127.0.0.1"]
+            args += ["--state", str(path / "node")]
             start_s = time.perf_counter()
             child = children.start("node", path / "log", args, line=server.ticket.line())
             while server.status()["round"] < 1:

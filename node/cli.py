@@ -142,11 +142,11 @@ class Join:
     state: Annotated[Path | None, arg(metavar="DIR")] = None
     """Identity, ledger and snapshots are kept here: after a restart the node is the same peer and goes on
     where it was. Default: the first of ~/.local/state/thinwire/node-0, node-1, ... that nobody uses."""
-    device: str = "cpu"
-    """Where to train: cpu, cuda, cuda:1, ..."""
+    device: str = "auto"
+    """Where to train: cpu, cuda (all GPUs), cuda:1, ...; auto: cuda if there is a GPU."""
     ranks: Annotated[int | None, arg(metavar="N")] = None
     """Processes among which the model is sharded (FSDP), each with a GPU or on the CPU. Default: one for each
-    GPU with --device cuda, else 1. The others in the swarm cannot tell."""
+    GPU, or 1 on the CPU. The others in the swarm cannot tell."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of local work; what is kept and sent stays what it is. auto: torch.autocast to bfloat16 on GPUs that
     have it, but for spsa. bf16: forward and backward wholly in bfloat16."""

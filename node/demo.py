@@ -148,8 +148,8 @@ class DemoSwarm:
 
     def _start_node(self, name: str) -> None:
         folder = self.folder / name
-        args = ["join", "-", "--state", str(folder / "state"), "--threads", "1", "--host", "127.0.0.1"]
-        args += ["--ranks", str(self.ranks[name])]
+        args = ["join", "-", "--device", "cpu", "--threads", "1", "--host", "127.0.0.1"]
+        args += ["--state", str(folder / "state"), "--ranks", str(self.ranks[name])]
         if self.save is not None and not self.nodes:
             args += ["--save", str(self.save)]
         self.nodes[name] = self.children.start(name, folder, args, line=self.ticket)

@@ -30,7 +30,8 @@ MAX_RANKS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user of a node says. `ranks` None: one for each GPU, or one on a CPU."""
+    """What the user of a node says. `device` "auto": cuda, or cpu without; `ranks` None: one for each GPU, or
+    one on a CPU."""
 
     ticket: str
     data: Path | None
@@ -67,6 +68,7 @@ class Options:
 def join(options: Options, stop: Stop) -> Result | None:
     """Trains until the run ends; None: `stop` was set before. Raises what `Runner.run` raises."""
     refuse(options)
+    options = replace(options, device=_device(options))
     ranks = _number_of_ranks(options)
     options = replace(options, ranks=ranks)
     if ranks == 1 and not options.restart and not is_sharded(options):
@@ -90,8 +92,7 @@ def refuse(options: Options) -> None:
     if options.restart < 0:
         raise ConfigError(f"--restart {options.restart}: at least 0")
     refuse_trackers(options.track)
-    on_cpu = options.device.startswith("cpu")
-    if options.cpu_offload and on_cpu:
+    if options.cpu_offload and _device(options).startswith("cpu"):
         raise ConfigError("--cpu-offload: this node trains on the CPU, where its parameters are already")
 
 
@@ -99,6 +100,14 @@ def is_sharded(options: Options) -> bool:
     """Whether the model is held by `mesh.sharded_model`, be it for a single rank."""
     special = options.precision == "bf16" or options.activation_checkpointing or options.cpu_offload
     return bool(special) or (options.ranks or 1) > 1
+
+
+def _device(options: Options) -> str:
+    if options.device != "auto":
+        return options.device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _number_of_ranks(options: Options) -> int:
