@@ -58,11 +58,6 @@ class CoordinatorActor:
         server, _ = await self._serving()
         return server.ticket.line()
 
-    async def pid(self) -> int:
-        import os
-
-        return os.getpid()
-
     async def stop(self) -> None:
         """Tells the nodes, and closes the folder."""
         async with self._opening:

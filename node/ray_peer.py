@@ -111,9 +111,6 @@ class PeerActor:
         log_to_stderr(logging.INFO, f"{spec.name}: ")
         threading.Thread(target=self._main, name="node", daemon=True).start()
 
-    def pid(self) -> int:
-        return os.getpid()
-
     def outcome(self) -> dict[str, Any]:
         """Blocks until the node has ended: its `result` (None: it left before the last round), or its `error`
         (kind, text, exit code)."""

@@ -25,6 +25,8 @@ from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.identity import load_or_create
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.messages import GenesisBody, OfferEntry
+from thinwire.node.bench_ray import measure_rounds
+from thinwire.node.bench_round import PAYLOAD_BYTES
 from thinwire.node.cli import Command, Ray
 from thinwire.node.config import load_config
 from thinwire.node.link_local import local_swarm
@@ -209,20 +211,10 @@ def is_gone(name: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda status: states(status)[name] != "training"
 
 
-def pid_of(name: str) -> int:
-    import ray
-    from ray.util import list_named_actors
-
-    (actor,) = [a for a in list_named_actors(all_namespaces=True) if a["name"] == name]
-    pid: int = ray.get(ray.get_actor(name, actor["namespace"]).pid.remote())
-    return pid
-
-
-def pid_of_a_follower() -> int:
-    """The process of a rank that is not the first of its peer."""
-    (process,) = [
-        p for p in psutil.Process().children(recursive=True) if "RankActor" in " ".join(p.cmdline())
-    ]
+def pid_of(actor: str) -> int:
+    """The process of the only actor of this class; Ray gives processes such titles."""
+    processes = psutil.Process().children(recursive=True)
+    (process,) = [p for p in processes if f"ray::{actor}" in " ".join(p.cmdline())]
     return process.pid
 
 
@@ -240,10 +232,10 @@ def test_what_dies_comes_back_and_agrees(tmp_path: Path, cluster: Any) -> None:
 
     doer = Doer(
         agree_after(2, peers),
-        kill(pid_of_a_follower),
+        kill(lambda: pid_of("RankActor")),
         is_gone("peer-1"),
         agree_after(2, peers),
-        kill(lambda: pid_of("coordinator")),
+        kill(lambda: pid_of("CoordinatorActor")),
         agree_after(2, peers),
         take_the_machine_away,
         is_gone("peer-2"),
@@ -278,6 +270,17 @@ def test_too_many_peers_are_told_what_is_there(tmp_path: Path, cluster: Any) -> 
     with pytest.raises(NoRoom, match="0 have a place"):  # two machines of half the size would do
         train_on_ray(tmp_path, run_of(SPSA, min_peers=1), num_peers=1, cpus_per_peer=8, wait_s=0.5)
     assert not (tmp_path / "state").exists()
+    assert_left_empty()
+
+
+@pytest.mark.swarm
+def test_the_benchmark_of_rounds_runs_on_any_cluster(cluster: Any) -> None:
+    import ray
+
+    result = measure_rounds(ray, n_peers=2, n_rounds=5)
+    assert (result["peers"], result["rounds"]) == (2, 5)
+    assert 0 < result["round_p50_s"] <= result["round_p99_s"] <= result["round_max_s"]
+    assert result["sent_bytes_per_peer_and_round"] > PAYLOAD_BYTES
     assert_left_empty()
 
 
