@@ -69,16 +69,15 @@ def pack(values: Tensor, size: int, format_: Format) -> tuple[Tensor, Tensor, fl
     done = share(run, 0, n_groups, smallest=max(1, _PER_THREAD // size)) if n_groups else []
     top = float(np.array(max((t for t, _ in done), default=0), dtype=np.int32).view(np.float32))
     n_written = sum(n for _, n in done)
-    if n_written < octets.size:  # threads leave gaps where groups are zero
-        octets = _gathered(octets, scale_bits_G, x.size, size, width, [n for _, n in done])
+    if n_written < octets.size:  # ranges leave gaps where groups are zero
+        octets = _gathered(octets, n_groups, n_each, [n for _, n in done])
     return torch.from_numpy(scale_bits_G.view(np.int16)).view(torch.bfloat16), torch.from_numpy(octets), top
 
 
-def _gathered(octets: Array, scale_bits_G: Array, n: int, size: int, width: int, written: list[int]) -> Array:
-    """What each thread wrote, one after another: thread i began where its first group would begin if all
-    groups before it sent something."""
-    n_groups = scale_bits_G.size
-    starts = [n_groups * i // len(written) * (size * width // 8) for i in range(len(written))]
+def _gathered(octets: Array, n_groups: int, n_each: int, written: list[int]) -> Array:
+    """What was written for each range of groups, one after another: a range begins where it would if all
+    groups before it sent something, `n_each` bytes each."""
+    starts = [n_groups * i // len(written) * n_each for i in range(len(written))]
     return np.concatenate([octets[a : a + m] for a, m in zip(starts, written, strict=True)])
 
 
