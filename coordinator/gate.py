@@ -22,9 +22,10 @@ E = TypeVar("E", bound=Exception)
 
 
 class Gate:
-    def __init__(self, ledger: Ledger, token: str) -> None:
+    def __init__(self, ledger: Ledger, token: str, banned: frozenset[str]) -> None:
         self._ledger = ledger
         self._token = token.encode()
+        self._banned = banned
         self._limits = ledger.genesis.limits
         self._uploaded_bytes: Counter[int] = Counter()
         self.rejected: Counter[Rejected] = Counter()
@@ -33,6 +34,12 @@ class Gate:
         """Counts the reason; the caller raises what it gets back."""
         self.rejected[reason] += 1
         return error
+
+    def check_peer(self, peer_id: str) -> None:
+        """Raises ConfigError for one that is banned."""
+        if peer_id in self._banned:
+            text = "this peer was banned from the run: ask whoever runs the coordinator"
+            raise self.refused("banned", ConfigError(text))
 
     def check_hello(self, hello: Hello) -> None:
         """Raises ConfigError (token) or Incompatible (version, run)."""

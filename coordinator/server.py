@@ -81,6 +81,7 @@ class CoordinatorServer:
             now_s=time.monotonic(),
             wall_ms=lambda: time.time_ns() // 10**6,
             history=state.history(),
+            banned=state.banned(),
         )
         self._saving, self._kept_history = threading.Lock(), b""
         self._settings = parse_settings(self.ledger.genesis.config)

@@ -82,9 +82,12 @@ class Service:
         now_s: float,
         wall_ms: Callable[[], int],
         history: bytes | None = None,
+        banned: frozenset[str] = frozenset(),
     ) -> None:
-        """`history`: what the method gave before a restart. Raises ConfigError for another run's key or a
-        config that it cannot read."""
+        """`history`: what the method gave before a restart; `banned`: peers that are not let in.
+
+        Raises ConfigError for another run's key or a config that it cannot read.
+        """
         self._ledger, self._blobs, self._key = ledger, blobs, key
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
         self._settings = parse_settings(ledger.genesis.config)
@@ -92,7 +95,7 @@ class Service:
             key.public_key().verify(ledger.genesis_signature, ledger.genesis_record)
         except InvalidSignature:
             raise ConfigError("this key is not the one that the run was started with") from None
-        self._gate = Gate(ledger, token)
+        self._gate = Gate(ledger, token, banned)
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._tally = Tally()
@@ -136,10 +139,11 @@ class Service:
     def open(self, peer_id: str, session: int, hello: Hello, now_s: float) -> Welcome:
         """Admits the peer; its older session is over. `session` grows with every session of the peer's.
 
-        Raises ConfigError (token), Incompatible (version, run, full swarm), LedgerCorrupt (a head that is
-        not on the chain) or BadMessage (a session older than the open one).
+        Raises ConfigError (token, banned), Incompatible (version, run, full swarm), LedgerCorrupt (a head
+        that is not on the chain) or BadMessage (a session older than the open one).
         """
         self._gate.check_hello(hello)
+        self._gate.check_peer(peer_id)
         self._gate.check_head(hello)
         known = self._ledger.index_of(peer_id)
         present = self._present()

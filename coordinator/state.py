@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,6 +13,7 @@ from typing import Self
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.chronicle import MAX_SAVED_BYTES
 from thinwire.coordinator.files import write_aside
+from thinwire.coordinator.identity import public_key_of
 
 
 class FolderLock:
@@ -54,6 +56,7 @@ class StateDir:
         self.blobs_path = path / "blobs"
         self.key_path = path / "key"
         self.history_path = path / "history.json"
+        self._banned_path = path / "banned"
 
     def token(self) -> str:
         """The access token of the run's tickets; made at the first call, mode 0600."""
@@ -61,6 +64,23 @@ class StateDir:
         if not path.exists():
             write_aside(path, secrets.token_urlsafe(24).encode(), 0o600)
         return path.read_text("ascii").strip()
+
+    def rotate_token(self) -> None:
+        """Tickets given out so far let nobody in any more."""
+        (self.path / "token").unlink(missing_ok=True)
+
+    def ban(self, peer_ids: Sequence[str]) -> None:
+        """Added to those that are banned already. Raises ConfigError for what is no peer id."""
+        for peer_id in peer_ids:
+            public_key_of(peer_id)
+        lines = sorted({*self.banned(), *peer_ids})
+        write_aside(self._banned_path, "".join(f"{peer_id}\n" for peer_id in lines).encode())
+
+    def banned(self) -> frozenset[str]:
+        """Peers that are not let in; a line of the file each, to be deleted by hand."""
+        if not self._banned_path.exists():
+            return frozenset()
+        return frozenset(self._banned_path.read_text("ascii").split())
 
     def port(self) -> int | None:
         """The port of the last start, so that tickets stay valid; None at the first one."""

@@ -12,8 +12,8 @@ BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0
 
 Rejected = Literal[
     # sessions
-    "adopt", "fork", "full", "head", "hello", "not_admitted", "old_session", "run", "strangers", "token",
-    "too_slow", "version",
+    "adopt", "banned", "fork", "full", "head", "hello", "not_admitted", "old_session", "run", "strangers",
+    "token", "too_slow", "version",
     # frames and messages
     "frame_cut", "frame_kind", "frame_size", "message", "metrics", "wrong_message",
     # offers

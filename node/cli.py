@@ -99,6 +99,10 @@ class Coordinator:
     """A task of your own, importable here; nodes need the same."""
     ticket_file: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the ticket here, too, readable by this user alone: nodes on the same disk join @FILE."""
+    ban: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PEER")] = ()
+    """Never let this peer in again (its id is in thinwire status); may be repeated. Kept in DIR/banned."""
+    rotate_token: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make a new ticket: those given out so far let nobody in any more."""
     http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
     """Serve the swarm's own page here; and for Prometheus /metrics, /sd (every node as a target), /healthz,
     /readyz."""
@@ -120,6 +124,8 @@ class Coordinator:
                 overrides=_overrides(self.set),
                 import_path=self.task,
                 ticket_file=self.ticket_file,
+                rotate_token=self.rotate_token,
+                ban=self.ban,
                 http=_http(self.http, self.http_token),
                 stop=stop,
             )

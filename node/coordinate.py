@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,8 @@ def coordinate(
     overrides: Mapping[str, Any],
     import_path: str | None,
     ticket_file: Path | None,
+    rotate_token: bool,
+    ban: Sequence[str],
     http: HttpAddress | None,
     stop: Stop,
 ) -> None:
@@ -51,6 +53,10 @@ def coordinate(
     task = make_task(config.task, import_path, None)
     folder = state or Path(f"{config.run.name}-coordinator")
     with StateDir(folder) as state_dir:
+        if rotate_token:
+            state_dir.rotate_token()
+        if ban:
+            state_dir.ban(ban)
         server = open_server(state_dir, config, task, host=host, port=port, announce=announce)
         asyncio.run(_serve(server, folder, ticket_file, http, stop))
 

@@ -51,7 +51,7 @@ class World:
         self.ledger = Ledger.create(path / "ledger.db", genesis, key)
         self.start()
 
-    def start(self) -> None:
+    def start(self, **options: Any) -> None:
         self.blobs = BlobStore(self.path / "blobs", 10**9)
         self.service = Service(
             ledger=self.ledger,
@@ -62,13 +62,14 @@ class World:
             on_commit=self.committed.append,
             now_s=self.now_s,
             wall_ms=lambda: 123,
+            **options,
         )
 
-    def restart(self) -> None:
+    def restart(self, **options: Any) -> None:
         """As after a crash: what is on the disk, nothing else."""
         self.ledger.close()
         self.ledger = Ledger.open(self.path / "ledger.db", self.key.public_key())
-        self.start()
+        self.start(**options)
 
     def hello(self, **changes: Any) -> Hello:
         hello = Hello(
@@ -174,6 +175,17 @@ def blob_offer(round_: int, data: bytes) -> Offer:
 
 
 # ------------------------------------------------------------------------------------------------- opening
+
+
+def test_a_banned_peer_is_not_let_in_again(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.restart(banned=frozenset(["b"]))
+    world.open("a")
+    with pytest.raises(ConfigError, match="this peer was banned from the run"):
+        world.open("b")
+    assert world.status()["rejected"] == {"banned": 1}
+    assert not world.service.is_member("b")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.identity import new_key, peer_id_of
 from thinwire.coordinator.state import StateDir
 
 HOLDER = """
@@ -57,6 +58,22 @@ def test_the_token_is_made_once_and_private(tmp_path: Path) -> None:
     with StateDir(tmp_path) as state:
         assert state.token() == token
     assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
+    with StateDir(tmp_path) as state:
+        state.rotate_token()
+        assert state.token() != token
+
+
+def test_bans_are_kept_and_checked(tmp_path: Path) -> None:
+    first, second = (peer_id_of(new_key().public_key()) for _ in range(2))
+    with StateDir(tmp_path) as state:
+        assert state.banned() == frozenset()
+        state.ban([first])
+    with StateDir(tmp_path) as state:
+        with pytest.raises(ConfigError, match="not the peer id"):
+            state.ban([second, "somebody"])
+        assert state.banned() == {first}
+        state.ban([second, first])
+        assert state.banned() == {first, second}
 
 
 def test_the_port_is_kept(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ def test_a_coordinator_that_was_stopped_before_it_served_gives_no_ticket(
             overrides={},
             import_path=None,
             ticket_file=tmp_path / "ticket",
+            rotate_token=False,
+            ban=(),
             http=None,
             stop=Stop(signal.SIGTERM),
         )
