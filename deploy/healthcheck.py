@@ -1,7 +1,7 @@
-"""Exit code 0 if the thinwire process in this container answers /healthz (or the path given), for HEALTHCHECK.
+"""Exit code 0 if the thinwire process in this container answers /healthz, or the path given: for HEALTHCHECK.
 
-It asks for HTTP on 127.0.0.1:9100: start the process with `--http 127.0.0.1:9100`, or 0.0.0.0:9100 if Prometheus
-asks it, too. Plain http.client, so that a proxy for downloads is not asked for it.
+It asks for HTTP on 127.0.0.1:9100: start the process with `--http 127.0.0.1:9100`, or 0.0.0.0:9100 if
+Prometheus asks it, too. Plain http.client, so that a proxy for downloads is not asked for it.
 """
 
 import http.client
