@@ -42,7 +42,7 @@ def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where)
     def run(first: int, last: int) -> None:
         kernel(y, x, in_place, start, first, last, seeds, tails, coefficients, ends, decays, third, _TABLE)
 
-    smallest = max(1, 64 // max(1, seeds.size))
+    smallest = max(1, 128 // max(1, seeds.size))
     share(run, start // 4096, -(-(start + x.size) // 4096), smallest)
 
 
