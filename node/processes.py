@@ -111,14 +111,18 @@ class Children:
             )
         child = Child(name, folder, process)
         self._all.append(child)
-        assert self._keeper.stdin is not None
-        self._keeper.stdin.write(b"%d\n" % process.pid)
-        self._keeper.stdin.flush()
+        self.wait_for(process.pid)
         if line is not None and process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):  # it has ended already: whoever waits for it says why
                 process.stdin.write(line.encode() + b"\n")
                 process.stdin.close()
         return child
+
+    def wait_for(self, pid: int) -> None:
+        """The folder stays until this process has ended, too."""
+        assert self._keeper.stdin is not None
+        self._keeper.stdin.write(b"%d\n" % pid)
+        self._keeper.stdin.flush()
 
     def end(self) -> None:
         """SIGTERM to the newest first, SIGKILL to what has not ended within 10 s. All are forgotten then."""

@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
+import psutil
+
 from thinwire.compression.errors import ConfigError, ThinwireError
 from thinwire.node.processes import Children
 
@@ -145,6 +147,9 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[Any]:
                     _temp_dir=str(own.folder / "ray"),
                     **options,
                 )
+                for process in psutil.Process().children(recursive=True):
+                    if process.name() != "sh":
+                        own.wait_for(process.pid)  # their logs are in it, which they read when they end
             _restore(handlers)  # Ray has its own one for SIGTERM, which leaves everything as it is
             yield ray
         finally:
