@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PACKAGES := compression optim coordinator node
+# One more than there are cores: tests of swarms wait half of their time.
+JOBS   ?= $(shell expr $$(nproc) + 1)
 
 .PHONY: help setup demo test test-fast soak learning lint bench publish clean
 .DEFAULT_GOAL := help
@@ -24,8 +26,7 @@ demo: setup      ## a coordinator and 4 nodes on this machine, real text, live t
 	$(BIN)/thinwire demo
 
 test: setup      ## every test that this machine can run; says what it skipped and why
-	$(BIN)/python -m pytest -n 2 -m "not swarm"
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m swarm
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup ## the quick ones: no swarms of processes, no long computations
 	$(BIN)/python -m pytest -n 2 -m "not swarm and not slow"

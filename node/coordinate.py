@@ -23,7 +23,7 @@ from thinwire.node.tasks import Task, make_task
 
 if TYPE_CHECKING:
     from thinwire.coordinator.page import Page
-    from thinwire.node.cli import Stop
+    from thinwire.node.stopping import Stop
 
 log = logging.getLogger("thinwire.coordinator")
 

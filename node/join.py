@@ -15,13 +15,13 @@ from thinwire.node.rate import UploadLimit, parse_rate
 from thinwire.node.trackers import open_tracks, refuse_trackers
 
 if TYPE_CHECKING:
-    from thinwire.node.cli import Stop
     from thinwire.node.lead import Lead
     from thinwire.node.metrics import TrackerName
     from thinwire.node.precision import Precision
     from thinwire.node.result import Result
     from thinwire.node.runner import Runner
     from thinwire.node.session_link import SessionLink
+    from thinwire.node.stopping import Stop
 
 log = logging.getLogger("thinwire.node")
 

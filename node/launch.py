@@ -28,7 +28,7 @@ from thinwire.node.rank import RESULT, Failure
 from thinwire.node.result import Result
 
 if TYPE_CHECKING:
-    from thinwire.node.cli import Stop
+    from thinwire.node.stopping import Stop
 
 log = logging.getLogger("thinwire.node")
 

@@ -24,9 +24,9 @@ from thinwire.coordinator.messages import Commit, GenesisBody, Welcome
 from thinwire.coordinator.ticket import Ticket
 
 if TYPE_CHECKING:
-    from thinwire.node.cli import Stop
     from thinwire.node.link import Link
     from thinwire.node.replica import Replica
+    from thinwire.node.stopping import Stop
     from thinwire.node.tasks import Task
 
 log = logging.getLogger("thinwire.node")

@@ -21,9 +21,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from thinwire.compression.errors import ThinwireError
-from thinwire.node.cli import Stop, log_to_stderr
+from thinwire.node.cli import log_to_stderr
 from thinwire.node.join import Options, is_sharded, limit_threads, run_node
 from thinwire.node.processes import end_with_parent
+from thinwire.node.stopping import Stop
 
 if TYPE_CHECKING:
     import torch

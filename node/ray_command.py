@@ -16,8 +16,8 @@ from thinwire.node.ray_cluster import PeerGroup, group_of, load_ray, parse_group
 from thinwire.node.view import live_view
 
 if TYPE_CHECKING:
-    from thinwire.node.cli import Stop
     from thinwire.node.precision import Precision
+    from thinwire.node.stopping import Stop
 
 
 @dataclass(frozen=True, slots=True)

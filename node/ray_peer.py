@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, Final
 from thinwire.compression.errors import ConfigError, ThinwireError
 from thinwire.coordinator.state import FolderLock
 from thinwire.coordinator.ticket import Ticket
-from thinwire.node.cli import Stop, log_to_stderr
+from thinwire.node.cli import log_to_stderr
 from thinwire.node.folder import default_folder
 from thinwire.node.join import Options, limit_threads, run_node
+from thinwire.node.stopping import Stop
 
 if TYPE_CHECKING:
     from thinwire.node.lead import Lead

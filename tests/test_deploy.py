@@ -23,6 +23,7 @@ import tyro
 import yaml
 
 from thinwire.node import cli
+from thinwire.node.commands_swarm import Coordinator
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -189,7 +190,7 @@ def test_services_and_policies_open_the_ports_that_pods_have(objects: list[dict[
     for container, _ in containers(objects):
         if container["image"].startswith("thinwire"):
             command = parsed([arg.replace("$(THREADS)", "2") for arg in container["args"]])
-            name = "coordinator" if isinstance(command, cli.Coordinator) else "node"
+            name = "coordinator" if isinstance(command, Coordinator) else "node"
             assert command.port == pods[name]["p2p"]
             assert command.http == f"0.0.0.0:{pods[name]['http']}"
 

@@ -237,11 +237,16 @@ def test_nodes_of_one_and_of_two_ranks_have_the_same_replica(tmp_path: Path) -> 
             assert one == two, (name, what)
         assert result["loaded"] == result["fingerprints"], name
         assert result["begun"] != result["loaded"] or name != "diloco"  # its outer momentum begins at zero
-        assert [round_ for round_, _ in result["manifests"][0]] == [rounds - 4, rounds - 2, rounds]
-        assert result["manifests"][0] == result["manifests"][1], name
+        one, two = (dict(manifests) for manifests in result["manifests"])
+        assert max(one) == max(two) == rounds
+        assert {r: one[r] for r in one.keys() & two.keys()} == {r: two[r] for r in one.keys() & two.keys()}, (
+            name
+        )
+        if name != "healed":  # who replays writes no snapshots until it is near the head again
+            assert sorted(one) == sorted(two) == [rounds - 4, rounds - 2, rounds]
         assert result["local"] == [["local"], ["local.0-of-2", "local.1-of-2"]]
         assert result["local_is_taken"] == [False, True]
-        assert sum(result["held_out"]) == 1 + rounds // 3
+        assert 0 < sum(result["held_out"]) <= 1 + rounds // 3  # one who is behind when asked does not measure
 
 
 Start = Callable[..., Any]

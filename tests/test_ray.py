@@ -27,7 +27,8 @@ from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.messages import GenesisBody, OfferEntry
 from thinwire.node.bench_ray import measure_rounds
 from thinwire.node.bench_round import PAYLOAD_BYTES
-from thinwire.node.cli import Command, Ray
+from thinwire.node.cli import Command
+from thinwire.node.commands_swarm import Ray
 from thinwire.node.config import load_config
 from thinwire.node.link_local import local_swarm
 from thinwire.node.ray_cluster import NoRoom, PeerGroup, parse_group

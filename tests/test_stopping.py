@@ -10,9 +10,9 @@ import pytest
 
 from thinwire.coordinator.identity import new_key, peer_id_of
 from thinwire.coordinator.ticket import Ticket
-from thinwire.node.cli import Stop
 from thinwire.node.coordinate import coordinate
 from thinwire.node.join import Options, join
+from thinwire.node.stopping import Stop
 
 RUN = "[task]\nlayers = 1\nwidth = 16\nheads = 2\ncontext = 16\nheld_out_bytes = 1024\n"
 

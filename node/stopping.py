@@ -1,0 +1,44 @@
+"""Signals: the first one asks a command to stop cleanly, the second one stops it at once."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+log = logging.getLogger("thinwire.cli")
+
+
+@dataclass
+class Stop:
+    """Set by the first signal; `on_stop` callbacks run in the signal handler."""
+
+    signal: int = 0
+    on_stop: list[Callable[[], object]] = field(default_factory=list)
+
+    def is_set(self) -> bool:
+        return self.signal != 0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """The first Ctrl-C, SIGTERM or SIGHUP asks to stop cleanly, the second one stops at once."""
+    stop = Stop()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop.signal:
+            raise KeyboardInterrupt
+        stop.signal = number
+        log.warning("%s: leaving cleanly (again to stop at once)", signal.Signals(number).name)
+        for callback in stop.on_stop:
+            callback()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
