@@ -4,8 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PACKAGES := compression optim coordinator node
-# One more than there are cores: tests of swarms wait half of their time.
-JOBS   ?= $(shell expr $$(nproc) + 1)
+JOBS   ?= $(shell nproc)
 
 .PHONY: help setup demo test test-fast soak learning lint bench publish clean
 .DEFAULT_GOAL := help

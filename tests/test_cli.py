@@ -179,6 +179,8 @@ def test_a_small_run_from_the_ticket_to_the_weights(thinwire: Start, run_file: P
         thinwire("join", "@ticket", "--threads", "1", "--json", "--data", "own.txt"),
     ]
     nodes[0].wait_for("round 3/200")
+    for node in nodes:  # or the run may be over before anybody has asked
+        node.process.send_signal(signal.SIGSTOP)
     status, shown = thinwire("status", ticket, "--json"), thinwire("status", ticket)
     assert status.wait() == 0
     seen = json.loads(status.stdout())
@@ -187,6 +189,8 @@ def test_a_small_run_from_the_ticket_to_the_weights(thinwire: Start, run_file: P
     assert len(seen["peers"]) == 2
     assert shown.wait() == 0
     assert "small: round" in shown.stdout()
+    for node in nodes:
+        node.process.send_signal(signal.SIGCONT)
     results = []
     for node in nodes:
         assert node.wait(100) == 0, node.stderr()
