@@ -133,7 +133,7 @@ class Board:
 
     @property
     def ddp_bytes_per_peer_round(self) -> float | None:
-        return ddp_bytes(self.n_offers / self.n_commits if self.n_commits else None, self.n_params)
+        return ddp_bytes(self.n_offers / self.n_commits, self.n_params) if self.n_commits else None
 
     def agreement(self, index: int) -> tuple[int, int] | None:
         """How many others reported the peer's newest fingerprint on that round, and how many another one.
@@ -148,9 +148,9 @@ class Board:
         return n_same - 1, len(reports) - n_same
 
 
-def ddp_bytes(n_peers: float | None, n_params: int) -> float | None:
+def ddp_bytes(n_peers: float, n_params: int) -> float:
     """What each peer would send in a ring all-reduce of fp32 gradients among so many (on average)."""
-    return None if n_peers is None else 2 * (n_peers - 1) / n_peers * 4 * n_params
+    return 2 * (n_peers - 1) / n_peers * 4 * n_params
 
 
 def mean_loss(body: CommitBody) -> float | None:

@@ -83,7 +83,10 @@ class Trend:
             "held_out": [row.mean("held_out", "held_outs") for row in rows],
             "payload": [row.mean("payload", "offers") for row in rows],
             "sent": [row.mean("sent", "beaten") for row in rows],
-            "ddp": [_short(ddp_bytes(row.mean("offers", "rounds"), self._n_params)) for row in rows],
+            "ddp": [
+                None if n_peers is None else _short(ddp_bytes(n_peers, self._n_params))
+                for n_peers in (row.mean("offers", "rounds") for row in rows)
+            ],
             "round_s": [row.mean("round_s", "timed") or row.mean("gap_s", "gaps") for row in rows],
             **{phase: [row.mean(phase, "phased") for row in rows] for phase in PHASES},
         }

@@ -10,6 +10,7 @@ from thinwire.compression.base import Compressor, Payload, Turn
 from thinwire.compression.dense import Dense
 from thinwire.compression.noise import kernels_for
 from thinwire.compression.topk import TopK
+from thinwire.coordinator.board import ddp_bytes
 from thinwire.node.bench import copy_bandwidth, fill_gradients, measure, ratios, transformer
 from thinwire.optim.base import Own, Share
 from thinwire.optim.diloco import Diloco
@@ -31,14 +32,14 @@ def bench_diloco(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     n_exactly = sum(p.numel() for p in model.values())
     bandwidth = copy_bandwidth(n_exactly, n_repeats, device)
     plain = measure(PlainDiloco(transformer(n_params, device)).run, n_repeats, device)
-    ddp_bytes = 2 * (N_PEERS - 1) / N_PEERS * 4 * n_exactly
+    data_parallel = ddp_bytes(N_PEERS, n_exactly)
     result: dict[str, Any] = {
         "n_params": n_exactly,
         "n_peers": N_PEERS,
         "kernels": kernels_for(model["embed"].detach()),
         "copy_bandwidth_bytes_per_s": bandwidth,
         "plain_round": plain.to_dict(),
-        "ddp_n_bytes_per_step": round(ddp_bytes),
+        "ddp_n_bytes_per_step": round(data_parallel),
     }
     methods: dict[str, tuple[Compressor, dict[str, float]]] = {
         "dense_e3m0": (Dense(bits="e3m0"), {"outer_lr": OUTER_LR, "outer_momentum": MU}),
@@ -53,7 +54,7 @@ def bench_diloco(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
         per_param = ADAMW_BYTES + OUTER_BYTES + (MOMENTUM_BYTES if options["outer_momentum"] else 0)
         result[name] = {
             "payload_n_bytes": round_.payload_n_bytes(),
-            "ratio_to_ddp_bytes": ddp_bytes / round_.payload_n_bytes(),
+            "ratio_to_ddp_bytes": data_parallel / round_.payload_n_bytes(),
             "round": both.to_dict(),
             "propose": propose.to_dict(),
             "apply": apply.to_dict(),

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from thinwire.coordinator.board import ddp_bytes
 from thinwire.coordinator.identity import load_or_create, peer_id_of
 from thinwire.coordinator.messages import (
     PROTOCOL_VERSION,
@@ -43,7 +44,7 @@ def bench_round(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     """Baseline: what a peer of data-parallel training sends in a step for so many parameters, in a ring of as
     many peers. They have no other influence."""
     result = measure_rounds(N_PEERS, ROUNDS_PER_REPEAT * n_repeats)
-    ddp = 2 * (N_PEERS - 1) / N_PEERS * 4 * n_params
+    ddp = ddp_bytes(N_PEERS, n_params)
     return {
         **result,
         "least_n_bytes": PAYLOAD_BYTES,

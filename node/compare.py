@@ -19,7 +19,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.compression.errors import ConfigError, ThinwireError
-from thinwire.coordinator.board import finite
+from thinwire.coordinator.board import ddp_bytes, finite
 from thinwire.coordinator.identity import peer_id_of
 from thinwire.coordinator.messages import digest_of
 from thinwire.node.compare_nodes import Peer, Point, Reader
@@ -134,7 +134,7 @@ class Comparison:
     @property
     def ddp_bytes_per_step(self) -> float:
         """A ring all-reduce of the float32 gradients of what is trained, per peer."""
-        return 2 * (self.n_peers - 1) / self.n_peers * 4 * self.n_params
+        return ddp_bytes(self.n_peers, self.n_params)
 
     def points_every(self, plan: Plan) -> int:
         """Rounds between two evaluations: the run's `eval_every` in steps, but `POINTS` points at least."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from statistics import fmean
 from typing import Any
 
+from thinwire.coordinator.board import mean_loss
 from thinwire.coordinator.messages import Commit
 from thinwire.node.link import Traffic
 from thinwire.node.local_work import Proposal
@@ -39,8 +39,7 @@ class Records:
         """One record of all rounds that were applied at once: of one, where this node trains. `round_s`: how
         long it took; None: it was not live."""
         last = commits[-1].body
-        losses = [offer.loss for offer in last.offers if offer.loss is not None]
-        figures: dict[str, float | None] = {"loss": fmean(losses) if losses else None}
+        figures: dict[str, float | None] = {"loss": mean_loss(last)}
         if own is not None:
             figures |= self._own | {f"{phase}_s": s for phase, s in self._metrics.parts().items()}
         if round_s is not None:

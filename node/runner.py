@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from thinwire.compression.errors import ReplicaDiverged, SwarmUnreachable
+from thinwire.coordinator.board import ddp_bytes, mean_loss
 from thinwire.coordinator.messages import (
     BlobRef,
     Commit,
@@ -407,11 +408,11 @@ class Runner:
         self._counted += own == "counted"
         self._missed += own == "missed"
         round_s = self._count_round(commits, owns, started_s)
-        losses = [o.loss for o in last.offers if o.loss is not None]
+        loss = mean_loss(last)
         log.info(
             "round %d/%d: %d offers, loss %s%s",
             *(self.replica.round, self.config.run.rounds, len(last.offers)),
-            f"{sum(losses) / len(losses):.4f}" if losses else "-",
+            "-" if loss is None else f"{loss:.4f}",
             ", ours came too late" if own == "missed" else "",
         )
         self._records.applied(commits, own, round_s)
@@ -451,8 +452,8 @@ class Runner:
         metrics.bad_payloads(self.replica.bad)
         n_peers = len(commits[-1].body.offers)
         if n_peers > 1 and self._payload_bytes:
-            ddp_bytes = 2 * (n_peers - 1) / n_peers * 4 * self._n_parameters
-            metrics.compression(ddp_bytes * self._n_offers / self._payload_bytes)
+            data_parallel = ddp_bytes(n_peers, self._n_parameters)
+            metrics.compression(data_parallel * self._n_offers / self._payload_bytes)
         return round_s
 
     def _payload(self, offer: OfferEntry) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from tests.test_runner import DECOUPLED, STRATEGIES, config_of, run_all, swarm_o
 from thinwire.coordinator.messages import NodeState, Offer
 from thinwire.coordinator.metrics import text_of
 from thinwire.node.device_metrics import DeviceCollector
+from thinwire.node.link_local import LocalLink, LocalSwarm
 from thinwire.node.metrics import NodeMetrics
 from thinwire.node.runner import Runner
 
@@ -57,6 +60,45 @@ def test_what_a_run_leaves_in_them(tmp_path: Path) -> None:
     assert value(first, "thinwire_compression_ratio") == pytest.approx(ratio, rel=0.2)
 
 
+def test_losses_that_others_claim_stop_nobody(tmp_path: Path) -> None:
+    """Sums of them overflow, or are of infinities of both signs."""
+    config = config_of(STRATEGIES["spsa"], rounds=2, min_peers=4)
+    with swarm_of(tmp_path, config) as swarm:
+        runner = Runner(swarm.link("node"))
+        runner.link.open()
+        claims = dict.fromkeys(("a", "b"), 1.7e308) | {"c": -math.inf}
+        others = {name: swarm.link(name) for name in claims}
+        for link in others.values():
+            link.open()
+            link.state(NodeState.TRAINING)
+        thread = threading.Thread(target=offer_garbage, args=(swarm, others, claims, 2))
+        thread.start()
+        (result,) = run_all([runner])
+        thread.join()
+    assert result.rounds == 2
+
+
+def offer_garbage(
+    swarm: LocalSwarm, links: Mapping[str, LocalLink], losses: Mapping[str, float], n_rounds: int
+) -> None:
+    """Payloads that nobody can read, round after round."""
+    for round_ in range(1, n_rounds + 1):
+        for name, link in links.items():
+            link.offer(
+                Offer(
+                    round=round_,
+                    n_samples=1,
+                    n_tokens=1,
+                    loss=losses[name],
+                    n_bytes=40,
+                    payload=bytes(40),
+                    digest=None,
+                )
+            )
+        with swarm.changed:
+            swarm.wait_for(lambda after=round_: swarm.service.head >= after)
+
+
 def test_two_hundred_peers_leave_no_series_more_than_one(tmp_path: Path) -> None:
     """One node, and 199 peers whose payloads are garbage: they are counted by what is wrong with them."""
     n_peers, n_rounds = 200, 1
@@ -65,29 +107,12 @@ def test_two_hundred_peers_leave_no_series_more_than_one(tmp_path: Path) -> None
     alone = NodeMetrics().text().decode()
     with swarm_of(tmp_path, config) as swarm:
         runner = Runner(swarm.link("node"))
-        others = [swarm.link(f"peer-{i}") for i in range(n_peers - 1)]
-        for link in others:
+        others = {f"peer-{i}": swarm.link(f"peer-{i}") for i in range(n_peers - 1)}
+        for link in others.values():
             link.open()
             link.state(NodeState.TRAINING)
-
-        def offer_garbage() -> None:
-            for round_ in range(1, n_rounds + 1):
-                for link in others:
-                    link.offer(
-                        Offer(
-                            round=round_,
-                            n_samples=1,
-                            n_tokens=1,
-                            loss=1.0,
-                            n_bytes=40,
-                            payload=bytes(40),
-                            digest=None,
-                        )
-                    )
-                with swarm.changed:
-                    swarm.wait_for(lambda after=round_: swarm.service.head >= after)
-
-        thread = threading.Thread(target=offer_garbage)
+        losses = dict.fromkeys(others, 1.0)
+        thread = threading.Thread(target=offer_garbage, args=(swarm, others, losses, n_rounds))
         thread.start()
         (result,) = run_all([runner])
         thread.join()
