@@ -15,8 +15,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from thinwire.compression.exact import exact_arithmetic
-from thinwire.compression.noise import kernels_for
+from .exact import exact_arithmetic
+from .numerics.noise import kernels_for
 
 GOLDEN: Final = 0x9E3779B97F4A7C15
 MIX: Final = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -34,11 +34,11 @@ def parameter_sum(x: Tensor, start: int = 0) -> int:
     bits = _bits(x)
     match kernels_for(bits):
         case "numba":
-            from thinwire.compression import fingerprint_cpu
+            from .cpu import fingerprint_cpu
 
             return fingerprint_cpu.parameter_sum(bits, start)
         case "triton":
-            from thinwire.compression import fingerprint_triton
+            from .gpu import fingerprint_triton
 
             return fingerprint_triton.parameter_sums([bits], [start])[0]
         case "torch":
@@ -57,7 +57,7 @@ def parameter_sums(tensors: Mapping[str, Tensor], starts: Mapping[str, int]) -> 
         else:
             found[name] = parameter_sum(tensors[name], starts[name])
     for names in on_gpu.values():
-        from thinwire.compression import fingerprint_triton
+        from .gpu import fingerprint_triton
 
         sums = fingerprint_triton.parameter_sums([bits[n] for n in names], [starts[n] for n in names])
         found.update(zip(names, sums, strict=True))

@@ -21,8 +21,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from thinwire.compression.base import Field, Fields, Packed, Payload
-from thinwire.compression.errors import BadPayload
+from .base import Field, Fields, Packed, Payload
+from .errors import BadPayload
 
 MAGIC: Final = b"TW"
 VERSION: Final = 1

@@ -9,10 +9,10 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from thinwire.compression.errors import SwarmUnreachable
-from thinwire.coordinator.messages import Commit, Follow, Hello
-from thinwire.coordinator.service import Service
-from thinwire.coordinator.streams import COMMITS_FROM_NODE, BadFrame, Stream
+from ..compression.errors import SwarmUnreachable
+from .protocol.messages import Commit, Follow, Hello
+from .protocol.streams import COMMITS_FROM_NODE, BadFrame, Stream
+from .service import Service
 
 STALL_S = 10.0
 """A node that sends nothing for this long is not waited for any longer."""

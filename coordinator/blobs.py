@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 from blake3 import blake3
 
-from thinwire.coordinator.files import sync_folder
-from thinwire.coordinator.messages import BadMessage
+from .protocol.files import sync_folder
+from .protocol.messages import BadMessage
 
 
 @dataclass(slots=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
-from thinwire.coordinator.chain import Chain, Forked
-from thinwire.coordinator.files import sync_folder
-from thinwire.coordinator.messages import (
+from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt
+from .protocol.chain import REPAIR_FORK, Chain, Forked
+from .protocol.files import sync_folder
+from .protocol.messages import (
     MAX_PEERS,
     Admission,
     BadMessage,
@@ -291,10 +291,3 @@ class Ledger:
 
 
 _REPAIR_FILE = "Restore the state directory from a copy."
-
-REPAIR_FORK = (
-    "The coordinator was restored from an older copy of its state directory and went on without this node's "
-    "rounds. Stop the coordinator and restore a copy from before it was restored, or a newer one: nodes give "
-    "back the rounds after it. Or give up this node's rounds: start it with an empty --state directory."
-)
-"""Two records of one round, both signed by this coordinator."""

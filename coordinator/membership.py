@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from thinwire.coordinator.messages import NodeState
+from .protocol.messages import NodeState
 
 RECONNECT_S = 2.0
 """A peer whose connection broke stays what it was for this long, and so does one that has just come back

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from thinwire.compression.errors import ConfigError
-from thinwire.coordinator.blobs import BlobStore
-from thinwire.coordinator.board import Board
-from thinwire.coordinator.chronicle import Chronicle
-from thinwire.coordinator.keeper import Keeper
-from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.reports import Reports
+from ..compression.errors import ConfigError
+from .blobs import BlobStore
+from .ledger import Ledger
+from .observe.page_history import Chronicle
+from .observe.run_statistics import Board
+from .reports import Reports
+from .retention import Keeper
 
 RECALLED_COMMITS = 3
 """The peers of this many last commits stay expected for a while."""

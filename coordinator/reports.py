@@ -6,13 +6,12 @@ import logging
 import math
 from collections import Counter
 
-from thinwire.coordinator.attested import Snapshots
-from thinwire.coordinator.board import KEPT_FINGERPRINTS, Board
-from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.messages import MAX_PEERS, CommitBody, Report, ReportEntry, SnapshotEntry
-from thinwire.coordinator.settings import RunSection
-from thinwire.coordinator.tally import Rejected
-from thinwire.coordinator.trend import Trend
+from .ledger import Ledger
+from .observe.run_statistics import KEPT_FINGERPRINTS, Board
+from .observe.trend import Trend
+from .protocol.attested import Snapshots
+from .protocol.messages import MAX_PEERS, CommitBody, Rejected, Report, ReportEntry, SnapshotEntry
+from .protocol.settings import RunSection
 
 log = logging.getLogger("thinwire.coordinator")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from thinwire.coordinator.policy import KEPT_ROUNDS, Limit, OfferTimes, PolicyName, limit
+from .policy import KEPT_ROUNDS, Limit, OfferTimes, PolicyName, limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,20 +11,20 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from thinwire.compression.errors import LedgerCorrupt, ThinwireError
-from thinwire.coordinator.addresses import HttpAddress
-from thinwire.coordinator.blobs import BlobStore
-from thinwire.coordinator.doors import Doors
-from thinwire.coordinator.identity import load_or_create
-from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, digest_of
-from thinwire.coordinator.p2p import start_p2p
-from thinwire.coordinator.place import Place
-from thinwire.coordinator.service import Service
-from thinwire.coordinator.settings import parse_settings
-from thinwire.coordinator.state import StateDir
-from thinwire.coordinator.streams import Meter
-from thinwire.coordinator.ticket import Ticket
+from ..compression.errors import LedgerCorrupt, ThinwireError
+from .blobs import BlobStore
+from .ledger import Ledger
+from .protocol.addresses import HttpAddress
+from .protocol.identity import load_or_create
+from .protocol.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, digest_of
+from .protocol.p2p import start_p2p
+from .protocol.settings import parse_settings
+from .protocol.streams import Meter
+from .protocol.ticket import Ticket
+from .protocol.transport import Place
+from .service import Service
+from .state import StateDir
+from .stream_server import Doors
 
 _log = logging.getLogger("thinwire.coordinator")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from thinwire.coordinator.messages import GenesisBody
-from thinwire.coordinator.server import CoordinatorServer
-from thinwire.coordinator.state import StateDir
-from thinwire.coordinator.ticket import Ticket
+from .protocol.messages import GenesisBody
+from .protocol.ticket import Ticket
+from .server import CoordinatorServer
+from .state import StateDir
 
 T = TypeVar("T")
 

@@ -14,17 +14,20 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from thinwire.compression.errors import ConfigError, LedgerCorrupt
-from thinwire.coordinator import membership as m
-from thinwire.coordinator import rounds as r
-from thinwire.coordinator.blobs import BlobStore
-from thinwire.coordinator.board import Board, finite
-from thinwire.coordinator.chronicle import Chronicle, Kind
-from thinwire.coordinator.crier import Crier
-from thinwire.coordinator.gate import Gate
-from thinwire.coordinator.keeper import Keeper
-from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.messages import (
+from ..compression.errors import ConfigError, LedgerCorrupt
+from . import membership as m
+from . import rounds as r
+from .admission import Gate
+from .announcer import Crier
+from .blobs import BlobStore
+from .ledger import Ledger
+from .observe.counters import Tally
+from .observe.notices import awaited
+from .observe.overview import overview
+from .observe.page_history import Chronicle, Kind
+from .observe.run_statistics import Board
+from .protocol.figures import finite
+from .protocol.messages import (
     BadMessage,
     Commit,
     CommitBody,
@@ -35,17 +38,16 @@ from thinwire.coordinator.messages import (
     Notice,
     Offer,
     OfferEntry,
+    Rejected,
     Report,
     State,
     Welcome,
 )
-from thinwire.coordinator.notices import awaited
-from thinwire.coordinator.overview import overview
-from thinwire.coordinator.recall import recall
-from thinwire.coordinator.reports import Reports
-from thinwire.coordinator.schedule import lr_factor_bits
-from thinwire.coordinator.settings import parse_settings
-from thinwire.coordinator.tally import Rejected, Tally
+from .protocol.schedule import lr_factor_bits
+from .protocol.settings import parse_settings
+from .recall import recall
+from .reports import Reports
+from .retention import Keeper
 
 log = logging.getLogger("thinwire.coordinator")
 

@@ -6,8 +6,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from thinwire.coordinator.messages import Commit, Heartbeat, Members, Message, Notice, Offered, Refused
-from thinwire.coordinator.streams import Stream
+from .protocol.messages import Commit, Heartbeat, Members, Message, Notice, Offered, Refused
+from .protocol.streams import Stream
 
 MAX_QUEUED = 256
 """Messages that wait for a slow node; commits wait in the ledger."""

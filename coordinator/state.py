@@ -2,48 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from thinwire.compression.errors import ConfigError
-from thinwire.coordinator.chronicle import MAX_SAVED_BYTES
-from thinwire.coordinator.files import write_aside
-from thinwire.coordinator.identity import public_key_of
-
-
-class FolderLock:
-    """One process at a time has a folder, from the construction to `close`; a dead one does not keep it.
-
-    Raises ConfigError if another process has it, or if the folder cannot be made. `what`: who uses it.
-    """
-
-    def __init__(self, folder: Path, what: str) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as e:
-            raise ConfigError(f"{folder} cannot be used: {e.strerror}") from e
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(self._fd, 32).decode("ascii", "replace").strip() or "unknown"
-            os.close(self._fd)
-            raise ConfigError(
-                f"{folder} is in use by another {what}, process {holder}: stop it first"
-            ) from None
-        os.ftruncate(self._fd, 0)
-        os.write(self._fd, f"{os.getpid()}\n".encode())
-
-    def close(self) -> None:
-        """Gives the lock back; the file stays, or a second process could lock a new one meanwhile."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+from ..compression.errors import ConfigError
+from .observe.page_history import MAX_SAVED_BYTES
+from .protocol.files import FolderLock, write_aside
+from .protocol.identity import public_key_of
 
 
 class StateDir:

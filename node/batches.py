@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator
 from typing import Final
 
-from thinwire.coordinator.messages import Commit
-from thinwire.optim.base import Strategy
+from ..coordinator.protocol.messages import Commit
+from ..optim.base import Strategy
 
 MAX_ROUNDS: Final = 64
 """Of one batch."""

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from thinwire.compression.errors import ConfigError
+from ..compression.errors import ConfigError
 
 ENV_PREFIX = "THINWIRE_"
 

@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from thinwire.compression import wire
-from thinwire.compression.base import Part
-from thinwire.compression.errors import ConfigError, Incompatible
-from thinwire.compression.noise import initial_values
-from thinwire.coordinator.messages import (
+from ..compression import wire
+from ..compression.base import Part
+from ..compression.errors import ConfigError, Incompatible
+from ..compression.numerics.noise import initial_values
+from ..coordinator.protocol.messages import (
     PROTOCOL_VERSION,
     BlobRef,
     GenesisBody,
@@ -28,14 +28,14 @@ from thinwire.coordinator.messages import (
     Limits,
     digest_of,
 )
-from thinwire.coordinator.schedule import lr_factor_bits
-from thinwire.coordinator.settings import parse_settings
-from thinwire.node.config import RunConfig
-from thinwire.node.snapshots import data_of
-from thinwire.node.tasks import Pretrained, Task
-from thinwire.optim.base import canonical_name
-from thinwire.optim.ranks import local_of, parts_of, ranks_of
-from thinwire.optim.registry import build_strategy, complete_config
+from ..coordinator.protocol.schedule import lr_factor_bits
+from ..coordinator.protocol.settings import parse_settings
+from ..optim.base import canonical_name
+from ..optim.parts.ranks import local_of, parts_of, ranks_of
+from ..optim.registry import build_strategy, complete_config
+from .config import RunConfig
+from .snapshots.format import data_of
+from .tasks.base import Pretrained, Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from thinwire.compression.errors import Incompatible, ReplicaDiverged, SwarmUnreachable
-from thinwire.compression.fingerprint import fingerprint
-from thinwire.coordinator.messages import Report
-from thinwire.node.history import History
-from thinwire.node.joining import Joiner
-from thinwire.node.link import Link
-from thinwire.node.replica import Replica
-from thinwire.node.self_test import failed_kernels
+from ..compression.errors import Incompatible, ReplicaDiverged, SwarmUnreachable
+from ..compression.fingerprint import fingerprint
+from ..coordinator.protocol.messages import Report
+from .doctor.self_test import failed_kernels
+from .history import History
+from .joining import Joiner
+from .links.base import Link
+from .replica import Replica
 
 log = logging.getLogger("thinwire.node")
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
-from thinwire.coordinator.attested import Attested, Snapshots
-from thinwire.coordinator.messages import Commit
-from thinwire.node.verdicts import Verdicts
+from ..coordinator.protocol.attested import Attested, Snapshots
+from ..coordinator.protocol.messages import Commit
+from .verdicts import Verdicts
 
 if TYPE_CHECKING:
-    from thinwire.node.replica import Replica
+    from .replica import Replica
 
 ROUNDS_PER_MODEL = 16
 """Rounds that are decoded and applied in the time in which the model could be fetched: about right for a CPU

@@ -8,20 +8,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from thinwire.compression.errors import ConfigError, ThinwireError
-from thinwire.coordinator.addresses import HttpAddress
-from thinwire.coordinator.ticket import Ticket
-from thinwire.node.rate import UploadLimit, parse_rate
-from thinwire.node.trackers import open_tracks, refuse_trackers
+from ..compression.errors import ConfigError, ThinwireError
+from ..coordinator.protocol.addresses import HttpAddress
+from ..coordinator.protocol.ticket import Ticket
+from .links.upload_limit import UploadLimit, parse_rate
+from .tracking.trackers import open_tracks, refuse_trackers
 
 if TYPE_CHECKING:
-    from thinwire.node.lead import Lead
-    from thinwire.node.metrics import TrackerName
-    from thinwire.node.precision import Precision
-    from thinwire.node.result import Result
-    from thinwire.node.runner import Runner
-    from thinwire.node.session_link import SessionLink
-    from thinwire.node.stopping import Stop
+    from .links.remote import SessionLink
+    from .precision import Precision
+    from .ranks.leader import Lead
+    from .result import Result
+    from .runner import Runner
+    from .system.stopping import Stop
+    from .tracking.metrics import TrackerName
 
 log = logging.getLogger("thinwire.node")
 
@@ -73,7 +73,7 @@ def join(options: Options, stop: Stop) -> Result | None:
     options = replace(options, ranks=ranks)
     if ranks == 1 and not options.restart and not is_sharded(options):
         return run_node(options, stop)
-    from thinwire.node.launch import run_ranks
+    from .ranks.launch import run_ranks
 
     return run_ranks(options, stop)
 
@@ -130,7 +130,7 @@ def _number_of_ranks(options: Options) -> int:
 
 def hivemind_link(options: Options, folder: Path, **shared: Any) -> SessionLink:
     """`shared`: arguments that every link takes."""
-    from thinwire.node.link_hivemind import HivemindLink
+    from .links.hivemind import HivemindLink
 
     return HivemindLink(
         Ticket.parse(options.ticket),
@@ -153,11 +153,11 @@ def run_node(
     is called after the last round."""
     limit_threads(options.threads)
 
-    from thinwire.node.device_metrics import DeviceCollector, in_words
-    from thinwire.node.folder import NodeFolder
-    from thinwire.node.link_session import About
-    from thinwire.node.metrics import NodeMetrics, serve
-    from thinwire.node.runner import Runner, follow_events
+    from .links.core import About
+    from .runner import Runner, follow_events
+    from .system.folder import NodeFolder
+    from .tracking.device_metrics import DeviceCollector, in_words
+    from .tracking.metrics import NodeMetrics, serve
 
     _check_device(options.device)
     _check_arithmetic(options.device)
@@ -246,7 +246,7 @@ def _check_arithmetic(device: str) -> None:
     """
     import torch
 
-    from thinwire.node.self_test import refuse_wrong_arithmetic
+    from .doctor.self_test import refuse_wrong_arithmetic
 
     log.info("comparing this machine's arithmetic with known answers")
     refuse_wrong_arithmetic(torch.device(device))

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from thinwire.compression.errors import ReplicaDiverged, SwarmUnreachable, ThinwireError
-from thinwire.coordinator.attested import Attested
-from thinwire.coordinator.messages import BlobRef, Commit, NodeState
-from thinwire.node.download import Progress, download
-from thinwire.node.history import History
-from thinwire.node.link import Link
-from thinwire.node.replica import Replica, round_seed
-from thinwire.node.snapshot_store import LOCAL, SnapshotStore
-from thinwire.node.snapshots import CHUNK_BYTES, Stored, max_manifest_bytes
-from thinwire.node.view import human_bytes, human_seconds
+from ..compression.errors import ReplicaDiverged, SwarmUnreachable, ThinwireError
+from ..coordinator.protocol.attested import Attested
+from ..coordinator.protocol.messages import BlobRef, Commit, NodeState
+from .history import History
+from .links.base import Link
+from .replica import Replica, round_seed
+from .snapshots.download import Progress, download
+from .snapshots.format import CHUNK_BYTES, Stored, max_manifest_bytes
+from .snapshots.store import LOCAL, SnapshotStore
+from .units import human_bytes, human_seconds
 
 log = logging.getLogger("thinwire.node")
 

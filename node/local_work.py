@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from thinwire.compression.base import Turn
-from thinwire.compression.errors import ConfigError
-from thinwire.node.phases import Stopwatch, time_compressor
-from thinwire.node.precision import Precision, autocast
-from thinwire.node.replica import Replica, data_seed
-from thinwire.node.tasks import Task, device_of
-from thinwire.optim.base import Allotment, Closure
+from ..compression.base import Turn
+from ..compression.errors import ConfigError
+from ..optim.base import Allotment, Closure
+from .phases import Stopwatch, time_compressor
+from .precision import Precision, autocast
+from .replica import Replica, data_seed
+from .tasks.base import Task, device_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class LocalWork:
         if self._split and "ranks" not in inspect.signature(task.draw).parameters:
             raise ConfigError(
                 "the task cannot split a batch over the ranks of a node: its draw and evaluate take no "
-                "rank and ranks (see thinwire.node.tasks.Task). Start the node with --ranks 1"
+                "rank and ranks (see thinwire.node.tasks.text.Task). Start the node with --ranks 1"
             )
         self._stopwatch = Stopwatch(time.perf_counter)
         # Its own payload is decoded, too, to be taken away.

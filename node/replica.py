@@ -16,25 +16,25 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
-from thinwire.compression import wire
-from thinwire.compression.base import Payload, Turn
-from thinwire.compression.errors import BadPayload, ConfigError, ReplicaDiverged
-from thinwire.compression.fingerprint import fingerprint, parameter_sums
-from thinwire.coordinator.files import write_aside
-from thinwire.coordinator.messages import Commit, GenesisBody, OfferEntry
-from thinwire.coordinator.schedule import float32_of_bits
-from thinwire.node.config import parse_config
-from thinwire.node.genesis import check_layout, in_dtype, initialise, layout_hash, layout_of
-from thinwire.node.incoming import DATA, write_file
-from thinwire.node.local_state import BadLocalState, LocalState, encode
-from thinwire.node.snapshot_parts import read_parts, weight_pieces, write_parts
-from thinwire.node.snapshot_store import SnapshotStore, local_name, read_local
-from thinwire.node.snapshot_writer import SnapshotWriter
-from thinwire.node.snapshots import Manifest, Stored
-from thinwire.node.tasks import Task
-from thinwire.node.together import together
-from thinwire.optim.base import Own, Round, Share, Strategy, canonical_name
-from thinwire.optim.registry import build_strategy
+from ..compression import wire
+from ..compression.base import Payload, Turn
+from ..compression.errors import BadPayload, ConfigError, ReplicaDiverged
+from ..compression.fingerprint import fingerprint, parameter_sums
+from ..coordinator.protocol.files import write_aside
+from ..coordinator.protocol.messages import Commit, GenesisBody, OfferEntry
+from ..coordinator.protocol.schedule import float32_of_bits
+from ..optim.base import Own, Round, Share, Strategy, canonical_name
+from ..optim.registry import build_strategy
+from .config import parse_config
+from .genesis import check_layout, in_dtype, initialise, layout_hash, layout_of
+from .ranks.collective_errors import together
+from .snapshots.format import Manifest, Stored
+from .snapshots.incoming import DATA, write_file
+from .snapshots.local_state import BadLocalState, LocalState, encode
+from .snapshots.parts import read_parts, weight_pieces, write_parts
+from .snapshots.store import SnapshotStore, local_name, read_local
+from .snapshots.writer import SnapshotWriter
+from .tasks.base import Task
 
 log = logging.getLogger("thinwire.node")
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from thinwire.compression.errors import ReplicaDiverged, SwarmUnreachable
-from thinwire.coordinator.board import ddp_bytes, mean_loss
-from thinwire.coordinator.messages import (
+from ..compression.errors import ReplicaDiverged, SwarmUnreachable
+from ..coordinator.protocol.figures import ddp_bytes, mean_loss
+from ..coordinator.protocol.messages import (
     BlobRef,
     Commit,
     GenesisBody,
@@ -27,27 +27,27 @@ from thinwire.coordinator.messages import (
     Report,
     Welcome,
 )
-from thinwire.node.batches import batches
-from thinwire.node.config import RunConfig, parse_config
-from thinwire.node.healing import Healer
-from thinwire.node.history import History
-from thinwire.node.joining import CatchingUp, Joiner
-from thinwire.node.lead import Lead
-from thinwire.node.link import Link
-from thinwire.node.local_work import LocalWork
-from thinwire.node.metrics import NodeMetrics
-from thinwire.node.precision import Precision
-from thinwire.node.records import Records
-from thinwire.node.replica import Replica, build_replica
-from thinwire.node.result import Result
-from thinwire.node.snapshot_store import SnapshotStore
-from thinwire.node.snapshot_writer import SnapshotWriter
-from thinwire.node.snapshots import Stored
-from thinwire.node.tasks import make_task
-from thinwire.node.trackers import Tracks
-from thinwire.node.view import human_bytes
-from thinwire.node.workload import Workload
-from thinwire.optim.base import Own
+from ..optim.base import Own
+from .batches import batches
+from .config import RunConfig, parse_config
+from .healing import Healer
+from .history import History
+from .joining import CatchingUp, Joiner
+from .links.base import Link
+from .local_work import LocalWork
+from .precision import Precision
+from .ranks.leader import Lead
+from .replica import Replica, build_replica
+from .result import Result
+from .snapshots.format import Stored
+from .snapshots.store import SnapshotStore
+from .snapshots.writer import SnapshotWriter
+from .tasks.registry import make_task
+from .tracking.metrics import NodeMetrics
+from .tracking.records import Records
+from .tracking.trackers import Tracks
+from .units import human_bytes
+from .workload import Workload
 
 log = logging.getLogger("thinwire.node")
 

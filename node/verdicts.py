@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from thinwire.coordinator.messages import CommitBody, ReportEntry
+from ..coordinator.protocol.messages import CommitBody, ReportEntry
 
 WAIT_ROUNDS = 2
 """Commits after a reported round until it is judged: the reports of the others are on their way."""

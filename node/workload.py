@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from statistics import median
 
-from thinwire.optim.base import Allotment
+from ..optim.base import Allotment
 
 MARGIN = 0.9
 """The part of a round that is planned for: what takes a little longer than usual still fits."""

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Final, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from thinwire.compression.base import Fields, Part, Payload, Turn
-from thinwire.compression.errors import BadPayload, ConfigError
-from thinwire.optim import options
-from thinwire.optim.ranks import ALONE, Ranks, local_of, parts_of, ranks_of, refuse_placement
+from ..compression.base import Fields, Part, Payload, Turn
+from ..compression.errors import BadPayload, ConfigError
+from . import options
+from .parts.ranks import ALONE, Ranks, local_of, parts_of, ranks_of, refuse_placement
 
 Closure = Callable[[], Tensor]
 """float32 loss of one fixed batch; never calls backward; repeated calls give identical bits in eval mode."""

@@ -8,7 +8,7 @@
     theta = theta - lr sign(G), or without sign   theta = theta - G
 
 `base = "adamw"`: delta = beta delta + grad, and sign(G) or G is the gradient of an AdamW whose moments are
-replicated (optim/adamw.py). `replicate_every = n`: theta stays as it is for n steps of the momentum, then one
+replicated (parts/adamw.py). `replicate_every = n`: theta stays as it is for n steps of the momentum, then one
 exchange. An offer that missed its commit goes back into the momentum: delta += beta^lag alpha q, once.
 
 A payload has what the compressor needs for every parameter, and 29 bytes of framing.
@@ -23,29 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.compression.base import Compressor, Fields, Packed, Part, Payload, Turn
-from thinwire.compression.descent import Step, Target, decoded_on, descend, descend_all
-from thinwire.compression.errors import ConfigError
-from thinwire.compression.exact import exact_arithmetic, to_float32
-from thinwire.compression.sparse import Sparse
-from thinwire.optim import options
-from thinwire.optim.adamw import ENTRIES, AdamW
-from thinwire.optim.base import (
-    Draw,
-    NamedParameters,
-    Own,
-    Parameter,
-    Share,
-    Strategy,
-    refuse_names,
-)
-from thinwire.optim.clip import clipped_weights, sample_weights
-from thinwire.optim.gradients import MeanGradient, backward
-from thinwire.optim.gradients_device import DeviceGradient, backward_at_once
-from thinwire.optim.leftover import Leftover, refuse_other_packing
-from thinwire.optim.senders import decode_senders
-from thinwire.optim.sending import Gain, Sending, sends_at_once
-from thinwire.optim.updating import updating
+from ..compression.base import Compressor, Fields, Packed, Part, Payload, Turn
+from ..compression.codecs.fused_update import Step, Target, decoded_on, descend, descend_all
+from ..compression.codecs.sparse import Sparse
+from ..compression.errors import ConfigError
+from ..compression.exact import exact_arithmetic, to_float32
+from . import options
+from .base import Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
+from .parts.adamw import ENTRIES, AdamW
+from .parts.clip import clipped_weights, sample_weights
+from .parts.gradients import MeanGradient, backward
+from .parts.gradients_device import DeviceGradient, backward_at_once
+from .parts.residual import Leftover, refuse_other_packing
+from .parts.sender_mean import decode_senders
+from .parts.sending import Gain, Sending, sends_at_once
+from .parts.updating import updating
 
 
 class Decoupled(Strategy):

@@ -35,30 +35,21 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
-from thinwire.compression.base import Compressor, Fields, Packed, Payload, Turn
-from thinwire.compression.descent import decoded_on
-from thinwire.compression.errors import ConfigError
-from thinwire.compression.exact import exact_arithmetic, to_float32
-from thinwire.compression.noise import use_numba
-from thinwire.optim import options
-from thinwire.optim.base import (
-    Closure,
-    Draw,
-    NamedParameters,
-    Own,
-    Parameter,
-    Share,
-    Strategy,
-    refuse_names,
-)
-from thinwire.optim.clip import clipped_weights, sample_weights
-from thinwire.optim.fragments import fragments_of
-from thinwire.optim.gradients import backward
-from thinwire.optim.inner import check_inner
-from thinwire.optim.inner_phase import InnerPhase
-from thinwire.optim.leftover import Leftover, refuse_other_packing
-from thinwire.optim.packing import pack_all
-from thinwire.optim.updating import updating
+from ..compression.base import Compressor, Fields, Packed, Payload, Turn
+from ..compression.codecs.fused_update import decoded_on
+from ..compression.errors import ConfigError
+from ..compression.exact import exact_arithmetic, to_float32
+from ..compression.numerics.noise import use_numba
+from . import options
+from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
+from .parts.clip import clipped_weights, sample_weights
+from .parts.fragments import fragments_of
+from .parts.gradients import backward
+from .parts.inner import check_inner
+from .parts.inner_phase import InnerPhase
+from .parts.packing import pack_all
+from .parts.residual import Leftover, refuse_other_packing
+from .parts.updating import updating
 
 INNER: Final[dict[str, Any]] = {"name": "AdamW", "betas": [0.9, 0.95]}
 
@@ -362,7 +353,7 @@ class Diloco(Strategy):
         if mu > 0.0:
             momentum = self.replicated_state(parameter)["outer_momentum"].view(-1)
             if use_numba(theta, momentum, step):
-                from thinwire.optim.outer_cpu import outer_step
+                from .parts.outer_cpu import outer_step
 
                 outer_lr = to_float32(self.option("outer_lr"))
                 outer_step(theta, momentum, step, mu, outer_lr, self.option("nesterov"))

@@ -25,13 +25,13 @@ from typing import Any, Final
 
 import torch.distributed as dist
 
-from thinwire.compression import wire
-from thinwire.compression.base import Payload, Turn
-from thinwire.compression.errors import BadPayload, ConfigError, ReplicaDiverged
-from thinwire.compression.fingerprint import parameter_sums
-from thinwire.optim.base import NamedParameters, Own, Share, Strategy
-from thinwire.optim.ranks import GroupRanks
-from thinwire.optim.registry import build_strategy
+from ..compression import wire
+from ..compression.base import Payload, Turn
+from ..compression.errors import BadPayload, ConfigError, ReplicaDiverged
+from ..compression.fingerprint import parameter_sums
+from .base import NamedParameters, Own, Share, Strategy
+from .parts.ranks import GroupRanks
+from .registry import build_strategy
 
 _N_SAMPLES: Final = struct.Struct("<Q")
 

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
-from thinwire.compression.errors import ConfigError
+from ..compression.errors import ConfigError
 
 
 def real(

@@ -14,10 +14,10 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Final
 
-from thinwire.compression.base import Compressor
-from thinwire.compression.errors import ConfigError
-from thinwire.optim.base import NamedParameters, Strategy
-from thinwire.optim.options import nearest
+from ..compression.base import Compressor
+from ..compression.errors import ConfigError
+from .base import NamedParameters, Strategy
+from .options import nearest
 
 # Rows name a class: its module is loaded when it is asked for.
 STRATEGIES: Final = {
@@ -26,13 +26,13 @@ STRATEGIES: Final = {
     "spsa": "thinwire.optim.spsa:Spsa",
 }
 COMPRESSORS: Final = {
-    "dct_topk": "thinwire.compression.dct_topk:DctTopK",
-    "dense": "thinwire.compression.dense:Dense",
-    "none": "thinwire.compression.none:Nothing",
-    "random_k": "thinwire.compression.random_k:RandomK",
-    "slicing": "thinwire.compression.slicing:Slicing",
-    "striding": "thinwire.compression.striding:Striding",
-    "topk": "thinwire.compression.topk:TopK",
+    "dct_topk": "thinwire.compression.codecs.dct_topk:DctTopK",
+    "dense": "thinwire.compression.codecs.dense:Dense",
+    "none": "thinwire.compression.codecs.none:Nothing",
+    "random_k": "thinwire.compression.codecs.random_k:RandomK",
+    "slicing": "thinwire.compression.codecs.slicing:Slicing",
+    "striding": "thinwire.compression.codecs.striding:Striding",
+    "topk": "thinwire.compression.codecs.topk:TopK",
 }
 DEFAULT_COMPRESSOR: Final = {"name": "dct_topk"}
 

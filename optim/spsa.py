@@ -21,10 +21,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from thinwire.compression.base import Field, Fields, Payload, Turn
-from thinwire.compression.errors import BadPayload
-from thinwire.compression.exact import exact_arithmetic, to_float32
-from thinwire.compression.noise import (
+from ..compression.base import Field, Fields, Payload, Turn
+from ..compression.errors import BadPayload
+from ..compression.exact import exact_arithmetic, to_float32
+from ..compression.numerics.noise import (
     MAX_PROBES,
     NoiseKind,
     Piece,
@@ -35,23 +35,14 @@ from thinwire.compression.noise import (
     update_all_,
     update_pieces_,
 )
-from thinwire.optim import byte_code, options
-from thinwire.optim.base import (
-    Closure,
-    Draw,
-    NamedParameters,
-    Own,
-    Parameter,
-    Round,
-    Share,
-    Strategy,
-    refuse_names,
-)
-from thinwire.optim.clip import clip_limit
-from thinwire.optim.gradients import read_losses
-from thinwire.optim.perturb import Direction, NotSubstituted, dry_run, evaluated
-from thinwire.optim.subset import selected
-from thinwire.optim.updating import updating
+from . import options
+from .base import Closure, Draw, NamedParameters, Own, Parameter, Round, Share, Strategy, refuse_names
+from .parts import byte_code
+from .parts.clip import clip_limit
+from .parts.gradients import read_losses
+from .parts.perturb import Direction, NotSubstituted, dry_run, evaluated
+from .parts.subset import selected
+from .parts.updating import updating
 
 CODES = "codes"
 """The one entry of a payload: uint8 codes, in the order of the probes."""

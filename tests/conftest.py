@@ -22,9 +22,9 @@ import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from thinwire.coordinator.identity import peer_id_of
-from thinwire.coordinator.messages import PROTOCOL_VERSION, GenesisBody, LayoutEntry, Limits
-from thinwire.coordinator.schedule import float32_bits
+from thinwire.coordinator.protocol.identity import peer_id_of
+from thinwire.coordinator.protocol.messages import PROTOCOL_VERSION, GenesisBody, LayoutEntry, Limits
+from thinwire.coordinator.protocol.schedule import float32_bits
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("thinwire", deadline=None, print_blob=True)
@@ -169,7 +169,7 @@ def thinwire(tmp_path: Path) -> Iterator[Start]:
         out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
         with out.open("wb") as out_file, err.open("wb") as err_file:
             process = subprocess.Popen(
-                [*before, sys.executable, "-m", "thinwire.node.cli", *args],
+                [*before, sys.executable, "-m", "thinwire.node.cli.main", *args],
                 stdin=subprocess.DEVNULL if line is None else subprocess.PIPE,
                 stdout=out_file,
                 stderr=err_file,

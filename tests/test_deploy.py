@@ -22,10 +22,10 @@ import pytest
 import tyro
 import yaml
 
-from thinwire.node import cli
-from thinwire.node.commands_swarm import Coordinator
+from tests.support.paths import ROOT
+from thinwire.node.cli import main
+from thinwire.node.cli.swarm_commands import Coordinator
 
-ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 KUSTOMIZATIONS = ("base", "gpu", "monitoring")
 
@@ -54,7 +54,7 @@ def said_by(*command: str, text: str | None = None) -> str:
 def parsed(args: list[str]) -> Any:
     """The command that `thinwire ARGS` would run. An unknown option is a SystemExit."""
     as_in_main = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
-    return tyro.cli(cli.Command, args=args, config=as_in_main)
+    return tyro.cli(main.Command, args=args, config=as_in_main)
 
 
 # ------------------------------------------------------------------------------------------------- the image
@@ -69,7 +69,7 @@ def test_the_image_is_built_from_every_package() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     places = setuptools["package-dir"]
     folders = {
-        places.get(name, name.removeprefix("thinwire.").replace(".", "/")) for name in setuptools["packages"]
+        places.get(name, name.removeprefix("thinwire.").partition(".")[0]) for name in setuptools["packages"]
     }
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     copies = re.findall(r"^COPY (?!--from)(.+) \S+$", (DEPLOY / "Dockerfile").read_text(), flags=re.M)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from thinwire.compression.errors import ConfigError
-from thinwire.node.bench import BENCHES, NOT_IN_ALL
-from thinwire.node.bench_against import compare, load
+from thinwire.node.bench.against import compare, load
+from thinwire.node.bench.command import BENCHES, NOT_IN_ALL
 
 PUBLISHED = Path(__file__).parent / "published.json"
 

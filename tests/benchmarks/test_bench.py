@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from thinwire.compression.errors import ConfigError
-from thinwire.node.bench import (
+from thinwire.node.bench.command import (
     BENCHES,
     bench_command,
     copy_bandwidth,
@@ -25,9 +25,9 @@ from thinwire.node.bench import (
     run_sizes,
     transformer,
 )
-from thinwire.node.bench_decoupled import Demo, InexactApply, Round, cosine_basis
-from thinwire.node.bench_diloco import PlainDiloco
-from thinwire.node.bench_view import print_bench
+from thinwire.node.bench.decoupled import Demo, InexactApply, Round, cosine_basis
+from thinwire.node.bench.diloco import PlainDiloco
+from thinwire.node.bench.view import print_bench
 
 N_PARAMS = 2_000_000
 
@@ -101,10 +101,10 @@ def test_benchmarks_run_without_network_packages() -> None:
 import json, sys
 for package in ("hivemind", "ray", "grpc", "multiaddr"):
     sys.modules[package] = None  # importing it fails
-import thinwire.node.bench_diloco, thinwire.node.bench_memory, thinwire.node.bench_noise
-import thinwire.node.bench_peers
-from thinwire.node.bench import run_bench
-from thinwire.node.cli import main
+import thinwire.node.bench.diloco, thinwire.node.bench.memory, thinwire.node.bench.noise
+import thinwire.node.bench.peers
+from thinwire.node.bench.command import run_bench
+from thinwire.node.cli.main import main
 run_bench("decoupled", 1_000_000, 1)
 main(["bench", "wire", "--params", "1e6", "--repeats", "1", "--json"])
 """
@@ -180,7 +180,7 @@ def test_wrong_sizes(text: str) -> None:
 def test_what_does_not_fit_is_left_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("thinwire.node.bench.free_bytes", lambda device: 16 * 3_000_000)
+    monkeypatch.setattr("thinwire.node.bench.command.free_bytes", lambda device: 16 * 3_000_000)
     (result,) = run_sizes("noise", [1_000_000, 4_000_000], 1)
     assert result["n_params"] < 3_000_000
     assert "4.0e+06 parameters do not fit" in capsys.readouterr().err

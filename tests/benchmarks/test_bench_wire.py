@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from thinwire.compression.indices import remainder_bits
-from thinwire.node.bench import bench_command
-from thinwire.node.bench_wire import COMPRESSORS, PUBLISHED, rice_bits
+from thinwire.compression.numerics.indices import remainder_bits
+from thinwire.node.bench.command import bench_command
+from thinwire.node.bench.wire import COMPRESSORS, PUBLISHED, rice_bits
 
 N_PARAMS = 2_000_000
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
-from thinwire.coordinator.messages import CommitBody, decode_record
+from thinwire.coordinator.protocol.messages import CommitBody, decode_record
 
 
 class Book:

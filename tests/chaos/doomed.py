@@ -24,20 +24,20 @@ from typing import Any
 
 import torch
 
-from thinwire.node import cli
+from thinwire.node.cli import main
 from thinwire.node.replica import Replica
 
 PHASES: dict[str, tuple[str, ...]] = {
     "propose": ("thinwire.optim.decoupled:Decoupled.propose", "thinwire.optim.spsa:Spsa.propose"),
-    "offer": ("thinwire.node.link_hivemind:HivemindLink.offer",),
-    "publish": ("thinwire.node.blob_client:BlobClient.put",),
-    "commit": ("thinwire.coordinator.ledger_copy:LedgerCopy.append",),
-    "fetch": ("thinwire.node.link_hivemind:HivemindLink.payload",),
+    "offer": ("thinwire.node.links.hivemind:HivemindLink.offer",),
+    "publish": ("thinwire.node.links.blob_client:BlobClient.put",),
+    "commit": ("thinwire.coordinator.protocol.ledger_copy:LedgerCopy.append",),
+    "fetch": ("thinwire.node.links.hivemind:HivemindLink.payload",),
     "apply": ("thinwire.node.replica:Replica.apply_batch",),
     "update": ("thinwire.optim.decoupled:Decoupled.apply", "thinwire.optim.spsa:Spsa.apply_many"),
-    "snapshot": ("thinwire.node.snapshot_store:SnapshotStore.write",),
-    "rename": ("thinwire.node.snapshot_store:SnapshotStore._adopt",),
-    "serve": ("thinwire.node.snapshot_store:SnapshotStore.open",),
+    "snapshot": ("thinwire.node.snapshots.store:SnapshotStore.write",),
+    "rename": ("thinwire.node.snapshots.store:SnapshotStore._adopt",),
+    "serve": ("thinwire.node.snapshots.store:SnapshotStore.open",),
 }
 """Phase -> what does it. `update` is the inside of `apply`, when tensors change but the replica's round has
 not; `rename` that of `snapshot`, when all is written aside; `commit` puts the record on the node's disk;
@@ -121,4 +121,4 @@ def _wrapped(inner: Callable[..., Any], phase: str, orders: Orders) -> Callable[
 
 if __name__ == "__main__":
     attach(Orders(Path(sys.argv[1])))
-    sys.exit(cli.main(sys.argv[2:]))
+    sys.exit(main.main(sys.argv[2:]))

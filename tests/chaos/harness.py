@@ -25,9 +25,9 @@ import psutil
 
 from tests.chaos.book import Book
 from tests.chaos.proxy import Proxy
-from thinwire.coordinator.identity import load_or_create, peer_id_of
-from thinwire.coordinator.ticket import Ticket
-from thinwire.node.processes import PARENT_VARIABLE
+from thinwire.coordinator.protocol.identity import load_or_create, peer_id_of
+from thinwire.coordinator.protocol.ticket import Ticket
+from thinwire.node.system.processes import PARENT_VARIABLE
 
 HERE = Path(__file__).parent
 
@@ -231,7 +231,7 @@ class Swarm:
         """For the first time or again. `wait`: for its ticket."""
         run_file = self.folder / "run.toml"
         run_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in self.settings.items()))
-        launcher = [str(HERE / "hidden.py")] if self.proxied else ["-m", "thinwire.node.cli"]
+        launcher = [str(HERE / "hidden.py")] if self.proxied else ["-m", "thinwire.node.cli.main"]
         self.coordinator.start(
             [
                 *(*launcher, "coordinator", str(run_file), *self._task),
@@ -262,7 +262,7 @@ class Swarm:
     def start(self, node: Node) -> None:
         """For the first time or again."""
         launcher = (
-            [str(HERE / "doomed.py"), str(node.orders)] if self.strings else ["-m", "thinwire.node.cli"]
+            [str(HERE / "doomed.py"), str(node.orders)] if self.strings else ["-m", "thinwire.node.cli.main"]
         )
         node.orders.unlink(missing_ok=True)
         node.start(

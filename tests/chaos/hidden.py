@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from thinwire.coordinator import p2p_daemon
-from thinwire.node import cli
+from thinwire.coordinator.protocol import p2p_daemon
+from thinwire.node.cli import main
 
 NOBODY = "127.0.0.2"
 """On this machine, but nobody listens there: the coordinator has 127.0.0.1 only."""
@@ -26,4 +26,4 @@ def hide() -> None:
 
 if __name__ == "__main__":
     hide()
-    sys.exit(cli.main())
+    sys.exit(main.main())

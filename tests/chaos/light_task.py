@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from thinwire.node import config
-from thinwire.node.tasks import Init
+from thinwire.node.tasks.base import Init
 from thinwire.optim.base import Closure
 
 

@@ -5,7 +5,7 @@
 
 Runs a swarm with the policy `all`, then one with `fastest`, and prints one line of JSON: the seconds that
 both took for the same tokens, their ratio, and the held-out losses there. Batches sleep instead of computing,
-so that eight nodes fit on two cores. A measurement, not a test: tests/test_heterogeneous.py asserts the same
+so that eight nodes fit on two cores. A measurement, not a test: node/test_heterogeneous.py asserts the same
 in scripted time.
 """
 
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.harness import Swarm
-from thinwire.coordinator.identity import load_or_create
 from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.protocol.identity import load_or_create
 
 SLOWNESS = [1, 1, 1, 1, 1, 1, 2, 4]
 FIRST = 1

@@ -11,8 +11,8 @@ import pytest
 
 from tests.chaos.faults import corrupt, forget, snapshots_of
 from tests.chaos.harness import Swarm
-from thinwire.node.snapshots import CHUNK_BYTES
-from thinwire.node.status import fetch_status
+from thinwire.node.cli.status import fetch_status
+from thinwire.node.snapshots.format import CHUNK_BYTES
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
 
 
 def test_a_short_soak_ends_without_mismatch_or_hang() -> None:

@@ -7,7 +7,6 @@ import os
 import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,20 +15,21 @@ from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.formulas import has_expected_bytes, name_of, small_compressors, value_bits
+from tests.support.formulas import has_expected_bytes, name_of, small_compressors, value_bits
+from tests.support.paths import ROOT
 from thinwire.compression import wire
 from thinwire.compression.base import Compressor, Packed, Part, Turn
-from thinwire.compression.dct_topk import DctTopK
-from thinwire.compression.dense import Dense
+from thinwire.compression.codecs.dct_topk import DctTopK
+from thinwire.compression.codecs.dense import Dense
+from thinwire.compression.codecs.none import Nothing
+from thinwire.compression.codecs.random_k import RandomK
+from thinwire.compression.codecs.selection import Selection
+from thinwire.compression.codecs.slicing import Slicing
+from thinwire.compression.codecs.sparse import Sparse
+from thinwire.compression.codecs.striding import Striding
+from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.errors import BadPayload, ConfigError
-from thinwire.compression.noise import noise
-from thinwire.compression.none import Nothing
-from thinwire.compression.random_k import RandomK
-from thinwire.compression.selection import Selection
-from thinwire.compression.slicing import Slicing
-from thinwire.compression.sparse import Sparse
-from thinwire.compression.striding import Striding
-from thinwire.compression.topk import TopK
+from thinwire.compression.numerics.noise import noise
 from thinwire.optim.registry import build_compressor
 
 ROWS: dict[str, Compressor] = {
@@ -59,7 +59,7 @@ ROWS: dict[str, Compressor] = {
 LOCAL_GROUPS = [
     name for name, row in ROWS.items() if isinstance(row, Sparse | Dense) and 4096 % row.group_size == 0
 ]
-PAYLOADS = Path(__file__).parent.parent / "golden" / "compressor_payloads.json"
+PAYLOADS = ROOT / "tests/golden/compressor_payloads.json"
 SHAPES = [
     *[(), (1,), (2,), (63,), (64,), (65,), (4096,), (4097,), (7919,)],
     *[(13, 17), (128, 128), (130, 67), (64, 4200), (3, 5, 7), (2, 3, 5, 7), (2, 3, 4, 5, 6)],

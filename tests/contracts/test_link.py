@@ -19,12 +19,12 @@ from typing import Any, BinaryIO, Protocol
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.ray_cluster import ManyRuns, local_ray
+from tests.support.ray_cluster import ManyRuns, local_ray
 from thinwire.compression.errors import ConfigError, Incompatible, SwarmUnreachable
 from thinwire.coordinator.blobs import BlobStore
-from thinwire.coordinator.identity import save
 from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.messages import (
+from thinwire.coordinator.protocol.identity import save
+from thinwire.coordinator.protocol.messages import (
     INLINE_BYTES,
     MAX_ROUND,
     BlobRef,
@@ -35,14 +35,14 @@ from thinwire.coordinator.messages import (
     Report,
     digest_of,
 )
+from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.state import StateDir
-from thinwire.coordinator.ticket import Ticket
-from thinwire.node.link import Lied, Link
-from thinwire.node.link_hivemind import HivemindLink
-from thinwire.node.link_local import LocalLink, LocalSwarm, local_swarm
-from thinwire.node.link_ray import RayLink
-from thinwire.node.ray_place import COORDINATOR
+from thinwire.node.links.base import Lied, Link
+from thinwire.node.links.hivemind import HivemindLink
+from thinwire.node.links.local import LocalLink, LocalSwarm, local_swarm
+from thinwire.node.on_ray.link import RayLink
+from thinwire.node.on_ray.transport import COORDINATOR
 
 WAIT_S = 20.0
 

@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.formulas import has_expected_bytes, n_bytes_of, name_of, small_compressors
-from tests.replicas import LAYOUT, Replica, run_round
+from tests.support.formulas import has_expected_bytes, n_bytes_of, name_of, small_compressors
+from tests.support.paths import ROOT
+from tests.support.replicas import LAYOUT, Replica, run_round
 from thinwire.compression import wire
 from thinwire.compression.base import Part, Payload
 from thinwire.compression.errors import BadPayload
-from thinwire.compression.noise import initial_values
+from thinwire.compression.numerics.noise import initial_values
 from thinwire.optim.base import Closure, Own
 from thinwire.optim.registry import build_compressor, complete_config
 
@@ -103,7 +103,7 @@ ROWS |= {
     "diloco striding": {**DILOCO, "compressor": {"name": "striding", "rate": 0.5}, "fragments": 2},
 }
 
-PAYLOADS = Path(__file__).parent.parent / "golden" / "strategy_payloads.json"
+PAYLOADS = ROOT / "tests/golden/strategy_payloads.json"
 
 
 class Net(nn.Module):

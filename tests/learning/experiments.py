@@ -16,7 +16,8 @@ import pytest
 
 from tests.learning.swarm import Text, Weights, linear, train, train_data_parallel
 from thinwire.node import config
-from thinwire.optim import byte_code, spsa
+from thinwire.optim import spsa
+from thinwire.optim.parts import byte_code
 
 Losses = dict[str, float]
 Better = tuple[str, str, float]

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.replicas import Replica, run_round
-from thinwire.compression.noise import initial_values
-from thinwire.coordinator.schedule import lr_factor
-from thinwire.coordinator.settings import ScheduleSection
+from tests.support.replicas import Replica, run_round
+from thinwire.compression.numerics.noise import initial_values
+from thinwire.coordinator.protocol.schedule import lr_factor
+from thinwire.coordinator.protocol.settings import ScheduleSection
 from thinwire.node import config
-from thinwire.node.tasks import TextTask
+from thinwire.node.tasks.text import TextTask
 from thinwire.optim.base import Closure
 
 Weights = dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""The coordinator's end of every connection: does what `coordinator/doors.py` does, one message at a time."""
+"""The coordinator's end of every connection: does what `stream_server.py` does, one message at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from tests.simulation.host import Host
 from tests.simulation.peer import End, Wire
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt, ThinwireError
-from thinwire.coordinator.messages import (
+from thinwire.coordinator.protocol.messages import (
     BadMessage,
     Commit,
     Follow,

@@ -14,9 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.simulation.oracle import Oracle
 from thinwire.compression.errors import ThinwireError
 from thinwire.coordinator.blobs import BlobStore, BlobWriter
-from thinwire.coordinator.identity import peer_id_of
 from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.messages import (
+from thinwire.coordinator.protocol.identity import peer_id_of
+from thinwire.coordinator.protocol.messages import (
     PROTOCOL_VERSION,
     GenesisBody,
     LayoutEntry,

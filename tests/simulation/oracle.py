@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from thinwire.coordinator.attested import Attested, Snapshots
 from thinwire.coordinator.blobs import BlobStore
-from thinwire.coordinator.chain import Chain
-from thinwire.coordinator.keeper import LATE_ROUNDS
-from thinwire.coordinator.messages import Commit, CommitBody, Offer, OfferEntry, Report, digest_of
+from thinwire.coordinator.protocol.attested import Attested, Snapshots
+from thinwire.coordinator.protocol.chain import Chain
+from thinwire.coordinator.protocol.messages import Commit, CommitBody, Offer, OfferEntry, Report, digest_of
 from thinwire.coordinator.reports import PER_COMMIT
+from thinwire.coordinator.retention import LATE_ROUNDS
 
 
 def first_state(run_id: bytes) -> bytes:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from tests.simulation.oracle import first_state, next_state
-from thinwire.coordinator.attested import Snapshots
-from thinwire.coordinator.chain import Chain
-from thinwire.coordinator.messages import (
+from thinwire.coordinator.protocol.attested import Snapshots
+from thinwire.coordinator.protocol.chain import Chain
+from thinwire.coordinator.protocol.messages import (
     INLINE_BYTES,
     PROTOCOL_VERSION,
     Commit,

@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 
 from tests.simulation.peer import BLOB_BYTES, Peer, payload_of
 from tests.simulation.world import World
-from thinwire.coordinator.messages import Offer, digest_of
+from thinwire.coordinator.protocol.messages import Offer, digest_of
 
 LONGER = int(os.environ.get("THINWIRE_SIMULATION", "0"))
 PATIENCE_S = 300.0

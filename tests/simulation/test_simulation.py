@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
+
 TIMEOUT_S = 0 if "THINWIRE_SIMULATION" in os.environ else 300
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

@@ -1,0 +1,29 @@
+"""A window that moves on each round (DeToNATION, arXiv 2502.06728)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..base import Turn
+from .selection import Array, Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Slicing(Selection):
+    """m = ceil(rate n) neighbours, those after the last round's; from the end on to the beginning.
+
+    codecs/selection.py has the format and its bytes.
+    """
+
+    in_a_row = True
+
+    def positions(self, n: int, turn: Turn, first: int, last: int) -> Array:
+        start = (turn.round - 1) * self.n_selected(n) % n
+        return np.arange(start + first, start + last, dtype=np.int64) % n
+
+    def neighbours(self, n: int, turn: Turn, first: int, last: int) -> slice | None:
+        start = (turn.round - 1) * self.n_selected(n) % n
+        a = (start + first) % n
+        return slice(a, a + last - first) if a + last - first <= n else None

@@ -1,0 +1,261 @@
+"""The numba kernels of many small parameters at once: a call for each takes longer than their work.
+
+For flat groups with packed indices and values from a table, the default. The packs, and the bits of what is
+decoded, are those that parameters have one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..base import Packed
+from ..codecs.groups import Flat
+from ..codecs.sparse import Sparse, layout_of
+from ..errors import BadPayload
+from ..numerics.indices import PackedIndices
+from ..numerics.reduce import mean_weights
+from ..numerics.values import Table, check_sendable
+from .addresses_cpu import bytes_at, floats_at
+from .dct_cpu import INTEGER_BASIS, ORDER
+from .sparse_cpu import POWERS, decode_groups, how_of, read_entries, select_groups
+from .threads import share
+
+if TYPE_CHECKING:
+    from ..codecs.fused_update import Target
+
+Array = Any
+"""A numpy array inside a kernel; numba finds the types."""
+
+SMALL: Final = 1 << 18
+"""Elements of a parameter, at most, and 16 times that of those that are taken together: what their groups
+say is scratch."""
+
+_PER_THREAD: Final = 1 << 17  # elements, at least
+
+
+def takes(compressor: object, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter of this shape is of the kind."""
+    return (
+        isinstance(compressor, Sparse)
+        and isinstance(compressor.coder, PackedIndices)
+        and isinstance(compressor.format, Table)
+        and isinstance(compressor.groups(shape), Flat)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Chart:
+    """The groups of P parameters, one after another."""
+
+    n_P: Array  # int64: elements
+    first_P: Array  # int64, P + 1: groups before each
+    k_G: Array  # int64
+    at_P: Array  # int64, P + 1: where the codes of each may begin
+
+
+@lru_cache(maxsize=64)
+def _chart(compressor: Sparse, shapes: tuple[tuple[int, ...], ...]) -> _Chart:
+    layouts = [layout_of(compressor, shape) for shape in shapes]
+    return _Chart(
+        np.array([int(np.prod(shape, dtype=np.int64)) for shape in shapes], dtype=np.int64),
+        np.cumsum([0, *(layout.n_groups for layout in layouts)]),
+        np.concatenate([layout.most.k_G for layout in layouts]),
+        np.cumsum([0, *(layout.max_bytes for layout in layouts)]),
+    )
+
+
+# ------------------------------------------------------------------------------------------- pack: local
+
+
+def pack(compressor: Sparse, xs: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Packed]:
+    """`compressor.pack` of each: whole parameters, flat contiguous float32 on the CPU."""
+    chart, k = _chart(compressor, tuple(shapes)), compressor.k
+    n_groups = int(chart.first_P[-1])
+    index_GK = np.zeros((n_groups, k), dtype=np.int64)
+    value_GK = np.zeros((n_groups, k), dtype=np.float32)
+    address_P = np.array([x.data_ptr() for x in xs], dtype=np.uint64)
+    order = ORDER if compressor.transforms else np.arange(ORDER.size)
+
+    def run(first: int, last: int) -> Any:
+        return _select(
+            *(address_P, chart.n_P, chart.first_P, chart.k_G, compressor.group_size, compressor.transforms),
+            *(order, first, last, index_GK, value_GK),
+        )
+
+    tops = share(run, 0, n_groups, smallest=max(1, _PER_THREAD // compressor.group_size))
+    check_sendable(torch.from_numpy(np.array(max(tops), dtype=np.int32)).view(torch.float32))
+    scale_G, code_GK = _quantized(compressor, torch.from_numpy(value_GK), chart.k_G)
+    octets = np.empty(int(chart.at_P[-1]), dtype=np.uint8)
+    n_P = np.empty(len(xs), dtype=np.int64)
+    live_G = scale_G.view(torch.int16).numpy() != 0
+    _write(
+        *(index_GK, code_GK.numpy(), live_G, chart.k_G, chart.first_P, chart.at_P),
+        *(compressor.index_bits, compressor.width, octets, n_P),
+    )
+    codes = torch.from_numpy(octets)
+    return [
+        (scale_G[a:b].clone(), codes[at : at + n].clone())
+        for a, b, at, n in zip(
+            *(chart.first_P[:-1].tolist(), chart.first_P[1:].tolist(), chart.at_P.tolist(), n_P.tolist()),
+            strict=False,
+        )
+    ]
+
+
+def _quantized(compressor: Sparse, value_GK: Tensor, k_G: Array) -> tuple[Tensor, Tensor]:
+    """Scales, and codes of all: groups that send as many together, as many as that."""
+    scale_G = torch.zeros(len(value_GK), dtype=torch.bfloat16)
+    code_GK = torch.zeros(value_GK.shape, dtype=torch.int64)
+    for k in np.unique(k_G).tolist():
+        rows = torch.from_numpy(np.flatnonzero(k_G == k))
+        values = value_GK[rows, :k]
+        scales = compressor.format.scales(values.abs())
+        scale_G[rows] = scales
+        code_GK[rows, :k] = compressor.format.codes(values, scales.float()[:, None])
+    return scale_G, code_GK
+
+
+@numba.njit(cache=True, nogil=True)
+def _select(
+    address_P: Array, n_P: Array, first_P: Array, k_G: Array, size: int, transform: bool, order: Array,
+    first: int, last: int, index_GK: Array, value_GK: Array,
+) -> Any:  # fmt: skip
+    top = np.int32(0)
+    for p in range(address_P.size):
+        g0, n = first_P[p], n_P[p]
+        a, b = max(first, g0), min(last, first_P[p + 1])
+        if a >= b:
+            continue
+        x = floats_at(address_P[p], n)
+        n_full = n // size
+        full = min(b, g0 + n_full)
+        if a < full:
+            k = k_G[a]
+            index, value = index_GK[g0 : g0 + n_full], value_GK[g0 : g0 + n_full]
+            top = max(top, select_groups(x, size, k, transform, order, a - g0, full - g0, index, value))
+        if b > g0 + n_full:
+            t = g0 + n_full
+            rest = x[n_full * size :]
+            index, value = index_GK[t : t + 1], value_GK[t : t + 1]
+            top = max(top, select_groups(rest, rest.size, k_G[t], transform, order, 0, 1, index, value))
+    return top
+
+
+@numba.njit(cache=True, nogil=True)
+def _write(
+    index_GK: Array, code_GK: Array, live_G: Array, k_G: Array, first_P: Array, at_P: Array,
+    index_bits: int, width: int, octets: Array, n_P: Array,
+) -> None:  # fmt: skip
+    """As `PackedIndices.pack` for each parameter; `n_P`: bytes."""
+    for p in range(n_P.size):
+        held, n_held, at = np.uint64(0), 0, at_P[p]
+        for g in range(first_P[p], first_P[p + 1]):
+            if live_G[g]:
+                for e in range(k_G[g]):
+                    code = np.uint64(code_GK[g, e] << index_bits | index_GK[g, e])
+                    held |= code << np.uint64(n_held)
+                    n_held += width
+                    while n_held >= 8:
+                        octets[at] = np.uint8(held & np.uint64(255))
+                        held >>= np.uint64(8)
+                        n_held -= 8
+                        at += 1
+        if n_held:
+            octets[at] = np.uint8(held & np.uint64(255))
+            at += 1
+        n_P[p] = at - at_P[p]
+
+
+# ------------------------------------------------------------------------------------------- decode: exact
+
+
+def descend(compressor: Sparse, targets: Sequence[Target], weights: Sequence[float]) -> None:
+    """As `descent.descend_all`."""
+    chart = _chart(compressor, tuple(t.part.shape for t in targets))
+    rounded, inverse = mean_weights(weights)
+    n_packs, format_ = len(rounded), compressor.format
+    assert isinstance(format_, Table)
+    packs = [t.packs[w] for w in range(n_packs) for t in targets]
+    sizes = np.diff(chart.first_P)
+    for p, (scales, _) in enumerate(packs):
+        if scales.numel() != sizes[p % len(targets)]:
+            raise BadPayload("shape", f"{scales.numel()} scales for {sizes[p % len(targets)]} groups")
+    scale_WG = torch.cat([scales for scales, _ in packs]).float().numpy().reshape(n_packs, -1)
+    address_WP = np.array([codes.data_ptr() for _, codes in packs], dtype=np.uint64).reshape(n_packs, -1)
+    n_octets_WP = np.array([codes.numel() for _, codes in packs], dtype=np.int64).reshape(n_packs, -1)
+    steps = [t.step for t in targets]
+    where = (
+        np.array([t.x.data_ptr() for t in targets], dtype=np.uint64),
+        np.array([t.part.start for t in targets], dtype=np.int64),
+        np.array([t.part.stop for t in targets], dtype=np.int64),
+    )
+    how_P = np.array([how_of(step) for step in steps], dtype=np.int64)
+    decay_P = np.array([step.decay for step in steps], dtype=np.float32)
+    scale_P = np.array([step.scale for step in steps], dtype=np.float32)
+    form = (
+        *(compressor.index_bits, compressor.width, format_.levels, compressor.group_size),
+        *(compressor.n_coefficients, compressor.transforms),
+    )
+
+    arguments: tuple[Any, ...] = (
+        *(*where, chart.n_P, chart.first_P, chart.k_G, scale_WG, address_WP, n_octets_WP),
+        *(np.array(rounded, dtype=np.float32), np.float32(inverse), INTEGER_BASIS, POWERS, *form),
+        *(how_P, decay_P, scale_P),
+    )
+
+    def run(first: int, last: int) -> Any:
+        return _descend(*(*arguments, first, last))
+
+    per_target = max(1, int(chart.n_P.sum()) // len(targets))
+    found = min(share(run, 0, len(targets), smallest=max(1, _PER_THREAD // per_target)))
+    if found == _SHORT:
+        raise BadPayload("shape", "too few bytes of codes")
+    if found == _PAST:
+        raise IndexError("a coefficient past the end of its group: the packs were not checked")
+
+
+_SHORT, _PAST, _GOOD = range(3)
+
+
+@numba.njit(cache=True, nogil=True)
+def _descend(
+    address_P: Array, start_P: Array, stop_P: Array, n_P: Array, first_P: Array, k_G: Array, scale_WG: Array,
+    address_WP: Array, n_octets_WP: Array, weights: Array, inverse: Any, basis: Array, powers: Array,
+    index_bits: int, width: int, levels: Array, size: int, n_coefficients: int, transform: bool,
+    how_P: Array, decay_P: Array, scale_P: Array, first: int, last: int,
+) -> Any:  # fmt: skip
+    n_most = 0
+    for p in range(first, last):
+        n_most = max(n_most, k_G[first_P[p] : first_P[p + 1]].sum())
+    position_E = np.empty(weights.size * n_most, np.int64)
+    value_E = np.empty(weights.size * n_most, np.float32)
+    for p in range(first, last):
+        a, b = first_P[p], first_P[p + 1]
+        offset_WG = np.empty((weights.size, b - a + 1), np.int64)
+        e = 0
+        for w in range(weights.size):
+            octets = bytes_at(address_WP[w, p], n_octets_WP[w, p])
+            e = read_entries(
+                octets, scale_WG[w, a:b], k_G[a:b], index_bits, width, levels, n_coefficients,
+                e, position_E, value_E, offset_WG[w],
+            )  # fmt: skip
+            if e < 0:
+                return _SHORT
+        n_local = stop_P[p] - start_P[p]
+        if n_local > 0:
+            y = floats_at(address_P[p], n_local)
+            if not decode_groups(
+                y, start_P[p], position_E, value_E, offset_WG, weights, inverse, basis, powers,
+                n_P[p], size, n_coefficients, transform, how_P[p], decay_P[p], scale_P[p],
+                start_P[p] // size, -(-stop_P[p] // size),
+            ):  # fmt: skip
+                return _PAST
+    return _GOOD

@@ -1,0 +1,305 @@
+"""The numba kernels of `noise`: the same bits, one pass over the parameters, near the speed of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numba
+import numpy as np
+from torch import Tensor
+
+from ..numerics.noise import Where
+from ..numerics.quantiles import NORMAL_256
+from .addresses_cpu import floats_at
+from .threads import share
+
+if TYPE_CHECKING:
+    from ..numerics.noise import NoiseKind, Piece, Update
+
+Array = Any
+"""A numpy array inside a kernel; numba finds the types."""
+
+Word = Any
+"""A numpy integer or float32 of fixed width inside a kernel."""
+
+_TABLE: Final = np.array(NORMAL_256, dtype=np.float32)
+_MULTIPLIERS: Final = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL: Final = (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))
+_32: Final = np.uint64(32)
+_SIGN_BIT: Final = np.uint32(0x80000000)
+_ONE: Final = np.float32(1.0)
+
+
+def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where) -> None:
+    """out = theta after the updates, as `noise.combine_torch`. Flat contiguous float32 CPU tensors."""
+    y, x, start = out.numpy(), theta.numpy(), where.start
+    in_place = out.data_ptr() == theta.data_ptr()
+    seeds, tails, coefficients, ends, decays = _terms(updates, where.last_word(0))
+    kernel = _sign_blocks if where.kind == "sign" else _gauss_blocks
+    third = np.uint32(where.param_index)
+
+    def run(first: int, last: int) -> None:
+        kernel(y, x, in_place, start, first, last, seeds, tails, coefficients, ends, decays, third, _TABLE)
+
+    smallest = max(1, 128 // max(1, seeds.size))
+    share(run, start // 4096, -(-(start + x.size) // 4096), smallest)
+
+
+def combine_all(pieces: Sequence[Piece], updates: Sequence[Update], kind: NoiseKind) -> None:
+    """`combine` of each in place, in one call. Flat contiguous float32 CPU tensors."""
+    where = Where.of(kind, 0, 0)
+    args = (
+        np.array([p.theta.data_ptr() for p in pieces], dtype=np.uint64),
+        np.array([p.theta.numel() for p in pieces], dtype=np.int64),
+        np.array([p.start for p in pieces], dtype=np.int64),
+        np.array([p.param_index for p in pieces], dtype=np.uint32),
+        *_terms(updates, where.last_word(0)),
+        _TABLE,
+    )
+    kernel = _sign_pieces if kind == "sign" else _gauss_pieces
+    n_terms = max(1, int(args[4].size))
+    mean = max(1, int(args[1].sum()) * n_terms // (64 * len(pieces)))
+    share(lambda first, last: kernel(first, last, *args), 0, len(pieces), smallest=max(1, 4096 // mean))
+
+
+@numba.njit(cache=True, nogil=True)
+def _sign_pieces(
+    first: int, last: int, addresses: Array, sizes: Array, starts: Array, thirds: Array,
+    seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, table: Array,
+) -> None:  # fmt: skip
+    for p in range(first, last):
+        if sizes[p] > 0:
+            y, begin = floats_at(addresses[p], sizes[p]), starts[p] // 4096
+            end = (starts[p] + sizes[p] + 4095) // 4096
+            _sign_blocks(
+                y, y, True, starts[p], begin, end, seeds, tails, coefficients, ends, decays, thirds[p], table
+            )
+
+
+@numba.njit(cache=True, nogil=True)
+def _gauss_pieces(
+    first: int, last: int, addresses: Array, sizes: Array, starts: Array, thirds: Array,
+    seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, table: Array,
+) -> None:  # fmt: skip
+    for p in range(first, last):
+        if sizes[p] > 0:
+            y, begin = floats_at(addresses[p], sizes[p]), starts[p] // 4096
+            end = (starts[p] + sizes[p] + 4095) // 4096
+            _gauss_blocks(
+                y, y, True, starts[p], begin, end, seeds, tails, coefficients, ends, decays, thirds[p], table
+            )
+
+
+def _terms(updates: Sequence[Update], fourth: int) -> tuple[Array, ...]:
+    """Seeds, fourth words and coefficients of all probes, where those of each update end, and the decays."""
+    if len(updates) == 1:  # nothing to join: of a small tensor that would take as long as its noise
+        u = updates[0]
+        tails = u.numbers.astype(np.uint32) + np.uint32(fourth)
+        return u.seeds, tails, u.coefficients, np.array([u.seeds.size]), np.array([u.decay], dtype=np.float32)
+    return (
+        np.concatenate([u.seeds for u in updates]),
+        np.concatenate([u.numbers for u in updates]).astype(np.uint32) + np.uint32(fourth),
+        np.concatenate([u.coefficients for u in updates]),
+        np.array([u.seeds.size for u in updates]).cumsum(),
+        np.array([u.decay for u in updates], dtype=np.float32),
+    )
+
+
+# A block is taken through all updates before the next one: after the first it is in the cache.
+#
+# Each loop that is to become vectors is a function of its own, over slices that it is handed: counting the
+# references to slices costs as much as a block. In place is another function than out of place: that two
+# arrays are one the compiler sees only by its check whether they overlap, and then it makes no vectors.
+
+
+@numba.njit(cache=True, nogil=True)
+def _sign_blocks(
+    y: Array, x: Array, in_place: bool, start: int, first: int, last: int,
+    seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, third: Word, table: Array,
+) -> None:  # fmt: skip
+    w0, w1, w2, w3 = (
+        np.empty(128, np.uint32), np.empty(128, np.uint32), np.empty(128, np.uint32), np.empty(128, np.uint32)
+    )  # fmt: skip
+    acc = np.empty(4096, np.float32)
+    for block in range(first, last):
+        a, b, skipped = _overlap(x.size, start, block)
+        begin = 0
+        for u in range(ends.size):
+            end = ends[u]
+            is_written = in_place or begin > 0
+            if end - begin == 1 and decays[u] == _ONE and b - a == 4096:  # a perturbation: nothing to add up
+                _sign_words(w0, block, third, tails[begin], seeds[begin])
+                if is_written:
+                    _subtract_signs_in_place(y[a:b], w0, coefficients[begin])
+                else:
+                    _subtract_signs(y[a:b], x[a:b], w0, coefficients[begin])
+            else:
+                _add_up_signs(acc, w0, w1, w2, w3, block, third, tails, seeds, coefficients, begin, end)
+                if is_written:
+                    _finish_in_place(y[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
+                else:
+                    _finish(y[a:b], x[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
+            begin = end
+
+
+@numba.njit(nogil=True)
+def _subtract_signs(y: Array, x: Array, words: Array, coefficient: Word) -> None:
+    """y = x - coefficient * z for a whole block."""
+    plain = _bits(coefficient)
+    for bit in range(32):
+        up = np.uint32(31 - bit)
+        for w in range(128):
+            y[bit * 128 + w] = x[bit * 128 + w] - _signed(words[w], up, plain)
+
+
+@numba.njit(nogil=True)
+def _subtract_signs_in_place(y: Array, words: Array, coefficient: Word) -> None:
+    plain = _bits(coefficient)
+    for bit in range(32):
+        up = np.uint32(31 - bit)
+        for w in range(128):
+            y[bit * 128 + w] -= _signed(words[w], up, plain)
+
+
+@numba.njit(nogil=True)
+def _add_up_signs(
+    acc: Array, w0: Array, w1: Array, w2: Array, w3: Array, block: int, third: Word,
+    tails: Array, seeds: Array, coefficients: Array, begin: int, end: int,
+) -> None:  # fmt: skip
+    """acc = the terms of the probes [begin, end) of a whole block, in order, four at a time in registers."""
+    for p in range(begin, min(begin + 1, end)):
+        _sign_words(w0, block, third, tails[p], seeds[p])
+        c0 = _bits(coefficients[p])
+        for bit in range(32):
+            up = np.uint32(31 - bit)
+            for w in range(128):
+                acc[bit * 128 + w] = _signed(w0[w], up, c0)
+    rest = begin + 1 + max(0, end - begin - 1) // 4 * 4
+    for p in range(begin + 1, rest, 4):
+        _sign_words(w0, block, third, tails[p], seeds[p])
+        _sign_words(w1, block, third, tails[p + 1], seeds[p + 1])
+        _sign_words(w2, block, third, tails[p + 2], seeds[p + 2])
+        _sign_words(w3, block, third, tails[p + 3], seeds[p + 3])
+        c0, c1 = _bits(coefficients[p]), _bits(coefficients[p + 1])
+        c2, c3 = _bits(coefficients[p + 2]), _bits(coefficients[p + 3])
+        for bit in range(32):
+            up = np.uint32(31 - bit)
+            for w in range(128):
+                value = acc[bit * 128 + w] + _signed(w0[w], up, c0)
+                value = value + _signed(w1[w], up, c1)
+                value = value + _signed(w2[w], up, c2)
+                acc[bit * 128 + w] = value + _signed(w3[w], up, c3)
+    for p in range(rest, end):
+        _sign_words(w0, block, third, tails[p], seeds[p])
+        c0 = _bits(coefficients[p])
+        for bit in range(32):
+            up = np.uint32(31 - bit)
+            for w in range(128):
+                acc[bit * 128 + w] += _signed(w0[w], up, c0)
+
+
+@numba.njit(nogil=True)
+def _sign_words(words: Array, block: int, third: Word, fourth: Word, seed: Word) -> None:
+    _fill_words(words, 32, block, third, fourth, seed)
+
+
+@numba.njit(inline="always")
+def _signed(word: Word, up: Word, plain: Word) -> Word:
+    """float32 from its bits `plain`, its sign turned round if that bit of the word is set which `up` moves to
+    the top."""
+    return np.uint32(((word << up) & _SIGN_BIT) ^ plain).view(np.float32)
+
+
+@numba.njit(inline="always")
+def _bits(x: Word) -> Word:
+    return np.float32(x).view(np.uint32)
+
+
+@numba.njit(cache=True, nogil=True)
+def _gauss_blocks(
+    y: Array, x: Array, in_place: bool, start: int, first: int, last: int,
+    seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, third: Word, table: Array,
+) -> None:  # fmt: skip
+    words = np.empty(1024, np.uint32)
+    acc = np.empty(4096, np.float32)
+    for block in range(first, last):
+        a, b, skipped = _overlap(x.size, start, block)
+        begin = 0
+        for u in range(ends.size):
+            end = ends[u]
+            for p in range(begin, end):
+                _fill_words(words, 256, block, third, tails[p], seeds[p])
+                for byte in range(4):
+                    down = np.uint32(8 * byte)
+                    for w in range(1024):
+                        term = table[(words[w] >> down) & np.uint32(255)] * coefficients[p]
+                        if p == begin:
+                            acc[byte * 1024 + w] = term
+                        else:
+                            acc[byte * 1024 + w] += term
+            if in_place or begin > 0:
+                _finish_in_place(y[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
+            else:
+                _finish(y[a:b], x[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
+            begin = end
+
+
+@numba.njit(inline="always")
+def _overlap(size: int, start: int, block: int) -> tuple[int, int, int]:
+    """The slice [a, b) of the tensor, which begins at the global element `start`, that lies in the block; and
+    how many elements of the block come before it."""
+    a = max(block * 4096 - start, 0)
+    b = min((block + 1) * 4096 - start, size)
+    return a, b, a + start - block * 4096
+
+
+@numba.njit(nogil=True)
+def _finish(y: Array, x: Array, acc: Array, n_terms: int, decay: Word) -> None:
+    """y = x * decay - acc; without a term y = x * decay."""
+    if n_terms == 0:
+        for i in range(y.size):
+            y[i] = x[i] * decay
+    elif decay == _ONE:
+        for i in range(y.size):
+            y[i] = x[i] - acc[i]
+    else:
+        for i in range(y.size):
+            y[i] = x[i] * decay - acc[i]
+
+
+@numba.njit(nogil=True)
+def _finish_in_place(y: Array, acc: Array, n_terms: int, decay: Word) -> None:
+    if n_terms == 0:
+        for i in range(y.size):
+            y[i] *= decay
+    elif decay == _ONE:
+        for i in range(y.size):
+            y[i] -= acc[i]
+    else:
+        for i in range(y.size):
+            y[i] = y[i] * decay - acc[i]
+
+
+@numba.njit(inline="always")
+def _fill_words(words: Array, n_calls: int, block: int, third: Word, fourth: Word, seed: Word) -> None:
+    """words[l * n_calls + c] = lane l of call c; n_calls is a power of two, so low + c never carries."""
+    number = np.uint64(block) * np.uint64(n_calls)
+    low, high = np.uint32(number), np.uint32(number >> _32)
+    k0, k1 = np.uint32(seed), np.uint32(seed >> _32)
+    for c in range(n_calls):
+        a, b, d, e = _philox(np.uint32(low + np.uint32(c)), high, third, fourth, k0, k1)
+        words[c] = a
+        words[n_calls + c] = b
+        words[2 * n_calls + c] = d
+        words[3 * n_calls + c] = e
+
+
+@numba.njit(inline="always")
+def _philox(x0: Word, x1: Word, x2: Word, x3: Word, k0: Word, k1: Word) -> tuple[Word, Word, Word, Word]:
+    for _ in range(10):
+        p0, p1 = np.uint64(x0) * _MULTIPLIERS[0], np.uint64(x2) * _MULTIPLIERS[1]
+        x0, x1 = np.uint32(p1 >> _32) ^ x1 ^ k0, np.uint32(p1)
+        x2, x3 = np.uint32(p0 >> _32) ^ x3 ^ k1, np.uint32(p0)
+        k0, k1 = np.uint32(k0 + _WEYL[0]), np.uint32(k1 + _WEYL[1])
+    return x0, x1, x2, x3

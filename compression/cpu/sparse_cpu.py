@@ -1,0 +1,431 @@
+"""The numba kernels of `sparse`: a group is read, transformed and searched inside the cache, and decoded from
+the coefficients that are not zero.
+
+Selecting is local work; what is decoded has the bits of the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import BadPayload
+from ..numerics.dct import INVERSE_SCALE, ROUNDER, SMALLEST, TOP_BIT, N
+from .dct_cpu import INTEGER_BASIS, ORDER, PANEL, add_basis, forward
+from .threads import share
+
+if TYPE_CHECKING:
+    from ..base import Packed
+    from ..codecs.fused_update import Step
+    from ..codecs.groups import Slab
+    from ..codecs.sparse import Entries
+    from ..codecs.tiles import Tiles
+
+Array = Any
+"""A numpy array inside a kernel; numba finds the types."""
+
+Word = Any
+"""A numpy integer or float32 of fixed width inside a kernel."""
+
+_PER_THREAD: Final = 1 << 17  # elements, at least
+
+_MAGNITUDE: Final = np.int32(0x7FFFFFFF)
+_SLICES: Final = 4  # of a column of a panel: blocks of 16 coefficients in a row of their group
+_BLOCK: Final = N // _SLICES
+_FOUR_OCTAVES: Final = 4 << 23
+
+POWERS: Final = (np.arange(256, dtype=np.uint32) << np.uint32(23)).view(np.float32)  # by biased exponent
+_ROUNDER: Final = np.float32(ROUNDER)
+_INVERSE_SCALE: Final = np.float32(INVERSE_SCALE)
+_ZERO: Final = np.float32(0.0)
+_ONE: Final = np.float32(1.0)
+
+
+# ------------------------------------------------------------------------------------------- select: local
+
+
+def largest(x: Tensor, slab: Slab, transform: bool) -> tuple[Tensor, Tensor, float]:
+    """Of each group of a slab the k largest elements, or cosine coefficients, by magnitude; ties go to the
+    lower index. Rising int64 indices and float32 values (groups, k), and the largest magnitude of all, which
+    is not finite if anything is not. x: the slab's elements, flat contiguous float32 on the CPU.
+    """
+    index_GK = np.empty((slab.n_groups, slab.k), dtype=np.int64)
+    value_GK = np.empty((slab.n_groups, slab.k), dtype=np.float32)
+    values, order = x.numpy(), ORDER if transform else np.arange(N)
+
+    def run(first: int, last: int) -> Any:
+        return select_groups(values, slab.length, slab.k, transform, order, first, last, index_GK, value_GK)
+
+    tops = share(run, 0, slab.n_groups, smallest=max(1, _PER_THREAD // slab.length))
+    top = float(np.array(max(tops), dtype=np.int32).view(np.float32))
+    return torch.from_numpy(index_GK), torch.from_numpy(value_GK), top
+
+
+@numba.njit(cache=True, nogil=True)
+def select_groups(
+    x: Array, length: int, k: int, transform: bool, order: Array,
+    first: int, last: int, index_GK: Array, value_GK: Array,
+) -> Any:  # fmt: skip
+    """The bits of the largest magnitude: as integers, NaN is above infinity and that above all numbers."""
+    n_columns = -(-length // N)
+    together = max(1, N // n_columns)  # small groups share a panel
+    n_panels = -(-n_columns // N)
+    panels = np.zeros(n_panels * PANEL, np.float32)
+    coefficients = np.zeros(n_panels * PANEL, np.float32) if transform else panels
+    bits = coefficients.view(np.int32)
+    maxima = np.empty(n_panels * _SLICES * N, np.int32)
+    blocks = np.empty(n_columns * _SLICES, np.int32)
+    candidates = np.empty(n_columns * N + 1, np.int32)
+    where = np.empty(n_columns * N + 1, np.int32)
+    top = np.int32(0)
+    for g in range(first, last, together):
+        n_here = min(together, last - g)
+        for h in range(n_here):
+            _read(x, (g + h) * length, length, panels, h * n_columns, order)
+        for p in range(n_panels):
+            here = slice(p * PANEL, (p + 1) * PANEL)
+            if transform:
+                forward(panels[here], coefficients[here])
+            for s in range(_SLICES):
+                at, to = p * PANEL + s * _BLOCK * N, (p * _SLICES + s) * N
+                _block_maxima(bits[at : at + _BLOCK * N], maxima[to : to + N])
+        for h in range(n_here):
+            c0 = h * n_columns
+            _order_blocks(maxima, c0, n_columns, blocks)
+            for b in range(blocks.size):
+                top = max(top, blocks[b])
+            # k blocks have a maximum of at least that much, so k coefficients are.
+            enough = threshold(blocks, blocks.size, k) if k <= blocks.size else np.int32(0)
+            n = _candidates(bits, blocks, c0, enough, candidates, where)
+            choose(candidates, where, n, k, index_GK[g + h])
+            for e in range(k):
+                i = index_GK[g + h, e]
+                value_GK[g + h, e] = coefficients[_place(c0 + i // N) + i % N * N]
+    return top
+
+
+@numba.njit(inline="always")
+def _place(column: int) -> int:
+    """Where a column begins."""
+    return column // N * PANEL + column % N
+
+
+@numba.njit(inline="always")
+def _read(x: Array, at: int, length: int, panels: Array, column: int, order: Array) -> None:
+    """A group becomes columns of 64, the last one filled up with zeros."""
+    for c in range(-(-length // N)):
+        to = _place(column + c)
+        source = x[at + c * N : at + min(length, (c + 1) * N)]
+        for i in range(source.size):
+            panels[to + order[i] * N] = source[i]
+        for i in range(source.size, N):
+            panels[to + order[i] * N] = 0
+
+
+@numba.njit(inline="always")
+def _block_maxima(bits: Array, maxima: Array) -> None:
+    """The largest magnitude in each column of a slice."""
+    for j in range(N):
+        largest = bits[j] & _MAGNITUDE
+        for i in range(1, _BLOCK):
+            largest = max(largest, bits[i * N + j] & _MAGNITUDE)
+        maxima[j] = largest
+
+
+@numba.njit(inline="always")
+def _order_blocks(maxima: Array, column: int, n_columns: int, blocks: Array) -> None:
+    """The maxima of a group's blocks in the order of its coefficients."""
+    for c in range(n_columns):
+        at = (column + c) // N * _SLICES * N + (column + c) % N
+        for s in range(_SLICES):
+            blocks[c * _SLICES + s] = maxima[at + s * N]
+
+
+@numba.njit(inline="always")
+def _candidates(
+    bits: Array, blocks: Array, column: int, enough: Word, candidates: Array, where: Array
+) -> int:
+    """The magnitudes of at least `enough`, and where in the group they are, rising. Returns how many."""
+    n = 0
+    for b in range(blocks.size):
+        if blocks[b] >= enough:
+            at = _place(column + b // _SLICES) + b % _SLICES * PANEL // _SLICES
+            for i in range(_BLOCK):
+                magnitude = bits[at + i * N] & _MAGNITUDE
+                candidates[n] = magnitude
+                where[n] = b * _BLOCK + i
+                n += magnitude >= enough
+    return n
+
+
+@numba.njit(inline="always")
+def choose(candidates: Array, where: Array, n: int, k: int, out: Array) -> None:
+    """Where the k largest are; of equal ones the first."""
+    least = threshold(candidates, n, k)
+    n_equal = k - _count(candidates, n, np.int32(least + 1))
+    e = 0
+    for i in range(n):
+        if candidates[i] > least:
+            out[e] = where[i]
+            e += 1
+        elif candidates[i] == least and n_equal > 0:
+            out[e] = where[i]
+            e += 1
+            n_equal -= 1
+
+
+@numba.njit(nogil=True)
+def threshold(magnitudes: Array, n: int, k: int) -> Any:
+    """A value that k of them, or equal ones more, reach. By bisection: counting takes a vector at a time."""
+    top = 0
+    for i in range(n):
+        top = max(top, magnitudes[i])
+    low, high = 0, top + 1  # k at least reach `low`, fewer `high`
+    middle = max(1, top - _FOUR_OCTAVES)
+    while high - low > 1:
+        count = _count(magnitudes, n, np.int32(middle))
+        if count >= k:
+            low = middle
+            if count == k:
+                break
+        else:
+            high = middle
+        middle = low + (high - low) // 2
+    return np.int32(low)
+
+
+@numba.njit(inline="always")
+def _count(magnitudes: Array, n: int, least: Word) -> Word:
+    count = np.int32(0)
+    for i in range(n):
+        count = np.int32(count + np.int32(magnitudes[i] >= least))
+    return count
+
+
+# ------------------------------------------------------------------------------------------- decode: exact
+
+
+def spread(
+    index_E: Array, code_E: Array, offsets: Array, scale_G: Array, levels: Array, n_coefficients: int
+) -> tuple[Array, Array]:
+    """Positions and values of the entries of a pack, as `Sparse.entries`."""
+    position_E = np.empty(index_E.size, dtype=np.int64)
+    value_E = np.empty(index_E.size, dtype=np.float32)
+    _spread(index_E, code_E, offsets, scale_G, levels, n_coefficients, position_E, value_E)
+    return position_E, value_E
+
+
+@numba.njit(cache=True, nogil=True)
+def _spread(
+    index_E: Array, code_E: Array, offsets: Array, scale_G: Array, levels: Array, n_coefficients: int,
+    position_E: Array, value_E: Array,
+) -> None:  # fmt: skip
+    for g in range(scale_G.size):
+        for e in range(offsets[g], offsets[g + 1]):
+            position_E[e] = g * n_coefficients + index_E[e]
+            value_E[e] = levels[code_E[e]] * scale_G[g]
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A weighted mean of W packs. Their entries stand one after another; group g of pack w has
+    [offset_WG[w, g], offset_WG[w, g + 1])."""
+
+    position_E: Array  # int64: group * coefficients of a full group + index
+    value_E: Array  # float32
+    offset_WG: Array  # int64
+    weight_W: Array  # float32
+    inverse: Word  # float32: 1 / the sum of the weights
+    n: int  # elements of the parameter
+    size: int  # of a full group
+    n_coefficients: int  # of a full group
+    transforms: bool
+    tiles: Tiles | None  # instead of flat groups
+
+
+def joined(shares: Sequence[Entries]) -> tuple[Array, Array, Array]:
+    """Positions, values and offsets of several packs."""
+    before = np.cumsum([0, *(s.position_E.size for s in shares[:-1])])
+    offset_WG = np.stack([s.offsets + b for s, b in zip(shares, before, strict=True)])
+    return (
+        np.concatenate([s.position_E for s in shares]),
+        np.concatenate([s.value_E for s in shares]),
+        offset_WG,
+    )
+
+
+def read_packed(
+    packs: Sequence[Packed], k_G: Array, index_bits: int, width: int, levels: Array, n_coefficients: int
+) -> tuple[Array, Array, Array]:
+    """The same of packs with packed indices, whose values are in a table. Raises BadPayload for those that
+    are too short: nothing else is checked here."""
+    n_most = int(k_G.sum())
+    position_E = np.empty(len(packs) * n_most, dtype=np.int64)
+    value_E = np.empty(len(packs) * n_most, dtype=np.float32)
+    offset_WG = np.empty((len(packs), k_G.size + 1), dtype=np.int64)
+    format_ = index_bits, width, levels, n_coefficients
+    at = 0
+    for (scales, codes), offset_G in zip(packs, offset_WG, strict=True):
+        if scales.numel() != k_G.size:
+            raise BadPayload("shape", f"{scales.numel()} scales for {k_G.size} groups")
+        arrays = codes.numpy(), scales.float().numpy(), k_G
+        at = read_entries(*arrays, *format_, at, position_E, value_E, offset_G)
+        if at < 0:
+            raise BadPayload("shape", f"{codes.numel()} bytes are too few")
+    return position_E, value_E, offset_WG
+
+
+@numba.njit(cache=True, nogil=True)
+def read_entries(
+    octets: Array, scale_G: Array, k_G: Array, index_bits: int, width: int, levels: Array,
+    n_coefficients: int, e: int, position_E: Array, value_E: Array, offset_G: Array,
+) -> Any:  # fmt: skip
+    """Writes from entry e on; returns which is the next, or -1."""
+    index_mask, mask = np.uint64((1 << index_bits) - 1), np.uint64((1 << width) - 1)
+    held, n_held, at = np.uint64(0), 0, 0
+    for g in range(k_G.size):
+        offset_G[g] = e
+        if scale_G[g] != _ZERO:
+            for _ in range(k_G[g]):
+                while n_held < width:
+                    if at == octets.size:
+                        return -1
+                    held |= np.uint64(octets[at]) << np.uint64(n_held)
+                    n_held += 8
+                    at += 1
+                position_E[e] = g * n_coefficients + np.int64(held & index_mask)
+                value_E[e] = levels[np.int64((held & mask) >> np.uint64(index_bits))] * scale_G[g]
+                held >>= np.uint64(width)
+                n_held -= width
+                e += 1
+    offset_G[k_G.size] = e
+    return e
+
+
+def decode(out: Tensor, start: int, mean: Mean) -> None:
+    """out = the elements from `start` on of what the mean stands for, as `Sparse.decode`."""
+    _run(out, start, mean, _PLAIN, 1.0, 1.0)
+
+
+def descend(target: Tensor, start: int, mean: Mean, step: Step) -> None:
+    """As `descent.descend`: one pass over the target."""
+    _run(target, start, mean, how_of(step), step.decay, step.scale)
+
+
+_PLAIN, _VALUES, _SIGNS = range(3)  # what becomes of decoded values
+
+
+def how_of(step: Step) -> int:
+    """How kernels name what becomes of decoded values."""
+    return _SIGNS if step.sign else _VALUES
+
+
+def _run(target: Tensor, start: int, mean: Mean, how: int, decay: float, scale: float) -> None:
+    """`target`: contiguous flat float32 on the CPU."""
+    y, m = target.detach().numpy(), mean
+    if m.tiles is not None:
+        from . import tiles_cpu
+
+        tiles_cpu.run(y, start, m, m.tiles, how, decay, scale)
+        return
+    factors = np.float32(decay), np.float32(scale)
+
+    def run(first: int, last: int) -> Any:
+        return decode_groups(
+            *(y, start, m.position_E, m.value_E, m.offset_WG, m.weight_W, m.inverse, INTEGER_BASIS, POWERS),
+            *(m.n, m.size, m.n_coefficients, m.transforms, how, *factors, first, last),
+        )
+
+    if y.size:
+        last = -(-(start + y.size) // m.size)
+        if not all(share(run, start // m.size, last, max(1, _PER_THREAD // m.size))):
+            raise IndexError("a coefficient past the end of its group: the packs were not checked")
+
+
+@numba.njit(cache=True, nogil=True)
+def decode_groups(
+    y: Array, start: int, position_E: Array, value_E: Array, offset_WG: Array, weights: Array, inverse: Word,
+    basis: Array, powers: Array, n: int, size: int, n_coefficients: int, transform: bool,
+    how: int, decay: Word, scale: Word, first: int, last: int,
+) -> Any:  # fmt: skip
+    """False if there is no such coefficient."""
+    sums = np.zeros(n_coefficients, np.float32)
+    x = np.empty(n_coefficients, np.float32)
+    for g in range(first, last):
+        length = min(size, n - g * size)
+        for i in range(-(-length // N) * N if transform else length):
+            x[i] = 0
+        here = g * n_coefficients
+        for w in range(weights.size):
+            for e in range(offset_WG[w, g], offset_WG[w, g + 1]):
+                i = position_E[e] - here
+                if i < 0 or i >= n_coefficients:
+                    return False
+                sums[i] += value_E[e] * weights[w]
+        down = _ONE
+        if transform:
+            down = _add_coefficients(x, sums, here, g, position_E, offset_WG, inverse, basis, powers)
+        else:
+            for w in range(weights.size):
+                for e in range(offset_WG[w, g], offset_WG[w, g + 1]):
+                    i = position_E[e] - here
+                    if sums[i] != _ZERO:  # the first time only, if several have it
+                        x[i] = sums[i] * inverse
+                        sums[i] = 0
+        a, b = max(g * size, start), min(g * size + length, start + y.size)
+        here_x = x[a - g * size : b - g * size]
+        if transform:
+            _scale(here_x, down)
+        finish(y[a - start : b - start], here_x, how, decay, scale)
+    return True
+
+
+@numba.njit(inline="always")
+def _add_coefficients(
+    x: Array, sums: Array, here: int, g: int, position_E: Array, offset_WG: Array, inverse: Word,
+    basis: Array, powers: Array,
+) -> Any:  # fmt: skip
+    """x becomes the group's elements in integers, `sums` zero again. Returns the power of two to come."""
+    chunks = x[: x.size // N * N].reshape(-1, N)
+    largest = np.zeros(1, np.float32)
+    for w in range(offset_WG.shape[0]):
+        for e in range(offset_WG[w, g], offset_WG[w, g + 1]):
+            largest[0] = max(largest[0], abs(sums[position_E[e] - here] * inverse))
+    exponent = largest.view(np.int32)[0] >> 23
+    counts = exponent >= SMALLEST
+    up = powers[254 + TOP_BIT - exponent] if counts else _ZERO
+    for w in range(offset_WG.shape[0]):
+        for e in range(offset_WG[w, g], offset_WG[w, g + 1]):
+            i = position_E[e] - here
+            q = (sums[i] * inverse * up + _ROUNDER) - _ROUNDER
+            sums[i] = 0  # a coefficient that several have is added once
+            if q != _ZERO:
+                add_basis(chunks, i, q, basis)
+    return powers[exponent - TOP_BIT] if counts else _ZERO
+
+
+@numba.njit(inline="always")
+def _scale(x: Array, down: Word) -> None:
+    for i in range(x.size):
+        x[i] = x[i] * down * _INVERSE_SCALE
+
+
+@numba.njit(inline="always")
+def finish(y: Array, x: Array, how: int, decay: Word, scale: Word) -> None:
+    """From decoded values to the target, one rounding per operation. Adding 0 makes 0 of -0."""
+    if how == _PLAIN:
+        for i in range(y.size):
+            y[i] = x[i] + _ZERO
+    elif how == _VALUES:
+        for i in range(y.size):
+            y[i] = y[i] * decay - (x[i] + _ZERO) * scale
+    else:
+        for i in range(y.size):
+            sign = np.float32(x[i] > _ZERO) - np.float32(x[i] < _ZERO)
+            y[i] = y[i] * decay - sign * scale

@@ -1,0 +1,57 @@
+"""What the exact reductions of all compressors share: weights of a mean, and a sum without an order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import frexp, ldexp
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..exact import to_float32
+from .noise import use_numba
+
+VALUE_LIMIT: Final = 2.0**60
+"""Every value in a payload is below this: weighted sums over all peers stay finite."""
+
+_WEIGHT_RANGE: Final = (2.0**-40, 2.0**40)
+_CHUNK: Final = 1 << 20
+_BITS: Final = 40
+
+
+def mean_weights(weights: Sequence[float]) -> tuple[list[float], float]:
+    """The weights as float32 values and 1 / their sum as a float32 value; 0 if all are zero.
+
+    A weight is 0 or in [2^-40, 2^40]: anything else is the caller's mistake, a ValueError.
+    """
+    rounded = [to_float32(w) for w in weights]
+    for w in rounded:
+        if not (w == 0 or _WEIGHT_RANGE[0] <= w <= _WEIGHT_RANGE[1]):
+            raise ValueError(f"weight {w} is neither 0 nor in [2^-40, 2^40]")
+    if not rounded:
+        raise ValueError("nothing to decode")
+    total = 0.0
+    for w in rounded:
+        total += w
+    return rounded, to_float32(1.0 / total) if total > 0 else 0.0
+
+
+def l1_norm(values: Tensor) -> float:
+    """Sum of |values| of a finite float tensor, the same in any order and on any device.
+
+    Values are rounded to multiples of 2^-40 of the largest one's power of two and added as integers.
+    """
+    flat = values.detach().reshape(-1)
+    if flat.numel() and flat.dtype == torch.float32 and use_numba(flat):
+        from ..cpu import reduce_cpu
+
+        return reduce_cpu.l1_norm(flat.contiguous())
+    if flat.numel() == 0 or (largest := float(flat.abs().amax())) == 0.0:
+        return 0.0
+    shift = _BITS - frexp(largest)[1]  # exact, and so is multiplying by a power of two
+    total = 0
+    for chunk in torch.split(flat, _CHUNK):
+        integers = torch.round(chunk.double().abs() * ldexp(1.0, shift))
+        total += int(integers.to(torch.int64).sum())
+    return float(total) * ldexp(1.0, -shift)

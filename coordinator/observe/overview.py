@@ -1,0 +1,116 @@
+"""A run at a glance, for its page: bounded, however many peers there are and whatever they say."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from typing import Any, Final
+
+from ..ledger import Ledger
+from ..membership import Membership, PeerState
+from ..protocol.settings import RunSection
+from ..rounds import Rounds
+from .page_history import Chronicle, Pace, printable
+from .run_statistics import Board
+
+MAX_PEERS_SHOWN: Final = 256
+ENTRIES_SHOWN: Final = 12
+HAPPENINGS_SHOWN: Final = 24
+NOW_MS: Final = 5000
+"""Who was heard of within this time is heard of now."""
+
+
+def overview(
+    run: RunSection,
+    ledger: Ledger,
+    rounds: Rounds,
+    members: Membership,
+    board: Board,
+    chronicle: Chronicle,
+    *,
+    now_s: float,
+    now_ms: int,
+) -> dict[str, Any]:
+    """JSON-able. Times are those of the coordinator's clock, in ms; nothing in it changes by time alone."""
+    waits = not rounds.is_over and rounds.opened_s is None
+    peers = ledger.peers()
+    states = Counter(str(members.state(index)) for index in peers)
+    return {
+        "run": printable(run.name, 100),
+        "run_id": ledger.run_id.hex()[:16],
+        "strategy": _strategy(ledger.genesis.config),
+        "n_params": board.n_params,
+        "round": rounds.head,
+        "rounds": run.rounds,
+        "state": "finished" if rounds.is_over else "waiting" if waits else "training",
+        "waits_for": max(0, run.min_peers - len(rounds.training)) if waits else 0,
+        "missing": len(rounds.missing()),
+        "loss": board.loss,
+        "round_s": board.round_s,
+        "payload_bytes": board.payload_bytes_per_offer,
+        "ddp_bytes": board.ddp_bytes_per_peer_round,
+        "last_commit_ms": board.last_commit_ms,
+        "mismatches": board.mismatches,
+        "peers": _peers(peers, members, board, chronicle, now_s, now_ms),
+        "n_peers": {str(state): states[str(state)] for state in PeerState},
+        "entries": [asdict(entry) for entry in list(chronicle.entries)[: -ENTRIES_SHOWN - 1 : -1]],
+        "happenings": [asdict(h) for h in list(chronicle.happenings)[: -HAPPENINGS_SHOWN - 1 : -1]],
+    }
+
+
+def _peers(
+    peers: dict[int, str],
+    members: Membership,
+    board: Board,
+    chronicle: Chronicle,
+    now_s: float,
+    now_ms: int,
+) -> list[dict[str, Any]]:
+    """Those that are there by their index, then those that are gone, the last one first."""
+    paces = chronicle.paces()
+
+    def seen_ms(index: int) -> int | None:
+        seen_s = members.seen_s(index)
+        if seen_s is None:
+            return chronicle.offered_ms.get(index)
+        return now_ms - round(max(0.0, now_s - seen_s) * 1000)
+
+    def order(index: int) -> tuple[bool, int]:
+        is_gone = members.state(index) is PeerState.GONE
+        return is_gone, -(seen_ms(index) or 0) if is_gone else index
+
+    rows = []
+    for index in sorted(peers, key=order)[:MAX_PEERS_SHOWN]:
+        figures, pace = board.peers.get(index), paces.get(index)
+        seen = seen_ms(index)
+        rows.append(
+            {
+                "index": index,
+                "id": printable(peers[index])[-6:],
+                "state": str(members.state(index)),
+                "device": chronicle.devices.get(index, ""),
+                "speed": _speed(pace),
+                "share": None if pace is None else round(pace.share, 3),
+                "counted": 0 if figures is None else figures.offers_counted,
+                "missed": 0 if figures is None else figures.offers_missed,
+                "agreement": None if figures is None else board.agreement(index),
+                "fingerprint_round": None if figures is None else figures.fingerprint_round,
+                "seen_ms": None if seen is not None and now_ms - seen < NOW_MS else seen,
+            }
+        )
+    return rows
+
+
+def _speed(pace: Pace | None) -> tuple[float, str] | None:
+    if pace is None:
+        return None
+    if pace.tokens_per_s is not None:
+        return float(f"{pace.tokens_per_s:.3g}"), "tokens"
+    return None if pace.samples_per_s is None else (float(f"{pace.samples_per_s:.3g}"), "samples")
+
+
+def _strategy(config: str) -> str:
+    """The coordinator need not understand it, and shows its name."""
+    strategy = json.loads(config).get("strategy")
+    return printable(str(strategy.get("name", ""))) if isinstance(strategy, dict) else ""

@@ -1,0 +1,147 @@
+"""What people want to know of a run: counts and figures gathered from commits, reports and heartbeats."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+from ..protocol.figures import ddp_bytes, mean_loss
+from ..protocol.messages import CommitBody, Heartbeat
+
+KEPT_FINGERPRINTS = 64
+"""Reported rounds that are remembered."""
+
+RECENT_ROUNDS = 16
+
+
+@dataclass(slots=True)
+class PeerFigures:
+    """What one peer has done so far; byte counts are its own, over all its restarts that were heard of."""
+
+    offers_counted: int = 0
+    offers_missed: int = 0
+    missed_in_a_row: int = 0
+    fingerprint: bytes | None = None
+    fingerprint_round: int | None = None
+    loss: float | None = None
+    round: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    payload_bytes: int = 0
+
+    def figures(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "fingerprint": None if self.fingerprint is None else self.fingerprint.hex()}
+
+
+@dataclass(slots=True)
+class Board:
+    """Mutable figures of one run; rebuilt from the ledger after a restart."""
+
+    n_params: int
+    peers: dict[int, PeerFigures] = field(default_factory=dict)
+    mismatches: int = 0
+    loss: float | None = None
+    last_commit_ms: int | None = None
+    n_commits: int = 0
+    n_offers: int = 0
+    payload_bytes: int = 0
+    total_duration_s: float = 0.0
+    n_durations: int = 0
+    durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
+    _beats: dict[int, Heartbeat] = field(default_factory=dict)
+    _fingerprints: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    """Round -> peer -> the last one that it reported."""
+
+    def peer(self, index: int) -> PeerFigures:
+        return self.peers.setdefault(index, PeerFigures())
+
+    def committed(self, body: CommitBody) -> None:
+        self.loss = mean_loss(body)
+        self.last_commit_ms = body.time_ms
+        self.n_commits += 1
+        self.n_offers += len(body.offers)
+        for offer in body.offers:
+            self.payload_bytes += offer.n_bytes
+            peer = self.peer(offer.peer)
+            peer.offers_counted += 1
+            peer.missed_in_a_row = 0
+            peer.loss = offer.loss
+
+    def round_closed(self, duration_s: float, missing: Iterable[int]) -> None:
+        """`missing`: peers that were awaited until the round closed without them."""
+        self.durations_s.append(duration_s)
+        self.total_duration_s += duration_s
+        self.n_durations += 1
+        for index in missing:
+            self.peer(index).offers_missed += 1
+            self.peer(index).missed_in_a_row += 1
+
+    def figures(self) -> dict[str, Any]:
+        """JSON-able; those of peers apart."""
+        return {
+            "loss": self.loss,
+            "round_s": self.round_s,
+            "last_commit_ms": self.last_commit_ms,
+            "timed_rounds": self.n_durations,
+            "timed_rounds_s": self.total_duration_s,
+            "payload_bytes": self.payload_bytes,
+            "payload_bytes_per_peer_round": self.payload_bytes_per_offer,
+            "mismatches": self.mismatches,
+            "n_params": self.n_params,
+            "ddp_bytes_per_peer_round": self.ddp_bytes_per_peer_round,
+        }
+
+    def heartbeat(self, index: int, beat: Heartbeat) -> None:
+        peer, last = self.peer(index), self._beats.get(index)
+        if last is None or beat.sent_bytes < last.sent_bytes:
+            last = Heartbeat(round=0, sent_bytes=0, received_bytes=0, payload_bytes=0)  # it starts counting
+        peer.round, self._beats[index] = beat.round, beat
+        peer.sent_bytes += beat.sent_bytes - last.sent_bytes
+        peer.received_bytes += max(0, beat.received_bytes - last.received_bytes)
+        peer.payload_bytes += max(0, beat.payload_bytes - last.payload_bytes)
+
+    def fingerprint(self, index: int, round_: int, value: bytes) -> set[int]:
+        """Notes what a peer reports, in place of what it reported before on the same round.
+
+        Returns the peers that reported another one; none if the peer has only said the same again.
+        """
+        peer = self.peer(index)
+        if peer.fingerprint_round is None or round_ >= peer.fingerprint_round:
+            peer.fingerprint, peer.fingerprint_round = value, round_
+        reports = self._fingerprints.setdefault(round_, {})
+        is_news = reports.get(index) != value
+        reports[index] = value
+        for old in sorted(self._fingerprints)[:-KEPT_FINGERPRINTS]:
+            del self._fingerprints[old]
+        others = {p for p, reported in reports.items() if reported != value} if is_news else set[int]()
+        self.mismatches += bool(others)
+        return others
+
+    @property
+    def round_s(self) -> float | None:
+        """Median duration of the recent rounds."""
+        return median(self.durations_s) if self.durations_s else None
+
+    @property
+    def payload_bytes_per_offer(self) -> float | None:
+        return self.payload_bytes / self.n_offers if self.n_offers else None
+
+    @property
+    def ddp_bytes_per_peer_round(self) -> float | None:
+        return ddp_bytes(self.n_offers / self.n_commits, self.n_params) if self.n_commits else None
+
+    def agreement(self, index: int) -> tuple[int, int] | None:
+        """How many others reported the peer's newest fingerprint on that round, and how many another one.
+
+        None: it has reported none, or long ago.
+        """
+        peer = self.peer(index)
+        reports = {} if peer.fingerprint_round is None else self._fingerprints.get(peer.fingerprint_round, {})
+        if index not in reports:
+            return None
+        n_same = sum(value == reports[index] for value in reports.values())
+        return n_same - 1, len(reports) - n_same

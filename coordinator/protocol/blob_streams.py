@@ -1,0 +1,229 @@
+"""Blobs over a stream: GET and PUT, one request after the other, both ends.
+
+GET digest     -> SIZE n, CHUNK ..., END digest    or NO reason
+PUT digest, n  -> GO; CHUNK ..., END digest -> DONE    or DONE at once (it is here already)    or NO reason
+
+A stream that is cut ends like a complete one, so the size, the END frame and the digest must all fit.
+What breaks these rules raises BadFrame; its reason "frame_cut" is the only one that an honest peer can cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import BinaryIO, Protocol
+
+from ...compression.errors import SwarmUnreachable
+from .messages import BadMessage, digest_of
+from .patience import Patience
+from .streams import CHUNK_BYTES, BadFrame, Frame, Kind, Limits, Purpose, Stream
+
+_DIGEST_BYTES = 32
+_SIZE = struct.Struct(">Q")
+_MAX_NO_BYTES = 2000
+
+STALL_S = 30.0
+"""A transfer in which nothing moves for this long is given up."""
+
+QUICK_STALL_S = 5.0
+"""Never earlier than this, however quickly the chunks came before."""
+
+PurposeOf = Callable[[bytes], Purpose]
+"""What a blob's bytes are counted as, by its digest."""
+
+_REQUESTS: Limits = {Kind.GET: _DIGEST_BYTES, Kind.PUT: _DIGEST_BYTES + _SIZE.size}
+_DATA: Limits = {Kind.CHUNK: CHUNK_BYTES, Kind.END: _DIGEST_BYTES}
+_ANSWER_GET: Limits = {Kind.SIZE: _SIZE.size, Kind.NO: _MAX_NO_BYTES}
+_ANSWER_PUT: Limits = {Kind.GO: 0, Kind.DONE: 0, Kind.NO: _MAX_NO_BYTES}
+_ANSWER_END: Limits = {Kind.DONE: 0, Kind.NO: _MAX_NO_BYTES}
+
+
+class NotServed(SwarmUnreachable):
+    """The other end is alive and says no; the stream can go on."""
+
+
+class Sink(Protocol):
+    """Takes an upload, like `blobs.BlobWriter`. `finish` raises BadMessage if the digest does not fit."""
+
+    def write(self, chunk: bytes) -> None: ...
+    def finish(self) -> int: ...
+    def abort(self) -> None: ...
+
+
+class Shelf(Protocol):
+    """What a server of blobs offers to one peer. Methods raise BadMessage to refuse."""
+
+    def open(self, digest: bytes) -> tuple[BinaryIO, int]:
+        """The blob to read and its size. Raises KeyError: it is not here."""
+        ...
+
+    def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
+        """Where an upload goes; None: the blob is here already."""
+        ...
+
+    def stored(self, digest: bytes) -> None:
+        """An upload is complete."""
+        ...
+
+
+def stall_patience() -> Patience:
+    """For the gaps between the chunks of one peer's blobs: long until some are measured."""
+    return Patience(floor_s=QUICK_STALL_S, ceiling_s=STALL_S, k=8.0)
+
+
+async def get_blob(
+    stream: Stream, digest: bytes, max_bytes: int, purpose: Purpose, patience: Patience | None = None
+) -> bytes:
+    """`patience`: what is known of the gaps between this peer's chunks; it learns from this blob's.
+
+    Raises NotServed, SwarmUnreachable (stalled), BadFrame (cut, wrong bytes), EOFError or OSError.
+    """
+    patience = patience or stall_patience()
+    await stream.send(Kind.GET, digest)
+    answer = await _next(stream, _ANSWER_GET, patience=patience)
+    if answer.kind is Kind.NO:
+        raise NotServed(answer.body.decode(errors="replace"))
+    n_bytes = _size(answer.body)
+    if n_bytes > max_bytes:
+        raise BadFrame("frame_size", f"a blob of {n_bytes} bytes, at most {max_bytes} are expected")
+    data = b"".join([chunk async for chunk in _chunks(stream, digest, n_bytes, purpose, patience)])
+    if digest_of(data) != digest:
+        raise BadFrame("blob", f"blob {digest.hex()[:16]}: its bytes do not fit its digest")
+    return data
+
+
+async def put_blob(stream: Stream, digest: bytes, data: bytes, purpose: Purpose) -> None:
+    """Returns when the other end has the blob on its disk. Raises like `get_blob`."""
+    await stream.send(Kind.PUT, digest + _SIZE.pack(len(data)))
+    answer = await _next(stream, _ANSWER_PUT)
+    if answer.kind is Kind.GO:
+        n = stream.chunk_bytes
+        for start in range(0, len(data), n):
+            await _send(stream, Kind.CHUNK, data[start : start + n], purpose)
+        await _send(stream, Kind.END, digest)
+        answer = await _next(stream, _ANSWER_END)
+    if answer.kind is Kind.NO:
+        raise NotServed(answer.body.decode(errors="replace"))
+
+
+async def serve_blobs(
+    stream: Stream,
+    shelf: Shelf,
+    purpose: Purpose | PurposeOf,
+    allowed: Callable[[], bool],
+    turns: asyncio.Semaphore | None = None,
+) -> None:
+    """Answers requests until the other end closes the stream or is no longer `allowed` to ask.
+
+    `turns`: how many blobs are sent at once over all streams; the others wait.
+    Raises BadMessage for a peer that breaks the protocol, after telling it why; OSError if it is gone.
+    """
+    while True:
+        try:
+            kind, body = await stream.receive(_REQUESTS)
+        except EOFError:
+            return
+        if not allowed():
+            await _say_no(stream, "only members of the swarm are served")
+            raise BadFrame("stranger", "a request by a peer that is not a member")
+        counted_as = purpose(body[:_DIGEST_BYTES]) if callable(purpose) else purpose
+        async with turns or contextlib.nullcontext():
+            if kind is Kind.GET:
+                await _serve_get(stream, shelf, body, counted_as)
+            else:
+                await _serve_put(stream, shelf, body, counted_as)
+
+
+async def _serve_get(stream: Stream, shelf: Shelf, digest: bytes, purpose: Purpose) -> None:
+    try:
+        file, n_bytes = shelf.open(digest)
+    except KeyError:
+        await _say_no(stream, f"blob {digest.hex()[:16]} is not here")
+        return
+    with file:
+        await _send(stream, Kind.SIZE, _SIZE.pack(n_bytes))
+        while chunk := file.read(stream.chunk_bytes):
+            await _send(stream, Kind.CHUNK, chunk, purpose)
+    await _send(stream, Kind.END, digest)
+
+
+async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Purpose) -> None:
+    if len(body) != _DIGEST_BYTES + _SIZE.size:
+        raise BadFrame("frame_size", f"a PUT frame of {len(body)} bytes")
+    digest, n_bytes = body[:_DIGEST_BYTES], _size(body[_DIGEST_BYTES:])
+    try:
+        sink = shelf.sink(digest, n_bytes)
+    except BadMessage as e:
+        await _say_no(stream, str(e))
+        return
+    if sink is not None:
+        await _send(stream, Kind.GO)
+        try:
+            async for chunk in _chunks(stream, digest, n_bytes, purpose):
+                sink.write(chunk)
+            sink.finish()
+        except BadMessage as e:
+            sink.abort()
+            await _say_no(stream, str(e))
+            raise BadFrame("blob", str(e)) from e
+        except BaseException:
+            sink.abort()
+            raise
+    shelf.stored(digest)
+    await _send(stream, Kind.DONE)
+
+
+async def _chunks(
+    stream: Stream, digest: bytes, n_bytes: int, purpose: Purpose, patience: Patience | None = None
+) -> AsyncIterator[bytes]:
+    """The chunks of a blob, exactly `n_bytes` and a fitting END, or BadFrame."""
+    missing = n_bytes
+    while True:
+        kind, body = await _next(stream, _DATA, purpose, patience)
+        if kind is Kind.END:
+            break
+        missing -= len(body)
+        if missing < 0 or not body:
+            raise BadFrame("blob", f"blob {digest.hex()[:16]}: its chunks do not make {n_bytes} bytes")
+        yield body
+    if missing or body != digest:
+        raise BadFrame("blob", f"blob {digest.hex()[:16]}: it ended {missing} bytes early")
+
+
+async def _next(
+    stream: Stream, limits: Limits, purpose: Purpose = "control", patience: Patience | None = None
+) -> Frame:
+    limit_s = STALL_S if patience is None else patience.limit_s
+    began_s = time.monotonic()
+    try:
+        async with asyncio.timeout(limit_s):
+            frame = await stream.receive(limits, purpose)
+    except TimeoutError as e:
+        if patience is not None:
+            patience.ran_out()
+        raise SwarmUnreachable(f"the transfer stood still for {limit_s:.1f} s") from e
+    if patience is not None:
+        patience.took(time.monotonic() - began_s)
+    return frame
+
+
+async def _send(stream: Stream, kind: Kind, body: bytes = b"", purpose: Purpose = "control") -> None:
+    try:
+        async with asyncio.timeout(STALL_S):
+            await stream.send(kind, body, purpose)
+    except TimeoutError as e:
+        raise SwarmUnreachable(f"the transfer stood still for {STALL_S:g} s") from e
+
+
+async def _say_no(stream: Stream, text: str) -> None:
+    await _send(stream, Kind.NO, text.encode()[:_MAX_NO_BYTES])
+
+
+def _size(body: bytes) -> int:
+    if len(body) != _SIZE.size:
+        raise BadFrame("frame_size", f"a size of {len(body)} bytes")
+    n_bytes: int = _SIZE.unpack(body)[0]
+    return n_bytes

@@ -1,0 +1,196 @@
+"""A node's copy of the ledger: every commit that it has seen, in SQLite, from round 1 on.
+
+Nobody waits for it to be on the disk: what a crash takes is a tail, and the coordinator has that again. What
+is in it makes a restart cheap, and gives a coordinator that was restored from an older copy its commits back.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from ...compression.errors import ConfigError, LedgerCorrupt
+from .chain import Chain
+from .messages import Commit
+
+log = logging.getLogger("thinwire.link")
+
+COPY_NAME = "ledger.db"
+
+_SCHEMA = """
+CREATE TABLE run (run_id BLOB NOT NULL);
+CREATE TABLE record (round INTEGER PRIMARY KEY, record BLOB NOT NULL, signature BLOB NOT NULL);
+"""
+_SELECT = "SELECT round, record, signature FROM record WHERE round > ? ORDER BY round LIMIT ?"
+_INSERT = "INSERT OR REPLACE INTO record VALUES (?, ?, ?)"
+_ALL = -1
+
+
+class LedgerCopy:
+    """Commits of one run without a gap. `path` None: in memory.
+
+    Any thread may read; one thread appends. While the disk is full, commits are kept in memory.
+    """
+
+    def __init__(self, path: Path | None, run_id: bytes, public_key: Ed25519PublicKey) -> None:
+        """Verifies the whole chain; what does not fit is cut off, with a warning that names the record.
+
+        Raises ConfigError: a file that cannot be used, of another run or of none.
+        """
+        self._path, self._run_id = path, run_id
+        self._chain = Chain(public_key, 0, run_id)
+        self._lock = threading.RLock()
+        self._newest: Commit | None = None
+        self._unwritten: list[Commit] = []
+        self._is_closed = False
+        self.peers: dict[int, str] = {}
+        """Peer ids by the index that a commit has given them."""
+        try:
+            self._db = _open(path, run_id)
+            self._load()
+        except (sqlite3.Error, OSError) as e:
+            raise ConfigError(f"{path} cannot be used as a copy of the ledger ({e}): move it away") from e
+
+    @property
+    def head_round(self) -> int:
+        """The newest round; 0: there is no commit yet."""
+        return self._chain.round
+
+    @property
+    def head_digest(self) -> bytes:
+        """Digest of the newest record; that of record 0, the run id, without any commit."""
+        return self._chain.digest or self._run_id
+
+    def append(self, commit: Commit) -> None:
+        """The next commit. Raises LedgerCorrupt, and stays as it was, for one that does not fit the chain."""
+        with self._lock:
+            self._chain.check(commit)
+            self._took(commit)
+            self._write(commit)
+
+    def commits(self, after: int, limit: int) -> list[Commit]:
+        """At most `limit` commits from round `after` + 1 on; none once closed.
+
+        Raises LedgerCorrupt if the file cannot be read any more.
+        """
+        with self._lock:
+            if self._is_closed or after >= self.head_round:
+                return []
+            if after == self.head_round - 1 and self._newest is not None:
+                return [self._newest]
+            try:
+                rows = self._db.execute(_SELECT, (after, limit)).fetchall()
+            except sqlite3.Error as e:
+                raise LedgerCorrupt(
+                    f"{self._path} cannot be read ({e}): move it away, and start again"
+                ) from e
+            found = [Commit(record=record, signature=signature) for _, record, signature in rows]
+            written = after + len(found)
+            return found + [c for c in self._unwritten if c.body.round > written][: limit - len(found)]
+
+    def digest_at(self, round_: int) -> bytes | None:
+        """Digest of the record of this round; None: it is not here."""
+        if round_ == 0:
+            return self._run_id
+        found = self.commits(round_ - 1, 1) if round_ > 0 else []
+        return found[0].digest if found else None
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            self._db.close()
+
+    # ------------------------------------------------------------------------------------- the file
+
+    def _took(self, commit: Commit) -> None:
+        self._newest = commit
+        self.peers.update((admission.index, admission.peer_id) for admission in commit.body.admitted)
+
+    def _write(self, commit: Commit) -> None:
+        """A disk that is full must not stop the training: what it does not take is tried again."""
+        pending = [*self._unwritten, commit]
+        try:
+            with self._db:
+                self._db.executemany(_INSERT, [(c.body.round, c.record, c.signature) for c in pending])
+        except sqlite3.Error as e:
+            if not self._unwritten:
+                log.warning("%s takes no more commits (%s): they are kept in memory", self._path, e)
+            self._unwritten = pending
+        else:
+            if self._unwritten:
+                log.info("%s takes commits again", self._path)
+            self._unwritten = []
+
+    def _load(self) -> None:
+        """Walks the chain as far as it holds."""
+        try:
+            why = self._walk()
+            if why is not None:
+                self._warn(why)
+                with self._db:
+                    self._db.execute("DELETE FROM record WHERE round > ?", (self._chain.round,))
+        except sqlite3.DatabaseError as e:
+            # Pages of the file are damaged: what was read until here makes a new one.
+            self._warn(str(e))
+            self._rewrite()
+
+    def _walk(self) -> str | None:
+        """What is wrong with the first record that does not fit; None: all do."""
+        for round_, record, signature in self._db.execute(_SELECT, (0, _ALL)):
+            wanted = self._chain.round + 1
+            if round_ != wanted:
+                return f"record {wanted} is missing, record {round_} is there"
+            try:
+                commit = Commit(record=record, signature=signature)
+                self._chain.check(commit)
+            except (LedgerCorrupt, ValueError) as e:
+                return str(e)
+            self._took(commit)
+        return None
+
+    def _warn(self, why: str) -> None:
+        log.warning(
+            "%s: record %d is damaged (%s): it and what follows is fetched again",
+            *(self._path, self._chain.round + 1, why),
+        )
+
+    def _rewrite(self) -> None:
+        assert self._path is not None, "a database in memory has no damaged pages"
+        good = self._db.execute(_SELECT, (0, self._chain.round)).fetchall() if self._chain.round else []
+        self._db.close()
+        for suffix in ("", "-wal", "-shm"):
+            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+        self._db = _open(self._path, self._run_id)
+        with self._db:
+            self._db.executemany(_INSERT, good)
+
+
+def _open(path: Path | None, run_id: bytes) -> sqlite3.Connection:
+    """The database of this run, made if there is none. Raises ConfigError, or sqlite3.Error."""
+    # Threads use one connection under the copy's lock.
+    db = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False)
+    try:
+        names = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not names:
+            _make(db, run_id)
+        elif "run" not in names or "record" not in names:
+            raise ConfigError(f"{path} is no copy of a ledger: move it away, or choose another --state")
+        ours = db.execute("SELECT run_id FROM run").fetchone()
+        if ours != (run_id,):
+            of = "no run" if ours is None else f"run {bytes(ours[0]).hex()[:16]}"
+            raise ConfigError(f"{path} is of {of}, not of run {run_id.hex()[:16]}: move it away")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _make(db: sqlite3.Connection, run_id: bytes) -> None:
+    """In one transaction: a crash leaves an empty file, which is as good as none."""
+    db.executescript(f"BEGIN; {_SCHEMA} INSERT INTO run VALUES (x'{run_id.hex()}'); COMMIT;")

@@ -1,0 +1,302 @@
+"""A whole ledger as one file: record 0, every commit, and the payloads that commits name, each once.
+
+    head     "thinwire ledger\\n" | u32 protocol version
+    item     kind (1 byte) | u64 length | body          kinds: Genesis, Commit, Blob, Absent, End
+    G, C     signature (64 bytes) | record              as signed by the coordinator
+    B        payload                                    after the first commit that names it, in its order
+    A        32 bytes digest of a payload               in its place: the coordinator had thrown it away
+    E        u32 round | 32 bytes digest of the last record; nothing comes after it
+
+All integers are little-endian. Base weights and texts are not in it. Readers check every byte: signatures by
+the key in record 0, the chain of digests, each payload's digest. Who holds a file can trust it as far as the
+run id, which is the digest of record 0.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from blake3 import blake3
+
+from ...compression.errors import ConfigError, Incompatible, LedgerCorrupt
+from .chain import Chain
+from .files import sync_folder
+from .identity import is_signed_by, public_key_of
+from .messages import (
+    PROTOCOL_VERSION,
+    BadMessage,
+    Commit,
+    CommitBody,
+    GenesisBody,
+    OfferEntry,
+    decode_record,
+    digest_of,
+)
+
+MAGIC: Final = b"thinwire ledger\n"
+_HEAD: Final = struct.Struct("<16sI")
+_ITEM: Final = struct.Struct("<cQ")
+_END: Final = struct.Struct("<I32s")
+_GENESIS, _COMMIT, _BLOB, _ABSENT, _LAST = b"G", b"C", b"B", b"A", b"E"
+_SIGNATURE_BYTES: Final = 64
+_MAX_RECORD_BYTES: Final = 16 * 2**20 + _SIGNATURE_BYTES
+_PIECE_BYTES: Final = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a verified file holds. `reports`: round -> (peer id, fingerprint); the last one of each peer.
+    `absent_to`: the last round of which a payload is absent, 0: none."""
+
+    run_id: bytes
+    rounds: int
+    n_blobs: int
+    absent_to: int
+    n_bytes: int
+    reports: Mapping[int, tuple[tuple[str, bytes], ...]]
+
+
+class LedgerFile:
+    """Reads an open file as a stream; nothing larger than one record or payload is held in memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Reads record 0. Raises LedgerCorrupt, or Incompatible for another protocol version."""
+        self._file = file
+        self._at = 0
+        self.n_bytes = file.seek(0, os.SEEK_END)
+        self._places: dict[bytes, tuple[int, int]] = {}  # digest -> offset, length
+        self._read_head()
+        self.signature, self.record = self._signed(_GENESIS, 0)
+        try:
+            self.genesis = decode_record(GenesisBody, self.record)
+            is_signed = is_signed_by(self.genesis.coordinator, self.signature, self.record)
+        except (BadMessage, ConfigError) as e:
+            raise LedgerCorrupt(f"record 0: it is no genesis: {e}") from e
+        if not is_signed:
+            raise LedgerCorrupt("record 0: its signature is not the coordinator's")
+        if self.genesis.protocol != PROTOCOL_VERSION:
+            raise _other_version(self.genesis.protocol)
+        self.run_id = digest_of(self.record)
+        self.peers: dict[int, str] = {}
+        self._absent: set[bytes] = set()
+        self.absent_to = 0
+        self._items_at = self._at
+
+    @property
+    def n_blobs(self) -> int:
+        return len(self._places)
+
+    def commits(self) -> Iterator[Commit]:
+        """All commits from round 1 on, each with its payloads verified. Raises LedgerCorrupt."""
+        self._at = self._items_at
+        self._places.clear()
+        self._absent.clear()
+        self.peers.clear()
+        chain = Chain(public_key_of(self.genesis.coordinator), 0, self.run_id)
+        while self._next_kind(chain.round + 1) != _LAST:
+            wanted = chain.round + 1
+            signature, record = self._signed(_COMMIT, wanted)
+            commit = Commit(record=record, signature=signature)
+            chain.check(commit)
+            self._check_peers(commit.body)
+            for digest in blobs_of(commit.body):
+                if digest not in self._places and digest not in self._absent:
+                    self._check_blob(digest, wanted)
+                if digest in self._absent:
+                    self.absent_to = wanted
+            yield commit
+        self._check_end(chain)
+
+    def payload(self, offer: OfferEntry) -> bytes:
+        """The bytes of an offer in a commit that `commits` has given already. Raises KeyError if absent."""
+        if offer.payload is not None:
+            return offer.payload
+        assert offer.digest is not None
+        offset, n_bytes = self._places[offer.digest]
+        self._file.seek(offset)
+        data = self._file.read(n_bytes)
+        if digest_of(data) != offer.digest:
+            raise LedgerCorrupt(f"payload {offer.digest.hex()[:16]} has changed since it was checked")
+        return data
+
+    def _read_head(self) -> None:
+        data = self._bytes(_HEAD.size, "this is no ledger file: it is too short")
+        magic, version = _HEAD.unpack(data)
+        if magic != MAGIC:
+            raise LedgerCorrupt("record 0: this is no ledger file of thinwire")
+        if version != PROTOCOL_VERSION:
+            raise _other_version(version)
+
+    def _next_kind(self, record: int) -> bytes:
+        kind = self._bytes(1, f"record {record}: the file is cut off before it")
+        self._at -= 1
+        return kind
+
+    def _item(self, kind: bytes, max_bytes: int, what: str) -> int:
+        """Takes the head of an item; returns the length of its body, which lies wholly in the file."""
+        found, n_bytes = _ITEM.unpack(self._bytes(_ITEM.size, f"{what}: the file is cut off before it"))
+        if found != kind:
+            raise LedgerCorrupt(f"{what}: an item of another kind ({found!r}) is in its place")
+        if n_bytes > max_bytes:
+            raise LedgerCorrupt(f"{what}: it says that it has {n_bytes} bytes, at most {max_bytes}")
+        if n_bytes > self.n_bytes - self._at:
+            raise LedgerCorrupt(f"{what}: the file is cut off inside of it")
+        return int(n_bytes)
+
+    def _signed(self, kind: bytes, record: int) -> tuple[bytes, bytes]:
+        n_bytes = self._item(kind, _MAX_RECORD_BYTES, f"record {record}")
+        data = self._bytes(n_bytes, f"record {record}: the file is cut off inside of it")
+        if n_bytes < _SIGNATURE_BYTES:
+            raise LedgerCorrupt(f"record {record}: it is too short")
+        return data[:_SIGNATURE_BYTES], data[_SIGNATURE_BYTES:]
+
+    def _check_blob(self, digest: bytes, record: int) -> None:
+        what = f"record {record}: its payload {digest.hex()[:16]}"
+        if self._next_kind(record) == _ABSENT:
+            if self._bytes(self._item(_ABSENT, len(digest), what), what) != digest:
+                raise LedgerCorrupt(f"{what}: another one is said to be absent in its place")
+            self._absent.add(digest)
+            return
+        n_bytes = self._item(_BLOB, self.genesis.limits.max_payload_bytes, what)
+        offset, missing, hashed = self._at, n_bytes, blake3()
+        while missing:
+            piece = self._bytes(min(missing, _PIECE_BYTES), f"{what}: the file is cut off inside of it")
+            hashed.update(piece)
+            missing -= len(piece)
+        if hashed.digest() != digest:
+            raise LedgerCorrupt(f"{what}: its bytes do not fit the digest in the record")
+        self._places[digest] = (offset, n_bytes)
+
+    def _check_peers(self, body: CommitBody) -> None:
+        self.peers.update({a.index: a.peer_id for a in body.admitted})
+        named = (
+            {o.peer for o in body.offers} | {r.peer for r in body.reports} | {s.peer for s in body.snapshots}
+        )
+        for peer in sorted(named - self.peers.keys()):
+            raise LedgerCorrupt(f"record {body.round}: it names peer {peer}, whom no record admits")
+
+    def _check_end(self, chain: Chain) -> None:
+        what = f"record {chain.round + 1}: the end mark in its place"
+        n_bytes = self._item(_LAST, _END.size, what)
+        if n_bytes != _END.size or self._bytes(_END.size, what) != _END.pack(
+            chain.round, chain.digest or self.run_id
+        ):
+            raise LedgerCorrupt(f"{what} does not fit record {chain.round}")
+        if self._at != self.n_bytes:
+            raise LedgerCorrupt(f"{what} is followed by {self.n_bytes - self._at} more bytes")
+
+    def _bytes(self, n_bytes: int, error: str) -> bytes:
+        self._file.seek(self._at)
+        data = self._file.read(n_bytes)
+        if len(data) != n_bytes:
+            raise LedgerCorrupt(error)
+        self._at += n_bytes
+        return data
+
+
+@contextmanager
+def open_ledger(path: Path) -> Iterator[LedgerFile]:
+    """Raises ConfigError (no such file) or what `LedgerFile` raises, with the file's name before it."""
+    try:
+        file = path.open("rb")
+    except OSError as e:
+        raise ConfigError(f"{path}: {e.strerror}") from e
+    with file:
+        try:
+            yield LedgerFile(file)
+        except (LedgerCorrupt, Incompatible) as e:
+            raise type(e)(f"{path}: {e}") from e
+
+
+def check(path: Path) -> Summary:
+    """Verifies a whole file. Raises LedgerCorrupt that names the first bad record."""
+    with open_ledger(path) as ledger:
+        rounds = 0
+        reports: dict[int, dict[str, bytes]] = defaultdict(dict)
+        for commit in ledger.commits():
+            rounds = commit.body.round
+            for report in commit.body.reports:
+                reports[report.round][ledger.peers[report.peer]] = report.fingerprint
+        return Summary(
+            ledger.run_id,
+            rounds,
+            ledger.n_blobs,
+            ledger.absent_to,
+            ledger.n_bytes,
+            {round_: tuple(by_peer.items()) for round_, by_peer in reports.items()},
+        )
+
+
+def write_ledger(
+    path: Path,
+    genesis: bytes,
+    signature: bytes,
+    commits: Iterable[Commit],
+    payload: Callable[[bytes], bytes | None],
+) -> Summary:
+    """Writes aside, verifies what was written, then renames: `path` holds a whole ledger or what it held.
+
+    `genesis`: record 0; `payload`: the bytes of a digest, None: nobody has them any more. Raises ConfigError
+    when the file cannot be written, LedgerCorrupt when what was given is no ledger, and what `commits` and
+    `payload` raise.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            _write(file, genesis, signature, commits, payload)
+            file.flush()
+            os.fsync(file.fileno())
+        summary = check(aside)
+        aside.rename(path)
+        sync_folder(path.parent)
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be written: {e.strerror}") from e
+    finally:
+        aside.unlink(missing_ok=True)
+    return summary
+
+
+def _write(
+    file: BinaryIO,
+    genesis: bytes,
+    signature: bytes,
+    commits: Iterable[Commit],
+    payload: Callable[[bytes], bytes | None],
+) -> None:
+    round_, digest = 0, digest_of(genesis)
+    written: set[bytes] = set()
+    file.write(_HEAD.pack(MAGIC, PROTOCOL_VERSION))
+    _put(file, _GENESIS, signature + genesis)
+    for commit in commits:
+        _put(file, _COMMIT, commit.signature + commit.record)
+        for name in blobs_of(commit.body):
+            if name not in written:
+                data = payload(name)
+                _put(file, _ABSENT, name) if data is None else _put(file, _BLOB, data)
+                written.add(name)
+        round_, digest = commit.body.round, commit.digest
+    _put(file, _LAST, _END.pack(round_, digest))
+
+
+def _put(file: BinaryIO, kind: bytes, body: bytes) -> None:
+    file.write(_ITEM.pack(kind, len(body)))
+    file.write(body)
+
+
+def blobs_of(body: CommitBody) -> list[bytes]:
+    """Digests of the payloads that are not inside of the commit, in the order of its offers."""
+    return [offer.digest for offer in body.offers if offer.digest is not None]
+
+
+def _other_version(version: int) -> Incompatible:
+    return Incompatible(
+        f"record 0: the ledger is of protocol version {version}, this is {PROTOCOL_VERSION}: "
+        f"use the thinwire that made it"
+    )

@@ -1,0 +1,460 @@
+"""Everything that crosses a session between node and coordinator, and the records of the ledger.
+
+A message is a msgpack list: its tag, then its fields in the order in which they are declared. Nothing is
+decoded beyond what the class expects: wrong tags, counts, types and lengths raise `BadMessage`.
+Ledger records are stored and passed on as the bytes that were signed; nobody re-encodes them.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
+
+import msgpack
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ...compression.errors import ThinwireError
+
+PROTOCOL_VERSION = 2
+INLINE_BYTES = 4096
+"""Payloads up to this size travel inside offer and commit; larger ones are blobs named by digest."""
+
+MAX_METRICS_BYTES = 48 * 2**10
+"""Compressed; a node has about 3 kB of them."""
+
+MAX_PEERS = 1024
+MAX_ROUND = 2**32 - 1
+
+
+class BadMessage(ThinwireError):
+    """Bytes from the network that are not a message: the session that sent them is closed."""
+
+
+def digest_of(data: bytes) -> bytes:
+    """BLAKE3 of `data`, 32 bytes: the name of a blob, a record or a payload."""
+    return blake3(data).digest()
+
+
+Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
+Round = Annotated[int, Field(ge=0, le=MAX_ROUND)]
+Index = Annotated[int, Field(ge=0, lt=2**16)]
+Count = Annotated[int, Field(ge=0, lt=2**40)]
+PeerId = Annotated[str, Field(min_length=1, max_length=100)]
+Text = Annotated[str, Field(max_length=2000)]
+Address = Annotated[str, Field(min_length=1, max_length=300)]
+
+
+class Record(BaseModel):
+    """A frozen, strictly typed value that is packed as the list of its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        if isinstance(value, tuple):
+            names = list(cls.model_fields)
+            if len(value) != len(names):
+                raise ValueError(f"{cls.__name__} has {len(names)} fields, not {len(value)}")
+            return dict(zip(names, value, strict=True))
+        return value
+
+    def to_list(self) -> list[Any]:
+        return [_plain(getattr(self, name)) for name in type(self).model_fields]
+
+
+R = TypeVar("R", bound=Record)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.to_list()
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, StrEnum):
+        return str(value)
+    return value
+
+
+class NodeState(StrEnum):
+    JOINING = "joining"
+    TRAINING = "training"
+    LEAVING = "leaving"
+
+
+# ------------------------------------------------------------------------------------------- the ledger
+
+
+class OfferEntry(Record):
+    """One counted offer in a commit: either the payload itself or the digest of a blob."""
+
+    peer: Index
+    n_samples: Annotated[int, Field(ge=1, le=2**20)]
+    n_tokens: Count
+    loss: float | None
+    n_bytes: Count
+    payload: Annotated[bytes, Field(max_length=INLINE_BYTES)] | None
+    digest: Digest | None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.payload is None) == (self.digest is None):
+            raise ValueError("an offer has either a payload or a digest")
+        return self
+
+
+class Admission(Record):
+    """A peer gets its small index: offers, reports and evaluators name it by this from then on."""
+
+    index: Index
+    peer_id: PeerId
+
+
+class ReportEntry(Record):
+    """A fingerprint that a peer reported since the last commit. A later one on the same round replaces it;
+    `checked`: the peer has replayed the ledger up to that round, and this is what came out."""
+
+    peer: Index
+    round: Round
+    fingerprint: Annotated[bytes, Field(min_length=8, max_length=8)]
+    checked: bool
+
+
+class SnapshotEntry(Record):
+    """A snapshot that a peer has on disk since the last commit: the digest of its manifest, and the size of
+    all of it. 0 bytes: what it reported of that round before is taken back."""
+
+    peer: Index
+    round: Round
+    manifest: Digest
+    n_bytes: Count
+
+
+class CommitBody(Record):
+    """What closes a round. `lr_factor_bits`: float32 bits of the factor of round + 1."""
+
+    round: Annotated[int, Field(ge=1, le=MAX_ROUND)]
+    parent: Digest
+    offers: Annotated[tuple[OfferEntry, ...], Field(min_length=1, max_length=MAX_PEERS)]
+    admitted: Annotated[tuple[Admission, ...], Field(max_length=MAX_PEERS)]
+    lr_factor_bits: Annotated[int, Field(ge=0, lt=2**32)]
+    reports: Annotated[tuple[ReportEntry, ...], Field(max_length=4 * MAX_PEERS)]
+    snapshots: Annotated[tuple[SnapshotEntry, ...], Field(max_length=2 * MAX_PEERS)]
+    evaluator: Index | None
+    time_ms: Annotated[int, Field(ge=0, lt=2**48)]
+
+
+class LayoutEntry(Record):
+    """One parameter of the model. `init`: zeros, ones or normal with `scale` (exact noise)."""
+
+    name: Annotated[str, Field(min_length=1, max_length=500)]
+    shape: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**48)], ...], Field(max_length=8)]
+    dtype: Annotated[str, Field(max_length=20)]
+    init: Annotated[str, Field(pattern="^(zeros|ones|normal)$")]
+    scale: float
+
+
+class BlobRef(Record):
+    """Bytes that the coordinator serves for the whole run: base weights, training and held-out text."""
+
+    digest: Digest
+    n_bytes: Count
+
+
+class Limits(Record):
+    """What an offer may carry, fixed for the run."""
+
+    max_peers: Annotated[int, Field(ge=1, le=MAX_PEERS)] = 64
+    max_payload_bytes: Annotated[int, Field(ge=1, le=2**32)] = 64 * 2**20
+    max_samples: Annotated[int, Field(ge=1, le=2**20)] = 2**16
+
+
+class GenesisBody(Record):
+    """Record 0. `config`: the run's configuration as JSON; `base`: None means exact initialisation;
+    `corpus`: the text that nodes train on unless they bring their own, if it is not a built-in one."""
+
+    protocol: int
+    config: Annotated[str, Field(max_length=200_000)]
+    layout: Annotated[tuple[LayoutEntry, ...], Field(min_length=1, max_length=100_000)]
+    base: BlobRef | None
+    held_out: BlobRef | None
+    corpus: BlobRef | None
+    limits: Limits
+    coordinator: PeerId
+    lr_factor_bits: Annotated[int, Field(ge=0, lt=2**32)]
+    time_ms: Annotated[int, Field(ge=0, lt=2**48)]
+
+
+# ------------------------------------------------------------------------------------------- messages
+
+
+class Message(Record):
+    """A record with a tag of its own, sent over a session."""
+
+    tag: ClassVar[int]
+
+
+class Hello(Message):
+    """First frame of a session, from the node. `head_*`: the last commit that it has on disk, if any.
+
+    `device`: what it trains on, in words, for people.
+
+    A head that the coordinator does not have (restored from an older copy) is answered by `Follow`: the node
+    sends the commits that are missing, then comes the Welcome.
+    """
+
+    tag = 1
+    version: int
+    run_id: Digest
+    token: Annotated[str, Field(max_length=200)]
+    head_round: Round | None
+    head_digest: Digest | None
+    addresses: Annotated[tuple[Address, ...], Field(max_length=32)]
+    agent: Annotated[str, Field(max_length=100)]
+    device: Annotated[str, Field(max_length=100)] = ""
+
+
+class Welcome(Message):
+    """Record 0 with its signature, and where the ledger stands. Payloads of the rounds from `kept_from` on
+    can be had from the coordinator."""
+
+    tag = 2
+    genesis: Annotated[bytes, Field(max_length=16 * 2**20)]
+    signature: Annotated[bytes, Field(min_length=64, max_length=64)]
+    head_round: Round
+    head_digest: Digest
+    kept_from: Round
+    peer_index: Index
+    heartbeat_s: Annotated[float, Field(gt=0, le=60)]
+
+    @cached_property
+    def body(self) -> GenesisBody:
+        return decode_record(GenesisBody, self.genesis)
+
+
+class Refused(Message):
+    """Why a session is not opened or is ended; `error` names an error class of the node's."""
+
+    tag = 3
+    error: Annotated[
+        str, Field(pattern="^(ConfigError|Incompatible|LedgerCorrupt|SwarmUnreachable|BadMessage)$")
+    ]
+    text: Text
+
+
+class State(Message):
+    """What a node does. `needs_after`: a joining node is going to apply the rounds after this one, so that
+    their payloads must be kept for it; None: it does not know yet."""
+
+    tag = 4
+    state: Annotated[NodeState, Field(strict=False)]
+    needs_after: Round | None = None
+
+
+class Offer(Message):
+    """What a peer proposes for `round`. On the wire `payload` is None when it was sent as a blob."""
+
+    tag = 5
+    round: Annotated[int, Field(ge=1, le=MAX_ROUND)]
+    n_samples: Annotated[int, Field(ge=1, le=2**20)]
+    n_tokens: Count
+    loss: float | None
+    n_bytes: Count
+    payload: bytes | None
+    digest: Digest | None
+
+
+class Follow(Message):
+    """Send all commits after this round, then new ones as they are made. From the coordinator, instead of a
+    Welcome: send me what you have after this round."""
+
+    tag = 6
+    after: Round
+
+
+class Commit(Message):
+    """One record of the ledger, as stored: the signed bytes and the coordinator's Ed25519 signature."""
+
+    tag = 7
+    record: Annotated[bytes, Field(max_length=16 * 2**20)]
+    signature: Annotated[bytes, Field(min_length=64, max_length=64)]
+
+    @cached_property
+    def digest(self) -> bytes:
+        return digest_of(self.record)
+
+    @cached_property
+    def body(self) -> CommitBody:
+        return decode_record(CommitBody, self.record)
+
+
+class Head(Message):
+    """The newest committed round. Answers a node's leaving: all that it sent before has been read."""
+
+    tag = 8
+    round: Round
+
+
+class Report(Message):
+    """What a node measured after applying `round`; None where it has nothing to say.
+
+    `checked`: see ReportEntry. `snapshot`: digest of the manifest of one that is on disk now; its size.
+    """
+
+    tag = 9
+    round: Round
+    fingerprint: Annotated[bytes, Field(min_length=8, max_length=8)] | None = None
+    checked: bool = False
+    held_out: float | None = None
+    snapshot: Digest | None = None
+    snapshot_bytes: Count | None = None
+
+
+class Phases(Record):
+    """How long a node has taken for the parts of so many rounds, in all: totals since it was started."""
+
+    rounds: Count
+    compute_ms: Count
+    pack_ms: Count
+    exchange_ms: Count
+    apply_ms: Count
+
+
+class Heartbeat(Message):
+    """Node to coordinator every `heartbeat_s`, and back: totals so far, for people and metrics."""
+
+    tag = 10
+    round: Round
+    sent_bytes: Count
+    received_bytes: Count
+    payload_bytes: Count
+    phases: Phases | None = None
+
+
+class Offered(Message):
+    """A payload of the open round, and the peer that has it: nodes may fetch it ahead from there."""
+
+    tag = 11
+    round: Annotated[int, Field(ge=1, le=MAX_ROUND)]
+    holder: PeerId
+    digest: Digest
+    n_bytes: Count
+
+
+class Member(Record):
+    peer_id: PeerId
+    addresses: Annotated[tuple[Address, ...], Field(max_length=32)]
+
+
+class Members(Message):
+    """Who may fetch from whom, and where; sent when it changes."""
+
+    tag = 12
+    members: Annotated[tuple[Member, ...], Field(max_length=MAX_PEERS)]
+
+
+class Notice(Message):
+    """What the coordinator waits for, in words."""
+
+    tag = 13
+    text: Text
+    warning: bool
+
+
+class AskMetrics(Message):
+    """Coordinator to node: somebody wants to see your metrics."""
+
+    tag = 14
+
+
+class Metrics(Message):
+    """The answer: a node's metrics in Prometheus' text format, compressed by zlib."""
+
+    tag = 15
+    text: Annotated[bytes, Field(max_length=MAX_METRICS_BYTES)]
+
+
+MESSAGES: dict[int, type[Message]] = {
+    m.tag: m
+    for m in (
+        *(Hello, Welcome, Refused, State, Offer, Follow, Commit, Head),
+        *(Report, Heartbeat, Offered, Members, Notice, AskMetrics, Metrics),
+    )
+}
+
+
+def encode_record(record: Record) -> bytes:
+    """msgpack of the record's fields in order."""
+    packed: bytes = msgpack.packb(record.to_list(), use_bin_type=True)
+    return packed
+
+
+def decode_record(kind: type[R], data: bytes) -> R:
+    """Raises BadMessage for anything but exactly one record of this kind."""
+    return _validated(kind, _unpack(data))
+
+
+def encode_message(message: Message) -> bytes:
+    packed: bytes = msgpack.packb([message.tag, *message.to_list()], use_bin_type=True)
+    return packed
+
+
+def decode_message(data: bytes) -> Message:
+    """Raises BadMessage for anything but exactly one known message."""
+    value = _unpack(data)
+    if not isinstance(value, tuple) or not value or not isinstance(value[0], int) or value[0] not in MESSAGES:
+        raise BadMessage("unknown message")
+    return _validated(MESSAGES[value[0]], value[1:])
+
+
+def _unpack(data: bytes) -> Any:
+    # Containers hold at least a byte per entry and strings at most all of them: nothing can ask for more
+    # memory than a small multiple of the frame that was already bounded.
+    n = len(data)
+    try:
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            use_list=False,
+            strict_map_key=True,
+            max_bin_len=n,
+            max_str_len=n,
+            max_array_len=n,
+            max_map_len=0,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.UnpackException, RecursionError) as e:
+        raise BadMessage(f"not msgpack: {e}") from e
+
+
+def _validated(kind: type[R], value: Any) -> R:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as e:
+        first = e.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(x) for x in first["loc"])
+        raise BadMessage(f"{kind.__name__}.{where}: {first['msg']}") from e
+
+
+Rejected = Literal[
+    # sessions
+    "adopt", "banned", "fork", "full", "head", "hello", "not_admitted", "old_session", "run", "strangers",
+    "token", "too_slow", "version",
+    # frames and messages
+    "frame_cut", "frame_kind", "frame_size", "message", "metrics", "wrong_message",
+    # offers
+    "changed_offer", "late_offer", "offer", "oversized", "samples", "size", "too_many_offers", "wrong_round",
+    # blobs
+    "blob", "blob_streams", "quota", "stranger",
+    # reports
+    "fingerprint", "held_out", "report_round", "snapshot", "too_many_reports",
+    # a fault of ours
+    "internal",
+]  # fmt: skip
+"""What was not let in. Late offers are usual, and after a crash changed ones and old sessions; the others say
+that a program is broken, too old or ill meant."""
+
+
+PHASES: Final = ("compute", "pack", "exchange", "apply")

@@ -1,0 +1,232 @@
+"""Bounded frames on a binary stream: u32 length of the body, u8 kind, body. All bytes are counted.
+
+Three protocols use them. A session carries messages both ways; a blob stream serves one request after the
+other; a status stream answers questions for people. Who the other end is was proved by libp2p; nothing that
+a frame says can change it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import time
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Literal, NamedTuple, Protocol
+
+from .messages import (
+    BadMessage,
+    Commit,
+    Heartbeat,
+    Message,
+    Offer,
+    Rejected,
+    Welcome,
+    decode_message,
+    encode_message,
+)
+
+SESSION = "thinwire/1/session"
+BLOB = "thinwire/1/blob"
+STATUS = "thinwire/1/status"
+
+HEADER = struct.Struct(">IB")
+CHUNK_BYTES = 64 * 2**10
+_PIECE_BYTES = 256 * 2**10
+
+Purpose = Literal["payload", "snapshot", "ledger", "control", "heartbeat"]
+PURPOSES: tuple[Purpose, ...] = ("payload", "snapshot", "ledger", "control", "heartbeat")
+
+
+class Kind(IntEnum):
+    """What a frame's body is."""
+
+    MESSAGE = 1  # one message of messages.py
+    GET = 2  # digest of the wanted blob
+    PUT = 3  # digest and u64 size of a blob to store
+    SIZE = 4  # answer to GET: u64, then chunks follow
+    CHUNK = 5  # at most 64 KiB of a blob
+    END = 6  # digest: all of the blob was sent
+    NO = 7  # why a request is not served, as text
+    GO = 8  # answer to PUT: send the chunks
+    DONE = 9  # answer to PUT: the blob is stored
+    ASK = 10  # token: asks for the status
+    STATUS = 11  # the status as JSON
+
+
+Limits = Mapping[Kind, int]
+"""The kinds that may come next, and how long each body may be, in bytes."""
+
+FROM_NODE: Limits = {Kind.MESSAGE: 64 * 2**10}
+COMMITS_FROM_NODE: Limits = {Kind.MESSAGE: 17 * 2**20}  # the same records as below, given back
+FROM_COORDINATOR: Limits = {Kind.MESSAGE: 17 * 2**20}  # record 0 and commits have at most 16 MiB
+
+
+class Frame(NamedTuple):
+    kind: Kind
+    body: bytes
+
+
+class BadFrame(BadMessage):
+    """A frame that breaks the protocol. `reason` is one of few words: it becomes a metric's label."""
+
+    def __init__(self, reason: Rejected, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class Meter:
+    """Bytes of all streams of a process so far, frame headers included, by purpose and direction."""
+
+    def __init__(self) -> None:
+        self.sent: dict[Purpose, int] = dict.fromkeys(PURPOSES, 0)
+        self.received: dict[Purpose, int] = dict.fromkeys(PURPOSES, 0)
+
+    def totals(self) -> tuple[int, int]:
+        """Sent and received, heartbeats apart."""
+        return (
+            sum(n for purpose, n in self.sent.items() if purpose != "heartbeat"),
+            sum(n for purpose, n in self.received.items() if purpose != "heartbeat"),
+        )
+
+
+class Throttle(Protocol):
+    """Says when bytes may be written."""
+
+    @property
+    def piece_bytes(self) -> int:
+        """The most that can be asked for at a time."""
+        ...
+
+    async def take(self, n_bytes: int) -> None:
+        """Returns when so many bytes may be written."""
+        ...
+
+    def received(self, n_bytes: int) -> None:
+        """So many bytes have come, which the other end's TCP wants to have acknowledged."""
+        ...
+
+
+class Stream:
+    """One end of a stream. One task at a time may receive, and one may send.
+
+    `throttle`: what is sent is written in pieces, each when it may be.
+    """
+
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        meter: Meter,
+        throttle: Throttle | None = None,
+    ) -> None:
+        self._reader, self._writer, self.meter, self._throttle = reader, writer, meter, throttle
+        self.heard_s = time.monotonic()
+        """When bytes last came, whole frames or not."""
+
+    async def receive(self, limits: Limits, purpose: Purpose = "control") -> Frame:
+        """The next frame; `purpose` is what a chunk's bytes are counted as.
+
+        Raises EOFError (the other end is done), BadFrame, or OSError.
+        """
+        frame = await self._frame(limits)
+        counted_as = purpose if frame.kind is Kind.CHUNK else "control"
+        self.meter.received[counted_as] += HEADER.size + len(frame.body)
+        return frame
+
+    async def receive_message(self, limits: Limits) -> Message:
+        """The next message. Raises EOFError (the other end is done), BadFrame, or OSError."""
+        frame = await self._frame({Kind.MESSAGE: limits[Kind.MESSAGE]})
+        n_bytes = HEADER.size + len(frame.body)
+        try:
+            message = decode_message(frame.body)
+        except BadMessage as e:
+            self.meter.received["control"] += n_bytes
+            raise BadFrame("message", str(e)) from e
+        _count(self.meter.received, message, n_bytes)
+        return message
+
+    async def send(self, kind: Kind, body: bytes = b"", purpose: Purpose = "control") -> None:
+        """Returns when there is room for more. Raises OSError."""
+        self.meter.sent[purpose if kind is Kind.CHUNK else "control"] += HEADER.size + len(body)
+        await self._write(HEADER.pack(len(body), kind) + body)
+
+    async def send_message(self, message: Message) -> None:
+        """Returns when there is room for more. Raises OSError."""
+        body = encode_message(message)
+        _count(self.meter.sent, message, HEADER.size + len(body))
+        await self._write(HEADER.pack(len(body), Kind.MESSAGE) + body)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """How much of a blob goes into a frame: where bytes are few, frames are small, so that they are seen
+        to move."""
+        if self._throttle is None:
+            return CHUNK_BYTES
+        return max(1, min(CHUNK_BYTES, self._throttle.piece_bytes - HEADER.size))
+
+    async def _write(self, data: bytes) -> None:
+        if self._throttle is None:
+            self._writer.write(data)
+            await self._writer.drain()
+            return
+        n = self._throttle.piece_bytes
+        for piece in (data[start : start + n] for start in range(0, len(data), n)):
+            await self._throttle.take(len(piece))
+            self._writer.write(piece)
+            await self._writer.drain()
+
+    async def ended(self, timeout_s: float) -> None:
+        """Waits until the other end closes the stream; what still comes is dropped. Raises nothing."""
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while await self._reader.read(_PIECE_BYTES):
+                    pass
+
+    def close(self) -> None:
+        """Sends what is buffered, and ends both directions: libp2p's daemon knows no half-closed streams."""
+        self._writer.close()
+
+    def abort(self) -> None:
+        """Closes without waiting for the other end to take what is still buffered."""
+        self._writer.transport.abort()
+
+    async def _frame(self, limits: Limits) -> Frame:
+        header = await self._exactly(HEADER.size, at_start=True)
+        n_bytes, code = HEADER.unpack(header)
+        kind = next((k for k in limits if k == code), None)
+        if kind is None:
+            raise BadFrame("frame_kind", f"a frame of kind {code} is not expected here")
+        if n_bytes > limits[kind]:
+            raise BadFrame("frame_size", f"a {kind.name} frame of {n_bytes} bytes, at most {limits[kind]}")
+        return Frame(kind, await self._exactly(n_bytes, at_start=False))
+
+    async def _exactly(self, n_bytes: int, *, at_start: bool) -> bytes:
+        parts, missing = [], n_bytes
+        while missing:
+            try:
+                part = await self._reader.readexactly(min(missing, _PIECE_BYTES))
+            except asyncio.IncompleteReadError as e:
+                if at_start and not e.partial:
+                    raise EOFError("the other end has closed the stream") from e
+                raise BadFrame("frame_cut", "the stream ended inside of a frame") from e
+            self.heard_s = time.monotonic()
+            if self._throttle is not None:
+                self._throttle.received(len(part))
+            parts.append(part)
+            missing -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _count(counts: dict[Purpose, int], message: Message, n_bytes: int) -> None:
+    match message:
+        case Commit() | Welcome():
+            counts["ledger"] += n_bytes
+        case Offer(payload=bytes() as payload):
+            counts["payload"] += len(payload)
+            counts["control"] += n_bytes - len(payload)
+        case Heartbeat():
+            counts["heartbeat"] += n_bytes
+        case _:
+            counts["control"] += n_bytes

@@ -1,0 +1,71 @@
+"""The one line that lets a machine join: who the coordinator is, where it is, which run, the access token.
+
+"tw1-" + base64url(msgpack [peer id, addresses, run id, token] + first 4 bytes of its BLAKE3).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Annotated, Self
+
+from pydantic import Field
+
+from ...compression.errors import ConfigError
+from .identity import public_key_of
+from .messages import Address, BadMessage, Digest, PeerId, Record, decode_record, digest_of, encode_record
+
+_PREFIX = "tw1-"
+_CHECKSUM_BYTES = 4
+_MAX_CHARS = 16_384
+
+
+class Ticket(Record):
+    """`addresses`: multiaddrs without the peer id, the most likely to work first."""
+
+    peer_id: PeerId
+    addresses: Annotated[tuple[Address, ...], Field(min_length=1, max_length=32)]
+    run_id: Digest
+    token: Annotated[str, Field(max_length=200)]
+
+    def line(self) -> str:
+        """The ticket as people pass it on."""
+        packed = encode_record(self)
+        data = packed + digest_of(packed)[:_CHECKSUM_BYTES]
+        return _PREFIX + base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+    @classmethod
+    def parse(cls, line: str) -> Self:
+        """Raises ConfigError that says what is wrong with `line`."""
+        line = line.strip()
+        if not line:
+            raise ConfigError("the ticket is empty: pass the line that `thinwire coordinator` printed")
+        if not line.startswith(_PREFIX):
+            raise ConfigError(
+                f"this is no ticket of this version of thinwire: a ticket starts with {_PREFIX}"
+            )
+        if len(line) > _MAX_CHARS:
+            raise ConfigError(f"the ticket has {len(line)} characters, at most {_MAX_CHARS} are possible")
+        packed = _checked(line.removeprefix(_PREFIX))
+        try:
+            ticket = decode_record(cls, packed)
+        except BadMessage as e:
+            raise ConfigError(
+                f"the ticket is not understood ({e}): is this thinwire older than the swarm?"
+            ) from e
+        public_key_of(ticket.peer_id)
+        return ticket
+
+
+def _checked(text: str) -> bytes:
+    """The packed ticket without its checksum."""
+    try:
+        data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError) as e:
+        raise ConfigError("the ticket is damaged or cut off: copy the whole line again") from e
+    packed, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+    if digest_of(packed)[:_CHECKSUM_BYTES] != checksum:
+        raise ConfigError(
+            "the ticket is damaged or cut off (its checksum differs): copy the whole line again"
+        )
+    return packed

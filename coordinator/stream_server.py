@@ -1,0 +1,360 @@
+"""The coordinator's three doors: sessions, blobs and status, and who may come through them.
+
+Every handler goes by the peer id that libp2p has proved. What one peer does wrong is counted and ends its
+own stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import count
+from typing import Any, BinaryIO, TypeVar
+
+from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
+from .adoption import adopt
+from .blobs import BlobStore, BlobWriter
+from .metrics_requests import Inquiries
+from .protocol.blob_streams import Sink, serve_blobs
+from .protocol.messages import (
+    BadMessage,
+    Follow,
+    Head,
+    Heartbeat,
+    Hello,
+    Message,
+    Metrics,
+    NodeState,
+    Refused,
+    State,
+    Welcome,
+)
+from .protocol.streams import BLOB, FROM_NODE, SESSION, STATUS, BadFrame, Kind, Meter, Stream
+from .protocol.transport import Place, StreamHandler
+from .service import Service
+from .sessions import Session
+
+_log = logging.getLogger("thinwire.coordinator")
+
+T = TypeVar("T")
+
+HELLO_TIMEOUT_S = 10.0
+STATUS_IDLE_S = 120.0
+MAX_STRANGERS = 64
+"""Streams of peers that have not shown the token yet."""
+
+MAX_STRANGE_STREAMS = 8
+"""Of one such peer."""
+
+MAX_BLOB_STREAMS = 8
+"""Of one member."""
+
+_GOODBYE_S = 2.0
+_TOKEN_BYTES = 200
+_REPLACED = (
+    "another node with this identity has joined: every node needs a --state directory of its own, or none"
+)
+_ADOPTED = "the coordinator gets commits back from a node, after it was restored from an older copy"
+
+
+class Doors:
+    """Open sessions by peer id, and the handlers of all streams. One event loop.
+
+    `changed`: the service was told something. `failed`: the run cannot go on. `status`: for people.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        blobs: BlobStore,
+        token: str,
+        meter: Meter,
+        *,
+        changed: Callable[[], None],
+        failed: Callable[[ThinwireError], None],
+        status: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._service, self._blobs, self._meter = service, blobs, meter
+        self._token = token.encode()
+        self._changed, self._failed, self._status = changed, failed, status
+        self._sessions: dict[str, Session] = {}
+        self._inquiries = Inquiries(self._post)
+        self._numbers = count(1)
+        self._opening = asyncio.Lock()
+        """Held while one node is let in: the others wait for what it may have to give back."""
+        self._strangers: Counter[str] = Counter()
+        self._blob_streams: Counter[str] = Counter()
+
+    async def open_on(self, place: Place) -> None:
+        """From now on peers that dial `place` are served."""
+        await place.handle(SESSION, self._guarded(self._serve_session))
+        await place.handle(BLOB, self._guarded(self._serve_blobs))
+        await place.handle(STATUS, self._guarded(self._serve_status))
+
+    def send(self, peer_id: str, message: Message) -> None:
+        """To the peer's current session, if there is one."""
+        self._post(peer_id, message)
+
+    def _post(self, peer_id: str, message: Message) -> bool:
+        """False: there is no session."""
+        session = self._sessions.get(peer_id)
+        if session is None:
+            return False
+        if not session.post(message):
+            self._service.count_rejected("too_slow")
+            session.stream.abort()
+        return True
+
+    async def metrics_of(self, peer_id: str) -> bytes:
+        """A node's own, in Prometheus' text format. Raises `inquiries.Unanswered`."""
+        return await self._inquiries.metrics(peer_id)
+
+    def wake(self) -> None:
+        """There is a new commit."""
+        for session in self._sessions.values():
+            session.wake()
+
+    def beat(self, heartbeat: Heartbeat, silence_limit_s: float) -> None:
+        """A heartbeat to every node; a session without a byte for so long is closed."""
+        for session in list(self._sessions.values()):
+            if time.monotonic() - session.stream.heard_s > silence_limit_s:
+                session.stream.abort()
+            else:
+                self.send(session.peer_id, heartbeat)
+
+    async def close(self, text: str) -> None:
+        """Tells every node why its session ends, and waits for a moment until it knows."""
+        for session in self._sessions.values():
+            session.end(Refused(error="SwarmUnreachable", text=text))
+        deadline_s = time.monotonic() + _GOODBYE_S
+        while self._sessions and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.01)
+
+    def _guarded(self, serve: Callable[[str, Stream], Awaitable[None]]) -> StreamHandler:
+        """A stream handler that answers for what a peer does wrong, and lets nobody else notice."""
+
+        async def handler(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            stream = Stream(reader, writer, self._meter)
+            try:
+                await serve(peer_id, stream)
+            except BadMessage as e:
+                if isinstance(e, BadFrame):  # what the service refuses it counts itself
+                    self._service.count_rejected(e.reason)
+                _log.info("closed a stream of %s: %s", peer_id, e)
+            except (OSError, EOFError, TimeoutError, SwarmUnreachable) as e:
+                _log.debug("a stream of %s ended: %s", peer_id, e)
+            except sqlite3.Error as e:
+                self._failed(LedgerCorrupt(f"the ledger cannot be written: {e}"))
+            except Exception:  # noqa: BLE001 - the edge: a fault met in serving one peer must not end the run
+                _log.exception("a stream of %s met a fault of ours", peer_id)
+                self._service.count_rejected("internal")
+
+        return handler
+
+    @contextlib.contextmanager
+    def _stranger(self, peer_id: str) -> Iterator[None]:
+        """Limits how many streams may be open, and for how long, without the token having been shown."""
+        if self._strangers.total() >= MAX_STRANGERS or self._strangers[peer_id] >= MAX_STRANGE_STREAMS:
+            raise BadFrame("strangers", "too many streams that have not said hello")
+        self._strangers[peer_id] += 1
+        try:
+            yield
+        finally:
+            self._strangers -= Counter((peer_id,))
+
+    async def _serve_session(self, peer_id: str, stream: Stream) -> None:
+        with self._stranger(peer_id):
+            hello = await _or_refused(stream, self._receive_hello(stream))
+        if hello is None:
+            return
+        opened = await _or_refused(stream, self._let_in(peer_id, stream, hello))
+        if opened is None:
+            return
+        number, welcome = opened
+        old = self._sessions.get(peer_id)
+        if old is not None:
+            self._inquiries.forget(peer_id)
+            old.end(Refused(error="ConfigError", text=_REPLACED))
+        session = Session(peer_id, number, stream)
+        self._sessions[peer_id] = session
+        writer = asyncio.create_task(self._write(session, welcome))
+        self._changed()
+        try:
+            await self._read(session)
+        except BadMessage as e:
+            session.end(_refusal(e))
+            await asyncio.wait({writer}, timeout=_GOODBYE_S)
+            raise
+        finally:
+            if self._sessions.get(peer_id) is session:
+                del self._sessions[peer_id]
+                self._inquiries.forget(peer_id)
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+            self._service.closed(peer_id, number, time.monotonic())
+            self._changed()
+
+    async def _receive_hello(self, stream: Stream) -> Hello:
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            hello = await stream.receive_message(FROM_NODE)
+        if not isinstance(hello, Hello):
+            raise BadFrame("hello", f"a session starts with Hello, not {type(hello).__name__}")
+        self._service.lacks(hello)
+        return hello
+
+    async def _let_in(self, peer_id: str, stream: Stream, hello: Hello) -> tuple[int, Welcome]:
+        """The session's number, and what to say first. Raises ThinwireError or OSError."""
+        async with self._opening:
+            if self._service.lacks(hello):
+                try:
+                    await adopt(self._service, stream, hello, self._end_all)
+                finally:
+                    self._changed()
+            number = next(self._numbers)
+            return number, self._service.open(peer_id, number, hello, time.monotonic())
+
+    def _end_all(self) -> None:
+        """There are adopted commits: every node that is here has to come anew."""
+        for session in self._sessions.values():
+            session.end(Refused(error="SwarmUnreachable", text=_ADOPTED))
+
+    async def _write(self, session: Session, welcome: Message) -> None:
+        """The session's sending half; when it cannot go on, the receiving half ends too."""
+        try:
+            await session.stream.send_message(welcome)
+            await session.write(self._service.commits)
+            await asyncio.sleep(1.0)  # the node closes the stream when it has read the reason
+        except OSError as e:
+            _log.debug("cannot send to %s: %s", session.peer_id, e)
+        session.stream.abort()
+
+    async def _read(self, session: Session) -> None:
+        """Until the node closes the session. Raises BadMessage or OSError."""
+        while True:
+            try:
+                message = await session.stream.receive_message(FROM_NODE)
+            except EOFError:
+                return
+            if session.is_ending:
+                continue  # nobody answers any more, but the node has not read why yet
+            if isinstance(message, Follow):
+                session.follow(message.after)
+            elif isinstance(message, Metrics):
+                if self._sessions.get(session.peer_id) is session:
+                    self._inquiries.answered(session.peer_id, message)
+            else:
+                self._service.receive(session.peer_id, session.number, message, time.monotonic())
+                self._changed()
+            if isinstance(message, State) and message.state is NodeState.LEAVING:
+                session.post(Head(round=self._service.head))  # all that came before has been read
+
+    async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
+        shelf = _Shelf(self._service, self._blobs, peer_id, self._changed)
+        if not self._service.is_member(peer_id):
+            with self._stranger(peer_id):
+                async with asyncio.timeout(HELLO_TIMEOUT_S):
+                    await serve_blobs(stream, shelf, "control", lambda: False)
+            return
+        if self._blob_streams[peer_id] >= MAX_BLOB_STREAMS:
+            raise BadFrame("blob_streams", f"more than {MAX_BLOB_STREAMS} blob streams")
+        self._blob_streams[peer_id] += 1
+        try:
+            await serve_blobs(stream, shelf, "payload", lambda: self._service.is_member(peer_id))
+        finally:
+            self._blob_streams -= Counter((peer_id,))
+
+    async def _serve_status(self, peer_id: str, stream: Stream) -> None:
+        """Whoever knows the token may ask, again and again."""
+        with self._stranger(peer_id):
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                frame = await stream.receive({Kind.ASK: _TOKEN_BYTES})
+            if not hmac.compare_digest(frame.body, self._token):
+                self._service.count_rejected("token")
+                await _refuse(stream, ConfigError("the ticket's token is wrong: ask for a new ticket"))
+                return
+        while True:
+            await stream.send(Kind.STATUS, json.dumps(self._status()).encode())
+            async with asyncio.timeout(STATUS_IDLE_S):
+                await stream.receive({Kind.ASK: _TOKEN_BYTES})
+
+
+class _Shelf:
+    """The coordinator's blobs as one peer may use them."""
+
+    def __init__(self, service: Service, blobs: BlobStore, peer_id: str, changed: Callable[[], None]) -> None:
+        self._service, self._blobs, self._peer_id, self._changed = service, blobs, peer_id, changed
+
+    def open(self, digest: bytes) -> tuple[BinaryIO, int]:
+        n_bytes = self._blobs.size(digest)
+        if n_bytes is None:
+            raise KeyError(digest.hex())
+        return self._blobs.open(digest), n_bytes
+
+    def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
+        if digest in self._blobs:
+            return None
+        self._service.may_store(self._peer_id, n_bytes)
+        with _disk():
+            return _Upload(self._blobs.writer(digest))
+
+    def stored(self, digest: bytes) -> None:
+        self._service.blob_arrived(self._peer_id, digest, time.monotonic())
+        self._changed()
+
+
+class _Upload:
+    """A `BlobWriter` whose disk may be full."""
+
+    def __init__(self, writer: BlobWriter) -> None:
+        self._writer = writer
+
+    def write(self, chunk: bytes) -> None:
+        with _disk():
+            self._writer.write(chunk)
+
+    def finish(self) -> int:
+        with _disk():
+            return self._writer.finish()
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError):
+            self._writer.abort()
+
+
+@contextlib.contextmanager
+def _disk() -> Iterator[None]:
+    """The disk's errors are told to the operator, and to the peer as a refusal."""
+    try:
+        yield
+    except OSError as e:
+        _log.error("a payload cannot be stored: %s", e)
+        raise BadMessage("the coordinator cannot store payloads: its disk is full or broken") from e
+
+
+async def _or_refused(stream: Stream, opening: Awaitable[T]) -> T | None:
+    """What it returns; None: the node was told why it is not let in. A BadMessage is raised after that."""
+    try:
+        return await opening
+    except ThinwireError as e:
+        await _refuse(stream, e)
+        if isinstance(e, BadMessage):
+            raise
+        return None
+
+
+async def _refuse(stream: Stream, error: ThinwireError) -> None:
+    with contextlib.suppress(OSError):
+        await stream.send_message(_refusal(error))
+        await stream.ended(_GOODBYE_S)
+
+
+def _refusal(error: ThinwireError) -> Refused:
+    known = isinstance(error, ConfigError | Incompatible | LedgerCorrupt | SwarmUnreachable)
+    return Refused(error=type(error).__name__ if known else "BadMessage", text=str(error)[:2000])

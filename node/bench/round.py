@@ -1,0 +1,147 @@
+"""`bench round`: how long a round takes without compute, over real libp2p on loopback.
+
+Every peer offers 16 bytes (SPSA with 16 probes) as soon as it has the last commit, and the coordinator closes
+a round when all offers are here. Includes the commit's way to the disk. Peers are threads of this process,
+each with a daemon of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from ...coordinator.protocol.figures import ddp_bytes
+from ...coordinator.protocol.identity import load_or_create, peer_id_of
+from ...coordinator.protocol.messages import (
+    PROTOCOL_VERSION,
+    GenesisBody,
+    LayoutEntry,
+    Limits,
+    NodeState,
+    Offer,
+    Report,
+)
+from ...coordinator.protocol.schedule import float32_bits
+from ...coordinator.server_thread import ServerThread
+from ..links.base import Link
+from ..links.hivemind import HivemindLink
+
+PAYLOAD_BYTES = 16
+N_PEERS = 8
+ROUNDS_PER_REPEAT = 40
+WARM_UP_ROUNDS = 10
+
+
+def bench_round(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
+    """Baseline: what a peer of data-parallel training sends in a step for so many parameters, in a ring of as
+    many peers. They have no other influence."""
+    result = measure_rounds(N_PEERS, ROUNDS_PER_REPEAT * n_repeats)
+    ddp = ddp_bytes(N_PEERS, n_params)
+    return {
+        **result,
+        "least_n_bytes": PAYLOAD_BYTES,
+        "ddp_n_params": n_params,
+        "ddp_n_bytes_per_step": round(ddp),
+        "ratio_to_ddp_bytes": ddp / result["sent_bytes_per_peer_and_round"],
+    }
+
+
+def measure_rounds(n_peers: int, n_rounds: int) -> dict[str, Any]:
+    """Times of `n_rounds` rounds (at least 2) from commit to commit, and bytes per peer and round."""
+    total = WARM_UP_ROUNDS + n_rounds
+    with tempfile.TemporaryDirectory(prefix="thinwire-bench-") as folder, ExitStack() as stack:
+        path = Path(folder)
+        key = load_or_create(path / "key")
+        server = stack.enter_context(
+            ServerThread(path, genesis_of(peer_id_of(key.public_key()), n_peers, total))
+        )
+        links = [HivemindLink(server.ticket, host="127.0.0.1") for _ in range(n_peers)]
+        for link in links:
+            stack.callback(link.close)
+            link.open()
+        seen_s: list[float] = []
+        threads = [threading.Thread(target=take_part, args=(link, total)) for link in links[1:]]
+        for thread in threads:
+            thread.start()
+        take_part(links[0], total, seen_s)
+        for thread in threads:
+            thread.join()
+        sent = sum(sum(link.traffic().sent.values()) for link in links)
+    return figures(seen_s, n_peers, n_rounds, sent)
+
+
+def figures(seen_s: Sequence[float], n_peers: int, n_rounds: int, sent_bytes: int) -> dict[str, Any]:
+    """`seen_s`: when a peer had each commit; the first ones are for warming up."""
+    times_s = [b - a for a, b in pairwise(seen_s)][-n_rounds:]
+    return {
+        "peers": n_peers,
+        "rounds": n_rounds,
+        "payload_bytes": PAYLOAD_BYTES,
+        "round": {"median_s": median(times_s), "min_s": min(times_s), "max_s": max(times_s)},
+        "round_p50_s": median(times_s),
+        "round_p99_s": quantiles(times_s, n=100, method="inclusive")[98],
+        "round_max_s": max(times_s),
+        "sent_bytes_per_peer_and_round": sent_bytes / (n_peers * (WARM_UP_ROUNDS + n_rounds)),
+    }
+
+
+def take_part(link: Link, n_rounds: int, seen_s: list[float] | None = None) -> None:
+    """Offers as soon as the last commit is there; `seen_s` gets the time of each."""
+    link.state(NodeState.TRAINING)
+    link.offer(_offer(1))
+    for commit in link.commits(0):
+        if seen_s is not None:
+            seen_s.append(time.monotonic())
+        if commit.body.round == n_rounds:
+            break
+        link.offer(_offer(commit.body.round + 1))
+    link.report(Report(round=n_rounds, fingerprint=bytes(8)))
+
+
+def _offer(round_: int) -> Offer:
+    return Offer(
+        round=round_,
+        n_samples=1,
+        n_tokens=1,
+        loss=1.0,
+        n_bytes=PAYLOAD_BYTES,
+        payload=bytes(PAYLOAD_BYTES),
+        digest=None,
+    )
+
+
+def genesis_of(coordinator: str, n_peers: int, n_rounds: int) -> GenesisBody:
+    """Record 0 of a run whose rounds close with the last peer."""
+    config = {
+        "run": {
+            "name": "bench",
+            "rounds": n_rounds,
+            "min_peers": n_peers,
+            "eval_every": n_rounds + 1,
+            "verify_every": n_rounds,
+            "snapshot_every": n_rounds,
+        },
+        "policy": {"name": "all"},
+        "schedule": {"name": "constant", "warmup_rounds": 0, "final_factor": 1.0},
+        "network": {"heartbeat_s": 1.0},
+    }
+    return GenesisBody(
+        protocol=PROTOCOL_VERSION,
+        config=json.dumps(config),
+        layout=(LayoutEntry(name="w", shape=(1,), dtype="float32", init="zeros", scale=0.0),),
+        base=None,
+        held_out=None,
+        corpus=None,
+        limits=Limits(),
+        coordinator=coordinator,
+        lr_factor_bits=float32_bits(1.0),
+        time_ms=time.time_ns() // 10**6,
+    )

@@ -1,0 +1,186 @@
+"""`thinwire ledger` and `thinwire export`: what a live run has, as files.
+
+Both read over an ordinary session: the reader is admitted as a peer that joins and never trains, so it takes
+an index and a place among `limits.max_peers` while it reads, and nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...compression.errors import ConfigError, ThinwireError
+from ...coordinator.protocol.blob_streams import NotServed
+from ...coordinator.protocol.files import write_aside
+from ...coordinator.protocol.ledger_file import Summary, check, write_ledger
+from ...coordinator.protocol.messages import Commit, GenesisBody, Welcome
+from ...coordinator.protocol.ticket import Ticket
+
+if TYPE_CHECKING:
+    from ..links.base import Link
+    from ..replica import Replica
+    from ..system.stopping import Stop
+    from ..tasks.base import Task
+
+log = logging.getLogger("thinwire.node")
+
+TELL_EVERY_S = 1.0
+READER_PATIENCE_S = 60.0
+
+
+def save_ledger(ticket: str, output: Path, stop: Stop) -> None:
+    """Writes the ledger as it stands when the session opens. Raises what the link and the file raise."""
+    with _session(ticket, stop) as (link, welcome):
+        summary = write_ledger(
+            output,
+            welcome.genesis,
+            welcome.signature,
+            _commits(link, welcome.head_round),
+            lambda digest: _payload(link, digest, welcome.body.limits.max_payload_bytes),
+        )
+    log.info("wrote %s: %s", output, _told(summary))
+
+
+def check_ledger(path: Path) -> None:
+    """Says what the file holds, or raises LedgerCorrupt that names the first bad record."""
+    log.info("%s is whole: %s", path, _told(check(path)))
+
+
+def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> None:
+    """Weights and what they are, after the newest round: from a snapshot and the ledger, as for a joiner.
+
+    Raises NoStart, and like the link.
+    """
+    from ..config import parse_config
+    from ..replica import build_replica
+    from ..tasks.registry import make_task
+
+    with _session(ticket, stop) as (link, welcome):
+        config = parse_config(welcome.body.config)
+        task = make_task(config.task, import_path, None)
+        replica = build_replica(link.run_id, welcome.body, task, link.peer_id)
+        if welcome.head_round == 0:
+            raise ThinwireError("the run has no round yet: there is nothing to export")
+        _catch_up(link, welcome, replica, config.run.snapshot_every)
+        write_export(folder, replica, task, welcome.body, link)
+
+
+def write_export(folder: Path, replica: Replica, task: Task, body: GenesisBody, link: Link) -> None:
+    """What `export` writes. Of a node of several ranks: the weights as they are, also of a model of
+    transformers. Raises ConfigError if the folder cannot be written."""
+    from ..tasks.base import Pretrained
+
+    about = {
+        "run": json.loads(body.config)["run"]["name"],
+        "run_id": replica.run_id.hex(),
+        "round": replica.round,
+        "fingerprint": replica.fingerprint().hex(),
+        "config": json.loads(body.config),
+    }
+    text = json.dumps(about, indent=2).encode() + b"\n"
+    is_whole = replica.strategy.ranks.count == 1
+    tokens = b""
+    if isinstance(task, Pretrained) and is_whole and body.held_out is not None:
+        tokens = link.fetch(body.held_out.digest, body.held_out.n_bytes)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(task, Pretrained) and is_whole:
+            with replica.strategy.replica():
+                _export_whole(folder, lambda aside: task.export(replica.model, tokens, aside))
+            write_aside(folder / "thinwire.json", text)
+        else:
+            replica.save_weights(folder / "model.safetensors")
+            write_aside(folder / ("thinwire.json" if isinstance(task, Pretrained) else "config.json"), text)
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be written: {e.strerror}") from e
+    log.info("wrote the weights after round %d to %s", replica.round, folder)
+
+
+def _export_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """What a library writes goes aside first: a full disk leaves no half of it under its own name."""
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as aside:
+        write(Path(aside))
+        for path in sorted(Path(aside).iterdir()):
+            path.replace(folder / path.name)
+
+
+def _catch_up(link: Link, welcome: Welcome, replica: Replica, snapshot_every: int) -> None:
+    """To the head that is known now."""
+    from ..batches import batches
+    from ..history import History
+    from ..joining import CatchingUp, Joiner
+    from ..snapshots.store import SnapshotStore
+
+    with tempfile.TemporaryDirectory(prefix="thinwire-export-") as folder:
+        history = History.of(replica, snapshot_every)
+        store = SnapshotStore(Path(folder), link.run_id)
+        joiner = Joiner(
+            *(link, replica, store, history),
+            base=welcome.body.base,
+            kept_from=welcome.kept_from,
+            stopped=lambda: False,
+        )
+        joiner.read_ledger()
+        joiner.begin()
+    catching_up = CatchingUp(replica.round)
+    for commits in batches(link.records(replica.round), replica.strategy):
+        replica.apply_batch(commits, link.payload)
+        catching_up.tell(replica.round, link.head)
+
+
+@contextmanager
+def _session(ticket: str, stop: Stop) -> Iterator[tuple[Link, Welcome]]:
+    """Opens a link of a reader and closes it in the end; a signal closes it at once."""
+    from ..links.hivemind import HivemindLink
+    from ..runner import follow_events
+
+    link = HivemindLink(Ticket.parse(ticket), patience_s=READER_PATIENCE_S)
+    events = follow_events(link)
+    # Closing waits for the goodbye: not in the signal handler.
+    stop.on_stop.append(lambda: threading.Thread(target=link.close, name="leave", daemon=True).start())
+    try:
+        yield link, link.open()
+    finally:
+        link.close()
+        events.join(timeout=5)
+
+
+def _commits(link: Link, head: int) -> Iterator[Commit]:
+    """The commits up to round `head`, told on the way. Raises ThinwireError if the link closes before."""
+    if head == 0:
+        return
+    told_s = time.monotonic()
+    done = 0
+    for commit in link.records(0):
+        yield commit
+        done = commit.body.round
+        if time.monotonic() - told_s >= TELL_EVERY_S:
+            log.info("record %d of %d", done, head)
+            told_s = time.monotonic()
+        if done == head:
+            return
+    raise ThinwireError(f"stopped after record {done} of {head}: nothing was written")
+
+
+def _payload(link: Link, digest: bytes, max_bytes: int) -> bytes | None:
+    """None: the coordinator has thrown it away."""
+    try:
+        return link.fetch(digest, max_bytes)
+    except NotServed:
+        return None
+
+
+def _told(summary: Summary) -> str:
+    n_reports = sum(len(entries) for entries in summary.reports.values())
+    absent = f" (some of the rounds up to {summary.absent_to} are gone)" if summary.absent_to else ""
+    return (
+        f"run {summary.run_id.hex()[:16]}, {summary.rounds} rounds, "
+        f"{summary.n_blobs} payloads beside them{absent}, {n_reports} fingerprints, {summary.n_bytes:,} bytes"
+    )

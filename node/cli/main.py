@@ -1,0 +1,68 @@
+"""The command line. Heavy modules load inside the commands, so that --help is quick.
+
+Exit codes: 0 ok, 1 failed, 2 usage, 3 swarm unreachable, 4 incompatible, 130 and 143 on signals.
+Data goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from ...compression.errors import ThinwireError
+from ..system.logs import log_to_stderr
+from ..system.processes import end_with_parent
+from .swarm_commands import Coordinator, Demo, Join, Ray
+from .tool_commands import Bench, Compare, Doctor, Export, Ledger, Monitor, Replay, Status
+
+Command = Annotated[
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Coordinator, tyro.conf.subcommand("coordinator")]
+    | Annotated[Join, tyro.conf.subcommand("join")]
+    | Annotated[Status, tyro.conf.subcommand("status")]
+    | Annotated[Ledger, tyro.conf.subcommand("ledger")]
+    | Annotated[Replay, tyro.conf.subcommand("replay")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Monitor, tyro.conf.subcommand("monitor")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Ray, tyro.conf.subcommand("ray")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")],
+    None,
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `thinwire` command. Returns the exit code."""
+    # Before torch is loaded, whose threads else spin while they have nothing to do: where a machine does
+    # anything besides, a step of a small model took ten times the CPU time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    command = tyro.cli(
+        Command,
+        prog="thinwire",
+        description="Train one model on many machines joined by thin, unreliable links.",
+        args=argv,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+    )
+    end_with_parent()
+    tells_itself = isinstance(command, Bench | Compare | Demo | Doctor | Status)  # shown, not logged
+    chatty = logging.DEBUG if getattr(command, "verbose", False) else logging.INFO
+    log_to_stderr(logging.WARNING if tells_itself else chatty)
+    try:
+        code: int = command.run()
+    except ThinwireError as e:
+        print(f"thinwire: {e}", file=sys.stderr)  # noqa: T201 - the one place where errors are shown
+        return e.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

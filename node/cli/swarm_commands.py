@@ -1,0 +1,288 @@
+"""The commands that start swarms, and those that take part in one. What they do is loaded when they run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg
+
+from ...compression.errors import ConfigError
+from ..system.stopping import stop_on_signals
+from .arguments import http_address, overrides_of, read_ticket
+
+
+@dataclass
+class Demo:
+    """A swarm on this machine: a coordinator and some nodes as processes, real text, a live table.
+
+    One node is killed at a third of the way and started again; the others go on without it.
+    Ends by itself (2 minutes on 2 cores). Nothing is downloaded and nothing is left behind.
+    """
+
+    strategy: Literal["decoupled", "spsa"] = "decoupled"
+    """decoupled: train from scratch, sending the fast part of the momentum. spsa: train like that for a
+    moment, then fine-tune on other text with one byte per probe."""
+    peers: Annotated[int, arg(metavar="N")] = 4
+    rounds: Annotated[int | None, arg(metavar="N")] = None
+    """Rounds to train. Default: 150 (decoupled), 55 (spsa)."""
+    ranks: Annotated[str, arg(metavar="N,M,...")] = "1"
+    """Ranks of the nodes, over and over: with 1,2 every other node shards its model over two processes."""
+    faults: bool = True
+    """Kill one node on the way and start it again."""
+    http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Serve the swarm's own page here while it runs; and /metrics, /sd and /healthz for Prometheus. Port 0: a
+    free one."""
+    http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
+    """Whoever asks must show it: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. Default:
+    $THINWIRE_HTTP_TOKEN, or none"""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object with the results on stdout."""
+
+    def run(self) -> int:
+        from .demo import Plan, run_demo
+
+        if not 1 <= self.peers <= 32:
+            raise ConfigError("--peers: between 1 and 32 on one machine")
+        if self.rounds is not None and self.rounds < 5:
+            raise ConfigError("--rounds: at least 5, or there is nothing to see")
+        rounds = self.rounds or {"decoupled": 150, "spsa": 55}[self.strategy]
+        http = http_address(self.http, self.http_token)
+        with stop_on_signals() as stop:
+            plan = Plan(self.strategy, self.peers, rounds, self.faults, _ranks(self.ranks), http)
+            result = run_demo(plan, stop.is_set)
+        if stop.signal:
+            return 128 + stop.signal
+        if self.json:
+            print(json.dumps(result))  # noqa: T201 - data goes to stdout
+        return 0
+
+
+@dataclass
+class Coordinator:
+    """Start a run, or continue it: keeps the ledger, opens and closes rounds, prints one ticket.
+
+    Give the ticket to everybody who is to join. Stop it with Ctrl-C and start it again with the same
+    command: nodes wait, reconnect and go on.
+    """
+
+    run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
+    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where ledger, key, token and payloads are kept. Default: ./NAME-coordinator"""
+    host: str = "0.0.0.0"
+    port: int = 0
+    """TCP port; 0 picks a free one at the first start and keeps it."""
+    announce: UseAppendAction[tuple[str, ...]] = ()
+    """An address that others reach this machine by (/ip4/1.2.3.4/tcp/4001); may be repeated."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """section.key=value, instead of what the file says; may be repeated."""
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """A task of your own, importable here; nodes need the same."""
+    ticket_file: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write the ticket here, too, readable by this user alone: nodes on the same disk join @FILE."""
+    ban: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PEER")] = ()
+    """Never let this peer in again (its id is in thinwire status); may be repeated. Kept in DIR/banned."""
+    rotate_token: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Make a new ticket: those given out so far let nobody in any more."""
+    http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Serve the swarm's own page here; and for Prometheus /metrics, /sd (every node as a target), /healthz,
+    /readyz."""
+    http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
+    """Whoever asks must show it: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. Default:
+    $THINWIRE_HTTP_TOKEN, or none"""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+    def run(self) -> int:
+        from .coordinator import coordinate
+
+        with stop_on_signals() as stop:
+            coordinate(
+                run_file=self.run_file,
+                state=self.state,
+                host=self.host,
+                port=self.port,
+                announce=self.announce,
+                overrides=overrides_of(self.set),
+                import_path=self.task,
+                ticket_file=self.ticket_file,
+                rotate_token=self.rotate_token,
+                ban=self.ban,
+                http=http_address(self.http, self.http_token),
+                stop=stop,
+            )
+        return 128 + stop.signal if stop.signal else 0
+
+
+@dataclass
+class Join:
+    """Start a node: join the run that a ticket names and train until its last round.
+
+    The run's configuration, model and base weights come from the swarm. Ctrl-C leaves cleanly.
+    """
+
+    ticket: Annotated[Positional[str], arg(metavar="TICKET")]
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
+    data: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Train on your own text (a file or a folder) instead of the run's. It stays on this machine."""
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """The run's custom task, importable here."""
+    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Identity, ledger and snapshots are kept here: after a restart the node is the same peer and goes on
+    where it was. Default: the first of ~/.local/state/thinwire/node-0, node-1, ... that nobody uses."""
+    device: str = "auto"
+    """Where to train: cpu, cuda (all GPUs), cuda:1, ...; auto: cuda if there is a GPU."""
+    ranks: Annotated[int | None, arg(metavar="N")] = None
+    """Processes among which the model is sharded (FSDP), each with a GPU or on the CPU. Default: one for each
+    GPU, or 1 on the CPU. The others in the swarm cannot tell."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of local work; what is kept and sent stays what it is. auto: torch.autocast to bfloat16 on GPUs that
+    have it, but for spsa. bf16: forward and backward wholly in bfloat16."""
+    activation_checkpointing: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compute each block again in the backward pass: less memory, more time."""
+    cpu_offload: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep parameters in the machine's memory instead of the GPU's."""
+    restart: Annotated[int, arg(metavar="N")] = 0
+    """Start the node again, from its snapshot, up to N times when it breaks."""
+    threads: Annotated[int | None, arg(metavar="N")] = None
+    """CPU threads for training, of each rank. Default: all cores, dealt among the ranks."""
+    host: str = "0.0.0.0"
+    port: int = 0
+    announce: UseAppendAction[tuple[str, ...]] = ()
+    """An address that others reach this machine by; may be repeated."""
+    max_upload: Annotated[str | None, arg(metavar="RATE")] = None
+    """Never send more than this, e.g. 20kB/s, 1.5MB/s or 8Mbit/s, over any ten seconds."""
+    patience_s: float = 600.0
+    """Seconds to keep trying when the coordinator does not answer any more."""
+    http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Serve Prometheus here: /metrics, /healthz, /readyz. The coordinator's gateway has a node's metrics also
+    without it."""
+    http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
+    """Whoever asks must show it: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. Default:
+    $THINWIRE_HTTP_TOKEN, or none"""
+    track: UseAppendAction[tuple[Literal["tensorboard", "wandb"], ...]] = ()
+    """Records of this node's rounds for TensorBoard (in its state folder) or Weights & Biases, too; may be
+    repeated. JSON lines are always there: track.jsonl."""
+    save: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write the trained weights here (safetensors) after the last round."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object with the result on stdout."""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+    def run(self) -> int:
+        from ..join import Options, join
+
+        with stop_on_signals() as stop:
+            result = join(
+                Options(
+                    ticket=read_ticket(self.ticket),
+                    data=self.data,
+                    import_path=self.task,
+                    state=self.state,
+                    device=self.device,
+                    threads=self.threads,
+                    host=self.host,
+                    port=self.port,
+                    announce=self.announce,
+                    max_upload=self.max_upload,
+                    patience_s=self.patience_s,
+                    http=http_address(self.http, self.http_token),
+                    save=self.save,
+                    ranks=self.ranks,
+                    precision=self.precision,
+                    activation_checkpointing=self.activation_checkpointing,
+                    cpu_offload=self.cpu_offload,
+                    restart=self.restart,
+                    track=self.track,
+                ),
+                stop,
+            )
+        if stop.signal or result is None:
+            return 128 + stop.signal
+        if self.json:
+            print(json.dumps(dataclasses.asdict(result)))  # noqa: T201 - data goes to stdout
+        return 0
+
+
+@dataclass
+class Ray:
+    """Train on a Ray cluster: coordinator and peers are actors, a placement group for each peer. Connects to
+    the cluster of this machine, or starts one for this run alone.
+
+    thinwire and its extra [ray] must be installed on every machine of the cluster. Ctrl-C leaves cleanly; the
+    same command continues the run from its state folder. Prints the folder of the trained weights.
+    """
+
+    run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
+    peers: Annotated[int | None, arg(metavar="N")] = None
+    """Peers of the same kind. Default: 2, or those of --peer."""
+    gpus_per_peer: Annotated[int, arg(metavar="N")] = 0
+    """Each with a rank of its own, all on one machine. Default: peers train on CPUs."""
+    cpus_per_peer: Annotated[float | None, arg(metavar="N")] = None
+    """Default: 1 for each rank. On a small machine less than 1 lets more peers share it."""
+    ranks_per_peer: Annotated[int | None, arg(metavar="N")] = None
+    """Processes among which a peer's model is sharded. Default: one for each GPU, or 1."""
+    accelerator_type: Annotated[str | None, arg(metavar="TYPE")] = None
+    """As Ray calls it: H100, A100, L4, T4, ..."""
+    peer: UseAppendAction[tuple[str, ...]] = ()
+    """More peers of another kind, COUNT:gpus=N,type=NAME,cpus=N,ranks=N; may be repeated."""
+    address: Annotated[str | None, arg(metavar="ADDRESS")] = None
+    """auto, HOST:PORT, or local for a cluster of this command's own. Default: $RAY_ADDRESS, else auto, else
+    local."""
+    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where the coordinator keeps the ledger, on this machine. Default: ./NAME-ray"""
+    node_state: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where peers keep snapshots, on their machines; a shared folder where machines come and go. Default:
+    ~/.local/state/thinwire/ray"""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR")] = None
+    """Where the trained weights go. Default: weights in the state folder"""
+    rounds: Annotated[int | None, arg(metavar="N")] = None
+    """Instead of run.rounds."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """section.key=value, instead of what the file says; may be repeated."""
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """A task of your own, importable here and on every machine of the cluster."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of local work; see thinwire join."""
+    wait: Annotated[float | None, arg(metavar="SECONDS")] = None
+    """For room in a cluster that grows by itself. Default: 20, and none if it is too small."""
+    restarts: Annotated[int, arg(metavar="N")] = 10
+    """How often the actor of a peer is started again after it died; -1: always."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object with the result on stdout."""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Show the logs of the actors, too."""
+
+    def run(self) -> int:
+        from ..on_ray.command import Asked, ray_command
+
+        kinds = (self.gpus_per_peer, self.cpus_per_peer, self.ranks_per_peer, self.accelerator_type)
+        rounds = {} if self.rounds is None else {"run.rounds": self.rounds}
+        with stop_on_signals() as stop:
+            ray_command(
+                self.run_file,
+                Asked(self.peers, *kinds, self.peer),
+                overrides={**rounds, **overrides_of(self.set)},
+                as_json=self.json,
+                stop=stop,
+                address=self.address,
+                state=self.state,
+                node_state=self.node_state,
+                output=self.output,
+                task=self.task,
+                precision=self.precision,
+                wait_s=self.wait,
+                restarts=self.restarts,
+                verbose=self.verbose,
+            )
+        return 128 + stop.signal if stop.signal else 0
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    counts = text.split(",")
+    if not all(count.isdigit() and 1 <= int(count) <= 8 for count in counts):
+        raise ConfigError(f"--ranks {text}: numbers from 1 to 8 with commas between them, for example 1,2")
+    return tuple(int(count) for count in counts)

@@ -1,0 +1,272 @@
+"""The commands that look at a run, a machine or a strategy. What they do is loaded when they run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg
+
+from ...compression.errors import ConfigError, ThinwireError
+from ..system.stopping import stop_on_signals
+from .arguments import overrides_of, read_ticket
+
+
+@dataclass
+class Status:
+    """Show a run: peers, round, losses, bytes, fingerprints. Needs only the ticket."""
+
+    ticket: Annotated[Positional[str], arg(metavar="TICKET")]
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object on stdout (with --watch: one a line)."""
+    watch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Again and again until the run ends or Ctrl-C."""
+
+    def run(self) -> int:
+        from .view import show_status
+
+        with stop_on_signals() as stop:
+            show_status(read_ticket(self.ticket), as_json=self.json, watch=self.watch, stopped=stop.is_set)
+        return 128 + stop.signal if stop.signal else 0
+
+
+@dataclass
+class Ledger:
+    """Save a run's whole ledger as one file, or verify such a file.
+
+    While it reads, it is admitted to the swarm like a node that never trains; nobody waits for it.
+    """
+
+    ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None
+    """Write the ledger here: signed records, and the payloads that they name."""
+    check: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Verify this file, without a network, and name its first bad record."""
+
+    def run(self) -> int:
+        from .ledger_command import check_ledger, save_ledger
+
+        if self.check is not None:
+            if self.ticket is not None or self.output is not None:
+                raise ConfigError("--check FILE takes neither a ticket nor -o")
+            check_ledger(self.check)
+            return 0
+        if self.ticket is None or self.output is None:
+            raise ConfigError("write it as thinwire ledger TICKET -o FILE, or thinwire ledger --check FILE")
+        with stop_on_signals() as stop:
+            try:
+                save_ledger(read_ticket(self.ticket), self.output, stop)
+            except ThinwireError:
+                if not stop.is_set():
+                    raise
+        return 128 + stop.signal if stop.signal else 0
+
+
+@dataclass
+class Replay:
+    """Rebuild the model from its base weights and a ledger file, and verify everything on the way."""
+
+    file: Annotated[Positional[Path], arg(metavar="FILE")]
+    """What `thinwire ledger` wrote."""
+    base: Annotated[Path | None, arg(metavar="FILE")] = None
+    """The base weights (safetensors), if the run began with some."""
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """The run's custom task, importable here."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None
+    """Write the weights here (safetensors), once all is verified."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object with the result on stdout."""
+
+    def run(self) -> int:
+        from .replay import replay
+
+        with stop_on_signals() as stop:
+            result = replay(
+                self.file, base=self.base, import_path=self.task, output=self.output, stopped=stop.is_set
+            )
+        if result is None:
+            return 128 + stop.signal
+        if self.json:
+            print(json.dumps(dataclasses.asdict(result)))  # noqa: T201 - data goes to stdout
+        return 0
+
+
+@dataclass
+class Export:
+    """Save the newest weights of a live run (model.safetensors) and what they are (config.json).
+
+    Of a model of transformers: a folder that transformers loads, or peft if adapters were trained.
+    """
+
+    ticket: Annotated[Positional[str], arg(metavar="TICKET")]
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="DIR")]
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """The run's custom task, importable here."""
+
+    def run(self) -> int:
+        from .ledger_command import export
+
+        with stop_on_signals() as stop:
+            try:
+                export(read_ticket(self.ticket), self.output, self.task, stop)
+            except ThinwireError:
+                if not stop.is_set():
+                    raise
+        return 128 + stop.signal if stop.signal else 0
+
+
+@dataclass
+class Doctor:
+    """Check this machine: arithmetic, devices, kernels, memory, disk, ports. With a ticket, also whether it
+    can reach that run's coordinator and take part.
+
+    A tick or a remedy per line; exit code 1 if something must be mended. Nothing is left behind.
+    """
+
+    ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
+    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where a node or a coordinator would keep its state. Default: ~/.local/state/thinwire"""
+    host: str = "0.0.0.0"
+    port: int = 0
+    """The TCP port that it would listen on; 0 takes a free one."""
+    announce: UseAppendAction[tuple[str, ...]] = ()
+    """An address that others would reach this machine by; may be repeated."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object on stdout."""
+
+    def run(self) -> int:
+        from ..doctor.command import doctor
+
+        with stop_on_signals() as stop:
+            is_ok = doctor(
+                None if self.ticket is None else read_ticket(self.ticket),
+                state=self.state,
+                host=self.host,
+                port=self.port,
+                announce=self.announce,
+                as_json=self.json,
+                stopped=stop.is_set,
+            )
+        return 128 + stop.signal if stop.signal else int(not is_ok)
+
+
+@dataclass
+class Monitor:
+    """Write a ready configuration of Prometheus, Alertmanager and Grafana for a run into a folder, and say
+    how to start them: a dashboard, rules, and alerts that name the next command.
+
+    The coordinator must serve HTTP (thinwire coordinator ... --http HOST:PORT). With a ticket this finds out
+    by itself where; nodes need nothing. Run it where Prometheus is to run:
+
+      thinwire monitor tw1-...                                        into ./RUN-monitoring
+      thinwire monitor tw1-... swarm --http-token TOKEN               into ./swarm
+      thinwire monitor --coordinator http://10.0.0.5:9100 swarm       without a ticket, or through a tunnel
+    """
+
+    ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
+    """The line that the coordinator printed; - reads it from standard input. Left out with --coordinator."""
+    folder: Annotated[Positional[Path | None], arg(metavar="FOLDER")] = None
+    """Default: ./NAME-monitoring"""
+    coordinator: Annotated[str | None, arg(metavar="URL")] = None
+    """Where the coordinator's HTTP is reached from here."""
+    http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
+    """What the coordinator's --http-token says. Default: $THINWIRE_HTTP_TOKEN, or none"""
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write over what is in the folder; alertmanager.yml and data are kept."""
+
+    def run(self) -> int:
+        from .monitor import how_to_start, monitor
+
+        ticket, folder = self.ticket, self.folder
+        if self.coordinator is not None and folder is None and ticket is not None:
+            folder, ticket = Path(ticket), None
+        token = self.http_token or os.environ.get("THINWIRE_HTTP_TOKEN") or None
+        ticket = None if ticket is None else read_ticket(ticket)
+        with stop_on_signals() as stop:
+            written, address = monitor(ticket, self.coordinator, folder, token, force=self.force)
+        print(how_to_start(written, address))  # noqa: T201 - what the user does next
+        return 128 + stop.signal if stop.signal else 0
+
+
+@dataclass
+class Compare:
+    """Train a run's model with several strategies, one after another, on the same data for the same number of
+    tokens, and compare: held-out loss, bytes, time. All peers are threads of this process.
+
+    strategies: NAME or NAME:COMPRESSOR, each with options if need be, as in a run file:
+    decoupled:topk(k=8,bits=2), diloco(lr=1e-3,inner_steps=20), spsa(probes=4). ddp is data-parallel AdamW. A
+    FILE.toml has a table for each strategy. The run file's options are those of the strategy that it names.
+    """
+
+    run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
+    strategies: Annotated[str, arg(metavar="A,B,...")] = "ddp,decoupled,diloco,spsa"
+    rounds: Annotated[int | None, arg(metavar="N")] = None
+    """Of the run file's strategy; the others have as many as take the same tokens. Default: the run's."""
+    peers: Annotated[int | None, arg(metavar="N")] = None
+    """Default: the run's min_peers, but two at least."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """section.key=value, instead of what the file says; may be repeated."""
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """A task of your own, importable here."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
+    """The picture: loss against bytes and against steps. Default: ./NAME-compare.png"""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object on stdout instead of the table."""
+
+    def run(self) -> int:
+        from ..compare.view import compare_command
+
+        with stop_on_signals() as stop:
+            code = compare_command(
+                self.run_file,
+                self.strategies,
+                rounds=self.rounds,
+                peers=self.peers,
+                overrides=overrides_of(self.set),
+                import_path=self.task,
+                output=self.output,
+                as_json=self.json,
+                stopped=stop.is_set,
+            )
+        return 128 + stop.signal if stop.signal else code
+
+
+@dataclass
+class Bench:
+    """Measure speed and memory, as ratios to a baseline and to the copy bandwidth of this machine."""
+
+    name: Annotated[
+        Positional[
+            Literal["noise", "decoupled", "diloco", "peers", "round", "join", "wire", "memory", "ray", "all"]
+        ],
+        arg(metavar="NAME"),
+    ]
+    """noise (SPSA), decoupled and diloco (pack, decode, update), peers (1 to 256 payloads), round (8 peers on
+    loopback), join (process to first offer, catching up), wire (bits per coefficient), memory (of a rank of a
+    sharded node), ray (round of 4 actors on a Ray cluster of its own), or all, but for ray."""
+    params: Annotated[str | None, arg(metavar="N,...")] = None
+    """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
+    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
+    """A picture of the times, or bytes."""
+    repeats: Annotated[int, arg(metavar="N")] = 5
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where noise, decoupled, diloco and peers run."""
+    against: Annotated[Path | None, arg(metavar="FILE")] = None
+    """What --json printed before: its figures beside the new ones, and which got worse than their noise."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+    def run(self) -> int:
+        from ..bench.command import bench_command, parse_sizes
+
+        sizes = None if self.params is None else parse_sizes(self.params)
+        bench_command(self.name, sizes, self.repeats, self.json, self.output, self.device, self.against)
+        return 0

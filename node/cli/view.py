@@ -1,0 +1,143 @@
+"""What a person sees of a swarm in a terminal: one table from the coordinator's status."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ...compression.errors import SwarmUnreachable
+from ..units import human_bytes
+from .status import StatusClient
+
+WATCH_EVERY_S = 1.0
+
+Show = Callable[[Mapping[str, Any], bool], None]
+"""Shows a status; True: it is the last one."""
+
+
+def headline(status: Mapping[str, Any]) -> str:
+    """One line: round, losses, bytes against data-parallel training."""
+    parts = [f"{status['run']}: round {status['round']}/{status['rounds']} ({status['state']})"]
+    if status["loss"] is not None:
+        parts.append(f"loss {status['loss']:.3f}")
+    if status["held_out"]:
+        parts.append(f"held-out {status['held_out'][-1][1]:.3f} nats/byte")
+    if status["round_s"] is not None:
+        parts.append(f"{status['round_s']:.2f} s/round")
+    payload, ddp = status["payload_bytes_per_peer_round"], status["ddp_bytes_per_peer_round"]
+    if payload and ddp:
+        parts.append(
+            f"{human_bytes(payload)} per peer and round "
+            f"(data-parallel: {human_bytes(ddp)}, {ddp / payload:.0f}x)"
+        )
+    return " · ".join(parts)
+
+
+def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
+    """`notes`: lines below the table (what the demo did to somebody)."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("peer", "state", "round", "loss", "counted", "missed", "sent", "fingerprint"):
+        table.add_column(column, justify="left" if column in ("peer", "state", "fingerprint") else "right")
+    for peer in status["peers"]:
+        fingerprint = f"{peer['fingerprint']} @{peer['fingerprint_round']}" if peer["fingerprint"] else "-"
+        table.add_row(
+            f"{peer['index']} …{peer['peer_id'][-6:]}",
+            Text(peer["state"], style={"training": "green", "joining": "yellow"}.get(peer["state"], "red")),
+            str(peer["round"]),
+            "-" if peer["loss"] is None else f"{peer['loss']:.3f}",
+            str(peer["offers_counted"]),
+            str(peer["offers_missed"]),
+            human_bytes(peer["sent_bytes"]),
+            fingerprint,
+        )
+    lines: list[RenderableType] = [Text(headline(status)), table]
+    lines += [Text(note, style="yellow") for note in notes]
+    if status["mismatches"]:
+        lines.append(Text(f"{status['mismatches']} fingerprint mismatches", style="bold red"))
+    return Group(*lines)
+
+
+def figures(
+    end: Mapping[str, Any],
+    strategy: str,
+    ranks: Sequence[int],
+    faults: Sequence[Mapping[str, Any]],
+    late: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What commands that run a whole swarm print as JSON, from its last status. `late`: peers that were not
+    back when it ended."""
+    peers = end["peers"]
+    offers = sum(p["offers_counted"] + p["offers_missed"] for p in peers)
+    held_out = end["held_out"] or [[0, None]]
+    return {
+        "strategy": strategy,
+        "peers": len(ranks),
+        "ranks": list(ranks),
+        "rounds": end["round"],
+        "held_out_first": held_out[0][1],
+        "held_out_last": held_out[-1][1],
+        "fingerprints": {
+            p["peer_id"]: p["fingerprint"] if p["fingerprint_round"] == end["round"] else None
+            for p in peers
+            if p["peer_id"] not in late
+        },
+        "payload_bytes_per_peer_round": end["payload_bytes_per_peer_round"],
+        "sent_bytes_per_peer_round": round(sum(p["sent_bytes"] for p in peers) / max(1, offers), 1),
+        "ddp_bytes_per_peer_round": end["ddp_bytes_per_peer_round"],
+        "faults": list(faults),
+    }
+
+
+@contextmanager
+def live_view(console: Console, notes: Sequence[str]) -> Iterator[Show]:
+    """A table that is redrawn on a terminal; elsewhere a line every three seconds."""
+    if console.is_terminal:
+        with Live(console=console, refresh_per_second=4) as live:
+            yield lambda status, _last: live.update(swarm_table(status, notes))
+        return
+    printed_s = 0.0
+
+    def print_line(status: Mapping[str, Any], last: bool) -> None:
+        nonlocal printed_s
+        if last or time.monotonic() - printed_s >= 3:
+            printed_s = time.monotonic()
+            console.print(headline(status), highlight=False, soft_wrap=True)
+
+    yield print_line
+
+
+def show_status(ticket: str, *, as_json: bool, watch: bool, stopped: Callable[[], bool]) -> None:
+    """Prints the status on stdout, with `watch` until the run is over or `stopped`.
+
+    Raises ConfigError for a wrong ticket and SwarmUnreachable.
+    """
+    console = Console()
+    with StatusClient(ticket) as client:
+        status = client.fetch()
+        if as_json:
+            while True:
+                print(json.dumps(status), flush=True)  # noqa: T201 - data goes to stdout
+                if not watch or stopped() or status["state"] == "finished":
+                    return
+                time.sleep(WATCH_EVERY_S)
+                status = client.fetch()
+        if not watch:
+            console.print(swarm_table(status))
+            return
+        with Live(swarm_table(status), console=console) as live:
+            while not stopped() and status["state"] != "finished":
+                time.sleep(WATCH_EVERY_S)
+                try:
+                    status = client.fetch()
+                    live.update(swarm_table(status))
+                except SwarmUnreachable:
+                    note = "the coordinator does not answer; trying again (Ctrl-C to stop)"
+                    live.update(swarm_table(status, [note]))

@@ -1,0 +1,271 @@
+"""`thinwire compare`: strategies one after another on the same data, each in a swarm of threads.
+
+The n-th micro-batch of a peer is the same one whatever the strategy, and so are the initial weights and the
+held-out data. The held-out loss is measured by a reader: a peer that applies the ledger and never trains.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from ...compression.errors import ConfigError, ThinwireError
+from ...coordinator.protocol.figures import ddp_bytes, finite
+from ...coordinator.protocol.identity import peer_id_of
+from ...coordinator.protocol.messages import digest_of
+from ...optim.registry import build_strategy
+from ..config import RunConfig
+from ..genesis import Genesis, make_genesis
+from ..links.local import local_swarm
+from ..phases import typical
+from ..tasks.base import Task
+from ..tasks.registry import make_task
+from .nodes import Peer, Point, Reader
+from .specs import Plan, batches_per_step
+
+PHASES = ("compute", "pack", "decode")
+POINTS = 8
+"""Evaluations of a strategy, or more if the run's `eval_every` says so."""
+
+KEPT_BYTES = 2**28
+"""Payloads that may lie on the disk for one snapshot interval."""
+
+POLL_S = 0.1
+
+Progress = Callable[[Plan, int, float | None], None]
+"""Told now and then: the plan, the last round that the reader has applied, the newest held-out loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One strategy's training. `phases`: median CPU seconds of a peer in a round. `sent_bytes`: payloads of
+    all peers as their links counted them. `error`: why it ended early, then `curve` is what there is."""
+
+    plan: Plan
+    curve: tuple[Point, ...]
+    phases: dict[str, float]
+    sent_bytes: int
+    ddp_bytes_per_step: float
+    fingerprints: tuple[str, ...]
+    seconds: float
+    error: str | None = None
+
+    @property
+    def has_rounds(self) -> bool:
+        """Whether anything was trained and evaluated; else there are no figures."""
+        return len(self.curve) > 1
+
+    @property
+    def last(self) -> Point:
+        return self.curve[-1]
+
+    @property
+    def steps_per_round(self) -> float:
+        return self.last.steps / self.last.round
+
+    @property
+    def payload_bytes_per_peer_round(self) -> float:
+        return self.last.payload_bytes / self.last.round
+
+    @property
+    def ddp_ratio(self) -> float:
+        """What data-parallel training would have sent for as many steps, against what was sent."""
+        return self.ddp_bytes_per_step * self.last.steps / self.last.payload_bytes
+
+    def figures(self) -> dict[str, Any]:
+        """JSON-able."""
+        base = {"strategy": self.plan.label, "options": self.plan.options, "error": self.error}
+        if not self.has_rounds:
+            return base
+        last = self.last
+        return {
+            **base,
+            "rounds": last.round,
+            "steps": last.steps,
+            "tokens_per_peer": last.tokens,
+            "held_out_first": finite(self.curve[0].held_out),
+            "held_out_last": finite(last.held_out),
+            "payload_bytes_per_peer_round": self.payload_bytes_per_peer_round,
+            "payload_bytes_per_peer_step": last.payload_bytes / last.steps,
+            "ddp_ratio": self.ddp_ratio,
+            "phase_s_per_peer_round": self.phases,
+            "fingerprint": self.fingerprints[0] if len(set(self.fingerprints)) == 1 else None,
+            "seconds": round(self.seconds, 2),
+            "curve": [[p.round, p.steps, p.tokens, p.payload_bytes, finite(p.held_out)] for p in self.curve],
+        }
+
+
+class Comparison:
+    """Trains plans of one run. Raises ConfigError, before anything is trained, if one of them cannot be."""
+
+    def __init__(
+        self, run: RunConfig, plans: list[Plan], n_peers: int, import_path: str | None = None
+    ) -> None:
+        self.run, self.plans, self.n_peers, self.import_path = run, plans, n_peers, import_path
+        task = make_task(run.task, import_path, None)
+        if task.held_out() is None:
+            raise ConfigError(
+                "the task holds nothing out: without a held-out loss there is nothing to compare"
+            )
+        self.seed = run.run.seed
+        self._n_samples = task.n_samples
+        # Nobody else meets this coordinator: a key and a time that are always the same make the run's id, and
+        # with it all noise, the same in every execution.
+        self.key = Ed25519PrivateKey.from_private_bytes(run.run.seed.to_bytes(32, "little"))
+        with torch.device("meta"):
+            self._model = task.model()
+        self._blobs: dict[bytes, bytes] = {}
+        self._geneses = [self._genesis(plan, task) for plan in plans]
+        self.n_params = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Of each peer."""
+        return self._n_samples * batches_per_step(self.run)
+
+    @property
+    def ddp_bytes_per_step(self) -> float:
+        """A ring all-reduce of the float32 gradients of what is trained, per peer."""
+        return ddp_bytes(self.n_peers, self.n_params)
+
+    def points_every(self, plan: Plan) -> int:
+        """Rounds between two evaluations: the run's `eval_every` in steps, but `POINTS` points at least."""
+        run = self.run.run
+        return max(1, min(run.eval_every * plan.rounds // run.rounds, plan.rounds // POINTS))
+
+    def train(self, progress: Progress, stopped: Callable[[], bool]) -> Iterator[Outcome]:
+        """One outcome after the other; ends early when `stopped`, without the strategy that was under way."""
+        for plan, genesis in zip(self.plans, self._geneses, strict=True):
+            if stopped():
+                return
+            with _one_thread(), tempfile.TemporaryDirectory(prefix="thinwire-compare-") as folder:
+                outcome = _Training(self, plan, genesis).run(Path(folder), progress, stopped)
+            if outcome is None:
+                return
+            yield outcome
+
+    def _genesis(self, plan: Plan, task: Task) -> Genesis:
+        try:
+            config = self._config(plan)
+            genesis = make_genesis(config, task, peer_id_of(self.key.public_key()), time_ms=0)
+        except ConfigError as e:
+            raise ConfigError(f"{plan.label}: {e}") from e
+        # Base weights and text are the same for all: they are kept once.
+        return Genesis(genesis.body, tuple(self._blobs.setdefault(digest_of(b), b) for b in genesis.blobs))
+
+    def _config(self, plan: Plan) -> RunConfig:
+        """The run's, with this strategy: warm-up is the same share of it, and every round waits for
+        everybody, so that all offers count. Snapshots are written only where payloads would fill the disk."""
+        run = self.run
+        strategy = build_strategy(plan.options, self._model.named_parameters())
+        n_bytes = sum(
+            f.n_elements * f.dtype.itemsize for fields in strategy.fields().values() for f in fields
+        )
+        every = max(1, KEPT_BYTES // (n_bytes * self.n_peers))
+        changes: dict[str, dict[str, Any]] = {
+            "run": {
+                "rounds": plan.rounds,
+                "min_peers": self.n_peers,
+                "eval_every": plan.rounds,
+                "verify_every": min(every, plan.rounds),
+                "snapshot_every": every if every < plan.rounds else 2 * plan.rounds,
+            },
+            "schedule": {"warmup_rounds": round(run.schedule.warmup_rounds * plan.rounds / run.run.rounds)},
+            "policy": {"name": "all"},
+            "limits": {"max_payload_bytes": 2**32, "max_samples": 2**20, "max_peers": self.n_peers + 1},
+        }
+        sections = {name: getattr(run, name).model_copy(update=u) for name, u in changes.items()}
+        return run.model_copy(update={**sections, "strategy": plan.options})
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Peers are threads already, and only what a thread does itself is in its CPU time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Training:
+    """One strategy: peers and a reader as threads over a local swarm."""
+
+    def __init__(self, comparison: Comparison, plan: Plan, genesis: Genesis) -> None:
+        self.comparison, self.plan, self.genesis = comparison, plan, genesis
+        self.error: BaseException | None = None
+
+    def run(self, folder: Path, progress: Progress, stopped: Callable[[], bool]) -> Outcome | None:
+        """None: it was stopped."""
+        started_s = time.monotonic()
+        comparison = self.comparison
+        with local_swarm(folder, self.genesis.body, comparison.key, blobs=self.genesis.blobs) as swarm:
+            reader = Reader(
+                swarm.link("reader"),
+                self.genesis.body,
+                comparison.import_path,
+                every=comparison.points_every(self.plan),
+                n_peers=comparison.n_peers,
+                samples_per_step=comparison.samples_per_step,
+            )
+            peers = [
+                Peer(swarm.link(f"peer-{i}"), comparison.import_path, comparison.seed)
+                for i in range(comparison.n_peers)
+            ]
+            for link in (reader.link, *(peer.link for peer in peers)):
+                link.open()  # admitted in this order: it is the first one that evaluates round 0
+            threads = [
+                self._thread(reader.run, "reader"),
+                *(self._thread(p.run, p.link.peer_id) for p in peers),
+            ]
+            while any(thread.is_alive() for thread in threads):
+                if stopped() or self.error is not None:
+                    reader.link.close()
+                    for peer in peers:
+                        peer.stop.set()
+                        peer.link.close()
+                    break
+                progress(self.plan, reader.replica.round, reader.held_out)
+                time.sleep(POLL_S)
+            for thread in threads:
+                thread.join()
+            sent_bytes = sum(peer.link.traffic().sent.get("payload", 0) for peer in peers)
+        if stopped():
+            return None
+        # A ValueError: there are values that no payload can hold, because training diverged.
+        if self.error is not None and not isinstance(self.error, ThinwireError | ValueError):
+            raise self.error
+        progress(self.plan, reader.replica.round, reader.held_out)
+        return Outcome(
+            plan=self.plan,
+            curve=tuple(reader.curve),
+            phases={phase: typical([peer.stopwatch for peer in peers], phase) for phase in PHASES},
+            sent_bytes=sent_bytes,
+            ddp_bytes_per_step=comparison.ddp_bytes_per_step,
+            fingerprints=tuple(
+                r.fingerprint().hex() for r in (reader.replica, *(peer.replica for peer in peers))
+            ),
+            seconds=time.monotonic() - started_s,
+            error=None if self.error is None else str(self.error),
+        )
+
+    def _thread(self, run: Callable[[], object], name: str) -> threading.Thread:
+        def target() -> None:
+            try:
+                run()
+            except BaseException as e:  # noqa: BLE001 - raised, or told, by `run`
+                self.error = self.error or e
+
+        thread = threading.Thread(target=target, name=name)
+        thread.start()
+        return thread

@@ -1,0 +1,247 @@
+"""Which strategies `thinwire compare` trains, with which options, and for how many rounds.
+
+decoupled                       as the run file says, if that is its strategy; else the defaults
+decoupled:random_k              with another compressor
+decoupled:dct_topk(k=8, bits=2) with options of the compressor
+spsa(lr=1e-3, probes=4):...     with options of the strategy, written as in TOML
+ddp                             data-parallel AdamW: whole gradients in 32 bits, every step
+more.toml                       a table per strategy, as in a run file's [strategy]
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+from ...compression.errors import ConfigError
+from ...optim.options import nearest
+from ...optim.registry import COMPRESSORS, STRATEGIES, complete_config
+from ..config import RunConfig, literal
+
+BATCHES: Final = {
+    "decoupled": ("accumulate", "replicate_every"),
+    "diloco": ("inner_steps",),
+    "spsa": ("probes",),
+}
+"""Options whose product is the number of micro-batches that a peer draws in a round."""
+
+FITTED: Final = {"diloco": "inner_steps", "spsa": "probes"}
+"""The option that is fitted to the length of the comparison where nobody has said what it is to be."""
+
+MIN_ROUNDS: Final = 5
+"""A fitted strategy has at least so many rounds, where there are as many micro-batches."""
+
+SMALL: Final[dict[str, dict[str, Any]]] = {
+    "decoupled": {"lr": 3e-3, "beta": 0.95},
+    "diloco": {"lr": 1e-3},
+    "spsa": {"lr": 1e-2},
+}
+"""Instead of the papers' learning rates, which are those of large models and long runs."""
+
+DDP_OPTIONS: Final = frozenset(
+    ("lr", "weight_decay", "accumulate", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_eps")
+)
+"""What there is to choose of data-parallel AdamW."""
+
+DDP: Final[dict[str, Any]] = {
+    "name": "decoupled",
+    "base": "adamw",
+    "sign": False,
+    "beta": 0.0,
+    "clip": 1e9,
+    "lr": 3e-3,
+    "adam_beta2": 0.95,
+    "compressor": {"name": "dense", "bits": 32},
+}
+"""Nothing is kept back and nothing is clipped: the mean gradient of all peers goes into AdamW."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One strategy's training: `options` are complete; `n_batches` micro-batches per peer and round."""
+
+    label: str
+    options: dict[str, Any]
+    rounds: int
+    n_batches: int
+
+
+def plans(specs: str, run: RunConfig) -> list[Plan]:
+    """Plans for the same number of micro-batches: those of `run.run.rounds` rounds of the run's strategy.
+
+    Raises ConfigError.
+    """
+    own = complete_config(run.strategy)
+    n_total = run.run.rounds * batches_per_round(own)
+    found = [_plan(label, options, own, n_total) for label, options in _strategies(specs, run.strategy)]
+    labels = [plan.label for plan in found]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"--strategies: {label} is named twice")
+    return found
+
+
+def batches_per_round(options: Mapping[str, Any]) -> int:
+    """Micro-batches that a peer draws in a round. Raises ConfigError where the clock decides on that."""
+    if options.get("max_seconds"):
+        raise ConfigError("max_seconds leaves it to the clock how many tokens a round has: leave it out here")
+    counts = [options[key] for key in BATCHES[options["name"]]]
+    if not all(isinstance(n, int) and n > 0 for n in counts):
+        raise ConfigError(f"{', '.join(BATCHES[options['name']])}: whole numbers from 1 on, not {counts}")
+    return prod(counts)
+
+
+def batches_per_step(run: RunConfig) -> int:
+    """Micro-batches per peer that data-parallel training would take between two exchanges of gradients."""
+    options = complete_config(run.strategy)
+    return int(options["accumulate"]) if options["name"] == "decoupled" else 1
+
+
+def notable(options: Mapping[str, Any]) -> str:
+    """The options that are not what they are by default, and what always matters: 'lr=0.003, beta=0.95'."""
+    in_order = {**{k: v for k, v in options.items() if k != "compressor"}, **options}  # the compressor last
+    return ", ".join(_changed(in_order, complete_config(_bare(options)), always=("lr", *FITTED.values())))
+
+
+def _changed(options: Mapping[str, Any], defaults: Mapping[str, Any], always: Sequence[str]) -> list[str]:
+    found = []
+    for key, value in options.items():
+        if key == "compressor":
+            defaults_of_it = complete_config({**_bare(options), "compressor": {"name": value["name"]}})
+            inner = _changed(value, defaults_of_it["compressor"], ("k", "rate", "bits"))
+            found.append(f"compressor={value['name']}({', '.join(inner)})")
+        elif key != "name" and (key in always or value != defaults[key]):
+            found.append(f"{key}={_shown(value)}")
+    return found
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _bare(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The strategy's name and what it does not go without."""
+    return {"name": options["name"], "lr": options["lr"]}
+
+
+def _plan(label: str, options: dict[str, Any], own: Mapping[str, Any], n_total: int) -> Plan:
+    option = FITTED.get(options["name"])
+    if (
+        option is not None
+        and option not in options
+        and not (option in own and options["name"] == own["name"])
+    ):
+        default = complete_config({**_bare({"lr": 1.0, **options})})[option]
+        options = {**options, option: fitted(n_total, default)}
+    complete = complete_config(options)
+    n_batches = batches_per_round(complete)
+    return Plan(label, complete, max(1, round(n_total / n_batches)), n_batches)
+
+
+def fitted(n_total: int, default: int) -> int:
+    """Micro-batches per round: near the default, but `MIN_ROUNDS` rounds, and next to nothing left over.
+
+    That is, between the most that this allows and half of it, what brings whole rounds nearest to n_total.
+    """
+    most = max(1, min(default, n_total // MIN_ROUNDS))
+    return min(
+        range(most, (most + 1) // 2 - 1, -1), key=lambda n: abs(max(1, round(n_total / n)) * n - n_total)
+    )
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+def _strategies(specs: str, own: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """(label, options that somebody has said)."""
+    parts = _split(specs)
+    if not parts:
+        raise ConfigError("--strategies: name some, for example decoupled,diloco,spsa")
+    for part in parts:
+        if part.endswith(".toml"):
+            yield from _from_file(Path(part))
+        else:
+            yield part, _options(part, own)
+
+
+def _from_file(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise ConfigError(f"--strategies {path}: cannot be read as TOML: {e}") from e
+    for label, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f'{path}: {label} is no table. Write [{label}] and below it name = "decoupled"')
+        yield label, {"name": label, **table}
+
+
+def _options(spec: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    head, compressor = _split_compressor(spec)
+    name, given = _call(head)
+    known = {*STRATEGIES, "ddp"}
+    if name not in known:
+        raise ConfigError(f"--strategies: unknown strategy {name!r}: {nearest(name, known)}")
+    if name == "ddp":
+        if compressor is not None or given.keys() - DDP_OPTIONS:
+            raise ConfigError(
+                f"--strategies {spec}: ddp sends whole gradients into AdamW; "
+                f"its options: {', '.join(sorted(DDP_OPTIONS))}"
+            )
+        return {**DDP, "accumulate": own.get("accumulate", 1), **given}
+    start = dict(own) if name == own.get("name") else {"name": name, **SMALL.get(name, {})}
+    options = {**start, **given}
+    if compressor is not None:
+        kind, its_options = _call(compressor)
+        if kind not in COMPRESSORS:
+            raise ConfigError(f"--strategies: unknown compressor {kind!r}: {nearest(kind, COMPRESSORS)}")
+        before = start.get("compressor", {})
+        same = before if isinstance(before, Mapping) and before.get("name") == kind else {"name": kind}
+        options["compressor"] = {**same, **its_options}
+    return options
+
+
+def _call(text: str) -> tuple[str, dict[str, Any]]:
+    """'spsa(lr=1e-3, noise=gauss)' -> ('spsa', {'lr': 0.001, 'noise': 'gauss'})."""
+    found = re.fullmatch(r"\s*(\w*)\s*(?:\((.*)\))?\s*", text, re.DOTALL)
+    if found is None:
+        raise ConfigError(f"--strategies: {text!r}: write it as NAME, or NAME(option=value, ...)")
+    options = {}
+    for pair in _split(found[2] or ""):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--strategies: {pair!r} in {text!r}: write it as option=value")
+        options[key.strip()] = literal(value.strip())
+    return found[1], options
+
+
+def _split_compressor(spec: str) -> tuple[str, str | None]:
+    head, *rest = _split(spec, ":")
+    if len(rest) > 1:
+        raise ConfigError(f"--strategies: {spec!r}: write it as STRATEGY:COMPRESSOR")
+    return head, rest[0] if rest else None
+
+
+def _split(text: str, separator: str = ",") -> list[str]:
+    """At separators outside of brackets and quotes; without empty parts."""
+    parts, depth, quote = [""], 0, ""
+    for c in text:
+        if c == separator and depth == 0 and not quote:
+            parts.append("")
+            continue
+        parts[-1] += c
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        else:
+            depth += (c in "([{") - (c in ")]}")
+    if depth or quote:
+        raise ConfigError(f"--strategies: {text!r}: a bracket or a quote stays open")
+    return [part.strip() for part in parts if part.strip()]

@@ -1,0 +1,135 @@
+"""The contract of links: a node's view of its swarm (design: section 4).
+
+Three implementations share one suite (`tests/contracts/test_link.py`): threads in one process, libp2p
+through hivemind, Ray. A link never opens a payload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+from ...compression.errors import SwarmUnreachable
+from ...coordinator.protocol.messages import Commit, NodeState, Offer, OfferEntry, Report, Welcome
+
+Digest = bytes
+"""BLAKE3 of a blob, 32 bytes."""
+
+
+class Lied(SwarmUnreachable):
+    """A holder gave bytes that do not fit their digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEvent:
+    """Something a person would want to read: what is being waited for, and how long already."""
+
+    text: str
+    warning: bool = False
+
+
+class Shelf(Protocol):
+    """Blobs that a node serves to members of its swarm, from any thread."""
+
+    def open(self, digest: Digest) -> tuple[BinaryIO, int]:
+        """The blob to read and its size. Raises KeyError: it is not here."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes so far, by kind (payload, snapshot, ledger, control); heartbeats are not counted.
+
+    `upload_bytes_per_s`: how fast this node's own payloads reached the coordinator; None: not measured yet.
+    """
+
+    sent: dict[str, int]
+    received: dict[str, int]
+    upload_bytes_per_s: float | None = None
+
+
+class Link(Protocol):
+    """One node's connection to one run. `fetch`, `members`, `serve`, `report` and `close` are called from any
+    thread, the other methods from one.
+
+    A link keeps every commit that it has seen, on disk where it has a folder: what is there is read from
+    there, and given to a coordinator that has lost it.
+    """
+
+    peer_id: str
+    run_id: bytes
+    """BLAKE3 of record 0, 32 bytes; known from the ticket."""
+
+    def open(self) -> Welcome:
+        """Connects, authenticates and returns record 0 and where the ledger stands.
+
+        Raises SwarmUnreachable (with what every address answered), ConfigError (wrong token, a state folder
+        that cannot be used), Incompatible (protocol version, or a full swarm) or LedgerCorrupt (the
+        coordinator's ledger is not the one that this link has seen).
+        """
+        ...
+
+    @property
+    def head(self) -> int:
+        """The newest round known to be committed."""
+        ...
+
+    def state(self, state: NodeState, needs_after: int | None = None) -> None:
+        """Says what this node does: joining (and which payloads it will need), training, leaving."""
+        ...
+
+    def offer(self, offer: Offer) -> None:
+        """Returns at once; the offer is kept and resent after a reconnect until its round commits.
+
+        `offer.payload` carries the payload's bytes whatever their size: the link sends large ones as a blob.
+        """
+        ...
+
+    def records(self, after: int) -> Iterator[Commit]:
+        """Commits from round `after` + 1 up to the head that is known when this is called, to be looked at:
+        no payload is fetched ahead. Blocks until they are here. Ends early, and raises, as `commits` does."""
+        ...
+
+    def commits(self, after: int) -> Iterator[Commit]:
+        """Commits in order from round `after` + 1 on, verified (chain and signature), blocking for new ones.
+        Their payloads are fetched ahead.
+
+        Ends when `close` is called. Raises SwarmUnreachable when reconnecting was given up, LedgerCorrupt
+        when a commit does not fit the chain.
+        """
+        ...
+
+    def payload(self, offer: OfferEntry) -> bytes:
+        """A counted offer's payload, from the commit itself or from whoever has it; waits for the
+        coordinator's return. Raises SwarmUnreachable: nobody has it, or the link was closed."""
+        ...
+
+    def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
+        """The blob of at most `n_bytes`, verified; from `holder` (a peer id) or from the coordinator.
+
+        Raises SwarmUnreachable: not there, cut, stalled, or `Lied` (a subclass): bytes that do not fit."""
+        ...
+
+    def members(self) -> list[str]:
+        """Peer ids of the others that are connected now."""
+        ...
+
+    def serve(self, shelf: Shelf | None) -> None:
+        """From now on members may fetch what is on the shelf, beside the payloads that the link has itself.
+        None: nothing."""
+        ...
+
+    def report(self, report: Report) -> None:
+        """Fingerprint, held-out loss, snapshot."""
+        ...
+
+    def events(self) -> Iterator[LinkEvent]:
+        """Blocks for the next thing worth telling; ends when `close` is called."""
+        ...
+
+    def traffic(self) -> Traffic: ...
+
+    def close(self) -> None:
+        """Leaves the swarm, sends what is still pending for at most 5 s, wakes `commits` and `events`."""
+        ...

@@ -1,0 +1,374 @@
+"""A node's session with the coordinator, kept alive over breaks. All of it runs in one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ...compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
+from ...coordinator.protocol.identity import is_signed_by
+from ...coordinator.protocol.messages import (
+    PROTOCOL_VERSION,
+    BadMessage,
+    Commit,
+    Follow,
+    Heartbeat,
+    Hello,
+    Message,
+    Refused,
+    Welcome,
+    digest_of,
+)
+from ...coordinator.protocol.patience import Patience
+from ...coordinator.protocol.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream, Throttle
+from ...coordinator.protocol.ticket import Ticket
+from ...coordinator.protocol.transport import Place, StreamHandler
+from .upload_limit import UploadLimit
+
+_log = logging.getLogger("thinwire.link")
+
+DIAL_TIMEOUT_S = 10.0
+QUICK_DIAL_S = 2.0
+"""For other nodes, once it is known how quickly they answer."""
+
+ANSWER_TIMEOUT_S = 15.0
+"""Without a byte for this long, a coordinator that was just reached counts as not answering."""
+
+GOODBYE_S = 5.0
+FIRST_RETRY_S, LAST_RETRY_S = 0.25, 4.0
+"""A restarted coordinator waits 10 s for the peers that it knew: who tries this often is among them."""
+
+STEADY_S = 10.0
+"""A session that lasted for this long makes the next retries quick again."""
+
+_PAUSE_S = 2.0
+_AGENT = "thinwire"
+_REFUSALS = {"ConfigError": ConfigError, "Incompatible": Incompatible, "LedgerCorrupt": LedgerCorrupt}
+
+
+StartPlace = Callable[[], Awaitable[Place]]
+"""Opens this node's place in the network. Raises ConfigError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the uplink asks and tells the link; all are called in the event loop."""
+
+    head: Callable[[], tuple[int | None, bytes | None]]
+    """The last commit that is known, for Hello."""
+    missing: Callable[[int, int], Iterator[Commit]]
+    """Commits after the one round up to the other: for a coordinator that has lost them."""
+    greeting: Callable[[], list[Message]]
+    """What a new session has to hear: state, what is followed, what was not yet acknowledged."""
+    connected: Callable[[Welcome], None]
+    received: Callable[[Message], Awaitable[None]]
+    """Raises LedgerCorrupt or BadMessage."""
+    beat: Callable[[], Heartbeat]
+    last_heard_s: Callable[[], float]
+    """When other streams last brought bytes from the coordinator."""
+    tell: Callable[[str, bool], None]
+    """Something for people to read, and whether it is a warning."""
+    refused: Callable[[], None]
+    """The coordinator has closed the session because of something that this node has sent."""
+    failed: Callable[[ThinwireError], None]
+    """The session is over for good."""
+    blob_server: StreamHandler
+
+
+class Uplink:
+    """`open` once, then `post`; `close` at the end. Breaks are mended until `patience_s` is over."""
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        start_place: StartPlace,
+        meter: Meter,
+        hooks: Hooks,
+        patience_s: float,
+        limit: UploadLimit | None = None,
+        device: str = "",
+    ) -> None:
+        self._ticket, self._start_place, self._meter, self._hooks = ticket, start_place, meter, hooks
+        self._control = None if limit is None else limit.control
+        self._patience_s, self._device = patience_s, device
+        self._jitter = random.Random()
+        self._queue: deque[Message] = deque()
+        self._wake = asyncio.Event()
+        self._place: Place | None = None
+        self._stream: Stream | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._retry_s = FIRST_RETRY_S
+        self._dial_patience = Patience(floor_s=QUICK_DIAL_S, ceiling_s=DIAL_TIMEOUT_S)
+        self.is_up = asyncio.Event()
+        self.was_read = asyncio.Event()
+        """Set by the link: the coordinator has answered that this node leaves."""
+
+    async def open(self) -> Welcome:
+        """Raises SwarmUnreachable, ConfigError, Incompatible or LedgerCorrupt.
+
+        A node that has been in the run before waits for the coordinator as after a break; a new one is told
+        at once what is wrong with its ticket or network.
+        """
+        try:
+            stream, welcome = await self._connect()
+        except SwarmUnreachable as e:
+            head_round, _ = self._hooks.head()
+            if not head_round:
+                raise
+            stream, welcome = await self._reconnect(str(e))
+        self._keeper = asyncio.create_task(self._keep(stream, welcome))
+        return welcome
+
+    def post(self, message: Message) -> None:
+        """Queues a message; dropped when there is no session, because its successor hears a greeting."""
+        if self._stream is not None:
+            self._queue.append(message)
+            self._wake.set()
+
+    async def open_stream(self, protocol: str, throttle: Throttle | None = None) -> Stream:
+        """Another stream to the coordinator. Raises SwarmUnreachable."""
+        if self._place is None or not self.is_up.is_set():
+            raise SwarmUnreachable("there is no connection to the coordinator")
+        reader, writer = await self._place.open_stream(self._ticket.peer_id, protocol, DIAL_TIMEOUT_S)
+        return Stream(reader, writer, self._meter, throttle or self._control)
+
+    async def open_stream_to(self, peer_id: str, addresses: Sequence[str], protocol: str) -> Stream:
+        """A stream to another node. Raises SwarmUnreachable."""
+        if self._place is None:
+            raise SwarmUnreachable("there is no connection to the swarm")
+        began_s, limit_s = time.monotonic(), self._dial_patience.limit_s
+        try:
+            await self._place.dial(peer_id, addresses, limit_s)
+            reader, writer = await self._place.open_stream(peer_id, protocol, limit_s)
+        except SwarmUnreachable:
+            if time.monotonic() - began_s >= limit_s:
+                self._dial_patience.ran_out()
+            raise
+        self._dial_patience.took(time.monotonic() - began_s)
+        return Stream(reader, writer, self._meter, self._control)
+
+    async def close(self, *, say_goodbye: bool = True) -> None:
+        """Waits until the coordinator has read that this node leaves, for at most 5 s, and ends all."""
+        if say_goodbye and self._keeper is not None and not self._keeper.done():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GOODBYE_S):
+                    await self.was_read.wait()
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        if self._place is not None:
+            await self._place.close()
+            self._place = None
+
+    # ------------------------------------------------------------------------------------- connecting
+
+    async def _connect(self) -> tuple[Stream, Welcome]:
+        place = await self._living_place()
+        await place.dial(self._ticket.peer_id, self._ticket.addresses, DIAL_TIMEOUT_S)
+        reader, writer = await place.open_stream(self._ticket.peer_id, SESSION, DIAL_TIMEOUT_S)
+        stream = Stream(reader, writer, self._meter, self._control)
+        try:
+            head_round, head_digest = self._hooks.head()
+            await stream.send_message(
+                Hello(
+                    version=PROTOCOL_VERSION,
+                    run_id=self._ticket.run_id,
+                    token=self._ticket.token,
+                    head_round=head_round,
+                    head_digest=head_digest,
+                    addresses=place.addresses,
+                    agent=_AGENT,
+                    device=self._device,
+                )
+            )
+            answer = await _answer(stream)
+            if isinstance(answer, Follow) and head_round is not None:
+                answer = await self._return_commits(stream, answer.after, head_round)
+            welcome = _checked(self._ticket, answer)
+        except (OSError, EOFError) as e:
+            stream.abort()
+            raise SwarmUnreachable(f"the coordinator closed the connection at once ({e})") from e
+        except BaseException:
+            stream.abort()
+            raise
+        return stream, welcome
+
+    async def _return_commits(self, stream: Stream, after: int, head: int) -> Message:
+        """The coordinator was restored from an older copy: sends what it has lost; returns its answer."""
+        text = (
+            f"the coordinator has lost rounds {after + 1} to {head}: giving them back from this node's copy"
+        )
+        self._hooks.tell(text, True)
+
+        async def send() -> None:
+            for commit in self._hooks.missing(after, head):
+                await stream.send_message(commit)
+                stream.heard_s = time.monotonic()  # it is silent while it takes what is sent
+
+        sending = asyncio.create_task(send())
+        try:
+            return await _answer(stream)  # a refusal may come before everything is sent
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+    async def _living_place(self) -> Place:
+        if self._place is not None and self._place.died.is_set():
+            self._hooks.tell("this machine's libp2p has ended unexpectedly: starting it again", True)
+            await self._place.close()
+            self._place = None
+        if self._place is None:
+            self._place = await self._start_place()
+            await self._place.handle(BLOB, self._hooks.blob_server)
+        return self._place
+
+    # -------------------------------------------------------------------------------- keeping it alive
+
+    async def _keep(self, stream: Stream, welcome: Welcome) -> None:
+        try:
+            while True:
+                why = await self._session(stream, welcome)
+                if self.was_read.is_set():
+                    return
+                stream, welcome = await self._reconnect(why)
+        except ThinwireError as e:
+            self._hooks.failed(e)
+
+    async def _session(self, stream: Stream, welcome: Welcome) -> str:
+        """One session from its Welcome to its end; returns why it ended. Raises what no retry can mend."""
+        self._stream = stream
+        began_s = time.monotonic()
+        self._queue.clear()
+        self._hooks.connected(welcome)
+        for message in self._hooks.greeting():
+            self.post(message)
+        self.is_up.set()
+        assert self._place is not None
+        tasks = [
+            asyncio.create_task(self._read(stream)),
+            asyncio.create_task(self._write(stream)),
+            asyncio.create_task(self._beat(stream, welcome.heartbeat_s)),
+            asyncio.create_task(self._place.died.wait()),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.is_up.clear()
+            self._stream = None
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            stream.abort()
+            if time.monotonic() - began_s > STEADY_S:
+                self._retry_s = FIRST_RETRY_S
+        error = next((e for task in done if (e := task.exception()) is not None), None)
+        if error is None:
+            return "this machine's libp2p has ended"
+        if isinstance(error, BadMessage):
+            self._hooks.refused()
+        if isinstance(error, OSError | EOFError | SwarmUnreachable | BadMessage):
+            return str(error) or "the connection broke"
+        raise error
+
+    async def _reconnect(self, why: str) -> tuple[Stream, Welcome]:
+        """Tries until it works. Raises SwarmUnreachable after `patience_s`, or what no retry can mend."""
+        broke_s = time.monotonic()
+        while True:
+            away_s = time.monotonic() - broke_s
+            if away_s > self._patience_s:
+                raise SwarmUnreachable(f"the coordinator does not answer since {away_s:.0f} s: {why}")
+            pause_s = self._retry_s * self._jitter.uniform(0.7, 1.3)
+            self._hooks.tell(
+                f"the coordinator does not answer since {away_s:.0f} s ({_one_line(why)}); "
+                f"trying again in {pause_s:.1f} s; training state is kept",
+                True,
+            )
+            await asyncio.sleep(pause_s)
+            self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
+            try:
+                if self._place is not None and not self._place.died.is_set():
+                    await self._place.disconnect(self._ticket.peer_id)
+                stream, welcome = await self._connect()
+            except (SwarmUnreachable, BadMessage) as e:
+                why = str(e)
+                continue
+            self._hooks.tell(f"connected again after {time.monotonic() - broke_s:.0f} s", False)
+            return stream, welcome
+
+    async def _read(self, stream: Stream) -> None:
+        while True:
+            message = await stream.receive_message(FROM_COORDINATOR)
+            if isinstance(message, Refused):
+                raise _refusal(message)
+            await self._hooks.received(message)
+
+    async def _write(self, stream: Stream) -> None:
+        while True:
+            self._wake.clear()
+            while self._queue:
+                await stream.send_message(self._queue.popleft())
+            await self._wake.wait()
+
+    async def _beat(self, stream: Stream, heartbeat_s: float) -> None:
+        """Sends heartbeats; raises SwarmUnreachable when the coordinator is silent for too long."""
+        limit_s = max(10.0, 5 * heartbeat_s)
+        while True:
+            before_s = time.monotonic()
+            await asyncio.sleep(heartbeat_s)
+            now_s = time.monotonic()
+            if now_s - before_s > heartbeat_s + _PAUSE_S:
+                stream.heard_s = now_s  # this process was stopped: it says nothing about the coordinator
+            silent_s = now_s - max(stream.heard_s, self._hooks.last_heard_s())
+            if silent_s > limit_s:
+                raise SwarmUnreachable(f"silent for {silent_s:.0f} s")
+            self.post(self._hooks.beat())
+
+
+async def _answer(stream: Stream) -> Message:
+    """The first message; slow ones are waited for as long as bytes keep coming."""
+    task = asyncio.create_task(stream.receive_message(FROM_COORDINATOR))
+    stream.heard_s = time.monotonic()
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=1.0)
+            if not task.done() and time.monotonic() - stream.heard_s > ANSWER_TIMEOUT_S:
+                raise SwarmUnreachable(
+                    f"the coordinator is reached but says nothing for {ANSWER_TIMEOUT_S:g} s"
+                )
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    return task.result()
+
+
+def _checked(ticket: Ticket, answer: Message) -> Welcome:
+    """A Welcome to the ticket's run, signed by the ticket's coordinator."""
+    if isinstance(answer, Refused):
+        raise _refusal(answer)
+    if not isinstance(answer, Welcome):
+        raise BadMessage(f"Welcome is expected, not {type(answer).__name__}")
+    if digest_of(answer.genesis) != ticket.run_id:
+        raise Incompatible("the coordinator serves another run than the ticket's: ask for a new ticket")
+    if not is_signed_by(ticket.peer_id, answer.signature, answer.genesis):
+        raise LedgerCorrupt("record 0: its signature is not the coordinator's")
+    if answer.body.protocol != PROTOCOL_VERSION:
+        raise Incompatible(
+            f"the run has protocol version {answer.body.protocol}, this thinwire {PROTOCOL_VERSION}"
+        )
+    return answer
+
+
+def _refusal(refused: Refused) -> ThinwireError:
+    if refused.error == "BadMessage":
+        return BadMessage(refused.text)
+    return _REFUSALS.get(refused.error, SwarmUnreachable)(refused.text)
+
+
+def _one_line(text: str) -> str:
+    return "; ".join(line.strip() for line in text.splitlines())

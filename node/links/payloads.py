@@ -1,0 +1,287 @@
+"""A node's payloads in memory: its own, those of the open round, those of commits; where each comes from.
+
+A payload is asked of the peer that offered it while its round is open. Once it is counted, that is waited for
+a little longer, then the coordinator is asked, and every other member last (design: section 5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from io import BytesIO
+from typing import Any, BinaryIO, Protocol
+
+from ...compression.errors import SwarmUnreachable
+from ...coordinator.protocol.blob_streams import NotServed, Sink
+from ...coordinator.protocol.messages import BadMessage, Commit, Offered, OfferEntry, digest_of
+from ...coordinator.protocol.patience import Patience
+from ...coordinator.protocol.streams import Purpose
+from .base import Lied, Shelf
+
+AHEAD = 4
+"""Commits whose payloads are fetched before the node takes them."""
+
+KEPT_ROUNDS = 64
+KEPT_BYTES = 256 * 2**20
+"""What stays servable in memory."""
+
+SHORT_WAIT_S, LONG_WAIT_S = 0.25, 2.0
+"""For what is on its way from a peer, before the coordinator is asked for it too."""
+
+_RETRY_S, _LAST_RETRY_S = 0.3, 2.0
+_REFUSALS = 2
+"""Once is what a session that has just been replaced may answer."""
+
+
+class Sources(Protocol):
+    """Where payloads come from; one attempt each, verified."""
+
+    async def from_coordinator(self, digest: bytes, n_bytes: int) -> bytes:
+        """Raises SwarmUnreachable; NotServed or Lied: asking again is of little use."""
+        ...
+
+    async def from_member(self, holder: str, digest: bytes, n_bytes: int) -> bytes:
+        """Raises SwarmUnreachable."""
+        ...
+
+    def members(self, offerer: str | None) -> list[str]:
+        """The other members, in the order in which they are to be asked."""
+        ...
+
+    def rests(self, holder: str) -> bool:
+        """Whether fetches from it keep failing, so that there is no use in beginning with it."""
+        ...
+
+    def too_slow(self, holder: str) -> None:
+        """The coordinator was quicker, although it was asked much later."""
+        ...
+
+    async def reconnected(self, timeout_s: float) -> None:
+        """Returns when the coordinator is connected, or time is up. Raises SwarmUnreachable: given up."""
+        ...
+
+
+class Kept:
+    """Payloads of the last rounds, a read-only shelf. At most `max_bytes`, but always the newest one."""
+
+    def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._payloads: OrderedDict[bytes, tuple[int, bytes]] = OrderedDict()
+        self._newest = 0
+        self.n_bytes = 0
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._payloads
+
+    def get(self, digest: bytes) -> bytes | None:
+        found = self._payloads.get(digest)
+        return None if found is None else found[1]
+
+    def add(self, round_: int, digest: bytes, payload: bytes) -> None:
+        if digest in self._payloads:
+            round_ = max(round_, self._remove(digest))
+        self._payloads[digest] = (round_, payload)
+        self.n_bytes += len(payload)
+        if round_ > self._newest:
+            self._newest = round_
+            for old in [d for d, (r, _) in self._payloads.items() if r <= round_ - KEPT_ROUNDS]:
+                self._remove(old)
+        while self.n_bytes > self._max_bytes and len(self._payloads) > 1:
+            self._remove(next(iter(self._payloads)))
+
+    def _remove(self, digest: bytes) -> int:
+        round_, payload = self._payloads.pop(digest)
+        self.n_bytes -= len(payload)
+        return round_
+
+
+class Payloads:
+    """Fetches payloads ahead, keeps them, and gives them when they are asked for. One event loop.
+
+    `own`: this node's peer id; `max_offers`, `max_bytes`: what an open round can have.
+    """
+
+    def __init__(self, sources: Sources, own: str) -> None:
+        self._sources, self._own = sources, own
+        self.max_offers, self.max_bytes = 0, 0
+        self.kept = Kept()
+        self._patience = Patience(floor_s=SHORT_WAIT_S, ceiling_s=LONG_WAIT_S)
+        self._early: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
+        self._tasks: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
+
+    def keep_own(self, round_: int, payload: bytes) -> bytes:
+        """This node offers it: it need not be fetched, and others may have it. Returns its digest."""
+        digest = digest_of(payload)
+        self.kept.add(round_, digest, payload)
+        return digest
+
+    def offered(self, offered: Offered) -> None:
+        """A peer has a payload for the open round: fetched from there, silently if that fails."""
+        digest, holder = offered.digest, offered.holder
+        if holder == self._own or digest in self.kept or digest in self._early:
+            return
+        of_round = sum(round_ == offered.round for round_, _ in self._early.values())
+        if of_round >= self.max_offers or offered.n_bytes > self.max_bytes or self._sources.rests(holder):
+            return
+        self._early[digest] = (offered.round, _quiet(self._fetch_early(offered)))
+
+    def committed(self, commit: Commit) -> None:
+        """A round is over: of what was offered only what counted is still of use."""
+        counted = {entry.digest for entry in commit.body.offers}
+        for digest, (round_, task) in list(self._early.items()):
+            if round_ <= commit.body.round and digest not in counted:
+                task.cancel()
+
+    def want(self, commits: Sequence[Commit], peers: Mapping[int, str]) -> None:
+        """The node has taken the first of these and will take the others next: fetches their payloads.
+
+        It may still have to apply some that it took before: what is under way for them goes on.
+        """
+        if not commits:
+            return
+        first, last = commits[0].body.round, commits[-1].body.round
+        for digest, (round_, task) in list(self._tasks.items()):
+            if (round_ < first and task.done()) or not first - KEPT_ROUNDS < round_ <= last:
+                self._tasks.pop(digest)[1].cancel()
+        for round_, early in list(self._early.values()):
+            if round_ <= first - KEPT_ROUNDS:
+                early.cancel()
+        for commit in commits:
+            for entry in commit.body.offers:
+                self._ensure(entry, peers.get(entry.peer), commit.body.round)
+
+    async def get(self, entry: OfferEntry, offerer: str | None) -> bytes:
+        """A counted payload. Raises SwarmUnreachable: nobody has it."""
+        digest = entry.digest
+        if digest is None:
+            assert entry.payload is not None
+            return entry.payload
+        kept = self.kept.get(digest)
+        if kept is not None:
+            return kept
+        _, task = self._tasks.get(digest, (0, None))
+        if task is None:
+            return await self._resolve(digest, entry.n_bytes, offerer)
+        return await asyncio.shield(task)
+
+    def close(self) -> None:
+        for _, task in [*self._tasks.values(), *self._early.values()]:
+            task.cancel()
+
+    # --------------------------------------------------------------------------------------- fetching
+
+    def _ensure(self, entry: OfferEntry, offerer: str | None, round_: int) -> None:
+        """A fetch is under way, unless the payload is here. One that has failed is begun again."""
+        digest = entry.digest
+        if digest is None or digest in self.kept:
+            return
+        _, task = self._tasks.get(digest, (0, None))
+        if task is None or (task.done() and not _has_succeeded(task)):
+            work = self._fetch_wanted(digest, entry.n_bytes, offerer, round_)
+            self._tasks[digest] = (round_, _quiet(work))
+
+    async def _fetch_early(self, offered: Offered) -> bytes:
+        digest, began_s = offered.digest, time.monotonic()
+        try:
+            data = await self._sources.from_member(offered.holder, digest, offered.n_bytes)
+            self._patience.took(time.monotonic() - began_s)
+            self.kept.add(offered.round, digest, data)
+            return data
+        finally:
+            if self._early.get(digest, (0, None))[1] is asyncio.current_task():
+                del self._early[digest]
+
+    async def _fetch_wanted(self, digest: bytes, n_bytes: int, offerer: str | None, round_: int) -> bytes:
+        data = await self._resolve(digest, n_bytes, offerer)
+        self.kept.add(round_, digest, data)
+        return data
+
+    async def _resolve(self, digest: bytes, n_bytes: int, offerer: str | None) -> bytes:
+        """From what is on its way; after a short wait from whoever has it, whichever comes first."""
+        _, early = self._early.get(digest, (0, None))
+        if early is None:
+            return await self._from_anybody(digest, n_bytes, offerer)
+        await asyncio.wait({early}, timeout=self._patience.limit_s)
+        if _has_succeeded(early):
+            return early.result()
+        data = await self._race(early, _quiet(self._from_anybody(digest, n_bytes, offerer)))
+        if offerer is not None and not early.done():
+            self._sources.too_slow(offerer)
+        return data
+
+    async def _race(self, early: asyncio.Task[bytes], other: asyncio.Task[bytes]) -> bytes:
+        """What comes first; the reason of `other` if both fail."""
+        racers = {early, other}
+        try:
+            while racers:
+                done, racers = await asyncio.wait(racers, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if _has_succeeded(task):
+                        return task.result()
+            return other.result()
+        finally:
+            early.cancel()
+            other.cancel()
+
+    async def _from_anybody(self, digest: bytes, n_bytes: int, offerer: str | None) -> bytes:
+        """The coordinator, then every member in turn; again while the coordinator may come back."""
+        refused, pause_s, why = 0, _RETRY_S, ""
+        while True:
+            try:
+                return await self._sources.from_coordinator(digest, n_bytes)
+            except (NotServed, Lied) as e:
+                refused, why = refused + 1, str(e)
+            except SwarmUnreachable as e:
+                why = str(e)
+            for holder in self._sources.members(offerer):
+                try:
+                    return await self._sources.from_member(holder, digest, n_bytes)
+                except SwarmUnreachable:
+                    continue
+            if refused >= _REFUSALS:
+                raise SwarmUnreachable(f"nobody has the payload {digest.hex()[:16]} any more: {why}")
+            await asyncio.sleep(pause_s)
+            await self._sources.reconnected(_LAST_RETRY_S)
+            pause_s = min(2 * pause_s, _LAST_RETRY_S)
+
+
+class Served:
+    """What members may fetch from this node: payloads that it has, and what is on its shelf.
+
+    `has_time_for`: whether payloads of so many bytes are given; who is refused finds them elsewhere.
+    """
+
+    def __init__(self, kept: Kept, has_time_for: Callable[[int], bool] = lambda n_bytes: True) -> None:
+        self._kept = kept
+        self._has_time_for = has_time_for
+        self.shelf: Shelf | None = None
+
+    def open(self, digest: bytes) -> tuple[BinaryIO, int]:
+        payload, shelf = self._kept.get(digest), self.shelf
+        if payload is not None and self._has_time_for(len(payload)):
+            return BytesIO(payload), len(payload)
+        if payload is not None or shelf is None:
+            raise KeyError(digest.hex())
+        return shelf.open(digest)
+
+    def purpose(self, digest: bytes) -> Purpose:
+        return "payload" if digest in self._kept else "snapshot"
+
+    def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
+        raise BadMessage(f"a node stores no blob of others ({digest.hex()[:16]}, {n_bytes} bytes)")
+
+    def stored(self, digest: bytes) -> None:
+        raise AssertionError("nothing is ever stored here")
+
+
+def _quiet(work: Coroutine[Any, Any, bytes]) -> asyncio.Task[bytes]:
+    """A fetch that nobody may ever ask for: its failure is not worth a word."""
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+    return task
+
+
+def _has_succeeded(task: asyncio.Task[bytes]) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None

@@ -1,0 +1,241 @@
+"""What the links of real networks share: the session runs in an event loop of its own thread, the node calls
+from its thread."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ...compression.errors import SwarmUnreachable
+from ...coordinator.protocol.identity import public_key_of
+from ...coordinator.protocol.ledger_copy import COPY_NAME, LedgerCopy
+from ...coordinator.protocol.messages import MAX_ROUND, Commit, NodeState, Offer, OfferEntry, Report, Welcome
+from ...coordinator.protocol.streams import Meter, Purpose
+from ...coordinator.protocol.ticket import Ticket
+from .base import Digest, LinkEvent, Shelf, Traffic
+from .coordinator_session import StartPlace
+from .core import About, LinkSession
+from .mailbox import Mailbox
+from .upload_limit import UploadLimit
+
+T = TypeVar("T")
+
+_READ_AT_ONCE = 64
+
+
+class SessionLink:
+    """See `Link`. `start_place`: opens this node's place in the network; `run_folder`: where this run's copy
+    of the ledger is kept, None: in memory.
+
+    `patience_s`: how long to go on trying when the coordinator does not answer any more. `limit`: of all that
+    this node sends. `metrics`: this node's, in Prometheus' text format, for when the coordinator asks; called
+    in a thread of its own. `about`: what people are told of this node.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        peer_id: str,
+        start_place: StartPlace,
+        *,
+        run_folder: Path | None = None,
+        patience_s: float = 600.0,
+        limit: UploadLimit | None = None,
+        metrics: Callable[[], bytes] = bytes,
+        about: About = About(),  # noqa: B008 - frozen
+    ) -> None:
+        self.run_id = ticket.run_id
+        self._ticket, self._patience_s, self._limit = ticket, patience_s, limit
+        self._metrics, self._about = metrics, about
+        self.peer_id, self.run_folder = peer_id, run_folder
+        self._start_place = start_place
+        self._mailbox = Mailbox()
+        self._meter = Meter()
+        self._closing = threading.Lock()
+        self._is_closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._session: LinkSession | None = None
+        self._copy: LedgerCopy | None = None
+        self._copy_path = None if self.run_folder is None else self.run_folder / COPY_NAME
+
+    # ----------------------------------------------------------------------------- the node's thread
+
+    def open(self) -> Welcome:
+        with self._closing:
+            if self._is_closed or self._loop is not None:
+                raise SwarmUnreachable(
+                    "the link is closed" if self._is_closed else "the link is open already"
+                )
+            copy = self._copy = LedgerCopy(self._copy_path, self.run_id, public_key_of(self._ticket.peer_id))
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
+            self._thread.start()
+        try:
+            return self._wait(self._open(copy))
+        except BaseException:
+            self.close()
+            raise
+
+    async def _open(self, copy: LedgerCopy) -> Welcome:
+        self._session = LinkSession(
+            self._ticket,
+            self._start_place,
+            self._mailbox,
+            self._meter,
+            self._patience_s,
+            peer_id=self.peer_id,
+            copy=copy,
+            copy_path=self._copy_path,
+            limit=self._limit,
+            metrics=self._metrics,
+            about=self._about,
+        )
+        return await self._session.open()
+
+    @property
+    def head(self) -> int:
+        return 0 if self._session is None else self._session.head
+
+    def state(self, state: NodeState, needs_after: int | None = None) -> None:
+        self._soon("say_state", state, needs_after)
+
+    def offer(self, offer: Offer) -> None:
+        if offer.payload is None:
+            raise ValueError("offer.payload carries the payload's bytes")
+        self._soon("make_offer", offer)
+
+    def report(self, report: Report) -> None:
+        self._soon("make_report", report)
+
+    def records(self, after: int) -> Iterator[Commit]:
+        yield from self._read(after, self.head)
+
+    def commits(self, after: int) -> Iterator[Commit]:
+        for commit in self._read(after, MAX_ROUND):
+            self._soon("taken", commit.body.round)
+            yield commit
+
+    def _read(self, after: int, up_to: int) -> Iterator[Commit]:
+        """From the copy, as it grows; ends when the link is closed."""
+        copy = self._copy
+        while copy is not None and after < up_to:
+            if not self._mailbox.wait(partial(_goes_past, copy, after)):
+                return
+            for commit in copy.commits(after, min(_READ_AT_ONCE, up_to - after)):
+                if self._mailbox.is_closed:
+                    return
+                after += 1
+                yield commit
+
+    def payload(self, offer: OfferEntry) -> bytes:
+        if offer.payload is not None:
+            return offer.payload
+        return self._wait(self._opened().payload(offer))
+
+    def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
+        session = self._opened()
+        if holder is None:
+            return self._wait(session.fetch(digest, n_bytes))
+        return self._wait(session.fetch_from(holder, digest, n_bytes))
+
+    def members(self) -> list[str]:
+        return [] if self._session is None else self._session.members()
+
+    def serve(self, shelf: Shelf | None) -> None:
+        if self._session is not None:
+            self._session.served.shelf = shelf
+
+    def events(self) -> Iterator[LinkEvent]:
+        while (event := self._mailbox.take_event()) is not None:
+            yield event
+
+    def traffic(self) -> Traffic:
+        return Traffic(
+            _without_heartbeats(self._meter.sent),
+            _without_heartbeats(self._meter.received),
+            None if self._session is None else self._session.upload_bytes_per_s,
+        )
+
+    def close(self) -> None:
+        self._end(say_goodbye=True)
+
+    def kill(self) -> None:
+        """Ends the session as a crash of the node does: without a word."""
+        self._end(say_goodbye=False)
+
+    def _end(self, say_goodbye: bool) -> None:
+        with self._closing:
+            was_closed, self._is_closed = self._is_closed, True
+            loop, thread = self._loop, self._thread
+            if not was_closed and loop is not None and thread is not None:
+                done = asyncio.run_coroutine_threadsafe(self._shut(say_goodbye), loop)
+                self._mailbox.close()
+                done.result()
+                loop.call_soon_threadsafe(loop.stop)
+                thread.join()
+                _empty(loop)
+                loop.close()
+            self._mailbox.close()
+            if self._copy is not None:
+                self._copy.close()
+
+    async def _shut(self, say_goodbye: bool) -> None:
+        """Ends the session, then whatever still runs in the loop, so that nobody waits for it."""
+        if self._session is not None:
+            await self._session.close(say_goodbye)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.get_running_loop().shutdown_default_executor()
+
+    def _opened(self) -> LinkSession:
+        if self._session is None or self._is_closed:
+            raise SwarmUnreachable("the link is not open")
+        return self._session
+
+    def _soon(self, method: str, *arguments: object) -> None:
+        """Calls a method of the session in the loop; does nothing without a session."""
+        if self._session is None or self._loop is None or self._is_closed:
+            return
+        try:
+            self._loop.call_soon_threadsafe(getattr(self._session, method), *arguments)
+        except RuntimeError:  # the loop was closed by another thread meanwhile
+            return
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of work in the loop. Raises SwarmUnreachable when the link is closed meanwhile."""
+        assert self._loop is not None
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except (concurrent.futures.CancelledError, RuntimeError) as e:
+            work.close()
+            if self._is_closed:
+                raise SwarmUnreachable("the link was closed") from e
+            raise
+
+
+def _goes_past(copy: LedgerCopy, round_: int) -> bool:
+    return copy.head_round > round_
+
+
+def _empty(loop: asyncio.AbstractEventLoop) -> None:
+    """Ends what other threads have asked for while the loop was about to stop: they wait for an answer."""
+
+    async def cancel_all() -> None:
+        late = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)
+
+    loop.run_until_complete(cancel_all())
+
+
+def _without_heartbeats(counts: Mapping[Purpose, int]) -> dict[str, int]:
+    return {str(purpose): n for purpose, n in counts.items() if purpose != "heartbeat"}

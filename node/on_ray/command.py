@@ -1,0 +1,111 @@
+"""`thinwire ray`: a run on a Ray cluster, with its progress in the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ...compression.errors import ConfigError
+from ..cli.view import live_view
+from .cluster import PeerGroup, group_of, load_ray, parse_group, quiet_stdout
+
+if TYPE_CHECKING:
+    from ..precision import Precision
+    from ..system.stopping import Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Peers as the command line asks for them."""
+
+    peers: int | None
+    gpus: int
+    cpus: float | None
+    ranks: int | None
+    kind: str | None
+    groups: tuple[str, ...]
+
+    def parsed(self) -> list[PeerGroup]:
+        """Raises ConfigError."""
+        groups = [parse_group(text) for text in self.groups]
+        if self.peers is not None or not groups:
+            groups.insert(0, group_of(self.peers or 2, self.gpus, self.cpus, self.ranks, self.kind))
+        elif self.gpus or self.cpus is not None or self.ranks is not None or self.kind is not None:
+            raise ConfigError("--gpus-per-peer and the like belong to --peers N; --peer says its own")
+        return groups
+
+
+def ray_command(
+    run_file: Path,
+    asked: Asked,
+    *,
+    overrides: Mapping[str, Any],
+    as_json: bool,
+    stop: Stop,
+    address: str | None,
+    state: Path | None,
+    node_state: Path | None,
+    output: Path | None,
+    task: str | None,
+    precision: Precision,
+    wait_s: float | None,
+    restarts: int,
+    verbose: bool,
+) -> None:
+    """Prints the result as one JSON object, or in words. Raises what `train` raises."""
+    from .train import train
+
+    load_ray()
+    groups = asked.parsed()
+    console, notes = Console(stderr=True), list[str]()
+    began_s = monotonic()
+    with quiet_stdout(), live_view(console, notes) as show:
+        result = train(
+            run_file,
+            peers=groups,
+            overrides=overrides,
+            address=address,
+            state=state,
+            node_state=node_state,
+            output=output,
+            task=task,
+            precision=precision,
+            wait_s=wait_s,
+            restarts=restarts,
+            verbose=verbose,
+            on_status=show,
+            stopped=stop.is_set,
+        )
+    if stop.is_set():
+        return
+    metrics = {**result.metrics, "seconds": round(monotonic() - began_s, 1)}
+    if as_json:
+        print(json.dumps(metrics))  # noqa: T201 - data goes to stdout
+        return
+    for line in _summary(metrics):
+        console.print(line, highlight=False, soft_wrap=True)
+    print(result.weights)  # noqa: T201 - data goes to stdout
+
+
+def _summary(metrics: Mapping[str, Any]) -> Sequence[str]:
+    fingerprints = set(metrics["fingerprints"].values())
+    lines = [f"\n{metrics['rounds']} rounds in {metrics['seconds']:.0f} s."]
+    if metrics["held_out_last"] is not None:
+        first, last = metrics["held_out_first"], metrics["held_out_last"]
+        lines.append(f"Held-out loss {first:.3f} -> {last:.3f} nats.")
+    if len(fingerprints) == 1 and None not in fingerprints:
+        lines.append(f"Replicas identical to the last bit: fingerprint {fingerprints.pop()} on all peers.")
+    else:
+        lines.append(f"[bold red]Replicas differ:[/] {metrics['fingerprints']}")
+    for fault in metrics["faults"]:
+        back = fault["back_at_round"]
+        ending = "was not back in time" if back is None else f"trained again at round {back}"
+        lines.append(f"{fault['node']} was lost at round {fault['killed_at_round']} and {ending}.")
+    lines.append("The trained weights are in")
+    return lines

@@ -1,0 +1,155 @@
+"""The coordinator as an actor: the same server, on the same files, with calls in the place of libp2p.
+
+Ray starts it again on the same machine when its process dies; it goes on from its folder then, and nodes come
+back to it as they do to any coordinator that was restarted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from ...compression.errors import ConfigError, SwarmUnreachable, ThinwireError
+from ...coordinator.protocol.identity import peer_id_of
+from ...coordinator.server import CoordinatorServer
+from ...coordinator.state import StateDir
+from .coordinator_transport import Found, Switchboard
+from .transport import ADDRESS_PREFIX
+
+LOCK_S: Final = 15.0
+"""A process that was killed may hold its folder for a moment longer."""
+
+_RETRY_S: Final = 0.2
+
+
+class CoordinatorActor:
+    """Serves the run that is in a state folder, from the first call on. Calls that change something are made
+    at most once: whoever makes them never repeats them."""
+
+    def __init__(self, folder: str, namespace: str) -> None:
+        self._folder, self._namespace = Path(folder), namespace
+        self._opening = asyncio.Lock()
+        self._state: StateDir | None = None
+        self._server: CoordinatorServer | None = None
+        self._board: Switchboard | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._is_stopped = False
+
+    # ------------------------------------------------------------------------------- for whoever started it
+
+    async def status(self) -> dict[str, Any]:
+        """The server's, and `failed`: what ended the run, if anything has. Raises nothing."""
+        try:
+            server, _ = await self._serving()
+        except ThinwireError as e:
+            return {"failed": (type(e).__name__, str(e))}
+        ending = self._tasks[0]
+        error = ending.exception() if ending.done() and not ending.cancelled() else None
+        failed = None if error is None else (type(error).__name__, str(error))
+        ended = ending.done() and error is None
+        return {**server.status(), "failed": failed, "acknowledged": ended}
+
+    async def ticket(self) -> str:
+        server, _ = await self._serving()
+        return server.ticket.line()
+
+    async def stop(self) -> None:
+        """Tells the nodes, and closes the folder."""
+        async with self._opening:
+            self._is_stopped = True
+            await self._stop()
+
+    # ----------------------------------------------------------------------------------- for nodes' places
+
+    async def attend(self, line: bytes) -> None:
+        await (await self._switchboard()).attend(line)
+
+    async def connect(self, line: bytes, peer_id: str, protocol: str, life: list[Any]) -> bool:
+        return await (await self._switchboard()).connect(line, peer_id, protocol, life)
+
+    async def write(self, line: bytes, data: bytes) -> bool:
+        return await (await self._switchboard()).write(line, data)
+
+    async def read(self, line: bytes) -> bytes | None:
+        return await (await self._switchboard()).read(line)
+
+    async def hang_up(self, line: bytes) -> None:
+        await (await self._switchboard()).hang_up(line)
+
+    async def put_blob(self, line: bytes, digest: bytes, refs: list[Any]) -> str | None:
+        return await (await self._switchboard()).put_blob(line, digest, refs)
+
+    async def get_blob(self, line: bytes, digest: bytes, holder: str | None, is_fresh: bool) -> Found:
+        return await (await self._switchboard()).get_blob(line, digest, holder, is_fresh)
+
+    async def wanted(self, line: bytes) -> list[tuple[int, str, bytes]] | None:
+        return await (await self._switchboard()).wanted(line)
+
+    async def answer(self, number: int, refs: list[Any], why: str) -> None:
+        await (await self._switchboard()).answer(number, refs, why)
+
+    # ---------------------------------------------------------------------------------------- the server
+
+    async def _switchboard(self) -> Switchboard:
+        return (await self._serving())[1]
+
+    async def _serving(self) -> tuple[CoordinatorServer, Switchboard]:
+        if self._server is None or self._board is None:
+            async with self._opening:
+                if self._server is None or self._board is None:
+                    await self._start()
+        assert self._server is not None
+        assert self._board is not None
+        return self._server, self._board
+
+    async def _start(self) -> None:
+        if self._is_stopped:
+            raise SwarmUnreachable("the coordinator was stopped")
+        self._state = await lock(self._folder)
+        try:
+            server = CoordinatorServer(self._state, start_place=self._open_place)
+            await server.start()
+        except BaseException:
+            self._state.close()
+            raise
+        assert self._board is not None
+        self._server = server
+        self._tasks = [
+            asyncio.create_task(server.run_until_finished()),
+            asyncio.create_task(self._board.forget_old_again_and_again()),
+        ]
+
+    async def _open_place(self, key: Ed25519PrivateKey, *, port: int, **_where: Any) -> Switchboard:
+        """The port is libp2p's, should the run ever be continued over that."""
+        peer_id = peer_id_of(key.public_key())
+        self._board = Switchboard(peer_id, ADDRESS_PREFIX + self._namespace, self._is_member)
+        self._board.port = port
+        return self._board
+
+    def _is_member(self, peer_id: str) -> bool:
+        return self._server is not None and self._server.service.is_member(peer_id)
+
+    async def _stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._server is not None:
+            await self._server.stop()
+        if self._state is not None:
+            self._state.close()
+        self._server, self._board, self._state = None, None, None
+
+
+async def lock(folder: Path) -> StateDir:
+    """Raises ConfigError when another process keeps it."""
+    end_s = time.monotonic() + LOCK_S
+    while time.monotonic() < end_s:
+        with contextlib.suppress(ConfigError):
+            return StateDir(folder)
+        await asyncio.sleep(_RETRY_S)
+    return StateDir(folder)

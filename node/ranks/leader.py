@@ -1,0 +1,312 @@
+"""A node of several ranks: rank 0 has the link and leads, the others follow.
+
+Every rank has a `Replica` over its shards and a `LocalWork` of its own. What rank 0 is asked to do with its
+own it announces first, so that all ranks call the same methods in the same order; there they meet in
+collectives. Announcements are plain data (msgpack) on a channel of their own, on which followers may wait for
+ever: rank 0 has to wait for a swarm.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import msgpack
+import torch
+from torch import nn
+
+from ...compression.errors import ThinwireError
+from ...coordinator.protocol.messages import Commit, GenesisBody, decode_record, encode_record
+from ...optim.base import Allotment, Own, Strategy
+from ...optim.parts.ranks import GroupRanks, Ranks
+from ..config import parse_config
+from ..local_work import LocalWork, Proposal
+from ..precision import Precision
+from ..replica import PayloadBytes, Replica, Saved, strategy_for
+from ..snapshots.format import Manifest, Stored
+from ..snapshots.store import SnapshotStore
+from ..snapshots.writer import SnapshotWriter
+from ..tasks.base import Task
+from ..tasks.registry import make_task
+from .collective_errors import together
+from .sharding import Sharding, sharded_model
+
+_FOR_EVER: Final = timedelta(days=3650)
+
+_WITH_COLLECTIVES: Final = frozenset({"propose", "work_ahead", "evaluate", "sums"})
+
+
+def open_channel() -> Ranks:
+    """For announcements, once this process is a rank (`mesh.join_node`). All ranks call this."""
+    import torch.distributed as dist
+
+    return GroupRanks(dist.new_group(backend="gloo", timeout=_FOR_EVER))
+
+
+class Lead:
+    """Rank 0's side of the channel."""
+
+    def __init__(
+        self, channel: Ranks, device: torch.device, sharding: Sharding, folder: Path | None = None
+    ) -> None:
+        """`folder`: for base weights while they are read; None: a temporary one."""
+        self._channel, self._device, self._sharding = channel, device, sharding
+        self.folder = folder
+        self._is_inside = False
+
+    @contextmanager
+    def call(self, what: str, *values: Any) -> Iterator[None]:
+        """All ranks do the same meanwhile."""
+        self._is_inside = True
+        self._channel.spread(msgpack.packb([what, *values]))
+        try:
+            yield
+        except _alike(what):
+            self._is_inside = False
+            raise
+        self._is_inside = False
+
+    def replica(self, run_id: bytes, body: GenesisBody, peer_id: str, task: Task) -> Replica:
+        """Every rank makes its part. `task`: rank 0's own; the others make theirs."""
+        with self.call("build", run_id, encode_record(body), peer_id), together(self._channel):
+            model, strategy = _sharded(body, task, self._device, self._sharding)
+            return LedReplica(self, run_id, body, model, strategy, peer_id)
+
+    def work(self, replica: Replica, task: Task, texts: Sequence[bytes | None]) -> LocalWork:
+        """`texts`: what `task` has loaded already, for the others."""
+        with self.call("load", *texts), together(self._channel):
+            return LedWork(self, replica, task, self._sharding.precision)
+
+    def stop(self) -> None:
+        """The others end; where something broke in the middle, they do so without being told."""
+        if not self._is_inside:
+            self._channel.spread(msgpack.packb(["stop"]))
+
+
+class LedReplica(Replica):
+    """Rank 0's part of a node's replica."""
+
+    def __init__(
+        self,
+        lead: Lead,
+        run_id: bytes,
+        genesis: GenesisBody,
+        model: nn.Module,
+        strategy: Strategy,
+        peer_id: str,
+    ) -> None:
+        super().__init__(run_id, genesis, model, strategy, peer_id)
+        self._lead = lead
+        self._told_peers: Mapping[int, str] | None = None
+
+    def apply_batch(
+        self, commits: Sequence[Commit], payload_bytes: PayloadBytes, offered: Container[int] = ()
+    ) -> list[Own]:
+        """All payloads of the batch are fetched before anything is announced."""
+        payloads = [payload_bytes(offer) for commit in commits for offer in commit.body.offers]
+        own = [commit.body.round for commit in commits if commit.body.round in offered]
+        peers = None if self.peers == self._told_peers else list(self.peers.items())
+        self._told_peers = dict(self.peers)
+        with self._lead.call("apply", [_plain(c) for c in commits], payloads, own, peers):
+            fetched = iter(payloads)
+            owns = super().apply_batch(commits, lambda _offer: next(fetched), own)
+        self._told_peers = dict(self.peers)
+        return owns
+
+    def sums(self) -> dict[str, int]:
+        with self._lead.call("sums"):
+            return super().sums()
+
+    def begin(self, base: bytes | Path | None) -> None:
+        """Base weights are put into a file, of which every rank reads its rows."""
+        if isinstance(base, bytes):
+            with _as_file(base, self._lead.folder) as path:
+                self.begin(path)
+            return
+        with self._lead.call("begin", None if base is None else str(base)):
+            super().begin(base)
+
+    def take(self, store: SnapshotStore, stored: Stored, commit: Commit) -> None:
+        manifest, path = store.verified(stored)
+        with self._lead.call("take", str(path), encode_record(manifest), _plain(commit)):
+            self.take_file(path, manifest, commit)
+
+    def take_local_state(self, folder: Path) -> bool:
+        with self._lead.call("take_local_state", str(folder)):
+            return super().take_local_state(folder)
+
+    def write_snapshot(self, writer: SnapshotWriter) -> None:
+        """Training waits until every rank has its part on disk; not for the digests."""
+        fingerprint = self.fingerprint()
+        folder = writer.store.aside()
+        try:
+            with self._lead.call("write", str(folder)):
+                self.write_part(folder)
+        except BaseException as e:
+            shutil.rmtree(folder, ignore_errors=True)
+            if not isinstance(e, OSError):
+                raise
+            writer.tell_failure(self.round, e)
+            return
+        writer.complete(folder, round=self.round, commit=self.digest, fingerprint=fingerprint)
+
+    def saved(self) -> Saved:
+        """This rank's part; the others keep theirs until `restore` or the next offer."""
+        with self._lead.call("save"):
+            return super().saved()
+
+    def restore(self, saved: Saved) -> None:
+        with self._lead.call("restore"):
+            super().restore(saved)
+
+    def save_weights(self, path: Path | None) -> None:
+        with self._lead.call("save_weights"):
+            super().save_weights(path)
+
+
+class LedWork(LocalWork):
+    """Rank 0's part of a node's local work."""
+
+    def __init__(self, lead: Lead, replica: Replica, task: Task, precision: Precision) -> None:
+        super().__init__(replica, task, precision)
+        self._lead = lead
+
+    def propose(self, allotted: Allotment | None = None) -> Proposal:
+        allotted = allotted or Allotment()
+        with self._lead.call("propose", *astuple(allotted)):
+            return super().propose(allotted)
+
+    def work_ahead(self) -> bool:
+        with self._lead.call("work_ahead"):
+            return super().work_ahead()
+
+    def evaluate(self) -> float:
+        with self._lead.call("evaluate"):
+            return super().evaluate()
+
+
+class Follower:
+    """A rank that does what rank 0 announces. `import_path`, `data`: as the node's user has given them."""
+
+    _task: Task
+    _replica: Replica
+    _work: LocalWork
+
+    def __init__(
+        self,
+        channel: Ranks,
+        device: torch.device,
+        sharding: Sharding,
+        *,
+        import_path: str | None,
+        data: Path | None,
+    ) -> None:
+        self._channel, self._device, self._sharding = channel, device, sharding
+        self._import_path, self._data = import_path, data
+        self._saved: Saved | None = None
+
+    def run(self) -> None:
+        """Until rank 0 says that it is over."""
+        while True:
+            what, *values = msgpack.unpackb(self._channel.spread(None))
+            if what == "stop":
+                return
+            try:
+                getattr(self, f"_do_{what}")(*values)
+            except _alike(what):
+                continue  # rank 0 decides what comes next
+
+    def _do_build(self, run_id: bytes, genesis: bytes, peer_id: str) -> None:
+        with together(self._channel):
+            body = decode_record(GenesisBody, genesis)
+            self._task = make_task(parse_config(body.config).task, self._import_path, self._data)
+            model, strategy = _sharded(body, self._task, self._device, self._sharding)
+            self._replica = Replica(run_id, body, model, strategy, peer_id)
+
+    def _do_load(self, corpus: bytes | None, held_out: bytes | None) -> None:
+        with together(self._channel):
+            self._task.load(corpus, held_out)
+            self._work = LocalWork(self._replica, self._task, self._sharding.precision)
+
+    def _do_apply(
+        self,
+        commits: list[list[bytes]],
+        payloads: list[bytes],
+        offered: list[int],
+        peers: list[tuple[int, str]] | None,
+    ) -> None:
+        if peers is not None:
+            self._replica.peers = dict(peers)
+        fetched = iter(payloads)
+        self._replica.apply_batch([_commit(c) for c in commits], lambda _offer: next(fetched), offered)
+
+    def _do_sums(self) -> None:
+        self._replica.sums()
+
+    def _do_begin(self, base: str | None) -> None:
+        self._replica.begin(None if base is None else Path(base))
+
+    def _do_take(self, path: str, manifest: bytes, commit: list[bytes]) -> None:
+        self._replica.take_file(Path(path), decode_record(Manifest, manifest), _commit(commit))
+
+    def _do_take_local_state(self, folder: str) -> None:
+        self._replica.take_local_state(Path(folder))
+
+    def _do_write(self, folder: str) -> None:
+        self._replica.write_part(Path(folder))
+
+    def _do_save(self) -> None:
+        self._saved = self._replica.saved()
+
+    def _do_restore(self) -> None:
+        assert self._saved is not None
+        self._replica.restore(self._saved)
+        self._saved = None
+
+    def _do_save_weights(self) -> None:
+        self._replica.save_weights(None)
+
+    def _do_propose(self, n_batches: int | None, share: float) -> None:
+        self._saved = None
+        self._work.propose(Allotment(n_batches, share))
+
+    def _do_work_ahead(self) -> None:
+        self._work.work_ahead()
+
+    def _do_evaluate(self) -> None:
+        self._work.evaluate()
+
+
+def _alike(what: str) -> tuple[type[Exception], ...]:
+    """What every rank raises if one does (see `together`): after anything else they are out of step."""
+    return (ThinwireError,) if what in _WITH_COLLECTIVES else (ThinwireError, OSError)
+
+
+def _sharded(
+    body: GenesisBody, task: Task, device: torch.device, sharding: Sharding
+) -> tuple[nn.Module, Strategy]:
+    model = sharded_model(task, device, sharding, parse_config(body.config))
+    return model, strategy_for(body, task, model)
+
+
+@contextmanager
+def _as_file(data: bytes, where: Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="thinwire-base-", dir=where) as folder:
+        path = Path(folder) / "base.safetensors"
+        path.write_bytes(data)
+        yield path
+
+
+def _plain(commit: Commit) -> list[bytes]:
+    return [commit.record, commit.signature]
+
+
+def _commit(plain: Sequence[bytes]) -> Commit:
+    record, signature = plain
+    return Commit(record=record, signature=signature)

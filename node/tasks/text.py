@@ -1,0 +1,115 @@
+"""The task `text`: next-byte prediction by a small GPT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...compression.errors import ConfigError
+from ...optim.base import Closure
+from .. import config
+from .base import Init, Rows, device_of
+from .corpora import BUILT_IN, read_text
+from .gpt import ByteGPT
+
+
+class TextTask:
+    """Next-byte prediction on text; losses in nats per byte."""
+
+    MAX_CORPUS_BYTES = 64 * 2**20
+
+    def __init__(self, options: config.Task, data: Path | None) -> None:
+        if options.width % options.heads:
+            raise ConfigError(f"task.width {options.width} is not a multiple of task.heads {options.heads}")
+        self.options = options
+        self.data = data
+        self.n_samples = options.batch
+        self.n_tokens = options.batch * options.context
+        self._text: Tensor | None = None
+        self._held_out: Tensor | None = None
+
+    def model(self) -> nn.Module:
+        o = self.options
+        return ByteGPT(o.layers, o.width, o.heads, o.context)
+
+    def init(self, name: str, shape: tuple[int, ...]) -> Init:
+        if name.endswith("bias"):
+            return Init("zeros")
+        if "norm" in name:
+            return Init("ones")
+        # GPT-2: what enters the residual stream starts smaller, the deeper the model.
+        depth_factor = (
+            (2 * self.options.layers) ** -0.5 if name.endswith(("proj.weight", "down.weight")) else 1.0
+        )
+        return Init("normal", 0.02 * depth_factor)
+
+    def held_out(self) -> bytes:
+        return self._split()[1]
+
+    def corpus(self) -> bytes | None:
+        return None if self._is_built_in() else self._split()[0]
+
+    def _is_built_in(self) -> bool:
+        return self.data is None and self.options.corpus in BUILT_IN
+
+    def _split(self) -> tuple[bytes, bytes]:
+        text = read_text(self.options.corpus if self.data is None else str(self.data))
+        n = self.options.held_out_bytes
+        if len(text) < n + 10 * self.options.context:
+            raise ConfigError(
+                f"the text has {len(text)} bytes: too few to hold out {n} "
+                f"(task.held_out_bytes) and train on the rest"
+            )
+        if len(text) > self.MAX_CORPUS_BYTES and not self._is_built_in():
+            raise ConfigError(
+                f"the text has {len(text)} bytes, more than the {self.MAX_CORPUS_BYTES} that a "
+                f"coordinator hands out; name a smaller one in the run and give each node its own with --data"
+            )
+        return text[:-n], text[-n:]
+
+    def load(self, corpus: bytes | None, held_out: bytes | None) -> None:
+        if self.data is not None:
+            corpus = read_text(str(self.data))
+        elif corpus is None:
+            corpus = read_text(self.options.corpus)
+        corpus = corpus.removesuffix(held_out or b"")
+        if len(corpus) < 10 * self.options.context:
+            raise ConfigError(
+                f"only {len(corpus)} bytes of text to train on: at least {10 * self.options.context} needed"
+            )
+        self._text = torch.from_numpy(np.frombuffer(corpus, dtype=np.uint8).copy())
+        if held_out is not None:
+            self._held_out = torch.from_numpy(np.frombuffer(held_out, dtype=np.uint8).copy())
+
+    def draw(self, model: nn.Module, seed: int, rank: int = 0, ranks: int = 1) -> Closure:
+        assert self._text is not None, "load() comes before draw()"
+        o = self.options
+        rng = np.random.Generator(np.random.Philox(key=seed))
+        starts = rng.integers(0, len(self._text) - o.context, size=o.batch)
+        rows = Rows.of(o.batch, rank, ranks)
+        offsets = torch.from_numpy(starts[rows.slice])[:, None] + torch.arange(o.context + 1)
+        window_BT = self._text[offsets].long().to(device_of(model))
+        return lambda: _next_byte_loss(model, window_BT) * rows.weight
+
+    def evaluate(self, model: nn.Module, rank: int = 0, ranks: int = 1) -> float:
+        assert self._held_out is not None, "load() comes before evaluate()"
+        t = self.options.context
+        n_windows = (len(self._held_out) - 1) // t
+        device = device_of(model)
+        total = 0.0
+        for first in range(0, n_windows, 64):
+            n = min(64, n_windows - first)
+            rows = Rows.of(n, rank, ranks)
+            starts = torch.arange(first + rows.first, first + rows.stop) * t
+            window_BT = self._held_out[starts[:, None] + torch.arange(t + 1)].long().to(device)
+            total += float(_next_byte_loss(model, window_BT)) * n * rows.weight
+        return total / n_windows
+
+
+def _next_byte_loss(model: nn.Module, window_BT: Tensor) -> Tensor:
+    logits = model(window_BT[:, :-1])
+    return functional.cross_entropy(logits.float().flatten(0, 1), window_BT[:, 1:].flatten())

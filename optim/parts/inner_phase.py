@@ -1,0 +1,130 @@
+"""Where the inner parameters of local training live, and one step of them.
+
+The model's own parameters are trained, and the outer ones are put aside meanwhile, in the state's entry
+`outer`; when they are back, inner parameters that are needed again are put aside as `live`. The inner
+optimizer's state is in the entry `inner`. All of it is local state, per parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compression.scratch import scratch
+from ..base import Parameter, Strategy
+from .gradients import local_gradients, norm
+from .inner import build_inner
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether every element is. Mostly one sum tells, in one pass and without scratch."""
+    return isfinite(float(x.sum())) or bool(x.isfinite().all())
+
+
+class InnerPhase:
+    """See the module's docstring. Reads the strategy's options `inner` and `max_grad_norm`."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self._strategy = strategy
+
+    def entry(self, parameter: Parameter, entry: str, default: Any = None) -> Any:
+        """Of the state; looking makes none."""
+        states = self._strategy.state
+        return states[parameter.tensor].get(entry, default) if parameter.tensor in states else default
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """The inner parameters into the model, the outer ones aside; nothing, where they are already."""
+        for p in self._strategy.parameters_in_order():
+            state = self._strategy.state[p.tensor]
+            if "outer" not in state:
+                state["outer"] = p.local.clone()
+                if "live" in state:
+                    p.local.copy_(state.pop("live"))
+
+    @torch.no_grad()
+    def leave(self, is_kept: bool) -> None:
+        """The outer parameters into the model, bit for bit; the inner ones aside, or they are forgotten."""
+        for p in self._strategy.parameters_in_order():
+            outer = self._strategy.state[p.tensor].pop("outer")
+            if is_kept:
+                self._strategy.state[p.tensor]["live"] = p.local.clone()
+            p.local.copy_(outer)
+
+    @contextmanager
+    def outer_in_place(self) -> Iterator[None]:
+        """The model has the outer parameters meanwhile."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for p in self._strategy.parameters_in_order():
+            if (outer := self.entry(p, "outer")) is not None:
+                values = p.local.clone()
+                p.local.copy_(outer)
+                outer.copy_(values)
+
+    def moved(self, parameter: Parameter) -> Tensor:
+        """theta - theta_i, flat; to be called between `enter` and `leave`."""
+        outer: Tensor = self._strategy.state[parameter.tensor]["outer"]
+        if outer.device.type != "cpu" or not outer.is_contiguous():
+            return (outer - parameter.local).reshape(-1)
+        return torch.sub(outer, parameter.local, out=scratch(outer.numel()).view(outer.shape)).view(-1)
+
+    def forget(self, parameters: Sequence[Parameter]) -> None:
+        """These start from the outer parameters."""
+        for p in parameters:
+            if self.entry(p, "live") is not None:
+                del self._strategy.state[p.tensor]["live"]
+
+    @torch.no_grad()
+    def restart(self, parameter: Parameter, mix: float) -> None:
+        """The next phase starts from mix theta_i + (1 - mix) theta."""
+        live = self.entry(parameter, "live")
+        if live is not None and mix > 0:
+            live.mul_(mix).add_(parameter.local * (1.0 - mix))
+        else:
+            self.forget([parameter])
+
+    @torch.no_grad()
+    def step(self, loss: float, lr_factor: float) -> bool:
+        """From the gradients in place, clipped; False, and nothing changes, if anything is not finite."""
+        strategy = self._strategy
+        grads = local_gradients(strategy.parameters_in_order(), strategy.ranks)
+        parameters = [p for p in strategy.parameters_in_order() if p.name in grads]
+        total, limit = norm(parameters, grads, strategy.ranks), strategy.option("max_grad_norm")
+        if not isfinite(loss) or not isfinite(total):
+            return False
+        if 0 < limit < total:
+            for grad in grads.values():
+                grad.mul_(limit / total)
+        trained = {p.name: p.local for p in parameters}
+        for name, local in trained.items():
+            local.grad = grads[name]
+        states = {trained[p.name]: strategy.state[p.tensor].get("inner", {}) for p in parameters}
+        inner = build_inner(strategy.option("inner"), parameters, trained, lr_factor, states)
+        inner.step()
+        for p in parameters:
+            strategy.state[p.tensor]["inner"] = dict(inner.state[trained[p.name]])
+        return True
+
+    @torch.no_grad()
+    def start_over_unless_finite(self) -> bool:
+        """Local training that went wrong starts anew from the outer parameters: True, if it had to."""
+        parameters = self._strategy.parameters_in_order()
+        n_broken = sum(not is_finite(p.local) for p in parameters)
+        if not any(self._strategy.ranks.sums([float(n_broken)])):
+            return False
+        for p in parameters:
+            p.local.copy_(self._strategy.state[p.tensor]["outer"])
+            self._strategy.state[p.tensor].pop("inner", None)
+        return True

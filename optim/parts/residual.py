@@ -1,0 +1,117 @@
+"""What a peer has gathered and not sent yet (momentum, error feedback), and its sends of open fate.
+
+Local state, in two entries of a strategy's `state` per parameter: the leftover itself, flat float32, and
+`sends`. What is sent leaves the leftover; what missed its commit comes back, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compression.base import Compressor, Packed, Payload, Turn
+from ...compression.codecs.fused_update import Step, Target, descend_all
+from ...compression.codecs.sparse import Sparse
+from ...compression.errors import ConfigError
+from ...compression.exact import to_float32
+from ..base import Own, Parameter, Strategy
+from .packing import pack_all
+
+Sends = dict[int, tuple[int, Packed]]
+"""Round -> (how often the leftover had decayed when it was sent, what was sent), while its fate is open."""
+
+
+class Leftover:
+    """See the module's docstring. Strategies count as `lost_sends` those whose fate this replica never
+    learnt, because it took over a snapshot of a later round."""
+
+    def __init__(
+        self, strategy: Strategy, compressor: Compressor, entry: str, kept: Callable[[Parameter, int], float]
+    ) -> None:
+        """`entry`: its name in the state. `kept`: what would be left by now of a share of 1 that the leftover
+        had when it had decayed that often."""
+        self._strategy = strategy
+        self._compressor = compressor
+        self._entry = entry
+        self._kept = kept
+
+    def of(self, parameter: Parameter) -> Tensor:
+        """The flat leftover itself; zero before its first use."""
+        state = self._strategy.state[parameter.tensor]
+        if self._entry not in state:
+            state[self._entry] = torch.zeros_like(parameter.local.reshape(-1), dtype=torch.float32)
+            state["sends"] = {}
+        leftover: Tensor = state[self._entry]
+        return leftover
+
+    def send(self, parameters: Sequence[Parameter], turn: Turn, n_decays: int, alpha: float) -> Payload:
+        """Packs what is selected; `alpha` times that leaves the leftover. Its fate is open from now on."""
+        payload = pack_all(self._strategy.ranks, self._compressor, parameters, self.of, turn)
+        share = self._strategy.allotted.share
+        if share < 1 and isinstance(self._compressor, Sparse):
+            compressor = self._compressor
+            payload = {
+                p.name: compressor.strongest(payload[p.name], p.part.entire, share) for p in parameters
+            }
+        self._subtract([(p, payload[p.name], alpha) for p in parameters], turn)
+        for parameter in parameters:
+            self._sends(parameter)[turn.round] = (n_decays, payload[parameter.name])
+        return payload
+
+    def keep(self, parameters: Sequence[Parameter], turn: Turn, n_decays: int, payload: Payload) -> None:
+        """A payload whose share has left already: its fate is open from now on."""
+        for p in parameters:
+            self._sends(p)[turn.round] = (n_decays, payload[p.name])
+
+    def put_back(self, parameter: Parameter, turn: Turn) -> None:
+        """Adds this round's send again, as far as it would have decayed since. Only once."""
+        if turn.round in self._sends(parameter):
+            n_decays, packed = self._sends(parameter).pop(turn.round)
+            factor = self._kept(parameter, n_decays)
+            self._subtract([(parameter, packed, -factor)], turn)
+
+    def is_open(self, parameter: Parameter, turn: Turn) -> bool:
+        """Whether the fate of this round's send is open."""
+        return turn.round in self._sends(parameter)
+
+    def settle(self, parameter: Parameter, turn: Turn, own: Own) -> int:
+        """The fate of this replica's own send of the round. Returns how many sends were given up.
+
+        A send of this round that the caller knows nothing of (`own` is None) never left this machine, so it
+        cannot have counted: it is treated as missed. Sends of earlier rounds are still open only if a
+        snapshot made this replica skip their commits; putting one back that had counted would send it twice,
+        so they are given up.
+        """
+        sends = self._sends(parameter)
+        if own == "counted":
+            sends.pop(turn.round, None)
+        else:
+            self.put_back(parameter, turn)
+        lost = [r for r in sends if r < turn.round]
+        for r in lost:
+            del sends[r]
+        return len(lost)
+
+    def _sends(self, parameter: Parameter) -> Sends:
+        """Those of one parameter; nothing is allocated for a replica that only follows."""
+        states = self._strategy.state
+        sends: Sends = states[parameter.tensor].get("sends", {}) if parameter.tensor in states else {}
+        return sends
+
+    def _subtract(self, sends: Sequence[tuple[Parameter, Packed, float]], turn: Turn) -> None:
+        """leftover -= factor * q of each: what the receivers read from the pack."""
+        targets = [
+            Target(self.of(p), p.part, [packed], Step(scale=to_float32(factor)))
+            for p, packed, factor in sends
+        ]
+        descend_all(self._compressor, targets, [1.0], turn)
+
+
+def refuse_other_packing(state_dict: Mapping[str, Any], compressor: Compressor) -> None:
+    """Raises ConfigError for a state whose sends another compressor has packed."""
+    packed_with = state_dict["param_groups"][0]["compressor"]
+    if packed_with != repr(compressor):
+        raise ConfigError(f"sends in this state are packed with {packed_with}, not {compressor!r}")

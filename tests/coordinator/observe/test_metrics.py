@@ -1,0 +1,112 @@
+"""The coordinator's metrics, as a scrape shows them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from tests.support.prometheus import check_conventions, series, value
+from thinwire.coordinator.observe.counters import Tally
+from thinwire.coordinator.observe.metrics import register
+from thinwire.coordinator.protocol.exposition import text_of
+
+
+def status_of(n_peers: int = 3, **changes: Any) -> dict[str, Any]:
+    """As `CoordinatorServer.status` has it."""
+    states = ["training", "training", "gone"]
+    peers = [
+        {"peer_id": f"12D3Koo{i}", "state": states[i % 3], "offers_counted": 5, "offers_missed": 1}
+        for i in range(n_peers)
+    ]
+    tally = Tally()
+    tally.round_closed("complete", 0.2)
+    tally.round_closed("deadline", 0.05)
+    tally.round_closed("complete", 1000.0)
+    tally.joined["new"] += 3
+    tally.left["connection_lost"] += 1
+    return {
+        "round": 7,
+        "rounds": 20,
+        "last_commit_ms": 1_700_000_000_500,
+        "loss": 2.25,
+        "held_out": [[0, 5.5], [5, 2.5]],
+        "peers": peers,
+        "rejected": {"late_offer": 2},
+        "since_start": tally.figures(),
+        "ledger_bytes": 40960,
+        "disk_free_bytes": 10**10,
+        "payload_bytes": 1500,
+        "payload_bytes_per_peer_round": 100.0,
+        "ddp_bytes_per_peer_round": 25_000.0,
+        "mismatches": 1,
+        "payloads": {"bytes": 900, "quota_bytes": 10**9},
+        "snapshot": {"round": 5, "bytes": 100, "holders": 2},
+        "coordinator": {
+            "sent_bytes": {"payload": 1, "control": 2},
+            "received_bytes": {"payload": 30, "control": 4},
+        },
+        **changes,
+    }
+
+
+def scrape(status: dict[str, Any]) -> str:
+    registry = CollectorRegistry()
+    register(registry, lambda: status)
+    return text_of(registry).decode()
+
+
+def test_a_scrape_shows_the_status() -> None:
+    text = scrape(status_of())
+    check_conventions(text)
+    assert value(text, "thinwire_swarm_round") == 7
+    assert value(text, "thinwire_swarm_commits_total") == 7
+    assert value(text, "thinwire_swarm_last_commit_timestamp_seconds") == 1_700_000_000.5
+    assert value(text, "thinwire_swarm_loss") == 2.25
+    assert value(text, "thinwire_swarm_held_out_loss") == 2.5
+    assert value(text, "thinwire_swarm_held_out_round") == 5
+    assert value(text, "thinwire_swarm_snapshot_round") == 5
+    for state, n in {"training": 2, "joining": 0, "gone": 1}.items():
+        assert value(text, "thinwire_swarm_peers", state=state) == n
+    assert value(text, "thinwire_swarm_offers_total", result="counted") == 15
+    assert value(text, "thinwire_swarm_offers_total", result="missed") == 3
+    assert value(text, "thinwire_swarm_payload_bytes_total") == 1500
+    assert value(text, "thinwire_swarm_compression_ratio") == 250
+    assert value(text, "thinwire_swarm_fingerprint_mismatches_total") == 1
+    for why, n in {"complete": 2, "deadline": 1, "enough": 0, "hung": 0}.items():
+        assert value(text, "thinwire_swarm_rounds_closed_total", reason=why) == n
+    assert value(text, "thinwire_swarm_joins_total", kind="new") == 3
+    assert value(text, "thinwire_swarm_joins_total", kind="returned") == 0
+    assert value(text, "thinwire_swarm_leaves_total", reason="connection_lost") == 1
+    assert value(text, "thinwire_swarm_leaves_total", reason="said_so") == 0
+    assert value(text, "thinwire_coordinator_ledger_bytes") == 40960
+    assert value(text, "thinwire_coordinator_disk_free_bytes") == 10**10
+    assert value(text, "thinwire_coordinator_kept_payload_bytes") == 900
+    assert value(text, "thinwire_coordinator_rejected_total", reason="late_offer") == 2
+    assert value(text, "thinwire_coordinator_rejected_total", reason="token") == 0
+    assert value(text, "thinwire_coordinator_received_bytes_total", kind="payload") == 30
+
+
+def test_round_durations_are_a_histogram() -> None:
+    text = scrape(status_of())
+    name = "thinwire_swarm_round_duration_seconds"
+    assert value(text, f"{name}_bucket", le="0.025") == 0
+    assert value(text, f"{name}_bucket", le="0.05") == 1  # a bound belongs to what is below it
+    assert value(text, f"{name}_bucket", le="0.25") == 2
+    assert value(text, f"{name}_bucket", le="300.0") == 2
+    assert value(text, f"{name}_bucket", le="+Inf") == value(text, f"{name}_count") == 3
+    assert value(text, f"{name}_sum") == 1000.25
+
+
+def test_a_run_that_has_not_begun_shows_what_there_is() -> None:
+    nothing = {"loss": None, "held_out": [], "last_commit_ms": None, "snapshot": None, "round": 0}
+    text = scrape(status_of(0, payload_bytes_per_peer_round=None, ddp_bytes_per_peer_round=None, **nothing))
+    check_conventions(text)
+    assert value(text, "thinwire_swarm_commits_total") == 0
+    assert not [
+        name for name, _ in series(text) if "loss" in name or name.endswith("_ratio") or "last_commit" in name
+    ]
+
+
+def test_the_number_of_peers_does_not_change_the_series() -> None:
+    assert series(scrape(status_of(200))) == series(scrape(status_of(3)))

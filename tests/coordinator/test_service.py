@@ -1,0 +1,1067 @@
+"""The coordinator's service: sessions and messages in, messages and commits out, on a clock of the test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
+from thinwire.coordinator.blobs import BlobStore
+from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.protocol.messages import (
+    INLINE_BYTES,
+    PROTOCOL_VERSION,
+    BadMessage,
+    BlobRef,
+    Commit,
+    Follow,
+    GenesisBody,
+    Heartbeat,
+    Hello,
+    Members,
+    Message,
+    NodeState,
+    Notice,
+    Offer,
+    Offered,
+    Report,
+    State,
+    Welcome,
+    digest_of,
+)
+from thinwire.coordinator.protocol.schedule import lr_factor_bits
+from thinwire.coordinator.protocol.settings import parse_settings
+from thinwire.coordinator.service import SCRAPED_S, Service
+
+
+class World:
+    """A service with its ledger and blobs, a clock, and peers that are known by their names."""
+
+    def __init__(self, path: Path, genesis: GenesisBody, key: Ed25519PrivateKey) -> None:
+        self.path, self.key = path, key
+        self.now_s = 100.0
+        self.sent: list[tuple[str, Message]] = []
+        self.committed: list[int] = []
+        self.sessions: dict[str, int] = {}
+        self.ledger = Ledger.create(path / "ledger.db", genesis, key)
+        self.start()
+
+    def start(self, **options: Any) -> None:
+        self.blobs = BlobStore(self.path / "blobs", 10**9)
+        self.service = Service(
+            ledger=self.ledger,
+            blobs=self.blobs,
+            key=self.key,
+            token="secret",
+            send=lambda peer, message: self.sent.append((peer, message)),
+            on_commit=self.committed.append,
+            now_s=self.now_s,
+            wall_ms=lambda: 123,
+            **options,
+        )
+
+    def restart(self, **options: Any) -> None:
+        """As after a crash: what is on the disk, nothing else."""
+        self.ledger.close()
+        self.ledger = Ledger.open(self.path / "ledger.db", self.key.public_key())
+        self.start(**options)
+
+    def hello(self, **changes: Any) -> Hello:
+        hello = Hello(
+            version=PROTOCOL_VERSION,
+            run_id=self.ledger.run_id,
+            token="secret",
+            head_round=None,
+            head_digest=None,
+            addresses=("/ip4/127.0.0.1/tcp/1",),
+            agent="test",
+        )
+        return hello.model_copy(update=changes)
+
+    def open(self, *peers: str, **changes: Any) -> Welcome:
+        for peer in peers:
+            session = self.sessions.get(peer, 0) + 1
+            welcome = self.service.open(peer, session, self.hello(**changes), self.now_s)
+            self.sessions[peer] = session
+        return welcome
+
+    def say(self, peer: str, message: Message) -> None:
+        self.service.receive(peer, self.sessions[peer], message, self.now_s)
+        self.service.tick(self.now_s)
+
+    def train(self, *peers: str) -> None:
+        self.open(*peers)
+        for peer in peers:
+            self.say(peer, State(state=NodeState.TRAINING))
+
+    def wait(self, seconds: float, *alive: str) -> None:
+        """Time passes in small steps; the peers named send heartbeats."""
+        for _ in range(round(seconds / 0.5)):
+            self.now_s += 0.5
+            for peer in alive:
+                self.say(peer, Heartbeat(round=0, sent_bytes=10, received_bytes=20, payload_bytes=5))
+            self.service.tick(self.now_s)
+
+    def status(self) -> dict[str, Any]:
+        status = self.service.status(self.now_s)
+        json.dumps(status, allow_nan=False)
+        return status
+
+    def round(self, round_: int, *peers: str, payload: bytes = b"abc") -> None:
+        """All of the peers offer something, those after the first one the same plus their name."""
+        for n, peer in enumerate(peers):
+            data = payload if n == 0 else payload + peer.encode()
+            if len(data) > INLINE_BYTES:
+                self.upload(peer, data)
+                self.say(peer, blob_offer(round_, data))
+            else:
+                self.say(peer, offer(round_, data))
+
+    def snapshot(self, round_: int, *peers: str, manifest: bytes = b"m" * 32) -> None:
+        for peer in peers:
+            self.say(peer, Report(round=round_, snapshot=manifest, snapshot_bytes=1000 + round_))
+
+    def peer(self, name: str) -> dict[str, Any]:
+        return next(p for p in self.status()["peers"] if p["peer_id"] == name)
+
+    def messages(self, kind: type[Message], to: str | None = None) -> list[Any]:
+        return [m for peer, m in self.sent if isinstance(m, kind) and to in (None, peer)]
+
+    def upload(self, peer: str, data: bytes) -> bytes:
+        self.service.may_store(peer, len(data))
+        self.blobs.put(digest_of(data), data)
+        self.service.blob_arrived(peer, digest_of(data), self.now_s)
+        return digest_of(data)
+
+
+MakeWorld = Callable[..., World]
+
+
+@pytest.fixture
+def make_world(
+    tmp_path: Path, make_genesis: Callable[..., GenesisBody], key: Ed25519PrivateKey
+) -> Iterator[MakeWorld]:
+    worlds = []
+
+    def make(**config: Any) -> World:
+        worlds.append(World(tmp_path, make_genesis(**config), key))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.ledger.close()
+
+
+def offer(round_: int, data: bytes = b"abc", **changes: Any) -> Offer:
+    plain = Offer(
+        round=round_,
+        n_samples=4,
+        n_tokens=64,
+        loss=1.5,
+        n_bytes=len(data),
+        payload=data,
+        digest=None,
+    )
+    return plain.model_copy(update=changes)
+
+
+def blob_offer(round_: int, data: bytes) -> Offer:
+    return offer(round_, data, payload=None, digest=digest_of(data))
+
+
+# ------------------------------------------------------------------------------------------------- opening
+
+
+def test_a_banned_peer_is_not_let_in_again(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.restart(banned=frozenset(["b"]))
+    world.open("a")
+    with pytest.raises(ConfigError, match="this peer was banned from the run"):
+        world.open("b")
+    assert world.status()["rejected"] == {"banned": 1}
+    assert not world.service.is_member("b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text", "reason"),
+    [
+        ({"token": "wrong"}, ConfigError, "token", "token"),
+        ({"token": "sécret"}, ConfigError, "token", "token"),
+        ({"version": 99}, Incompatible, "version 99 here, 2 at", "version"),
+        ({"run_id": bytes(32)}, Incompatible, "is for run 0000000000000000", "run"),
+        ({"head_round": 0, "head_digest": bytes(32)}, LedgerCorrupt, "not on", "head"),
+        ({"head_round": 9, "head_digest": bytes(32)}, LedgerCorrupt, "older copy", "head"),
+    ],
+)
+def test_who_does_not_fit_is_not_let_in(
+    make_world: MakeWorld, changes: dict[str, Any], error: type[Exception], text: str, reason: str
+) -> None:
+    world = make_world()
+    with pytest.raises(error, match=text):
+        world.open("a", **changes)
+    assert world.status()["rejected"] == {reason: 1}
+    assert world.status()["peers"] == []
+    assert not world.service.is_member("a")
+
+
+def test_welcome_says_where_the_run_stands(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=1)
+    world.train("a")
+    world.say("a", offer(1))
+    welcome = world.open("b", head_round=0, head_digest=world.ledger.run_id)
+    assert (welcome.head_round, welcome.head_digest) == (1, world.ledger.head_digest)
+    assert (welcome.peer_index, welcome.heartbeat_s) == (1, 1.0)
+    assert digest_of(welcome.genesis) == world.ledger.run_id
+
+
+def test_a_full_swarm_lets_in_whoever_it_knows(make_world: MakeWorld) -> None:
+    world = make_world(max_peers=2)
+    world.train("a", "b")
+    with pytest.raises(Incompatible, match="full: 2 of 2"):
+        world.open("c")
+    world.open("a")
+    world.service.closed("b", 1, world.now_s)
+    world.wait(2.5, "a")
+    assert world.open("c").peer_index == 2
+
+
+def test_another_key_is_not_this_run_s(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.key = Ed25519PrivateKey.generate()
+    with pytest.raises(ConfigError, match="key"):
+        world.start()
+
+
+def test_frames_of_a_replaced_session_are_dropped_and_counted(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.open("a")
+    world.service.receive("a", 1, offer(1, b"old"), world.now_s)
+    world.service.closed("a", 1, world.now_s)
+    assert world.status()["rejected"] == {"old_session": 1}
+    assert world.service.is_member("a")
+    world.say("a", offer(1, b"new"))
+    world.say("b", offer(1))
+    assert world.service.commits(0, 1)[0].body.offers[0].payload == b"new"
+    with pytest.raises(BadMessage, match="replaced"):
+        world.service.open("a", 1, world.hello(), world.now_s)
+
+
+def test_nobody_speaks_without_a_session(make_world: MakeWorld) -> None:
+    world = make_world()
+    with pytest.raises(BadMessage, match="no session"):
+        world.service.receive(
+            "x", 1, Heartbeat(round=0, sent_bytes=0, received_bytes=0, payload_bytes=0), 0.0
+        )
+    with pytest.raises(BadMessage, match="only members"):
+        world.service.may_store("x", 1)
+    world.open("a")
+    with pytest.raises(BadMessage, match="Follow is not for the coordinator"):
+        world.say("a", Follow(after=0))
+    assert world.status()["rejected"] == {"not_admitted": 2, "wrong_message": 1}
+
+
+def test_members_are_told_to_all_when_they_change(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.open("a", "b")
+    world.service.tick(world.now_s)
+    for name in ("a", "b"):
+        assert [[m.peer_id for m in told.members] for told in world.messages(Members, name)] == [["a", "b"]]
+    world.sent.clear()
+    world.wait(1.0, "a", "b")
+    assert world.messages(Members) == []
+    world.service.closed("b", 1, world.now_s)
+    world.service.tick(world.now_s)
+    assert [[m.peer_id for m in told.members] for told in world.messages(Members, "a")] == [["a"]]
+    world.sent.clear()
+    world.open("a")
+    world.service.tick(world.now_s)
+    assert len(world.messages(Members, "a")) == 1, "a new session is told even when nothing has changed"
+
+
+# -------------------------------------------------------------------------------------------------- rounds
+
+
+def test_a_round_becomes_a_commit(make_world: MakeWorld, make_genesis: Callable[..., GenesisBody]) -> None:
+    world = make_world(rounds=5)
+    world.train("a", "b")
+    assert world.status()["state"] == "training"
+    world.wait(1.0)
+    world.say("b", offer(1, b"from b", loss=float("nan")))
+    assert world.committed == []
+    world.say("a", offer(1, b"from a", loss=2.0))
+    assert world.committed == [1]
+    commit = world.service.commits(0, 10)[0]
+    world.key.public_key().verify(commit.signature, commit.record)
+    body = commit.body
+    assert [(o.peer, o.payload, o.loss) for o in body.offers] == [(0, b"from a", 2.0), (1, b"from b", None)]
+    assert [(a.index, a.peer_id) for a in body.admitted] == [(0, "a"), (1, "b")]
+    assert (body.parent, body.time_ms, body.evaluator) == (world.ledger.run_id, 123, None)
+    schedule = parse_settings(world.ledger.genesis.config).schedule
+    assert body.lr_factor_bits == lr_factor_bits(schedule, 2, 5)
+    status = world.status()
+    assert (status["round"], status["loss"], status["round_s"]) == (1, 2.0, 1.0)
+    assert status["payload_bytes_per_peer_round"] == 6
+    assert status["ddp_bytes_per_peer_round"] == 2 * (2 - 1) / 2 * 4 * 20
+    assert world.peer("a")["offers_counted"] == 1
+
+
+def test_blobs_make_an_offer_eligible(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    data = bytes(5000)
+    world.say("b", blob_offer(1, data))
+    world.say("a", offer(1))
+    assert world.committed == []
+    world.upload("b", data)
+    assert world.committed == [1]
+    world.upload("a", bytes(6000))
+    world.say("a", blob_offer(2, bytes(6000)))
+    world.say("b", offer(2))
+    assert world.committed == [1, 2]
+    assert world.service.commits(1, 1)[0].body.offers[0].n_bytes == 6000
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (offer(1, n_bytes=4), "size"),
+        (offer(1, bytes(INLINE_BYTES + 1)), "size"),
+        (offer(1, digest=bytes(32)), "offer"),
+        (offer(1, payload=None), "offer"),
+        (offer(1, n_samples=1001), "samples"),
+        (offer(1, payload=None, digest=bytes(32), n_bytes=2**20 + 1), "oversized"),
+    ],
+)
+def test_wrong_offers_are_bad_messages(make_world: MakeWorld, wrong: Offer, reason: str) -> None:
+    world = make_world()
+    world.train("a", "b")
+    with pytest.raises(BadMessage):
+        world.say("a", wrong)
+    assert world.status()["rejected"] == {reason: 1}
+
+
+def test_a_lie_about_a_blob_s_size_harms_only_the_liar(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b", "liar")
+    data = bytes(5000)
+    world.say("liar", blob_offer(1, data).model_copy(update={"n_bytes": 4999}))
+    world.say("b", blob_offer(1, data))
+    world.say("a", offer(1))
+    world.upload("b", data)
+    assert world.committed == [1]
+    assert [o.peer for o in world.service.commits(0, 1)[0].body.offers] == [0, 1]
+    with pytest.raises(BadMessage, match="a blob of 5000 bytes offered as 4999"):
+        world.say("liar", blob_offer(2, data).model_copy(update={"n_bytes": 4999}))
+    assert world.status()["rejected"] == {"size": 2}
+
+
+def test_uploads_are_bounded(make_world: MakeWorld) -> None:
+    world = make_world(max_payload_bytes=10_000, min_peers=1)
+    world.train("a")
+    with pytest.raises(BadMessage, match="the run allows 10000"):
+        world.service.may_store("a", 10_001)
+    for _ in range(4):
+        world.service.may_store("a", 10_000)
+    with pytest.raises(BadMessage, match="uploaded since the last commit"):
+        world.service.may_store("a", 1)
+    assert world.status()["rejected"] == {"oversized": 1, "quota": 1}
+    world.say("a", offer(1))
+    world.service.may_store("a", 10_000)
+
+
+def test_a_changed_offer_is_refused_and_its_owner_told(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.say("a", offer(1, b"one"))
+    world.say("a", offer(1, b"two"))
+    assert world.status()["rejected"] == {"changed_offer": 1}
+    assert [m.warning for m in world.messages(Notice, "a")] == [True]
+    assert world.messages(Notice, "b") == []
+
+
+def test_a_peer_whose_connection_broke_is_awaited_for_two_seconds(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.say("a", offer(1))
+    world.service.closed("b", 1, world.now_s)
+    world.wait(1.5, "a")
+    assert world.committed == []
+    world.wait(0.5, "a")
+    assert world.committed == [1]
+    assert world.peer("b")["state"] == "gone"
+    assert world.status()["since_start"]["left"] == {"connection_lost": 1}
+
+
+def test_a_silent_peer_is_awaited_for_ten_seconds(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.say("a", offer(1))
+    world.wait(9.5, "a")
+    assert world.committed == []
+    world.wait(0.5, "a")
+    assert world.committed == [1]
+    assert world.peer("b")["offers_missed"] == 0, "it was gone, not slow"
+    assert world.status()["since_start"]["left"] == {"silent": 1}
+
+
+def test_who_is_to_be_scraped_and_what_is_counted_since_the_start(make_world: MakeWorld) -> None:
+    """Who leaves is not missed, who goes without a word is, for an hour; also over a restart."""
+    world = make_world()
+    assert world.service.scraped(world.now_s) == []
+    assert world.status()["last_commit_ms"] is None
+    world.train("a", "b", "c")
+    world.round(1, "a", "b")
+    world.say("b", State(state=NodeState.LEAVING))
+    world.service.closed("b", 1, world.now_s)
+    world.service.closed("c", 1, world.now_s)
+    world.wait(20, "a")
+    assert world.service.scraped(world.now_s) == ["a", "c"]
+    assert world.service.scraped(world.now_s + SCRAPED_S) == ["a"]
+    assert world.service.is_admitted("b")
+    assert not world.service.is_admitted("x")
+    world.open("c")
+    since_start = world.status()["since_start"]
+    assert since_start["joined"] == {"new": 3, "returned": 1}
+    assert since_start["left"] == {"said_so": 1, "connection_lost": 1}
+    assert since_start["closed"] == {"complete": 1}
+    assert sum(since_start["durations"]) == 1
+    assert world.status()["last_commit_ms"] == 123
+    assert world.status()["payload_bytes"] == len(b"abc" + b"abcb")
+    assert world.status()["ledger_bytes"] > 4096
+    world.restart()
+    assert world.service.scraped(world.now_s) == ["a", "b"], "they were in the last commits"
+    assert world.status()["since_start"]["closed"] == {}
+    assert world.status()["last_commit_ms"] == 123
+
+
+def test_the_adaptive_deadline_leaves_the_slow_one_out(make_world: MakeWorld) -> None:
+    world = make_world(policy="deadline")
+    world.train("a", "b")
+    for round_ in (1, 2, 3):
+        world.now_s += 1.0
+        world.say("a", offer(round_))
+        world.say("b", offer(round_))
+    world.now_s += 1.0
+    world.say("a", offer(4))
+    assert world.service.tick(world.now_s) == world.now_s + 0.5
+    world.wait(0.5, "a", "b")
+    assert world.committed == [1, 2, 3, 4]
+    world.say("b", offer(4))
+    assert world.status()["rejected"] == {"late_offer": 1}
+    assert (world.peer("b")["offers_counted"], world.peer("b")["offers_missed"]) == (3, 1)
+
+
+def test_a_peer_that_is_always_too_slow_is_told(make_world: MakeWorld) -> None:
+    world = make_world(policy="fastest", rounds=100, min_peers=3)
+    world.train("a", "b", "c")
+    for round_ in range(1, 21):
+        world.now_s += 1.0
+        world.round(round_, "a", "b")
+        if round_ <= 3:
+            world.now_s += 9.0
+            world.say("c", offer(round_))
+        world.say("c", Heartbeat(round=0, sent_bytes=10, received_bytes=20, payload_bytes=5))
+    assert world.committed == list(range(1, 21))
+    assert world.peer("c")["missed_in_a_row"] == 17
+    assert [m.text for m in world.messages(Notice, "c") if "16 rounds closed" in m.text]
+    assert not [m.text for m in world.messages(Notice, "a") if "16 rounds closed" in m.text]
+    world.say("c", offer(20))
+    assert world.status()["rejected"] == {"late_offer": 1}
+    world.say("c", offer(21))
+    world.round(21, "a", "b")
+    assert world.peer("c")["missed_in_a_row"] == 0
+
+
+def test_an_excused_peer_is_not_awaited(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.say("a", offer(1))
+    world.service.excuse("b", 1, world.now_s)
+    world.service.excuse("unknown", 1, world.now_s)
+    assert world.committed == [1]
+
+
+# ------------------------------------------------------------------------------------------------- restart
+
+
+def test_a_restart_goes_on_where_it_was(make_world: MakeWorld) -> None:
+    world = make_world(eval_every=2)
+    world.train("a", "b")
+    for round_ in (1, 2):
+        world.say("a", offer(round_))
+        world.say("b", offer(round_))
+    world.say("a", Report(round=2, fingerprint=b"12345678", held_out=3.5))
+    world.open("c")
+    before = world.service.commits(0, 10)
+    head = world.ledger.head_digest
+    world.restart()
+    assert world.service.commits(0, 10) == before
+    assert world.status()["held_out"] == [[2, 3.5]]
+    assert [p["state"] for p in world.status()["peers"]] == ["training", "training", "gone"]
+    world.train("b")
+    assert world.open("c", head_round=2, head_digest=head).peer_index == 2
+    assert world.open("d").peer_index == 3
+    world.say("b", offer(3))
+    assert world.committed[-1] == 3, "peer 0 evaluates round 2 and is not awaited"
+    assert [a.peer_id for a in world.service.commits(2, 1)[0].body.admitted] == ["c", "d"]
+
+
+def test_peers_of_the_last_commits_stay_expected_after_a_restart(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.say("a", offer(1))
+    world.say("b", offer(1))
+    world.restart()
+    world.train("b")
+    world.say("b", offer(2))
+    world.wait(9.5, "b")
+    assert world.committed[-1] == 1
+    world.wait(0.5, "b")
+    assert world.committed[-1] == 2
+
+
+def test_blobs_of_the_run_must_be_there(
+    tmp_path: Path, make_genesis: Callable[..., GenesisBody], key: Ed25519PrivateKey
+) -> None:
+    text = b"held-out text"
+    genesis = make_genesis().model_copy(update={"held_out": BlobRef(digest=digest_of(text), n_bytes=13)})
+    ledger = Ledger.create(tmp_path / "ledger.db", genesis, key)
+    blobs = BlobStore(tmp_path / "blobs", 10)
+
+    def start() -> Service:
+        return Service(
+            ledger=ledger,
+            blobs=blobs,
+            key=key,
+            token="secret",
+            send=lambda _peer, _message: None,
+            on_commit=lambda _round: None,
+            now_s=0.0,
+            wall_ms=lambda: 0,
+        )
+
+    with pytest.raises(ConfigError, match="missing"):
+        start()
+    blobs.put(digest_of(text), text)
+    start()
+    blobs.release(counted_to=99, offered_to=99)
+    assert digest_of(text) in blobs
+    ledger.close()
+
+
+# ----------------------------------------------------------------------------------- reports and snapshots
+
+
+def test_fingerprints_that_disagree_are_counted_and_told(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b", "c")
+    for peer in "abc":
+        world.say(peer, offer(1))
+    world.say("a", Report(round=1, fingerprint=b"AAAAAAAA"))
+    world.say("b", Report(round=1, fingerprint=b"AAAAAAAA"))
+    assert world.status()["mismatches"] == 0
+    world.say("c", Report(round=1, fingerprint=b"CCCCCCCC"))
+    world.say("c", Report(round=1, fingerprint=b"CCCCCCCC"))
+    assert world.status()["mismatches"] == 1
+    (notice,) = world.messages(Notice, "a")
+    assert notice.warning
+    assert notice.text == "round 1: the replica of c differs from that of a, b"
+    for peer in "abc":
+        world.say(peer, offer(2))
+    reports = world.service.commits(1, 1)[0].body.reports
+    assert [(e.peer, e.fingerprint[:1]) for e in reports] == [(0, b"A"), (1, b"A"), (2, b"C")]
+    world.restart()
+    assert world.status()["mismatches"] == 1
+    assert world.peer("c")["fingerprint"] == b"CCCCCCCC".hex()
+
+
+def test_a_flood_of_reports_does_not_enter_the_ledger(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=1, rounds=50)
+    world.train("a")
+    for round_ in range(1, 11):
+        world.say("a", offer(round_))
+    for round_ in range(1, 11):
+        world.say("a", Report(round=round_, fingerprint=round_.to_bytes(8, "big")))
+    world.say("a", offer(11))
+    assert len(world.service.commits(10, 1)[0].body.reports) == 4
+    assert world.status()["rejected"] == {"too_many_reports": 6}
+
+
+def test_only_the_evaluator_reports_a_held_out_loss(make_world: MakeWorld) -> None:
+    world = make_world(eval_every=1)
+    world.train("a", "b")
+    world.say("b", Report(round=0, held_out=9.0))
+    world.say("a", Report(round=0, held_out=5.5))
+    world.say("b", offer(1))
+    world.say("a", offer(1))
+    world.say("a", Report(round=1, held_out=float("inf")))
+    assert world.status()["held_out"] == [[0, 5.5]]
+    world.say("a", Report(round=1, held_out=4.5))
+    assert world.status()["held_out"] == [[0, 5.5], [1, 4.5]]
+    assert world.status()["rejected"] == {"held_out": 2}
+    with pytest.raises(BadMessage, match="to come"):
+        world.say("a", Report(round=2, held_out=1.0))
+
+
+def test_a_later_fingerprint_replaces_the_earlier_one(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    for said in (b"WWWWWWWW", False), (b"RRRRRRRR", True), (b"RRRRRRRR", True):
+        world.say("b", Report(round=1, fingerprint=said[0], checked=said[1]))
+    world.say("a", Report(round=1, fingerprint=b"RRRRRRRR"))
+    assert world.status()["mismatches"] == 0, "it had healed before anybody could differ"
+    world.round(2, "a", "b")
+    world.say("a", Report(round=1, fingerprint=b"RRRRRRRR", checked=True))
+    for said in (b"WWWWWWWW", False), (b"RRRRRRRR", True):  # sent again after a reconnect
+        world.say("b", Report(round=1, fingerprint=said[0], checked=said[1]))
+    world.round(3, "a", "b")
+    reports = [[(e.peer, e.fingerprint[:1], e.checked) for e in c.body.reports] for c in commits(world)]
+    assert reports == [[], [(1, b"R", True), (0, b"R", False)], [(0, b"R", True)]]
+    assert world.status()["mismatches"] == 0
+    assert world.peer("b")["fingerprint"] == b"RRRRRRRR".hex()
+
+
+def test_reports_are_not_entered_twice_not_even_after_a_restart(make_world: MakeWorld) -> None:
+    world = make_world(snapshot_every=1)
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    said = Report(round=1, fingerprint=b"12345678", snapshot=b"m" * 32, snapshot_bytes=7)
+    world.say("a", said)
+    world.round(2, "a", "b")
+    world.say("a", said)
+    world.restart()
+    world.train("a", "b")
+    world.say("a", said)
+    world.round(3, "a", "b")
+    assert [len(c.body.reports) for c in commits(world)] == [0, 1, 0]
+    assert [len(c.body.snapshots) for c in commits(world)] == [0, 1, 0]
+    assert world.status()["rejected"] == {}
+
+
+def test_fingerprints_and_snapshots_have_their_rounds(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=1, rounds=7, verify_every=2, snapshot_every=4)
+    world.train("a")
+    for round_ in range(1, 6):
+        world.round(round_, "a")
+    for round_ in range(6):
+        world.say("a", Report(round=round_, fingerprint=round_.to_bytes(8, "big")))
+        world.snapshot(round_, "a")
+    world.say("a", Report(round=4, snapshot=bytes(32)))  # without its size
+    world.round(6, "a")
+    body = commits(world)[-1].body
+    assert [e.round for e in body.reports] == [0, 2, 4]
+    assert [(e.round, e.n_bytes) for e in body.snapshots] == [(4, 1004)]
+    assert world.status()["rejected"] == {"fingerprint": 3, "snapshot": 6}
+    world.round(7, "a")
+    world.say("a", Report(round=7, fingerprint=b"the last"))
+    assert world.status()["rejected"] == {"fingerprint": 3, "snapshot": 6}
+    assert world.peer("a")["fingerprint_round"] == 7
+
+
+def test_two_reports_attest_a_snapshot(make_world: MakeWorld) -> None:
+    world = make_world(snapshot_every=2)
+    world.train("a", "b", "c")
+    for round_ in (1, 2):
+        world.round(round_, "a", "b", "c")
+    world.snapshot(2, "a", manifest=b"x" * 32)
+    world.snapshot(2, "a", "b")
+    world.round(3, "a", "b", "c")
+    entries = commits(world)[-1].body.snapshots
+    assert [(e.peer, e.round, e.manifest, e.n_bytes) for e in entries] == [
+        (0, 2, b"m" * 32, 1002),
+        (1, 2, b"m" * 32, 1002),
+    ]
+    assert world.status()["snapshot"] == {"round": 2, "bytes": 1002, "holders": 2}
+    world.service.closed("a", 1, world.now_s)
+    assert world.status()["snapshot"] == {"round": 2, "bytes": 1002, "holders": 1}
+    world.restart()
+    assert world.status()["snapshot"] == {"round": 2, "bytes": 1002, "holders": 0}
+
+
+# ------------------------------------------------------------------------------------------------ payloads
+
+
+def commits(world: World) -> list[Commit]:
+    return world.service.commits(0, 1000)
+
+
+def test_who_has_which_payload_is_told_to_the_others(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=3)
+    world.train("a", "b", "c")
+    data = bytes(5000)
+    world.say("a", blob_offer(1, data))
+    assert world.messages(Offered) == [], "the upload comes first"
+    world.upload("a", data)
+    world.say("a", blob_offer(1, data))
+    world.say("b", offer(1))
+    told = Offered(round=1, holder="a", digest=digest_of(data), n_bytes=5000)
+    for name, expected in (("a", []), ("b", [told]), ("c", [told])):
+        assert world.messages(Offered, name) == expected
+    world.sent.clear()
+    world.open("d")
+    assert world.messages(Offered) == []
+    world.service.tick(world.now_s)
+    assert [m for m in world.sent if isinstance(m[1], Offered)] == [("d", told)]
+    members, offered = (m for peer, m in world.sent if peer == "d")
+    assert isinstance(members, Members), "the holder's addresses come first"
+    assert offered == told
+    world.sent.clear()
+    world.say("d", State(state=NodeState.TRAINING))
+    world.say("a", State(state=NodeState.TRAINING))
+    world.say("c", offer(1))
+    assert world.committed == [1]
+    world.open("e")
+    world.service.tick(world.now_s)
+    assert world.messages(Offered) == [], "its round is over"
+
+
+def test_a_newcomer_hears_only_of_payloads_that_are_here(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=2)
+    world.train("a", "b")
+    data = bytes(5000)
+    world.say("a", blob_offer(1, data))
+    world.open("c")
+    world.service.tick(world.now_s)
+    assert world.messages(Offered) == [], "the upload comes first"
+    world.upload("a", data)
+    told = Offered(round=1, holder="a", digest=digest_of(data), n_bytes=5000)
+    assert world.messages(Offered, "c") == [told]
+
+
+def test_nobody_is_told_of_a_payload_with_a_wrong_size(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=2)
+    world.train("a", "liar")
+    data = bytes(5000)
+    world.say("liar", blob_offer(1, data).model_copy(update={"n_bytes": 4999}))
+    world.upload("liar", data)
+    world.open("c")
+    world.service.tick(world.now_s)
+    assert world.messages(Offered) == []
+
+
+def payload(round_: int) -> bytes:
+    return round_.to_bytes(2, "big") * 3000
+
+
+def kept(world: World, *rounds: int) -> list[int]:
+    return [r for r in rounds if digest_of(payload(r)) in world.blobs]
+
+
+def trained(world: World, rounds: range, *attested: int, peers: str = "ab") -> None:
+    """Rounds in which the first peer's payloads are blobs, and all report the snapshots of some."""
+    for round_ in rounds:
+        world.round(round_, *peers, payload=payload(round_))
+        if round_ in attested:
+            world.snapshot(round_, *peers)
+
+
+def test_payloads_are_kept_back_to_the_second_newest_attested_snapshot(make_world: MakeWorld) -> None:
+    world = make_world(rounds=100, snapshot_every=10)
+    world.train("a", "b")
+    trained(world, range(1, 21), 10, 20)
+    assert kept(world, *range(1, 21)) == list(range(1, 21)), "the second one is in no commit yet"
+    assert world.open("c").kept_from == 1
+    world.service.closed("c", 1, world.now_s)
+    world.wait(3.0, "a", "b")
+    trained(world, range(21, 30))
+    assert kept(world, *range(1, 30)) == list(range(11, 30))
+    assert world.open("c").kept_from == 11
+    world.say("c", State(state=NodeState.LEAVING))
+    trained(world, range(30, 50), 30)  # the one of round 40 is not attested
+    assert kept(world, *range(1, 50)) == list(range(21, 50))
+    assert len(list(world.blobs._path.iterdir())) == 2 * 29
+    status = world.status()["payloads"]
+    assert status == {"kept_from": 21, "bytes": 29 * 12001, "quota_bytes": 10**9}
+    world.restart()
+    assert world.status()["payloads"] == status
+    world.train("a", "b")
+    trained(world, range(50, 62), 50, 60)
+    assert kept(world, *range(1, 62)) == list(range(51, 62))
+
+
+def test_a_joining_peer_keeps_what_it_needs(make_world: MakeWorld) -> None:
+    world = make_world(rounds=100, snapshot_every=10)
+    world.train("a", "b")
+    trained(world, range(1, 12), 10)
+    world.open("j", "k")  # k has not said yet what it needs: what it was told stays true
+    world.say("j", State(state=NodeState.JOINING, needs_after=5))
+    trained(world, range(12, 22), 20)
+    assert kept(world, *range(1, 22)) == list(range(1, 22))
+    world.say("k", State(state=NodeState.TRAINING))
+    world.say("k", State(state=NodeState.LEAVING))
+    trained(world, range(22, 32), 30)
+    assert kept(world, *range(1, 32)) == list(range(6, 32))
+    world.say("j", State(state=NodeState.JOINING, needs_after=12))
+    trained(world, range(32, 42), 40)
+    assert kept(world, *range(1, 42)) == list(range(13, 42))
+    world.service.closed("j", 1, world.now_s)
+    trained(world, range(42, 43))
+    assert kept(world, *range(1, 43)) == list(range(13, 43)), "it may be back in a moment"
+    world.wait(3.0, "a", "b")
+    trained(world, range(43, 44))
+    assert kept(world, *range(1, 44)) == list(range(31, 44))
+
+
+def test_what_no_commit_counted_is_deleted_a_few_rounds_later(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=1, rounds=100)
+    world.train("a")
+    stray, again = world.upload("a", bytes(7000)), world.upload("a", bytes(8000))
+    for round_ in range(1, 5):
+        world.round(round_, "a")
+        assert stray in world.blobs, "its offer may still be sent again"
+    world.upload("a", bytes(8000))
+    world.round(5, "a")
+    assert stray not in world.blobs
+    assert again in world.blobs
+    before_crash = world.upload("a", bytes(9000))
+    world.restart()
+    world.train("a")
+    world.round(6, "a")
+    assert before_crash in world.blobs
+    for round_ in range(7, 11):
+        world.round(round_, "a")
+    assert world.blobs.n_bytes == 0
+
+
+def test_without_snapshots_the_quota_is_a_wish_and_its_reason_is_told(
+    make_world: MakeWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = make_world(rounds=100, snapshot_every=10)
+    world.blobs.quota_bytes = 20_000
+    world.train("a", "b")
+    trained(world, range(1, 20))
+    assert kept(world, *range(1, 20)) == list(range(1, 20))
+    (text,) = (r.getMessage() for r in caplog.records if "quota" in r.getMessage())
+    assert text == (
+        "blobs take 24002 bytes, over the quota of 20000: "
+        "all payloads are kept until there are two attested snapshots"
+    )
+    caplog.clear()
+    world.snapshot(10, "a", "b")
+    world.open("j")
+    world.say("j", State(state=NodeState.JOINING, needs_after=3))
+    trained(world, range(20, 70), 20)
+    (text,) = (r.getMessage() for r in caplog.records if "quota" in r.getMessage())
+    assert text.endswith("of 20000: j joins and needs the payloads after round 3")
+
+
+def test_small_payloads_stay_in_the_ledger_for_ever(make_world: MakeWorld) -> None:
+    world = make_world(rounds=100, snapshot_every=1)
+    world.train("a", "b")
+    for round_ in range(1, 20):
+        world.round(round_, "a", "b")
+        world.snapshot(round_, "a", "b")
+    assert world.status()["snapshot"]["round"] == 18
+    assert world.open("c").kept_from == 1
+
+
+# -------------------------------------------------------------------------------------------- lost commits
+
+
+class Restored:
+    """A world whose ledger is that of three rounds ago, and what it has lost."""
+
+    def __init__(self, world: World) -> None:
+        world.train("a", "b")
+        for round_ in (1, 2):
+            world.round(round_, "a", "b")
+        world.restart()
+        path = world.path / "ledger.db"
+        copy = path.read_bytes()
+        world.train("a", "b")
+        world.open("c")
+        world.say("c", State(state=NodeState.TRAINING))
+        world.round(3, "a", "b", "c", payload=payload(3))
+        world.say("b", Report(round=3, fingerprint=b"12345678"))
+        for round_ in (4, 5):
+            world.round(round_, "a", "b", "c", payload=payload(round_))
+        self.lost = world.service.commits(2, 10)
+        assert len(self.lost) == 3
+        self.status = world.status()
+        world.ledger.close()
+        path.write_bytes(copy)
+        (digest_file(world, 4)).unlink()
+        world.sent.clear()
+        world.committed.clear()
+        world.ledger = Ledger.open(path, world.key.public_key())
+        world.start()
+        self.world = world
+        self.hello = world.hello(head_round=5, head_digest=self.lost[-1].digest)
+
+
+def digest_file(world: World, round_: int) -> Path:
+    return world.path / "blobs" / digest_of(payload(round_)).hex()
+
+
+def test_a_restored_coordinator_takes_its_commits_back(make_world: MakeWorld) -> None:
+    restored = Restored(make_world(rounds=100))
+    world, service = restored.world, restored.world.service
+    world.open("x")  # its index is the one that the lost commits gave to c
+    assert world.peer("x")["index"] == 2
+    assert service.lacks(restored.hello)
+    service.hold()
+    service.adopt(restored.lost[:2])
+    world.say("x", State(state=NodeState.TRAINING))  # the session is over
+    assert service.lacks(restored.hello)
+    service.adopt(restored.lost[2:])
+    service.go_on(world.now_s)
+    assert not service.lacks(restored.hello)
+    status = world.status()
+    for figure in ("round", "mismatches", "loss", "snapshot", "held_out"):
+        assert status[figure] == restored.status[figure]
+    assert [p["peer_id"] for p in status["peers"]] == ["a", "b", "c"]
+    assert [p["offers_counted"] for p in status["peers"]] == [5, 5, 2]
+    assert world.peer("b")["fingerprint"] == b"12345678".hex()
+    assert status["payloads"]["kept_from"] == 5, "the payload of round 4 was lost with the newer disk"
+    assert not service.is_member("x")
+    world.train("a", "b", "c")
+    assert world.open("x").peer_index == 3
+    world.round(6, "a", "b")
+    assert world.committed == []
+    world.say("c", offer(6))
+    assert world.committed == [6]
+    assert [a.peer_id for a in service.commits(5, 1)[0].body.admitted] == ["x"]
+
+
+def test_peers_of_adopted_commits_are_expected(make_world: MakeWorld) -> None:
+    restored = Restored(make_world(rounds=100))
+    world, service = restored.world, restored.world.service
+    service.hold()
+    service.adopt(restored.lost)
+    service.go_on(world.now_s)
+    world.train("a", "b")
+    world.round(6, "a", "b")
+    world.wait(9.5, "a", "b")
+    assert world.committed == []
+    world.wait(0.5, "a", "b")
+    assert world.committed == [6]
+
+
+def test_no_round_closes_while_commits_are_given_back(make_world: MakeWorld) -> None:
+    world = make_world(policy="deadline", rounds=100)
+    world.train("a", "b")
+    for round_ in (1, 2, 3):
+        world.round(round_, "a", "b")
+    world.service.hold()
+    world.say("a", offer(4))
+    world.wait(60.0, "a", "b")
+    world.say("b", offer(4))
+    assert world.committed == [1, 2, 3]
+    world.service.go_on(world.now_s)
+    world.service.tick(world.now_s)
+    assert world.committed == [1, 2, 3, 4]
+    world.round(5, "a", "b")
+    assert world.committed[-1] == 5, "nothing was adopted: all is as it was"
+
+
+def test_a_forged_commit_is_a_bad_message(make_world: MakeWorld) -> None:
+    restored = Restored(make_world(rounds=100))
+    world = restored.world
+    forger = Ed25519PrivateKey.generate()
+    forged = [c.model_copy(update={"signature": forger.sign(c.record)}) for c in restored.lost]
+    world.service.hold()
+    with pytest.raises(BadMessage, match="record 3: its signature is not the coordinator's"):
+        world.service.adopt(forged)
+    world.service.go_on(world.now_s)
+    assert world.service.head == 2
+    assert world.status()["rejected"] == {"adopt": 1}
+
+
+def test_a_fork_is_refused(make_world: MakeWorld) -> None:
+    restored = Restored(make_world(rounds=100))
+    world, service = restored.world, restored.world.service
+    world.train("a", "b")
+    world.round(3, "a", "b", payload=b"not what it was")
+    assert service.head == 3
+    service.hold()
+    with pytest.raises(LedgerCorrupt, match="round 4 of the node follows another round 3") as caught:
+        service.adopt(restored.lost[1:])
+    assert "restore a copy from before" in str(caught.value)
+    service.go_on(world.now_s)
+    with pytest.raises(LedgerCorrupt, match=r"round 3 is not on .* another record has its place.*restore"):
+        world.open("c", head_round=3, head_digest=restored.lost[0].digest)
+    assert world.status()["rejected"] == {"fork": 1, "head": 1}
+    world.round(4, "a", "b")
+    assert service.head == 4
+
+
+# ------------------------------------------------------------------------------------- people and the end
+
+
+def test_what_is_waited_for_is_told(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=3)
+    world.train("a")
+    world.wait(1.0, "a")
+    assert [m.text for m in world.messages(Notice, "a")] == ["waiting for 2 more peers: 1 of 3 are training"]
+    assert world.status()["state"] == "waiting"
+    world.train("b", "c")
+    world.say("a", offer(1))
+    world.sent.clear()
+    world.wait(5.0, "a", "b", "c")
+    texts = [m.text for m in world.messages(Notice, "a")]
+    assert texts == ["round 1: waiting for 2 of 3 peers (b, c) since 5 s"]
+
+
+def test_heartbeats_are_shown(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a")
+    world.wait(1.0, "a")
+    peer = world.peer("a")
+    assert (peer["sent_bytes"], peer["received_bytes"], peer["payload_bytes"]) == (10, 20, 5)
+    world.now_s += 3
+    assert world.peer("a")["last_seen_s"] == 3
+
+
+def test_a_restarted_peer_goes_on_counting(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a")
+    for sent in (10, 100, 30, 50):  # the third one comes from a new process
+        world.say("a", Heartbeat(round=0, sent_bytes=sent, received_bytes=2 * sent, payload_bytes=sent // 10))
+    peer = world.peer("a")
+    assert (peer["sent_bytes"], peer["received_bytes"], peer["payload_bytes"]) == (150, 300, 15)
+
+
+def test_the_end_waits_for_acknowledgements(make_world: MakeWorld) -> None:
+    world = make_world(rounds=1)
+    world.train("a", "b", "c")
+    for peer in "abc":
+        world.say(peer, offer(1))
+    evaluator = world.service.commits(0, 1)[0].body.evaluator
+    assert evaluator == 0
+    assert world.status()["state"] == "finished"
+    world.say("b", Report(round=1, fingerprint=b"12345678"))
+    world.say("c", State(state=NodeState.LEAVING))
+    world.say("a", Report(round=1, fingerprint=b"12345678"))
+    assert not world.service.finished, "its evaluator still measures"
+    world.say("a", Report(round=1, held_out=2.0))
+    assert world.service.finished
+    assert world.status()["held_out"] == [[1, 2.0]]
+
+
+def test_the_end_does_not_wait_for_ever(make_world: MakeWorld) -> None:
+    world = make_world(rounds=1, min_peers=1)
+    world.train("a")
+    world.say("a", offer(1))
+    world.wait(59.5, "a")
+    assert not world.service.finished
+    world.wait(0.5, "a")
+    assert world.service.finished
+
+
+def test_a_finished_run_ends_at_once_when_its_peers_do_not_come_back(make_world: MakeWorld) -> None:
+    world = make_world(rounds=1, min_peers=1)
+    world.train("a")
+    world.say("a", offer(1))
+    world.restart()
+    world.service.tick(world.now_s)
+    assert not world.service.finished
+    world.wait(10.0)
+    assert world.service.finished

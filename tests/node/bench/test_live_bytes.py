@@ -1,0 +1,38 @@
+"""Counting what tensors take."""
+
+from __future__ import annotations
+
+import torch
+
+from thinwire.node.bench.live_bytes import LiveBytes
+from thinwire.node.bench.memory import _measured
+
+
+def test_memory_counts_once_and_until_it_is_given_back() -> None:
+    given = torch.ones(100)
+    with LiveBytes([given, given.view(10, 10)]) as live:
+        assert live.bytes() == 400
+        double = given.double()
+        assert live.bytes() == 400 + 800
+        view = double[:3]
+        assert live.bytes() == 400 + 800
+        del double
+        assert live.bytes() == 400 + 800  # the view keeps it
+        del view
+        assert live.bytes() == 400
+        given.add_(1.0)
+    assert live.peak_bytes == 400 + 800
+
+
+def test_gradients_are_seen() -> None:
+    weight = torch.nn.Parameter(torch.ones(1000))
+    with LiveBytes([weight.detach()]) as live:
+        (weight * 2.0).sum().backward()  # type: ignore[no-untyped-call]
+        assert live.bytes() == 2 * 4000
+        weight.grad = None
+        assert live.bytes() == 4000
+
+
+def test_a_node_of_one_rank_holds_the_state_and_little_else() -> None:
+    found = _measured(0, 1, 1_000_000, meeting=None)
+    assert found["n_state_bytes"] <= found["peak_bytes"] <= 1.3 * found["n_state_bytes"]

@@ -1,0 +1,113 @@
+"""The kernel self-test: passes with every implementation here, and names what is wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from thinwire.compression import fingerprint
+from thinwire.compression.errors import Incompatible
+from thinwire.compression.numerics import dct, noise, values
+from thinwire.node.doctor.known_answers import KNOWN_ANSWERS
+from thinwire.node.doctor.self_test import accelerators, backends, failed_kernels, refuse_wrong_arithmetic
+from thinwire.optim.parts import adamw, byte_code
+
+CPU = torch.device("cpu")
+
+
+def test_every_implementation_passes(kernels: str) -> None:
+    assert failed_kernels(CPU) == []
+
+
+def test_every_backend_of_this_machine_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THINWIRE_KERNELS", "torch")
+    found = backends()
+    assert "torch on cpu" in map(str, found)
+    for backend in found:
+        assert failed_kernels(backend.device, backend.kernels) == [], str(backend)
+    assert os.environ["THINWIRE_KERNELS"] == "torch", "what was chosen is chosen again"
+
+
+@pytest.mark.skipif(not accelerators(), reason="there is no device beside the CPU")
+def test_an_accelerator_gives_the_answers_of_the_cpu() -> None:
+    for device in accelerators():
+        assert failed_kernels(device) == []
+
+
+def test_a_thread_more_or_less_makes_no_difference(kernels: str) -> None:
+    before = torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            assert failed_kernels(CPU) == []
+    finally:
+        torch.set_num_threads(before)
+
+
+def _one_bit(table: tuple[float, ...], at: int) -> tuple[float, ...]:
+    return (*table[:at], table[at] + 2.0**-20, *table[at + 1 :])
+
+
+FLAT_TRANSFORMS = {"transform decoding", "transform descent"}
+BREAKS: dict[str, tuple[object, str, Any, set[str]]] = {
+    "normal table": (noise, "NORMAL_256", lambda t: _one_bit(t, 77), {"normal noise", "initial weights"}),
+    "transform": (dct, "INVERSE_SCALE", lambda x: x + 2.0**-30, FLAT_TRANSFORMS),
+    "rounding": (dct, "TOP_BIT", lambda x: x - 1, FLAT_TRANSFORMS | {"tile decoding"}),
+    "rates": (adamw, "power", lambda _: lambda beta, t: beta**t * (1 + 2.0**-20), {"adamw update"}),
+    "codes": (byte_code, "MAGNITUDES", lambda t: tuple(x * 1.001 for x in t), {"spsa update"}),
+    "hash": (fingerprint, "LAST_SHIFT", lambda x: x + 1, set(KNOWN_ANSWERS) - {"packing"}),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_what_computes_something_else_is_named(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    module, name, change, expected = BREAKS[broken]
+    monkeypatch.setenv("THINWIRE_KERNELS", "torch")
+    monkeypatch.setattr(module, name, change(getattr(module, name)))
+    assert set(failed_kernels(CPU)) == expected
+
+
+def test_a_level_that_is_off_by_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = values.FORMATS[4].levels  # type: ignore[attr-defined]
+    changed = levels.copy()
+    changed[4] += 2.0**-20
+    monkeypatch.setattr(values.FORMATS[4], "levels", changed)
+    assert failed_kernels(CPU) == ["4-bit values"]
+
+
+def test_a_kernel_that_cannot_run_is_named_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(device: torch.device) -> int:
+        raise NotImplementedError("no such operation\nand a long story")
+
+    monkeypatch.setitem(
+        KNOWN_ANSWERS, "matrix products", replace(KNOWN_ANSWERS["matrix products"], run=missing)
+    )
+    assert failed_kernels(CPU) == ["matrix products (NotImplementedError: no such operation)"]
+    with pytest.raises(Incompatible, match=r"matrix products .* failed the self-test") as refused:
+        refuse_wrong_arithmetic(CPU)
+    assert refused.value.exit_code == 4
+    assert "thinwire doctor" in str(refused.value)
+
+
+def test_a_machine_that_flushes_denormals_is_found() -> None:
+    """In a process of its own: the setting is the thread's, and stays."""
+    pytest.importorskip("numba", reason="the numba kernels are an extra")
+    program = (
+        "import os, torch\n"
+        "from thinwire.node.doctor.self_test import failed_kernels\n"
+        "assert torch.set_flush_denormal(True)\n"
+        "for kernels in ('torch', 'numba'):\n"
+        "    os.environ['THINWIRE_KERNELS'] = kernels\n"
+        "    print(*failed_kernels(torch.device('cpu')), sep=', ')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    by_kernels = done.stdout.strip().split("\n")
+    assert len(by_kernels) == 2
+    for failed in by_kernels:
+        assert {"denormal numbers", "weighted mean"} <= set(failed.split(", "))

@@ -1,0 +1,373 @@
+"""Where payloads come from, and in which order: scripted sources, a real event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from thinwire.compression.errors import SwarmUnreachable
+from thinwire.coordinator.protocol.blob_streams import NotServed
+from thinwire.coordinator.protocol.messages import (
+    Commit,
+    CommitBody,
+    Offered,
+    OfferEntry,
+    digest_of,
+    encode_record,
+)
+from thinwire.node.links import payloads as payloads_module
+from thinwire.node.links.base import Lied
+from thinwire.node.links.payloads import KEPT_ROUNDS, Kept, Payloads, Served
+
+ME, A, B, C = "me", "a", "b", "c"
+PEERS = {0: ME, 1: A, 2: B, 3: C}
+
+
+class Swarm:
+    """Who has which payload. Every attempt is written down; what is held back waits for `let_go`."""
+
+    def __init__(self) -> None:
+        self.coordinator: dict[bytes, bytes] = {}
+        self.is_up = True
+        self.given_up = False
+        self.peers: dict[str, dict[bytes, bytes]] = {A: {}, B: {}, C: {}}
+        self.resting: set[str] = set()
+        self.held: set[str] = set()
+        self.let_go = asyncio.Event()
+        self.asked: list[str] = []
+        self.slow: list[str] = []
+
+    async def from_coordinator(self, digest: bytes, n_bytes: int) -> bytes:
+        self.asked.append("coordinator")
+        if not self.is_up:
+            raise SwarmUnreachable("no connection")
+        if digest not in self.coordinator:
+            raise NotServed("not here")
+        return self.coordinator[digest]
+
+    async def from_member(self, holder: str, digest: bytes, n_bytes: int) -> bytes:
+        self.asked.append(holder)
+        if holder in self.held:
+            await self.let_go.wait()
+        if digest not in self.peers[holder]:
+            raise SwarmUnreachable("not here")
+        return self.peers[holder][digest]
+
+    def members(self, offerer: str | None) -> list[str]:
+        return sorted(self.peers, key=lambda peer_id: peer_id != offerer)
+
+    def rests(self, holder: str) -> bool:
+        return holder in self.resting
+
+    def too_slow(self, holder: str) -> None:
+        self.slow.append(holder)
+
+    async def reconnected(self, timeout_s: float) -> None:
+        if self.given_up:
+            raise SwarmUnreachable("given up")
+        self.is_up = True
+
+
+def in_a_loop(body: Callable[[Swarm, Payloads], Awaitable[None]]) -> Callable[[], None]:
+    def run() -> None:
+        async def with_limit() -> None:
+            swarm = Swarm()
+            payloads = Payloads(swarm, ME)
+            payloads.max_offers, payloads.max_bytes = 3, 10_000
+            async with asyncio.timeout(20):
+                await body(swarm, payloads)
+            payloads.close()
+
+        asyncio.run(with_limit())
+
+    run.__name__ = body.__name__
+    return run
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(payloads_module, "_RETRY_S", 0.001)
+    monkeypatch.setattr(payloads_module, "LONG_WAIT_S", 0.05)
+    monkeypatch.setattr(payloads_module, "SHORT_WAIT_S", 0.05)
+
+
+def data(name: str) -> bytes:
+    return name.encode() * 100
+
+
+def entry(peer: int, payload: bytes) -> OfferEntry:
+    return OfferEntry(
+        peer=peer,
+        n_samples=1,
+        n_tokens=1,
+        loss=None,
+        n_bytes=len(payload),
+        payload=None,
+        digest=digest_of(payload),
+    )
+
+
+def commit(round_: int, *entries: OfferEntry) -> Commit:
+    body = CommitBody(
+        round=round_,
+        parent=bytes(32),
+        offers=entries,
+        admitted=(),
+        lr_factor_bits=0,
+        reports=(),
+        snapshots=(),
+        evaluator=None,
+        time_ms=1,
+    )
+    return Commit(record=encode_record(body), signature=bytes(64))
+
+
+def offered(round_: int, holder: str, payload: bytes) -> Offered:
+    return Offered(round=round_, holder=holder, digest=digest_of(payload), n_bytes=len(payload))
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@in_a_loop
+async def test_what_was_fetched_while_the_round_was_open_is_not_asked_for_again(
+    swarm: Swarm, payloads: Payloads
+) -> None:
+    x = data("x")
+    swarm.peers[A][digest_of(x)] = x
+    payloads.offered(offered(1, A, x))
+    await settle()
+    payloads.committed(commit(1, entry(1, x)))
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == [A]
+
+
+@in_a_loop
+async def test_ones_own_offer_is_never_fetched(swarm: Swarm, payloads: Payloads) -> None:
+    x = data("x")
+    assert payloads.keep_own(1, x) == digest_of(x)
+    payloads.offered(offered(1, ME, x))
+    payloads.offered(offered(1, B, x))
+    payloads.want([commit(1, entry(0, x))], PEERS)
+    assert await payloads.get(entry(0, x), ME) == x
+    assert swarm.asked == []
+
+
+@in_a_loop
+async def test_what_is_on_its_way_from_its_offerer_is_waited_for(swarm: Swarm, payloads: Payloads) -> None:
+    x = data("x")
+    swarm.peers[A][digest_of(x)] = x
+    swarm.held.add(A)
+    payloads.offered(offered(1, A, x))
+    await settle()
+    payloads.want([commit(1, entry(1, x))], PEERS)
+    swarm.let_go.set()
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == [A]
+
+
+@in_a_loop
+async def test_after_a_short_wait_the_coordinator_is_asked(swarm: Swarm, payloads: Payloads) -> None:
+    x = data("x")
+    swarm.coordinator[digest_of(x)] = x
+    swarm.held.add(A)
+    payloads.offered(offered(1, A, x))
+    await settle()
+    payloads.want([commit(1, entry(1, x))], PEERS)
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == [A, "coordinator"]
+    assert swarm.slow == [A]
+
+
+@in_a_loop
+async def test_the_slow_offerer_may_still_win_against_a_coordinator_without_it(
+    swarm: Swarm, payloads: Payloads
+) -> None:
+    x = data("x")
+    swarm.peers[A][digest_of(x)] = x
+    swarm.held |= {A, B}
+    payloads.offered(offered(1, A, x))
+    await settle()
+    payloads.want([commit(1, entry(1, x))], PEERS)
+    getting = asyncio.create_task(payloads.get(entry(1, x), A))
+    while "coordinator" not in swarm.asked:
+        await asyncio.sleep(0.001)
+    swarm.let_go.set()
+    assert await getting == x
+    assert swarm.slow == []
+
+
+@in_a_loop
+async def test_a_failed_early_fetch_is_silent_and_the_coordinator_helps(
+    swarm: Swarm, payloads: Payloads
+) -> None:
+    x = data("x")
+    swarm.coordinator[digest_of(x)] = x
+    payloads.offered(offered(1, A, x))
+    await settle()
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == [A, "coordinator"]
+    assert swarm.slow == []
+
+
+@in_a_loop
+async def test_without_an_offer_announced_the_coordinator_comes_first(
+    swarm: Swarm, payloads: Payloads
+) -> None:
+    x = data("x")
+    swarm.coordinator[digest_of(x)] = swarm.peers[A][digest_of(x)] = x
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == ["coordinator"]
+
+
+@in_a_loop
+async def test_what_the_coordinator_does_not_have_comes_from_a_member(
+    swarm: Swarm, payloads: Payloads
+) -> None:
+    x = data("x")
+    swarm.peers[C][digest_of(x)] = x
+    assert await payloads.get(entry(2, x), B) == x
+    assert swarm.asked == ["coordinator", B, A, C]
+
+
+@in_a_loop
+async def test_what_nobody_has_is_unreachable(swarm: Swarm, payloads: Payloads) -> None:
+    with pytest.raises(SwarmUnreachable, match="nobody has"):
+        await payloads.get(entry(1, data("x")), A)
+    assert swarm.asked == ["coordinator", A, B, C] * 2
+
+
+@in_a_loop
+async def test_a_coordinator_that_is_away_is_waited_for(swarm: Swarm, payloads: Payloads) -> None:
+    x = data("x")
+    swarm.coordinator[digest_of(x)] = x
+    swarm.is_up = False
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == ["coordinator", A, B, C, "coordinator"]
+
+
+@in_a_loop
+async def test_a_coordinator_that_is_given_up_ends_the_wait(swarm: Swarm, payloads: Payloads) -> None:
+    swarm.is_up, swarm.given_up = False, True
+    with pytest.raises(SwarmUnreachable, match="given up"):
+        await payloads.get(entry(1, data("x")), A)
+
+
+@in_a_loop
+async def test_an_open_round_costs_a_bounded_number_of_fetches(swarm: Swarm, payloads: Payloads) -> None:
+    swarm.held |= {A, B, C}
+    for i in range(10):
+        payloads.offered(offered(1, A, data(str(i))))
+    payloads.offered(offered(1, B, bytes(10_001)))
+    await settle()
+    assert swarm.asked == [A, A, A]
+    payloads.committed(commit(1, entry(1, data("1"))))
+    await settle()
+    payloads.offered(offered(2, B, data("next")))
+    await settle()
+    assert swarm.asked == [A, A, A, B]
+
+
+@in_a_loop
+async def test_a_peer_that_keeps_failing_is_not_tried_first(swarm: Swarm, payloads: Payloads) -> None:
+    swarm.resting.add(A)
+    payloads.offered(offered(1, A, data("x")))
+    await settle()
+    assert swarm.asked == []
+
+
+@in_a_loop
+async def test_commits_to_come_are_fetched_ahead(swarm: Swarm, payloads: Payloads) -> None:
+    xs = [data(str(i)) for i in range(6)]
+    swarm.coordinator = {digest_of(x): x for x in xs}
+    commits = [commit(i + 1, entry(1, x)) for i, x in enumerate(xs)]
+    payloads.want(commits[:3], PEERS)
+    await settle()
+    assert swarm.asked == ["coordinator"] * 3
+    payloads.want(commits[2:], PEERS)
+    await settle()
+    assert swarm.asked == ["coordinator"] * 6
+    # Those that the node took before it applied them are still here.
+    assert [await payloads.get(entry(1, x), A) for x in xs] == xs
+    assert swarm.asked == ["coordinator"] * 6
+
+
+@in_a_loop
+async def test_fetches_go_on_until_their_round_is_long_over(swarm: Swarm, payloads: Payloads) -> None:
+    x, y = data("x"), data("y")
+    swarm.peers[A][digest_of(x)] = x
+    swarm.held.add(A)
+    payloads.want([commit(1, entry(1, x))], PEERS)
+    await settle()
+    payloads.want([commit(2, entry(1, y).model_copy(update={"digest": None, "payload": b"y"}))], PEERS)
+    getting = asyncio.create_task(payloads.get(entry(1, x), A))
+    await settle()
+    assert swarm.asked == ["coordinator", A]
+    swarm.let_go.set()
+    assert await getting == x
+    swarm.let_go.clear()
+
+    payloads.want([commit(2, entry(1, y))], PEERS)
+    late = asyncio.create_task(payloads.get(entry(1, y), A))
+    await settle()
+    payloads.want([commit(2 + KEPT_ROUNDS, entry(1, x))], PEERS)
+    with pytest.raises(asyncio.CancelledError):
+        await late
+
+
+@in_a_loop
+async def test_a_fetch_that_failed_ahead_is_begun_again(swarm: Swarm, payloads: Payloads) -> None:
+    x = data("x")
+    payloads.want([commit(1, entry(1, x))], PEERS)
+    while len(swarm.asked) < 8:
+        await asyncio.sleep(0.001)
+    await settle()
+    swarm.peers[B][digest_of(x)] = x
+    payloads.want([commit(1, entry(1, x))], PEERS)
+    assert await payloads.get(entry(1, x), A) == x
+
+
+@in_a_loop
+async def test_a_liar_s_word_is_not_taken(swarm: Swarm, payloads: Payloads) -> None:
+    x = data("x")
+    swarm.peers[C][digest_of(x)] = x
+
+    async def lies(digest: bytes, n_bytes: int) -> bytes:
+        raise Lied("wrong bytes")
+
+    swarm.from_coordinator = lies  # type: ignore[method-assign]
+    assert await payloads.get(entry(1, x), A) == x
+
+
+def test_kept_payloads_are_bounded_in_rounds_and_bytes() -> None:
+    kept = Kept(max_bytes=1000)
+    for round_ in range(1, 5):
+        kept.add(round_, bytes([round_]) * 32, bytes(300))
+    assert [bytes([r]) * 32 in kept for r in range(1, 5)] == [False, True, True, True]
+    assert kept.n_bytes == 900
+    kept.add(4, bytes([2]) * 32, bytes(300))
+    assert kept.n_bytes == 900
+    kept.add(3 + KEPT_ROUNDS, b"new" * 11, bytes(5))
+    assert (bytes([3]) * 32 in kept, bytes([2]) * 32 in kept) == (False, True)
+    assert kept.n_bytes == 605
+    kept.add(100, b"large" * 7, bytes(5000))
+    assert (kept.n_bytes, b"large" * 7 in kept) == (5000, True)
+
+
+def test_payloads_and_the_shelf_are_served() -> None:
+    kept = Kept()
+    served = Served(kept)
+    kept.add(1, digest_of(b"p"), b"p")
+    file, n_bytes = served.open(digest_of(b"p"))
+    assert (file.read(), n_bytes, served.purpose(digest_of(b"p"))) == (b"p", 1, "payload")
+    with pytest.raises(KeyError):
+        served.open(digest_of(b"s"))
+    other = Kept()
+    other.add(1, digest_of(b"s"), b"s")
+    served.shelf = Served(other)
+    assert served.open(digest_of(b"s"))[0].read() == b"s"
+    assert served.purpose(digest_of(b"s")) == "snapshot"

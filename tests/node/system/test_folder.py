@@ -1,0 +1,35 @@
+"""Where a node keeps its state: one node per folder, found again after a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from thinwire.compression.errors import ConfigError
+from thinwire.node.system.folder import NodeFolder
+
+
+def test_every_node_finds_a_folder_of_its_own_and_again(tmp_path: Path) -> None:
+    environ = {"XDG_STATE_HOME": str(tmp_path)}
+    first, second = NodeFolder(None, environ), NodeFolder(None, environ)
+    assert first.path == tmp_path / "thinwire" / "node-0"
+    assert second.path == tmp_path / "thinwire" / "node-1"
+    first.close()
+    assert NodeFolder(None, environ).path == first.path
+    assert first.path.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    folder = NodeFolder(tmp_path / "state")
+    with pytest.raises(ConfigError, match="in use by another node, process"):
+        NodeFolder(tmp_path / "state")
+    folder.close()
+    NodeFolder(tmp_path / "state").close()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path, environ in ((tmp_path / "file" / "x", {}), (None, {"XDG_STATE_HOME": str(tmp_path / "file")})):
+        with pytest.raises(ConfigError, match=str(tmp_path / "file")):
+            NodeFolder(path, environ)

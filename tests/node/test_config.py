@@ -1,0 +1,69 @@
+"""The run file: precedence, and refusals that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.paths import ROOT
+from thinwire.compression.errors import ConfigError
+from thinwire.node.config import load_config, parse_config
+from thinwire.node.tasks.registry import make_task
+from thinwire.optim.registry import build_strategy
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_precedence_is_command_line_then_environment_then_file_then_default(tmp_path: Path) -> None:
+    path = write(tmp_path, "[run]\nname = 'file'\nrounds = 7\nseed = 3\n")
+    environ = {"THINWIRE_RUN__ROUNDS": "8", "THINWIRE_RUN__SEED": "4", "THINWIRE_KERNELS": "torch"}
+    config = load_config(path, {"run.seed": 5}, environ)
+    assert (config.run.name, config.run.rounds, config.run.seed) == ("file", 8, 5)
+    assert config.run.min_peers == 2
+
+
+def test_the_configuration_survives_record_0(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "[strategy]\nname = 'spsa'\nprobes = 3\n"), environ={})
+    assert parse_config(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[run]\nround = 5\n", "unknown key 'run.round'; did you mean 'rounds'?"),
+        ("[task]\nlearning = 5\n", "unknown key 'task.learning'; known: architecture, batch"),
+        ("[tasks]\n", "unknown key 'tasks'; did you mean 'task'?"),
+        ("[run]\nrounds = 0\n", "run.rounds: Input should be greater than or equal to 1"),
+        ("[policy]\nname = 'soon'\n", "policy.name: Input should be 'deadline', 'all' or 'fastest'"),
+        ("[run\n", "cannot be read as TOML"),
+        ("run = 3\n[policy]\n", "run: "),
+    ],
+)
+def test_bad_files_are_refused_with_the_key_and_the_nearest_name(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=r".") as e:
+        load_config(write(tmp_path, text), environ={})
+    assert message in str(e.value)
+
+
+def test_a_missing_file_names_an_example(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such file.*pydoc-gpt\.toml"):
+        load_config(tmp_path / "none.toml", environ={})
+
+
+def test_every_example_run_is_valid() -> None:
+    runs = sorted((ROOT / "deploy" / "runs").glob("*.toml"))
+    assert runs
+    for run in runs:
+        config = load_config(run, environ={})
+        build_strategy(config.strategy, torch.nn.Linear(8, 8).named_parameters())
+        if config.task.name == "text":
+            with torch.device("meta"):
+                make_task(config.task, None, None).model()

@@ -1,0 +1,262 @@
+"""One rank of a node for parts/test_sharded.py: the same rounds on parameters that are sharded over ranks.
+
+python -m tests.shard_ranks RANK WORLD_SIZE FOLDER: reads FOLDER/rounds.json, prints what it did as JSON. With
+one rank nothing is sharded, and no process group is needed: that is what the others are compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.support.rank_processes import join, leave
+from thinwire.compression import wire
+from thinwire.compression.base import Turn
+from thinwire.compression.fingerprint import fingerprint, parameter_sum
+from thinwire.compression.numerics.noise import initial_values
+from thinwire.optim.base import Closure, Parameter, Share, Strategy, canonical_name
+from thinwire.optim.parts.packing import pack_all
+from thinwire.optim.parts.ranks import GroupRanks, Ranks, local_of, parts_of
+from thinwire.optim.parts.unsharded import mark_unsharded
+from thinwire.optim.registry import build_compressor, build_strategy
+
+SMALL = {"name": "dct_topk", "k": 8, "group_size": 64}
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "decoupled": {
+        "name": "decoupled", "compressor": SMALL, "beta": 0.9, "weight_decay": 0.1, "max_grad_norm": 1.0,
+    },
+    "adamw": {
+        "name": "decoupled", "base": "adamw", "sign": False, "accumulate": 2, "beta": 0.9,
+        "compressor": {"name": "topk", "k": 16, "group_size": 64, "bits": 8, "indices": "rice"},
+    },
+    "diloco": {
+        "name": "diloco", "inner_steps": 3, "fragments": 2, "mix": 0.5, "overlap": 1, "lr": 3e-3,
+        "compressor": {"name": "dense", "bits": 8},
+    },
+    "sparse diloco": {
+        "name": "diloco", "inner_steps": 2, "feedback_decay": 0.95, "outer_momentum": 0.0, "lr": 3e-3,
+        "compressor": {"name": "random_k", "rate": 0.3},
+    },
+    "spsa": {"name": "spsa", "lr": 1e-2, "probes": 3, "weight_decay": 0.1},
+    "spsa gauss": {"name": "spsa", "lr": 1e-2, "probes": 2, "noise": "gauss", "params": "blocks*"},
+}  # fmt: skip
+STRATEGIES |= {
+    f"{name} bfloat16": {k: v for k, v in STRATEGIES[name].items() if k != "max_grad_norm"}
+    for name in ("decoupled", "adamw", "spsa")
+}
+COMPRESSORS: dict[str, dict[str, Any]] = {
+    "dct_topk": SMALL,
+    "tiles": {"name": "dct_topk", "k": 4, "group_size": 64, "layout": "tiles", "bits": 4},
+    "topk": {"name": "topk", "k": 5, "group_size": 32, "indices": "rice"},
+    "dense": {"name": "dense"},
+    "dense e3m0": {"name": "dense", "bits": "e3m0"},
+    "striding": {"name": "striding", "rate": 0.25},
+    "slicing": {"name": "slicing", "rate": 0.25, "bits": 16},
+    "random_k": {"name": "random_k", "rate": 0.25},
+}
+N_ROUNDS = 5
+LAYOUT = wire.layout_hash(b"sharded")
+ROWS, TOKENS, WORDS = 6, 5, 13
+
+
+class Block(nn.Module):
+    """Sizes that no number of ranks divides, a scalar, and a matrix of one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 17)
+        self.down = nn.Linear(17, 8)
+        self.gate = nn.Linear(8, 1)
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.tanh(self.up(x))) * torch.sigmoid(self.gate(x)) * self.scale
+        return x + y
+
+
+class Net(nn.Module):
+    """Its embedding is its head as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, words_BT: Tensor) -> Tensor:
+        x = self.words(words_BT)
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.words.weight)
+
+
+def built(world_size: int, name: str = "") -> nn.Module:
+    """On the meta device, sharded, and with exact values in each rank's rows."""
+    with torch.device("meta"):
+        model = Net().to(torch.bfloat16 if name.endswith("bfloat16") else torch.float32)
+    if world_size > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (world_size,))
+        scalars = {p for p in model.parameters() if p.ndim == 0}
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
+    model.to_empty(device="cpu")
+    mark_unsharded(model)
+    rank = dist.get_rank() if world_size > 1 else 0
+    named = sorted((canonical_name(n), p) for n, p in model.named_parameters())
+    for index, (full_name, p) in enumerate(named):
+        part = parts_of(p, world_size)[rank]
+        values = initial_values(5, index, part.start, part.stop, 0.3)
+        local_of(p).copy_(values.view(local_of(p).shape) + (full_name.endswith(("norm.weight", "scale"))))
+    return model
+
+
+def draws(model: nn.Module, seed: int, rank: int, world_size: int) -> Callable[[], Closure]:
+    """This rank's rows of each batch; the mean of what the ranks' closures return is the batch's loss."""
+    numbers = iter(range(1000))
+
+    def draw() -> Closure:
+        generator = torch.Generator().manual_seed(1000 * seed + next(numbers))
+        words_BT = torch.randint(0, WORDS, (ROWS, TOKENS + 1), generator=generator)
+        mine = words_BT[rank::world_size]
+
+        def loss() -> Tensor:
+            logits = model(mine[:, :-1]).float()
+            total = F.cross_entropy(logits.flatten(0, 1), mine[:, 1:].flatten(), reduction="sum")
+            return total * (world_size / (ROWS * TOKENS))
+
+        return loss
+
+    return draw
+
+
+def turn_of(round: int, peer: int = 0) -> Turn:
+    return Turn(round, 77 + round, 1000 * peer + round, 1.0 / round)
+
+
+def print_of(strategy: Strategy) -> str:
+    """The fingerprint of the whole, from every rank's part."""
+    ranks, parts = strategy.ranks, strategy.replicated_parts()
+    sums = {
+        name: parameter_sum(t.contiguous(), parts[name].start)
+        for name, t in strategy.replicated_tensors().items()
+        if ranks.index == 0 or parts[name] != parts[name].entire
+    }
+    total: dict[str, int] = {}
+    for theirs in ranks.gather(json.dumps(sums).encode()):
+        for name, n in json.loads(theirs).items():
+            total[name] = (total.get(name, 0) + n) % 2**64
+    return fingerprint(total).hex()
+
+
+# --------------------------------------------------------------------------------------------- rounds
+
+
+def recorded(name: str) -> list[list[str]]:
+    """What two nodes of one rank offer, as hex, round by round; node 0's offer misses the third commit."""
+    models = [built(1, name), built(1, name)]
+    strategies = [build_strategy(STRATEGIES[name], m.named_parameters()) for m in models]
+    rounds = []
+    for round in range(1, N_ROUNDS + 1):
+        offers = []
+        for peer, (model, strategy) in enumerate(zip(models, strategies, strict=True)):
+            turn = turn_of(round, peer)
+            payload = strategy.propose(draws(model, 10 * round + peer, 0, 1), turn)
+            offers.append(wire.encode(payload, strategy.fields(turn), round, LAYOUT).hex())
+        rounds.append(offers)
+        for peer, strategy in enumerate(strategies):
+            apply(strategy, offers, round, peer)
+    return rounds
+
+
+def apply(strategy: Strategy, offers: list[str], round: int, peer: int = 0) -> None:
+    turn = turn_of(round, peer)
+    fields = strategy.fields(turn)
+    counted = [p for p in range(2) if not (p == 0 and round == 3)]
+    shares = []
+    for p in counted:
+        payload = wire.decode(bytes.fromhex(offers[p]), fields, round, LAYOUT, wire.max_bytes_of(fields))
+        strategy.check(payload, turn)
+        shares.append(Share(turn_of(round, p).own_seed, 1 + p, payload))
+    strategy.apply(shares, turn, "counted" if peer in counted else "missed")
+
+
+def train(name: str, rounds: list[list[str]], rank: int, world_size: int) -> dict[str, Any]:
+    """Local work, then the recorded commits: what does not depend on the number of ranks, and what nearly."""
+    config = STRATEGIES[name]
+    model = built(world_size, name)
+    strategy = build_strategy(config, model.named_parameters())
+    prints, losses, codes = [], [], []
+    for round, offers in enumerate(rounds, start=1):
+        turn = turn_of(round)
+        payload = strategy.propose(draws(model, 10 * round, rank, world_size), turn)
+        data = wire.encode(payload, strategy.fields(turn), round, LAYOUT)
+        losses.append(strategy.last_loss)
+        codes.append(data.hex())
+        if round == 2:
+            strategy = moved(strategy, config, model)
+        strategy.work_ahead(draws(model, 10 * round + 5, rank, world_size), turn)
+        apply(strategy, offers, round)
+        prints.append(print_of(strategy))
+    return {"prints": prints, "losses": losses, "payloads": codes}
+
+
+def moved(strategy: Strategy, config: dict[str, Any], model: nn.Module) -> Strategy:
+    """Another one that goes on from its state."""
+    successor = build_strategy(config, model.named_parameters())
+    successor.load_state_dict(strategy.state_dict())
+    return successor
+
+
+def packed(name: str, world_size: int) -> str:
+    """The digest of what is packed of given values."""
+    compressor = build_compressor(COMPRESSORS[name])
+    model = built(world_size)
+    strategy = build_strategy(STRATEGIES["decoupled"], model.named_parameters())
+
+    def values(p: Parameter) -> Tensor:
+        return initial_values(9, p.index, p.part.start, p.part.stop, 1.0)
+
+    payload = pack_all(strategy.ranks, compressor, strategy.parameters_in_order(), values, turn_of(2))
+    fields = {p.name: compressor.fields(p.part.entire) for p in strategy.parameters_in_order()}
+    return sha256(wire.encode(payload, fields, 2, LAYOUT)).hexdigest()
+
+
+def results(rounds: dict[str, list[list[str]]], rank: int, world_size: int) -> dict[str, Any]:
+    return {
+        "train": {name: train(name, rounds[name], rank, world_size) for name in STRATEGIES},
+        "packed": {name: packed(name, world_size) for name in COMPRESSORS},
+    }
+
+
+def collectives(ranks: Ranks) -> dict[str, Any]:
+    """Every method of the contract, on numbers that tell who sent them."""
+    me, n = ranks.index, ranks.count
+    pieces = [torch.full((me + to,), float(10 * me + to)) for to in range(n)]
+    return {
+        "sums": ranks.sums([1.0, float(me)]),
+        "gather": [len(data) for data in ranks.gather(b"x" * (3 * me))],
+        "spread": [len(ranks.spread(b"y" * size if me == 0 else None)) for size in (0, 7)],
+        "deal": ranks.deal(pieces, [r + me for r in range(n)]).tolist(),
+    }
+
+
+def main(rank: int, world_size: int, folder: Path) -> None:
+    join(folder / "store", rank, world_size)
+    found = results(json.loads((folder / "rounds.json").read_text()), rank, world_size)
+    leave({**found, "collectives": collectives(GroupRanks())}, folder / "ends", rank, world_size)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
