@@ -97,7 +97,7 @@ class CoordinatorServer:
             status=self.status,
         )
         self._done: asyncio.Future[None] | None = None
-        self._p2p: Place | None = None
+        self._place: Place | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._is_stopped = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -112,17 +112,17 @@ class CoordinatorServer:
         self._port = self._port or self._state.port() or 0
         await self._listen()
         self._state.save_port(self._port)
-        work = (self._beat(), self._watch_p2p(), self._keep_history())
+        work = (self._beat(), self._watch_place(), self._keep_history())
         self._tasks = [asyncio.create_task(one) for one in work]
         self._tick()
 
     @property
     def ticket(self) -> Ticket:
         """What nodes need to join; valid once started, and after every restart on this state directory."""
-        assert self._p2p is not None, "the server is not started"
+        assert self._place is not None, "the server is not started"
         return Ticket(
-            peer_id=self._p2p.peer_id,
-            addresses=self._p2p.addresses,
+            peer_id=self._place.peer_id,
+            addresses=self._place.addresses,
             run_id=self.ledger.run_id,
             token=self._token,
         )
@@ -139,9 +139,9 @@ class CoordinatorServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._is_stopped = True
         await self._doors.close("the run is over" if self.service.finished else "the coordinator was stopped")
-        if self._p2p is not None:
-            await self._p2p.close()
-            self._p2p = None
+        if self._place is not None:
+            await self._place.close()
+            self._place = None
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         self._save_history(self.service.history())
@@ -152,7 +152,7 @@ class CoordinatorServer:
     @property
     def is_serving(self) -> bool:
         """Whether nodes can be served right now; may be asked from any thread."""
-        return self._p2p is not None and not self._p2p.died.is_set() and not self._is_stopped
+        return self._place is not None and not self._place.died.is_set() and not self._is_stopped
 
     def scraped(self) -> list[str]:
         """Peers whose metrics are to be asked for."""
@@ -188,19 +188,19 @@ class CoordinatorServer:
         return self.service.overview(time.monotonic()), self.service.trend(since)
 
     async def _listen(self) -> None:
-        self._p2p = await self._start_place(
+        self._place = await self._start_place(
             self._key, host=self._host_ip, port=self._port, announce=self._announce
         )
-        self._port = self._p2p.port
-        await self._doors.open_on(self._p2p)
+        self._port = self._place.port
+        await self._doors.open_on(self._place)
 
-    async def _watch_p2p(self) -> None:
+    async def _watch_place(self) -> None:
         """libp2p runs in a process of its own: if that dies, another one takes its port and identity."""
         while True:
-            assert self._p2p is not None
-            await self._p2p.died.wait()
+            assert self._place is not None
+            await self._place.died.wait()
             _log.warning("libp2p has ended unexpectedly: starting it again on port %d", self._port)
-            await self._p2p.close()
+            await self._place.close()
             try:
                 await self._listen()
             except ThinwireError as e:

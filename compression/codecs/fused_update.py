@@ -79,7 +79,7 @@ def decoded_on(
 def _is_small(compressor: Compressor, target: Target) -> bool:
     from ..cpu import batched_cpu
 
-    return target.part.n_global <= batched_cpu.SMALL and batched_cpu.takes(compressor, target.part.shape)
+    return batched_cpu.takes(compressor, target.part.shape)
 
 
 def descend(

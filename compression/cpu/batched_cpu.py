@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
 import numba
@@ -44,7 +45,8 @@ _PER_THREAD: Final = 1 << 17  # elements, at least
 def takes(compressor: object, shape: tuple[int, ...]) -> bool:
     """Whether a parameter of this shape is of the kind."""
     return (
-        isinstance(compressor, Sparse)
+        prod(shape) <= SMALL
+        and isinstance(compressor, Sparse)
         and isinstance(compressor.coder, PackedIndices)
         and isinstance(compressor.format, Table)
         and isinstance(compressor.groups(shape), Flat)

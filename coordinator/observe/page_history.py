@@ -11,7 +11,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from ..protocol.figures import mean_loss
 from ..protocol.messages import PHASES, Commit, Heartbeat, Phases, Rejected
@@ -30,7 +30,6 @@ TOGETHER_MS: Final = 60_000
 """The same thing again within this time is not told again, but counted."""
 
 Kind = Literal["joined", "left", "lost", "differs", "rejected"]
-KINDS: Final = ("joined", "left", "lost", "differs", "rejected")
 _FORMAT: Final = 1
 _Work = tuple[int, int, int]
 """Peer, samples, tokens."""
@@ -216,6 +215,6 @@ def _ms(phases: Phases, phase: str) -> int:
 
 
 def _happening(time_ms: Any, kind: Any, text: Any, n: Any) -> Happening:
-    if kind not in KINDS:
+    if kind not in get_args(Kind):
         raise ValueError(f"{kind!r} does not happen")
     return Happening(int(time_ms), kind, str(text)[:200], int(n))

@@ -188,6 +188,8 @@ def machine(device: str) -> dict[str, Any]:
     """What the figures depend on, and when and how they were taken."""
     import torch
 
+    from ..tracking.device_metrics import processor_name
+
     gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
     kernels = {name: version(name) for name in ("numba", "triton") if find_spec(name) is not None}
     return {
@@ -195,7 +197,7 @@ def machine(device: str) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": device,
         **gpu,
-        "cpu": _cpu_name(),
+        "cpu": processor_name() or platform.processor() or platform.machine(),
         "n_cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
@@ -203,15 +205,6 @@ def machine(device: str) -> dict[str, Any]:
         **kernels,
         "python": platform.python_version(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 # ------------------------------------------------------------------------------------------- helpers

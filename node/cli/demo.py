@@ -18,7 +18,7 @@ from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ..system.processes import Child, Children
 from ..units import human_bytes
 from .status import StatusClient
-from .view import figures, headline, live_view
+from .view import agreement, figures, headline, live_view
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 90.0
@@ -241,14 +241,11 @@ def _ended(child: Child) -> DemoFailed:
 
 
 def _sum_up(console: Console, plan: Plan, result: Mapping[str, Any]) -> None:
-    fingerprints = set(result["fingerprints"].values())
     payload, ddp = result["payload_bytes_per_peer_round"], result["ddp_bytes_per_peer_round"]
     lines = [
         f"\n{result['rounds']} rounds in {result['seconds']:.0f} s. Held-out loss "
         f"{result['held_out_first']:.3f} -> {result['held_out_last']:.3f} nats/byte.",
-        f"Replicas identical to the last bit: fingerprint {fingerprints.pop()} on all peers."
-        if len(fingerprints) == 1 and None not in fingerprints
-        else f"[bold red]Replicas differ:[/] {result['fingerprints']}",
+        agreement(result["fingerprints"]),
         f"Payload: {human_bytes(payload)} per peer and round; data-parallel training would send "
         f"{human_bytes(ddp)}, {ddp / payload:.0f} times as much.",
     ]

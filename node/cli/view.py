@@ -96,6 +96,14 @@ def figures(
     }
 
 
+def agreement(fingerprints: Mapping[str, str | None]) -> str:
+    """For people, in the console's markup: whether all peers ended with the same replica."""
+    found = set(fingerprints.values())
+    if len(found) == 1 and None not in found:
+        return f"Replicas identical to the last bit: fingerprint {found.pop()} on all peers."
+    return f"[bold red]Replicas differ:[/] {fingerprints}"
+
+
 @contextmanager
 def live_view(console: Console, notes: Sequence[str]) -> Iterator[Show]:
     """A table that is redrawn on a terminal; elsewhere a line every three seconds."""

@@ -101,7 +101,7 @@ def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
 def _processor() -> str:
     """The CPU's name and the instructions that torch uses of it."""
-    return f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{processor_name() or 'CPU'} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def check_compilers(_stopped: Stopped) -> Iterator[Finding]:

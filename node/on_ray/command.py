@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ...compression.errors import ConfigError
-from ..cli.view import live_view
+from ..cli.view import agreement, live_view
 from .cluster import PeerGroup, group_of, load_ray, parse_group, quiet_stdout
 
 if TYPE_CHECKING:
@@ -94,15 +94,11 @@ def ray_command(
 
 
 def _summary(metrics: Mapping[str, Any]) -> Sequence[str]:
-    fingerprints = set(metrics["fingerprints"].values())
     lines = [f"\n{metrics['rounds']} rounds in {metrics['seconds']:.0f} s."]
     if metrics["held_out_last"] is not None:
         first, last = metrics["held_out_first"], metrics["held_out_last"]
         lines.append(f"Held-out loss {first:.3f} -> {last:.3f} nats.")
-    if len(fingerprints) == 1 and None not in fingerprints:
-        lines.append(f"Replicas identical to the last bit: fingerprint {fingerprints.pop()} on all peers.")
-    else:
-        lines.append(f"[bold red]Replicas differ:[/] {metrics['fingerprints']}")
+    lines.append(agreement(metrics["fingerprints"]))
     for fault in metrics["faults"]:
         back = fault["back_at_round"]
         ending = "was not back in time" if back is None else f"trained again at round {back}"

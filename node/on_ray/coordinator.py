@@ -7,24 +7,17 @@ back to it as they do to any coordinator that was restarted.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ...compression.errors import ConfigError, SwarmUnreachable, ThinwireError
+from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.identity import peer_id_of
 from ...coordinator.server import CoordinatorServer
 from ...coordinator.state import StateDir
 from .coordinator_transport import Found, Switchboard
-from .transport import ADDRESS_PREFIX
-
-LOCK_S: Final = 15.0
-"""A process that was killed may hold its folder for a moment longer."""
-
-_RETRY_S: Final = 0.2
+from .transport import ADDRESS_PREFIX, once_free
 
 
 class CoordinatorActor:
@@ -110,7 +103,7 @@ class CoordinatorActor:
     async def _start(self) -> None:
         if self._is_stopped:
             raise SwarmUnreachable("the coordinator was stopped")
-        self._state = await lock(self._folder)
+        self._state = await asyncio.to_thread(once_free, lambda: StateDir(self._folder))
         try:
             server = CoordinatorServer(self._state, start_place=self._open_place)
             await server.start()
@@ -143,13 +136,3 @@ class CoordinatorActor:
         if self._state is not None:
             self._state.close()
         self._server, self._board, self._state = None, None, None
-
-
-async def lock(folder: Path) -> StateDir:
-    """Raises ConfigError when another process keeps it."""
-    end_s = time.monotonic() + LOCK_S
-    while time.monotonic() < end_s:
-        with contextlib.suppress(ConfigError):
-            return StateDir(folder)
-        await asyncio.sleep(_RETRY_S)
-    return StateDir(folder)

@@ -11,22 +11,23 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import threading
-import time
 import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ...compression.errors import ConfigError, ThinwireError
+from ...compression.errors import ThinwireError
 from ...coordinator.protocol.files import FolderLock
 from ...coordinator.protocol.ticket import Ticket
 from ..join import Options, limit_threads, run_node
 from ..system.folder import default_folder
 from ..system.logs import log_to_stderr
 from ..system.stopping import Stop
+from .transport import once_free
 
 if TYPE_CHECKING:
     from ..links.remote import SessionLink
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from ..runner import Runner
 
 log = logging.getLogger("thinwire.node")
-
-LOCK_S: Final = 15.0
-"""A process that was killed may hold its folder for a moment longer."""
 
 RANK_DIED_S: Final = 10.0
 """How long rank 0, when a collective has failed, waits for word that another rank has died."""
@@ -120,10 +118,7 @@ class PeerActor:
 
     def leave(self) -> None:
         """The node leaves the swarm cleanly; see `outcome`."""
-        if not self._stop.is_set():
-            self._stop.signal = 15
-            for callback in self._stop.on_stop:
-                callback()
+        self._stop.request(signal.SIGTERM)
 
     def exported(self) -> list[tuple[str, int]]:
         """Names and sizes of the files that hold the trained weights."""
@@ -165,7 +160,7 @@ class PeerActor:
         return "ThinwireError", _told(error), 1
 
     def _train(self) -> Result | None:
-        wait_for_lock(self._spec.path())
+        once_free(lambda: FolderLock(self._spec.path(), "node")).close()
         options = self._spec.options()
         if self._spec.ranks == 1:
             return run_node(options, self._stop, None, self._link, self._export)
@@ -271,20 +266,6 @@ class RankActor:
         except Exception as e:  # noqa: BLE001 - the edge: rank 0 tells it
             return f"rank {self._rank}: {_told(e)}"
         return None
-
-
-def wait_for_lock(folder: Path) -> None:
-    """Raises ConfigError when another process keeps it."""
-    end_s = time.monotonic() + LOCK_S
-    while True:
-        try:
-            FolderLock(folder, "node").close()
-        except ConfigError:
-            if time.monotonic() > end_s:
-                raise
-            time.sleep(0.2)
-        else:
-            return
 
 
 def _told(error: BaseException) -> str:

@@ -14,10 +14,11 @@ import contextlib
 import logging
 import secrets
 import socket
-from collections.abc import Coroutine, Sequence
-from typing import Any, Final
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, TypeVar
 
-from ...compression.errors import SwarmUnreachable
+from ...compression.errors import ConfigError, SwarmUnreachable
 from ...coordinator.protocol.messages import BadMessage
 from ...coordinator.protocol.p2p import close_writer
 from ...coordinator.protocol.streams import BLOB, CHUNK_BYTES, SESSION, Kind, Limits, Meter, Stream
@@ -25,8 +26,13 @@ from ...coordinator.protocol.transport import StreamHandler
 
 _log = logging.getLogger("thinwire.ray")
 
+T = TypeVar("T")
+
 COORDINATOR: Final = "coordinator"
 """Its actor's name in the namespace of the run."""
+
+LOCK_S: Final = 15.0
+"""A process that was killed may hold its folder for a moment longer."""
 
 PIECE_BYTES: Final = 2**20
 """Of a stream, in one call."""
@@ -39,6 +45,19 @@ _UPLOAD: Limits = {Kind.CHUNK: CHUNK_BYTES, Kind.END: 32}
 _ANSWER: Limits = {Kind.SIZE: 8, Kind.NO: 2000}
 
 Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+def once_free(lock: Callable[[], T]) -> T:
+    """What `lock` gives, as soon as it does not raise ConfigError. Raises that when another process keeps
+    it."""
+    end_s = time.monotonic() + LOCK_S
+    while True:
+        try:
+            return lock()
+        except ConfigError:
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(0.2)
 
 
 async def stream_pair() -> tuple[Ends, Ends]:

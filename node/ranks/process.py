@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from ...compression.errors import ThinwireError
@@ -103,13 +102,8 @@ def main() -> int:
 def _lead(options: Options, folder: Path) -> None:
     stop = Stop()
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if not stop.signal:  # `launch` has told the user, and ends everything at the second one
-            stop.signal = number
-            for callback in stop.on_stop:
-                callback()
-
-    signal.signal(signal.SIGTERM, handle)
+    # `launch` has told the user, and ends everything at the second one.
+    signal.signal(signal.SIGTERM, lambda number, _frame: stop.request(number))
     if not is_sharded(options):
         _write_result(folder, run_node(options, stop))
         return

@@ -22,19 +22,28 @@ class Stop:
     def is_set(self) -> bool:
         return self.signal != 0
 
+    def request(self, number: int) -> None:
+        """As that signal does; only the first one counts."""
+        if not self.signal:
+            self.signal = number
+            for callback in self.on_stop:
+                callback()
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
     """The first Ctrl-C, SIGTERM or SIGHUP asks to stop cleanly, the second one stops at once."""
     stop = Stop()
 
+    def tell() -> None:
+        log.warning("%s: leaving cleanly (again to stop at once)", signal.Signals(stop.signal).name)
+
     def handle(number: int, _frame: FrameType | None) -> None:
         if stop.signal:
             raise KeyboardInterrupt
-        stop.signal = number
-        log.warning("%s: leaving cleanly (again to stop at once)", signal.Signals(number).name)
-        for callback in stop.on_stop:
-            callback()
+        stop.request(number)
+
+    stop.on_stop.append(tell)
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -79,21 +78,20 @@ def in_words(devices: Sequence[str]) -> str:
     import torch
 
     if not devices[0].startswith("cuda"):
-        return f"{processor_name()} ({torch.get_num_threads()} threads)".replace("(1 threads)", "(1 thread)")[
-            :100
-        ]
+        n = torch.get_num_threads()
+        return f"{processor_name() or 'CPU'} ({n} thread{'s' if n != 1 else ''})"[:100]
     names = [torch.cuda.get_device_name(device) for device in devices]
     counts = {name: names.count(name) for name in names}
     return ", ".join(name if n == 1 else f"{n} x {name}" for name, n in counts.items())[:100]
 
 
 def processor_name() -> str:
-    """The CPU's, as it says itself."""
-    name = ""
-    if sys.platform == "linux":
+    """The CPU's, as it says itself; empty if it does not."""
+    try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return name or "CPU"
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 class _Cpu:

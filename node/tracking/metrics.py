@@ -15,15 +15,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ...compression.errors import BadReason
 from ...coordinator.protocol.addresses import HttpAddress
 from ...coordinator.protocol.exposition import BUCKETS_S, build_info, text_of
-from ...coordinator.protocol.messages import Phases
+from ...coordinator.protocol.messages import PHASES, Phases
 from ..links.base import Traffic
 
 Phase = Literal["compute", "pack", "exchange", "apply", "ahead"]
 NotCounted = Literal["late", "bad_payload", "given_up"]
 """The round closed without it; its payload did not pass the check; the replica was moved to another round."""
-
-TIMED: Final = ("compute", "pack", "exchange", "apply")
-"""The phases that make up a round, as `Phases` has them."""
 
 KINDS: Final = ("payload", "snapshot", "ledger", "control")
 
@@ -123,7 +120,7 @@ class NodeMetrics:
             gauge.set(math.nan)
         self._last = Traffic({}, {})
         self._parts: dict[str, float] = {}
-        self._timed: tuple[float, ...] = (0.0,) * (1 + len(TIMED))
+        self._timed: tuple[float, ...] = (0.0,) * (1 + len(PHASES))
         self._last_bad: dict[str, int] = {}
         self._last_dropped: dict[str, int] = {}
         self._is_training = False
@@ -193,18 +190,18 @@ class NodeMetrics:
         self._parts[phase] = duration_s
         if phase == "exchange":  # the last that becomes known of a round that this node took part in
             n_rounds, *totals = self._timed
-            times = (self._parts.get(part, 0.0) for part in TIMED)
+            times = (self._parts.get(part, 0.0) for part in PHASES)
             self._timed = (n_rounds + 1, *(total + s for total, s in zip(totals, times, strict=True)))
 
     def parts(self) -> dict[str, float]:
         """What each phase took the last time, in seconds."""
-        return {phase: self._parts[phase] for phase in TIMED if phase in self._parts}
+        return {phase: self._parts[phase] for phase in PHASES if phase in self._parts}
 
     def phases(self) -> Phases:
         """Totals of the rounds that this node took part in; may be asked from any thread."""
         n_rounds, *totals = self._timed
         return Phases(
-            rounds=int(n_rounds), **{f"{p}_ms": int(s * 1000) for p, s in zip(TIMED, totals, strict=True)}
+            rounds=int(n_rounds), **{f"{p}_ms": int(s * 1000) for p, s in zip(PHASES, totals, strict=True)}
         )
 
     def result(self, result: Literal["counted", "missed", "none"], n_rounds: int = 1) -> None:

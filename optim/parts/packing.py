@@ -21,9 +21,6 @@ from ...compression.numerics.noise import use_numba
 from ..base import Parameter
 from .ranks import Ranks, is_sharded, parts_of
 
-SMALL: Final = 1 << 18
-"""Elements of a parameter that is packed together with others, at most."""
-
 AT_ONCE: Final = 1 << 22
 """Elements that are packed together, about: what is made on the way to them is there at the same time."""
 
@@ -100,7 +97,7 @@ def _pack_on_gpu(
 
 
 def _can_wait(compressor: Compressor, p: Parameter, x: Tensor) -> bool:
-    if x.numel() > SMALL or x.dtype != torch.float32 or not x.is_contiguous() or not use_numba(x):
+    if x.dtype != torch.float32 or not x.is_contiguous() or not use_numba(x):
         return False
     from ...compression.cpu import batched_cpu
 

@@ -57,8 +57,7 @@ class Leftover:
                 p.name: compressor.strongest(payload[p.name], p.part.entire, share) for p in parameters
             }
         self._subtract([(p, payload[p.name], alpha) for p in parameters], turn)
-        for parameter in parameters:
-            self._sends(parameter)[turn.round] = (n_decays, payload[parameter.name])
+        self.keep(parameters, turn, n_decays, payload)
         return payload
 
     def keep(self, parameters: Sequence[Parameter], turn: Turn, n_decays: int, payload: Payload) -> None:

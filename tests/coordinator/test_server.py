@@ -568,7 +568,7 @@ def test_every_process_of_libp2p_may_die(make_swarm: Callable[..., Swarm]) -> No
     a, b = swarm.trainer("a"), swarm.trainer("b")
     daemons = [
         lambda: a._session._uplink._place.daemon.pid,  # type: ignore[union-attr]
-        lambda: swarm.coordinator.call(lambda server: server._p2p.daemon.pid),  # type: ignore[union-attr]
+        lambda: swarm.coordinator.call(lambda server: server._place.daemon.pid),  # type: ignore[union-attr]
     ]
     round_ = 1
     for daemon_pid in daemons:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import wait_until
+from tests.support.small_run import TASK
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="the extra `test` brings selenium")
 
@@ -21,20 +22,13 @@ pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
 
 Start = Callable[..., Any]
 
-RUN = """
+RUN = f"""
 [run]
 name = "watched <b>closely</b>"
 rounds = 100000
 min_peers = 2
 eval_every = 20
-[task]
-layers = 1
-width = 16
-heads = 2
-context = 16
-batch = 2
-held_out_bytes = 1024
-[strategy]
+{TASK}[strategy]
 name = "decoupled"
 lr = 1e-2
 [network]

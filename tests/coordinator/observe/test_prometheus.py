@@ -21,6 +21,7 @@ import pytest
 
 from tests.conftest import wait_until
 from tests.support.prometheus import Tools, check_conventions, find_tools, queries, value
+from tests.support.small_run import TASK
 from thinwire.compression.errors import ConfigError
 from thinwire.node.cli.monitor import monitor
 from thinwire.node.cli.status import StatusClient
@@ -29,19 +30,12 @@ pytestmark = [pytest.mark.swarm, pytest.mark.timeout(500)]
 
 Start = Callable[..., Any]
 
-RUN = """
+RUN = f"""
 [run]
 name = "watched"
 rounds = 100000
 min_peers = 3
-[task]
-layers = 1
-width = 16
-heads = 2
-context = 16
-batch = 2
-held_out_bytes = 1024
-[strategy]
+{TASK}[strategy]
 name = "decoupled"
 lr = 1e-2
 [network]

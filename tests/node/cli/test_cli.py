@@ -12,25 +12,19 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.small_run import TASK
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
 from thinwire.coordinator.protocol.ticket import Ticket
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
 
-RUN = """
+RUN = f"""
 [run]
 name = "small"
 rounds = ROUNDS
 min_peers = 2
 eval_every = 10
-[task]
-layers = 1
-width = 16
-heads = 2
-context = 16
-batch = 2
-held_out_bytes = 1024
-[strategy]
+{TASK}[strategy]
 name = "decoupled"
 lr = 1e-2
 [network]

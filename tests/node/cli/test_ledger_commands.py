@@ -10,29 +10,23 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.support.small_run import TASK
 from thinwire.coordinator.protocol.ledger_file import check
 from thinwire.node.config import parse_config
 from thinwire.node.tasks.registry import make_task
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
 
-RUN = """
+RUN = f"""
 [run]
 name = "small"
 rounds = 100000
 min_peers = 2
 verify_every = 2
 snapshot_every = 100000
-[task]
-layers = 1
-width = 16
-heads = 2
-context = 16
-batch = 2
-held_out_bytes = 1024
-[strategy]
+{TASK}[strategy]
 name = "decoupled"
-compressor = { name = "dense" }
+compressor = {{ name = "dense" }}
 [network]
 heartbeat_s = 0.5
 """

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.small_run import TASK
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
 from thinwire.coordinator.protocol.messages import PROTOCOL_VERSION
@@ -40,19 +41,12 @@ LINES = {
     *("disk speed", "commits", "libp2p", "addresses", "coordinator", "clock"),
 }
 
-RUN = """
+RUN = f"""
 [run]
 name = "small"
 rounds = 1000
 min_peers = 2
-[task]
-layers = 1
-width = 16
-heads = 2
-context = 16
-batch = 2
-held_out_bytes = 1024
-[strategy]
+{TASK}[strategy]
 name = "decoupled"
 lr = 1e-2
 """
