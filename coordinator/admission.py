@@ -21,7 +21,7 @@ reconnect)."""
 E = TypeVar("E", bound=Exception)
 
 
-class Gate:
+class AdmissionControl:
     def __init__(self, ledger: Ledger, token: str, banned: frozenset[str]) -> None:
         self._ledger = ledger
         self._token = token.encode()

@@ -10,7 +10,7 @@ Told = tuple[tuple[int, tuple[str, ...]], ...]
 """Peers and where each can be reached."""
 
 
-class Crier:
+class Announcer:
     """`send` queues a message for a peer id; `peer_id` gives that of an index."""
 
     def __init__(self, send: Callable[[str, Message], None], peer_id: Callable[[int], str]) -> None:

@@ -47,7 +47,7 @@ class TimePassed:
     pass
 
 
-Event = SessionOpened | SessionClosed | StateSaid | SignOfLife | TimePassed
+MembershipEvent = SessionOpened | SessionClosed | StateSaid | SignOfLife | TimePassed
 
 
 Cause = Literal["said_so", "connection_lost", "silent"]
@@ -85,7 +85,7 @@ class Membership:
         }
         self._newest_session: dict[int, int] = {}
 
-    def handle(self, event: Event, now_s: float) -> list[Became]:
+    def handle(self, event: MembershipEvent, now_s: float) -> list[Became]:
         actions: list[Became] = []
         match event:
             case SessionOpened(peer, session):

@@ -38,7 +38,7 @@ class _Asked:
     """None: the session is over."""
 
 
-class Inquiries:
+class MetricsRequests:
     """One event loop. `post` queues a message for a peer's session; False: it has none."""
 
     def __init__(self, post: Callable[[str, Message], bool]) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from ..compression.errors import ConfigError
 from .blobs import BlobStore
 from .ledger import Ledger
-from .observe.page_history import Chronicle
-from .observe.run_statistics import Board
+from .observe.page_history import PageHistory
+from .observe.run_statistics import RunStatistics
 from .reports import Reports
-from .retention import Keeper
+from .retention import PayloadRetention
 
 RECALLED_COMMITS = 3
 """The peers of this many last commits stay expected for a while."""
@@ -26,28 +26,33 @@ class Recalled:
 
 
 def recall(
-    ledger: Ledger, blobs: BlobStore, board: Board, keeper: Keeper, reports: Reports, chronicle: Chronicle
+    ledger: Ledger,
+    blobs: BlobStore,
+    statistics: RunStatistics,
+    retention: PayloadRetention,
+    reports: Reports,
+    page_history: PageHistory,
 ) -> Recalled:
     """Reads the whole ledger once. Raises ConfigError if a blob of the run's own is not in the store."""
     training: set[int] = set()
     evaluator = resting = None
     for commit in ledger.all_commits():
         body = commit.body
-        board.committed(body)
-        chronicle.committed(commit)
+        statistics.committed(body)
+        page_history.committed(commit)
         reports.recall(body)
         if body.round > ledger.head_round - RECALLED_COMMITS:
             training.update(offer.peer for offer in body.offers)
-        keeper.recall(body)
+        retention.recall(body)
         resting = body.evaluator
         evaluator = evaluator if resting is None else resting
     for round_, loss in ledger.held_out():
-        chronicle.trend.held_out(round_, loss)
+        page_history.trend.held_out(round_, loss)
     for ref in (ledger.genesis.base, ledger.genesis.held_out, ledger.genesis.corpus):
         if ref is None:
             continue
         if ref.digest not in blobs:
             raise ConfigError(f"blob {ref.digest.hex()} of the run is missing: put it into the blob store")
         blobs.pin(ref.digest)
-    keeper.recalled(ledger.head_round)
+    retention.recalled(ledger.head_round)
     return Recalled(frozenset(training), evaluator, resting)

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 
 from .ledger import Ledger
-from .observe.run_statistics import KEPT_FINGERPRINTS, Board
+from .observe.run_statistics import KEPT_FINGERPRINTS, RunStatistics
 from .observe.trend import Trend
 from .protocol.attested import Snapshots
 from .protocol.messages import MAX_PEERS, CommitBody, Rejected, Report, ReportEntry, SnapshotEntry
@@ -37,13 +37,13 @@ class Reports:
     def __init__(
         self,
         ledger: Ledger,
-        board: Board,
+        statistics: RunStatistics,
         trend: Trend,
         snapshots: Snapshots,
         rejected: Counter[Rejected],
         run: RunSection,
     ) -> None:
-        self._ledger, self._board, self._trend, self._snapshots = ledger, board, trend, snapshots
+        self._ledger, self._statistics, self._trend, self._snapshots = ledger, statistics, trend, snapshots
         self._rejected, self._run = rejected, run
         # By convention the first peer evaluates the model as it is before round 1.
         self._evaluators: dict[int, int] = {0: 0}
@@ -63,7 +63,7 @@ class Reports:
         self.committed(body)
         for entry in body.reports:
             self._remember(entry.peer, entry.round, (entry.fingerprint, entry.checked))
-            self._board.fingerprint(entry.peer, entry.round, entry.fingerprint)
+            self._statistics.fingerprint(entry.peer, entry.round, entry.fingerprint)
 
     def take(self) -> tuple[tuple[ReportEntry, ...], tuple[SnapshotEntry, ...]]:
         """What the next commit carries."""
@@ -102,7 +102,7 @@ class Reports:
         value, checked = said
         self._pending[peer, round_] = ReportEntry(peer=peer, round=round_, fingerprint=value, checked=checked)
         self._remember(peer, round_, said)
-        return self._board.fingerprint(peer, round_, value)
+        return self._statistics.fingerprint(peer, round_, value)
 
     def _remember(self, peer: int, round_: int, said: Said) -> None:
         self._said.setdefault(round_, {}).setdefault(peer, []).append(said)

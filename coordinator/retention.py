@@ -24,7 +24,7 @@ REMINDER_ROUNDS = 64
 """Between two warnings that the quota is exceeded."""
 
 
-class Keeper:
+class PayloadRetention:
     """Of one run. `name`: what a peer is called in the log."""
 
     def __init__(self, blobs: BlobStore, snapshot_every: int, name: Callable[[int], str]) -> None:

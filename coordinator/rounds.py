@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from .membership import TimePassed
 from .policy import KEPT_ROUNDS, Limit, OfferTimes, PolicyName, limit
 
 
@@ -26,7 +27,7 @@ class PeerStops:
 
 
 @dataclass(frozen=True, slots=True)
-class Offered:
+class OfferMade:
     """`has_bytes`: the payload is here already, else `BytesArrived` tells when."""
 
     peer: int
@@ -49,12 +50,7 @@ class Excused:
     round: int
 
 
-@dataclass(frozen=True, slots=True)
-class TimePassed:
-    pass
-
-
-Event = PeerTrains | PeerStops | Offered | BytesArrived | Excused | TimePassed
+RoundEvent = PeerTrains | PeerStops | OfferMade | BytesArrived | Excused | TimePassed
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +159,7 @@ class Rounds:
         """Who is awaited right now."""
         return sorted(self.expected.difference(self._eligible()))
 
-    def handle(self, event: Event, now_s: float) -> list[Action]:
+    def handle(self, event: RoundEvent, now_s: float) -> list[Action]:
         actions: list[Action] = []
         match event:
             case PeerTrains(peer):
@@ -172,7 +168,7 @@ class Rounds:
             case PeerStops(peer):
                 self.training.discard(peer)
                 self.expected.discard(peer)
-            case Offered():
+            case OfferMade():
                 actions.append(self._offered(event, now_s))
             case BytesArrived(digest):
                 self._arrived(digest, now_s)
@@ -207,7 +203,7 @@ class Rounds:
             self._goal = goal if goal.enough is not None else None
         return RoundOpened(self.round, tuple(sorted(self.expected)))
 
-    def _offered(self, offer: Offered, now_s: float) -> Action:
+    def _offered(self, offer: OfferMade, now_s: float) -> Action:
         self._hung.discard(offer.peer)
         if (past := self._pasts.get(offer.round)) is not None:
             return self._offered_late(offer, past, now_s)
@@ -228,7 +224,7 @@ class Rounds:
             self._has_bytes(offer.peer, now_s)
         return OfferKept(offer.peer, is_new=kept is None)
 
-    def _offered_late(self, offer: Offered, past: _Past, now_s: float) -> Action:
+    def _offered_late(self, offer: OfferMade, past: _Past, now_s: float) -> Action:
         if offer.peer in past.counted:
             return OfferKept(offer.peer, is_new=False)
         if offer.peer not in past.late:

@@ -21,10 +21,10 @@ from .protocol.p2p import start_p2p
 from .protocol.settings import parse_settings
 from .protocol.streams import Meter
 from .protocol.ticket import Ticket
-from .protocol.transport import Place
+from .protocol.transport import Transport
 from .service import Service
 from .state import StateDir
-from .stream_server import Doors
+from .stream_server import StreamServer
 
 _log = logging.getLogger("thinwire.coordinator")
 
@@ -36,8 +36,8 @@ HISTORY_EVERY_S = 10.0
 DEFAULT_QUOTA_BYTES = 20 * 10**9
 
 
-StartPlace = Callable[..., Awaitable[Place]]
-"""Opens the coordinator's place in a network; takes the arguments of `start_p2p`."""
+StartTransport = Callable[..., Awaitable[Transport]]
+"""Opens the coordinator's transport in a network; takes the arguments of `start_p2p`."""
 
 
 class CoordinatorServer:
@@ -57,11 +57,11 @@ class CoordinatorServer:
         port: int = 0,
         announce: Sequence[str] = (),
         quota_bytes: int = DEFAULT_QUOTA_BYTES,
-        start_place: StartPlace = start_p2p,
+        start_transport: StartTransport = start_p2p,
     ) -> None:
         """Raises ConfigError or LedgerCorrupt."""
         self._state, self._host_ip, self._port, self._announce = state, host, port, tuple(announce)
-        self._start_place = start_place
+        self._start_transport = start_transport
         self._token = state.token()
         self.blobs = BlobStore(state.blobs_path, quota_bytes)
         for blob in blobs:
@@ -77,7 +77,7 @@ class CoordinatorServer:
             key=key,
             token=self._token,
             send=self._send,
-            on_commit=lambda _round: self._doors.wake(),
+            on_commit=lambda _round: self._stream_server.wake(),
             now_s=time.monotonic(),
             wall_ms=lambda: time.time_ns() // 10**6,
             history=state.history(),
@@ -87,7 +87,7 @@ class CoordinatorServer:
         self._settings = parse_settings(self.ledger.genesis.config)
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         self.meter = Meter()
-        self._doors = Doors(
+        self._stream_server = StreamServer(
             self.service,
             self.blobs,
             token=self._token,
@@ -97,7 +97,7 @@ class CoordinatorServer:
             status=self.status,
         )
         self._done: asyncio.Future[None] | None = None
-        self._place: Place | None = None
+        self._transport: Transport | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._is_stopped = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -112,17 +112,17 @@ class CoordinatorServer:
         self._port = self._port or self._state.port() or 0
         await self._listen()
         self._state.save_port(self._port)
-        work = (self._beat(), self._watch_place(), self._keep_history())
+        work = (self._beat(), self._watch_transport(), self._keep_history())
         self._tasks = [asyncio.create_task(one) for one in work]
         self._tick()
 
     @property
     def ticket(self) -> Ticket:
         """What nodes need to join; valid once started, and after every restart on this state directory."""
-        assert self._place is not None, "the server is not started"
+        assert self._transport is not None, "the server is not started"
         return Ticket(
-            peer_id=self._place.peer_id,
-            addresses=self._place.addresses,
+            peer_id=self._transport.peer_id,
+            addresses=self._transport.addresses,
             run_id=self.ledger.run_id,
             token=self._token,
         )
@@ -138,10 +138,12 @@ class CoordinatorServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._is_stopped = True
-        await self._doors.close("the run is over" if self.service.finished else "the coordinator was stopped")
-        if self._place is not None:
-            await self._place.close()
-            self._place = None
+        await self._stream_server.close(
+            "the run is over" if self.service.finished else "the coordinator was stopped"
+        )
+        if self._transport is not None:
+            await self._transport.close()
+            self._transport = None
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         self._save_history(self.service.history())
@@ -152,7 +154,7 @@ class CoordinatorServer:
     @property
     def is_serving(self) -> bool:
         """Whether nodes can be served right now; may be asked from any thread."""
-        return self._place is not None and not self._place.died.is_set() and not self._is_stopped
+        return self._transport is not None and not self._transport.died.is_set() and not self._is_stopped
 
     def scraped(self) -> list[str]:
         """Peers whose metrics are to be asked for."""
@@ -160,10 +162,10 @@ class CoordinatorServer:
 
     async def metrics_of(self, peer_id: str) -> bytes:
         """A node's metrics, in Prometheus' text format. Raises KeyError for somebody who was never admitted,
-        `inquiries.Unanswered` for a peer that is not there or does not answer."""
+        `metrics_requests.Unanswered` for a peer that is not there or does not answer."""
         if not self.service.is_admitted(peer_id):
             raise KeyError(peer_id)
-        return await self._doors.metrics_of(peer_id)
+        return await self._stream_server.metrics_of(peer_id)
 
     def status(self) -> dict[str, Any]:
         """The service's, the bytes of this process, and what a machine compares before it joins."""
@@ -188,19 +190,19 @@ class CoordinatorServer:
         return self.service.overview(time.monotonic()), self.service.trend(since)
 
     async def _listen(self) -> None:
-        self._place = await self._start_place(
+        self._transport = await self._start_transport(
             self._key, host=self._host_ip, port=self._port, announce=self._announce
         )
-        self._port = self._place.port
-        await self._doors.open_on(self._place)
+        self._port = self._transport.port
+        await self._stream_server.open_on(self._transport)
 
-    async def _watch_place(self) -> None:
+    async def _watch_transport(self) -> None:
         """libp2p runs in a process of its own: if that dies, another one takes its port and identity."""
         while True:
-            assert self._place is not None
-            await self._place.died.wait()
+            assert self._transport is not None
+            await self._transport.died.wait()
             _log.warning("libp2p has ended unexpectedly: starting it again on port %d", self._port)
-            await self._place.close()
+            await self._transport.close()
             try:
                 await self._listen()
             except ThinwireError as e:
@@ -214,7 +216,7 @@ class CoordinatorServer:
     # ------------------------------------------------------------------------------------- the service's side
 
     def _send(self, peer_id: str, message: Message) -> None:
-        self._doors.send(peer_id, message)
+        self._stream_server.send(peer_id, message)
 
     def _tick(self) -> None:
         """Lets the service's time pass, now and when it wants it again."""
@@ -266,7 +268,7 @@ class CoordinatorServer:
                 received_bytes=received,
                 payload_bytes=self.meter.received["payload"],
             )
-            self._doors.beat(beat, self._silence_limit_s)
+            self._stream_server.beat(beat, self._silence_limit_s)
 
 
 def _told(http: HttpAddress) -> dict[str, Any]:

@@ -15,17 +15,26 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ..compression.errors import ConfigError, LedgerCorrupt
-from . import membership as m
-from . import rounds as r
-from .admission import Gate
-from .announcer import Crier
+from .admission import AdmissionControl
+from .announcer import Announcer
 from .blobs import BlobStore
 from .ledger import Ledger
-from .observe.counters import Tally
+from .membership import (
+    Became,
+    Membership,
+    MembershipEvent,
+    PeerState,
+    SessionClosed,
+    SessionOpened,
+    SignOfLife,
+    StateSaid,
+    TimePassed,
+)
+from .observe.counters import Counters
 from .observe.notices import awaited
 from .observe.overview import overview
-from .observe.page_history import Chronicle, Kind
-from .observe.run_statistics import Board
+from .observe.page_history import HappeningKind, PageHistory
+from .observe.run_statistics import RunStatistics
 from .protocol.figures import finite
 from .protocol.messages import (
     BadMessage,
@@ -47,7 +56,20 @@ from .protocol.schedule import lr_factor_bits
 from .protocol.settings import parse_settings
 from .recall import recall
 from .reports import Reports
-from .retention import Keeper
+from .retention import PayloadRetention
+from .rounds import (
+    BytesArrived,
+    Excused,
+    OfferKept,
+    OfferMade,
+    OfferRefused,
+    PeerStops,
+    PeerTrains,
+    RoundClosed,
+    RoundEvent,
+    RoundOpened,
+    Rounds,
+)
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -97,30 +119,42 @@ class Service:
             key.public_key().verify(ledger.genesis_signature, ledger.genesis_record)
         except InvalidSignature:
             raise ConfigError("this key is not the one that the run was started with") from None
-        self._gate = Gate(ledger, token, banned)
+        self._admission = AdmissionControl(ledger, token, banned)
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
-        self._tally = Tally()
+        self._counters = Counters()
         self._start(now_s, history)
 
     def _start(self, now_s: float, history: bytes | None) -> None:
         """Everything that is derived from the ledger, and nothing that sessions have brought."""
         ledger, run = self._ledger, self._settings.run
         n_params = sum(prod(entry.shape) for entry in ledger.genesis.layout)
-        self._board, self._chronicle = Board(n_params), Chronicle(n_params, self._gate.rejected)
-        self._keeper = Keeper(self._blobs, run.snapshot_every, self._short)
-        self._reports = Reports(
-            *(ledger, self._board, self._chronicle.trend, self._keeper.snapshots, self._gate.rejected, run)
+        self._statistics, self._page_history = (
+            RunStatistics(n_params),
+            PageHistory(n_params, self._admission.rejected),
         )
-        self._crier = Crier(self._send_to, ledger.peer_id)
+        self._retention = PayloadRetention(self._blobs, run.snapshot_every, self._short)
+        self._reports = Reports(
+            *(
+                ledger,
+                self._statistics,
+                self._page_history.trend,
+                self._retention.snapshots,
+                self._admission.rejected,
+                run,
+            )
+        )
+        self._announcer = Announcer(self._send_to, ledger.peer_id)
         self._offers: dict[int, Offer] = {}
         self._next_notice_s = now_s + FIRST_NOTICE_S
-        self._gate.new_round()
-        past = recall(ledger, self._blobs, self._board, self._keeper, self._reports, self._chronicle)
+        self._admission.new_round()
+        past = recall(
+            ledger, self._blobs, self._statistics, self._retention, self._reports, self._page_history
+        )
         if history is not None:
-            self._chronicle.restore(history, ledger.run_id.hex())
-        self._members = m.Membership(self._settings.silence_s, past.training, now_s)
-        self._rounds = r.Rounds(
+            self._page_history.restore(history, ledger.run_id.hex())
+        self._members = Membership(self._settings.silence_s, past.training, now_s)
+        self._rounds = Rounds(
             n_rounds=run.rounds,
             min_peers=run.min_peers,
             eval_every=run.eval_every,
@@ -144,30 +178,30 @@ class Service:
         Raises ConfigError (token, banned), Incompatible (version, run, full swarm), LedgerCorrupt (a head
         that is not on the chain) or BadMessage (a session older than the open one).
         """
-        self._gate.check_hello(hello)
-        self._gate.check_peer(peer_id)
-        self._gate.check_head(hello)
+        self._admission.check_hello(hello)
+        self._admission.check_peer(peer_id)
+        self._admission.check_head(hello)
         known = self._ledger.index_of(peer_id)
         present = self._present()
         if known not in present:
-            self._gate.check_room(len(present))
+            self._admission.check_room(len(present))
         if known is not None and not self._members.is_newer(known, session):
-            raise self._gate.refused("old_session", BadMessage(f"session {session} has been replaced"))
+            raise self._admission.refused("old_session", BadMessage(f"session {session} has been replaced"))
         index = self._ledger.admit(peer_id)
         if known is None:
             log.info("admitted %s as peer %d (%s)", peer_id, index, hello.agent)
-        self._tally.joined["new" if known is None else "returned"] += 1
-        self._crier.opened(index, hello.addresses)
-        self._chronicle.opened(index, hello.device)
-        self._keeper.welcomed(index)
+        self._counters.joined["new" if known is None else "returned"] += 1
+        self._announcer.opened(index, hello.addresses)
+        self._page_history.opened(index, hello.device)
+        self._retention.welcomed(index)
         self._next_notice_s = min(self._next_notice_s, now_s + FIRST_NOTICE_S)
-        self._handle_member(m.SessionOpened(index, session), now_s)
+        self._handle_member(SessionOpened(index, session), now_s)
         return Welcome(
             genesis=self._ledger.genesis_record,
             signature=self._ledger.genesis_signature,
             head_round=self._ledger.head_round,
             head_digest=self._ledger.head_digest,
-            kept_from=self._keeper.kept_from,
+            kept_from=self._retention.kept_from,
             peer_index=index,
             heartbeat_s=self._settings.network.heartbeat_s,
         )
@@ -178,12 +212,12 @@ class Service:
             return
         index = self._ledger.index_of(peer_id)
         if index is None:
-            raise self._gate.refused("not_admitted", BadMessage("no session is open"))
+            raise self._admission.refused("not_admitted", BadMessage("no session is open"))
         if not self._members.is_current(index, session):
             self.count_rejected("old_session")
             return
         if not isinstance(message, State):
-            self._handle_member(m.SignOfLife(index), now_s)
+            self._handle_member(SignOfLife(index), now_s)
         match message:
             case State(state=state, needs_after=needs_after):
                 self._said(index, state, needs_after, now_s)
@@ -192,17 +226,17 @@ class Service:
             case Report():
                 self._reported(index, message)
             case Heartbeat():
-                self._board.heartbeat(index, message)
-                self._chronicle.beat(index, message)
+                self._statistics.heartbeat(index, message)
+                self._page_history.beat(index, message)
             case _:
                 text = f"{type(message).__name__} is not for the coordinator"
-                raise self._gate.refused("wrong_message", BadMessage(text))
+                raise self._admission.refused("wrong_message", BadMessage(text))
 
     def closed(self, peer_id: str, session: int, now_s: float) -> None:
         """The session's connection is over, for whatever reason."""
         index = self._ledger.index_of(peer_id)
         if index is not None and not self._n_adopted and self._members.is_current(index, session):
-            self._handle_member(m.SessionClosed(index, session), now_s)
+            self._handle_member(SessionClosed(index, session), now_s)
 
     def is_member(self, peer_id: str) -> bool:
         """Whether the peer is admitted and connected: others may serve it blobs."""
@@ -224,7 +258,7 @@ class Service:
     def lacks(self, hello: Hello) -> bool:
         """Whether the node says that it has commits which this coordinator has lost: then they are to be
         adopted before it is let in. Raises ConfigError or Incompatible."""
-        self._gate.check_hello(hello)
+        self._admission.check_hello(hello)
         return hello.head_round is not None and hello.head_round > self._ledger.head_round
 
     def hold(self) -> None:
@@ -240,9 +274,9 @@ class Service:
         try:
             self._ledger.adopt(commits)
         except LedgerCorrupt as e:
-            raise self._gate.refused("fork", e) from e
+            raise self._admission.refused("fork", e) from e
         except BadMessage as e:
-            raise self._gate.refused("adopt", e) from e
+            raise self._admission.refused("adopt", e) from e
         self._n_adopted += len(commits)
 
     def go_on(self, now_s: float) -> None:
@@ -259,8 +293,8 @@ class Service:
         """Asked before a peer uploads a blob. Raises BadMessage: not a member, too large, too many."""
         index = self._ledger.index_of(peer_id)
         if index is None or not self.is_member(peer_id):
-            raise self._gate.refused("not_admitted", BadMessage("only members may store blobs"))
-        self._gate.check_upload(index, n_bytes)
+            raise self._admission.refused("not_admitted", BadMessage("only members may store blobs"))
+        self._admission.check_upload(index, n_bytes)
 
     def blob_arrived(self, peer_id: str, digest: bytes, now_s: float) -> None:
         """The blob is in the store: offers that name it become eligible."""
@@ -271,11 +305,11 @@ class Service:
             if self._blobs.size(digest) != self._offers[index].n_bytes:
                 self.count_rejected("size")
                 log.warning("peer %d offered a blob of another size than the one that came", index)
-                self._handle_round(r.Excused(index, self._rounds.round), now_s)
+                self._handle_round(Excused(index, self._rounds.round), now_s)
             else:
                 self._tell_payload(index)
-        self._keeper.offered(digest, self._rounds.round)
-        self._handle_round(r.BytesArrived(digest), now_s)
+        self._retention.offered(digest, self._rounds.round)
+        self._handle_round(BytesArrived(digest), now_s)
 
     # ---------------------------------------------------------------------------------- time and people
 
@@ -283,11 +317,11 @@ class Service:
         """Lets time pass; returns when it wants to be called again at the latest, in monotonic seconds."""
         if self._n_adopted:
             return now_s + 1.0
-        self._handle_member(m.TimePassed(), now_s)
-        self._handle_round(r.TimePassed(), now_s)
-        self._crier.tell(self._members.connected(), self._fetchable())
+        self._handle_member(TimePassed(), now_s)
+        self._handle_round(TimePassed(), now_s)
+        self._announcer.tell(self._members.connected(), self._fetchable())
         self._notice(now_s)
-        self._chronicle.rejected(self._wall_ms(), self._gate.rejected)
+        self._page_history.rejected(self._wall_ms(), self._admission.rejected)
         self._update_finished(now_s)
         wakes = [self._members.wake_s(), self._rounds.wake_s(), self._next_notice_s]
         if self._over_s is not None and not self.finished:
@@ -307,11 +341,11 @@ class Service:
         """The peer will make no offer in this round: nobody waits for it."""
         index = self._ledger.index_of(peer_id)
         if index is not None and not self._n_adopted:
-            self._handle_round(r.Excused(index, round_), now_s)
+            self._handle_round(Excused(index, round_), now_s)
 
     def count_rejected(self, reason: Rejected) -> None:
         """Counts something that was not let in; reasons are few and fixed, they become metric labels."""
-        self._gate.rejected[reason] += 1
+        self._admission.rejected[reason] += 1
 
     def status(self, now_s: float) -> dict[str, Any]:
         """JSON-able, for `thinwire status` and the live table. Losses in nats, times in seconds."""
@@ -325,30 +359,30 @@ class Service:
             "state": "finished" if rounds.is_over else "waiting" if waits else "training",
             "held_out": [list(entry) for entry in self._ledger.held_out()],
             "peers": [self._peer_status(*peer, now_s) for peer in self._ledger.peers().items()],
-            "rejected": dict(sorted(self._gate.rejected.items())),
-            "since_start": self._tally.figures(),
+            "rejected": dict(sorted(self._admission.rejected.items())),
+            "since_start": self._counters.figures(),
             "ledger_bytes": self._ledger.n_bytes,
-            **self._keeper.figures(self._members.connected()),
-            **self._board.figures(),
+            **self._retention.figures(self._members.connected()),
+            **self._statistics.figures(),
         }
 
     def overview(self, now_s: float) -> dict[str, Any]:
         """JSON-able and bounded, for the page."""
         rounds, members = self._rounds, self._members
         return overview(
-            *(self._settings.run, self._ledger, rounds, members, self._board, self._chronicle),
+            *(self._settings.run, self._ledger, rounds, members, self._statistics, self._page_history),
             now_s=now_s,
             now_ms=self._wall_ms(),
         )
 
     def trend(self, since: int) -> dict[str, Any]:
         """JSON-able and bounded: the points of the charts that have changed since that stamp."""
-        trend = self._chronicle.trend
+        trend = self._page_history.trend
         return {"stamp": trend.stamp, **trend.points(since)}
 
     def history(self) -> bytes:
         """What only this process has seen of the run, to be kept over a restart; small."""
-        return self._chronicle.saved(self._ledger.run_id.hex())
+        return self._page_history.saved(self._ledger.run_id.hex())
 
     def _peer_status(self, index: int, peer_id: str, now_s: float) -> dict[str, Any]:
         seen_s = self._members.seen_s(index)
@@ -357,33 +391,33 @@ class Service:
             "index": index,
             "state": str(self._members.state(index)),
             "last_seen_s": None if seen_s is None else max(0.0, now_s - seen_s),
-            **self._board.peer(index).figures(),
+            **self._statistics.peer(index).figures(),
         }
 
     # --------------------------------------------------------------------------------- offers and rounds
 
     def _offered(self, index: int, offer: Offer, now_s: float) -> None:
-        digest = self._gate.check_offer(offer)
+        digest = self._admission.check_offer(offer)
         stored = None if offer.digest is None else self._blobs.size(digest)
         if stored is not None and stored != offer.n_bytes:
             text = f"a blob of {stored} bytes offered as {offer.n_bytes}"
-            raise self._gate.refused("size", BadMessage(text))
+            raise self._admission.refused("size", BadMessage(text))
         if stored is not None:
-            self._keeper.offered(digest, self._rounds.round)
+            self._retention.offered(digest, self._rounds.round)
         here = offer.payload is not None or stored is not None
-        self._handle_round(r.Offered(index, offer.round, digest, here, offer.n_samples), now_s, offer)
+        self._handle_round(OfferMade(index, offer.round, digest, here, offer.n_samples), now_s, offer)
 
-    def _handle_round(self, event: r.Event, now_s: float, offer: Offer | None = None) -> None:
+    def _handle_round(self, event: RoundEvent, now_s: float, offer: Offer | None = None) -> None:
         for action in self._rounds.handle(event, now_s):
             match action:
-                case r.RoundClosed():
+                case RoundClosed():
                     self._commit(action, now_s)
-                case r.OfferRefused(peer, reason):
+                case OfferRefused(peer, reason):
                     self._refused(peer, reason)
-                case r.RoundOpened(round_, expected):
+                case RoundOpened(round_, expected):
                     self._next_notice_s = now_s + NOTICE_EVERY_S
                     log.debug("round %d is open for %d peers", round_, len(expected))
-                case r.OfferKept(peer, is_new):
+                case OfferKept(peer, is_new):
                     if is_new and offer is not None:
                         self._offers[peer] = offer
                         self._tell_payload(peer)
@@ -391,7 +425,7 @@ class Service:
     def _tell_payload(self, peer: int) -> None:
         offer = self._fetchable().get(peer)
         if offer is not None:
-            self._crier.tell_offered(peer, offer, self._members.connected())
+            self._announcer.tell_offered(peer, offer, self._members.connected())
 
     def _fetchable(self) -> dict[int, Offer]:
         """Offers whose payload others may fetch ahead. Not before it is here: the line of the peer that made
@@ -407,9 +441,9 @@ class Service:
         log.info("an offer of peer %d is not taken: %s", peer, reason)
         if reason == "changed_offer":
             text = "your first offer of this round stands: a different one was refused"
-            self._crier.send(Notice(text=text, warning=True), [peer])
+            self._announcer.send(Notice(text=text, warning=True), [peer])
 
-    def _commit(self, closed: r.RoundClosed, now_s: float) -> None:
+    def _commit(self, closed: RoundClosed, now_s: float) -> None:
         run = self._settings.run
         reports, snapshots = self._reports.take()
         body = CommitBody(
@@ -424,16 +458,16 @@ class Service:
             time_ms=self._wall_ms(),
         )
         commit = self._ledger.append(body, self._key)
-        self._board.committed(body)
-        self._chronicle.committed(commit)
-        self._chronicle.closed(closed.why, closed.duration_s)
-        self._board.round_closed(closed.duration_s, closed.missing)
-        self._tally.round_closed(closed.why, closed.duration_s)
+        self._statistics.committed(body)
+        self._page_history.committed(commit)
+        self._page_history.closed(closed.why, closed.duration_s)
+        self._statistics.round_closed(closed.duration_s, closed.missing)
+        self._counters.round_closed(closed.why, closed.duration_s)
         self._tell_the_slow(closed.missing)
         self._reports.committed(body)
-        self._keeper.committed(body, self._present())
+        self._retention.committed(body, self._present())
         self._offers.clear()
-        self._gate.new_round()
+        self._admission.new_round()
         self._over_s = now_s if self._rounds.is_over else None
         log.info("round %d: %d offers, %.2f s", closed.round, len(closed.peers), closed.duration_s)
         self._on_commit(closed.round)
@@ -441,18 +475,20 @@ class Service:
     def _tell_the_slow(self, missing: Sequence[int]) -> None:
         """A peer whose work never counts should know."""
         for index in missing:
-            n = self._board.peer(index).missed_in_a_row
+            n = self._statistics.peer(index).missed_in_a_row
             if n % TOLD_AFTER_MISSES == 0:
                 text = (
                     f"the last {n} rounds closed without an offer of yours: this machine or its link is much "
                     f"slower than the others. With [work] round_s in the run's configuration every node does "
                     f"as much as it can in that time."
                 )
-                self._crier.send(Notice(text=text, warning=True), [index])
+                self._announcer.send(Notice(text=text, warning=True), [index])
 
     def _reported(self, index: int, report: Report) -> None:
         if report.round > self._ledger.head_round:
-            raise self._gate.refused("report_round", BadMessage(f"a report on round {report.round} to come"))
+            raise self._admission.refused(
+                "report_round", BadMessage(f"a report on round {report.round} to come")
+            )
         differ = self._reports.note(index, report)
         if differ:
             names = ", ".join(self._short(peer) for peer in sorted(differ))
@@ -461,43 +497,43 @@ class Service:
             self._broadcast(Notice(text=text, warning=True))
             told = ", ".join(self._called(peer) for peer in sorted(differ)[:4])
             told = f"round {report.round}: {self._called(index)} differs from {told}"
-            self._chronicle.happened(self._wall_ms(), "differs", told)
+            self._page_history.happened(self._wall_ms(), "differs", told)
 
     # ------------------------------------------------------------------------------- members and sending
 
-    def _handle_member(self, event: m.Event, now_s: float) -> None:
+    def _handle_member(self, event: MembershipEvent, now_s: float) -> None:
         for became in self._members.handle(event, now_s):
             peer = became.peer
             log.info("%s is %s: %s", self._short(peer), became.state, became.reason)
             if became.cause is not None:
-                self._tally.left[became.cause] += 1
+                self._counters.left[became.cause] += 1
             if (kind := _kind(became)) is not None:
-                self._chronicle.happened(self._wall_ms(), kind, self._called(peer))
-            if became.state is m.PeerState.TRAINING:
-                self._handle_round(r.PeerTrains(peer), now_s)
+                self._page_history.happened(self._wall_ms(), kind, self._called(peer))
+            if became.state is PeerState.TRAINING:
+                self._handle_round(PeerTrains(peer), now_s)
             else:
-                self._handle_round(r.PeerStops(peer), now_s)
+                self._handle_round(PeerStops(peer), now_s)
 
     def _said(self, index: int, state: NodeState, needs_after: int | None, now_s: float) -> None:
         if state is not NodeState.JOINING:
-            self._keeper.needs_nothing(index)
+            self._retention.needs_nothing(index)
         elif needs_after is not None:
-            self._keeper.needs(index, needs_after)
-        self._handle_member(m.StateSaid(index, state), now_s)
+            self._retention.needs(index, needs_after)
+        self._handle_member(StateSaid(index, state), now_s)
 
     def _present(self) -> set[int]:
         """Peers that are there, or have been a moment ago."""
         return {*self._members.alive(), *self._members.connected()}
 
     def _broadcast(self, message: Message) -> None:
-        self._crier.send(message, self._members.connected())
+        self._announcer.send(message, self._members.connected())
 
     def _notice(self, now_s: float) -> None:
         """Says what is awaited, every few seconds while it lasts longer than usual."""
         if now_s < self._next_notice_s:
             return
         self._next_notice_s = now_s + NOTICE_EVERY_S
-        min_peers, usual_s = self._settings.run.min_peers, self._board.round_s
+        min_peers, usual_s = self._settings.run.min_peers, self._statistics.round_s
         text = awaited(self._rounds, min_peers, usual_s or 0.0, self._short, now_s)
         if text is not None:
             log.info("%s", text)
@@ -518,9 +554,9 @@ class Service:
         return peer_id if len(peer_id) <= 20 else f"{peer_id[:8]}..{peer_id[-6:]}"
 
 
-def _kind(became: m.Became) -> Kind | None:
+def _kind(became: Became) -> HappeningKind | None:
     """What people are told of it, if anything."""
-    if became.state is m.PeerState.TRAINING:
+    if became.state is PeerState.TRAINING:
         return "joined"
     if became.cause is None:
         return None

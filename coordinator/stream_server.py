@@ -1,4 +1,4 @@
-"""The coordinator's three doors: sessions, blobs and status, and who may come through them.
+"""The coordinator's streams: sessions, blobs and status, and who may open them.
 
 Every handler goes by the peer id that libp2p has proved. What one peer does wrong is counted and ends its
 own stream.
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
 from .adoption import adopt
 from .blobs import BlobStore, BlobWriter
-from .metrics_requests import Inquiries
+from .metrics_requests import MetricsRequests
 from .protocol.blob_streams import Sink, serve_blobs
 from .protocol.messages import (
     BadMessage,
@@ -36,8 +36,8 @@ from .protocol.messages import (
     State,
     Welcome,
 )
-from .protocol.streams import BLOB, FROM_NODE, SESSION, STATUS, BadFrame, Kind, Meter, Stream
-from .protocol.transport import Place, StreamHandler
+from .protocol.streams import BLOB, FROM_NODE, SESSION, STATUS, BadFrame, FrameKind, Meter, Stream
+from .protocol.transport import StreamHandler, Transport
 from .service import Service
 from .sessions import Session
 
@@ -64,7 +64,7 @@ _REPLACED = (
 _ADOPTED = "the coordinator gets commits back from a node, after it was restored from an older copy"
 
 
-class Doors:
+class StreamServer:
     """Open sessions by peer id, and the handlers of all streams. One event loop.
 
     `changed`: the service was told something. `failed`: the run cannot go on. `status`: for people.
@@ -85,18 +85,18 @@ class Doors:
         self._token = token.encode()
         self._changed, self._failed, self._status = changed, failed, status
         self._sessions: dict[str, Session] = {}
-        self._inquiries = Inquiries(self._post)
+        self._metrics_requests = MetricsRequests(self._post)
         self._numbers = count(1)
         self._opening = asyncio.Lock()
         """Held while one node is let in: the others wait for what it may have to give back."""
         self._strangers: Counter[str] = Counter()
         self._blob_streams: Counter[str] = Counter()
 
-    async def open_on(self, place: Place) -> None:
-        """From now on peers that dial `place` are served."""
-        await place.handle(SESSION, self._guarded(self._serve_session))
-        await place.handle(BLOB, self._guarded(self._serve_blobs))
-        await place.handle(STATUS, self._guarded(self._serve_status))
+    async def open_on(self, transport: Transport) -> None:
+        """From now on peers that dial `transport` are served."""
+        await transport.handle(SESSION, self._guarded(self._serve_session))
+        await transport.handle(BLOB, self._guarded(self._serve_blobs))
+        await transport.handle(STATUS, self._guarded(self._serve_status))
 
     def send(self, peer_id: str, message: Message) -> None:
         """To the peer's current session, if there is one."""
@@ -113,8 +113,8 @@ class Doors:
         return True
 
     async def metrics_of(self, peer_id: str) -> bytes:
-        """A node's own, in Prometheus' text format. Raises `inquiries.Unanswered`."""
-        return await self._inquiries.metrics(peer_id)
+        """A node's own, in Prometheus' text format. Raises `metrics_requests.Unanswered`."""
+        return await self._metrics_requests.metrics(peer_id)
 
     def wake(self) -> None:
         """There is a new commit."""
@@ -180,7 +180,7 @@ class Doors:
         number, welcome = opened
         old = self._sessions.get(peer_id)
         if old is not None:
-            self._inquiries.forget(peer_id)
+            self._metrics_requests.forget(peer_id)
             old.end(Refused(error="ConfigError", text=_REPLACED))
         session = Session(peer_id, number, stream)
         self._sessions[peer_id] = session
@@ -195,7 +195,7 @@ class Doors:
         finally:
             if self._sessions.get(peer_id) is session:
                 del self._sessions[peer_id]
-                self._inquiries.forget(peer_id)
+                self._metrics_requests.forget(peer_id)
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
             self._service.closed(peer_id, number, time.monotonic())
@@ -248,7 +248,7 @@ class Doors:
                 session.follow(message.after)
             elif isinstance(message, Metrics):
                 if self._sessions.get(session.peer_id) is session:
-                    self._inquiries.answered(session.peer_id, message)
+                    self._metrics_requests.answered(session.peer_id, message)
             else:
                 self._service.receive(session.peer_id, session.number, message, time.monotonic())
                 self._changed()
@@ -274,15 +274,15 @@ class Doors:
         """Whoever knows the token may ask, again and again."""
         with self._stranger(peer_id):
             async with asyncio.timeout(HELLO_TIMEOUT_S):
-                frame = await stream.receive({Kind.ASK: _TOKEN_BYTES})
+                frame = await stream.receive({FrameKind.ASK: _TOKEN_BYTES})
             if not hmac.compare_digest(frame.body, self._token):
                 self._service.count_rejected("token")
                 await _refuse(stream, ConfigError("the ticket's token is wrong: ask for a new ticket"))
                 return
         while True:
-            await stream.send(Kind.STATUS, json.dumps(self._status()).encode())
+            await stream.send(FrameKind.STATUS, json.dumps(self._status()).encode())
             async with asyncio.timeout(STATUS_IDLE_S):
-                await stream.receive({Kind.ASK: _TOKEN_BYTES})
+                await stream.receive({FrameKind.ASK: _TOKEN_BYTES})
 
 
 class _Shelf:

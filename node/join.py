@@ -15,9 +15,9 @@ from .links.upload_limit import UploadLimit, parse_rate
 from .tracking.trackers import open_tracks, refuse_trackers
 
 if TYPE_CHECKING:
-    from .links.remote import SessionLink
+    from .links.remote import RemoteLink
     from .precision import Precision
-    from .ranks.leader import Lead
+    from .ranks.leader import Leader
     from .result import Result
     from .runner import Runner
     from .system.stopping import Stop
@@ -128,7 +128,7 @@ def _number_of_ranks(options: Options) -> int:
     return options.ranks or n
 
 
-def hivemind_link(options: Options, folder: Path, **shared: Any) -> SessionLink:
+def hivemind_link(options: Options, folder: Path, **shared: Any) -> RemoteLink:
     """`shared`: arguments that every link takes."""
     from .links.hivemind import HivemindLink
 
@@ -145,12 +145,12 @@ def hivemind_link(options: Options, folder: Path, **shared: Any) -> SessionLink:
 def run_node(
     options: Options,
     stop: Stop,
-    lead_in: Callable[[Path], Lead] | None = None,
-    make_link: Callable[..., SessionLink] = hivemind_link,
+    leader_in: Callable[[Path], Leader] | None = None,
+    make_link: Callable[..., RemoteLink] = hivemind_link,
     finished: Callable[[Runner], object] = lambda _runner: None,
 ) -> Result | None:
-    """The node in this process. `lead_in`: it is rank 0 of several; called with the node's folder. `finished`
-    is called after the last round."""
+    """The node in this process. `leader_in`: it is rank 0 of several; called with the node's folder.
+    `finished` is called after the last round."""
     limit_threads(options.threads)
 
     from .links.core import About
@@ -187,7 +187,7 @@ def run_node(
         folder=link.run_folder,
         metrics=metrics,
         precision=options.precision,
-        lead=None if lead_in is None else lead_in(folder.path),
+        leader=None if leader_in is None else leader_in(folder.path),
         tracks=tracks,
     )
     stop.on_stop.append(runner.request_stop)

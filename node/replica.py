@@ -27,7 +27,7 @@ from ..optim.base import Own, Round, Share, Strategy, canonical_name
 from ..optim.registry import build_strategy
 from .config import parse_config
 from .genesis import check_layout, in_dtype, initialise, layout_hash, layout_of
-from .ranks.collective_errors import together
+from .ranks.collective_errors import collective_errors
 from .snapshots.format import Manifest, Stored
 from .snapshots.incoming import DATA, write_file
 from .snapshots.local_state import BadLocalState, LocalState, encode
@@ -125,7 +125,7 @@ class Replica:
         """
         ahead = _Ahead(self.round, self.digest, self._lr_factor, dict(self.peers), Counter())
         rounds = [self._read(commit, ahead, payload_bytes, offered) for commit in commits]
-        with together(self.strategy.ranks):
+        with collective_errors(self.strategy.ranks):
             try:
                 self.strategy.apply_many(rounds)
             except Exception as e:  # whatever it was, the parameters are in no known state now
@@ -275,7 +275,7 @@ class Replica:
 
     def take_file(self, path: Path, manifest: Manifest, commit: Commit) -> None:
         """The same from the data in a file, of which every rank reads its rows."""
-        with together(self.strategy.ranks):
+        with collective_errors(self.strategy.ranks):
             tensors = read_parts(path, self.strategy.replicated_parts())
         self.adopt(manifest, tensors, commit)
 
@@ -292,7 +292,7 @@ class Replica:
     def write_part(self, folder: Path) -> None:
         """What this rank has of a snapshot into a folder of the store, durably."""
         ranks = self.strategy.ranks
-        with together(ranks):
+        with collective_errors(ranks):
             parts = self.strategy.replicated_parts()
             write_parts(folder / DATA, self.tensors(), parts, is_first=ranks.index == 0)
             write_file(folder / local_name(ranks.index, ranks.count), encode(self._local_state()))
@@ -304,13 +304,13 @@ class Replica:
         """Momentum and the like, from beside a snapshot of this round; False: there is none that was saved by
         as many ranks. Raises BadLocalState and OSError."""
         ranks = self.strategy.ranks
-        with together(ranks):
+        with collective_errors(ranks):
             local = read_local(folder, local_name(ranks.index, ranks.count))
         is_here = local is not None and local.round == self.round
         if ranks.sums([float(is_here)])[0] < ranks.count:
             return False
         assert local is not None
-        with together(ranks):
+        with collective_errors(ranks):
             try:
                 self.strategy.load_state_dict(local.strategy)
             except (ConfigError, LookupError, TypeError, ValueError) as e:
@@ -320,7 +320,7 @@ class Replica:
     def begin(self, base: bytes | Path | None) -> None:
         """Becomes the replica before round 1. `base`: the base weights, bytes or a file; None: exact
         initialisation."""
-        with together(self.strategy.ranks):
+        with collective_errors(self.strategy.ranks):
             initialise(self.model, self._genesis, self._seed, base)
         self.strategy.begin()
         self.round, self.digest = 0, self.run_id

@@ -36,7 +36,7 @@ from .joining import CatchingUp, Joiner
 from .links.base import Link
 from .local_work import LocalWork
 from .precision import Precision
-from .ranks.leader import Lead
+from .ranks.leader import Leader
 from .replica import Replica, build_replica
 from .result import Result
 from .snapshots.format import Stored
@@ -76,7 +76,7 @@ class Runner:
         metrics: NodeMetrics | None = None,
         clock: Callable[[], float] = time.monotonic,
         precision: Precision = "auto",
-        lead: Lead | None = None,
+        leader: Leader | None = None,
         tracks: Tracks | None = None,
     ) -> None:
         self.link = link
@@ -87,7 +87,7 @@ class Runner:
         self.metrics = metrics or NodeMetrics()
         self.stop = threading.Event()
         self._clock = clock
-        self._lead = lead
+        self._leader = leader
         self._records = Records(tracks or Tracks(self.metrics), self.metrics, link.traffic)
         self._precision = precision
         self._workload: Workload | None = None
@@ -133,18 +133,18 @@ class Runner:
         self.config: RunConfig = parse_config(body.config)
         self.peer_index = welcome.peer_index
         task = make_task(self.config.task, self.import_path, self.data)
-        run_id, peer_id, lead = self.link.run_id, self.link.peer_id, self._lead
-        if lead is None:
+        run_id, peer_id, leader = self.link.run_id, self.link.peer_id, self._leader
+        if leader is None:
             self.replica: Replica = build_replica(run_id, body, task, peer_id, self.device)
         else:
-            self.replica = lead.replica(run_id, body, peer_id, task)
+            self.replica = leader.replica(run_id, body, peer_id, task)
         strategy = self.replica.strategy
         texts = self._download(body.corpus, "text"), self._download(body.held_out, "held-out text")
         task.load(*texts)
-        if lead is None:
+        if leader is None:
             self.work = LocalWork(self.replica, task, self._precision)
         else:
-            self.work = lead.work(self.replica, task, texts)
+            self.work = leader.work(self.replica, task, texts)
         if self.config.work.round_s > 0:
             most = min(strategy.most_batches, max(1, body.limits.max_samples // task.n_samples))
             self._workload = Workload(self.config.work.round_s, most)

@@ -89,7 +89,7 @@ class GroupPeers:
         self._compare(strategy)
         for name, t in strategy.replicated_tensors().items():
             if name.partition(":")[0] not in self._known:
-                self._ranks.broadcast(t)
+                self._ranks.broadcast_tensor(t)
         self._known = names
 
     def own_seed(self, shared_seed: int) -> int:

@@ -11,7 +11,7 @@ from ..protocol.exposition import BUCKETS_S
 
 
 @dataclass(slots=True)
-class Tally:
+class Counters:
     """Keys are of fixed, small sets: they become labels."""
 
     closed: Counter[str] = field(default_factory=Counter)

@@ -11,8 +11,8 @@ from ..ledger import Ledger
 from ..membership import Membership, PeerState
 from ..protocol.settings import RunSection
 from ..rounds import Rounds
-from .page_history import Chronicle, Pace, printable
-from .run_statistics import Board
+from .page_history import Pace, PageHistory, printable
+from .run_statistics import RunStatistics
 
 MAX_PEERS_SHOWN: Final = 256
 ENTRIES_SHOWN: Final = 12
@@ -26,8 +26,8 @@ def overview(
     ledger: Ledger,
     rounds: Rounds,
     members: Membership,
-    board: Board,
-    chronicle: Chronicle,
+    statistics: RunStatistics,
+    page_history: PageHistory,
     *,
     now_s: float,
     now_ms: int,
@@ -40,40 +40,40 @@ def overview(
         "run": printable(run.name, 100),
         "run_id": ledger.run_id.hex()[:16],
         "strategy": _strategy(ledger.genesis.config),
-        "n_params": board.n_params,
+        "n_params": statistics.n_params,
         "round": rounds.head,
         "rounds": run.rounds,
         "state": "finished" if rounds.is_over else "waiting" if waits else "training",
         "waits_for": max(0, run.min_peers - len(rounds.training)) if waits else 0,
         "missing": len(rounds.missing()),
-        "loss": board.loss,
-        "round_s": board.round_s,
-        "payload_bytes": board.payload_bytes_per_offer,
-        "ddp_bytes": board.ddp_bytes_per_peer_round,
-        "last_commit_ms": board.last_commit_ms,
-        "mismatches": board.mismatches,
-        "peers": _peers(peers, members, board, chronicle, now_s, now_ms),
+        "loss": statistics.loss,
+        "round_s": statistics.round_s,
+        "payload_bytes": statistics.payload_bytes_per_offer,
+        "ddp_bytes": statistics.ddp_bytes_per_peer_round,
+        "last_commit_ms": statistics.last_commit_ms,
+        "mismatches": statistics.mismatches,
+        "peers": _peers(peers, members, statistics, page_history, now_s, now_ms),
         "n_peers": {str(state): states[str(state)] for state in PeerState},
-        "entries": [asdict(entry) for entry in list(chronicle.entries)[: -ENTRIES_SHOWN - 1 : -1]],
-        "happenings": [asdict(h) for h in list(chronicle.happenings)[: -HAPPENINGS_SHOWN - 1 : -1]],
+        "entries": [asdict(entry) for entry in list(page_history.entries)[: -ENTRIES_SHOWN - 1 : -1]],
+        "happenings": [asdict(h) for h in list(page_history.happenings)[: -HAPPENINGS_SHOWN - 1 : -1]],
     }
 
 
 def _peers(
     peers: dict[int, str],
     members: Membership,
-    board: Board,
-    chronicle: Chronicle,
+    statistics: RunStatistics,
+    page_history: PageHistory,
     now_s: float,
     now_ms: int,
 ) -> list[dict[str, Any]]:
     """Those that are there by their index, then those that are gone, the last one first."""
-    paces = chronicle.paces()
+    paces = page_history.paces()
 
     def seen_ms(index: int) -> int | None:
         seen_s = members.seen_s(index)
         if seen_s is None:
-            return chronicle.offered_ms.get(index)
+            return page_history.offered_ms.get(index)
         return now_ms - round(max(0.0, now_s - seen_s) * 1000)
 
     def order(index: int) -> tuple[bool, int]:
@@ -82,19 +82,19 @@ def _peers(
 
     rows = []
     for index in sorted(peers, key=order)[:MAX_PEERS_SHOWN]:
-        figures, pace = board.peers.get(index), paces.get(index)
+        figures, pace = statistics.peers.get(index), paces.get(index)
         seen = seen_ms(index)
         rows.append(
             {
                 "index": index,
                 "id": printable(peers[index])[-6:],
                 "state": str(members.state(index)),
-                "device": chronicle.devices.get(index, ""),
+                "device": page_history.devices.get(index, ""),
                 "speed": _speed(pace),
                 "share": None if pace is None else round(pace.share, 3),
                 "counted": 0 if figures is None else figures.offers_counted,
                 "missed": 0 if figures is None else figures.offers_missed,
-                "agreement": None if figures is None else board.agreement(index),
+                "agreement": None if figures is None else statistics.agreement(index),
                 "fingerprint_round": None if figures is None else figures.fingerprint_round,
                 "seen_ms": None if seen is not None and now_ms - seen < NOW_MS else seen,
             }

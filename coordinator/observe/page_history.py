@@ -29,7 +29,7 @@ RECENT_ROUNDS: Final = 16
 TOGETHER_MS: Final = 60_000
 """The same thing again within this time is not told again, but counted."""
 
-Kind = Literal["joined", "left", "lost", "differs", "rejected"]
+HappeningKind = Literal["joined", "left", "lost", "differs", "rejected"]
 _FORMAT: Final = 1
 _Work = tuple[int, int, int]
 """Peer, samples, tokens."""
@@ -54,7 +54,7 @@ class Happening:
     """`n`: how often, the last time at `time_ms`."""
 
     time_ms: int
-    kind: Kind
+    kind: HappeningKind
     text: str
     n: int = 1
 
@@ -67,7 +67,7 @@ class Pace(NamedTuple):
     share: float
 
 
-class Chronicle:
+class PageHistory:
     """Of one run; fed by the service. `rejected`: what was counted by reason, and told, before."""
 
     def __init__(self, n_params: int, rejected: Mapping[Rejected, int] | None = None) -> None:
@@ -132,7 +132,7 @@ class Chronicle:
             n_timed = now.rounds - before.rounds
             self.trend.spread(beat.round, n_timed, phased=n_timed, **sums)
 
-    def happened(self, time_ms: int, kind: Kind, text: str, n: int = 1) -> None:
+    def happened(self, time_ms: int, kind: HappeningKind, text: str, n: int = 1) -> None:
         for known in self.happenings:
             if (known.kind, known.text) == (kind, text) and time_ms < known.time_ms + TOGETHER_MS:
                 self.happenings.remove(known)
@@ -215,6 +215,6 @@ def _ms(phases: Phases, phase: str) -> int:
 
 
 def _happening(time_ms: Any, kind: Any, text: Any, n: Any) -> Happening:
-    if kind not in get_args(Kind):
+    if kind not in get_args(HappeningKind):
         raise ValueError(f"{kind!r} does not happen")
     return Happening(int(time_ms), kind, str(text)[:200], int(n))

@@ -38,7 +38,7 @@ class PeerFigures:
 
 
 @dataclass(slots=True)
-class Board:
+class RunStatistics:
     """Mutable figures of one run; rebuilt from the ledger after a restart."""
 
     n_params: int

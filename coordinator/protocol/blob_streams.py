@@ -19,7 +19,7 @@ from typing import BinaryIO, Protocol
 from ...compression.errors import SwarmUnreachable
 from .messages import BadMessage, digest_of
 from .patience import Patience
-from .streams import CHUNK_BYTES, BadFrame, Frame, Kind, Limits, Purpose, Stream
+from .streams import CHUNK_BYTES, BadFrame, Frame, FrameKind, FrameLimits, Stream, TrafficKind
 
 _DIGEST_BYTES = 32
 _SIZE = struct.Struct(">Q")
@@ -31,14 +31,14 @@ STALL_S = 30.0
 QUICK_STALL_S = 5.0
 """Never earlier than this, however quickly the chunks came before."""
 
-PurposeOf = Callable[[bytes], Purpose]
+PurposeOf = Callable[[bytes], TrafficKind]
 """What a blob's bytes are counted as, by its digest."""
 
-_REQUESTS: Limits = {Kind.GET: _DIGEST_BYTES, Kind.PUT: _DIGEST_BYTES + _SIZE.size}
-_DATA: Limits = {Kind.CHUNK: CHUNK_BYTES, Kind.END: _DIGEST_BYTES}
-_ANSWER_GET: Limits = {Kind.SIZE: _SIZE.size, Kind.NO: _MAX_NO_BYTES}
-_ANSWER_PUT: Limits = {Kind.GO: 0, Kind.DONE: 0, Kind.NO: _MAX_NO_BYTES}
-_ANSWER_END: Limits = {Kind.DONE: 0, Kind.NO: _MAX_NO_BYTES}
+_REQUESTS: FrameLimits = {FrameKind.GET: _DIGEST_BYTES, FrameKind.PUT: _DIGEST_BYTES + _SIZE.size}
+_DATA: FrameLimits = {FrameKind.CHUNK: CHUNK_BYTES, FrameKind.END: _DIGEST_BYTES}
+_ANSWER_GET: FrameLimits = {FrameKind.SIZE: _SIZE.size, FrameKind.NO: _MAX_NO_BYTES}
+_ANSWER_PUT: FrameLimits = {FrameKind.GO: 0, FrameKind.DONE: 0, FrameKind.NO: _MAX_NO_BYTES}
+_ANSWER_END: FrameLimits = {FrameKind.DONE: 0, FrameKind.NO: _MAX_NO_BYTES}
 
 
 class NotServed(SwarmUnreachable):
@@ -75,16 +75,16 @@ def stall_patience() -> Patience:
 
 
 async def get_blob(
-    stream: Stream, digest: bytes, max_bytes: int, purpose: Purpose, patience: Patience | None = None
+    stream: Stream, digest: bytes, max_bytes: int, purpose: TrafficKind, patience: Patience | None = None
 ) -> bytes:
     """`patience`: what is known of the gaps between this peer's chunks; it learns from this blob's.
 
     Raises NotServed, SwarmUnreachable (stalled), BadFrame (cut, wrong bytes), EOFError or OSError.
     """
     patience = patience or stall_patience()
-    await stream.send(Kind.GET, digest)
+    await stream.send(FrameKind.GET, digest)
     answer = await _next(stream, _ANSWER_GET, patience=patience)
-    if answer.kind is Kind.NO:
+    if answer.kind is FrameKind.NO:
         raise NotServed(answer.body.decode(errors="replace"))
     n_bytes = _size(answer.body)
     if n_bytes > max_bytes:
@@ -95,24 +95,24 @@ async def get_blob(
     return data
 
 
-async def put_blob(stream: Stream, digest: bytes, data: bytes, purpose: Purpose) -> None:
+async def put_blob(stream: Stream, digest: bytes, data: bytes, purpose: TrafficKind) -> None:
     """Returns when the other end has the blob on its disk. Raises like `get_blob`."""
-    await stream.send(Kind.PUT, digest + _SIZE.pack(len(data)))
+    await stream.send(FrameKind.PUT, digest + _SIZE.pack(len(data)))
     answer = await _next(stream, _ANSWER_PUT)
-    if answer.kind is Kind.GO:
+    if answer.kind is FrameKind.GO:
         n = stream.chunk_bytes
         for start in range(0, len(data), n):
-            await _send(stream, Kind.CHUNK, data[start : start + n], purpose)
-        await _send(stream, Kind.END, digest)
+            await _send(stream, FrameKind.CHUNK, data[start : start + n], purpose)
+        await _send(stream, FrameKind.END, digest)
         answer = await _next(stream, _ANSWER_END)
-    if answer.kind is Kind.NO:
+    if answer.kind is FrameKind.NO:
         raise NotServed(answer.body.decode(errors="replace"))
 
 
 async def serve_blobs(
     stream: Stream,
     shelf: Shelf,
-    purpose: Purpose | PurposeOf,
+    purpose: TrafficKind | PurposeOf,
     allowed: Callable[[], bool],
     turns: asyncio.Semaphore | None = None,
 ) -> None:
@@ -131,26 +131,26 @@ async def serve_blobs(
             raise BadFrame("stranger", "a request by a peer that is not a member")
         counted_as = purpose(body[:_DIGEST_BYTES]) if callable(purpose) else purpose
         async with turns or contextlib.nullcontext():
-            if kind is Kind.GET:
+            if kind is FrameKind.GET:
                 await _serve_get(stream, shelf, body, counted_as)
             else:
                 await _serve_put(stream, shelf, body, counted_as)
 
 
-async def _serve_get(stream: Stream, shelf: Shelf, digest: bytes, purpose: Purpose) -> None:
+async def _serve_get(stream: Stream, shelf: Shelf, digest: bytes, purpose: TrafficKind) -> None:
     try:
         file, n_bytes = shelf.open(digest)
     except KeyError:
         await _say_no(stream, f"blob {digest.hex()[:16]} is not here")
         return
     with file:
-        await _send(stream, Kind.SIZE, _SIZE.pack(n_bytes))
+        await _send(stream, FrameKind.SIZE, _SIZE.pack(n_bytes))
         while chunk := file.read(stream.chunk_bytes):
-            await _send(stream, Kind.CHUNK, chunk, purpose)
-    await _send(stream, Kind.END, digest)
+            await _send(stream, FrameKind.CHUNK, chunk, purpose)
+    await _send(stream, FrameKind.END, digest)
 
 
-async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Purpose) -> None:
+async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: TrafficKind) -> None:
     if len(body) != _DIGEST_BYTES + _SIZE.size:
         raise BadFrame("frame_size", f"a PUT frame of {len(body)} bytes")
     digest, n_bytes = body[:_DIGEST_BYTES], _size(body[_DIGEST_BYTES:])
@@ -160,7 +160,7 @@ async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Purpose
         await _say_no(stream, str(e))
         return
     if sink is not None:
-        await _send(stream, Kind.GO)
+        await _send(stream, FrameKind.GO)
         try:
             async for chunk in _chunks(stream, digest, n_bytes, purpose):
                 sink.write(chunk)
@@ -173,17 +173,17 @@ async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Purpose
             sink.abort()
             raise
     shelf.stored(digest)
-    await _send(stream, Kind.DONE)
+    await _send(stream, FrameKind.DONE)
 
 
 async def _chunks(
-    stream: Stream, digest: bytes, n_bytes: int, purpose: Purpose, patience: Patience | None = None
+    stream: Stream, digest: bytes, n_bytes: int, purpose: TrafficKind, patience: Patience | None = None
 ) -> AsyncIterator[bytes]:
     """The chunks of a blob, exactly `n_bytes` and a fitting END, or BadFrame."""
     missing = n_bytes
     while True:
         kind, body = await _next(stream, _DATA, purpose, patience)
-        if kind is Kind.END:
+        if kind is FrameKind.END:
             break
         missing -= len(body)
         if missing < 0 or not body:
@@ -194,7 +194,7 @@ async def _chunks(
 
 
 async def _next(
-    stream: Stream, limits: Limits, purpose: Purpose = "control", patience: Patience | None = None
+    stream: Stream, limits: FrameLimits, purpose: TrafficKind = "control", patience: Patience | None = None
 ) -> Frame:
     limit_s = STALL_S if patience is None else patience.limit_s
     began_s = time.monotonic()
@@ -210,7 +210,7 @@ async def _next(
     return frame
 
 
-async def _send(stream: Stream, kind: Kind, body: bytes = b"", purpose: Purpose = "control") -> None:
+async def _send(stream: Stream, kind: FrameKind, body: bytes = b"", purpose: TrafficKind = "control") -> None:
     try:
         async with asyncio.timeout(STALL_S):
             await stream.send(kind, body, purpose)
@@ -219,7 +219,7 @@ async def _send(stream: Stream, kind: Kind, body: bytes = b"", purpose: Purpose 
 
 
 async def _say_no(stream: Stream, text: str) -> None:
-    await _send(stream, Kind.NO, text.encode()[:_MAX_NO_BYTES])
+    await _send(stream, FrameKind.NO, text.encode()[:_MAX_NO_BYTES])
 
 
 def _size(body: bytes) -> int:

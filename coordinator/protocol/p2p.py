@@ -1,4 +1,4 @@
-"""This process's place in a libp2p network: hivemind's client, on a daemon of our own.
+"""This process's transport in a libp2p network: hivemind's client, on a daemon of our own.
 
 `P2P.replicate` joins the daemon that `p2p_daemon` starts. Requests go over a connection of their own each, as
 hivemind's client does it, but with a time limit and closed whatever happens.
@@ -25,8 +25,8 @@ _log = logging.getLogger("thinwire.p2p")
 _CONTROL_TIMEOUT_S = 30.0
 
 
-class Host:
-    """This process's `Place` in the network. Made by `start_p2p`; the secured connection proves peer ids."""
+class P2PTransport:
+    """`Transport` over libp2p. Made by `start_p2p`; the secured connection proves peer ids."""
 
     def __init__(self, p2p: Any, daemon: Daemon, port: int, addresses: tuple[str, ...]) -> None:
         self.peer_id = str(p2p.peer_id)
@@ -160,7 +160,7 @@ class Host:
 
 async def start_p2p(
     key: Ed25519PrivateKey, *, host: str = "127.0.0.1", port: int = 0, announce: Sequence[str] = ()
-) -> Host:
+) -> P2PTransport:
     """Starts a daemon that listens on `host` and `port` (0: any free one) under the key's peer id.
 
     `announce`: addresses that others should try first (HOST, HOST:PORT or multiaddr). Blocks for the import
@@ -185,7 +185,7 @@ async def start_p2p(
         await p2p.shutdown()
         await daemon.end()
         raise ConfigError(f"cannot listen on {host} port {port}: is that an address of this machine?")
-    return Host(p2p, daemon, bound[0], dialable(host, bound[0], announce))
+    return P2PTransport(p2p, daemon, bound[0], dialable(host, bound[0], announce))
 
 
 async def close_writer(writer: asyncio.StreamWriter) -> None:

@@ -2,8 +2,8 @@
 
 hivemind's own `P2P.create` leaves sockets behind when its process is killed, so the daemon is started here.
 Measured with hivemind 1.1.12: it is ready after 0.3 s and ends by itself when its client disconnects. A small
-shell, the keeper, waits for the end of its stdin, whose other end only this process holds: however this
-process ends, also by SIGKILL, the keeper kills the daemon and removes its folder.
+shell, the watchdog, waits for the end of its stdin, whose other end only this process holds: however this
+process ends, also by SIGKILL, the watchdog kills the daemon and removes its folder.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ class Daemon:
 
     pid: int
     folder: Path
-    keeper: asyncio.subprocess.Process
+    watchdog: asyncio.subprocess.Process
     lock_fd: int
 
     async def output(self) -> bytes:
-        """What it says next; empty when it has ended, because the keeper has closed its own end."""
-        assert self.keeper.stdout is not None
-        return await self.keeper.stdout.read(4096)
+        """What it says next; empty when it has ended, because the watchdog has closed its own end."""
+        assert self.watchdog.stdout is not None
+        return await self.watchdog.stdout.read(4096)
 
     async def end(self) -> None:
         """Kills it and removes its folder. May be called twice."""
-        await _end_keeper(self.keeper)
+        await _end_watchdog(self.watchdog)
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.lock_fd >= 0:
             os.close(self.lock_fd)
@@ -77,10 +77,10 @@ async def start_daemon(key: Ed25519PrivateKey, listen: str) -> Daemon:
     A port that somebody else listens on is shared in silence: see `addresses.require_free`.
     """
     folder, lock_fd = _new_folder()
-    keeper = None
+    watchdog = None
     try:
         save(key, folder / _KEY_NAME)
-        keeper = await asyncio.create_subprocess_exec(
+        watchdog = await asyncio.create_subprocess_exec(
             *("/bin/sh", "-c", _KEEPER, "thinwire-p2pd", str(folder)),
             *_command(folder, listen),
             stdin=subprocess.PIPE,
@@ -90,17 +90,17 @@ async def start_daemon(key: Ed25519PrivateKey, listen: str) -> Daemon:
             env={**os.environ, "GOLOG_LOG_LEVEL": "error"},
         )
         async with asyncio.timeout(_START_TIMEOUT_S):
-            pid = await _ready(keeper)
+            pid = await _ready(watchdog)
         (folder / _KEY_NAME).unlink()
     except BaseException as e:
-        if keeper is not None:
-            await _end_keeper(keeper)
+        if watchdog is not None:
+            await _end_watchdog(watchdog)
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock_fd)
         if isinstance(e, TimeoutError | OSError):
             raise ConfigError(f"libp2p did not start on {listen}: {e or 'no answer in time'}") from e
         raise
-    return Daemon(pid, folder, keeper, lock_fd)
+    return Daemon(pid, folder, watchdog, lock_fd)
 
 
 def _command(folder: Path, listen: str) -> list[str]:
@@ -123,11 +123,11 @@ def _command(folder: Path, listen: str) -> list[str]:
     ]
 
 
-async def _ready(keeper: asyncio.subprocess.Process) -> int:
+async def _ready(watchdog: asyncio.subprocess.Process) -> int:
     """The daemon's process id, once it accepts requests. Raises ConfigError with its last words."""
-    assert keeper.stdout is not None
+    assert watchdog.stdout is not None
     daemon_pid, last = 0, ""
-    while line := (await keeper.stdout.readline()).decode(errors="replace").strip():
+    while line := (await watchdog.stdout.readline()).decode(errors="replace").strip():
         if line.startswith("pid "):
             daemon_pid = int(line.removeprefix("pid "))
         if line.startswith("Peer ID:"):
@@ -136,17 +136,17 @@ async def _ready(keeper: asyncio.subprocess.Process) -> int:
     raise ConfigError(f"libp2p did not start: {last}")
 
 
-async def _end_keeper(keeper: asyncio.subprocess.Process) -> None:
-    """The keeper kills the daemon when its stdin ends."""
-    assert keeper.stdin is not None
-    keeper.stdin.close()
+async def _end_watchdog(watchdog: asyncio.subprocess.Process) -> None:
+    """The watchdog kills the daemon when its stdin ends."""
+    assert watchdog.stdin is not None
+    watchdog.stdin.close()
     try:
         async with asyncio.timeout(_END_TIMEOUT_S):
-            await keeper.wait()
+            await watchdog.wait()
     except TimeoutError:
-        keeper.kill()
-        await keeper.wait()
-    transport = getattr(keeper, "_transport", None)  # asyncio closes the pipes only when it is collected
+        watchdog.kill()
+        await watchdog.wait()
+    transport = getattr(watchdog, "_transport", None)  # asyncio closes the pipes only when it is collected
     if transport is not None:
         transport.close()
 

@@ -35,11 +35,11 @@ HEADER = struct.Struct(">IB")
 CHUNK_BYTES = 64 * 2**10
 _PIECE_BYTES = 256 * 2**10
 
-Purpose = Literal["payload", "snapshot", "ledger", "control", "heartbeat"]
-PURPOSES: tuple[Purpose, ...] = ("payload", "snapshot", "ledger", "control", "heartbeat")
+TrafficKind = Literal["payload", "snapshot", "ledger", "control", "heartbeat"]
+PURPOSES: tuple[TrafficKind, ...] = ("payload", "snapshot", "ledger", "control", "heartbeat")
 
 
-class Kind(IntEnum):
+class FrameKind(IntEnum):
     """What a frame's body is."""
 
     MESSAGE = 1  # one message of messages.py
@@ -55,16 +55,16 @@ class Kind(IntEnum):
     STATUS = 11  # the status as JSON
 
 
-Limits = Mapping[Kind, int]
+FrameLimits = Mapping[FrameKind, int]
 """The kinds that may come next, and how long each body may be, in bytes."""
 
-FROM_NODE: Limits = {Kind.MESSAGE: 64 * 2**10}
-COMMITS_FROM_NODE: Limits = {Kind.MESSAGE: 17 * 2**20}  # the same records as below, given back
-FROM_COORDINATOR: Limits = {Kind.MESSAGE: 17 * 2**20}  # record 0 and commits have at most 16 MiB
+FROM_NODE: FrameLimits = {FrameKind.MESSAGE: 64 * 2**10}
+COMMITS_FROM_NODE: FrameLimits = {FrameKind.MESSAGE: 17 * 2**20}  # the same records as below, given back
+FROM_COORDINATOR: FrameLimits = {FrameKind.MESSAGE: 17 * 2**20}  # record 0 and commits have at most 16 MiB
 
 
 class Frame(NamedTuple):
-    kind: Kind
+    kind: FrameKind
     body: bytes
 
 
@@ -80,8 +80,8 @@ class Meter:
     """Bytes of all streams of a process so far, frame headers included, by purpose and direction."""
 
     def __init__(self) -> None:
-        self.sent: dict[Purpose, int] = dict.fromkeys(PURPOSES, 0)
-        self.received: dict[Purpose, int] = dict.fromkeys(PURPOSES, 0)
+        self.sent: dict[TrafficKind, int] = dict.fromkeys(PURPOSES, 0)
+        self.received: dict[TrafficKind, int] = dict.fromkeys(PURPOSES, 0)
 
     def totals(self) -> tuple[int, int]:
         """Sent and received, heartbeats apart."""
@@ -125,19 +125,19 @@ class Stream:
         self.heard_s = time.monotonic()
         """When bytes last came, whole frames or not."""
 
-    async def receive(self, limits: Limits, purpose: Purpose = "control") -> Frame:
+    async def receive(self, limits: FrameLimits, purpose: TrafficKind = "control") -> Frame:
         """The next frame; `purpose` is what a chunk's bytes are counted as.
 
         Raises EOFError (the other end is done), BadFrame, or OSError.
         """
         frame = await self._frame(limits)
-        counted_as = purpose if frame.kind is Kind.CHUNK else "control"
+        counted_as = purpose if frame.kind is FrameKind.CHUNK else "control"
         self.meter.received[counted_as] += HEADER.size + len(frame.body)
         return frame
 
-    async def receive_message(self, limits: Limits) -> Message:
+    async def receive_message(self, limits: FrameLimits) -> Message:
         """The next message. Raises EOFError (the other end is done), BadFrame, or OSError."""
-        frame = await self._frame({Kind.MESSAGE: limits[Kind.MESSAGE]})
+        frame = await self._frame({FrameKind.MESSAGE: limits[FrameKind.MESSAGE]})
         n_bytes = HEADER.size + len(frame.body)
         try:
             message = decode_message(frame.body)
@@ -147,16 +147,16 @@ class Stream:
         _count(self.meter.received, message, n_bytes)
         return message
 
-    async def send(self, kind: Kind, body: bytes = b"", purpose: Purpose = "control") -> None:
+    async def send(self, kind: FrameKind, body: bytes = b"", purpose: TrafficKind = "control") -> None:
         """Returns when there is room for more. Raises OSError."""
-        self.meter.sent[purpose if kind is Kind.CHUNK else "control"] += HEADER.size + len(body)
+        self.meter.sent[purpose if kind is FrameKind.CHUNK else "control"] += HEADER.size + len(body)
         await self._write(HEADER.pack(len(body), kind) + body)
 
     async def send_message(self, message: Message) -> None:
         """Returns when there is room for more. Raises OSError."""
         body = encode_message(message)
         _count(self.meter.sent, message, HEADER.size + len(body))
-        await self._write(HEADER.pack(len(body), Kind.MESSAGE) + body)
+        await self._write(HEADER.pack(len(body), FrameKind.MESSAGE) + body)
 
     @property
     def chunk_bytes(self) -> int:
@@ -192,7 +192,7 @@ class Stream:
         """Closes without waiting for the other end to take what is still buffered."""
         self._writer.transport.abort()
 
-    async def _frame(self, limits: Limits) -> Frame:
+    async def _frame(self, limits: FrameLimits) -> Frame:
         header = await self._exactly(HEADER.size, at_start=True)
         n_bytes, code = HEADER.unpack(header)
         kind = next((k for k in limits if k == code), None)
@@ -219,7 +219,7 @@ class Stream:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _count(counts: dict[Purpose, int], message: Message, n_bytes: int) -> None:
+def _count(counts: dict[TrafficKind, int], message: Message, n_bytes: int) -> None:
     match message:
         case Commit() | Welcome():
             counts["ledger"] += n_bytes

@@ -1,6 +1,6 @@
-"""The contract of places: this process's end of a network that carries streams between peers.
+"""The contract of transports: this process's end of a network that carries streams between peers.
 
-Two implementations: libp2p (`p2p.Host`), and a Ray cluster.
+Two implementations: libp2p (`p2p.P2PTransport`), and a Ray cluster.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ StreamHandler = Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awai
 """Gets the peer id that the network vouches for, never what a message claims."""
 
 
-class Place(Protocol):
+class Transport(Protocol):
     """Belongs to one event loop."""
 
     port: int
     addresses: tuple[str, ...]
-    """Where others reach this place."""
+    """Where others reach this transport."""
     died: asyncio.Event
-    """Set when the network has ended by itself: another place is to be started."""
+    """Set when the network has ended by itself: another transport is to be started."""
 
     @property
     def peer_id(self) -> str: ...

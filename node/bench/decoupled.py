@@ -38,7 +38,7 @@ def bench_decoupled(n_params: int, n_repeats: int, device: str) -> dict[str, Any
     n_exactly = sum(p.numel() for p in ours.values())
     bandwidth = copy_bandwidth(n_exactly, n_repeats, device)
 
-    round_ = Round(ours)
+    round_ = DecoupledRound(ours)
     inexact = InexactApply(ours, round_)
     propose = measure(round_.propose, n_repeats, device)
     apply = measure(round_.apply, n_repeats, device)
@@ -88,7 +88,7 @@ def _traffic(least_n_bytes: int, bandwidth: float, timing: Timing) -> dict[str, 
     }
 
 
-class Round:
+class DecoupledRound:
     """Rounds of one replica; the other peers' payloads are made once."""
 
     def __init__(self, model: dict[str, torch.nn.Parameter]) -> None:
@@ -125,7 +125,7 @@ class Round:
 class InexactApply:
     """Decode and signed update as one would write them if replicas were free to differ in the last bits."""
 
-    def __init__(self, model: dict[str, torch.nn.Parameter], round_: Round) -> None:
+    def __init__(self, model: dict[str, torch.nn.Parameter], round_: DecoupledRound) -> None:
         self.parameters = list(model.values())
         device = self.parameters[0].device
         self.basis = cosine_basis(TILE).T.contiguous().to(device)

@@ -47,7 +47,7 @@ def bench_diloco(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     }
     for name, (compressor, options) in methods.items():
         parameters = transformer(n_params, device).items()
-        round_ = Round(Diloco(parameters, compressor=compressor, lr=LR, **options))  # type: ignore[arg-type]
+        round_ = OuterRound(Diloco(parameters, compressor=compressor, lr=LR, **options))  # type: ignore[arg-type]
         propose = measure(round_.propose_again, n_repeats, device)
         apply = measure(round_.apply_again, n_repeats, device)
         both = measure(round_.run, n_repeats, device)
@@ -67,7 +67,7 @@ def bench_diloco(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     return result
 
 
-class Round:
+class OuterRound:
     """Rounds of one replica; the other peers' payloads are made once."""
 
     def __init__(self, strategy: Diloco) -> None:

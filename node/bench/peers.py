@@ -8,7 +8,7 @@ from ...compression.numerics.noise import kernels_for
 from ...optim.base import Share
 from ...optim.spsa import Spsa
 from .command import Timing, copy_bandwidth, fill_gradients, measure, transformer
-from .decoupled import Round
+from .decoupled import DecoupledRound
 from .noise import spsa_update
 
 PEERS: Final = (1, 4, 16, 64, 256)
@@ -28,7 +28,7 @@ def bench_peers(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     bandwidth = copy_bandwidth(n_exactly, n_repeats, device)
     spsa = {n: measure(lambda n=n: spsa_update(parameters, n), n_repeats, device) for n in PEERS}  # type: ignore[misc]
     fill_gradients(model.values())
-    round_ = Round(model)
+    round_ = DecoupledRound(model)
     payloads = [*round_.others, round_.payload]
 
     def apply(n: int) -> None:

@@ -46,7 +46,7 @@ class DemoFailed(ThinwireError):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DemoPlan:
     """What is to be shown. `faults`: kill a node at a third of the rounds and start it again. `ranks`: of the
     nodes, over and over. `http`: what the coordinator serves meanwhile."""
 
@@ -58,7 +58,7 @@ class Plan:
     http: HttpAddress | None = None
 
 
-def run_demo(plan: Plan, stopped: Callable[[], bool]) -> dict[str, Any]:
+def run_demo(plan: DemoPlan, stopped: Callable[[], bool]) -> dict[str, Any]:
     """Runs the plan and returns what `--json` prints, {} if stopped. Leaves no process and no file."""
     started_s = time.monotonic()
     console = Console(stderr=True)
@@ -68,7 +68,7 @@ def run_demo(plan: Plan, stopped: Callable[[], bool]) -> dict[str, Any]:
             console.print("First a short decoupled phase: fine-tuning needs a model that knows something.")
             base = children.folder / "base.safetensors"
             rounds = min(PRETRAINING_ROUNDS, 2 * plan.rounds)
-            pretraining = Plan("decoupled", plan.n_peers, rounds, faults=False, http=plan.http)
+            pretraining = DemoPlan("decoupled", plan.n_peers, rounds, faults=False, http=plan.http)
             DemoSwarm(pretraining, children, console, stopped, save=base).run()
             console.print("Now that model is fine-tuned on other text, with one byte per probe.")
         result = {} if stopped() else DemoSwarm(plan, children, console, stopped, base=base).run()
@@ -84,7 +84,7 @@ class DemoSwarm:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: DemoPlan,
         children: Children,
         console: Console,
         stopped: Callable[[], bool],
@@ -240,7 +240,7 @@ def _ended(child: Child) -> DemoFailed:
     )
 
 
-def _sum_up(console: Console, plan: Plan, result: Mapping[str, Any]) -> None:
+def _sum_up(console: Console, plan: DemoPlan, result: Mapping[str, Any]) -> None:
     payload, ddp = result["payload_bytes_per_peer_round"], result["ddp_bytes_per_peer_round"]
     lines = [
         f"\n{result['rounds']} rounds in {result['seconds']:.0f} s. Held-out loss "

@@ -11,13 +11,13 @@ from typing import Any, Self, TypeVar
 from ...compression.errors import ConfigError, SwarmUnreachable
 from ...coordinator.protocol.identity import new_key
 from ...coordinator.protocol.messages import BadMessage, Refused, decode_message
-from ...coordinator.protocol.p2p import Host, start_p2p
-from ...coordinator.protocol.streams import STATUS, Kind, Meter, Stream
+from ...coordinator.protocol.p2p import P2PTransport, start_p2p
+from ...coordinator.protocol.streams import STATUS, FrameKind, Meter, Stream
 from ...coordinator.protocol.ticket import Ticket
 
 T = TypeVar("T")
 
-_ANSWERS = {Kind.STATUS: 16 * 2**20, Kind.MESSAGE: 16 * 2**10}
+_ANSWERS = {FrameKind.STATUS: 16 * 2**20, FrameKind.MESSAGE: 16 * 2**10}
 
 
 class StatusClient:
@@ -27,7 +27,7 @@ class StatusClient:
         """Raises ConfigError for a ticket that is none."""
         self._ticket = Ticket.parse(ticket) if isinstance(ticket, str) else ticket
         self._loop = asyncio.new_event_loop()
-        self._host: Host | None = None
+        self._host: P2PTransport | None = None
         self._stream: Stream | None = None
 
     def fetch(self, timeout_s: float = 10.0) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class StatusClient:
             self._drop()
             raise SwarmUnreachable(f"the connection to the coordinator broke: {e}") from e
 
-    async def _ask(self, host: Host) -> dict[str, Any]:
+    async def _ask(self, host: P2PTransport) -> dict[str, Any]:
         if self._stream is None:
             peer_id = self._ticket.peer_id
             await host.dial(peer_id, self._ticket.addresses, 10.0)
@@ -100,9 +100,9 @@ class StatusClient:
 
 async def ask(stream: Stream, token: str) -> dict[str, Any]:
     """The status, over a stream to its door. Raises ConfigError (token), BadMessage, OSError, EOFError."""
-    await stream.send(Kind.ASK, token.encode())
+    await stream.send(FrameKind.ASK, token.encode())
     kind, body = await stream.receive(_ANSWERS)
-    if kind is Kind.MESSAGE:
+    if kind is FrameKind.MESSAGE:
         refused = decode_message(body)
         raise ConfigError(refused.text if isinstance(refused, Refused) else "the coordinator refuses")
     try:

@@ -44,7 +44,7 @@ class Demo:
     """One JSON object with the results on stdout."""
 
     def run(self) -> int:
-        from .demo import Plan, run_demo
+        from .demo import DemoPlan, run_demo
 
         if not 1 <= self.peers <= 32:
             raise ConfigError("--peers: between 1 and 32 on one machine")
@@ -53,7 +53,7 @@ class Demo:
         rounds = self.rounds or {"decoupled": 150, "spsa": 55}[self.strategy]
         http = http_address(self.http, self.http_token)
         with stop_on_signals() as stop:
-            plan = Plan(self.strategy, self.peers, rounds, self.faults, _ranks(self.ranks), http)
+            plan = DemoPlan(self.strategy, self.peers, rounds, self.faults, _ranks(self.ranks), http)
             result = run_demo(plan, stop.is_set)
         if stop.signal:
             return 128 + stop.signal

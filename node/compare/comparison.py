@@ -30,7 +30,7 @@ from ..phases import typical
 from ..tasks.base import Task
 from ..tasks.registry import make_task
 from .nodes import Peer, Point, Reader
-from .specs import Plan, batches_per_step
+from .specs import ComparePlan, batches_per_step
 
 PHASES = ("compute", "pack", "decode")
 POINTS = 8
@@ -41,7 +41,7 @@ KEPT_BYTES = 2**28
 
 POLL_S = 0.1
 
-Progress = Callable[[Plan, int, float | None], None]
+Progress = Callable[[ComparePlan, int, float | None], None]
 """Told now and then: the plan, the last round that the reader has applied, the newest held-out loss."""
 
 
@@ -50,7 +50,7 @@ class Outcome:
     """One strategy's training. `phases`: median CPU seconds of a peer in a round. `sent_bytes`: payloads of
     all peers as their links counted them. `error`: why it ended early, then `curve` is what there is."""
 
-    plan: Plan
+    plan: ComparePlan
     curve: tuple[Point, ...]
     phases: dict[str, float]
     sent_bytes: int
@@ -108,7 +108,7 @@ class Comparison:
     """Trains plans of one run. Raises ConfigError, before anything is trained, if one of them cannot be."""
 
     def __init__(
-        self, run: RunConfig, plans: list[Plan], n_peers: int, import_path: str | None = None
+        self, run: RunConfig, plans: list[ComparePlan], n_peers: int, import_path: str | None = None
     ) -> None:
         self.run, self.plans, self.n_peers, self.import_path = run, plans, n_peers, import_path
         task = make_task(run.task, import_path, None)
@@ -137,7 +137,7 @@ class Comparison:
         """A ring all-reduce of the float32 gradients of what is trained, per peer."""
         return ddp_bytes(self.n_peers, self.n_params)
 
-    def points_every(self, plan: Plan) -> int:
+    def points_every(self, plan: ComparePlan) -> int:
         """Rounds between two evaluations: the run's `eval_every` in steps, but `POINTS` points at least."""
         run = self.run.run
         return max(1, min(run.eval_every * plan.rounds // run.rounds, plan.rounds // POINTS))
@@ -153,7 +153,7 @@ class Comparison:
                 return
             yield outcome
 
-    def _genesis(self, plan: Plan, task: Task) -> Genesis:
+    def _genesis(self, plan: ComparePlan, task: Task) -> Genesis:
         try:
             config = self._config(plan)
             genesis = make_genesis(config, task, peer_id_of(self.key.public_key()), time_ms=0)
@@ -162,7 +162,7 @@ class Comparison:
         # Base weights and text are the same for all: they are kept once.
         return Genesis(genesis.body, tuple(self._blobs.setdefault(digest_of(b), b) for b in genesis.blobs))
 
-    def _config(self, plan: Plan) -> RunConfig:
+    def _config(self, plan: ComparePlan) -> RunConfig:
         """The run's, with this strategy: warm-up is the same share of it, and every round waits for
         everybody, so that all offers count. Snapshots are written only where payloads would fill the disk."""
         run = self.run
@@ -201,7 +201,7 @@ def _one_thread() -> Iterator[None]:
 class _Training:
     """One strategy: peers and a reader as threads over a local swarm."""
 
-    def __init__(self, comparison: Comparison, plan: Plan, genesis: Genesis) -> None:
+    def __init__(self, comparison: Comparison, plan: ComparePlan, genesis: Genesis) -> None:
         self.comparison, self.plan, self.genesis = comparison, plan, genesis
         self.error: BaseException | None = None
 

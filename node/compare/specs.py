@@ -62,7 +62,7 @@ DDP: Final[dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ComparePlan:
     """One strategy's training: `options` are complete; `n_batches` micro-batches per peer and round."""
 
     label: str
@@ -71,7 +71,7 @@ class Plan:
     n_batches: int
 
 
-def plans(specs: str, run: RunConfig) -> list[Plan]:
+def plans(specs: str, run: RunConfig) -> list[ComparePlan]:
     """Plans for the same number of micro-batches: those of `run.run.rounds` rounds of the run's strategy.
 
     Raises ConfigError.
@@ -131,7 +131,7 @@ def _bare(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": options["name"], "lr": options["lr"]}
 
 
-def _plan(label: str, options: dict[str, Any], own: Mapping[str, Any], n_total: int) -> Plan:
+def _plan(label: str, options: dict[str, Any], own: Mapping[str, Any], n_total: int) -> ComparePlan:
     option = FITTED.get(options["name"])
     if (
         option is not None
@@ -142,7 +142,7 @@ def _plan(label: str, options: dict[str, Any], own: Mapping[str, Any], n_total: 
         options = {**options, option: fitted(n_total, default)}
     complete = complete_config(options)
     n_batches = batches_per_round(complete)
-    return Plan(label, complete, max(1, round(n_total / n_batches)), n_batches)
+    return ComparePlan(label, complete, max(1, round(n_total / n_batches)), n_batches)
 
 
 def fitted(n_total: int, default: int) -> int:

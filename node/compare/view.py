@@ -21,7 +21,7 @@ from ..units import human_bytes, human_seconds
 from .charts import comparison_png, has_matplotlib
 from .comparison import PHASES, Comparison, Outcome
 from .comparison import Progress as Tell
-from .specs import Plan, notable, plans
+from .specs import ComparePlan, notable, plans
 
 MAX_PEERS = 32
 TABLE_WIDTH = 120
@@ -171,7 +171,7 @@ def _cells(outcome: Outcome) -> list[str]:
 
 
 @contextmanager
-def _display(console: Console, all_plans: Sequence[Plan]) -> Iterator[Tell]:
+def _display(console: Console, all_plans: Sequence[ComparePlan]) -> Iterator[Tell]:
     """A bar for each strategy on a terminal; elsewhere a line when it begins, and one every three seconds."""
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -180,7 +180,7 @@ def _display(console: Console, all_plans: Sequence[Plan]) -> Iterator[Tell]:
                 p.label: bars.add_task(p.label, total=p.rounds, start=False, held_out="") for p in all_plans
             }
 
-            def move(plan: Plan, round_: int, held_out: float | None) -> None:
+            def move(plan: ComparePlan, round_: int, held_out: float | None) -> None:
                 task = tasks[plan.label]
                 if not bars.tasks[task].started:
                     bars.start_task(task)
@@ -188,9 +188,9 @@ def _display(console: Console, all_plans: Sequence[Plan]) -> Iterator[Tell]:
 
             yield move
         return
-    printed: tuple[Plan | None, int, float] = None, -1, 0.0
+    printed: tuple[ComparePlan | None, int, float] = None, -1, 0.0
 
-    def print_line(plan: Plan, round_: int, held_out: float | None) -> None:
+    def print_line(plan: ComparePlan, round_: int, held_out: float | None) -> None:
         nonlocal printed
         before, at, when_s = printed
         is_due = time.monotonic() - when_s >= LINE_EVERY_S and round_ != at

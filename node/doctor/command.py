@@ -57,9 +57,9 @@ def _checks(
 ) -> list[Check]:
     from .disk import check_disk
     from .machine import check_machine, check_python
-    from .network import Plan, check_network
+    from .network import NetworkPlan, check_network
 
-    plan = Plan(host, port, announce, ticket)
+    plan = NetworkPlan(host, port, announce, ticket)
     return [
         Check("python", check_python),
         Check("machine", check_machine),

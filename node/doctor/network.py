@@ -17,7 +17,7 @@ from ...compression.errors import ConfigError, SwarmUnreachable
 from ...coordinator.protocol.addresses import announced, knock, knock_everywhere, listen_address
 from ...coordinator.protocol.identity import new_key
 from ...coordinator.protocol.messages import PROTOCOL_VERSION, BadMessage
-from ...coordinator.protocol.p2p import Host, start_p2p
+from ...coordinator.protocol.p2p import P2PTransport, start_p2p
 from ...coordinator.protocol.streams import STATUS, Meter, Stream
 from ...coordinator.protocol.ticket import Ticket
 from ..cli.status import ask
@@ -35,7 +35,7 @@ _POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class NetworkPlan:
     """How this machine would listen, and which run it would join. Raises ConfigError for a bad address."""
 
     host: str
@@ -49,7 +49,7 @@ class Plan:
             announced(text, self.port or 1)
 
 
-def check_network(plan: Plan, stopped: Stopped) -> Iterator[Finding]:
+def check_network(plan: NetworkPlan, stopped: Stopped) -> Iterator[Finding]:
     """Leaves neither a process nor an open port behind, also when `stopped` meanwhile."""
     found: list[Finding] = []
     try:
@@ -70,7 +70,7 @@ async def _unless(stopped: Stopped, work: Coroutine[Any, Any, None]) -> None:
         task.result()
 
 
-async def _network(plan: Plan, found: list[Finding]) -> None:
+async def _network(plan: NetworkPlan, found: list[Finding]) -> None:
     host = await _listen(plan, found)
     try:
         if plan.ticket is None:
@@ -83,7 +83,7 @@ async def _network(plan: Plan, found: list[Finding]) -> None:
             await host.close()
 
 
-async def _listen(plan: Plan, found: list[Finding]) -> Host | None:
+async def _listen(plan: NetworkPlan, found: list[Finding]) -> P2PTransport | None:
     """As a node does it; where that fails, on loopback, so that the coordinator can be tried all the same."""
     begun_s = time.perf_counter()
     try:
@@ -97,7 +97,7 @@ async def _listen(plan: Plan, found: list[Finding]) -> Host | None:
     return host
 
 
-async def _listen_on_loopback(why: str, found: list[Finding]) -> Host | None:
+async def _listen_on_loopback(why: str, found: list[Finding]) -> P2PTransport | None:
     try:
         host = await start_p2p(new_key())
     except ConfigError as e:
@@ -110,7 +110,7 @@ async def _listen_on_loopback(why: str, found: list[Finding]) -> Host | None:
     return host
 
 
-async def _reachable(plan: Plan, host: Host) -> Finding:
+async def _reachable(plan: NetworkPlan, host: P2PTransport) -> Finding:
     """What can be said from inside: nobody here can dial this machine from the internet."""
     figures = {"addresses": list(host.addresses)}
     if plan.announce:
@@ -143,7 +143,7 @@ async def _reachable(plan: Plan, host: Host) -> Finding:
 # ------------------------------------------------------------------------------------------- the coordinator
 
 
-async def _coordinator(host: Host, ticket: Ticket, found: list[Finding]) -> None:
+async def _coordinator(host: P2PTransport, ticket: Ticket, found: list[Finding]) -> None:
     silent = await knock_everywhere(ticket.addresses, KNOCK_S)
     tried = {"tried": {address: silent.get(address) for address in ticket.addresses}}
     if len(silent) == len(ticket.addresses):
@@ -182,7 +182,7 @@ class Asked:
     skew_s: float | None
 
 
-async def _asked(host: Host, ticket: Ticket) -> tuple[dict[str, Any], Sequence[Asked]]:
+async def _asked(host: P2PTransport, ticket: Ticket) -> tuple[dict[str, Any], Sequence[Asked]]:
     """The status, and how asking went each time. Raises what the network raises, and ConfigError."""
     await host.dial(ticket.peer_id, ticket.addresses, KNOCK_S)
     reader, writer = await host.open_stream(ticket.peer_id, STATUS, KNOCK_S)

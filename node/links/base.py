@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
 from ...compression.errors import SwarmUnreachable
-from ...coordinator.protocol.messages import Commit, NodeState, Offer, OfferEntry, Report, Welcome
-
-Digest = bytes
-"""BLAKE3 of a blob, 32 bytes."""
+from ...coordinator.protocol.messages import Commit, Digest, NodeState, Offer, OfferEntry, Report, Welcome
 
 
 class Lied(SwarmUnreachable):

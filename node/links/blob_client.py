@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.blob_streams import NotServed, get_blob, put_blob, stall_patience
-from ...coordinator.protocol.streams import BadFrame, Purpose, Stream
+from ...coordinator.protocol.streams import BadFrame, Stream, TrafficKind
 from .base import Lied
 
 T = TypeVar("T")
@@ -47,11 +47,11 @@ class BlobClient:
     def is_busy(self) -> bool:
         return bool(self._busy)
 
-    async def get(self, digest: bytes, max_bytes: int, purpose: Purpose) -> bytes:
+    async def get(self, digest: bytes, max_bytes: int, purpose: TrafficKind) -> bytes:
         """Raises SwarmUnreachable; NotServed if the peer is there but has no such blob for us; Lied."""
         return await self._use(lambda stream: get_blob(stream, digest, max_bytes, purpose, self._patience))
 
-    async def put(self, digest: bytes, data: bytes, purpose: Purpose) -> None:
+    async def put(self, digest: bytes, data: bytes, purpose: TrafficKind) -> None:
         """Raises SwarmUnreachable; NotServed if the peer does not take the blob."""
         await self._use(lambda stream: put_blob(stream, digest, data, purpose))
 
@@ -109,7 +109,7 @@ class Holders:
         self._rests_until_s: dict[str, float] = {}
         self._has_answered: set[str] = set()
 
-    async def get(self, holder: str, digest: bytes, max_bytes: int, purpose: Purpose) -> bytes:
+    async def get(self, holder: str, digest: bytes, max_bytes: int, purpose: TrafficKind) -> bytes:
         """Raises SwarmUnreachable; NotServed if the holder is there but has no such blob for us; Lied."""
         client = self._clients.get(holder)
         if client is None:

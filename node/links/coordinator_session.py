@@ -28,7 +28,7 @@ from ...coordinator.protocol.messages import (
 from ...coordinator.protocol.patience import Patience
 from ...coordinator.protocol.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream, Throttle
 from ...coordinator.protocol.ticket import Ticket
-from ...coordinator.protocol.transport import Place, StreamHandler
+from ...coordinator.protocol.transport import StreamHandler, Transport
 from .upload_limit import UploadLimit
 
 _log = logging.getLogger("thinwire.link")
@@ -52,13 +52,13 @@ _AGENT = "thinwire"
 _REFUSALS = {"ConfigError": ConfigError, "Incompatible": Incompatible, "LedgerCorrupt": LedgerCorrupt}
 
 
-StartPlace = Callable[[], Awaitable[Place]]
-"""Opens this node's place in the network. Raises ConfigError."""
+OpenTransport = Callable[[], Awaitable[Transport]]
+"""Opens this node's transport in the network. Raises ConfigError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What the uplink asks and tells the link; all are called in the event loop."""
+    """What the coordinator session asks and tells the link; all are called in the event loop."""
 
     head: Callable[[], tuple[int | None, bytes | None]]
     """The last commit that is known, for Hello."""
@@ -81,28 +81,28 @@ class Hooks:
     blob_server: StreamHandler
 
 
-class Uplink:
+class CoordinatorSession:
     """`open` once, then `post`; `close` at the end. Breaks are mended until `patience_s` is over."""
 
     def __init__(
         self,
         ticket: Ticket,
-        start_place: StartPlace,
+        open_transport: OpenTransport,
         meter: Meter,
         hooks: Hooks,
         patience_s: float,
         limit: UploadLimit | None = None,
         device: str = "",
     ) -> None:
-        self._ticket, self._start_place, self._meter, self._hooks = ticket, start_place, meter, hooks
+        self._ticket, self._open_transport, self._meter, self._hooks = ticket, open_transport, meter, hooks
         self._control = None if limit is None else limit.control
         self._patience_s, self._device = patience_s, device
         self._jitter = random.Random()
         self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
-        self._place: Place | None = None
+        self._transport: Transport | None = None
         self._stream: Stream | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._keeping: asyncio.Task[None] | None = None
         self._retry_s = FIRST_RETRY_S
         self._dial_patience = Patience(floor_s=QUICK_DIAL_S, ceiling_s=DIAL_TIMEOUT_S)
         self.is_up = asyncio.Event()
@@ -122,7 +122,7 @@ class Uplink:
             if not head_round:
                 raise
             stream, welcome = await self._reconnect(str(e))
-        self._keeper = asyncio.create_task(self._keep(stream, welcome))
+        self._keeping = asyncio.create_task(self._keep(stream, welcome))
         return welcome
 
     def post(self, message: Message) -> None:
@@ -133,19 +133,19 @@ class Uplink:
 
     async def open_stream(self, protocol: str, throttle: Throttle | None = None) -> Stream:
         """Another stream to the coordinator. Raises SwarmUnreachable."""
-        if self._place is None or not self.is_up.is_set():
+        if self._transport is None or not self.is_up.is_set():
             raise SwarmUnreachable("there is no connection to the coordinator")
-        reader, writer = await self._place.open_stream(self._ticket.peer_id, protocol, DIAL_TIMEOUT_S)
+        reader, writer = await self._transport.open_stream(self._ticket.peer_id, protocol, DIAL_TIMEOUT_S)
         return Stream(reader, writer, self._meter, throttle or self._control)
 
     async def open_stream_to(self, peer_id: str, addresses: Sequence[str], protocol: str) -> Stream:
         """A stream to another node. Raises SwarmUnreachable."""
-        if self._place is None:
+        if self._transport is None:
             raise SwarmUnreachable("there is no connection to the swarm")
         began_s, limit_s = time.monotonic(), self._dial_patience.limit_s
         try:
-            await self._place.dial(peer_id, addresses, limit_s)
-            reader, writer = await self._place.open_stream(peer_id, protocol, limit_s)
+            await self._transport.dial(peer_id, addresses, limit_s)
+            reader, writer = await self._transport.open_stream(peer_id, protocol, limit_s)
         except SwarmUnreachable:
             if time.monotonic() - began_s >= limit_s:
                 self._dial_patience.ran_out()
@@ -155,23 +155,23 @@ class Uplink:
 
     async def close(self, *, say_goodbye: bool = True) -> None:
         """Waits until the coordinator has read that this node leaves, for at most 5 s, and ends all."""
-        if say_goodbye and self._keeper is not None and not self._keeper.done():
+        if say_goodbye and self._keeping is not None and not self._keeping.done():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GOODBYE_S):
                     await self.was_read.wait()
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
-        if self._place is not None:
-            await self._place.close()
-            self._place = None
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
+        if self._transport is not None:
+            await self._transport.close()
+            self._transport = None
 
     # ------------------------------------------------------------------------------------- connecting
 
     async def _connect(self) -> tuple[Stream, Welcome]:
-        place = await self._living_place()
-        await place.dial(self._ticket.peer_id, self._ticket.addresses, DIAL_TIMEOUT_S)
-        reader, writer = await place.open_stream(self._ticket.peer_id, SESSION, DIAL_TIMEOUT_S)
+        transport = await self._living_transport()
+        await transport.dial(self._ticket.peer_id, self._ticket.addresses, DIAL_TIMEOUT_S)
+        reader, writer = await transport.open_stream(self._ticket.peer_id, SESSION, DIAL_TIMEOUT_S)
         stream = Stream(reader, writer, self._meter, self._control)
         try:
             head_round, head_digest = self._hooks.head()
@@ -182,7 +182,7 @@ class Uplink:
                     token=self._ticket.token,
                     head_round=head_round,
                     head_digest=head_digest,
-                    addresses=place.addresses,
+                    addresses=transport.addresses,
                     agent=_AGENT,
                     device=self._device,
                 )
@@ -218,15 +218,15 @@ class Uplink:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
 
-    async def _living_place(self) -> Place:
-        if self._place is not None and self._place.died.is_set():
+    async def _living_transport(self) -> Transport:
+        if self._transport is not None and self._transport.died.is_set():
             self._hooks.tell("this machine's libp2p has ended unexpectedly: starting it again", True)
-            await self._place.close()
-            self._place = None
-        if self._place is None:
-            self._place = await self._start_place()
-            await self._place.handle(BLOB, self._hooks.blob_server)
-        return self._place
+            await self._transport.close()
+            self._transport = None
+        if self._transport is None:
+            self._transport = await self._open_transport()
+            await self._transport.handle(BLOB, self._hooks.blob_server)
+        return self._transport
 
     # -------------------------------------------------------------------------------- keeping it alive
 
@@ -249,12 +249,12 @@ class Uplink:
         for message in self._hooks.greeting():
             self.post(message)
         self.is_up.set()
-        assert self._place is not None
+        assert self._transport is not None
         tasks = [
             asyncio.create_task(self._read(stream)),
             asyncio.create_task(self._write(stream)),
             asyncio.create_task(self._beat(stream, welcome.heartbeat_s)),
-            asyncio.create_task(self._place.died.wait()),
+            asyncio.create_task(self._transport.died.wait()),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -292,8 +292,8 @@ class Uplink:
             await asyncio.sleep(pause_s)
             self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
             try:
-                if self._place is not None and not self._place.died.is_set():
-                    await self._place.disconnect(self._ticket.peer_id)
+                if self._transport is not None and not self._transport.died.is_set():
+                    await self._transport.disconnect(self._ticket.peer_id)
                 stream, welcome = await self._connect()
             except (SwarmUnreachable, BadMessage) as e:
                 why = str(e)

@@ -23,6 +23,7 @@ from ...coordinator.protocol.messages import (
     AskMetrics,
     BadMessage,
     Commit,
+    Digest,
     Follow,
     Head,
     Heartbeat,
@@ -39,11 +40,11 @@ from ...coordinator.protocol.messages import (
     Welcome,
     digest_of,
 )
-from ...coordinator.protocol.streams import BLOB, Meter, Purpose, Stream
+from ...coordinator.protocol.streams import BLOB, Meter, Stream, TrafficKind
 from ...coordinator.protocol.ticket import Ticket
-from .base import Digest, Lied
+from .base import Lied
 from .blob_client import BlobClient, Holders
-from .coordinator_session import Hooks, StartPlace, Uplink
+from .coordinator_session import CoordinatorSession, Hooks, OpenTransport
 from .mailbox import Mailbox
 from .payloads import AHEAD, LONG_WAIT_S, Payloads, Served
 from .upload_limit import UploadLimit
@@ -86,7 +87,7 @@ class About:
     phases: Callable[[], Phases | None] = lambda: None
 
 
-class LinkSession:
+class LinkCore:
     """Lives in the event loop; `head`, `served` and `members` are used from any thread.
 
     `copy_path`: where the copy of the ledger is on disk, if it is. `metrics`: see `HivemindLink`.
@@ -95,7 +96,7 @@ class LinkSession:
     def __init__(
         self,
         ticket: Ticket,
-        start_place: StartPlace,
+        open_transport: OpenTransport,
         mailbox: Mailbox,
         meter: Meter,
         patience_s: float,
@@ -120,16 +121,18 @@ class LinkSession:
             failed=self._failed,
             blob_server=self._serve_blobs,
         )
-        self._uplink = Uplink(ticket, start_place, meter, hooks, patience_s, limit, about.device)
+        self._coordinator = CoordinatorSession(
+            ticket, open_transport, meter, hooks, patience_s, limit, about.device
+        )
         self._limit = limit
         self._metrics, self._phases = metrics, about.phases
         self._answering: asyncio.Task[None] | None = None
         self._mailbox, self._meter = mailbox, meter
         self._peer_id, self._copy, self._copy_path = peer_id, copy, copy_path
         self._uploads = BlobClient(
-            lambda: self._uplink.open_stream(BLOB, None if limit is None else limit.own), 1
+            lambda: self._coordinator.open_stream(BLOB, None if limit is None else limit.own), 1
         )
-        self._downloads = BlobClient(lambda: self._uplink.open_stream(BLOB), _DOWNLOADS)
+        self._downloads = BlobClient(lambda: self._coordinator.open_stream(BLOB), _DOWNLOADS)
         self._holders = Holders(self._open_stream_to)
         self.payloads = Payloads(self, peer_id)
         self.served = Served(self.payloads.kept, self._has_time_for)
@@ -151,7 +154,7 @@ class LinkSession:
 
     async def open(self) -> Welcome:
         try:
-            welcome = await self._uplink.open()
+            welcome = await self._coordinator.open()
         except LedgerCorrupt as e:
             raise self._with_command(e) from e
         self.head = max(self.head, welcome.head_round)
@@ -162,7 +165,7 @@ class LinkSession:
     async def close(self, say_goodbye: bool) -> None:
         if say_goodbye and self._state is not NodeState.LEAVING:
             self.say_state(NodeState.LEAVING, None)
-        await self._uplink.close(say_goodbye=say_goodbye)
+        await self._coordinator.close(say_goodbye=say_goodbye)
         self._uploads.close()
         self._downloads.close()
         self._holders.close()
@@ -172,17 +175,17 @@ class LinkSession:
 
     def say_state(self, state: NodeState, needs_after: int | None) -> None:
         self._state, self._needs_after = state, needs_after
-        self._uplink.post(State(state=state, needs_after=needs_after))
+        self._coordinator.post(State(state=state, needs_after=needs_after))
 
     def make_report(self, report: Report) -> None:
         self._reports.append(report)
-        self._uplink.post(report)
+        self._coordinator.post(report)
 
     def make_offer(self, offer: Offer) -> None:
         assert offer.payload is not None
         if offer.round < self._copy.head_round:
             # Told to be far too late, so that its time is known; its payload is of use to nobody.
-            self._uplink.post(_without_payload(offer))
+            self._coordinator.post(_without_payload(offer))
             return
         self._offer = offer
         self._payload_bytes += len(offer.payload)
@@ -192,10 +195,10 @@ class LinkSession:
         payload = offer.payload
         assert payload is not None
         if len(payload) <= INLINE_BYTES:
-            self._uplink.post(offer)
+            self._coordinator.post(offer)
             return
         digest = self.payloads.keep_own(offer.round, payload)
-        self._uplink.post(offer.model_copy(update={"payload": None, "digest": digest}))
+        self._coordinator.post(offer.model_copy(update={"payload": None, "digest": digest}))
         if self._upload is not None:
             self._upload.cancel()
         self._upload = asyncio.ensure_future(self._put(offer.round, digest, payload))
@@ -210,7 +213,7 @@ class LinkSession:
                 self._mailbox.put_event(f"the payload of round {round_} was not taken: {e}", True)
             except SwarmUnreachable:
                 await asyncio.sleep(_RETRY_S)
-                await self._uplink.is_up.wait()
+                await self._coordinator.is_up.wait()
                 continue
             self._upload_rates.append(len(payload) / max(time.monotonic() - began_s, 1e-6))
             self.upload_bytes_per_s = median(self._upload_rates)
@@ -308,11 +311,11 @@ class LinkSession:
     async def reconnected(self, timeout_s: float | None) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._uplink.is_up.wait()
+                await self._coordinator.is_up.wait()
         if self._error is not None:
             raise SwarmUnreachable(str(self._error))
 
-    async def _from_coordinator(self, digest: Digest, n_bytes: int, purpose: Purpose) -> bytes:
+    async def _from_coordinator(self, digest: Digest, n_bytes: int, purpose: TrafficKind) -> bytes:
         if self._error is not None:
             raise SwarmUnreachable(str(self._error))
         return await self._downloads.get(digest, n_bytes, purpose)
@@ -335,7 +338,7 @@ class LinkSession:
     async def _open_stream_to(self, holder: str) -> Stream:
         if not self._is_member(holder):
             raise _Unlisted(f"{holder} is not connected to the swarm")
-        return await self._uplink.open_stream_to(holder, self._listed[holder].addresses, BLOB)
+        return await self._coordinator.open_stream_to(holder, self._listed[holder].addresses, BLOB)
 
     async def _serve_blobs(
         self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -354,7 +357,7 @@ class LinkSession:
         finally:
             self._streams_of -= Counter((peer_id,))
 
-    # ----------------------------------------------------------------------------- what the uplink asks
+    # ----------------------------------------------------------------------------- what the session asks
 
     def _known_head(self) -> tuple[int | None, Digest | None]:
         copy = self._copy
@@ -389,7 +392,7 @@ class LinkSession:
             case Heartbeat(round=round_):
                 self.head = max(self.head, round_)
             case Head():
-                self._uplink.was_read.set()
+                self._coordinator.was_read.set()
             case Offered():
                 if self._state is NodeState.TRAINING and message.round > self._copy.head_round:
                     self.payloads.offered(message)
@@ -409,7 +412,7 @@ class LinkSession:
         except Exception:  # noqa: BLE001 - the edge: a gauge that cannot be read must not end the session
             _log.exception("this node's metrics cannot be read")
             text = b""
-        self._uplink.post(packed(text))
+        self._coordinator.post(packed(text))
 
     def _heartbeat(self) -> Heartbeat:
         sent, received = self._meter.totals()
@@ -429,7 +432,7 @@ class LinkSession:
     def _failed(self, error: ThinwireError) -> None:
         self._error = self._with_command(error) if isinstance(error, LedgerCorrupt) else error
         self._mailbox.fail(self._error)
-        self._uplink.is_up.set()  # wakes downloads, which look at the error
+        self._coordinator.is_up.set()  # wakes downloads, which look at the error
 
 
 def _without_payload(offer: Offer) -> Offer:

@@ -9,20 +9,20 @@ from ...compression.errors import ConfigError
 from ...coordinator.protocol.identity import load_or_create, new_key, peer_id_of
 from ...coordinator.protocol.p2p import start_p2p
 from ...coordinator.protocol.ticket import Ticket
-from ...coordinator.protocol.transport import Place
+from ...coordinator.protocol.transport import Transport
 from .core import About
-from .remote import SessionLink
+from .remote import RemoteLink
 from .upload_limit import UploadLimit
 
 IDENTITY_NAME = "identity.key"
 
 
-class HivemindLink(SessionLink):
+class HivemindLink(RemoteLink):
     """See `Link`. `state`: a folder for this node's identity, None for a new one each time; what belongs
     to this run is in a folder of its own in there, `run_folder`.
 
     `host`, `port`: where other nodes reach this one; `announce`: addresses that they should try first. The
-    other arguments are those of `SessionLink`.
+    other arguments are those of `RemoteLink`.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class HivemindLink(SessionLink):
         """Raises ConfigError (identity)."""
         key = new_key() if state is None else load_or_create(_made(state) / IDENTITY_NAME)
 
-        async def start_place() -> Place:
+        async def open_transport() -> Transport:
             return await start_p2p(key, host=host, port=port, announce=tuple(announce))
 
         super().__init__(
             ticket,
             peer_id_of(key.public_key()),
-            start_place,
+            open_transport,
             run_folder=None if state is None else _made(state / ticket.run_id.hex()[:16]),
             patience_s=patience_s,
             limit=limit,

@@ -26,6 +26,7 @@ from ...coordinator.protocol.messages import (
     MAX_ROUND,
     PROTOCOL_VERSION,
     Commit,
+    Digest,
     GenesisBody,
     Heartbeat,
     Hello,
@@ -41,8 +42,8 @@ from ...coordinator.protocol.messages import (
     encode_message,
 )
 from ...coordinator.service import Service
-from .base import Digest, Lied, LinkEvent, Shelf, Traffic
-from .payloads import Kept, Served
+from .base import Lied, LinkEvent, Shelf, Traffic
+from .payloads import KeptPayload, Served
 
 
 class Clock(Protocol):
@@ -230,7 +231,7 @@ class LocalLink:
     ) -> None:
         self.peer_id = peer_id
         self.run_id = swarm.run_id
-        self._kept = Kept()
+        self._kept = KeptPayload()
         self._served = Served(self._kept)
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()

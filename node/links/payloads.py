@@ -17,7 +17,7 @@ from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.blob_streams import NotServed, Sink
 from ...coordinator.protocol.messages import BadMessage, Commit, Offered, OfferEntry, digest_of
 from ...coordinator.protocol.patience import Patience
-from ...coordinator.protocol.streams import Purpose
+from ...coordinator.protocol.streams import TrafficKind
 from .base import Lied, Shelf
 
 AHEAD = 4
@@ -63,7 +63,7 @@ class Sources(Protocol):
         ...
 
 
-class Kept:
+class KeptPayload:
     """Payloads of the last rounds, a read-only shelf. At most `max_bytes`, but always the newest one."""
 
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
@@ -106,7 +106,7 @@ class Payloads:
     def __init__(self, sources: Sources, own: str) -> None:
         self._sources, self._own = sources, own
         self.max_offers, self.max_bytes = 0, 0
-        self.kept = Kept()
+        self.kept = KeptPayload()
         self._patience = Patience(floor_s=SHORT_WAIT_S, ceiling_s=LONG_WAIT_S)
         self._early: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
         self._tasks: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
@@ -253,7 +253,7 @@ class Served:
     `has_time_for`: whether payloads of so many bytes are given; who is refused finds them elsewhere.
     """
 
-    def __init__(self, kept: Kept, has_time_for: Callable[[int], bool] = lambda n_bytes: True) -> None:
+    def __init__(self, kept: KeptPayload, has_time_for: Callable[[int], bool] = lambda n_bytes: True) -> None:
         self._kept = kept
         self._has_time_for = has_time_for
         self.shelf: Shelf | None = None
@@ -266,7 +266,7 @@ class Served:
             raise KeyError(digest.hex())
         return shelf.open(digest)
 
-    def purpose(self, digest: bytes) -> Purpose:
+    def purpose(self, digest: bytes) -> TrafficKind:
         return "payload" if digest in self._kept else "snapshot"
 
     def sink(self, digest: bytes, n_bytes: int) -> Sink | None:

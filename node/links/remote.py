@@ -14,12 +14,21 @@ from typing import Any, TypeVar
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.identity import public_key_of
 from ...coordinator.protocol.ledger_copy import COPY_NAME, LedgerCopy
-from ...coordinator.protocol.messages import MAX_ROUND, Commit, NodeState, Offer, OfferEntry, Report, Welcome
-from ...coordinator.protocol.streams import Meter, Purpose
+from ...coordinator.protocol.messages import (
+    MAX_ROUND,
+    Commit,
+    Digest,
+    NodeState,
+    Offer,
+    OfferEntry,
+    Report,
+    Welcome,
+)
+from ...coordinator.protocol.streams import Meter, TrafficKind
 from ...coordinator.protocol.ticket import Ticket
-from .base import Digest, LinkEvent, Shelf, Traffic
-from .coordinator_session import StartPlace
-from .core import About, LinkSession
+from .base import LinkEvent, Shelf, Traffic
+from .coordinator_session import OpenTransport
+from .core import About, LinkCore
 from .mailbox import Mailbox
 from .upload_limit import UploadLimit
 
@@ -28,9 +37,9 @@ T = TypeVar("T")
 _READ_AT_ONCE = 64
 
 
-class SessionLink:
-    """See `Link`. `start_place`: opens this node's place in the network; `run_folder`: where this run's copy
-    of the ledger is kept, None: in memory.
+class RemoteLink:
+    """See `Link`. `open_transport`: opens this node's transport in the network; `run_folder`: where this
+    run's copy of the ledger is kept, None: in memory.
 
     `patience_s`: how long to go on trying when the coordinator does not answer any more. `limit`: of all that
     this node sends. `metrics`: this node's, in Prometheus' text format, for when the coordinator asks; called
@@ -41,7 +50,7 @@ class SessionLink:
         self,
         ticket: Ticket,
         peer_id: str,
-        start_place: StartPlace,
+        open_transport: OpenTransport,
         *,
         run_folder: Path | None = None,
         patience_s: float = 600.0,
@@ -53,14 +62,14 @@ class SessionLink:
         self._ticket, self._patience_s, self._limit = ticket, patience_s, limit
         self._metrics, self._about = metrics, about
         self.peer_id, self.run_folder = peer_id, run_folder
-        self._start_place = start_place
+        self._open_transport = open_transport
         self._mailbox = Mailbox()
         self._meter = Meter()
         self._closing = threading.Lock()
         self._is_closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._session: LinkSession | None = None
+        self._core: LinkCore | None = None
         self._copy: LedgerCopy | None = None
         self._copy_path = None if self.run_folder is None else self.run_folder / COPY_NAME
 
@@ -83,9 +92,9 @@ class SessionLink:
             raise
 
     async def _open(self, copy: LedgerCopy) -> Welcome:
-        self._session = LinkSession(
+        self._core = LinkCore(
             self._ticket,
-            self._start_place,
+            self._open_transport,
             self._mailbox,
             self._meter,
             self._patience_s,
@@ -96,11 +105,11 @@ class SessionLink:
             metrics=self._metrics,
             about=self._about,
         )
-        return await self._session.open()
+        return await self._core.open()
 
     @property
     def head(self) -> int:
-        return 0 if self._session is None else self._session.head
+        return 0 if self._core is None else self._core.head
 
     def state(self, state: NodeState, needs_after: int | None = None) -> None:
         self._soon("say_state", state, needs_after)
@@ -145,11 +154,11 @@ class SessionLink:
         return self._wait(session.fetch_from(holder, digest, n_bytes))
 
     def members(self) -> list[str]:
-        return [] if self._session is None else self._session.members()
+        return [] if self._core is None else self._core.members()
 
     def serve(self, shelf: Shelf | None) -> None:
-        if self._session is not None:
-            self._session.served.shelf = shelf
+        if self._core is not None:
+            self._core.served.shelf = shelf
 
     def events(self) -> Iterator[LinkEvent]:
         while (event := self._mailbox.take_event()) is not None:
@@ -159,7 +168,7 @@ class SessionLink:
         return Traffic(
             _without_heartbeats(self._meter.sent),
             _without_heartbeats(self._meter.received),
-            None if self._session is None else self._session.upload_bytes_per_s,
+            None if self._core is None else self._core.upload_bytes_per_s,
         )
 
     def close(self) -> None:
@@ -187,25 +196,25 @@ class SessionLink:
 
     async def _shut(self, say_goodbye: bool) -> None:
         """Ends the session, then whatever still runs in the loop, so that nobody waits for it."""
-        if self._session is not None:
-            await self._session.close(say_goodbye)
+        if self._core is not None:
+            await self._core.close(say_goodbye)
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await asyncio.get_running_loop().shutdown_default_executor()
 
-    def _opened(self) -> LinkSession:
-        if self._session is None or self._is_closed:
+    def _opened(self) -> LinkCore:
+        if self._core is None or self._is_closed:
             raise SwarmUnreachable("the link is not open")
-        return self._session
+        return self._core
 
     def _soon(self, method: str, *arguments: object) -> None:
         """Calls a method of the session in the loop; does nothing without a session."""
-        if self._session is None or self._loop is None or self._is_closed:
+        if self._core is None or self._loop is None or self._is_closed:
             return
         try:
-            self._loop.call_soon_threadsafe(getattr(self._session, method), *arguments)
+            self._loop.call_soon_threadsafe(getattr(self._core, method), *arguments)
         except RuntimeError:  # the loop was closed by another thread meanwhile
             return
 
@@ -237,5 +246,5 @@ def _empty(loop: asyncio.AbstractEventLoop) -> None:
     loop.run_until_complete(cancel_all())
 
 
-def _without_heartbeats(counts: Mapping[Purpose, int]) -> dict[str, int]:
+def _without_heartbeats(counts: Mapping[TrafficKind, int]) -> dict[str, int]:
     return {str(purpose): n for purpose, n in counts.items() if purpose != "heartbeat"}

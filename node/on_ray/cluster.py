@@ -196,33 +196,33 @@ def find_room(
     if wait_s is None and not _fits(groups, [node["Resources"] for node in _nodes()]):
         raise NoRoom(_no_room(groups, 0, "It is not large enough"))
     wanted = [group for group in groups for _ in range(group.count)]
-    places = [
+    placements = [
         placement_group(group.bundles, strategy="STRICT_PACK", name=f"{name}-peer-{i}")
         for i, group in enumerate(wanted)
     ]
     try:
-        n_ready = _wait(places, WAIT_S if wait_s is None else wait_s, stopped)
-        if n_ready < len(places) and not stopped():
+        n_ready = _wait(placements, WAIT_S if wait_s is None else wait_s, stopped)
+        if n_ready < len(placements) and not stopped():
             raise NoRoom(_no_room(groups, n_ready, f"No more was free within {wait_s or WAIT_S:.0f} s"))
     except BaseException:
-        for place in places:
-            remove_placement_group(place)
+        for placement in placements:
+            remove_placement_group(placement)
         raise
-    if n_ready < len(places):
-        for place in places:
-            remove_placement_group(place)
+    if n_ready < len(placements):
+        for placement in placements:
+            remove_placement_group(placement)
         return []
-    return places
+    return placements
 
 
-def has_place(place: Any) -> bool:
+def is_placed(placement: Any) -> bool:
     """Whether the placement group is on living machines now, not waiting for one."""
     from ray.util import placement_group_table
 
-    return bool(placement_group_table(place).get("state") == "CREATED")
+    return bool(placement_group_table(placement).get("state") == "CREATED")
 
 
-def give_back(actors: Sequence[Any], places: Sequence[Any]) -> None:
+def give_back(actors: Sequence[Any], placements: Sequence[Any]) -> None:
     """Ends all of them, whatever they are doing."""
     import ray
     from ray.util import remove_placement_group
@@ -230,27 +230,27 @@ def give_back(actors: Sequence[Any], places: Sequence[Any]) -> None:
     for actor in (actor for actor in actors if actor is not None):
         with suppress(ray.exceptions.RayError, ValueError):
             ray.kill(actor, no_restart=True)
-    for place in places:
+    for placement in placements:
         with suppress(ray.exceptions.RayError, ValueError):
-            remove_placement_group(place)
+            remove_placement_group(placement)
 
 
-def _wait(places: Sequence[Any], wait_s: float, stopped: Callable[[], bool]) -> int:
+def _wait(placements: Sequence[Any], wait_s: float, stopped: Callable[[], bool]) -> int:
     """How many of them are there in the end."""
     began_s = told_s = time.monotonic()
     n_ready = 0
-    while n_ready < len(places) and not stopped():
+    while n_ready < len(placements) and not stopped():
         left_s = began_s + wait_s - time.monotonic()
-        if places[n_ready].wait(max(0.0, min(_POLL_S, left_s))):
+        if placements[n_ready].wait(max(0.0, min(_POLL_S, left_s))):
             n_ready += 1
             continue
         if left_s <= 0:
-            return sum(has_place(place) for place in places)
+            return sum(is_placed(placement) for placement in placements)
         if time.monotonic() - told_s >= _TELL_EVERY_S:
             told_s = time.monotonic()
             log.info(
                 "waiting for room in the cluster since %.0f s: %d of %d peers have a place",
-                *(told_s - began_s, n_ready, len(places)),
+                *(told_s - began_s, n_ready, len(placements)),
             )
     return n_ready
 

@@ -16,7 +16,7 @@ from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.identity import peer_id_of
 from ...coordinator.server import CoordinatorServer
 from ...coordinator.state import StateDir
-from .coordinator_transport import Found, Switchboard
+from .coordinator_transport import Found, RayCoordinatorTransport
 from .transport import ADDRESS_PREFIX, once_free
 
 
@@ -29,7 +29,7 @@ class CoordinatorActor:
         self._opening = asyncio.Lock()
         self._state: StateDir | None = None
         self._server: CoordinatorServer | None = None
-        self._board: Switchboard | None = None
+        self._transport: RayCoordinatorTransport | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._is_stopped = False
 
@@ -57,72 +57,74 @@ class CoordinatorActor:
             self._is_stopped = True
             await self._stop()
 
-    # ----------------------------------------------------------------------------------- for nodes' places
+    # ------------------------------------------------------------------------------- for nodes' transports
 
     async def attend(self, line: bytes) -> None:
-        await (await self._switchboard()).attend(line)
+        await (await self._serving_transport()).attend(line)
 
     async def connect(self, line: bytes, peer_id: str, protocol: str, life: list[Any]) -> bool:
-        return await (await self._switchboard()).connect(line, peer_id, protocol, life)
+        return await (await self._serving_transport()).connect(line, peer_id, protocol, life)
 
     async def write(self, line: bytes, data: bytes) -> bool:
-        return await (await self._switchboard()).write(line, data)
+        return await (await self._serving_transport()).write(line, data)
 
     async def read(self, line: bytes) -> bytes | None:
-        return await (await self._switchboard()).read(line)
+        return await (await self._serving_transport()).read(line)
 
     async def hang_up(self, line: bytes) -> None:
-        await (await self._switchboard()).hang_up(line)
+        await (await self._serving_transport()).hang_up(line)
 
     async def put_blob(self, line: bytes, digest: bytes, refs: list[Any]) -> str | None:
-        return await (await self._switchboard()).put_blob(line, digest, refs)
+        return await (await self._serving_transport()).put_blob(line, digest, refs)
 
     async def get_blob(self, line: bytes, digest: bytes, holder: str | None, is_fresh: bool) -> Found:
-        return await (await self._switchboard()).get_blob(line, digest, holder, is_fresh)
+        return await (await self._serving_transport()).get_blob(line, digest, holder, is_fresh)
 
     async def wanted(self, line: bytes) -> list[tuple[int, str, bytes]] | None:
-        return await (await self._switchboard()).wanted(line)
+        return await (await self._serving_transport()).wanted(line)
 
     async def answer(self, number: int, refs: list[Any], why: str) -> None:
-        await (await self._switchboard()).answer(number, refs, why)
+        await (await self._serving_transport()).answer(number, refs, why)
 
     # ---------------------------------------------------------------------------------------- the server
 
-    async def _switchboard(self) -> Switchboard:
+    async def _serving_transport(self) -> RayCoordinatorTransport:
         return (await self._serving())[1]
 
-    async def _serving(self) -> tuple[CoordinatorServer, Switchboard]:
-        if self._server is None or self._board is None:
+    async def _serving(self) -> tuple[CoordinatorServer, RayCoordinatorTransport]:
+        if self._server is None or self._transport is None:
             async with self._opening:
-                if self._server is None or self._board is None:
+                if self._server is None or self._transport is None:
                     await self._start()
         assert self._server is not None
-        assert self._board is not None
-        return self._server, self._board
+        assert self._transport is not None
+        return self._server, self._transport
 
     async def _start(self) -> None:
         if self._is_stopped:
             raise SwarmUnreachable("the coordinator was stopped")
         self._state = await asyncio.to_thread(once_free, lambda: StateDir(self._folder))
         try:
-            server = CoordinatorServer(self._state, start_place=self._open_place)
+            server = CoordinatorServer(self._state, start_transport=self._open_transport)
             await server.start()
         except BaseException:
             self._state.close()
             raise
-        assert self._board is not None
+        assert self._transport is not None
         self._server = server
         self._tasks = [
             asyncio.create_task(server.run_until_finished()),
-            asyncio.create_task(self._board.forget_old_again_and_again()),
+            asyncio.create_task(self._transport.forget_old_again_and_again()),
         ]
 
-    async def _open_place(self, key: Ed25519PrivateKey, *, port: int, **_where: Any) -> Switchboard:
+    async def _open_transport(
+        self, key: Ed25519PrivateKey, *, port: int, **_where: Any
+    ) -> RayCoordinatorTransport:
         """The port is libp2p's, should the run ever be continued over that."""
         peer_id = peer_id_of(key.public_key())
-        self._board = Switchboard(peer_id, ADDRESS_PREFIX + self._namespace, self._is_member)
-        self._board.port = port
-        return self._board
+        self._transport = RayCoordinatorTransport(peer_id, ADDRESS_PREFIX + self._namespace, self._is_member)
+        self._transport.port = port
+        return self._transport
 
     def _is_member(self, peer_id: str) -> bool:
         return self._server is not None and self._server.service.is_member(peer_id)
@@ -135,4 +137,4 @@ class CoordinatorActor:
             await self._server.stop()
         if self._state is not None:
             self._state.close()
-        self._server, self._board, self._state = None, None, None
+        self._server, self._transport, self._state = None, None, None

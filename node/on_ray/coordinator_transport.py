@@ -1,4 +1,4 @@
-"""The coordinator's place in a Ray cluster: calls of node actors become streams to its handlers.
+"""The coordinator's transport in a Ray cluster: calls of node actors become streams to its handlers.
 
 A *line* is one stream; its number is random and made by the node, so that a restarted coordinator knows none
 of the old ones. Blobs are references: those that nodes have put are handed on as long as somebody asks for
@@ -49,7 +49,7 @@ class _Line:
 
 
 @dataclass(slots=True)
-class _Kept:
+class _KeptBlob:
     holder: str | None
     ref: Any
     n_bytes: int
@@ -60,8 +60,8 @@ Found = tuple[list[Any], str]
 """A reference in a list, so that Ray does not resolve it; or none, and why."""
 
 
-class Switchboard:
-    """See `Place`. `is_member`: whether a peer may have blobs. Belongs to the actor's event loop."""
+class RayCoordinatorTransport:
+    """See `Transport`. `is_member`: whether a peer may have blobs. Belongs to the actor's event loop."""
 
     port = 0
 
@@ -72,7 +72,7 @@ class Switchboard:
         self._handlers: dict[str, StreamHandler] = {}
         self._lines: dict[bytes, _Line] = {}
         self._sessions: dict[str, bytes] = {}
-        self._kept: dict[tuple[bytes, str | None], _Kept] = {}
+        self._kept: dict[tuple[bytes, str | None], _KeptBlob] = {}
         self._asked: dict[int, asyncio.Future[Found]] = {}
         self._numbers = count(1)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -105,7 +105,7 @@ class Switchboard:
     # ------------------------------------------------------------------------------------------- lines
 
     async def attend(self, line: bytes) -> None:
-        """Lasts as long as the line; see `RayPlace`."""
+        """Lasts as long as the line; see `RayNodeTransport`."""
         entry = self._line(line)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(UNCONNECTED_S):
@@ -284,14 +284,14 @@ class Switchboard:
         if asked is not None and not asked.done():
             asked.set_result(found)
 
-    def _find(self, digest: bytes, holder: str | None) -> _Kept | None:
+    def _find(self, digest: bytes, holder: str | None) -> _KeptBlob | None:
         """What this holder has put; for the coordinator, which has every payload, anybody's will do."""
         if holder is not None:
             return self._kept.get((digest, holder))
         return next((kept for (d, _), kept in self._kept.items() if d == digest), None)
 
     def _keep(self, digest: bytes, holder: str | None, ref: Any, n_bytes: int) -> None:
-        self._kept[digest, holder] = _Kept(holder, ref, n_bytes, time.monotonic())
+        self._kept[digest, holder] = _KeptBlob(holder, ref, n_bytes, time.monotonic())
         self._forget_old()
 
     def _forget_old(self) -> None:

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ...coordinator.protocol.ticket import Ticket
-from ...coordinator.protocol.transport import Place
+from ...coordinator.protocol.transport import Transport
 from ..links.core import About
-from ..links.remote import SessionLink
+from ..links.remote import RemoteLink
 from ..links.upload_limit import UploadLimit
-from .transport import RayPlace
+from .transport import RayNodeTransport
 
 
-class RayLink(SessionLink):
+class RayLink(RemoteLink):
     """See `Link`. The process must be connected to the cluster (`ray.init`, or an actor's); the ticket's
-    address names the namespace of the coordinator's actor. The arguments are those of `SessionLink`."""
+    address names the namespace of the coordinator's actor. The arguments are those of `RemoteLink`."""
 
     def __init__(
         self,
@@ -31,13 +31,13 @@ class RayLink(SessionLink):
         metrics: Callable[[], bytes] = bytes,
         about: About = About(),  # noqa: B008 - frozen
     ) -> None:
-        async def start_place() -> Place:
-            return RayPlace(peer_id, ticket.peer_id)
+        async def open_transport() -> Transport:
+            return RayNodeTransport(peer_id, ticket.peer_id)
 
         super().__init__(
             ticket,
             peer_id,
-            start_place,
+            open_transport,
             run_folder=run_folder,
             patience_s=patience_s,
             limit=limit,

@@ -30,9 +30,9 @@ from ..system.stopping import Stop
 from .transport import once_free
 
 if TYPE_CHECKING:
-    from ..links.remote import SessionLink
+    from ..links.remote import RemoteLink
     from ..precision import Precision
-    from ..ranks.leader import Lead
+    from ..ranks.leader import Leader
     from ..result import Result
     from ..runner import Runner
 
@@ -170,27 +170,27 @@ class PeerActor:
         place.mkdir(mode=0o700)
         try:
             self._start_ranks(place)
-            return self._lead(options, place)
+            return self._run_leader(options, place)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
-    def _lead(self, options: Options, meeting: Path) -> Result | None:
-        from ..ranks.leader import Lead, open_channel
+    def _run_leader(self, options: Options, meeting: Path) -> Result | None:
+        from ..ranks.leader import Leader, open_channel
         from ..ranks.process import joined
 
         device, sharding = joined(options, 0, meeting)
-        lead = Lead(open_channel(), device, sharding)
+        leader = Leader(open_channel(), device, sharding)
 
-        def lead_in(folder: Path) -> Lead:
-            lead.folder = folder
-            return lead
+        def leader_in(folder: Path) -> Leader:
+            leader.folder = folder
+            return leader
 
         try:
-            return run_node(options, self._stop, lead_in, self._link, self._export)
+            return run_node(options, self._stop, leader_in, self._link, self._export)
         finally:
-            lead.stop()
+            leader.stop()
 
-    def _link(self, options: Options, folder: Path, **shared: Any) -> SessionLink:
+    def _link(self, options: Options, folder: Path, **shared: Any) -> RemoteLink:
         from .link import RayLink
 
         ticket = Ticket.parse(options.ticket)

@@ -29,7 +29,7 @@ from ...compression.errors import (
     SwarmUnreachable,
     ThinwireError,
 )
-from .cluster import PeerGroup, connected, find_room, give_back, group_of, has_place
+from .cluster import PeerGroup, connected, find_room, give_back, group_of, is_placed
 
 if TYPE_CHECKING:
     from ..config import RunConfig
@@ -103,12 +103,12 @@ def train(
     folder = Path(state or f"{config.run.name}-ray").absolute()
     _refuse(config, sum(group.count for group in groups))
     node_folder = None if node_state is None else str(Path(node_state).absolute())
-    with connected(address, verbose=verbose), _room(groups, config, wait_s, stopped) as places:
-        if not places:
+    with connected(address, verbose=verbose), _room(groups, config, wait_s, stopped) as placements:
+        if not placements:
             return RayResult({}, None, folder)
-        place = _Place(_prepare(config, task, folder), folder, node_folder)
-        driver = _Driver(config, groups, place, task, precision, restarts, patience_s)
-        with driver.started(places):
+        paths = _RunPaths(_prepare(config, task, folder), folder, node_folder)
+        driver = _Driver(config, groups, paths, task, precision, restarts, patience_s)
+        with driver.started(placements):
             return driver.run(Path(output or folder / "weights"), on_status, stopped)
 
 
@@ -138,12 +138,12 @@ def _refuse(config: RunConfig, n_peers: int) -> None:
 def _room(
     groups: Sequence[PeerGroup], config: RunConfig, wait_s: float | None, stopped: Callable[[], bool]
 ) -> Iterator[list[Any]]:
-    """A place for each peer meanwhile."""
-    places = find_room(groups, f"thinwire-{config.run.name}", wait_s, stopped)
+    """A placement group for each peer meanwhile."""
+    placements = find_room(groups, f"thinwire-{config.run.name}", wait_s, stopped)
     try:
-        yield places
+        yield placements
     finally:
-        give_back([], places)
+        give_back([], placements)
 
 
 def _prepare(config: RunConfig, import_path: str | None, folder: Path) -> str:
@@ -159,7 +159,7 @@ def _prepare(config: RunConfig, import_path: str | None, folder: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _RunPaths:
     """Where things are: actors, the coordinator's folder, the peers' folders."""
 
     namespace: str
@@ -173,7 +173,7 @@ class _Peer:
 
     name: str
     ranks: int
-    place: Any
+    placement: Any
     actor: Any
     outcome: Any
     result: dict[str, Any] | None = None
@@ -222,13 +222,13 @@ class _Driver:
         self,
         config: RunConfig,
         groups: Sequence[PeerGroup],
-        place: _Place,
+        paths: _RunPaths,
         import_path: str | None,
         precision: Precision,
         restarts: int,
         patience_s: float,
     ) -> None:
-        self._config, self._groups, self._place = config, groups, place
+        self._config, self._groups, self._paths = config, groups, paths
         self._import_path, self._precision = import_path, precision
         self._restarts, self._patience_s = restarts, patience_s
         self._coordinator: Any = None
@@ -239,11 +239,11 @@ class _Driver:
     # ----------------------------------------------------------------------------------- begin and end
 
     @contextmanager
-    def started(self, places: Sequence[Any]) -> Iterator[None]:
+    def started(self, placements: Sequence[Any]) -> Iterator[None]:
         """All actors are there meanwhile, and none of them afterwards."""
         try:
             self._start_coordinator()
-            self._start_peers(places)
+            self._start_peers(placements)
             yield
         finally:
             give_back([*(peer.actor for peer in self._peers), self._coordinator], [])
@@ -261,17 +261,17 @@ class _Driver:
             ray.remote(CoordinatorActor)
             .options(
                 name=COORDINATOR,
-                namespace=self._place.namespace,
+                namespace=self._paths.namespace,
                 num_cpus=0,
                 max_restarts=-1,
                 max_concurrency=100_000,  # every node has some calls that wait
                 scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
             )
-            .remote(str(self._place.folder), self._place.namespace)
+            .remote(str(self._paths.folder), self._paths.namespace)
         )
         self._status()
 
-    def _start_peers(self, places: Sequence[Any]) -> None:
+    def _start_peers(self, placements: Sequence[Any]) -> None:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -279,16 +279,16 @@ class _Driver:
 
         ticket = self._get(self._coordinator.ticket)
         kinds = [group for group in self._groups for _ in range(group.count)]
-        for i, (group, place) in enumerate(zip(kinds, places, strict=True)):
+        for i, (group, placement) in enumerate(zip(kinds, placements, strict=True)):
             name = f"peer-{i}"
             spec = PeerSpec(
                 name=name,
-                namespace=self._place.namespace,
+                namespace=self._paths.namespace,
                 ticket=ticket,
                 ranks=group.ranks,
                 cpus=group.cpus,
                 gpus=group.gpus,
-                folder=self._place.node_folder,
+                folder=self._paths.node_folder,
                 import_path=self._import_path,
                 precision=self._precision,
                 patience_s=self._patience_s,
@@ -297,17 +297,17 @@ class _Driver:
                 ray.remote(PeerActor)
                 .options(
                     name=name,
-                    namespace=self._place.namespace,
+                    namespace=self._paths.namespace,
                     num_cpus=group.cpus,
                     num_gpus=group.gpus,
                     max_restarts=self._restarts,
                     max_concurrency=8,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(place, 0),
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(placement, 0),
                 )
                 .remote(spec)
             )
             outcome = actor.outcome.options(max_task_retries=-1).remote()
-            self._peers.append(_Peer(name, group.ranks, place, actor, outcome))
+            self._peers.append(_Peer(name, group.ranks, placement, actor, outcome))
 
     # --------------------------------------------------------------------------------------- the run
 
@@ -322,7 +322,7 @@ class _Driver:
         while True:
             if stopped():
                 self._leave()
-                return RayResult({}, None, self._place.folder)
+                return RayResult({}, None, self._paths.folder)
             status = self._status()
             self._collect()
             is_over = status["acknowledged"] or status["state"] == "finished"
@@ -370,12 +370,12 @@ class _Driver:
             raise self._first_error
 
     def _are_done(self, is_late: bool) -> bool:
-        """Whether nobody is to be waited for: of those that are on their way back, only who has a place."""
+        """Whether nobody is to be waited for: of those that are on their way back, only who has one."""
         left = [peer for peer in self._peers if not peer.is_over]
         if not left:
             return True
         return any(peer.result for peer in self._peers) and (
-            is_late or not any(has_place(peer.place) for peer in left)
+            is_late or not any(is_placed(peer.placement) for peer in left)
         )
 
     def _result(self, output: Path) -> RayResult:
@@ -394,7 +394,7 @@ class _Driver:
         for peer in done:
             self._get(peer.actor.clean)
         self._get(self._coordinator.stop)
-        return RayResult(metrics, output, self._place.folder)
+        return RayResult(metrics, output, self._paths.folder)
 
     def _fetch(self, peer: _Peer, output: Path) -> None:
         """The weights that a peer has written, to this machine. Raises ConfigError."""
@@ -424,7 +424,7 @@ class _Driver:
             ray.get(self._coordinator.stop.remote(), timeout=LEAVE_S)
         except ray.exceptions.RayError as e:
             log.warning("the coordinator did not end by itself: %s", type(e).__name__)
-        log.info("the run is kept in %s: the same command continues it", self._place.folder)
+        log.info("the run is kept in %s: the same command continues it", self._paths.folder)
 
     def _status(self) -> dict[str, Any]:
         """Raises what has ended the run."""

@@ -1,10 +1,11 @@
-"""A node's place in a Ray cluster: streams to the coordinator are carried by calls of its actor, blobs go
+"""A node's transport in a Ray cluster: streams to the coordinator are carried by calls of its actor, blobs go
 through the object store.
 
-What is written into a stream here comes out at the coordinator's handlers (`ray_switchboard`), and the other
-way round, so that sessions, and what they survive, are the same as over libp2p. No call is ever repeated:
-when one fails, its stream ends, and the session begins anew. Requests for blobs end in this process: what is
-asked for comes as a reference from the object store of whoever has it, what is uploaded goes there as one.
+What is written into a stream here comes out at the coordinator's handlers (`coordinator_transport`), and the
+other way round, so that sessions, and what they survive, are the same as over libp2p. No call is ever
+repeated: when one fails, its stream ends, and the session begins anew. Requests for blobs end in this
+process: what is asked for comes as a reference from the object store of whoever has it, what is uploaded
+goes there as one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Final, TypeVar
 from ...compression.errors import ConfigError, SwarmUnreachable
 from ...coordinator.protocol.messages import BadMessage
 from ...coordinator.protocol.p2p import close_writer
-from ...coordinator.protocol.streams import BLOB, CHUNK_BYTES, SESSION, Kind, Limits, Meter, Stream
+from ...coordinator.protocol.streams import BLOB, CHUNK_BYTES, SESSION, FrameKind, FrameLimits, Meter, Stream
 from ...coordinator.protocol.transport import StreamHandler
 
 _log = logging.getLogger("thinwire.ray")
@@ -40,9 +41,9 @@ PIECE_BYTES: Final = 2**20
 ADDRESS_PREFIX: Final = "ray/"
 NO_SESSION: Final = "there is no session with the coordinator"
 
-_REQUESTS: Limits = {Kind.GET: 32, Kind.PUT: 40}
-_UPLOAD: Limits = {Kind.CHUNK: CHUNK_BYTES, Kind.END: 32}
-_ANSWER: Limits = {Kind.SIZE: 8, Kind.NO: 2000}
+_REQUESTS: FrameLimits = {FrameKind.GET: 32, FrameKind.PUT: 40}
+_UPLOAD: FrameLimits = {FrameKind.CHUNK: CHUNK_BYTES, FrameKind.END: 32}
+_ANSWER: FrameLimits = {FrameKind.SIZE: 8, FrameKind.NO: 2000}
 
 Ends = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -68,22 +69,22 @@ async def stream_pair() -> tuple[Ends, Ends]:
 
 async def read_blob(stream: Stream, digest: bytes) -> bytes | str:
     """Asks the handler at the other end of a pair for a blob: its bytes, unverified, or why not."""
-    await stream.send(Kind.GET, digest)
+    await stream.send(FrameKind.GET, digest)
     answer = await stream.receive(_ANSWER)
-    if answer.kind is Kind.NO:
+    if answer.kind is FrameKind.NO:
         return answer.body.decode(errors="replace")
     return await _chunks(stream)
 
 
 async def _chunks(stream: Stream) -> bytes:
     parts = []
-    while (frame := await stream.receive(_UPLOAD)).kind is Kind.CHUNK:
+    while (frame := await stream.receive(_UPLOAD)).kind is FrameKind.CHUNK:
         parts.append(frame.body)
     return b"".join(parts)
 
 
-class RayPlace:
-    """See `Place`. `coordinator`: its peer id. Belongs to one event loop, of any thread."""
+class RayNodeTransport:
+    """See `Transport`. `coordinator`: its peer id. Belongs to one event loop, of any thread."""
 
     port = 0
     addresses: tuple[str, ...] = ()
@@ -144,7 +145,7 @@ class RayPlace:
         await asyncio.sleep(0)  # transports close in the loop's next turn
 
     async def _pair(self) -> tuple[Ends, Ends]:
-        """Two ends that are closed with this place at the latest."""
+        """Two ends that are closed with this transport at the latest."""
         near, far = await stream_pair()
         open_ones = {w for w in self._writers if not w.is_closing() or w.transport.get_write_buffer_size()}
         self._writers = open_ones | {near[1], far[1]}
@@ -211,7 +212,7 @@ class RayPlace:
                 line = self._session
                 if line is None:
                     raise SwarmUnreachable(NO_SESSION)
-                if kind is Kind.GET:
+                if kind is FrameKind.GET:
                     await self._get(actor, line, holder, stream, body)
                 else:
                     await self._put(actor, line, stream, body[:32])
@@ -236,20 +237,20 @@ class RayPlace:
                 if is_fresh or holder is not None:
                     raise
         if isinstance(found, str):
-            await stream.send(Kind.NO, found.encode()[:2000])
+            await stream.send(FrameKind.NO, found.encode()[:2000])
             return
-        await stream.send(Kind.SIZE, len(found).to_bytes(8, "big"))
+        await stream.send(FrameKind.SIZE, len(found).to_bytes(8, "big"))
         for start in range(0, len(found), CHUNK_BYTES):
-            await stream.send(Kind.CHUNK, found[start : start + CHUNK_BYTES])
-        await stream.send(Kind.END, digest)
+            await stream.send(FrameKind.CHUNK, found[start : start + CHUNK_BYTES])
+        await stream.send(FrameKind.END, digest)
 
     async def _put(self, actor: Any, line: bytes, stream: Stream, digest: bytes) -> None:
-        await stream.send(Kind.GO)
+        await stream.send(FrameKind.GO)
         ref = await _stored(await _chunks(stream))
         why = await _call(actor.put_blob.remote(line, digest, [ref]))
         if why == NO_SESSION:
             raise SwarmUnreachable(why)
-        await (stream.send(Kind.DONE) if why is None else stream.send(Kind.NO, why.encode()[:2000]))
+        await (stream.send(FrameKind.DONE) if why is None else stream.send(FrameKind.NO, why.encode()[:2000]))
 
     async def _answer_wanted(self, actor: Any, line: bytes) -> None:
         """Other nodes ask for what this one has: the coordinator passes requests and references on."""

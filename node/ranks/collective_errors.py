@@ -25,7 +25,7 @@ _KINDS: Final = {
 
 
 @contextmanager
-def together(ranks: Ranks) -> Iterator[None]:
+def collective_errors(ranks: Ranks) -> Iterator[None]:
     """For work without collectives: a ThinwireError or OSError of any rank is raised on every rank. (With
     whatever else is wrong a rank ends, and its node with it.)"""
     if ranks.count == 1:

@@ -34,7 +34,7 @@ from ..snapshots.store import SnapshotStore
 from ..snapshots.writer import SnapshotWriter
 from ..tasks.base import Task
 from ..tasks.registry import make_task
-from .collective_errors import together
+from .collective_errors import collective_errors
 from .sharding import Sharding, sharded_model
 
 _FOR_EVER: Final = timedelta(days=3650)
@@ -49,7 +49,7 @@ def open_channel() -> Ranks:
     return GroupRanks(dist.new_group(backend="gloo", timeout=_FOR_EVER))
 
 
-class Lead:
+class Leader:
     """Rank 0's side of the channel."""
 
     def __init__(
@@ -64,7 +64,7 @@ class Lead:
     def call(self, what: str, *values: Any) -> Iterator[None]:
         """All ranks do the same meanwhile."""
         self._is_inside = True
-        self._channel.spread(msgpack.packb([what, *values]))
+        self._channel.broadcast(msgpack.packb([what, *values]))
         try:
             yield
         except _alike(what):
@@ -74,27 +74,27 @@ class Lead:
 
     def replica(self, run_id: bytes, body: GenesisBody, peer_id: str, task: Task) -> Replica:
         """Every rank makes its part. `task`: rank 0's own; the others make theirs."""
-        with self.call("build", run_id, encode_record(body), peer_id), together(self._channel):
+        with self.call("build", run_id, encode_record(body), peer_id), collective_errors(self._channel):
             model, strategy = _sharded(body, task, self._device, self._sharding)
-            return LedReplica(self, run_id, body, model, strategy, peer_id)
+            return LeaderReplica(self, run_id, body, model, strategy, peer_id)
 
     def work(self, replica: Replica, task: Task, texts: Sequence[bytes | None]) -> LocalWork:
         """`texts`: what `task` has loaded already, for the others."""
-        with self.call("load", *texts), together(self._channel):
-            return LedWork(self, replica, task, self._sharding.precision)
+        with self.call("load", *texts), collective_errors(self._channel):
+            return LeaderWork(self, replica, task, self._sharding.precision)
 
     def stop(self) -> None:
         """The others end; where something broke in the middle, they do so without being told."""
         if not self._is_inside:
-            self._channel.spread(msgpack.packb(["stop"]))
+            self._channel.broadcast(msgpack.packb(["stop"]))
 
 
-class LedReplica(Replica):
+class LeaderReplica(Replica):
     """Rank 0's part of a node's replica."""
 
     def __init__(
         self,
-        lead: Lead,
+        leader: Leader,
         run_id: bytes,
         genesis: GenesisBody,
         model: nn.Module,
@@ -102,7 +102,7 @@ class LedReplica(Replica):
         peer_id: str,
     ) -> None:
         super().__init__(run_id, genesis, model, strategy, peer_id)
-        self._lead = lead
+        self._leader = leader
         self._told_peers: Mapping[int, str] | None = None
 
     def apply_batch(
@@ -113,32 +113,32 @@ class LedReplica(Replica):
         own = [commit.body.round for commit in commits if commit.body.round in offered]
         peers = None if self.peers == self._told_peers else list(self.peers.items())
         self._told_peers = dict(self.peers)
-        with self._lead.call("apply", [_plain(c) for c in commits], payloads, own, peers):
+        with self._leader.call("apply", [_plain(c) for c in commits], payloads, own, peers):
             fetched = iter(payloads)
             owns = super().apply_batch(commits, lambda _offer: next(fetched), own)
         self._told_peers = dict(self.peers)
         return owns
 
     def sums(self) -> dict[str, int]:
-        with self._lead.call("sums"):
+        with self._leader.call("sums"):
             return super().sums()
 
     def begin(self, base: bytes | Path | None) -> None:
         """Base weights are put into a file, of which every rank reads its rows."""
         if isinstance(base, bytes):
-            with _as_file(base, self._lead.folder) as path:
+            with _as_file(base, self._leader.folder) as path:
                 self.begin(path)
             return
-        with self._lead.call("begin", None if base is None else str(base)):
+        with self._leader.call("begin", None if base is None else str(base)):
             super().begin(base)
 
     def take(self, store: SnapshotStore, stored: Stored, commit: Commit) -> None:
         manifest, path = store.verified(stored)
-        with self._lead.call("take", str(path), encode_record(manifest), _plain(commit)):
+        with self._leader.call("take", str(path), encode_record(manifest), _plain(commit)):
             self.take_file(path, manifest, commit)
 
     def take_local_state(self, folder: Path) -> bool:
-        with self._lead.call("take_local_state", str(folder)):
+        with self._leader.call("take_local_state", str(folder)):
             return super().take_local_state(folder)
 
     def write_snapshot(self, writer: SnapshotWriter) -> None:
@@ -146,7 +146,7 @@ class LedReplica(Replica):
         fingerprint = self.fingerprint()
         folder = writer.store.aside()
         try:
-            with self._lead.call("write", str(folder)):
+            with self._leader.call("write", str(folder)):
                 self.write_part(folder)
         except BaseException as e:
             shutil.rmtree(folder, ignore_errors=True)
@@ -158,36 +158,36 @@ class LedReplica(Replica):
 
     def saved(self) -> Saved:
         """This rank's part; the others keep theirs until `restore` or the next offer."""
-        with self._lead.call("save"):
+        with self._leader.call("save"):
             return super().saved()
 
     def restore(self, saved: Saved) -> None:
-        with self._lead.call("restore"):
+        with self._leader.call("restore"):
             super().restore(saved)
 
     def save_weights(self, path: Path | None) -> None:
-        with self._lead.call("save_weights"):
+        with self._leader.call("save_weights"):
             super().save_weights(path)
 
 
-class LedWork(LocalWork):
+class LeaderWork(LocalWork):
     """Rank 0's part of a node's local work."""
 
-    def __init__(self, lead: Lead, replica: Replica, task: Task, precision: Precision) -> None:
+    def __init__(self, leader: Leader, replica: Replica, task: Task, precision: Precision) -> None:
         super().__init__(replica, task, precision)
-        self._lead = lead
+        self._leader = leader
 
     def propose(self, allotted: Allotment | None = None) -> Proposal:
         allotted = allotted or Allotment()
-        with self._lead.call("propose", *astuple(allotted)):
+        with self._leader.call("propose", *astuple(allotted)):
             return super().propose(allotted)
 
     def work_ahead(self) -> bool:
-        with self._lead.call("work_ahead"):
+        with self._leader.call("work_ahead"):
             return super().work_ahead()
 
     def evaluate(self) -> float:
-        with self._lead.call("evaluate"):
+        with self._leader.call("evaluate"):
             return super().evaluate()
 
 
@@ -214,7 +214,7 @@ class Follower:
     def run(self) -> None:
         """Until rank 0 says that it is over."""
         while True:
-            what, *values = msgpack.unpackb(self._channel.spread(None))
+            what, *values = msgpack.unpackb(self._channel.broadcast(None))
             if what == "stop":
                 return
             try:
@@ -223,14 +223,14 @@ class Follower:
                 continue  # rank 0 decides what comes next
 
     def _do_build(self, run_id: bytes, genesis: bytes, peer_id: str) -> None:
-        with together(self._channel):
+        with collective_errors(self._channel):
             body = decode_record(GenesisBody, genesis)
             self._task = make_task(parse_config(body.config).task, self._import_path, self._data)
             model, strategy = _sharded(body, self._task, self._device, self._sharding)
             self._replica = Replica(run_id, body, model, strategy, peer_id)
 
     def _do_load(self, corpus: bytes | None, held_out: bytes | None) -> None:
-        with together(self._channel):
+        with collective_errors(self._channel):
             self._task.load(corpus, held_out)
             self._work = LocalWork(self._replica, self._task, self._sharding.precision)
 
@@ -284,7 +284,7 @@ class Follower:
 
 
 def _alike(what: str) -> tuple[type[Exception], ...]:
-    """What every rank raises if one does (see `together`): after anything else they are out of step."""
+    """What every rank raises if one does: after anything else they are out of step."""
     return (ThinwireError,) if what in _WITH_COLLECTIVES else (ThinwireError, OSError)
 
 

@@ -85,7 +85,7 @@ def main() -> int:
     log_to_stderr(spec["log_level"] if rank == 0 else logging.ERROR, f"rank {rank}: " if rank else "")
     try:
         if rank == 0:
-            _lead(options, folder)
+            _run_leader(options, folder)
         else:
             _follow(options, rank, folder)
     except BaseException as e:  # noqa: BLE001 - whatever it is, the node's own process tells it
@@ -99,7 +99,7 @@ def main() -> int:
     return 0
 
 
-def _lead(options: Options, folder: Path) -> None:
+def _run_leader(options: Options, folder: Path) -> None:
     stop = Stop()
 
     # `launch` has told the user, and ends everything at the second one.
@@ -107,19 +107,19 @@ def _lead(options: Options, folder: Path) -> None:
     if not is_sharded(options):
         _write_result(folder, run_node(options, stop))
         return
-    from .leader import Lead, open_channel
+    from .leader import Leader, open_channel
 
     device, sharding = joined(options, 0, folder)
-    leads = [Lead(open_channel(), device, sharding)]
+    leaders = [Leader(open_channel(), device, sharding)]
 
-    def lead_in(node_folder: Path) -> Lead:
-        leads[0].folder = node_folder
-        return leads[0]
+    def leader_in(node_folder: Path) -> Leader:
+        leaders[0].folder = node_folder
+        return leaders[0]
 
     try:
-        _write_result(folder, run_node(replace(options, device=str(device)), stop, lead_in))
+        _write_result(folder, run_node(replace(options, device=str(device)), stop, leader_in))
     finally:
-        leads[0].stop()
+        leaders[0].stop()
 
 
 def _write_result(folder: Path, result: Any) -> None:

@@ -158,7 +158,7 @@ class ChunkDigests:
 
 # --------------------------------------------------------------------------------------- tensors as bytes
 
-Layout = list[tuple[str, torch.dtype, tuple[int, ...]]]
+TensorLayout = list[tuple[str, torch.dtype, tuple[int, ...]]]
 """Name, dtype and shape of every tensor, by name."""
 
 
@@ -167,7 +167,9 @@ def data_of(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
     Any device, any of `DTYPES`; raises TypeError for another.
     """
-    layout: Layout = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
+    layout: TensorLayout = [
+        (name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)
+    ]
     yield header_of(layout)
     for name, _, _ in layout:
         yield bytes_of(tensors[name])
@@ -197,7 +199,7 @@ def tensor_of(data: bytearray, start: int, stop: int, dtype: torch.dtype) -> Ten
     return torch.frombuffer(source, dtype=dtype, count=(stop - start) // dtype.itemsize, offset=offset)
 
 
-def header_of(layout: Layout) -> bytes:
+def header_of(layout: TensorLayout) -> bytes:
     entries, start = {}, 0
     for name, dtype, shape in layout:
         if dtype not in _NAMES:
@@ -210,7 +212,7 @@ def header_of(layout: Layout) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def read_header(data: bytes | bytearray, n_bytes: int) -> tuple[Layout, int]:
+def read_header(data: bytes | bytearray, n_bytes: int) -> tuple[TensorLayout, int]:
     """What is in the data, and where its first tensor begins. `data`: its beginning, with all of the header;
     `n_bytes`: of the whole. Raises ReplicaDiverged."""
     try:
@@ -219,7 +221,7 @@ def read_header(data: bytes | bytearray, n_bytes: int) -> tuple[Layout, int]:
         if start > len(data):
             raise ReplicaDiverged("the snapshot's header is cut short")
         found: dict[str, Any] = json.loads(data[8:start])
-        layout: Layout = [
+        layout: TensorLayout = [
             (name, DTYPES[entry["dtype"]], _shape(entry["shape"])) for name, entry in found.items()
         ]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:

@@ -18,10 +18,10 @@ from ...compression.base import Part
 from ...compression.errors import ReplicaDiverged
 from ...optim.base import canonical_name
 from ...optim.parts.ranks import is_sharded, local_of, parts_of, ranks_of
-from .format import Layout, bytes_of, header_of, read_header, tensor_of
+from .format import TensorLayout, bytes_of, header_of, read_header, tensor_of
 
 
-def layout_of(dtypes: Mapping[str, torch.dtype], parts: Mapping[str, Part]) -> Layout:
+def layout_of(dtypes: Mapping[str, torch.dtype], parts: Mapping[str, Part]) -> TensorLayout:
     """That of the whole."""
     return [(name, dtypes[name], tuple(parts[name].shape)) for name in sorted(dtypes)]
 
@@ -82,7 +82,7 @@ def weight_pieces(model: nn.Module) -> Iterator[bytes | memoryview]:
         if ranks.index == 0:
             own_parts = parts_of(p, ranks.count) if is_sharded(p) else parts_of(p, 1)
             lengths[: len(own_parts)] = [part.n_local * p.itemsize for part in own_parts]
-        whole = ranks.deal([own, *[own[:0]] * (ranks.count - 1)], lengths)
+        whole = ranks.all_to_all([own, *[own[:0]] * (ranks.count - 1)], lengths)
         yield whole.cpu().numpy().data
 
 
@@ -94,7 +94,7 @@ def shape_of(part: Part) -> tuple[int, ...]:
     return part.n_local // max(1, prod(shape[1:])), *shape[1:]
 
 
-def _places(layout: Layout, start: int) -> Iterator[tuple[str, torch.dtype, int]]:
+def _places(layout: TensorLayout, start: int) -> Iterator[tuple[str, torch.dtype, int]]:
     """Where each tensor begins in the file."""
     for name, dtype, shape in layout:
         yield name, dtype, start

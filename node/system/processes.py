@@ -80,7 +80,7 @@ class Children:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="thinwire-demo-"))
         self._all: list[Child] = []
-        self._keeper = subprocess.Popen(
+        self._watchdog = subprocess.Popen(
             ["/bin/sh", "-c", _KEEPER, "thinwire-demo", str(self.folder)],
             stdin=subprocess.PIPE,
             start_new_session=True,
@@ -93,9 +93,9 @@ class Children:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end()
-        assert self._keeper.stdin is not None
-        self._keeper.stdin.close()
-        self._keeper.wait()
+        assert self._watchdog.stdin is not None
+        self._watchdog.stdin.close()
+        self._watchdog.wait()
 
     def start(
         self, name: str, folder: Path, args: Sequence[str], *, line: str | None = None, output: bool = False
@@ -122,9 +122,9 @@ class Children:
 
     def wait_for(self, pid: int) -> None:
         """The folder stays until this process has ended, too."""
-        assert self._keeper.stdin is not None
-        self._keeper.stdin.write(b"%d\n" % pid)
-        self._keeper.stdin.flush()
+        assert self._watchdog.stdin is not None
+        self._watchdog.stdin.write(b"%d\n" % pid)
+        self._watchdog.stdin.flush()
 
     def end(self) -> None:
         """SIGTERM to the newest first, SIGKILL to what has not ended within 10 s. All are forgotten then."""

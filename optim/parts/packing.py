@@ -45,7 +45,7 @@ def pack_all(
         pieces = [_piece(p, values, to, ranks) for to, p in enumerate(row)]
         mine: Parameter | None = row[ranks.index]
         lengths = [0] * ranks.count if mine is None else _lengths(mine, ranks)
-        whole = ranks.deal(pieces, lengths)
+        whole = ranks.all_to_all(pieces, lengths)
         if mine is not None:
             own[mine.name] = compressor.pack(whole, mine.part.entire, turn)
     payload = _shared(ranks, compressor, by_owner, own, turn)

@@ -36,11 +36,11 @@ class Ranks(Protocol):
         """Everybody's bytes, by rank."""
         ...
 
-    def spread(self, data: bytes | None) -> bytes:
+    def broadcast(self, data: bytes | None) -> bytes:
         """Rank 0's bytes; the others give None."""
         ...
 
-    def deal(self, pieces: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    def all_to_all(self, pieces: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
         """Piece r (flat float32) goes to rank r. Returns those for this rank, `lengths[r]` elements from rank
         r, one after the other."""
         ...
@@ -58,11 +58,11 @@ class Alone:
     def gather(self, data: bytes) -> list[bytes]:
         return [data]
 
-    def spread(self, data: bytes | None) -> bytes:
+    def broadcast(self, data: bytes | None) -> bytes:
         assert data is not None
         return data
 
-    def deal(self, pieces: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    def all_to_all(self, pieces: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
         return pieces[0]
 
 
@@ -96,7 +96,7 @@ class GroupRanks:
         rows = self._all_gather(padded)
         return [row[:n].numpy().tobytes() for row, n in zip(rows, n_bytes, strict=True)]
 
-    def spread(self, data: bytes | None) -> bytes:
+    def broadcast(self, data: bytes | None) -> bytes:
         n = torch.tensor([0 if data is None else len(data)], dtype=torch.int64, device=self.device)
         self._dist.broadcast(n, group=self._group, group_src=0)
         if not int(n):
@@ -105,14 +105,14 @@ class GroupRanks:
         self._dist.broadcast(row, group=self._group, group_src=0)
         return row.cpu().numpy().tobytes()
 
-    def deal(self, pieces: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    def all_to_all(self, pieces: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
         sent = torch.cat([p.to(self.device) for p in pieces])
         received = torch.empty(sum(lengths), dtype=sent.dtype, device=self.device)
         sizes = [p.numel() for p in pieces]
         self._dist.all_to_all_single(received, sent, list(lengths), sizes, group=self._group)
         return received.to(pieces[0].device)
 
-    def broadcast(self, t: Tensor) -> None:
+    def broadcast_tensor(self, t: Tensor) -> None:
         """Every rank's `t` becomes rank 0's."""
         with torch.no_grad():
             copy = t.detach().to(self.device, copy=True).contiguous()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from thinwire.coordinator.membership import (
     RECONNECT_S,
     Became,
-    Event,
     Membership,
+    MembershipEvent,
     PeerState,
     SessionClosed,
     SessionOpened,
@@ -132,7 +132,7 @@ def test_any_schedule(script: list[tuple[str, int, Any]], recalled: frozenset[in
     for what, peer, extra in script:
         if peer not in opened and what in ("close", "say", "life"):
             continue
-        event: Event = TimePassed()
+        event: MembershipEvent = TimePassed()
         match what:
             case "wait":
                 now_s += extra

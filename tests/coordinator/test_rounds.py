@@ -12,8 +12,8 @@ from thinwire.coordinator.rounds import (
     Action,
     BytesArrived,
     Excused,
-    Offered,
     OfferKept,
+    OfferMade,
     OfferRefused,
     PeerStops,
     PeerTrains,
@@ -44,8 +44,8 @@ def started(n: int, **changes: Any) -> Rounds:
     return rounds
 
 
-def offer(peer: int, round_: int, digest: bytes = b"d", has_bytes: bool = True) -> Offered:
-    return Offered(peer, round_, digest, has_bytes)
+def offer(peer: int, round_: int, digest: bytes = b"d", has_bytes: bool = True) -> OfferMade:
+    return OfferMade(peer, round_, digest, has_bytes)
 
 
 def closed(actions: list[Action]) -> list[tuple[int, tuple[int, ...]]]:
@@ -384,7 +384,7 @@ def test_any_schedule(script: list[Any], policy: str, min_peers: int, eval_every
             event = TimePassed()
         elif isinstance(step, tuple):
             _, peer, back, digest, has_bytes = step
-            event = Offered(peer, rounds.round - back, bytes([digest]), has_bytes)
+            event = OfferMade(peer, rounds.round - back, bytes([digest]), has_bytes)
             if back == 0 and not rounds.is_over:
                 if peer not in complete:  # one without its bytes may be replaced
                     offers[peer] = event.digest
@@ -413,7 +413,7 @@ def test_any_schedule(script: list[Any], policy: str, min_peers: int, eval_every
     if rounds.is_over or rounds.opened_s is None:
         return
     head = rounds.head
-    rounds.handle(Offered(9, rounds.round, b"x", True), now_s)
+    rounds.handle(OfferMade(9, rounds.round, b"x", True), now_s)
     if rounds.head == head:
         wake_s = rounds.wake_s()
         assert wake_s is not None

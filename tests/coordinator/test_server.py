@@ -40,8 +40,16 @@ from thinwire.coordinator.protocol.messages import (
     encode_message,
     encode_record,
 )
-from thinwire.coordinator.protocol.p2p import Host, start_p2p
-from thinwire.coordinator.protocol.streams import BLOB, FROM_COORDINATOR, HEADER, SESSION, Kind, Meter, Stream
+from thinwire.coordinator.protocol.p2p import P2PTransport, start_p2p
+from thinwire.coordinator.protocol.streams import (
+    BLOB,
+    FROM_COORDINATOR,
+    HEADER,
+    SESSION,
+    FrameKind,
+    Meter,
+    Stream,
+)
 from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.node.cli.status import StatusClient, fetch_status
@@ -138,7 +146,7 @@ class Swarm:
         found: dict[str, int] = self.coordinator.status()["rejected"]
         return found
 
-    def speak(self, body: Callable[[Host, Ticket], Awaitable[None]]) -> None:
+    def speak(self, body: Callable[[P2PTransport, Ticket], Awaitable[None]]) -> None:
         """Runs `body` with a bare host: a peer that does as it likes."""
 
         async def run() -> None:
@@ -160,7 +168,7 @@ def make_swarm(
     return lambda **config: Swarm(tmp_path, make_genesis(**config), key, stack)
 
 
-async def open_stream(host: Host, ticket: Ticket, protocol: str) -> Stream:
+async def open_stream(host: P2PTransport, ticket: Ticket, protocol: str) -> Stream:
     reader, writer = await host.open_stream(ticket.peer_id, protocol)
     return Stream(reader, writer, Meter())
 
@@ -258,9 +266,9 @@ def test_the_status_can_be_asked_again_and_again(make_swarm: Callable[..., Swarm
 
 GARBAGE = {
     "no frame": (b"GET / HTTP/1.1\r\n\r\n", "frame_kind"),
-    "a length past all limits": (HEADER.pack(2**32 - 1, Kind.MESSAGE), "frame_size"),
-    "no message": (HEADER.pack(4, Kind.MESSAGE) + b"\xff\xff\xff\xff", "message"),
-    "half a frame": (HEADER.pack(40, Kind.MESSAGE) + b"\x92", "frame_cut"),
+    "a length past all limits": (HEADER.pack(2**32 - 1, FrameKind.MESSAGE), "frame_size"),
+    "no message": (HEADER.pack(4, FrameKind.MESSAGE) + b"\xff\xff\xff\xff", "message"),
+    "half a frame": (HEADER.pack(40, FrameKind.MESSAGE) + b"\x92", "frame_cut"),
 }
 
 
@@ -272,7 +280,7 @@ def test_garbage_closes_one_session_and_disturbs_nobody(
     honest = swarm.trainer("honest")
     for n, (data, reason) in enumerate(GARBAGE.values(), 1):
 
-        async def send(host: Host, ticket: Ticket, data: bytes = data, reason: str = reason) -> None:
+        async def send(host: P2PTransport, ticket: Ticket, data: bytes = data, reason: str = reason) -> None:
             stream = await open_stream(host, ticket, SESSION)
             if welcomed:
                 await stream.send_message(hello(ticket))
@@ -294,7 +302,7 @@ def test_garbage_closes_one_session_and_disturbs_nobody(
 def test_messages_out_of_place_are_refused(make_swarm: Callable[..., Swarm]) -> None:
     swarm = make_swarm()
 
-    async def body(host: Host, ticket: Ticket) -> None:
+    async def body(host: P2PTransport, ticket: Ticket) -> None:
         stream = await open_stream(host, ticket, SESSION)
         await stream.send_message(offer(1, b"before hello"))
         (refused,) = await until_refused(stream)
@@ -316,7 +324,7 @@ def test_idle_strangers_do_not_keep_others_out(
     monkeypatch.setattr("thinwire.coordinator.stream_server.HELLO_TIMEOUT_S", 1.0)
     swarm = make_swarm(min_peers=1)
 
-    async def body(host: Host, ticket: Ticket) -> None:
+    async def body(host: P2PTransport, ticket: Ticket) -> None:
         silent = [await open_stream(host, ticket, SESSION) for _ in range(12)]
         honest = await asyncio.to_thread(swarm.trainer, "honest")
         assert honest.head == 0
@@ -358,14 +366,14 @@ def test_strangers_get_and_store_no_blobs(make_swarm: Callable[..., Swarm]) -> N
     take(a, 0, 1)
     a.serve(Chunk(b"replica"))
 
-    async def body(host: Host, ticket: Ticket) -> None:
+    async def body(host: P2PTransport, ticket: Ticket) -> None:
         stream = await open_stream(host, ticket, BLOB)
         with pytest.raises(NotServed, match="only members"):
             await get_blob(stream, digest_of(blob), 10_000, "payload")
         stream = await open_stream(host, ticket, BLOB)
         with pytest.raises(NotServed, match="only members"):
             await put_blob(stream, digest_of(b"mine"), b"mine", "payload")
-        (address,) = swarm.coordinator.call(lambda server: server.service._crier.addresses[0])
+        (address,) = swarm.coordinator.call(lambda server: server.service._announcer.addresses[0])
         await host.dial(a.peer_id, [address], 5)
         reader, writer = await host.open_stream(a.peer_id, BLOB)
         with pytest.raises(NotServed, match="only members"):
@@ -378,7 +386,7 @@ def test_strangers_get_and_store_no_blobs(make_swarm: Callable[..., Swarm]) -> N
 def test_members_store_no_more_than_the_limits_allow(make_swarm: Callable[..., Swarm]) -> None:
     swarm = make_swarm(max_payload_bytes=10_000)
 
-    async def body(host: Host, ticket: Ticket) -> None:
+    async def body(host: P2PTransport, ticket: Ticket) -> None:
         session = await open_stream(host, ticket, SESSION)
         await session.send_message(hello(ticket))
         assert isinstance(await session.receive_message(FROM_COORDINATOR), Welcome)
@@ -567,8 +575,8 @@ def test_every_process_of_libp2p_may_die(make_swarm: Callable[..., Swarm]) -> No
     swarm = make_swarm(min_peers=2, rounds=100)
     a, b = swarm.trainer("a"), swarm.trainer("b")
     daemons = [
-        lambda: a._session._uplink._place.daemon.pid,  # type: ignore[union-attr]
-        lambda: swarm.coordinator.call(lambda server: server._place.daemon.pid),  # type: ignore[union-attr]
+        lambda: a._core._coordinator._transport.daemon.pid,  # type: ignore[union-attr]
+        lambda: swarm.coordinator.call(lambda server: server._transport.daemon.pid),  # type: ignore[union-attr]
     ]
     round_ = 1
     for daemon_pid in daemons:
@@ -782,7 +790,7 @@ def test_whoever_claims_to_have_more_and_has_not_is_refused(
         (None, "SwarmUnreachable"),
     ]
 
-    async def body_of(host: Host, ticket: Ticket) -> None:
+    async def body_of(host: P2PTransport, ticket: Ticket) -> None:
         for message, error in claims:
             stream = await open_stream(host, ticket, SESSION)
             await stream.send_message(hello(ticket, head_round=9, head_digest=bytes(32)))

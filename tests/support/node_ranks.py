@@ -22,7 +22,7 @@ from thinwire.coordinator.protocol.messages import Commit, digest_of
 from thinwire.node.config import RunConfig, load_config
 from thinwire.node.genesis import make_genesis
 from thinwire.node.links.local import LocalSwarm, local_swarm
-from thinwire.node.ranks.leader import Follower, Lead, open_channel
+from thinwire.node.ranks.leader import Follower, Leader, open_channel
 from thinwire.node.ranks.sharding import Sharding, join_node
 from thinwire.node.result import Result
 from thinwire.node.runner import Runner
@@ -64,7 +64,7 @@ def lead(name: str, channel: Ranks, world_size: int, folder: Path) -> dict[str, 
     config = config_of(strategy, batch, ROUNDS.get(name, 6))
     genesis = make_genesis(config, make_task(config.task, None, None), peer_id_of(KEY.public_key()), 1)
     (folder / "coordinator").mkdir(parents=True)
-    leading = Lead(channel, CPU, Sharding(world_size, **special))
+    leading = Leader(channel, CPU, Sharding(world_size, **special))
     try:
         with local_swarm(folder / "coordinator", genesis.body, KEY, blobs=genesis.blobs) as swarm:
             single = Runner(swarm.link("single"), folder=folder / "single")

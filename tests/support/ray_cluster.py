@@ -110,6 +110,6 @@ class ManyRuns(CoordinatorActor):
         return await self.ticket()
 
     async def forget_payloads(self) -> None:
-        server, board = await self._serving()
+        server, transport = await self._serving()
         server.blobs.release(counted_to=MAX_ROUND, offered_to=MAX_ROUND)
-        board._kept.clear()
+        transport._kept.clear()

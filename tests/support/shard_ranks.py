@@ -247,8 +247,8 @@ def collectives(ranks: Ranks) -> dict[str, Any]:
     return {
         "sums": ranks.sums([1.0, float(me)]),
         "gather": [len(data) for data in ranks.gather(b"x" * (3 * me))],
-        "spread": [len(ranks.spread(b"y" * size if me == 0 else None)) for size in (0, 7)],
-        "deal": ranks.deal(pieces, [r + me for r in range(n)]).tolist(),
+        "broadcast": [len(ranks.broadcast(b"y" * size if me == 0 else None)) for size in (0, 7)],
+        "all_to_all": ranks.all_to_all(pieces, [r + me for r in range(n)]).tolist(),
     }
 
 

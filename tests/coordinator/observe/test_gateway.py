@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.support.prometheus import value
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator import metrics_requests
-from thinwire.coordinator.metrics_requests import Inquiries, Unanswered
+from thinwire.coordinator.metrics_requests import MetricsRequests, Unanswered
 from thinwire.coordinator.observe.page import serve_coordinator
 from thinwire.coordinator.protocol.addresses import HttpAddress
 from thinwire.coordinator.protocol.exposition import packed, unpacked
@@ -142,7 +142,7 @@ def test_however_many_ask_a_node_is_asked_once(monkeypatch: pytest.MonkeyPatch) 
         return peer_id != "nobody"
 
     async def run() -> None:
-        asking = Inquiries(post)
+        asking = MetricsRequests(post)
         with pytest.raises(Unanswered, match="not connected"):
             await asking.metrics("nobody")
         posted.clear()

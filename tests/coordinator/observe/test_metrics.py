@@ -7,7 +7,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from tests.support.prometheus import check_conventions, series, value
-from thinwire.coordinator.observe.counters import Tally
+from thinwire.coordinator.observe.counters import Counters
 from thinwire.coordinator.observe.metrics import register
 from thinwire.coordinator.protocol.exposition import text_of
 
@@ -19,12 +19,12 @@ def status_of(n_peers: int = 3, **changes: Any) -> dict[str, Any]:
         {"peer_id": f"12D3Koo{i}", "state": states[i % 3], "offers_counted": 5, "offers_missed": 1}
         for i in range(n_peers)
     ]
-    tally = Tally()
-    tally.round_closed("complete", 0.2)
-    tally.round_closed("deadline", 0.05)
-    tally.round_closed("complete", 1000.0)
-    tally.joined["new"] += 3
-    tally.left["connection_lost"] += 1
+    counters = Counters()
+    counters.round_closed("complete", 0.2)
+    counters.round_closed("deadline", 0.05)
+    counters.round_closed("complete", 1000.0)
+    counters.joined["new"] += 3
+    counters.left["connection_lost"] += 1
     return {
         "round": 7,
         "rounds": 20,
@@ -33,7 +33,7 @@ def status_of(n_peers: int = 3, **changes: Any) -> dict[str, Any]:
         "held_out": [[0, 5.5], [5, 2.5]],
         "peers": peers,
         "rejected": {"late_offer": 2},
-        "since_start": tally.figures(),
+        "since_start": counters.figures(),
         "ledger_bytes": 40960,
         "disk_free_bytes": 10**10,
         "payload_bytes": 1500,

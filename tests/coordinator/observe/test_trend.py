@@ -13,8 +13,8 @@ from thinwire.coordinator.observe.page_history import (
     KEPT_HAPPENINGS,
     MAX_SAVED_BYTES,
     TOGETHER_MS,
-    Chronicle,
     Happening,
+    PageHistory,
     printable,
 )
 from thinwire.coordinator.observe.trend import MAX_POINTS, Trend
@@ -157,7 +157,7 @@ def test_what_is_heard_at_once_is_spread_over_its_rounds() -> None:
 @pytest.mark.parametrize("n", [10, 700, 3000])
 def test_restored_beside_the_ledger_it_is_what_it_was(n: int) -> None:
     draw = random.Random(n)
-    live, again = Chronicle(1000), Chronicle(1000)
+    live, again = PageHistory(1000), PageHistory(1000)
     held_out = []
     last = beat(0)
     for one in commits(n):
@@ -198,20 +198,20 @@ def test_restored_beside_the_ledger_it_is_what_it_was(n: int) -> None:
 
 
 def test_a_file_that_is_not_of_this_ledger() -> None:
-    live = Chronicle(10)
+    live = PageHistory(10)
     for one in commits(40):
         live.committed(one)
         live.closed("complete", 2.0)
     live.happened(1, "joined", "a")
     data = live.saved(RUN)
-    older = Chronicle(10)  # the ledger was restored from an older copy
+    older = PageHistory(10)  # the ledger was restored from an older copy
     for one in commits(40):
         if one.body.round <= 20:
             older.committed(one)
     older.restore(data, RUN)
     assert set(column(older.trend, "round_s")) == set(range(1, 21))
     assert column(older.trend, "round_s")[20] == 2.0
-    other = Chronicle(10)
+    other = PageHistory(10)
     other.restore(data, "cd" * 32)
     assert not other.happenings
 
@@ -233,13 +233,13 @@ def test_a_file_that_is_not_of_this_ledger() -> None:
 def test_a_damaged_file_costs_its_figures_and_nothing_else(
     damage: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    live = Chronicle(10)
+    live = PageHistory(10)
     live.committed(commit(1, 1.0, 1.0))
     live.closed("complete", 2.0)
     live.happened(1, "joined", "a")
     data = damage(live.saved(RUN))
     assert data != live.saved(RUN)
-    again = Chronicle(10)
+    again = PageHistory(10)
     again.committed(commit(1, 1.0, 1.0))
     again.restore(data, RUN)
     assert not again.happenings
@@ -248,46 +248,46 @@ def test_a_damaged_file_costs_its_figures_and_nothing_else(
 
 
 def test_heartbeats_count_from_the_second_one_on() -> None:
-    chronicle = Chronicle(10)
+    page_history = PageHistory(10)
     for one in commits(20):
-        chronicle.committed(one)
-    chronicle.beat(0, beat(10, 10**9, rounds=10, ms=10**6))  # all that it did before we were started
-    assert not column(chronicle.trend, "sent")
-    chronicle.beat(0, beat(12, 10**9 + 500, rounds=12, ms=10**6 + 3000))
-    assert column(chronicle.trend, "sent") == {11: 250, 12: 250}
-    assert column(chronicle.trend, "exchange") == {11: 1.5, 12: 1.5}
-    chronicle.beat(0, beat(0))  # the node was started again
-    chronicle.beat(0, beat(14, 100, rounds=1, ms=700))
-    assert column(chronicle.trend, "exchange")[14] == 0.7
+        page_history.committed(one)
+    page_history.beat(0, beat(10, 10**9, rounds=10, ms=10**6))  # all that it did before we were started
+    assert not column(page_history.trend, "sent")
+    page_history.beat(0, beat(12, 10**9 + 500, rounds=12, ms=10**6 + 3000))
+    assert column(page_history.trend, "sent") == {11: 250, 12: 250}
+    assert column(page_history.trend, "exchange") == {11: 1.5, 12: 1.5}
+    page_history.beat(0, beat(0))  # the node was started again
+    page_history.beat(0, beat(14, 100, rounds=1, ms=700))
+    assert column(page_history.trend, "exchange")[14] == 0.7
     silent = Heartbeat(round=20, sent_bytes=900, received_bytes=0, payload_bytes=0)
-    chronicle.beat(0, silent)
-    assert 20 not in column(chronicle.trend, "exchange")
+    page_history.beat(0, silent)
+    assert 20 not in column(page_history.trend, "exchange")
 
 
 def test_the_same_thing_again_is_counted() -> None:
-    chronicle = Chronicle(10)
-    chronicle.rejected(1000, {"late_offer": 3, "token": 1})
-    chronicle.rejected(2000, {"late_offer": 3, "token": 5})
-    assert list(chronicle.happenings) == [
+    page_history = PageHistory(10)
+    page_history.rejected(1000, {"late_offer": 3, "token": 1})
+    page_history.rejected(2000, {"late_offer": 3, "token": 5})
+    assert list(page_history.happenings) == [
         Happening(1000, "rejected", "late_offer", 3),
         Happening(2000, "rejected", "token", 5),
     ]
-    chronicle.rejected(2000 + TOGETHER_MS, {"late_offer": 3, "token": 6})
-    assert [h.n for h in chronicle.happenings] == [3, 5, 1]
+    page_history.rejected(2000 + TOGETHER_MS, {"late_offer": 3, "token": 6})
+    assert [h.n for h in page_history.happenings] == [3, 5, 1]
     for i in range(1000):
-        chronicle.happened(i, "lost", f"peer {i}")
-    assert len(chronicle.happenings) == KEPT_HAPPENINGS
+        page_history.happened(i, "lost", f"peer {i}")
+    assert len(page_history.happenings) == KEPT_HAPPENINGS
 
 
 def test_speed_and_share_of_the_recent_rounds() -> None:
-    chronicle = Chronicle(10)
-    assert chronicle.paces() == {}
-    chronicle.committed(commit(1, 1.0, 1.0, 1.0))
-    assert chronicle.paces()[2].share == 0.5
-    assert chronicle.paces()[2].tokens_per_s is None
+    page_history = PageHistory(10)
+    assert page_history.paces() == {}
+    page_history.committed(commit(1, 1.0, 1.0, 1.0))
+    assert page_history.paces()[2].share == 0.5
+    assert page_history.paces()[2].tokens_per_s is None
     for i in range(2, 40):
-        chronicle.committed(commit(i, 1.0, 1.0, time_ms=i * 500, n_tokens=0 if i % 2 else 10))
-    paces = chronicle.paces()
+        page_history.committed(commit(i, 1.0, 1.0, time_ms=i * 500, n_tokens=0 if i % 2 else 10))
+    paces = page_history.paces()
     assert set(paces) == {0, 1}  # the third has not counted for a while
     assert [round(p.share, 3) for p in paces.values()] == [0.333, 0.667]
     assert paces[0].tokens_per_s == 10
@@ -302,8 +302,8 @@ def test_what_peers_say_is_one_bounded_line() -> None:
 
 
 def test_losses_beyond_reason_stay_numbers() -> None:
-    chronicle = Chronicle(10)
+    page_history = PageHistory(10)
     for i in range(1, 2000):
-        chronicle.committed(commit(i, 1.7e308, 1.7e308))
-    json.dumps(chronicle.trend.points(), allow_nan=False)
-    assert chronicle.entries[-1].loss == MAX_LOSS
+        page_history.committed(commit(i, 1.7e308, 1.7e308))
+    json.dumps(page_history.trend.points(), allow_nan=False)
+    assert page_history.entries[-1].loss == MAX_LOSS

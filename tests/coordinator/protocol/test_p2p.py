@@ -18,7 +18,7 @@ import pytest
 from thinwire.compression.errors import ConfigError, SwarmUnreachable
 from thinwire.coordinator.protocol.addresses import announced, dialable, listen_address, require_free
 from thinwire.coordinator.protocol.identity import load_or_create, new_key, peer_id_of
-from thinwire.coordinator.protocol.p2p import Host, start_p2p
+from thinwire.coordinator.protocol.p2p import P2PTransport, start_p2p
 
 pytestmark = pytest.mark.usefixtures("own_temp_folder")
 swarm = pytest.mark.swarm
@@ -40,7 +40,7 @@ def is_gone(pid: int) -> bool:
         return True
 
 
-async def start(folder: Path, name: str = "id", port: int = 0) -> Host:
+async def start(folder: Path, name: str = "id", port: int = 0) -> P2PTransport:
     return await start_p2p(load_or_create(folder / name), port=port)
 
 

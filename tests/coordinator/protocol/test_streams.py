@@ -33,7 +33,7 @@ from thinwire.coordinator.protocol.streams import (
     FROM_NODE,
     HEADER,
     BadFrame,
-    Kind,
+    FrameKind,
     Meter,
     Stream,
 )
@@ -139,7 +139,7 @@ def test_a_length_over_the_limit_is_refused_before_its_body_comes() -> None:
     async def body() -> None:
         reader = asyncio.StreamReader()
         stream = Stream(reader, None, Meter())  # type: ignore[arg-type]
-        reader.feed_data(HEADER.pack(2**32 - 1, Kind.MESSAGE))  # and nothing after it
+        reader.feed_data(HEADER.pack(2**32 - 1, FrameKind.MESSAGE))  # and nothing after it
         async with asyncio.timeout(1):
             with pytest.raises(BadFrame, match="at most") as caught:
                 await stream.receive_message(FROM_NODE)
@@ -295,10 +295,10 @@ def test_an_upload_that_is_cut_is_not_stored(n_chunks: int) -> None:
     shelf = Memory()
 
     async def body(client: Stream) -> None:
-        await client.send(Kind.PUT, digest_of(blob) + struct.pack(">Q", len(blob)))
-        await client.receive({Kind.GO: 0})
+        await client.send(FrameKind.PUT, digest_of(blob) + struct.pack(">Q", len(blob)))
+        await client.receive({FrameKind.GO: 0})
         for _ in range(n_chunks):
-            await client.send(Kind.CHUNK, b"b" * CHUNK_BYTES)
+            await client.send(FrameKind.CHUNK, b"b" * CHUNK_BYTES)
 
     assert isinstance(served(shelf, body), EOFError)
     assert (shelf.blobs, shelf.aborted) == ({}, 1)
@@ -308,10 +308,10 @@ def test_an_upload_of_more_than_was_announced_is_refused() -> None:
     shelf = Memory()
 
     async def body(client: Stream) -> None:
-        await client.send(Kind.PUT, digest_of(b"abc") + struct.pack(">Q", 2))
-        await client.receive({Kind.GO: 0})
-        await client.send(Kind.CHUNK, b"abc")
-        await client.receive({Kind.NO: 2000})
+        await client.send(FrameKind.PUT, digest_of(b"abc") + struct.pack(">Q", 2))
+        await client.receive({FrameKind.GO: 0})
+        await client.send(FrameKind.CHUNK, b"abc")
+        await client.receive({FrameKind.NO: 2000})
 
     assert isinstance(served(shelf, body), BadFrame)
     assert (shelf.blobs, shelf.aborted) == ({}, 1)
@@ -327,9 +327,9 @@ def test_a_blob_larger_than_expected_is_not_downloaded() -> None:
 
 _BLOB = bytes(range(256)) * 3
 _ANSWER = (
-    HEADER.pack(8, Kind.SIZE) + struct.pack(">Q", len(_BLOB))
-    + HEADER.pack(len(_BLOB), Kind.CHUNK) + _BLOB
-    + HEADER.pack(32, Kind.END) + digest_of(_BLOB)
+    HEADER.pack(8, FrameKind.SIZE) + struct.pack(">Q", len(_BLOB))
+    + HEADER.pack(len(_BLOB), FrameKind.CHUNK) + _BLOB
+    + HEADER.pack(32, FrameKind.END) + digest_of(_BLOB)
 )  # fmt: skip
 
 

@@ -215,7 +215,7 @@ def test_ctrl_c_leaves_cleanly_and_a_killed_process_leaves_nothing(thinwire: Sta
     late.wait()
     coordinator.process.kill()
     coordinator.wait()
-    # The fixture asserts that no process is left: neither p2pd nor its keeper.
+    # The fixture asserts that no process is left: neither p2pd nor its watchdog.
     assert coordinator.process.pid in before
 
 

@@ -154,7 +154,7 @@ def test_base_weights_are_compared_with_record_0(tmp_path: Path) -> None:
 def test_a_run_without_base_weights_and_another_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "wide_task.py").write_text(
+    (tmp_path / "replayed_task.py").write_text(
         "from thinwire.node.tasks.text import TextTask\n"
         "def make(options, data):\n"
         "    return TextTask(options.model_copy(update={'width': 32}), data)\n"
@@ -163,6 +163,6 @@ def test_a_run_without_base_weights_and_another_model(
     path = tmp_path / "ledger"
     train(tmp_path / "run", config_of("spsa", rounds=2), path)
     with pytest.raises(ConfigError, match="leave it out"):
-        replay(path, base=tmp_path / "wide_task.py")
+        replay(path, base=tmp_path / "replayed_task.py")
     with pytest.raises(Incompatible, match="the model differs"):
-        replay(path, import_path="wide_task:make")
+        replay(path, import_path="replayed_task:make")

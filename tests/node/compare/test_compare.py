@@ -23,7 +23,7 @@ from thinwire.coordinator.protocol.schedule import lr_factor
 from thinwire.coordinator.protocol.settings import ScheduleSection
 from thinwire.node.compare import comparison
 from thinwire.node.compare.comparison import Comparison, Outcome
-from thinwire.node.compare.specs import Plan, fitted, notable, plans
+from thinwire.node.compare.specs import ComparePlan, fitted, notable, plans
 from thinwire.node.compare.view import compare_command
 from thinwire.node.config import RunConfig, load_config
 from thinwire.node.genesis import initialise, make_genesis
@@ -183,7 +183,7 @@ def test_a_strategy_that_diverges_does_not_take_the_others_along(
 def test_a_task_of_ones_own_from_base_weights(
     run_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (run_file.parent / "wide_task.py").write_text(
+    (run_file.parent / "compared_task.py").write_text(
         "from thinwire.node.tasks.text import TextTask\n"
         "def make(options, data):\n"
         "    return TextTask(options.model_copy(update={'width': 24}), data)\n"
@@ -195,7 +195,7 @@ def test_a_task_of_ones_own_from_base_weights(
         for name, p in make_task(config.task, None, None).model().named_parameters()
     }
     save_file(base, run_file.parent / "base.safetensors")
-    options = {"import_path": "wide_task:make", "overrides": {"run.base": "base.safetensors"}}
+    options = {"import_path": "compared_task:make", "overrides": {"run.base": "base.safetensors"}}
     assert command(run_file, "decoupled:dense,spsa", **options) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["n_params"] == sum(p.numel() for p in base.values())
@@ -315,7 +315,7 @@ def test_the_command(thinwire: Start, run_file: Path) -> None:
 # ------------------------------------------------------------------------------------------ specs and phases
 
 
-def plan_of(spec: str, run: RunConfig) -> Plan:
+def plan_of(spec: str, run: RunConfig) -> ComparePlan:
     (plan,) = plans(spec, run)
     return plan
 

@@ -24,7 +24,7 @@ from thinwire.node.doctor import machine
 from thinwire.node.doctor.disk import check_disk, nearest
 from thinwire.node.doctor.findings import Check, Finding, Stopped, examine, ok
 from thinwire.node.doctor.machine import check_machine, check_python
-from thinwire.node.doctor.network import Plan, _run, check_network
+from thinwire.node.doctor.network import NetworkPlan, _run, check_network
 
 Start = Callable[..., Any]
 
@@ -180,7 +180,7 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 def test_addresses_that_are_none_are_refused_at_once() -> None:
     for wrong in ({"host": "everywhere"}, {"port": 70_000}, {"announce": (":",)}):
         with pytest.raises(ConfigError):
-            Plan(**{"host": "127.0.0.1", "port": 0, "announce": (), "ticket": None, **wrong})
+            NetworkPlan(**{"host": "127.0.0.1", "port": 0, "announce": (), "ticket": None, **wrong})
 
 
 def dead_ticket(*ports: int) -> Ticket:
@@ -205,14 +205,14 @@ def test_a_taken_port_a_silent_address_and_a_dead_ticket(own_temp_folder: Path) 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        plan = Plan("127.0.0.1", taken.getsockname()[1], (), dead_ticket(*ports))
+        plan = NetworkPlan("127.0.0.1", taken.getsockname()[1], (), dead_ticket(*ports))
         found = by_name(check_network(plan, never))
     assert found["libp2p"].status == "failed"
     assert f"port {plan.port} is taken" in found["libp2p"].detail
     assert found["coordinator"].status == "failed"
     for port in ports:
         assert f"/tcp/{port}: connection refused" in found["coordinator"].detail
-    found = by_name(check_network(Plan("127.0.0.1", 0, (f"127.0.0.1:{ports[0]}",), None), never))
+    found = by_name(check_network(NetworkPlan("127.0.0.1", 0, (f"127.0.0.1:{ports[0]}",), None), never))
     assert found["libp2p"].status == "ok"
     assert found["addresses"].status == "warning"
     assert "connection refused" in found["addresses"].detail
@@ -234,7 +234,7 @@ def test_a_stop_while_the_coordinator_is_mute_leaves_nothing(own_temp_folder: Pa
                 dialled.set()
             return dialled.is_set()
 
-        plan = Plan("127.0.0.1", 0, (), dead_ticket(mute.getsockname()[1]))
+        plan = NetworkPlan("127.0.0.1", 0, (), dead_ticket(mute.getsockname()[1]))
         assert [f.name for f in check_network(plan, stopped)] == ["libp2p", "addresses"]
     gc.collect()  # whatever was not closed is told now
 
@@ -250,7 +250,7 @@ def test_a_run_that_can_be_joined(ticket: str) -> None:
     parsed = Ticket.parse(ticket)
     silent = f"/ip4/127.0.0.1/tcp/{closed_port()}"
     two = parsed.model_copy(update={"addresses": (silent, *parsed.addresses)})
-    found = by_name(check_network(Plan("127.0.0.1", 0, (), two), never))
+    found = by_name(check_network(NetworkPlan("127.0.0.1", 0, (), two), never))
     assert {name: found[name].status for name in ("coordinator", "clock", "run")} == dict.fromkeys(
         ("coordinator", "clock", "run"), "ok"
     )
@@ -260,11 +260,11 @@ def test_a_run_that_can_be_joined(ticket: str) -> None:
     assert "small, round 0 of 1000 (waiting)" in found["run"].detail
     assert found["run"].figures["n_params"] > 1000
     wrong = parsed.model_copy(update={"token": "stolen"})
-    found = by_name(check_network(Plan("127.0.0.1", 0, (), wrong), never))
+    found = by_name(check_network(NetworkPlan("127.0.0.1", 0, (), wrong), never))
     assert found["coordinator"].status == "failed"
     assert "token is wrong" in found["coordinator"].detail
     other = parsed.model_copy(update={"run_id": bytes(32)})
-    found = by_name(check_network(Plan("127.0.0.1", 0, (), other), never))
+    found = by_name(check_network(NetworkPlan("127.0.0.1", 0, (), other), never))
     assert found["run"].status == "failed"
     assert "another run" in found["run"].detail
 
@@ -297,7 +297,7 @@ def test_a_clock_that_is_wrong(thinwire: Start, tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path / "ahead"), prepend=os.pathsep)
         line = thinwire("coordinator", "run.toml", "--host", "127.0.0.1").first_line()
-    clock = by_name(check_network(Plan("127.0.0.1", 0, (), Ticket.parse(line)), never))["clock"]
+    clock = by_name(check_network(NetworkPlan("127.0.0.1", 0, (), Ticket.parse(line)), never))["clock"]
     assert clock.status == "warning"
     assert "180 min behind" in clock.detail
     assert clock.remedy is not None

@@ -15,7 +15,7 @@ from thinwire.compression.errors import SwarmUnreachable
 from thinwire.coordinator.protocol.blob_streams import NotServed, get_blob, serve_blobs
 from thinwire.coordinator.protocol.messages import BadMessage, digest_of
 from thinwire.coordinator.protocol.patience import Patience
-from thinwire.coordinator.protocol.streams import HEADER, Kind, Meter, Stream
+from thinwire.coordinator.protocol.streams import HEADER, FrameKind, Meter, Stream
 from thinwire.node.links.base import Lied
 from thinwire.node.links.blob_client import FAILURES, STREAMS_PER_HOLDER, Holders
 
@@ -182,8 +182,8 @@ async def test_other_bytes_are_a_lie_and_a_cut_is_none(peers: Peers, holders: Ho
         ours, theirs = [
             Stream(*await asyncio.open_unix_connection(sock=sock), Meter()) for sock in socket.socketpair()
         ]
-        await theirs.send(Kind.SIZE, len(BLOB).to_bytes(8, "big"))
-        theirs._writer.write(HEADER.pack(1000, Kind.CHUNK) + bytes(10))
+        await theirs.send(FrameKind.SIZE, len(BLOB).to_bytes(8, "big"))
+        theirs._writer.write(HEADER.pack(1000, FrameKind.CHUNK) + bytes(10))
         theirs.close()
         return ours
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.messages import Heartbeat
-from thinwire.coordinator.protocol.streams import CHUNK_BYTES, FROM_NODE, Kind, Meter, Stream
+from thinwire.coordinator.protocol.streams import CHUNK_BYTES, FROM_NODE, FrameKind, Meter, Stream
 from thinwire.node.links.upload_limit import BURST_S, LEAST_BYTES_PER_S, WINDOW_S, UploadLimit, parse_rate
 
 
@@ -159,8 +159,8 @@ def test_a_throttled_stream_sends_the_same_bytes_in_small_frames() -> None:
         assert near.chunk_bytes < 10_000
         assert far.chunk_bytes == CHUNK_BYTES
         beat = Heartbeat(round=1, sent_bytes=2, received_bytes=3, payload_bytes=4)
-        receiving = asyncio.create_task(far.receive({Kind.CHUNK: CHUNK_BYTES}, "payload"))
-        await near.send(Kind.CHUNK, bytes(range(256)) * 256, "payload")
+        receiving = asyncio.create_task(far.receive({FrameKind.CHUNK: CHUNK_BYTES}, "payload"))
+        await near.send(FrameKind.CHUNK, bytes(range(256)) * 256, "payload")
         assert (await receiving).body == bytes(range(256)) * 256
         await near.send_message(beat)
         assert await far.receive_message(FROM_NODE) == beat

@@ -27,7 +27,7 @@ from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.node.cli.main import main
 from thinwire.node.config import Task as TaskOptions
 from thinwire.node.genesis import base_bytes
-from thinwire.node.ranks.collective_errors import together
+from thinwire.node.ranks.collective_errors import collective_errors
 from thinwire.node.ranks.sharding import blocks_of
 from thinwire.node.snapshots.format import data_of
 from thinwire.node.snapshots.parts import read_parts, write_parts
@@ -142,19 +142,19 @@ class _Two:
 
 def test_what_fails_on_one_rank_fails_on_the_other() -> None:
     first: Any = _Two(b"")
-    with pytest.raises(ReplicaDiverged, match="own"), together(first):
+    with pytest.raises(ReplicaDiverged, match="own"), collective_errors(first):
         raise ReplicaDiverged("its own")
     second: Any = _Two(first.own)
-    with pytest.raises(ReplicaDiverged, match="rank 0: its own"), together(second):
+    with pytest.raises(ReplicaDiverged, match="rank 0: its own"), collective_errors(second):
         pass
     fine: Any = _Two(b"")
-    with together(fine):
+    with collective_errors(fine):
         pass
     assert fine.own == b""
     full: Any = _Two(b"")
-    with pytest.raises(OSError, match="disk"), together(full):
+    with pytest.raises(OSError, match="disk"), collective_errors(full):
         raise OSError(28, "the disk is full")
-    with pytest.raises(OSError, match=r"rank 0: .*disk"), together(_Two(full.own)):  # type: ignore[arg-type]
+    with pytest.raises(OSError, match=r"rank 0: .*disk"), collective_errors(_Two(full.own)):  # type: ignore[arg-type]
         pass
 
 

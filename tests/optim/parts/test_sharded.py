@@ -98,8 +98,8 @@ def test_collectives(sharded: list[dict[str, Any]]) -> None:
         assert rank["collectives"] == {
             "sums": [float(n), sum(map(float, range(n)))],
             "gather": [3 * r for r in range(n)],
-            "spread": [0, 7],
-            "deal": [float(10 * r + me) for r in range(n) for _ in range(r + me)],
+            "broadcast": [0, 7],
+            "all_to_all": [float(10 * r + me) for r in range(n) for _ in range(r + me)],
         }
 
 
@@ -110,7 +110,7 @@ def test_alone_every_parameter_is_whole() -> None:
     assert local_of(weight).data_ptr() == weight.data_ptr()
     assert ALONE.sums([2.0]) == [2.0]
     assert ALONE.gather(b"x") == [b"x"]
-    assert ALONE.spread(b"x") == b"x"
+    assert ALONE.broadcast(b"x") == b"x"
 
 
 def test_every_parameter_has_one_owner_and_loads_are_even() -> None:
