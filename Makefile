@@ -14,11 +14,14 @@ help:            ## show this list
 
 setup: $(STAMP)  ## make .venv with the thinwire command in it
 
+# The links show checkers and editors the packages under their own name, which an editable install does not.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "thinwire needs Python 3.11 or newer: make setup PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,hf,plot,tensorboard,wandb,ray,test,lint]'
+	rm -rf $(VENV)/lint && mkdir -p $(VENV)/lint/thinwire
+	ln -s $(addprefix $(CURDIR)/,$(PACKAGES)) $(VENV)/lint/thinwire
 	touch $@
 
 demo: setup      ## a coordinator and 4 nodes on this machine, real text, live table (2 minutes)
@@ -41,12 +44,9 @@ soak: setup      ## faults in a swarm of real processes: SECONDS=120 PEERS=4 EVE
 learning: setup  ## long runs of what the methods are claimed to learn, an hour: losses, and claims that do not hold
 	$(BIN)/python -m tests.learning
 
-# The checkers want to see the packages under their own name, which an editable install does not show them.
-lint: setup      ## ruff, mypy (strict), import-linter
+lint: setup      ## ruff, mypy (strict), import-linter, circles among imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf $(VENV)/lint && mkdir -p $(VENV)/lint/thinwire
-	ln -s $(addprefix $(CURDIR)/,$(PACKAGES)) $(VENV)/lint/thinwire
 	cd $(VENV)/lint && ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
 	  --explicit-package-bases --namespace-packages $(addprefix -p thinwire.,$(PACKAGES))
 	cd $(VENV)/lint && PYTHONPATH=. ../bin/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
