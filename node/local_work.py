@@ -49,7 +49,7 @@ class LocalWork:
         if self._split and "ranks" not in inspect.signature(task.draw).parameters:
             raise ConfigError(
                 "the task cannot split a batch over the ranks of a node: its draw and evaluate take no "
-                "rank and ranks (see thinwire.node.tasks.text.Task). Start the node with --ranks 1"
+                "rank and ranks (see thinwire.node.tasks.base.Task). Start the node with --ranks 1"
             )
         self._stopwatch = Stopwatch(time.perf_counter)
         # Its own payload is decoded, too, to be taken away.

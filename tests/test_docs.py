@@ -1,0 +1,60 @@
+"""What ARCHITECTURE.md and CONTRIBUTING.md name is there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.support.paths import ROOT
+
+DOCS = ("ARCHITECTURE.md", "CONTRIBUTING.md")
+TOP = ("compression", "optim", "coordinator", "node", "tests", "deploy")
+
+
+def named_paths(text: str) -> set[str]:
+    """`folder/file.py` and `folder/`, as they stand between backticks; `codecs/x.py` is in compression/."""
+    quoted = re.findall(r"`([\w./-]+/[\w.-]*)`", text)
+    return {f"compression/{q}" if q.split("/")[0] in ("codecs", "cpu", "gpu") else q for q in quoted}
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_files_that_are_named_exist(name: str) -> None:
+    paths = {p for p in named_paths((ROOT / name).read_text()) if p.split("/")[0] in (*TOP, ".ci")}
+    assert len(paths) > 10
+    assert sorted(p for p in paths if "NAME" not in p and not (ROOT / p).exists()) == []
+
+
+def test_the_map_shows_what_is_there() -> None:
+    """Every room has its line, and every file of the map exists in the folder above it."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    drawn = text.split("## The map")[1].split("```")[1]
+    missing, folder = [], ""
+    for line in drawn.splitlines():
+        if found := re.match(r"(\w+)/", line):
+            folder = found[1]
+        names = re.findall(r"(?<![\w/])([a-z_]+(?:/|\.py))(?=[\s,;]|$)", line)
+        missing += [f"{folder}/{n}" for n in names if n != f"{folder}/" and not (ROOT / folder / n).exists()]
+    assert missing == []
+    rooms = {p.name for top in TOP[:4] for p in (ROOT / top).iterdir() if any(p.glob("*.py"))}
+    assert sorted(room for room in rooms if f"{room}/" not in drawn) == []
+
+
+def test_make_targets_that_are_named_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert {"setup", "test", "lint"} <= named <= targets
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_they_stay_short(name: str) -> None:
+    assert len((ROOT / name).read_text().splitlines()) < 300
+
+
+def test_code_cites_no_page_that_is_not_shipped() -> None:
+    cited = re.compile(r"\bdesign(\.md)?: section|\bdesign\.md|\balgorithms\.md|field-notes|\bcommittee\.md")
+    files = [
+        p for top in TOP for suffix in ("py", "md", "toml", "yaml") for p in (ROOT / top).rglob(f"*.{suffix}")
+    ]
+    found = [p for p in files if p.name != "test_docs.py" and cited.search(p.read_text())]
+    assert [str(p.relative_to(ROOT)) for p in found] == []
