@@ -26,7 +26,6 @@ MAX_WAITING: Final = 8
 
 EVERY_S: Final = 1.0
 BYTES_PER_S: Final = 40_000
-"""For each watcher; larger swarms are shown less often."""
 
 SILENCE_S: Final = 15.0
 """After so long without an event comes a line without meaning: proxies and browsers see that we are here."""
@@ -76,10 +75,22 @@ class Watcher:
 
 
 class Live:
-    """An ASGI application. All but `end` and `n_watchers` belongs to the loop that it is served in."""
+    """An ASGI application. All but `end` and `n_watchers` belongs to the loop that it is served in.
 
-    def __init__(self, look: Look) -> None:
+    `every_s`: how often to look at most; `bytes_per_s`: for each watcher, so that larger swarms are shown
+    less often; `max_watchers`: how many may watch at a time.
+    """
+
+    def __init__(
+        self,
+        look: Look,
+        *,
+        every_s: float = EVERY_S,
+        bytes_per_s: float = BYTES_PER_S,
+        max_watchers: int = MAX_WATCHERS,
+    ) -> None:
         self._look = look
+        self._every_s, self._bytes_per_s, self._max_watchers = every_s, bytes_per_s, max_watchers
         self._watchers: set[Watcher] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._looking: asyncio.Task[None] | None = None
@@ -94,7 +105,7 @@ class Live:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._loop = asyncio.get_running_loop()
-        if self._is_over or len(self._watchers) >= MAX_WATCHERS:
+        if self._is_over or len(self._watchers) >= self._max_watchers:
             full = PlainTextResponse("too many are watching: try again later\n", 503, {"retry-after": "30"})
             await full(scope, receive, send)
             return
@@ -163,7 +174,7 @@ class Live:
         return _event("points", _dated(trend)) + _event("now", _dated(now))
 
     async def _look_on(self) -> None:
-        pause_s = EVERY_S
+        pause_s = self._every_s
         while self._watchers:
             await asyncio.sleep(pause_s)
             pause_s = await self._look_once()
@@ -174,7 +185,7 @@ class Live:
             now, trend = await self._look(self._stamp)
         except Exception:  # the edge: a look that fails is repeated
             log.exception("the page cannot be told what is new")
-            return EVERY_S
+            return self._every_s
         self._whole = None
         events = b""
         if trend["index"] and trend["stamp"] != self._stamp:
@@ -187,7 +198,7 @@ class Live:
         if events:
             for watcher in list(self._watchers):
                 watcher.put(events)
-        return max(EVERY_S, len(events) / BYTES_PER_S)
+        return max(self._every_s, len(events) / self._bytes_per_s)
 
 
 async def _gone(receive: Receive, watcher: Watcher) -> None:

@@ -42,12 +42,13 @@ class ChunkSchedule:
 
     A holder that fails rests, each time longer; one that lied is not asked again. When no chunk is left that
     nobody fetches, the ones that take longer than median + 4 MAD are asked of another holder, too: until then
-    there is better to do than to fetch something twice.
+    there is better to do than to fetch something twice. `patience_s`: without hope, until it is given up.
     """
 
     missing: Sequence[int]
     seed: int
     now_s: float
+    patience_s: float = PATIENCE_S
     n_lies: int = 0
     _todo: deque[int] = field(init=False)
     _left: set[int] = field(init=False)
@@ -118,7 +119,7 @@ class ChunkSchedule:
 
     def is_hopeless(self, now_s: float) -> bool:
         """For much longer than a chunk takes."""
-        return self.hopeless_s(now_s) > PATIENCE_S + (self._limit_s() if self._took_s else 0.0)
+        return self.hopeless_s(now_s) > self.patience_s + (self._limit_s() if self._took_s else 0.0)
 
     def _next(self, now_s: float) -> int | None:
         if self._todo:

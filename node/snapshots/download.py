@@ -17,7 +17,7 @@ from typing import Final
 
 from ...compression.errors import ReplicaDiverged, SwarmUnreachable
 from ..links.base import Lied
-from .chunk_schedule import ChunkSchedule
+from .chunk_schedule import PATIENCE_S, ChunkSchedule
 from .incoming import Incoming
 
 log = logging.getLogger("thinwire.node")
@@ -62,21 +62,22 @@ def download(
     stopped: Callable[[], bool],
     *,
     seed: int,
+    patience_s: float = PATIENCE_S,
 ) -> None:
     """Returns when no chunk is missing, or soon after `stopped()`. `seed`: the peer's own, for the order.
 
     `holders` is asked again and again: those that appear join in. `progress` is told at every chunk and at
-    least every `TICK_S`. Raises NoHolder; OSError (a full disk).
+    least every `TICK_S`. Raises NoHolder after `patience_s` without hope; OSError (a full disk).
     """
-    _Download(incoming, get, seed).run(holders, progress, stopped)
+    _Download(incoming, get, seed, patience_s).run(holders, progress, stopped)
 
 
 class _Download:
-    def __init__(self, incoming: Incoming, get: Get, seed: int) -> None:
+    def __init__(self, incoming: Incoming, get: Get, seed: int, patience_s: float) -> None:
         self._incoming, self._get = incoming, get
         self._manifest = incoming.manifest
         missing = incoming.missing
-        self._schedule = ChunkSchedule(missing, seed, time.monotonic())
+        self._schedule = ChunkSchedule(missing, seed, time.monotonic(), patience_s)
         self._answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
         self._n_bytes = self._manifest.n_bytes - sum(map(self._manifest.chunk_bytes, missing))
         self._twice_bytes = 0

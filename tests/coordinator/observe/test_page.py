@@ -21,7 +21,6 @@ from starlette.routing import Route
 from tests.conftest import wait_until
 from tests.coordinator.test_service import World, offer
 from thinwire.coordinator.blobs import BlobStore
-from thinwire.coordinator.observe import live
 from thinwire.coordinator.observe.live import Live, Seen
 from thinwire.coordinator.observe.overview import MAX_PEERS_SHOWN
 from thinwire.coordinator.observe.page import FOLDER, serve_coordinator
@@ -415,15 +414,9 @@ class Fountain:
         return now, {"stamp": self.n_looks, "index": [0], "since": since}
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "EVERY_S", 0.01)
-    monkeypatch.setattr(live, "BYTES_PER_S", 1e12)
-
-
 @contextlib.contextmanager
-def flowing(fountain: Fountain) -> Iterator[tuple[Live, int]]:
-    served = Live(fountain.look)
+def flowing(fountain: Fountain, max_watchers: int = 48) -> Iterator[tuple[Live, int]]:
+    served = Live(fountain.look, every_s=0.01, bytes_per_s=1e12, max_watchers=max_watchers)
     with serve_http([Route("/events", served)], HttpAddress("127.0.0.1", 0)) as port:
         try:
             yield served, port
@@ -435,7 +428,6 @@ def eventually(condition: Callable[[], bool], what: str) -> None:
     wait_until(condition, WAIT_S, lambda: what)
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_watcher_gets_the_whole_picture_and_then_what_is_new() -> None:
     fountain = Fountain()
     with flowing(fountain) as (served, port):
@@ -457,7 +449,6 @@ def test_a_watcher_gets_the_whole_picture_and_then_what_is_new() -> None:
         assert next(again)[1]["n"] == n_looks + 1  # not what was seen before
 
 
-@pytest.mark.usefixtures("quick")
 def test_the_last_word_is_heard_and_then_it_is_over() -> None:
     with flowing(Fountain()) as (served, port):
         events = Events(port)
@@ -471,10 +462,8 @@ def test_the_last_word_is_heard_and_then_it_is_over() -> None:
     assert not [t for t in threading.enumerate() if t.name == "http"]
 
 
-@pytest.mark.usefixtures("quick")
-def test_the_number_of_watchers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "MAX_WATCHERS", 3)
-    with flowing(Fountain()) as (served, port):
+def test_the_number_of_watchers_is_bounded() -> None:
+    with flowing(Fountain(), max_watchers=3) as (served, port):
         watching = [Events(port) for _ in range(3)]
         assert [next(iter(one))[0] for one in watching] == ["points"] * 3
         code, _, headers = get(port, "/events")
@@ -484,7 +473,6 @@ def test_the_number_of_watchers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         assert next(iter(Events(port)))[0] == "points"
 
 
-@pytest.mark.usefixtures("quick")
 def test_who_does_not_read_is_cut_off_and_holds_up_nobody() -> None:
     with flowing(Fountain(n_bytes=400_000)) as (served, port), ExitStack() as stack:
         for _ in range(8):
@@ -504,7 +492,6 @@ def test_who_does_not_read_is_cut_off_and_holds_up_nobody() -> None:
         assert next(names)[0] in {"points", "now"}
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_coordinator_that_does_not_answer_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
     fountain = Fountain()
     with flowing(fountain) as (_, port):

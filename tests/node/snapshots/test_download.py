@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from thinwire.compression.errors import SwarmUnreachable
 from thinwire.node.links.base import Lied
-from thinwire.node.snapshots import chunk_schedule
 from thinwire.node.snapshots.chunk_schedule import (
     AT_ONCE,
     MAX_REST_S,
@@ -88,6 +87,7 @@ class Joiner:
     store: SnapshotStore
     told: list[Progress] = field(default_factory=list)
     seed: int = 1
+    patience_s: float = PATIENCE_S
 
     def run(self, get: Get | None = None, stopped: Callable[[], bool] = lambda: False) -> None:
         self.incoming = self.store.incoming(self.swarm.manifest())
@@ -98,6 +98,7 @@ class Joiner:
             self.told.append,
             stopped,
             seed=self.seed,
+            patience_s=self.patience_s,
         )
 
     def finish(self) -> None:
@@ -255,10 +256,8 @@ def test_a_holder_that_appears_joins_in_and_one_that_recovers_is_asked_again(
     assert len(swarm.asked) == N_CHUNKS + 1
 
 
-def test_without_holders_it_gives_up_and_keeps_what_came(
-    swarm: Swarm, joiner: Joiner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chunk_schedule, "PATIENCE_S", 0.3)
+def test_without_holders_it_gives_up_and_keeps_what_came(swarm: Swarm, joiner: Joiner) -> None:
+    joiner.patience_s = 0.3
     swarm.holders = ["a"]
 
     def leave(i: int, chunk: bytes) -> bytes:
