@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
 from .adoption import adopt
 from .blobs import BlobStore, BlobWriter
-from .metrics_requests import MetricsRequests
+from .observe.metrics_requests import MetricsRequests
 from .protocol.blob_streams import Sink, serve_blobs
 from .protocol.messages import (
     BadMessage,
