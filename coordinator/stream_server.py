@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
 from typing import Any, BinaryIO, TypeVar
 
-from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
+from ..compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable, ThinwireError
 from .adoption import adopt
 from .blobs import BlobStore, BlobWriter
 from .observe.metrics_requests import MetricsRequests
@@ -132,7 +132,7 @@ class StreamServer:
     async def close(self, text: str) -> None:
         """Tells every node why its session ends, and waits for a moment until it knows."""
         for session in self._sessions.values():
-            session.end(Refused(error="SwarmUnreachable", text=text))
+            session.end(Refused.of(SwarmUnreachable(text)))
         deadline_s = time.monotonic() + _GOODBYE_S
         while self._sessions and time.monotonic() < deadline_s:
             await asyncio.sleep(0.01)
@@ -181,7 +181,7 @@ class StreamServer:
         old = self._sessions.get(peer_id)
         if old is not None:
             self._metrics_requests.forget(peer_id)
-            old.end(Refused(error="ConfigError", text=_REPLACED))
+            old.end(Refused.of(ConfigError(_REPLACED)))
         session = Session(peer_id, number, stream)
         self._sessions[peer_id] = session
         writer = asyncio.create_task(self._write(session, welcome))
@@ -189,7 +189,7 @@ class StreamServer:
         try:
             await self._read(session)
         except BadMessage as e:
-            session.end(_refusal(e))
+            session.end(Refused.of(e))
             await asyncio.wait({writer}, timeout=_GOODBYE_S)
             raise
         finally:
@@ -223,7 +223,7 @@ class StreamServer:
     def _end_all(self) -> None:
         """There are adopted commits: every node that is here has to come anew."""
         for session in self._sessions.values():
-            session.end(Refused(error="SwarmUnreachable", text=_ADOPTED))
+            session.end(Refused.of(SwarmUnreachable(_ADOPTED)))
 
     async def _write(self, session: Session, welcome: Message) -> None:
         """The session's sending half; when it cannot go on, the receiving half ends too."""
@@ -351,10 +351,5 @@ async def _or_refused(stream: Stream, opening: Awaitable[T]) -> T | None:
 
 async def _refuse(stream: Stream, error: ThinwireError) -> None:
     with contextlib.suppress(OSError):
-        await stream.send_message(_refusal(error))
+        await stream.send_message(Refused.of(error))
         await stream.ended(_GOODBYE_S)
-
-
-def _refusal(error: ThinwireError) -> Refused:
-    known = isinstance(error, ConfigError | Incompatible | LedgerCorrupt | SwarmUnreachable)
-    return Refused(error=type(error).__name__ if known else "BadMessage", text=str(error)[:2000])

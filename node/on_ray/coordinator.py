@@ -12,7 +12,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ...compression.errors import SwarmUnreachable, ThinwireError
+from ...compression.errors import SwarmUnreachable, ThinwireError, error_name
 from ...coordinator.protocol.identity import peer_id_of
 from ...coordinator.server import CoordinatorServer
 from ...coordinator.state import StateDir
@@ -40,10 +40,10 @@ class CoordinatorActor:
         try:
             server, _ = await self._serving()
         except ThinwireError as e:
-            return {"failed": (type(e).__name__, str(e))}
+            return {"failed": (error_name(e), str(e))}
         ending = self._tasks[0]
         error = ending.exception() if ending.done() and not ending.cancelled() else None
-        failed = None if error is None else (type(error).__name__, str(error))
+        failed = None if error is None else (error_name(error), str(error))
         ended = ending.done() and error is None
         return {**server.status(), "failed": failed, "acknowledged": ended}
 

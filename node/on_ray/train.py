@@ -21,14 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ...compression.errors import (
-    ConfigError,
-    Incompatible,
-    LedgerCorrupt,
-    ReplicaDiverged,
-    SwarmUnreachable,
-    ThinwireError,
-)
+from ...compression.errors import ConfigError, SwarmUnreachable, ThinwireError, named_error
 from .cluster import PeerGroup, connected, find_room, give_back, group_of, is_placed
 
 if TYPE_CHECKING:
@@ -46,10 +39,6 @@ LATE_S: Final = 120.0
 """After the last round: for peers that are on their way back."""
 
 _PART_BYTES: Final = 2**26
-_ERRORS: Final = {
-    kind.__name__: kind
-    for kind in (ConfigError, Incompatible, LedgerCorrupt, ReplicaDiverged, SwarmUnreachable)
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +343,7 @@ class _Driver:
                 continue
             if "error" in outcome:
                 kind, text, _ = outcome["error"]
-                self._note(_ERRORS.get(kind, ThinwireError)(f"{peer.name}: {text}"))
+                self._note(named_error(kind, f"{peer.name}: {text}"))
             else:
                 peer.result = outcome["result"]
 
@@ -431,7 +420,7 @@ class _Driver:
         status: dict[str, Any] = self._get(self._coordinator.status)
         if status["failed"] is not None:
             kind, text = status["failed"]
-            raise _ERRORS.get(kind, ThinwireError)(text)
+            raise named_error(kind, text)
         return {**status, "strategy": self._config.strategy["name"]}
 
     def _get(self, method: Any, *arguments: Any) -> Any:
