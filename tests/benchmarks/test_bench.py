@@ -21,7 +21,7 @@ from thinwire.node.bench.command import (
     run_bench,
     run_sizes,
 )
-from thinwire.node.bench.decoupled import Demo, InexactApply, Round, cosine_basis
+from thinwire.node.bench.decoupled import DecoupledRound, Demo, InexactApply, cosine_basis
 from thinwire.node.bench.diloco import PlainDiloco
 from thinwire.node.bench.measure import copy_bandwidth, fill_gradients, measure, transformer
 from thinwire.node.bench.view import print_bench
@@ -68,7 +68,7 @@ def test_decoupled_reports_bytes_and_ratios(capsys: pytest.CaptureFixture[str]) 
 def test_an_inexact_update_is_the_same_but_for_rounding() -> None:
     model = transformer(1_000_000)
     fill_gradients(model.values())
-    round_ = Round(model)
+    round_ = DecoupledRound(model)
     inexact = InexactApply(model, round_)
     before = {name: p.detach().clone() for name, p in model.items()}
     inexact.step()
