@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ...compression.errors import ThinwireError, error_name
 from ...coordinator.protocol.files import FolderLock
 from ...coordinator.protocol.ticket import Ticket
-from ..join import Options, limit_threads, run_node
+from ..run_node import Options, limit_threads, run_node
 from ..system.folder import default_folder
 from ..system.logs import log_to_stderr
 from ..system.stopping import Stop

@@ -62,7 +62,7 @@ _WITH_COLLECTIVES: Final[frozenset[Announced]] = frozenset({"propose", "work_ahe
 
 
 def open_channel() -> Ranks:
-    """For announcements, once this process is a rank (`mesh.join_node`). All ranks call this."""
+    """For announcements, once this process is a rank (`sharding.join_node`). All ranks call this."""
     import torch.distributed as dist
 
     return GroupRanks(dist.new_group(backend="gloo", timeout=_FOR_EVER))
