@@ -168,7 +168,8 @@ class CoordinatorServer:
         return await self._stream_server.metrics_of(peer_id)
 
     def status(self) -> dict[str, Any]:
-        """The service's, the bytes of this process, and what a machine compares before it joins."""
+        """JSON-able: `Service.status`, the bytes that this process has sent and received, and what a machine
+        compares before it joins."""
         traffic = {"sent_bytes": dict(self.meter.sent), "received_bytes": dict(self.meter.received)}
         here = {
             "protocol": PROTOCOL_VERSION,
@@ -234,7 +235,7 @@ class CoordinatorServer:
         self._tick_timer = loop.call_later(max(0.001, again_s - now_s), self._tick)
 
     def _soon(self) -> None:
-        """A tick after whatever else is ready now."""
+        """Ticks once the loop has done what is ready now."""
         if self._is_stopped:
             return
         if self._tick_timer is not None:
@@ -272,5 +273,5 @@ class CoordinatorServer:
 
 
 def _told(http: HttpAddress) -> dict[str, Any]:
-    """The token itself is for those who got it from a person."""
+    """Where HTTP is served, for a status: whether it needs a token, and never the token itself."""
     return {"host": http.host, "port": http.port, "needs_token": http.token is not None}

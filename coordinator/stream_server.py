@@ -292,12 +292,14 @@ class _Shelf:
         self._service, self._blobs, self._peer_id, self._changed = service, blobs, peer_id, changed
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
+        """The blob and its size in bytes. Raises KeyError."""
         n_bytes = self._blobs.size(digest)
         if n_bytes is None:
             raise KeyError(digest.hex())
         return self._blobs.open(digest), n_bytes
 
     def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
+        """Where an upload goes; None: the blob is here. Raises BadMessage."""
         if digest in self._blobs:
             return None
         self._service.may_store(self._peer_id, n_bytes)
@@ -305,6 +307,7 @@ class _Shelf:
             return _Upload(self._blobs.writer(digest))
 
     def stored(self, digest: bytes) -> None:
+        """An upload is complete."""
         self._service.blob_arrived(self._peer_id, digest, time.monotonic())
         self._changed()
 

@@ -68,6 +68,7 @@ class Record(BaseModel):
         return value
 
     def to_list(self) -> list[Any]:
+        """The fields' values in order, as msgpack takes them."""
         return [_plain(getattr(self, name)) for name in type(self).model_fields]
 
 
@@ -237,6 +238,7 @@ class Welcome(Message):
 
     @cached_property
     def body(self) -> GenesisBody:
+        """Record 0, decoded. Raises BadMessage."""
         return decode_record(GenesisBody, self.genesis)
 
 
@@ -299,10 +301,12 @@ class Commit(Message):
 
     @cached_property
     def digest(self) -> bytes:
+        """Of the record: the parent of the next one."""
         return digest_of(self.record)
 
     @cached_property
     def body(self) -> CommitBody:
+        """The record, decoded. Raises BadMessage."""
         return decode_record(CommitBody, self.record)
 
 
@@ -395,8 +399,21 @@ class Metrics(Message):
 MESSAGES: dict[int, type[Message]] = {
     m.tag: m
     for m in (
-        *(Hello, Welcome, Refused, State, Offer, Follow, Commit, Head),
-        *(Report, Heartbeat, Offered, Members, Notice, AskMetrics, Metrics),
+        Hello,
+        Welcome,
+        Refused,
+        State,
+        Offer,
+        Follow,
+        Commit,
+        Head,
+        Report,
+        Heartbeat,
+        Offered,
+        Members,
+        Notice,
+        AskMetrics,
+        Metrics,
     )
 }
 
@@ -413,6 +430,7 @@ def decode_record(kind: type[R], data: bytes) -> R:
 
 
 def encode_message(message: Message) -> bytes:
+    """msgpack of its tag and its fields in order."""
     packed: bytes = msgpack.packb([message.tag, *message.to_list()], use_bin_type=True)
     return packed
 

@@ -48,6 +48,7 @@ class CoordinatorActor:
         return {**server.status(), "failed": failed, "acknowledged": ended}
 
     async def ticket(self) -> str:
+        """The line that nodes join with. Raises ThinwireError if the run cannot be served."""
         server, _ = await self._serving()
         return server.ticket.line()
 
@@ -58,6 +59,7 @@ class CoordinatorActor:
             await self._stop()
 
     # ------------------------------------------------------------------------------- for nodes' transports
+    # See the methods of `RayCoordinatorTransport` with these names.
 
     async def attend(self, line: bytes) -> None:
         await (await self._serving_transport()).attend(line)
@@ -120,7 +122,7 @@ class CoordinatorActor:
     async def _open_transport(
         self, key: Ed25519PrivateKey, *, port: int, **_where: Any
     ) -> RayCoordinatorTransport:
-        """The port is libp2p's, should the run ever be continued over that."""
+        """A `StartTransport`. Keeps the port in the folder, for a run that is continued over libp2p."""
         peer_id = peer_id_of(key.public_key())
         self._transport = RayCoordinatorTransport(peer_id, ADDRESS_PREFIX + self._namespace, self._is_member)
         self._transport.port = port
