@@ -178,12 +178,8 @@ class StreamServer:
         if opened is None:
             return
         number, welcome = opened
-        old = self._sessions.get(peer_id)
-        if old is not None:
-            self._metrics_requests.forget(peer_id)
-            old.end(Refused.of(ConfigError(_REPLACED)))
         session = Session(peer_id, number, stream)
-        self._sessions[peer_id] = session
+        self._enter(session)
         writer = asyncio.create_task(self._write(session, welcome))
         self._changed()
         try:
@@ -193,13 +189,25 @@ class StreamServer:
             await asyncio.wait({writer}, timeout=_GOODBYE_S)
             raise
         finally:
-            if self._sessions.get(peer_id) is session:
-                del self._sessions[peer_id]
-                self._metrics_requests.forget(peer_id)
+            self._leave(session)
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
             self._service.closed(peer_id, number, time.monotonic())
             self._changed()
+
+    def _enter(self, session: Session) -> None:
+        """It is the peer's session now, in the place of an older one."""
+        old = self._sessions.get(session.peer_id)
+        if old is not None:
+            self._metrics_requests.forget(session.peer_id)
+            old.end(Refused.of(ConfigError(_REPLACED)))
+        self._sessions[session.peer_id] = session
+
+    def _leave(self, session: Session) -> None:
+        """Unless a newer one has its place already."""
+        if self._sessions.get(session.peer_id) is session:
+            del self._sessions[session.peer_id]
+            self._metrics_requests.forget(session.peer_id)
 
     async def _receive_hello(self, stream: Stream) -> Hello:
         async with asyncio.timeout(HELLO_TIMEOUT_S):
