@@ -1,8 +1,8 @@
-"""Errors, named by what the caller does next (design: section 10)."""
+"""Errors, named by what the caller does next, and how one process tells another of them."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 BadReason = Literal[
     "truncated",  # fewer bytes than the lengths promise
@@ -59,3 +59,22 @@ class ReplicaDiverged(ThinwireError):
 
 class LedgerCorrupt(ThinwireError):
     """The ledger is not a chain of signed commits any more: refuse to go on."""
+
+
+_BY_NAME: Final[dict[str, type[ThinwireError]]] = {
+    kind.__name__: kind
+    for kind in (ConfigError, SwarmUnreachable, Incompatible, ReplicaDiverged, LedgerCorrupt)
+}
+
+
+def error_name(error: BaseException) -> str:
+    """What another process is told of the kind of an error: the class above that it belongs to.
+
+    "ThinwireError" for every other one.
+    """
+    return next((name for name, kind in _BY_NAME.items() if isinstance(error, kind)), ThinwireError.__name__)
+
+
+def named_error(name: str, text: str) -> ThinwireError:
+    """The error that another process has told of by `error_name`; the caller raises it."""
+    return _BY_NAME.get(name, ThinwireError)(text)

@@ -22,6 +22,8 @@ E = TypeVar("E", bound=Exception)
 
 
 class AdmissionControl:
+    """Of one run. `token`: that of its tickets; `banned`: peer ids. `rejected` counts by reason."""
+
     def __init__(self, ledger: Ledger, token: str, banned: frozenset[str]) -> None:
         self._ledger = ledger
         self._token = token.encode()

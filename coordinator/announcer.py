@@ -49,6 +49,7 @@ class Announcer:
         self.send(offered, [other for other in to if other != peer])
 
     def send(self, message: Message, to: Iterable[int]) -> None:
+        """To the peers with these indices."""
         for peer in to:
             self._send(self._peer_id(peer), message)
 

@@ -35,6 +35,7 @@ class BlobWriter:
         self.n_bytes = 0
 
     def write(self, chunk: bytes) -> None:
+        """The next bytes. Raises OSError."""
         self._file.write(chunk)
         self._hash.update(chunk)
         self.n_bytes += len(chunk)
@@ -51,6 +52,7 @@ class BlobWriter:
         return self.n_bytes
 
     def abort(self) -> None:
+        """Nothing is left of it. Raises OSError."""
         self._file.close()
         self._aside.unlink(missing_ok=True)
 

@@ -198,6 +198,7 @@ class Ledger:
         )
 
     def index_of(self, peer_id: str) -> int | None:
+        """None: the peer was never admitted."""
         return self._indices.get(peer_id)
 
     def peers(self) -> dict[int, str]:
@@ -205,6 +206,7 @@ class Ledger:
         return dict(self._peer_ids)
 
     def peer_id(self, index: int) -> str:
+        """Raises KeyError for an index that nobody has."""
         return self._peer_ids[index]
 
     def note_held_out(self, round_: int, loss: float) -> bool:
@@ -225,6 +227,7 @@ class Ledger:
         return int(n_pages * page_bytes)
 
     def close(self) -> None:
+        """The database cannot be used any more."""
         self._db.close()
 
     def _genesis(self, public_key: Ed25519PublicKey) -> tuple[bytes, bytes]:

@@ -86,6 +86,7 @@ class Membership:
         self._newest_session: dict[int, int] = {}
 
     def handle(self, event: MembershipEvent, now_s: float) -> list[Became]:
+        """The changes that the event, and the time until now, have brought. `now_s`: monotonic."""
         actions: list[Became] = []
         match event:
             case SessionOpened(peer, session):
@@ -107,9 +108,11 @@ class Membership:
         return known is not None and known.session == session
 
     def is_newer(self, peer: int, session: int) -> bool:
+        """Whether no session of the peer's with this number or a higher one was ever opened."""
         return session > self._newest_session.get(peer, -1)
 
     def state(self, peer: int) -> PeerState:
+        """GONE also for a peer that never came."""
         known = self._peers.get(peer)
         return PeerState.GONE if known is None else known.state
 
@@ -118,6 +121,7 @@ class Membership:
         return sorted(p for p, x in self._peers.items() if x.session is not None)
 
     def training(self) -> list[int]:
+        """Peers that train, sorted."""
         return sorted(p for p, x in self._peers.items() if x.state is PeerState.TRAINING)
 
     def alive(self) -> list[int]:

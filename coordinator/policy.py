@@ -1,4 +1,4 @@
-"""When a round closes although somebody is still awaited (design: section 5, "Closing policy").
+"""When a round closes although somebody is still awaited: `all`, `deadline` and `fastest` are the policies.
 
 `fastest` are dynamic backup workers (arXiv 2102.06280): a round ends with its k-th offer, and k is chosen
 when it opens, to be worth most per second. T(k), when the k-th offer comes, is the mean of that order
@@ -57,6 +57,7 @@ class OfferTimes:
         self._by_round: dict[int, dict[int, Measured]] = {}
 
     def record(self, round_: int, peer: int, time_s: float, n_samples: int = 1) -> None:
+        """The offer was eligible `time_s` seconds after its round had opened."""
         self._note(round_, peer, Measured(time_s, n_samples, "come"))
 
     def only_offered(self, round_: int, peer: int, time_s: float, n_samples: int = 1) -> None:
@@ -83,6 +84,7 @@ class OfferTimes:
         return [m.time_s for m in known if m.what != "missing"]
 
     def n_rounds(self, before: int) -> int:
+        """Rounds before this one with offers, of those that are kept."""
         return len(self.rounds(before))
 
 

@@ -59,14 +59,14 @@ class Reports:
             self._evaluators[body.round] = body.evaluator
 
     def recall(self, body: CommitBody) -> None:
-        """An old commit, in order: shows again what had been reported."""
+        """An old commit, in order: brings back what had been reported."""
         self.committed(body)
         for entry in body.reports:
             self._remember(entry.peer, entry.round, (entry.fingerprint, entry.checked))
             self._statistics.fingerprint(entry.peer, entry.round, entry.fingerprint)
 
     def take(self) -> tuple[tuple[ReportEntry, ...], tuple[SnapshotEntry, ...]]:
-        """What the next commit carries."""
+        """Fingerprints and snapshots for the next commit; they wait no longer."""
         taken = tuple(self._pending.values()), tuple(self._pending_snapshots.values())
         self._pending, self._pending_snapshots = {}, {}
         return taken

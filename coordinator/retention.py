@@ -1,4 +1,4 @@
-"""Which payloads stay on the coordinator's disk, and from which round on (design: section 5, "Offers").
+"""Which payloads stay on the coordinator's disk, and from which round on (ARCHITECTURE.md, "Offers").
 
 A counted payload is kept while its round is after the second newest attested snapshot, or is one that a
 joining peer has said that it is going to apply. Payloads inside of commits stay for ever, in the ledger.
@@ -84,7 +84,7 @@ class PayloadRetention:
         self._needs.pop(peer, None)
 
     def figures(self, connected: Collection[int]) -> dict[str, Any]:
-        """JSON-able; of a snapshot's holders those that are connected count."""
+        """JSON-able: the newest attested snapshot and how many connected peers have it, and the payloads."""
         newest = self.snapshots.newest()
         snapshot = newest and {
             "round": newest.round,
@@ -113,7 +113,9 @@ class PayloadRetention:
         self._next_reminder = round_ + REMINDER_ROUNDS
         log.warning(
             "blobs take %d bytes, over the quota of %d: %s",
-            *(self._blobs.n_bytes, self._blobs.quota_bytes, self._why()),
+            self._blobs.n_bytes,
+            self._blobs.quota_bytes,
+            self._why(),
         )
 
     def _why(self) -> str:

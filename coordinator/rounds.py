@@ -16,6 +16,8 @@ from .policy import KEPT_ROUNDS, Limit, OfferTimes, PolicyName, limit
 
 @dataclass(frozen=True, slots=True)
 class PeerTrains:
+    """The peer is awaited from the next round on."""
+
     peer: int
 
 
@@ -39,6 +41,8 @@ class OfferMade:
 
 @dataclass(frozen=True, slots=True)
 class BytesArrived:
+    """The payload with this digest is here: offers that name it can count."""
+
     digest: bytes
 
 
@@ -55,6 +59,8 @@ RoundEvent = PeerTrains | PeerStops | OfferMade | BytesArrived | Excused | TimeP
 
 @dataclass(frozen=True, slots=True)
 class RoundOpened:
+    """`expected`: who is awaited, sorted."""
+
     round: int
     expected: tuple[int, ...]
 
@@ -69,6 +75,8 @@ class OfferKept:
 
 @dataclass(frozen=True, slots=True)
 class OfferRefused:
+    """It will not count in any round."""
+
     peer: int
     reason: Literal["late_offer", "wrong_round", "changed_offer", "too_many_offers"]
 
@@ -153,6 +161,7 @@ class Rounds:
 
     @property
     def is_over(self) -> bool:
+        """The last round is committed."""
         return self.head >= self._n_rounds
 
     def missing(self) -> list[int]:
@@ -160,6 +169,7 @@ class Rounds:
         return sorted(self.expected.difference(self._eligible()))
 
     def handle(self, event: RoundEvent, now_s: float) -> list[Action]:
+        """What follows from the event, in order, and from the time until now. `now_s`: monotonic."""
         actions: list[Action] = []
         match event:
             case PeerTrains(peer):

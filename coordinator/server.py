@@ -66,23 +66,12 @@ class CoordinatorServer:
         self.blobs = BlobStore(state.blobs_path, quota_bytes)
         for blob in blobs:
             self.blobs.put(digest_of(blob), blob)
-        key = self._key = load_or_create(state.key_path)
+        self._key = load_or_create(state.key_path)
         if genesis is None:
-            self.ledger = Ledger.open(state.ledger_path, key.public_key())
+            self.ledger = Ledger.open(state.ledger_path, self._key.public_key())
         else:
-            self.ledger = Ledger.create(state.ledger_path, genesis, key)
-        self.service = Service(
-            ledger=self.ledger,
-            blobs=self.blobs,
-            key=key,
-            token=self._token,
-            send=self._send,
-            on_commit=lambda _round: self._stream_server.wake(),
-            now_s=time.monotonic(),
-            wall_ms=lambda: time.time_ns() // 10**6,
-            history=state.history(),
-            banned=state.banned(),
-        )
+            self.ledger = Ledger.create(state.ledger_path, genesis, self._key)
+        self.service = self._new_service()
         self._saving, self._kept_history = threading.Lock(), b""
         self._settings = parse_settings(self.ledger.genesis.config)
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
@@ -103,6 +92,21 @@ class CoordinatorServer:
         self._tasks: list[asyncio.Task[None]] = []
         self.http: HttpAddress | None = None
         """Where this coordinator is served over HTTP, too: told to those who ask for the status."""
+
+    def _new_service(self) -> Service:
+        """Raises ConfigError."""
+        return Service(
+            ledger=self.ledger,
+            blobs=self.blobs,
+            key=self._key,
+            token=self._token,
+            send=self._send,
+            on_commit=lambda _round: self._stream_server.wake(),
+            now_s=time.monotonic(),
+            wall_ms=lambda: time.time_ns() // 10**6,
+            history=self._state.history(),
+            banned=self._state.banned(),
+        )
 
     # ------------------------------------------------------------------------------------ start and stop
 
@@ -168,7 +172,8 @@ class CoordinatorServer:
         return await self._stream_server.metrics_of(peer_id)
 
     def status(self) -> dict[str, Any]:
-        """The service's, the bytes of this process, and what a machine compares before it joins."""
+        """JSON-able: `Service.status`, the bytes that this process has sent and received, and what a machine
+        compares before it joins."""
         traffic = {"sent_bytes": dict(self.meter.sent), "received_bytes": dict(self.meter.received)}
         here = {
             "protocol": PROTOCOL_VERSION,
@@ -234,7 +239,7 @@ class CoordinatorServer:
         self._tick_timer = loop.call_later(max(0.001, again_s - now_s), self._tick)
 
     def _soon(self) -> None:
-        """A tick after whatever else is ready now."""
+        """Ticks once the loop has done what is ready now."""
         if self._is_stopped:
             return
         if self._tick_timer is not None:
@@ -272,5 +277,5 @@ class CoordinatorServer:
 
 
 def _told(http: HttpAddress) -> dict[str, Any]:
-    """The token itself is for those who got it from a person."""
+    """Where HTTP is served, for a status: whether it needs a token, and never the token itself."""
     return {"host": http.host, "port": http.port, "needs_token": http.token is not None}

@@ -58,6 +58,7 @@ class ServerThread:
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
 
     def status(self) -> dict[str, Any]:
+        """See `CoordinatorServer.status`."""
         return self.call(lambda server: server.status())
 
     async def _start(self) -> None:

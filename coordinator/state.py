@@ -74,6 +74,7 @@ class StateDir:
         write_aside(self.history_path, data)
 
     def save_port(self, port: int) -> None:
+        """Raises OSError."""
         write_aside(self.path / "port", str(port).encode())
 
     def close(self) -> None:

@@ -18,10 +18,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
 from typing import Any, BinaryIO, TypeVar
 
-from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
+from ..compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable, ThinwireError
 from .adoption import adopt
 from .blobs import BlobStore, BlobWriter
-from .metrics_requests import MetricsRequests
+from .observe.metrics_requests import MetricsRequests
 from .protocol.blob_streams import Sink, serve_blobs
 from .protocol.messages import (
     BadMessage,
@@ -132,7 +132,7 @@ class StreamServer:
     async def close(self, text: str) -> None:
         """Tells every node why its session ends, and waits for a moment until it knows."""
         for session in self._sessions.values():
-            session.end(Refused(error="SwarmUnreachable", text=text))
+            session.end(Refused.of(SwarmUnreachable(text)))
         deadline_s = time.monotonic() + _GOODBYE_S
         while self._sessions and time.monotonic() < deadline_s:
             await asyncio.sleep(0.01)
@@ -178,28 +178,36 @@ class StreamServer:
         if opened is None:
             return
         number, welcome = opened
-        old = self._sessions.get(peer_id)
-        if old is not None:
-            self._metrics_requests.forget(peer_id)
-            old.end(Refused(error="ConfigError", text=_REPLACED))
         session = Session(peer_id, number, stream)
-        self._sessions[peer_id] = session
+        self._enter(session)
         writer = asyncio.create_task(self._write(session, welcome))
         self._changed()
         try:
             await self._read(session)
         except BadMessage as e:
-            session.end(_refusal(e))
+            session.end(Refused.of(e))
             await asyncio.wait({writer}, timeout=_GOODBYE_S)
             raise
         finally:
-            if self._sessions.get(peer_id) is session:
-                del self._sessions[peer_id]
-                self._metrics_requests.forget(peer_id)
+            self._leave(session)
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
             self._service.closed(peer_id, number, time.monotonic())
             self._changed()
+
+    def _enter(self, session: Session) -> None:
+        """It is the peer's session now, in the place of an older one."""
+        old = self._sessions.get(session.peer_id)
+        if old is not None:
+            self._metrics_requests.forget(session.peer_id)
+            old.end(Refused.of(ConfigError(_REPLACED)))
+        self._sessions[session.peer_id] = session
+
+    def _leave(self, session: Session) -> None:
+        """Unless a newer one has its place already."""
+        if self._sessions.get(session.peer_id) is session:
+            del self._sessions[session.peer_id]
+            self._metrics_requests.forget(session.peer_id)
 
     async def _receive_hello(self, stream: Stream) -> Hello:
         async with asyncio.timeout(HELLO_TIMEOUT_S):
@@ -223,7 +231,7 @@ class StreamServer:
     def _end_all(self) -> None:
         """There are adopted commits: every node that is here has to come anew."""
         for session in self._sessions.values():
-            session.end(Refused(error="SwarmUnreachable", text=_ADOPTED))
+            session.end(Refused.of(SwarmUnreachable(_ADOPTED)))
 
     async def _write(self, session: Session, welcome: Message) -> None:
         """The session's sending half; when it cannot go on, the receiving half ends too."""
@@ -292,12 +300,14 @@ class _Shelf:
         self._service, self._blobs, self._peer_id, self._changed = service, blobs, peer_id, changed
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
+        """The blob and its size in bytes. Raises KeyError."""
         n_bytes = self._blobs.size(digest)
         if n_bytes is None:
             raise KeyError(digest.hex())
         return self._blobs.open(digest), n_bytes
 
     def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
+        """Where an upload goes; None: the blob is here. Raises BadMessage."""
         if digest in self._blobs:
             return None
         self._service.may_store(self._peer_id, n_bytes)
@@ -305,6 +315,7 @@ class _Shelf:
             return _Upload(self._blobs.writer(digest))
 
     def stored(self, digest: bytes) -> None:
+        """An upload is complete."""
         self._service.blob_arrived(self._peer_id, digest, time.monotonic())
         self._changed()
 
@@ -351,10 +362,5 @@ async def _or_refused(stream: Stream, opening: Awaitable[T]) -> T | None:
 
 async def _refuse(stream: Stream, error: ThinwireError) -> None:
     with contextlib.suppress(OSError):
-        await stream.send_message(_refusal(error))
+        await stream.send_message(Refused.of(error))
         await stream.ended(_GOODBYE_S)
-
-
-def _refusal(error: ThinwireError) -> Refused:
-    known = isinstance(error, ConfigError | Incompatible | LedgerCorrupt | SwarmUnreachable)
-    return Refused(error=type(error).__name__ if known else "BadMessage", text=str(error)[:2000])

@@ -24,6 +24,7 @@ class Counters:
     _total_s: float = 0.0
 
     def round_closed(self, why: str, duration_s: float) -> None:
+        """`why`: see `rounds.Why`; `duration_s`: from its opening to its commit."""
         self.closed[why] += 1
         self._durations[bisect_left(BUCKETS_S, duration_s)] += 1
         self._total_s += duration_s

@@ -17,10 +17,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ..metrics_requests import Unanswered
 from ..protocol.web import metrics_routes
 from ..server import CoordinatorServer
 from .metrics import register
+from .metrics_requests import Unanswered
 
 T = TypeVar("T")
 

@@ -56,6 +56,7 @@ class Watcher:
         self._abort = abort
 
     def put(self, event: bytes) -> None:
+        """One more event to be sent; a reader that is too far behind is cut off."""
         if len(self.waiting) >= MAX_WAITING:
             self.drop()
             return
@@ -63,13 +64,14 @@ class Watcher:
         self.wake.set()
 
     def drop(self) -> None:
+        """Ends the stream at once, whatever waits to be sent."""
         self.is_over = True
         self.waiting.clear()
         self.wake.set()
         self._abort()
 
     def end(self) -> None:
-        """After what is waiting."""
+        """Ends the stream once it has sent what waits."""
         self.is_over = True
         self.wake.set()
 
@@ -101,6 +103,7 @@ class Live:
 
     @property
     def n_watchers(self) -> int:
+        """Open streams; may be asked from any thread."""
         return len(self._watchers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -209,7 +212,7 @@ async def _gone(receive: Receive, watcher: Watcher) -> None:
 
 
 def _dated(data: Mapping[str, Any]) -> dict[str, Any]:
-    """With the time here, against which those in it are to be read."""
+    """With the time of this machine, in ms: times in `data` are read against it, not the reader's."""
     return {**data, "time_ms": time.time_ns() // 10**6}
 
 

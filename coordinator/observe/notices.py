@@ -1,18 +1,108 @@
-"""What is waited for, in words for people."""
+"""What people are told in words while a run goes on: notices to its nodes, and lines of log and page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
+from typing import Final
 
+from ..announcer import Announcer
+from ..membership import Became, Membership, PeerState
+from ..protocol.messages import Notice
 from ..rounds import Rounds
+from .page_history import HappeningKind, PageHistory
+from .peer_names import PeerNames
+from .run_statistics import RunStatistics
 
-NAMED_PEERS = 8
+log = logging.getLogger("thinwire.coordinator")
+
+FIRST_NOTICE_S: Final = 1.0
+NOTICE_EVERY_S: Final = 5.0
+
+TOLD_AFTER_MISSES: Final = 16
+"""So many rounds in a row without an offer of its, and again after as many more: the peer is told."""
+
+NAMED_PEERS: Final = 8
+NAMED_ON_PAGE: Final = 4
+
+
+class Notices:
+    """Of one run. `wall_ms`: the time that the page gives its lines.
+
+    What is awaited is said every NOTICE_EVERY_S, and FIRST_NOTICE_S after somebody has come.
+    """
+
+    def __init__(
+        self,
+        announcer: Announcer,
+        members: Membership,
+        names: PeerNames,
+        page_history: PageHistory,
+        wall_ms: Callable[[], int],
+        now_s: float,
+    ) -> None:
+        self._announcer, self._members, self._names = announcer, members, names
+        self._page_history, self._wall_ms = page_history, wall_ms
+        self.next_s = now_s + FIRST_NOTICE_S
+        """When it is to be said again what is awaited, in monotonic seconds."""
+
+    def session_opened(self, now_s: float) -> None:
+        """Whoever has come is soon told what is awaited."""
+        self.next_s = min(self.next_s, now_s + FIRST_NOTICE_S)
+
+    def round_opened(self, now_s: float) -> None:
+        """Nothing is said of what was awaited before."""
+        self.next_s = now_s + NOTICE_EVERY_S
+
+    def awaited(self, rounds: Rounds, min_peers: int, usual_s: float | None, now_s: float) -> None:
+        """Says what is awaited, every few seconds while it lasts longer than usual.
+
+        `usual_s`: what a round takes, None before the first one.
+        """
+        if now_s < self.next_s:
+            return
+        self.next_s = now_s + NOTICE_EVERY_S
+        text = awaited(rounds, min_peers, usual_s or 0.0, self._names.short, now_s)
+        if text is not None:
+            log.info("%s", text)
+            self._announcer.send(Notice(text=text, warning=False), self._members.connected())
+
+    def became(self, became: Became) -> None:
+        """A peer's state has changed."""
+        log.info("%s is %s: %s", self._names.short(became.peer), became.state, became.reason)
+        if (kind := _kind(became)) is not None:
+            self._happened(kind, self._names.on_page(became.peer))
+
+    def differs(self, peer: int, round_: int, others: Iterable[int]) -> None:
+        """A peer's fingerprint of a round is not that of `others`: everybody is told."""
+        peers = sorted(others)
+        names = ", ".join(self._names.short(other) for other in peers)
+        text = f"round {round_}: the replica of {self._names.short(peer)} differs from that of {names}"
+        log.error("%s", text)
+        self._announcer.send(Notice(text=text, warning=True), self._members.connected())
+        named = ", ".join(self._names.on_page(other) for other in peers[:NAMED_ON_PAGE])
+        self._happened("differs", f"round {round_}: {self._names.on_page(peer)} differs from {named}")
+
+    def changed_offer(self, peer: int) -> None:
+        """A second, different offer for the open round."""
+        text = "your first offer of this round stands: a different one was refused"
+        self._announcer.send(Notice(text=text, warning=True), [peer])
+
+    def missed(self, missing: Iterable[int], statistics: RunStatistics) -> None:
+        """A round has closed without these peers, and been counted: whose work never counts is told so."""
+        for peer in missing:
+            n = statistics.peer(peer).missed_in_a_row
+            if n % TOLD_AFTER_MISSES == 0:
+                self._announcer.send(Notice(text=_too_slow(n), warning=True), [peer])
+
+    def _happened(self, kind: HappeningKind, text: str) -> None:
+        self._page_history.happened(self._wall_ms(), kind, text)
 
 
 def awaited(
     rounds: Rounds, min_peers: int, usual_s: float, name: Callable[[int], str], now_s: float
 ) -> str | None:
-    """None: nothing, or not for longer than twice as long as rounds usually take."""
+    """What is awaited, in words; None: nothing, or not for more than twice as long as rounds usually take."""
     if rounds.is_over:
         return None
     if rounds.opened_s is None:
@@ -28,3 +118,20 @@ def awaited(
     names += ", ..." if len(missing) > NAMED_PEERS else ""
     of = f"{len(missing)} of {len(rounds.expected)} peers ({names})"
     return f"round {rounds.round}: waiting for {of} since {since_s:.0f} s"
+
+
+def _kind(became: Became) -> HappeningKind | None:
+    """What the page says of it, if anything."""
+    if became.state is PeerState.TRAINING:
+        return "joined"
+    if became.cause is None:
+        return None
+    return "left" if became.cause == "said_so" else "lost"
+
+
+def _too_slow(n_missed: int) -> str:
+    return (
+        f"the last {n_missed} rounds closed without an offer of yours: this machine or its link is much "
+        f"slower than the others. With [work] round_s in the run's configuration every node does "
+        f"as much as it can in that time."
+    )

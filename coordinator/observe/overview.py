@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ..ledger import Ledger
 from ..membership import Membership, PeerState
@@ -20,6 +20,8 @@ HAPPENINGS_SHOWN: Final = 24
 NOW_MS: Final = 5000
 """Who was heard of within this time is heard of now."""
 
+RunState = Literal["waiting", "training", "finished"]
+
 
 def overview(
     run: RunSection,
@@ -33,7 +35,7 @@ def overview(
     now_ms: int,
 ) -> dict[str, Any]:
     """JSON-able. Times are those of the coordinator's clock, in ms; nothing in it changes by time alone."""
-    waits = not rounds.is_over and rounds.opened_s is None
+    state = run_state(rounds)
     peers = ledger.peers()
     states = Counter(str(members.state(index)) for index in peers)
     return {
@@ -43,8 +45,8 @@ def overview(
         "n_params": statistics.n_params,
         "round": rounds.head,
         "rounds": run.rounds,
-        "state": "finished" if rounds.is_over else "waiting" if waits else "training",
-        "waits_for": max(0, run.min_peers - len(rounds.training)) if waits else 0,
+        "state": state,
+        "waits_for": max(0, run.min_peers - len(rounds.training)) if state == "waiting" else 0,
         "missing": len(rounds.missing()),
         "loss": statistics.loss,
         "round_s": statistics.round_s,
@@ -57,6 +59,13 @@ def overview(
         "entries": [asdict(entry) for entry in list(page_history.entries)[: -ENTRIES_SHOWN - 1 : -1]],
         "happenings": [asdict(h) for h in list(page_history.happenings)[: -HAPPENINGS_SHOWN - 1 : -1]],
     }
+
+
+def run_state(rounds: Rounds) -> RunState:
+    """Waiting: for the peers that the first round begins with."""
+    if rounds.is_over:
+        return "finished"
+    return "waiting" if rounds.opened_s is None else "training"
 
 
 def _peers(
@@ -80,26 +89,36 @@ def _peers(
         is_gone = members.state(index) is PeerState.GONE
         return is_gone, -(seen_ms(index) or 0) if is_gone else index
 
-    rows = []
-    for index in sorted(peers, key=order)[:MAX_PEERS_SHOWN]:
-        figures, pace = statistics.peers.get(index), paces.get(index)
-        seen = seen_ms(index)
-        rows.append(
-            {
-                "index": index,
-                "id": printable(peers[index])[-6:],
-                "state": str(members.state(index)),
-                "device": page_history.devices.get(index, ""),
-                "speed": _speed(pace),
-                "share": None if pace is None else round(pace.share, 3),
-                "counted": 0 if figures is None else figures.offers_counted,
-                "missed": 0 if figures is None else figures.offers_missed,
-                "agreement": None if figures is None else statistics.agreement(index),
-                "fingerprint_round": None if figures is None else figures.fingerprint_round,
-                "seen_ms": None if seen is not None and now_ms - seen < NOW_MS else seen,
-            }
-        )
-    return rows
+    shown = sorted(peers, key=order)[:MAX_PEERS_SHOWN]
+    return [
+        {
+            "index": index,
+            "id": printable(peers[index])[-6:],
+            "state": str(members.state(index)),
+            "device": page_history.devices.get(index, ""),
+            **_work(index, statistics, paces.get(index)),
+            "seen_ms": _not_now(seen_ms(index), now_ms),
+        }
+        for index in shown
+    ]
+
+
+def _work(index: int, statistics: RunStatistics, pace: Pace | None) -> dict[str, Any]:
+    """How fast a peer works, and what became of its work."""
+    figures = statistics.peers.get(index)
+    return {
+        "speed": _speed(pace),
+        "share": None if pace is None else round(pace.share, 3),
+        "counted": 0 if figures is None else figures.offers_counted,
+        "missed": 0 if figures is None else figures.offers_missed,
+        "agreement": None if figures is None else statistics.agreement(index),
+        "fingerprint_round": None if figures is None else figures.fingerprint_round,
+    }
+
+
+def _not_now(seen_ms: int | None, now_ms: int) -> int | None:
+    """None also for a moment ago: the page would change all the time."""
+    return None if seen_ms is not None and now_ms - seen_ms < NOW_MS else seen_ms
 
 
 def _speed(pace: Pace | None) -> tuple[float, str] | None:

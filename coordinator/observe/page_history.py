@@ -133,6 +133,7 @@ class PageHistory:
             self.trend.spread(beat.round, n_timed, phased=n_timed, **sums)
 
     def happened(self, time_ms: int, kind: HappeningKind, text: str, n: int = 1) -> None:
+        """`n`: how often. What has just been told is counted up, and moves to the end."""
         for known in self.happenings:
             if (known.kind, known.text) == (kind, text) and time_ms < known.time_ms + TOGETHER_MS:
                 self.happenings.remove(known)

@@ -57,9 +57,11 @@ class RunStatistics:
     """Round -> peer -> the last one that it reported."""
 
     def peer(self, index: int) -> PeerFigures:
+        """Those of the peer with this index, made at the first call."""
         return self.peers.setdefault(index, PeerFigures())
 
     def committed(self, body: CommitBody) -> None:
+        """The next commit, live or while the ledger is read."""
         self.loss = mean_loss(body)
         self.last_commit_ms = body.time_ms
         self.n_commits += 1
@@ -81,7 +83,7 @@ class RunStatistics:
             self.peer(index).missed_in_a_row += 1
 
     def figures(self) -> dict[str, Any]:
-        """JSON-able; those of peers apart."""
+        """JSON-able, of the run as a whole; each peer has its own."""
         return {
             "loss": self.loss,
             "round_s": self.round_s,
@@ -96,6 +98,7 @@ class RunStatistics:
         }
 
     def heartbeat(self, index: int, beat: Heartbeat) -> None:
+        """Adds what a peer has sent and received since its last heartbeat."""
         peer, last = self.peer(index), self._beats.get(index)
         if last is None or beat.sent_bytes < last.sent_bytes:
             last = Heartbeat(round=0, sent_bytes=0, received_bytes=0, payload_bytes=0)  # it starts counting
@@ -128,10 +131,12 @@ class RunStatistics:
 
     @property
     def payload_bytes_per_offer(self) -> float | None:
+        """Mean over all offers that counted; None before the first one."""
         return self.payload_bytes / self.n_offers if self.n_offers else None
 
     @property
     def ddp_bytes_per_peer_round(self) -> float | None:
+        """What data-parallel training would send; None before the first commit."""
         return ddp_bytes(self.n_offers / self.n_commits, self.n_params) if self.n_commits else None
 
     def agreement(self, index: int) -> tuple[int, int] | None:

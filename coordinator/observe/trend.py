@@ -51,6 +51,7 @@ class Trend:
         self._last_ms = body.time_ms
 
     def held_out(self, round_: int, loss: float) -> None:
+        """A held-out loss in nats, after this round."""
         self._add(round_, held_out=max(-MAX_LOSS, min(MAX_LOSS, loss)), held_outs=1)
 
     def closed(self, round_: int, duration_s: float) -> None:

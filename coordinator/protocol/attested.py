@@ -1,4 +1,4 @@
-"""Which snapshots the ledger vouches for: pure, fed with commits in order (design: section 6, "Snapshots").
+"""Which snapshots the ledger vouches for: pure, fed with commits in order (ARCHITECTURE.md, "Snapshots").
 
 A snapshot is attested when two peers reported the same manifest; one is enough where the round's commit
 counted a single peer and nobody reported another one.

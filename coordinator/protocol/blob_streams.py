@@ -46,7 +46,8 @@ class NotServed(SwarmUnreachable):
 
 
 class Sink(Protocol):
-    """Takes an upload, like `blobs.BlobWriter`. `finish` raises BadMessage if the digest does not fit."""
+    """Takes an upload, piece by piece. `finish` gives its size in bytes; `abort` forgets it. The others
+    raise BadMessage: the digest does not fit, or the disk does not take it."""
 
     def write(self, chunk: bytes) -> None: ...
     def finish(self) -> int: ...

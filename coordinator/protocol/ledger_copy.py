@@ -155,7 +155,9 @@ class LedgerCopy:
     def _warn(self, why: str) -> None:
         log.warning(
             "%s: record %d is damaged (%s): it and what follows is fetched again",
-            *(self._path, self._chain.round + 1, why),
+            self._path,
+            self._chain.round + 1,
+            why,
         )
 
     def _rewrite(self) -> None:

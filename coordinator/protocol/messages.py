@@ -15,7 +15,7 @@ import msgpack
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ...compression.errors import ThinwireError
+from ...compression.errors import ThinwireError, error_name, named_error
 
 PROTOCOL_VERSION = 2
 INLINE_BYTES = 4096
@@ -24,12 +24,18 @@ INLINE_BYTES = 4096
 MAX_METRICS_BYTES = 48 * 2**10
 """Compressed; a node has about 3 kB of them."""
 
+MAX_TEXT = 2000
+"""Characters of what one side tells the other in words."""
+
 MAX_PEERS = 1024
 MAX_ROUND = 2**32 - 1
 
 
 class BadMessage(ThinwireError):
     """Bytes from the network that are not a message: the session that sent them is closed."""
+
+
+_REFUSALS: Final = ("ConfigError", "Incompatible", "LedgerCorrupt", "SwarmUnreachable", BadMessage.__name__)
 
 
 def digest_of(data: bytes) -> bytes:
@@ -42,7 +48,7 @@ Round = Annotated[int, Field(ge=0, le=MAX_ROUND)]
 Index = Annotated[int, Field(ge=0, lt=2**16)]
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 PeerId = Annotated[str, Field(min_length=1, max_length=100)]
-Text = Annotated[str, Field(max_length=2000)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Address = Annotated[str, Field(min_length=1, max_length=300)]
 
 
@@ -62,6 +68,7 @@ class Record(BaseModel):
         return value
 
     def to_list(self) -> list[Any]:
+        """The fields' values in order, as msgpack takes them."""
         return [_plain(getattr(self, name)) for name in type(self).model_fields]
 
 
@@ -231,17 +238,28 @@ class Welcome(Message):
 
     @cached_property
     def body(self) -> GenesisBody:
+        """Record 0, decoded. Raises BadMessage."""
         return decode_record(GenesisBody, self.genesis)
 
 
 class Refused(Message):
-    """Why a session is not opened or is ended; `error` names an error class of the node's."""
+    """Why a session is not opened or is ended: the error that the node is to raise."""
 
     tag = 3
-    error: Annotated[
-        str, Field(pattern="^(ConfigError|Incompatible|LedgerCorrupt|SwarmUnreachable|BadMessage)$")
-    ]
+    error: Annotated[str, Field(pattern=f"^({'|'.join(_REFUSALS)})$")]
     text: Text
+
+    @classmethod
+    def of(cls, error: ThinwireError) -> Refused:
+        """For an error that the coordinator has met. What a node can do nothing about is BadMessage to it."""
+        name = error_name(error)
+        return cls(error=name if name in _REFUSALS else BadMessage.__name__, text=str(error)[:MAX_TEXT])
+
+    def as_error(self) -> ThinwireError:
+        """What the node raises."""
+        if self.error == BadMessage.__name__:
+            return BadMessage(self.text)
+        return named_error(self.error, self.text)
 
 
 class State(Message):
@@ -283,10 +301,12 @@ class Commit(Message):
 
     @cached_property
     def digest(self) -> bytes:
+        """Of the record: the parent of the next one."""
         return digest_of(self.record)
 
     @cached_property
     def body(self) -> CommitBody:
+        """The record, decoded. Raises BadMessage."""
         return decode_record(CommitBody, self.record)
 
 
@@ -379,8 +399,21 @@ class Metrics(Message):
 MESSAGES: dict[int, type[Message]] = {
     m.tag: m
     for m in (
-        *(Hello, Welcome, Refused, State, Offer, Follow, Commit, Head),
-        *(Report, Heartbeat, Offered, Members, Notice, AskMetrics, Metrics),
+        Hello,
+        Welcome,
+        Refused,
+        State,
+        Offer,
+        Follow,
+        Commit,
+        Head,
+        Report,
+        Heartbeat,
+        Offered,
+        Members,
+        Notice,
+        AskMetrics,
+        Metrics,
     )
 }
 
@@ -397,6 +430,7 @@ def decode_record(kind: type[R], data: bytes) -> R:
 
 
 def encode_message(message: Message) -> bytes:
+    """msgpack of its tag and its fields in order."""
     packed: bytes = msgpack.packb([message.tag, *message.to_list()], use_bin_type=True)
     return packed
 

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -81,7 +82,11 @@ async def start_daemon(key: Ed25519PrivateKey, listen: str) -> Daemon:
     try:
         save(key, folder / _KEY_NAME)
         watchdog = await asyncio.create_subprocess_exec(
-            *("/bin/sh", "-c", _KEEPER, "thinwire-p2pd", str(folder)),
+            "/bin/sh",
+            "-c",
+            _KEEPER,
+            "thinwire-p2pd",
+            str(folder),
             *_command(folder, listen),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -117,10 +122,20 @@ def _command(folder: Path, listen: str) -> list[str]:
         f"-hostAddrs={listen}",
         "-idleTimeout=30s",  # ends when no client has come, and when the last one has gone
         "-tls=1",
-        # No DHT, relay, NAT mapping or pruning of connections: tickets and member list name the addresses.
-        *("-b=0", "-relay=0", "-relayService=0", "-autoRelay=0", "-autonat=0", "-natPortMap=0"),
-        "-connManager=0",
+        *_SWITCHED_OFF,
     ]
+
+
+# Tickets and member list name the addresses: no DHT, relay, NAT mapping or pruning of connections.
+_SWITCHED_OFF: Final = (
+    "-b=0",
+    "-relay=0",
+    "-relayService=0",
+    "-autoRelay=0",
+    "-autonat=0",
+    "-natPortMap=0",
+    "-connManager=0",
+)
 
 
 async def _ready(watchdog: asyncio.subprocess.Process) -> int:

@@ -14,6 +14,7 @@ def float32_bits(x: float) -> int:
 
 
 def float32_of_bits(bits: int) -> float:
+    """The inverse of `float32_bits`."""
     value: float = struct.unpack("<f", struct.pack("<I", bits))[0]
     return value
 

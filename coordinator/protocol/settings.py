@@ -15,6 +15,8 @@ class _Section(BaseModel):
 
 
 class RunSection(_Section):
+    """`rounds`, and after how many of them each thing happens; the first round waits for `min_peers`."""
+
     name: str
     rounds: Annotated[int, Field(ge=1, le=2**32 - 1)]
     min_peers: Annotated[int, Field(ge=1)]
@@ -38,6 +40,8 @@ class NetworkSection(_Section):
 
 
 class RunSettings(_Section):
+    """Of one run, the same for its life: it stands in record 0."""
+
     run: RunSection
     policy: PolicySection
     schedule: ScheduleSection

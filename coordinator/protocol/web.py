@@ -106,6 +106,7 @@ class OnlyWithToken:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address that is listened on."""
     if host == "localhost":
         return True
     try:

@@ -1,6 +1,6 @@
 """`thinwire bench`: times as ratios to a baseline and to the copy bandwidth, all measured in the same run.
 
-A benchmark is a function (n_params, n_repeats, device) -> results: a file, and a row in `BENCHES`.
+A benchmark is a file with a function (n_params, n_repeats, device) -> results, and a row in `BENCHES`.
 Results are plain values: `least_n_bytes` is the least traffic with memory that the work needs,
 `fraction_of_copy_bandwidth` that traffic at the bandwidth of a copy, over the time that it took,
 `ratio_to_baseline` how many times faster than the baseline we are. Times are medians, with least and most; a
@@ -15,35 +15,88 @@ import os
 import platform
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from ...compression.errors import ConfigError
+from .measure import free_bytes
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+Bench = Callable[[int, int, str], dict[str, Any]]
+"""(n_params, n_repeats, device) -> results."""
 
-# Rows name a function: its module is loaded when it is asked for.
-BENCHES: Final = {
-    "noise": "thinwire.node.bench.noise:bench_noise",
-    "decoupled": "thinwire.node.bench.decoupled:bench_decoupled",
-    "diloco": "thinwire.node.bench.diloco:bench_diloco",
-    "peers": "thinwire.node.bench.peers:bench_peers",
-    "round": "thinwire.node.bench.round:bench_round",
-    "join": "thinwire.node.bench.join:bench_join",
-    "wire": "thinwire.node.bench.wire:bench_wire",
-    "memory": "thinwire.node.bench.memory:bench_memory",
-    "ray": "thinwire.node.bench.ray:bench_ray",
+# Modules of benchmarks load torch and more: each is loaded when it is asked for.
+
+
+def _noise() -> Bench:
+    from .noise import bench_noise
+
+    return bench_noise
+
+
+def _decoupled() -> Bench:
+    from .decoupled import bench_decoupled
+
+    return bench_decoupled
+
+
+def _diloco() -> Bench:
+    from .diloco import bench_diloco
+
+    return bench_diloco
+
+
+def _peers() -> Bench:
+    from .peers import bench_peers
+
+    return bench_peers
+
+
+def _round() -> Bench:
+    from .round import bench_round
+
+    return bench_round
+
+
+def _join() -> Bench:
+    from .join import bench_join
+
+    return bench_join
+
+
+def _wire() -> Bench:
+    from .wire import bench_wire
+
+    return bench_wire
+
+
+def _memory() -> Bench:
+    from .memory import bench_memory
+
+    return bench_memory
+
+
+def _ray() -> Bench:
+    from .ray import bench_ray
+
+    return bench_ray
+
+
+BENCHES: Final[dict[str, Callable[[], Bench]]] = {
+    "noise": _noise,
+    "decoupled": _decoupled,
+    "diloco": _diloco,
+    "peers": _peers,
+    "round": _round,
+    "join": _join,
+    "wire": _wire,
+    "memory": _memory,
+    "ray": _ray,
 }
+"""By name; a benchmark's module is loaded when it is asked for."""
 
 SIZELESS: Final = frozenset(["round", "join", "ray"])
 """Their model is a small one of their own."""
@@ -57,20 +110,6 @@ ON_DEVICE: Final = {"noise": 16, "decoupled": 48, "diloco": 64, "peers": 24}
 """Those that measure a device, and how many bytes of memory they take per parameter."""
 
 DEFAULT_N_PARAMS: Final = 28_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds of repeated runs; `cpu_s` is the median of what all threads together took."""
-
-    median_s: float
-    min_s: float
-    max_s: float
-    cpu_s: float
-    n_repeats: int
-
-    def to_dict(self) -> dict[str, float]:
-        return {"median_s": self.median_s, "min_s": self.min_s, "max_s": self.max_s, "cpu_s": self.cpu_s}
 
 
 def bench_command(
@@ -122,10 +161,14 @@ def parse_sizes(text: str) -> list[int]:
 
 
 def run_sizes(
-    name: str, sizes: Sequence[int] | None, n_repeats: int, device: str = "cpu"
+    name: str,
+    sizes: Sequence[int] | None,
+    n_repeats: int,
+    device: str = "cpu",
+    free_bytes: Callable[[str], int] = free_bytes,
 ) -> list[dict[str, Any]]:
     """A result for each size that the memory has room for; one for a benchmark that no size has an influence
-    on."""
+    on. `free_bytes`: how much memory a device has left. Raises ConfigError: there is room for none."""
     if sizes is None or name in SIZELESS:
         sizes = None if not sizes else sizes[:1]
         return [run_bench(name, None if sizes is None else sizes[0], n_repeats, device)]
@@ -147,8 +190,7 @@ def run_bench(name: str, n_params: int | None, n_repeats: int, device: str = "cp
     Those that measure no device run on the CPU, whatever `device` is.
     """
     _check_arguments(name, n_params, n_repeats, device)
-    module, _, function = BENCHES[name].partition(":")
-    bench = getattr(import_module(module), function)
+    bench = BENCHES[name]()
     device = device if name in ON_DEVICE else "cpu"
     return {
         "bench": name,
@@ -173,17 +215,6 @@ def _check_arguments(name: str, n_params: int | None, n_repeats: int, device: st
             raise ConfigError("--device cuda: torch finds no GPU here; `thinwire doctor` says why")
 
 
-def free_bytes(device: str) -> int:
-    """Memory that nobody uses."""
-    if device == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info()[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on, and when and how they were taken."""
     import torch
@@ -205,84 +236,3 @@ def machine(device: str) -> dict[str, Any]:
         **kernels,
         "python": platform.python_version(),
     }
-
-
-# ------------------------------------------------------------------------------------------- helpers
-
-
-def measure(
-    work: Callable[[], object], n_repeats: int, device: torch.device | str = "cpu", n_warm_up: int = 1
-) -> Timing:
-    """Runs `work` a few times; the first ones do not count. On a GPU, until it has done what it was given."""
-    for _ in range(n_warm_up):
-        work()
-    seconds, cpu_seconds = [], []
-    for _ in range(n_repeats):
-        wait_for(device)
-        start_s, cpu_start_s = time.perf_counter(), time.process_time()
-        work()
-        wait_for(device)
-        seconds.append(time.perf_counter() - start_s)
-        cpu_seconds.append(time.process_time() - cpu_start_s)
-    return Timing(median(seconds), min(seconds), max(seconds), median(cpu_seconds), n_repeats)
-
-
-def wait_for(device: torch.device | str) -> None:
-    """Until nothing is under way there. The CPU's own work is done when a call returns."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def copy_bandwidth(n_params: int, n_repeats: int, device: torch.device | str = "cpu") -> float:
-    """Bytes per second of an out-of-place copy of float32 values, at its quickest: 8 bytes move per value. So
-    many values that they are in no cache."""
-    import torch
-
-    n = max(n_params, 1 << 24)
-    source, target = torch.ones(n, device=device), torch.zeros(n, device=device)
-    return 8 * n / measure(lambda: target.copy_(source), max(n_repeats, 10), device).min_s
-
-
-def ratios(baseline: Timing, ours: Timing, times: int = 1) -> dict[str, float]:
-    """How many times faster we are, who do the work of so many baselines."""
-    return {
-        "ratio_to_baseline": times * baseline.median_s / ours.median_s,
-        "ratio_to_baseline_by_cpu_time": times * baseline.cpu_s / max(ours.cpu_s, 1e-9),
-    }
-
-
-def transformer(n_params: int, device: torch.device | str = "cpu") -> dict[str, torch.nn.Parameter]:
-    """About `n_params` parameters in the shapes of a transformer of 8 blocks; fixed values."""
-    import torch
-
-    width = 64 * max(1, round((n_params / 107) ** 0.5 / 64))  # 8 blocks of 12 width^2, 11 width rows to embed
-    shapes: dict[str, tuple[int, ...]] = {"embed": (11 * width, width)}
-    for i in range(8):
-        block = {
-            "norm": (width,),
-            "qkv": (3 * width, width),
-            "out": (width, width),
-            "up": (4 * width, width),
-            "up_bias": (4 * width,),
-            "down": (width, 4 * width),
-        }
-        shapes |= {f"block.{i}.{name}": shape for name, shape in block.items()}
-    generator = torch.Generator().manual_seed(1)
-    return {name: torch.nn.Parameter(_normal(shape, generator).to(device)) for name, shape in shapes.items()}
-
-
-def fill_gradients(parameters: Iterable[Tensor]) -> None:
-    """With fixed values."""
-    import torch
-
-    generator = torch.Generator().manual_seed(2)
-    for p in parameters:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.device)
-
-
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    import torch
-
-    return torch.randn(shape, generator=generator) * 0.02

@@ -15,7 +15,7 @@ from ...compression.fingerprint import parameter_sum
 from ...compression.numerics.noise import kernels_for
 from ...optim.base import Share
 from ...optim.decoupled import Decoupled
-from .command import Timing, copy_bandwidth, fill_gradients, measure, ratios, transformer
+from .measure import Timing, copy_bandwidth, fill_gradients, measure, ratios, transformer
 
 N_PEERS, K, TILE = 4, 32, 64
 LR, BETA = 1e-3, 0.999

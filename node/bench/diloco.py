@@ -13,7 +13,7 @@ from ...compression.numerics.noise import kernels_for
 from ...coordinator.protocol.figures import ddp_bytes
 from ...optim.base import Own, Share
 from ...optim.diloco import Diloco
-from .command import copy_bandwidth, fill_gradients, measure, ratios, transformer
+from .measure import copy_bandwidth, fill_gradients, measure, ratios, transformer
 
 N_PEERS: Final = 4
 LR, OUTER_LR, MU = 4e-4, 0.7, 0.9

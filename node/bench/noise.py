@@ -12,7 +12,7 @@ from ...compression.numerics.noise import NoiseKind, Piece, Probe, Update, kerne
 from ...optim.base import Parameter
 from ...optim.parts.perturb import Direction, perturbed
 from ...optim.spsa import Spsa
-from .command import copy_bandwidth, measure, ratios, transformer
+from .measure import copy_bandwidth, measure, ratios, transformer
 
 EPS, LR = 1e-3, 1e-6
 N_PROBES = (1, 16)

@@ -7,8 +7,8 @@ from typing import Any, Final
 from ...compression.numerics.noise import kernels_for
 from ...optim.base import Share
 from ...optim.spsa import Spsa
-from .command import Timing, copy_bandwidth, fill_gradients, measure, transformer
 from .decoupled import DecoupledRound
+from .measure import Timing, copy_bandwidth, fill_gradients, measure, transformer
 from .noise import spsa_update
 
 PEERS: Final = (1, 4, 16, 64, 256)

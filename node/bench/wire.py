@@ -21,7 +21,7 @@ from ...compression.codecs.sparse import Sparse
 from ...compression.codecs.striding import Striding
 from ...compression.codecs.topk import TopK
 from ...compression.numerics.indices import remainder_bits
-from .command import transformer
+from .measure import transformer
 
 N_PROBES: Final = 16
 
@@ -81,7 +81,7 @@ PUBLISHED: Final[dict[str, Published]] = {
 
 
 def bench_wire(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
-    """A row of `bench.BENCHES`: payloads of a random momentum in the shapes of a transformer; no times."""
+    """A row of `command.BENCHES`: payloads of a random momentum in the shapes of a transformer; no times."""
     del n_repeats, device
     parts = {name: Part.whole(p.shape) for name, p in transformer(n_params).items()}
     generator = torch.Generator().manual_seed(3)

@@ -173,7 +173,8 @@ class Join:
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
-        from ..join import Options, join
+        from ..ranks.join import join
+        from ..run_node import Options
 
         with stop_on_signals() as stop:
             result = join(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -63,20 +63,33 @@ def _checks(
     return [
         Check("python", check_python),
         Check("machine", check_machine),
-        Check("kernels", partial(_compute, "check_compilers"), limit_s=60.0),
-        Check("devices", partial(_compute, "check_devices"), limit_s=60.0),
-        Check("self-test", partial(_compute, "check_kernels"), limit_s=120.0),
+        Check("kernels", _check_compilers, limit_s=60.0),
+        Check("devices", _check_devices, limit_s=60.0),
+        Check("self-test", _check_kernels, limit_s=120.0),
         Check("disk", partial(check_disk, folder)),
         Check("network", partial(check_network, plan), limit_s=60.0),
     ]
 
 
-def _compute(name: str, stopped: Stopped) -> Iterator[Finding]:
-    """Importing torch is part of the check: a broken one is a line, not a traceback."""
-    from . import compute
+# Importing torch is part of these checks: a broken one is a line, not a traceback.
 
-    check: Callable[[Stopped], Iterator[Finding]] = getattr(compute, name)
-    yield from check(stopped)
+
+def _check_compilers(stopped: Stopped) -> Iterator[Finding]:
+    from .compute import check_compilers
+
+    return check_compilers(stopped)
+
+
+def _check_devices(stopped: Stopped) -> Iterator[Finding]:
+    from .compute import check_devices
+
+    return check_devices(stopped)
+
+
+def _check_kernels(stopped: Stopped) -> Iterator[Finding]:
+    from .compute import check_kernels
+
+    return check_kernels(stopped)
 
 
 def _shown(checks: Sequence[Check], stopped: Stopped, as_json: bool) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ...compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
+from ...compression.errors import Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.identity import is_signed_by
 from ...coordinator.protocol.messages import (
     PROTOCOL_VERSION,
@@ -49,7 +49,6 @@ STEADY_S = 10.0
 
 _PAUSE_S = 2.0
 _AGENT = "thinwire"
-_REFUSALS = {"ConfigError": ConfigError, "Incompatible": Incompatible, "LedgerCorrupt": LedgerCorrupt}
 
 
 OpenTransport = Callable[[], Awaitable[Transport]]
@@ -305,7 +304,7 @@ class CoordinatorSession:
         while True:
             message = await stream.receive_message(FROM_COORDINATOR)
             if isinstance(message, Refused):
-                raise _refusal(message)
+                raise message.as_error()
             await self._hooks.received(message)
 
     async def _write(self, stream: Stream) -> None:
@@ -350,7 +349,7 @@ async def _answer(stream: Stream) -> Message:
 def _checked(ticket: Ticket, answer: Message) -> Welcome:
     """A Welcome to the ticket's run, signed by the ticket's coordinator."""
     if isinstance(answer, Refused):
-        raise _refusal(answer)
+        raise answer.as_error()
     if not isinstance(answer, Welcome):
         raise BadMessage(f"Welcome is expected, not {type(answer).__name__}")
     if digest_of(answer.genesis) != ticket.run_id:
@@ -362,12 +361,6 @@ def _checked(ticket: Ticket, answer: Message) -> Welcome:
             f"the run has protocol version {answer.body.protocol}, this thinwire {PROTOCOL_VERSION}"
         )
     return answer
-
-
-def _refusal(refused: Refused) -> ThinwireError:
-    if refused.error == "BadMessage":
-        return BadMessage(refused.text)
-    return _REFUSALS.get(refused.error, SwarmUnreachable)(refused.text)
 
 
 def _one_line(text: str) -> str:

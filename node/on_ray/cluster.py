@@ -223,7 +223,7 @@ def is_placed(placement: Any) -> bool:
 
 
 def give_back(actors: Sequence[Any], placements: Sequence[Any]) -> None:
-    """Ends all of them, whatever they are doing."""
+    """Kills the actors and removes the placement groups, whatever they are doing. Raises nothing."""
     import ray
     from ray.util import remove_placement_group
 
@@ -236,7 +236,7 @@ def give_back(actors: Sequence[Any], placements: Sequence[Any]) -> None:
 
 
 def _wait(placements: Sequence[Any], wait_s: float, stopped: Callable[[], bool]) -> int:
-    """How many of them are there in the end."""
+    """How many of them are placed in the end."""
     began_s = told_s = time.monotonic()
     n_ready = 0
     while n_ready < len(placements) and not stopped():

@@ -12,7 +12,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ...compression.errors import SwarmUnreachable, ThinwireError
+from ...compression.errors import SwarmUnreachable, ThinwireError, error_name
 from ...coordinator.protocol.identity import peer_id_of
 from ...coordinator.server import CoordinatorServer
 from ...coordinator.state import StateDir
@@ -40,14 +40,15 @@ class CoordinatorActor:
         try:
             server, _ = await self._serving()
         except ThinwireError as e:
-            return {"failed": (type(e).__name__, str(e))}
+            return {"failed": (error_name(e), str(e))}
         ending = self._tasks[0]
         error = ending.exception() if ending.done() and not ending.cancelled() else None
-        failed = None if error is None else (type(error).__name__, str(error))
+        failed = None if error is None else (error_name(error), str(error))
         ended = ending.done() and error is None
         return {**server.status(), "failed": failed, "acknowledged": ended}
 
     async def ticket(self) -> str:
+        """The line that nodes join with. Raises ThinwireError if the run cannot be served."""
         server, _ = await self._serving()
         return server.ticket.line()
 
@@ -58,6 +59,7 @@ class CoordinatorActor:
             await self._stop()
 
     # ------------------------------------------------------------------------------- for nodes' transports
+    # See the methods of `RayCoordinatorTransport` with these names.
 
     async def attend(self, line: bytes) -> None:
         await (await self._serving_transport()).attend(line)
@@ -120,7 +122,7 @@ class CoordinatorActor:
     async def _open_transport(
         self, key: Ed25519PrivateKey, *, port: int, **_where: Any
     ) -> RayCoordinatorTransport:
-        """The port is libp2p's, should the run ever be continued over that."""
+        """A `StartTransport`. Keeps the port in the folder, for a run that is continued over libp2p."""
         peer_id = peer_id_of(key.public_key())
         self._transport = RayCoordinatorTransport(peer_id, ADDRESS_PREFIX + self._namespace, self._is_member)
         self._transport.port = port

@@ -105,7 +105,7 @@ class RayCoordinatorTransport:
     # ------------------------------------------------------------------------------------------- lines
 
     async def attend(self, line: bytes) -> None:
-        """Lasts as long as the line; see `RayNodeTransport`."""
+        """Returns when the line has ended, or was not connected in time; see `RayNodeTransport`."""
         entry = self._line(line)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(UNCONNECTED_S):
@@ -116,7 +116,10 @@ class RayCoordinatorTransport:
         await entry.over.wait()
 
     async def connect(self, line: bytes, peer_id: str, protocol: str, life: list[Any]) -> bool:
-        """False: the protocol is not served. `life`: the result of `attend`, which its caller owns."""
+        """Hands the line to the handler of its protocol; False: there is none.
+
+        `life`: the node's reference to the result of `attend`, in a list so that it stays a reference.
+        """
         handler, entry = self._handlers.get(protocol), self._line(line)
         if handler is None or entry.ends is not None:
             self._end(line)
@@ -130,7 +133,7 @@ class RayCoordinatorTransport:
         return True
 
     async def write(self, line: bytes, data: bytes) -> bool:
-        """False: the line is over."""
+        """Bytes from the node; False: the line is over."""
         entry = self._lines.get(line)
         if entry is None or entry.ends is None:
             return False
@@ -143,7 +146,7 @@ class RayCoordinatorTransport:
         return True
 
     async def read(self, line: bytes) -> bytes | None:
-        """Waits; empty if nothing came for a while. None: the line is over."""
+        """Bytes for the node as soon as there are any; empty after POLL_S without. None: the line is over."""
         entry = self._lines.get(line)
         if entry is None or entry.ends is None:
             return None
@@ -161,6 +164,7 @@ class RayCoordinatorTransport:
         return data
 
     async def hang_up(self, line: bytes) -> None:
+        """The node has closed the line."""
         self._end(line)
 
     async def _watch(self, line: bytes, entry: _Line, life: Any) -> None:
@@ -190,7 +194,7 @@ class RayCoordinatorTransport:
     # ------------------------------------------------------------------------------------------- blobs
 
     async def put_blob(self, line: bytes, digest: bytes, refs: list[Any]) -> str | None:
-        """Stores what a node has put into its object store. Returns why not."""
+        """Stores what a node has put into its object store; returns why it could not, or None."""
         from ray.exceptions import RayError
 
         peer_id = self._peer_of(line)
@@ -216,7 +220,8 @@ class RayCoordinatorTransport:
         return None
 
     async def get_blob(self, line: bytes, digest: bytes, holder: str | None, is_fresh: bool) -> Found:
-        """`holder` None: the coordinator. `is_fresh`: what was given before is lost."""
+        """A reference to the blob, or why there is none. `holder` None: the coordinator; `is_fresh`: the
+        object that was given before is lost."""
         asker = self._peer_of(line)
         if asker is None:
             return [], NO_SESSION
@@ -231,7 +236,8 @@ class RayCoordinatorTransport:
         return await (self._own(asker, digest) if holder is None else self._ask(holder, asker, digest))
 
     async def wanted(self, line: bytes) -> list[tuple[int, str, bytes]] | None:
-        """Waits for requests to this node; may come empty. None: the line is over."""
+        """Requests to this node for blobs: (number, asker, digest) each, as soon as there are any; empty
+        after POLL_S without. None: the line is over."""
         entry = self._lines.get(line)
         if entry is None:
             return None
@@ -247,6 +253,7 @@ class RayCoordinatorTransport:
         return found
 
     async def answer(self, number: int, refs: list[Any], why: str) -> None:
+        """A node's answer to a request that `wanted` gave it: a reference, or why there is none."""
         self._settle(number, (refs, why))
 
     async def _own(self, asker: str, digest: bytes) -> Found:
@@ -295,7 +302,8 @@ class RayCoordinatorTransport:
         self._forget_old()
 
     def _forget_old(self) -> None:
-        """Objects that nobody refers to any more are freed by Ray."""
+        """Drops references that were not used for long, and the oldest beyond KEPT_BYTES: Ray frees objects
+        that nobody refers to."""
         now_s = time.monotonic()
         n_bytes = 0
         for key, kept in sorted(self._kept.items(), key=lambda entry: -entry[1].used_s):
@@ -304,6 +312,7 @@ class RayCoordinatorTransport:
                 del self._kept[key]
 
     async def forget_old_again_and_again(self) -> None:
+        """Until it is cancelled: references that nobody has used for KEPT_S seconds go."""
         while True:
             await asyncio.sleep(KEPT_S / 4)
             self._forget_old()

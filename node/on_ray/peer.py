@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ...compression.errors import ThinwireError
+from ...compression.errors import ThinwireError, error_name
 from ...coordinator.protocol.files import FolderLock
 from ...coordinator.protocol.ticket import Ticket
-from ..join import Options, limit_threads, run_node
+from ..run_node import Options, limit_threads, run_node
 from ..system.folder import default_folder
 from ..system.logs import log_to_stderr
 from ..system.stopping import Stop
@@ -146,7 +146,7 @@ class PeerActor:
             left = result is None or self._stop.is_set()
             self._outcome = {"result": None if left or result is None else asdict(result)}
         except ThinwireError as e:
-            self._outcome = {"error": (type(e).__name__, str(e), e.exit_code)}
+            self._outcome = {"error": (error_name(e), str(e), e.exit_code)}
         except BaseException as e:
             log.exception("the node broke")
             self._outcome = {"error": self._broken(e)}
@@ -156,8 +156,8 @@ class PeerActor:
         """What to tell of an error that nobody expected. Ends the process if another rank's has died: then
         Ray starts the peer again."""
         if self._spec.ranks > 1 and self._rank_ended.wait(RANK_DIED_S) and self._rank_error is not None:
-            return "ThinwireError", self._rank_error, 1
-        return "ThinwireError", _told(error), 1
+            return error_name(error), self._rank_error, 1
+        return error_name(error), _told(error), 1
 
     def _train(self) -> Result | None:
         once_free(lambda: FolderLock(self._spec.path(), "node")).close()

@@ -7,8 +7,6 @@
 
 The coordinator and the peers are actors in a namespace of the run, and go with this process. What stays is
 the run's state folder: the same call continues the run there, also on another cluster.
-
-(This module is not the package of the same name, which it imports when it is needed.)
 """
 
 from __future__ import annotations
@@ -21,14 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ...compression.errors import (
-    ConfigError,
-    Incompatible,
-    LedgerCorrupt,
-    ReplicaDiverged,
-    SwarmUnreachable,
-    ThinwireError,
-)
+from ...compression.errors import ConfigError, SwarmUnreachable, ThinwireError, named_error
 from .cluster import PeerGroup, connected, find_room, give_back, group_of, is_placed
 
 if TYPE_CHECKING:
@@ -46,10 +37,6 @@ LATE_S: Final = 120.0
 """After the last round: for peers that are on their way back."""
 
 _PART_BYTES: Final = 2**26
-_ERRORS: Final = {
-    kind.__name__: kind
-    for kind in (ConfigError, Incompatible, LedgerCorrupt, ReplicaDiverged, SwarmUnreachable)
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +125,7 @@ def _refuse(config: RunConfig, n_peers: int) -> None:
 def _room(
     groups: Sequence[PeerGroup], config: RunConfig, wait_s: float | None, stopped: Callable[[], bool]
 ) -> Iterator[list[Any]]:
-    """A placement group for each peer meanwhile."""
+    """A placement group for each peer, given back at the end; none if `stopped`. Raises NoRoom."""
     placements = find_room(groups, f"thinwire-{config.run.name}", wait_s, stopped)
     try:
         yield placements
@@ -147,7 +134,8 @@ def _room(
 
 
 def _prepare(config: RunConfig, import_path: str | None, folder: Path) -> str:
-    """A new run in an empty folder, or the one that is there; its namespace. Leaves the folder unlocked."""
+    """Makes the run in an empty folder, or checks the one that is there; returns its namespace. Leaves the
+    folder unlocked. Raises ConfigError or LedgerCorrupt."""
     from ...coordinator.state import StateDir
     from ..cli.coordinator import open_server
     from ..tasks.registry import make_task
@@ -188,6 +176,7 @@ class _Faults:
     found: list[dict[str, Any]] = field(default_factory=list)
 
     def look(self, status: Mapping[str, Any]) -> None:
+        """The next status of the run."""
         now = status["round"]
         for peer in status["peers"]:
             name, state = peer["peer_id"], peer["state"]
@@ -317,7 +306,7 @@ class _Driver:
         on_status: Callable[[Mapping[str, Any], bool], object],
         stopped: Callable[[], bool],
     ) -> RayResult:
-        """Raises the error that ended the run."""
+        """Until the last round is over, or `stopped`; weights go to `output`. Raises what ended the run."""
         end_s: float | None = None
         while True:
             if stopped():
@@ -339,7 +328,7 @@ class _Driver:
         return self._result(output)
 
     def _collect(self) -> None:
-        """Takes what peers have come to."""
+        """Takes the results, or errors, of peers that have ended."""
         import ray
 
         waiting = {peer.outcome: peer for peer in self._peers if not peer.is_over}
@@ -354,7 +343,7 @@ class _Driver:
                 continue
             if "error" in outcome:
                 kind, text, _ = outcome["error"]
-                self._note(_ERRORS.get(kind, ThinwireError)(f"{peer.name}: {text}"))
+                self._note(named_error(kind, f"{peer.name}: {text}"))
             else:
                 peer.result = outcome["result"]
 
@@ -427,11 +416,11 @@ class _Driver:
         log.info("the run is kept in %s: the same command continues it", self._paths.folder)
 
     def _status(self) -> dict[str, Any]:
-        """Raises what has ended the run."""
+        """The coordinator's, see `CoordinatorActor.status`. Raises what has ended the run."""
         status: dict[str, Any] = self._get(self._coordinator.status)
         if status["failed"] is not None:
             kind, text = status["failed"]
-            raise _ERRORS.get(kind, ThinwireError)(text)
+            raise named_error(kind, text)
         return {**status, "strategy": self._config.strategy["name"]}
 
     def _get(self, method: Any, *arguments: Any) -> Any:
@@ -445,6 +434,6 @@ class _Driver:
 
 
 def _reason(error: Exception) -> str:
-    """Ray's errors fill pages."""
+    """One line of an error of Ray's, which fill pages."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -106,7 +106,7 @@ class RayNodeTransport:
         self._handlers[protocol] = handler
 
     async def dial(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> None:
-        """Other nodes are reached over the coordinator."""
+        """Nothing to do: other nodes are reached over the coordinator."""
         if peer_id != self._coordinator:
             return
         import ray
@@ -182,7 +182,7 @@ class RayNodeTransport:
     async def _carry(
         self, actor: Any, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """Until either end closes the line, or a call fails."""
+        """Moves bytes both ways until either end closes the line, or a call fails."""
         both = [
             asyncio.create_task(_upwards(actor, line, reader)),
             asyncio.create_task(_downwards(actor, line, writer)),
@@ -344,7 +344,7 @@ async def _call(ref: Any) -> Any:
 
 
 def _line(error: Exception) -> str:
-    """Ray's errors fill pages; their name says it."""
+    """One line of an error of Ray's, which fill pages: their names say enough."""
     words = {
         "ActorUnavailableError": "its actor is being started again",
         "ActorDiedError": "its actor has ended",

@@ -8,20 +8,10 @@ from typing import Final
 
 import msgpack
 
-from ...compression.errors import (
-    ConfigError,
-    Incompatible,
-    LedgerCorrupt,
-    ReplicaDiverged,
-    SwarmUnreachable,
-    ThinwireError,
-)
+from ...compression.errors import ThinwireError, error_name, named_error
 from ...optim.parts.ranks import Ranks
 
-_KINDS: Final = {
-    kind.__name__: kind
-    for kind in (ConfigError, Incompatible, LedgerCorrupt, ReplicaDiverged, SwarmUnreachable, ThinwireError)
-}
+_OS_ERROR: Final = "OSError"
 
 
 @contextmanager
@@ -36,15 +26,19 @@ def collective_errors(ranks: Ranks) -> Iterator[None]:
         yield
     except (ThinwireError, OSError) as e:
         error = e
-    told = b"" if error is None else msgpack.packb([_kind_of(error), str(error)])
+    told = b"" if error is None else msgpack.packb([_name(error), str(error)])
     answers = ranks.gather(told)
     if error is not None:
         raise error
     for index, answer in enumerate(answers):
         if answer:
-            kind, text = msgpack.unpackb(answer)
-            raise _KINDS.get(kind, OSError)(f"rank {index}: {text}")
+            name, text = msgpack.unpackb(answer)
+            raise _error(name, f"rank {index}: {text}")
 
 
-def _kind_of(error: ThinwireError | OSError) -> str:
-    return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "OSError")
+def _name(error: ThinwireError | OSError) -> str:
+    return error_name(error) if isinstance(error, ThinwireError) else _OS_ERROR
+
+
+def _error(name: str, text: str) -> ThinwireError | OSError:
+    return OSError(text) if name == _OS_ERROR else named_error(name, text)

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 
 from ...compression.errors import ConfigError, ThinwireError
-from ..join import Options
 from ..result import Result
+from ..run_node import Options
 from ..system.folder import default_folder
 from ..system.processes import PARENT_VARIABLE
 from .process import RESULT, Failure
@@ -72,6 +72,7 @@ class _Ranks:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> Result | None:
+        """The node's result; None: `stop` was set. Raises RankFailed."""
         self._folder = _meeting_place(self._options.state or default_folder(os.environ))
         self._stop.on_stop.append(self._leave)
         try:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgpack
 import torch
@@ -39,11 +39,30 @@ from .sharding import Sharding, sharded_model
 
 _FOR_EVER: Final = timedelta(days=3650)
 
-_WITH_COLLECTIVES: Final = frozenset({"propose", "work_ahead", "evaluate", "sums"})
+Announced = Literal[
+    "build",
+    "load",
+    "apply",
+    "sums",
+    "begin",
+    "take",
+    "take_local_state",
+    "write",
+    "save",
+    "restore",
+    "save_weights",
+    "propose",
+    "work_ahead",
+    "evaluate",
+]
+"""What all ranks do together: a method of `Leader` and its replica and work, and one of `Follower`."""
+
+_STOP: Final = "stop"
+_WITH_COLLECTIVES: Final[frozenset[Announced]] = frozenset({"propose", "work_ahead", "evaluate", "sums"})
 
 
 def open_channel() -> Ranks:
-    """For announcements, once this process is a rank (`mesh.join_node`). All ranks call this."""
+    """For announcements, once this process is a rank (`sharding.join_node`). All ranks call this."""
     import torch.distributed as dist
 
     return GroupRanks(dist.new_group(backend="gloo", timeout=_FOR_EVER))
@@ -61,7 +80,7 @@ class Leader:
         self._is_inside = False
 
     @contextmanager
-    def call(self, what: str, *values: Any) -> Iterator[None]:
+    def call(self, what: Announced, *values: Any) -> Iterator[None]:
         """All ranks do the same meanwhile."""
         self._is_inside = True
         self._channel.broadcast(msgpack.packb([what, *values]))
@@ -86,7 +105,7 @@ class Leader:
     def stop(self) -> None:
         """The others end; where something broke in the middle, they do so without being told."""
         if not self._is_inside:
-            self._channel.broadcast(msgpack.packb(["stop"]))
+            self._channel.broadcast(msgpack.packb([_STOP]))
 
 
 class LeaderReplica(Replica):
@@ -210,31 +229,47 @@ class Follower:
         self._channel, self._device, self._sharding = channel, device, sharding
         self._import_path, self._data = import_path, data
         self._saved: Saved | None = None
+        self._methods: dict[Announced, Callable[..., None]] = {
+            "build": self._build,
+            "load": self._load,
+            "apply": self._apply,
+            "sums": self._sums,
+            "begin": self._begin,
+            "take": self._take,
+            "take_local_state": self._take_local_state,
+            "write": self._write,
+            "save": self._save,
+            "restore": self._restore,
+            "save_weights": self._save_weights,
+            "propose": self._propose,
+            "work_ahead": self._work_ahead,
+            "evaluate": self._evaluate,
+        }
 
     def run(self) -> None:
         """Until rank 0 says that it is over."""
         while True:
             what, *values = msgpack.unpackb(self._channel.broadcast(None))
-            if what == "stop":
+            if what == _STOP:
                 return
             try:
-                getattr(self, f"_do_{what}")(*values)
+                self._methods[what](*values)
             except _alike(what):
                 continue  # rank 0 decides what comes next
 
-    def _do_build(self, run_id: bytes, genesis: bytes, peer_id: str) -> None:
+    def _build(self, run_id: bytes, genesis: bytes, peer_id: str) -> None:
         with collective_errors(self._channel):
             body = decode_record(GenesisBody, genesis)
             self._task = make_task(parse_config(body.config).task, self._import_path, self._data)
             model, strategy = _sharded(body, self._task, self._device, self._sharding)
             self._replica = Replica(run_id, body, model, strategy, peer_id)
 
-    def _do_load(self, corpus: bytes | None, held_out: bytes | None) -> None:
+    def _load(self, corpus: bytes | None, held_out: bytes | None) -> None:
         with collective_errors(self._channel):
             self._task.load(corpus, held_out)
             self._work = LocalWork(self._replica, self._task, self._sharding.precision)
 
-    def _do_apply(
+    def _apply(
         self,
         commits: list[list[bytes]],
         payloads: list[bytes],
@@ -246,44 +281,44 @@ class Follower:
         fetched = iter(payloads)
         self._replica.apply_batch([_commit(c) for c in commits], lambda _offer: next(fetched), offered)
 
-    def _do_sums(self) -> None:
+    def _sums(self) -> None:
         self._replica.sums()
 
-    def _do_begin(self, base: str | None) -> None:
+    def _begin(self, base: str | None) -> None:
         self._replica.begin(None if base is None else Path(base))
 
-    def _do_take(self, path: str, manifest: bytes, commit: list[bytes]) -> None:
+    def _take(self, path: str, manifest: bytes, commit: list[bytes]) -> None:
         self._replica.take_file(Path(path), decode_record(Manifest, manifest), _commit(commit))
 
-    def _do_take_local_state(self, folder: str) -> None:
+    def _take_local_state(self, folder: str) -> None:
         self._replica.take_local_state(Path(folder))
 
-    def _do_write(self, folder: str) -> None:
+    def _write(self, folder: str) -> None:
         self._replica.write_part(Path(folder))
 
-    def _do_save(self) -> None:
+    def _save(self) -> None:
         self._saved = self._replica.saved()
 
-    def _do_restore(self) -> None:
+    def _restore(self) -> None:
         assert self._saved is not None
         self._replica.restore(self._saved)
         self._saved = None
 
-    def _do_save_weights(self) -> None:
+    def _save_weights(self) -> None:
         self._replica.save_weights(None)
 
-    def _do_propose(self, n_batches: int | None, share: float) -> None:
+    def _propose(self, n_batches: int | None, share: float) -> None:
         self._saved = None
         self._work.propose(Allotment(n_batches, share))
 
-    def _do_work_ahead(self) -> None:
+    def _work_ahead(self) -> None:
         self._work.work_ahead()
 
-    def _do_evaluate(self) -> None:
+    def _evaluate(self) -> None:
         self._work.evaluate()
 
 
-def _alike(what: str) -> tuple[type[Exception], ...]:
+def _alike(what: Announced) -> tuple[type[Exception], ...]:
     """What every rank raises if one does: after anything else they are out of step."""
     return (ThinwireError,) if what in _WITH_COLLECTIVES else (ThinwireError, OSError)
 

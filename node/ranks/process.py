@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ...compression.errors import ThinwireError
-from ..join import Options, is_sharded, limit_threads, run_node
+from ..run_node import Options, limit_threads, run_node
 from ..system.logs import log_to_stderr
 from ..system.processes import end_with_parent
 from ..system.stopping import Stop
@@ -48,6 +48,7 @@ class Failure:
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
+        """What to leave behind of this error."""
         is_told = isinstance(error, ThinwireError)
         return cls(
             rank=rank,
@@ -60,12 +61,14 @@ class Failure:
 
     @classmethod
     def read(cls, folder: Path, rank: int) -> Failure | None:
+        """None: the rank has left none."""
         try:
             return cls(**json.loads(_failure_file(folder, rank).read_bytes()))
         except (OSError, ValueError):
             return None
 
     def write(self, folder: Path) -> None:
+        """Whole or not at all: whoever reads may come at any time."""
         path = _failure_file(folder, self.rank)
         aside = path.with_suffix(".part")
         aside.write_text(json.dumps(asdict(self)))
@@ -104,7 +107,7 @@ def _run_leader(options: Options, folder: Path) -> None:
 
     # `launch` has told the user, and ends everything at the second one.
     signal.signal(signal.SIGTERM, lambda number, _frame: stop.request(number))
-    if not is_sharded(options):
+    if not options.is_sharded:
         _write_result(folder, run_node(options, stop))
         return
     from .leader import Leader, open_channel

@@ -65,6 +65,7 @@ class ChunkSchedule:
 
     @property
     def is_done(self) -> bool:
+        """No chunk is missing."""
         return not self._left
 
     @property

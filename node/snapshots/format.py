@@ -141,6 +141,7 @@ class ChunkDigests:
         self._hash = blake3()
 
     def update(self, piece: bytes | memoryview) -> None:
+        """The next piece."""
         rest = memoryview(piece)
         while rest:
             part = rest[: CHUNK_BYTES - self.n_bytes % CHUNK_BYTES]

@@ -112,6 +112,6 @@ class Rows:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model computes; its parameters may be kept elsewhere (see `mesh.sharded_model`)."""
+    """Where the model computes; its parameters may be kept elsewhere (see `ranks.sharding`)."""
     device: torch.device | None = getattr(model, "thinwire_device", None)
     return next(model.parameters()).device if device is None else device

@@ -21,6 +21,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, C)."""
         b, t, c = x.shape
         qkv = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, c // self.heads)
         q_BHTD, k_BHTD, v_BHTD = qkv.permute(2, 0, 3, 1, 4)

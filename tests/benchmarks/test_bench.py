@@ -17,16 +17,13 @@ from thinwire.compression.errors import ConfigError
 from thinwire.node.bench.command import (
     BENCHES,
     bench_command,
-    copy_bandwidth,
-    fill_gradients,
-    measure,
     parse_sizes,
     run_bench,
     run_sizes,
-    transformer,
 )
-from thinwire.node.bench.decoupled import Demo, InexactApply, Round, cosine_basis
+from thinwire.node.bench.decoupled import DecoupledRound, Demo, InexactApply, cosine_basis
 from thinwire.node.bench.diloco import PlainDiloco
+from thinwire.node.bench.measure import copy_bandwidth, fill_gradients, measure, transformer
 from thinwire.node.bench.view import print_bench
 
 N_PARAMS = 2_000_000
@@ -71,7 +68,7 @@ def test_decoupled_reports_bytes_and_ratios(capsys: pytest.CaptureFixture[str]) 
 def test_an_inexact_update_is_the_same_but_for_rounding() -> None:
     model = transformer(1_000_000)
     fill_gradients(model.values())
-    round_ = Round(model)
+    round_ = DecoupledRound(model)
     inexact = InexactApply(model, round_)
     before = {name: p.detach().clone() for name, p in model.items()}
     inexact.step()
@@ -177,15 +174,15 @@ def test_wrong_sizes(text: str) -> None:
         parse_sizes(text)
 
 
-def test_what_does_not_fit_is_left_out(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("thinwire.node.bench.command.free_bytes", lambda device: 16 * 3_000_000)
-    (result,) = run_sizes("noise", [1_000_000, 4_000_000], 1)
+def test_what_does_not_fit_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def free_bytes(_device: str) -> int:
+        return 16 * 3_000_000
+
+    (result,) = run_sizes("noise", [1_000_000, 4_000_000], 1, free_bytes=free_bytes)
     assert result["n_params"] < 3_000_000
     assert "4.0e+06 parameters do not fit" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="do not fit into the free memory: take fewer"):
-        run_sizes("noise", [4_000_000], 1)
+        run_sizes("noise", [4_000_000], 1, free_bytes=free_bytes)
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

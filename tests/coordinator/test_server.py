@@ -373,7 +373,7 @@ def test_strangers_get_and_store_no_blobs(make_swarm: Callable[..., Swarm]) -> N
         stream = await open_stream(host, ticket, BLOB)
         with pytest.raises(NotServed, match="only members"):
             await put_blob(stream, digest_of(b"mine"), b"mine", "payload")
-        (address,) = swarm.coordinator.call(lambda server: server.service._announcer.addresses[0])
+        (address,) = swarm.coordinator.call(lambda server: server.service._parts.announcer.addresses[0])
         await host.dial(a.peer_id, [address], 5)
         reader, writer = await host.open_stream(a.peer_id, BLOB)
         with pytest.raises(NotServed, match="only members"):

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.peers import SCRAPED_S
 from thinwire.coordinator.protocol.messages import (
     INLINE_BYTES,
     PROTOCOL_VERSION,
@@ -36,7 +37,7 @@ from thinwire.coordinator.protocol.messages import (
 )
 from thinwire.coordinator.protocol.schedule import lr_factor_bits
 from thinwire.coordinator.protocol.settings import parse_settings
-from thinwire.coordinator.service import SCRAPED_S, Service
+from thinwire.coordinator.service import Service
 
 
 class World:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.simulation.host import Host
 from tests.simulation.peer import End, Wire
-from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt, ThinwireError
+from thinwire.compression.errors import ConfigError, SwarmUnreachable, ThinwireError
 from thinwire.coordinator.protocol.messages import (
     BadMessage,
     Commit,
@@ -81,9 +81,7 @@ class Desk:
         return True
 
     def _refuse(self, wire: Wire, error: ThinwireError) -> None:
-        known = isinstance(error, ConfigError | Incompatible | LedgerCorrupt)
-        name = type(error).__name__ if known else "BadMessage"
-        wire.down.append(Refused(error=name, text=str(error)[:2000]))
+        wire.down.append(Refused.of(error))
         self.close(wire)
 
     def _hand_over(self, wire: Wire, message: Message) -> None:
@@ -133,7 +131,7 @@ class Desk:
         self.host.call(adopt)
         for other in self.current.values():
             if not other.is_ending:
-                other.down.extend([Refused(error="SwarmUnreachable", text="commits came back"), End()])
+                other.down.extend([Refused.of(SwarmUnreachable("commits came back")), End()])
                 other.is_ending = True
         if self.host.service is not None and not self.host.service.lacks(hello):
             self._go_on()
@@ -154,7 +152,7 @@ class Desk:
             welcome = service.open(name, number, hello, self.host.now_s)
             old = self.current.get(name)
             if old is not None and not old.is_ending:
-                old.down.extend([Refused(error="ConfigError", text="replaced"), End()])
+                old.down.extend([Refused.of(ConfigError("replaced")), End()])
                 old.is_ending = True
             wire.number = number
             self.current[name] = wire

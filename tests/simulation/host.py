@@ -229,7 +229,7 @@ class Host:
         if self.is_adopting:
             return
         gone = {p["index"] for p in status["peers"] if p["state"] == "gone"}
-        expected = self.service._rounds.expected
+        expected = self.service._parts.rounds.expected
         assert not gone & expected, f"{gone & expected} are gone and awaited"
 
 

@@ -69,7 +69,7 @@ def lead(name: str, channel: Ranks, world_size: int, folder: Path) -> dict[str, 
         with local_swarm(folder / "coordinator", genesis.body, KEY, blobs=genesis.blobs) as swarm:
             single = Runner(swarm.link("single"), folder=folder / "single")
             kind = Meddled if name == "healed" else Runner
-            several = kind(swarm.link("several"), folder=folder / "several", lead=leading)
+            several = kind(swarm.link("several"), folder=folder / "several", leader=leading)
             results = run_both(single, several)
             return {
                 "rounds": [r.rounds for r in results],

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support.prometheus import value
 from thinwire.compression.errors import ConfigError
-from thinwire.coordinator import metrics_requests
-from thinwire.coordinator.metrics_requests import MetricsRequests, Unanswered
+from thinwire.coordinator.observe import metrics_requests
+from thinwire.coordinator.observe.metrics_requests import MetricsRequests, Unanswered
 from thinwire.coordinator.observe.page import serve_coordinator
 from thinwire.coordinator.protocol.addresses import HttpAddress
 from thinwire.coordinator.protocol.exposition import packed, unpacked

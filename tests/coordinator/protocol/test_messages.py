@@ -10,6 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thinwire.compression.errors import (
+    ConfigError,
+    Incompatible,
+    LedgerCorrupt,
+    ReplicaDiverged,
+    SwarmUnreachable,
+    ThinwireError,
+)
+from thinwire.coordinator.protocol.chain import Forked
 from thinwire.coordinator.protocol.messages import (
     MESSAGES,
     Admission,
@@ -43,6 +52,7 @@ from thinwire.coordinator.protocol.messages import (
     encode_message,
     encode_record,
 )
+from thinwire.coordinator.protocol.streams import BadFrame
 
 D = bytes(range(32))
 COMMIT = CommitBody(
@@ -216,3 +226,22 @@ def test_mutated_commits(at: int, flip: int) -> None:
     changed[at] ^= flip
     commit = Commit(record=bytes(changed), signature=bytes(64))
     only_bad_message(lambda: commit.body)
+
+
+@pytest.mark.parametrize("kind", [ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable, BadMessage])
+def test_a_refusal_is_the_same_error_at_the_node(kind: type[ThinwireError]) -> None:
+    refused = decode_message(encode_message(Refused.of(kind("why"))))
+    assert isinstance(refused, Refused)
+    error = refused.as_error()
+    assert type(error) is kind
+    assert str(error) == "why"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(Forked("x"), LedgerCorrupt), (ReplicaDiverged("x"), BadMessage), (BadFrame("hello", "x"), BadMessage)],
+)
+def test_a_node_is_told_the_nearest_error_that_it_can_answer(
+    error: ThinwireError, kind: type[ThinwireError]
+) -> None:
+    assert type(Refused.of(error).as_error()) is kind

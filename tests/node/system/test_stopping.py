@@ -11,7 +11,8 @@ import pytest
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
 from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.node.cli.coordinator import coordinate
-from thinwire.node.join import Options, join
+from thinwire.node.ranks.join import join
+from thinwire.node.run_node import Options
 from thinwire.node.system.stopping import Stop
 
 RUN = "[task]\nlayers = 1\nwidth = 16\nheads = 2\ncontext = 16\nheld_out_bytes = 1024\n"

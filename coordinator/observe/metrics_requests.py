@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from ..compression.errors import SwarmUnreachable
-from .protocol.exposition import unpacked
-from .protocol.messages import AskMetrics, Message, Metrics
-from .protocol.streams import BadFrame
+from ...compression.errors import SwarmUnreachable
+from ..protocol.exposition import unpacked
+from ..protocol.messages import AskMetrics, Message, Metrics
+from ..protocol.streams import BadFrame
 
 ANSWER_TIMEOUT_S: Final = 5.0
 """Prometheus gives up after 10 s by default, and counts a late answer like a wrong one."""

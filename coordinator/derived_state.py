@@ -1,0 +1,102 @@
+"""What a coordinator derives from the ledger: fed with its commits in order, old ones and new ones.
+
+All of it is known again after a restart, and whoever follows a ledger can keep it up to date.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from math import prod
+
+from ..compression.errors import ConfigError
+from .blobs import BlobStore
+from .ledger import Ledger
+from .observe.page_history import PageHistory
+from .observe.run_statistics import RunStatistics
+from .protocol.messages import Commit, Rejected
+from .protocol.settings import RunSection
+from .reports import Reports
+from .retention import PayloadRetention
+from .rounds import RoundClosed
+
+RECALLED_COMMITS = 3
+"""The peers of this many last commits stay expected for a while after a restart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """What the open round needs to know of those before.
+
+    `training`: peers of the last commits; `evaluator`: the last one named; `resting`: the head's.
+    """
+
+    training: frozenset[int]
+    evaluator: int | None
+    resting: int | None
+
+
+class DerivedState:
+    """Of one run. `name`: what a peer is called in the log; `rejected`: counts so far, by reason."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        blobs: BlobStore,
+        run: RunSection,
+        name: Callable[[int], str],
+        rejected: Counter[Rejected],
+    ) -> None:
+        self._ledger, self._blobs = ledger, blobs
+        n_params = sum(prod(entry.shape) for entry in ledger.genesis.layout)
+        self.statistics = RunStatistics(n_params)
+        self.page_history = PageHistory(n_params, rejected)
+        self.retention = PayloadRetention(blobs, run.snapshot_every, name)
+        snapshots, trend = self.retention.snapshots, self.page_history.trend
+        self.reports = Reports(ledger, self.statistics, trend, snapshots, rejected, run)
+        self._last_peers: deque[frozenset[int]] = deque(maxlen=RECALLED_COMMITS)
+        self._evaluator: int | None = None
+        self._resting: int | None = None
+
+    def recall(self, commit: Commit) -> None:
+        """The next old commit. Deletes no payload."""
+        body = commit.body
+        self.statistics.committed(body)
+        self.page_history.committed(commit)
+        self.reports.recall(body)
+        self.retention.recall(body)
+        self._last_peers.append(frozenset(offer.peer for offer in body.offers))
+        self._resting = body.evaluator
+        self._evaluator = self._evaluator if body.evaluator is None else body.evaluator
+
+    def recalled(self) -> Recalled:
+        """After the last old commit. Raises ConfigError if a blob of the run's own is not in the store."""
+        for round_, loss in self._ledger.held_out():
+            self.page_history.trend.held_out(round_, loss)
+        self._pin_blobs_of_run()
+        self.retention.recalled(self._ledger.head_round)
+        return Recalled(frozenset().union(*self._last_peers), self._evaluator, self._resting)
+
+    def committed(self, commit: Commit, closed: RoundClosed, present: Collection[int]) -> None:
+        """The next new commit, on the disk already; payloads that nobody needs any more are deleted.
+
+        `present`: peers that are there, or were a moment ago.
+        """
+        body = commit.body
+        self.statistics.committed(body)
+        self.page_history.committed(commit)
+        self.page_history.closed(closed.why, closed.duration_s)
+        self.statistics.round_closed(closed.duration_s, closed.missing)
+        self.reports.committed(body)
+        self.retention.committed(body, present)
+
+    def _pin_blobs_of_run(self) -> None:
+        genesis = self._ledger.genesis
+        for ref in (genesis.base, genesis.held_out, genesis.corpus):
+            if ref is None:
+                continue
+            if ref.digest not in self._blobs:
+                text = f"blob {ref.digest.hex()} of the run is missing: put it into the blob store"
+                raise ConfigError(text)
+            self._blobs.pin(ref.digest)

@@ -1,0 +1,25 @@
+"""What a peer is called where people read of it: in the log and in notices, and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+_SHORT: Final = 20
+"""Characters of a peer id that is written out."""
+
+
+class PeerNames:
+    """`peer_id` gives that of an index."""
+
+    def __init__(self, peer_id: Callable[[int], str]) -> None:
+        self._peer_id = peer_id
+
+    def short(self, index: int) -> str:
+        """For the log and notices: the peer id, or its beginning and its end."""
+        peer_id = self._peer_id(index)
+        return peer_id if len(peer_id) <= _SHORT else f"{peer_id[:8]}..{peer_id[-6:]}"
+
+    def on_page(self, index: int) -> str:
+        """As the page calls it, where every peer has its index."""
+        return f"peer {index} …{self._peer_id(index)[-6:]}"

@@ -1,0 +1,84 @@
+"""A run as people see it: the status, the page, and what is kept of both over a restart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from ..derived_state import DerivedState
+from ..ledger import Ledger
+from ..membership import Membership
+from ..protocol.messages import Rejected
+from ..protocol.settings import RunSection
+from ..rounds import Rounds
+from .counters import Counters
+from .overview import overview, run_state
+
+
+class RunView:
+    """Looks at the parts of one run and changes none of them. Losses are in nats, times in seconds."""
+
+    def __init__(
+        self,
+        run: RunSection,
+        ledger: Ledger,
+        rounds: Rounds,
+        members: Membership,
+        derived: DerivedState,
+        counters: Counters,
+        rejected: Counter[Rejected],
+        wall_ms: Callable[[], int],
+    ) -> None:
+        self._run, self._ledger, self._rounds, self._members = run, ledger, rounds, members
+        self._derived, self._counters, self._rejected = derived, counters, rejected
+        self._wall_ms = wall_ms
+
+    def status(self, now_s: float) -> dict[str, Any]:
+        """JSON-able, for `thinwire status` and the live table."""
+        return {
+            "run": self._run.name,
+            "run_id": self._ledger.run_id.hex(),
+            "round": self._rounds.head,
+            "rounds": self._run.rounds,
+            "state": run_state(self._rounds),
+            "held_out": [list(entry) for entry in self._ledger.held_out()],
+            "peers": [self._peer(index, peer_id, now_s) for index, peer_id in self._ledger.peers().items()],
+            "rejected": dict(sorted(self._rejected.items())),
+            "since_start": self._counters.figures(),
+            "ledger_bytes": self._ledger.n_bytes,
+            **self._derived.retention.figures(self._members.connected()),
+            **self._derived.statistics.figures(),
+        }
+
+    def overview(self, now_s: float) -> dict[str, Any]:
+        """JSON-able and bounded, for the page."""
+        return overview(
+            self._run,
+            self._ledger,
+            self._rounds,
+            self._members,
+            self._derived.statistics,
+            self._derived.page_history,
+            now_s=now_s,
+            now_ms=self._wall_ms(),
+        )
+
+    def trend(self, since: int) -> dict[str, Any]:
+        """JSON-able and bounded: the points of the charts that have changed since that stamp."""
+        trend = self._derived.page_history.trend
+        return {"stamp": trend.stamp, **trend.points(since)}
+
+    def history(self) -> bytes:
+        """What only this process has seen of the run, to be kept over a restart; small."""
+        return self._derived.page_history.saved(self._ledger.run_id.hex())
+
+    def _peer(self, index: int, peer_id: str, now_s: float) -> dict[str, Any]:
+        seen_s = self._members.seen_s(index)
+        return {
+            "peer_id": peer_id,
+            "index": index,
+            "state": str(self._members.state(index)),
+            "last_seen_s": None if seen_s is None else max(0.0, now_s - seen_s),
+            **self._derived.statistics.peer(index).figures(),
+        }

@@ -1,0 +1,156 @@
+"""The open round: offers in, and out comes which of them count.
+
+`Rounds` decides; here are the offers themselves, their payloads, and what peers are told of both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from .admission import AdmissionControl
+from .announcer import Announcer
+from .blobs import BlobStore
+from .membership import Membership
+from .observe.notices import Notices
+from .protocol.figures import finite
+from .protocol.messages import BadMessage, Offer, OfferEntry, Rejected
+from .retention import PayloadRetention
+from .rounds import (
+    BytesArrived,
+    Excused,
+    OfferKept,
+    OfferMade,
+    OfferRefused,
+    RoundClosed,
+    RoundEvent,
+    RoundOpened,
+    Rounds,
+)
+
+log = logging.getLogger("thinwire.coordinator")
+
+
+class OpenRound:
+    """Of one run; when a round is committed, the next one is open.
+
+    `close` is called with what is to be committed, and may not come back here: its round's offers are taken
+    with `offers.entries`, and then cleared.
+    """
+
+    def __init__(
+        self,
+        rounds: Rounds,
+        offers: OpenOffers,
+        admission: AdmissionControl,
+        retention: PayloadRetention,
+        members: Membership,
+        announcer: Announcer,
+        notices: Notices,
+        close: Callable[[RoundClosed, float], None],
+    ) -> None:
+        self.rounds, self.offers = rounds, offers
+        self._admission, self._retention = admission, retention
+        self._members, self._announcer, self._notices = members, announcer, notices
+        self._close = close
+
+    def offered(self, peer: int, offer: Offer, now_s: float) -> None:
+        """Raises BadMessage for an offer that no node of ours makes."""
+        made = self.offers.checked(peer, offer)
+        if offer.digest is not None and made.has_bytes:
+            self._retention.offered(offer.digest, self.rounds.round)
+        self.handle(made, now_s, offer)
+
+    def blob_arrived(self, digest: bytes, now_s: float) -> None:
+        """The blob is in the store: offers that name it become eligible, if they say its size."""
+        for peer, offer in self.offers.of(digest):
+            if self.offers.is_here(offer):
+                self._announce(peer, offer)
+            else:
+                self._admission.rejected["size"] += 1
+                log.warning("peer %d offered a blob of another size than the one that came", peer)
+                self.handle(Excused(peer, self.rounds.round), now_s)
+        self._retention.offered(digest, self.rounds.round)
+        self.handle(BytesArrived(digest), now_s)
+
+    def handle(self, event: RoundEvent, now_s: float, offer: Offer | None = None) -> None:
+        """`offer`: the one that the event is about."""
+        for action in self.rounds.handle(event, now_s):
+            match action:
+                case RoundClosed():
+                    self._close(action, now_s)
+                case OfferRefused(peer, reason):
+                    self._refused(peer, reason)
+                case RoundOpened(round_, expected):
+                    self._notices.round_opened(now_s)
+                    log.debug("round %d is open for %d peers", round_, len(expected))
+                case OfferKept(peer, is_new):
+                    if is_new and offer is not None:
+                        self.offers.keep(peer, offer)
+                        self._announce(peer, offer)
+
+    def _announce(self, peer: int, offer: Offer) -> None:
+        """Others may fetch the offer's payload ahead, once it is here."""
+        if self.offers.is_here(offer):
+            self._announcer.tell_offered(peer, offer, self._members.connected())
+
+    def _refused(self, peer: int, reason: Rejected) -> None:
+        self._admission.rejected[reason] += 1
+        log.info("an offer of peer %d is not taken: %s", peer, reason)
+        if reason == "changed_offer":
+            self._notices.changed_offer(peer)
+
+
+class OpenOffers:
+    """Offers by the index of their peer. Which of them count, `Rounds` decides."""
+
+    def __init__(self, blobs: BlobStore, admission: AdmissionControl) -> None:
+        self._blobs, self._admission = blobs, admission
+        self._offers: dict[int, Offer] = {}
+
+    def checked(self, peer: int, offer: Offer) -> OfferMade:
+        """What `Rounds` is to know of an offer. Raises BadMessage for one that no node of ours makes."""
+        digest = self._admission.check_offer(offer)
+        stored = None if offer.digest is None else self._blobs.size(digest)
+        if stored is not None and stored != offer.n_bytes:
+            text = f"a blob of {stored} bytes offered as {offer.n_bytes}"
+            raise self._admission.refused("size", BadMessage(text))
+        has_bytes = offer.payload is not None or stored is not None
+        return OfferMade(peer, offer.round, digest, has_bytes, offer.n_samples)
+
+    def keep(self, peer: int, offer: Offer) -> None:
+        """The peer's offer of this round."""
+        self._offers[peer] = offer
+
+    def of(self, digest: bytes) -> list[tuple[int, Offer]]:
+        """Peers that have offered this payload, and their offers."""
+        return [(peer, offer) for peer, offer in self._offers.items() if offer.digest == digest]
+
+    def is_here(self, offer: Offer) -> bool:
+        """Whether the blob that the offer names is in the store, and of the size that it says."""
+        return offer.digest is not None and self._blobs.size(offer.digest) == offer.n_bytes
+
+    def fetchable(self) -> dict[int, Offer]:
+        """Offers whose payload others may fetch ahead. Not before it is here: the line of the peer that made
+        it is for the upload first, which the round waits for."""
+        return {peer: offer for peer, offer in self._offers.items() if self.is_here(offer)}
+
+    def entries(self, peers: Iterable[int]) -> tuple[OfferEntry, ...]:
+        """The offers of these peers, in this order, as a commit carries them."""
+        return tuple(_entry(peer, self._offers[peer]) for peer in peers)
+
+    def clear(self) -> None:
+        """The round is committed."""
+        self._offers.clear()
+
+
+def _entry(peer: int, offer: Offer) -> OfferEntry:
+    return OfferEntry(
+        peer=peer,
+        n_samples=offer.n_samples,
+        n_tokens=offer.n_tokens,
+        loss=finite(offer.loss),
+        n_bytes=offer.n_bytes,
+        payload=offer.payload,
+        digest=offer.digest,
+    )

@@ -1,0 +1,101 @@
+"""The peers of a run: who is let in, who is there, and what their coming and going means for the round."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from .admission import AdmissionControl
+from .announcer import Announcer
+from .derived_state import DerivedState
+from .ledger import Ledger
+from .membership import Membership, MembershipEvent, PeerState, StateSaid
+from .observe.counters import Counters
+from .observe.notices import Notices
+from .protocol.messages import BadMessage, Hello, NodeState, State
+from .rounds import PeerStops, PeerTrains
+
+log = logging.getLogger("thinwire.coordinator")
+
+SCRAPED_S = 3600.0
+"""A peer that went without a word is listed for this long to be scraped, so that it is seen to be down."""
+
+
+class Peers:
+    """Peers by their peer id, as sessions know them, and by their index, as the ledger does."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        admission: AdmissionControl,
+        members: Membership,
+        announcer: Announcer,
+        notices: Notices,
+        derived: DerivedState,
+        counters: Counters,
+    ) -> None:
+        self._ledger, self._admission, self._members = ledger, admission, members
+        self._announcer, self._notices = announcer, notices
+        self._page_history, self._retention = derived.page_history, derived.retention
+        self._counters = counters
+
+    def admit(self, peer_id: str, session: int, hello: Hello, now_s: float) -> int:
+        """Lets a peer in, and back in; returns its index. Raises what `Service.open` raises."""
+        self._admission.check_hello(hello)
+        self._admission.check_peer(peer_id)
+        self._admission.check_head(hello)
+        known = self._ledger.index_of(peer_id)
+        self._check_session(known, session)
+        index = self._ledger.admit(peer_id)
+        if known is None:
+            log.info("admitted %s as peer %d (%s)", peer_id, index, hello.agent)
+        self._counters.joined["new" if known is None else "returned"] += 1
+        self._announcer.opened(index, hello.addresses)
+        self._page_history.opened(index, hello.device)
+        self._retention.welcomed(index)
+        self._notices.session_opened(now_s)
+        return index
+
+    def _check_session(self, known: int | None, session: int) -> None:
+        """Raises Incompatible (a full swarm) or BadMessage (a session older than the open one)."""
+        present = self.present()
+        if known not in present:
+            self._admission.check_room(len(present))
+        if known is not None and not self._members.is_newer(known, session):
+            raise self._admission.refused("old_session", BadMessage(f"session {session} has been replaced"))
+
+    def handle(self, event: MembershipEvent, now_s: float) -> Iterator[PeerTrains | PeerStops]:
+        """What the event means for the open round, one peer after the other."""
+        for became in self._members.handle(event, now_s):
+            if became.cause is not None:
+                self._counters.left[became.cause] += 1
+            self._notices.became(became)
+            is_training = became.state is PeerState.TRAINING
+            yield PeerTrains(became.peer) if is_training else PeerStops(became.peer)
+
+    def said(self, index: int, message: State) -> StateSaid:
+        """What a peer says of itself, for `handle`; what it is going to apply stays on the disk."""
+        if message.state is not NodeState.JOINING:
+            self._retention.needs_nothing(index)
+        elif message.needs_after is not None:
+            self._retention.needs(index, message.needs_after)
+        return StateSaid(index, message.state)
+
+    def index(self, peer_id: str) -> int | None:
+        """None: it was never let in."""
+        return self._ledger.index_of(peer_id)
+
+    def is_member(self, peer_id: str) -> bool:
+        """Whether the peer is admitted and connected."""
+        index = self._ledger.index_of(peer_id)
+        return index is not None and index in self._members.connected()
+
+    def present(self) -> set[int]:
+        """Peers that are there, or have been a moment ago."""
+        return {*self._members.alive(), *self._members.connected()}
+
+    def scraped(self, now_s: float) -> list[str]:
+        """Peers whose metrics are to be asked for: all that are connected, and those that went without a word
+        not long ago."""
+        listed = {*self._members.connected(), *self._members.missed(now_s, SCRAPED_S)}
+        return [self._ledger.peer_id(index) for index in sorted(listed)]
