@@ -1,6 +1,7 @@
 """A node's copy of the replicated state: base weights and the ledger applied to them, nothing else.
 
-Live training, catching up and replaying all go through `Replica.apply_batch` (design: section 1, "One path").
+Live training, catching up and replaying all go through `Replica.apply_batch`: nothing else
+changes weights.
 """
 
 from __future__ import annotations

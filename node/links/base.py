@@ -1,4 +1,4 @@
-"""The contract of links: a node's view of its swarm (design: section 4).
+"""The contract of links: a node's view of its swarm.
 
 Three implementations share one suite (`tests/contracts/test_link.py`): threads in one process, libp2p
 through hivemind, Ray. A link never opens a payload.
