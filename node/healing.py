@@ -1,6 +1,6 @@
 """When replicas differ: replay the ledger from a start that needs nobody's word, and compare.
 
-The ledger decides, never the majority (design: section 6, "Healing"). Who was wrong keeps the replay and
+The ledger decides, never the majority (ARCHITECTURE.md, "Healing"). Who was wrong keeps the replay and
 names the tensors; who was right goes on where it was. The others train on meanwhile.
 """
 
@@ -127,7 +127,8 @@ class Healer:
         names = sorted(name for name in before if before[name] != sums[name])
         log.error(
             "this replica was wrong after round %d, in %s: healed by replaying the ledger",
-            *(round_, ", ".join(names) if names else "tensors that are not known any more"),
+            round_,
+            ", ".join(names) if names else "tensors that are not known any more",
         )
         return True
 

@@ -49,7 +49,10 @@ class CatchingUp:
         rate = (round_ - self._first_round) / (now_s - self._began_s)
         log.info(
             "catching up: round %d of %d, %.1f rounds per second, about %s left",
-            *(round_, head, rate, human_seconds((head - round_) / rate)),
+            round_,
+            head,
+            rate,
+            human_seconds((head - round_) / rate),
         )
         return True
 
@@ -209,7 +212,8 @@ class Joiner:
             self._take_local_state(stored)
         log.info(
             "took the replica after round %d from %s (%s)",
-            *(start.round, "this node's disk" if start.kind == "own" else "the swarm"),
+            start.round,
+            "this node's disk" if start.kind == "own" else "the swarm",
             human_bytes(stored.n_bytes),
         )
 

@@ -22,8 +22,12 @@ from .tasks.base import Task, device_of
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What goes into an offer for `round`. `loss`: None if every batch was dropped. `n_batches`: drawn just
-    now, not ahead. `compute_s`, `pack_s`: what the local work and the packing of its outcome took."""
+    """What goes into an offer for `round`: the encoded `payload`, and what it was made of.
+
+    `n_samples`, `n_tokens`: of all its batches, those that were worked ahead among them; `n_batches`: drawn
+    just now, not ahead. `loss`: their mean, in nats; None if every batch was dropped. `compute_s`, `pack_s`:
+    what the local work and the packing of its outcome took.
+    """
 
     round: int
     payload: bytes
@@ -36,7 +40,10 @@ class Proposal:
 
 
 class LocalWork:
-    """Of one replica on one task. `task` may be replaced before the first round."""
+    """Of one replica on one task. `task` may be replaced before the first round.
+
+    Raises ConfigError for a task that cannot split its batches where there are several ranks.
+    """
 
     def __init__(self, replica: Replica, task: Task, precision: Precision = "auto") -> None:
         self.task = task
@@ -91,7 +98,7 @@ class LocalWork:
         return worked
 
     def evaluate(self) -> float:
-        """The held-out loss of the replica."""
+        """The held-out loss of the replica, in nats: the mean over the ranks, the same on each."""
         model = self._replica.model
         model.eval()
         with torch.no_grad():

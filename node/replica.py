@@ -1,6 +1,7 @@
 """A node's copy of the replicated state: base weights and the ledger applied to them, nothing else.
 
-Live training, catching up and replaying all go through `Replica.apply_batch` (design: section 1, "One path").
+Live training, catching up and replaying all go through `Replica.apply_batch`: nothing else
+changes weights.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Replica:
         self._max_bytes = genesis.limits.max_payload_bytes
 
     def turn(self) -> Turn:
-        """The next round's."""
+        """What the next round fixes for everybody, and this peer's own seed."""
         return self._turn(self.round + 1, self._lr_factor)
 
     def _turn(self, round: int, lr_factor: float) -> Turn:
@@ -103,6 +104,7 @@ class Replica:
         )
 
     def encode(self, payload: Payload, turn: Turn) -> bytes:
+        """The bytes of an offer for the turn's round, as `wire.decode` reads them."""
         return wire.encode(payload, self.strategy.fields(turn), turn.round, self._layout_hash)
 
     def apply(self, commit: Commit, payload_bytes: PayloadBytes, offered: bool) -> Own:

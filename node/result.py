@@ -1,4 +1,4 @@
-"""What is left to say of a node that has ended."""
+"""What a node hands back when its part in a run has ended."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a finished node knows. `fingerprint` is hex; `held_out`: (round, nats) that this node measured."""
+    """Of one start of a node. `rounds`: the last one that its replica has applied; `fingerprint`: in hex.
+
+    `held_out`: (round, loss in nats) that this node measured. `sent_bytes`, `received_bytes`: over all
+    streams, heartbeats left out; `payload_bytes`: of own payloads, each once. `counted`: own offers that were
+    in their round's commit, with a payload that passed the check; `missed`: those that were not.
+    """
 
     rounds: int
     fingerprint: str

@@ -1,4 +1,4 @@
-"""Whose replica is wrong: pure, from the fingerprint reports in the ledger (design: section 6, "Healing").
+"""Whose replica is wrong: pure, from the fingerprint reports in the ledger (ARCHITECTURE.md, "Healing").
 
 Reports on a round that differ split the peers into groups. The groups check in turn, smallest first (tie:
 lowest index): a peer that checks replays the ledger up to that round and reports what came out. Who was wrong

@@ -38,6 +38,7 @@ class Workload:
         self._before_s.append(after_s)
 
     def worked(self, n_batches: int, seconds: float) -> None:
+        """Own work on so many batches took that long, packing included; none says nothing."""
         if n_batches > 0:
             self._batch_s.append(seconds / n_batches)
 

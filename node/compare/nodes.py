@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...coordinator.protocol.messages import BlobRef, Commit, GenesisBody, NodeState, Welcome
+from ...coordinator.protocol.messages import BlobRef, Commit, GenesisBody, NodeState
 from ...optim.base import Closure
 from ..config import parse_config
 from ..links.local import LocalLink
@@ -33,22 +33,22 @@ class Peer(Runner):
     """A node whose batches are the same whatever the strategy, and whose time is taken."""
 
     def __init__(self, link: LocalLink, import_path: str | None, seed: int) -> None:
-        super().__init__(link, import_path=import_path)
+        super().__init__(
+            link,
+            import_path=import_path,
+            on_prepared=lambda _runner: self._take_times(),
+            on_proposing=lambda _runner: self.stopwatch.next_round(),
+        )
         self.stopwatch = Stopwatch()
         self._seed = seed
 
-    def _prepare(self, welcome: Welcome) -> None:
-        super()._prepare(welcome)
+    def _take_times(self) -> None:
         self.work.task = SameBatches(self.work.task, self._seed, self.link.peer_id)
         watch, strategy = self.stopwatch, self.replica.strategy
         time_compressor(strategy, watch)
         time_calls(strategy, {"propose": "compute", "work_ahead": "compute"}, watch)
         time_calls(self.replica, {"encode": "pack", "apply_batch": "decode"}, watch)
         time_calls(self.link, {"payload": "exchange", "offer": "exchange"}, watch)
-
-    def _propose(self) -> None:
-        self.stopwatch.next_round()
-        super()._propose()
 
 
 class SameBatches:

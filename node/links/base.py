@@ -1,4 +1,4 @@
-"""The contract of links: a node's view of its swarm (design: section 4).
+"""The contract of links: a node's view of its swarm.
 
 Three implementations share one suite (`tests/contracts/test_link.py`): threads in one process, libp2p
 through hivemind, Ray. A link never opens a payload.
@@ -47,14 +47,18 @@ class Traffic:
 
 
 class Link(Protocol):
-    """One node's connection to one run. `fetch`, `members`, `serve`, `report` and `close` are called from any
-    thread, the other methods from one.
+    """One node's connection to one run: `open` once, then anything, `close` at the end.
+
+    `fetch`, `members`, `serve`, `report`, `traffic` and `close` are called from any thread, the other
+    methods from one. What is said before `open` or after `close` goes nowhere. A break is mended by the link
+    itself: it tells of it in `events`, and says again what still matters.
 
     A link keeps every commit that it has seen, on disk where it has a folder: what is there is read from
     there, and given to a coordinator that has lost it.
     """
 
     peer_id: str
+    """This node's, as the others know it."""
     run_id: bytes
     """BLAKE3 of record 0, 32 bytes; known from the ticket."""
 
@@ -69,15 +73,17 @@ class Link(Protocol):
 
     @property
     def head(self) -> int:
-        """The newest round known to be committed."""
+        """The newest round known to be committed; 0: none. What `commits` gives may be behind it."""
         ...
 
     def state(self, state: NodeState, needs_after: int | None = None) -> None:
-        """Says what this node does: joining (and which payloads it will need), training, leaving."""
+        """Says what this node does: joining, training, leaving. `needs_after`: for one that joins, payloads
+        of the rounds after this one are kept."""
         ...
 
     def offer(self, offer: Offer) -> None:
-        """Returns at once; the offer is kept and resent after a reconnect until its round commits.
+        """Returns at once; the offer is kept and resent after a reconnect until its round commits. A later
+        offer takes its place.
 
         `offer.payload` carries the payload's bytes whatever their size: the link sends large ones as a blob.
         """
@@ -118,15 +124,18 @@ class Link(Protocol):
         ...
 
     def report(self, report: Report) -> None:
-        """Fingerprint, held-out loss, snapshot."""
+        """Fingerprint, held-out loss, snapshot. Returns at once."""
         ...
 
     def events(self) -> Iterator[LinkEvent]:
         """Blocks for the next thing worth telling; ends when `close` is called."""
         ...
 
-    def traffic(self) -> Traffic: ...
+    def traffic(self) -> Traffic:
+        """Of this link so far."""
+        ...
 
     def close(self) -> None:
-        """Leaves the swarm, sends what is still pending for at most 5 s, wakes `commits` and `events`."""
+        """Leaves the swarm, sends what is still pending for at most 5 s, wakes `commits` and `events`.
+        Once more does nothing."""
         ...

@@ -8,8 +8,8 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 from ...compression.errors import Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.identity import is_signed_by
@@ -17,6 +17,7 @@ from ...coordinator.protocol.messages import (
     PROTOCOL_VERSION,
     BadMessage,
     Commit,
+    Digest,
     Follow,
     Heartbeat,
     Hello,
@@ -28,7 +29,7 @@ from ...coordinator.protocol.messages import (
 from ...coordinator.protocol.patience import Patience
 from ...coordinator.protocol.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream, Throttle
 from ...coordinator.protocol.ticket import Ticket
-from ...coordinator.protocol.transport import StreamHandler, Transport
+from ...coordinator.protocol.transport import Transport
 from .upload_limit import UploadLimit
 
 _log = logging.getLogger("thinwire.link")
@@ -55,45 +56,72 @@ OpenTransport = Callable[[], Awaitable[Transport]]
 """Opens this node's transport in the network. Raises ConfigError."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What the coordinator session asks and tells the link; all are called in the event loop."""
+class SessionHandler(Protocol):
+    """What a session with the coordinator asks its node, and tells it; all of it in the event loop."""
 
-    head: Callable[[], tuple[int | None, bytes | None]]
-    """The last commit that is known, for Hello."""
-    missing: Callable[[int, int], Iterator[Commit]]
-    """Commits after the one round up to the other: for a coordinator that has lost them."""
-    greeting: Callable[[], list[Message]]
-    """What a new session has to hear: state, what is followed, what was not yet acknowledged."""
-    connected: Callable[[Welcome], None]
-    received: Callable[[Message], Awaitable[None]]
-    """Raises LedgerCorrupt or BadMessage."""
-    beat: Callable[[], Heartbeat]
-    last_heard_s: Callable[[], float]
-    """When other streams last brought bytes from the coordinator."""
-    tell: Callable[[str, bool], None]
-    """Something for people to read, and whether it is a warning."""
-    refused: Callable[[], None]
-    """The coordinator has closed the session because of something that this node has sent."""
-    failed: Callable[[ThinwireError], None]
-    """The session is over for good."""
-    blob_server: StreamHandler
+    def known_head(self) -> tuple[int | None, Digest | None]:
+        """Round and digest of the last commit that the node has, for Hello; None: it has none."""
+        ...
+
+    def missing_commits(self, after: int, up_to: int) -> Iterator[Commit]:
+        """Commits after the one round up to the other: for a coordinator that has lost them."""
+        ...
+
+    def connected(self, welcome: Welcome) -> None:
+        """A session begins; the first one, or one after a break."""
+        ...
+
+    def greeting(self) -> list[Message]:
+        """What a new session has to hear: state, what is followed, what was not yet acknowledged."""
+        ...
+
+    async def received(self, message: Message) -> None:
+        """Raises LedgerCorrupt or BadMessage."""
+        ...
+
+    def heartbeat(self) -> Heartbeat: ...
+
+    def last_heard_s(self) -> float:
+        """When other streams last brought bytes from the coordinator, in monotonic seconds; 0: never."""
+        ...
+
+    def tell(self, text: str, warning: bool) -> None:
+        """Something for people to read."""
+        ...
+
+    def refused(self) -> None:
+        """The coordinator has closed the session because of something that this node has sent."""
+        ...
+
+    def failed(self, error: ThinwireError) -> None:
+        """The session is over for good."""
+        ...
+
+    async def serve_blobs(
+        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """A `StreamHandler` for the blobs that other nodes ask for."""
+        ...
 
 
 class CoordinatorSession:
-    """`open` once, then `post`; `close` at the end. Breaks are mended until `patience_s` is over."""
+    """`open` once, then `post`; `close` at the end. Breaks are mended until `patience_s` is over.
+
+    `limit`: of what this node sends, None: there is none; `device`: what people are told that it trains on.
+    """
 
     def __init__(
         self,
         ticket: Ticket,
         open_transport: OpenTransport,
         meter: Meter,
-        hooks: Hooks,
+        handler: SessionHandler,
         patience_s: float,
         limit: UploadLimit | None = None,
         device: str = "",
     ) -> None:
-        self._ticket, self._open_transport, self._meter, self._hooks = ticket, open_transport, meter, hooks
+        self._ticket, self._open_transport = ticket, open_transport
+        self._meter, self._handler = meter, handler
         self._control = None if limit is None else limit.control
         self._patience_s, self._device = patience_s, device
         self._jitter = random.Random()
@@ -117,7 +145,7 @@ class CoordinatorSession:
         try:
             stream, welcome = await self._connect()
         except SwarmUnreachable as e:
-            head_round, _ = self._hooks.head()
+            head_round, _ = self._handler.known_head()
             if not head_round:
                 raise
             stream, welcome = await self._reconnect(str(e))
@@ -173,23 +201,7 @@ class CoordinatorSession:
         reader, writer = await transport.open_stream(self._ticket.peer_id, SESSION, DIAL_TIMEOUT_S)
         stream = Stream(reader, writer, self._meter, self._control)
         try:
-            head_round, head_digest = self._hooks.head()
-            await stream.send_message(
-                Hello(
-                    version=PROTOCOL_VERSION,
-                    run_id=self._ticket.run_id,
-                    token=self._ticket.token,
-                    head_round=head_round,
-                    head_digest=head_digest,
-                    addresses=transport.addresses,
-                    agent=_AGENT,
-                    device=self._device,
-                )
-            )
-            answer = await _answer(stream)
-            if isinstance(answer, Follow) and head_round is not None:
-                answer = await self._return_commits(stream, answer.after, head_round)
-            welcome = _checked(self._ticket, answer)
+            welcome = await self._introduce(stream, transport.addresses)
         except (OSError, EOFError) as e:
             stream.abort()
             raise SwarmUnreachable(f"the coordinator closed the connection at once ({e})") from e
@@ -198,15 +210,35 @@ class CoordinatorSession:
             raise
         return stream, welcome
 
+    async def _introduce(self, stream: Stream, addresses: tuple[str, ...]) -> Welcome:
+        """Says Hello on a new stream, and gives back what the coordinator has lost. `addresses`: own ones."""
+        head_round, head_digest = self._handler.known_head()
+        await stream.send_message(
+            Hello(
+                version=PROTOCOL_VERSION,
+                run_id=self._ticket.run_id,
+                token=self._ticket.token,
+                head_round=head_round,
+                head_digest=head_digest,
+                addresses=addresses,
+                agent=_AGENT,
+                device=self._device,
+            )
+        )
+        answer = await _answer(stream)
+        if isinstance(answer, Follow) and head_round is not None:
+            answer = await self._return_commits(stream, answer.after, head_round)
+        return _checked(self._ticket, answer)
+
     async def _return_commits(self, stream: Stream, after: int, head: int) -> Message:
         """The coordinator was restored from an older copy: sends what it has lost; returns its answer."""
         text = (
             f"the coordinator has lost rounds {after + 1} to {head}: giving them back from this node's copy"
         )
-        self._hooks.tell(text, True)
+        self._handler.tell(text, True)
 
         async def send() -> None:
-            for commit in self._hooks.missing(after, head):
+            for commit in self._handler.missing_commits(after, head):
                 await stream.send_message(commit)
                 stream.heard_s = time.monotonic()  # it is silent while it takes what is sent
 
@@ -219,12 +251,12 @@ class CoordinatorSession:
 
     async def _living_transport(self) -> Transport:
         if self._transport is not None and self._transport.died.is_set():
-            self._hooks.tell("this machine's libp2p has ended unexpectedly: starting it again", True)
+            self._handler.tell("this machine's libp2p has ended unexpectedly: starting it again", True)
             await self._transport.close()
             self._transport = None
         if self._transport is None:
             self._transport = await self._open_transport()
-            await self._transport.handle(BLOB, self._hooks.blob_server)
+            await self._transport.handle(BLOB, self._handler.serve_blobs)
         return self._transport
 
     # -------------------------------------------------------------------------------- keeping it alive
@@ -237,19 +269,19 @@ class CoordinatorSession:
                     return
                 stream, welcome = await self._reconnect(why)
         except ThinwireError as e:
-            self._hooks.failed(e)
+            self._handler.failed(e)
 
     async def _session(self, stream: Stream, welcome: Welcome) -> str:
         """One session from its Welcome to its end; returns why it ended. Raises what no retry can mend."""
         self._stream = stream
         began_s = time.monotonic()
         self._queue.clear()
-        self._hooks.connected(welcome)
-        for message in self._hooks.greeting():
+        self._handler.connected(welcome)
+        for message in self._handler.greeting():
             self.post(message)
         self.is_up.set()
         assert self._transport is not None
-        tasks = [
+        tasks: list[asyncio.Task[object]] = [
             asyncio.create_task(self._read(stream)),
             asyncio.create_task(self._write(stream)),
             asyncio.create_task(self._beat(stream, welcome.heartbeat_s)),
@@ -266,11 +298,15 @@ class CoordinatorSession:
             stream.abort()
             if time.monotonic() - began_s > STEADY_S:
                 self._retry_s = FIRST_RETRY_S
+        return self._why_ended(done)
+
+    def _why_ended(self, done: Iterable[asyncio.Task[object]]) -> str:
+        """In words. `done`: the tasks of the session that have ended. Raises what no retry can mend."""
         error = next((e for task in done if (e := task.exception()) is not None), None)
         if error is None:
             return "this machine's libp2p has ended"
         if isinstance(error, BadMessage):
-            self._hooks.refused()
+            self._handler.refused()
         if isinstance(error, OSError | EOFError | SwarmUnreachable | BadMessage):
             return str(error) or "the connection broke"
         raise error
@@ -283,7 +319,7 @@ class CoordinatorSession:
             if away_s > self._patience_s:
                 raise SwarmUnreachable(f"the coordinator does not answer since {away_s:.0f} s: {why}")
             pause_s = self._retry_s * self._jitter.uniform(0.7, 1.3)
-            self._hooks.tell(
+            self._handler.tell(
                 f"the coordinator does not answer since {away_s:.0f} s ({_one_line(why)}); "
                 f"trying again in {pause_s:.1f} s; training state is kept",
                 True,
@@ -297,7 +333,7 @@ class CoordinatorSession:
             except (SwarmUnreachable, BadMessage) as e:
                 why = str(e)
                 continue
-            self._hooks.tell(f"connected again after {time.monotonic() - broke_s:.0f} s", False)
+            self._handler.tell(f"connected again after {time.monotonic() - broke_s:.0f} s", False)
             return stream, welcome
 
     async def _read(self, stream: Stream) -> None:
@@ -305,7 +341,7 @@ class CoordinatorSession:
             message = await stream.receive_message(FROM_COORDINATOR)
             if isinstance(message, Refused):
                 raise message.as_error()
-            await self._hooks.received(message)
+            await self._handler.received(message)
 
     async def _write(self, stream: Stream) -> None:
         while True:
@@ -323,10 +359,10 @@ class CoordinatorSession:
             now_s = time.monotonic()
             if now_s - before_s > heartbeat_s + _PAUSE_S:
                 stream.heard_s = now_s  # this process was stopped: it says nothing about the coordinator
-            silent_s = now_s - max(stream.heard_s, self._hooks.last_heard_s())
+            silent_s = now_s - max(stream.heard_s, self._handler.last_heard_s())
             if silent_s > limit_s:
                 raise SwarmUnreachable(f"silent for {silent_s:.0f} s")
-            self.post(self._hooks.beat())
+            self.post(self._handler.heartbeat())
 
 
 async def _answer(stream: Stream) -> Message:

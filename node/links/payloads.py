@@ -1,7 +1,7 @@
 """A node's payloads in memory: its own, those of the open round, those of commits; where each comes from.
 
 A payload is asked of the peer that offered it while its round is open. Once it is counted, that is waited for
-a little longer, then the coordinator is asked, and every other member last (design: section 5).
+a little longer, then the coordinator is asked, and every other member last.
 """
 
 from __future__ import annotations

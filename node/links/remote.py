@@ -109,26 +109,29 @@ class RemoteLink:
 
     @property
     def head(self) -> int:
-        return 0 if self._core is None else self._core.head
+        return 0 if self._core is None else self._core.commits.head
 
     def state(self, state: NodeState, needs_after: int | None = None) -> None:
-        self._soon("say_state", state, needs_after)
+        self._soon(lambda core: core.say_state(state, needs_after))
 
     def offer(self, offer: Offer) -> None:
         if offer.payload is None:
             raise ValueError("offer.payload carries the payload's bytes")
-        self._soon("make_offer", offer)
+        self._soon(lambda core: core.make_offer(offer))
 
     def report(self, report: Report) -> None:
-        self._soon("make_report", report)
+        self._soon(lambda core: core.make_report(report))
 
     def records(self, after: int) -> Iterator[Commit]:
         yield from self._read(after, self.head)
 
     def commits(self, after: int) -> Iterator[Commit]:
         for commit in self._read(after, MAX_ROUND):
-            self._soon("taken", commit.body.round)
+            self._take(commit.body.round)
             yield commit
+
+    def _take(self, round_: int) -> None:
+        self._soon(lambda core: core.commits.taken(round_))
 
     def _read(self, after: int, up_to: int) -> Iterator[Commit]:
         """From the copy, as it grows; ends when the link is closed."""
@@ -145,16 +148,16 @@ class RemoteLink:
     def payload(self, offer: OfferEntry) -> bytes:
         if offer.payload is not None:
             return offer.payload
-        return self._wait(self._opened().payload(offer))
+        return self._wait(self._opened().commits.payload(offer))
 
     def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
-        session = self._opened()
+        blobs = self._opened().blobs
         if holder is None:
-            return self._wait(session.fetch(digest, n_bytes))
-        return self._wait(session.fetch_from(holder, digest, n_bytes))
+            return self._wait(blobs.fetch(digest, n_bytes))
+        return self._wait(blobs.fetch_from(holder, digest, n_bytes))
 
     def members(self) -> list[str]:
-        return [] if self._core is None else self._core.members()
+        return [] if self._core is None else self._core.blobs.members()
 
     def serve(self, shelf: Shelf | None) -> None:
         if self._core is not None:
@@ -168,7 +171,7 @@ class RemoteLink:
         return Traffic(
             _without_heartbeats(self._meter.sent),
             _without_heartbeats(self._meter.received),
-            None if self._core is None else self._core.upload_bytes_per_s,
+            None if self._core is None else self._core.offers.upload_bytes_per_s,
         )
 
     def close(self) -> None:
@@ -209,12 +212,12 @@ class RemoteLink:
             raise SwarmUnreachable("the link is not open")
         return self._core
 
-    def _soon(self, method: str, *arguments: object) -> None:
-        """Calls a method of the session in the loop; does nothing without a session."""
+    def _soon(self, work: Callable[[LinkCore], object]) -> None:
+        """Does it in the loop; does nothing where there is no session."""
         if self._core is None or self._loop is None or self._is_closed:
             return
         try:
-            self._loop.call_soon_threadsafe(getattr(self._core, method), *arguments)
+            self._loop.call_soon_threadsafe(work, self._core)
         except RuntimeError:  # the loop was closed by another thread meanwhile
             return
 

@@ -1,4 +1,4 @@
-"""A run's records as lines of JSON, in the node's folder."""
+"""The log of a node's run as lines of JSON, in the node's folder."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class JsonLines:
         self._fd = -1
         self._n_bytes = 0
 
-    def track(self, record: Mapping[str, Any]) -> None:
+    def track(self, entry: Mapping[str, Any]) -> None:
         """Raises OSError."""
-        line = json.dumps({k: _plain(v) for k, v in record.items()}, allow_nan=False).encode() + b"\n"
+        line = json.dumps({k: _plain(v) for k, v in entry.items()}, allow_nan=False).encode() + b"\n"
         if self._fd < 0:
             self._open()
         if self._n_bytes and self._n_bytes + len(line) > self._max_bytes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, get_args
 
@@ -30,114 +31,132 @@ Dropped = Literal["batches", "probes", "rounds"]
 TrackerName = Literal["jsonl", "tensorboard", "wandb"]
 
 
+class _Growth:
+    """A counter that is told totals, by label: what they have grown by is counted."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._last: dict[str, int] = {}
+
+    def update(self, totals: Mapping[str, int]) -> None:
+        """A total that has fallen, as some do after a replay, counts nothing."""
+        for label, now in totals.items():
+            self._counter.labels(label).inc(max(0, now - self._last.get(label, 0)))
+        self._last = dict(totals)
+
+
+class _PhaseTimes:
+    """How long the phases of a round take: the last time, in all, and for Prometheus."""
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+        for phase in get_args(Phase):
+            histogram.labels(phase)
+        self._last_s: dict[str, float] = {}
+        self._totals: tuple[float, ...] = (0.0,) * (1 + len(PHASES))
+        """Rounds, then seconds of every phase of `PHASES`; replaced as a whole, read from any thread."""
+
+    def took(self, phase: Phase, duration_s: float) -> None:
+        self._histogram.labels(phase).observe(duration_s)
+        self._last_s[phase] = duration_s
+        if phase == "exchange":  # the last that becomes known of a round that this node took part in
+            n_rounds, *totals = self._totals
+            times = [self._last_s.get(part, 0.0) for part in PHASES]
+            self._totals = (n_rounds + 1, *map(sum, zip(totals, times, strict=True)))
+
+    def last_s(self) -> dict[str, float]:
+        return {phase: self._last_s[phase] for phase in PHASES if phase in self._last_s}
+
+    def totals(self) -> Phases:
+        n_rounds, *totals = self._totals
+        return Phases(
+            rounds=int(n_rounds), **{f"{p}_ms": int(s * 1000) for p, s in zip(PHASES, totals, strict=True)}
+        )
+
+
+def _labelled(counter: Counter, values: Iterable[str]) -> Counter:
+    """With all of its series, at zero."""
+    for value in values:
+        counter.labels(value)
+    return counter
+
+
 class NodeMetrics:
     """What a node counts in `registry`. `serve` answers scrapes; the coordinator asks for `text`."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         r = self.registry = registry or CollectorRegistry()
+        gauge, counter = partial(Gauge, registry=r), partial(Counter, registry=r)
+        histogram = partial(Histogram, registry=r, buckets=BUCKETS_S)
         build_info(r, "node")
-        self._training = Gauge("thinwire_training", "1 while this node takes part in rounds", registry=r)
-        self._round = Gauge("thinwire_round", "Last round that this replica has applied", registry=r)
-        self._behind = Gauge(
-            "thinwire_rounds_behind", "Committed rounds that this replica has not applied", registry=r
-        )
-        self._loss = Gauge("thinwire_loss", "Mean training loss of the last local work, in nats", registry=r)
-        self._held_out = Gauge(
-            "thinwire_held_out_loss", "Last held-out loss measured here, in nats", registry=r
-        )
-        self._samples = Counter("thinwire_samples", "Samples in own offers", registry=r)
-        self._tokens = Counter("thinwire_tokens", "Tokens in own offers", registry=r)
-        self._batches = Gauge("thinwire_batches", "Batches drawn for the last own payload", registry=r)
-        self._rounds = Counter(
+        self._training = gauge("thinwire_training", "1 while this node takes part in rounds")
+        self._round = gauge("thinwire_round", "Last round that this replica has applied")
+        self._behind = gauge("thinwire_rounds_behind", "Committed rounds that this replica has not applied")
+        self._loss = gauge("thinwire_loss", "Mean training loss of the last local work, in nats")
+        self._held_out = gauge("thinwire_held_out_loss", "Last held-out loss measured here, in nats")
+        self._samples = counter("thinwire_samples", "Samples in own offers")
+        self._tokens = counter("thinwire_tokens", "Tokens in own offers")
+        self._batches = gauge("thinwire_batches", "Batches drawn for the last own payload")
+        rounds = counter(
             "thinwire_rounds",
             "Applied rounds by what became of this node's offer; none: it had made none",
             ["result"],
-            registry=r,
         )
-        self._not_counted = Counter(
-            "thinwire_offers_not_counted", "Own offers that did not count, by why", ["reason"], registry=r
+        self._rounds = _labelled(rounds, ("counted", "missed", "none"))
+        not_counted = counter(
+            "thinwire_offers_not_counted", "Own offers that did not count, by why", ["reason"]
         )
-        self._bad = Counter(
+        self._not_counted = _labelled(not_counted, get_args(NotCounted))
+        bad = counter(
             "thinwire_bad_payloads",
             "Counted payloads that were left out, by what is wrong with them; again when they are replayed",
             ["reason"],
-            registry=r,
         )
-        self._dropped = Counter(
+        self._bad = _Growth(_labelled(bad, get_args(BadReason)))
+        dropped = counter(
             "thinwire_not_finite",
             "Local work that was thrown away because its loss or gradient was not finite",
             ["kind"],
-            registry=r,
         )
-        self._payload = Counter("thinwire_payload_bytes", "Bytes of own payloads, each once", registry=r)
-        self._ratio = Gauge(
+        self._dropped = _Growth(_labelled(dropped, get_args(Dropped)))
+        self._payload = counter("thinwire_payload_bytes", "Bytes of own payloads, each once")
+        self._ratio = gauge(
             "thinwire_compression_ratio",
             "What an all-reduce of float32 gradients would send per peer and round, in own payloads",
-            registry=r,
         )
-        self._sent = Counter("thinwire_sent_bytes", "Bytes written to streams", ["kind"], registry=r)
-        self._received = Counter("thinwire_received_bytes", "Bytes read from streams", ["kind"], registry=r)
-        self._duration = Histogram(
-            "thinwire_round_duration_seconds",
-            "From one applied round to the next, while training",
-            registry=r,
-            buckets=BUCKETS_S,
+        sent = counter("thinwire_sent_bytes", "Bytes written to streams", ["kind"])
+        received = counter("thinwire_received_bytes", "Bytes read from streams", ["kind"])
+        self._sent, self._received = (_Growth(_labelled(c, KINDS)) for c in (sent, received))
+        self._duration = histogram(
+            "thinwire_round_duration_seconds", "From one applied round to the next, while training"
         )
-        self._phase = Histogram(
+        phase = histogram(
             "thinwire_phase_duration_seconds",
             "Parts of a round: local work, packing, waiting for commit and payloads, applying; and what is "
             "worked ahead while waiting",
             ["phase"],
-            registry=r,
-            buckets=BUCKETS_S,
         )
-        self._checks = Counter(
-            "thinwire_fingerprint_checks", "Fingerprints reported to be compared", registry=r
-        )
-        self._heals = Counter(
+        self._phases = _PhaseTimes(phase)
+        self._checks = counter("thinwire_fingerprint_checks", "Fingerprints reported to be compared")
+        heals = counter(
             "thinwire_heals",
             "Replays of the ledger because replicas differ: this one was wrong and is the replay's now, or "
             "it was confirmed",
             ["result"],
-            registry=r,
         )
-        self._limit = Gauge(
+        self._heals = _labelled(heals, ("adopted", "confirmed"))
+        self._limit = gauge(
             "thinwire_upload_limit_bytes_per_second",
             "What this node may send at most (--max-upload); +Inf: no limit",
-            registry=r,
         )
-        self._used = Gauge(
-            "thinwire_upload_used_ratio", "Part of that limit used in the last 10 s", registry=r
-        )
-        self._disk_free = Gauge(
-            "thinwire_disk_free_bytes", "Room on the disk that has this node's state", registry=r
-        )
-        self._untracked = Counter(
-            "thinwire_tracker_failures", "Records that a tracker could not take", ["kind"], registry=r
-        )
+        self._used = gauge("thinwire_upload_used_ratio", "Part of that limit used in the last 10 s")
+        self._disk_free = gauge("thinwire_disk_free_bytes", "Room on the disk that has this node's state")
+        untracked = counter("thinwire_tracker_failures", "Records that a tracker could not take", ["kind"])
+        self._untracked = _labelled(untracked, get_args(TrackerName))
         self._limit.set(math.inf)
-        for gauge in (self._loss, self._held_out, self._ratio, self._disk_free):
-            gauge.set(math.nan)
-        self._last = Traffic({}, {})
-        self._parts: dict[str, float] = {}
-        self._timed: tuple[float, ...] = (0.0,) * (1 + len(PHASES))
-        self._last_bad: dict[str, int] = {}
-        self._last_dropped: dict[str, int] = {}
+        for unknown in (self._loss, self._held_out, self._ratio, self._disk_free):
+            unknown.set(math.nan)
         self._is_training = False
-        for counter, values in (
-            (self._rounds, ("counted", "missed", "none")),
-            (self._not_counted, get_args(NotCounted)),
-            (self._bad, get_args(BadReason)),
-            (self._sent, KINDS),
-            (self._received, KINDS),
-            (self._heals, ("adopted", "confirmed")),
-            (self._dropped, get_args(Dropped)),
-            (self._untracked, get_args(TrackerName)),
-        ):
-            for value in values:
-                counter.labels(value)
-        for phase in get_args(Phase):
-            self._phase.labels(phase)
 
     @property
     def is_training(self) -> bool:
@@ -164,13 +183,8 @@ class NodeMetrics:
 
     def traffic(self, traffic: Traffic) -> None:
         """Totals so far."""
-        for counter, now, last in (
-            (self._sent, traffic.sent, self._last.sent),
-            (self._received, traffic.received, self._last.received),
-        ):
-            for kind, n_bytes in now.items():
-                counter.labels(kind).inc(n_bytes - last.get(kind, 0))
-        self._last = traffic
+        self._sent.update(traffic.sent)
+        self._received.update(traffic.received)
 
     def proposed(
         self, loss: float | None, n_bytes: int, n_samples: int, n_tokens: int, n_batches: int
@@ -186,23 +200,16 @@ class NodeMetrics:
         self._ratio.set(ratio)
 
     def phase(self, phase: Phase, duration_s: float) -> None:
-        self._phase.labels(phase).observe(duration_s)
-        self._parts[phase] = duration_s
-        if phase == "exchange":  # the last that becomes known of a round that this node took part in
-            n_rounds, *totals = self._timed
-            times = (self._parts.get(part, 0.0) for part in PHASES)
-            self._timed = (n_rounds + 1, *(total + s for total, s in zip(totals, times, strict=True)))
+        """What a phase of this node's round took."""
+        self._phases.took(phase, duration_s)
 
     def parts(self) -> dict[str, float]:
         """What each phase took the last time, in seconds."""
-        return {phase: self._parts[phase] for phase in PHASES if phase in self._parts}
+        return self._phases.last_s()
 
     def phases(self) -> Phases:
         """Totals of the rounds that this node took part in; may be asked from any thread."""
-        n_rounds, *totals = self._timed
-        return Phases(
-            rounds=int(n_rounds), **{f"{p}_ms": int(s * 1000) for p, s in zip(PHASES, totals, strict=True)}
-        )
+        return self._phases.totals()
 
     def result(self, result: Literal["counted", "missed", "none"], n_rounds: int = 1) -> None:
         self._rounds.labels(result).inc(n_rounds)
@@ -211,17 +218,12 @@ class NodeMetrics:
         self._not_counted.labels(why).inc()
 
     def bad_payloads(self, so_far: Mapping[str, int]) -> None:
-        """Totals of the replica."""
-        for reason, n in so_far.items():
-            self._bad.labels(reason).inc(n - self._last_bad.get(reason, 0))
-        self._last_bad = dict(so_far)
+        """Totals of the replica, by reason."""
+        self._bad.update(so_far)
 
     def not_finite(self, counters: Mapping[str, int]) -> None:
-        """Totals of the strategy; after a replay they may be lower than they were."""
-        for kind in get_args(Dropped):
-            now = counters.get(f"dropped_{kind}", 0)
-            self._dropped.labels(kind).inc(max(0, now - self._last_dropped.get(kind, 0)))
-            self._last_dropped[kind] = now
+        """Totals of the strategy (see `Dropped`); after a replay they may be lower than they were."""
+        self._dropped.update({kind: counters.get(f"dropped_{kind}", 0) for kind in get_args(Dropped)})
 
     def held_out(self, loss: float) -> None:
         self._held_out.set(loss)

@@ -1,6 +1,6 @@
-"""Records of a node's run, for people's own tools: JSONL always, TensorBoard and W&B where asked for.
+"""The log of a node's run, for people's own tools: JSONL always, TensorBoard and W&B where asked for.
 
-A record is a flat dict: `time` (seconds since 1970), `kind`, `round`, and figures by name. Kinds: `start`,
+An entry is a flat dict: `time` (seconds since 1970), `kind`, `round`, and figures by name. Kinds: `start`,
 `round` (one for each live round; one for many while catching up), `held_out`, `replay`, `end`. A tracker that
 fails never stops training: that is said once, and counted.
 """
@@ -27,20 +27,20 @@ OPTIONAL: Final[tuple[TrackerName, ...]] = ("tensorboard", "wandb")
 """What --track may say: packages, and extras of thinwire of the same name."""
 
 _WAITING: Final = 1000
-"""Records that a slow tracker may lag behind by; then it loses some."""
+"""Entries that a slow tracker may lag behind by; then it loses some."""
 
 _END_S: Final = 10.0
 
-Record = Mapping[str, Any]
+LogEntry = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """Takes records in order, from one thread. May raise whatever it likes."""
+    """Takes entries in order, from one thread. May raise whatever it likes."""
 
     @property
     def name(self) -> TrackerName: ...
 
-    def track(self, record: Record) -> None: ...
+    def track(self, entry: LogEntry) -> None: ...
 
     def close(self) -> None: ...
 
@@ -77,11 +77,11 @@ class Tracks:
         self._others = others
 
     def add(self, kind: str, round: int, **figures: Any) -> None:
-        record = {"time": time.time(), "kind": kind, "round": round, **figures}
+        entry = {"time": time.time(), "kind": kind, "round": round, **figures}
         if self._file is not None:
-            self._file.track(record)
+            self._file.track(entry)
         for other in self._others:
-            other.add(record)
+            other.add(entry)
 
     def close(self) -> None:
         """Waits for the slow ones for a while."""
@@ -92,18 +92,18 @@ class Tracks:
 
 
 class _Guarded:
-    """A tracker that may fail; it is made when its first record comes."""
+    """A tracker that may fail; it is made when its first entry comes."""
 
     def __init__(self, name: TrackerName, make: Callable[[], Tracker], metrics: NodeMetrics) -> None:
         self._name, self._make, self._metrics = name, make, metrics
         self._tracker: Tracker | None = None
         self._has_failed = False
 
-    def track(self, record: Record) -> None:
+    def track(self, entry: LogEntry) -> None:
         try:
             if self._tracker is None:
                 self._tracker = self._make()
-            self._tracker.track(record)
+            self._tracker.track(entry)
         except Exception as e:  # noqa: BLE001 - foreign code that writes for people: training goes on without
             self.failed(f"{type(e).__name__}: {e}")
 
@@ -127,26 +127,26 @@ class InBackground:
     def __init__(self, name: TrackerName, make: Callable[[], Tracker], metrics: NodeMetrics) -> None:
         self._name = name
         self._guarded = _Guarded(name, make, metrics)
-        self._records: queue.Queue[Record | None] = queue.Queue(_WAITING)
+        self._entries: queue.Queue[LogEntry | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._run, name=f"track-{name}", daemon=True)
         self._thread.start()
 
-    def add(self, record: Record) -> None:
+    def add(self, entry: LogEntry) -> None:
         try:
-            self._records.put_nowait(record)
+            self._entries.put_nowait(entry)
         except queue.Full:
             self._guarded.failed(f"it is {_WAITING} records behind")
 
     def close(self) -> None:
         with suppress(queue.Full):
-            self._records.put(None, timeout=_END_S)
+            self._entries.put(None, timeout=_END_S)
         self._thread.join(_END_S)
         if self._thread.is_alive():
             log.warning("%s has not taken all records within %g s: they are lost", self._name, _END_S)
 
     def _run(self) -> None:
-        while (record := self._records.get()) is not None:
-            self._guarded.track(record)
+        while (entry := self._entries.get()) is not None:
+            self._guarded.track(entry)
         self._guarded.close()
 
 

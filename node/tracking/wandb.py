@@ -1,6 +1,6 @@
-"""A run's records in Weights & Biases (extra `[wandb]`): `wandb login` first, or WANDB_MODE=offline.
+"""The log of a node's run in Weights & Biases (extra `[wandb]`): `wandb login` first, or WANDB_MODE=offline.
 
-Project, entity and mode are W&B's own matter (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE). Only what a record
+Project, entity and mode are W&B's own matter (WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE). Only what an entry
 has is sent: no code, no host name, no list of packages, no measurements of the machine.
 """
 
@@ -26,28 +26,28 @@ class WeightsAndBiases:
         self._wandb, self._folder = wandb, folder
         self._run: Any = None
 
-    def track(self, record: Mapping[str, Any]) -> None:
-        if record["kind"] == "start":
-            self._start(record)
+    def track(self, entry: Mapping[str, Any]) -> None:
+        if entry["kind"] == "start":
+            self._start(entry)
         elif self._run is None:
             raise RuntimeError("W&B was not started")
-        if figures := scalars(record):
-            self._run.log({"round": record["round"], **figures})
+        if figures := scalars(entry):
+            self._run.log({"round": entry["round"], **figures})
 
     def close(self) -> None:
         if self._run is not None:
             self._run.finish()
 
-    def _start(self, record: Mapping[str, Any]) -> None:
-        peer = record["peer_id"][-12:]
+    def _start(self, entry: Mapping[str, Any]) -> None:
+        peer = entry["peer_id"][-12:]
         self._run = self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", "thinwire"),
-            group=record["run"],
-            name=f"{record['run']} {peer[-6:]}",
-            id=f"{record['run_id'][:16]}-{peer}",
+            group=entry["run"],
+            name=f"{entry['run']} {peer[-6:]}",
+            id=f"{entry['run_id'][:16]}-{peer}",
             resume="allow",
             dir=str(self._folder),
-            config={key: record[key] for key in ("run_id", "peer_id", "config")},
+            config={key: entry[key] for key in ("run_id", "peer_id", "config")},
             settings=self._wandb.Settings(
                 console="off",
                 disable_git=True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +112,12 @@ def train(
         on_commit = swarm.service._on_commit
         swarm.service._on_commit = lambda round_: (times_s.append(clock.now_s()), on_commit(round_))[1]
 
-        def run(number: int, runner: Runner) -> None:
+        def slow_down(number: int, runner: Runner) -> None:
             # A little apart, so that no two offers come at the same time.
             batch_s = BATCH_S / SPEEDS[number] * (1 + number * 1e-4)
-            prepare = runner._prepare
+            runner.work.task = Working(runner.work.task, lambda: clock.sleep(swarm.changed, batch_s))
 
-            def prepared(welcome: Any) -> None:
-                prepare(welcome)
-                runner.work.task = Working(runner.work.task, lambda: clock.sleep(swarm.changed, batch_s))
-
-            runner._prepare = prepared  # type: ignore[method-assign]
+        def run(runner: Runner) -> None:
             try:
                 fingerprints.add(runner.run().fingerprint)
             except BaseException as e:
@@ -132,9 +129,10 @@ def train(
         runners = []
         for number in range(len(SPEEDS)):
             speed = upload_bytes_per_s if number == 0 else None
-            runners.append(Runner(swarm.link(f"peer-{number}", upload_bytes_per_s=speed), clock=clock.now_s))
-            runners[-1].link.open()  # admitted in this order in every execution
-        threads = [threading.Thread(target=run, args=entry) for entry in enumerate(runners)]
+            link = swarm.link(f"peer-{number}", upload_bytes_per_s=speed)
+            runners.append(Runner(link, clock=clock.now_s, on_prepared=partial(slow_down, number)))
+            link.open()  # admitted in this order in every execution
+        threads = [threading.Thread(target=run, args=(runner,)) for runner in runners]
         for thread in threads:
             thread.start()
         for thread in threads:

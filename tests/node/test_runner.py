@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from thinwire.coordinator.protocol.messages import Commit, NodeState, Offer
 from thinwire.node.config import RunConfig, load_config
 from thinwire.node.genesis import make_genesis
 from thinwire.node.links.local import LocalSwarm, Script, local_swarm
+from thinwire.node.preparing import prepare_run
 from thinwire.node.runner import Result, Runner
 from thinwire.node.tasks.registry import make_task
-from thinwire.optim.base import Closure
+from thinwire.optim.base import Closure, Own
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 DECOUPLED = {
@@ -156,22 +157,27 @@ def test_a_missed_offer_returns_to_the_momentum_once(tmp_path: Path) -> None:
     config = config_of(STRATEGIES["decoupled"], min_peers=2, eval_every=100)
     momenta: list[tuple[torch.Tensor, torch.Tensor]] = []  # (found, expected)
 
-    class Watching(Runner):
-        def _apply(self, commits: list[Commit]) -> None:
+    def watch(runner: Runner) -> None:
+        strategy, apply = runner.replica.strategy, runner.replica.apply_batch
+
+        def watched(commits: Sequence[Commit], *arguments: Any, **options: Any) -> list[Own]:
             (commit,) = commits
-            strategy = self.replica.strategy
             p = strategy.parameters_in_order()[0].tensor
             expected = strategy.state[p]["momentum"].clone()
             if commit.body.round == 3:
                 _, packed = strategy.state[p]["sends"][3]
                 part = Part.whole(p.shape)
-                expected += strategy.compressor.decode([packed], [1.0], part, self.replica.turn())
-            super()._apply(commits)
+                expected += strategy.compressor.decode([packed], [1.0], part, runner.replica.turn())
+            owns = apply(commits, *arguments, **options)
             momenta.append((strategy.state[p]["momentum"].clone(), expected))
             assert not strategy.state[p]["sends"]
+            return owns
+
+        runner.replica.apply_batch = watched  # type: ignore[method-assign]
 
     with swarm_of(tmp_path, config, lose=lambda peer, round: (peer, round) == ("peer-0", 3)) as swarm:
-        results = run_all([Watching(swarm.link("peer-0")), Runner(swarm.link("peer-1"))])
+        watched = Runner(swarm.link("peer-0"), on_prepared=watch)
+        results = run_all([watched, Runner(swarm.link("peer-1"))])
     assert (results[0].missed, results[1].missed) == (1, 0)
     assert results[0].fingerprint == results[1].fingerprint
     assert len(momenta) == 6
@@ -198,13 +204,13 @@ def test_neither_kernels_nor_threads_change_a_bit(
 
 def replay(swarm: LocalSwarm, peer_id: str) -> str:
     """Base weights and the whole ledger, by the same `apply` as in training."""
-    runner = Runner(swarm.link(peer_id))
-    runner._prepare(runner.link.open())
-    runner.replica.begin(None)
-    for commit in runner.link.records(0):
-        runner.replica.apply(commit, runner.link.payload, offered=False)
-    runner.link.close()
-    return runner.replica.fingerprint().hex()
+    link = swarm.link(peer_id)
+    replica = prepare_run(link, link.open()).replica
+    replica.begin(None)
+    for commit in link.records(0):
+        replica.apply(commit, link.payload, offered=False)
+    link.close()
+    return replica.fingerprint().hex()
 
 
 def test_a_peer_works_ahead_while_it_waits_for_another(tmp_path: Path) -> None:
@@ -218,31 +224,39 @@ def test_a_peer_works_ahead_while_it_waits_for_another(tmp_path: Path) -> None:
     offers: list[Offer] = []
     seeds: list[int] = []
 
-    class Watching(Runner):
-        def _propose(self) -> None:
-            draw, take = self.work.task.draw, self.link.offer
+    def watch(runner: Runner) -> None:
+        link, task = runner.link, runner.work.task
+        draw, take, come = task.draw, link.offer, link.commits
 
-            def watched(model: torch.nn.Module, seed: int) -> Closure:
-                seeds.append(seed)
-                return draw(model, seed)
+        def watched(model: torch.nn.Module, seed: int) -> Closure:
+            seeds.append(seed)
+            return draw(model, seed)
 
-            def offer(its: Offer) -> None:
-                ahead[self.link.peer_id].append(self.replica.strategy.n_ahead)
-                offers.append(its)
-                if self.link.peer_id == "slow":
-                    assert is_waiting.wait(60)
-                    is_waiting.clear()
-                take(its)
+        def offer(its: Offer) -> None:
+            ahead[link.peer_id].append(runner.replica.strategy.n_ahead)
+            offers.append(its)
+            if link.peer_id == "slow":
+                assert is_waiting.wait(60)
+                is_waiting.clear()
+            take(its)
 
-            self.work.task.draw = watched  # type: ignore[method-assign]
-            self.link.offer = offer  # type: ignore[method-assign]
-            super()._propose()
-            self.work.task.draw, self.link.offer = draw, take  # type: ignore[method-assign]
-            if self.link.peer_id == "quick":
-                is_waiting.set()
+        def commits(after: int) -> Iterator[Commit]:
+            coming = come(after)
+            while True:
+                if link.peer_id == "quick":  # it has offered and worked ahead
+                    is_waiting.set()
+                commit = next(coming, None)
+                if commit is None:
+                    return
+                yield commit
+
+        task.draw = watched  # type: ignore[method-assign]
+        link.offer = offer  # type: ignore[method-assign]
+        link.commits = commits  # type: ignore[method-assign]
 
     with swarm_of(tmp_path, config) as swarm:
-        results = run_all([Watching(swarm.link(peer_id)) for peer_id in ("quick", "slow")])
+        links = [swarm.link(peer_id) for peer_id in ("quick", "slow")]
+        results = run_all([Runner(link, on_prepared=watch) for link in links])
     assert ahead == {"quick": [0, 2, 2, 2, 2], "slow": [0] * 5}
     assert {o.n_samples for o in offers} == {4 * 4}
     assert {o.n_tokens for o in offers} == {4 * 4 * 16}
@@ -296,15 +310,13 @@ def test_base_weights_come_from_the_coordinator(tmp_path: Path, dtype: str) -> N
     with swarm_of(tmp_path / "run", with_base) as swarm:
         seen: list[bool] = []
 
-        class Watching(Runner):
-            def _propose(self) -> None:
-                if self.replica.round == 0:
-                    tensors = self.replica.tensors().values()
-                    seen.append(all(torch.equal(t, torch.full_like(t, 0.125)) for t in tensors))
-                    assert {str(t.dtype) for t in tensors} == {f"torch.{dtype}"}
-                super()._propose()
+        def look(runner: Runner) -> None:
+            if runner.replica.round == 0:
+                tensors = runner.replica.tensors().values()
+                seen.append(all(torch.equal(t, torch.full_like(t, 0.125)) for t in tensors))
+                assert {str(t.dtype) for t in tensors} == {f"torch.{dtype}"}
 
-        runner = Watching(swarm.link("peer-0"))
+        runner = Runner(swarm.link("peer-0"), on_proposing=look)
         run_all([runner])
     assert seen == [True]
     assert str(path) not in runner.config.to_json()

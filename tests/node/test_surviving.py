@@ -25,14 +25,13 @@ class Meddled(Runner):
     def __init__(
         self, link: LocalLink, meddle: Mapping[int, Callable[[Runner], object]], **options: Any
     ) -> None:
-        super().__init__(link, **options)
+        super().__init__(link, on_proposing=lambda _runner: self._meddle(), **options)
         self.meddle = dict(meddle)
 
-    def _propose(self) -> None:
+    def _meddle(self) -> None:
         meddle = self.meddle.pop(self.replica.round, None)
         if meddle is not None:
             meddle(self)
-        super()._propose()
 
 
 def flip_a_bit(runner: Runner) -> None:
@@ -204,17 +203,24 @@ def test_a_peer_that_was_wrong_for_a_while_replays_once(
     began, ended = threading.Event(), threading.Event()
 
     def check_slowly(runner: Runner) -> None:
-        due, replay = runner._healer.due, runner._healer._replay
+        verdicts, metrics = runner.prepared.history.verdicts, runner.metrics
+        to_check, begin, replayed = verdicts.to_check, runner.replica.begin, metrics.replayed
 
-        def slowly(after: int, rounds: Sequence[int]) -> bool:
+        def slowly(base: bytes | Path | None) -> None:
             began.set()
             wait_for(lambda: runner.link.head >= 19)
-            was_wrong = replay(after, rounds)
-            ended.set()
-            return was_wrong
+            begin(base)
 
-        runner._healer.due = lambda: due() if runner.replica.round >= 16 else []  # type: ignore[method-assign]
-        runner._healer._replay = slowly  # type: ignore[method-assign]
+        def later(peer: int, oldest: int) -> list[int]:
+            return to_check(peer, oldest) if runner.replica.round >= 16 else []
+
+        def counted(was_wrong: bool) -> None:
+            replayed(was_wrong)
+            ended.set()
+
+        verdicts.to_check = later  # type: ignore[method-assign]
+        runner.replica.begin = slowly  # type: ignore[method-assign]
+        metrics.replayed = counted  # type: ignore[method-assign]
 
     config = config_of(STRATEGIES["decoupled"], min_peers=2, rounds=24, verify_every=4, snapshot_every=100)
     with swarm_of(tmp_path, config) as swarm:
@@ -249,21 +255,19 @@ def test_a_bit_that_makes_the_replica_non_finite_is_healed(
 def test_two_machines_that_compute_different_things_do_not_go_on_in_silence(tmp_path: Path) -> None:
     """Each replay confirms itself: the smaller group stops, nobody is healed into the wrong state."""
 
-    class Wrong(Runner):
-        def _prepare(self, welcome: Any) -> None:
-            super()._prepare(welcome)
-            strategy, apply = self.replica.strategy, self.replica.strategy.apply
+    def break_apply(runner: Runner) -> None:
+        strategy, apply = runner.replica.strategy, runner.replica.strategy.apply
 
-            def apply_wrong(shares: Any, turn: Any, own: Any) -> None:
-                apply(shares, turn, own)
-                with torch.no_grad():
-                    strategy.parameters_in_order()[0].tensor.view(-1)[0] += 1e-3
+        def apply_wrong(shares: Any, turn: Any, own: Any) -> None:
+            apply(shares, turn, own)
+            with torch.no_grad():
+                strategy.parameters_in_order()[0].tensor.view(-1)[0] += 1e-3
 
-            strategy.apply = apply_wrong  # type: ignore[method-assign]
+        strategy.apply = apply_wrong  # type: ignore[method-assign]
 
     config = config_of(STRATEGIES["decoupled"], min_peers=3, rounds=30)
     with swarm_of(tmp_path, config) as swarm:
-        wrong = Wrong(swarm.link("peer-0"))
+        wrong = Runner(swarm.link("peer-0"), on_prepared=break_apply)
         thread, results = in_background([Runner(swarm.link("peer-1")), Runner(swarm.link("peer-2"))])
         with pytest.raises(ReplicaDiverged, match="This peer is in the smaller group and stops"):
             wrong.run()

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from thinwire.node.result import Result
 from thinwire.node.runner import Runner
 from thinwire.node.snapshots.store import SnapshotStore
 from thinwire.node.tasks.registry import make_task
+from thinwire.optim.base import Own
 from thinwire.optim.parts.ranks import Ranks
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
@@ -68,8 +70,12 @@ def lead(name: str, channel: Ranks, world_size: int, folder: Path) -> dict[str, 
     try:
         with local_swarm(folder / "coordinator", genesis.body, KEY, blobs=genesis.blobs) as swarm:
             single = Runner(swarm.link("single"), folder=folder / "single")
-            kind = Meddled if name == "healed" else Runner
-            several = kind(swarm.link("several"), folder=folder / "several", leader=leading)
+            several = Runner(
+                swarm.link("several"),
+                folder=folder / "several",
+                leader=leading,
+                on_prepared=meddle if name == "healed" else leave_alone,
+            )
             results = run_both(single, several)
             return {
                 "rounds": [r.rounds for r in results],
@@ -81,16 +87,21 @@ def lead(name: str, channel: Ranks, world_size: int, folder: Path) -> dict[str, 
         leading.stop()
 
 
-class Meddled(Runner):
+def meddle(runner: Runner) -> None:
     """Once, after round 5, rank 0's rows are not what the ledger says."""
+    replica, apply = runner.replica, runner.replica.apply_batch
 
-    is_done = False
+    def apply_wrong(commits: Sequence[Commit], *arguments: Any, **options: Any) -> list[Own]:
+        owns = apply(commits, *arguments, **options)
+        if replica.round == 5:
+            replica.apply_batch = apply  # type: ignore[method-assign]
+            replica.tensors()["head.weight"].view(-1)[0] += 1.0
+        return owns
 
-    def _look_around(self, commit: Commit) -> bool:
-        if commit.body.round == 5 and not self.is_done:
-            self.is_done = True
-            self.replica.tensors()["head.weight"].view(-1)[0] += 1.0
-        return super()._look_around(commit)
+    replica.apply_batch = apply_wrong  # type: ignore[method-assign]
+
+
+def leave_alone(_runner: Runner) -> None: ...
 
 
 def run_both(single: Runner, several: Runner) -> list[Result]:

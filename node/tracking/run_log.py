@@ -1,4 +1,4 @@
-"""What a runner writes of its run for trackers: the records' kinds and figures."""
+"""What a node logs of its run for trackers: the kinds of entries, and their figures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .metrics import NodeMetrics
 from .trackers import Tracks
 
 
-class Records:
-    """Of one run. Names end in their unit: `_s`, `_bytes`. `own_loss`, `samples`, `tokens`, `payload_bytes`
-    and the phases are this node's part of a round, `loss` is the mean over the offers that counted."""
+class RunLog:
+    """Of one run. Names of figures end in their unit: `_s`, `_bytes`; losses are in nats. `own_loss`,
+    `samples`, `tokens`, `payload_bytes` and the phases are this node's part of a round, `loss` is the mean
+    over the offers that counted."""
 
     def __init__(self, tracks: Tracks, metrics: NodeMetrics, traffic: Callable[[], Traffic]) -> None:
         self._tracks, self._metrics, self._traffic = tracks, metrics, traffic
@@ -27,7 +28,7 @@ class Records:
         self._tracks.add(kind, round, **figures)
 
     def proposed(self, proposal: Proposal) -> None:
-        """Is written with the round that it was for."""
+        """Is logged with the round that it was for."""
         self._own = {
             "own_loss": proposal.loss,
             "samples": proposal.n_samples,
@@ -36,7 +37,7 @@ class Records:
         }
 
     def applied(self, commits: Sequence[Commit], own: Own, round_s: float | None) -> None:
-        """One record of all rounds that were applied at once: of one, where this node trains. `round_s`: how
+        """One entry for all rounds that were applied at once: for one, where this node trains. `round_s`: how
         long it took; None: it was not live."""
         last = commits[-1].body
         figures: dict[str, float | None] = {"loss": mean_loss(last)}

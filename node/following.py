@@ -1,0 +1,279 @@
+"""A node's way along the ledger, one loop for live rounds and for catching up: for every commit, apply and
+report; where it was the newest one, propose.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Container, Iterator
+from enum import Enum
+
+from ..compression.errors import ReplicaDiverged, SwarmUnreachable
+from ..coordinator.protocol.figures import mean_loss
+from ..coordinator.protocol.messages import Commit, NodeState, OfferEntry
+from .batches import batches
+from .healing import Healer
+from .joining import CatchingUp, Joiner
+from .links.base import Link
+from .preparing import PreparedRun
+from .proposing import Proposer
+from .reporting import Reporter
+from .snapshots.publishing import SnapshotPublisher
+from .tracking.observer import Applied, Observer
+
+log = logging.getLogger("thinwire.node")
+
+
+class PayloadGone(SwarmUnreachable):
+    """Nobody has a payload that the ledger counted: a snapshot of a later round is needed."""
+
+
+class Stage(Enum):
+    """How a replica is on its way to the head of the ledger."""
+
+    CATCHING_UP = "catching up"
+    """It is behind, and began at a snapshot of this node's own."""
+
+    REPLAYING = "replaying"
+    """It is behind, and began where nobody's word but the ledger's is taken: what comes out is proof."""
+
+    TRAINING = "training"
+    """It has reached the head, and this node takes part in rounds."""
+
+
+class LedgerFollower:
+    """Brings a replica to the head of the ledger and keeps it there.
+
+    `publisher`: of own snapshots. `clock`: in seconds; `since_s`: when this node began, by that clock.
+    `stopped`: whether this node is to leave the run. `on_proposing` is called before each local work.
+    """
+
+    def __init__(
+        self,
+        run: PreparedRun,
+        *,
+        joiner: Joiner,
+        healer: Healer,
+        publisher: SnapshotPublisher,
+        observer: Observer,
+        clock: Callable[[], float],
+        since_s: float,
+        stopped: Callable[[], bool],
+        on_proposing: Callable[[], object],
+    ) -> None:
+        self._run, self._link, self._replica = run, run.link, run.replica
+        self._joiner, self._healer, self._publisher = joiner, healer, publisher
+        self._observer, self._clock, self._stopped = observer, clock, stopped
+        self._on_proposing = on_proposing
+        self._proposer = Proposer(run, observer, clock, stopped)
+        self._reporter = Reporter(run, healer, observer)
+        self._stage = Stage.CATCHING_UP
+        self._catching_up = CatchingUp(run.replica.round)
+        self._came_s = since_s
+        """When the last commit came; before the first one, when this node began."""
+
+    def follow(self) -> None:
+        """From the cheapest start to the last round, or until this node is stopped.
+
+        Raises what `Link.commits` and `Joiner.begin` raise, Incompatible and ReplicaDiverged."""
+        self._joiner.read_ledger()
+        self._begin()
+        self._observer.started(self._replica.round)
+        while self._follow():
+            pass
+
+    def _begin(self) -> None:
+        """Brings the replica to the cheapest start."""
+        self._stop_training()
+        self._stage = Stage.CATCHING_UP
+        start = self._joiner.begin()
+        if start.is_trusted:
+            self._stage = Stage.REPLAYING
+        self._catching_up = CatchingUp(self._replica.round)
+        self._link.serve(self._publisher.store)
+        if start.kind == "swarm":
+            self._publisher.announce(self._publisher.store.stored()[-1])
+
+    def _follow(self) -> bool:
+        """Applies commits until the run ends or is stopped; True: the replica was moved to another round."""
+        run = self._run
+        if self._replica.round >= self._link.head:
+            self._arrive()
+        if run.is_over:
+            self._report(evaluate=False)
+            return False
+        for commits in batches(self._commits(), self._replica.strategy, _Ends(run)):
+            if self._stopped():
+                return False
+            if not self._applied(commits) or self._look_around(commits[-1]):
+                return True
+            if run.is_over:
+                return False
+        return False
+
+    def _commits(self) -> Iterator[Commit]:
+        for commit in self._link.commits(self._replica.round):
+            self._run.history.add(commit)
+            self._came_s = self._clock()
+            yield commit
+
+    def _look_around(self, commit: Commit) -> bool:
+        """What there is to do after a commit was applied; True: the replica was moved to another round."""
+        run = self._run
+        at_head = run.is_at_head
+        self._report(evaluate=commit.body.evaluator == run.peer_index and at_head)
+        if self._replica.round % run.history.every == 0 and run.is_near(run.history.every):
+            self._publisher.write()
+        if not at_head:
+            return self._stage is not Stage.TRAINING and self._jump()
+        if self._heal():
+            return True
+        if run.is_at_head:  # a check takes its time
+            self._arrive()
+        return False
+
+    def _arrive(self) -> None:
+        """The replica is at the head of the ledger: this node trains."""
+        if self._run.is_over:
+            return
+        if self._stage is not Stage.TRAINING:
+            self._link.state(NodeState.TRAINING)
+            self._link.serve(self._publisher.store)
+            self._observer.training(True)
+        self._stage = Stage.TRAINING
+        if self._replica.round == 0:
+            self._report(evaluate=self._run.peer_index == 0)
+        self._on_proposing()
+        self._proposer.propose(self._came_s)
+
+    def _jump(self) -> bool:
+        """Says how far behind the replica is; True: it took a newer snapshot that is nearer to the head."""
+        if not self._catching_up.tell(self._replica.round, self._link.head):
+            return False
+        self._joiner.read_ledger()
+        if not self._joiner.is_worth_it():
+            return False
+        log.info("a newer snapshot is nearer to the head: taking that one")
+        self._begin()
+        return True
+
+    def _report(self, *, evaluate: bool) -> None:
+        self._reporter.report(evaluate=evaluate, is_replay=self._stage is Stage.REPLAYING)
+
+    def _stop_training(self) -> None:
+        """The replica goes to another round; an open offer is nothing to wait for any more."""
+        self._proposer.give_up()
+        self._observer.training(False)
+
+    # ------------------------------------------------------------------------------------ applying commits
+
+    def _applied(self, commits: list[Commit]) -> bool:
+        """False: they could not be applied, and the replica was moved to another round."""
+        try:
+            self._apply(commits)
+        except PayloadGone as e:
+            log.warning("%s", e)
+            self._joiner.payloads_gone(self._replica.round + 1)
+            self._joiner.read_ledger()
+            self._begin()
+            return False
+        except ReplicaDiverged as e:
+            self._start_over(e)
+            return False
+        return True
+
+    def _apply(self, commits: list[Commit]) -> None:
+        """One live commit, or several older ones."""
+        began_s, offer = self._clock(), self._proposer.open_offer
+        payloads = _Payloads(self._link, self._clock, self._stopped)
+        owns = self._replica.apply_batch(
+            commits, payloads.fetch, offered=() if offer is None else {offer.round}
+        )
+        self._proposer.settled()
+        applied = Applied(
+            commits=commits,
+            owns=owns,
+            offer=offer,
+            came_s=self._came_s,
+            began_s=began_s,
+            ended_s=self._clock(),
+            fetched_s=payloads.waited_s,
+            is_training=self._stage is Stage.TRAINING,
+        )
+        self._tell(applied)
+        self._observer.applied(applied)
+
+    def _tell(self, applied: Applied) -> None:
+        body = applied.commits[-1].body
+        loss = mean_loss(body)
+        log.info(
+            "round %d/%d: %d offers, loss %s%s",
+            body.round,
+            self._run.config.run.rounds,
+            len(body.offers),
+            "-" if loss is None else f"{loss:.4f}",
+            ", ours came too late" if applied.own == "missed" else "",
+        )
+
+    # -------------------------------------------------------------------------------- when replicas differ
+
+    def _heal(self) -> bool:
+        """Checks the replica if it is its turn; True: it was wrong, and is the replay's now."""
+        rounds = self._healer.due()
+        if not rounds:
+            return False
+        if self._stage is Stage.TRAINING:
+            self._stage = Stage.CATCHING_UP
+        self._observer.training(False)
+        was_wrong = self._healer.check(rounds)
+        self._observer.replayed(self._replica.round, was_wrong)
+        if was_wrong:
+            self._go_on_from_replay()
+        return was_wrong
+
+    def _start_over(self, error: ReplicaDiverged) -> None:
+        """Applying a commit failed: a replay shows whether it was this machine. Raises the error if not."""
+        if self._stage is Stage.REPLAYING:
+            raise error
+        log.error("%s; replaying the ledger to see whether this machine was wrong", error)
+        self._joiner.begin(lambda: self._joiner.trusted_starts(self._link.head), with_local_state=False)
+        self._publisher.discard(self._replica.round)
+        self._observer.replayed(self._replica.round, True)
+        self._go_on_from_replay()
+
+    def _go_on_from_replay(self) -> None:
+        """The replica is at an earlier round: what this node offered since was settled already."""
+        self._stop_training()
+        self._stage = Stage.REPLAYING
+        self._catching_up = CatchingUp(self._replica.round)
+
+
+class _Ends(Container[int]):
+    """Rounds at which a batch of commits ends: the newest one, and those with a duty."""
+
+    def __init__(self, run: PreparedRun) -> None:
+        self._run = run
+
+    def __contains__(self, round_: object) -> bool:
+        assert isinstance(round_, int)
+        return round_ >= self._run.link.head or self._run.is_verified(round_)
+
+
+class _Payloads:
+    """Counted payloads of the commits that are being applied; `waited_s`: for all of them, in seconds."""
+
+    def __init__(self, link: Link, clock: Callable[[], float], stopped: Callable[[], bool]) -> None:
+        self._link, self._clock, self._stopped = link, clock, stopped
+        self.waited_s = 0.0
+
+    def fetch(self, offer: OfferEntry) -> bytes:
+        """Raises PayloadGone, and SwarmUnreachable when this node is stopped."""
+        began_s = self._clock()
+        try:
+            return self._link.payload(offer)
+        except SwarmUnreachable as e:
+            if self._stopped():
+                raise
+            raise PayloadGone(f"a counted payload of peer {offer.peer} cannot be had: {e}") from e
+        finally:
+            self.waited_s += self._clock() - began_s

@@ -1,0 +1,40 @@
+"""Blobs to other members, over the streams that they open."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from ...compression.errors import SwarmUnreachable
+from ...coordinator.protocol.blob_streams import serve_blobs
+from ...coordinator.protocol.messages import BadMessage
+from ...coordinator.protocol.streams import Meter, Stream, Throttle
+from .members import MemberList
+from .payloads import Served
+
+_SERVED_AT_ONCE = 16
+_STREAMS_PER_MEMBER = 8
+
+
+class BlobServer:
+    """Gives members what is on the shelf `served`. One event loop. `throttle`: of all that is sent so."""
+
+    def __init__(self, served: Served, members: MemberList, meter: Meter, throttle: Throttle | None) -> None:
+        self._served, self._members, self._meter, self._throttle = served, members, meter, throttle
+        self._turns = asyncio.Semaphore(_SERVED_AT_ONCE)
+        self._streams_of: Counter[str] = Counter()
+
+    async def serve(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A `StreamHandler`: answers one stream until the other end closes it, or is no member any more."""
+        if self._streams_of[peer_id] >= _STREAMS_PER_MEMBER:
+            return
+        self._streams_of[peer_id] += 1
+        stream = Stream(reader, writer, self._meter, self._throttle)
+        try:
+            await serve_blobs(
+                stream, self._served, self._served.purpose, lambda: peer_id in self._members, self._turns
+            )
+        except (OSError, EOFError, BadMessage, SwarmUnreachable):
+            return  # the other node notices by itself
+        finally:
+            self._streams_of -= Counter((peer_id,))

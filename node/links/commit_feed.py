@@ -1,0 +1,74 @@
+"""The ledger as a link follows it: commits into this node's copy, and their payloads fetched ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...compression.errors import LedgerCorrupt
+from ...coordinator.protocol.chain import REPAIR_FORK, Forked
+from ...coordinator.protocol.ledger_copy import LedgerCopy
+from ...coordinator.protocol.messages import Commit, Digest, OfferEntry
+from .mailbox import Mailbox
+from .payloads import AHEAD, Payloads
+
+_RETURNED_AT_ONCE = 64
+
+
+class CommitFeed:
+    """Lives in the event loop; `head` is read from any thread."""
+
+    def __init__(self, copy: LedgerCopy, payloads: Payloads, mailbox: Mailbox) -> None:
+        self._copy, self._payloads, self._mailbox = copy, payloads, mailbox
+        self._taken: int | None = None
+        self.head = copy.head_round
+        """The newest round that is known to be committed; the copy may be behind it."""
+
+    @property
+    def copied_round(self) -> int:
+        """The last one whose commit this node has."""
+        return self._copy.head_round
+
+    @property
+    def taken_round(self) -> int:
+        """The last one that the node has taken to apply it; 0: none yet."""
+        return self._taken or 0
+
+    def heard_of(self, round_: int) -> None:
+        """The coordinator has committed this round."""
+        self.head = max(self.head, round_)
+
+    def known_head(self) -> tuple[int | None, Digest | None]:
+        """Round and digest of the last commit that this node has; None: it has none."""
+        copy = self._copy
+        return (copy.head_round, copy.head_digest) if copy.head_round else (None, None)
+
+    def missing(self, after: int, up_to: int) -> Iterator[Commit]:
+        """Commits that the coordinator has lost, for as long as the copy is open."""
+        while after < up_to and (batch := self._copy.commits(after, min(_RETURNED_AT_ONCE, up_to - after))):
+            yield from batch
+            after += len(batch)
+
+    def append(self, commit: Commit) -> None:
+        """The next commit. Raises LedgerCorrupt."""
+        try:
+            self._copy.append(commit)
+        except Forked as e:
+            raise LedgerCorrupt(f"{e}. {REPAIR_FORK}") from e
+        round_ = self._copy.head_round
+        self.heard_of(round_)
+        self._payloads.committed(commit)
+        if self._taken is not None and round_ <= self._taken + AHEAD:
+            self._fetch_ahead(self._taken)
+        self._mailbox.commits_came()
+
+    def taken(self, round_: int) -> None:
+        """The node works on this commit now, and will take those after it next."""
+        self._taken = round_
+        self._fetch_ahead(round_)
+
+    async def payload(self, entry: OfferEntry) -> bytes:
+        """See `Link.payload`."""
+        return await self._payloads.get(entry, self._copy.peers.get(entry.peer))
+
+    def _fetch_ahead(self, taken: int) -> None:
+        self._payloads.want(self._copy.commits(taken - 1, AHEAD + 1), self._copy.peers)

@@ -1,0 +1,133 @@
+"""From the answer of a coordinator to a run that can be trained: config, task, model and strategy."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from ..coordinator.protocol.messages import BlobRef, GenesisBody, Welcome
+from .config import RunConfig, parse_config
+from .history import History
+from .links.base import Link
+from .local_work import LocalWork
+from .precision import Precision
+from .ranks.leader import Leader
+from .replica import Replica, build_replica
+from .tasks.base import Task
+from .tasks.registry import make_task
+from .units import human_bytes
+from .workload import Workload
+
+log = logging.getLogger("thinwire.node")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """A run on this node, and where its replica is on the ledger.
+
+    `peer_index`: this node's in commits; `kept_from`: the first round whose payloads the coordinator still
+    had when the link was opened; `workload`: None, every round has all the work; `n_parameters`: of the
+    model, over all ranks.
+    """
+
+    link: Link
+    genesis: GenesisBody
+    config: RunConfig
+    peer_index: int
+    kept_from: int
+    replica: Replica
+    work: LocalWork
+    workload: Workload | None
+    history: History
+    n_parameters: int
+
+    @property
+    def is_over(self) -> bool:
+        return self.replica.round == self.config.run.rounds
+
+    @property
+    def is_at_head(self) -> bool:
+        return self.is_near(1)
+
+    def is_near(self, n_rounds: int) -> bool:
+        """Whether fewer than `n_rounds` commits are known that the replica has not applied."""
+        return self.link.head - self.replica.round < n_rounds
+
+    def rounds_behind(self) -> int:
+        """Known commits that the replica has not applied; may be asked from any thread."""
+        return max(0, self.link.head - self.replica.round)
+
+    def is_verified(self, round_: int) -> bool:
+        """Whether fingerprints of this round are compared."""
+        return round_ > 0 and (round_ % self.config.run.verify_every == 0 or round_ == self.config.run.rounds)
+
+
+def prepare_run(
+    link: Link,
+    welcome: Welcome,
+    *,
+    import_path: str | None = None,
+    data: Path | None = None,
+    device: torch.device | str = "cpu",
+    precision: Precision = "auto",
+    leader: Leader | None = None,
+) -> PreparedRun:
+    """The run that the link has opened; its replica has no weights yet. `leader`: of a node of several ranks.
+
+    Nothing is downloaded before the layout was compared. Raises ConfigError, Incompatible and what
+    `Link.fetch` raises.
+    """
+    body = welcome.body
+    config = parse_config(body.config)
+    task = make_task(config.task, import_path, data)
+    if leader is None:
+        replica = build_replica(link.run_id, body, task, link.peer_id, device)
+    else:
+        replica = leader.replica(link.run_id, body, link.peer_id, task)
+    texts = _download(link, body.corpus, "text"), _download(link, body.held_out, "held-out text")
+    task.load(*texts)
+    work = LocalWork(replica, task, precision) if leader is None else leader.work(replica, task, texts)
+    run = PreparedRun(
+        link=link,
+        genesis=body,
+        config=config,
+        peer_index=welcome.peer_index,
+        kept_from=welcome.kept_from,
+        replica=replica,
+        work=work,
+        workload=_workload(config, body, replica, task),
+        history=History.of(replica, config.run.snapshot_every),
+        n_parameters=sum(prod(entry.shape) for entry in body.layout),
+    )
+    _tell(run)
+    return run
+
+
+def _download(link: Link, blob: BlobRef | None, what: str) -> bytes | None:
+    if blob is None:
+        return None
+    log.info("fetching the %s (%s)", what, human_bytes(blob.n_bytes))
+    return link.fetch(blob.digest, blob.n_bytes)
+
+
+def _workload(config: RunConfig, body: GenesisBody, replica: Replica, task: Task) -> Workload | None:
+    """What fits into a round, if the run says how long one should take."""
+    if config.work.round_s <= 0:
+        return None
+    most = min(replica.strategy.most_batches, max(1, body.limits.max_samples // task.n_samples))
+    return Workload(config.work.round_s, most)
+
+
+def _tell(run: PreparedRun) -> None:
+    log.info(
+        "run %s: %d parameters, strategy %s, %d rounds, peer %d",
+        run.config.run.name,
+        sum(p.tensor.numel() for p in run.replica.strategy.parameters_in_order()),
+        run.config.strategy["name"],
+        run.config.run.rounds,
+        run.peer_index,
+    )

@@ -1,0 +1,82 @@
+"""This node's part of the open round: local work, an offer, and work ahead while the commit has not come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..coordinator.protocol.messages import Offer
+from .local_work import Proposal
+from .preparing import PreparedRun
+from .tracking.observer import Observer, OpenOffer
+
+
+class Proposer:
+    """Makes one offer at a time. `clock`: in seconds; `stopped`: whether this node is to leave the run."""
+
+    def __init__(
+        self,
+        run: PreparedRun,
+        observer: Observer,
+        clock: Callable[[], float],
+        stopped: Callable[[], bool],
+    ) -> None:
+        self._run, self._observer, self._clock, self._stopped = run, observer, clock, stopped
+        self._open: OpenOffer | None = None
+
+    @property
+    def open_offer(self) -> OpenOffer | None:
+        return self._open
+
+    def settled(self) -> None:
+        """The round of the open offer, if there is one, was applied."""
+        self._open = None
+
+    def give_up(self) -> None:
+        """The replica goes to another round: what was offered for the open one is not settled any more."""
+        if self._open is not None:
+            self._observer.gave_up_offer()
+        self._open = None
+
+    def propose(self, came_s: float) -> None:
+        """Local work and an offer for the round after the replica's, which is at the head of the ledger.
+
+        `came_s`: when the commit came that opened the round, by `clock`.
+        """
+        run, workload = self._run, self._run.workload
+        began_s = self._clock()
+        allotted = None if workload is None else workload.allotment()
+        proposal = run.work.propose(allotted)
+        duration_s = self._clock() - began_s
+        self._observer.proposed(proposal)
+        if workload is not None and allotted is not None:
+            if run.replica.round > 0:
+                workload.began(began_s - came_s)
+            workload.worked(proposal.n_batches, duration_s)
+            rate_bytes_per_s = run.link.traffic().upload_bytes_per_s
+            workload.sent(len(proposal.payload), allotted.share, rate_bytes_per_s)
+        run.link.offer(_offer(proposal))
+        self._open = OpenOffer(proposal.round, self._clock())
+        self._work_ahead(proposal.round)
+
+    def _work_ahead(self, round_: int) -> None:
+        """What the strategy can do for the next round while the commit of this one has not come."""
+        run = self._run
+        is_last = round_ == run.config.run.rounds
+        while not is_last and run.is_at_head and not self._stopped():
+            began_s = time.monotonic()
+            if not run.work.work_ahead():
+                return
+            self._observer.worked_ahead(time.monotonic() - began_s)
+
+
+def _offer(proposal: Proposal) -> Offer:
+    return Offer(
+        round=proposal.round,
+        n_samples=proposal.n_samples,
+        n_tokens=proposal.n_tokens,
+        loss=proposal.loss,
+        n_bytes=len(proposal.payload),
+        payload=proposal.payload,
+        digest=None,
+    )

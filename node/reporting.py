@@ -1,0 +1,49 @@
+"""What this node reports of its replica after a round: the fingerprint, the held-out loss."""
+
+from __future__ import annotations
+
+import logging
+
+from ..coordinator.protocol.messages import Report
+from .healing import Healer
+from .preparing import PreparedRun
+from .tracking.observer import Observer
+
+log = logging.getLogger("thinwire.node")
+
+
+class Reporter:
+    """`healer`: remembers what was reported, to find out later what was wrong."""
+
+    def __init__(self, run: PreparedRun, healer: Healer, observer: Observer) -> None:
+        self._run, self._healer, self._observer = run, healer, observer
+
+    def report(self, *, evaluate: bool, is_replay: bool) -> None:
+        """Tells the fingerprint where it is news, and the held-out loss where `evaluate` asks for it.
+
+        `is_replay`: the replica came from the ledger alone, so its fingerprint needs no check.
+        """
+        round_ = self._run.replica.round
+        told = self._run.is_verified(round_) and self._is_news(round_, is_replay)
+        fingerprint = self._healer.fingerprint(checked=is_replay) if told else None
+        held_out = self._evaluate() if evaluate else None
+        if fingerprint is None and held_out is None:
+            return
+        if fingerprint is not None:
+            self._observer.fingerprint_reported()
+        checked = is_replay and told
+        report = Report(round=round_, fingerprint=fingerprint, checked=checked, held_out=held_out)
+        self._run.link.report(report)
+
+    def _is_news(self, round_: int, is_replay: bool) -> bool:
+        """Far behind the head others have compared the round already; a wrong word is taken back even so."""
+        run = self._run
+        takes_back = is_replay and self._healer.said(round_)
+        return takes_back or run.is_near(run.config.run.verify_every) or run.history.verdicts.differs(round_)
+
+    def _evaluate(self) -> float:
+        """The held-out loss of the replica, in nats."""
+        round_, loss = self._run.replica.round, self._run.work.evaluate()
+        self._observer.measured_held_out(round_, loss)
+        log.info("round %d: held-out loss %.4f", round_, loss)
+        return loss
