@@ -30,7 +30,7 @@ from thinwire.node.genesis import initialise, make_genesis
 from thinwire.node.phases import Stopwatch, time_calls, time_compressor, typical
 from thinwire.node.replica import data_seed
 from thinwire.node.tasks.registry import make_task
-from thinwire.optim.registry import build_compressor, build_strategy
+from thinwire.optim.registry import STRATEGIES, build_compressor, build_strategy, strategy_class
 
 RUN = """
 [run]
@@ -340,6 +340,17 @@ def test_the_run_files_options_belong_to_the_strategy_that_it_names(run: RunConf
     assert (spsa.label, spsa.options["lr"]) == ("spsa", 1e-4)
     assert (eight.label, eight.options["compressor"]["bits"]) == ("eight", 8)
     assert notable(eight.options) == "lr=0.003, compressor=dense(bits=8)"
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_of_the_registry_has_a_plan(name: str, run: RunConfig) -> None:
+    plan = plan_of(name, run)
+    facts = strategy_class(name).facts
+    assert plan.options["name"] == name
+    assert plan.n_batches == math.prod(plan.options[option] for option in facts.batches)
+    small = {} if name == run.strategy["name"] else facts.small_model
+    assert {option: plan.options[option] for option in small} == small
+    assert notable(plan.options).startswith("lr=")
 
 
 def test_rounds_of_others_are_fitted_to_the_tokens(run: RunConfig) -> None:
