@@ -21,7 +21,6 @@ from thinwire.compression.codecs.fused_update import Step, descend
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.schedule import lr_factor
 from thinwire.coordinator.protocol.settings import ScheduleSection
-from thinwire.node.compare import comparison
 from thinwire.node.compare.comparison import Comparison, Outcome
 from thinwire.node.compare.specs import ComparePlan, fitted, notable, plans
 from thinwire.node.compare.view import compare_command
@@ -80,8 +79,8 @@ def written(folder: Path) -> Path:
     return path
 
 
-def trained(run: RunConfig, specs: str) -> dict[str, Outcome]:
-    comparison = Comparison(run, plans(specs, run), N_PEERS)
+def trained(run: RunConfig, specs: str, **options: Any) -> dict[str, Outcome]:
+    comparison = Comparison(run, plans(specs, run), N_PEERS, **options)
     return {o.plan.label: o for o in comparison.train(lambda _plan, _round, _held_out: None, lambda: False)}
 
 
@@ -158,11 +157,8 @@ def test_ddp_is_data_parallel_adamw(run: RunConfig, outcomes: dict[str, Outcome]
     assert held_out < outcomes["ddp"].curve[0].held_out - 0.2
 
 
-def test_throwing_payloads_away_changes_nothing(
-    run: RunConfig, outcomes: dict[str, Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(comparison, "KEPT_BYTES", 1)  # a snapshot after every round
-    pruned = trained(run, "ddp")["ddp"]
+def test_throwing_payloads_away_changes_nothing(run: RunConfig, outcomes: dict[str, Outcome]) -> None:
+    pruned = trained(run, "ddp", kept_bytes=1)["ddp"]  # a snapshot after every round
     assert pruned.error is None
     assert pruned.fingerprints == outcomes["ddp"].fingerprints
     assert pruned.last == outcomes["ddp"].last
