@@ -99,6 +99,7 @@ def notable(options: Mapping[str, Any]) -> str:
 def _changed(
     options: Mapping[str, Any], defaults: Mapping[str, Any], always: Collection[str | None]
 ) -> list[str]:
+    """'key=value' of the options that are in `always` or not in `defaults` with this value."""
     found = []
     for key, value in options.items():
         if key == "compressor":
@@ -124,6 +125,7 @@ def _bare(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plan(label: str, options: dict[str, Any], own: Mapping[str, Any], n_total: int) -> ComparePlan:
+    """`own`: the run's strategy, complete. `n_total`: micro-batches per peer in the whole comparison."""
     facts = strategy_class(options["name"]).facts
     said = {*options, *(own if options["name"] == own["name"] else ())}
     if facts.fitted is not None and facts.fitted not in said:
@@ -172,6 +174,7 @@ def _from_file(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
 
 
 def _options(spec: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said about one strategy, with `own`, the run file's, or those for small models below it."""
     head, compressor = _split_compressor(spec)
     name, given = _call(head)
     known = {*STRATEGIES, "ddp"}
@@ -185,16 +188,20 @@ def _options(spec: str, own: Mapping[str, Any]) -> dict[str, Any]:
             )
         return {**DDP, "accumulate": own.get("accumulate", 1), **given}
     small: dict[str, Any] = {"name": name, **strategy_class(name).facts.small_model}
-    start = dict(own) if name == own.get("name") else small
+    start = own if name == own.get("name") else small
     options = {**start, **given}
     if compressor is not None:
-        kind, its_options = _call(compressor)
-        if kind not in COMPRESSORS:
-            raise ConfigError(f"--strategies: unknown compressor {kind!r}: {nearest(kind, COMPRESSORS)}")
-        before = start.get("compressor", {})
-        same = before if isinstance(before, Mapping) and before.get("name") == kind else {"name": kind}
-        options["compressor"] = {**same, **its_options}
+        options["compressor"] = _compressor(compressor, start.get("compressor"))
     return options
+
+
+def _compressor(spec: str, own: object) -> dict[str, Any]:
+    """The table of 'topk(k=8)'; what is not said stays as in `own`, if that names the same compressor."""
+    name, given = _call(spec)
+    if name not in COMPRESSORS:
+        raise ConfigError(f"--strategies: unknown compressor {name!r}: {nearest(name, COMPRESSORS)}")
+    is_same = isinstance(own, Mapping) and own.get("name") == name
+    return {**(own if is_same else {"name": name}), **given}
 
 
 def _call(text: str) -> tuple[str, dict[str, Any]]:
