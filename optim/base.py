@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Final, Literal, Protocol, cast
 
 import torch
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from ..compression.base import Fields, Part, Payload, Turn
 from ..compression.errors import BadPayload, ConfigError
-from . import options
+from .facts import Facts, Fill
+from .options import Options, nearest
 from .parts.ranks import ALONE, Ranks, local_of, parts_of, ranks_of, refuse_placement
+from .parts.saved_state import refuse_other_model, restored
 
 Closure = Callable[[], Tensor]
 """float32 loss of one fixed batch; never calls backward; repeated calls give identical bits in eval mode."""
@@ -127,13 +130,17 @@ _UNCOMPILED_LOAD: Final = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 class Strategy(torch.optim.Optimizer):
     """Base of all strategies; see the module's docstring.
 
-    Subclasses implement `fields`, `propose`, `check`, `apply` and `check_options`, keep their per-parameter
-    state in `self.state` and their counters in `self.counters` (both are part of `state_dict`), say with
-    `replicated_state` which of the state `apply` changes, and set `needs_grad`. Hyper-parameters are the
-    entries of `param_groups`; all of them hold for the whole strategy, except those named in `per_group`.
+    Subclasses implement `fields`, `propose`, `check` and `apply`, keep their per-parameter state in
+    `self.state` and their counters in `self.counters` (both are part of `state_dict`), say with
+    `replicated_state` which of the state `apply` changes, and set `facts` and `needs_grad`. Hyper-parameters
+    are the entries of `param_groups`; all of them hold for the whole strategy, except those named in
+    `per_group`.
 
     `state_dict()` holds the live tensors, as torch's does: save it (or copy it deeply) before going on.
     """
+
+    facts: ClassVar[Facts]
+    """What others need to know before one is built."""
 
     needs_grad: ClassVar[bool] = True
     """False: closures are evaluated without gradients, with the model in eval mode."""
@@ -162,20 +169,15 @@ class Strategy(torch.optim.Optimizer):
     ranks: Ranks = ALONE
     """Over which the parameters are sharded; every rank calls the same methods in the same order."""
 
-    def __init__(self, named_parameters: NamedParameters, defaults: dict[str, Any], *, seed: int = 0) -> None:
-        """`seed`: unsigned 64-bit, for the rounds of `step`; a swarm's rounds bring their own seeds.
+    def __init__(self, named_parameters: NamedParameters, options: Options) -> None:
+        """Subclasses take the fields of `options` as keyword arguments: see `keywords_of`.
 
         Parameters that need no gradient are left out; they may be sharded by `fully_shard`. Raises
         ConfigError for nameless parameters, for two of one name, for other dtypes and placements, and for
         options out of their range.
         """
         self.counters: dict[str, int] = {}
-        super().__init__(cast(Any, named_parameters), {**defaults, "seed": seed})
-
-    @classmethod
-    @abstractmethod
-    def check_options(cls, group: Mapping[str, Any]) -> None:
-        """Raises ConfigError, in words for the user, for options out of their range."""
+        super().__init__(cast(Any, named_parameters), options.entries())
 
     # --------------------------------------------------------------------------------- parameters
 
@@ -183,7 +185,8 @@ class Strategy(torch.optim.Optimizer):
         """As torch's, for named parameters: {"params": [(name, parameter), ...], option: value, ...}."""
         group = dict(param_group)
         named = [(canonical_name(name), p) for name, p in named_of(group) if p.requires_grad]
-        self._refuse_parameters(named)
+        taken = {name for group in self.param_groups for name in group["param_names"]}
+        _refuse_parameters(named, taken, type(self))
         self._refuse_options(group)
         if not named:
             raise ConfigError("a parameter group without a parameter that needs a gradient")
@@ -196,29 +199,14 @@ class Strategy(torch.optim.Optimizer):
         """torch's."""
         _UNCOMPILED_ZERO(self, set_to_none)
 
-    def _refuse_parameters(self, named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
-        seen = {name for group in self.param_groups for name in group["param_names"]}
-        for name, p in named:
-            if name in seen:
-                raise ConfigError(f"two parameters are called {name!r}")
-            refuse_placement(name, p)
-            if p.dtype != torch.float32 and not (p.dtype == torch.bfloat16 and self.takes_bfloat16):
-                also = " or bfloat16" if self.takes_bfloat16 else f" with {type(self).__name__}"
-                raise ConfigError(f"parameter {name!r} is {p.dtype}: replicas are float32{also}")
-            if ":" in name:
-                raise ConfigError(f"parameter {name!r}: a colon stands between a parameter and its state")
-            seen.add(name)
-
     def _refuse_options(self, group: Mapping[str, Any]) -> None:
         for key in group.keys() - {"params", "param_names", "initial_lr"}:
             if key not in self.defaults:
-                raise ConfigError(f"unknown option {key!r}: {options.nearest(key, self.defaults)}")
+                raise ConfigError(f"unknown option {key!r}: {nearest(key, self.defaults)}")
             whole_strategy = self.param_groups[0] if self.param_groups else self.defaults
             if key not in self.per_group and group[key] != whole_strategy[key]:
                 raise ConfigError(f"{key} is one for all parameter groups")
-        merged = {**self.defaults, **group}
-        options.whole(merged, "seed", at_least=0, at_most=2**64 - 1)
-        self.check_options(merged)
+        self.facts.options.check({**self.defaults, **group})
 
     def parameters_in_order(self) -> list[Parameter]:
         """Every parameter, by name: the order of payloads, noise counters and fingerprints."""
@@ -297,7 +285,7 @@ class Strategy(torch.optim.Optimizer):
     @property
     def most_batches(self) -> int:
         """How many batches `propose` draws when it is allotted all of the work."""
-        return 1
+        return prod(int(self.option(name)) for name in self.facts.batches)
 
     @property
     def batches(self) -> int:
@@ -343,6 +331,17 @@ class Strategy(torch.optim.Optimizer):
         for r in rounds:
             self.apply(r.shares, r.turn, r.own)
 
+    def known_payload(self, fill: Fill, salt: int) -> Payload:
+        """Fixed bits that `check` accepts, for `Facts.known_updates`; another payload for every salt.
+
+        By default all elements that `fields` allows are filled, with another salt for every name.
+        """
+        fields = self.fields().items()
+        return {
+            name: tuple(fill(f.dtype, f.n_elements, salt + i) for f in row)
+            for i, (name, row) in enumerate(fields)
+        }
+
     def batch_bytes(self) -> int:
         """How many bytes of payloads are worth collecting for one `apply_many`; 0: one round at a time."""
         return 0
@@ -355,7 +354,7 @@ class Strategy(torch.optim.Optimizer):
         another batch each time. Returns `last_loss`, if any. Without a closure the gradients that are in
         place are used (and left there), and several steps may make a round.
         """
-        turn = self._own_turn(self.counters.get("steps", 0) + 1)
+        turn = turn_of_step(self.counters.get("steps", 0) + 1, int(self.option("seed")), self.peers)
         if self.peers is not None:
             self.peers.prepare(self)
         if closure is None:
@@ -379,13 +378,6 @@ class Strategy(torch.optim.Optimizer):
             return shares, turn, own
         self.check(payload, turn)
         return [Share(turn.own_seed, self.n_batches, payload)], turn, "counted"
-
-    def _own_turn(self, round: int) -> Turn:
-        seed = int(self.option("seed"))
-        words = hashlib.blake2b(b"thinwire step %d %d" % (seed, round), digest_size=16).digest()
-        shared, own = (int.from_bytes(words[i : i + 8], "little") for i in (0, 8))
-        own = self.peers.own_seed(shared) if self.peers is not None else own
-        return Turn(round=round, shared_seed=shared, own_seed=own, lr_factor=1.0)
 
     # --------------------------------------------------------------------------------- state
 
@@ -416,11 +408,7 @@ class Strategy(torch.optim.Optimizer):
         dtype; those within containers (packed sends) stay on the CPU, the others go to their parameter's
         device. Raises ConfigError for another model's state."""
         groups = state_dict["param_groups"]
-        saved = [name for group in groups for name in group["param_names"]]
-        own = [name for group in self.param_groups for name in group["param_names"]]
-        if saved != own:
-            strange = sorted(set(saved) ^ set(own))[:3] or "the same names in another order"
-            raise ConfigError(f"the state of another model: {strange}")
+        refuse_other_model(groups, self.param_groups)
         # torch would cast every tensor to the parameter's dtype: it restores the groups only.
         # A state of an earlier version has no value for options that are younger: they keep the default.
         complete = [group | {k: v for k, v in self.defaults.items() if k not in group} for group in groups]
@@ -432,9 +420,33 @@ class Strategy(torch.optim.Optimizer):
             state.update({p: dict(entries) for p, entries in kept.items() if entries})
         for key, entries in state_dict["state"].items():
             p = parameters[key]
-            state[p] |= {name: _restored(value, p.device) for name, value in entries.items()}
+            state[p] |= {name: restored(value, p.device) for name, value in entries.items()}
         self.state = state
         self.counters = dict(state_dict["counters"])
+
+
+def _refuse_parameters(
+    named: Sequence[tuple[str, torch.nn.Parameter]], taken: set[str], kind: type[Strategy]
+) -> None:
+    """Raises ConfigError for a name that is `taken`, or there twice, and for what a replica cannot hold."""
+    for name, p in named:
+        if name in taken:
+            raise ConfigError(f"two parameters are called {name!r}")
+        refuse_placement(name, p)
+        if p.dtype != torch.float32 and not (p.dtype == torch.bfloat16 and kind.takes_bfloat16):
+            also = " or bfloat16" if kind.takes_bfloat16 else f" with {kind.__name__}"
+            raise ConfigError(f"parameter {name!r} is {p.dtype}: replicas are float32{also}")
+        if ":" in name:
+            raise ConfigError(f"parameter {name!r}: a colon stands between a parameter and its state")
+        taken.add(name)
+
+
+def turn_of_step(round: int, seed: int, peers: Peers | None) -> Turn:
+    """The round of a `step`, without a swarm that says what it fixes."""
+    words = hashlib.blake2b(b"thinwire step %d %d" % (seed, round), digest_size=16).digest()
+    shared, own = (int.from_bytes(words[i : i + 8], "little") for i in (0, 8))
+    own = peers.own_seed(shared) if peers is not None else own
+    return Turn(round=round, shared_seed=shared, own_seed=own, lr_factor=1.0)
 
 
 def refuse_names(payload: Payload, expected: Iterable[str]) -> None:
@@ -453,15 +465,3 @@ def named_of(group: Mapping[str, Any]) -> list[tuple[str, torch.nn.Parameter]]:
     if not all(isinstance(entry, tuple) for entry in params):
         raise ConfigError("parameters need their names: pass model.named_parameters()")
     return params
-
-
-def _restored(value: Any, device: torch.device) -> Any:
-    """A deep copy: `device` for tensors here, the CPU for those further down."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    cpu = torch.device("cpu")
-    if isinstance(value, dict):
-        return {k: _restored(v, cpu) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_restored(v, cpu) for v in value)
-    return value

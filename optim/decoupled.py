@@ -17,8 +17,9 @@ A payload has what the compressor needs for every parameter, and 29 bytes of fra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +29,9 @@ from ..compression.codecs.fused_update import Step, Target, decoded_on, descend,
 from ..compression.codecs.sparse import Sparse
 from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
-from . import options
 from .base import Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
+from .facts import Facts, KnownUpdate
+from .options import Number, Options, Whole, keywords_of
 from .parts.adamw import ENTRIES, AdamW
 from .parts.clip import clipped_weights, sample_weights
 from .parts.gradients import MeanGradient, backward
@@ -40,6 +42,58 @@ from .parts.sending import Gain, Sending, sends_at_once
 from .parts.updating import updating
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecoupledOptions(Options):
+    """Of a run's `[strategy]`, and keyword arguments of `Decoupled`."""
+
+    compressor: Compressor
+    """In a run's file a table: {name = "dct_topk", k = 32}."""
+
+    lr: Annotated[float, Number(at_least=0)] = 3e-3
+    beta: Annotated[float, Number(at_least=0, below=1)] = 0.999
+    """What is left of the momentum after a step."""
+
+    alpha: Annotated[float, Number(at_least=0, at_most=1)] = 1.0
+    """The share of what is sent that leaves the momentum."""
+
+    sign: bool = True
+    weight_decay: Annotated[float, Number(at_least=0)] = 0.0
+    accumulate: Annotated[int, Whole(1, 2**16)] = 1
+    """Micro-batches per step of the momentum; `step()` without a closure has the gradients of as many as its
+    loop gathered."""
+
+    max_grad_norm: Annotated[float, Number(at_least=0)] = 0.0
+    """L2 norm of the mean gradient; 0: no limit."""
+
+    clip: Annotated[float, Number(at_least=1)] = 10.0
+    """Without sign, no offer counts for more than this many times the median L1 norm of the round."""
+
+    base: Literal["sgd", "adamw"] = "sgd"
+    mean: Literal["all", "senders"] = "all"
+    """Over all counted offers, or per coefficient over the senders of it, only with sign."""
+
+    weights: Literal["equal", "samples"] = "equal"
+    """Offers count alike, or by their samples, up to `clip` times their median."""
+
+    replicate_every: Annotated[int, Whole(1, 2**16)] = 1
+    """Steps of the momentum in a round."""
+
+    adam_beta1: Annotated[float, Number(at_least=0, below=1)] = 0.9
+    adam_beta2: Annotated[float, Number(at_least=0, below=1)] = 0.999
+    adam_eps: Annotated[float, Number(above=0)] = 1e-8
+
+    @classmethod
+    def check(cls, entries: Mapping[str, Any]) -> None:
+        super().check(entries)
+        if entries["mean"] == "senders" and entries["weights"] == "samples":
+            raise ConfigError("mean = 'senders' counts every sender alike: use weights = 'equal'")
+        if entries["mean"] == "senders" and not entries["sign"]:
+            raise ConfigError("mean = 'senders' diverges without sign: use sign = true or mean = 'all'")
+
+
+TESTED: Final[Mapping[str, Any]] = {"lr": 0.003, "weight_decay": 0.1, "compressor": {"name": "dense"}}
+
+
 class Decoupled(Strategy):
     """See the module's docstring. Replicated: the parameters, for `adamw` also its moments and number of
     updates. Local: momentum and sends of open fate.
@@ -48,78 +102,22 @@ class Decoupled(Strategy):
     steps of the momentum since the last exchange; `lost_sends` (see `Leftover`).
     """
 
-    def __init__(
-        self,
-        named_parameters: NamedParameters,
-        *,
-        compressor: Compressor,
-        lr: float = 3e-3,
-        beta: float = 0.999,
-        alpha: float = 1.0,
-        sign: bool = True,
-        weight_decay: float = 0.0,
-        accumulate: int = 1,
-        max_grad_norm: float = 0.0,
-        clip: float = 10.0,
-        seed: int = 0,
-        base: str = "sgd",
-        mean: str = "all",
-        weights: str = "equal",
-        replicate_every: int = 1,
-        adam_beta1: float = 0.9,
-        adam_beta2: float = 0.999,
-        adam_eps: float = 1e-8,
-    ) -> None:
-        """`accumulate`: micro-batches per step of the momentum; `step()` without a closure has the gradients
-        of as many as its loop gathered. `max_grad_norm`: 0 means no limit. `weights`: offers count "equal" or
-        by their "samples", up to `clip` times their median.
+    facts: ClassVar[Facts] = Facts(
+        options=DecoupledOptions,
+        batches=("accumulate", "replicate_every"),
+        batches_per_step=("accumulate",),
+        small_model={"lr": 3e-3, "beta": 0.95},
+        known_updates={
+            "sign update": KnownUpdate(TESTED, 0x8EDBFF4D3FB665AA),
+            "adamw update": KnownUpdate({**TESTED, "base": "adamw", "sign": False}, 0xF272736F1B853EB4),
+        },
+    )
 
-        `clip`: without sign, no offer counts for more than this many times the median L1 norm of the round.
-        `mean`: over "all" counted offers, or per coefficient over the "senders" of it, only with sign.
-        """
-        self.compressor = compressor
-        self._momentum = Leftover(self, compressor, "momentum", self._kept)
-        defaults = {
-            "compressor": repr(compressor),  # the sends in a `state_dict` are packed with it
-            "lr": lr,
-            "beta": beta,
-            "alpha": alpha,
-            "sign": sign,
-            "weight_decay": weight_decay,
-            "accumulate": accumulate,
-            "max_grad_norm": max_grad_norm,
-            "clip": clip,
-            "base": base,
-            "mean": mean,
-            "weights": weights,
-            "replicate_every": replicate_every,
-            "adam_beta1": adam_beta1,
-            "adam_beta2": adam_beta2,
-            "adam_eps": adam_eps,
-        }
-        super().__init__(named_parameters, defaults, seed=seed)
-
-    @classmethod
-    def check_options(cls, group: Mapping[str, Any]) -> None:
-        options.real(group, "lr", at_least=0)
-        options.real(group, "beta", at_least=0, below=1)
-        options.real(group, "alpha", at_least=0, at_most=1)
-        options.truth(group, "sign")
-        options.real(group, "weight_decay", at_least=0)
-        options.whole(group, "accumulate", at_least=1, at_most=2**16)
-        options.real(group, "max_grad_norm", at_least=0)
-        options.real(group, "clip", at_least=1)
-        options.choice(group, "base", ["sgd", "adamw"])
-        options.choice(group, "mean", ["all", "senders"])
-        options.choice(group, "weights", ["equal", "samples"])
-        options.whole(group, "replicate_every", at_least=1, at_most=2**16)
-        options.real(group, "adam_beta1", at_least=0, below=1)
-        options.real(group, "adam_beta2", at_least=0, below=1)
-        options.real(group, "adam_eps", above=0)
-        if group["mean"] == "senders" and group["weights"] == "samples":
-            raise ConfigError("mean = 'senders' counts every sender alike: use weights = 'equal'")
-        if group["mean"] == "senders" and not group["sign"]:
-            raise ConfigError("mean = 'senders' diverges without sign: use sign = true or mean = 'all'")
+    @keywords_of(DecoupledOptions)
+    def __init__(self, named_parameters: NamedParameters, options: DecoupledOptions) -> None:
+        self.compressor = options.compressor
+        self._momentum = Leftover(self, self.compressor, "momentum", self._kept)
+        super().__init__(named_parameters, options)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         refuse_other_packing(state_dict, self.compressor)
@@ -137,10 +135,6 @@ class Decoupled(Strategy):
         return {p.name: self.compressor.fields(p.part.entire) for p in self.parameters_in_order()}
 
     # --------------------------------------------------------------------------------- local work
-
-    @property
-    def most_batches(self) -> int:
-        return int(self.option("replicate_every") * self.option("accumulate"))
 
     def propose(self, draw: Draw, turn: Turn) -> Payload:
         """`replicate_every` steps of the momentum, each from the mean gradient of `accumulate` micro-batches;

@@ -29,8 +29,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, ClassVar, Final
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor
@@ -40,8 +40,9 @@ from ..compression.codecs.fused_update import decoded_on
 from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.numerics.noise import use_numba
-from . import options
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
+from .facts import Facts, KnownUpdate
+from .options import Number, Options, Whole, keywords_of
 from .parts.clip import clipped_weights, sample_weights
 from .parts.fragments import fragments_of
 from .parts.gradients import backward
@@ -52,6 +53,61 @@ from .parts.residual import Leftover, refuse_other_packing
 from .parts.updating import updating
 
 INNER: Final[dict[str, Any]] = {"name": "AdamW", "betas": [0.9, 0.95]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DilocoOptions(Options):
+    """Of a run's `[strategy]`, and keyword arguments of `Diloco`."""
+
+    compressor: Compressor
+    """In a run's file a table: {name = "dct_topk", k = 32}."""
+
+    lr: Annotated[float, Number(at_least=0)] = 4e-4
+    """The inner optimizer's; schedules act on it."""
+
+    weight_decay: Annotated[float, Number(at_least=0)] = 0.1
+    """The inner optimizer's."""
+
+    inner: Mapping[str, Any] = field(default_factory=lambda: dict(INNER))
+    """See parts/inner.py."""
+
+    inner_steps: Annotated[int, Whole(1, 2**16)] = 30
+    """H, of one micro-batch each, in a round."""
+
+    max_seconds: Annotated[float, Number(at_least=0)] = 0.0
+    """Fewer steps, but one at least, where they take longer; 0: no limit. The time of steps made ahead is not
+    part of it."""
+
+    max_grad_norm: Annotated[float, Number(at_least=0)] = 1.0
+    """L2 norm of an inner step's gradient; 0: no limit."""
+
+    outer_lr: Annotated[float, Number(at_least=0)] = 0.7
+    outer_momentum: Annotated[float, Number(at_least=0, below=1)] = 0.9
+    nesterov: bool = True
+    error_feedback: bool = True
+    feedback_decay: Annotated[float, Number(at_least=0, at_most=1)] = 1.0
+    fragments: Annotated[int, Whole(1, 2**10)] = 1
+    mix: Annotated[float, Number(at_least=0, below=1)] = 0.0
+    """The share of the inner parameters in what a fragment goes on from."""
+
+    overlap: Annotated[int, Whole(0, "inner_steps")] = 0
+    """Inner steps made ahead while an offer travels, at most."""
+
+    weights: Literal["samples", "equal"] = "samples"
+    """Offers count by their samples, or alike."""
+
+    clip: Annotated[float, Number(at_least=1)] = 10.0
+    """No offer's L1 norm or samples count for more than this many times their median in the round."""
+
+    @classmethod
+    def check(cls, entries: Mapping[str, Any]) -> None:
+        super().check(entries)
+        check_inner(entries["inner"], entries["weight_decay"])
+        if entries["overlap"] > 0 and entries["mix"] == 0:
+            raise ConfigError(
+                f"overlap = {entries['overlap']} with mix = 0: what a fragment learns while its offer "
+                "travels would be lost: set mix, to 0.5 for example"
+            )
 
 
 class Diloco(Strategy):
@@ -66,89 +122,29 @@ class Diloco(Strategy):
     the next one; `decays F` of the error feedback of fragment F; `lost_sends` (see `Leftover`).
     """
 
+    facts: ClassVar[Facts] = Facts(
+        options=DilocoOptions,
+        batches=("inner_steps",),
+        fitted="inner_steps",
+        seconds="max_seconds",
+        small_model={"lr": 1e-3},
+        # The first inner optimizer of torch's, made to check its options, takes a second to load.
+        known_updates={
+            "outer update": KnownUpdate({"compressor": {"name": "dense"}}, 0xE01E6085E2946613, is_slow=True)
+        },
+    )
     takes_bfloat16: ClassVar[bool] = False  # inner steps in bfloat16 would mostly be rounded away
 
-    def __init__(
-        self,
-        named_parameters: NamedParameters,
-        *,
-        compressor: Compressor,
-        lr: float = 4e-4,
-        weight_decay: float = 0.1,
-        inner: Mapping[str, Any] = INNER,
-        inner_steps: int = 30,
-        max_seconds: float = 0.0,
-        max_grad_norm: float = 1.0,
-        outer_lr: float = 0.7,
-        outer_momentum: float = 0.9,
-        nesterov: bool = True,
-        error_feedback: bool = True,
-        feedback_decay: float = 1.0,
-        fragments: int = 1,
-        mix: float = 0.0,
-        overlap: int = 0,
-        weights: str = "samples",
-        clip: float = 10.0,
-        seed: int = 0,
-    ) -> None:
-        """`lr` and `weight_decay` are the inner optimizer's; schedules act on `lr`. `inner`: see `inner.py`.
-
-        `inner_steps`: H, of one micro-batch each, in a round; fewer, but one at least, where they take longer
-        than `max_seconds` (0: no limit; the time of steps made ahead is not part of it). `max_grad_norm`: 0
-        means no limit. `weights`: offers count by their "samples" or are "equal". `clip`: no offer's L1 norm
-        or samples count for more than this many times their median in the round.
-        """
-        self.compressor = compressor
+    @keywords_of(DilocoOptions)
+    def __init__(self, named_parameters: NamedParameters, options: DilocoOptions) -> None:
+        self.compressor = options.compressor
         self.clock = time.monotonic
         self._deadline_s: float | None = None
         self._losses: list[float] = []
         self._phase = InnerPhase(self)
-        self._leftover = Leftover(self, compressor, "leftover", self._kept)
-        defaults = {
-            "compressor": repr(compressor),  # the sends in a `state_dict` are packed with it
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "inner": dict(inner) if isinstance(inner, Mapping) else inner,
-            "inner_steps": inner_steps,
-            "max_seconds": max_seconds,
-            "max_grad_norm": max_grad_norm,
-            "outer_lr": outer_lr,
-            "outer_momentum": outer_momentum,
-            "nesterov": nesterov,
-            "error_feedback": error_feedback,
-            "feedback_decay": feedback_decay,
-            "fragments": fragments,
-            "mix": mix,
-            "overlap": overlap,
-            "weights": weights,
-            "clip": clip,
-        }
-        super().__init__(named_parameters, defaults, seed=seed)
+        self._leftover = Leftover(self, self.compressor, "leftover", self._kept)
+        super().__init__(named_parameters, options)
         self.fragments()  # raises ConfigError for more than there are
-
-    @classmethod
-    def check_options(cls, group: Mapping[str, Any]) -> None:
-        options.real(group, "lr", at_least=0)
-        options.real(group, "weight_decay", at_least=0)
-        check_inner(group["inner"], group["weight_decay"])
-        options.whole(group, "inner_steps", at_least=1, at_most=2**16)
-        options.real(group, "max_seconds", at_least=0)
-        options.real(group, "max_grad_norm", at_least=0)
-        options.real(group, "outer_lr", at_least=0)
-        options.real(group, "outer_momentum", at_least=0, below=1)
-        options.truth(group, "nesterov")
-        options.truth(group, "error_feedback")
-        options.real(group, "feedback_decay", at_least=0, at_most=1)
-        options.whole(group, "fragments", at_least=1, at_most=2**10)
-        options.real(group, "mix", at_least=0, below=1)
-        options.whole(group, "overlap", at_least=0, at_most=group["inner_steps"])
-        if group["overlap"] > 0 and group["mix"] == 0:
-            raise ConfigError(
-                f"overlap = {group['overlap']} with mix = 0: what a fragment learns while its offer travels "
-                "would be lost: set mix, to 0.5 for example"
-            )
-        options.choice(group, "weights", ["samples", "equal"])
-        options.real(group, "clip", at_least=1)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         refuse_other_packing(state_dict, self.compressor)
@@ -187,10 +183,6 @@ class Diloco(Strategy):
         return {p.name: self.compressor.fields(p.part.entire) for p in parameters}
 
     # --------------------------------------------------------------------------------- local work
-
-    @property
-    def most_batches(self) -> int:
-        return int(self.option("inner_steps"))
 
     def propose(self, draw: Draw, turn: Turn) -> Payload:
         """Inner steps, one drawn batch each. Puts the parameters back, and clears the gradients."""

@@ -1,4 +1,4 @@
-"""A strategy over a `torch.distributed` process group: fixed membership, no coordinator (design: section 8).
+"""A strategy over a `torch.distributed` process group: fixed membership, no coordinator.
 
     optimizer = group_optimizer({"name": "decoupled", "lr": 3e-3}, model.named_parameters())
 

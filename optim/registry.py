@@ -3,13 +3,14 @@
     {"name": "decoupled", "lr": 3e-3, "beta": 0.95, "compressor": {"name": "dct_topk", "k": 32}}
     {"name": "spsa", "lr": 1e-6, "eps": 1e-3, "probes": 16}
 
-The options are the keyword arguments of the class. A new strategy or compressor is one file and one row here.
+The options of a strategy are the fields of its dataclass, those of a compressor the keyword arguments of its
+class. A new strategy or compressor is one file and one row here.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any, Final
@@ -17,14 +18,34 @@ from typing import Any, Final
 from ..compression.base import Compressor
 from ..compression.errors import ConfigError
 from .base import NamedParameters, Strategy
-from .options import nearest
+from .options import REQUIRED, nearest
 
-# Rows name a class: its module is loaded when it is asked for.
-STRATEGIES: Final = {
-    "decoupled": "thinwire.optim.decoupled:Decoupled",
-    "diloco": "thinwire.optim.diloco:Diloco",
-    "spsa": "thinwire.optim.spsa:Spsa",
+
+def decoupled() -> type[Strategy]:
+    from .decoupled import Decoupled
+
+    return Decoupled
+
+
+def diloco() -> type[Strategy]:
+    from .diloco import Diloco
+
+    return Diloco
+
+
+def spsa() -> type[Strategy]:
+    from .spsa import Spsa
+
+    return Spsa
+
+
+STRATEGIES: Final[Mapping[str, Callable[[], type[Strategy]]]] = {
+    "decoupled": decoupled,
+    "diloco": diloco,
+    "spsa": spsa,
 }
+"""Rows load a strategy's module when they are called, not before."""
+
 COMPRESSORS: Final = {
     "dct_topk": "thinwire.compression.codecs.dct_topk:DctTopK",
     "dense": "thinwire.compression.codecs.dense:Dense",
@@ -37,22 +58,27 @@ COMPRESSORS: Final = {
 DEFAULT_COMPRESSOR: Final = {"name": "dct_topk"}
 
 
+def strategy_class(name: object) -> type[Strategy]:
+    """The class of a strategy, with what there is to know before one is built. Raises ConfigError for an
+    unknown name, with the nearest known one."""
+    return STRATEGIES[_known("strategy", name, STRATEGIES)]()
+
+
 def build_strategy(config: Mapping[str, Any], named_parameters: NamedParameters) -> Strategy:
     """Raises ConfigError for what is unknown (with the nearest known name), missing or out of range."""
     options = complete_config(config)
-    kind = _class_of("strategy", options.pop("name"), STRATEGIES)
+    build: Callable[..., Strategy] = strategy_class(options.pop("name"))
     if "compressor" in options:
         options["compressor"] = build_compressor(options["compressor"])
-    strategy: Strategy = kind(named_parameters, **options)
-    return strategy
+    return build(named_parameters, **options)
 
 
 def build_compressor(config: Mapping[str, Any]) -> Compressor:
     """As `build_strategy`, for {"name": "dct_topk", "k": 32, ...}."""
-    options = _complete("compressor", config, COMPRESSORS)
+    options = _complete_compressor(config)
     name = options.pop("name")
     try:
-        compressor: Compressor = _class_of("compressor", name, COMPRESSORS)(**options)
+        compressor: Compressor = _compressor_class(name)(**options)
     except (TypeError, ValueError) as e:
         raise ConfigError(f"compressor {name}: {e}") from e
     return compressor
@@ -61,45 +87,56 @@ def build_compressor(config: Mapping[str, Any]) -> Compressor:
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same with every default spelled out, so that a later version's defaults change no run.
 
-    Values are not checked yet: `build_strategy` does.
+    Values are not checked yet: `build_strategy` does. Raises ConfigError for unknown and missing names.
     """
-    options = _complete("strategy", config, STRATEGIES)
+    name = _name_in("strategy", config, STRATEGIES)
+    defaults = strategy_class(name).facts.options.defaults()
+    if "compressor" in defaults:
+        defaults["compressor"] = DEFAULT_COMPRESSOR
+    options = _complete("strategy", name, config, defaults)
     if "compressor" in options:
         compressor = options["compressor"]
         if not isinstance(compressor, Mapping):
             raise ConfigError(f"compressor = {compressor!r}: write a table, {DEFAULT_COMPRESSOR}")
-        options["compressor"] = _complete("compressor", compressor, COMPRESSORS)
+        options["compressor"] = _complete_compressor(compressor)
     return options
 
 
-def _complete(what: str, config: Mapping[str, Any], table: Mapping[str, str]) -> dict[str, Any]:
-    if "name" not in config:
-        raise ConfigError(f"a {what} needs a name: one of {', '.join(sorted(table))}")
-    name = config["name"]
-    known = _options_of(what, name, table)
+def _complete_compressor(config: Mapping[str, Any]) -> dict[str, Any]:
+    name = _name_in("compressor", config, COMPRESSORS)
+    signature = inspect.signature(_compressor_class(name))
+    defaults = {
+        p.name: REQUIRED if p.default is p.empty else p.default for p in signature.parameters.values()
+    }
+    return _complete("compressor", name, config, defaults)
+
+
+def _complete(what: str, name: str, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`defaults`: of every option; `REQUIRED` for one that must be given."""
     for key in config.keys() - {"name"}:
-        if key not in known:
-            raise ConfigError(f"{what} {name} has no option {key!r}: {nearest(key, known)}")
-    merged = {key: config.get(key, default) for key, default in known.items()}
-    missing = [key for key, value in merged.items() if value is inspect.Parameter.empty]
+        if key not in defaults:
+            raise ConfigError(f"{what} {name} has no option {key!r}: {nearest(key, defaults)}")
+    merged = {key: config.get(key, default) for key, default in defaults.items()}
+    missing = [key for key, value in merged.items() if value is REQUIRED]
     if missing:
         raise ConfigError(f"{what} {name} needs {', '.join(missing)}")
     return {"name": name, **merged}
 
 
-def _options_of(what: str, name: str, table: Mapping[str, str]) -> dict[str, Any]:
-    """Option -> default, as the class spells them; `Parameter.empty` for one that must be given."""
-    signature = inspect.signature(_class_of(what, name, table))
-    options = {p.name: p.default for p in signature.parameters.values() if p.name != "named_parameters"}
-    if "compressor" in options:
-        options["compressor"] = DEFAULT_COMPRESSOR
-    return options
+def _name_in(what: str, config: Mapping[str, Any], known: Iterable[str]) -> str:
+    if "name" not in config:
+        raise ConfigError(f"a {what} needs a name: one of {', '.join(sorted(known))}")
+    return _known(what, config["name"], known)
 
 
-def _class_of(what: str, name: str, table: Mapping[str, str]) -> Any:
-    if not isinstance(name, str) or name not in table:
-        raise ConfigError(f"unknown {what} {name!r}: {nearest(name, table)}")
-    return _load(table[name])
+def _known(what: str, name: object, known: Iterable[str]) -> str:
+    if not isinstance(name, str) or name not in known:
+        raise ConfigError(f"unknown {what} {name!r}: {nearest(name, known)}")
+    return name
+
+
+def _compressor_class(name: str) -> Any:
+    return _load(COMPRESSORS[_known("compressor", name, COMPRESSORS)])
 
 
 @cache

@@ -11,10 +11,10 @@ A payload of n probes has n bytes and 32 of framing (34 at most, from 128 probes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite, isqrt
-from typing import Any, ClassVar, Final
+from typing import Annotated, ClassVar, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,8 +35,19 @@ from ..compression.numerics.noise import (
     update_all_,
     update_pieces_,
 )
-from . import options
-from .base import Closure, Draw, NamedParameters, Own, Parameter, Round, Share, Strategy, refuse_names
+from .base import (
+    Closure,
+    Draw,
+    NamedParameters,
+    Own,
+    Parameter,
+    Round,
+    Share,
+    Strategy,
+    refuse_names,
+)
+from .facts import Facts, Fill, KnownUpdate
+from .options import Number, Options, Whole, keywords_of
 from .parts import byte_code
 from .parts.clip import clip_limit
 from .parts.gradients import read_losses
@@ -54,6 +65,36 @@ MAX_BATCH_WORK: Final = 1 << 35
 """Parameters times payload bytes of a batch, for large ones. (16 probes are some 50 bytes.)"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpsaOptions(Options):
+    """Of a run's `[strategy]`, and keyword arguments of `Spsa`."""
+
+    lr: Annotated[float, Number(at_least=0)]
+    eps: Annotated[float, Number(above=0)] = 1e-3
+    """How far a probe goes along z, to either side."""
+
+    probes: Annotated[int, Whole(1, "max_probes")] = 16
+    """Of this peer, in a round: each draws a batch and sends a byte."""
+
+    max_probes: Annotated[int, Whole(1, MAX_PROBES)] = 4096
+    """That a payload may carry."""
+
+    weight_decay: Annotated[float, Number(at_least=0)] = 0.0
+    clip: Annotated[float, Number(at_least=1)] = 10.0
+    """No |g| counts for more than this many times the median |g| of the round."""
+
+    noise: NoiseKind = "sign"
+    scale: Literal["mean", "sqrt"] = "mean"
+    """What the sum over n probes is divided by: n, or the root of n as in the paper."""
+
+    shared_noise: bool = False
+    """All peers perturb along the same z in a probe, with batches of their own, as DeComFL does: that
+    averages the noise of batches, else that of directions."""
+
+    params: str = "*"
+    """Which are trained, see `subset`; the rest stay what they are."""
+
+
 class Spsa(Strategy):
     """See the module's docstring. The replicated state is the parameters; there is no local state.
 
@@ -61,68 +102,27 @@ class Spsa(Strategy):
     Counters: `dropped_probes`, probes whose g was not finite.
     """
 
+    facts: ClassVar[Facts] = Facts(
+        options=SpsaOptions,
+        batches=("probes",),
+        fitted="probes",
+        small_model={"lr": 1e-2},
+        known_updates={"spsa update": KnownUpdate({"lr": 0.01, "weight_decay": 0.1}, 0x1D9C86B3E81B2A0E)},
+    )
     needs_grad: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        named_parameters: NamedParameters,
-        *,
-        lr: float,
-        eps: float = 1e-3,
-        probes: int = 16,
-        max_probes: int = 4096,
-        weight_decay: float = 0.0,
-        clip: float = 10.0,
-        noise: NoiseKind = "sign",
-        scale: str = "mean",
-        seed: int = 0,
-        shared_noise: bool = False,
-        params: str = "*",
-    ) -> None:
-        """`probes`: of this peer, in a round; a payload may carry up to `max_probes`.
-
-        `clip`: no |g| counts more than this many times the median |g| of the round. `scale`: what the sum
-        over n probes is divided by, n ("mean") or the root of n ("sqrt", as in the paper).
-
-        `shared_noise`: all peers perturb along the same z in a probe with batches of their own, as DeComFL
-        does: that averages the noise of batches, else that of directions. `params`: which are trained, see
-        `subset`; the rest stay what they are.
-        """
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "probes": probes,
-            "max_probes": max_probes,
-            "weight_decay": weight_decay,
-            "clip": clip,
-            "noise": noise,
-            "scale": scale,
-            "shared_noise": shared_noise,
-            "subset": params,  # torch has a use of its own for "params"
-        }
+    @keywords_of(SpsaOptions)
+    def __init__(self, named_parameters: NamedParameters, options: SpsaOptions) -> None:
         self._is_first = True
-        super().__init__(selected(named_parameters, params), defaults, seed=seed)
-
-    @classmethod
-    def check_options(cls, group: Mapping[str, Any]) -> None:
-        options.real(group, "lr", at_least=0)
-        options.real(group, "eps", above=0)
-        options.whole(group, "max_probes", at_least=1, at_most=MAX_PROBES)
-        options.whole(group, "probes", at_least=1, at_most=group["max_probes"])
-        options.real(group, "weight_decay", at_least=0)
-        options.real(group, "clip", at_least=1)
-        options.choice(group, "noise", ["sign", "gauss"])
-        options.choice(group, "scale", ["mean", "sqrt"])
-        options.truth(group, "shared_noise")
+        super().__init__(selected(named_parameters, options.params), options)
 
     # --------------------------------------------------------------------------------- local work
 
     def fields(self, turn: Turn | None = None) -> Fields:
         return {CODES: (Field(torch.uint8, self.option("max_probes")),)}
 
-    @property
-    def most_batches(self) -> int:
-        return int(self.option("probes"))
+    def known_payload(self, fill: Fill, salt: int) -> Payload:
+        return {CODES: (fill(torch.uint8, 5, salt) | 1,)}  # 0x80 is no code
 
     def propose(self, draw: Draw, turn: Turn) -> Payload:
         """Two evaluations per probe, each probe on a batch of its own. Parameters are not written to."""

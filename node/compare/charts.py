@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from .comparison import Outcome
 
@@ -26,7 +27,7 @@ def has_matplotlib() -> bool:
 
 
 def comparison_png(title: str, unit: str, outcomes: Sequence[Outcome], ddp_bytes_per_step: float) -> bytes:
-    """`unit`: of the loss. Raises ImportError without matplotlib.
+    """`unit`: of the loss. `ddp_bytes_per_step`: per peer. Raises ImportError without matplotlib.
 
     No pyplot: that wants a display, and keeps global state.
     """
@@ -37,17 +38,7 @@ def comparison_png(title: str, unit: str, outcomes: Sequence[Outcome], ddp_bytes
     FigureCanvasAgg(figure)  # and not what the user's matplotlib is set up for
     by_bytes, by_steps = figure.subplots(1, 2, sharey=True)
     shown = [outcome for outcome in outcomes if outcome.has_rounds]
-    for i, outcome in enumerate(shown):
-        style = {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "markersize": 4.5,
-            "linewidth": 1.6,
-            "label": outcome.plan.label,
-        }
-        sent = [p for p in outcome.curve if p.payload_bytes > 0]  # a logarithm has no place for zero
-        by_bytes.plot([p.payload_bytes for p in sent], [p.held_out for p in sent], **style)
-        by_steps.plot([p.steps for p in outcome.curve], [p.held_out for p in outcome.curve], **style)
+    _draw_curves(shown, by_bytes, by_steps)
     n_steps = max((p.steps for outcome in shown for p in outcome.curve), default=0)
     _bytes_axis(by_bytes, ddp_bytes_per_step * n_steps)
     by_steps.set_xlabel("steps (data-parallel training would exchange gradients after each)")
@@ -57,9 +48,22 @@ def comparison_png(title: str, unit: str, outcomes: Sequence[Outcome], ddp_bytes
     handles, labels = by_bytes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     figure.suptitle(title)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+    return _png(figure)
+
+
+def _draw_curves(outcomes: Sequence[Outcome], by_bytes: Axes, by_steps: Axes) -> None:
+    """One curve of held-out losses for each, on both axes."""
+    for i, outcome in enumerate(outcomes):
+        style: dict[str, Any] = {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 4.5,
+            "linewidth": 1.6,
+            "label": outcome.plan.label,
+        }
+        sent = [p for p in outcome.curve if p.payload_bytes > 0]  # a logarithm has no place for zero
+        by_bytes.plot([p.payload_bytes for p in sent], [p.held_out for p in sent], **style)
+        by_steps.plot([p.steps for p in outcome.curve], [p.held_out for p in outcome.curve], **style)
 
 
 Bars = Mapping[str, tuple[float, float, float]]
@@ -86,28 +90,37 @@ def bars_png(title: str, panels: Mapping[str, Panel]) -> bytes:
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (name, panel) in zip(all_axes, panels.items(), strict=True):
-        sizes = panel.bars
-        whats = list(dict.fromkeys(what for times in sizes.values() for what in times))
-        width = 0.8 / len(sizes)
-        for i, (size, times) in enumerate(sizes.items()):
-            for what, (middle, least, most) in times.items():
-                axes.barh(
-                    whats.index(what) + i * width,
-                    middle,
-                    height=width,
-                    xerr=[[middle - least], [most - middle]],
-                    color=COLOURS[i % len(COLOURS)],
-                    label=size if what == next(iter(times)) else None,
-                )
-        axes.set_yticks([i + 0.4 - width / 2 for i in range(len(whats))], whats)
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.set_xlabel(panel.unit)
+        _draw_panel(axes, panel)
         axes.set_title(name)
-        axes.grid(visible=True, axis="x", alpha=0.3)
-        if any(sizes):
-            axes.legend(fontsize="small")
     figure.suptitle(title)
+    return _png(figure)
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    """What was measured from top to bottom, the sizes of each as bars next to each other."""
+    sizes = panel.bars
+    whats = list(dict.fromkeys(what for times in sizes.values() for what in times))
+    width = 0.8 / len(sizes)
+    for i, (size, times) in enumerate(sizes.items()):
+        for what, (middle, least, most) in times.items():
+            axes.barh(
+                whats.index(what) + i * width,
+                middle,
+                height=width,
+                xerr=[[middle - least], [most - middle]],
+                color=COLOURS[i % len(COLOURS)],
+                label=size if what == next(iter(times)) else None,
+            )
+    axes.set_yticks([i + 0.4 - width / 2 for i in range(len(whats))], whats)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel(panel.unit)
+    axes.grid(visible=True, axis="x", alpha=0.3)
+    if any(sizes):
+        axes.legend(fontsize="small")
+
+
+def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()

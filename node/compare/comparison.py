@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ...coordinator.protocol.messages import digest_of
 from ...optim.registry import build_strategy
 from ..config import RunConfig
 from ..genesis import Genesis, make_genesis
-from ..links.local import local_swarm
+from ..links.local import LocalSwarm, local_swarm
 from ..phases import typical
 from ..tasks.base import Task
 from ..tasks.registry import make_task
@@ -37,7 +37,7 @@ POINTS = 8
 """Evaluations of a strategy, or more if the run's `eval_every` says so."""
 
 KEPT_BYTES = 2**28
-"""Payloads that may lie on the disk for one snapshot interval."""
+"""Payloads of one snapshot interval, which lie on the disk, have no more unless a caller says so."""
 
 POLL_S = 0.1
 
@@ -48,7 +48,8 @@ Progress = Callable[[ComparePlan, int, float | None], None]
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One strategy's training. `phases`: median CPU seconds of a peer in a round. `sent_bytes`: payloads of
-    all peers as their links counted them. `error`: why it ended early, then `curve` is what there is."""
+    all peers as their links counted them. `fingerprints`: in hex, of the reader and of every peer in the end.
+    `error`: why it ended early, then `curve` is what there is."""
 
     plan: ComparePlan
     curve: tuple[Point, ...]
@@ -66,14 +67,17 @@ class Outcome:
 
     @property
     def last(self) -> Point:
+        """The replica when training ended."""
         return self.curve[-1]
 
     @property
     def steps_per_round(self) -> float:
+        """Of data-parallel training, that a round has the samples of."""
         return self.last.steps / self.last.round
 
     @property
     def payload_bytes_per_peer_round(self) -> float:
+        """Mean over all rounds and peers."""
         return self.last.payload_bytes / self.last.round
 
     @property
@@ -108,9 +112,16 @@ class Comparison:
     """Trains plans of one run. Raises ConfigError, before anything is trained, if one of them cannot be."""
 
     def __init__(
-        self, run: RunConfig, plans: list[ComparePlan], n_peers: int, import_path: str | None = None
+        self,
+        run: RunConfig,
+        plans: list[ComparePlan],
+        n_peers: int,
+        import_path: str | None = None,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
+        """`kept_bytes`: of payloads on the disk, before a snapshot takes their place."""
         self.run, self.plans, self.n_peers, self.import_path = run, plans, n_peers, import_path
+        self._kept_bytes = kept_bytes
         task = make_task(run.task, import_path, None)
         if task.held_out() is None:
             raise ConfigError(
@@ -170,7 +181,7 @@ class Comparison:
         n_bytes = sum(
             f.n_elements * f.dtype.itemsize for fields in strategy.fields().values() for f in fields
         )
-        every = max(1, KEPT_BYTES // (n_bytes * self.n_peers))
+        every = max(1, self._kept_bytes // (n_bytes * self.n_peers))
         changes: dict[str, dict[str, Any]] = {
             "run": {
                 "rounds": plan.rounds,
@@ -206,39 +217,12 @@ class _Training:
         self.error: BaseException | None = None
 
     def run(self, folder: Path, progress: Progress, stopped: Callable[[], bool]) -> Outcome | None:
-        """None: it was stopped."""
+        """None: it was stopped. Raises what a thread raised, unless it says that training diverged."""
         started_s = time.monotonic()
-        comparison = self.comparison
-        with local_swarm(folder, self.genesis.body, comparison.key, blobs=self.genesis.blobs) as swarm:
-            reader = Reader(
-                swarm.link("reader"),
-                self.genesis.body,
-                comparison.import_path,
-                every=comparison.points_every(self.plan),
-                n_peers=comparison.n_peers,
-                samples_per_step=comparison.samples_per_step,
-            )
-            peers = [
-                Peer(swarm.link(f"peer-{i}"), comparison.import_path, comparison.seed)
-                for i in range(comparison.n_peers)
-            ]
-            for link in (reader.link, *(peer.link for peer in peers)):
-                link.open()  # admitted in this order: it is the first one that evaluates round 0
-            threads = [
-                self._thread(reader.run, "reader"),
-                *(self._thread(p.run, p.link.peer_id) for p in peers),
-            ]
-            while any(thread.is_alive() for thread in threads):
-                if stopped() or self.error is not None:
-                    reader.link.close()
-                    for peer in peers:
-                        peer.stop.set()
-                        peer.link.close()
-                    break
-                progress(self.plan, reader.replica.round, reader.held_out)
-                time.sleep(POLL_S)
-            for thread in threads:
-                thread.join()
+        genesis = self.genesis
+        with local_swarm(folder, genesis.body, self.comparison.key, blobs=genesis.blobs) as swarm:
+            reader, peers = self._nodes(swarm)
+            self._train(reader, peers, progress, stopped)
             sent_bytes = sum(peer.link.traffic().sent.get("payload", 0) for peer in peers)
         if stopped():
             return None
@@ -246,16 +230,57 @@ class _Training:
         if self.error is not None and not isinstance(self.error, ThinwireError | ValueError):
             raise self.error
         progress(self.plan, reader.replica.round, reader.held_out)
+        return self._outcome(reader, peers, sent_bytes, time.monotonic() - started_s)
+
+    def _nodes(self, swarm: LocalSwarm) -> tuple[Reader, list[Peer]]:
+        """With open links."""
+        comparison = self.comparison
+        reader = Reader(
+            swarm.link("reader"),
+            self.genesis.body,
+            comparison.import_path,
+            every=comparison.points_every(self.plan),
+            n_peers=comparison.n_peers,
+            samples_per_step=comparison.samples_per_step,
+        )
+        peers = [
+            Peer(swarm.link(f"peer-{i}"), comparison.import_path, comparison.seed)
+            for i in range(comparison.n_peers)
+        ]
+        for link in (reader.link, *(peer.link for peer in peers)):
+            link.open()  # admitted in this order: it is the first one that evaluates round 0
+        return reader, peers
+
+    def _train(
+        self, reader: Reader, peers: Sequence[Peer], progress: Progress, stopped: Callable[[], bool]
+    ) -> None:
+        """Until all have ended, each in its thread; they are made to when one fails or it is `stopped`."""
+        threads = [
+            self._thread(reader.run, "reader"),
+            *(self._thread(p.run, p.link.peer_id) for p in peers),
+        ]
+        while any(thread.is_alive() for thread in threads):
+            if stopped() or self.error is not None:
+                reader.link.close()
+                for peer in peers:
+                    peer.stop.set()
+                    peer.link.close()
+                break
+            progress(self.plan, reader.replica.round, reader.held_out)
+            time.sleep(POLL_S)
+        for thread in threads:
+            thread.join()
+
+    def _outcome(self, reader: Reader, peers: Sequence[Peer], sent_bytes: int, seconds: float) -> Outcome:
+        replicas = (reader.replica, *(peer.replica for peer in peers))
         return Outcome(
             plan=self.plan,
             curve=tuple(reader.curve),
             phases={phase: typical([peer.stopwatch for peer in peers], phase) for phase in PHASES},
             sent_bytes=sent_bytes,
-            ddp_bytes_per_step=comparison.ddp_bytes_per_step,
-            fingerprints=tuple(
-                r.fingerprint().hex() for r in (reader.replica, *(peer.replica for peer in peers))
-            ),
-            seconds=time.monotonic() - started_s,
+            ddp_bytes_per_step=self.comparison.ddp_bytes_per_step,
+            fingerprints=tuple(replica.fingerprint().hex() for replica in replicas),
+            seconds=seconds,
             error=None if self.error is None else str(self.error),
         )
 

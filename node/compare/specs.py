@@ -12,36 +12,19 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Final
 
 from ...compression.errors import ConfigError
-from ...optim.options import nearest
-from ...optim.registry import COMPRESSORS, STRATEGIES, complete_config
+from ...optim.options import REQUIRED, nearest
+from ...optim.registry import COMPRESSORS, STRATEGIES, complete_config, strategy_class
 from ..config import RunConfig, literal
-
-BATCHES: Final = {
-    "decoupled": ("accumulate", "replicate_every"),
-    "diloco": ("inner_steps",),
-    "spsa": ("probes",),
-}
-"""Options whose product is the number of micro-batches that a peer draws in a round."""
-
-FITTED: Final = {"diloco": "inner_steps", "spsa": "probes"}
-"""The option that is fitted to the length of the comparison where nobody has said what it is to be."""
 
 MIN_ROUNDS: Final = 5
 """A fitted strategy has at least so many rounds, where there are as many micro-batches."""
-
-SMALL: Final[dict[str, dict[str, Any]]] = {
-    "decoupled": {"lr": 3e-3, "beta": 0.95},
-    "diloco": {"lr": 1e-3},
-    "spsa": {"lr": 1e-2},
-}
-"""Instead of the papers' learning rates, which are those of large models and long runs."""
 
 DDP_OPTIONS: Final = frozenset(
     ("lr", "weight_decay", "accumulate", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_eps")
@@ -87,28 +70,36 @@ def plans(specs: str, run: RunConfig) -> list[ComparePlan]:
 
 
 def batches_per_round(options: Mapping[str, Any]) -> int:
-    """Micro-batches that a peer draws in a round. Raises ConfigError where the clock decides on that."""
-    if options.get("max_seconds"):
-        raise ConfigError("max_seconds leaves it to the clock how many tokens a round has: leave it out here")
-    counts = [options[key] for key in BATCHES[options["name"]]]
+    """Micro-batches that a peer draws in a round, of complete `options`. Raises ConfigError where the clock
+    decides on that, and for numbers that are none."""
+    facts = strategy_class(options["name"]).facts
+    if facts.seconds is not None and options[facts.seconds]:
+        raise ConfigError(
+            f"{facts.seconds} leaves it to the clock how many tokens a round has: leave it out here"
+        )
+    counts = [options[key] for key in facts.batches]
     if not all(isinstance(n, int) and n > 0 for n in counts):
-        raise ConfigError(f"{', '.join(BATCHES[options['name']])}: whole numbers from 1 on, not {counts}")
+        raise ConfigError(f"{', '.join(facts.batches)}: whole numbers from 1 on, not {counts}")
     return prod(counts)
 
 
 def batches_per_step(run: RunConfig) -> int:
     """Micro-batches per peer that data-parallel training would take between two exchanges of gradients."""
     options = complete_config(run.strategy)
-    return int(options["accumulate"]) if options["name"] == "decoupled" else 1
+    return prod(int(options[key]) for key in strategy_class(options["name"]).facts.batches_per_step)
 
 
 def notable(options: Mapping[str, Any]) -> str:
     """The options that are not what they are by default, and what always matters: 'lr=0.003, beta=0.95'."""
     in_order = {**{k: v for k, v in options.items() if k != "compressor"}, **options}  # the compressor last
-    return ", ".join(_changed(in_order, complete_config(_bare(options)), always=("lr", *FITTED.values())))
+    fitted_option = strategy_class(options["name"]).facts.fitted
+    return ", ".join(_changed(in_order, complete_config(_bare(options)), always=("lr", fitted_option)))
 
 
-def _changed(options: Mapping[str, Any], defaults: Mapping[str, Any], always: Sequence[str]) -> list[str]:
+def _changed(
+    options: Mapping[str, Any], defaults: Mapping[str, Any], always: Collection[str | None]
+) -> list[str]:
+    """'key=value' of the options that are in `always` or not in `defaults` with this value."""
     found = []
     for key, value in options.items():
         if key == "compressor":
@@ -128,18 +119,18 @@ def _shown(value: object) -> str:
 
 def _bare(options: Mapping[str, Any]) -> dict[str, Any]:
     """The strategy's name and what it does not go without."""
-    return {"name": options["name"], "lr": options["lr"]}
+    defaults = strategy_class(options["name"]).facts.options.defaults()
+    needed = [key for key, default in defaults.items() if default is REQUIRED and key != "compressor"]
+    return {"name": options["name"], **{key: options[key] for key in needed}}
 
 
 def _plan(label: str, options: dict[str, Any], own: Mapping[str, Any], n_total: int) -> ComparePlan:
-    option = FITTED.get(options["name"])
-    if (
-        option is not None
-        and option not in options
-        and not (option in own and options["name"] == own["name"])
-    ):
-        default = complete_config({**_bare({"lr": 1.0, **options})})[option]
-        options = {**options, option: fitted(n_total, default)}
+    """`own`: the run's strategy, complete. `n_total`: micro-batches per peer in the whole comparison."""
+    facts = strategy_class(options["name"]).facts
+    said = {*options, *(own if options["name"] == own["name"] else ())}
+    if facts.fitted is not None and facts.fitted not in said:
+        default = facts.options.defaults()[facts.fitted]
+        options = {**options, facts.fitted: fitted(n_total, default)}
     complete = complete_config(options)
     n_batches = batches_per_round(complete)
     return ComparePlan(label, complete, max(1, round(n_total / n_batches)), n_batches)
@@ -183,6 +174,7 @@ def _from_file(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
 
 
 def _options(spec: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said about one strategy, with `own`, the run file's, or those for small models below it."""
     head, compressor = _split_compressor(spec)
     name, given = _call(head)
     known = {*STRATEGIES, "ddp"}
@@ -195,16 +187,21 @@ def _options(spec: str, own: Mapping[str, Any]) -> dict[str, Any]:
                 f"its options: {', '.join(sorted(DDP_OPTIONS))}"
             )
         return {**DDP, "accumulate": own.get("accumulate", 1), **given}
-    start = dict(own) if name == own.get("name") else {"name": name, **SMALL.get(name, {})}
+    small: dict[str, Any] = {"name": name, **strategy_class(name).facts.small_model}
+    start = own if name == own.get("name") else small
     options = {**start, **given}
     if compressor is not None:
-        kind, its_options = _call(compressor)
-        if kind not in COMPRESSORS:
-            raise ConfigError(f"--strategies: unknown compressor {kind!r}: {nearest(kind, COMPRESSORS)}")
-        before = start.get("compressor", {})
-        same = before if isinstance(before, Mapping) and before.get("name") == kind else {"name": kind}
-        options["compressor"] = {**same, **its_options}
+        options["compressor"] = _compressor(compressor, start.get("compressor"))
     return options
+
+
+def _compressor(spec: str, own: object) -> dict[str, Any]:
+    """The table of 'topk(k=8)'; what is not said stays as in `own`, if that names the same compressor."""
+    name, given = _call(spec)
+    if name not in COMPRESSORS:
+        raise ConfigError(f"--strategies: unknown compressor {name!r}: {nearest(name, COMPRESSORS)}")
+    is_same = isinstance(own, Mapping) and own.get("name") == name
+    return {**(own if is_same else {"name": name}), **given}
 
 
 def _call(text: str) -> tuple[str, dict[str, Any]]:

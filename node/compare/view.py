@@ -52,6 +52,17 @@ def compare_command(
     comparison = Comparison(run, plans(specs, run), n_peers, import_path)
     unit = "nats/byte" if run.task.name == "text" and import_path is None else "nats"
     console = Console(stderr=True)
+    outcomes = _train(comparison, console, stopped)
+    written = _draw(comparison, outcomes, unit, picture, console)
+    if as_json:
+        print(json.dumps(_figures(comparison, outcomes, unit, written)))  # noqa: T201 - data goes to stdout
+    elif outcomes:
+        _print_table(comparison, outcomes, unit)
+    return int(any(outcome.error for outcome in outcomes))
+
+
+def _train(comparison: Comparison, console: Console, stopped: Callable[[], bool]) -> list[Outcome]:
+    """What there is of it when it is `stopped`; people are told as it goes on."""
     outcomes = []
     with _display(console, comparison.plans) as tell:
         for outcome in comparison.train(tell, stopped):
@@ -60,12 +71,7 @@ def compare_command(
     n_left = len(comparison.plans) - len(outcomes)
     if n_left:
         console.print(f"Stopped: {n_left} of {len(comparison.plans)} strategies are left out.")
-    written = _draw(comparison, outcomes, unit, picture, console)
-    if as_json:
-        print(json.dumps(_figures(comparison, outcomes, unit, written)))  # noqa: T201 - data goes to stdout
-    elif outcomes:
-        _print_table(comparison, outcomes, unit)
-    return int(any(outcome.error for outcome in outcomes))
+    return outcomes
 
 
 def _tell_end(outcome: Outcome, console: Console) -> None:
@@ -173,21 +179,25 @@ def _cells(outcome: Outcome) -> list[str]:
 @contextmanager
 def _display(console: Console, all_plans: Sequence[ComparePlan]) -> Iterator[Tell]:
     """A bar for each strategy on a terminal; elsewhere a line when it begins, and one every three seconds."""
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TextColumn("{task.fields[held_out]}"), console=console) as bars:
-            tasks = {
-                p.label: bars.add_task(p.label, total=p.rounds, start=False, held_out="") for p in all_plans
-            }
-
-            def move(plan: ComparePlan, round_: int, held_out: float | None) -> None:
-                task = tasks[plan.label]
-                if not bars.tasks[task].started:
-                    bars.start_task(task)
-                bars.update(task, completed=round_, held_out=_told(held_out))
-
-            yield move
+    if not console.is_terminal:
+        yield _line_printer(console)
         return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[held_out]}"), console=console) as bars:
+        tasks = {p.label: bars.add_task(p.label, total=p.rounds, start=False, held_out="") for p in all_plans}
+
+        def move(plan: ComparePlan, round_: int, held_out: float | None) -> None:
+            task = tasks[plan.label]
+            if not bars.tasks[task].started:
+                bars.start_task(task)
+            bars.update(task, completed=round_, held_out=_told(held_out))
+
+        yield move
+
+
+def _line_printer(console: Console) -> Tell:
+    """Prints a line when a plan begins, and when its round is another one than at the last, `LINE_EVERY_S`
+    earlier."""
     printed: tuple[ComparePlan | None, int, float] = None, -1, 0.0
 
     def print_line(plan: ComparePlan, round_: int, held_out: float | None) -> None:
@@ -199,7 +209,7 @@ def _display(console: Console, all_plans: Sequence[ComparePlan]) -> Iterator[Tel
             line = f"{plan.label}: round {round_}/{plan.rounds} {_told(held_out)}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    yield print_line
+    return print_line
 
 
 def _told(held_out: float | None) -> str:

@@ -38,7 +38,9 @@ from ...compression.numerics.noise import (
 )
 from ...compression.numerics.reduce import l1_norm
 from ...compression.numerics.values import FORMATS, Format, check_codes, check_scales, quantize
-from ...optim.base import Share, Strategy
+from ...optim.base import Share
+from ...optim.facts import KnownUpdate
+from ...optim.registry import STRATEGIES, build_strategy, strategy_class
 
 N: Final = 10_007
 """Elements: not a multiple of any block."""
@@ -54,11 +56,15 @@ _TURN: Final = Turn(round=3, shared_seed=2**64 - 5, own_seed=11, lr_factor=0.75)
 
 @dataclass(frozen=True, slots=True)
 class KnownAnswer:
-    """`cpu_only`: a path that runs on the CPU wherever the replica is."""
+    """A path and the unsigned 64-bit number that it finds on a machine that can be trusted.
+
+    `cpu_only`: it runs on the CPU wherever the replica is. `is_slow`: it takes about a second.
+    """
 
     run: Callable[[torch.device], int]
     answer: int
     cpu_only: bool = False
+    is_slow: bool = False
 
 
 # ------------------------------------------------------------------------------------------- inputs
@@ -256,17 +262,17 @@ def _packing(device: torch.device) -> int:
 # ------------------------------------------------------------------------------------------- strategies
 
 
-def _strategy(kind: str, device: torch.device) -> int:
+def _update(strategy_name: str, case: KnownUpdate, device: torch.device) -> int:
     """Two rounds of two counted offers, then everything that is replicated."""
     parameters = [
         ("matrix", torch.nn.Parameter(values(device, 4096 + 640).view(74, 64).clone())),
         ("bias", torch.nn.Parameter(values(device, 100, salt=7).clone())),
     ]
-    strategy = _built(kind, parameters)
+    strategy = build_strategy({"name": strategy_name, **case.options}, parameters)
     for round_ in (1, 2):
         turn = Turn(round=round_, shared_seed=round_, own_seed=9, lr_factor=0.5)
         shares = [
-            Share(seed=2**63 + s, n_samples=3 + s, payload=_payload(kind, strategy, 10 * round_ + s))
+            Share(2**63 + s, n_samples=3 + s, payload=strategy.known_payload(_filled, 10 * round_ + s))
             for s in range(2)
         ]
         for share in shares:
@@ -276,30 +282,22 @@ def _strategy(kind: str, device: torch.device) -> int:
     return _sum_of([tensors[name].detach().to(device, torch.float32) for name in sorted(tensors)])
 
 
-def _built(kind: str, parameters: list[tuple[str, torch.nn.Parameter]]) -> Strategy:
-    from ...optim.decoupled import Decoupled
-    from ...optim.diloco import Diloco
-    from ...optim.spsa import Spsa
-
-    match kind:
-        case "sign":
-            return Decoupled(parameters, lr=0.003, weight_decay=0.1, compressor=Dense())
-        case "adamw":
-            return Decoupled(
-                parameters, lr=0.003, weight_decay=0.1, base="adamw", sign=False, compressor=Dense()
-            )
-        case "diloco":
-            return Diloco(parameters, compressor=Dense())
-        case _:
-            return Spsa(parameters, lr=0.01, weight_decay=0.1)
+def _filled(dtype: torch.dtype, n: int, salt: int) -> Tensor:
+    """See `Fill`."""
+    if dtype == torch.uint8:
+        return torch.from_numpy(words(n, salt).astype(np.uint8))
+    if dtype == torch.float32:
+        return values(torch.device("cpu"), n, salt)
+    raise NotImplementedError(f"payloads of {dtype}: the strategy makes its own in known_payload")
 
 
-def _payload(kind: str, strategy: Strategy, salt: int) -> dict[str, Packed]:
-    if kind == "spsa":
-        codes = words(5, salt).astype(np.uint8) | np.uint8(1)  # 0x80 is no code
-        return {"codes": (torch.from_numpy(codes),)}
-    cpu = torch.device("cpu")
-    return {p.name: (values(cpu, p.tensor.numel(), salt + p.index),) for p in strategy.parameters_in_order()}
+def _updates() -> dict[str, KnownAnswer]:
+    """Those of every strategy in the registry."""
+    return {
+        name: KnownAnswer(partial(_update, strategy, case), case.answer, is_slow=case.is_slow)
+        for strategy in STRATEGIES
+        for name, case in strategy_class(strategy).facts.known_updates.items()
+    }
 
 
 def _cpu(run: Callable[..., int], answer: int, *args: Any) -> KnownAnswer:
@@ -332,10 +330,7 @@ KNOWN_ANSWERS: Final[dict[str, KnownAnswer]] = {
     "e3m0 values": _cpu(_values, 0x2D4C18B9E5CA3157, "e3m0"),
     "rice indices": _cpu(_rice, 0xBE188F95F3E870EF),
     "weighted mean": _cpu(_weighted_mean, 0x0858B3352B7F7A17),
-    "sign update": _any(_strategy, 0x8EDBFF4D3FB665AA, "sign"),
-    "adamw update": _any(_strategy, 0xF272736F1B853EB4, "adamw"),
-    "outer update": _any(_strategy, 0xE01E6085E2946613, "diloco"),
-    "spsa update": _any(_strategy, 0x1D9C86B3E81B2A0E, "spsa"),
+    **_updates(),
     "packing": _any(_packing, GOOD),
 }
 """By the name that people are told."""

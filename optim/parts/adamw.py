@@ -1,4 +1,5 @@
-"""AdamW (Loshchilov & Hutter, arXiv 1711.05101) on replicated moments: exact (design: section 6).
+"""AdamW (Loshchilov & Hutter, arXiv 1711.05101) on replicated moments: exact
+(ARCHITECTURE.md, "Exact arithmetic").
 
     m = beta1 m + (1 - beta1) g            v = beta2 v + (1 - beta2) g g
     theta = theta (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)

@@ -1,4 +1,4 @@
-"""One byte for one SPSA scalar: sign and 7-bit logarithmic magnitude (algorithms: section 1).
+"""One byte for one SPSA scalar: sign and 7-bit logarithmic magnitude (Just One Byte, arXiv 2306.10015).
 
     bit 7       sign, set for negative
     bits 0..6   m: 0 means "no contribution", m in 1..127 means 2^((m - 64) / 4)

@@ -1,4 +1,4 @@
-"""A forward pass with theta + eps z in place of theta, without touching theta (design: section 7).
+"""A forward pass with theta + eps z in place of theta, without touching theta.
 
 Perturbing in place and restoring is no option: (x + e) - 2e + e is not x. Instead every torch function that
 is handed a parameter gets a perturbed scratch tensor; the scratch lives for that one use, so the memory

@@ -1,7 +1,7 @@
 """One suite over every strategy: what a swarm may rely on, whatever is sent.
 
-A row is a strategy's config, as it stands in a run's record 0. The swarm is a list of replicas that exchange
-the bytes of their payloads; which offers are lost is scripted.
+A new strategy is a row in `ROWS`. The swarm is a list of replicas that exchange the bytes of their payloads;
+which offers are lost is scripted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -23,84 +24,103 @@ from tests.support.formulas import has_expected_bytes, n_bytes_of, name_of, smal
 from tests.support.paths import ROOT
 from tests.support.replicas import LAYOUT, Replica, run_round
 from thinwire.compression import wire
-from thinwire.compression.base import Part, Payload
+from thinwire.compression.base import Packed, Part, Payload
 from thinwire.compression.errors import BadPayload
 from thinwire.compression.numerics.noise import initial_values
-from thinwire.optim.base import Closure, Own
+from thinwire.optim.base import Closure, Own, Strategy
 from thinwire.optim.registry import build_compressor, complete_config
 
-ROWS: dict[str, dict[str, Any]] = {
-    "spsa sign": {"name": "spsa", "lr": 1e-2, "probes": 3, "weight_decay": 0.1},
-    "spsa shared": {"name": "spsa", "lr": 1e-2, "probes": 3, "shared_noise": True, "params": "a,c"},
-    "spsa gauss": {"name": "spsa", "lr": 1e-2, "probes": 3, "noise": "gauss", "scale": "sqrt"},
-}
-for compressor_name, compressor in {
-    "dct_topk 1": {"name": "dct_topk", "k": 32, "bits": 1},
-    "dct_topk 8": {"name": "dct_topk", "k": 64, "group_size": 1024, "bits": 8},
-    "dense": {"name": "dense"},
-}.items():
-    for sign in (True, False):
-        ROWS[f"decoupled {compressor_name} {'sign' if sign else 'plain'}"] = {
-            "name": "decoupled",
-            "compressor": compressor,
-            "lr": 1e-2,
-            "beta": 0.9,
-            "sign": sign,
-            "weight_decay": 0.1,
-        }
 
-ROWS["decoupled senders"] = {
-    "name": "decoupled",
-    "compressor": {"name": "dct_topk", "k": 32, "bits": 8},
-    "lr": 1e-2,
-    "beta": 0.9,
-    "mean": "senders",
-}
-for sign in (True, False):
-    ROWS[f"decoupled adamw {'sign' if sign else 'plain'}"] = {
-        "name": "decoupled",
-        "base": "adamw",
-        "compressor": {"name": "dct_topk", "k": 64, "group_size": 1024, "bits": 8},
-        "lr": 1e-2,
-        "beta": 0.9,
-        "sign": sign,
-        "weight_decay": 0.1,
-        "accumulate": 2,
-        "replicate_every": 2,
-    }
+def bad_values(packed: Packed) -> dict[str, Packed]:
+    """The first tensor full of bytes that are no SPSA code, or of NaN."""
+    first = packed[0]
+    bad = torch.full_like(first, 0x80 if first.dtype == torch.uint8 else float("nan"))
+    return {"bad values": (bad, *packed[1:])}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy's config, as it stands in a run's record 0, and what the suite cannot know of its payloads.
+
+    `n_bytes`: of a payload's tensors; None: what the compressor's docstring says. `bad_packs`: packs of the
+    first parameter, made from a good one, that can be written down and read, and that `check` refuses; by
+    what is wrong with them.
+    """
+
+    config: dict[str, Any]
+    n_bytes: Callable[[Strategy], int] | None = None
+    bad_packs: Callable[[Packed], dict[str, Packed]] = bad_values
+
+
+SPSA = {"name": "spsa", "lr": 1e-2, "probes": 3}
+DECOUPLED = {"name": "decoupled", "lr": 1e-2, "beta": 0.9}
 DILOCO = {"name": "diloco", "lr": 3e-3, "inner_steps": 3, "feedback_decay": 0.95}
+ONE_BIT = {"name": "dct_topk", "k": 32, "bits": 1}
 EIGHT_BITS = {"name": "dct_topk", "k": 64, "group_size": 1024, "bits": 8}
-ROWS |= {
-    "diloco dense": {**DILOCO, "compressor": {"name": "dense"}},
-    "diloco dct_topk 8": {**DILOCO, "compressor": EIGHT_BITS, "nesterov": False},
-    "diloco streaming": {**DILOCO, "compressor": EIGHT_BITS, "fragments": 3, "mix": 0.5, "outer_lr": 0.4},
-    "diloco sgd": {
-        **DILOCO,
-        "compressor": {"name": "dct_topk", "k": 32, "bits": 1},
-        "inner": {"name": "SGD", "momentum": 0.9},
-        "outer_lr": 1.0,
-        "outer_momentum": 0.0,
-        "fragments": 2,
-    },
+DENSE = {"name": "dense"}
+ADAMW = {
+    "base": "adamw",
+    "compressor": EIGHT_BITS,
+    "weight_decay": 0.1,
+    "accumulate": 2,
+    "replicate_every": 2,
 }
-for name, compressor in {
-    "topk": {"name": "topk", "k": 32, "group_size": 1024, "bits": 2},
-    "tiles": {"name": "dct_topk", "k": 32, "layout": "tiles", "bits": 4, "indices": "rice"},
-    "random_k": {"name": "random_k", "rate": 0.2},
-    "striding": {"name": "striding", "rate": 0.2, "bits": 16},
-    "slicing": {"name": "slicing", "rate": 0.2, "bits": 32},
-}.items():
-    ROWS[f"decoupled {name}"] = {**ROWS["decoupled dense plain"], "compressor": compressor}
-ROWS |= {
-    "diloco sparse": {
-        **DILOCO,
-        "compressor": {"name": "topk", "k": 64, "bits": 2},
-        "outer_lr": 1.0,
-        "outer_momentum": 0.0,
-    },
-    "diloco four bits": {**DILOCO, "compressor": {"name": "dense", "bits": "e3m0"}},
-    "diloco overlap": {**DILOCO, "compressor": EIGHT_BITS, "fragments": 2, "mix": 0.5, "overlap": 2},
-    "diloco striding": {**DILOCO, "compressor": {"name": "striding", "rate": 0.5}, "fragments": 2},
+
+
+def one_per_probe(strategy: Strategy) -> int:
+    return int(strategy.option("probes"))
+
+
+def decoupled_with(compressor: dict[str, Any], sign: bool) -> Row:
+    return Row({**DECOUPLED, "compressor": compressor, "sign": sign, "weight_decay": 0.1})
+
+
+ROWS: dict[str, Row] = {
+    "spsa sign": Row({**SPSA, "weight_decay": 0.1}, one_per_probe),
+    "spsa shared": Row({**SPSA, "shared_noise": True, "params": "a,c"}, one_per_probe),
+    "spsa gauss": Row({**SPSA, "noise": "gauss", "scale": "sqrt"}, one_per_probe),
+    "decoupled dct_topk 1 sign": decoupled_with(ONE_BIT, sign=True),
+    "decoupled dct_topk 1 plain": decoupled_with(ONE_BIT, sign=False),
+    "decoupled dct_topk 8 sign": decoupled_with(EIGHT_BITS, sign=True),
+    "decoupled dct_topk 8 plain": decoupled_with(EIGHT_BITS, sign=False),
+    "decoupled dense sign": decoupled_with(DENSE, sign=True),
+    "decoupled dense plain": decoupled_with(DENSE, sign=False),
+    "decoupled senders": Row({**DECOUPLED, "compressor": {**ONE_BIT, "bits": 8}, "mean": "senders"}),
+    "decoupled adamw sign": Row({**DECOUPLED, **ADAMW, "sign": True}),
+    "decoupled adamw plain": Row({**DECOUPLED, **ADAMW, "sign": False}),
+    "diloco dense": Row({**DILOCO, "compressor": DENSE}),
+    "diloco dct_topk 8": Row({**DILOCO, "compressor": EIGHT_BITS, "nesterov": False}),
+    "diloco streaming": Row(
+        {**DILOCO, "compressor": EIGHT_BITS, "fragments": 3, "mix": 0.5, "outer_lr": 0.4}
+    ),
+    "diloco sgd": Row(
+        {
+            **DILOCO,
+            "compressor": ONE_BIT,
+            "inner": {"name": "SGD", "momentum": 0.9},
+            "outer_lr": 1.0,
+            "outer_momentum": 0.0,
+            "fragments": 2,
+        }
+    ),
+    "decoupled topk": decoupled_with({"name": "topk", "k": 32, "group_size": 1024, "bits": 2}, sign=False),
+    "decoupled tiles": decoupled_with(
+        {"name": "dct_topk", "k": 32, "layout": "tiles", "bits": 4, "indices": "rice"}, sign=False
+    ),
+    "decoupled random_k": decoupled_with({"name": "random_k", "rate": 0.2}, sign=False),
+    "decoupled striding": decoupled_with({"name": "striding", "rate": 0.2, "bits": 16}, sign=False),
+    "decoupled slicing": decoupled_with({"name": "slicing", "rate": 0.2, "bits": 32}, sign=False),
+    "diloco sparse": Row(
+        {
+            **DILOCO,
+            "compressor": {"name": "topk", "k": 64, "bits": 2},
+            "outer_lr": 1.0,
+            "outer_momentum": 0.0,
+        }
+    ),
+    "diloco four bits": Row({**DILOCO, "compressor": {"name": "dense", "bits": "e3m0"}}),
+    "diloco overlap": Row({**DILOCO, "compressor": EIGHT_BITS, "fragments": 2, "mix": 0.5, "overlap": 2}),
+    "diloco striding": Row({**DILOCO, "compressor": {"name": "striding", "rate": 0.5}, "fragments": 2}),
 }
 
 PAYLOADS = ROOT / "tests/golden/strategy_payloads.json"
@@ -137,7 +157,7 @@ Ledger = list[tuple[int, list[tuple[int, bytes]]]]
 
 
 def swarm(row: str, n_peers: int, width: int = 211) -> list[Replica]:
-    return [new_replica(ROWS[row], peer, width) for peer in range(n_peers)]
+    return [new_replica(ROWS[row].config, peer, width) for peer in range(n_peers)]
 
 
 def run(replicas: list[Replica], rounds: range, lost: dict[int, set[int]] | None = None) -> Ledger:
@@ -146,7 +166,7 @@ def run(replicas: list[Replica], rounds: range, lost: dict[int, set[int]] | None
 
 def replay(row: str, ledger: Ledger) -> str:
     """The fingerprint of a replica that only follows."""
-    follower = new_replica(ROWS[row], peer=99)
+    follower = new_replica(ROWS[row].config, peer=99)
     for round_, counted in ledger:
         follower.apply(round_, counted, None)
     return follower.print()
@@ -354,10 +374,10 @@ def test_a_replica_begins_again_at_the_base_weights(row: str) -> None:
 def test_a_payload_has_as_many_bytes_as_stated(row: str) -> None:
     """29 of framing, more only for tensors shorter than usual; and what the compressor's docstring says."""
     (replica,) = swarm(row, 1)
-    assert_stated_bytes(replica, replica.offer(1), 1)
+    assert_stated_bytes(ROWS[row], replica, replica.offer(1), 1)
 
 
-def assert_stated_bytes(replica: Replica, data: bytes, round: int) -> None:
+def assert_stated_bytes(row: Row, replica: Replica, data: bytes, round: int) -> None:
     fields = replica.strategy.fields(replica.turn(round))
     payload = replica.decode(data, round)
     body = sum(n_bytes_of(packed) for packed in payload.values())
@@ -365,13 +385,14 @@ def assert_stated_bytes(replica: Replica, data: bytes, round: int) -> None:
         t.numel() < f.n_elements for name in fields for t, f in zip(payload[name], fields[name], strict=True)
     )
     assert 29 + body <= len(data) <= 29 + body + 11 * n_short
-    assert has_stated_bytes(replica, payload)
+    if row.n_bytes is None:
+        assert has_compressors_bytes(replica, payload)
+    else:
+        assert body == row.n_bytes(replica.strategy)
 
 
-def has_stated_bytes(replica: Replica, payload: Payload) -> bool:
+def has_compressors_bytes(replica: Replica, payload: Payload) -> bool:
     """Whether every parameter's pack has the bytes that the compressor's docstring promises."""
-    if replica.config["name"] == "spsa":
-        return sum(n_bytes_of(packed) for packed in payload.values()) == replica.config["probes"]
     compressor = build_compressor(complete_config(replica.config)["compressor"])
     parts = {p.name: Part.whole(p.tensor.shape) for p in replica.strategy.parameters_in_order()}
     return all(has_expected_bytes(compressor, packed, parts[name]) for name, packed in payload.items())
@@ -380,8 +401,8 @@ def has_stated_bytes(replica: Replica, payload: Payload) -> bool:
 # ------------------------------------------------------------------------------------------- bad payloads
 
 
-def broken(payload: Payload) -> Iterator[tuple[str, Payload]]:
-    """Everything that can be wrong with the tensors of a payload, one at a time."""
+def broken(row: Row, payload: Payload) -> Iterator[tuple[str, Payload]]:
+    """Everything that can be wrong with the tensors of a payload, one at a time; the row's own in the end."""
     yield "no names", {}
     yield "an unknown name", {**payload, "intruder": next(iter(payload.values()))}
     for name, packed in payload.items():
@@ -391,6 +412,9 @@ def broken(payload: Payload) -> Iterator[tuple[str, Payload]]:
         for i, t in enumerate(packed):
             for what, other in broken_tensors(t):
                 yield f"{name}[{i}] {what}", {**payload, name: (*packed[:i], other, *packed[i + 1 :])}
+    name, packed = next(iter(payload.items()))
+    for what, bad in row.bad_packs(packed).items():
+        yield f"{name} {what}", {**payload, name: bad}
 
 
 def broken_tensors(t: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -405,13 +429,13 @@ def broken_tensors(t: Tensor) -> Iterator[tuple[str, Tensor]]:
 @every_row
 def test_check_refuses_what_is_wrong(row: str) -> None:
     (replica,) = swarm(row, 1)
-    assert_refuses_what_is_wrong(replica, replica.offer(1), 1)
+    assert_refuses_what_is_wrong(ROWS[row], replica, replica.offer(1), 1)
 
 
-def assert_refuses_what_is_wrong(replica: Replica, data: bytes, round: int) -> None:
+def assert_refuses_what_is_wrong(row: Row, replica: Replica, data: bytes, round: int) -> None:
     turn, payload = replica.turn(round), replica.decode(data, round)
     replica.strategy.check(payload, turn)
-    for what, bad in broken(payload):
+    for what, bad in broken(row, payload):
         try:
             replica.strategy.check(bad, turn)
         except BadPayload:
@@ -419,13 +443,11 @@ def assert_refuses_what_is_wrong(replica: Replica, data: bytes, round: int) -> N
         pytest.fail(f"accepted a payload with {what}")
 
 
-def spoilt(replica: Replica, data: bytes, round: int) -> bytes:
-    """Well-formed bytes whose values are bad."""
+def spoilt(row: str, replica: Replica, data: bytes, round: int) -> bytes:
+    """The bytes of the payload with the first of the row's bad packs."""
     payload = replica.decode(data, round)
     name = next(iter(payload))
-    first = payload[name][0]
-    bad = torch.full_like(first, 0x80 if first.dtype == torch.uint8 else float("nan"))
-    payload[name] = (bad, *payload[name][1:])
+    payload[name] = next(iter(ROWS[row].bad_packs(payload[name]).values()))
     return wire.encode(payload, replica.strategy.fields(replica.turn(round)), round, LAYOUT)
 
 
@@ -436,7 +458,7 @@ def test_a_bad_payload_is_left_out_by_everybody(row: str) -> None:
     for r in without:
         r.offer(1)
     good = [(replicas[i].seed(1), offers[i]) for i in (0, 2)]
-    bad = (replicas[1].seed(1), spoilt(replicas[1], offers[1], 1))
+    bad = (replicas[1].seed(1), spoilt(row, replicas[1], offers[1], 1))
     for r, other in zip(replicas, without, strict=True):
         own: Own = "missed" if r.peer == 1 else "counted"
         r.apply(1, [good[0], bad, good[1]], own)
@@ -451,14 +473,14 @@ def test_a_round_without_good_payloads_changes_nothing(row: str) -> None:
     (replica,) = swarm(row, 1)
     data = replica.offer(1)
     before = replica.print()
-    replica.apply(1, [(replica.seed(1), spoilt(replica, data, 1))], "missed")
+    replica.apply(1, [(replica.seed(1), spoilt(row, replica, data, 1))], "missed")
     assert replica.print() == before
 
 
 # ------------------------------------------------------------------- every strategy with every compressor
 
 WITH_COMPRESSOR: dict[str, dict[str, Any]] = {
-    "decoupled": {"name": "decoupled", "lr": 1e-2, "beta": 0.9, "sign": False},
+    "decoupled": {**DECOUPLED, "sign": False},
     "diloco": {"name": "diloco", "lr": 3e-3, "inner_steps": 1, "mix": 0.5, "overlap": 1},
 }
 
@@ -466,26 +488,26 @@ WITH_COMPRESSOR: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("compressor", small_compressors(), ids=name_of)
 @pytest.mark.parametrize("strategy", WITH_COMPRESSOR)
 def test_every_strategy_with_every_compressor(strategy: str, compressor: dict[str, Any]) -> None:
-    assert_contract({**WITH_COMPRESSOR[strategy], "compressor": compressor}, n_peers=2)
+    assert_contract(Row({**WITH_COMPRESSOR[strategy], "compressor": compressor}), n_peers=2)
 
 
 @pytest.mark.parametrize("compressor", [c for c in small_compressors() if c["bits"] == 4], ids=name_of)
 @pytest.mark.parametrize("strategy", WITH_COMPRESSOR)
 def test_four_peers_with_every_compressor(strategy: str, compressor: dict[str, Any]) -> None:
-    assert_contract({**WITH_COMPRESSOR[strategy], "compressor": compressor}, n_peers=4)
+    assert_contract(Row({**WITH_COMPRESSOR[strategy], "compressor": compressor}), n_peers=4)
 
 
-def assert_contract(config: dict[str, Any], n_peers: int) -> None:
+def assert_contract(row: Row, n_peers: int) -> None:
     """On a small model: bytes by the formula, what is wrong is refused, replicas are equal though offers are
     lost and a peer restarts with its state between its offer and the commit that misses it."""
-    replicas = [new_replica(config, peer, width=13) for peer in range(n_peers)]
+    replicas = [new_replica(row.config, peer, width=13) for peer in range(n_peers)]
     lost = {2: {0}, 3: set(range(1, n_peers))}
     for round_ in range(1, 5):
         before = replicas[0].print()
         offers = [r.offer(round_) for r in replicas]
         if round_ == 1:
-            assert_stated_bytes(replicas[0], offers[0], 1)
-            assert_refuses_what_is_wrong(replicas[0], offers[0], 1)
+            assert_stated_bytes(row, replicas[0], offers[0], 1)
+            assert_refuses_what_is_wrong(row, replicas[0], offers[0], 1)
         if round_ == 2:
             saved = copy.deepcopy(replicas[0].strategy.state_dict())
             replicas[0] = restarted(replicas[0])
@@ -518,7 +540,7 @@ def golden_payloads(row: str) -> list[list[str]]:
 def test_golden(row: str, golden: Callable[[dict[str, str]], None], kernels: str) -> None:
     """`apply` of committed payloads gives the committed fingerprints, on any machine, with any kernels."""
     rounds = golden_payloads(row)
-    replica, prints = new_replica(ROWS[row], peer=99, width=13), {}
+    replica, prints = new_replica(ROWS[row].config, peer=99, width=13), {}
     for round_, payloads in enumerate(rounds, start=1):
         shares = [(replica.seed(7 * i + round_), bytes.fromhex(p)) for i, p in enumerate(payloads)]
         replica.apply(round_, shares, None)

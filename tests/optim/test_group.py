@@ -13,7 +13,7 @@ from tests.support import group_ranks as ranks
 from tests.support.rank_processes import run_ranks
 from thinwire.compression.base import Payload
 from thinwire.compression.errors import ConfigError
-from thinwire.optim.base import Share
+from thinwire.optim.base import Share, turn_of_step
 from thinwire.optim.group import group_optimizer, rank_seed, verify_group
 from thinwire.optim.registry import build_strategy
 
@@ -40,7 +40,7 @@ def swarm_prints(name: str, world_size: int, steps: range) -> list[str]:
     strategies = [build_strategy(ranks.CONFIGS[name], m.named_parameters()) for m in models]
     prints = []
     for step in steps:
-        turns = [s._own_turn(s.counters.get("steps", 0) + 1) for s in strategies]
+        turns = [turn_of_step(s.counters.get("steps", 0) + 1, s.option("seed"), s.peers) for s in strategies]
         payloads: list[Payload | None] = []
         for rank, (model, strategy, turn) in enumerate(zip(models, strategies, turns, strict=True)):
             seed = rank_seed(turn.shared_seed, rank)

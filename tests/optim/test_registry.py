@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 from typing import Any
@@ -14,9 +15,18 @@ from torch import nn
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.dense import Dense
 from thinwire.compression.errors import ConfigError
-from thinwire.optim.base import canonical_name
+from thinwire.optim.base import Strategy, canonical_name
 from thinwire.optim.decoupled import Decoupled
-from thinwire.optim.registry import COMPRESSORS, STRATEGIES, build_strategy, complete_config
+from thinwire.optim.diloco import Diloco
+from thinwire.optim.options import ENTRY_OF
+from thinwire.optim.registry import (
+    COMPRESSORS,
+    STRATEGIES,
+    build_compressor,
+    build_strategy,
+    complete_config,
+    strategy_class,
+)
 from thinwire.optim.spsa import Spsa
 
 SPSA = {"name": "spsa", "lr": 1e-3}
@@ -68,6 +78,39 @@ def test_every_row_of_the_table_builds(name: str) -> None:
     assert set(strategy.fields())
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_facts_name_options_and_the_self_test_has_a_case(name: str) -> None:
+    facts = strategy_class(name).facts
+    options = facts.options.defaults()
+    assert {*facts.batches, *facts.small_model, *filter(None, [facts.seconds])} <= options.keys()
+    assert {*facts.batches_per_step, *filter(None, [facts.fitted])} <= set(facts.batches)
+    assert facts.known_updates
+    for case in facts.known_updates.values():
+        complete_config({"name": name, **case.options})
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_groups_hold_the_options(name: str) -> None:
+    config = {"name": name, "lr": 0.1, "seed": 7}
+    complete = complete_config(config)
+    (group,) = build_strategy(config, named((3, 3))).param_groups
+    entries = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+    assert entries.pop("seed") == 7
+    assert entries == {
+        ENTRY_OF.get(key, key): repr(build_compressor(value)) if key == "compressor" else value
+        for key, value in complete.items()
+        if key not in ("name", "seed")
+    }
+
+
+@pytest.mark.parametrize("kind", [Decoupled, Diloco, Spsa])
+def test_constructors_show_their_options(kind: type[Strategy]) -> None:
+    names = list(inspect.signature(kind).parameters)
+    assert names == ["named_parameters", *kind.facts.options.defaults()]
+    with pytest.raises(TypeError, match="learning_rate"):
+        kind(named((2, 2)), learning_rate=1.0)  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_every_compressor_of_the_table_builds(name: str) -> None:
     build_strategy({**DECOUPLED, "compressor": {"name": name}}, named((3, 3)))
@@ -76,9 +119,9 @@ def test_every_compressor_of_the_table_builds(name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({}, "a strategy needs a name: one of decoupled, diloco, spsa"),
+        ({}, f"a strategy needs a name: one of {', '.join(sorted(STRATEGIES))}"),
         ({"name": "spas"}, "unknown strategy 'spas': did you mean 'spsa'?"),
-        ({"name": "zzz"}, "unknown strategy 'zzz': one of decoupled, diloco, spsa"),
+        ({"name": "zzz"}, f"unknown strategy 'zzz': one of {', '.join(sorted(STRATEGIES))}"),
         ({"name": "spsa"}, "strategy spsa needs lr"),
         ({**SPSA, "probs": 3}, "strategy spsa has no option 'probs': did you mean 'probes'?"),
         ({**SPSA, "eps": 0}, "eps = 0: must be a number > 0"),
@@ -87,6 +130,8 @@ def test_every_compressor_of_the_table_builds(name: str) -> None:
         ({**SPSA, "lr": True}, "lr = True: must be a number >= 0"),
         ({**SPSA, "probes": 0}, "probes = 0: must be a whole number from 1 to 4096"),
         ({**SPSA, "probes": 1.5}, "probes = 1.5: must be a whole number from 1 to 4096"),
+        ({**SPSA, "max_probes": 8}, "probes = 16: must be a whole number from 1 to 8"),
+        ({**SPSA, "max_probes": "8"}, "max_probes = '8': must be a whole number from 1 to "),
         ({**SPSA, "noise": "gaus"}, "noise = 'gaus': did you mean 'gauss'?"),
         ({**SPSA, "noise": ["gauss"]}, "noise = ['gauss']: "),
         ({**SPSA, "seed": -1}, "seed = -1: must be a whole number"),

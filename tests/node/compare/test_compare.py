@@ -21,7 +21,6 @@ from thinwire.compression.codecs.fused_update import Step, descend
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.schedule import lr_factor
 from thinwire.coordinator.protocol.settings import ScheduleSection
-from thinwire.node.compare import comparison
 from thinwire.node.compare.comparison import Comparison, Outcome
 from thinwire.node.compare.specs import ComparePlan, fitted, notable, plans
 from thinwire.node.compare.view import compare_command
@@ -30,7 +29,7 @@ from thinwire.node.genesis import initialise, make_genesis
 from thinwire.node.phases import Stopwatch, time_calls, time_compressor, typical
 from thinwire.node.replica import data_seed
 from thinwire.node.tasks.registry import make_task
-from thinwire.optim.registry import build_compressor, build_strategy
+from thinwire.optim.registry import STRATEGIES, build_compressor, build_strategy, strategy_class
 
 RUN = """
 [run]
@@ -80,8 +79,8 @@ def written(folder: Path) -> Path:
     return path
 
 
-def trained(run: RunConfig, specs: str) -> dict[str, Outcome]:
-    comparison = Comparison(run, plans(specs, run), N_PEERS)
+def trained(run: RunConfig, specs: str, **options: Any) -> dict[str, Outcome]:
+    comparison = Comparison(run, plans(specs, run), N_PEERS, **options)
     return {o.plan.label: o for o in comparison.train(lambda _plan, _round, _held_out: None, lambda: False)}
 
 
@@ -158,11 +157,8 @@ def test_ddp_is_data_parallel_adamw(run: RunConfig, outcomes: dict[str, Outcome]
     assert held_out < outcomes["ddp"].curve[0].held_out - 0.2
 
 
-def test_throwing_payloads_away_changes_nothing(
-    run: RunConfig, outcomes: dict[str, Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(comparison, "KEPT_BYTES", 1)  # a snapshot after every round
-    pruned = trained(run, "ddp")["ddp"]
+def test_throwing_payloads_away_changes_nothing(run: RunConfig, outcomes: dict[str, Outcome]) -> None:
+    pruned = trained(run, "ddp", kept_bytes=1)["ddp"]  # a snapshot after every round
     assert pruned.error is None
     assert pruned.fingerprints == outcomes["ddp"].fingerprints
     assert pruned.last == outcomes["ddp"].last
@@ -340,6 +336,17 @@ def test_the_run_files_options_belong_to_the_strategy_that_it_names(run: RunConf
     assert (spsa.label, spsa.options["lr"]) == ("spsa", 1e-4)
     assert (eight.label, eight.options["compressor"]["bits"]) == ("eight", 8)
     assert notable(eight.options) == "lr=0.003, compressor=dense(bits=8)"
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_of_the_registry_has_a_plan(name: str, run: RunConfig) -> None:
+    plan = plan_of(name, run)
+    facts = strategy_class(name).facts
+    assert plan.options["name"] == name
+    assert plan.n_batches == math.prod(plan.options[option] for option in facts.batches)
+    small = {} if name == run.strategy["name"] else facts.small_model
+    assert {option: plan.options[option] for option in small} == small
+    assert notable(plan.options).startswith("lr=")
 
 
 def test_rounds_of_others_are_fitted_to_the_tokens(run: RunConfig) -> None:

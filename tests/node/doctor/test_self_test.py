@@ -22,7 +22,20 @@ CPU = torch.device("cpu")
 
 
 def test_every_implementation_passes(kernels: str) -> None:
+    known = {name: hex(path.answer) for name, path in KNOWN_ANSWERS.items()}
+    assert {name: hex(path.run(CPU)) for name, path in KNOWN_ANSWERS.items()} == known
     assert failed_kernels(CPU) == []
+
+
+def test_a_node_does_not_wait_for_what_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(device: torch.device) -> int:
+        raise NotImplementedError
+
+    slow = {name: path for name, path in KNOWN_ANSWERS.items() if path.is_slow}
+    assert slow
+    for name, path in slow.items():
+        monkeypatch.setitem(KNOWN_ANSWERS, name, replace(path, run=missing))
+    refuse_wrong_arithmetic(CPU)
 
 
 def test_every_backend_of_this_machine_passes(monkeypatch: pytest.MonkeyPatch) -> None:

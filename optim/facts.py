@@ -1,0 +1,54 @@
+"""What others need to know of a strategy before one is built: its options, its batches, its self-test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .options import Options
+
+Fill = Callable[[torch.dtype, int, int], Tensor]
+"""Well-mixed values, the same on every machine: `fill(dtype, n_elements, salt)` is a row on the CPU of uint8,
+or of finite float32 with denormal ones among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownUpdate:
+    """A case of the self-test: what two rounds of two offers, whose bits are fixed, make of a small replica.
+
+    `options`: of the strategy, as in a run's file. `answer`: unsigned 64-bit `parameter_sum` of all that is
+    replicated. `is_slow`: takes about a second; a node does not wait for it when it starts.
+    """
+
+    options: Mapping[str, Any]
+    answer: int
+    is_slow: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """`Strategy.facts`; names of options are those of the `options` dataclass."""
+
+    options: type[Options]
+
+    batches: tuple[str, ...] = ()
+    """Options whose product is the number of batches that a peer draws in a round; none: one batch."""
+
+    batches_per_step: tuple[str, ...] = ()
+    """Those of them that data-parallel training has, too: batches between two exchanges of gradients."""
+
+    fitted: str | None = None
+    """The one of `batches` that a comparison fits to its length where nobody says what it is to be."""
+
+    seconds: str | None = None
+    """The option that, unless it is 0, leaves it to the clock how many batches a round has."""
+
+    small_model: Mapping[str, Any] = field(default_factory=dict)
+    """Options for a small model and a short run: the defaults are the papers', for large and long ones."""
+
+    known_updates: Mapping[str, KnownUpdate] = field(default_factory=dict)
+    """The self-test's cases of its `apply`, by the names that people are told; one at least."""
