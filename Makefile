@@ -47,6 +47,7 @@ learning: setup  ## long runs of what the methods are claimed to learn, an hour:
 lint: setup      ## ruff, mypy (strict), import-linter, circles among imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.support.imports
 	cd $(VENV)/lint && ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
 	  --explicit-package-bases --namespace-packages $(addprefix -p thinwire.,$(PACKAGES))
 	cd $(VENV)/lint && PYTHONPATH=. ../bin/lint-imports --config $(CURDIR)/pyproject.toml --no-cache

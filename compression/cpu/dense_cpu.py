@@ -1,4 +1,5 @@
-"""The numba kernels of `rows`: groups of values to scales and codes and back, in one pass over memory.
+"""The numba kernels of codecs/dense_codec.py: groups of values to scales and codes and back, in one pass over
+memory.
 
 Bytes and values are those of the reference."""
 
@@ -13,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..numerics.bits import n_bytes
-from ..numerics.values import FORMATS, Format
+from ..numerics.bit_layout import n_bytes
+from ..numerics.value_formats import FORMATS, Format
 from .addresses_cpu import bytes_at
 from .reduce_cpu import add_up, largest_bits
 from .threads import share
