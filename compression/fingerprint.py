@@ -1,9 +1,9 @@
-"""A short digest of the replicated state, independent of sharding, order and device (design: section 6).
+"""A short digest of the replicated state, independent of sharding, order and device.
 
 Per parameter: the sum modulo 2^64 of a mixed hash of (global element index, bit pattern). Good against
 accidents, not against forgers.
 
-    hash(i, bits) = mix(i * 0x9E3779B97F4A7C15 xor bits)      mix: the finaliser of splitmix64 (Vigna 2015)
+numerics/splitmix64.py has the hash.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ from blake3 import blake3
 from torch import Tensor
 
 from .exact import exact_arithmetic
-from .numerics.noise import kernels_for
-
-GOLDEN: Final = 0x9E3779B97F4A7C15
-MIX: Final = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-LAST_SHIFT: Final = 31
+from .kernels import kernels_for
+from .numerics.splitmix64 import GOLDEN, LAST_SHIFT, MIX
 
 _CHUNK: Final = 1 << 18
 _MASK: Final = (1 << 64) - 1

@@ -39,7 +39,7 @@ from ..compression.base import Compressor, Fields, Packed, Payload, Turn
 from ..compression.codecs.fused_update import decoded_on
 from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
-from ..compression.numerics.noise import use_numba
+from ..compression.kernels import use_numba
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
 from .options import Number, Options, Whole, keywords_of

@@ -24,17 +24,9 @@ from torch import Tensor
 from ..compression.base import Field, Fields, Payload, Turn
 from ..compression.errors import BadPayload
 from ..compression.exact import exact_arithmetic, to_float32
-from ..compression.numerics.noise import (
-    MAX_PROBES,
-    NoiseKind,
-    Piece,
-    Purpose,
-    Update,
-    kernels_for,
-    uniform_words,
-    update_all_,
-    update_pieces_,
-)
+from ..compression.kernels import kernels_for
+from ..compression.numerics.noise import uniform_words, update_all_, update_pieces_
+from ..compression.numerics.noise_layout import MAX_PROBES, NoiseKind, Piece, Purpose, Update
 from .base import (
     Closure,
     Draw,

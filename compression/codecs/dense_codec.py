@@ -21,12 +21,14 @@ from torch import Tensor
 
 from ..base import Field, Packed
 from ..errors import BadPayload
-from ..numerics.bits import n_bytes, pack_bits
+from ..kernels import use_numba
+from ..numerics.bit_layout import n_bytes
+from ..numerics.bits import pack_bits
 from ..numerics.indices import unpack_exactly
-from ..numerics.noise import use_numba
-from ..numerics.reduce import VALUE_LIMIT, l1_norm
-from ..numerics.values import (
+from ..numerics.reduce import l1_norm
+from ..numerics.value_formats import (
     FORMATS,
+    VALUE_LIMIT,
     Bits,
     Format,
     Table,
@@ -34,8 +36,8 @@ from ..numerics.values import (
     check_scales,
     check_sendable,
     format_of,
-    quantize,
 )
+from ..numerics.values import quantize
 from .groups import SLAB, Flat
 
 if TYPE_CHECKING:

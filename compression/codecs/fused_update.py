@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base import Compressor, Packed, Part, Turn
 from ..exact import exact_arithmetic
-from ..numerics.noise import kernels_for
+from ..kernels import kernels_for
 from .sparse import Sparse
 
 

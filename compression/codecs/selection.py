@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..base import Field, Packed, Part, Turn
 from ..exact import exact_arithmetic
-from ..numerics.noise import use_numba
+from ..kernels import use_numba
 from ..numerics.reduce import mean_weights
 from ..scratch import scratch
 from .dense_codec import Chunk, Row, RowBits, l1_norms, mean_into, row_of

@@ -28,19 +28,11 @@ from torch import Tensor
 from ..base import Field, Packed, Part, Turn
 from ..errors import BadPayload
 from ..exact import exact_arithmetic
+from ..kernels import kernels_for, use_numba
 from ..numerics.indices import IndexCoder, IndexFormat, Most, PackedIndices, coder_of
-from ..numerics.noise import kernels_for, use_numba
 from ..numerics.reduce import l1_norm, mean_weights
-from ..numerics.values import (
-    Bits,
-    Format,
-    Table,
-    check_codes,
-    check_scales,
-    check_sendable,
-    format_of,
-    quantize,
-)
+from ..numerics.value_formats import Bits, Format, Table, check_codes, check_scales, check_sendable, format_of
+from ..numerics.values import quantize
 from .groups import SLAB, Flat, Slab
 from .tiles import Tiles
 

@@ -23,7 +23,7 @@ from ..codecs.sparse import Sparse, layout_of
 from ..errors import BadPayload
 from ..numerics.indices import PackedIndices
 from ..numerics.reduce import mean_weights
-from ..numerics.values import Table, check_sendable
+from ..numerics.value_formats import Table, check_sendable
 from .addresses_cpu import bytes_at, floats_at
 from .dct_cpu import INTEGER_BASIS, ORDER
 from .sparse_cpu import POWERS, decode_groups, how_of, read_entries, select_groups

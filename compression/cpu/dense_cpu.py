@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..numerics.bits import n_bytes
-from ..numerics.values import FORMATS, Format
+from ..numerics.bit_layout import n_bytes
+from ..numerics.value_formats import FORMATS, Format
 from .addresses_cpu import bytes_at
 from .reduce_cpu import add_up, largest_bits
 from .threads import share

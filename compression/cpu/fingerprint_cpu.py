@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from ..fingerprint import GOLDEN, LAST_SHIFT, MIX
+from ..numerics.splitmix64 import GOLDEN, LAST_SHIFT, MIX
 from .threads import share
 
 _GOLDEN: Final = np.uint64(GOLDEN)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numba
 import numpy as np
 from torch import Tensor
 
-from ..numerics.noise import Where
+from ..numerics.noise_layout import NoiseKind, Piece, Update, Where
 from ..numerics.quantiles import NORMAL_256
 from .addresses_cpu import floats_at
 from .threads import share
-
-if TYPE_CHECKING:
-    from ..numerics.noise import NoiseKind, Piece, Update
+from .words_cpu import fill_words, overlap
 
 Array = Any
 """A numpy array inside a kernel; numba finds the types."""
@@ -24,9 +22,6 @@ Word = Any
 """A numpy integer or float32 of fixed width inside a kernel."""
 
 _TABLE: Final = np.array(NORMAL_256, dtype=np.float32)
-_MULTIPLIERS: Final = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL: Final = (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))
-_32: Final = np.uint64(32)
 _SIGN_BIT: Final = np.uint32(0x80000000)
 _ONE: Final = np.float32(1.0)
 
@@ -123,7 +118,7 @@ def _sign_blocks(
     )  # fmt: skip
     acc = np.empty(4096, np.float32)
     for block in range(first, last):
-        a, b, skipped = _overlap(x.size, start, block)
+        a, b, skipped = overlap(x.size, start, block)
         begin = 0
         for u in range(ends.size):
             end = ends[u]
@@ -201,7 +196,7 @@ def _add_up_signs(
 
 @numba.njit(nogil=True)
 def _sign_words(words: Array, block: int, third: Word, fourth: Word, seed: Word) -> None:
-    _fill_words(words, 32, block, third, fourth, seed)
+    fill_words(words, 32, block, third, fourth, seed)
 
 
 @numba.njit(inline="always")
@@ -224,12 +219,12 @@ def _gauss_blocks(
     words = np.empty(1024, np.uint32)
     acc = np.empty(4096, np.float32)
     for block in range(first, last):
-        a, b, skipped = _overlap(x.size, start, block)
+        a, b, skipped = overlap(x.size, start, block)
         begin = 0
         for u in range(ends.size):
             end = ends[u]
             for p in range(begin, end):
-                _fill_words(words, 256, block, third, tails[p], seeds[p])
+                fill_words(words, 256, block, third, tails[p], seeds[p])
                 for byte in range(4):
                     down = np.uint32(8 * byte)
                     for w in range(1024):
@@ -243,15 +238,6 @@ def _gauss_blocks(
             else:
                 _finish(y[a:b], x[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
             begin = end
-
-
-@numba.njit(inline="always")
-def _overlap(size: int, start: int, block: int) -> tuple[int, int, int]:
-    """The slice [a, b) of the tensor, which begins at the global element `start`, that lies in the block; and
-    how many elements of the block come before it."""
-    a = max(block * 4096 - start, 0)
-    b = min((block + 1) * 4096 - start, size)
-    return a, b, a + start - block * 4096
 
 
 @numba.njit(nogil=True)
@@ -279,27 +265,3 @@ def _finish_in_place(y: Array, acc: Array, n_terms: int, decay: Word) -> None:
     else:
         for i in range(y.size):
             y[i] = y[i] * decay - acc[i]
-
-
-@numba.njit(inline="always")
-def _fill_words(words: Array, n_calls: int, block: int, third: Word, fourth: Word, seed: Word) -> None:
-    """words[l * n_calls + c] = lane l of call c; n_calls is a power of two, so low + c never carries."""
-    number = np.uint64(block) * np.uint64(n_calls)
-    low, high = np.uint32(number), np.uint32(number >> _32)
-    k0, k1 = np.uint32(seed), np.uint32(seed >> _32)
-    for c in range(n_calls):
-        a, b, d, e = _philox(np.uint32(low + np.uint32(c)), high, third, fourth, k0, k1)
-        words[c] = a
-        words[n_calls + c] = b
-        words[2 * n_calls + c] = d
-        words[3 * n_calls + c] = e
-
-
-@numba.njit(inline="always")
-def _philox(x0: Word, x1: Word, x2: Word, x3: Word, k0: Word, k1: Word) -> tuple[Word, Word, Word, Word]:
-    for _ in range(10):
-        p0, p1 = np.uint64(x0) * _MULTIPLIERS[0], np.uint64(x2) * _MULTIPLIERS[1]
-        x0, x1 = np.uint32(p1 >> _32) ^ x1 ^ k0, np.uint32(p1)
-        x2, x3 = np.uint32(p0 >> _32) ^ x3 ^ k1, np.uint32(p0)
-        k0, k1 = np.uint32(k0 + _WEYL[0]), np.uint32(k1 + _WEYL[1])
-    return x0, x1, x2, x3

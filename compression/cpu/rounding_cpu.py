@@ -9,16 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..numerics.noise import BLOCK, Purpose
-from ..numerics.rounding import NAN
-from .noise_cpu import _fill_words, _overlap
+from ..numerics.noise_layout import BFLOAT16_NAN, BLOCK, ROUND_CALLS, Purpose
 from .threads import share
+from .words_cpu import fill_words, overlap
 
 _EXPONENT = np.uint32(0x7F800000)
 _FRACTION = np.uint32(0x007FFFFF)
 _16 = np.uint32(16)
 _LOW = np.uint32(0xFFFF)
-_NAN = np.uint16(NAN)
+_NAN = np.uint16(BFLOAT16_NAN)
 
 
 def round_to_bfloat16(x: Tensor, out: Tensor, seed: int, param_index: int, start: int) -> None:
@@ -39,8 +38,8 @@ def _blocks(y: Any, x: Any, start: int, first: int, last: int, third: Any, fourt
     words = np.empty(2048, np.uint32)
     random = np.empty(4096, np.uint32)
     for block in range(first, last):
-        a, b, skipped = _overlap(x.size, start, block)
-        _fill_words(words, 512, block, third, fourth, seed)
+        a, b, skipped = overlap(x.size, start, block)
+        fill_words(words, ROUND_CALLS, block, third, fourth, seed)
         for w in range(2048):
             random[w] = words[w] & _LOW
             random[2048 + w] = words[w] >> _16

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..numerics.bits import n_bytes
+from ..numerics.bit_layout import n_bytes
 from .tables_triton import EXACT, Array, on_device, owners, table
 
 _BLOCK: Final = tl.constexpr(1024)

@@ -12,17 +12,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import fingerprint
+from ..numerics.splitmix64 import GOLDEN, LAST_SHIFT, MIX
 from .tables_triton import EXACT, on_device, owners, pointer, table
 
 _TILE: Final = tl.constexpr(2048)
 _TILES: Final = tl.constexpr(8)
 """Of a program: each adds up 2^14 elements."""
 
-_GOLDEN: Final = tl.constexpr(fingerprint.GOLDEN)
-_SHIFT_0, _FACTOR_0 = map(tl.constexpr, fingerprint.MIX[0])
-_SHIFT_1, _FACTOR_1 = map(tl.constexpr, fingerprint.MIX[1])
-_LAST_SHIFT: Final = tl.constexpr(fingerprint.LAST_SHIFT)
+_GOLDEN: Final = tl.constexpr(GOLDEN)
+_SHIFT_0, _FACTOR_0 = map(tl.constexpr, MIX[0])
+_SHIFT_1, _FACTOR_1 = map(tl.constexpr, MIX[1])
+_LAST_SHIFT: Final = tl.constexpr(LAST_SHIFT)
 
 
 def parameter_sums(bits: Sequence[Tensor], starts: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -19,14 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..numerics.noise import BLOCK, CALLS, Where
+from ..numerics.noise_layout import BLOCK, CALLS, NoiseKind, Piece, Update, Where
 from ..numerics.quantiles import NORMAL_256
 from .rounding_triton import random_halves, rounded_bits
 from .tables_triton import EXACT, high_float, on_device, owners, pointer, table, upload
 from .words_triton import in_order, random_words
-
-if TYPE_CHECKING:
-    from ..numerics.noise import NoiseKind, Piece, Update
 
 _WARPS: Final = 2  # a program's accumulators fit into the registers, and few words are computed twice
 _BLOCK: Final = tl.constexpr(BLOCK)

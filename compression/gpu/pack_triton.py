@@ -28,9 +28,9 @@ from ..codecs.groups import Flat
 from ..codecs.tiles import Tiles
 from ..exact import to_float32
 from ..numerics import dct
-from ..numerics.bits import n_bytes
+from ..numerics.bit_layout import n_bytes
 from ..numerics.indices import RiceIndices
-from ..numerics.values import check_sendable
+from ..numerics.value_formats import check_sendable
 from .bits_triton import pack_rows
 from .indices_triton import Chart, chart
 from .sparse_triton import halves, inverse_halves, powers, tile_basis, tile_of

@@ -9,15 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..numerics import rounding
-from ..numerics.noise import BLOCK, Purpose
+from ..numerics.noise_layout import BFLOAT16_NAN, BLOCK, ROUND_CALLS, Purpose
 from .tables_triton import EXACT, on_device
 from .words_triton import in_order, random_words
 
 _BLOCK: Final = tl.constexpr(BLOCK)
-_N_CALLS: Final = tl.constexpr(rounding.N_CALLS)
+_N_CALLS: Final = tl.constexpr(ROUND_CALLS)
 _FOURTH: Final = tl.constexpr(int(Purpose.ROUND) << 20)
-_NAN: Final = tl.constexpr(rounding.NAN)
+_NAN: Final = tl.constexpr(BFLOAT16_NAN)
 
 
 def round_to_bfloat16(x: Tensor, out: Tensor, seed: int, param_index: int, start: int) -> None:

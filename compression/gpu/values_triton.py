@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..numerics.dct import ROUNDER
-from ..numerics.values import FORMATS, Format
+from ..numerics.value_formats import FORMATS, Format
 from .tables_triton import EXACT, on_device
 
 MAX_GROUP: Final = 1 << 13

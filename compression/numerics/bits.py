@@ -9,15 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .noise import kernels_for, use_numba
+from ..kernels import kernels_for, use_numba
+from .bit_layout import MAX_WIDTH, n_bytes
 
-MAX_WIDTH: Final = 32
 _CHUNK: Final = 1 << 16  # values at a time, a multiple of 8: scratch of a few MB, and they begin with a byte
-
-
-def n_bytes(n: int, width: int) -> int:
-    """Bytes that `n` values of `width` bits take."""
-    return (n * width + 7) // 8
 
 
 def pack_bits(values: Tensor, width: int) -> Tensor:

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadPayload
-from .bits import n_bytes, pack_bits, unpack_bits
-from .noise import use_numba
+from ..kernels import use_numba
+from .bit_layout import n_bytes
+from .bits import pack_bits, unpack_bits
 
 Array = npt.NDArray[Any]
 

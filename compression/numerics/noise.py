@@ -1,32 +1,16 @@
-"""Counter-based noise: the same element gets the same noise on any device, in any order (design: section 6).
+"""Counter-based noise: the same element gets the same noise on any device, in any order.
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"):
+Philox (numerics/philox.py) gives the random bits, numerics/noise_layout.py says which element takes which of
+them: one bit for a sign, one byte for a Gaussian value, which is the index into a table of 256 quantiles.
 
-    key     = (seed low, seed high)
-    counter = (call low, call high, parameter index, probe + (purpose << 20))
-
-The flattened *global* parameter is cut into blocks of 4096 elements.
-
-- sign: 32 calls per block, call c of block b has number 32 b + c and its lane l gives word 32 l + c of 128.
-  Element e of the block takes bit e // 128 of word e % 128; a set bit means -1.
-- gauss: 256 calls per block, number 256 b + c, lane l gives word 256 l + c of 1024. Element e takes byte
-  e // 1024 (byte 0 is the lowest) of word e % 1024: the index into `NORMAL_256`.
-- words: call c has number c, lane l gives word 4 c + l.
-
-Everything here is the plain torch reference. `noise_cpu` (numba) and `noise_triton` give the same bits; where
-they are installed they take tensors on the CPU and on CUDA devices. THINWIRE_KERNELS=torch, numba or triton
-forces one of them.
+Everything here is the plain torch reference. cpu/noise_cpu.py (numba) and gpu/noise_triton.py give the same
+bits; where they are installed they take tensors on the CPU and on CUDA devices (kernels.py).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from functools import cache
-from importlib.util import find_spec
-from typing import Final, Literal, get_args
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -34,97 +18,17 @@ import torch
 from torch import Tensor
 
 from ..exact import to_float32
+from ..kernels import kernels_for
 from ..scratch import scratch
+from .noise_layout import BLOCK, CALLS, NoiseKind, Piece, Probe, Purpose, Update, Where
+from .philox import philox4x32
 from .quantiles import NORMAL_256
-
-NoiseKind = Literal["sign", "gauss"]
-Kernels = Literal["torch", "numba", "triton"]
-
-BLOCK: Final = 4096
-"""Elements per block of noise."""
-
-MAX_PROBES: Final = 1 << 20
-"""Probe numbers are below this: the purpose stands above them in the counter."""
-
-CALLS: Final[dict[NoiseKind, int]] = {"sign": 32, "gauss": 256}
-"""Philox calls per block."""
+from .rounding import round_to_bfloat16
 
 _CHUNK: Final[dict[NoiseKind, int]] = {"sign": 64, "gauss": 16}  # blocks at a time: scratch of a few MB
 _SMALL: Final = 1 << 18  # elements of a tensor whose call takes longer than its work, about
-_CHOICES: Final = ("auto", *get_args(Kernels))
 _MASK: Final = 0xFFFFFFFF
 _SIGN_BIT: Final = -(1 << 31)
-
-
-class Purpose(IntEnum):
-    """What random words are for: different purposes never share a counter."""
-
-    SIGN = 0
-    GAUSS = 1
-    CODE = 2  # stochastic rounding of SPSA's codes
-    INIT = 3  # exact initial weights
-    ROUND = 4  # stochastic rounding to bfloat16
-    DATA = 5  # batches
-
-
-_PURPOSE: Final[dict[NoiseKind, Purpose]] = {"sign": Purpose.SIGN, "gauss": Purpose.GAUSS}
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """One term of an update: `coefficient` (a float32 value) times the noise of (seed, probe)."""
-
-    seed: int
-    probe: int
-    coefficient: float
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """theta = theta * decay - acc; acc = sum of coefficient * z over the probes in order.
-
-    Every product and sum is rounded once to float32; acc starts with the first term; without a probe nothing
-    is subtracted. `seeds`: uint64, `numbers` of the probes: int64, `coefficients`: float32; all (n probes,).
-    """
-
-    seeds: npt.NDArray[np.uint64]
-    numbers: npt.NDArray[np.int64]
-    coefficients: npt.NDArray[np.float32]
-    decay: float = 1.0
-
-    def __post_init__(self) -> None:
-        for number in self.numbers[(self.numbers < 0) | (self.numbers >= MAX_PROBES)]:
-            raise ValueError(f"probe {number} is not in [0, {MAX_PROBES})")
-
-    @classmethod
-    def of(cls, probes: Sequence[Probe], decay: float = 1.0) -> Update:
-        return cls(
-            np.array([p.seed & (1 << 64) - 1 for p in probes], dtype=np.uint64),
-            np.array([p.probe for p in probes], dtype=np.int64),
-            np.array([p.coefficient for p in probes], dtype=np.float32),
-            decay,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """The noise of which purpose, for the elements from `start` on of which parameter."""
-
-    kind: NoiseKind
-    purpose: Purpose
-    param_index: int
-    start: int
-
-    @classmethod
-    def of(cls, kind: NoiseKind, param_index: int, start: int) -> Where:
-        return cls(kind, _PURPOSE[kind], param_index, start)
-
-    def last_word(self, probe: int) -> int:
-        """The fourth word of the counter."""
-        return probe + (int(self.purpose) << 20)
-
-
-# ------------------------------------------------------------------------------------------- public
 
 
 def noise(
@@ -139,7 +43,7 @@ def noise(
     """float32 noise of the global elements [start, stop) of a flattened parameter."""
     z = torch.zeros(stop - start, dtype=torch.float32, device=device)
     # 0 - (-1) z is z, exactly: no value of the noise is zero.
-    _combine(z, z, [Update.of([Probe(seed, probe, -1.0)])], Where.of(kind, param_index, start))
+    combine(z, z, [Update.of([Probe(seed, probe, -1.0)])], Where.of(kind, param_index, start))
     return z
 
 
@@ -153,7 +57,7 @@ def perturb(
     flat = _flat(theta)
     out = scratch(flat.numel()) if flat.device.type == "cpu" else torch.empty_like(flat)
     # theta - (-eps) z has the same bits as theta + eps z.
-    _combine(out, flat, [Update.of([Probe(seed, probe, -eps)])], Where.of(kind, param_index, start))
+    combine(out, flat, [Update.of([Probe(seed, probe, -eps)])], Where.of(kind, param_index, start))
     return out.view(theta.shape)
 
 
@@ -178,16 +82,7 @@ def update_all_(
     """
     flat = _flat(theta)
     if updates:
-        _combine(flat, flat, updates, Where.of(kind, param_index, start))
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What takes an update: elements from `start` on of a flattened parameter, contiguous, of any shape."""
-
-    theta: Tensor
-    param_index: int
-    start: int
+        combine(flat, flat, updates, Where.of(kind, param_index, start))
 
 
 def update_pieces_(
@@ -196,8 +91,6 @@ def update_pieces_(
     """`update_all_` of each, on a GPU in one launch for all float32 ones and one for all bfloat16 ones, on a
     CPU in one call for small float32 ones. Those in bfloat16 are rounded after the last update, as `rounding`
     does with this seed."""
-    from .rounding import round_to_bfloat16
-
     if not updates:
         return
     small: list[Piece] = []
@@ -232,7 +125,7 @@ def initial_values(seed: int, param_index: int, start: int, stop: int, scale: fl
     out = torch.zeros(stop - start, dtype=torch.float32)
     if scale != 0.0:
         where = Where("gauss", Purpose.INIT, param_index, start)
-        _combine(out, out, [Update.of([Probe(seed, 0, -scale)])], where)
+        combine(out, out, [Update.of([Probe(seed, 0, -scale)])], where)
     return out
 
 
@@ -243,40 +136,7 @@ def uniform_words(seed: int, purpose: Purpose, index: int, n: int) -> npt.NDArra
     return torch.stack(lanes, dim=1).reshape(-1)[:n].numpy().astype(np.uint32)
 
 
-# ------------------------------------------------------------------------------------------- dispatch
-
-
-def kernels_for(*tensors: Tensor) -> Kernels:
-    """Which kernels take these tensors. THINWIRE_KERNELS: auto (default), torch, numba or triton.
-
-    `numba` and `triton` insist: they fail where they are missing. Tensors that are not on a device of theirs
-    always take the torch path. Triton's interpreter (TRITON_INTERPRET=1) makes the CPU a device of its own.
-    """
-    choice = os.environ.get("THINWIRE_KERNELS", "auto")
-    if choice not in _CHOICES:
-        raise ValueError(f"THINWIRE_KERNELS={choice!r}: {', '.join(_CHOICES)}")
-    devices = {t.device.type for t in tensors}
-    if devices == {"cpu"}:
-        if choice == "numba" or (choice == "auto" and _has("numba")):
-            return "numba"
-        if choice == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-            return "triton"
-    elif devices == {"cuda"} and (choice == "triton" or (choice == "auto" and _has("triton"))):
-        return "triton"
-    return "torch"
-
-
-def use_numba(*tensors: Tensor) -> bool:
-    """Whether the numba kernels take these tensors."""
-    return kernels_for(*tensors) == "numba"
-
-
-@cache
-def _has(package: str) -> bool:
-    return find_spec(package) is not None
-
-
-def _combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where) -> None:
+def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where) -> None:
     """out = theta after the updates, of which there is one at least; flat float32, `out` may be `theta`."""
     match kernels_for(out, theta):
         case "numba":
@@ -304,7 +164,7 @@ def _flat(theta: Tensor) -> Tensor:
 
 @torch.no_grad()
 def combine_torch(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where) -> None:
-    """The reference of `_combine`, chunk by chunk."""
+    """The reference of `combine`, chunk by chunk."""
     start = where.start
     for first, last in _chunks(start, start + theta.numel(), _CHUNK[where.kind] * BLOCK):
         here = slice(first - start, last - start)
@@ -349,20 +209,6 @@ def _block_words(p: Probe, where: Where, b0: int, b1: int, device: torch.device)
     calls = torch.arange(b0 * n_calls, b1 * n_calls, dtype=torch.int64, device=device).view(-1, n_calls)
     counter = (calls & _MASK, calls >> 32, where.param_index, where.last_word(p.probe))
     return torch.stack(philox4x32(counter, p.seed), dim=1).view(b1 - b0, 4 * n_calls)
-
-
-def philox4x32(counter: tuple[Tensor, Tensor, int, int], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds. Counter words are below 2^32, the tensors int64 of one shape; so are the results."""
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    x0, x1 = counter[0], counter[1]
-    x2, x3 = torch.full_like(x0, counter[2]), torch.full_like(x0, counter[3])
-    for _ in range(10):
-        # int64 products wrap around: their 64 bits are those of the unsigned product.
-        p0, p1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57
-        x0, x1 = ((p1 >> 32) & _MASK) ^ x1 ^ k0, p1 & _MASK
-        x2, x3 = ((p0 >> 32) & _MASK) ^ x3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return x0, x1, x2, x3
 
 
 def _chunks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:

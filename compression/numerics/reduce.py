@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from ..exact import to_float32
-from .noise import use_numba
-
-VALUE_LIMIT: Final = 2.0**60
-"""Every value in a payload is below this: weighted sums over all peers stay finite."""
+from ..kernels import use_numba
 
 _WEIGHT_RANGE: Final = (2.0**-40, 2.0**40)
 _CHUNK: Final = 1 << 20

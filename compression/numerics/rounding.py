@@ -1,10 +1,8 @@
-"""Stochastic rounding to bfloat16: unbiased, and the same bits on any device (design: section 6).
+"""Stochastic rounding to bfloat16: unbiased, and the same bits on any device.
 
 A float32 lies between two bfloat16 values, at a fraction u / 2^16 of the way: it goes to the one farther from
-zero with that probability. The random bits are those of `noise`, purpose `ROUND`: the flattened *global*
-parameter is cut into blocks of 4096 elements with 512 Philox calls each; call c of block b has number
-512 b + c, its lane l gives word 512 l + c of 2048; element e takes the low (e < 2048) or the high half of
-word e % 2048. What is a bfloat16 value already stays as it is.
+zero with that probability. What is a bfloat16 value already stays as it is. The random bits are 16 per
+element, a half of a Philox word (numerics/noise_layout.py).
 """
 
 from __future__ import annotations
@@ -14,16 +12,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from .noise import BLOCK, Purpose, kernels_for, philox4x32
-
-N_CALLS: Final = 512
-"""Philox calls per block."""
+from ..kernels import kernels_for
+from .noise_layout import BFLOAT16_NAN, BLOCK, ROUND_CALLS, Purpose
+from .philox import philox4x32
 
 _CHUNK: Final = 16 * BLOCK
 _MASK: Final = 0xFFFFFFFF
 _EXPONENT: Final = 0x7F800000
 _FRACTION: Final = 0x007FFFFF
-NAN: Final = 0x7FC0
 
 
 def round_to_bfloat16(x: Tensor, out: Tensor, seed: int, param_index: int, start: int = 0) -> None:
@@ -60,14 +56,15 @@ def round_torch(x: Tensor, out: Tensor, seed: int, param_index: int, start: int)
         # The signs of int64 do no harm: the low 16 bits are added to, and what they carry moves up.
         rounded = ((bits + random) >> 16).to(torch.int16)
         infinite = (bits >> 16).to(torch.int16)
-        special = torch.where((bits & _FRACTION) != 0, torch.full_like(infinite, NAN), infinite)
+        special = torch.where((bits & _FRACTION) != 0, torch.full_like(infinite, BFLOAT16_NAN), infinite)
         rounded = torch.where((bits & _EXPONENT) == _EXPONENT, special, rounded)
         out[a - start : b - start] = rounded.view(torch.bfloat16)
 
 
 def _halves(seed: int, param_index: int, b0: int, b1: int, device: torch.device) -> Tensor:
     """int64 below 2^16 for the elements of the blocks [b0, b1)."""
-    calls = torch.arange(b0 * N_CALLS, b1 * N_CALLS, dtype=torch.int64, device=device).view(-1, N_CALLS)
+    first, last = b0 * ROUND_CALLS, b1 * ROUND_CALLS
+    calls = torch.arange(first, last, dtype=torch.int64, device=device).view(-1, ROUND_CALLS)
     counter = (calls & _MASK, calls >> 32, param_index, int(Purpose.ROUND) << 20)
-    words = torch.stack(philox4x32(counter, seed), dim=1).view(b1 - b0, 1, 4 * N_CALLS)
+    words = torch.stack(philox4x32(counter, seed), dim=1).view(b1 - b0, 1, 4 * ROUND_CALLS)
     return torch.cat([words & 0xFFFF, words >> 16], dim=1).view(-1)

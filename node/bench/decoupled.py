@@ -12,7 +12,7 @@ from torch import Tensor
 from ...compression.base import Part, Payload, Turn
 from ...compression.codecs.dct_topk import DctTopK
 from ...compression.fingerprint import parameter_sum
-from ...compression.numerics.noise import kernels_for
+from ...compression.kernels import kernels_for
 from ...optim.base import Share
 from ...optim.decoupled import Decoupled
 from .measure import Timing, copy_bandwidth, fill_gradients, measure, ratios, transformer

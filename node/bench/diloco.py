@@ -9,7 +9,7 @@ import torch
 from ...compression.base import Compressor, Payload, Turn
 from ...compression.codecs.dense import Dense
 from ...compression.codecs.topk import TopK
-from ...compression.numerics.noise import kernels_for
+from ...compression.kernels import kernels_for
 from ...coordinator.protocol.figures import ddp_bytes
 from ...optim.base import Own, Share
 from ...optim.diloco import Diloco

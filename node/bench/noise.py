@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ...compression.exact import to_float32
-from ...compression.numerics.noise import NoiseKind, Piece, Probe, Update, kernels_for, update_pieces_
+from ...compression.kernels import kernels_for
+from ...compression.numerics.noise import update_pieces_
+from ...compression.numerics.noise_layout import NoiseKind, Piece, Probe, Update
 from ...optim.base import Parameter
 from ...optim.parts.perturb import Direction, perturbed
 from ...optim.spsa import Spsa

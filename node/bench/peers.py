@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ...compression.numerics.noise import kernels_for
+from ...compression.kernels import kernels_for
 from ...optim.base import Share
 from ...optim.spsa import Spsa
 from .decoupled import DecoupledRound

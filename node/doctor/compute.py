@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ...compression.numerics.noise import kernels_for
+from ...compression.kernels import kernels_for
 from ..tracking.device_metrics import processor_name
 from ..units import human_bytes
 from .findings import Finding, Stopped, failed, ok, skipped, warning

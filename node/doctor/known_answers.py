@@ -26,18 +26,11 @@ from ...compression.errors import BadPayload
 from ...compression.exact import exact_arithmetic
 from ...compression.fingerprint import parameter_sum
 from ...compression.numerics.bits import pack_bits
-from ...compression.numerics.noise import (
-    NoiseKind,
-    Probe,
-    Purpose,
-    Update,
-    initial_values,
-    perturb,
-    uniform_words,
-    update_all_,
-)
+from ...compression.numerics.noise import initial_values, perturb, uniform_words, update_all_
+from ...compression.numerics.noise_layout import NoiseKind, Probe, Purpose, Update
 from ...compression.numerics.reduce import l1_norm
-from ...compression.numerics.values import FORMATS, Format, check_codes, check_scales, quantize
+from ...compression.numerics.value_formats import FORMATS, Format, check_codes, check_scales
+from ...compression.numerics.values import quantize
 from ...optim.base import Share
 from ...optim.facts import KnownUpdate
 from ...optim.registry import STRATEGIES, build_strategy, strategy_class

@@ -13,7 +13,7 @@ from math import isfinite, sqrt
 import torch
 from torch import Tensor
 
-from ...compression.numerics.noise import use_numba
+from ...compression.kernels import use_numba
 from ..base import Closure, Parameter
 from .ranks import ALONE, Ranks, is_sharded, local_of
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...compression import wire
 from ...compression.base import Compressor, Payload, Turn
 from ...compression.codecs.sparse import Sparse
-from ...compression.numerics.noise import use_numba
+from ...compression.kernels import use_numba
 from ..base import Parameter
 from .ranks import Ranks, is_sharded, parts_of
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...compression.errors import ConfigError
-from ...compression.numerics.noise import NoiseKind, perturb
+from ...compression.numerics.noise import perturb
+from ...compression.numerics.noise_layout import NoiseKind
 from ..base import Closure, Parameter
 from .gradients import mean_loss
 from .ranks import ALONE, Ranks, is_sharded

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from thinwire.compression.fingerprint import parameter_sum
-from thinwire.compression.numerics.noise import NoiseKind, Probe, noise, perturb, update_
+from thinwire.compression.numerics.noise import noise, perturb, update_
+from thinwire.compression.numerics.noise_layout import NoiseKind, Probe
 from thinwire.compression.numerics.rounding import round_to_bfloat16
 
 N = 9001

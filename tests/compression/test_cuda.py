@@ -20,7 +20,8 @@ from thinwire.compression.codecs.fused_update import Step, Target, descend_all
 from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.exact import to_float32
 from thinwire.compression.fingerprint import parameter_sums
-from thinwire.compression.numerics.noise import MAX_PROBES, Piece, Probe, Update, perturb, update_pieces_
+from thinwire.compression.numerics.noise import perturb, update_pieces_
+from thinwire.compression.numerics.noise_layout import MAX_PROBES, Piece, Probe, Update
 from thinwire.compression.numerics.rounding import round_to_bfloat16
 from thinwire.node.runner import Runner
 

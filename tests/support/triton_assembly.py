@@ -32,8 +32,8 @@ from thinwire.compression.gpu import (
     tables_triton,
     values_triton,
 )
-from thinwire.compression.numerics.noise import Piece, Probe, Update, Where
-from thinwire.compression.numerics.values import FORMATS
+from thinwire.compression.numerics.noise_layout import Piece, Probe, Update, Where
+from thinwire.compression.numerics.value_formats import FORMATS
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {

@@ -26,19 +26,8 @@ from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.exact import to_float32
 from thinwire.compression.fingerprint import parameter_sum, parameter_sum_torch, parameter_sums
 from thinwire.compression.gpu.pack_triton import Sent, Source
-from thinwire.compression.numerics.noise import (
-    MAX_PROBES,
-    NoiseKind,
-    Piece,
-    Probe,
-    Update,
-    Where,
-    combine_torch,
-    perturb,
-    update_,
-    update_all_,
-    update_pieces_,
-)
+from thinwire.compression.numerics.noise import combine_torch, perturb, update_, update_all_, update_pieces_
+from thinwire.compression.numerics.noise_layout import MAX_PROBES, NoiseKind, Piece, Probe, Update, Where
 from thinwire.compression.numerics.rounding import round_to_bfloat16, round_torch
 from thinwire.node.doctor.known_answers import KNOWN_ANSWERS
 from thinwire.node.doctor.self_test import failed_kernels

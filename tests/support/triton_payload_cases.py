@@ -21,7 +21,7 @@ from thinwire.compression.gpu import sparse_triton
 from thinwire.compression.gpu.pack_triton import Change, Sent, Source
 from thinwire.compression.gpu.values_triton import quantize
 from thinwire.compression.numerics.bits import pack_bits, unpack_bits
-from thinwire.compression.numerics.values import FORMATS, Bits
+from thinwire.compression.numerics.value_formats import FORMATS, Bits
 
 TURN = Turn(round=1, shared_seed=2, own_seed=3, lr_factor=1.0)
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1.1e-38, -3e-39, float("inf"), float("-inf"), 3.4028234e38]

@@ -17,7 +17,7 @@ from thinwire.compression.errors import BadPayload
 from thinwire.compression.exact import to_float32
 from thinwire.compression.numerics.noise import noise
 from thinwire.compression.numerics.reduce import l1_norm
-from thinwire.compression.numerics.values import FORMATS
+from thinwire.compression.numerics.value_formats import FORMATS
 
 pytest.importorskip("numba", reason="the numba kernels are an extra")
 from thinwire.optim.parts.outer_cpu import outer_step

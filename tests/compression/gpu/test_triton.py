@@ -23,7 +23,8 @@ from thinwire.compression.codecs.fused_update import Step, descend
 from thinwire.compression.codecs.sparse import Sparse
 from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.fingerprint import parameter_sum
-from thinwire.compression.numerics.noise import Probe, update_
+from thinwire.compression.numerics.noise import update_
+from thinwire.compression.numerics.noise_layout import Probe
 from thinwire.compression.numerics.rounding import round_to_bfloat16
 from thinwire.optim.base import Share
 from thinwire.optim.decoupled import Decoupled

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinwire.compression.numerics.bits import n_bytes, pack_bits, unpack_bits
+from thinwire.compression.numerics.bit_layout import n_bytes
+from thinwire.compression.numerics.bits import pack_bits, unpack_bits
 
 
 def packed_by_hand(values: list[int], width: int) -> bytes:

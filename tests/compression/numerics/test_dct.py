@@ -17,7 +17,8 @@ from thinwire.compression.codecs.sparse import largest
 from thinwire.compression.exact import exact_arithmetic
 from thinwire.compression.numerics import dct
 from thinwire.compression.numerics.bits import pack_bits
-from thinwire.compression.numerics.noise import Purpose, noise, uniform_words
+from thinwire.compression.numerics.noise import noise, uniform_words
+from thinwire.compression.numerics.noise_layout import Purpose
 
 CPU = torch.device("cpu")
 TURN = Turn(round=1, shared_seed=2, own_seed=3, lr_factor=1.0)

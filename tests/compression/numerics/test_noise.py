@@ -13,22 +13,19 @@ import torch
 from blake3 import blake3
 
 from thinwire.compression.exact import to_float32
-from thinwire.compression.numerics import noise as module
+from thinwire.compression.kernels import is_installed
 from thinwire.compression.numerics.noise import (
-    NoiseKind,
-    Piece,
-    Probe,
-    Purpose,
-    Update,
+    combine,
     initial_values,
     noise,
     perturb,
-    philox4x32,
     uniform_words,
     update_,
     update_all_,
     update_pieces_,
 )
+from thinwire.compression.numerics.noise_layout import NoiseKind, Piece, Probe, Purpose, Update, Where
+from thinwire.compression.numerics.philox import philox4x32
 from thinwire.compression.numerics.quantiles import NORMAL_256
 from thinwire.compression.numerics.rounding import round_to_bfloat16
 
@@ -225,7 +222,7 @@ def test_many_updates_into_another_tensor(kernels: str, kind: NoiseKind) -> None
     """`theta` is read and not written to."""
     theta, updates = random_values(9001), some_updates([2, 0, 3], [0.9, 0.7, 1.0])
     before, expected, out = theta.clone(), theta.clone(), torch.full_like(theta, torch.nan)
-    module._combine(out, theta, updates, module.Where.of(kind, 4, 123))
+    combine(out, theta, updates, Where.of(kind, 4, 123))
     update_all_(expected, updates, kind, 4, 123)
     assert torch.equal(out, expected)
     assert torch.equal(theta, before)
@@ -364,14 +361,14 @@ def test_without_numba_the_torch_kernels_run(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "numba", None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, "thinwire.compression.cpu.noise_cpu", None)
     monkeypatch.delattr("thinwire.compression.cpu.noise_cpu", raising=False)
-    module._has.cache_clear()
+    is_installed.cache_clear()
     try:
         assert torch.equal(noise("sign", SEED, 0, 0, 0, 100), expected)
         monkeypatch.setenv("THINWIRE_KERNELS", "numba")
         with pytest.raises(ImportError):
             noise("sign", SEED, 0, 0, 0, 100)
     finally:
-        module._has.cache_clear()
+        is_installed.cache_clear()
 
 
 def test_importing_noise_does_not_load_numba() -> None:

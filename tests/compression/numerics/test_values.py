@@ -10,14 +10,14 @@ import torch
 
 from thinwire.compression.errors import BadPayload
 from thinwire.compression.numerics.noise import noise
-from thinwire.compression.numerics.values import (
+from thinwire.compression.numerics.value_formats import (
     FORMATS,
     check_codes,
     check_scales,
     check_sendable,
     format_of,
-    quantize,
 )
+from thinwire.compression.numerics.values import quantize
 
 BY_HAND: dict[int | str, dict[int, float]] = {
     1: {0: 1.0, 1: -1.0},

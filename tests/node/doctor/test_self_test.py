@@ -13,7 +13,7 @@ import torch
 
 from thinwire.compression import fingerprint
 from thinwire.compression.errors import Incompatible
-from thinwire.compression.numerics import dct, noise, values
+from thinwire.compression.numerics import dct, noise, value_formats
 from thinwire.node.doctor.known_answers import KNOWN_ANSWERS
 from thinwire.node.doctor.self_test import accelerators, backends, failed_kernels, refuse_wrong_arithmetic
 from thinwire.optim.parts import adamw, byte_code
@@ -87,10 +87,10 @@ def test_what_computes_something_else_is_named(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_level_that_is_off_by_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    levels = values.FORMATS[4].levels  # type: ignore[attr-defined]
+    levels = value_formats.FORMATS[4].levels  # type: ignore[attr-defined]
     changed = levels.copy()
     changed[4] += 2.0**-20
-    monkeypatch.setattr(values.FORMATS[4], "levels", changed)
+    monkeypatch.setattr(value_formats.FORMATS[4], "levels", changed)
     assert failed_kernels(CPU) == ["4-bit values"]
 
 
