@@ -1,14 +1,25 @@
-"""The contract of compressors: tensors to few bytes and back (design: section 4)."""
+"""The contract of compressors: tensors to few bytes and back.
+
+A compressor has to say what its packs look like (`fields`), make them (`pack`), refuse bad ones (`check`) and
+read them (`decode`). All else has plain defaults, which compressors with kernels of their own replace.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from .exact import exact_arithmetic
+from .numerics.reduce import l1_norm
+
+Array = npt.NDArray[Any]
 
 Packed = tuple[Tensor, ...]
 """What a compressor makes of one parameter: 1-d CPU tensors, as `Compressor.fields` describes them."""
@@ -45,6 +56,12 @@ class Part:
         return self.stop - self.start
 
 
+def refuse_part(part: Part) -> None:
+    """Raises ValueError unless the part is a whole parameter."""
+    if part != Part.whole(part.shape):
+        raise ValueError(f"packs whole parameters only, not [{part.start}, {part.stop}) of {part.shape}")
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """What a round fixes for everybody. Seeds are unsigned 64-bit, `lr_factor` is a float32 value."""
@@ -70,32 +87,174 @@ Fields = Mapping[str, tuple[Field, ...]]
 """Parameter name -> what is expected for it; drives the decoding of a payload."""
 
 
-class Compressor(Protocol):
-    """Packs one flattened parameter (or a rank's part of it) and decodes the mean of what peers packed.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """target = target * decay - scale * x, or scale * sign(x). Factors are float32 values."""
+
+    scale: float = 1.0
+    decay: float = 1.0
+    sign: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What takes a step: `x`, contiguous flat float32, is this part of its parameter; `packs` are everybody's
+    of that parameter."""
+
+    x: Tensor
+    part: Part
+    packs: Sequence[Packed]
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What is to be packed: all of a parameter, flat, on any device.
+
+    For `fused_send` contiguous float32, and `gradient` comes to it `factor` times, if there is one.
+    """
+
+    part: Part
+    x: Tensor
+    gradient: Tensor | None = None
+    factor: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Before packing x = decay x + scale factor gradient; after it x = x - alpha q, where q is what the pack
+    says. `scale`: a float32 on the device; 0 leaves gradients out, whatever they are."""
+
+    decay: float
+    scale: Tensor
+    alpha: float
+
+
+class PendingPacks(Protocol):
+    """Packs on their way to the host."""
+
+    def packs(self) -> list[Packed]:
+        """Waits for them. Raises ValueError for values that cannot be sent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """The coefficients that one peer chose to send: E of them, rising in position, none twice.
+
+    Positions count the compressor's coefficients, group by group; group g has the entries
+    [offsets[g], offsets[g + 1]).
+    """
+
+    position_E: Array  # int64
+    value_E: Array  # float32, exact
+    offsets: Array  # int64, G + 1 of them
+
+
+Reduce = Callable[[Sequence[tuple[Array, Array]], int], Tensor]
+"""From everybody's entries among n positions, as (position in [0, n), value), to a float32 value per
+position: exact, in the order of the peers."""
+
+
+class Compressor(ABC):
+    """Packs one flattened parameter and decodes the mean of what peers packed, or a rank's part of it.
 
     `turn.round` counts the rounds in which the parameter is sent: compressors that select by it come to every
     element that way.
     """
 
+    __slots__ = ()
+
+    @abstractmethod
     def fields(self, part: Part) -> tuple[Field, ...]:
         """The packed tensors of this parameter as a receiver expects them, `n_elements` being the most."""
-        ...
 
+    @abstractmethod
     def pack(self, x: Tensor, part: Part, turn: Turn) -> Packed:
-        """Local, may be inexact. `x`: float32, 1-d, `part.n_local` long; not changed. Result on the CPU."""
-        ...
+        """Local, may be inexact. `x`: float32, 1-d, a whole parameter; not changed. Result on the CPU.
 
+        Raises ValueError for values that `check` would refuse.
+        """
+
+    @abstractmethod
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:
         """Raises `BadPayload` for anything that `decode` must not see; as exact as `decode`."""
-        ...
 
+    @abstractmethod
     def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
-        """Exact: sum of w q over sum of w, in order. float32, 1-d, `part.n_local` long, never -0."""
-        ...
+        """Exact: sum of w q over sum of w, in order. float32, 1-d, `part.n_local` long, never -0, on the CPU.
+
+        Raises ValueError without packs, and for weights of which no mean can be taken.
+        """
 
     def magnitude(self, packed: Packed, part: Part, turn: Turn) -> float:
         """Sum of the absolute values that `packed` stands for: exact, in no order, the same on any device.
 
-        Strategies without sign clip by it: `packed` was checked before.
+        Of the whole parameter, whatever the part. Strategies without sign clip by it: `packed` was checked.
         """
-        ...
+        with exact_arithmetic():
+            return l1_norm(self.decode([packed], [1.0], part.entire, turn))
+
+    def n_sent(self, part: Part) -> int:
+        """Coefficients that a pack of the parameter holds if none of its groups is zero."""
+        return part.n_global
+
+    # ------------------------------------------------------------------------------- packing, local
+
+    def pack_many(self, sources: Iterable[Source], turn: Turn) -> list[Packed]:
+        """`pack` of each, maybe in fewer calls of kernels. Sources are made one by one, as they are taken."""
+        return [self.pack(source.x, source.part, turn) for source in sources]
+
+    def strongest(self, packed: Packed, part: Part, share: float) -> Packed:
+        """Of what `pack` made about this share, above 0, of the coefficients: those that weigh most.
+
+        All of it from compressors whose peers have to send the same coefficients.
+        """
+        return packed
+
+    def has_fused_send(self, sources: Sequence[tuple[Part, Tensor]]) -> bool:
+        """Whether `fused_send` takes these whole parameters. (Only their devices and shapes are looked
+        at.)"""
+        return False
+
+    def fused_send(self, sources: Sequence[Source], change: Change) -> PendingPacks:
+        """Takes gradients in, packs, and takes what was packed away again, in one read and one write.
+
+        Changes every `source.x`, all on one device; the host does not wait. Only after `has_fused_send`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no fused send")
+
+    # ------------------------------------------------------------------------------- receiving, exact
+
+    def fused_update(self, targets: Sequence[Target], weights: Sequence[float], turn: Turn) -> None:
+        """Exact: each target takes its step in place, x being `decode(target.packs, weights, ...)`.
+
+        One rounding per operation: no fused multiply-add.
+        """
+        with exact_arithmetic():
+            for t in targets:
+                x = self.decode(t.packs, weights, t.part, turn).to(t.x.device)
+                if t.step.sign:
+                    x.sign_()
+                x.mul_(t.step.scale)
+                if t.step.decay != 1.0:
+                    t.x.mul_(t.step.decay)
+                t.x.sub_(x)
+
+    def decode_on(
+        self, device: torch.device, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn
+    ) -> Tensor:
+        """`decode` for whom the values are on a device, with the same bits."""
+        return self.decode(packs, weights, part, turn).to(device)
+
+    def entries(self, packed: Packed, part: Part) -> Entries | None:
+        """The coefficients in a pack that was checked, of the whole parameter; None where all peers send the
+        same ones, so that who sent them says nothing."""
+        return None
+
+    def decode_entries(self, entries: Sequence[Entries], reduce: Reduce, part: Part) -> Tensor:
+        """Exact: what the coefficients stand for that `reduce` makes of everybody's. As `decode`, on the CPU.
+
+        Only for compressors that have `entries`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no entries")

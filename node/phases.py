@@ -69,11 +69,12 @@ def time_calls(thing: Any, phases: Mapping[str, str], stopwatch: Stopwatch) -> N
 
 
 def time_compressor(strategy: Any, stopwatch: Stopwatch, decode: str = "decode") -> None:
-    """What a strategy's compressor does: packing as "pack", decoding in each of its forms as `decode`."""
+    """What a strategy's compressor does: packing as "pack", decoding as `decode`, each in all its forms."""
     compressor = getattr(strategy, "compressor", None)
     if compressor is not None:
-        phases = {"pack": "pack", "decode": decode, "descend": decode}
-        time_calls(compressor, {m: p for m, p in phases.items() if hasattr(compressor, m)}, stopwatch)
+        packing = dict.fromkeys(("pack", "pack_many", "fused_send"), "pack")
+        decoding = dict.fromkeys(("decode", "decode_on", "decode_entries", "fused_update"), decode)
+        time_calls(compressor, {**packing, **decoding}, stopwatch)
 
 
 def typical(stopwatches: list[Stopwatch], phase: str) -> float:

@@ -24,9 +24,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
-from ..compression.base import Compressor, Fields, Packed, Part, Payload, Turn
-from ..compression.codecs.fused_update import Step, Target, decoded_on, descend, descend_all
-from ..compression.codecs.sparse import Sparse
+from ..compression.base import Compressor, Fields, Packed, Part, Payload, Step, Target, Turn
 from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from .base import Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
@@ -34,11 +32,11 @@ from .facts import Facts, KnownUpdate
 from .options import Number, Options, Whole, keywords_of
 from .parts.adamw import ENTRIES, AdamW
 from .parts.clip import clipped_weights, sample_weights
+from .parts.fused_send import FusedSend, Gain, has_fused_send
 from .parts.gradients import MeanGradient, backward
 from .parts.gradients_device import DeviceGradient, backward_at_once
-from .parts.residual import Leftover, refuse_other_packing
-from .parts.sender_mean import decode_senders
-from .parts.sending import Gain, Sending, sends_at_once
+from .parts.residual import Residual, refuse_other_packing
+from .parts.sender_mean import decode_sender_mean
 from .parts.updating import updating
 
 
@@ -99,7 +97,7 @@ class Decoupled(Strategy):
     updates. Local: momentum and sends of open fate.
 
     Counters: `decays` of the momentum; `dropped_batches` whose loss or gradient was not finite; `unsent`, the
-    steps of the momentum since the last exchange; `lost_sends` (see `Leftover`).
+    steps of the momentum since the last exchange; `lost_sends` (see `Residual`).
     """
 
     facts: ClassVar[Facts] = Facts(
@@ -116,7 +114,7 @@ class Decoupled(Strategy):
     @keywords_of(DecoupledOptions)
     def __init__(self, named_parameters: NamedParameters, options: DecoupledOptions) -> None:
         self.compressor = options.compressor
-        self._momentum = Leftover(self, self.compressor, "momentum", self._kept)
+        self._momentum = Residual(self, self.compressor, "momentum", self._kept)
         super().__init__(named_parameters, options)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -143,8 +141,8 @@ class Decoupled(Strategy):
         for parameter in self.parameters_in_order():
             # Proposed once more for the same round: what was packed before never counted.
             self._momentum.put_back(parameter, turn)
-        if sends_at_once(self, self.compressor, self.parameters_in_order()):
-            return self._propose_at_once(draw, turn)
+        if has_fused_send(self, self.compressor, self.parameters_in_order()):
+            return self._propose_fused(draw, turn)
         n_micro = max(1, self.batches // self.option("replicate_every"))
         for _ in range(self.option("replicate_every")):
             gradient = MeanGradient(self.parameters_in_order(), self.ranks)
@@ -161,7 +159,7 @@ class Decoupled(Strategy):
         self.zero_grad(set_to_none=True)
         return self._send(turn)
 
-    def _propose_at_once(self, draw: Draw, turn: Turn) -> Payload:
+    def _propose_fused(self, draw: Draw, turn: Turn) -> Payload:
         """`propose` on a GPU: the host waits once, for the payload and the losses."""
         parameters, n_steps = self.parameters_in_order(), int(self.option("replicate_every"))
         n_micro = max(1, self.batches // n_steps)
@@ -180,13 +178,13 @@ class Decoupled(Strategy):
                     gradient.add_to(self._momentum.of(p), p, self.option("beta"), factor)
         self.zero_grad(set_to_none=True)
         self.n_batches = n_steps * n_micro
-        payload, values = self._send_at_once(gradient, losses, turn)
+        payload, values = self._send_fused(gradient, losses, turn)
         kept = [loss for loss in values if isfinite(loss)]
         self.last_loss = sum(kept) / len(kept) if kept else None
         self.count("dropped_batches", len(losses) - len(kept))
         return payload
 
-    def _send_at_once(
+    def _send_fused(
         self, gradient: DeviceGradient, losses: Sequence[Tensor], turn: Turn
     ) -> tuple[Payload, list[float]]:
         """The last step of the momentum before an exchange, and the sending. Waits for it and the losses."""
@@ -195,7 +193,7 @@ class Decoupled(Strategy):
         scale = gradient.scale(self.option("max_grad_norm"))
         gain = Gain(self.option("beta"), scale, lambda p: self._gain(p, turn), gradient.of)
         alpha = self.option("alpha")
-        sending = Sending(
+        sending = FusedSend(
             self.compressor, parameters, self._momentum.of, gain, alpha, torch.stack(list(losses))
         )
         payload = sending.payload()
@@ -212,10 +210,10 @@ class Decoupled(Strategy):
     def propose_from_grad(self, turn: Turn) -> Payload:
         self.counters.pop("unsent", None)
         self.n_batches = self.option("replicate_every")
-        if sends_at_once(self, self.compressor, parameters := self.parameters_in_order()):
+        if has_fused_send(self, self.compressor, parameters := self.parameters_in_order()):
             gradient = DeviceGradient(parameters, n_batches=1)
             gradient.take_in(torch.zeros((), device=parameters[0].local.device))
-            payload, (loss,) = self._send_at_once(gradient, gradient.losses, turn)
+            payload, (loss,) = self._send_fused(gradient, gradient.losses, turn)
             self.count("dropped_batches", not isfinite(loss))
             return payload
         self._take_gradients(turn)
@@ -272,20 +270,20 @@ class Decoupled(Strategy):
         with exact_arithmetic():
             for parameter in self.parameters_in_order():
                 packs, theta = [s.payload[parameter.name] for s in shares], parameter.local
-                if self._is_descent and theta.dtype == torch.float32 and theta.is_contiguous():
-                    step = self._descent_step(parameter, turn)
+                if self._moves_by_the_mean and theta.dtype == torch.float32 and theta.is_contiguous():
+                    step = self._step_of(parameter, turn)
                     targets.append(Target(theta.detach().view(-1), parameter.part, packs, step))
                 else:
                     with updating(parameter, turn) as row:
                         self._update(parameter, row, packs, weights, turn)
-            descend_all(self.compressor, targets, weights, turn)
+            self.compressor.fused_update(targets, weights, turn)
 
     @property
-    def _is_descent(self) -> bool:
+    def _moves_by_the_mean(self) -> bool:
         """Whether a round adds a multiple of the mean, or its signs, to the parameters."""
         return bool(self.option("base") == "sgd" and self.option("mean") == "all")
 
-    def _descent_step(self, parameter: Parameter, turn: Turn) -> Step:
+    def _step_of(self, parameter: Parameter, turn: Turn) -> Step:
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
         sign = self.option("sign")
@@ -295,9 +293,9 @@ class Decoupled(Strategy):
         self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], weights: list[float], turn: Turn
     ) -> None:
         """One rounding per operation: no fused forms (`alpha=`, foreach)."""
-        if self._is_descent:
-            step_of_mean = self._descent_step(parameter, turn)
-            descend(self.compressor, theta, packs, weights, parameter.part, turn, step_of_mean)
+        if self._moves_by_the_mean:
+            target = Target(theta, parameter.part, packs, self._step_of(parameter, turn))
+            self.compressor.fused_update([target], weights, turn)
             return
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
@@ -315,9 +313,11 @@ class Decoupled(Strategy):
     def _mean(
         self, packs: Sequence[Packed], weights: list[float], part: Part, turn: Turn, device: torch.device
     ) -> Tensor:
-        if self.option("mean") == "senders" and isinstance(self.compressor, Sparse):
-            return decode_senders(self.compressor, packs, part).to(device)
-        return decoded_on(device, self.compressor, packs, weights, part, turn)
+        if self.option("mean") == "senders":
+            mean = decode_sender_mean(self.compressor, packs, part)
+            if mean is not None:
+                return mean.to(device)
+        return self.compressor.decode_on(device, packs, weights, part, turn)
 
     def _adamw(self) -> AdamW:
         return AdamW(self.option("adam_beta1"), self.option("adam_beta2"), self.option("adam_eps"))

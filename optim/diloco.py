@@ -36,7 +36,6 @@ import torch
 from torch import Tensor
 
 from ..compression.base import Compressor, Fields, Packed, Payload, Turn
-from ..compression.codecs.fused_update import decoded_on
 from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.kernels import use_numba
@@ -49,7 +48,7 @@ from .parts.gradients import backward
 from .parts.inner import check_inner
 from .parts.inner_phase import InnerPhase
 from .parts.packing import pack_all
-from .parts.residual import Leftover, refuse_other_packing
+from .parts.residual import Residual, refuse_other_packing
 from .parts.updating import updating
 
 INNER: Final[dict[str, Any]] = {"name": "AdamW", "betas": [0.9, 0.95]}
@@ -119,7 +118,7 @@ class Diloco(Strategy):
 
     Counters: `applied`, the last round; `dropped_batches` whose loss or gradient was not finite;
     `dropped_rounds` whose inner parameters were not; `inner`, steps since the last round; `ahead`, steps of
-    the next one; `decays F` of the error feedback of fragment F; `lost_sends` (see `Leftover`).
+    the next one; `decays F` of the error feedback of fragment F; `lost_sends` (see `Residual`).
     """
 
     facts: ClassVar[Facts] = Facts(
@@ -142,7 +141,7 @@ class Diloco(Strategy):
         self._deadline_s: float | None = None
         self._losses: list[float] = []
         self._phase = InnerPhase(self)
-        self._leftover = Leftover(self, self.compressor, "leftover", self._kept)
+        self._residual = Residual(self, self.compressor, "leftover", self._kept)
         super().__init__(named_parameters, options)
         self.fragments()  # raises ConfigError for more than there are
 
@@ -241,9 +240,9 @@ class Diloco(Strategy):
         self._deadline_s = self.clock() + float(self.option("max_seconds"))
         fragment, its_turn = self._fragment(turn)
         for p in fragment:
-            if self._leftover.is_open(p, its_turn):
+            if self._residual.is_open(p, its_turn):
                 # Proposed once more for the same round: what was sent before never counted.
-                self._leftover.put_back(p, its_turn)
+                self._residual.put_back(p, its_turn)
                 self._forget([p])
 
     def _follow(self, turn: Turn) -> None:
@@ -301,8 +300,8 @@ class Diloco(Strategy):
         if not self.option("error_feedback"):
             return pack_all(self.ranks, self.compressor, fragment, self._phase.moved, its_turn)
         for p in fragment:
-            self._leftover.of(p).mul_(self.option("feedback_decay")).add_(self._phase.moved(p))
-        return self._leftover.send(fragment, its_turn, self.counters[decays], 1.0)
+            self._residual.of(p).mul_(self.option("feedback_decay")).add_(self._phase.moved(p))
+        return self._residual.send(fragment, its_turn, self.counters[decays], 1.0)
 
     def _kept(self, parameter: Parameter, n_decays: int) -> float:
         """What would be left of a send in the error feedback if it had stayed there."""
@@ -328,7 +327,7 @@ class Diloco(Strategy):
         weights = self._weights(shares, fragment, its_turn)
         n_lost = 0
         for p in fragment:
-            n_lost = self._leftover.settle(p, its_turn, own)
+            n_lost = self._residual.settle(p, its_turn, own)
             if any(weights):
                 with exact_arithmetic(), updating(p, turn) as theta:
                     self._update(p, theta, [s.payload[p.name] for s in shares], weights, its_turn)
@@ -340,7 +339,7 @@ class Diloco(Strategy):
         self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], weights: list[float], turn: Turn
     ) -> None:
         """One rounding per operation: no fused forms (`alpha=`, foreach)."""
-        step = decoded_on(theta.device, self.compressor, packs, weights, parameter.part, turn)
+        step = self.compressor.decode_on(theta.device, packs, weights, parameter.part, turn)
         mu = to_float32(self.option("outer_momentum"))
         if mu > 0.0:
             momentum = self.replicated_state(parameter)["outer_momentum"].view(-1)

@@ -14,15 +14,14 @@ values of 1 or 8 bits and groups of 4096.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isqrt, prod
+from math import isqrt
 from typing import Final, Literal
 
 from torch import Tensor
 
 from ..numerics import dct
-from .groups import Flat
 from .sparse import Sparse
-from .tiles import Tiles, matrix_of
+from .tiles import Tiles
 
 _TILES: Final = tuple(n * n for n in dct.SIDES)
 
@@ -43,21 +42,15 @@ class DctTopK(Sparse):
             raise ValueError(f"group_size {self.group_size}: one of {', '.join(map(str, _TILES))} with tiles")
 
     @property
-    def n_coefficients(self) -> int:
-        return -(-self.group_size // dct.N) * dct.N
-
-    def groups(self, shape: tuple[int, ...]) -> Flat | Tiles:
-        side = isqrt(self.group_size)
-        if self.layout == "tiles" and min(matrix := matrix_of(shape)) >= side:
-            return Tiles(*matrix, side, self.k)
-        return Flat(prod(shape), self.group_size, self.k, chunk=dct.N)
+    def tile_side(self) -> int:
+        return isqrt(self.group_size) if self.layout == "tiles" else 0
 
     def forward(self, groups_GC: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if isinstance(groups := self.groups(shape), Tiles):
+        if isinstance(groups := self.pack_layout.groups(shape), Tiles):
             return dct.forward_2d(groups_GC, groups.side)
         return dct.forward(groups_GC)
 
     def inverse(self, mean_GC: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if isinstance(groups := self.groups(shape), Tiles):
+        if isinstance(groups := self.pack_layout.groups(shape), Tiles):
             return dct.inverse_exact_2d(mean_GC, groups.side)
         return dct.inverse_exact(mean_GC)

@@ -10,27 +10,26 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..base import Field, Packed, Part, Turn
+from ..base import Compressor, Field, Packed, Part, Turn, refuse_part
 from ..exact import exact_arithmetic
 from ..numerics.reduce import l1_norm, mean_weights
-from .dense_codec import Float32Row, Row, RowBits, row_of
+from .dense_codec import DenseBits, DenseCodec, Float32Codec, dense_codec
 from .slicing import Slicing
-from .sparse import refuse_part
-from .zstd import ZstdRow
+from .zstd import ZstdCodec
 
 _CHUNK: Final = 1 << 18  # elements at a time: the sum stays in the cache
 
 
 @dataclass(frozen=True, slots=True)
-class Dense:
-    """A row of all n elements of the parameter (codecs/dense_codec.py): with 32 bits one float32 tensor,
+class Dense(Compressor):
+    """All n elements of the parameter (codecs/dense_codec.py): with 32 bits one float32 tensor,
     4 n bytes, |value| < 2^60; with fewer 2 ceil(n / group_size) + ceil(n bits / 8) bytes.
 
     `zstd`: at most that, and 7% to 50% less (codecs/zstd.py has the figures), besides up to 11 bytes
     of framing for each parameter. The values are the same.
     """
 
-    bits: RowBits = 32
+    bits: DenseBits = 32
     group_size: int = 1024
     zstd: bool = False
 
@@ -59,7 +58,7 @@ class Dense:
         if self.bits != 32 or self.zstd:
             return self._window().pack(x, part, turn)
         refuse_part(part)
-        return Float32Row().pack([x.detach().to("cpu", torch.float32, copy=True)])
+        return Float32Codec().pack([x.detach().to("cpu", torch.float32, copy=True)])
 
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:
         self._window().check(packed, part, turn)
@@ -89,5 +88,5 @@ class Dense:
 @dataclass(frozen=True, slots=True)
 class _Squeezed(Slicing):
     @property
-    def row(self) -> Row:
-        return ZstdRow(row_of(self.bits, self.group_size))
+    def codec(self) -> DenseCodec:
+        return ZstdCodec(dense_codec(self.bits, self.group_size))

@@ -1,4 +1,4 @@
-"""A row of values without indices: sender and receiver know which elements they belong to.
+"""Values without indices to bytes and back: sender and receiver know which elements they belong to.
 
 `bits` says how they travel (numerics/values.py). Of m values in groups of `group_size`, a pack has
 
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from ..cpu import dense_cpu
 
 Array = npt.NDArray[Any]
-RowBits = Bits | Literal[32]
+DenseBits = Bits | Literal[32]
 
 MAX_GROUP: Final = SLAB
 
 Chunk = tuple[int, int]
-"""Values [first, last) of the row: what is worked on at a time."""
+"""Values [first, last) of all m: what is worked on at a time."""
 
 _AT_ONCE: Final = 16 * SLAB
 """Values, where a kernel keeps to the cache by itself."""
@@ -96,7 +96,7 @@ def l1_norms(read: Reader, chunks: Sequence[Chunk]) -> list[float]:
     return dense_cpu.l1_norms(read.grouped, chunks)
 
 
-class Row(Protocol):
+class DenseCodec(Protocol):
     """m values as packed tensors, chunk by chunk: scratch does not grow with m."""
 
     def fields(self, m: int) -> tuple[Field, ...]: ...
@@ -125,21 +125,21 @@ class Row(Protocol):
         ...
 
 
-def row_of(bits: object, group_size: int) -> Row:
+def dense_codec(bits: object, group_size: int) -> DenseCodec:
     """Raises ValueError, in words for the user."""
     # Groups begin with a byte, whatever the bits and however many groups before send nothing.
     if group_size % 8 or not 8 <= group_size <= MAX_GROUP:
         raise ValueError(f"group_size {group_size} is not a multiple of 8 in [8, {MAX_GROUP}]")
     if type(bits) is int and bits == 32:
-        return Float32Row()
+        return Float32Codec()
     try:
-        return GroupedRow(format_of(bits), group_size)
+        return GroupedCodec(format_of(bits), group_size)
     except ValueError as e:
         raise ValueError(f"bits {bits!r}: one of {', '.join(map(str, [*FORMATS, 32]))}") from e
 
 
 @dataclass(frozen=True, slots=True)
-class GroupedRow:
+class GroupedCodec:
     format: Format
     group_size: int
 
@@ -231,21 +231,21 @@ class GroupedRow:
 
 
 class _GroupedReader:
-    def __init__(self, row: GroupedRow, packed: Packed, m: int) -> None:
+    def __init__(self, codec: GroupedCodec, packed: Packed, m: int) -> None:
         scales, self._codes = packed
-        self._row, self._m = row, m
-        self._offsets = row._offsets(scales, m)
+        self._codec, self._m = codec, m
+        self._offsets = codec._offsets(scales, m)
         self._scale_G = scales.float().numpy()
 
     def __call__(self, chunk: Chunk) -> Tensor:
         first, last = chunk
-        size = self._row.group_size
+        size = self._codec.group_size
         scale_G = self._scale_G[first // size : -(-last // size)]
         length = min(size, last - first)
         live_G = scale_G != 0
         values_GL = np.zeros((len(live_G), length), dtype=np.float32)
-        code_E = self._row._codes(self._codes, self._offsets, chunk)
-        values_E = self._row.format.read(code_E, scale_G[live_G].repeat(length))
+        code_E = self._codec._codes(self._codes, self._offsets, chunk)
+        values_E = self._codec.format.read(code_E, scale_G[live_G].repeat(length))
         values_GL[live_G] = values_E.reshape(-1, length)
         return torch.from_numpy(values_GL.reshape(-1))
 
@@ -255,14 +255,14 @@ class _GroupedReader:
             return None
         from ..cpu import dense_cpu
 
-        row = self._row
-        at_G = self._offsets[:-1] * row.format.width // 8
-        kind = dense_cpu.kind_of(row.format)
-        return dense_cpu.Grouped(self._codes.numpy(), self._scale_G, at_G, self._m, row.group_size, kind)
+        codec = self._codec
+        at_G = self._offsets[:-1] * codec.format.width // 8
+        kind = dense_cpu.kind_of(codec.format)
+        return dense_cpu.Grouped(self._codes.numpy(), self._scale_G, at_G, self._m, codec.group_size, kind)
 
 
 @dataclass(frozen=True, slots=True)
-class Float32Row:
+class Float32Codec:
     """The values themselves, below 2^60."""
 
     def fields(self, m: int) -> tuple[Field, ...]:

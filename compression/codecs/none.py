@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..base import Field, Packed, Part, Turn
+from ..base import Compressor, Field, Packed, Part, Turn
 from ..errors import ConfigError
 from .dense import Dense
 
 
 @dataclass(frozen=True, slots=True)
-class Nothing:
+class Nothing(Compressor):
     """0 bytes: what is packed stays on this machine, as it is, and is refused wherever it would be sent."""
 
     def fields(self, part: Part) -> tuple[Field, ...]:

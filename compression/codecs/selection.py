@@ -1,8 +1,8 @@
 """What compressors share that send values only: the round says which elements, for all peers alike.
 
 Of a parameter of n elements m = ceil(rate n) are sent each round (`striding` has a formula of its own), one
-at least, and every element within ceil(1 / rate) rounds; tiny parameters are no exception. A pack is a row of
-m values (codecs/dense_codec.py): 2 ceil(m / group_size) + ceil(m bits / 8) bytes, or 4 m with 32 bits.
+at least, and every element within ceil(1 / rate) rounds; tiny parameters are no exception. A pack has m
+values (codecs/dense_codec.py): 2 ceil(m / group_size) + ceil(m bits / 8) bytes, or 4 m with 32 bits.
 
 Which elements depends on `turn.round` alone, which therefore counts the rounds in which this parameter is
 sent: a strategy that sends it in every fourth round only has to pass a quarter of the round, rounded down.
@@ -10,7 +10,7 @@ sent: a strategy that sends it in every fourth round only has to pass a quarter 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,26 +21,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..base import Field, Packed, Part, Turn
+from ..base import Compressor, Field, Packed, Part, Turn, refuse_part
 from ..exact import exact_arithmetic
 from ..kernels import use_numba
 from ..numerics.reduce import mean_weights
 from ..scratch import scratch
-from .dense_codec import Chunk, Row, RowBits, l1_norms, mean_into, row_of
-from .sparse import refuse_part
+from .dense_codec import Chunk, DenseBits, DenseCodec, dense_codec, l1_norms, mean_into
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Selection(ABC):
+class Selection(Compressor):
     """A share `rate` of all elements; see the module's docstring. Values are below 2^67."""
 
     rate: float = 1 / 32
-    bits: RowBits = 8
+    bits: DenseBits = 8
     group_size: int = 1024
 
-    in_a_row: ClassVar[bool] = False
+    is_contiguous: ClassVar[bool] = False
     """Whether the values of a round are neighbours, but for the end and the beginning of a parameter."""
 
     def __post_init__(self) -> None:
@@ -48,7 +47,7 @@ class Selection(ABC):
         number = isinstance(self.rate, int | float) and not isinstance(self.rate, bool)
         if not number or not 2.0**-20 <= self.rate <= 1:
             raise ValueError(f"rate {self.rate!r}: a number from 2^-20 to 1")
-        self.row  # noqa: B018 (refuses unknown formats)
+        self.codec  # noqa: B018 (refuses unknown formats)
 
     @abstractmethod
     def positions(self, n: int, turn: Turn, first: int, last: int) -> Array:
@@ -68,23 +67,28 @@ class Selection(ABC):
         return Fraction(self.rate).limit_denominator(1 << 20)
 
     @property
-    def row(self) -> Row:
-        return row_of(self.bits, self.group_size)
+    def codec(self) -> DenseCodec:
+        return dense_codec(self.bits, self.group_size)
+
+    def n_sent(self, part: Part) -> int:
+        return self.n_selected(part.n_global)
 
     def fields(self, part: Part) -> tuple[Field, ...]:
         """A pack always is of the whole parameter, whatever the part that is decoded from it."""
-        return self.row.fields(self.n_selected(part.n_global))
+        return self.codec.fields(self.n_selected(part.n_global))
 
     def pack(self, x: Tensor, part: Part, turn: Turn) -> Packed:
         """Raises ValueError for a part of a parameter, and for values that are not finite or too large."""
         refuse_part(part)
         m = self.n_selected(part.n_global)
         with torch.no_grad():
-            return self.row.pack(self._read(x.detach(), turn, chunk).float() for chunk in self._chunks(m, x))
+            return self.codec.pack(
+                self._read(x.detach(), turn, chunk).float() for chunk in self._chunks(m, x)
+            )
 
     def _chunks(self, m: int, x: Tensor) -> Iterator[Chunk]:
         """Long ones, where kernels read or write the values in their place."""
-        return self.row.long_chunks(m) if self.in_a_row and use_numba(x) else self.row.chunks(m)
+        return self.codec.long_chunks(m) if self.is_contiguous and use_numba(x) else self.codec.chunks(m)
 
     def _read(self, x: Tensor, turn: Turn, chunk: Chunk) -> Tensor:
         """Contiguous: what a chunk of values is of the whole parameter."""
@@ -95,17 +99,17 @@ class Selection(ABC):
 
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:
         with exact_arithmetic():
-            self.row.check(packed, self.n_selected(part.n_global))
+            self.codec.check(packed, self.n_selected(part.n_global))
 
     def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
         """Weighted mean of the values in order; zero for elements that are not of this round. On the CPU."""
         rounded, inverse = mean_weights(weights)
         n = part.n_global
         m = self.n_selected(n)
-        out = scratch(part.n_local) if self.in_a_row else torch.empty(part.n_local)
+        out = scratch(part.n_local) if self.is_contiguous else torch.empty(part.n_local)
         if m < n or part.n_local < n:
             out.zero_()
-        readers = [self.row.reader(p, m) for p in packs]
+        readers = [self.codec.reader(p, m) for p in packs]
         with exact_arithmetic():
             for chunk in self._chunks(m, out):
                 here = self.neighbours(n, turn, *chunk)
@@ -126,6 +130,6 @@ class Selection(ABC):
         m = self.n_selected(part.n_global)
         total = 0.0
         with exact_arithmetic():
-            for norm in l1_norms(self.row.reader(packed, m), list(self.row.chunks(m))):
+            for norm in l1_norms(self.codec.reader(packed, m), list(self.codec.chunks(m))):
                 total += norm
         return total

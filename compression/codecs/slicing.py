@@ -17,7 +17,7 @@ class Slicing(Selection):
     codecs/selection.py has the format and its bytes.
     """
 
-    in_a_row = True
+    is_contiguous = True
 
     def positions(self, n: int, turn: Turn, first: int, last: int) -> Array:
         start = (turn.round - 1) * self.n_selected(n) % n

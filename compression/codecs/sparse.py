@@ -1,44 +1,63 @@
 """What compressors share that send the k largest coefficients of each group of a parameter.
 
-    scales   bfloat16, one per group; 0: this group sends nothing
-    codes    uint8: which coefficients (numerics/indices.py) with which values (numerics/values.py)
-
-With G groups that send E coefficients in all, a pack has 2 G bytes and what `indices` needs for E:
+A pack has the scales of all groups and the codes of the coefficients that were sent (codecs/sparse_codec.py).
+With G groups that send E coefficients in all it has 2 G bytes and what `indices` needs for E:
 
     packed   ceil(E (index bits + value bits) / 8)
     rice     ceil(E (r + value bits) / 8) + ceil((E + sum of gap >> r) / 8)
 
 A zero group sends nothing. Ties go to the lower index.
+
+The k largest are found by a threshold: the k-th largest magnitude, of which equal ones count from the lower
+index on. What is above it, and as many equal ones as are missing, is sent. The kernels look for the threshold
+by bisection over the bits of the magnitudes, which as integers are in the order of the values.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..base import Field, Packed, Part, Turn
-from ..errors import BadPayload
+from ..base import (
+    Change,
+    Compressor,
+    Entries,
+    Field,
+    Packed,
+    Part,
+    PendingPacks,
+    Reduce,
+    Source,
+    Step,
+    Target,
+    Turn,
+    refuse_part,
+)
 from ..exact import exact_arithmetic
-from ..kernels import kernels_for, use_numba
-from ..numerics.indices import IndexCoder, IndexFormat, Most, PackedIndices, coder_of
+from ..kernels import kernels_on, use_numba
+from ..numerics.index_layout import IndexFormat, index_layout
 from ..numerics.reduce import l1_norm, mean_weights
-from ..numerics.value_formats import Bits, Format, Table, check_codes, check_scales, check_sendable, format_of
+from ..numerics.value_formats import Bits, check_sendable, format_of
 from ..numerics.values import quantize
-from .groups import SLAB, Flat, Slab
-from .tiles import Tiles
-
-if TYPE_CHECKING:
-    from ..cpu import sparse_cpu
-    from .fused_update import Step
+from .sparse_codec import check_pack, read_pack, strongest_groups, write_pack
+from .sparse_dispatch import (
+    fused_update,
+    gpu_packs,
+    mean_on_cpu,
+    pack_many,
+    plain_row,
+    select_on_cpu,
+    send,
+)
+from .sparse_layout import SparseLayout, n_coefficients
 
 Array = npt.NDArray[Any]
 
@@ -46,38 +65,10 @@ MAX_GROUP: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Entries:
-    """What a pack says: E entries in order of position; group g has entries [offsets[g], offsets[g + 1])."""
-
-    position_E: Array  # int64: group * coefficients of a full group + index
-    value_E: Array  # float32, exact
-    offsets: Array  # int64, G + 1 of them
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What a group may send, for the G groups of a parameter."""
-
-    start_G: Array  # int64: position of the first coefficient
-    most: Most
-    max_bytes: int  # of the codes
-
-    @property
-    def n_groups(self) -> int:
-        return len(self.start_G)
-
-    def n_sent(self, scales: Tensor) -> Array:
-        """int64 (G,): how many coefficients each group sends."""
-        sent_G: Array = self.most.k_G * (scales.view(torch.int16).numpy() != 0)
-        return sent_G
-
-
-@dataclass(frozen=True, slots=True)
-class Sparse(ABC):
+class Sparse(Compressor):
     """k of the coefficients of every `group_size` elements; see the module's docstring.
 
-    Subclasses say how a parameter is cut into groups, and transform a slab of them there and back. Values are
-    below 2^67.
+    Subclasses transform groups there and back. Values are below 2^67.
     """
 
     k: int = 32
@@ -86,7 +77,7 @@ class Sparse(ABC):
     indices: IndexFormat = "packed"
 
     transforms: ClassVar[bool] = False
-    """Whether what is sent of flat groups are cosine coefficients; else the elements themselves."""
+    """Whether what is sent are cosine coefficients; else the elements themselves."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, in words for the user."""
@@ -94,11 +85,7 @@ class Sparse(ABC):
             raise ValueError(f"group_size {self.group_size} is not in [1, {MAX_GROUP}]")
         if not 1 <= self.k <= self.group_size:
             raise ValueError(f"k {self.k} is not in [1, {self.group_size}]")
-        self.coder  # noqa: B018 (refuses unknown formats)
-
-    @abstractmethod
-    def groups(self, shape: tuple[int, ...]) -> Flat | Tiles:
-        """How a parameter of this shape is cut."""
+        _new_layout(self)  # refuses unknown formats
 
     @abstractmethod
     def forward(self, groups_GC: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -109,116 +96,76 @@ class Sparse(ABC):
         """Exact, within `exact_arithmetic`, never -0: what these coefficients stand for, same shape."""
 
     @property
-    def n_coefficients(self) -> int:
-        """Of a full group."""
-        return self.group_size
+    def tile_side(self) -> int:
+        """Of square tiles that a parameter is cut into; 0: into flat groups."""
+        return 0
 
     @property
-    def index_bits(self) -> int:
-        """Of a packed index."""
-        return (self.n_coefficients - 1).bit_length()
-
-    @property
-    def width(self) -> int:
-        """Bits per coefficient with packed indices, without the scales."""
-        return self.index_bits + self.format.width
-
-    @property
-    def format(self) -> Format:
-        return format_of(self.bits)
-
-    @property
-    def coder(self) -> IndexCoder:
-        return coder_of(self.indices, self.n_coefficients, self.k, self.format.width)
+    def pack_layout(self) -> SparseLayout:
+        """What backends need to know."""
+        return _layout_of(self)
 
     def fields(self, part: Part) -> tuple[Field, ...]:
         """A pack always is of the whole parameter, whatever the part that is decoded from it."""
-        layout = layout_of(self, part.shape)
-        return Field(torch.bfloat16, layout.n_groups), Field(torch.uint8, layout.max_bytes)
+        groups = self.pack_layout.of(part.shape)
+        return Field(torch.bfloat16, groups.n_groups), Field(torch.uint8, groups.max_bytes)
+
+    def n_sent(self, part: Part) -> int:
+        return int(self.pack_layout.of(part.shape).most.k_G.sum())
 
     # ------------------------------------------------------------------------------- pack: local
 
     def pack(self, x: Tensor, part: Part, turn: Turn) -> Packed:
         """Raises ValueError for a part of a parameter, and for values that are not finite or too large."""
         refuse_part(part)
-        if kernels_for(x) == "triton":
-            from ..gpu import pack_triton
-
-            if pack_triton.takes(self, part.shape):
-                row = x.detach().float().contiguous()
-                (packed,) = pack_triton.Sent(self, [pack_triton.Source(part.shape, row)]).packs()
-                return packed
+        if gpu_packs(self.pack_layout, part, x):
+            (packed,) = send(self.pack_layout, [plain_row(Source(part, x))]).packs()
+            return packed
         scales: list[Tensor] = [torch.empty(0, dtype=torch.bfloat16)]
         indices: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
         codes: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
         with torch.no_grad():
-            for index_GK, value_GK in self._selected(x.detach(), part.shape):
-                scale_G, code_E = quantize(value_GK, self.format)
+            for index_GK, value_GK in self.selected(x.detach(), part.shape):
+                scale_G, code_E = quantize(value_GK, self.pack_layout.format)
                 scales.append(scale_G.cpu())
                 indices.append(index_GK[scale_G > 0].view(-1).cpu())
                 codes.append(code_E.cpu())
-        all_scales = torch.cat(scales)
-        layout = layout_of(self, part.shape)
-        n_sent_G = layout.n_sent(all_scales)
-        return all_scales, self.coder.pack(torch.cat(indices), torch.cat(codes), n_sent_G, layout.most)
+        return write_pack(
+            self.pack_layout, part.shape, torch.cat(scales), torch.cat(indices), torch.cat(codes)
+        )
 
-    def _selected(self, x: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Which coefficients are sent, rising, and their values, a few groups at a time."""
-        groups = self.groups(shape)
+    def selected(self, x: Tensor, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Which coefficients are sent, rising, and their values, both (groups, k), a few groups at a time.
+
+        Raises ValueError for values that cannot be sent.
+        """
         if use_numba(x):
-            from ..cpu import sparse_cpu, tiles_cpu
-
-            row = x.float().contiguous()
-            for slab in groups.slabs(at_once=16 * SLAB):
-                if isinstance(groups, Tiles):
-                    index_GK, value_GK, top = tiles_cpu.largest(row, groups, slab)
-                else:
-                    first = slab.first * self.group_size
-                    elements = row[first : first + slab.n_groups * slab.length]
-                    index_GK, value_GK, top = sparse_cpu.largest(elements, slab, self.transforms)
-                check_sendable(torch.tensor(top))
-                yield index_GK, value_GK
+            yield from select_on_cpu(self.pack_layout, x, shape)
             return
+        groups = self.pack_layout.groups(shape)
         for slab in groups.slabs():
             coefficients_GC = self.forward(groups.read(x, slab), shape)
             check_sendable(coefficients_GC)
             yield largest(coefficients_GC, slab.k)
 
+    def pack_many(self, sources: Iterable[Source], turn: Turn) -> list[Packed]:
+        """Small ones together, where kernels can; on a GPU large ones, too."""
+        return pack_many(self.pack_layout, sources, lambda source: self.pack(source.x, source.part, turn))
+
     def strongest(self, packed: Packed, part: Part, share: float) -> Packed:
-        """Of what `pack` made only this share of the groups, one at least: those with most in them."""
-        scales, codes = packed
-        layout = layout_of(self, part.shape)
-        n_sent_G = layout.n_sent(scales)
-        entries = self.entries(packed, part)
-        group_E = np.arange(layout.n_groups).repeat(n_sent_G)
-        magnitude_G = np.bincount(group_E, np.abs(entries.value_E), layout.n_groups)
-        n_kept = max(1, int(share * layout.n_groups))
-        is_kept_G = np.zeros(layout.n_groups, dtype=bool)
-        is_kept_G[np.argsort(-magnitude_G, kind="stable")[:n_kept]] = True
-        fewer = torch.where(torch.from_numpy(is_kept_G), scales, torch.zeros_like(scales))
-        index_E, code_E = self.coder.unpack(codes, n_sent_G, layout.most)
-        kept_E = is_kept_G.repeat(n_sent_G)
-        index, code = torch.from_numpy(index_E[kept_E]), torch.from_numpy(code_E[kept_E])
-        return fewer, self.coder.pack(index, code, layout.n_sent(fewer), layout.most)
+        """This share of the groups, one at least: those with most in them."""
+        return strongest_groups(self.pack_layout, packed, part.shape, share)
+
+    def has_fused_send(self, sources: Sequence[tuple[Part, Tensor]]) -> bool:
+        return all(gpu_packs(self.pack_layout, part, x) for part, x in sources)
+
+    def fused_send(self, sources: Sequence[Source], change: Change) -> PendingPacks:
+        return send(self.pack_layout, sources, change)
 
     # ------------------------------------------------------------------------------- check, decode: exact
 
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:
-        layout = layout_of(self, part.shape)
-        if [(t.dtype, t.dim()) for t in packed] != [(torch.bfloat16, 1), (torch.uint8, 1)]:
-            raise BadPayload("shape", "expected bfloat16 scales and uint8 codes")
-        scales, codes = packed
-        if scales.numel() != layout.n_groups:
-            raise BadPayload("shape", f"{scales.numel()} scales for {layout.n_groups} groups")
-        check_scales(scales, self.format)
-        n_sent_G = layout.n_sent(scales)
-        index_E, code_E = self.coder.unpack(codes, n_sent_G, layout.most)
-        if bool((index_E >= layout.most.n_G.repeat(n_sent_G)).any()):
-            raise BadPayload("index", "past the end of a group")
-        position_E = layout.start_G.repeat(n_sent_G) + index_E
-        if bool((position_E[1:] <= position_E[:-1]).any()):
-            raise BadPayload("index", "repeated or out of order")
-        check_codes(code_E, self.format)
+        check_pack(self.pack_layout, packed, part.shape)
 
     def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
         """Weighted mean of the coefficients in order, then the inverse per group. On the CPU."""
@@ -227,75 +174,34 @@ class Sparse(ABC):
         if use_numba(out):
             from ..cpu import sparse_cpu
 
-            sparse_cpu.decode(out, part.start, self._mean(packs, rounded, inverse, part.shape))
+            sparse_cpu.decode(out, part.start, mean_on_cpu(self.pack_layout, packs, rounded, inverse, part))
             return out
-        shares = [self.entries(p, part) for p in packs]
-        groups = self.groups(part.shape)
-        with exact_arithmetic():
-            for slab in groups.slabs(part.start, part.stop):
-                mean_GC = torch.from_numpy(self._sum(shares, rounded, slab)).mul_(inverse)
-                groups.write(self.inverse(mean_GC, part.shape), slab, part, out)
+
+        def mean(entries: Sequence[tuple[Array, Array]], n: int) -> Tensor:
+            sum_C = np.zeros(n, dtype=np.float32)
+            for (position_E, value_E), w in zip(entries, rounded, strict=True):
+                # Nobody has a position twice: reading, adding and writing back has one order only.
+                sum_C[position_E] = sum_C[position_E] + value_E * np.float32(w)
+            return torch.from_numpy(sum_C).mul_(inverse)
+
+        return self.decode_entries([self.entries(p, part) for p in packs], mean, part)
+
+    def decode_on(
+        self, device: torch.device, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn
+    ) -> Tensor:
+        """There, where it has kernels."""
+        if kernels_on(device) != "triton":
+            return self.decode(packs, weights, part, turn).to(device)
+        out = torch.zeros(part.n_local, dtype=torch.float32, device=device)
+        step = Step(scale=-1.0)  # 0 - (-1) x is x, and never -0
+        self.fused_update([Target(out, part, packs, step)], weights, turn)
         return out
 
-    def packs_at_once(self, shapes: Iterable[tuple[int, ...]], tensors: Iterable[Tensor]) -> bool:
-        """Whether `pack_triton.Sent` takes all of these parameters."""
-        if not all(kernels_for(t) == "triton" for t in tensors):
-            return False
-        from ..gpu import pack_triton
-
-        return all(pack_triton.takes(self, shape) for shape in shapes)
-
-    def has_kernel(self, target: Tensor) -> bool:
-        """Whether `descend` can be used."""
-        return kernels_for(target) != "torch"
-
-    def descend(
-        self, target: Tensor, packs: Sequence[Packed], weights: Sequence[float], part: Part, step: Step
-    ) -> None:
-        """See `descent.descend`."""
-        if kernels_for(target) == "triton":
-            from ..gpu import sparse_triton
-            from .fused_update import Target
-
-            sparse_triton.descend(self, [Target(target.detach(), part, packs, step)], weights)
-            return
-        from ..cpu import sparse_cpu
-
-        sparse_cpu.descend(target, part.start, self._mean(packs, *mean_weights(weights), part.shape), step)
-
-    def _mean(
-        self, packs: Sequence[Packed], weights: Sequence[float], inverse: float, shape: tuple[int, ...]
-    ) -> sparse_cpu.Mean:
-        from ..cpu import sparse_cpu
-
-        if isinstance(self.coder, PackedIndices) and isinstance(self.format, Table):
-            k_G, levels = layout_of(self, shape).most.k_G, self.format.levels
-            entries = sparse_cpu.read_packed(
-                packs, k_G, self.index_bits, self.width, levels, self.n_coefficients
-            )
-        else:
-            entries = sparse_cpu.joined([self.entries(p, Part.whole(shape)) for p in packs])
-        return sparse_cpu.Mean(
-            *entries,
-            weight_W=np.array(weights, dtype=np.float32),
-            inverse=np.float32(inverse),
-            n=prod(shape),
-            size=self.group_size,
-            n_coefficients=self.n_coefficients,
-            transforms=self.transforms,
-            tiles=groups if isinstance(groups := self.groups(shape), Tiles) else None,
-        )
-
-    def _sum(self, shares: Sequence[Entries], weights: Sequence[float], slab: Slab) -> Array:
-        """The sum of weight * value over the shares in order: float32 (groups, coefficients)."""
-        shape = (slab.n_groups, slab.n_coefficients)
-        sum_C = np.zeros(shape[0] * shape[1], dtype=np.float32)
-        for share, w in zip(shares, weights, strict=True):
-            here = slice(share.offsets[slab.first], share.offsets[slab.last])
-            position_E = share.position_E[here] - slab.first * self.n_coefficients
-            # A share has no position twice: reading, adding and writing back has one order only.
-            sum_C[position_E] = sum_C[position_E] + share.value_E[here] * np.float32(w)
-        return sum_C.reshape(shape)
+    def fused_update(self, targets: Sequence[Target], weights: Sequence[float], turn: Turn) -> None:
+        """In one pass over the targets: on a GPU in one launch for all, on a CPU in one call for small
+        ones."""
+        others = fused_update(self.pack_layout, targets, *mean_weights(weights))
+        Compressor.fused_update(self, others, weights, turn)
 
     def magnitude(self, packed: Packed, part: Part, turn: Turn) -> float:
         """Of the whole parameter's coefficients, whatever the part."""
@@ -303,25 +209,36 @@ class Sparse(ABC):
             return l1_norm(torch.from_numpy(self.entries(packed, part).value_E))
 
     def entries(self, packed: Packed, part: Part) -> Entries:
-        """What a pack says that was checked."""
-        scales, codes = packed
-        layout = layout_of(self, part.shape)
-        n_sent_G = layout.n_sent(scales)
-        index_E, code_E = self.coder.unpack(codes, n_sent_G, layout.most)
-        offsets = np.concatenate([[0], n_sent_G.cumsum()])
-        if isinstance(self.format, Table) and use_numba(scales):
-            from ..cpu import sparse_cpu
+        return read_pack(self.pack_layout, packed, part.shape)
 
-            found = index_E, code_E, offsets, scales.float().numpy(), self.format.levels
-            return Entries(*sparse_cpu.spread(*found, self.n_coefficients), offsets)
-        value_E = self.format.read(code_E, scales.float().numpy().repeat(n_sent_G))
-        return Entries(layout.start_G.repeat(n_sent_G) + index_E, value_E, offsets)
+    def decode_entries(self, entries: Sequence[Entries], reduce: Reduce, part: Part) -> Tensor:
+        """A few groups at a time: first `reduce`, then the inverse per group."""
+        out = torch.empty(part.n_local, dtype=torch.float32)
+        groups = self.pack_layout.groups(part.shape)
+        with exact_arithmetic():
+            for slab in groups.slabs(part.start, part.stop):
+                before = slab.first * self.pack_layout.n_coefficients
+                cuts = [slice(e.offsets[slab.first], e.offsets[slab.last]) for e in entries]
+                here = [
+                    (e.position_E[cut] - before, e.value_E[cut]) for e, cut in zip(entries, cuts, strict=True)
+                ]
+                reduced = reduce(here, slab.n_groups * slab.n_coefficients)
+                mean_GC = reduced.view(slab.n_groups, slab.n_coefficients)
+                groups.write(self.inverse(mean_GC, part.shape), slab, part, out)
+        return out
 
 
-def refuse_part(part: Part) -> None:
-    """Raises ValueError unless the part is a whole parameter."""
-    if part != Part.whole(part.shape):
-        raise ValueError(f"packs whole parameters only, not [{part.start}, {part.stop}) of {part.shape}")
+@lru_cache(maxsize=256)
+def _layout_of(compressor: Sparse) -> SparseLayout:
+    return _new_layout(compressor)
+
+
+def _new_layout(compressor: Sparse) -> SparseLayout:
+    """Raises ValueError for unknown formats."""
+    c = compressor
+    format_, n = format_of(c.bits), n_coefficients(c.group_size, c.transforms)
+    indices = index_layout(c.indices, n, c.k, format_.width)
+    return SparseLayout(c.k, c.group_size, format_, indices, c.transforms, c.tile_side)
 
 
 def largest(values_GC: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -335,16 +252,3 @@ def largest(values_GC: Tensor, k: int) -> tuple[Tensor, Tensor]:
         chosen = above | (ties & (ties.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
     index = chosen.nonzero()[:, 1].view(-1, k)
     return index, values_GC.gather(1, index)
-
-
-@lru_cache(maxsize=4096)
-def layout_of(compressor: Sparse, shape: tuple[int, ...]) -> Layout:
-    """The layout of a parameter: a few bytes per group, kept because every round needs it."""
-    slabs = list(compressor.groups(shape).slabs())
-    sizes = [s.n_groups for s in slabs]
-    most = Most(
-        k_G=np.array([s.k for s in slabs], dtype=np.int64).repeat(sizes),
-        n_G=np.array([s.n_coefficients for s in slabs], dtype=np.int64).repeat(sizes),
-    )
-    start_G = np.arange(sum(sizes), dtype=np.int64) * compressor.n_coefficients
-    return Layout(start_G, most, compressor.coder.max_bytes(most))

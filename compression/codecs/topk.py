@@ -7,12 +7,10 @@ ceil(k n / group_size). codecs/sparse.py has the format and its bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from torch import Tensor
 
-from ..numerics.indices import IndexFormat
-from .groups import Flat
+from ..numerics.index_layout import IndexFormat
 from .sparse import Sparse
 
 
@@ -21,9 +19,6 @@ class TopK(Sparse):
     """k of every `group_size` elements. `indices`: "rice" (about 8.5 bits at 32 of 4096) or "packed" (12)."""
 
     indices: IndexFormat = "rice"
-
-    def groups(self, shape: tuple[int, ...]) -> Flat:
-        return Flat(prod(shape), self.group_size, self.k)
 
     def forward(self, groups_GC: Tensor, shape: tuple[int, ...]) -> Tensor:
         return groups_GC

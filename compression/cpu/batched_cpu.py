@@ -7,30 +7,25 @@ decoded, are those that parameters have one by one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Packed
+from ..base import Packed, Target
 from ..codecs.groups import Flat
-from ..codecs.sparse import Sparse, layout_of
+from ..codecs.sparse_layout import SparseLayout, group_ranges
 from ..errors import BadPayload
-from ..numerics.indices import PackedIndices
-from ..numerics.reduce import mean_weights
+from ..numerics.index_layout import PackedIndices
 from ..numerics.value_formats import Table, check_sendable
 from .addresses_cpu import bytes_at, floats_at
 from .dct_cpu import INTEGER_BASIS, ORDER
-from .sparse_cpu import POWERS, decode_groups, how_of, read_entries, select_groups
+from .sparse_cpu import decode_groups, read_entries, select_groups
 from .threads import share
-
-if TYPE_CHECKING:
-    from ..codecs.fused_update import Target
+from .update_cpu import POWERS, how_of
 
 Array = Any
 """A numpy array inside a kernel; numba finds the types."""
@@ -42,86 +37,69 @@ say is scratch."""
 _PER_THREAD: Final = 1 << 17  # elements, at least
 
 
-def takes(compressor: object, shape: tuple[int, ...]) -> bool:
+def takes(layout: SparseLayout, shape: tuple[int, ...]) -> bool:
     """Whether a parameter of this shape is of the kind."""
     return (
         prod(shape) <= SMALL
-        and isinstance(compressor, Sparse)
-        and isinstance(compressor.coder, PackedIndices)
-        and isinstance(compressor.format, Table)
-        and isinstance(compressor.groups(shape), Flat)
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Chart:
-    """The groups of P parameters, one after another."""
-
-    n_P: Array  # int64: elements
-    first_P: Array  # int64, P + 1: groups before each
-    k_G: Array  # int64
-    at_P: Array  # int64, P + 1: where the codes of each may begin
-
-
-@lru_cache(maxsize=64)
-def _chart(compressor: Sparse, shapes: tuple[tuple[int, ...], ...]) -> _Chart:
-    layouts = [layout_of(compressor, shape) for shape in shapes]
-    return _Chart(
-        np.array([int(np.prod(shape, dtype=np.int64)) for shape in shapes], dtype=np.int64),
-        np.cumsum([0, *(layout.n_groups for layout in layouts)]),
-        np.concatenate([layout.most.k_G for layout in layouts]),
-        np.cumsum([0, *(layout.max_bytes for layout in layouts)]),
+        and isinstance(layout.indices, PackedIndices)
+        and isinstance(layout.format, Table)
+        and isinstance(layout.groups(shape), Flat)
     )
 
 
 # ------------------------------------------------------------------------------------------- pack: local
 
 
-def pack(compressor: Sparse, xs: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Packed]:
-    """`compressor.pack` of each: whole parameters, flat contiguous float32 on the CPU."""
-    chart, k = _chart(compressor, tuple(shapes)), compressor.k
-    n_groups = int(chart.first_P[-1])
+def pack(layout: SparseLayout, xs: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Packed]:
+    """`Compressor.pack` of each: whole parameters, flat contiguous float32 on the CPU."""
+    ranges, k = group_ranges(layout, tuple(shapes)), layout.k
+    n_groups = int(ranges.first_P[-1])
     index_GK = np.zeros((n_groups, k), dtype=np.int64)
     value_GK = np.zeros((n_groups, k), dtype=np.float32)
     address_P = np.array([x.data_ptr() for x in xs], dtype=np.uint64)
-    order = ORDER if compressor.transforms else np.arange(ORDER.size)
+    order = ORDER if layout.transforms else np.arange(ORDER.size)
 
     def run(first: int, last: int) -> Any:
         return _select(
-            *(address_P, chart.n_P, chart.first_P, chart.k_G, compressor.group_size, compressor.transforms),
+            *(address_P, ranges.n_P, ranges.first_P, ranges.k_G, layout.group_size, layout.transforms),
             *(order, first, last, index_GK, value_GK),
         )
 
-    tops = share(run, 0, n_groups, smallest=max(1, _PER_THREAD // compressor.group_size))
+    tops = share(run, 0, n_groups, smallest=max(1, _PER_THREAD // layout.group_size))
     check_sendable(torch.from_numpy(np.array(max(tops), dtype=np.int32)).view(torch.float32))
-    scale_G, code_GK = _quantized(compressor, torch.from_numpy(value_GK), chart.k_G)
-    octets = np.empty(int(chart.at_P[-1]), dtype=np.uint8)
+    scale_G, code_GK = _quantized(layout, torch.from_numpy(value_GK), ranges.k_G)
+    octets = np.empty(int(ranges.byte_P[-1]), dtype=np.uint8)
     n_P = np.empty(len(xs), dtype=np.int64)
     live_G = scale_G.view(torch.int16).numpy() != 0
     _write(
-        *(index_GK, code_GK.numpy(), live_G, chart.k_G, chart.first_P, chart.at_P),
-        *(compressor.index_bits, compressor.width, octets, n_P),
+        *(index_GK, code_GK.numpy(), live_G, ranges.k_G, ranges.first_P, ranges.byte_P),
+        *(layout.index_bits, layout.indices.width, octets, n_P),
     )
     codes = torch.from_numpy(octets)
     return [
         (scale_G[a:b].clone(), codes[at : at + n].clone())
         for a, b, at, n in zip(
-            *(chart.first_P[:-1].tolist(), chart.first_P[1:].tolist(), chart.at_P.tolist(), n_P.tolist()),
+            *(
+                ranges.first_P[:-1].tolist(),
+                ranges.first_P[1:].tolist(),
+                ranges.byte_P.tolist(),
+                n_P.tolist(),
+            ),
             strict=False,
         )
     ]
 
 
-def _quantized(compressor: Sparse, value_GK: Tensor, k_G: Array) -> tuple[Tensor, Tensor]:
+def _quantized(layout: SparseLayout, value_GK: Tensor, k_G: Array) -> tuple[Tensor, Tensor]:
     """Scales, and codes of all: groups that send as many together, as many as that."""
     scale_G = torch.zeros(len(value_GK), dtype=torch.bfloat16)
     code_GK = torch.zeros(value_GK.shape, dtype=torch.int64)
     for k in np.unique(k_G).tolist():
         rows = torch.from_numpy(np.flatnonzero(k_G == k))
         values = value_GK[rows, :k]
-        scales = compressor.format.scales(values.abs())
+        scales = layout.format.scales(values.abs())
         scale_G[rows] = scales
-        code_GK[rows, :k] = compressor.format.codes(values, scales.float()[:, None])
+        code_GK[rows, :k] = layout.format.codes(values, scales.float()[:, None])
     return scale_G, code_GK
 
 
@@ -179,14 +157,15 @@ def _write(
 # ------------------------------------------------------------------------------------------- decode: exact
 
 
-def descend(compressor: Sparse, targets: Sequence[Target], weights: Sequence[float]) -> None:
-    """As `descent.descend_all`."""
-    chart = _chart(compressor, tuple(t.part.shape for t in targets))
-    rounded, inverse = mean_weights(weights)
-    n_packs, format_ = len(rounded), compressor.format
+def fused_update(
+    layout: SparseLayout, targets: Sequence[Target], weights: Sequence[float], inverse: float
+) -> None:
+    """As `Compressor.fused_update`. `weights` and `inverse`: of `mean_weights`."""
+    ranges = group_ranges(layout, tuple(t.part.shape for t in targets))
+    n_packs, format_ = len(weights), layout.format
     assert isinstance(format_, Table)
     packs = [t.packs[w] for w in range(n_packs) for t in targets]
-    sizes = np.diff(chart.first_P)
+    sizes = np.diff(ranges.first_P)
     for p, (scales, _) in enumerate(packs):
         if scales.numel() != sizes[p % len(targets)]:
             raise BadPayload("shape", f"{scales.numel()} scales for {sizes[p % len(targets)]} groups")
@@ -203,20 +182,20 @@ def descend(compressor: Sparse, targets: Sequence[Target], weights: Sequence[flo
     decay_P = np.array([step.decay for step in steps], dtype=np.float32)
     scale_P = np.array([step.scale for step in steps], dtype=np.float32)
     form = (
-        *(compressor.index_bits, compressor.width, format_.levels, compressor.group_size),
-        *(compressor.n_coefficients, compressor.transforms),
+        *(layout.index_bits, layout.indices.width, format_.levels, layout.group_size),
+        *(layout.n_coefficients, layout.transforms),
     )
 
     arguments: tuple[Any, ...] = (
-        *(*where, chart.n_P, chart.first_P, chart.k_G, scale_WG, address_WP, n_octets_WP),
-        *(np.array(rounded, dtype=np.float32), np.float32(inverse), INTEGER_BASIS, POWERS, *form),
+        *(*where, ranges.n_P, ranges.first_P, ranges.k_G, scale_WG, address_WP, n_octets_WP),
+        *(np.array(weights, dtype=np.float32), np.float32(inverse), INTEGER_BASIS, POWERS, *form),
         *(how_P, decay_P, scale_P),
     )
 
     def run(first: int, last: int) -> Any:
-        return _descend(*(*arguments, first, last))
+        return _update(*(*arguments, first, last))
 
-    per_target = max(1, int(chart.n_P.sum()) // len(targets))
+    per_target = max(1, int(ranges.n_P.sum()) // len(targets))
     found = min(share(run, 0, len(targets), smallest=max(1, _PER_THREAD // per_target)))
     if found == _SHORT:
         raise BadPayload("shape", "too few bytes of codes")
@@ -228,7 +207,7 @@ _SHORT, _PAST, _GOOD = range(3)
 
 
 @numba.njit(cache=True, nogil=True)
-def _descend(
+def _update(
     address_P: Array, start_P: Array, stop_P: Array, n_P: Array, first_P: Array, k_G: Array, scale_WG: Array,
     address_WP: Array, n_octets_WP: Array, weights: Array, inverse: Any, basis: Array, powers: Array,
     index_bits: int, width: int, levels: Array, size: int, n_coefficients: int, transform: bool,

@@ -1,4 +1,5 @@
-"""The numba kernels of `rows`: groups of values to scales and codes and back, in one pass over memory.
+"""The numba kernels of codecs/dense_codec.py: groups of values to scales and codes and back, in one pass over
+memory.
 
 Bytes and values are those of the reference."""
 

@@ -7,25 +7,23 @@ Selecting is local work; what is decoded has the bits of the reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..base import Entries, Packed, Step
+from ..codecs.groups import Slab
 from ..errors import BadPayload
 from ..numerics.dct import INVERSE_SCALE, ROUNDER, SMALLEST, TOP_BIT, N
+from ..numerics.index_layout import PackedIndices
+from . import tiles_cpu
 from .dct_cpu import INTEGER_BASIS, ORDER, PANEL, add_basis, forward
 from .threads import share
-
-if TYPE_CHECKING:
-    from ..base import Packed
-    from ..codecs.fused_update import Step
-    from ..codecs.groups import Slab
-    from ..codecs.sparse import Entries
-    from ..codecs.tiles import Tiles
+from .topk_cpu import choose, threshold
+from .update_cpu import PLAIN, POWERS, ZERO, Mean, finish, how_of
 
 Array = Any
 """A numpy array inside a kernel; numba finds the types."""
@@ -38,12 +36,9 @@ _PER_THREAD: Final = 1 << 17  # elements, at least
 _MAGNITUDE: Final = np.int32(0x7FFFFFFF)
 _SLICES: Final = 4  # of a column of a panel: blocks of 16 coefficients in a row of their group
 _BLOCK: Final = N // _SLICES
-_FOUR_OCTAVES: Final = 4 << 23
 
-POWERS: Final = (np.arange(256, dtype=np.uint32) << np.uint32(23)).view(np.float32)  # by biased exponent
 _ROUNDER: Final = np.float32(ROUNDER)
 _INVERSE_SCALE: Final = np.float32(INVERSE_SCALE)
-_ZERO: Final = np.float32(0.0)
 _ONE: Final = np.float32(1.0)
 
 
@@ -164,50 +159,6 @@ def _candidates(
     return n
 
 
-@numba.njit(inline="always")
-def choose(candidates: Array, where: Array, n: int, k: int, out: Array) -> None:
-    """Where the k largest are; of equal ones the first."""
-    least = threshold(candidates, n, k)
-    n_equal = k - _count(candidates, n, np.int32(least + 1))
-    e = 0
-    for i in range(n):
-        if candidates[i] > least:
-            out[e] = where[i]
-            e += 1
-        elif candidates[i] == least and n_equal > 0:
-            out[e] = where[i]
-            e += 1
-            n_equal -= 1
-
-
-@numba.njit(nogil=True)
-def threshold(magnitudes: Array, n: int, k: int) -> Any:
-    """A value that k of them, or equal ones more, reach. By bisection: counting takes a vector at a time."""
-    top = 0
-    for i in range(n):
-        top = max(top, magnitudes[i])
-    low, high = 0, top + 1  # k at least reach `low`, fewer `high`
-    middle = max(1, top - _FOUR_OCTAVES)
-    while high - low > 1:
-        count = _count(magnitudes, n, np.int32(middle))
-        if count >= k:
-            low = middle
-            if count == k:
-                break
-        else:
-            high = middle
-        middle = low + (high - low) // 2
-    return np.int32(low)
-
-
-@numba.njit(inline="always")
-def _count(magnitudes: Array, n: int, least: Word) -> Word:
-    count = np.int32(0)
-    for i in range(n):
-        count = np.int32(count + np.int32(magnitudes[i] >= least))
-    return count
-
-
 # ------------------------------------------------------------------------------------------- decode: exact
 
 
@@ -232,23 +183,6 @@ def _spread(
             value_E[e] = levels[code_E[e]] * scale_G[g]
 
 
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """A weighted mean of W packs. Their entries stand one after another; group g of pack w has
-    [offset_WG[w, g], offset_WG[w, g + 1])."""
-
-    position_E: Array  # int64: group * coefficients of a full group + index
-    value_E: Array  # float32
-    offset_WG: Array  # int64
-    weight_W: Array  # float32
-    inverse: Word  # float32: 1 / the sum of the weights
-    n: int  # elements of the parameter
-    size: int  # of a full group
-    n_coefficients: int  # of a full group
-    transforms: bool
-    tiles: Tiles | None  # instead of flat groups
-
-
 def joined(shares: Sequence[Entries]) -> tuple[Array, Array, Array]:
     """Positions, values and offsets of several packs."""
     before = np.cumsum([0, *(s.position_E.size for s in shares[:-1])])
@@ -261,7 +195,7 @@ def joined(shares: Sequence[Entries]) -> tuple[Array, Array, Array]:
 
 
 def read_packed(
-    packs: Sequence[Packed], k_G: Array, index_bits: int, width: int, levels: Array, n_coefficients: int
+    packs: Sequence[Packed], k_G: Array, indices: PackedIndices, levels: Array, n_coefficients: int
 ) -> tuple[Array, Array, Array]:
     """The same of packs with packed indices, whose values are in a table. Raises BadPayload for those that
     are too short: nothing else is checked here."""
@@ -269,7 +203,7 @@ def read_packed(
     position_E = np.empty(len(packs) * n_most, dtype=np.int64)
     value_E = np.empty(len(packs) * n_most, dtype=np.float32)
     offset_WG = np.empty((len(packs), k_G.size + 1), dtype=np.int64)
-    format_ = index_bits, width, levels, n_coefficients
+    format_ = indices.index_bits, indices.width, levels, n_coefficients
     at = 0
     for (scales, codes), offset_G in zip(packs, offset_WG, strict=True):
         if scales.numel() != k_G.size:
@@ -291,7 +225,7 @@ def read_entries(
     held, n_held, at = np.uint64(0), 0, 0
     for g in range(k_G.size):
         offset_G[g] = e
-        if scale_G[g] != _ZERO:
+        if scale_G[g] != ZERO:
             for _ in range(k_G[g]):
                 while n_held < width:
                     if at == octets.size:
@@ -310,28 +244,18 @@ def read_entries(
 
 def decode(out: Tensor, start: int, mean: Mean) -> None:
     """out = the elements from `start` on of what the mean stands for, as `Sparse.decode`."""
-    _run(out, start, mean, _PLAIN, 1.0, 1.0)
+    _run(out, start, mean, PLAIN, 1.0, 1.0)
 
 
-def descend(target: Tensor, start: int, mean: Mean, step: Step) -> None:
-    """As `descent.descend`: one pass over the target."""
+def fused_update(target: Tensor, start: int, mean: Mean, step: Step) -> None:
+    """As `Compressor.fused_update`: one pass over the target."""
     _run(target, start, mean, how_of(step), step.decay, step.scale)
-
-
-_PLAIN, _VALUES, _SIGNS = range(3)  # what becomes of decoded values
-
-
-def how_of(step: Step) -> int:
-    """How kernels name what becomes of decoded values."""
-    return _SIGNS if step.sign else _VALUES
 
 
 def _run(target: Tensor, start: int, mean: Mean, how: int, decay: float, scale: float) -> None:
     """`target`: contiguous flat float32 on the CPU."""
     y, m = target.detach().numpy(), mean
     if m.tiles is not None:
-        from . import tiles_cpu
-
         tiles_cpu.run(y, start, m, m.tiles, how, decay, scale)
         return
     factors = np.float32(decay), np.float32(scale)
@@ -375,7 +299,7 @@ def decode_groups(
             for w in range(weights.size):
                 for e in range(offset_WG[w, g], offset_WG[w, g + 1]):
                     i = position_E[e] - here
-                    if sums[i] != _ZERO:  # the first time only, if several have it
+                    if sums[i] != ZERO:  # the first time only, if several have it
                         x[i] = sums[i] * inverse
                         sums[i] = 0
         a, b = max(g * size, start), min(g * size + length, start + y.size)
@@ -399,33 +323,18 @@ def _add_coefficients(
             largest[0] = max(largest[0], abs(sums[position_E[e] - here] * inverse))
     exponent = largest.view(np.int32)[0] >> 23
     counts = exponent >= SMALLEST
-    up = powers[254 + TOP_BIT - exponent] if counts else _ZERO
+    up = powers[254 + TOP_BIT - exponent] if counts else ZERO
     for w in range(offset_WG.shape[0]):
         for e in range(offset_WG[w, g], offset_WG[w, g + 1]):
             i = position_E[e] - here
             q = (sums[i] * inverse * up + _ROUNDER) - _ROUNDER
             sums[i] = 0  # a coefficient that several have is added once
-            if q != _ZERO:
+            if q != ZERO:
                 add_basis(chunks, i, q, basis)
-    return powers[exponent - TOP_BIT] if counts else _ZERO
+    return powers[exponent - TOP_BIT] if counts else ZERO
 
 
 @numba.njit(inline="always")
 def _scale(x: Array, down: Word) -> None:
     for i in range(x.size):
         x[i] = x[i] * down * _INVERSE_SCALE
-
-
-@numba.njit(inline="always")
-def finish(y: Array, x: Array, how: int, decay: Word, scale: Word) -> None:
-    """From decoded values to the target, one rounding per operation. Adding 0 makes 0 of -0."""
-    if how == _PLAIN:
-        for i in range(y.size):
-            y[i] = x[i] + _ZERO
-    elif how == _VALUES:
-        for i in range(y.size):
-            y[i] = y[i] * decay - (x[i] + _ZERO) * scale
-    else:
-        for i in range(y.size):
-            sign = np.float32(x[i] > _ZERO) - np.float32(x[i] < _ZERO)
-            y[i] = y[i] * decay - sign * scale

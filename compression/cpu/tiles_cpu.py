@@ -6,24 +6,22 @@ in any order.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..codecs.groups import Slab
+from ..codecs.tiles import Tiles
 from ..exact import to_float32
 from ..numerics.dct import ROUNDER, SMALLEST, TOP_BIT, N, integer_basis, real_basis
 from .dct_cpu import ORDER, forward
 from .reduce_cpu import largest_bits
-from .sparse_cpu import POWERS, choose, finish, threshold
 from .threads import share
-
-if TYPE_CHECKING:
-    from ..codecs.groups import Slab
-    from ..codecs.tiles import Tiles
-    from .sparse_cpu import Mean
+from .topk_cpu import choose, threshold
+from .update_cpu import POWERS, Mean, finish
 
 Array = Any
 """A numpy array inside a kernel; numba finds the types."""

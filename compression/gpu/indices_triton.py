@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,39 +19,39 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..base import Packed
-from ..numerics.indices import RiceIndices
+from ..codecs.sparse_layout import GroupRanges, SparseLayout, group_ranges
+from ..numerics.index_layout import RiceIndices
 from .bits_triton import bits_at
 from .tables_triton import EXACT, on_device, owners, table, upload
-
-if TYPE_CHECKING:
-    from ..codecs.sparse import Layout, Sparse
 
 _BLOCK: Final = tl.constexpr(1024)
 _MOST_AT_ONCE: Final = 1024  # entries
 
 
 @dataclass(frozen=True, slots=True)
-class Chart:
-    """Where the groups of P parameters are among all G: parameter p has [first_P[p], first_P[p + 1])."""
+class DeviceRanges:
+    """`GroupRanges` of P parameters, and some of it on the device too."""
 
-    first_P: Any  # int64 (P + 1,), on the host
-    first: Tensor  # the same, on the device
-    k_G: Tensor  # int64, on the device: how many each sends at most
+    host: GroupRanges
+    first: Tensor  # int64 (P + 1,): groups before each parameter
+    k_G: Tensor  # int64: how many each group sends at most
     entry_P: Any  # int64 (P + 1,), on the host: where a parameter's entries begin, if all groups send k_G
     entry: Tensor  # the same, on the device
-    layouts: tuple[Layout, ...]
+
+    @property
+    def n_groups(self) -> int:
+        return len(self.host.k_G)
 
 
 @lru_cache(maxsize=64)
-def chart(compressor: Sparse, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> Chart:
-    from ..codecs.sparse import layout_of
-
-    layouts = tuple(layout_of(compressor, shape) for shape in shapes)
-    first_P = np.cumsum([0, *(layout.n_groups for layout in layouts)])
-    k_G = np.concatenate([layout.most.k_G for layout in layouts])
-    entry_P = np.concatenate([[0], k_G.cumsum()])[first_P]
-    first, every_k, entry = (upload(torch.from_numpy(a), device) for a in (first_P, k_G, entry_P))
-    return Chart(first_P, first, every_k, entry_P, entry, layouts)
+def ranges_on(
+    layout: SparseLayout, shapes: tuple[tuple[int, ...], ...], device: torch.device
+) -> DeviceRanges:
+    """What launches over parameters of these shapes need, kept from step to step."""
+    host = group_ranges(layout, shapes)
+    entry_P = np.concatenate([[0], host.k_G.cumsum()])[host.first_P]
+    first, every_k, entry = (upload(torch.from_numpy(a), device) for a in (host.first_P, host.k_G, entry_P))
+    return DeviceRanges(host, first, every_k, entry_P, entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Codes:
 
 
 def uploaded(
-    compressor: Sparse, packs_P: Sequence[Sequence[Packed]], chart: Chart, device: torch.device
+    layout: SparseLayout, packs_P: Sequence[Sequence[Packed]], ranges: DeviceRanges, device: torch.device
 ) -> Codes:
     """`packs_P[p]`: those of parameter p, W of them. The bytes travel as they are; the host does not wait."""
     by_pack = [packed for packs_W in zip(*packs_P, strict=True) for packed in packs_W]
@@ -77,28 +77,30 @@ def uploaded(
     octets = upload(torch.cat([codes for _, codes in by_pack]), device)
     scale_WG = upload(torch.cat([scales.view(torch.int16) for scales, _ in by_pack]), device)
     scale_WG = scale_WG.view(shape[0], -1)
-    end_WG1 = pad((chart.k_G * (scale_WG != 0)).cumsum(1), (1, 0))
+    end_WG1 = pad((ranges.k_G * (scale_WG != 0)).cumsum(1), (1, 0))
     bit_WP = table(8 * byte_WP[:-1].reshape(shape), device)
-    codes = Codes(octets, bit_WP, scale_WG, end_WG1, compressor.coder.width)
-    if isinstance(compressor.coder, RiceIndices):
-        return _plain(codes, compressor.coder, compressor, byte_WP, chart)
+    codes = Codes(octets, bit_WP, scale_WG, end_WG1, layout.indices.width)
+    if isinstance(layout.indices, RiceIndices):
+        return _plain(codes, layout.indices, layout, byte_WP, ranges)
     return codes
 
 
-def _plain(codes: Codes, rice: RiceIndices, compressor: Sparse, byte_WP: Any, chart: Chart) -> Codes:
+def _plain(
+    codes: Codes, rice: RiceIndices, layout: SparseLayout, byte_WP: Any, ranges: DeviceRanges
+) -> Codes:
     """Codes of 32 bits with whole indices: value << index bits | index."""
     device, (n_packs, n_params) = codes.octets.device, codes.bit_WP.shape
-    n_groups = int(chart.first_P[-1])
-    count_WP = codes.end_WG1[:, chart.first].diff(dim=1)
+    n_groups = ranges.n_groups
+    count_WP = codes.end_WG1[:, ranges.first].diff(dim=1)
     unary_WP = (codes.bit_WP + count_WP * rice.width + 7) // 8  # the first byte of the second part
     n_blocks = -(-np.diff(byte_WP) // _BLOCK.value)
     # Of every stream its first byte, how many it has, its first program, and where its entries go.
-    entry_WP = np.arange(n_packs)[:, None] * chart.entry_P[-1] + chart.entry_P[:-1]
+    entry_WP = np.arange(n_packs)[:, None] * ranges.entry_P[-1] + ranges.entry_P[:-1]
     columns = byte_WP[:-1], np.diff(byte_WP), n_blocks.cumsum() - n_blocks, entry_WP.reshape(-1)
     streams = table(np.stack(columns, axis=1), device)
     whose = owners(n_blocks, device)
     ones = torch.empty(codes.octets.numel(), dtype=torch.int32, device=device)
-    ends = torch.zeros(n_packs * int(chart.entry_P[-1]), dtype=torch.int64, device=device)
+    ends = torch.zeros(n_packs * int(ranges.entry_P[-1]), dtype=torch.int64, device=device)
     plain = torch.zeros(ends.numel(), dtype=torch.int32, device=device)
     with on_device(ones):
         if n_blocks.sum():
@@ -107,13 +109,13 @@ def _plain(codes: Codes, rice: RiceIndices, compressor: Sparse, byte_WP: Any, ch
             after = pad(ones.cumsum(0), (1, 0))
             _find[grid](codes.octets, unary_WP, streams, whose, after, count_WP, ends, **EXACT)
             _join[(n_groups, n_packs)](
-                *(codes.octets, codes.bit_WP, codes.end_WG1, chart.first),
-                *(owners(np.diff(chart.first_P), device), streams, ends, plain, n_groups, n_params),
+                *(codes.octets, codes.bit_WP, codes.end_WG1, ranges.first),
+                *(owners(np.diff(ranges.host.first_P), device), streams, ends, plain, n_groups, n_params),
                 size=codes.octets.numel(),
                 WIDTH=rice.width,
                 REMAINDER=rice.remainder_bits,
-                INDEX_BITS=compressor.index_bits,
-                ENTRIES=min(_MOST_AT_ONCE, max(16, triton.next_power_of_2(compressor.k))),
+                INDEX_BITS=layout.index_bits,
+                ENTRIES=min(_MOST_AT_ONCE, max(16, triton.next_power_of_2(layout.k))),
                 **EXACT,
             )
     bit_WP = table(32 * entry_WP, device)

@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import prod
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -23,16 +22,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..base import Packed
+from ..base import Change, Packed, Source
 from ..codecs.groups import Flat
+from ..codecs.sparse_layout import SparseLayout
 from ..codecs.tiles import Tiles
 from ..exact import to_float32
 from ..numerics import dct
 from ..numerics.bit_layout import n_bytes
-from ..numerics.indices import RiceIndices
+from ..numerics.index_layout import RiceIndices
 from ..numerics.value_formats import check_sendable
 from .bits_triton import pack_rows
-from .indices_triton import Chart, chart
+from .indices_triton import DeviceRanges, ranges_on
 from .sparse_triton import halves, inverse_halves, powers, tile_basis, tile_of
 from .tables_triton import (
     EXACT,
@@ -47,9 +47,6 @@ from .tables_triton import (
 )
 from .values_triton import MAX_GROUP, code_of, number_of, scale_of, value_of
 
-if TYPE_CHECKING:
-    from ..codecs.sparse import Sparse
-
 _LEAST_SIDE: Final = 16
 _N: Final = tl.constexpr(dct.N)
 _HALF: Final = tl.constexpr(dct.N // 2)
@@ -60,32 +57,11 @@ _SENDABLE: Final = tl.constexpr((127 + 59) << 23)
 """Bits of 2^59: values below it can be sent."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A whole parameter's momentum, flat contiguous float32; and what comes to it `factor` times, a gradient
-    of that kind, or nothing."""
-
-    shape: tuple[int, ...]
-    x: Tensor
-    gradient: Tensor | None = None
-    factor: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Before packing x = decay x + scale factor gradient. `scale`: a float32 on the device; 0 leaves
-    gradients out, whatever they are. After it x = x - alpha q, where q is what the pack says."""
-
-    decay: float
-    scale: Tensor
-    alpha: float
-
-
-def takes(compressor: Sparse, shape: tuple[int, ...]) -> bool:
+def takes(layout: SparseLayout, shape: tuple[int, ...]) -> bool:
     """Whether there is a kernel: a group has to fit into the registers of a program, and a tile has to be
     large enough for products."""
-    groups = compressor.groups(shape)
-    return compressor.group_size <= MAX_GROUP and (isinstance(groups, Flat) or groups.side >= _LEAST_SIDE)
+    groups = layout.groups(shape)
+    return layout.group_size <= MAX_GROUP and (isinstance(groups, Flat) or groups.side >= _LEAST_SIDE)
 
 
 class Sent:
@@ -94,19 +70,19 @@ class Sent:
     Nothing waits before `packs`. A group with values that cannot be sent stays as it was.
     """
 
-    def __init__(self, compressor: Sparse, sources: Sequence[Source], change: Change | None = None) -> None:
-        self._compressor = compressor
-        refuse_other_rows((x, prod(s.shape)) for s in sources for x in (s.x, s.gradient) if x is not None)
+    def __init__(self, layout: SparseLayout, sources: Sequence[Source], change: Change | None = None) -> None:
+        self._indices = layout.indices
+        refuse_other_rows((x, s.part.n_global) for s in sources for x in (s.x, s.gradient) if x is not None)
         device = sources[0].x.device
-        places = chart(compressor, tuple(s.shape for s in sources), device)
-        self._layouts = places.layouts
-        scale_G = torch.zeros(int(places.first_P[-1]), dtype=torch.int16, device=device)
+        ranges = ranges_on(layout, tuple(s.part.shape for s in sources), device)
+        self._groups = ranges.host.layouts
+        scale_G = torch.zeros(ranges.n_groups, dtype=torch.int16, device=device)
         top_G = torch.zeros(scale_G.numel() + 1, dtype=torch.int32, device=device)
-        entry_GK = torch.empty(scale_G.numel() * compressor.k, dtype=torch.int32, device=device)
+        entry_GK = torch.empty(scale_G.numel() * layout.k, dtype=torch.int32, device=device)
         if scale_G.numel():
             with on_device(scale_G):
-                _select_all(compressor, sources, change, places, scale_G, top_G, entry_GK)
-        codes = _codes(compressor, places, entry_GK, places.k_G * (scale_G != 0))
+                _select_all(layout, sources, change, ranges, scale_G, top_G, entry_GK)
+        codes = _codes(layout, ranges, entry_GK, ranges.k_G * (scale_G != 0))
         self._byte_P, self._unary_P = codes.byte_P, codes.unary_P
         self._arrival = Arrival(scale_G, top_G.amax(), codes.n_unary_P, codes.octets)
 
@@ -115,14 +91,14 @@ class Sent:
         scale_G, top, n_unary_P, octets = self._arrival.wait()
         check_sendable(top.view(torch.float32))
         found: list[Packed] = []
-        coder, first = self._compressor.coder, 0
-        for p, layout in enumerate(self._layouts):
-            scales = scale_G[first : first + layout.n_groups].view(torch.bfloat16).clone()
-            first += layout.n_groups
-            n = n_bytes(int(layout.n_sent(scales).sum()), coder.width)
+        indices, first = self._indices, 0
+        for p, groups in enumerate(self._groups):
+            scales = scale_G[first : first + groups.n_groups].view(torch.bfloat16).clone()
+            first += groups.n_groups
+            n = n_bytes(int(groups.n_sent(scales).sum()), indices.width)
             codes = octets[self._byte_P[p] :][:n].clone()
-            if isinstance(coder, RiceIndices):
-                n = coder.unary_bytes(int(n_unary_P[p]), layout.most)
+            if isinstance(indices, RiceIndices):
+                n = indices.unary_bytes(int(n_unary_P[p]), groups.most)
                 codes = torch.cat([codes, octets[self._unary_P[p] :][:n]])
             found.append((scales, codes))
         return found
@@ -132,30 +108,30 @@ class Sent:
 
 
 def _select_all(
-    compressor: Sparse, sources: Sequence[Source], change: Change | None, places: Chart,
+    layout: SparseLayout, sources: Sequence[Source], change: Change | None, ranges: DeviceRanges,
     scale_G: Tensor, top_G: Tensor, entry_GK: Tensor,
 ) -> None:  # fmt: skip
     """A launch for flat groups, and one for tiles."""
     by_side: dict[int, list[int]] = {}
     for p, source in enumerate(sources):
-        groups = compressor.groups(source.shape)
+        groups = layout.groups(source.part.shape)
         if groups.n_groups:
             by_side.setdefault(groups.side if isinstance(groups, Tiles) else 0, []).append(p)
-    device, size = scale_G.device, compressor.group_size
+    device, size = scale_G.device, layout.group_size
     for side, some in by_side.items():
-        n_groups = np.diff(places.first_P)[some]
-        rows = [_row_of(compressor, sources[p], int(places.first_P[p])) for p in some]
+        n_groups = np.diff(ranges.host.first_P)[some]
+        rows = [_row_of(layout, sources[p], int(ranges.host.first_P[p])) for p in some]
         begins = n_groups.cumsum() - n_groups
         _select[(int(n_groups.sum()),)](
             table(np.column_stack([np.array(rows, dtype=np.int64), begins]), device),
-            *(owners(n_groups, device), scale_G, top_G, entry_GK, places.k_G),
+            *(owners(n_groups, device), scale_G, top_G, entry_GK, ranges.k_G),
             dct.real_basis(device, side) if side else forward_halves(device),
             tile_basis(device, side) if side else inverse_halves(device),
             change.scale if change is not None else top_G,
             *((change.decay, change.alpha) if change is not None else (0.0, 0.0)),
-            *(size, compressor.k, to_float32(2.0 / (max(1, side) * 127.0 * 127.0))),
-            FORMAT=number_of(compressor.format),
-            TRANSFORMS=compressor.transforms,
+            *(size, layout.k, to_float32(2.0 / (max(1, side) * 127.0 * 127.0))),
+            FORMAT=number_of(layout.format),
+            TRANSFORMS=layout.transforms,
             CHANGES=change is not None,
             SIDE=side,
             CHUNKS=side * side // dct.N if side else max(16, triton.next_power_of_2(-(-size // dct.N))),
@@ -165,8 +141,8 @@ def _select_all(
         )
 
 
-def _row_of(compressor: Sparse, source: Source, first_group: int) -> list[int]:
-    groups = compressor.groups(source.shape)
+def _row_of(layout: SparseLayout, source: Source, first_group: int) -> list[int]:
+    groups = layout.groups(source.part.shape)
     rows, columns = (groups.rows, groups.columns) if isinstance(groups, Tiles) else (source.x.numel(), 1)
     gradient = source.gradient.data_ptr() if source.gradient is not None else 0
     factor = int(floats(np.array(source.factor), np.array(0.0)))
@@ -320,32 +296,34 @@ class _Codes:
     n_unary_P: Tensor
 
 
-def _codes(compressor: Sparse, places: Chart, entry_GK: Tensor, n_sent_G: Tensor) -> _Codes:
-    coder, device, entry_P = compressor.coder, entry_GK.device, places.entry_P
-    rice = coder if isinstance(coder, RiceIndices) else None
-    n_fixed_P = np.array([n_bytes(int(k), coder.width) for k in np.diff(entry_P)], dtype=np.int64)
-    n_unary_P = np.array([rice.max_unary(lay.most) if rice else 0 for lay in places.layouts], dtype=np.int64)
+def _codes(layout: SparseLayout, ranges: DeviceRanges, entry_GK: Tensor, n_sent_G: Tensor) -> _Codes:
+    indices, device, entry_P = layout.indices, entry_GK.device, ranges.entry_P
+    rice = indices if isinstance(indices, RiceIndices) else None
+    n_fixed_P = np.array([n_bytes(int(k), indices.width) for k in np.diff(entry_P)], dtype=np.int64)
+    n_unary_P = np.array(
+        [rice.max_unary(each.most) if rice else 0 for each in ranges.host.layouts], dtype=np.int64
+    )
     byte_P = n_fixed_P.cumsum() - n_fixed_P
     unary_P = n_fixed_P.sum() + n_unary_P.cumsum() - n_unary_P
     octets = torch.empty(int(n_fixed_P.sum() + n_unary_P.sum()), dtype=torch.uint8, device=device)
     end_G1 = pad(n_sent_G.cumsum(0), (1, 0))
-    count_P = end_G1[places.first].diff()
+    count_P = end_G1[ranges.first].diff()
     code_E = torch.empty(int(entry_P[-1]), dtype=torch.int32, device=device)
     run_E = torch.zeros(code_E.numel() if rice else 0, dtype=torch.int32, device=device)
     mark_B = torch.zeros(8 * int(n_unary_P.sum()), dtype=torch.uint8, device=device)
-    columns = places.first_P[:-1], entry_P[:-1], 8 * (n_unary_P.cumsum() - n_unary_P)
-    given = table(np.stack(columns, axis=1), device), owners(np.diff(places.first_P), device), end_G1
-    how = {"ENTRIES": max(16, triton.next_power_of_2(compressor.k))}
-    n_groups = int(places.first_P[-1])
+    columns = ranges.host.first_P[:-1], entry_P[:-1], 8 * (n_unary_P.cumsum() - n_unary_P)
+    given = table(np.stack(columns, axis=1), device), owners(np.diff(ranges.host.first_P), device), end_G1
+    how = {"ENTRIES": max(16, triton.next_power_of_2(layout.k))}
+    n_groups = ranges.n_groups
     with on_device(octets):
         if n_groups:
-            bits = {"INDEX_BITS": compressor.index_bits, "REMAINDER": rice.remainder_bits if rice else -1}
-            _gather[(n_groups,)](*given, entry_GK, code_E, run_E, compressor.k, **bits, **how, **EXACT)
-        pack_rows(code_E, count_P, entry_P[:-1], byte_P, n_fixed_P, coder.width, octets)
+            bits = {"INDEX_BITS": layout.index_bits, "REMAINDER": rice.remainder_bits if rice else -1}
+            _gather[(n_groups,)](*given, entry_GK, code_E, run_E, layout.k, **bits, **how, **EXACT)
+        pack_rows(code_E, count_P, entry_P[:-1], byte_P, n_fixed_P, indices.width, octets)
         bits_P = torch.zeros_like(count_P)
         if rice and n_groups:
             after = pad(run_E.cumsum(0), (1, 0))
-            begin_P = places.entry[:-1]
+            begin_P = ranges.entry[:-1]
             bits_P = after[begin_P + count_P] - after[begin_P]
             _mark[(n_groups,)](*given, after, mark_B, **how, **EXACT)
             pack_rows(mark_B, bits_P, 8 * (unary_P - n_fixed_P.sum()), unary_P, n_unary_P, 1, octets)

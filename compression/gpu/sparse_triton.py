@@ -1,5 +1,5 @@
-"""The Triton kernel of `descent`: decoded values meet their targets in one pass over them, all parameters in
-one launch.
+"""The Triton kernel of `Compressor.fused_update`: decoded values meet their targets in one pass over them,
+all parameters in one launch.
 
 A program takes one group after another. It adds up the group's coefficients in a row of scratch memory, peer
 by peer, reading them out of the packed bytes; brings them to integers, multiplies them by the integer basis
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..base import Target
+from ..codecs.sparse_layout import SparseLayout
 from ..codecs.tiles import Tiles
 from ..exact import to_float32
 from ..numerics import dct
-from ..numerics.reduce import mean_weights
 from .bits_triton import bits_at
-from .indices_triton import chart, uploaded
+from .indices_triton import ranges_on, uploaded
 from .tables_triton import (
     EXACT,
     floats,
@@ -39,10 +40,6 @@ from .tables_triton import (
 )
 from .values_triton import number_of, value_of
 
-if TYPE_CHECKING:
-    from ..codecs.fused_update import Target
-    from ..codecs.sparse import Sparse
-
 _N: Final = tl.constexpr(dct.N)
 _HALF: Final = tl.constexpr(dct.N // 2)
 _TOP_BIT: Final = tl.constexpr(dct.TOP_BIT)
@@ -51,63 +48,73 @@ _ROUNDER: Final = tl.constexpr(dct.ROUNDER)
 _INVERSE_SCALE: Final = tl.constexpr(dct.INVERSE_SCALE)
 
 
-def descend(compressor: Sparse, targets: Sequence[Target], weights: Sequence[float]) -> None:
-    """As `descent.descend_all`, for targets of one device. The packs were checked."""
-    mean = mean_weights(weights)
+def fused_update(
+    layout: SparseLayout, targets: Sequence[Target], weights: list[float], inverse: float
+) -> None:
+    """As `Compressor.fused_update`, for targets of one device; the packs were checked.
+
+    `weights` and `inverse`: of `mean_weights`. Raises ValueError for rows that are none, and for another
+    number of packs than weights.
+    """
     refuse_other_rows((t.x, t.part.n_local) for t in targets)
     if any(len(t.packs) != len(weights) for t in targets):
         raise ValueError(f"{len(weights)} weights for another number of packs")
     alike: dict[tuple[int, bool], list[Target]] = {}
     for t in targets:
         if t.x.numel():
-            groups = compressor.groups(t.part.shape)
+            groups = layout.groups(t.part.shape)
             side = groups.side if isinstance(groups, Tiles) else 0
             alike.setdefault((side, t.step.sign), []).append(t)
     for (side, sign), some in alike.items():
         with on_device(some[0].x):
-            _launch(compressor, some, *mean, side, sign)
+            _launch(layout, some, weights, inverse, side, sign)
 
 
 def _launch(
-    compressor: Sparse, targets: Sequence[Target], weights: list[float], inverse: float, side: int, sign: bool
+    layout: SparseLayout,
+    targets: Sequence[Target],
+    weights: list[float],
+    inverse: float,
+    side: int,
+    sign: bool,
 ) -> None:
     """`side`: of tiles; 0 for flat groups."""
-    device, size = targets[0].x.device, compressor.group_size
-    places = chart(compressor, tuple(t.part.shape for t in targets), device)
-    codes = uploaded(compressor, [t.packs for t in targets], places, device)
-    rows, n_items = _table(compressor, targets, places.first_P)
+    device, size = targets[0].x.device, layout.group_size
+    ranges = ranges_on(layout, tuple(t.part.shape for t in targets), device)
+    codes = uploaded(layout, [t.packs for t in targets], ranges, device)
+    rows, n_items = _table(layout, targets, ranges.host.first_P)
     # As many as there is room for, which with tiles take twice the registers.
     n_programs = min(int(n_items.sum()), (2 if side else 4) * _n_processors(device))
-    _descend[(n_programs,)](
+    _update[(n_programs,)](
         *(table(rows, device), owners(n_items, device)),
-        torch.zeros(n_programs * compressor.n_coefficients, dtype=torch.float32, device=device),
-        *(codes.octets, codes.bit_WP, codes.scale_WG, codes.end_WG1, places.first),
+        torch.zeros(n_programs * layout.n_coefficients, dtype=torch.float32, device=device),
+        *(codes.octets, codes.bit_WP, codes.scale_WG, codes.end_WG1, ranges.first),
         upload(torch.tensor(weights, dtype=torch.float32), device),
         tile_basis(device, side) if side else inverse_halves(device),
-        *(len(weights), len(targets), int(places.first_P[-1]), int(n_items.sum()), codes.octets.numel()),
-        *(inverse, to_float32(2.0 / (max(1, side) * 127.0 * 127.0)), size, compressor.n_coefficients),
-        FORMAT=number_of(compressor.format),
+        *(len(weights), len(targets), ranges.n_groups, int(n_items.sum()), codes.octets.numel()),
+        *(inverse, to_float32(2.0 / (max(1, side) * 127.0 * 127.0)), size, layout.n_coefficients),
+        FORMAT=number_of(layout.format),
         WIDTH=codes.width,
-        INDEX_BITS=compressor.index_bits,
-        TRANSFORMS=compressor.transforms,
+        INDEX_BITS=layout.index_bits,
+        TRANSFORMS=layout.transforms,
         SIGN=sign,
         SIDE=side,
         CHUNKS=min(64, max(16, triton.next_power_of_2(-(-size // dct.N)))),
-        ENTRIES=min(256, max(16, triton.next_power_of_2(compressor.k))),
+        ENTRIES=min(256, max(16, triton.next_power_of_2(layout.k))),
         num_warps=8,
         maxnreg=None if side else 64,
         **EXACT,
     )
 
 
-def _table(compressor: Sparse, targets: Sequence[Target], first_P: Any) -> tuple[Any, Any]:
+def _table(layout: SparseLayout, targets: Sequence[Target], first_P: Any) -> tuple[Any, Any]:
     """Of every target: address, part, shape (as a matrix for tiles), factors, the first item of its work, the
     group that this is, of its own and of all. And how many items it has: the groups that overlap the part."""
     rows, at = [], 0
     for t, first in zip(targets, first_P.tolist(), strict=False):
-        groups = compressor.groups(t.part.shape)
+        groups = layout.groups(t.part.shape)
         shape = (groups.rows, groups.columns) if isinstance(groups, Tiles) else (t.part.n_global, 1)
-        tall, wide = compressor.group_size, 1
+        tall, wide = layout.group_size, 1
         if isinstance(groups, Tiles):
             tall, wide = groups.side * groups.columns, groups.n_wide
         begin, end = t.part.start // tall * wide, -(-t.part.stop // tall) * wide
@@ -141,7 +148,7 @@ def tile_basis(device: torch.device, side: int) -> Tensor:
 
 
 @triton.jit(do_not_specialize=["n_peers", "n_params", "n_groups", "n_items", "n_octets"])
-def _descend(
+def _update(
     rows: tl.tensor, owner: tl.tensor, scratch: tl.tensor, octets: tl.tensor, bit_WP: tl.tensor,
     scale_WG: tl.tensor, end_WG1: tl.tensor, first_P: tl.tensor, weight_W: tl.tensor, basis: tl.tensor,
     n_peers: tl.tensor, n_params: tl.tensor, n_groups: tl.tensor, n_items: tl.tensor, n_octets: tl.tensor,

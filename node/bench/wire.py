@@ -15,35 +15,59 @@ from ...compression.base import Compressor, Field, Part, Turn
 from ...compression.codecs.dct_topk import DctTopK
 from ...compression.codecs.dense import Dense
 from ...compression.codecs.random_k import RandomK
-from ...compression.codecs.selection import Selection
 from ...compression.codecs.slicing import Slicing
-from ...compression.codecs.sparse import Sparse
 from ...compression.codecs.striding import Striding
 from ...compression.codecs.topk import TopK
-from ...compression.numerics.indices import remainder_bits
+from ...compression.numerics.index_layout import remainder_bits
 from .measure import transformer
 
 N_PROBES: Final = 16
 
-# What is measured: a row of the table.
-COMPRESSORS: Final[dict[str, Sparse | Selection | Dense]] = {
-    "dct_topk 32 of 4096, 1 bit, packed": DctTopK(),
-    "dct_topk 32 of 4096, 1 bit, rice": DctTopK(indices="rice"),
-    "dct_topk 32 of 4096, 8 bit, rice": DctTopK(indices="rice", bits=8),
-    "dct_topk 8 of 4096, 1 bit, rice": DctTopK(k=8, indices="rice"),
-    "dct_topk 32 of 16384, 1 bit, rice": DctTopK(group_size=16384, indices="rice"),
-    "dct_topk tiles 32 of 64 x 64, 1 bit, rice": DctTopK(layout="tiles", indices="rice"),
-    "topk 32 of 4096, 1 bit, rice": TopK(),
-    "topk 32 of 4096, 2 bit, rice": TopK(bits=2),
-    "topk 64 of 4096, 2 bit, rice": TopK(k=64, bits=2),
-    "topk 64 of 4096, e3m0, rice": TopK(k=64, bits="e3m0"),
-    "random_k 1 / 32, 1 bit": RandomK(bits=1),
-    "random_k 1 / 32, fp16": RandomK(bits=16),
-    "striding 1 / 32, 2 bit": Striding(bits=2),
-    "slicing 1 / 32, 4 bit": Slicing(bits=4),
-    "dense 8 bit": Dense(bits=8),
-    "dense e3m0": Dense(bits="e3m0"),
-    "dense fp32": Dense(),
+# Bits of a scale, shared by so many values.
+_SCALE: Final = 16
+
+
+def rice_bits(n: int, k: int) -> float:
+    """Mean bits of one of k indices of n: r + 1 + E[gap >> r], P(gap >= t) = C(n - t, k) / C(n, k)."""
+    r = remainder_bits(n, k)
+    return r + 1 + sum(comb(n - t, k) / comb(n, k) for t in range(1 << r, n - k + 1, 1 << r))
+
+
+def _rice(k: int, n: int, value_bits: int) -> float:
+    return _SCALE / k + rice_bits(n, k) + value_bits
+
+
+def _packed(k: int, n: int, value_bits: int) -> float:
+    return _SCALE / k + (n - 1).bit_length() + value_bits
+
+
+def _dense(value_bits: int, group_size: int = 1024) -> float:
+    return value_bits + _SCALE / group_size
+
+
+# What is measured: a row of the table. Beside it bits per coefficient by formula, in a full group with its
+# scale; Rice-coded indices in the mean over all sets.
+COMPRESSORS: Final[dict[str, tuple[Compressor, float]]] = {
+    "dct_topk 32 of 4096, 1 bit, packed": (DctTopK(), _packed(32, 4096, 1)),
+    "dct_topk 32 of 4096, 1 bit, rice": (DctTopK(indices="rice"), _rice(32, 4096, 1)),
+    "dct_topk 32 of 4096, 8 bit, rice": (DctTopK(indices="rice", bits=8), _rice(32, 4096, 8)),
+    "dct_topk 8 of 4096, 1 bit, rice": (DctTopK(k=8, indices="rice"), _rice(8, 4096, 1)),
+    "dct_topk 32 of 16384, 1 bit, rice": (DctTopK(group_size=16384, indices="rice"), _rice(32, 16384, 1)),
+    "dct_topk tiles 32 of 64 x 64, 1 bit, rice": (
+        DctTopK(layout="tiles", indices="rice"),
+        _rice(32, 4096, 1),
+    ),
+    "topk 32 of 4096, 1 bit, rice": (TopK(), _rice(32, 4096, 1)),
+    "topk 32 of 4096, 2 bit, rice": (TopK(bits=2), _rice(32, 4096, 2)),
+    "topk 64 of 4096, 2 bit, rice": (TopK(k=64, bits=2), _rice(64, 4096, 2)),
+    "topk 64 of 4096, e3m0, rice": (TopK(k=64, bits="e3m0"), _rice(64, 4096, 4)),
+    "random_k 1 / 32, 1 bit": (RandomK(bits=1), _dense(1)),
+    "random_k 1 / 32, fp16": (RandomK(bits=16), _dense(16)),
+    "striding 1 / 32, 2 bit": (Striding(bits=2), _dense(2)),
+    "slicing 1 / 32, 4 bit": (Slicing(bits=4), _dense(4)),
+    "dense 8 bit": (Dense(bits=8), _dense(8)),
+    "dense e3m0": (Dense(bits="e3m0"), _dense(4)),
+    "dense fp32": (Dense(), 32.0),
 }
 
 
@@ -86,7 +110,7 @@ def bench_wire(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     parts = {name: Part.whole(p.shape) for name, p in transformer(n_params).items()}
     generator = torch.Generator().manual_seed(3)
     momentum = {name: torch.randn(part.n_global, generator=generator) for name, part in parts.items()}
-    rows = {name: measured(c, parts, momentum) for name, c in COMPRESSORS.items()}
+    rows = {name: measured(c, by, parts, momentum) for name, (c, by) in COMPRESSORS.items()}
     return {
         "n_params": sum(part.n_global for part in parts.values()),
         "compressors": rows,
@@ -95,45 +119,23 @@ def bench_wire(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
 
 
 def measured(
-    compressor: Sparse | Selection | Dense, parts: Mapping[str, Part], momentum: Mapping[str, torch.Tensor]
+    compressor: Compressor,
+    bits_by_formula: float,
+    parts: Mapping[str, Part],
+    momentum: Mapping[str, torch.Tensor],
 ) -> dict[str, Any]:
     """One payload as it goes over the network, its head and checksum included."""
     turn = Turn(round=1, shared_seed=1, own_seed=2, lr_factor=1.0)
     fields = {name: compressor.fields(part) for name, part in parts.items()}
     payload = {name: compressor.pack(momentum[name], part, turn) for name, part in parts.items()}
     n_bytes = len(wire.encode(payload, fields, turn.round, bytes(8)))
-    n_coefficients = sum(n_sent(compressor, part) for part in parts.values())
+    n_coefficients = sum(compressor.n_sent(part) for part in parts.values())
     return {
         "n_bytes": n_bytes,
         "bits_per_coefficient": 8 * n_bytes / n_coefficients,
-        "bits_per_coefficient_by_formula": by_formula(compressor),
+        "bits_per_coefficient_by_formula": bits_by_formula,
         "bits_per_parameter": 8 * n_bytes / sum(part.n_global for part in parts.values()),
     }
-
-
-def n_sent(compressor: Compressor, part: Part) -> int:
-    """Coefficients of one parameter, none of whose groups is zero."""
-    if isinstance(compressor, Sparse):
-        return sum(slab.k * slab.n_groups for slab in compressor.groups(part.shape).slabs())
-    return compressor.n_selected(part.n_global) if isinstance(compressor, Selection) else part.n_global
-
-
-def by_formula(compressor: Sparse | Selection | Dense) -> float:
-    """Bits per coefficient in a full group with its scale; Rice-coded indices in the mean over all sets."""
-    if compressor.bits == 32:
-        return 32.0
-    value_bits = 4 if compressor.bits == "e3m0" else compressor.bits
-    if not isinstance(compressor, Sparse):
-        return value_bits + 16 / compressor.group_size
-    n, k = compressor.n_coefficients, compressor.k
-    index_bits = rice_bits(n, k) if compressor.indices == "rice" else float((n - 1).bit_length())
-    return 16 / k + index_bits + value_bits
-
-
-def rice_bits(n: int, k: int) -> float:
-    """Mean bits of one of k indices of n: r + 1 + E[gap >> r], P(gap >= t) = C(n - t, k) / C(n, k)."""
-    r = remainder_bits(n, k)
-    return r + 1 + sum(comb(n - t, k) / comb(n, k) for t in range(1 << r, n - k + 1, 1 << r))
 
 
 def compared(published: Published, row: Mapping[str, Any]) -> dict[str, Any]:

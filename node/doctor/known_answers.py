@@ -17,10 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...compression.base import Compressor, Packed, Part, Turn
+from ...compression.base import Compressor, Packed, Part, Step, Target, Turn
 from ...compression.codecs.dct_topk import DctTopK
 from ...compression.codecs.dense import Dense
-from ...compression.codecs.fused_update import Step, descend
 from ...compression.codecs.topk import TopK
 from ...compression.errors import BadPayload
 from ...compression.exact import exact_arithmetic
@@ -164,12 +163,13 @@ def _transform(layout: str, device: torch.device) -> int:
     return _decoded(compressor, _coefficients(), [1.0, 2.700000047683716], Part.whole((320, 32)))
 
 
-def _descent(device: torch.device) -> int:
+def _fused_update(device: torch.device) -> int:
     """Steps of the size of the values and of their signs, into a part of the parameter."""
     compressor, part = DctTopK(k=8, group_size=1024, bits=8), Part((320, 32), 100, 100 + 8192)
     target = values(device, part.n_local)
     for step in (Step(3.0, 0.9990234375), Step(0.3700000047683716, sign=True)):
-        descend(compressor, target, _coefficients(), [1.0, 2.700000047683716], part, _TURN, step)
+        targets = [Target(target, part, _coefficients(), step)]
+        compressor.fused_update(targets, [1.0, 2.700000047683716], _TURN)
     return parameter_sum(target)
 
 
@@ -314,7 +314,7 @@ KNOWN_ANSWERS: Final[dict[str, KnownAnswer]] = {
     "initial weights": _cpu(_initial_weights, 0x3C833D1F1000EEC9),
     "transform decoding": _cpu(_transform, 0x0A9B53CDC730FD17, "flat"),
     "tile decoding": _cpu(_transform, 0xB50DB2C647DD947E, "tiles"),
-    "transform descent": _any(_descent, 0xDE7A6480295F2ADC),
+    "transform update": _any(_fused_update, 0xDE7A6480295F2ADC),
     "1-bit values": _cpu(_values, 0xA19C0C0AD9992B9B, 1),
     "2-bit values": _cpu(_values, 0x9557178722803B7B, 2),
     "4-bit values": _cpu(_values, 0x1E1CBA9EF26AEA72, 4),

@@ -9,23 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from ...compression import wire
-from ...compression.base import Compressor, Payload, Turn
-from ...compression.codecs.sparse import Sparse
-from ...compression.kernels import use_numba
+from ...compression.base import Compressor, Payload, Source, Turn
 from ..base import Parameter
 from .ranks import Ranks, is_sharded, parts_of
-
-AT_ONCE: Final = 1 << 22
-"""Elements that are packed together, about: what is made on the way to them is there at the same time."""
-
-AT_ONCE_ON_GPU: Final = 1 << 28
-"""The same on a GPU: `values` may be made for the purpose."""
 
 
 def pack_all(
@@ -37,7 +28,8 @@ def pack_all(
 ) -> Payload:
     """The same on every rank. `values`: flat float32, what this rank holds of what is to be packed."""
     if ranks.count == 1:
-        return _pack_whole(compressor, parameters, values, turn)
+        packs = compressor.pack_many((Source(p.part, values(p)) for p in parameters), turn)
+        return {p.name: packed for p, packed in zip(parameters, packs, strict=True)}
     own: Payload = {}
     by_owner = owned(parameters, ranks.count)
     for row in zip_longest(*by_owner):
@@ -50,68 +42,6 @@ def pack_all(
             own[mine.name] = compressor.pack(whole, mine.part.entire, turn)
     payload = _shared(ranks, compressor, by_owner, own, turn)
     return {p.name: payload[p.name] for p in parameters}
-
-
-def _pack_whole(
-    compressor: Compressor, parameters: Sequence[Parameter], values: Callable[[Parameter], Tensor], turn: Turn
-) -> Payload:
-    """Small parameters together, where kernels can; on a GPU large ones, too."""
-    if isinstance(compressor, Sparse):
-        shapes, devices = [p.part.shape for p in parameters], [p.local for p in parameters]
-        if compressor.packs_at_once(shapes, devices):
-            return _pack_on_gpu(compressor, parameters, values)
-    payload: Payload = {}
-    waiting: list[tuple[Parameter, Tensor]] = []
-    n_waiting = 0
-    for p in parameters:
-        x = values(p)
-        if not _can_wait(compressor, p, x):
-            payload[p.name] = compressor.pack(x, p.part, turn)
-            continue
-        waiting.append((p, x))
-        n_waiting += x.numel()
-        if n_waiting > AT_ONCE:
-            payload |= _pack_together(compressor, waiting)
-            waiting, n_waiting = [], 0
-    payload |= _pack_together(compressor, waiting)
-    return {p.name: payload[p.name] for p in parameters}
-
-
-def _pack_on_gpu(
-    compressor: Sparse, parameters: Sequence[Parameter], values: Callable[[Parameter], Tensor]
-) -> Payload:
-    """In a few launches; the host waits when the last of them is under way."""
-    from ...compression.gpu.pack_triton import Sent, Source
-
-    under_way: list[tuple[list[str], Sent]] = []
-    sources: dict[str, Source] = {}
-    for i, p in enumerate(parameters, 1):
-        sources[p.name] = Source(p.part.shape, values(p).detach().float().contiguous())
-        following = parameters[i].local.device if i < len(parameters) else None
-        if following != p.local.device or sum(s.x.numel() for s in sources.values()) > AT_ONCE_ON_GPU:
-            under_way.append(([*sources], Sent(compressor, [*sources.values()])))
-            sources = {}
-    return {
-        name: packed for names, sent in under_way for name, packed in zip(names, sent.packs(), strict=True)
-    }
-
-
-def _can_wait(compressor: Compressor, p: Parameter, x: Tensor) -> bool:
-    if x.dtype != torch.float32 or not x.is_contiguous() or not use_numba(x):
-        return False
-    from ...compression.cpu import batched_cpu
-
-    return x.numel() > 0 and batched_cpu.takes(compressor, p.part.shape)
-
-
-def _pack_together(compressor: Compressor, waiting: Sequence[tuple[Parameter, Tensor]]) -> Payload:
-    if not waiting:
-        return {}
-    from ...compression.cpu import batched_cpu
-
-    assert isinstance(compressor, Sparse)
-    packs = batched_cpu.pack(compressor, [x for _, x in waiting], [p.part.shape for p, _ in waiting])
-    return {p.name: packed for (p, _), packed in zip(waiting, packs, strict=True)}
 
 
 def owned(parameters: Sequence[Parameter], count: int) -> list[list[Parameter]]:

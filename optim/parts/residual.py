@@ -1,7 +1,7 @@
 """What a peer has gathered and not sent yet (momentum, error feedback), and its sends of open fate.
 
-Local state, in two entries of a strategy's `state` per parameter: the leftover itself, flat float32, and
-`sends`. What is sent leaves the leftover; what missed its commit comes back, once.
+Local state, in two entries of a strategy's `state` per parameter: the residual itself, flat float32, and
+`sends`. What is sent leaves the residual; what missed its commit comes back, once.
 """
 
 from __future__ import annotations
@@ -12,26 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compression.base import Compressor, Packed, Payload, Turn
-from ...compression.codecs.fused_update import Step, Target, descend_all
-from ...compression.codecs.sparse import Sparse
+from ...compression.base import Compressor, Packed, Payload, Step, Target, Turn
 from ...compression.errors import ConfigError
 from ...compression.exact import to_float32
 from ..base import Own, Parameter, Strategy
 from .packing import pack_all
 
 Sends = dict[int, tuple[int, Packed]]
-"""Round -> (how often the leftover had decayed when it was sent, what was sent), while its fate is open."""
+"""Round -> (how often the residual had decayed when it was sent, what was sent), while its fate is open."""
 
 
-class Leftover:
+class Residual:
     """See the module's docstring. Strategies count as `lost_sends` those whose fate this replica never
     learnt, because it took over a snapshot of a later round."""
 
     def __init__(
         self, strategy: Strategy, compressor: Compressor, entry: str, kept: Callable[[Parameter, int], float]
     ) -> None:
-        """`entry`: its name in the state. `kept`: what would be left by now of a share of 1 that the leftover
+        """`entry`: its name in the state. `kept`: what would be left by now of a share of 1 that the residual
         had when it had decayed that often."""
         self._strategy = strategy
         self._compressor = compressor
@@ -39,23 +37,21 @@ class Leftover:
         self._kept = kept
 
     def of(self, parameter: Parameter) -> Tensor:
-        """The flat leftover itself; zero before its first use."""
+        """The flat residual itself; zero before its first use."""
         state = self._strategy.state[parameter.tensor]
         if self._entry not in state:
             state[self._entry] = torch.zeros_like(parameter.local.reshape(-1), dtype=torch.float32)
             state["sends"] = {}
-        leftover: Tensor = state[self._entry]
-        return leftover
+        residual: Tensor = state[self._entry]
+        return residual
 
     def send(self, parameters: Sequence[Parameter], turn: Turn, n_decays: int, alpha: float) -> Payload:
-        """Packs what is selected; `alpha` times that leaves the leftover. Its fate is open from now on."""
+        """Packs what is selected; `alpha` times that leaves the residual. Its fate is open from now on."""
         payload = pack_all(self._strategy.ranks, self._compressor, parameters, self.of, turn)
         share = self._strategy.allotted.share
-        if share < 1 and isinstance(self._compressor, Sparse):
-            compressor = self._compressor
-            payload = {
-                p.name: compressor.strongest(payload[p.name], p.part.entire, share) for p in parameters
-            }
+        if share < 1:
+            strongest = self._compressor.strongest
+            payload = {p.name: strongest(payload[p.name], p.part.entire, share) for p in parameters}
         self._subtract([(p, payload[p.name], alpha) for p in parameters], turn)
         self.keep(parameters, turn, n_decays, payload)
         return payload
@@ -101,12 +97,12 @@ class Leftover:
         return sends
 
     def _subtract(self, sends: Sequence[tuple[Parameter, Packed, float]], turn: Turn) -> None:
-        """leftover -= factor * q of each: what the receivers read from the pack."""
+        """residual -= factor * q of each: what the receivers read from the pack."""
         targets = [
             Target(self.of(p), p.part, [packed], Step(scale=to_float32(factor)))
             for p, packed, factor in sends
         ]
-        descend_all(self._compressor, targets, [1.0], turn)
+        self._compressor.fused_update(targets, [1.0], turn)
 
 
 def refuse_other_packing(state_dict: Mapping[str, Any], compressor: Compressor) -> None:

@@ -11,30 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...compression.base import Packed, Part
-from ...compression.codecs.sparse import Sparse
-from ...compression.exact import exact_arithmetic
+from ...compression.base import Array, Compressor, Packed, Part
 
 
-def decode_senders(compressor: Sparse, packs: Sequence[Packed], part: Part) -> Tensor:
+def decode_sender_mean(compressor: Compressor, packs: Sequence[Packed], part: Part) -> Tensor | None:
     """Per coefficient the sum over the packs in order, divided by how many have it; then the inverse.
 
-    The packs were checked. float32, 1-d, `part.n_local` long, on the CPU.
+    The packs were checked. float32, 1-d, `part.n_local` long, on the CPU; None where all peers send the same
+    coefficients, so that the mean over their senders is the mean over all.
     """
-    out = torch.zeros(part.n_local, dtype=torch.float32)
-    shares = [compressor.entries(p, part) for p in packs]
-    groups = compressor.groups(part.shape)
-    with exact_arithmetic():
-        for slab in groups.slabs(part.start, part.stop):
-            sum_C = np.zeros(slab.n_groups * slab.n_coefficients, dtype=np.float32)
-            n_C = np.zeros_like(sum_C)
-            for share in shares:
-                here = slice(share.offsets[slab.first], share.offsets[slab.last])
-                position_E = share.position_E[here] - slab.first * compressor.n_coefficients
-                # A share has no position twice: reading, adding and writing back has one order only.
-                sum_C[position_E] = sum_C[position_E] + share.value_E[here]
-                n_C[position_E] += 1
-            mean_C = torch.from_numpy(sum_C) / torch.from_numpy(np.maximum(n_C, 1))
-            mean_GC = mean_C.view(slab.n_groups, slab.n_coefficients)
-            groups.write(compressor.inverse(mean_GC, part.shape), slab, part, out)
-    return out
+    entries = [e for p in packs if (e := compressor.entries(p, part)) is not None]
+    return compressor.decode_entries(entries, _mean, part) if len(entries) == len(packs) else None
+
+
+def _mean(entries: Sequence[tuple[Array, Array]], n: int) -> Tensor:
+    """float32 (n,); 0 where nobody sent anything."""
+    sum_C = np.zeros(n, dtype=np.float32)
+    n_senders_C = np.zeros(n, dtype=np.float32)
+    for position_E, value_E in entries:
+        # Nobody has a position twice: reading, adding and writing back has one order only.
+        sum_C[position_E] = sum_C[position_E] + value_E
+        n_senders_C[position_E] += 1
+    return torch.from_numpy(sum_C) / torch.from_numpy(np.maximum(n_senders_C, 1))

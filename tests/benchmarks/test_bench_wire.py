@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from thinwire.compression.numerics.indices import remainder_bits
+from thinwire.compression.numerics.index_layout import remainder_bits
 from thinwire.node.bench.command import bench_command
 from thinwire.node.bench.wire import COMPRESSORS, PUBLISHED, rice_bits
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from tests.node.test_runner import STRATEGIES, config_of, run_all, swarm_of
-from thinwire.compression.base import Part, Turn
+from thinwire.compression.base import Part, Step, Target, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
-from thinwire.compression.codecs.fused_update import Step, Target, descend_all
 from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.exact import to_float32
 from thinwire.compression.fingerprint import parameter_sums
@@ -134,7 +133,7 @@ def rounding(rng: random.Random) -> Run:
     return run
 
 
-def descent(rng: random.Random) -> Run:
+def fused_update(rng: random.Random) -> Run:
     """Of several parameters and peers, in any format; whole ones and parts."""
     size = rng.choice([64, 100, 256, 1024, 4096])
     how: dict[str, Any] = {"k": rng.randrange(1, 40), "group_size": size}
@@ -153,7 +152,7 @@ def descent(rng: random.Random) -> Run:
 
     def run(device: torch.device) -> list[Tensor]:
         targets = [Target(placed(x, device, 1), *rest) for x, *rest in rows]
-        descend_all(compressor, targets, weights, TURN)
+        compressor.fused_update(targets, weights, TURN)
         return [t.x for t in targets]
 
     return run
@@ -164,7 +163,7 @@ OPERATIONS: dict[str, Callable[[random.Random], Run]] = {
     "perturbation": perturbation,
     "sums": sums,
     "rounding": rounding,
-    "descent": descent,
+    "fused update": fused_update,
 }
 
 

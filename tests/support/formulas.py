@@ -15,7 +15,7 @@ from thinwire.compression.codecs.selection import Selection
 from thinwire.compression.codecs.sparse import Sparse
 from thinwire.compression.codecs.striding import Striding
 from thinwire.compression.codecs.tiles import Tiles
-from thinwire.compression.numerics.indices import PackedIndices, RiceIndices
+from thinwire.compression.numerics.index_layout import PackedIndices, RiceIndices
 
 WIDTHS = (1, 2, 4, 8, 16, "e3m0")
 """`bits` of every compressor; those without indices know 32, too."""
@@ -60,7 +60,7 @@ def group_lengths(compressor: Sparse, shape: tuple[int, ...]) -> list[int]:
     """Elements of each group, counted one by one."""
     n, size = Part.whole(shape).n_global, compressor.group_size
     group = torch.arange(n) // size
-    if isinstance(tiles := compressor.groups(shape), Tiles):
+    if isinstance(tiles := compressor.pack_layout.groups(shape), Tiles):
         row, column = torch.arange(n) // tiles.columns, torch.arange(n) % tiles.columns
         group = row // tiles.side * -(-tiles.columns // tiles.side) + column // tiles.side
     return group.bincount().tolist() if n else []
@@ -79,7 +79,7 @@ def expected_bytes(compressor: Compressor, packed: Packed, part: Part) -> int:
     assert isinstance(compressor, Sparse)
     lengths = group_lengths(compressor, part.shape)
     sent = [-(-compressor.k * length // compressor.group_size) for length in lengths]
-    coder = compressor.coder
+    coder = compressor.pack_layout.indices
     if isinstance(coder, PackedIndices):
         return 2 * len(lengths) + -(-sum(sent) * (coder.index_bits + width) // 8)
     assert isinstance(coder, RiceIndices)
@@ -87,9 +87,9 @@ def expected_bytes(compressor: Compressor, packed: Packed, part: Part) -> int:
     entries = compressor.entries(packed, part)
     chunk = 64 if isinstance(compressor, DctTopK) else 1
     for length, k, first, last in zip(lengths, sent, entries.offsets, entries.offsets[1:], strict=False):
-        index = entries.position_E[first:last] % compressor.n_coefficients
+        index = entries.position_E[first:last] % compressor.pack_layout.n_coefficients
         n_zeros += int(((np.diff(index, prepend=-1) - 1) >> r).sum())
-        whole = isinstance(compressor.groups(part.shape), Tiles)
+        whole = isinstance(compressor.pack_layout.groups(part.shape), Tiles)
         n_coefficients = compressor.group_size if whole else -(-length // chunk) * chunk
         most += k + ((n_coefficients - k) >> r)
     unary = -(-most // 8) if -(-most // 8) <= 32 else -(-(sum(sent) + n_zeros) // 8)

@@ -17,9 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from thinwire.compression.base import Part, Turn
+from thinwire.compression.base import Change, Part, Source, Step, Target, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
-from thinwire.compression.codecs.fused_update import Step, Target
 from thinwire.compression.codecs.sparse import Sparse
 from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.gpu import (
@@ -56,17 +55,17 @@ def pieces(dtype: torch.dtype) -> None:
     noise_triton.combine_all([whole, part], [Update.of([Probe(1, 0, 0.5)], 0.5)], "sign", 7)
 
 
-def descent(compressor: Sparse, shape: tuple[int, ...] = (8192,)) -> None:
+def fused_update(compressor: Sparse, shape: tuple[int, ...] = (8192,)) -> None:
     part, turn = Part.whole(shape), Turn(1, 2, 3, 1.0)
     x = torch.arange(float(part.n_global))
     targets = [Target(x, part, [compressor.pack(x, part, turn)] * 3, Step(0.5, 0.5))]
-    sparse_triton.descend(compressor, targets, [1.0, 1.0, 2.0])
+    sparse_triton.fused_update(compressor.pack_layout, targets, [1.0, 1.0, 2.0], 0.25)
 
 
 def packing(compressor: Sparse, shape: tuple[int, ...] = (8192,)) -> None:
     x = torch.zeros(8192)
-    change = pack_triton.Change(0.5, torch.tensor(1.0), 0.5)
-    pack_triton.Sent(compressor, [pack_triton.Source(shape, x, x, 0.5)], change)
+    change = Change(0.5, torch.tensor(1.0), 0.5)
+    pack_triton.Sent(compressor.pack_layout, [Source(Part.whole(shape), x, x, 0.5)], change)
 
 
 LAUNCHES: dict[str, Callable[[], object]] = {
@@ -81,18 +80,18 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "rounding": lambda: rounding_triton.round_to_bfloat16(
         torch.zeros(4096), torch.zeros(4096, dtype=torch.bfloat16), 1, 2, 0
     ),
-    "descent": lambda: descent(DctTopK(k=4)),
-    "descent without a transform": lambda: descent(TopK(k=4)),
-    "descent of tiles": lambda: descent(DctTopK(k=4, layout="tiles"), (64, 128)),
+    "fused update": lambda: fused_update(DctTopK(k=4)),
+    "fused update without a transform": lambda: fused_update(TopK(k=4)),
+    "fused update of tiles": lambda: fused_update(DctTopK(k=4, layout="tiles"), (64, 128)),
     **{
         f"{bits}-bit values": partial(values_triton.quantize, torch.zeros(4, 32), FORMATS[bits])
         for bits in (1, 2, 4, 8, 16, "e3m0")
     },
     **{
-        f"descent of {bits}-bit values": partial(descent, TopK(k=4, bits=bits, indices="packed"))
+        f"fused update of {bits}-bit values": partial(fused_update, TopK(k=4, bits=bits, indices="packed"))
         for bits in (4, 16, "e3m0")
     },
-    "groups of one": lambda: descent(TopK(k=1, group_size=1, indices="packed")),
+    "groups of one": lambda: fused_update(TopK(k=1, group_size=1, indices="packed")),
     "packing groups of one": lambda: packing(TopK(k=1, group_size=1)),
     "unpacking": lambda: bits_triton.unpack(torch.zeros(9, dtype=torch.uint8), 13, 5),
     "packing": lambda: packing(DctTopK(k=4)),

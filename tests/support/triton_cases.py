@@ -20,12 +20,11 @@ from torch import Tensor
 
 from tests.support.triton_payload_cases import PAYLOAD_CASES, awkward, moved, n_shapes, same
 from tests.support.triton_round_cases import ROUND_CASES
-from thinwire.compression.base import Part, Turn
-from thinwire.compression.codecs.fused_update import Step, Target, descend_all
+from thinwire.compression.base import Part, Source, Step, Target, Turn
 from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.exact import to_float32
 from thinwire.compression.fingerprint import parameter_sum, parameter_sum_torch, parameter_sums
-from thinwire.compression.gpu.pack_triton import Sent, Source
+from thinwire.compression.gpu.pack_triton import Sent
 from thinwire.compression.numerics.noise import combine_torch, perturb, update_, update_all_, update_pieces_
 from thinwire.compression.numerics.noise_layout import MAX_PROBES, NoiseKind, Piece, Probe, Update, Where
 from thinwire.compression.numerics.rounding import round_to_bfloat16, round_torch
@@ -38,7 +37,7 @@ INTERPRETED = [
     "sign noise",
     "normal noise",
     "spsa update",
-    "transform descent",
+    "transform update",
 ]
 """Known answers that the interpreter finds in a second or two."""
 
@@ -198,9 +197,9 @@ def views_case(device: torch.device) -> None:
         update_(theta, [Probe(1, 0, 0.5)], "sign", 0, 4000)
         update_pieces_([Piece(theta, 0, 4000)], [Update.of([Probe(2, 0, 0.25)])], "gauss")
         compressor = TopK(k=5, group_size=2000)
-        (packed,) = Sent(compressor, [Source((n,), theta)]).packs()
+        (packed,) = Sent(compressor.pack_layout, [Source(Part.whole((n,)), theta)]).packs()
         target = Target(theta, Part.whole((n,)), [packed], Step(0.5, 0.5))
-        descend_all(compressor, [target], [1.0], Turn(1, 2, 3, 1.0))
+        compressor.fused_update([target], [1.0], Turn(1, 2, 3, 1.0))
         assert bool((whole[:33] == 7).all())
         assert bool((whole[33 + n :] == 7).all())
         assert bool((theta != 7).all())

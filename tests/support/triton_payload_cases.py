@@ -11,14 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from thinwire.compression.base import Packed, Part, Turn
+from thinwire.compression.base import Change, Packed, Part, Source, Step, Target, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
-from thinwire.compression.codecs.fused_update import Step, Target, descend, descend_all
 from thinwire.compression.codecs.sparse import Sparse
 from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.exact import to_float32
-from thinwire.compression.gpu import sparse_triton
-from thinwire.compression.gpu.pack_triton import Change, Sent, Source
+from thinwire.compression.gpu.pack_triton import Sent
 from thinwire.compression.gpu.values_triton import quantize
 from thinwire.compression.numerics.bits import pack_bits, unpack_bits
 from thinwire.compression.numerics.value_formats import FORMATS, Bits
@@ -95,7 +93,7 @@ def momentum_of(rng: random.Random, n: int) -> Tensor:
 # ------------------------------------------------------------------------------------------- cases
 
 
-def descent_case(device: torch.device) -> None:
+def fused_update_case(device: torch.device) -> None:
     """Payloads of several peers with coefficients in common, for whole parameters and parts of them."""
     rng = random.Random("descent")
     for _ in range(n_shapes(device)):
@@ -116,9 +114,9 @@ def descent_case(device: torch.device) -> None:
                 step = Step(*map(to_float32, factors), sign=rng.random() < 0.5)
                 before = awkward(rng, part.n_local)
                 targets.append(Target(moved(before, device, rng.randrange(5)), part, packs, step))
-                descend(compressor, before, packs, weights, part, TURN, step)
+                compressor.fused_update([Target(before, part, packs, step)], weights, TURN)
                 expected.append(before)
-        descend_all(compressor, targets, weights, TURN)
+        compressor.fused_update(targets, weights, TURN)
         for target, x in zip(targets, expected, strict=True):
             same(target.x, x, (compressor, target.part, target.step, weights))
 
@@ -137,9 +135,9 @@ def packing_case(device: torch.device) -> None:
         with plain():
             expected = [compressor.pack(x, part, TURN) for x, part in zip(xs, parts, strict=True)]
         sources = [
-            Source(part.shape, moved(x, device, rng.randrange(5))) for x, part in zip(xs, parts, strict=True)
+            Source(part, moved(x, device, rng.randrange(5))) for x, part in zip(xs, parts, strict=True)
         ]
-        all_found = Sent(compressor, sources).packs()
+        all_found = Sent(compressor.pack_layout, sources).packs()
         for x, part, found, reference in zip(xs, parts, all_found, expected, strict=True):
             compressor.check(found, part, TURN)
             n_all += 1
@@ -174,12 +172,12 @@ def sending_case(device: torch.device) -> None:
         x = momentum_of(rng, part.n_global)
         gradient = torch.full_like(x, float("nan")) if scale == 0 else torch.linspace(-1, 1, x.numel())
         left = moved(x, device, rng.randrange(5))
-        source = Source(part.shape, left, moved(gradient, device, 1), factor)
+        source = Source(part, left, moved(gradient, device, 1), factor)
         change = Change(decay, torch.tensor(scale, device=device), alpha)
-        (packed,) = Sent(compressor, [source], change).packs()
+        (packed,) = Sent(compressor.pack_layout, [source], change).packs()
         expected = x * decay + (gradient * to_float32(factor * scale) if scale else 0.0)
         with plain():
-            descend(compressor, expected, [packed], [1.0], part, TURN, Step(alpha))
+            compressor.fused_update([Target(expected, part, [packed], Step(alpha))], [1.0], TURN)
         same(left, expected, (compressor, part, decay, factor, scale, alpha))
 
 
@@ -192,7 +190,7 @@ def unsendable_case(device: torch.device) -> None:
             before = x.cpu().clone()
             change = Change(1.0, torch.tensor(1.0, device=device), 1.0)
             with pytest.raises(ValueError, match="not finite, or not below"):
-                Sent(compressor, [Source((300,), x)], change).packs()
+                compressor.fused_send([Source(Part.whole((300,)), x)], change).packs()
             same(x[128:200], before[128:200], bad)
             assert not torch.equal(x[:100].cpu(), before[:100])
             with pytest.raises(ValueError, match="not finite, or not below"):
@@ -210,14 +208,14 @@ def refused_rows_case(device: torch.device) -> None:
     for x in bad:
         before = x.clone()
         with pytest.raises(ValueError, match="contiguous float32 rows"):
-            sparse_triton.descend(compressor, [Target(t, part, [packed], Step()) for t in (good, x)], [1.0])
+            compressor.fused_update([Target(t, part, [packed], Step()) for t in (good, x)], [1.0], TURN)
         change = Change(1.0, torch.tensor(1.0, device=device), 1.0)
         for pair in ((x, None), (good, x)):
             with pytest.raises(ValueError, match="contiguous float32 rows"):
-                Sent(compressor, [Source((200,), good), Source((200,), *pair, 1.0)], change)
+                compressor.fused_send([Source(part, good), Source(part, *pair, 1.0)], change)
         assert torch.equal(x, before)
     with pytest.raises(ValueError, match="another number of packs"):
-        sparse_triton.descend(compressor, [Target(good, part, [packed], Step())], [1.0, 1.0])
+        compressor.fused_update([Target(good, part, [packed], Step())], [1.0, 1.0], TURN)
     with pytest.raises(ValueError, match="whole parameters only"):
         compressor.pack(good[:100], Part((200,), 0, 100), TURN)
     assert bool((good == 1).all())
@@ -231,14 +229,14 @@ def unchecked_case(device: torch.device) -> None:
     whole = torch.zeros(1064, device=device)
     for bad in (torch.full_like(codes, 255), codes[:5], codes[:0]):
         target = Target(whole[32:1032], part, [(scales, bad)], Step())
-        descend_all(compressor, [target], [1.0], TURN)
+        compressor.fused_update([target], [1.0], TURN)
         assert not bool(whole[:32].any())
         assert not bool(whole[1032:].any())
     rice = TopK(k=8, group_size=100)
     with plain():
         scales, codes = rice.pack(torch.arange(1000.0), part, TURN)
     for bad in (torch.full_like(codes, 255), torch.zeros_like(codes), codes[:5]):
-        descend_all(rice, [Target(whole[32:1032], part, [(scales, bad)], Step())], [1.0], TURN)
+        rice.fused_update([Target(whole[32:1032], part, [(scales, bad)], Step())], [1.0], TURN)
         assert not bool(whole[:32].any())
         assert not bool(whole[1032:].any())
 
@@ -276,7 +274,7 @@ def values_case(device: torch.device) -> None:
 
 
 PAYLOAD_CASES: dict[str, Callable[[torch.device], None]] = {
-    "descent": descent_case,
+    "fused update": fused_update_case,
     "packing": packing_case,
     "sending": sending_case,
     "what cannot be sent": unsendable_case,

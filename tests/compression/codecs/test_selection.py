@@ -176,7 +176,7 @@ def test_permutations_look_random() -> None:
 def test_chunks_are_never_larger_than_a_slab(kind: type[Selection]) -> None:
     for bits, group_size in ((8, 1024), (1, 8), (16, MAX_GROUP), (32, 1024)):
         selection = kind(rate=0.5, bits=bits, group_size=group_size)
-        chunks = list(selection.row.chunks(10**6 + 7))
+        chunks = list(selection.codec.chunks(10**6 + 7))
         assert [first for first, _ in chunks[1:]] == [last for _, last in chunks[:-1]]
         assert (chunks[0][0], chunks[-1][1]) == (0, 10**6 + 7)
         assert max(last - first for first, last in chunks) <= MAX_GROUP
@@ -202,10 +202,10 @@ def test_hostile_rows(kind: type[Selection], bits: Any) -> None:
     without_first = scales.clone()
     without_first[0] = 0
     assert reason(without_first, codes) == "shape"
-    n_first = 16 * selection.row.format.width // 8  # type: ignore[attr-defined]
+    n_first = 16 * selection.codec.format.width // 8  # type: ignore[attr-defined]
     selection.check((without_first, codes[n_first:]), part, turn(1))
     padded = codes.clone()
-    if 51 * selection.row.format.width % 8:  # type: ignore[attr-defined]
+    if 51 * selection.codec.format.width % 8:  # type: ignore[attr-defined]
         padded[-1] |= 0x80
         assert reason(scales, padded) == "range"
     if bits != 1:

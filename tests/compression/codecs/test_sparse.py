@@ -48,7 +48,7 @@ def test_codes_that_are_refused(compressor: Sparse) -> None:
     scales, codes = compressor.pack(drawn(part), part, TURN)
     n_codes = compressor.k + -(-compressor.k * 70 // compressor.group_size)
     number = int.from_bytes(bytes(codes.tolist()), "little")
-    width, index_mask = compressor.width, 2**compressor.index_bits - 1
+    width, index_mask = compressor.pack_layout.indices.width, 2**compressor.pack_layout.index_bits - 1
 
     def with_codes(change: Callable[[list[int]], None]) -> Packed:
         values = [number >> i * width & 2**width - 1 for i in range(n_codes)]
@@ -66,7 +66,7 @@ def test_codes_that_are_refused(compressor: Sparse) -> None:
         values[-1] |= index_mask  # the largest index there is: beyond the short group
 
     def minus_128(values: list[int]) -> None:
-        values[0] = values[0] & index_mask | 128 << compressor.index_bits
+        values[0] = values[0] & index_mask | 128 << compressor.pack_layout.index_bits
 
     assert survives(compressor, with_codes(lambda values: None), part) is None
     assert survives(compressor, with_codes(swap), part) == "index"

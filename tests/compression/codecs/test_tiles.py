@@ -171,5 +171,5 @@ def test_tiles_find_what_is_smooth_in_two_dimensions() -> None:
 def test_narrow_parameters_are_laid_flat() -> None:
     compressor, flat = DctTopK(layout="tiles"), DctTopK()
     for shape in [(), (5,), (1000,), (63, 999), (9, 3, 3)]:
-        assert compressor.groups(shape) == flat.groups(shape)
-    assert isinstance(compressor.groups((64, 64)), Tiles)
+        assert compressor.pack_layout.groups(shape) == flat.pack_layout.groups(shape)
+    assert isinstance(compressor.pack_layout.groups((64, 64)), Tiles)

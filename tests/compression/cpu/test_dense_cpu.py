@@ -10,7 +10,7 @@ import torch
 
 from thinwire.compression.base import Packed, Part, Turn
 from thinwire.compression.codecs.dense import Dense
-from thinwire.compression.codecs.dense_codec import GroupedRow
+from thinwire.compression.codecs.dense_codec import GroupedCodec
 from thinwire.compression.codecs.random_k import RandomK
 from thinwire.compression.codecs.slicing import Slicing
 from thinwire.compression.errors import BadPayload
@@ -116,18 +116,18 @@ def test_values_that_cannot_be_sent(bits: int | str, value: float, monkeypatch: 
 @pytest.mark.parametrize(("bits", "code"), [(4, 8), (8, 128), ("e3m0", 8), (16, 0x8000), (16, 0x4001)])
 def test_codes_without_a_value_are_refused(bits: Any, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = noise("gauss", 3, 0, 0, 0, 1001)
-    row = Dense(bits=bits)._window().row
-    assert isinstance(row, GroupedRow)
+    codec = Dense(bits=bits)._window().codec
+    assert isinstance(codec, GroupedCodec)
     for kernels in ("torch", "numba"):
         monkeypatch.setenv("THINWIRE_KERNELS", kernels)
-        scales, codes = row.pack([x])
-        row.check((scales, codes), 1001)
+        scales, codes = codec.pack([x])
+        codec.check((scales, codes), 1001)
         wrong = codes.clone()
         wrong[300] = code & 255 if bits not in {4, "e3m0"} else code << 4 | 1
         if bits == 16:
             wrong[301] = code >> 8
         with pytest.raises(BadPayload, match=r"code|float16"):
-            row.check((scales, wrong), 1001)
+            codec.check((scales, wrong), 1001)
 
 
 @pytest.mark.parametrize("n", [1, 5, 4096, 3_000_001])

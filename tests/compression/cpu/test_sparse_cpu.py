@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from thinwire.compression.base import Packed, Part, Turn
+from thinwire.compression.base import Packed, Part, Step, Target, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
-from thinwire.compression.codecs.fused_update import Step, Target, descend
 from thinwire.compression.codecs.groups import Flat
 from thinwire.compression.codecs.sparse import Sparse
 from thinwire.compression.codecs.topk import TopK
@@ -114,7 +113,7 @@ def test_decoding_has_the_bits_of_the_reference(rng: random.Random, use: Switch)
         for kernels in ("torch", "numba"):
             use(kernels)
             targets.append(theta.clone())
-            descend(compressor, targets[-1], packs, weights, part, TURN, step)
+            compressor.fused_update([Target(targets[-1], part, packs, step)], weights, TURN)
         assert same_bits(*targets)
 
 
@@ -127,15 +126,8 @@ def test_the_step_is_the_formula(use: Switch) -> None:
     x = compressor.decode([packed], [1.0], part, TURN)
     for sign in (False, True):
         target = theta.clone()
-        descend(
-            compressor,
-            target,
-            [packed],
-            [1.0],
-            part,
-            TURN,
-            Step(0.0030000000260770321, 0.9990000128746033, sign),
-        )
+        step = Step(0.0030000000260770321, 0.9990000128746033, sign)
+        compressor.fused_update([Target(target, part, [packed], step)], [1.0], TURN)
         decayed, moved = theta * 0.9990000128746033, (x.sign() if sign else x) * 0.0030000000260770321
         assert same_bits(target, decayed - moved)
 
@@ -180,7 +172,7 @@ def test_what_is_selected(rng: random.Random, use: Switch) -> None:
     found = {}
     for kernels in ("torch", "numba"):
         use(kernels)
-        found[kernels] = list(compressor._selected(x, part.shape))
+        found[kernels] = list(compressor.selected(x, part.shape))
     index, value = (torch.cat([p[i].reshape(-1) for p in found["numba"]]) for i in (0, 1))
     index_torch, value_torch = (torch.cat([p[i].reshape(-1) for p in found["torch"]]) for i in (0, 1))
     if isinstance(compressor, TopK):
@@ -189,7 +181,11 @@ def test_what_is_selected(rng: random.Random, use: Switch) -> None:
         return
     assert index.shape == index_torch.shape
     # Coefficients are up to 8 times as large as elements, of tiles up to 64 times.
-    close = 1e-6 * float(x.abs().max()) * (8 if isinstance(compressor.groups(part.shape), Flat) else 64)
+    close = (
+        1e-6
+        * float(x.abs().max())
+        * (8 if isinstance(compressor.pack_layout.groups(part.shape), Flat) else 64)
+    )
     for (rows, values), (_, values_torch) in zip(found["numba"], found["torch"], strict=False):
         assert bool((rows[:, 1:] > rows[:, :-1]).all())
         if values.shape == values_torch.shape:
@@ -221,7 +217,7 @@ def test_ties_go_to_the_lower_index(use: Switch) -> None:
     x = torch.ones(4096)
     x[1::2] = -1
     x[4000] = 2
-    ((index, value),) = TopK(k=5)._selected(x, (4096,))
+    ((index, value),) = TopK(k=5).selected(x, (4096,))
     assert index.tolist() == [[0, 1, 2, 3, 4000]]
     assert value.tolist() == [[1, -1, 1, -1, 2]]
 
@@ -285,7 +281,7 @@ def test_several_at_once_are_those_one_by_one(seed: int, use: Switch) -> None:
     compressor = kind(rng.randint(1, 40), group_size, rng.choice([1, 2, 4, 8, "e3m0"]), "packed")
     parts = [Part.whole((rng.choice([1, 64, 4096, 5000, 12_345]),)) for _ in range(rng.randint(1, 6))]
     xs = [[drawn_values(rng, part.n_global) for part in parts] for _ in range(3)]
-    together = [batched_cpu.pack(compressor, x, [p.shape for p in parts]) for x in xs]
+    together = [batched_cpu.pack(compressor.pack_layout, x, [p.shape for p in parts]) for x in xs]
     for x, packs in zip(xs, together, strict=True):
         for values, part, packed in zip(x, parts, packs, strict=True):
             compressor.check(packed, part, TURN)
@@ -300,10 +296,10 @@ def test_several_at_once_are_those_one_by_one(seed: int, use: Switch) -> None:
         targets.append(Target(theta, part, packs, step))
         alone_targets.append(Target(theta.clone(), part, packs, step))
     weights = [1.0, 0.0, 2.5]
-    batched_cpu.descend(compressor, targets, weights)
+    compressor.fused_update(targets, weights, TURN)
     for t, alone_t in zip(targets, alone_targets, strict=True):
-        descend(compressor, alone_t.x, t.packs, weights, t.part, TURN, t.step)
+        compressor.fused_update([alone_t], weights, TURN)
         assert same_bits(t.x, alone_t.x)
     short = [(scales, codes[:-1]) for scales, codes in targets[0].packs]
     with pytest.raises(BadPayload):
-        batched_cpu.descend(compressor, [replace(targets[0], packs=short)], weights)
+        compressor.fused_update([replace(targets[0], packs=short)], weights, TURN)

@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from tests.support.paths import ROOT
-from thinwire.compression.base import Part, Turn
+from thinwire.compression.base import Part, Step, Target, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
-from thinwire.compression.codecs.fused_update import Step, descend
 from thinwire.compression.codecs.sparse import Sparse
 from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.fingerprint import parameter_sum
@@ -38,8 +37,8 @@ NO_CUDA = "there is no CUDA device: Triton's kernels have been interpreted and c
 
 FUSED = r"\bfma\."
 OF_A_PRODUCT = {
-    "descent: _descend": 2 * 64 * 32**2 // 256,
-    "descent of tiles: _descend": 2 * 64**3 // 256,
+    "fused update: _update": 2 * 64 * 32**2 // 256,
+    "fused update of tiles: _update": 2 * 64**3 // 256,
     "packing: _select": 4 * 64 * 32**2 // 256,
     "packing of tiles: _select": 4 * 64**3 // 512,
 }
@@ -137,7 +136,8 @@ def test_groups_farther_out_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) 
         part = Part.whole(x.shape)
         packs[x.numel()] = compressor.pack(x, part, turn)
         compressor.check(packs[x.numel()], part, turn)
-        descend(compressor, theta[: x.numel()], [packs[x.numel()]], [1.0], part, turn, Step(0.5))
+        target = Target(theta[: x.numel()], part, [packs[x.numel()]], Step(0.5))
+        compressor.fused_update([target], [1.0], turn)
         if x is momentum:
             far, _ = theta[-tail:].clone(), theta.zero_()
     assert torch.equal(packs[n][0][-2:], packs[tail][0])

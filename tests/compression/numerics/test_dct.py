@@ -116,10 +116,10 @@ def made_pack(compressor: DctTopK, n: int, seed: int) -> tuple[torch.Tensor, tor
         index = np.sort(np.argsort(words[:limit], kind="stable")[:k])
         value = words[limit:] & 1 if compressor.bits == 1 else np.maximum(words[limit:] % 256, 129) % 256
         scales.append(float(words[0] % 256 + 1) * 2.0 ** (g % 5 - 20))
-        codes += [int(i | v << compressor.index_bits) for i, v in zip(index, value, strict=True)]
+        codes += [int(i | v << compressor.pack_layout.index_bits) for i, v in zip(index, value, strict=True)]
     return (
         torch.tensor(scales, dtype=torch.bfloat16),
-        pack_bits(torch.tensor(codes, dtype=torch.int64), compressor.width),
+        pack_bits(torch.tensor(codes, dtype=torch.int64), compressor.pack_layout.indices.width),
     )
 
 
@@ -135,8 +135,14 @@ def decode_by_hand(
             scale = float(scales[g])
             length = min(compressor.group_size, n - g * compressor.group_size)
             for _ in range(-(-compressor.k * length // compressor.group_size) if scale else 0):
-                code, bits = bits % 2**compressor.width, bits >> compressor.width
-                index, raw = code % 2**compressor.index_bits, code >> compressor.index_bits
+                code, bits = (
+                    bits % 2**compressor.pack_layout.indices.width,
+                    bits >> compressor.pack_layout.indices.width,
+                )
+                index, raw = (
+                    code % 2**compressor.pack_layout.index_bits,
+                    code >> compressor.pack_layout.index_bits,
+                )
                 q = (1 - 2 * raw) if compressor.bits == 1 else raw - 256 * (raw > 127)
                 mean[g, index] += np.float32(w) * np.float32(q * scale)
         assert bits == 0
@@ -170,7 +176,7 @@ def test_sums_do_not_overflow_at_the_limits() -> None:
     """Largest scales, weights and values, summed over many shares: finite."""
     compressor, part = DctTopK(k=64, group_size=64, bits=8), Part.whole((64,))
     scale = torch.tensor([2.0**60]).sub_(2.0**52).to(torch.bfloat16)
-    packed = (scale, pack_bits(torch.arange(64) | 127 << 6, compressor.width))
+    packed = (scale, pack_bits(torch.arange(64) | 127 << 6, compressor.pack_layout.indices.width))
     compressor.check(packed, part, TURN)
     x = compressor.decode([packed] * 1024, [2.0**40] * 1024, part, TURN)
     assert bool(x.isfinite().all())

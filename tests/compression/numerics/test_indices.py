@@ -9,24 +9,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinwire.compression.errors import BadPayload
-from thinwire.compression.numerics.indices import (
-    IndexCoder,
+from thinwire.compression.numerics.index_layout import (
+    IndexLayout,
     Most,
     PackedIndices,
     RiceIndices,
-    coder_of,
+    index_layout,
     remainder_bits,
 )
+from thinwire.compression.numerics.indices import pack_indices, unpack_indices
 
 Groups = list[list[tuple[int, int]]]
 """Per group (index, value)."""
 
 
-def packed(coder: IndexCoder, groups: Groups, most: Most) -> tuple[bytes, np.ndarray]:
+def packed(layout: IndexLayout, groups: Groups, most: Most) -> tuple[bytes, np.ndarray]:
     flat = [entry for group in groups for entry in group]
     n_sent_G = np.array([len(g) for g in groups], dtype=np.int64)
     index_E, value_E = (torch.tensor([e[i] for e in flat], dtype=torch.int64) for i in (0, 1))
-    codes = coder.pack(index_E, value_E, n_sent_G, most)
+    codes = pack_indices(layout, index_E, value_E, n_sent_G, most)
     assert codes.dtype == torch.uint8
     return bytes(codes.tolist()), n_sent_G
 
@@ -73,13 +74,13 @@ def cases(draw: st.DrawFn) -> tuple[Groups, Most, int, int]:
 def test_there_and_back(case: tuple[Groups, Most, int, int]) -> None:
     groups, most, r, value_bits = case
     flat = [entry for group in groups for entry in group]
-    for coder in (RiceIndices(r, value_bits), PackedIndices(9, value_bits)):
-        data, n_sent_G = packed(coder, groups, most)
-        assert len(data) <= coder.max_bytes(most)
+    for layout in (RiceIndices(r, value_bits), PackedIndices(9, value_bits)):
+        data, n_sent_G = packed(layout, groups, most)
+        assert len(data) <= layout.max_bytes(most)
         codes = torch.tensor(list(data), dtype=torch.uint8)
-        index_E, value_E = coder.unpack(codes, n_sent_G, most)
+        index_E, value_E = unpack_indices(layout, codes, n_sent_G, most)
         assert list(zip(index_E.tolist(), value_E.tolist(), strict=True)) == flat
-        if isinstance(coder, RiceIndices):
+        if isinstance(layout, RiceIndices):
             assert read_by_hand(data, groups, r, value_bits) == groups
 
 
@@ -91,8 +92,8 @@ def test_hostile_codes_are_refused_or_have_one_form(
     case: tuple[Groups, Most, int, int], edits: list[tuple[int, int]], grow: int
 ) -> None:
     groups, most, r, value_bits = case
-    for coder in (RiceIndices(r, value_bits), PackedIndices(9, value_bits)):
-        data, n_sent_G = packed(coder, groups, most)
+    for layout in (RiceIndices(r, value_bits), PackedIndices(9, value_bits)):
+        data, n_sent_G = packed(layout, groups, most)
         raw = bytearray(data + bytes(max(0, grow)))
         raw = raw[: max(0, len(raw) + min(0, grow))]
         for at, value in edits:
@@ -100,10 +101,10 @@ def test_hostile_codes_are_refused_or_have_one_form(
                 raw[at % len(raw)] = value
         codes = torch.tensor(list(raw), dtype=torch.uint8)
         try:
-            index_E, value_E = coder.unpack(codes, n_sent_G, most)
+            index_E, value_E = unpack_indices(layout, codes, n_sent_G, most)
         except BadPayload:
             continue
-        again = coder.pack(torch.from_numpy(index_E), torch.from_numpy(value_E), n_sent_G, most)
+        again = pack_indices(layout, torch.from_numpy(index_E), torch.from_numpy(value_E), n_sent_G, most)
         assert torch.equal(again, codes)
 
 
@@ -121,12 +122,12 @@ def test_known_bytes() -> None:
 def test_reasons() -> None:
     most = Most(np.array([3] * 100), np.array([400] * 100))
     groups: Groups = [[(1, 0), (200, 1), (390, 0)]] * 100
-    coder = RiceIndices(6, 1)
-    data, n_sent_G = packed(coder, groups, most)
+    layout = RiceIndices(6, 1)
+    data, n_sent_G = packed(layout, groups, most)
 
     def reason(raw: bytes) -> str:
         with pytest.raises(BadPayload) as caught:
-            coder.unpack(torch.tensor(list(raw), dtype=torch.uint8), n_sent_G, most)
+            unpack_indices(layout, torch.tensor(list(raw), dtype=torch.uint8), n_sent_G, most)
         return caught.value.reason
 
     n_fixed = -(-300 * 7 // 8)
@@ -145,13 +146,13 @@ def test_reasons() -> None:
 )
 def test_the_low_bits(n: int, k: int, r: int) -> None:
     assert remainder_bits(n, k) == r
-    assert coder_of("rice", n, k, 1) == RiceIndices(r, 1)
+    assert index_layout("rice", n, k, 1) == RiceIndices(r, 1)
 
 
 def test_packed_indices_of_4096_have_12_bits() -> None:
-    assert coder_of("packed", 4096, 32, 8) == PackedIndices(12, 8)
+    assert index_layout("packed", 4096, 32, 8) == PackedIndices(12, 8)
     with pytest.raises(ValueError, match="indices 'elias'"):
-        coder_of("elias", 4096, 32, 8)
+        index_layout("elias", 4096, 32, 8)
 
 
 def test_bits_of_random_indices() -> None:
@@ -161,5 +162,5 @@ def test_bits_of_random_indices() -> None:
         [(int(i), 0) for i in np.sort(generator.choice(4096, 32, replace=False))] for _ in range(300)
     ]
     most = Most(np.full(300, 32), np.full(300, 4096))
-    data, _ = packed(coder_of("rice", 4096, 32, 1), groups, most)
+    data, _ = packed(index_layout("rice", 4096, 32, 1), groups, most)
     assert 8.4 < 8 * len(data) / 9600 - 1 < 8.55

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from thinwire.compression.base import Part, Turn
-from thinwire.compression.codecs.fused_update import Step, descend
+from thinwire.compression.base import Part, Step, Target, Turn
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.schedule import lr_factor
 from thinwire.coordinator.protocol.settings import ScheduleSection
@@ -397,6 +396,7 @@ def test_decoding_is_timed_in_each_of_its_forms() -> None:
     target, part, turn = torch.zeros(64), Part.whole((64,)), Turn(1, 1, 1, 1.0)
     packed = strategy.compressor.pack(torch.ones(64), part, turn)  # type: ignore[attr-defined]
     assert set(watch.rounds[0]) == {"pack"}
-    descend(strategy.compressor, target, [packed], [1.0], part, turn, Step())  # type: ignore[attr-defined]
+    targets = [Target(target, part, [packed], Step())]
+    strategy.compressor.fused_update(targets, [1.0], turn)  # type: ignore[attr-defined]
     assert watch.rounds[0]["decode"] > 0
     assert bool(target.any())

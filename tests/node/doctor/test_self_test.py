@@ -67,7 +67,7 @@ def _one_bit(table: tuple[float, ...], at: int) -> tuple[float, ...]:
     return (*table[:at], table[at] + 2.0**-20, *table[at + 1 :])
 
 
-FLAT_TRANSFORMS = {"transform decoding", "transform descent"}
+FLAT_TRANSFORMS = {"transform decoding", "transform update"}
 BREAKS: dict[str, tuple[object, str, Any, set[str]]] = {
     "normal table": (noise, "NORMAL_256", lambda t: _one_bit(t, 77), {"normal noise", "initial weights"}),
     "transform": (dct, "INVERSE_SCALE", lambda x: x + 2.0**-30, FLAT_TRANSFORMS),

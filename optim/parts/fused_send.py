@@ -1,4 +1,4 @@
-"""A leftover takes gradients in and sends what is selected, in one read and one write of a GPU's memory.
+"""A residual takes gradients in and sends what is selected, in one read and one write of a GPU's memory.
 
 The payload travels to the host through pinned memory. The host waits for nothing before it asks for it.
 """
@@ -11,15 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...compression.base import Compressor, Packed, Payload
-from ...compression.codecs.sparse import Sparse
+from ...compression.base import Change, Compressor, Packed, Payload, PendingPacks, Source
 from ...compression.exact import to_float32
 from ..base import Parameter, Strategy
 
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """leftover = decay leftover + scale factor gradient; `factor` and `gradient` by parameter, `scale` on the
+    """residual = decay residual + scale factor gradient; `factor` and `gradient` by parameter, `scale` on the
     device. Gradients of scale 0 are left out, whatever they are."""
 
     decay: float
@@ -28,42 +27,40 @@ class Gain:
     gradient: Callable[[Parameter], Tensor | None]
 
 
-def sends_at_once(strategy: Strategy, compressor: Compressor, parameters: Sequence[Parameter]) -> bool:
-    """Whether `Sending` can be used: one rank, a GPU, and all that is selected is sent."""
+def has_fused_send(strategy: Strategy, compressor: Compressor, parameters: Sequence[Parameter]) -> bool:
+    """Whether `FusedSend` can be used: one rank, a compressor with a kernel, and all that is selected is
+    sent."""
     return (
-        isinstance(compressor, Sparse)
-        and strategy.ranks.count == 1
+        strategy.ranks.count == 1
         and strategy.allotted.share >= 1
-        and compressor.packs_at_once((p.part.shape for p in parameters), (p.local for p in parameters))
+        and compressor.has_fused_send([(p.part, p.local) for p in parameters])
     )
 
 
-class Sending:
-    """A payload on its way. `alpha` times what is selected leaves the leftovers."""
+class FusedSend:
+    """A payload on its way. `alpha` times what is selected leaves the residuals."""
 
     def __init__(
         self,
         compressor: Compressor,
         parameters: Sequence[Parameter],
-        leftover: Callable[[Parameter], Tensor],
+        residual: Callable[[Parameter], Tensor],
         gain: Gain,
         alpha: float,
         losses: Tensor,
     ) -> None:
-        """`leftover`: flat float32, changed in place. `losses` travel with the payload."""
-        from ...compression.gpu.pack_triton import Change, Sent, Source
+        """`residual`: flat float32, changed in place. `losses` travel with the payload."""
         from ...compression.gpu.tables_triton import Arrival
 
-        assert isinstance(compressor, Sparse)
         by_device: dict[torch.device, list[Parameter]] = {}
         for p in parameters:
             by_device.setdefault(p.local.device, []).append(p)
         self._names = [p.name for p in parameters]
-        self._sent: list[tuple[list[Parameter], Sent]] = []
+        self._sent: list[tuple[list[Parameter], PendingPacks]] = []
         for device, some in by_device.items():
             change = Change(gain.decay, gain.scale.to(device), to_float32(alpha))
-            sources = [Source(p.part.shape, leftover(p), gain.gradient(p), gain.factor(p)) for p in some]
-            self._sent.append((some, Sent(compressor, sources, change)))
+            sources = [Source(p.part, residual(p), gain.gradient(p), gain.factor(p)) for p in some]
+            self._sent.append((some, compressor.fused_send(sources, change)))
         self._losses = Arrival(losses)
 
     def payload(self) -> Payload:
