@@ -18,9 +18,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from ...compression.errors import ConfigError
-from ...optim.options import REQUIRED, nearest
-from ...optim.registry import COMPRESSORS, STRATEGIES, complete_config, strategy_class
+from ...compression.errors import ConfigError, nearest
+from ...compression.registry import COMPRESSORS
+from ...optim.options import REQUIRED
+from ...optim.registry import STRATEGIES, complete_config, strategy_class
 from ..config import RunConfig, literal
 
 MIN_ROUNDS: Final = 5
