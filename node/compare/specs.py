@@ -201,8 +201,8 @@ def _compressor(spec: str, own: object) -> dict[str, Any]:
     name, given = _call(spec)
     if name not in COMPRESSORS:
         raise ConfigError(f"--strategies: unknown compressor {name!r}: {nearest(name, COMPRESSORS)}")
-    is_same = isinstance(own, Mapping) and own.get("name") == name
-    return {**(own if is_same else {"name": name}), **given}
+    start = own if isinstance(own, Mapping) and own.get("name") == name else {"name": name}
+    return {**start, **given}
 
 
 def _call(text: str) -> tuple[str, dict[str, Any]]:
