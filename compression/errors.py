@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Final, Literal
 
 BadReason = Literal[
@@ -78,3 +80,10 @@ def error_name(error: BaseException) -> str:
 def named_error(name: str, text: str) -> ThinwireError:
     """The error that another process has told of by `error_name`; the caller raises it."""
     return _BY_NAME.get(name, ThinwireError)(text)
+
+
+def nearest(value: object, known: Iterable[str]) -> str:
+    """What to write instead of an unknown name, for the words of a ConfigError."""
+    known = sorted(known)
+    close = get_close_matches(str(value), known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"

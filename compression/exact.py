@@ -1,4 +1,4 @@
-"""The setting in which replicated arithmetic runs (design: section 6, "Context")."""
+"""The setting in which replicated arithmetic runs (ARCHITECTURE.md, "Exact arithmetic")."""
 
 from __future__ import annotations
 

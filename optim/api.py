@@ -23,13 +23,14 @@ Importing this loads torch, and no backend. What is not named here may move from
 from __future__ import annotations
 
 from ..compression.base import Payload, Turn
+from ..compression.registry import build_compressor
 from .base import Allotment, Closure, Draw, NamedParameters, Own, Parameter, Round, Share, Strategy
 from .decoupled import Decoupled, DecoupledOptions
 from .diloco import Diloco, DilocoOptions
 from .facts import Facts, KnownUpdate
 from .group import group_optimizer, join_group, verify_group
 from .options import Number, Options, Whole, keywords_of
-from .registry import STRATEGIES, build_compressor, build_strategy, complete_config, strategy_class
+from .registry import STRATEGIES, build_strategy, complete_config, strategy_class
 from .spsa import Spsa, SpsaOptions
 
 __all__ = [

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ..compression.base import Fields, Part, Payload, Turn
-from ..compression.errors import BadPayload, ConfigError
+from ..compression.errors import BadPayload, ConfigError, nearest
 from .facts import Facts, Fill
-from .options import Options, nearest
+from .options import Options
 from .parts.ranks import ALONE, Ranks, local_of, parts_of, ranks_of, refuse_placement
 from .parts.saved_state import refuse_other_model, restored
 

@@ -13,9 +13,8 @@ the dataclass itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
 from math import isfinite
@@ -33,7 +32,7 @@ from typing import (
     get_type_hints,
 )
 
-from ..compression.errors import ConfigError
+from ..compression.errors import ConfigError, nearest
 
 ENTRY_OF: Final = {"params": "subset"}
 """Options that stand under another name in `param_groups`: torch has a use of its own for "params"."""
@@ -164,13 +163,6 @@ def keywords_of(
         return with_keywords
 
     return decorate
-
-
-def nearest(value: object, known: Iterable[str]) -> str:
-    """What to write instead of an unknown name."""
-    known = sorted(known)
-    close = get_close_matches(str(value), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"
 
 
 def _default_of(field: Any) -> Any:

@@ -1,4 +1,10 @@
-"""A matrix cut into square tiles: one tile is one group. Tiles at the lower and right edges are filled up."""
+"""A matrix cut into square tiles: one tile is one group. Tiles at the lower and right edges are filled up.
+
+Weights that are neighbours in a matrix, along both axes, have gradients alike: a transform along both puts
+more of a tile into few coefficients than one along the flattened rows. Parameters of more axes are matrices
+of their leading axes by the others, cut where that is squarest. A slab is a run of tiles of one row of tiles,
+or several such rows, so that reading and writing is one permutation of axes.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
 """The numba kernels of many small parameters at once: a call for each takes longer than their work.
 
-For flat groups with packed indices and values from a table, the default. The packs, and the bits of what is
-decoded, are those that parameters have one by one.
+For flat groups with packed indices and values from a table, the default. The kernels get the addresses of the
+tensors and where each parameter's groups begin among all (`GroupRanges`). For packing, threads share the
+groups of all parameters; values are quantised together, and one pass writes every parameter's codes. For
+updating they share the parameters: each is read out of the packed bytes and decoded as `sparse_cpu` does. The
+packs, and the bits of what is decoded, are those that parameters have one by one.
 """
 
 from __future__ import annotations

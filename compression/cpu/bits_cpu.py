@@ -1,4 +1,8 @@
-"""The numba kernels of `bits`: the same bytes, the same numbers."""
+"""The numba kernels of `bits`: the same bytes, the same numbers.
+
+A 64-bit word holds the bits that have been taken in and not yet given out, lowest first: values of up to 32
+bits go in or out whole, bytes on the other side.
+"""
 
 from __future__ import annotations
 

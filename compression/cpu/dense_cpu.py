@@ -1,7 +1,11 @@
-"""The numba kernels of codecs/dense_codec.py: groups of values to scales and codes and back, in one pass over
-memory.
+"""The numba kernels of codecs/dense_codec.py: groups of values to scales and codes and back, in one pass.
 
-Bytes and values are those of the reference."""
+Bytes and values are those of the reference. A group is quantised into a buffer of codes and packed from
+there, each step in a loop of its own without branches per format, of which the compiler makes vectors.
+Threads take ranges of groups. Groups that are zero have no codes, so that nobody knows beforehand where a
+range's bytes end: each begins where it would if all groups before it sent something, and the gaps are closed
+at the end.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The numba kernels of `indices`: Rice codes, the same numbers."""
+"""The numba kernels of `indices`: Rice codes, the same numbers.
+
+Ones are found 64 bits at a time: `word & -word` leaves the lowest of them, whose place a multiplication by a
+de Bruijn sequence tells (Leiserson, Prokop & Randall 1998): the product's top 6 bits are different for every
+place. Gaps, indices and codes follow from the places in one loop over the entries.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""The numba kernels of `noise`: the same bits, one pass over the parameters, near the speed of memory."""
+"""The numba kernels of `noise`: the same bits, one pass over the parameters, near the speed of memory.
+
+A block of 4096 elements is taken through all updates while it is in the cache. Of every probe its words are
+computed (words_cpu.py), one per 32 elements for signs: a sign is a bit of its word, moved to the sign bit of
+the coefficient. Signs of four probes are added up at a time, so that the sum stays in registers; it starts
+with the first term, and every term is rounded once, in order, as in the reference.
+"""
 
 from __future__ import annotations
 

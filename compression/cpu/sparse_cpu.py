@@ -1,7 +1,14 @@
-"""The numba kernels of `sparse`: a group is read, transformed and searched inside the cache, and decoded from
-the coefficients that are not zero.
+"""The numba kernels of `sparse` for flat groups: selecting, which is local work, and decoding, bit for bit.
 
-Selecting is local work; what is decoded has the bits of the reference.
+Selecting works on panels: 64 chunks of 64 elements stand side by side as columns, so that a transform, and
+the search after it, is one operation on rows of 64 floats. Of every 16 coefficients in a row of their group
+the largest magnitude is noted; the k-th largest of those maxima is a lower bound for the threshold, since k
+blocks reach it. Only blocks that reach it are looked into, and among what is found there the k largest are
+chosen (topk_cpu.py). A group never leaves the cache.
+
+Decoding adds up a group's coefficients over the peers in order, at the positions that any of them sent,
+brings them to integers, and adds the integer basis vectors of those alone: a few of 64 per chunk. All sums
+are below 2^24, so that their order does not matter. The step of the target comes last, in the same pass.
 """
 
 from __future__ import annotations

@@ -1,7 +1,13 @@
 """The numba kernels of square tiles: `dct_topk` with layout "tiles", as `sparse_cpu` for flat groups.
 
-Selecting is local work; what is decoded has the bits of the reference: sums are those of integers below 2^24,
-in any order.
+Selecting is local work: a tile of 64 is transformed as a panel, turned and transformed again, a smaller one
+by products with the basis. The k largest are found as in flat groups, by way of blocks of 16.
+
+Decoding has the bits of the reference. Along the rows the basis vectors of the coefficients that are not zero
+are added up, and only rows that have any go on; the sums become integers of 10 bits again. Along the columns
+a basis vector is the same from both ends, or for odd ones with the other sign: even and odd ones add up in
+half the rows each, four at a time, and sum and difference give all rows. All sums are those of integers below
+2^24, exact in any order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The cosine transform: forward in floating point, inverse in integers (design: section 6).
+"""The cosine transform: forward in floating point, inverse in integers.
 
 The inverse decides what every replica adds to its parameters, so it must not depend on the device or on the
 order of a sum. Coefficients become integers of at most 10 bits per group (a power of two scales them), the

@@ -18,9 +18,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from ...compression.errors import ConfigError
-from ...optim.options import REQUIRED, nearest
-from ...optim.registry import COMPRESSORS, STRATEGIES, complete_config, strategy_class
+from ...compression.errors import ConfigError, nearest
+from ...compression.registry import COMPRESSORS
+from ...optim.options import REQUIRED
+from ...optim.registry import STRATEGIES, complete_config, strategy_class
 from ..config import RunConfig, literal
 
 MIN_ROUNDS: Final = 5
@@ -200,9 +201,8 @@ def _compressor(spec: str, own: object) -> dict[str, Any]:
     name, given = _call(spec)
     if name not in COMPRESSORS:
         raise ConfigError(f"--strategies: unknown compressor {name!r}: {nearest(name, COMPRESSORS)}")
-    if isinstance(own, Mapping) and own.get("name") == name:
-        return {**own, **given}
-    return {"name": name, **given}
+    start = own if isinstance(own, Mapping) and own.get("name") == name else {"name": name}
+    return {**start, **given}
 
 
 def _call(text: str) -> tuple[str, dict[str, Any]]:

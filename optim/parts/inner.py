@@ -13,9 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ...compression.errors import ConfigError
+from ...compression.errors import ConfigError, nearest
 from ..base import Parameter
-from ..options import nearest
 
 REFUSED: Final = {
     "LBFGS": "it evaluates the loss itself",

@@ -22,7 +22,7 @@ FORBIDDEN = {
     "accumulating scatters": r"accumulate\s*=\s*True|\.(index_add|scatter_add)_?\(",
 }
 LOCAL = {"gradients.py": {"add_to"}}
-"""Functions of local work (design: section 6, rule 1), which may be sloppy: gradients not sent yet."""
+"""Functions of local work, which may be sloppy: gradients that are not sent yet."""
 
 TRITON = {
     "approximate division (tl.div_rn)": r"[^/]/(?!/)[^/]",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,50 +15,24 @@ from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.formulas import has_expected_bytes, name_of, small_compressors, value_bits
+from tests.support.compressors import (
+    EXAMPLES,
+    ROWS,
+    has_expected_bytes,
+    n_bytes_of,
+    name_of,
+    row_of,
+    small_compressors,
+)
 from tests.support.paths import ROOT
 from thinwire.compression import wire
-from thinwire.compression.base import Compressor, Packed, Part, Turn
-from thinwire.compression.codecs.dct_topk import DctTopK
+from thinwire.compression.base import Array, Compressor, Packed, Part, Source, Step, Target, Turn
 from thinwire.compression.codecs.dense import Dense
 from thinwire.compression.codecs.none import Nothing
-from thinwire.compression.codecs.random_k import RandomK
-from thinwire.compression.codecs.selection import Selection
-from thinwire.compression.codecs.slicing import Slicing
-from thinwire.compression.codecs.sparse import Sparse
-from thinwire.compression.codecs.striding import Striding
-from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.errors import BadPayload, ConfigError
 from thinwire.compression.numerics.noise import noise
-from thinwire.optim.registry import build_compressor
+from thinwire.compression.registry import COMPRESSORS, build_compressor
 
-ROWS: dict[str, Compressor] = {
-    "dct_topk 1 bit": DctTopK(),
-    "dct_topk 8 bit": DctTopK(bits=8),
-    "dct_topk small groups": DctTopK(k=5, group_size=192, bits=1),
-    "dct_topk all, 8 bit": DctTopK(k=128, group_size=128, bits=8),
-    "dct_topk rice, 1 bit": DctTopK(indices="rice"),
-    "dct_topk rice, odd groups, 2 bit": DctTopK(k=7, group_size=100, bits=2, indices="rice"),
-    "dct_topk tiles, 4 bit": DctTopK(layout="tiles", bits=4),
-    "dct_topk small tiles, rice, fp16": DctTopK(k=3, group_size=64, bits=16, indices="rice", layout="tiles"),
-    "topk 1 bit": TopK(),
-    "topk 2 bit": TopK(k=64, bits=2),
-    "topk packed, e3m0": TopK(k=5, group_size=100, bits="e3m0", indices="packed"),
-    "topk all, fp16": TopK(k=64, group_size=64, bits=16),
-    "random_k 1 bit": RandomK(rate=0.25, bits=1),
-    "random_k 8 bit": RandomK(rate=0.3, group_size=64),
-    "striding 2 bit": Striding(rate=0.25, bits=2),
-    "striding fp16": Striding(rate=0.1, bits=16, group_size=8),
-    "slicing 4 bit": Slicing(rate=0.25, bits=4),
-    "slicing 32 bit": Slicing(rate=0.1, bits=32),
-    "dense": Dense(),
-    "dense 1 bit": Dense(bits=1),
-    "dense e3m0": Dense(bits="e3m0", group_size=64),
-    "dense 4 bit, zstd": Dense(bits=4, group_size=64, zstd=True),
-}
-LOCAL_GROUPS = [
-    name for name, row in ROWS.items() if isinstance(row, Sparse | Dense) and 4096 % row.group_size == 0
-]
 PAYLOADS = ROOT / "tests/golden/compressor_payloads.json"
 SHAPES = [
     *[(), (1,), (2,), (63,), (64,), (65,), (4096,), (4097,), (7919,)],
@@ -83,9 +57,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=ROWS)
+@pytest.fixture(params=EXAMPLES)
 def compressor(request: pytest.FixtureRequest) -> Compressor:
-    return ROWS[request.param]
+    return EXAMPLES[request.param]
+
+
+def test_every_compressor_has_a_row() -> None:
+    assert ROWS.keys() == COMPRESSORS.keys() - {"none"}
+    for name, row in ROWS.items():
+        assert all(type(c) is COMPRESSORS[name] for c in row.examples.values())
 
 
 def drawn(part: Part, seed: int = 1) -> torch.Tensor:
@@ -104,13 +84,6 @@ def negative_zeros(x: torch.Tensor) -> int:
     return int(((x == 0) & torch.signbit(x)).sum())
 
 
-def is_short(compressor: Compressor) -> bool:
-    """Whether the number of bytes depends on the values."""
-    if isinstance(compressor, Dense):
-        return compressor.zstd
-    return isinstance(compressor, Sparse) and compressor.indices == "rice"
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_shape(compressor: Compressor, shape: tuple[int, ...]) -> None:
     part = Part.whole(shape)
@@ -122,7 +95,8 @@ def test_every_shape(compressor: Compressor, shape: tuple[int, ...]) -> None:
     assert has_expected_bytes(compressor, packed, part)
     for t, field in zip(packed, compressor.fields(part), strict=True):
         assert t.dtype == field.dtype
-        assert t.numel() <= field.n_elements if is_short(compressor) else t.numel() == field.n_elements
+        assert t.numel() <= field.n_elements
+        assert t.numel() == field.n_elements or not row_of(compressor).is_exact(compressor)
     y = decoded(compressor, [packed], [1.0], part)
     assert (y.dtype, y.shape) == (torch.float32, (part.n_global,))
     assert negative_zeros(y) == 0
@@ -164,8 +138,7 @@ def test_what_is_left_over_is_sent_in_the_end(compressor: Compressor, shape: tup
     part = Part.whole(shape)
     x = drawn(part)
     left, received = x.clone(), torch.zeros_like(x)
-    rate = compressor.rate if isinstance(compressor, Selection) else 1.0
-    for i in range(1, int(200 / rate) + 1):
+    for i in range(1, int(200 / row_of(compressor).rate(compressor)) + 1):
         y = decoded(compressor, [compressor.pack(left, part, turn(i))], [1.0], part, turn(i))
         left -= y
         received += y
@@ -182,9 +155,14 @@ def test_zeros(compressor: Compressor) -> None:
     assert compressor.magnitude(packed, part, TURN) == 0.0
 
 
-@pytest.mark.parametrize("row", LOCAL_GROUPS)
-def test_a_zero_group_among_others(row: str) -> None:
-    compressor, part = ROWS[row], Part.whole((12_288,))
+def has_local_groups(compressor: Compressor) -> bool:
+    group_size = row_of(compressor).group_size(compressor)
+    return group_size is not None and 4096 % group_size == 0
+
+
+@pytest.mark.parametrize("name", [name for name, c in EXAMPLES.items() if has_local_groups(c)])
+def test_a_zero_group_among_others(name: str) -> None:
+    compressor, part = EXAMPLES[name], Part.whole((12_288,))
     x = drawn(part)
     x[4096:8192] = 0
     y = decoded(compressor, [compressor.pack(x, part, TURN)], [1.0], part)
@@ -241,11 +219,86 @@ def test_magnitude_is_the_sum_of_absolute_values(compressor: Compressor) -> None
     twice = compressor.pack(drawn(part) * 2, part, TURN)
     magnitude = compressor.magnitude(packed, part, TURN)
     assert compressor.magnitude(twice, part, TURN) == 2 * magnitude
-    if isinstance(compressor, Sparse):
-        values = torch.from_numpy(compressor.entries(packed, part).value_E)
-    else:
-        values = decoded(compressor, [packed], [1.0], part)
+    entries = compressor.entries(packed, part)
+    values = (
+        decoded(compressor, [packed], [1.0], part) if entries is None else torch.from_numpy(entries.value_E)
+    )
     assert magnitude == pytest.approx(float(values.double().abs().sum()), rel=1e-9)
+
+
+# ------------------------------------------------------------------------------- many at once, steps, entries
+
+
+def test_packing_many_is_packing_each(compressor: Compressor) -> None:
+    parts = [Part.whole(shape) for shape in SHAPES]
+    xs = [drawn(part, i) for i, part in enumerate(parts)]
+    many = compressor.pack_many((Source(part, x) for part, x in zip(parts, xs, strict=True)), TURN)
+    for part, x, packed in zip(parts, xs, many, strict=True):
+        alone = compressor.pack(x, part, TURN)
+        assert all(
+            torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(packed, alone, strict=True)
+        )
+
+
+def test_a_fused_update_is_its_formula(compressor: Compressor) -> None:
+    """Bit for bit, of several parameters and parts of them."""
+    parts = [Part.whole((70, 70)), Part((5000,), 100, 4200), Part.whole((3,)), Part((9,), 4, 4)]
+    targets, expected = [], []
+    for i, part in enumerate(parts):
+        packs = [compressor.pack(drawn(part, seed), part.entire, TURN) for seed in (1, 2)]
+        theta = drawn(part, 3 + i)[: part.n_local]
+        step = Step(scale=0.375, decay=0.875, sign=i % 2 == 1)
+        x = decoded(compressor, packs, [1.0, 2.5], part)
+        expected.append(theta * step.decay - (x.sign() if step.sign else x) * step.scale)
+        targets.append(Target(theta.clone(), part, packs, step))
+    compressor.fused_update(targets, [1.0, 2.5], TURN)
+    for target, x in zip(targets, expected, strict=True):
+        assert torch.equal(target.x, x)
+
+
+def test_decoding_for_a_device_is_decoding(compressor: Compressor) -> None:
+    part = Part.whole((300, 7))
+    packs = [compressor.pack(drawn(part, seed), part, TURN) for seed in (1, 2)]
+    x = compressor.decode_on(torch.device("cpu"), packs, [1.0, 2.5], part, TURN)
+    assert torch.equal(x, decoded(compressor, packs, [1.0, 2.5], part))
+
+
+def test_the_strongest_share_is_a_payload_too(compressor: Compressor) -> None:
+    part = Part.whole((100, 120))
+    packed = compressor.pack(drawn(part) * torch.arange(12_000.0), part, TURN)
+    magnitude = compressor.magnitude(packed, part, TURN)
+    for share in (1.0, 0.5, 0.01):
+        fewer = compressor.strongest(packed, part, share)
+        decoded(compressor, [fewer], [1.0], part)
+        assert n_bytes_of(fewer) <= n_bytes_of(packed)
+        assert share * magnitude * 0.9 <= compressor.magnitude(fewer, part, TURN) <= magnitude
+
+
+def test_entries_decode_to_the_mean(compressor: Compressor) -> None:
+    """Where peers choose for themselves what they send."""
+    part = Part.whole((90, 100))
+    packs = [compressor.pack(drawn(part, seed), part, TURN) for seed in range(3)]
+    entries = [compressor.entries(packed, part) for packed in packs]
+    chosen = [e for e in entries if e is not None]
+    if not chosen:
+        assert compressor.n_sent(part) <= part.n_global
+        return
+    for e in chosen:
+        assert len(e.value_E) == e.offsets[-1] == compressor.n_sent(part)
+        assert bool((e.position_E[1:] > e.position_E[:-1]).all())
+
+    def mean(everybody: Sequence[tuple[Array, Array]], n: int) -> torch.Tensor:
+        total = torch.zeros(n)
+        for position_E, value_E in everybody:
+            total[torch.from_numpy(position_E)] += torch.from_numpy(value_E)
+        return total.mul_(torch.tensor(1 / 3))
+
+    for held in (part, Part(part.shape, 70, 6001)):
+        expected = decoded(compressor, packs, [1.0] * 3, held)
+        assert torch.equal(compressor.decode_entries(chosen, mean, held), expected)
+
+
+# ------------------------------------------------------------------------------- over the wire
 
 
 def test_over_the_wire(compressor: Compressor) -> None:
@@ -342,15 +395,19 @@ def test_random_payloads(compressor: Compressor, data: st.DataObject, shape: tup
     survives(compressor, tuple(tensors), part)
 
 
-@pytest.mark.parametrize(
-    ("value", "reason"),
-    [(float("nan"), "nan"), (float("inf"), "nan"), (-float("inf"), "nan"), (2.0**60, "range")],
-)
-def test_values_out_of_range(compressor: Compressor, value: float, reason: str) -> None:
+def test_what_is_wrong_is_refused_by_its_reason(compressor: Compressor) -> None:
     part = Part.whole((5000,))
     packed = compressor.pack(drawn(part), part, TURN)
-    packed[0][1 if packed[0].numel() > 1 else 0] = value
-    assert survives(compressor, packed, part) == reason
+    assert survives(compressor, packed, part) is None
+    for what, bad, reason in row_of(compressor).bad_payloads(compressor, packed):
+        assert survives(compressor, bad, part) == reason, what
+    for bad in (
+        packed[:-1],
+        (*packed, packed[0]),
+        (packed[0][None], *packed[1:]),
+        (packed[0][:-1], *packed[1:]),
+    ):
+        assert survives(compressor, bad, part) == "shape"
 
 
 # ------------------------------------------------------------------------------- scratch, golden bytes
@@ -360,7 +417,9 @@ def test_scratch_does_not_grow_with_the_parameter(compressor: Compressor) -> Non
     """That of numpy: a few MB, and 60 bytes per coefficient that has an index."""
     part = Part.whole((500, 4000))
     packed = compressor.pack(drawn(part), part, TURN)
-    n_entries = part.n_global * compressor.k // compressor.group_size if isinstance(compressor, Sparse) else 0
+    entries = compressor.entries(packed, part)
+    n_entries = 0 if entries is None else len(entries.value_E)
+    del entries
     compressor.fields(part)
     tracemalloc.start()
     try:
@@ -372,33 +431,41 @@ def test_scratch_does_not_grow_with_the_parameter(compressor: Compressor) -> Non
     assert peak < 60 * n_entries + (12 << 20)
 
 
-GOLDEN = [name for name, row in ROWS.items() if value_bits(row) < 16]
+IS_WRITING = os.environ.get("THINWIRE_WRITE_GOLDEN") == "1"
+GOLDEN_PART = Part.whole((66, 65))
 
 
-def golden_packs(row: str, part: Part) -> list[Packed]:
+def has_golden_packs(name: str) -> bool:
+    """Those that are committed; THINWIRE_WRITE_GOLDEN=1 adds all that are small."""
+    n_bytes = sum(f.n_elements * f.dtype.itemsize for f in EXAMPLES[name].fields(GOLDEN_PART))
+    return name in json.loads(PAYLOADS.read_text()) or (IS_WRITING and n_bytes < GOLDEN_PART.n_global)
+
+
+GOLDEN = [name for name in EXAMPLES if has_golden_packs(name)]
+
+
+def golden_packs(name: str, part: Part) -> list[Packed]:
     """Two packs, as hex per tensor. Making them is local work, which may differ between machines: they are
     committed. THINWIRE_WRITE_GOLDEN=1 adds those that are missing."""
-    compressor = ROWS[row]
-    known = json.loads(PAYLOADS.read_text()) if PAYLOADS.exists() else {}
-    if os.environ.get("THINWIRE_WRITE_GOLDEN") == "1" and row not in known:
+    compressor, known = EXAMPLES[name], json.loads(PAYLOADS.read_text())
+    if IS_WRITING and name not in known:
         packs = [compressor.pack(drawn(part, seed), part, TURN) for seed in (1, 2)]
-        known[row] = [[bytes(t.view(torch.uint8).tolist()).hex() for t in p] for p in packs]
+        known[name] = [[bytes(t.view(torch.uint8).tolist()).hex() for t in p] for p in packs]
         PAYLOADS.write_text(json.dumps(known, indent=0, sort_keys=True) + "\n")
     return [
         tuple(
             torch.frombuffer(bytearray.fromhex(t), dtype=torch.uint8).view(field.dtype)
             for t, field in zip(tensors, compressor.fields(part), strict=True)
         )
-        for tensors in known[row]
+        for tensors in known[name]
     ]
 
 
-@pytest.mark.parametrize("row", GOLDEN)
-def test_committed_packs(row: str, golden: Callable[[dict[str, str]], None]) -> None:
+@pytest.mark.parametrize("name", GOLDEN)
+def test_committed_packs(name: str, golden: Callable[[dict[str, str]], None]) -> None:
     """Committed packs pass, and decode to committed bits on any machine."""
-    part = Part.whole((66, 65))
-    x = decoded(ROWS[row], golden_packs(row, part), [1.0, 2.5], part)
-    golden({row: blake3(x.numpy().astype("<f4").tobytes()).digest(16).hex()})
+    x = decoded(EXAMPLES[name], golden_packs(name, GOLDEN_PART), [1.0, 2.5], GOLDEN_PART)
+    golden({name: blake3(x.numpy().astype("<f4").tobytes()).digest(16).hex()})
 
 
 # ------------------------------------------------------------------------------------------- none

@@ -20,15 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.support.formulas import has_expected_bytes, n_bytes_of, name_of, small_compressors
+from tests.support.compressors import has_expected_bytes, n_bytes_of, name_of, small_compressors
 from tests.support.paths import ROOT
 from tests.support.replicas import LAYOUT, Replica, run_round
 from thinwire.compression import wire
 from thinwire.compression.base import Packed, Part, Payload
 from thinwire.compression.errors import BadPayload
 from thinwire.compression.numerics.noise import initial_values
+from thinwire.compression.registry import build_compressor
 from thinwire.optim.base import Closure, Own, Strategy
-from thinwire.optim.registry import build_compressor, complete_config
+from thinwire.optim.registry import complete_config
 
 
 def bad_values(packed: Packed) -> dict[str, Packed]:
@@ -491,7 +492,7 @@ def test_every_strategy_with_every_compressor(strategy: str, compressor: dict[st
     assert_contract(Row({**WITH_COMPRESSOR[strategy], "compressor": compressor}), n_peers=2)
 
 
-@pytest.mark.parametrize("compressor", [c for c in small_compressors() if c["bits"] == 4], ids=name_of)
+@pytest.mark.parametrize("compressor", [c for c in small_compressors() if c.get("bits", 4) == 4], ids=name_of)
 @pytest.mark.parametrize("strategy", WITH_COMPRESSOR)
 def test_four_peers_with_every_compressor(strategy: str, compressor: dict[str, Any]) -> None:
     assert_contract(Row({**WITH_COMPRESSOR[strategy], "compressor": compressor}), n_peers=4)

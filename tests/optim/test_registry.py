@@ -15,18 +15,12 @@ from torch import nn
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.dense import Dense
 from thinwire.compression.errors import ConfigError
+from thinwire.compression.registry import COMPRESSORS, build_compressor
 from thinwire.optim.base import Strategy, canonical_name
 from thinwire.optim.decoupled import Decoupled
 from thinwire.optim.diloco import Diloco
 from thinwire.optim.options import ENTRY_OF
-from thinwire.optim.registry import (
-    COMPRESSORS,
-    STRATEGIES,
-    build_compressor,
-    build_strategy,
-    complete_config,
-    strategy_class,
-)
+from thinwire.optim.registry import STRATEGIES, build_strategy, complete_config, strategy_class
 from thinwire.optim.spsa import Spsa
 
 SPSA = {"name": "spsa", "lr": 1e-3}

@@ -23,11 +23,12 @@ from thinwire.compression import wire
 from thinwire.compression.base import Turn
 from thinwire.compression.fingerprint import fingerprint, parameter_sum
 from thinwire.compression.numerics.noise import initial_values
+from thinwire.compression.registry import build_compressor
 from thinwire.optim.base import Closure, Parameter, Share, Strategy, canonical_name
 from thinwire.optim.parts.packing import pack_all
 from thinwire.optim.parts.ranks import GroupRanks, Ranks, local_of, parts_of
 from thinwire.optim.parts.unsharded import mark_unsharded
-from thinwire.optim.registry import build_compressor, build_strategy
+from thinwire.optim.registry import build_strategy
 
 SMALL = {"name": "dct_topk", "k": 8, "group_size": 64}
 STRATEGIES: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from thinwire.compression.codecs import zstd
 from thinwire.compression.codecs.dense import Dense
 from thinwire.compression.errors import BadPayload, ConfigError
 from thinwire.compression.numerics.noise import noise
-from thinwire.optim.registry import build_compressor
+from thinwire.compression.registry import build_compressor
 
 TURN = Turn(round=1, shared_seed=8, own_seed=9, lr_factor=1.0)
 BITS = [1, 2, 4, 8, 16, "e3m0", 32]

@@ -29,8 +29,8 @@ def test_every_width(case: tuple[int, list[int]]) -> None:
     assert unpack_bits(data, width, len(values)).tolist() == values
 
 
-@pytest.mark.parametrize("width", [1, 12, 13, 20, 32])
-def test_more_than_a_chunk(width: int) -> None:
+@pytest.mark.parametrize("width", [1, 3, 8, 12, 13, 17, 20, 31, 32])
+def test_more_than_a_chunk(width: int, kernels: str) -> None:
     n = (1 << 16) * 2 + 5
     values = torch.arange(n, dtype=torch.int64) * 2654435761 % (1 << width)
     data = pack_bits(values, width)
@@ -44,7 +44,11 @@ def test_takes_bytes_and_has_a_known_order() -> None:
     assert pack_bits(torch.tensor([0xABC, 0xDEF]), 12).tolist() == [0xBC, 0xFA, 0xDE]
 
 
-def test_refusals() -> None:
+def test_refusals(kernels: str) -> None:
+    for width in (1, 3, 13, 32):
+        for bad in (-1, 1 << width):
+            with pytest.raises(ValueError, match="do not fit"):
+                pack_bits(torch.tensor([0, bad, 1]), width)
     for values in (torch.tensor([16]), torch.tensor([-1])):
         with pytest.raises(ValueError, match="4 bits"):
             pack_bits(values, 4)

@@ -18,6 +18,7 @@ from torch import nn
 
 from thinwire.compression.base import Part, Step, Target, Turn
 from thinwire.compression.errors import ConfigError
+from thinwire.compression.registry import build_compressor
 from thinwire.coordinator.protocol.schedule import lr_factor
 from thinwire.coordinator.protocol.settings import ScheduleSection
 from thinwire.node.compare.comparison import Comparison, Outcome
@@ -28,7 +29,7 @@ from thinwire.node.genesis import initialise, make_genesis
 from thinwire.node.phases import Stopwatch, time_calls, time_compressor, typical
 from thinwire.node.replica import data_seed
 from thinwire.node.tasks.registry import make_task
-from thinwire.optim.registry import STRATEGIES, build_compressor, build_strategy, strategy_class
+from thinwire.optim.registry import STRATEGIES, build_strategy, strategy_class
 
 RUN = """
 [run]

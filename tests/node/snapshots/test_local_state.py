@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinwire.compression.base import Turn
+from thinwire.compression.registry import COMPRESSORS
 from thinwire.node.snapshots.format import DTYPES
 from thinwire.node.snapshots.local_state import BadLocalState, LocalState, decode, encode
 from thinwire.optim.base import Closure, Share, Strategy
-from thinwire.optim.registry import COMPRESSORS, STRATEGIES, build_strategy
+from thinwire.optim.registry import STRATEGIES, build_strategy
 
 CONFIGS: list[dict[str, Any]] = [
     *({"name": name} for name in STRATEGIES if name not in {"decoupled", "spsa"}),
