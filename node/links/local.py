@@ -43,7 +43,7 @@ from ...coordinator.protocol.messages import (
 )
 from ...coordinator.service import Service
 from .base import Lied, LinkEvent, Shelf, Traffic
-from .payloads import KeptPayload, Served
+from .payloads import PayloadCache, Served
 
 
 class Clock(Protocol):
@@ -231,7 +231,7 @@ class LocalLink:
     ) -> None:
         self.peer_id = peer_id
         self.run_id = swarm.run_id
-        self._kept = KeptPayload()
+        self._kept = PayloadCache()
         self._served = Served(self._kept)
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()

@@ -63,8 +63,11 @@ class Sources(Protocol):
         ...
 
 
-class KeptPayload:
-    """Payloads of the last rounds, a read-only shelf. At most `max_bytes`, but always the newest one."""
+class PayloadCache:
+    """Payloads of the last rounds in memory, by digest. At most `max_bytes`, but always the newest one.
+
+    `n_bytes`: of all that are in it.
+    """
 
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -76,10 +79,12 @@ class KeptPayload:
         return digest in self._payloads
 
     def get(self, digest: bytes) -> bytes | None:
+        """The payload; None: it is not here."""
         found = self._payloads.get(digest)
         return None if found is None else found[1]
 
     def add(self, round_: int, digest: bytes, payload: bytes) -> None:
+        """`round_`: what it was offered for; what is `KEPT_ROUNDS` older than the newest round goes."""
         if digest in self._payloads:
             round_ = max(round_, self._remove(digest))
         self._payloads[digest] = (round_, payload)
@@ -106,7 +111,7 @@ class Payloads:
     def __init__(self, sources: Sources, own: str) -> None:
         self._sources, self._own = sources, own
         self.max_offers, self.max_bytes = 0, 0
-        self.kept = KeptPayload()
+        self.kept = PayloadCache()
         self._patience = Patience(floor_s=SHORT_WAIT_S, ceiling_s=LONG_WAIT_S)
         self._early: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
         self._tasks: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
@@ -253,12 +258,15 @@ class Served:
     `has_time_for`: whether payloads of so many bytes are given; who is refused finds them elsewhere.
     """
 
-    def __init__(self, kept: KeptPayload, has_time_for: Callable[[int], bool] = lambda n_bytes: True) -> None:
+    def __init__(
+        self, kept: PayloadCache, has_time_for: Callable[[int], bool] = lambda n_bytes: True
+    ) -> None:
         self._kept = kept
         self._has_time_for = has_time_for
         self.shelf: Shelf | None = None
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
+        """See `Shelf.open`; payloads come before what the node has put on its shelf."""
         payload, shelf = self._kept.get(digest), self.shelf
         if payload is not None and self._has_time_for(len(payload)):
             return BytesIO(payload), len(payload)
@@ -267,9 +275,11 @@ class Served:
         return shelf.open(digest)
 
     def purpose(self, digest: bytes) -> TrafficKind:
+        """What bytes of this blob count as."""
         return "payload" if digest in self._kept else "snapshot"
 
     def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
+        """Raises BadMessage: nodes take no blob."""
         raise BadMessage(f"a node stores no blob of others ({digest.hex()[:16]}, {n_bytes} bytes)")
 
     def stored(self, digest: bytes) -> None:

@@ -197,6 +197,7 @@ class NodeMetrics:
         self._batches.set(n_batches)
 
     def compression(self, ratio: float) -> None:
+        """Bytes of data-parallel training for each byte of own payloads."""
         self._ratio.set(ratio)
 
     def phase(self, phase: Phase, duration_s: float) -> None:
@@ -232,6 +233,8 @@ class NodeMetrics:
         self._checks.inc()
 
     def replayed(self, was_wrong: bool) -> None:
+        """The ledger was replayed because replicas differ. `was_wrong`: this one was, and is the replay's
+        now."""
         self._heals.labels("adopted" if was_wrong else "confirmed").inc()
 
     def upload_limit(self, rate_bytes_per_s: float, used_ratio: Callable[[], float]) -> None:

@@ -19,7 +19,7 @@ from thinwire.coordinator.protocol.messages import (
 )
 from thinwire.node.links import payloads as payloads_module
 from thinwire.node.links.base import Lied
-from thinwire.node.links.payloads import KEPT_ROUNDS, KeptPayload, Payloads, Served
+from thinwire.node.links.payloads import KEPT_ROUNDS, PayloadCache, Payloads, Served
 
 ME, A, B, C = "me", "a", "b", "c"
 PEERS = {0: ME, 1: A, 2: B, 3: C}
@@ -344,7 +344,7 @@ async def test_a_liar_s_word_is_not_taken(swarm: Swarm, payloads: Payloads) -> N
 
 
 def test_kept_payloads_are_bounded_in_rounds_and_bytes() -> None:
-    kept = KeptPayload(max_bytes=1000)
+    kept = PayloadCache(max_bytes=1000)
     for round_ in range(1, 5):
         kept.add(round_, bytes([round_]) * 32, bytes(300))
     assert [bytes([r]) * 32 in kept for r in range(1, 5)] == [False, True, True, True]
@@ -359,14 +359,14 @@ def test_kept_payloads_are_bounded_in_rounds_and_bytes() -> None:
 
 
 def test_payloads_and_the_shelf_are_served() -> None:
-    kept = KeptPayload()
+    kept = PayloadCache()
     served = Served(kept)
     kept.add(1, digest_of(b"p"), b"p")
     file, n_bytes = served.open(digest_of(b"p"))
     assert (file.read(), n_bytes, served.purpose(digest_of(b"p"))) == (b"p", 1, "payload")
     with pytest.raises(KeyError):
         served.open(digest_of(b"s"))
-    other = KeptPayload()
+    other = PayloadCache()
     other.add(1, digest_of(b"s"), b"s")
     served.shelf = Served(other)
     assert served.open(digest_of(b"s"))[0].read() == b"s"
