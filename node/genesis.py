@@ -1,4 +1,4 @@
-"""Record 0 from a run's configuration, and a model from record 0 (design: section 5)."""
+"""Record 0 from a run's configuration, and a model from record 0."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.waiting import wait_until
+
 # Before torch is loaded: its threads spin while they have nothing to do, and take the cores from other tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -144,13 +146,6 @@ class Program:
         wait_until(
             lambda: text in self.stderr(), timeout_s, lambda: f"no {text!r} in\n{self.stderr()[-3000:]}"
         )
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, why: Callable[[], str]) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, why()
-        time.sleep(0.02)
 
 
 Start = Callable[..., Program]

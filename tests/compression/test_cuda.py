@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.node.test_runner import STRATEGIES, config_of, run_all, swarm_of
+from tests.support.local_nodes import STRATEGIES, config_of, run_all, swarm_of
 from thinwire.compression.base import Part, Step, Target, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.topk import TopK

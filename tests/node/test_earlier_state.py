@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.node.test_runner import run_all
+from tests.support.local_nodes import run_all
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.identity import load_or_create, peer_id_of

@@ -3,114 +3,31 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import load_file, save_file
 
+from tests.support.local_nodes import (
+    STRATEGIES,
+    config_of,
+    run_all,
+    swarm_of,
+    train,
+    wait_for,
+)
 from thinwire.compression.base import Part
 from thinwire.compression.errors import ConfigError, Incompatible
-from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.messages import Commit, NodeState, Offer
-from thinwire.node.config import RunConfig, load_config
 from thinwire.node.genesis import make_genesis
-from thinwire.node.links.local import LocalSwarm, Script, local_swarm
+from thinwire.node.links.local import LocalSwarm
 from thinwire.node.preparing import prepare_run
-from thinwire.node.runner import Result, Runner
+from thinwire.node.runner import Runner
 from thinwire.node.tasks.registry import make_task
 from thinwire.optim.base import Closure, Own
-
-KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
-DECOUPLED = {
-    "name": "decoupled",
-    "lr": 1e-2,
-    "beta": 0.9,
-    "compressor": {"name": "dct_topk", "k": 32, "group_size": 1024, "bits": 1},
-}
-STRATEGIES: dict[str, Mapping[str, Any]] = {
-    "decoupled": DECOUPLED,
-    "decoupled-8bit-unsigned": {
-        **DECOUPLED,
-        "sign": False,
-        "compressor": {**DECOUPLED["compressor"], "bits": 8},
-    },
-    "decoupled-dense": {**DECOUPLED, "compressor": {"name": "dense"}},
-    "spsa": {"name": "spsa", "lr": 1e-3, "eps": 1e-3, "probes": 4},
-}
-
-
-def never(_peer: str, _round: int) -> bool:
-    return False
-
-
-def config_of(strategy: Mapping[str, Any], **run: Any) -> RunConfig:
-    sections = {
-        "run": {"rounds": 6, "eval_every": 3, "verify_every": 2, **run},
-        "task": {"layers": 1, "width": 16, "heads": 2, "context": 16, "batch": 4, "held_out_bytes": 2048},
-        "strategy": strategy,
-        "schedule": {"name": "linear", "warmup_rounds": 2, "final_factor": 0.5},
-        "policy": {"name": "all"},
-        "network": {"heartbeat_s": 0.2},
-    }
-    flat = {
-        f"{name}.{key}": value
-        for name, values in sections.items()
-        if name != "strategy"
-        for key, value in values.items()
-    }
-    return RunConfig.model_validate(
-        {**load_config(None, flat, environ={}).model_dump(), "strategy": dict(strategy)}
-    )
-
-
-@contextmanager
-def swarm_of(
-    folder: Path, config: RunConfig, lose: Script = never, late: Script = never
-) -> Iterator[LocalSwarm]:
-    folder.mkdir(exist_ok=True)
-    genesis = make_genesis(config, make_task(config.task, None, None), peer_id_of(KEY.public_key()), 1)
-    with local_swarm(folder, genesis.body, KEY, blobs=genesis.blobs, lose=lose, late=late) as swarm:
-        yield swarm
-
-
-def run_all(runners: list[Runner]) -> list[Result]:
-    """Runs every node in a thread of its own; raises what the first failing one raised."""
-    results: dict[int, Result] = {}
-    errors: list[BaseException] = []
-
-    def run(i: int) -> None:
-        try:
-            results[i] = runners[i].run()
-        except BaseException as e:
-            errors.append(e)
-            raise
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(runners))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(100)
-    if errors:
-        raise errors[0]
-    assert not any(thread.is_alive() for thread in threads)
-    return [results[i] for i in range(len(runners))]
-
-
-def train(
-    folder: Path, config: RunConfig, n_peers: int, lose: Script = never, late: Script = never
-) -> tuple[list[Result], list[Runner], dict[str, Any]]:
-    with swarm_of(folder, config, lose, late) as swarm:
-        runners = [Runner(swarm.link(f"peer-{i}")) for i in range(n_peers)]
-        for runner in runners:  # admitted in this order in every execution
-            runner.link.open()
-        results = run_all(runners)
-        return results, runners, swarm.call(lambda service, now_s: service.status(now_s))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -342,10 +259,3 @@ def test_another_model_is_refused_before_anything_is_downloaded(
         with pytest.raises(Incompatible, match=r"blocks\.0\.down\.bias is \[16\] float32 in the run, \[32\]"):
             runner.run()
         assert runner.link.traffic().received.get("snapshot", 0) == 0
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "waited too long"
-        time.sleep(0.01)

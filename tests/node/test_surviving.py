@@ -4,47 +4,32 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.node.test_runner import STRATEGIES, config_of, run_all, swarm_of, wait_for
+from tests.support.local_nodes import (
+    STRATEGIES,
+    Meddled,
+    config_of,
+    in_background,
+    newest_attested,
+    run_all,
+    swarm_of,
+    wait_for,
+)
 from tests.support.prometheus import value
 from thinwire.compression.errors import ReplicaDiverged
 from thinwire.node.joining import NoStart
-from thinwire.node.links.local import LocalLink, LocalSwarm
-from thinwire.node.runner import Result, Runner
-
-
-class Meddled(Runner):
-    """Calls `meddle(runner)` before it proposes in the given rounds: to hold it up, or to break something."""
-
-    def __init__(
-        self, link: LocalLink, meddle: Mapping[int, Callable[[Runner], object]], **options: Any
-    ) -> None:
-        super().__init__(link, on_proposing=lambda _runner: self._meddle(), **options)
-        self.meddle = dict(meddle)
-
-    def _meddle(self) -> None:
-        meddle = self.meddle.pop(self.replica.round, None)
-        if meddle is not None:
-            meddle(self)
+from thinwire.node.runner import Runner
 
 
 def flip_a_bit(runner: Runner) -> None:
     p = next(p for p in runner.replica.strategy.parameters_in_order() if p.name == "head.weight")
     with torch.no_grad():
         p.tensor.view(-1).view(torch.int32)[3] ^= 1 << 3
-
-
-def in_background(runners: Sequence[Runner]) -> tuple[threading.Thread, list[Result]]:
-    results: list[Result] = []
-    thread = threading.Thread(target=lambda: results.extend(run_all(list(runners))))
-    thread.start()
-    return thread, results
 
 
 def texts(caplog: pytest.LogCaptureFixture, part: str) -> list[str]:
@@ -101,11 +86,6 @@ def test_a_late_joiner_takes_the_cheaper_way_and_ends_equal(
         assert late.link.traffic().received["snapshot"] > 1000
     else:
         assert late.link.traffic().received["snapshot"] == config.task.held_out_bytes
-
-
-def newest_attested(swarm: LocalSwarm) -> int:
-    snapshot = swarm.call(lambda service, now_s: service.status(now_s))["snapshot"]
-    return 0 if snapshot is None else int(snapshot["round"])
 
 
 def test_a_node_goes_on_from_its_own_disk_with_its_momentum(

@@ -18,8 +18,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from starlette.routing import Route
 
-from tests.conftest import wait_until
-from tests.coordinator.test_service import World, offer
+from tests.support.service_world import World, offer
+from tests.support.waiting import wait_until
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.observe.live import Live, Seen
 from thinwire.coordinator.observe.overview import MAX_PEERS_SHOWN

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import wait_until
 from tests.support.small_run import TASK
+from tests.support.waiting import wait_until
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="the extra `test` brings selenium")
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import wait_until
 from tests.support.prometheus import Tools, check_conventions, find_tools, queries, value
 from tests.support.small_run import TASK
+from tests.support.waiting import wait_until
 from thinwire.compression.errors import ConfigError
 from thinwire.node.cli.monitor import monitor
 from thinwire.node.cli.status import StatusClient

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tests.coordinator.observe.test_metrics import scrape, status_of
+from tests.support.coordinator_status import scrape, status_of
 from tests.support.paths import ROOT
 from tests.support.prometheus import Tools, find_tools, names, queries, samples
 from thinwire.compression.errors import ConfigError

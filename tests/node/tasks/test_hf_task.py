@@ -17,8 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.node.test_runner import KEY, run_all, wait_for
-from tests.node.test_surviving import Meddled, in_background, newest_attested
+from tests.support.local_nodes import KEY, Meddled, in_background, newest_attested, run_all, wait_for
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.ledger_file import write_ledger

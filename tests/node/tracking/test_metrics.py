@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from tests.node.test_runner import DECOUPLED, STRATEGIES, config_of, run_all, swarm_of, train
+from tests.support.local_nodes import DECOUPLED, STRATEGIES, config_of, run_all, swarm_of, train
 from tests.support.prometheus import check_conventions, samples, series, value
 from thinwire.coordinator.protocol.exposition import text_of
 from thinwire.coordinator.protocol.messages import NodeState, Offer

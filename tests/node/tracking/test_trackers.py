@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.node.test_runner import DECOUPLED, config_of, run_all, swarm_of
+from tests.support.local_nodes import DECOUPLED, config_of, run_all, swarm_of
 from tests.support.prometheus import value
 from thinwire.compression.errors import ConfigError
 from thinwire.node.runner import Runner

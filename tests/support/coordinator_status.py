@@ -1,0 +1,55 @@
+"""A coordinator's status as it would be, and what a scrape of it shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from thinwire.coordinator.observe.counters import Counters
+from thinwire.coordinator.observe.metrics import register
+from thinwire.coordinator.protocol.exposition import text_of
+
+
+def status_of(n_peers: int = 3, **changes: Any) -> dict[str, Any]:
+    """As `CoordinatorServer.status` has it."""
+    states = ["training", "training", "gone"]
+    peers = [
+        {"peer_id": f"12D3Koo{i}", "state": states[i % 3], "offers_counted": 5, "offers_missed": 1}
+        for i in range(n_peers)
+    ]
+    counters = Counters()
+    counters.round_closed("complete", 0.2)
+    counters.round_closed("deadline", 0.05)
+    counters.round_closed("complete", 1000.0)
+    counters.joined["new"] += 3
+    counters.left["connection_lost"] += 1
+    return {
+        "round": 7,
+        "rounds": 20,
+        "last_commit_ms": 1_700_000_000_500,
+        "loss": 2.25,
+        "held_out": [[0, 5.5], [5, 2.5]],
+        "peers": peers,
+        "rejected": {"late_offer": 2},
+        "since_start": counters.figures(),
+        "ledger_bytes": 40960,
+        "disk_free_bytes": 10**10,
+        "payload_bytes": 1500,
+        "payload_bytes_per_peer_round": 100.0,
+        "ddp_bytes_per_peer_round": 25_000.0,
+        "mismatches": 1,
+        "payloads": {"bytes": 900, "quota_bytes": 10**9},
+        "snapshot": {"round": 5, "bytes": 100, "holders": 2},
+        "coordinator": {
+            "sent_bytes": {"payload": 1, "control": 2},
+            "received_bytes": {"payload": 30, "control": 4},
+        },
+        **changes,
+    }
+
+
+def scrape(status: dict[str, Any]) -> str:
+    registry = CollectorRegistry()
+    register(registry, lambda: status)
+    return text_of(registry).decode()
