@@ -64,8 +64,17 @@ def pack(layout: SparseLayout, xs: Sequence[Tensor], shapes: Sequence[tuple[int,
 
     def run(first: int, last: int) -> Any:
         return _select(
-            *(address_P, ranges.n_P, ranges.first_P, ranges.k_G, layout.group_size, layout.transforms),
-            *(order, first, last, index_GK, value_GK),
+            address_P,
+            ranges.n_P,
+            ranges.first_P,
+            ranges.k_G,
+            layout.group_size,
+            layout.transforms,
+            order,
+            first,
+            last,
+            index_GK,
+            value_GK,
         )
 
     tops = share(run, 0, n_groups, smallest=max(1, _PER_THREAD // layout.group_size))
@@ -75,19 +84,25 @@ def pack(layout: SparseLayout, xs: Sequence[Tensor], shapes: Sequence[tuple[int,
     n_P = np.empty(len(xs), dtype=np.int64)
     live_G = scale_G.view(torch.int16).numpy() != 0
     _write(
-        *(index_GK, code_GK.numpy(), live_G, ranges.k_G, ranges.first_P, ranges.byte_P),
-        *(layout.index_bits, layout.indices.width, octets, n_P),
+        index_GK,
+        code_GK.numpy(),
+        live_G,
+        ranges.k_G,
+        ranges.first_P,
+        ranges.byte_P,
+        layout.index_bits,
+        layout.indices.width,
+        octets,
+        n_P,
     )
     codes = torch.from_numpy(octets)
     return [
         (scale_G[a:b].clone(), codes[at : at + n].clone())
         for a, b, at, n in zip(
-            *(
-                ranges.first_P[:-1].tolist(),
-                ranges.first_P[1:].tolist(),
-                ranges.byte_P.tolist(),
-                n_P.tolist(),
-            ),
+            ranges.first_P[:-1].tolist(),
+            ranges.first_P[1:].tolist(),
+            ranges.byte_P.tolist(),
+            n_P.tolist(),
             strict=False,
         )
     ]
@@ -185,18 +200,34 @@ def fused_update(
     decay_P = np.array([step.decay for step in steps], dtype=np.float32)
     scale_P = np.array([step.scale for step in steps], dtype=np.float32)
     form = (
-        *(layout.index_bits, layout.indices.width, format_.levels, layout.group_size),
-        *(layout.n_coefficients, layout.transforms),
+        layout.index_bits,
+        layout.indices.width,
+        format_.levels,
+        layout.group_size,
+        layout.n_coefficients,
+        layout.transforms,
     )
 
     arguments: tuple[Any, ...] = (
-        *(*where, ranges.n_P, ranges.first_P, ranges.k_G, scale_WG, address_WP, n_octets_WP),
-        *(np.array(weights, dtype=np.float32), np.float32(inverse), INTEGER_BASIS, POWERS, *form),
-        *(how_P, decay_P, scale_P),
+        *where,
+        ranges.n_P,
+        ranges.first_P,
+        ranges.k_G,
+        scale_WG,
+        address_WP,
+        n_octets_WP,
+        np.array(weights, dtype=np.float32),
+        np.float32(inverse),
+        INTEGER_BASIS,
+        POWERS,
+        *form,
+        how_P,
+        decay_P,
+        scale_P,
     )
 
     def run(first: int, last: int) -> Any:
-        return _update(*(*arguments, first, last))
+        return _update(*arguments, first, last)
 
     per_target = max(1, int(ranges.n_P.sum()) // len(targets))
     found = min(share(run, 0, len(targets), smallest=max(1, _PER_THREAD // per_target)))

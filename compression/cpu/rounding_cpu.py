@@ -28,7 +28,8 @@ def round_to_bfloat16(x: Tensor, out: Tensor, seed: int, param_index: int, start
     key = np.uint64(seed)
     share(
         lambda first, last: _blocks(rounded, bits, start, first, last, third, fourth, key),
-        *(start // BLOCK, -(-(start + bits.size) // BLOCK)),
+        start // BLOCK,
+        -(-(start + bits.size) // BLOCK),
         smallest=16,
     )
 

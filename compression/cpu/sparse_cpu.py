@@ -269,8 +269,23 @@ def _run(target: Tensor, start: int, mean: Mean, how: int, decay: float, scale: 
 
     def run(first: int, last: int) -> Any:
         return decode_groups(
-            *(y, start, m.position_E, m.value_E, m.offset_WG, m.weight_W, m.inverse, INTEGER_BASIS, POWERS),
-            *(m.n, m.size, m.n_coefficients, m.transforms, how, *factors, first, last),
+            y,
+            start,
+            m.position_E,
+            m.value_E,
+            m.offset_WG,
+            m.weight_W,
+            m.inverse,
+            INTEGER_BASIS,
+            POWERS,
+            m.n,
+            m.size,
+            m.n_coefficients,
+            m.transforms,
+            how,
+            *factors,
+            first,
+            last,
         )
 
     if y.size:

@@ -45,7 +45,11 @@ def pack_rows(
         device = values.device
         with on_device(values):
             _pack[(int(n_programs.sum()),)](
-                *(values, out, counts, table(rows, device), owners(n_programs, device)),
+                values,
+                out,
+                counts,
+                table(rows, device),
+                owners(n_programs, device),
                 WIDTH=width,
                 AT_ONCE=(8 + 2 * width - 2) // width,
                 **EXACT,

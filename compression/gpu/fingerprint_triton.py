@@ -49,7 +49,9 @@ def _sums(bits: Sequence[Tensor], starts: Sequence[int]) -> Tensor:
     sums = torch.empty(int(n_programs.sum()), dtype=torch.int64, device=device)
     with on_device(sums):
         _sum[(sums.numel(),)](
-            *(table(np.array(rows, dtype=np.int64), device), owners(n_programs, device), sums),
+            table(np.array(rows, dtype=np.int64), device),
+            owners(n_programs, device),
+            sums,
             IS_INT32=bits[0].dtype == torch.int32,
             ALIGNED=all(row.data_ptr() % 16 == 0 for row in bits),
             **EXACT,

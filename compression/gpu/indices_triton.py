@@ -109,8 +109,16 @@ def _plain(
             after = pad(ones.cumsum(0), (1, 0))
             _find[grid](codes.octets, unary_WP, streams, whose, after, count_WP, ends, **EXACT)
             _join[(n_groups, n_packs)](
-                *(codes.octets, codes.bit_WP, codes.end_WG1, ranges.first),
-                *(owners(np.diff(ranges.host.first_P), device), streams, ends, plain, n_groups, n_params),
+                codes.octets,
+                codes.bit_WP,
+                codes.end_WG1,
+                ranges.first,
+                owners(np.diff(ranges.host.first_P), device),
+                streams,
+                ends,
+                plain,
+                n_groups,
+                n_params,
                 size=codes.octets.numel(),
                 WIDTH=rice.width,
                 REMAINDER=rice.remainder_bits,

@@ -40,7 +40,15 @@ def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where)
     with on_device(theta):
         plan = _plan(_encoded(updates, where), theta.device)
         _combine[(n_blocks,)](
-            *(out, theta, n, shift, plan, _table(theta.device), n_probes, len(updates), first),
+            out,
+            theta,
+            n,
+            shift,
+            plan,
+            _table(theta.device),
+            n_probes,
+            len(updates),
+            first,
             third=where.param_index,
             GAUSS=where.kind == "gauss",
             N_CALLS=CALLS[where.kind],
@@ -64,8 +72,14 @@ def combine_all(pieces: Sequence[Piece], updates: Sequence[Update], kind: NoiseK
             columns[:, -1] = n_programs.cumsum() - n_programs
             with on_device(plan):
                 _combine_all[(int(n_programs.sum()),)](
-                    *(table(columns, device), owners(n_programs, device), plan, _table(device)),
-                    *(n_probes, len(updates), round_seed & 0xFFFFFFFF, round_seed >> 32),
+                    table(columns, device),
+                    owners(n_programs, device),
+                    plan,
+                    _table(device),
+                    n_probes,
+                    len(updates),
+                    round_seed & 0xFFFFFFFF,
+                    round_seed >> 32,
                     GAUSS=kind == "gauss",
                     N_CALLS=CALLS[kind],
                     WHOLE=is_whole,

@@ -27,8 +27,14 @@ def round_to_bfloat16(x: Tensor, out: Tensor, seed: int, param_index: int, start
     n_blocks = -(-(shift + x.numel()) // BLOCK)
     with on_device(x):
         _round[(n_blocks,)](
-            *(out.view(torch.int16), x.view(torch.int32), x.numel(), shift, first),
-            *(param_index, seed & 0xFFFFFFFF, seed >> 32),
+            out.view(torch.int16),
+            x.view(torch.int32),
+            x.numel(),
+            shift,
+            first,
+            param_index,
+            seed & 0xFFFFFFFF,
+            seed >> 32,
             num_warps=4,
             **EXACT,
         )

@@ -39,7 +39,10 @@ def quantize(value_GK: Tensor, format_: Format) -> tuple[Tensor, Tensor]:
     if value_GK.numel():
         with on_device(value_GK):
             _quantize[(n_groups,)](
-                *(value_GK, scale_G, code_GK, k),
+                value_GK,
+                scale_G,
+                code_GK,
+                k,
                 FORMAT=number_of(format_),
                 SIZE=max(32, triton.next_power_of_2(k)),
                 **EXACT,

@@ -14,8 +14,11 @@ from ...coordinator.protocol.files import write_aside
 Result = dict[str, Any]
 
 _COUNTED: Final = (
-    *("payload_n_bytes", "sent_bytes_per_peer_and_round", "peak_bytes"),
-    *("bits_per_coefficient", "our_bytes"),
+    "payload_n_bytes",
+    "sent_bytes_per_peer_and_round",
+    "peak_bytes",
+    "bits_per_coefficient",
+    "our_bytes",
 )
 
 

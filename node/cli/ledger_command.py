@@ -122,7 +122,10 @@ def _catch_up(link: Link, welcome: Welcome, replica: Replica, snapshot_every: in
         history = History.of(replica, snapshot_every)
         store = SnapshotStore(Path(folder), link.run_id)
         joiner = Joiner(
-            *(link, replica, store, history),
+            link,
+            replica,
+            store,
+            history,
             base=welcome.body.base,
             kept_from=welcome.kept_from,
             stopped=lambda: False,

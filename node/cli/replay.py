@@ -73,7 +73,9 @@ def replay(
                 told_s = time.monotonic()
                 log.info(
                     "round %d of %d, %.1f rounds per second",
-                    *(replica.round, summary.rounds, replica.round / (told_s - started_s)),
+                    replica.round,
+                    summary.rounds,
+                    replica.round / (told_s - started_s),
                 )
         seconds = time.monotonic() - started_s
         if ledger.run_id != summary.run_id or replica.round != summary.rounds:
@@ -94,8 +96,13 @@ def replay(
     log.info(
         "%d rounds in %.1f s (%.1f rounds per second), %d reported fingerprints verified; "
         "ledger %s bytes, model %s bytes; fingerprint %s",
-        *(result.rounds, seconds, result.rounds_per_second, result.verified),
-        *(f"{result.ledger_bytes:,}", f"{result.model_bytes:,}", result.fingerprint),
+        result.rounds,
+        seconds,
+        result.rounds_per_second,
+        result.verified,
+        f"{result.ledger_bytes:,}",
+        f"{result.model_bytes:,}",
+        result.fingerprint,
     )
     return result
 

@@ -250,7 +250,9 @@ def _wait(placements: Sequence[Any], wait_s: float, stopped: Callable[[], bool])
             told_s = time.monotonic()
             log.info(
                 "waiting for room in the cluster since %.0f s: %d of %d peers have a place",
-                *(told_s - began_s, n_ready, len(placements)),
+                told_s - began_s,
+                n_ready,
+                len(placements),
             )
     return n_ready
 

@@ -133,7 +133,10 @@ class _Download:
         if lied:
             log.warning(
                 "%s gave wrong bytes for chunk %d of the snapshot of round %d and is not asked again: %s",
-                *(answer.holder, answer.chunk, self._manifest.round, error),
+                answer.holder,
+                answer.chunk,
+                self._manifest.round,
+                error,
             )
         else:
             log.info("chunk %d did not come from %s: %s", answer.chunk, answer.holder, error)

@@ -168,8 +168,14 @@ def refusals_case(device: torch.device) -> None:
     """What no kernel takes is refused before anything is written."""
     ones = torch.ones(24, device=device)
     for x in (
-        *(ones.view(4, 6).T, ones[::2], ones[:1].expand(9), ones.view(4, 6)[:, 1:]),
-        *(ones.double(), ones.half(), ones.int(), ones.to(torch.complex64)),
+        ones.view(4, 6).T,
+        ones[::2],
+        ones[:1].expand(9),
+        ones.view(4, 6)[:, 1:],
+        ones.double(),
+        ones.half(),
+        ones.int(),
+        ones.to(torch.complex64),
     ):
         before, update = x.clone(), Update.of([Probe(1, 0, 1.0)])
         for kind in ("sign", "gauss"):

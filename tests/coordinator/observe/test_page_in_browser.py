@@ -36,8 +36,16 @@ heartbeat_s = 0.5
 """
 
 FLAGS = (
-    *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-dev-shm-usage"),
-    *("disable-background-networking", "disable-component-update", "disable-sync", "window-size=1280,900"),
+    "headless",
+    "no-sandbox",
+    "disable-gpu",
+    "disable-quic",
+    "no-first-run",
+    "disable-dev-shm-usage",
+    "disable-background-networking",
+    "disable-component-update",
+    "disable-sync",
+    "window-size=1280,900",
 )
 WAIT_S = 150.0
 """For anything at all: a start of a node takes 10 s of two cores that others use, too."""

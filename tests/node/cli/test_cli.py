@@ -161,8 +161,14 @@ def test_a_small_run_from_the_ticket_to_the_weights(thinwire: Start, run_file: P
     (tmp_path / "own.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
     (tmp_path / "run-text.txt").write_text("pack my box with five dozen liquor jugs! " * 300)
     coordinator = thinwire(
-        *("coordinator", "run.toml", "--host", "127.0.0.1", "--set", "task.corpus=run-text.txt"),
-        *("--ticket-file", "ticket"),
+        "coordinator",
+        "run.toml",
+        "--host",
+        "127.0.0.1",
+        "--set",
+        "task.corpus=run-text.txt",
+        "--ticket-file",
+        "ticket",
     )
     ticket = coordinator.first_line()
     assert "run-text" not in ticket
@@ -232,21 +238,34 @@ def test_metrics_are_served(thinwire: Start, run_file: Path) -> None:
             free.bind(("127.0.0.1", 0))
             ports.append(free.getsockname()[1])
     coordinator = thinwire(
-        *("coordinator", "run.toml", "--host", "127.0.0.1", "--set", "run.min_peers=1"),
-        *("--http", f"127.0.0.1:{ports[0]}"),
+        "coordinator",
+        "run.toml",
+        "--host",
+        "127.0.0.1",
+        "--set",
+        "run.min_peers=1",
+        "--http",
+        f"127.0.0.1:{ports[0]}",
     )
     node = thinwire("join", coordinator.first_line(), "--threads", "1", "--http", f"127.0.0.1:{ports[1]}")
     node.wait_for("round 3/")
     texts = [scrape(port) for port in ports]
     for name in (
-        *("thinwire_swarm_round ", 'thinwire_swarm_peers{state="training"} 1.0'),
-        *("thinwire_coordinator_sent_bytes_total{", 'thinwire_build_info{protocol="2"'),
+        "thinwire_swarm_round ",
+        'thinwire_swarm_peers{state="training"} 1.0',
+        "thinwire_coordinator_sent_bytes_total{",
+        'thinwire_build_info{protocol="2"',
     ):
         assert name in texts[0], texts[0]
     for name in (
-        *("thinwire_round ", "thinwire_loss ", "thinwire_held_out_loss ", "thinwire_payload_bytes_total "),
-        *('thinwire_sent_bytes_total{kind="payload"}', 'thinwire_received_bytes_total{kind="ledger"}'),
-        *("thinwire_round_duration_seconds_count ", 'thinwire_rounds_total{result="counted"}'),
+        "thinwire_round ",
+        "thinwire_loss ",
+        "thinwire_held_out_loss ",
+        "thinwire_payload_bytes_total ",
+        'thinwire_sent_bytes_total{kind="payload"}',
+        'thinwire_received_bytes_total{kind="ledger"}',
+        "thinwire_round_duration_seconds_count ",
+        'thinwire_rounds_total{result="counted"}',
         'thinwire_device_memory_used_bytes{device="cpu"}',
     ):
         assert name in texts[1], texts[1]

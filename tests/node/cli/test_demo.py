@@ -38,7 +38,7 @@ def test_training_from_scratch_with_a_kill_on_the_way(thinwire: Start) -> None:
 
 def test_fine_tuning_with_one_byte_per_probe(thinwire: Start) -> None:
     program = thinwire(
-        *("demo", "--json", "--strategy", "spsa", "--peers", "2", "--rounds", "15", "--no-faults")
+        "demo", "--json", "--strategy", "spsa", "--peers", "2", "--rounds", "15", "--no-faults"
     )
     assert program.wait(200) == 0, program.stderr()
     result = json.loads(program.stdout())

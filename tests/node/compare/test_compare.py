@@ -287,8 +287,17 @@ def test_ctrl_c_shows_what_is_there(
     temporary = tmp_path_factory.mktemp("temporary")
     monkeypatch.setenv("TMPDIR", str(temporary))
     program = thinwire(
-        *("compare", "run.toml", "--strategies", "decoupled,decoupled:topk", "--rounds", "20", "--json"),
-        *("--set", "task.width=32", "-o", "x.png"),
+        "compare",
+        "run.toml",
+        "--strategies",
+        "decoupled,decoupled:topk",
+        "--rounds",
+        "20",
+        "--json",
+        "--set",
+        "task.width=32",
+        "-o",
+        "x.png",
     )
     program.wait_for("decoupled:topk: round", 100)
     program.process.send_signal(signal.SIGINT)
