@@ -382,7 +382,7 @@ def test_an_export_loads_in_its_own_library(
     with swarm_of(tmp_path / "run", run) as swarm:
         runners = [Runner(swarm.link(f"peer-{i}")) for i in range(2)]
         run_all(runners)
-        body = runners[0]._welcome.body
+        body = runners[0].genesis
         assert body.held_out is not None
         held_out = swarm.blobs.read(body.held_out.digest)
     folder = tmp_path / "exported"
