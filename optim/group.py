@@ -26,7 +26,7 @@ from typing import Any, Final
 import torch.distributed as dist
 
 from ..compression import wire
-from ..compression.base import Payload, Turn
+from ..compression.base import Fields, Payload, Turn
 from ..compression.errors import BadPayload, ConfigError, ReplicaDiverged
 from ..compression.fingerprint import parameter_sums
 from .base import NamedParameters, Own, Share, Strategy
@@ -93,6 +93,7 @@ class GroupPeers:
         self._known = names
 
     def own_seed(self, shared_seed: int) -> int:
+        """Unsigned 64-bit, from the round's."""
         return rank_seed(shared_seed, self.rank)
 
     def exchange(
@@ -119,8 +120,9 @@ class GroupPeers:
         return shares, own
 
     def _decoded(
-        self, rank: int, data: bytes, fields: Any, round: int, layout: bytes, max_bytes: int
+        self, rank: int, data: bytes, fields: Fields, round: int, layout: bytes, max_bytes: int
     ) -> Payload:
+        """A rank's payload from its bytes. Raises ConfigError, naming the rank, for what cannot be read."""
         try:
             return wire.decode(data, fields, round, layout, max_bytes)
         except BadPayload as e:

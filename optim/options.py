@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import wraps
+from functools import cache, wraps
 from inspect import signature
 from math import isfinite
 from typing import (
@@ -127,7 +127,8 @@ class Options:
         `entries`: of a parameter group, every option by its name there. Subclasses add what concerns several
         options at once.
         """
-        for name, rule in _rules_of(cls).items():
+        rules: dict[str, Rule] = _rules_of(cls)  # type: ignore[arg-type]  # mypy asks its instances for a hash
+        for name, rule in rules.items():
             if (must := rule.refusal(entries[name], entries)) is not None:
                 raise ConfigError(f"{name} = {entries[name]!r}: {must}")
 
@@ -177,6 +178,7 @@ def _entry(name: str, value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
+@cache
 def _rules_of(kind: type[Options]) -> dict[str, Rule]:
     """By option; those that look at another option come after it."""
     hints = get_type_hints(kind, include_extras=True)
