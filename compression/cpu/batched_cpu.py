@@ -208,7 +208,7 @@ def fused_update(
         layout.transforms,
     )
 
-    arguments: tuple[Any, ...] = (
+    arguments: list[Any] = [
         *where,
         ranges.n_P,
         ranges.first_P,
@@ -224,7 +224,7 @@ def fused_update(
         how_P,
         decay_P,
         scale_P,
-    )
+    ]
 
     def run(first: int, last: int) -> Any:
         return _update(*arguments, first, last)
