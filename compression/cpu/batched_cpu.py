@@ -227,7 +227,7 @@ def fused_update(
     ]
 
     def run(first: int, last: int) -> Any:
-        return _update(*arguments, first, last)
+        return _update(*[*arguments, first, last])
 
     per_target = max(1, int(ranges.n_P.sum()) // len(targets))
     found = min(share(run, 0, len(targets), smallest=max(1, _PER_THREAD // per_target)))
