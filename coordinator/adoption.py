@@ -24,7 +24,9 @@ _AT_ONCE = 64
 _BYTES_AT_ONCE = 16 * 2**20
 
 
-async def adopt(service: Service, stream: Stream, hello: Hello, adopted: Callable[[], None]) -> None:
+async def adopt(
+    service: Service, stream: Stream, hello: Hello, adopted: Callable[[], None], stall_s: float = STALL_S
+) -> None:
     """Returns when the service has what the node said that it has. One adoption at a time.
 
     `adopted` is called after every batch: sessions that are open are over. What came before a break stays.
@@ -35,30 +37,31 @@ async def adopt(service: Service, stream: Stream, hello: Hello, adopted: Callabl
         await stream.send_message(Follow(after=service.head))
         at_most = 1  # the first one proves that there is something to be had
         while service.lacks(hello):
-            service.adopt(await _commits(stream, min(at_most, (hello.head_round or 0) - service.head)))
+            n = min(at_most, (hello.head_round or 0) - service.head)
+            service.adopt(await _commits(stream, n, stall_s))
             adopted()
             at_most = min(2 * at_most, _AT_ONCE)
     finally:
         service.go_on(time.monotonic())
 
 
-async def _commits(stream: Stream, at_most: int) -> list[Commit]:
+async def _commits(stream: Stream, at_most: int, stall_s: float) -> list[Commit]:
     """The next commits, for one write to the disk."""
     commits: list[Commit] = []
     n_bytes = 0
     while len(commits) < at_most and n_bytes < _BYTES_AT_ONCE:
-        commits.append(await _commit(stream))
+        commits.append(await _commit(stream, stall_s))
         n_bytes += len(commits[-1].record)
     return commits
 
 
-async def _commit(stream: Stream) -> Commit:
+async def _commit(stream: Stream, stall_s: float) -> Commit:
     """A slow one is waited for while bytes keep coming."""
     task = asyncio.create_task(stream.receive_message(COMMITS_FROM_NODE))
     began_s = stream.heard_s = time.monotonic()
     try:
         while not task.done():
-            if time.monotonic() > min(stream.heard_s + STALL_S, began_s + COMMIT_S):
+            if time.monotonic() > min(stream.heard_s + stall_s, began_s + COMMIT_S):
                 raise SwarmUnreachable("the node has stopped to give commits back")
             await asyncio.wait({task}, timeout=1.0)
     finally:

@@ -24,7 +24,7 @@ from .protocol.ticket import Ticket
 from .protocol.transport import Transport
 from .service import Service
 from .state import StateDir
-from .stream_server import StreamServer
+from .stream_server import StreamServer, Waits
 
 _log = logging.getLogger("thinwire.coordinator")
 
@@ -58,6 +58,7 @@ class CoordinatorServer:
         announce: Sequence[str] = (),
         quota_bytes: int = DEFAULT_QUOTA_BYTES,
         start_transport: StartTransport = start_p2p,
+        waits: Waits = Waits(),  # noqa: B008 - frozen
     ) -> None:
         """Raises ConfigError or LedgerCorrupt."""
         self._state, self._host_ip, self._port, self._announce = state, host, port, tuple(announce)
@@ -84,6 +85,7 @@ class CoordinatorServer:
             changed=self._soon,
             failed=self._fail,
             status=self.status,
+            waits=waits,
         )
         self._done: asyncio.Future[None] | None = None
         self._transport: Transport | None = None

@@ -13,6 +13,7 @@ from .protocol.messages import GenesisBody
 from .protocol.ticket import Ticket
 from .server import CoordinatorServer
 from .state import StateDir
+from .stream_server import Waits
 
 T = TypeVar("T")
 
@@ -21,9 +22,15 @@ class ServerThread:
     """Serves on loopback from entering to leaving the context. Arguments are those of the server."""
 
     def __init__(
-        self, folder: Path, genesis: GenesisBody | None = None, blobs: Sequence[bytes] = (), port: int = 0
+        self,
+        folder: Path,
+        genesis: GenesisBody | None = None,
+        blobs: Sequence[bytes] = (),
+        port: int = 0,
+        waits: Waits = Waits(),  # noqa: B008 - frozen
     ) -> None:
         self._folder, self._genesis, self._blobs, self._port = folder, genesis, blobs, port
+        self._waits = waits
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="coordinator", daemon=True)
         self.ticket: Ticket
@@ -65,7 +72,12 @@ class ServerThread:
         self._state = StateDir(self._folder)
         try:
             self.server = CoordinatorServer(
-                self._state, genesis=self._genesis, blobs=self._blobs, host="127.0.0.1", port=self._port
+                self._state,
+                genesis=self._genesis,
+                blobs=self._blobs,
+                host="127.0.0.1",
+                port=self._port,
+                waits=self._waits,
             )
         except BaseException:
             self._state.close()

@@ -15,13 +15,14 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, BinaryIO, TypeVar
 
 from ..compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable, ThinwireError
-from .adoption import adopt
+from .adoption import STALL_S, adopt
 from .blobs import BlobStore, BlobWriter
-from .observe.metrics_requests import MetricsRequests
+from .observe.metrics_requests import ANSWER_TIMEOUT_S, MetricsRequests
 from .protocol.blob_streams import Sink, serve_blobs
 from .protocol.messages import (
     BadMessage,
@@ -45,8 +46,6 @@ _log = logging.getLogger("thinwire.coordinator")
 
 T = TypeVar("T")
 
-HELLO_TIMEOUT_S = 10.0
-STATUS_IDLE_S = 120.0
 MAX_STRANGERS = 64
 """Streams of peers that have not shown the token yet."""
 
@@ -62,6 +61,20 @@ _REPLACED = (
     "another node with this identity has joined: every node needs a --state directory of its own, or none"
 )
 _ADOPTED = "the coordinator gets commits back from a node, after it was restored from an older copy"
+
+
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """For how many seconds a peer is waited for.
+
+    `hello_s`: until a stranger has shown the token; `status_s`: between two questions for the status;
+    `metrics_s`: for a node's metrics; `stall_s`: for the next bytes of commits that a node gives back.
+    """
+
+    hello_s: float = 10.0
+    status_s: float = 120.0
+    metrics_s: float = ANSWER_TIMEOUT_S
+    stall_s: float = STALL_S
 
 
 class StreamServer:
@@ -80,12 +93,14 @@ class StreamServer:
         changed: Callable[[], None],
         failed: Callable[[ThinwireError], None],
         status: Callable[[], dict[str, Any]],
+        waits: Waits,
     ) -> None:
         self._service, self._blobs, self._meter = service, blobs, meter
         self._token = token.encode()
         self._changed, self._failed, self._status = changed, failed, status
+        self._waits = waits
         self._sessions: dict[str, Session] = {}
-        self._metrics_requests = MetricsRequests(self._post)
+        self._metrics_requests = MetricsRequests(self._post, answer_timeout_s=waits.metrics_s)
         self._numbers = count(1)
         self._opening = asyncio.Lock()
         """Held while one node is let in: the others wait for what it may have to give back."""
@@ -210,7 +225,7 @@ class StreamServer:
             self._metrics_requests.forget(session.peer_id)
 
     async def _receive_hello(self, stream: Stream) -> Hello:
-        async with asyncio.timeout(HELLO_TIMEOUT_S):
+        async with asyncio.timeout(self._waits.hello_s):
             hello = await stream.receive_message(FROM_NODE)
         if not isinstance(hello, Hello):
             raise BadFrame("hello", f"a session starts with Hello, not {type(hello).__name__}")
@@ -222,7 +237,7 @@ class StreamServer:
         async with self._opening:
             if self._service.lacks(hello):
                 try:
-                    await adopt(self._service, stream, hello, self._end_all)
+                    await adopt(self._service, stream, hello, self._end_all, self._waits.stall_s)
                 finally:
                     self._changed()
             number = next(self._numbers)
@@ -267,7 +282,7 @@ class StreamServer:
         shelf = _Shelf(self._service, self._blobs, peer_id, self._changed)
         if not self._service.is_member(peer_id):
             with self._stranger(peer_id):
-                async with asyncio.timeout(HELLO_TIMEOUT_S):
+                async with asyncio.timeout(self._waits.hello_s):
                     await serve_blobs(stream, shelf, "control", lambda: False)
             return
         if self._blob_streams[peer_id] >= MAX_BLOB_STREAMS:
@@ -281,7 +296,7 @@ class StreamServer:
     async def _serve_status(self, peer_id: str, stream: Stream) -> None:
         """Whoever knows the token may ask, again and again."""
         with self._stranger(peer_id):
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
+            async with asyncio.timeout(self._waits.hello_s):
                 frame = await stream.receive({FrameKind.ASK: _TOKEN_BYTES})
             if not hmac.compare_digest(frame.body, self._token):
                 self._service.count_rejected("token")
@@ -289,7 +304,7 @@ class StreamServer:
                 return
         while True:
             await stream.send(FrameKind.STATUS, json.dumps(self._status()).encode())
-            async with asyncio.timeout(STATUS_IDLE_S):
+            async with asyncio.timeout(self._waits.status_s):
                 await stream.receive({FrameKind.ASK: _TOKEN_BYTES})
 
 

@@ -39,24 +39,34 @@ class _Asked:
 
 
 class MetricsRequests:
-    """One event loop. `post` queues a message for a peer's session; False: it has none."""
+    """One event loop. `post` queues a message for a peer's session; False: it has none.
 
-    def __init__(self, post: Callable[[str, Message], bool]) -> None:
+    `answer_timeout_s`: how long an answer is waited for; `fresh_s`: how long it is good.
+    """
+
+    def __init__(
+        self,
+        post: Callable[[str, Message], bool],
+        *,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
+        fresh_s: float = FRESH_S,
+    ) -> None:
         self._post = post
+        self._answer_timeout_s, self._fresh_s = answer_timeout_s, fresh_s
         self._asked: dict[str, _Asked] = {}
         self._answers: dict[str, tuple[float, bytes]] = {}
 
     async def metrics(self, peer_id: str) -> bytes:
         """In Prometheus' text format. Raises Unanswered."""
         at_s, text = self._answers.get(peer_id, (0.0, b""))
-        if at_s and time.monotonic() < at_s + FRESH_S:
+        if at_s and time.monotonic() < at_s + self._fresh_s:
             return text
         answer = self._ask(peer_id)
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            async with asyncio.timeout(self._answer_timeout_s):
                 found = await asyncio.shield(answer)
         except TimeoutError:
-            raise Unanswered(f"{peer_id} does not answer within {ANSWER_TIMEOUT_S:g} s") from None
+            raise Unanswered(f"{peer_id} does not answer within {self._answer_timeout_s:g} s") from None
         if found is None:
             raise Unanswered(f"{peer_id} has lost its connection")
         return found

@@ -25,6 +25,7 @@ from .cluster import PeerGroup, connected, find_room, give_back, group_of, is_pl
 if TYPE_CHECKING:
     from ..config import RunConfig
     from ..precision import Precision
+    from .peer import PeerSpec
 
 log = logging.getLogger("thinwire.ray")
 
@@ -261,42 +262,50 @@ class _Driver:
         self._status()
 
     def _start_peers(self, placements: Sequence[Any]) -> None:
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        from .peer import PeerActor, PeerSpec
-
         ticket = self._get(self._coordinator.ticket)
         kinds = [group for group in self._groups for _ in range(group.count)]
         for i, (group, placement) in enumerate(zip(kinds, placements, strict=True)):
-            name = f"peer-{i}"
-            spec = PeerSpec(
-                name=name,
-                namespace=self._paths.namespace,
-                ticket=ticket,
-                ranks=group.ranks,
-                cpus=group.cpus,
-                gpus=group.gpus,
-                folder=self._paths.node_folder,
-                import_path=self._import_path,
-                precision=self._precision,
-                patience_s=self._patience_s,
-            )
-            actor = (
-                ray.remote(PeerActor)
-                .options(
-                    name=name,
-                    namespace=self._paths.namespace,
-                    num_cpus=group.cpus,
-                    num_gpus=group.gpus,
-                    max_restarts=self._restarts,
-                    max_concurrency=8,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(placement, 0),
-                )
-                .remote(spec)
-            )
+            spec = self._spec(f"peer-{i}", group, ticket)
+            actor = self._start_peer(spec, placement)
             outcome = actor.outcome.options(max_task_retries=-1).remote()
-            self._peers.append(_Peer(name, group.ranks, placement, actor, outcome))
+            self._peers.append(_Peer(spec.name, group.ranks, placement, actor, outcome))
+
+    def _spec(self, name: str, group: PeerGroup, ticket: str) -> PeerSpec:
+        from .peer import PeerSpec
+
+        return PeerSpec(
+            name=name,
+            namespace=self._paths.namespace,
+            ticket=ticket,
+            ranks=group.ranks,
+            cpus=group.cpus,
+            gpus=group.gpus,
+            folder=self._paths.node_folder,
+            import_path=self._import_path,
+            precision=self._precision,
+            patience_s=self._patience_s,
+        )
+
+    def _start_peer(self, spec: PeerSpec, placement: Any) -> Any:
+        """The actor of rank 0, in the first bundle of its placement group."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from .peer import PeerActor
+
+        return (
+            ray.remote(PeerActor)
+            .options(
+                name=spec.name,
+                namespace=spec.namespace,
+                num_cpus=spec.cpus,
+                num_gpus=spec.gpus,
+                max_restarts=self._restarts,
+                max_concurrency=8,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, 0),
+            )
+            .remote(spec)
+        )
 
     # --------------------------------------------------------------------------------------- the run
 

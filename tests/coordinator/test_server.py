@@ -52,6 +52,7 @@ from thinwire.coordinator.protocol.streams import (
 )
 from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.coordinator.server_thread import ServerThread
+from thinwire.coordinator.stream_server import Waits
 from thinwire.node.cli.status import StatusClient, fetch_status
 from thinwire.node.links.base import Link
 from thinwire.node.links.hivemind import HivemindLink
@@ -123,12 +124,14 @@ class Chunk:
 class Swarm:
     """A coordinator in this process and links to it."""
 
-    def __init__(self, folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey, stack: ExitStack) -> None:
+    def __init__(
+        self, folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey, stack: ExitStack, waits: Waits
+    ) -> None:
         self.folder, self.stack = folder, stack
         state = folder / "coordinator"
         state.mkdir()
         save(key, state / "key")
-        self.coordinator = stack.enter_context(ServerThread(state, genesis))
+        self.coordinator = stack.enter_context(ServerThread(state, genesis, waits=waits))
         self.ticket = self.coordinator.ticket
 
     def link(self, name: str, ticket: Ticket | None = None, **options: Any) -> HivemindLink:
@@ -165,7 +168,10 @@ class Swarm:
 def make_swarm(
     tmp_path: Path, make_genesis: MakeGenesis, key: Ed25519PrivateKey, stack: ExitStack
 ) -> Callable[..., Swarm]:
-    return lambda **config: Swarm(tmp_path, make_genesis(**config), key, stack)
+    def make(waits: Waits = Waits(), **config: Any) -> Swarm:  # noqa: B008 - frozen
+        return Swarm(tmp_path, make_genesis(**config), key, stack, waits)
+
+    return make
 
 
 async def open_stream(host: P2PTransport, ticket: Ticket, protocol: str) -> Stream:
@@ -318,11 +324,8 @@ def test_messages_out_of_place_are_refused(make_swarm: Callable[..., Swarm]) -> 
     swarm.speak(body)
 
 
-def test_idle_strangers_do_not_keep_others_out(
-    make_swarm: Callable[..., Swarm], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("thinwire.coordinator.stream_server.HELLO_TIMEOUT_S", 1.0)
-    swarm = make_swarm(min_peers=1)
+def test_idle_strangers_do_not_keep_others_out(make_swarm: Callable[..., Swarm]) -> None:
+    swarm = make_swarm(Waits(hello_s=1.0), min_peers=1)
 
     async def body(host: P2PTransport, ticket: Ticket) -> None:
         silent = [await open_stream(host, ticket, SESSION) for _ in range(12)]
@@ -772,11 +775,8 @@ def test_a_fork_stops_the_node(restorable: Restorable, tmp_path: Path, stack: Ex
     assert restorable.thread.status()["rejected"] == {"fork": 1, "head": 1}
 
 
-def test_whoever_claims_to_have_more_and_has_not_is_refused(
-    make_swarm: Callable[..., Swarm], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("thinwire.coordinator.adoption.STALL_S", 1.0)
-    swarm = make_swarm(min_peers=1)
+def test_whoever_claims_to_have_more_and_has_not_is_refused(make_swarm: Callable[..., Swarm]) -> None:
+    swarm = make_swarm(Waits(stall_s=1.0), min_peers=1)
     honest = swarm.trainer("honest")
     honest.offer(offer(1, b"before"))
     (first,) = take(honest, 0, 1)

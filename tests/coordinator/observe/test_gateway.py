@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support.prometheus import value
 from thinwire.compression.errors import ConfigError
-from thinwire.coordinator.observe import metrics_requests
 from thinwire.coordinator.observe.metrics_requests import MetricsRequests, Unanswered
 from thinwire.coordinator.observe.page import serve_coordinator
 from thinwire.coordinator.protocol.addresses import HttpAddress
@@ -37,6 +36,7 @@ from thinwire.coordinator.protocol.messages import (
 from thinwire.coordinator.protocol.streams import BadFrame
 from thinwire.coordinator.protocol.web import is_loopback, metrics_routes, serve_http
 from thinwire.coordinator.server_thread import ServerThread
+from thinwire.coordinator.stream_server import Waits
 from thinwire.node.links.hivemind import HivemindLink
 from thinwire.node.tracking.metrics import NodeMetrics
 
@@ -134,7 +134,7 @@ def test_answers_that_no_node_gives(data: bytes) -> None:
         unpacked(Metrics(text=data))
 
 
-def test_however_many_ask_a_node_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_however_many_ask_a_node_is_asked_once() -> None:
     posted: list[tuple[str, Message]] = []
 
     def post(peer_id: str, message: Message) -> bool:
@@ -155,13 +155,30 @@ def test_however_many_ask_a_node_is_asked_once(monkeypatch: pytest.MonkeyPatch) 
         assert len(posted) == 1
         asking.answered("a", packed(b"two"))  # nobody has asked
         assert await asking.metrics("a") == b"one"
-        monkeypatch.setattr(metrics_requests, "FRESH_S", 0.0)
-        monkeypatch.setattr(metrics_requests, "ANSWER_TIMEOUT_S", 0.01)
-        for _ in range(3):  # no answer: it is not asked again and again
+
+    asyncio.run(run())
+
+
+def test_a_node_that_does_not_answer_is_not_asked_again_and_again() -> None:
+    posted: list[str] = []
+
+    def post(peer_id: str, _message: Message) -> bool:
+        posted.append(peer_id)
+        return True
+
+    async def run() -> None:
+        asking = MetricsRequests(post, answer_timeout_s=0.01)
+        for _ in range(3):
             with pytest.raises(Unanswered, match="does not answer"):
                 await asking.metrics("a")
-        assert len(posted) == 2
-        monkeypatch.setattr(metrics_requests, "ANSWER_TIMEOUT_S", 10.0)
+        assert posted == ["a"]
+
+    asyncio.run(run())
+
+
+def test_nobody_waits_for_a_session_that_is_over_or_an_answer_that_is_none() -> None:
+    async def run() -> None:
+        asking = MetricsRequests(lambda _peer_id, _message: True)
         waiting = asyncio.ensure_future(asking.metrics("a"))
         await asyncio.sleep(0)
         asking.forget("a")
@@ -189,12 +206,19 @@ def stack() -> Iterator[ExitStack]:
 class Served:
     """A coordinator over real libp2p that serves HTTP, and links to it."""
 
-    def __init__(self, folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey, stack: ExitStack) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        genesis: GenesisBody,
+        key: Ed25519PrivateKey,
+        stack: ExitStack,
+        waits: Waits = Waits(),  # noqa: B008 - frozen
+    ) -> None:
         state = folder / "coordinator"
         state.mkdir()
         save(key, state / "key")
         self._folder, self._stack = folder, stack
-        self.coordinator = stack.enter_context(ServerThread(state, genesis))
+        self.coordinator = stack.enter_context(ServerThread(state, genesis, waits=waits))
         server, loop, address = self.coordinator.server, self.coordinator.loop, HttpAddress("127.0.0.1", 0)
         _, self.port = stack.enter_context(serve_coordinator(server, loop, address))
 
@@ -270,12 +294,13 @@ def test_the_gateway_asks_a_node_over_its_session(served: Served) -> None:
 
 @pytest.mark.swarm
 def test_a_node_that_cannot_read_its_metrics_or_is_slow(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make_genesis: Callable[..., GenesisBody], key: Ed25519PrivateKey, stack: ExitStack
 ) -> None:
+    served = Served(tmp_path, make_genesis(), key, stack, Waits(metrics_s=0.3))
+
     def broken() -> bytes:
         raise RuntimeError("no such gauge")
 
-    monkeypatch.setattr(metrics_requests, "ANSWER_TIMEOUT_S", 0.3)
     asked, go_on = threading.Event(), threading.Event()
 
     def slow() -> bytes:
