@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy.typing as npt
 import torch
@@ -85,6 +85,22 @@ class Field:
 
 Fields = Mapping[str, tuple[Field, ...]]
 """Parameter name -> what is expected for it; drives the decoding of a payload."""
+
+
+Fill = Callable[[torch.dtype, int, int], Tensor]
+"""Well-mixed values, the same on every machine: `fill(dtype, n_elements, salt)` is a row on the CPU of uint8,
+or of finite float32 with denormal ones among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownDecoding:
+    """A case of the self-test: what the mean of two packs, whose bits are fixed, decodes to.
+
+    `options`: of the compressor. `answer`: unsigned 64-bit `parameter_sum` of the values.
+    """
+
+    options: Mapping[str, Any]
+    answer: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +181,9 @@ class Compressor(ABC):
 
     __slots__ = ()
 
+    known_decodings: ClassVar[Mapping[str, KnownDecoding]] = {}
+    """The self-test's cases of `decode`, by the names that people are told."""
+
     @abstractmethod
     def fields(self, part: Part) -> tuple[Field, ...]:
         """The packed tensors of this parameter as a receiver expects them, `n_elements` being the most."""
@@ -194,6 +213,13 @@ class Compressor(ABC):
         """
         with exact_arithmetic():
             return l1_norm(self.decode([packed], [1.0], part.entire, turn))
+
+    def known_packed(self, fill: Fill, salt: int, part: Part) -> Packed:
+        """Fixed bits that `check` accepts, for `known_decodings`; another pack for every salt.
+
+        By default all elements that `fields` allows are filled.
+        """
+        return tuple(fill(f.dtype, f.n_elements, salt + i) for i, f in enumerate(self.fields(part)))
 
     def n_sent(self, part: Part) -> int:
         """Coefficients that a pack of the parameter holds if none of its groups is zero."""

@@ -19,9 +19,9 @@ from typing import Any, ClassVar, Final, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from ..compression.base import Fields, Part, Payload, Turn
+from ..compression.base import Fields, Fill, Part, Payload, Turn
 from ..compression.errors import BadPayload, ConfigError, nearest
-from .facts import Facts, Fill
+from .facts import Facts
 from .options import Options
 from .parts.ranks import ALONE, Ranks, local_of, parts_of, ranks_of, refuse_placement
 from .parts.saved_state import refuse_other_model, restored

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .options import Options
-
-Fill = Callable[[torch.dtype, int, int], Tensor]
-"""Well-mixed values, the same on every machine: `fill(dtype, n_elements, salt)` is a row on the CPU of uint8,
-or of finite float32 with denormal ones among them."""
 
 
 @dataclass(frozen=True, slots=True)

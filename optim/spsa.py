@@ -21,14 +21,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..compression.base import Field, Fields, Payload, Turn
+from ..compression.base import Field, Fields, Fill, Payload, Turn
 from ..compression.errors import BadPayload
 from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.kernels import kernels_for
 from ..compression.numerics.noise import uniform_words, update_all_, update_pieces_
 from ..compression.numerics.noise_layout import MAX_PROBES, NoiseKind, Piece, Purpose, Update
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Round, Share, Strategy, refuse_names
-from .facts import Facts, Fill, KnownUpdate
+from .facts import Facts, KnownUpdate
 from .options import Number, Options, Whole, keywords_of
 from .parts import byte_code
 from .parts.clip import clip_limit

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from ..base import Turn
+from ..base import KnownDecoding, Turn
 from .permutation import permuted
 from .selection import Array, Selection
 
@@ -18,6 +20,10 @@ class RandomK(Selection):
     The last round of a walk, where fewer are left, goes on at the walk's beginning. Seeded by `seed`, the
     number of the walk and n. codecs/selection.py has the format and its bytes.
     """
+
+    known_decodings: ClassVar[Mapping[str, KnownDecoding]] = {
+        "random_k decoding": KnownDecoding({"rate": 0.3, "bits": 32}, 0x229CAF0E37379564)
+    }
 
     seed: int = 0
 

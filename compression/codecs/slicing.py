@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from ..base import Turn
+from ..base import KnownDecoding, Turn
 from .selection import Array, Selection
 
 
@@ -16,6 +18,10 @@ class Slicing(Selection):
 
     codecs/selection.py has the format and its bytes.
     """
+
+    known_decodings: ClassVar[Mapping[str, KnownDecoding]] = {
+        "slicing decoding": KnownDecoding({"rate": 0.3, "bits": 32}, 0x69275B28880540E6)
+    }
 
     is_contiguous = True
 

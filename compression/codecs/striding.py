@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
+from typing import ClassVar
 
 import numpy as np
 
-from ..base import Turn
+from ..base import KnownDecoding, Turn
 from .selection import Array, Selection
 
 
@@ -18,6 +20,10 @@ class Striding(Selection):
     There are m = ceil(n / s) of them; one that is past the end is counted from the parameter's beginning, so
     that every round sends as many. codecs/selection.py has the format and its bytes.
     """
+
+    known_decodings: ClassVar[Mapping[str, KnownDecoding]] = {
+        "striding decoding": KnownDecoding({"rate": 0.3, "bits": 32}, 0x361F4BA39FDD0664)
+    }
 
     def n_selected(self, n: int) -> int:
         return -(-n // self.stride(n))

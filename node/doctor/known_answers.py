@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...compression.base import Compressor, Packed, Part, Step, Target, Turn
+from ...compression.base import Compressor, KnownDecoding, Packed, Part, Step, Target, Turn
 from ...compression.codecs.dct_topk import DctTopK
 from ...compression.codecs.dense import Dense
 from ...compression.codecs.topk import TopK
@@ -30,6 +30,7 @@ from ...compression.numerics.noise_layout import NoiseKind, Probe, Purpose, Upda
 from ...compression.numerics.reduce import l1_norm
 from ...compression.numerics.value_formats import FORMATS, Format, check_codes, check_scales
 from ...compression.numerics.values import quantize
+from ...compression.registry import COMPRESSORS, build_compressor
 from ...optim.base import Share
 from ...optim.facts import KnownUpdate
 from ...optim.registry import STRATEGIES, build_strategy, strategy_class
@@ -227,6 +228,22 @@ def _rice(device: torch.device) -> int:
     return _decoded(compressor, [packed], [1.0], Part.whole((N,)))
 
 
+def _decoding(compressor_name: str, case: KnownDecoding, _device: torch.device) -> int:
+    """The mean of two packs, of the whole parameter."""
+    compressor, part = build_compressor({"name": compressor_name, **case.options}), Part.whole((N,))
+    packs = [compressor.known_packed(_filled, salt, part) for salt in (20, 30)]
+    return _decoded(compressor, packs, [1.0, 2.700000047683716], part)
+
+
+def _decodings() -> dict[str, KnownAnswer]:
+    """Those of every compressor in the registry."""
+    return {
+        name: KnownAnswer(partial(_decoding, compressor, case), case.answer, cpu_only=True)
+        for compressor, kind in COMPRESSORS.items()
+        for name, case in kind.known_decodings.items()
+    }
+
+
 def _weighted_mean(_device: torch.device) -> int:
     cpu = torch.device("cpu")
     packs = [(values(cpu, salt=s),) for s in range(3)]
@@ -281,7 +298,7 @@ def _filled(dtype: torch.dtype, n: int, salt: int) -> Tensor:
         return torch.from_numpy(words(n, salt).astype(np.uint8))
     if dtype == torch.float32:
         return values(torch.device("cpu"), n, salt)
-    raise NotImplementedError(f"payloads of {dtype}: the strategy makes its own in known_payload")
+    raise NotImplementedError(f"payloads of {dtype}: whoever has them makes its own, see `Fill`")
 
 
 def _updates() -> dict[str, KnownAnswer]:
@@ -323,6 +340,7 @@ KNOWN_ANSWERS: Final[dict[str, KnownAnswer]] = {
     "e3m0 values": _cpu(_values, 0x2D4C18B9E5CA3157, "e3m0"),
     "rice indices": _cpu(_rice, 0xBE188F95F3E870EF),
     "weighted mean": _cpu(_weighted_mean, 0x0858B3352B7F7A17),
+    **_decodings(),
     **_updates(),
     "packing": _any(_packing, GOOD),
 }

@@ -14,9 +14,11 @@ import torch
 from thinwire.compression import fingerprint
 from thinwire.compression.errors import Incompatible
 from thinwire.compression.numerics import dct, noise, value_formats
+from thinwire.compression.registry import COMPRESSORS
 from thinwire.node.doctor.known_answers import KNOWN_ANSWERS
 from thinwire.node.doctor.self_test import accelerators, backends, failed_kernels, refuse_wrong_arithmetic
 from thinwire.optim.parts import adamw, byte_code
+from thinwire.optim.registry import STRATEGIES, strategy_class
 
 CPU = torch.device("cpu")
 
@@ -25,6 +27,12 @@ def test_every_implementation_passes(kernels: str) -> None:
     known = {name: hex(path.answer) for name, path in KNOWN_ANSWERS.items()}
     assert {name: hex(path.run(CPU)) for name, path in KNOWN_ANSWERS.items()} == known
     assert failed_kernels(CPU) == []
+
+
+def test_no_compressor_and_no_strategy_is_passed_over() -> None:
+    spelled_out = {"dct_topk", "topk", "dense", "none"}  # in known_answers.py; the last one sends nothing
+    assert {name for name, kind in COMPRESSORS.items() if not kind.known_decodings} == spelled_out
+    assert all(strategy_class(name).facts.known_updates for name in STRATEGIES)
 
 
 def test_a_node_does_not_wait_for_what_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
