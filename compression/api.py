@@ -9,13 +9,12 @@
     mean = compressor.decode([packed], [1.0], part, turn)       # the same bits on every device
 
 - `DctTopK`, `TopK`, `RandomK`, `Striding`, `Slicing`, `Dense`, `Nothing`: the compressors;
-`build_compressor`:
-  from a table such as {"name": "dct_topk", "k": 32}; `COMPRESSORS`: which there are.
+  `build_compressor`: from a table such as {"name": "dct_topk", "k": 32}; `COMPRESSORS`: which there are.
 - `encode_payload`, `decode_payload`, `layout_hash`, `max_bytes_of`: payloads as bytes, with a checksum.
 - `fingerprint` of `parameter_sums`: eight bytes that tell whether replicas agree.
 - For a compressor of one's own: `Compressor`, what it is called with (`Part`, `Turn`, `Source`, `Target`,
-`Step`,
-  `Change`, `Reduce`) and what it makes (`Field`, `Fields`, `Packed`, `Payload`, `PendingPacks`, `Entries`).
+  `Step`, `Change`, `Reduce`) and what it makes (`Field`, `Fields`, `Packed`, `Payload`, `PendingPacks`,
+  `Entries`).
 - `ThinwireError`, `ConfigError`, `BadPayload` and its `BadReason`: what is raised.
 
 Importing this loads torch, and no backend. What is not named here may move from one version to the next.
