@@ -91,7 +91,10 @@ class _Batches:
         self._layout = layout
         self._packs: dict[int, Packed] = {}
         self._small: dict[int, Source] = {}
+        self._n_small = 0
         self._on_gpu: dict[int, Source] = {}
+        self._n_on_gpu = 0
+        self._device: torch.device | None = None  # of those on a GPU
         self._under_way: list[tuple[list[int], PendingPacks]] = []
 
     def takes(self, number: int, source: Source) -> bool:
@@ -101,7 +104,8 @@ class _Batches:
             return True
         if self._is_small(source):
             self._small[number] = source
-            if _n_elements(self._small) > AT_ONCE:
+            self._n_small += source.x.numel()
+            if self._n_small > AT_ONCE:
                 self._pack_small()
             return True
         return False
@@ -115,16 +119,18 @@ class _Batches:
         return self._packs
 
     def _add_on_gpu(self, number: int, source: Source) -> None:
-        if any(s.x.device != source.x.device for s in self._on_gpu.values()):
+        if self._device != source.x.device:
             self._send()
+            self._device = source.x.device
         self._on_gpu[number] = plain_row(source)
-        if _n_elements(self._on_gpu) > AT_ONCE_ON_GPU:
+        self._n_on_gpu += source.x.numel()
+        if self._n_on_gpu > AT_ONCE_ON_GPU:
             self._send()
 
     def _send(self) -> None:
         if self._on_gpu:
             self._under_way.append(([*self._on_gpu], send(self._layout, [*self._on_gpu.values()])))
-            self._on_gpu = {}
+            self._on_gpu, self._n_on_gpu = {}, 0
 
     def _is_small(self, source: Source) -> bool:
         x = source.x
@@ -141,11 +147,7 @@ class _Batches:
             small = [*self._small.values()]
             packs = batched_cpu.pack(self._layout, [s.x for s in small], [s.part.shape for s in small])
             self._packs.update(zip(self._small, packs, strict=True))
-            self._small = {}
-
-
-def _n_elements(sources: dict[int, Source]) -> int:
-    return sum(s.x.numel() for s in sources.values())
+            self._small, self._n_small = {}, 0
 
 
 # ------------------------------------------------------------------------------------------- decode: exact

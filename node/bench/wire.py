@@ -47,7 +47,7 @@ def _dense(value_bits: int, group_size: int = 1024) -> float:
 
 # What is measured: a row of the table. Beside it bits per coefficient by formula, in a full group with its
 # scale; Rice-coded indices in the mean over all sets.
-COMPRESSORS: Final[dict[str, tuple[Compressor, float]]] = {
+MEASURED: Final[dict[str, tuple[Compressor, float]]] = {
     "dct_topk 32 of 4096, 1 bit, packed": (DctTopK(), _packed(32, 4096, 1)),
     "dct_topk 32 of 4096, 1 bit, rice": (DctTopK(indices="rice"), _rice(32, 4096, 1)),
     "dct_topk 32 of 4096, 8 bit, rice": (DctTopK(indices="rice", bits=8), _rice(32, 4096, 8)),
@@ -110,7 +110,7 @@ def bench_wire(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     parts = {name: Part.whole(p.shape) for name, p in transformer(n_params).items()}
     generator = torch.Generator().manual_seed(3)
     momentum = {name: torch.randn(part.n_global, generator=generator) for name, part in parts.items()}
-    rows = {name: measured(c, by, parts, momentum) for name, (c, by) in COMPRESSORS.items()}
+    rows = {name: measured(c, by, parts, momentum) for name, (c, by) in MEASURED.items()}
     return {
         "n_params": sum(part.n_global for part in parts.values()),
         "compressors": rows,
