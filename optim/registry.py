@@ -15,33 +15,17 @@ from typing import Any, Final
 from ..compression.errors import ConfigError, nearest
 from ..compression.registry import DEFAULT_COMPRESSOR, build_compressor, complete_compressor
 from .base import NamedParameters, Strategy
+from .decoupled import Decoupled
+from .diloco import Diloco
 from .options import REQUIRED
+from .spsa import Spsa
 
-
-def decoupled() -> type[Strategy]:
-    from .decoupled import Decoupled
-
-    return Decoupled
-
-
-def diloco() -> type[Strategy]:
-    from .diloco import Diloco
-
-    return Diloco
-
-
-def spsa() -> type[Strategy]:
-    from .spsa import Spsa
-
-    return Spsa
-
-
-STRATEGIES: Final[Mapping[str, Callable[[], type[Strategy]]]] = {
-    "decoupled": decoupled,
-    "diloco": diloco,
-    "spsa": spsa,
+# All of them are cheap to import: kernels load when they are needed.
+STRATEGIES: Final[Mapping[str, type[Strategy]]] = {
+    "decoupled": Decoupled,
+    "diloco": Diloco,
+    "spsa": Spsa,
 }
-"""Rows load a strategy's module when they are called, not before."""
 
 
 def strategy_class(name: object) -> type[Strategy]:
@@ -49,7 +33,7 @@ def strategy_class(name: object) -> type[Strategy]:
     unknown name, with the nearest known one."""
     if not isinstance(name, str) or name not in STRATEGIES:
         raise ConfigError(f"unknown strategy {name!r}: {nearest(name, STRATEGIES)}")
-    return STRATEGIES[name]()
+    return STRATEGIES[name]
 
 
 def build_strategy(config: Mapping[str, Any], named_parameters: NamedParameters) -> Strategy:
