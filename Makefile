@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+CORE   := $(VENV)/.core
 STAMP  := $(VENV)/.installed
+# It says what it fetches, so that minutes of it do not look like a hang.
+PIP    := $(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 PACKAGES := compression optim coordinator node
 JOBS   ?= $(shell nproc)
 
@@ -12,19 +15,27 @@ JOBS   ?= $(shell nproc)
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
-setup: $(STAMP)  ## make .venv with the thinwire command in it
+setup: $(STAMP)  ## make .venv with everything in it: command, extras, tools for tests and lint
 
-# The links show checkers and editors the packages under their own name, which an editable install does not.
-$(STAMP): pyproject.toml constraints.txt
+# What the demo needs: thinwire itself, and its CPU kernels compiled.
+$(CORE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "thinwire needs Python 3.11 or newer: make setup PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,hf,plot,tensorboard,wandb,ray,test,lint]'
+	@echo "Installing thinwire into $(VENV): some 60 packages, about 1.5 GB, a minute or two on a fast connection."
+	$(PIP) -e '.[cpu]'
+	$(BIN)/python -m thinwire.node.doctor.compiling
+	touch $@
+
+# The links show checkers and editors the packages under their own name, which an editable install does not.
+$(STAMP): $(CORE)
+	@echo "Installing the extras, and what tests and lint need: some 130 packages, about 2 GB."
+	$(PIP) -e '.[cpu,hf,plot,tensorboard,wandb,ray,test,lint]'
 	rm -rf $(VENV)/lint && mkdir -p $(VENV)/lint/thinwire
 	ln -s $(addprefix $(CURDIR)/,$(PACKAGES)) $(VENV)/lint/thinwire
 	touch $@
 
-demo: setup      ## a coordinator and 4 nodes on this machine, real text, live table (2 minutes)
+demo: $(CORE)    ## a coordinator and 4 nodes on this machine, real text, live table (a minute)
 	$(BIN)/thinwire demo
 
 test: setup      ## every test that this machine can run; says what it skipped and why

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,7 +223,9 @@ def _check_arithmetic(device: str) -> None:
     """
     import torch
 
+    from .doctor.compiling import compiling
     from .doctor.self_test import refuse_wrong_arithmetic
 
     log.info("comparing this machine's arithmetic with known answers")
-    refuse_wrong_arithmetic(torch.device(device))
+    with compiling(log.info) if torch.device(device).type == "cpu" else nullcontext():
+        refuse_wrong_arithmetic(torch.device(device))

@@ -15,6 +15,7 @@ from rich.console import Console
 from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.addresses import HttpAddress
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
+from ..doctor.compiling import compile_kernels
 from ..system.processes import Child, Children
 from ..units import human_bytes
 from .status import StatusClient
@@ -62,6 +63,7 @@ def run_demo(plan: DemoPlan, stopped: Callable[[], bool]) -> dict[str, Any]:
     """Runs the plan and returns what `--json` prints, {} if stopped. Leaves no process and no file."""
     started_s = time.monotonic()
     console = Console(stderr=True)
+    compile_kernels(console.print, stopped)
     with Children() as children:
         base = None
         if plan.strategy == "spsa":
@@ -111,6 +113,7 @@ class DemoSwarm:
 
     def run(self) -> dict[str, Any]:
         """Raises DemoFailed."""
+        self.console.print(f"Starting a coordinator and {self.plan.n_peers} nodes.", highlight=False)
         self._start_coordinator()
         for i in range(self.plan.n_peers):
             self.ranks[f"node-{i}"] = self.plan.ranks[i % len(self.plan.ranks)]

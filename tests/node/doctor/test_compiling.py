@@ -1,0 +1,61 @@
+"""Kernels are compiled once for a machine, and who has to wait for that is told."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba", reason="the numba kernels are an extra")
+
+from thinwire.node.doctor import compiling
+from thinwire.node.doctor.compiling import is_compiled
+
+
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of which nobody has said yet that everything is in it."""
+    path = tmp_path / "mark"
+    monkeypatch.setattr(compiling, "_mark", lambda: path)
+    return path
+
+
+def test_it_is_said_once(mark: Path) -> None:
+    said: list[str] = []
+    assert not is_compiled()
+    with compiling.compiling(said.append):
+        assert said
+    assert is_compiled()
+    with compiling.compiling(said.append):
+        assert len(said) == 1
+    mark.write_text("kernels of another version")
+    assert not is_compiled()
+
+
+@pytest.mark.usefixtures("mark")
+def test_what_failed_is_not_taken_for_compiled() -> None:
+    with pytest.raises(ZeroDivisionError), compiling.compiling(print):
+        raise ZeroDivisionError
+    assert not is_compiled()
+
+
+@pytest.mark.usefixtures("mark")
+def test_processes_of_one_machine_do_not_all_compile() -> None:
+    entered = threading.Event()
+
+    def second() -> None:
+        with compiling.compiling(print):
+            entered.set()
+
+    with compiling.compiling(print):
+        other = threading.Thread(target=second)
+        other.start()
+        assert not entered.wait(0.3)
+    other.join(30)
+    assert entered.is_set()
+
+
+def test_plain_kernels_need_no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THINWIRE_KERNELS", "torch")
+    assert is_compiled()
