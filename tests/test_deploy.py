@@ -19,11 +19,10 @@ from typing import Any
 
 import kubernetes_validate
 import pytest
-import tyro
 import yaml
 
+from tests.support.command_line import parsed
 from tests.support.paths import ROOT
-from thinwire.node.cli import main
 from thinwire.node.cli.swarm_commands import Coordinator
 
 DEPLOY = ROOT / "deploy"
@@ -49,12 +48,6 @@ def said_by(*command: str, text: str | None = None) -> str:
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False, cwd=DEPLOY)
     assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
     return done.stdout + done.stderr
-
-
-def parsed(args: list[str]) -> Any:
-    """The command that `thinwire ARGS` would run. An unknown option is a SystemExit."""
-    as_in_main = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
-    return tyro.cli(main.Command, args=args, config=as_in_main)
 
 
 # ------------------------------------------------------------------------------------------------- the image

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import re
+import shlex
+from contextlib import nullcontext
 
 import pytest
 
+from tests.support.command_line import parsed
 from tests.support.paths import ROOT
 
 DOCS = ("ARCHITECTURE.md", "CONTRIBUTING.md")
 TOP = ("compression", "optim", "coordinator", "node", "tests", "deploy")
+
+
+USERS = ("README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))))
+"""What users read."""
+
+
+def commands(name: str) -> list[list[str]]:
+    """Every `thinwire` and `make` command of a page, in blocks and within lines, as a shell would read it."""
+    text = (ROOT / name).read_text()
+    blocks = re.findall(r"^```(?:sh)?\n(.+?)^```", text, flags=re.M | re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"(?<!`)`((?:\.venv/bin/)?(?:thinwire|make) [^`]+)`", text)
+    read = [shlex.split(line.removeprefix("    "), comments=True) for line in lines if "│" not in line]
+    named = [[words[0].removeprefix(".venv/bin/"), *words[1:]] for words in read if words]
+    return [words for words in named if words[0] in ("thinwire", "make")]
 
 
 def named_paths(text: str) -> set[str]:
@@ -44,6 +62,35 @@ def test_make_targets_that_are_named_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text()))
     assert {"setup", "test", "lint"} <= named <= targets
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len((ROOT / "README.md").read_bytes()) < 8000
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text())
+    assert [
+        link for link in links if "://" not in link and not (ROOT / name).parent.joinpath(link).exists()
+    ] == []
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = re.findall(r"\((docs/\w+\.md)\)", (ROOT / "README.md").read_text())
+    assert {*linked, "docs/package.md", "README.md"} == set(USERS)
+
+
+@pytest.mark.parametrize("name", USERS)
+def test_commands_that_users_read_exist(name: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for program, *args in commands(name):
+        if program == "make":
+            assert args[0] in targets
+            continue
+        says_and_ends = args[-1] in ("--help", "--version")
+        with pytest.raises(SystemExit) if says_and_ends else nullcontext():
+            parsed(args)
 
 
 @pytest.mark.parametrize("name", DOCS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from tests.support.paths import ROOT
 
-NOT_PACKAGES = {"tests", "deploy", "build"}
+NOT_PACKAGES = {"tests", "deploy", "build", "docs", "findings"}
 
 
 MONITORING = ROOT / "deploy/monitoring"
@@ -56,8 +57,9 @@ def test_no_package_shadows_the_standard_library() -> None:
 def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+    (source / "docs").mkdir()
+    for name in ("pyproject.toml", "docs/package.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
     for package in roots():
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(MONITORING, source / "deploy/monitoring")
@@ -83,3 +85,10 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
         if "tests" not in p.relative_to(MONITORING).parts
     }
     assert shipped == {name for name in inside if name.startswith("thinwire/monitoring/")}
+
+
+def test_a_package_index_can_show_the_description() -> None:
+    """There is nothing beside it: a relative link or picture would be broken."""
+    text = (ROOT / "docs/package.md").read_text()
+    assert re.findall(r"\]\((?!https://)", text) == []
+    assert "<img" not in text
