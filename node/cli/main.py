@@ -18,6 +18,7 @@ import tyro
 from ...compression.errors import ThinwireError
 from ..system.logs import log_to_stderr
 from ..system.processes import end_with_parent
+from .local_commands import Config, print_version
 from .swarm_commands import Coordinator, Demo, Join, Ray
 from .tool_commands import Bench, Compare, Doctor, Export, Ledger, Monitor, Replay, Status
 
@@ -33,7 +34,8 @@ Command = Annotated[
     | Annotated[Monitor, tyro.conf.subcommand("monitor")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Ray, tyro.conf.subcommand("ray")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")],
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Config, tyro.conf.subcommand("config")],
     None,
 ]
 
@@ -43,10 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch is loaded, whose threads else spin while they have nothing to do: where a machine does
     # anything besides, a step of a small model took ten times the CPU time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if list(sys.argv[1:] if argv is None else argv) in (["--version"], ["-V"]):
+        print_version()
+        return 0
     command = tyro.cli(
         Command,
         prog="thinwire",
-        description="Train one model on many machines joined by thin, unreliable links.",
+        description="Train one model on many machines joined by thin, unreliable links. --version says which "
+        "thinwire this is.",
         args=argv,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
