@@ -26,10 +26,10 @@ from ..config import RunConfig, is_section
 HEAD = """\
 # Every key of a run file
 
-`thinwire config --reference` prints this page; it is made from the code that checks run files. `thinwire init`
-writes a run file to begin with. What the command line says (`--set section.key=value`) goes before the
-environment (`THINWIRE_SECTION__KEY`), that before the file, and that before the default. A key that is not here
-is refused.
+`thinwire config --reference` prints this page; it is made from the code that checks run files. A file to begin
+with comes from `thinwire init`. What the command line says (`--set section.key=value`) goes before the
+environment (`THINWIRE_SECTION__KEY`), that before the file, and that before the default. A key that is not
+here is refused.
 """
 
 NEEDED = "must be given"
