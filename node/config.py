@@ -194,7 +194,7 @@ def load_config(
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(
-                f"{path}: no such file. Write a run file or copy deploy/runs/pydoc-gpt.toml."
+                f"{path}: no such file. thinwire init writes one; deploy/runs/pydoc-gpt.toml is an example."
             ) from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
             raise ConfigError(f"{path}: cannot be read as TOML: {e}") from e
@@ -210,6 +210,14 @@ def load_config(
 def parse_config(text: str) -> RunConfig:
     """The configuration in a ledger's record 0."""
     return _validated(json.loads(text), "the run's configuration")
+
+
+def config_of_toml(text: str, where: str) -> RunConfig:
+    """Of a run file's text, as it stands there. Raises ConfigError that begins with `where`."""
+    try:
+        return _validated(tomllib.loads(text), where)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{where}: cannot be read as TOML: {e}") from e
 
 
 def _validated(data: dict[str, Any], where: str) -> RunConfig:

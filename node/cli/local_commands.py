@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import Positional, arg
 
 from ...compression.errors import ConfigError
 
@@ -44,3 +46,53 @@ class Config:
             raise ConfigError("write it as thinwire config --reference; thinwire init writes a run file")
         print(reference(), end="")  # noqa: T201 - data goes to stdout
         return 0
+
+
+@dataclass
+class Init:
+    """Write a commented run file to begin with. On a terminal it asks; with --kind it takes the flags.
+
+    bytes: a small GPT from scratch; text: a model of transformers on your own text; lora: adapters beside
+    one; classify: label words, one byte per probe; slow: a small GPT over slow links.
+    """
+
+    file: Annotated[Positional[Path], arg(metavar="RUN.toml")] = Path("run.toml")
+    kind: Literal["bytes", "text", "lora", "classify", "slow"] | None = None
+    """What is to be trained. Default: asks."""
+    name: str | None = None
+    """What people call the run."""
+    corpus: Annotated[str | None, arg(metavar="FILE")] = None
+    """pydoc, stdlib, or text of your own: a file, a folder, JSON lines, a data set of the hub."""
+    model: Annotated[str | None, arg(metavar="DIR")] = None
+    """text, lora, classify: a model's folder, or its name on the hub."""
+    rounds: Annotated[int | None, arg(metavar="N")] = None
+    peers: Annotated[int | None, arg(metavar="N")] = None
+    """The first round waits for so many machines."""
+    prompt: str | None = None
+    """classify: what stands before the label's words, with fields in braces: "{text} It was"."""
+    labels: Annotated[str | None, arg(metavar="VALUE=WORDS,...")] = None
+    """classify: values of the label and their words: "0= terrible,1= great"."""
+    force: Annotated[bool, NoPairs] = False
+    """Write over a file that is there."""
+
+    def run(self) -> int:
+        from ..run_files.drafts import KINDS, asked, filled, init
+
+        names = ("name", "corpus", "model", "rounds", "peers", "prompt", "labels")
+        given = {n: str(v) for n in names if (v := getattr(self, n)) is not None}
+        if self.kind is not None:
+            draft = filled(self.kind, given)
+        elif sys.stdin.isatty():
+            draft = asked(None, given, _ask)
+        else:
+            raise ConfigError(f"nobody to ask: name a --kind, one of {', '.join(KINDS)}")
+        print(init(self.file, draft, force=self.force), file=sys.stderr)  # noqa: T201 - what the user does next
+        return 0
+
+
+def _ask(question: str, default: str) -> str:
+    print(f"{question} [{default}]: ", end="", file=sys.stderr, flush=True)  # noqa: T201 - for a person
+    line = sys.stdin.readline()
+    if not line:
+        raise ConfigError("the answers ended before the questions: nothing was written")
+    return line.strip("\n") or default

@@ -18,12 +18,13 @@ import tyro
 from ...compression.errors import ThinwireError
 from ..system.logs import log_to_stderr
 from ..system.processes import end_with_parent
-from .local_commands import Config, print_version
+from .local_commands import Config, Init, print_version
 from .swarm_commands import Coordinator, Demo, Join, Ray
 from .tool_commands import Bench, Compare, Doctor, Export, Ledger, Monitor, Replay, Status
 
 Command = Annotated[
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Init, tyro.conf.subcommand("init")]
     | Annotated[Coordinator, tyro.conf.subcommand("coordinator")]
     | Annotated[Join, tyro.conf.subcommand("join")]
     | Annotated[Status, tyro.conf.subcommand("status")]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -22,12 +21,13 @@ from ...compression.registry import COMPRESSORS, DEFAULT_COMPRESSOR
 from ...optim.options import REQUIRED, Number, Whole
 from ...optim.registry import STRATEGIES
 from ..config import RunConfig, is_section
+from .toml import toml_value
 
 HEAD = """\
 # Every key of a run file
 
-`thinwire config --reference` prints this page; it is made from the code that checks run files. A file to begin
-with comes from `thinwire init`. What the command line says (`--set section.key=value`) goes before the
+`thinwire config --reference` prints this page; it is made from the code that checks run files. A file to
+begin with comes from `thinwire init`. What the command line says (`--set section.key=value`) goes before the
 environment (`THINWIRE_SECTION__KEY`), that before the file, and that before the default. A key that is not
 here is refused.
 """
@@ -181,18 +181,6 @@ def type_in_words(annotation: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "table"
     return _NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def toml_value(value: Any) -> str:
-    """As it is written in a run file; None, which TOML does not have, is "" (left out)."""
-    if value is None:
-        return ""
-    if isinstance(value, Mapping):
-        inner = ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items())
-        return f"{{ {inner} }}" if inner else "{}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(toml_value(v) for v in value)}]"
-    return json.dumps(value)  # texts, numbers and truths read the same in JSON
 
 
 def _markdown(table: Table) -> str:
