@@ -225,7 +225,7 @@ _DECOUPLED: Final = """\
 [strategy]
 name = "decoupled"     # DeMo: of the momentum only what moves fast is sent
 lr = {lr:<17} # of sign updates: begin at a third of what you give AdamW
-beta = {beta:<15} # slow parts stay in the momentum and are sent later; 0.95 for few rounds, 0.999 for many
+beta = {beta:<15} # slow parts stay in the momentum and are sent later; 0.999 for long runs
 sign = true
 
 [strategy.compressor]
