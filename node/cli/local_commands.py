@@ -96,3 +96,37 @@ def _ask(question: str, default: str) -> str:
     if not line:
         raise ConfigError("the answers ended before the questions: nothing was written")
     return line.strip("\n") or default
+
+
+@dataclass
+class Runs:
+    """List the runs whose state is on this machine: what, where, how far, size on disk, running or not."""
+
+    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER")] = ()
+    """Look here, and below. Default: the user's state directory (~/.local/state/thinwire) and what is in the
+    working directory."""
+    clean: Annotated[bool, NoPairs] = False
+    """Remove the state of those that are over. What is running is never touched."""
+    all: Annotated[bool, NoPairs] = False
+    """With --clean: also of those that could go on. Their weights and keys are gone then."""
+    yes: Annotated[bool, NoPairs] = False
+    """Do not ask before something is removed."""
+    json: Annotated[bool, NoPairs] = False
+    """One JSON list on stdout."""
+
+    def run(self) -> int:
+        from .runs import clean_runs, list_runs
+
+        if self.all and not self.clean:
+            raise ConfigError("--all belongs to --clean")
+        if self.clean and not self.yes and not sys.stdin.isatty():
+            raise ConfigError("--clean: nobody to ask; add --yes")
+        runs = list_runs(self.folders, as_json=self.json)
+        if self.clean:
+            clean_runs(runs, everything=self.all, ask=lambda question: self.yes or _agreed(question))
+        return 0
+
+
+def _agreed(question: str) -> bool:
+    print(f"{question} [y/N]: ", end="", file=sys.stderr, flush=True)  # noqa: T201 - for a person
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
