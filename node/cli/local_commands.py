@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -130,3 +130,21 @@ class Runs:
 def _agreed(question: str) -> bool:
     print(f"{question} [y/N]: ", end="", file=sys.stderr, flush=True)  # noqa: T201 - for a person
     return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+@dataclass
+class Completion:
+    """Print the script that completes thinwire's commands and options in a shell.
+
+    bash: source <(thinwire completion bash) in ~/.bashrc. zsh: as _thinwire in a folder of $fpath. fish: as
+    ~/.config/fish/completions/thinwire.fish.
+    """
+
+    shell: Annotated[Positional[Literal["bash", "zsh", "fish"]], arg(metavar="SHELL")]
+
+    def run_with(self, commands: Any) -> int:
+        """`commands`: the union of all of them."""
+        from .completion import commands_of, completion
+
+        print(completion(self.shell, commands_of(commands)), end="")  # noqa: T201 - data goes to stdout
+        return 0

@@ -18,7 +18,7 @@ import tyro
 from ...compression.errors import ThinwireError
 from ..system.logs import log_to_stderr
 from ..system.processes import end_with_parent
-from .local_commands import Config, Init, Runs, print_version
+from .local_commands import Completion, Config, Init, Runs, print_version
 from .swarm_commands import Coordinator, Demo, Join, Ray
 from .tool_commands import Bench, Compare, Doctor, Export, Ledger, Monitor, Replay, Status
 
@@ -37,7 +37,8 @@ Command = Annotated[
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Ray, tyro.conf.subcommand("ray")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
-    | Annotated[Config, tyro.conf.subcommand("config")],
+    | Annotated[Config, tyro.conf.subcommand("config")]
+    | Annotated[Completion, tyro.conf.subcommand("completion")],
     None,
 ]
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chatty = logging.DEBUG if getattr(command, "verbose", False) else logging.INFO
     log_to_stderr(logging.WARNING if tells_itself else chatty)
     try:
-        code: int = command.run()
+        code: int = command.run_with(Command) if isinstance(command, Completion) else command.run()
     except ThinwireError as e:
         print(f"thinwire: {e}", file=sys.stderr)  # noqa: T201 - the one place where errors are shown
         return e.exit_code

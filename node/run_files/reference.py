@@ -5,12 +5,9 @@ The meaning of a key is the docstring below its field, so that page and code can
 
 from __future__ import annotations
 
-import ast
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -21,6 +18,7 @@ from ...compression.registry import COMPRESSORS, DEFAULT_COMPRESSOR
 from ...optim.options import REQUIRED, Number, Whole
 from ...optim.registry import STRATEGIES
 from ..config import RunConfig, is_section
+from .docstrings import meanings
 from .toml import toml_value
 
 HEAD = """\
@@ -76,26 +74,6 @@ def section_of(annotation: Any) -> type[BaseModel]:
     """The class of a table, be it optional."""
     found: list[type[BaseModel]] = [a for a in (annotation, *get_args(annotation)) if is_section(a)]
     return found[0]
-
-
-@cache
-def meanings(kind: type) -> Mapping[str, str]:
-    """Field -> the docstring below it, in one line; of the class and of those that it inherits from."""
-    found: dict[str, str] = {}
-    for owner in reversed(kind.__mro__[:-1]):
-        if owner.__module__.partition(".")[0] != "thinwire":
-            continue
-        (body,) = (n.body for n in ast.parse(inspect.getsource(owner)).body if isinstance(n, ast.ClassDef))
-        for before, after in pairwise(body):
-            if isinstance(before, ast.AnnAssign) and isinstance(before.target, ast.Name):
-                found |= {before.target.id: text} if (text := _text(after)) else {}
-    return found
-
-
-def _text(node: ast.stmt) -> str:
-    value = node.value if isinstance(node, ast.Expr) else None
-    is_text = isinstance(value, ast.Constant) and isinstance(value.value, str)
-    return " ".join(str(value.value).split()) if is_text else ""  # type: ignore[union-attr]
 
 
 def _section(title: str, kind: type[BaseModel]) -> Iterator[Table]:
