@@ -136,8 +136,9 @@ class Policy(Section):
 class Schedule(Section):
     """The learning-rate factor of each round."""
 
-    name: Literal["constant", "linear"] = "linear"
-    """`constant`: 1 after the warm-up; `linear`: the line down to `final_factor`."""
+    name: Literal["constant", "linear", "cosine"] = "linear"
+    """`constant`: 1 after the warm-up; `linear`: the line down to `final_factor`; `cosine`: half a
+    cosine down to it."""
     warmup_rounds: Annotated[int, Field(ge=0)] = 10
     """Rounds in which the factor rises to 1, in a line."""
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
