@@ -29,6 +29,7 @@ class Run(Section):
     """The run as a whole."""
 
     name: Annotated[str, Field(min_length=1, max_length=100)] = "run"
+    """What people call the run; folders are named after it."""
     rounds: Annotated[int, Field(ge=1, le=2**31)] = 200
     """The run ends after this many rounds."""
     min_peers: Annotated[int, Field(ge=1, le=1024)] = 2
@@ -74,6 +75,7 @@ class Task(Section):
     names it with --task). Options belong to the task that they stand under; another one refuses them."""
 
     name: Literal["text", "hf", "custom"] = "text"
+    """`text`: next bytes, by a small GPT; `hf`: a model of transformers; `custom`: a task of your own."""
     corpus: str = "pydoc"
     """`pydoc`: the language reference that ships with Python; `stdlib`: the source of Python's standard
     library; else a file or a folder of text files. A node may bring its own with --data. `hf` takes JSONL
@@ -87,8 +89,11 @@ class Task(Section):
     held_out_bytes: Annotated[int, Field(ge=1024, le=2**24)] = 32768
     """Bytes taken off the corpus's end for evaluation; every node evaluates on the same ones."""
     layers: Annotated[int, Field(ge=1, le=200)] = 3
+    """`text`: blocks of the GPT."""
     width: Annotated[int, Field(ge=8, le=16384)] = 128
+    """`text`: width of the GPT, a multiple of heads."""
     heads: Annotated[int, Field(ge=1, le=256)] = 4
+    """`text`: heads of attention."""
 
     # hf
     model: str | None = None
@@ -112,6 +117,7 @@ class Task(Section):
     labels: dict[str, str] = {}
     """Value of `label_field` -> its words: { 0 = " terrible", 1 = " great" }."""
     label_field: Annotated[str, Field(min_length=1)] = "label"
+    """The field that holds an example's label."""
     loss: Literal["words", "candidates"] = "words"
     """Cross entropy of the right label's words, or of the right label among all of them (a forward pass for
     each)."""
@@ -130,9 +136,13 @@ class Policy(Section):
 class Schedule(Section):
     """The learning-rate factor of each round."""
 
-    name: Literal["constant", "linear"] = "linear"
+    name: Literal["constant", "linear", "cosine"] = "linear"
+    """`constant`: 1 after the warm-up; `linear`: the line down to `final_factor`; `cosine`: half a
+    cosine down to it."""
     warmup_rounds: Annotated[int, Field(ge=0)] = 10
+    """Rounds in which the factor rises to 1, in a line."""
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The factor of the last round; `constant` has no use for it."""
 
 
 class Work(Section):
@@ -147,14 +157,18 @@ class LimitsSection(Section):
     """What one offer may carry."""
 
     max_peers: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Peers that are in the swarm at once."""
     max_payload_bytes: Annotated[int, Field(ge=64, le=2**32)] = 64 * 2**20
+    """Of one offer's payload."""
     max_samples: Annotated[int, Field(ge=1, le=2**20)] = 2**16
+    """Of one offer's local work."""
 
 
 class Network(Section):
     """How often nodes say that they live."""
 
     heartbeat_s: Annotated[float, Field(gt=0, le=60)] = 2.0
+    """Seconds between signs of life; after five of them without one, ten seconds at least, a peer is gone."""
 
 
 class RunConfig(Section):
@@ -181,7 +195,7 @@ def load_config(
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ConfigError(
-                f"{path}: no such file. Write a run file or copy deploy/runs/pydoc-gpt.toml."
+                f"{path}: no such file. thinwire init writes one; deploy/runs/pydoc-gpt.toml is an example."
             ) from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
             raise ConfigError(f"{path}: cannot be read as TOML: {e}") from e
@@ -199,6 +213,14 @@ def parse_config(text: str) -> RunConfig:
     return _validated(json.loads(text), "the run's configuration")
 
 
+def config_of_toml(text: str, where: str) -> RunConfig:
+    """Of a run file's text, as it stands there. Raises ConfigError that begins with `where`."""
+    try:
+        return _validated(tomllib.loads(text), where)
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{where}: cannot be read as TOML: {e}") from e
+
+
 def _validated(data: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
@@ -214,14 +236,14 @@ def _explain(error: Any) -> str:
     model: type[BaseModel] = RunConfig
     for part in location[:-1]:
         annotation = model.model_fields[part].annotation
-        sections = [a for a in (annotation, *get_args(annotation)) if _is_section(a)]
+        sections = [a for a in (annotation, *get_args(annotation)) if is_section(a)]
         model = sections[0] if sections else model
     nearest = difflib.get_close_matches(location[-1], model.model_fields, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sorted(model.model_fields))}"
     return f"unknown key {key!r}; {hint}"
 
 
-def _is_section(annotation: Any) -> bool:
+def is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 

@@ -48,6 +48,7 @@ class DecoupledOptions(Options):
     """In a run's file a table: {name = "dct_topk", k = 32}."""
 
     lr: Annotated[float, Number(at_least=0)] = 3e-3
+    """Learning rate; with sign, how far every element moves in a round."""
     beta: Annotated[float, Number(at_least=0, below=1)] = 0.999
     """What is left of the momentum after a step."""
 
@@ -55,7 +56,9 @@ class DecoupledOptions(Options):
     """The share of what is sent that leaves the momentum."""
 
     sign: bool = True
+    """Update by the sign of the mean, else by the mean itself."""
     weight_decay: Annotated[float, Number(at_least=0)] = 0.0
+    """Of matrices and what has more dimensions, decoupled, times the learning rate."""
     accumulate: Annotated[int, Whole(1, 2**16)] = 1
     """Micro-batches per step of the momentum; `step()` without a closure has the gradients of as many as its
     loop gathered."""
@@ -67,6 +70,7 @@ class DecoupledOptions(Options):
     """Without sign, no offer counts for more than this many times the median L1 norm of the round."""
 
     base: Literal["sgd", "adamw"] = "sgd"
+    """What the update is made by: the mean itself, or an AdamW whose moments are replicated."""
     mean: Literal["all", "senders"] = "all"
     """Over all counted offers, or per coefficient over the senders of it, only with sign."""
 
@@ -77,8 +81,11 @@ class DecoupledOptions(Options):
     """Steps of the momentum in a round."""
 
     adam_beta1: Annotated[float, Number(at_least=0, below=1)] = 0.9
+    """Of `adamw`: what is left of the first moment."""
     adam_beta2: Annotated[float, Number(at_least=0, below=1)] = 0.999
+    """Of `adamw`: what is left of the second moment."""
     adam_eps: Annotated[float, Number(above=0)] = 1e-8
+    """Of `adamw`: added to the root of the second moment."""
 
     @classmethod
     def check(cls, entries: Mapping[str, Any]) -> None:

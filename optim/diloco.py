@@ -68,7 +68,7 @@ class DilocoOptions(Options):
     """The inner optimizer's."""
 
     inner: Mapping[str, Any] = field(default_factory=lambda: dict(INNER))
-    """See parts/inner.py."""
+    """One of torch's optimizers and its options, but for lr and weight_decay, which stand above."""
 
     inner_steps: Annotated[int, Whole(1, 2**16)] = 30
     """H, of one micro-batch each, in a round."""
@@ -81,11 +81,17 @@ class DilocoOptions(Options):
     """L2 norm of an inner step's gradient; 0: no limit."""
 
     outer_lr: Annotated[float, Number(at_least=0)] = 0.7
+    """Of the update by the mean of what peers changed."""
     outer_momentum: Annotated[float, Number(at_least=0, below=1)] = 0.9
+    """What is left of the outer momentum after a round; 0: none is kept."""
     nesterov: bool = True
+    """Nesterov's momentum, else the plain one."""
     error_feedback: bool = True
+    """What was not sent waits for the next round, else it is lost."""
     feedback_decay: Annotated[float, Number(at_least=0, at_most=1)] = 1.0
+    """What is left after a round of what waits."""
     fragments: Annotated[int, Whole(1, 2**10)] = 1
+    """Parts of the model that take turns in being sent (Streaming DiLoCo)."""
     mix: Annotated[float, Number(at_least=0, below=1)] = 0.0
     """The share of the inner parameters in what a fragment goes on from."""
 

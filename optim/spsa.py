@@ -52,6 +52,7 @@ class SpsaOptions(Options):
     """Of a run's `[strategy]`, and keyword arguments of `Spsa`."""
 
     lr: Annotated[float, Number(at_least=0)]
+    """Learning rate: 1e-6 for a large pretrained model, 3e-3 for a small one."""
     eps: Annotated[float, Number(above=0)] = 1e-3
     """How far a probe goes along z, to either side."""
 
@@ -62,10 +63,12 @@ class SpsaOptions(Options):
     """That a payload may carry."""
 
     weight_decay: Annotated[float, Number(at_least=0)] = 0.0
+    """Of matrices and what has more dimensions, decoupled, times the learning rate."""
     clip: Annotated[float, Number(at_least=1)] = 10.0
     """No |g| counts for more than this many times the median |g| of the round."""
 
     noise: NoiseKind = "sign"
+    """What z is made of: +1 and -1, or normal numbers."""
     scale: Literal["mean", "sqrt"] = "mean"
     """What the sum over n probes is divided by: n, or the root of n as in the paper."""
 

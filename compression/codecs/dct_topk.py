@@ -31,6 +31,7 @@ class DctTopK(Sparse):
     """k of the cosine coefficients of every `group_size` elements. `layout`: "flat" or "tiles"."""
 
     layout: Literal["flat", "tiles"] = "flat"
+    """Chunks of the flattened parameter, or square tiles of it as a matrix, as in DeMo's program."""
 
     transforms = True
 

@@ -30,8 +30,11 @@ class Dense(Compressor):
     """
 
     bits: DenseBits = 32
+    """Of an element: 32 is float32 as it is."""
     group_size: int = 1024
+    """Elements that share a scale."""
     zstd: bool = False
+    """Compress the bytes once more; needs pip install 'thinwire[zstd]'."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, in words for the user."""

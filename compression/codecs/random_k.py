@@ -26,6 +26,7 @@ class RandomK(Selection):
     }
 
     seed: int = 0
+    """Unsigned 64-bit, of the permutations."""
 
     def __post_init__(self) -> None:
         Selection.__post_init__(self)

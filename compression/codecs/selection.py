@@ -36,8 +36,11 @@ class Selection(Compressor):
     """A share `rate` of all elements; see the module's docstring. Values are below 2^67."""
 
     rate: float = 1 / 32
+    """The share that is sent in a round, from 2^-20 to 1."""
     bits: DenseBits = 8
+    """Of an element: 32 is float32 as it is."""
     group_size: int = 1024
+    """Elements that share a scale."""
 
     is_contiguous: ClassVar[bool] = False
     """Whether the values of a round are neighbours, but for the end and the beginning of a parameter."""

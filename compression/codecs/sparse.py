@@ -72,9 +72,13 @@ class Sparse(Compressor):
     """
 
     k: int = 32
+    """Coefficients sent of every group, from 1 to group_size."""
     group_size: int = 4096
+    """Elements of a group."""
     bits: Bits = 1
+    """Of a coefficient: 1 is its sign."""
     indices: IndexFormat = "packed"
+    """How positions are written: all of one length, or shorter by about a third (rice)."""
 
     transforms: ClassVar[bool] = False
     """Whether what is sent are cosine coefficients; else the elements themselves."""

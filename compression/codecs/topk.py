@@ -19,6 +19,7 @@ class TopK(Sparse):
     """k of every `group_size` elements. `indices`: "rice" (about 8.5 bits at 32 of 4096) or "packed" (12)."""
 
     indices: IndexFormat = "rice"
+    """How positions are written: all of one length, or shorter by about a third (rice)."""
 
     def forward(self, groups_GC: Tensor, shape: tuple[int, ...]) -> Tensor:
         return groups_GC

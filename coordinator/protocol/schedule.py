@@ -1,10 +1,24 @@
-"""The learning-rate factor of each round: host arithmetic with + - * / only, rounded once to float32."""
+"""The learning-rate factor of each round: host arithmetic with + - * / only, rounded once to float32.
+
+The cosine is computed in integers: a libm's differs from another's in the last bit, and with it the record.
+"""
 
 from __future__ import annotations
 
 import struct
+from fractions import Fraction
+from typing import Final
 
 from .settings import ScheduleSection
+
+_BITS: Final = 160
+"""Behind the point of the fixed-point numbers that the cosine's series is summed in."""
+
+_KEPT_BITS: Final = 100
+"""Behind the point of the cosine: the series is wrong by less than 2^-150, which the rounding takes away."""
+
+_PI: Final = 0x3243F6A8885A308D313198A2E03707344A4093822
+"""pi 2^160, rounded down."""
 
 
 def float32_bits(x: float) -> int:
@@ -22,15 +36,39 @@ def float32_of_bits(bits: int) -> float:
 def lr_factor(schedule: ScheduleSection, round_: int, n_rounds: int) -> float:
     """Factor of round `round_` (from 1): r/warmup in the warm-up, then 1 or the line down to `final_factor`.
 
-    `linear` is 1 in the last round of the warm-up and `final_factor` in the last round of the run.
+    `linear` and `cosine` are 1 in the last round of the warm-up and `final_factor` in the last round of the
+    run; between them the cosine falls as (1 + cos(pi share)) / 2.
     """
     warmup = schedule.warmup_rounds
     if round_ < warmup:
         return round_ / warmup
     if schedule.name == "constant" or n_rounds <= warmup:
         return 1.0
-    share = (min(round_, n_rounds) - warmup) / (n_rounds - warmup)
-    return 1.0 - (1.0 - schedule.final_factor) * share
+    done, whole = min(round_, n_rounds) - warmup, n_rounds - warmup
+    if schedule.name == "cosine":
+        final = Fraction(schedule.final_factor)
+        return float(final + (1 - final) * (1 + cos_pi(Fraction(done, whole))) / 2)
+    return 1.0 - (1.0 - schedule.final_factor) * (done / whole)
+
+
+def cos_pi(share: Fraction) -> Fraction:
+    """cos(pi share) to 100 bits behind the point, the same on every machine. `share`: in [0, 1].
+
+    Taylor's series in integers: 1 - x^2 / 2! + x^4 / 4! - ..., with x = pi share up to pi / 2; beyond that
+    cos(pi share) = -cos(pi (1 - share)).
+    """
+    if share > Fraction(1, 2):
+        return -cos_pi(1 - share)
+    x = _PI * share.numerator // share.denominator
+    squared = x * x >> _BITS
+    term = total = 1 << _BITS
+    n = 0
+    while term:
+        n += 2
+        term = (term * squared >> _BITS) // (n * (n - 1))
+        total += term if n % 4 == 0 else -term
+    rounded = (total + (1 << (_BITS - _KEPT_BITS - 1))) >> (_BITS - _KEPT_BITS)
+    return Fraction(rounded, 1 << _KEPT_BITS)
 
 
 def lr_factor_bits(schedule: ScheduleSection, round_: int, n_rounds: int) -> int:

@@ -18,22 +18,27 @@ import tyro
 from ...compression.errors import ThinwireError
 from ..system.logs import log_to_stderr
 from ..system.processes import end_with_parent
+from .local_commands import Completion, Config, Init, Runs, print_version
 from .swarm_commands import Coordinator, Demo, Join, Ray
 from .tool_commands import Bench, Compare, Doctor, Export, Ledger, Monitor, Replay, Status
 
 Command = Annotated[
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Init, tyro.conf.subcommand("init")]
     | Annotated[Coordinator, tyro.conf.subcommand("coordinator")]
     | Annotated[Join, tyro.conf.subcommand("join")]
     | Annotated[Status, tyro.conf.subcommand("status")]
     | Annotated[Ledger, tyro.conf.subcommand("ledger")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Monitor, tyro.conf.subcommand("monitor")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Ray, tyro.conf.subcommand("ray")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")],
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+    | Annotated[Config, tyro.conf.subcommand("config")]
+    | Annotated[Completion, tyro.conf.subcommand("completion")],
     None,
 ]
 
@@ -43,10 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch is loaded, whose threads else spin while they have nothing to do: where a machine does
     # anything besides, a step of a small model took ten times the CPU time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if list(sys.argv[1:] if argv is None else argv) in (["--version"], ["-V"]):
+        print_version()
+        return 0
     command = tyro.cli(
         Command,
         prog="thinwire",
-        description="Train one model on many machines joined by thin, unreliable links.",
+        description="Train one model on many machines joined by thin, unreliable links. --version says which "
+        "thinwire this is.",
         args=argv,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
@@ -55,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chatty = logging.DEBUG if getattr(command, "verbose", False) else logging.INFO
     log_to_stderr(logging.WARNING if tells_itself else chatty)
     try:
-        code: int = command.run()
+        code: int = command.run_with(Command) if isinstance(command, Completion) else command.run()
     except ThinwireError as e:
         print(f"thinwire: {e}", file=sys.stderr)  # noqa: T201 - the one place where errors are shown
         return e.exit_code

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from decimal import Decimal, getcontext, localcontext
+from fractions import Fraction
+from itertools import pairwise
+from math import cos, pi
+
 import numpy as np
 import pytest
 
-from thinwire.coordinator.protocol.schedule import float32_bits, float32_of_bits, lr_factor, lr_factor_bits
+from thinwire.coordinator.protocol.schedule import (
+    _BITS,
+    _PI,
+    cos_pi,
+    float32_bits,
+    float32_of_bits,
+    lr_factor,
+    lr_factor_bits,
+)
 from thinwire.coordinator.protocol.settings import ScheduleSection
 
 
@@ -53,3 +67,57 @@ def test_lr_factor_bits_round_once() -> None:
     for round_ in range(1, 101):
         expected = np.float32(lr_factor(linear, round_, 100))
         assert lr_factor_bits(linear, round_, 100) == int(expected.view(np.uint32))
+
+
+def test_cosine_is_half_a_wave_between_warm_up_and_end() -> None:
+    cosine = section("cosine", 4, 0.1)
+    factors = [lr_factor(cosine, r, 24) for r in range(1, 27)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[13] == 0.1 + 0.9 / 2, "in the middle, exactly"
+    assert factors[23:] == [0.1, 0.1, 0.1]
+    assert all(a > b for a, b in pairwise(factors[3:24]))
+    for r in range(4, 25):
+        assert factors[r - 1] == pytest.approx(0.1 + 0.45 * (1 + cos(pi * (r - 4) / 20)), rel=1e-14)
+    assert lr_factor(section("cosine", 0, 0.0), 7, 7) == 0.0, "nothing is left of the last step"
+    assert lr_factor(section("cosine", 0, 1.0), 3, 7) == 1.0
+    assert lr_factor(section("cosine", 3, 0.5), 3, 3) == 1.0
+
+
+def test_the_cosine_is_right_to_a_hundred_bits() -> None:
+    """Against a series in decimals of 60 digits; and the constant."""
+    with localcontext() as context:
+        context.prec = 60
+        pi_60 = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
+        assert abs(Decimal(_PI) / 2**_BITS - pi_60) < Decimal(2) ** -_BITS
+        for numerator, denominator in (
+            (0, 1),
+            (1, 7),
+            (1, 3),
+            (1, 2),
+            (2, 3),
+            (999, 1000),
+            (1, 2**31),
+            (1, 1),
+        ):
+            x = pi_60 * numerator / denominator
+            term = total = Decimal(1)
+            for n in range(2, 120, 2):
+                term *= -x * x / (n * (n - 1))
+                total += term
+            found = cos_pi(Fraction(numerator, denominator))
+            error = Decimal(found.numerator) / Decimal(found.denominator) - total
+            assert abs(error) <= Decimal(2) ** -101 + Decimal(10) ** -55
+    assert cos_pi(Fraction(1, 3)) == Fraction(1, 2)
+    assert getcontext().prec < 60
+
+
+def test_the_cosine_of_records_stays(golden: Callable[[dict[str, str]], None]) -> None:
+    """Bits that records of the ledger carry: of whole runs, short and long, with and without warm-up."""
+    runs = [(0, 0.0, 9), (3, 0.1, 17), (10, 0.05, 200), (1000, 0.1, 100_000), (0, 0.1, 2**31)]
+    found = {}
+    for warmup, final, rounds in runs:
+        cosine = section("cosine", warmup, final)
+        chosen = sorted({1 + (rounds - 1) * i // 40 for i in range(41)})
+        bits = b"".join(lr_factor_bits(cosine, r, rounds).to_bytes(4, "little") for r in chosen)
+        found[f"cosine, warm-up {warmup}, to {final}, {rounds} rounds"] = bits.hex()
+    golden(found)

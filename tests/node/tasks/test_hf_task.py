@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.local_nodes import KEY, Meddled, in_background, newest_attested, run_all, wait_for
+from tests.support.tiny_model import save_tiny_llama
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.ledger_file import write_ledger
@@ -49,40 +50,8 @@ PROMPT = {"prompt": "{text} It was", "labels": {"0": " terrible", "1": " great"}
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of random weights in bfloat16, embeddings tied, with a tokenizer, as transformers saves it."""
-    from pydoc_data.topics import topics
-
-    from tokenizers import Tokenizer as Rules
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("hub") / "tiny-llama"
-    rules = Rules(models.BPE())
-    rules.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rules.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    rules.train_from_iterator([topics["assignment"], " terrible great"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, bos_token="<s>", eos_token="</s>")
-    tokenizer.save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=400,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-                tie_word_embeddings=True,
-                bos_token_id=0,
-                eos_token_id=1,
-            )
-        )
-        model.to(torch.bfloat16).save_pretrained(folder)
+    save_tiny_llama(folder)
     return folder
 
 

@@ -1,0 +1,150 @@
+"""The commands around a run, which need no swarm. What they do is loaded when they run."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+from ...compression.errors import ConfigError
+
+NoPairs = tyro.conf.FlagCreatePairsOff
+
+
+def print_version() -> None:
+    """The release, what it understands, and the machine's parts that matter."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from ...coordinator.protocol.messages import PROTOCOL_VERSION
+
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "absent"
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    parts = f"protocol {PROTOCOL_VERSION}, Python {python}, torch {of('torch')}"
+    print(f"thinwire {of('thinwire')} ({parts})")  # noqa: T201 - data goes to stdout
+
+
+@dataclass
+class Config:
+    """What a run file may say."""
+
+    reference: Annotated[bool, NoPairs] = False
+    """Every key with its type, default, range and meaning, as a page in Markdown."""
+
+    def run(self) -> int:
+        from ..run_files.reference import reference
+
+        if not self.reference:
+            raise ConfigError("write it as thinwire config --reference; thinwire init writes a run file")
+        print(reference(), end="")  # noqa: T201 - data goes to stdout
+        return 0
+
+
+@dataclass
+class Init:
+    """Write a commented run file to begin with. On a terminal it asks; with --kind it takes the flags.
+
+    bytes: a small GPT from scratch; text: a model of transformers on your own text; lora: adapters beside
+    one; classify: label words, one byte per probe; slow: a small GPT over slow links.
+    """
+
+    file: Annotated[Positional[Path], arg(metavar="RUN.toml")] = Path("run.toml")
+    kind: Literal["bytes", "text", "lora", "classify", "slow"] | None = None
+    """What is to be trained. Default: asks."""
+    name: str | None = None
+    """What people call the run."""
+    corpus: Annotated[str | None, arg(metavar="FILE")] = None
+    """pydoc, stdlib, or text of your own: a file, a folder, JSON lines, a data set of the hub."""
+    model: Annotated[str | None, arg(metavar="DIR")] = None
+    """text, lora, classify: a model's folder, or its name on the hub."""
+    rounds: Annotated[int | None, arg(metavar="N")] = None
+    peers: Annotated[int | None, arg(metavar="N")] = None
+    """The first round waits for so many machines."""
+    prompt: str | None = None
+    """classify: what stands before the label's words, with fields in braces: "{text} It was"."""
+    labels: Annotated[str | None, arg(metavar="VALUE=WORDS,...")] = None
+    """classify: values of the label and their words: "0= terrible,1= great"."""
+    force: Annotated[bool, NoPairs] = False
+    """Write over a file that is there."""
+
+    def run(self) -> int:
+        from ..run_files.drafts import KINDS, asked, filled, init
+
+        names = ("name", "corpus", "model", "rounds", "peers", "prompt", "labels")
+        given = {n: str(v) for n in names if (v := getattr(self, n)) is not None}
+        if self.kind is not None:
+            draft = filled(self.kind, given)
+        elif sys.stdin.isatty():
+            draft = asked(None, given, _ask)
+        else:
+            raise ConfigError(f"nobody to ask: name a --kind, one of {', '.join(KINDS)}")
+        print(init(self.file, draft, force=self.force), file=sys.stderr)  # noqa: T201 - what the user does next
+        return 0
+
+
+def _ask(question: str, default: str) -> str:
+    print(f"{question} [{default}]: ", end="", file=sys.stderr, flush=True)  # noqa: T201 - for a person
+    line = sys.stdin.readline()
+    if not line:
+        raise ConfigError("the answers ended before the questions: nothing was written")
+    return line.strip("\n") or default
+
+
+@dataclass
+class Runs:
+    """List the runs whose state is on this machine: what, where, how far, size on disk, running or not."""
+
+    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER")] = ()
+    """Look here, and below. Default: the user's state directory (~/.local/state/thinwire) and what is in the
+    working directory."""
+    clean: Annotated[bool, NoPairs] = False
+    """Remove the state of those that are over. What is running is never touched."""
+    all: Annotated[bool, NoPairs] = False
+    """With --clean: also of those that could go on. Their weights and keys are gone then."""
+    yes: Annotated[bool, NoPairs] = False
+    """Do not ask before something is removed."""
+    json: Annotated[bool, NoPairs] = False
+    """One JSON list on stdout."""
+
+    def run(self) -> int:
+        from .runs import clean_runs, list_runs
+
+        if self.all and not self.clean:
+            raise ConfigError("--all belongs to --clean")
+        if self.clean and not self.yes and not sys.stdin.isatty():
+            raise ConfigError("--clean: nobody to ask; add --yes")
+        runs = list_runs(self.folders, as_json=self.json)
+        if self.clean:
+            clean_runs(runs, everything=self.all, ask=lambda question: self.yes or _agreed(question))
+        return 0
+
+
+def _agreed(question: str) -> bool:
+    print(f"{question} [y/N]: ", end="", file=sys.stderr, flush=True)  # noqa: T201 - for a person
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+@dataclass
+class Completion:
+    """Print the script that completes thinwire's commands and options in a shell.
+
+    bash: source <(thinwire completion bash) in ~/.bashrc. zsh: as _thinwire in a folder of $fpath. fish: as
+    ~/.config/fish/completions/thinwire.fish.
+    """
+
+    shell: Annotated[Positional[Literal["bash", "zsh", "fish"]], arg(metavar="SHELL")]
+
+    def run_with(self, commands: Any) -> int:
+        """`commands`: the union of all of them."""
+        from .completion import commands_of, completion
+
+        print(completion(self.shell, commands_of(commands)), end="")  # noqa: T201 - data goes to stdout
+        return 0

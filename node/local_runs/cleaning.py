@@ -1,0 +1,67 @@
+"""Removing the state of runs from this machine, never that of a running one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from ...compression.errors import ConfigError
+from ...coordinator.protocol.files import FolderLock
+from ...coordinator.protocol.ledger_copy import COPY_NAME
+from .finding import LocalRun
+
+log = logging.getLogger("thinwire.cli")
+
+_OF_COORDINATOR: Final = frozenset(
+    {"blobs", "key", "token", "port", "banned", "history.json", "result.json", "lock"}
+    | {f"{COPY_NAME}{suffix}" for suffix in ("", "-wal", "-shm")}
+)
+"""What a coordinator keeps in its folder, which may have been somebody's before."""
+
+
+def clean(runs: Sequence[LocalRun]) -> list[LocalRun]:
+    """Removes the state of these runs, but of those whose folder is in use, and returns what was removed.
+
+    A node's identity stays: it is the same peer in the next run.
+    """
+    return [run for run in runs if _removed(run)]
+
+
+def _removed(run: LocalRun) -> bool:
+    try:
+        lock = FolderLock(run.locked, run.kind)
+    except ConfigError as e:  # somebody has started it meanwhile
+        log.warning("%s stays: %s", run.folder, e)
+        return False
+    try:
+        # First what makes it a run: a crash after that leaves files without a use.
+        (run.folder / COPY_NAME).unlink()
+        if run.kind == "node":
+            shutil.rmtree(run.folder)
+        else:
+            _empty(run.folder)
+    except OSError as e:
+        log.warning("%s cannot be removed: %s", run.folder, e.strerror)
+        return False
+    finally:
+        lock.close()
+    return True
+
+
+def _empty(folder: Path) -> None:
+    """Raises OSError."""
+    for name in _OF_COORDINATOR:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if left := sorted(p.name for p in folder.iterdir()):
+        log.warning("%s has other files, which stay: %s", folder, ", ".join(left[:5]))
+        return
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -1,0 +1,194 @@
+"""Runs whose state is on this machine: found by their ledgers, read without changing anything."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+from urllib.parse import quote
+
+from ...coordinator.protocol.ledger_copy import COPY_NAME
+from ...coordinator.protocol.messages import BadMessage, GenesisBody, decode_record, digest_of
+from ..system.folder import default_folder
+
+MAX_DEPTH: Final = 3
+"""Folders below a given one in which states are looked for."""
+
+MAX_RECORD_BYTES: Final = 64 * 2**20
+
+_RUN_FOLDER: Final = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRun:
+    """A run's state in `folder`, which belongs to whoever locks `locked`. `run_id`: 16 hex digits; `name`,
+    `rounds` and `about` (strategy and task): None where record 0 is not there; `held_out`: round and loss of
+    the newest evaluation; `changed_s`: Unix time; `error`: why it cannot be read, or None."""
+
+    kind: Literal["coordinator", "node"]
+    folder: Path
+    locked: Path
+    is_running: bool
+    n_bytes: int
+    changed_s: float
+    run_id: str
+    round: int = 0
+    name: str | None = None
+    rounds: int | None = None
+    about: str | None = None
+    held_out: tuple[int, float] | None = None
+    snapshot: int | None = None
+    error: str | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """After its last round."""
+        return self.rounds is not None and self.round >= self.rounds
+
+
+def places(given: Sequence[Path], environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Where to look: the given folders, else the user's state directory, and what coordinators and Ray runs
+    have left in the working directory."""
+    if given:
+        return list(given)
+    here = [p for pattern in ("*-coordinator", "*-ray") for p in sorted(Path().glob(pattern))]
+    return [default_folder(environ), *here]
+
+
+def local_runs(folders: Sequence[Path]) -> list[LocalRun]:
+    """All runs in these folders, the newest first. What cannot be read is listed with its error."""
+    seen: dict[Path, LocalRun] = {}
+    for folder in folders:
+        for path in _ledgers(folder, MAX_DEPTH):
+            seen.setdefault(path.resolve(), _read(path))
+    found = sorted(seen.values(), key=lambda run: -run.changed_s)
+    return _named(_one_running(found))
+
+
+def _ledgers(folder: Path, depth: int) -> Iterator[Path]:
+    """Of this folder and of those below it; links are not followed."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError:
+        return
+    for entry in entries:
+        if entry.name == COPY_NAME and entry.is_file(follow_symlinks=False):
+            yield Path(entry.path)
+        elif depth > 0 and entry.is_dir(follow_symlinks=False) and entry.name not in ("blobs", "snapshots"):
+            yield from _ledgers(Path(entry.path), depth - 1)
+
+
+def _read(path: Path) -> LocalRun:
+    folder = path.parent
+    is_coordinator = not _RUN_FOLDER.fullmatch(folder.name)
+    locked = folder if is_coordinator else folder.parent
+    is_running = is_locked(locked / "lock")
+    try:
+        facts = _facts(path, is_coordinator, is_running)
+    except (sqlite3.Error, OSError, BadMessage, ValueError, KeyError, TypeError) as e:
+        facts = {"error": _printable(str(e)), "run_id": "" if is_coordinator else folder.name}
+    return LocalRun(
+        kind="coordinator" if is_coordinator else "node",
+        folder=folder,
+        locked=locked,
+        is_running=is_running,
+        n_bytes=size_on_disk(folder),
+        changed_s=max(p.stat().st_mtime for p in folder.glob(f"{COPY_NAME}*")),
+        snapshot=_newest_snapshot(folder / "snapshots"),
+        **facts,
+    )
+
+
+def _facts(path: Path, is_coordinator: bool, is_running: bool) -> dict[str, Any]:
+    """What the ledger says, without verifying it."""
+    # A file that nobody writes is read as it is: without that SQLite leaves files of its own beside it.
+    is_still = not is_running and not path.with_name(f"{path.name}-wal").exists()
+    uri = f"file:{quote(str(path.absolute()))}?mode=ro{'&immutable=1' if is_still else ''}"
+    with closing(sqlite3.connect(uri, uri=True, timeout=2)) as db:
+        (head,) = db.execute("SELECT coalesce(max(round), 0) FROM record").fetchone()
+        if not is_coordinator:
+            (run_id,) = db.execute("SELECT run_id FROM run").fetchone()
+            return {"round": int(head), "run_id": bytes(run_id).hex()[:16]}
+        (record,) = db.execute(
+            "SELECT record FROM record WHERE round = 0 AND length(record) <= ?", (MAX_RECORD_BYTES,)
+        ).fetchone() or (b"",)
+        evaluated = db.execute("SELECT round, loss FROM held_out ORDER BY round DESC LIMIT 1").fetchone()
+    held_out = None if evaluated is None else (int(evaluated[0]), float(evaluated[1]))
+    return {"round": int(head), "held_out": held_out, **_genesis(record)}
+
+
+def _genesis(record: bytes) -> dict[str, Any]:
+    """Raises BadMessage, and what a config of another kind raises."""
+    config = json.loads(decode_record(GenesisBody, record).config)
+    return {
+        "run_id": digest_of(record).hex()[:16],
+        "name": _printable(config["run"]["name"]),
+        "rounds": int(config["run"]["rounds"]),
+        "about": _printable(f"{config['strategy']['name']} on {config['task']['name']}"),
+    }
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the folder's lock. The lock is not taken for longer than a look."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the blocks of all files; what goes away meanwhile does not count."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(where, name)).st_blocks * 512
+            except OSError:
+                continue
+    return total
+
+
+def _newest_snapshot(folder: Path) -> int | None:
+    rounds = [int(p.name[:10]) for p in folder.glob("*") if re.fullmatch(r"\d{10}-[0-9a-f]{64}", p.name)]
+    return max(rounds, default=None)
+
+
+def _one_running(runs: Sequence[LocalRun]) -> list[LocalRun]:
+    """A node's folder has all its runs and one lock: the one that changed last is what it is at."""
+    found: list[LocalRun] = []
+    busy: set[Path] = set()
+    for run in runs:
+        found.append(replace(run, is_running=False) if run.locked in busy else run)
+        if run.is_running:
+            busy.add(run.locked)
+    return found
+
+
+def _named(runs: Sequence[LocalRun]) -> list[LocalRun]:
+    """A node's copy of the ledger has no record 0: the coordinator's on the same machine may."""
+    known = {run.run_id: run for run in runs if run.name is not None}
+    return [
+        replace(run, name=(k := known[run.run_id]).name, rounds=k.rounds, about=k.about)
+        if run.name is None and run.run_id in known
+        else run
+        for run in runs
+    ]
+
+
+def _printable(text: str) -> str:
+    """What may be shown in a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)[:200]
