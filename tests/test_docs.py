@@ -77,7 +77,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def test_the_readme_leads_to_every_page() -> None:
-    linked = re.findall(r"\((docs/\w+\.md)\)", (ROOT / "README.md").read_text())
+    linked = re.findall(r"\((docs/[\w-]+\.md)\)", (ROOT / "README.md").read_text())
     assert {*linked, "docs/package.md", "README.md"} == set(USERS)
 
 

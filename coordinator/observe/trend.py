@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import median_high
 from typing import Any, Final
 
 from ..protocol.figures import MAX_LOSS, ddp_bytes, mean_loss
@@ -26,6 +27,8 @@ FIELDS: Final = _LEDGER + MEASURED
 _AT: Final = {name: i for i, name in enumerate(FIELDS)}
 SPREAD_POINTS: Final = 64
 """What is heard at once about many rounds is spread over this many points at most."""
+
+USUAL_POINTS: Final = 9
 
 
 class Trend:
@@ -85,11 +88,18 @@ class Trend:
             "sent": [row.mean("sent", "beaten") for row in rows],
             "ddp": [
                 None if n_peers is None else _short(ddp_bytes(n_peers, self._n_params))
-                for n_peers in (row.mean("offers", "rounds") for row in rows)
+                for n_peers in map(self._usual_peers, chosen)
             ],
             "round_s": [row.mean("round_s", "timed") or row.mean("gap_s", "gaps") for row in rows],
             **{phase: [row.mean(phase, "phased") for row in rows] for phase in PHASES},
         }
+
+    def _usual_peers(self, at: int) -> float | None:
+        """Offers of a round, the median of this point and those before it: data-parallel training has no
+        rounds that close without somebody."""
+        nearest = map(_Row, self._rows[max(0, at - USUAL_POINTS + 1) : at + 1])
+        known = [n for n in (row.mean("offers", "rounds") for row in nearest) if n is not None]
+        return median_high(known) if known else None
 
     def saved(self) -> dict[str, Any]:
         """JSON-able: what the ledger does not give back, by columns."""

@@ -231,6 +231,14 @@ function buildCharts() {
 // ---------------------------------------------------------------- what is shown
 
 const STATES = { training: "training", joining: "joining", gone: "gone" };
+const isAway = () => document.body.classList.contains("away");
+
+// Nothing trains after the last round, and of what is not heard of nobody knows.
+function stateOf(peer) {
+  if (peer.state === "gone") return ["gone", "gone"];
+  if (last.state === "finished") return ["", peer.state === "training" ? "finished" : "there"];
+  return isAway() ? ["", `was ${STATES[peer.state] ?? ""}`] : [peer.state, STATES[peer.state] ?? ""];
+}
 const CLOSED = { complete: "all there", deadline: "time was up", enough: "enough there", hung: "some hung" };
 const LOST = { joined: ["fine", "✓", "trains"], left: ["", "–", "left"], lost: ["warn", "!", "was lost"], differs: ["fault", "✗", ""], rejected: ["warn", "!", ""] };
 
@@ -262,7 +270,7 @@ function showTiles(told) {
   put("peers", `${whole(told.n_peers.training)}`);
   const others = [["joining", told.n_peers.joining], ["gone", told.n_peers.gone]].filter(([, n]) => n).map(([word, n]) => `${whole(n)} ${word}`);
   if (told.waits_for) others.push(`${whole(told.waits_for)} more needed`);
-  put("peers-more", ["training", ...others].join(" · "));
+  put("peers-more", [told.state === "finished" ? "at the end" : "training", ...others].join(" · "));
 }
 
 // When a round takes much longer than usual: how many are waited for.
@@ -282,12 +290,13 @@ function replica(peer) {
 }
 
 function peerRow(peer) {
+  const [mark, state] = stateOf(peer);
   const part = make("i");
   part.style.setProperty("--part", peer.share ?? 0);
   const speed = peer.speed ? `${peer.speed[0] < 1e4 ? significant(peer.speed[0]) : count(peer.speed[0])} ${peer.speed[1]}/s` : "–";
   return make("tr", { role: "row", class: peer.state, "data-peer": String(peer.index) },
     cell({ class: "who" }, make("b", { text: String(peer.index) }), make("span", { class: "mono", text: `…${peer.id}` })),
-    cell({}, make("span", { class: `dot ${peer.state}`, text: STATES[peer.state] ?? "" })),
+    cell({}, make("span", { class: `dot ${mark}`, text: state })),
     cell({ class: "device", text: peer.device || "–", title: peer.device }),
     cell({ class: "number", text: peer.state === "gone" ? "–" : speed }),
     cell({}, make("span", { class: "share", title: `${peer.counted} offers counted, ${peer.missed} missed` }, part,
@@ -326,7 +335,7 @@ function show() {
   if (!told) return;
   showHead(told);
   showTiles(told);
-  onlyNew("peers", told.peers, (peers) => refill("peer-rows", "no-peers", peers.map(peerRow)));
+  onlyNew("peers", [told.peers, told.state, isAway()], ([peers]) => refill("peer-rows", "no-peers", peers.map(peerRow)));
   const all = Object.values(told.n_peers).reduce((a, b) => a + b, 0);
   put("peers-title", all > told.peers.length ? `Peers (${told.peers.length} of ${whole(all)})` : "Peers");
   onlyNew("entries", told.entries, (entries) => refill("entry-rows", "no-entries", entries.map(entryRow)));
@@ -353,6 +362,7 @@ function away() {
   document.body.classList.add("away");
   $("notice").hidden = false;
   put("silence", heard ? `Last word ${ago(heard + skew)}.` : "");
+  show();
   put("state", "no contact");
   $("state").className = "pill away";
 }
@@ -360,7 +370,7 @@ function away() {
 function back(told) {
   skew = told.time_ms - Date.now();
   heard = Date.now();
-  if (!document.body.classList.contains("away")) return;
+  if (!isAway()) return;
   document.body.classList.remove("away");
   $("notice").hidden = true;
   showTicket();

@@ -175,6 +175,7 @@ def test_a_live_run_as_a_browser_shows_it(browser: Browser, thinwire: Start, tmp
     coordinator.process.kill()
     browser.wait("!document.querySelector('#notice').hidden")
     assert "does not answer, trying again" in browser.text("#notice")
+    assert sorted(browser.peers().values()) == ["gone", "was training"]
     thinwire(*lead)
     browser.wait("document.querySelector('#notice').hidden")
     browser.wait(f"{rounds} > {before}")

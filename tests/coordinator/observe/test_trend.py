@@ -89,7 +89,15 @@ def test_a_point_per_round_at_first() -> None:
         2: 0.25,
         3: 0.5,
     }  # by the ledger
-    assert column(trend, "ddp")[3] == 0
+    assert column(trend, "ddp")[3] == 4000  # one offer alone says little of how many there are
+
+
+def test_data_parallel_does_not_jump_when_a_round_closes_with_one_offer() -> None:
+    """It would send nothing at all then, by the formula."""
+    trend = Trend(n_params=1000)
+    for round_ in range(1, 60):
+        trend.committed(body(round_, *([1.0] if round_ % 6 == 0 else [1.0] * 4)))
+    assert set(trend.points()["ddp"][1:]) == {6000.0}
 
 
 @pytest.mark.parametrize("n", [1, MAX_POINTS - 1, MAX_POINTS, 1000, 5000])
