@@ -9,7 +9,7 @@ PIP    := $(BIN)/pip install --disable-pip-version-check --progress-bar on -c co
 PACKAGES := compression optim coordinator node
 JOBS   ?= $(shell nproc)
 
-.PHONY: help setup demo test test-fast soak learning lint bench publish clean
+.PHONY: help setup demo test test-fast soak learning lint bench publish findings clean
 .DEFAULT_GOAL := help
 
 help:            ## show this list
@@ -72,6 +72,9 @@ publish: setup   ## measure, and make these the published figures
 	mkdir -p build
 	$(BIN)/thinwire bench all --json > build/published.json
 	mv build/published.json $(PUBLISHED)
+
+findings:        ## what libraries of this field do that one would not guess: each in an environment of its own
+	@for script in findings/*.sh; do echo "== $$script"; bash "$$script" || exit 1; done
 
 clean:           ## remove what setup and the tests made
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
