@@ -21,6 +21,7 @@ from .replica import Replica, round_seed
 from .snapshots.download import Progress, download
 from .snapshots.format import CHUNK_BYTES, Stored, max_manifest_bytes
 from .snapshots.store import LOCAL, SnapshotStore
+from .states.kept_blobs import KeptBlobs
 from .units import human_bytes, human_seconds
 
 log = logging.getLogger("thinwire.node")
@@ -84,7 +85,8 @@ class Start:
 
 class Joiner:
     """Brings a replica to a start. `base`: the run's base weights, None: exact initialisation; `kept_from`:
-    the first round whose payloads the coordinator still has."""
+    the first round whose payloads the coordinator still has; `base_blobs`: where the base weights come from,
+    None: from the coordinator each time."""
 
     def __init__(
         self,
@@ -94,11 +96,13 @@ class Joiner:
         history: History,
         *,
         base: BlobRef | None,
+        base_blobs: KeptBlobs | None = None,
         kept_from: int,
         stopped: Callable[[], bool],
     ) -> None:
         self._link, self._replica, self._store, self._history = link, replica, store, history
         self._base, self._kept_from, self._stopped = base, kept_from, stopped
+        self._base_blobs = base_blobs or KeptBlobs(link, None)
         self._useless: set[tuple[int, bytes]] = set()
 
     def read_ledger(self) -> None:
@@ -220,8 +224,9 @@ class Joiner:
     def _begin_anew(self) -> None:
         base = None
         if self._base is not None:
-            log.info("fetching the base weights (%s)", human_bytes(self._base.n_bytes))
-            base = self._link.fetch(self._base.digest, self._base.n_bytes)
+            if not self._base_blobs.has(self._base):
+                log.info("fetching the base weights (%s)", human_bytes(self._base.n_bytes))
+            base = self._base_blobs.get(self._base)
         self._replica.begin(base)
         self._replica.peers = {}
 

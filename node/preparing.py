@@ -17,6 +17,7 @@ from .local_work import LocalWork
 from .precision import Precision
 from .ranks.leader import Leader
 from .replica import Replica, build_replica
+from .states.kept_blobs import KeptBlobs
 from .tasks.base import Task
 from .tasks.registry import make_task
 from .units import human_bytes
@@ -31,7 +32,7 @@ class PreparedRun:
 
     `peer_index`: this node's in commits; `kept_from`: the first round whose payloads the coordinator still
     had when the link was opened; `workload`: None, every round has all the work; `n_parameters`: of the
-    model, over all ranks.
+    model, over all ranks; `base_blobs`: has the base weights, kept where snapshots do not hold all of it.
     """
 
     link: Link
@@ -44,6 +45,7 @@ class PreparedRun:
     workload: Workload | None
     history: History
     n_parameters: int
+    base_blobs: KeptBlobs
 
     @property
     def is_over(self) -> bool:
@@ -75,8 +77,10 @@ def prepare_run(
     device: torch.device | str = "cpu",
     precision: Precision = "auto",
     leader: Leader | None = None,
+    folder: Path | None = None,
 ) -> PreparedRun:
-    """The run that the link has opened; its replica has no weights yet. `leader`: of a node of several ranks.
+    """The run that the link has opened; its replica has no weights yet. `leader`: of a node of several ranks;
+    `folder`: where blobs are kept, None: nowhere.
 
     Nothing is downloaded before the layout was compared. Raises ConfigError, Incompatible and what
     `Link.fetch` raises.
@@ -88,7 +92,11 @@ def prepare_run(
         replica = build_replica(link.run_id, body, task, link.peer_id, device)
     else:
         replica = leader.replica(link.run_id, body, link.peer_id, task)
-    texts = _download(link, body.corpus, "text"), _download(link, body.held_out, "held-out text")
+    blobs, fetched = KeptBlobs(link, folder), KeptBlobs(link, None)
+    texts = (
+        _download(fetched, body.corpus, "text"),
+        _download(blobs, body.held_out, "held-out text"),
+    )
     task.load(*texts)
     work = LocalWork(replica, task, precision) if leader is None else leader.work(replica, task, texts)
     run = PreparedRun(
@@ -102,16 +110,18 @@ def prepare_run(
         workload=_workload(config, body, replica, task),
         history=History.of(replica, config.run.snapshot_every),
         n_parameters=sum(prod(entry.shape) for entry in body.layout),
+        base_blobs=blobs if replica.has_frozen else fetched,
     )
     _tell(run)
     return run
 
 
-def _download(link: Link, blob: BlobRef | None, what: str) -> bytes | None:
+def _download(blobs: KeptBlobs, blob: BlobRef | None, what: str) -> bytes | None:
     if blob is None:
         return None
-    log.info("fetching the %s (%s)", what, human_bytes(blob.n_bytes))
-    return link.fetch(blob.digest, blob.n_bytes)
+    if not blobs.has(blob):
+        log.info("fetching the %s (%s)", what, human_bytes(blob.n_bytes))
+    return blobs.get(blob)
 
 
 def _workload(config: RunConfig, body: GenesisBody, replica: Replica, task: Task) -> Workload | None:

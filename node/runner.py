@@ -78,6 +78,7 @@ class Runner:
             device=self._device,
             precision=precision,
             leader=leader,
+            folder=folder,
         )
         self._on_prepared, self._on_proposing = on_prepared, on_proposing
         self._prepared: PreparedRun | None = None
@@ -144,6 +145,7 @@ class Runner:
             publisher.store,
             run.history,
             base=run.genesis.base,
+            base_blobs=run.base_blobs,
             kept_from=run.kept_from,
             stopped=self.stop.is_set,
         )

@@ -1,4 +1,4 @@
-"""A node's copy of the ledger: every commit that it has seen, in SQLite, from round 1 on.
+"""A node's copy of the ledger: record 0 and every commit that it has seen, in SQLite.
 
 Nobody waits for it to be on the disk: what a crash takes is a tail, and the coordinator has that again. What
 is in it makes a restart cheap, and gives a coordinator that was restored from an older copy its commits back.
@@ -64,6 +64,15 @@ class LedgerCopy:
     def head_digest(self) -> bytes:
         """Digest of the newest record; that of record 0, the run id, without any commit."""
         return self._chain.digest or self._run_id
+
+    def keep_genesis(self, record: bytes, signature: bytes) -> None:
+        """Record 0, which the caller has verified: with it the copy can be read without a coordinator."""
+        with self._lock:
+            try:
+                with self._db:
+                    self._db.execute("INSERT OR IGNORE INTO record VALUES (0, ?, ?)", (record, signature))
+            except sqlite3.Error as e:  # a full disk: the next start tries again
+                log.warning("%s does not take record 0: %s", self._path, e)
 
     def append(self, commit: Commit) -> None:
         """The next commit. Raises LedgerCorrupt, and stays as it was, for one that does not fit the chain."""

@@ -24,6 +24,10 @@ class RunSection(_Section):
     verify_every: Annotated[int, Field(ge=1)]
     snapshot_every: Annotated[int, Field(ge=1)]
 
+    def is_over(self, head: int) -> bool:
+        """Whether the run is over once the round `head` is committed: everybody who asks, asks this."""
+        return head >= self.rounds
+
 
 class PolicySection(_Section):
     name: Literal["deadline", "all", "fastest"]

@@ -1,7 +1,8 @@
-"""`thinwire ledger` and `thinwire export`: what a live run has, as files.
+"""`thinwire ledger` and `thinwire export`: what a run has, as files.
 
-Both read over an ordinary session: the reader is admitted as a peer that joins and never trains, so it takes
-an index and a place among `limits.max_peers` while it reads, and nobody waits for it.
+Both take a state folder, or a ticket. With a ticket they read over an ordinary session: the reader is
+admitted as a peer that joins and never trains, so it takes an index and a place among `limits.max_peers`
+while it reads, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ...compression.errors import ConfigError, ThinwireError
 from ...coordinator.protocol.blob_streams import NotServed
 from ...coordinator.protocol.files import write_aside
 from ...coordinator.protocol.ledger_file import Summary, check, write_ledger
-from ...coordinator.protocol.messages import Commit, GenesisBody, Welcome
+from ...coordinator.protocol.messages import BlobRef, Commit, GenesisBody, Welcome
 from ...coordinator.protocol.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -48,9 +49,40 @@ def save_ledger(ticket: str, output: Path, stop: Stop) -> None:
     log.info("wrote %s: %s", output, _told(summary))
 
 
+def save_ledger_of_state(folder: Path, output: Path) -> None:
+    """The same from a state folder. Raises ConfigError, LedgerCorrupt."""
+    from ..states.opening import open_state
+    from .offline import save_ledger_of
+
+    with open_state(folder) as state:
+        summary = save_ledger_of(state, output)
+    log.info("wrote %s: %s", output, _told(summary))
+
+
 def check_ledger(path: Path) -> None:
-    """Says what the file holds, or raises LedgerCorrupt that names the first bad record."""
-    log.info("%s is whole: %s", path, _told(check(path)))
+    """Says what the file (or state folder) holds, or raises LedgerCorrupt that names the first bad record."""
+    if not path.is_dir():
+        log.info("%s is whole: %s", path, _told(check(path)))
+        return
+    with tempfile.TemporaryDirectory(prefix="thinwire-ledger-") as folder:
+        save_ledger_of_state(path, Path(folder) / "ledger")
+    log.info("%s is whole", path)
+
+
+def export_state(folder: Path, output: Path, import_path: str | None) -> None:
+    """The newest weights of a state folder. Raises what `newest_replica` raises."""
+    from ..states.opening import open_state
+    from ..states.replica import blob_of_run, newest_replica
+
+    with open_state(folder) as state:
+        found = newest_replica(state, import_path)
+        write_export(
+            output,
+            found.replica,
+            found.task,
+            state.genesis,
+            lambda ref: blob_of_run(state, ref, "held-out text, which has the tokenizer"),
+        )
 
 
 def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> None:
@@ -69,12 +101,14 @@ def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> No
         if welcome.head_round == 0:
             raise ThinwireError("the run has no round yet: there is nothing to export")
         _catch_up(link, welcome, replica, config.run.snapshot_every)
-        write_export(folder, replica, task, welcome.body, link)
+        write_export(folder, replica, task, welcome.body, lambda ref: link.fetch(ref.digest, ref.n_bytes))
 
 
-def write_export(folder: Path, replica: Replica, task: Task, body: GenesisBody, link: Link) -> None:
-    """What `export` writes. Of a node of several ranks: the weights as they are, also of a model of
-    transformers. Raises ConfigError if the folder cannot be written."""
+def write_export(
+    folder: Path, replica: Replica, task: Task, body: GenesisBody, blob: Callable[[BlobRef], bytes]
+) -> None:
+    """What `export` writes. `blob`: gives those that record 0 names. Of a node of several ranks: the weights
+    as they are, also of a model of transformers. Raises ConfigError if the folder cannot be written."""
     from ..tasks.base import Pretrained
 
     about = {
@@ -88,7 +122,7 @@ def write_export(folder: Path, replica: Replica, task: Task, body: GenesisBody, 
     is_whole = replica.strategy.ranks.count == 1
     tokens = b""
     if isinstance(task, Pretrained) and is_whole and body.held_out is not None:
-        tokens = link.fetch(body.held_out.digest, body.held_out.n_bytes)
+        tokens = blob(body.held_out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(task, Pretrained) and is_whole:
@@ -143,13 +177,16 @@ def _session(ticket: str, stop: Stop) -> Iterator[tuple[Link, Welcome]]:
     """Opens a link of a reader and closes it in the end; a signal closes it at once."""
     from ..links.hivemind import HivemindLink
     from ..runner import follow_events
+    from .offline import telling_what_is_here
 
     link = HivemindLink(Ticket.parse(ticket), patience_s=READER_PATIENCE_S)
     events = follow_events(link)
     # Closing waits for the goodbye: not in the signal handler.
     stop.on_stop.append(lambda: threading.Thread(target=link.close, name="leave", daemon=True).start())
     try:
-        yield link, link.open()
+        with telling_what_is_here(ticket):
+            welcome = link.open()
+        yield link, welcome
     finally:
         link.close()
         events.join(timeout=5)

@@ -18,8 +18,10 @@ from ..batches import batches
 from ..config import parse_config
 from ..genesis import base_bytes
 from ..replica import Replica, build_replica
+from ..states.replica import base_path
 from ..tasks.base import Pretrained, Task
 from ..tasks.registry import make_task
+from .offline import as_file
 
 log = logging.getLogger("thinwire.node")
 
@@ -51,9 +53,14 @@ def replay(
 ) -> Replayed | None:
     """The model after the ledger's last round; None if `stopped` before. `output` is written in the end only.
 
-    Raises LedgerCorrupt (the file), ConfigError (base weights, task), Incompatible (another model) and
-    ReplicaDiverged, naming round and peers, when no peer that reported on a round had what is here.
+    `path`: a ledger file, or a state folder, which may have the base weights, too. Raises LedgerCorrupt (the
+    file), ConfigError (base weights, task), Incompatible (another model) and ReplicaDiverged, naming round
+    and peers, when no peer that reported on a round had what is here.
     """
+    if path.is_dir():
+        with as_file(path) as (state, file):
+            weights_file = base or base_path(state)
+            return replay(file, base=weights_file, import_path=import_path, output=output, stopped=stopped)
     summary = check(path)
     if summary.absent_to:
         raise ConfigError(

@@ -19,10 +19,11 @@ from .arguments import overrides_of, read_ticket
 
 @dataclass
 class Status:
-    """Show a run: peers, round, losses, bytes, fingerprints. Needs only the ticket."""
+    """Show a run: peers, round, losses, bytes, fingerprints. Needs only the ticket, or a state folder."""
 
-    ticket: Annotated[Positional[str], arg(metavar="TICKET")]
-    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
+    ticket: Annotated[Positional[str], arg(metavar="TICKET|STATE")]
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file. Or a state
+    folder, a node's or a coordinator's: then no server and no network is needed."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON object on stdout (with --watch: one a line)."""
     watch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -32,7 +33,9 @@ class Status:
         from .view import show_status
 
         with stop_on_signals() as stop:
-            show_status(read_ticket(self.ticket), as_json=self.json, watch=self.watch, stopped=stop.is_set)
+            show_status(
+                _ticket_or_state(self.ticket), as_json=self.json, watch=self.watch, stopped=stop.is_set
+            )
         return 128 + stop.signal if stop.signal else 0
 
 
@@ -40,18 +43,21 @@ class Status:
 class Ledger:
     """Save a run's whole ledger as one file, or verify such a file.
 
-    While it reads, it is admitted to the swarm like a node that never trains; nobody waits for it.
+    While it reads from a coordinator, it is admitted to the swarm like a node that never trains; nobody
+    waits for it.
     """
 
-    ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
-    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
+    ticket: Annotated[Positional[str | None], arg(metavar="TICKET|STATE")] = None
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file. Or a state
+    folder, a node's or a coordinator's: then no server and no network is needed."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None
     """Write the ledger here: signed records, and the payloads that they name."""
     check: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Verify this file, without a network, and name its first bad record."""
+    """Verify this file (or state folder), without a network, and name its first bad record."""
 
     def run(self) -> int:
-        from .ledger_command import check_ledger, save_ledger
+        from .ledger_command import check_ledger, save_ledger, save_ledger_of_state
+        from .offline import state_folder
 
         if self.check is not None:
             if self.ticket is not None or self.output is not None:
@@ -59,7 +65,13 @@ class Ledger:
             check_ledger(self.check)
             return 0
         if self.ticket is None or self.output is None:
-            raise ConfigError("write it as thinwire ledger TICKET -o FILE, or thinwire ledger --check FILE")
+            raise ConfigError(
+                "write it as thinwire ledger TICKET -o FILE, with a state folder in place of the ticket, "
+                "or thinwire ledger --check FILE"
+            )
+        if (folder := state_folder(self.ticket)) is not None:
+            save_ledger_of_state(folder, self.output)
+            return 0
         with stop_on_signals() as stop:
             try:
                 save_ledger(read_ticket(self.ticket), self.output, stop)
@@ -73,8 +85,8 @@ class Ledger:
 class Replay:
     """Rebuild the model from its base weights and a ledger file, and verify everything on the way."""
 
-    file: Annotated[Positional[Path], arg(metavar="FILE")]
-    """What `thinwire ledger` wrote."""
+    file: Annotated[Positional[Path], arg(metavar="FILE|STATE")]
+    """What `thinwire ledger` wrote, or a state folder that holds all payloads."""
     base: Annotated[Path | None, arg(metavar="FILE")] = None
     """The base weights (safetensors), if the run began with some."""
     task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
@@ -100,20 +112,26 @@ class Replay:
 
 @dataclass
 class Export:
-    """Save the newest weights of a live run (model.safetensors) and what they are (config.json).
+    """Save a run's newest weights (model.safetensors) and what they are (config.json): of a live run by its
+    ticket, of any run from a state folder.
 
     Of a model of transformers: a folder that transformers loads, or peft if adapters were trained.
     """
 
-    ticket: Annotated[Positional[str], arg(metavar="TICKET")]
-    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
+    ticket: Annotated[Positional[str], arg(metavar="TICKET|STATE")]
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file. Or a state
+    folder, a node's or a coordinator's: then no server and no network is needed."""
     output: Annotated[Path, arg(aliases=["-o"], metavar="DIR")]
     task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
     """The run's custom task, importable here."""
 
     def run(self) -> int:
-        from .ledger_command import export
+        from .ledger_command import export, export_state
+        from .offline import state_folder
 
+        if (folder := state_folder(self.ticket)) is not None:
+            export_state(folder, self.output, self.task)
+            return 0
         with stop_on_signals() as stop:
             try:
                 export(read_ticket(self.ticket), self.output, self.task, stop)
@@ -270,3 +288,9 @@ class Bench:
         sizes = None if self.params is None else parse_sizes(self.params)
         bench_command(self.name, sizes, self.repeats, self.json, self.output, self.device, self.against)
         return 0
+
+
+def _ticket_or_state(text: str) -> str:
+    from .offline import state_folder
+
+    return text if state_folder(text) is not None else read_ticket(text)

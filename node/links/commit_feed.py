@@ -33,6 +33,10 @@ class CommitFeed:
         """The last one that the node has taken to apply it; 0: none yet."""
         return self._taken or 0
 
+    def keep_genesis(self, record: bytes, signature: bytes) -> None:
+        """Record 0, verified."""
+        self._copy.keep_genesis(record, signature)
+
     def heard_of(self, round_: int) -> None:
         """The coordinator has committed this round."""
         self.head = max(self.head, round_)

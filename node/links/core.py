@@ -109,6 +109,7 @@ class LinkCore:
             welcome = await self._coordinator.open()
         except LedgerCorrupt as e:
             raise self._with_command(e) from e
+        self.commits.keep_genesis(welcome.genesis, welcome.signature)
         self.commits.heard_of(welcome.head_round)
         limits = welcome.body.limits
         self._payloads.max_offers, self._payloads.max_bytes = limits.max_peers, limits.max_payload_bytes

@@ -203,7 +203,14 @@ class PeerActor:
         from ..cli.ledger_command import write_export
 
         folder = self._spec.path() / _EXPORT
-        write_export(folder, runner.replica, runner.work.task, runner.genesis, runner.link)
+        link = runner.link
+        write_export(
+            folder,
+            runner.replica,
+            runner.work.task,
+            runner.genesis,
+            lambda ref: link.fetch(ref.digest, ref.n_bytes),
+        )
 
     # ------------------------------------------------------------------------------------- the other ranks
 

@@ -38,6 +38,7 @@ LOCAL: Final = "local"
 READING_S: Final = 60.0
 """A snapshot of which a chunk was read within this time is being downloaded by somebody."""
 
+_UNFINISHED: Final = (".incoming-", ".writing-", ".removed-", ".replaced-")
 _NAME: Final = re.compile(r"(\d{10})-([0-9a-f]{64})")
 
 
@@ -45,19 +46,27 @@ class SnapshotStore:
     """The newest `keep` snapshots of a run; implements `node.links.base.Shelf`.
 
     What is no whole snapshot of this run is told of in the log, left alone and never counted or served.
-    Raises OSError where the folder cannot be used. `clock`: monotonic seconds.
+    Raises OSError where the folder cannot be used. `clock`: monotonic seconds. `read_only`: the folder may be
+    another process's: nothing in it is made, tidied or removed, and no method that writes may be called.
     """
 
     def __init__(
-        self, folder: Path, run_id: bytes, keep: int = 3, clock: Callable[[], float] = time.monotonic
+        self,
+        folder: Path,
+        run_id: bytes,
+        keep: int = 3,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        read_only: bool = False,
     ) -> None:
         self._folder, self._run_id, self._keep, self._clock = folder, run_id, keep, clock
         self._lock = threading.RLock()
         self._numbers = count()
         self._manifests: dict[Stored, Manifest] = {}
         self._read_s: dict[Stored, float] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        self._clean()
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._clean()
         self._scan()
         self._index()
 
@@ -280,8 +289,7 @@ class SnapshotStore:
                 shutil.rmtree(entry)
 
     def _scan(self) -> None:
-        entries = [e for e in self._folder.iterdir() if not e.name.startswith(".incoming-")]
-        for entry in sorted(entries):
+        for entry in sorted(e for e in self._folder.iterdir() if not e.name.startswith(_UNFINISHED)):
             try:
                 manifest = self._examined(entry)
             except (ReplicaDiverged, OSError) as e:

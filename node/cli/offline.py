@@ -1,0 +1,117 @@
+"""What `ledger`, `export`, `replay` and `status` do with a state folder in place of a ticket: no server, no
+network, and no change to the folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ...compression.errors import ConfigError, SwarmUnreachable
+from ...coordinator.observe.run_statistics import RunStatistics
+from ...coordinator.protocol.ledger_file import Summary, write_ledger
+from ...coordinator.protocol.settings import parse_settings
+from ...coordinator.protocol.ticket import Ticket
+from ..states.opening import RunState, open_state, remains_of
+
+
+def state_folder(text: str) -> Path | None:
+    """The folder that stands in the place of a ticket; None: it is none."""
+    if text == "-" or text.startswith("@"):
+        return None
+    path = Path(text)
+    return path if path.is_dir() else None
+
+
+@contextmanager
+def telling_what_is_here(ticket: str) -> Iterator[None]:
+    """Where the coordinator does not answer, maybe because the run is over: says what this machine has."""
+    try:
+        yield
+    except SwarmUnreachable as e:
+        raise SwarmUnreachable(f"{e}\n{_what_is_here(Ticket.parse(ticket).run_id)}") from e
+
+
+def _what_is_here(run_id: bytes) -> str:
+    remains = remains_of(run_id, os.environ)
+    if remains is None:
+        return (
+            "If the run is over: thinwire export STATE_FOLDER -o DIR (and ledger, replay, status) read a "
+            "node's or the coordinator's state folder, without a server"
+        )
+    how = (
+        f"the run is over after round {remains.head}"
+        if remains.is_over
+        else f"this machine's copy of the run goes to round {remains.head}"
+    )
+    return f"{how}; next: thinwire export {remains.folder} -o weights (needs no coordinator)"
+
+
+def save_ledger_of(state: RunState, output: Path) -> Summary:
+    """The folder's ledger as a file. Raises ConfigError, LedgerCorrupt."""
+    genesis = state.genesis
+    if state.record is None or state.signature is None:
+        raise AssertionError("a genesis has both")
+    return write_ledger(
+        output,
+        state.record,
+        state.signature,
+        state.commits(),
+        lambda digest: state.blob(digest, genesis.limits.max_payload_bytes),
+    )
+
+
+@contextmanager
+def as_file(path: Path) -> Iterator[tuple[RunState, Path]]:
+    """The folder's ledger as a file meanwhile."""
+    with open_state(path) as state, tempfile.TemporaryDirectory(prefix="thinwire-ledger-") as folder:
+        file = Path(folder) / "ledger"
+        summary = save_ledger_of(state, file)
+        _refuse_incomplete(state, summary)
+        yield state, file
+
+
+def _refuse_incomplete(state: RunState, summary: Summary) -> None:
+    if not summary.absent_to:
+        return
+    raise ConfigError(
+        f"{state.folder} has the ledger up to round {state.head}, but payloads of rounds up to "
+        f"{summary.absent_to} are not in it: it cannot be replayed from the base weights. thinwire export "
+        f"{state.folder} -o DIR gives the newest weights that it holds; thinwire ledger {state.folder} "
+        f"-o FILE what there is"
+    )
+
+
+def status_of(state: RunState) -> dict[str, Any]:
+    """The same keys as a coordinator's own status, as far as a ledger tells them; every peer is "gone"."""
+    genesis = state.genesis
+    run = parse_settings(genesis.config).run
+    statistics = RunStatistics(sum(prod(entry.shape) for entry in genesis.layout))
+    peers: dict[int, str] = {}
+    for commit in state.commits():
+        body = commit.body
+        statistics.committed(body)
+        peers.update((a.index, a.peer_id) for a in body.admitted)
+        for report in body.reports:
+            statistics.fingerprint(report.peer, report.round, report.fingerprint)
+        for offer in body.offers:
+            statistics.peer(offer.peer).round = body.round
+    return {
+        "run": run.name,
+        "run_id": state.run_id.hex(),
+        "round": state.head,
+        "rounds": run.rounds,
+        "state": "finished" if state.is_over else "stopped",
+        "held_out": [list(entry) for entry in state.held_out()],
+        "peers": [
+            {"peer_id": p, "index": i, "state": "gone", "last_seen_s": None, **statistics.peer(i).figures()}
+            for i, p in sorted(peers.items())
+        ],
+        "folder": str(state.folder),
+        "kind": state.kind,
+        **statistics.figures(),
+    }

@@ -1,0 +1,163 @@
+"""The replica that a state folder holds: from its newest snapshot, else from base weights and payloads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from ...compression.errors import ReplicaDiverged, ThinwireError
+from ...coordinator.protocol.messages import BlobRef, Commit, OfferEntry
+from ..batches import batches
+from ..config import parse_config
+from ..replica import Replica, build_replica
+from ..snapshots.format import Stored
+from ..snapshots.store import SnapshotStore
+from ..tasks.base import Task
+from ..tasks.registry import make_task
+from .opening import SNAPSHOTS, RunState
+
+log = logging.getLogger("thinwire.node")
+
+
+class NotHere(ThinwireError):
+    """The folder does not hold what was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The newest replica that can be had from a folder, and the task whose model it is."""
+
+    replica: Replica
+    task: Task
+
+
+def newest_replica(state: RunState, import_path: str | None) -> Found:
+    """Without a network, and without a change to the folder.
+
+    Raises NotHere (what the folder has, and which command would do), ConfigError (task, no record 0),
+    Incompatible (another model) and LedgerCorrupt.
+    """
+    task = make_task(parse_config(state.genesis.config).task, import_path, None)
+    replica = build_replica(state.run_id, state.genesis, task)
+    if state.head == 0:
+        raise NotHere(f"{state.folder}: the run has no round yet: there is nothing to export")
+    is_there = _from_snapshot(state, replica) or _from_base(state, replica)
+    if not is_there:
+        raise NotHere(_what_is_there(state, replica))
+    if replica.round < state.head:
+        log.warning(
+            "this folder's ledger goes on to round %d: the payloads of the rounds after %d are not in it",
+            state.head,
+            replica.round,
+        )
+    return Found(replica, task)
+
+
+def blob_of_run(state: RunState, ref: BlobRef, what: str) -> bytes:
+    """One that record 0 names. Raises NotHere."""
+    data = state.blob(ref.digest, ref.n_bytes)
+    if data is None:
+        raise NotHere(
+            f"{state.folder} does not hold the run's {what} ({ref.digest.hex()[:16]}): use the coordinator's "
+            f"state folder, or ask the coordinator while it serves (thinwire export TICKET -o DIR)"
+        )
+    return data
+
+
+def _from_snapshot(state: RunState, replica: Replica) -> bool:
+    """Takes the newest snapshot that can be read, and goes on from there as far as the folder allows."""
+    store = _store(state)
+    if store is None:
+        return False
+    if store.stored() and replica.has_frozen:
+        replica.begin(None if state.genesis.base is None else _base(state))
+    for stored in reversed(store.stored()):
+        try:
+            _take(state, replica, store, stored)
+        except (ReplicaDiverged, KeyError, OSError) as e:  # another process may just have removed it
+            log.warning("the snapshot after round %d cannot be used: %s", stored.round, e)
+            continue
+        _go_on(state, replica)
+        return True
+    return False
+
+
+def _from_base(state: RunState, replica: Replica) -> bool:
+    """From the run's beginning; False if a payload is not here any more."""
+    commits = state.commits()
+    if any(not _has_payloads(state, commit) for commit in commits):
+        return False
+    replica.begin(None if state.genesis.base is None else _base(state))
+    _go_on(state, replica)
+    return True
+
+
+def _take(state: RunState, replica: Replica, store: SnapshotStore, stored: Stored) -> None:
+    if stored.round > state.head:
+        raise ReplicaDiverged("it is newer than the ledger as it was read")
+    commit = next(state.commits(stored.round - 1))
+    replica.take(store, stored, commit)
+    replica.peers = _peers(state, stored.round)
+
+
+def _peers(state: RunState, up_to: int) -> dict[int, str]:
+    """Who was admitted up to a round, by index."""
+    commits = takewhile(lambda commit: commit.body.round <= up_to, state.commits())
+    return {a.index: a.peer_id for commit in commits for a in commit.body.admitted}
+
+
+def _go_on(state: RunState, replica: Replica) -> None:
+    def payload(offer: OfferEntry) -> bytes:
+        data = _payload(state, offer)
+        if data is None:
+            raise NotHere(f"{state.folder}: a payload of peer {offer.peer} was there a moment ago: try again")
+        return data
+
+    here: Iterator[Commit] = takewhile(
+        lambda commit: _has_payloads(state, commit), state.commits(replica.round)
+    )
+    for commits in batches(here, replica.strategy):
+        replica.apply_batch(commits, payload)
+
+
+def _has_payloads(state: RunState, commit: Commit) -> bool:
+    return all(
+        offer.digest is None or state.blob_path(offer.digest).is_file() for offer in commit.body.offers
+    )
+
+
+def _payload(state: RunState, offer: OfferEntry) -> bytes | None:
+    if offer.digest is None:
+        return offer.payload
+    return state.blob(offer.digest, offer.n_bytes)
+
+
+def _base(state: RunState) -> bytes:
+    ref = state.genesis.base
+    assert ref is not None
+    return blob_of_run(state, ref, "base weights")
+
+
+def _store(state: RunState) -> SnapshotStore | None:
+    folder = state.folder / SNAPSHOTS
+    return SnapshotStore(folder, state.run_id, read_only=True) if folder.is_dir() else None
+
+
+def _what_is_there(state: RunState, replica: Replica) -> str:
+    gone = next((c.body.round for c in state.commits() if not _has_payloads(state, c)), 0)
+    what = "a coordinator's" if state.kind == "coordinator" else "a node's"
+    return (
+        f"{state.folder} is {what} state folder with the ledger up to round {state.head}, but it holds no "
+        f"snapshot, and payloads of round {gone} are gone: the weights cannot be had from it. Use a node's "
+        f"state folder (thinwire export NODE_STATE -o DIR), or the ticket while coordinator and nodes run"
+    )
+
+
+def base_path(state: RunState) -> Path | None:
+    """The file with the base weights; None: the run began without, or it is not here."""
+    ref = state.genesis.base
+    path = None if ref is None else state.blob_path(ref.digest)
+    return path if path is not None and path.is_file() else None
