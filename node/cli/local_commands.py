@@ -148,3 +148,46 @@ class Completion:
 
         print(completion(self.shell, commands_of(commands)), end="")  # noqa: T201 - data goes to stdout
         return 0
+
+
+@dataclass
+class Generate:
+    """Continue a text with what a run has learnt: a byte GPT, or a model of transformers.
+
+    thinwire export TICKET -o out && thinwire generate out --prompt "Once upon"
+    """
+
+    source: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """What thinwire export or join --save wrote, or a snapshot's folder."""
+    prompt: str = ""
+    """The beginning of the text."""
+    tokens: Annotated[int, arg(metavar="N")] = 200
+    """How many to draw (of a byte GPT: bytes), at most."""
+    temperature: float = 0.8
+    """0: always the likeliest; 1: as the model says."""
+    seed: int = 0
+    """The same seed, the same text, on the same machine."""
+    run_file: Annotated[Path | None, arg(name="run", metavar="RUN.toml")] = None
+    """What the model is, where nothing beside its weights says so."""
+    base: Annotated[Path | None, arg(metavar="DIR")] = None
+    """The folder of the model that adapters belong to."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda if there is a GPU."""
+    json: Annotated[bool, NoPairs] = False
+    """One JSON object on stdout."""
+
+    def run(self) -> int:
+        from .generate import generate
+
+        generate(
+            self.source,
+            prompt=self.prompt,
+            tokens=self.tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            run_file=self.run_file,
+            base=self.base,
+            device=self.device,
+            as_json=self.json,
+        )
+        return 0
