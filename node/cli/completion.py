@@ -67,7 +67,8 @@ def _classes(union: Any) -> list[tuple[str, type]]:
     if get_origin(union) is Annotated:
         kind, *marks = get_args(union)
         names = [mark.name for mark in marks if hasattr(mark, "name")]
-        return [(str(names[0]), kind)] if is_dataclass(kind) else _classes(kind)
+        is_command = isinstance(kind, type) and is_dataclass(kind)
+        return [(str(names[0]), kind)] if is_command else _classes(kind)
     return [found for inner in get_args(union) for found in _classes(inner)]
 
 

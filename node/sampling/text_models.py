@@ -39,7 +39,7 @@ class TextModel(Protocol):
 class ByteText:
     """The byte GPT: of a longer text it sees the last `context` bytes."""
 
-    end = None
+    end: int | None = None
 
     def __init__(self, model: ByteGPT) -> None:
         self._model = model.eval()
