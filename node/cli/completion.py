@@ -67,7 +67,8 @@ def _classes(union: Any) -> list[tuple[str, type]]:
     if get_origin(union) is Annotated:
         kind, *marks = get_args(union)
         names = [mark.name for mark in marks if hasattr(mark, "name")]
-        return [(str(names[0]), kind)] if is_dataclass(kind) else _classes(kind)
+        is_command = isinstance(kind, type) and is_dataclass(kind)
+        return [(str(names[0]), kind)] if is_command else _classes(kind)
     return [found for inner in get_args(union) for found in _classes(inner)]
 
 
@@ -88,7 +89,8 @@ def _options(name: str, hint: Any, default: Any, texts: Mapping[str, str]) -> li
     marks = getattr(hint, "__metadata__", ())
     kinds = _kinds(hint)
     choices = tuple(str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
-    word = f"--{name.replace('_', '-')}"
+    given = [mark.name for mark in marks if getattr(mark, "name", None)]
+    word = f"--{(given or [name])[0].replace('_', '-')}"
     aliases = tuple(alias for mark in marks for alias in getattr(mark, "aliases", None) or ())
     meaning = _first_sentence(texts.get(name, ""))
     if tyro.conf.Positional in marks:

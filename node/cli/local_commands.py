@@ -12,8 +12,6 @@ from tyro.conf import Positional, arg
 
 from ...compression.errors import ConfigError
 
-NoPairs = tyro.conf.FlagCreatePairsOff
-
 
 def print_version() -> None:
     """The release, what it understands, and the machine's parts that matter."""
@@ -36,7 +34,7 @@ def print_version() -> None:
 class Config:
     """What a run file may say."""
 
-    reference: Annotated[bool, NoPairs] = False
+    reference: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Every key with its type, default, range and meaning, as a page in Markdown."""
 
     def run(self) -> int:
@@ -72,7 +70,7 @@ class Init:
     """classify: what stands before the label's words, with fields in braces: "{text} It was"."""
     labels: Annotated[str | None, arg(metavar="VALUE=WORDS,...")] = None
     """classify: values of the label and their words: "0= terrible,1= great"."""
-    force: Annotated[bool, NoPairs] = False
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write over a file that is there."""
 
     def run(self) -> int:
@@ -105,13 +103,13 @@ class Runs:
     folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER")] = ()
     """Look here, and below. Default: the user's state directory (~/.local/state/thinwire) and what is in the
     working directory."""
-    clean: Annotated[bool, NoPairs] = False
+    clean: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Remove the state of those that are over. What is running is never touched."""
-    all: Annotated[bool, NoPairs] = False
+    all: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """With --clean: also of those that could go on. Their weights and keys are gone then."""
-    yes: Annotated[bool, NoPairs] = False
+    yes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Do not ask before something is removed."""
-    json: Annotated[bool, NoPairs] = False
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON list on stdout."""
 
     def run(self) -> int:
@@ -147,4 +145,47 @@ class Completion:
         from .completion import commands_of, completion
 
         print(completion(self.shell, commands_of(commands)), end="")  # noqa: T201 - data goes to stdout
+        return 0
+
+
+@dataclass
+class Generate:
+    """Continue a text with what a run has learnt: a byte GPT, or a model of transformers.
+
+    thinwire export TICKET -o out && thinwire generate out --prompt "Once upon"
+    """
+
+    source: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """What thinwire export or join --save wrote, or a snapshot's folder."""
+    prompt: str = ""
+    """The beginning of the text."""
+    tokens: Annotated[int, arg(metavar="N")] = 200
+    """How many to draw (of a byte GPT: bytes), at most."""
+    temperature: float = 0.8
+    """0: always the likeliest; 1: as the model says."""
+    seed: int = 0
+    """The same seed, the same text, on the same machine."""
+    run_file: Annotated[Path | None, arg(name="run", metavar="RUN.toml")] = None
+    """What the model is, where nothing beside its weights says so."""
+    base: Annotated[Path | None, arg(metavar="DIR")] = None
+    """The folder of the model that adapters belong to."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda if there is a GPU."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object on stdout."""
+
+    def run(self) -> int:
+        from .generate import generate
+
+        generate(
+            self.source,
+            prompt=self.prompt,
+            tokens=self.tokens,
+            temperature=self.temperature,
+            seed=self.seed,
+            run_file=self.run_file,
+            base=self.base,
+            device=self.device,
+            as_json=self.json,
+        )
         return 0

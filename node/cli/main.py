@@ -18,7 +18,7 @@ import tyro
 from ...compression.errors import ThinwireError
 from ..system.logs import log_to_stderr
 from ..system.processes import end_with_parent
-from .local_commands import Completion, Config, Init, Runs, print_version
+from .local_commands import Completion, Config, Generate, Init, Runs, print_version
 from .swarm_commands import Coordinator, Demo, Join, Ray
 from .tool_commands import Bench, Compare, Doctor, Export, Ledger, Monitor, Replay, Status
 
@@ -31,6 +31,7 @@ Command = Annotated[
     | Annotated[Ledger, tyro.conf.subcommand("ledger")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Runs, tyro.conf.subcommand("runs")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Monitor, tyro.conf.subcommand("monitor")]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Mapping
-from functools import cache
 from itertools import pairwise
 
 
-@cache
 def meanings(kind: type) -> Mapping[str, str]:
     """Field -> the docstring below it, in one line; of the class and of those that it inherits from."""
     found: dict[str, str] = {}

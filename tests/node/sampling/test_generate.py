@@ -1,0 +1,149 @@
+"""`thinwire generate`: text from exports, files of weights and snapshots, against the model itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.local_nodes import DECOUPLED, config_of, swarm_of
+from tests.support.tiny_model import save_tiny_llama
+from thinwire.node.cli.ledger_command import write_export
+from thinwire.node.cli.main import main
+from thinwire.node.runner import Runner
+from thinwire.node.tasks.gpt import ByteGPT
+
+CONFIG = config_of(DECOUPLED, rounds=4, verify_every=2, snapshot_every=2, min_peers=1)
+KEYS = ("layers", "width", "heads", "context", "batch", "held_out_bytes")
+RUN = "\n".join(["[task]", *(f"{key} = {getattr(CONFIG.task, key)}" for key in KEYS)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a node of a finished run has: an export in `out`, snapshots below `node`."""
+    folder = tmp_path_factory.mktemp("trained")
+    with swarm_of(folder / "swarm", CONFIG) as swarm:
+        runner = Runner(swarm.link("one"), folder=folder / "node")
+        runner.run()
+        write_export(folder / "out", runner.replica, runner.work.task, runner.genesis, runner.link)
+    return folder
+
+
+def generated(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
+    assert main(["generate", *map(str, args), "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def likeliest(weights: Path, prompt: bytes, n: int) -> str:
+    """By the model alone, without any of the code that is tested."""
+    o = CONFIG.task
+    model = ByteGPT(o.layers, o.width, o.heads, o.context)
+    model.load_state_dict(load_file(weights))
+    text = list(prompt)
+    with torch.no_grad():
+        for _ in range(n):
+            text.append(int(model(torch.tensor([text[-o.context :]]))[0, -1].argmax()))
+    return bytes(text[len(prompt) :]).decode(errors="replace")
+
+
+def test_an_export_and_a_file_of_it(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "The longer a prompt, the less of it is seen."
+    wanted = likeliest(trained / "out" / "model.safetensors", prompt.encode(), 30)
+    args = ("--prompt", prompt, "--tokens", 30, "--temperature", 0)
+    found = generated(capsys, trained / "out", *args)
+    assert found == {"prompt": prompt, "text": wanted, "tokens": 30, "seed": 0}
+    assert generated(capsys, trained / "out" / "model.safetensors", *args) == found
+    assert main(["generate", str(trained / "out"), *map(str, args)]) == 0
+    assert capsys.readouterr().out == f"{prompt}{wanted}\n"
+
+
+def test_a_snapshot_or_a_bare_file(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What says no model is told one."""
+    snapshots = sorted((trained / "node" / "snapshots").glob("0*"))
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(RUN)
+    wanted = likeliest(trained / "out" / "model.safetensors", b"x", 12)
+    args = ("--prompt", "x", "--tokens", 12, "--temperature", 0)
+    found = generated(capsys, snapshots[-1], *args, "--run", run_file)
+    assert found["text"] == wanted, "the newest one is that of the last round"
+    bare = tmp_path / "weights.safetensors"
+    save_file(load_file(trained / "out" / "model.safetensors"), bare)
+    assert main(["generate", str(bare)]) == 2
+    assert "name its run file with --run" in capsys.readouterr().err
+    assert generated(capsys, bare, *args, "--run", run_file)["text"] == wanted
+
+
+def test_a_seed_decides(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [
+        generated(capsys, trained / "out", "--tokens", 40, "--temperature", 1.5, "--seed", seed)["text"]
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks by an old name
+def test_models_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against transformers' own generation; adapters need their model."""
+    pytest.importorskip("transformers", reason="the hf task is an extra")
+    peft = pytest.importorskip("peft", reason="the hf task is an extra")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    folder, prompt = tmp_path / "model", "An assignment \u00e9"
+    save_tiny_llama(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder),
+        peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    )
+    adapter = tmp_path / "adapter"
+    adapted.peft_config["default"].base_model_name_or_path = "run"
+    adapted.save_pretrained(adapter, save_embedding_layers=False)
+    tokenizer.save_pretrained(adapter)
+    ids = tokenizer(prompt, return_tensors="pt")
+    args = ("--prompt", prompt, "--tokens", 20, "--temperature", 0)
+    for source, oracle, more in ((folder, model, ()), (adapter, adapted, ("--base", folder))):
+        whole = oracle.generate(**ids, max_new_tokens=20, do_sample=False)[0]
+        new = whole[ids["input_ids"].shape[1] :]
+        wanted = tokenizer.decode([t for t in new.tolist() if t != tokenizer.eos_token_id])
+        assert generated(capsys, source, *args, *more)["text"] == wanted
+    assert main(["generate", str(adapter)]) == 2
+    assert "--base DIR" in capsys.readouterr().err
+    assert generated(capsys, folder, "--tokens", 500)["tokens"] <= 64, "no more than the model takes"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("none",), "none: no such file or folder"),
+        ((".",), "no weights in it"),
+        (("bad.safetensors", "--run", "run.toml"), "cannot be read as safetensors"),
+        (("other.safetensors", "--run", "run.toml"), "are missing or of another shape"),
+        (("other.safetensors", "--tokens", "0"), "--tokens: at least 1"),
+        (("other.safetensors", "--temperature", "nan"), "--temperature: a number from 0"),
+        (("nan.safetensors", "--run", "run.toml"), "not finite"),
+    ],
+)
+def test_refusals(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text(RUN)
+    (tmp_path / "bad.safetensors").write_bytes(b"\x80\x04nothing")
+    save_file({"w": torch.zeros(3)}, tmp_path / "other.safetensors")
+    weights = load_file(trained / "out" / "model.safetensors")
+    save_file({k: t * float("nan") for k, t in weights.items()}, tmp_path / "nan.safetensors")
+    assert main(["generate", *args]) == 2
+    assert message in capsys.readouterr().err
