@@ -78,8 +78,8 @@ class Task(Section):
     """`text`: next bytes, by a small GPT; `hf`: a model of transformers; `custom`: a task of your own."""
     corpus: str = "pydoc"
     """`pydoc`: the language reference that ships with Python; `stdlib`: the source of Python's standard
-    library; else a file or a folder of text files. A node may bring its own with --data. `hf` takes JSONL
-    files and data sets of the hub, too."""
+    library; else a file or a folder of text files. A node may bring its own with --data. `hf` takes
+    JSON Lines, JSON, CSV, Parquet and Arrow, packed too (.gz, .bz2, .xz), and data sets of the hub."""
     context: Annotated[int, Field(ge=2, le=2**16)] = 64
     """Bytes (`hf`: tokens) that a sequence predicts; longer prompts lose their beginning."""
     batch: Annotated[int, Field(ge=1, le=2**16)] = 8
@@ -103,17 +103,22 @@ class Task(Section):
     lora: Lora | None = None
     """Train adapters; without it all weights are trained."""
     field: Annotated[str, Field(min_length=1)] = "text"
-    """The field of a JSONL line or of a data set's row that holds a document."""
+    """The field of a JSONL line or of a data set's row that holds a document: text, or the messages of a
+    chat, which the model's chat template makes text of."""
     subset: str | None = None
     """Of a data set of the hub: its configuration."""
     split: str = "train"
     """Of a data set of the hub, or a part of it: "train[:10000]"."""
     held_out_split: str | None = None
-    """Evaluate on the beginning of this split instead of the end of what is trained on ("": the latter)."""
+    """Evaluate on the beginning of this split instead of a part of what is trained on ("": the latter)."""
+    held_out_from: Annotated[Literal["shuffled", "end"] | None, Field(exclude=True)] = None
+    """Of labelled data without a held_out_split: which examples are held out, some that are drawn (the same
+    for every run) or the last ones. Text is always held out from its end."""
     held_out: Annotated[int, Field(ge=1, le=2**20)] = 64
     """Sequences for evaluation (of `context` tokens, or prompts): every node evaluates on the same ones."""
     prompt: str | None = None
-    """Classify: what stands before the label's words, with fields in braces: "{text} It was"."""
+    """Classify: what stands before the label's words, with fields in braces: "{text} It was". A field inside
+    of another is {review.text}; {{ and }} are braces that are text."""
     labels: dict[str, str] = {}
     """Value of `label_field` -> its words: { 0 = " terrible", 1 = " great" }."""
     label_field: Annotated[str, Field(min_length=1)] = "label"

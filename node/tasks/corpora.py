@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
 from collections.abc import Callable
 from pathlib import Path
 
 from ...compression.errors import ConfigError
+from . import files
 
 
 def _pydoc_text() -> bytes:
@@ -30,7 +32,7 @@ def read_text(corpus: str) -> bytes:
     path = Path(corpus)
     try:
         if path.is_file():
-            return path.read_bytes()
+            return _bytes(path)
         texts = [t for p in sorted(path.rglob("*")) if p.is_file() and (t := _utf8(p)) is not None]
     except OSError as e:
         raise ConfigError(f"cannot read the text {corpus}: {e}") from e
@@ -42,10 +44,15 @@ def read_text(corpus: str) -> bytes:
     return b"\n".join(texts)
 
 
+def _bytes(path: Path) -> bytes:
+    """Unpacked; a byte order mark is not of the text."""
+    return files.read_bytes(path).removeprefix(codecs.BOM_UTF8)
+
+
 def _utf8(path: Path) -> bytes | None:
-    data = path.read_bytes()
     try:
+        data = _bytes(path)
         data.decode("utf-8")
-    except UnicodeDecodeError:
+    except (ConfigError, UnicodeDecodeError):
         return None
     return data

@@ -8,10 +8,11 @@ example once for each label, prompt and label's words in one row.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,36 +24,31 @@ from safetensors.numpy import save as save_arrays
 
 from ...compression.errors import ConfigError
 from .. import config
+from .documents import Document, first_line, is_chat
+from .prompt import PromptTemplate
 
 MAX_BYTES: Final = 256 * 2**20
 """Of tokens that a coordinator hands out: 64 M tokens, 128 M of a small vocabulary."""
 
-Row = Mapping[str, Any]
+log = logging.getLogger("thinwire.node")
 
 _AT_ONCE: Final = 256
-_FIELD: Final = re.compile(r"\{(\w+)\}")
-_TEXT_SUFFIXES: Final = ("", ".txt", ".text", ".md", ".rst", ".py")
-_KINDS: Final = {
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".arrow": "arrow",
-}
-"""Of files, by what they end in -> what `datasets` calls them."""
 
 
 class Tokenizer:
     """Text to token ids. Made of a model folder's files, or of what `to_json` gave: data without code."""
 
-    def __init__(self, rules: str, end: int | None, special: Mapping[str, str]) -> None:
+    def __init__(
+        self, rules: str, end: int | None, special: Mapping[str, str], *, chats: bool = False
+    ) -> None:
+        """`special`: what transformers' tokenizer takes besides the rules, special tokens and chat template.
+        `chats`: may run the template, which is a program."""
         from tokenizers import Tokenizer as Rules
 
         self._rules = Rules.from_str(rules)
         self._rules.no_truncation()
         self._rules.no_padding()
-        self._end, self._special = end, dict(special)
+        self._end, self._special, self._chats = end, dict(special), chats
 
     @classmethod
     def of(cls, folder: Path) -> Tokenizer:
@@ -63,12 +59,17 @@ class Tokenizer:
             found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
             raise ConfigError(
-                f"{folder}: its tokenizer cannot be loaded ({_first_line(e)}); a tokenizer.json is needed"
+                f"{folder}: its tokenizer cannot be loaded ({first_line(e)}); a tokenizer.json is needed"
             ) from e
         if not found.is_fast:
             raise ConfigError(f"{folder}: its tokenizer is plain Python; thinwire needs a tokenizer.json")
         special = {k: v for k, v in found.special_tokens_map.items() if isinstance(v, str)}
-        return cls(found.backend_tokenizer.to_str(), found.eos_token_id, special)
+        template = found.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if isinstance(template, str):
+            special["chat_template"] = template
+        return cls(found.backend_tokenizer.to_str(), found.eos_token_id, special, chats=True)
 
     def to_json(self) -> str:
         return json.dumps({"rules": self._rules.to_str(), "end": self._end, "special": self._special})
@@ -77,19 +78,41 @@ class Tokenizer:
     def from_json(cls, text: str) -> Tokenizer:
         """Raises ConfigError."""
         try:
-            return cls(**json.loads(text))
+            found = json.loads(text)
+            return cls(found["rules"], found["end"], found["special"])  # and never `chats`
         except Exception as e:  # the library raises nothing more special
-            raise ConfigError(f"the run's tokenizer cannot be read: {_first_line(e)}") from e
+            raise ConfigError(f"the run's tokenizer cannot be read: {first_line(e)}") from e
 
     def save(self, folder: Path) -> None:
         """As transformers reads it."""
+        self._library.save_pretrained(folder)
+
+    @cached_property
+    def _library(self) -> Any:
         from transformers import PreTrainedTokenizerFast
 
-        PreTrainedTokenizerFast(tokenizer_object=self._rules, **self._special).save_pretrained(folder)
+        return PreTrainedTokenizerFast(tokenizer_object=self._rules, **self._special)
 
-    def documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each with the beginning that the tokenizer gives, and an end token."""
-        return [self._ended(found.ids) for found in self._rules.encode_batch(list(texts))]
+    def chat(self, messages: Sequence[Any], where: str) -> str:
+        """The messages as the model's chat template writes them. Raises ConfigError that names `where`."""
+        if not self._chats:
+            raise ConfigError(
+                f"{where}: chats are made text by the coordinator only: a chat template is a program, and "
+                f"code does not come over the network. Write them with the model's tokenizer "
+                f"(apply_chat_template, tokenize=False) into a field of text"
+            )
+        if "chat_template" not in self._special:
+            raise ConfigError(f"{where}: a chat, but the model's tokenizer has no chat template")
+        try:
+            return str(self._library.apply_chat_template(list(messages), tokenize=False))
+        except Exception as e:  # a template raises what it likes
+            raise ConfigError(f"{where}: the chat template refuses it: {first_line(e)}") from e
+
+    def documents(self, texts: Sequence[str], *, chats: bool = False) -> list[list[int]]:
+        """Each with the beginning that the tokenizer gives (chats bring their own), and an end token."""
+        return [
+            self._ended(f.ids) for f in self._rules.encode_batch(list(texts), add_special_tokens=not chats)
+        ]
 
     def prompt(self, prompt: str, words: str) -> tuple[list[int], int]:
         """Tokens of both together, and at which of them the words begin."""
@@ -108,120 +131,35 @@ class Tokenizer:
         return ids if self._end is None or ids[-1:] == [self._end] else [*ids, self._end]
 
 
-# ------------------------------------------------------------------------------------------- documents
-
-
-def rows_of(options: config.Task, corpus: str, split: str) -> Iterator[Row]:
-    """The documents of a text file, a folder of them, a JSONL file or a data set. Raises ConfigError."""
-    from .corpora import BUILT_IN, read_text
-
-    path = Path(corpus).expanduser()
-    if corpus in BUILT_IN:
-        yield {options.field: BUILT_IN[corpus]().decode()}
-    elif path.suffix in (".jsonl", ".ndjson") and path.is_file():
-        yield from _json_lines(path)
-    elif path.is_file() and path.suffix not in _KINDS:
-        yield {options.field: _text(read_text(corpus), corpus)}
-    elif path.exists():
-        yield from _local_set(options, path, split)
-    elif path.suffix in (*_KINDS, *_TEXT_SUFFIXES[1:]) or path.is_absolute() or corpus.startswith("."):
-        raise ConfigError(f"task.corpus {corpus}: no such file or folder")
-    else:
-        yield from _hub_set(options, corpus, split)
-
-
-def has_splits(corpus: str) -> bool:
-    """Whether `rows_of` gives other documents for another split."""
-    from .corpora import BUILT_IN
-
-    path = Path(corpus).expanduser()
-    is_plain = path.is_file() and path.suffix not in _KINDS.keys() - {".jsonl", ".ndjson"}
-    return corpus not in BUILT_IN and not is_plain
-
-
-def field_of(row: Row, field: str, option: str) -> str:
-    """Raises ConfigError that names the fields which are there."""
-    value = row.get(field)
-    if value is None:
-        there = ", ".join(sorted(map(str, row))) or "none"
-        raise ConfigError(f"task.{option}: a document has no {field!r}; its fields are {there}")
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if not isinstance(value, str | int | float):
-        raise ConfigError(f"task.{option}: {field!r} of a document is {type(value).__name__}, no text")
-    return str(value)
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ConfigError(f"{path}, line {number}: not a JSON object: {line.strip()[:60]}")
-                yield row
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{path}: not UTF-8: {e}") from e
-    except ValueError as e:
-        raise ConfigError(f"{path}, line {number}: not JSON: {e}") from e
-    except OSError as e:
-        raise ConfigError(f"{path}: {e.strerror}") from e
-
-
-def _text(data: bytes, name: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"task.corpus {name}: not UTF-8 text: {e}") from e
-
-
-def _local_set(options: config.Task, path: Path, split: str) -> Iterator[Row]:
-    """Files that `datasets` reads, or else a folder of text files, each one a document."""
-    import datasets
-
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(str(path))
-            yield from found[split] if isinstance(found, datasets.DatasetDict) else found
-        elif any(p.suffix in _KINDS for p in files):
-            where = {"data_files": str(path)} if path.is_file() else {}
-            name = _KINDS[path.suffix] if path.is_file() else str(path)
-            yield from datasets.load_dataset(name, options.subset, split=split, **where)
-        else:
-            texts = [(p, p.read_bytes()) for p in files if p.suffix in _TEXT_SUFFIXES]
-            if not texts:
-                raise ConfigError(f"task.corpus {path}: no text files in it")
-            yield from ({options.field: _text(data, str(p))} for p, data in texts)
-    except (OSError, ValueError, KeyError) as e:
-        raise ConfigError(f"task.corpus {path} (split {split!r}): {_first_line(e)}") from e
-
-
-def _hub_set(options: config.Task, name: str, split: str) -> Iterator[Row]:
-    import datasets
-
-    try:
-        yield from datasets.load_dataset(name, options.subset, split=split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as e:
-        raise ConfigError(
-            f"task.corpus {name}: no such file or folder, and as a data set it cannot be had from the hub "
-            f"({_first_line(e)}). Check the name, task.subset and task.split; without a network, download it "
-            f"elsewhere (hf download --repo-type dataset {name} --local-dir DIR) and give the folder"
-        ) from e
-
-
 # ------------------------------------------------------------------------------------------- tokens
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class TextSizes:
+    """At the end of each document: how many tokens there are up to here, and of how many bytes of text."""
+
+    n_tokens: npt.NDArray[np.int64]
+    n_bytes: npt.NDArray[np.int64]
+
+    def between(self, start: int, stop: int) -> float:
+        """Bytes of the tokens [start, stop); inside of a document each counts the same."""
+        at = np.interp([start, stop], [0, *self.n_tokens], [0, *self.n_bytes])
+        return float(at[1] - at[0])
+
+
+@dataclass(frozen=True, slots=True)
 class Stream:
-    """Documents in one row of tokens."""
+    """Documents in one row of tokens. `n_bytes`: of their text; `sizes`: of what can still be split."""
 
     ids: Ids
+    n_bytes: float | None = None
+    sizes: TextSizes | None = None
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        return None if self.n_bytes is None else self.n_bytes / len(self.ids)
 
     def windows(self, context: int) -> int:
         """How many there are: each predicts `context` tokens."""
@@ -235,10 +173,15 @@ class Stream:
                 f"the documents have {len(self.ids)} tokens: too few to hold out {n_last} sequences "
                 f"(task.held_out) of {context} and train on the rest"
             )
-        return Stream(self.ids[:-n]), Stream(self.ids[-n:])
+        border = len(self.ids) - n
+        return self._slice(0, border), self._slice(border, len(self.ids))
 
     def first(self, n: int, context: int) -> Stream:
-        return Stream(self.ids[: n * context + 1])
+        return self._slice(0, min(len(self.ids), n * context + 1))
+
+    def _slice(self, start: int, stop: int) -> Stream:
+        n_bytes = None if self.sizes is None else self.sizes.between(start, stop)
+        return Stream(self.ids[start:stop], n_bytes)
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         return {"ids": self.ids}
@@ -267,22 +210,28 @@ class Prompts:
         return self.ids[self.ends[i - 1] if i else 0 : self.ends[i]], int(self.words[i])
 
     def split(self, n_last: int, context: int) -> tuple[Prompts, Prompts]:
+        """All but the last examples, and those. Raises ConfigError if nothing is left for the first."""
         n = len(self.answers)
         if n <= n_last:
             raise ConfigError(
                 f"{n} examples: too few to hold out {n_last} (task.held_out) and train on the rest"
             )
-        return self._slice(0, n - n_last), self._slice(n - n_last, n)
+        return self._take(np.arange(n - n_last)), self._take(np.arange(n - n_last, n))
+
+    def shuffled(self, seed: int) -> Prompts:
+        """The examples in an order that is a function of the seed and their number."""
+        rng = np.random.Generator(np.random.Philox(key=seed))
+        return self._take(rng.permutation(len(self.answers)))
 
     def first(self, n: int, context: int) -> Prompts:
-        return self._slice(0, min(n, len(self.answers)))
+        return self._take(np.arange(min(n, len(self.answers))))
 
-    def _slice(self, start: int, stop: int) -> Prompts:
-        c = self.n_labels
-        begin = self.ends[start * c - 1] if start else 0
-        ends = self.ends[start * c : stop * c]
-        words, answers = self.words[start * c : stop * c], self.answers[start:stop]
-        return Prompts(self.ids[begin : ends[-1]], ends - begin, words, answers)
+    def _take(self, examples: npt.NDArray[np.integer[Any]]) -> Prompts:
+        rows = (examples[:, None] * self.n_labels + np.arange(self.n_labels)).ravel()
+        begins = np.concatenate([np.zeros(1, dtype=np.int64), self.ends[:-1]])
+        ids = np.concatenate([self.ids[begins[row] : self.ends[row]] for row in rows])
+        ends = np.cumsum(self.ends[rows] - begins[rows])
+        return Prompts(ids, ends, self.words[rows], self.answers[examples])
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         return {"ids": self.ids, "ends": self.ends, "words": self.words, "answers": self.answers}
@@ -291,11 +240,12 @@ class Prompts:
 Tokens = Stream | Prompts
 
 
-def tokenised(options: config.Task, tokenizer: Tokenizer, rows: Iterable[Row], vocabulary: int) -> Tokens:
+def tokenised(
+    options: config.Task, tokenizer: Tokenizer, documents: Iterable[Document], vocabulary: int
+) -> Tokens:
     """Raises ConfigError: fields, labels, a tokenizer of another model, nothing there, too much."""
-    found = (
-        _stream(options, tokenizer, rows) if options.prompt is None else _prompts(options, tokenizer, rows)
-    )
+    make = _stream if options.prompt is None else _prompts
+    found = make(options, tokenizer, documents)
     if len(found.ids) and int(found.ids.max()) >= vocabulary:
         raise ConfigError(
             f"token {int(found.ids.max())} is not in the model's vocabulary of {vocabulary}: "
@@ -304,44 +254,131 @@ def tokenised(options: config.Task, tokenizer: Tokenizer, rows: Iterable[Row], v
     return found
 
 
-def _stream(options: config.Task, tokenizer: Tokenizer, rows: Iterable[Row]) -> Stream:
-    ids = _Growing()
-    texts = (field_of(row, options.field, "field") for row in rows)
-    while some := list(islice(texts, _AT_ONCE)):
-        for document in tokenizer.documents(some):
-            ids.add(document)
-    return Stream(ids.array())
+def held_out_of(options: config.Task, tokens: Tokens) -> tuple[Tokens, Tokens]:
+    """What is trained on, and what is held out: of text the end; of examples some that are drawn, the same
+    for every run, as files of them are often sorted by label."""
+    if isinstance(tokens, Prompts) and options.held_out_from != "end":
+        tokens = tokens.shuffled(seed=0)
+    return tokens.split(options.held_out, options.context)
 
 
-def _prompts(options: config.Task, tokenizer: Tokenizer, rows: Iterable[Row]) -> Prompts:
+def say_missing_labels(options: config.Task, tokens: Tokens, held_out: Tokens) -> None:
+    """Logs a warning for labels that nobody trains, or that no held-out example has."""
+    if not isinstance(tokens, Prompts) or not isinstance(held_out, Prompts):
+        return
+    for some, what in ((held_out, "held out"), (tokens, "to train on")):
+        n_each = np.bincount(some.answers, minlength=len(options.labels))
+        if missing := [label for label, n in zip(options.labels, n_each, strict=True) if not n]:
+            log.warning(
+                "none of the %d examples %s has the label %s: the loss says nothing about it. Are the data "
+                'sorted by label (the default is task.held_out_from = "shuffled"), or task.held_out small?',
+                len(some.answers), what, " nor ".join(map(repr, missing)),
+            )  # fmt: skip
+
+
+class _Empty:
+    """Counts documents without text, which are left out."""
+
+    def __init__(self) -> None:
+        self._n, self._n_all, self._first = 0, 0, ""
+
+    def is_empty(self, document: Document, empty: bool) -> bool:
+        self._n_all += 1
+        if empty and not self._n:
+            self._first = document.where
+        self._n += empty
+        return empty
+
+    def say(self) -> None:
+        if self._n:
+            log.warning(
+                "%d of %d documents are empty and left out; the first: %s", self._n, self._n_all, self._first
+            )
+
+
+def _stream(options: config.Task, tokenizer: Tokenizer, documents: Iterable[Document]) -> Stream:
+    ids, empty = _Growing(), _Empty()
+    ends, sizes = [], []
+    all_texts = (_text_of(options, tokenizer, d) for d in documents)
+    texts = (text for text in all_texts if not empty.is_empty(text[0], not text[1].strip()))
+    for is_chat_, group in groupby(texts, key=lambda text: text[2]):
+        while some := [text for _, text, _ in islice(group, _AT_ONCE)]:
+            for text, document in zip(some, tokenizer.documents(some, chats=is_chat_), strict=True):
+                ids.add(document)
+                ends.append(ids.n)
+                sizes.append(len(text.encode()))
+    empty.say()
+    whole = ids.array()
+    totals = TextSizes(np.array(ends, dtype=np.int64), np.cumsum(sizes, dtype=np.int64))
+    return Stream(whole, float(totals.n_bytes[-1]), totals)
+
+
+def _text_of(options: config.Task, tokenizer: Tokenizer, document: Document) -> tuple[Document, str, bool]:
+    """A document's text, and whether it is a chat."""
+    value: Any = document.fields.get(options.field)
+    if is_chat(value):
+        return document, tokenizer.chat(value, document.where), True
+    return document, document.text(options.field, "field"), False
+
+
+def _prompts(options: config.Task, tokenizer: Tokenizer, documents: Iterable[Document]) -> Prompts:
     assert options.prompt is not None
-    labels = list(options.labels)
-    ids = _Growing()
-    ends, words, answers = [], [], []
-    for row in rows:
-        answer = field_of(row, options.label_field, "label_field")
+    template, empty = PromptTemplate.of(options.prompt), _Empty()
+    rows = _PromptRows(options, tokenizer)
+    for document in documents:
+        answer = document.text(options.label_field, "label_field")
         if answer not in options.labels:
-            raise ConfigError(f"task.labels: a document has label {answer!r}; there are {', '.join(labels)}")
-        prompt = _filled(options.prompt, row)
-        for label in labels:
-            row_ids, first = tokenizer.prompt(prompt, options.labels[label])
-            dropped = max(0, len(row_ids) - options.context - 1)
-            if first == 0:
-                raise ConfigError("task.prompt: there must be something before the label's words")
-            if first - dropped < 1:
-                raise ConfigError(f"task.labels: {options.labels[label]!r} does not fit into task.context")
-            ids.add(row_ids[dropped:])
-            ends.append(ids.n)
-            words.append(first - dropped)
-        answers.append(labels.index(answer))
-    if not answers:
-        raise ConfigError("there are no examples to train on")
-    as_int64 = [np.array(numbers, dtype=np.int64) for numbers in (ends, words, answers)]
-    return Prompts(ids.array(), *as_int64)
+            raise ConfigError(
+                f"task.labels: {document.where} has label {answer!r}; there are {', '.join(options.labels)}"
+            )
+        prompt = template.filled(document)
+        if not empty.is_empty(document, template.is_empty(document)):
+            rows.add(prompt, answer)
+    empty.say()
+    return rows.prompts()
 
 
-def _filled(prompt: str, row: Row) -> str:
-    return _FIELD.sub(lambda match: field_of(row, match[1], "prompt"), prompt)
+class _PromptRows:
+    """Examples on their way to `Prompts`."""
+
+    def __init__(self, options: config.Task, tokenizer: Tokenizer) -> None:
+        self._options, self._tokenizer = options, tokenizer
+        self._labels = list(options.labels)
+        self._ids = _Growing()
+        self._ends: list[int] = []
+        self._words: list[int] = []
+        self._answers: list[int] = []
+        self._n_cut = 0
+
+    def add(self, prompt: str, answer: str) -> None:
+        """Raises ConfigError: a label's words do not fit, or nothing is before them."""
+        is_cut = [self._add_row(prompt, words) for words in self._options.labels.values()]
+        self._n_cut += any(is_cut)
+        self._answers.append(self._labels.index(answer))
+
+    def prompts(self) -> Prompts:
+        if not self._answers:
+            raise ConfigError("there are no examples to train on")
+        if self._n_cut:
+            log.warning(
+                "%d of %d prompts are longer than task.context = %d and lost their beginning",
+                self._n_cut, len(self._answers), self._options.context,
+            )  # fmt: skip
+        as_int64 = [np.array(n, dtype=np.int64) for n in (self._ends, self._words, self._answers)]
+        return Prompts(self._ids.array(), *as_int64)
+
+    def _add_row(self, prompt: str, words: str) -> bool:
+        """Whether its beginning was cut off."""
+        row_ids, first = self._tokenizer.prompt(prompt, words)
+        dropped = max(0, len(row_ids) - self._options.context - 1)
+        if first == 0:
+            raise ConfigError("task.prompt: there must be something before the label's words")
+        if first - dropped < 1:
+            raise ConfigError(f"task.labels: {words!r} does not fit into task.context")
+        self._ids.add(row_ids[dropped:])
+        self._ends.append(self._ids.n)
+        self._words.append(first - dropped)
+        return dropped > 0
 
 
 class _Growing:
@@ -384,10 +421,10 @@ def from_bytes(data: bytes) -> tuple[Tokens, str | None]:
     try:
         arrays = load_arrays(data)
         text = arrays.pop("tokenizer").tobytes().decode() if "tokenizer" in arrays else None
-        return (Prompts(**arrays) if "ends" in arrays else Stream(**arrays)), text
+        return (Prompts(**arrays) if "ends" in arrays else _stream_of(**arrays)), text
     except (SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ConfigError(f"the run's tokens cannot be read: {e}") from e
 
 
-def _first_line(e: Exception) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
+def _stream_of(ids: Ids) -> Stream:
+    return Stream(ids)

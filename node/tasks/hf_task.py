@@ -21,9 +21,10 @@ from torch.nn import functional
 from ...compression.errors import ConfigError
 from ...optim.base import Closure
 from .. import config
-from . import hf_data, hf_model
+from . import documents, hf_data, hf_model
 from .base import Init, Rows, device_of
 from .hf_data import Prompts, Stream, Tokenizer, Tokens
+from .prompt import PromptTemplate
 
 log = logging.getLogger("thinwire.node")
 
@@ -76,19 +77,33 @@ class HfTask:
         o = self.options
         tokenizer = Tokenizer.of(self._folder)
         tokens = self._tokenised(tokenizer, o.corpus, o.split)
-        if not o.held_out_split:
-            return *tokens.split(o.held_out, o.context), tokenizer
-        if not hf_data.has_splits(o.corpus):  # it would be evaluated on what it is trained on
+        if o.held_out_split:
+            self._check_held_out_split()
+            held_out = self._tokenised(tokenizer, o.corpus, o.held_out_split).first(o.held_out, o.context)
+        else:
+            tokens, held_out = hf_data.held_out_of(o, tokens)
+        hf_data.say_missing_labels(o, tokens, held_out)
+        return tokens, held_out, tokenizer
+
+    def _check_held_out_split(self) -> None:
+        """Raises ConfigError if it would be evaluated on what it is trained on."""
+        o = self.options
+        instead = (
+            f"leave it out, or empty on the command line (--set task.held_out_split=), to hold out "
+            f"{o.held_out} of what is there"
+        )
+        assert o.held_out_split is not None
+        if not documents.has_split(o.corpus, o.held_out_split):
+            raise ConfigError(f"task.held_out_split: {o.corpus} has no splits; {instead}")
+        if documents.overlap(o.split, o.held_out_split):
             raise ConfigError(
-                f"task.held_out_split: {o.corpus} has no splits; leave it out, or empty on the command line "
-                f"(--set task.held_out_split=), to hold out its last {o.held_out}"
+                f"task.held_out_split {o.held_out_split!r}: it has what task.split {o.split!r} has, which "
+                f'is trained on; take slices, "train[:90%]" and "train[90%:]", or {instead}'
             )
-        held_out = self._tokenised(tokenizer, o.corpus, o.held_out_split)
-        return tokens, held_out.first(o.held_out, o.context), tokenizer
 
     def _tokenised(self, tokenizer: Tokenizer, corpus: str, split: str) -> Tokens:
-        rows = hf_data.rows_of(self.options, corpus, split)
-        return hf_data.tokenised(self.options, tokenizer, rows, self._vocabulary)
+        found = documents.documents_of(self.options, corpus, split)
+        return hf_data.tokenised(self.options, tokenizer, found, self._vocabulary)
 
     @property
     def _vocabulary(self) -> int:
@@ -109,6 +124,7 @@ class HfTask:
             "model": "run" if is_folder else options.model,
             "lora": lora,
             "architecture": self._architecture,
+            "held_out_from": None,  # what it chose is in record 0
         }
         return options.model_copy(update=update)
 
@@ -138,7 +154,9 @@ class HfTask:
             raise ConfigError("--data: the run brings no tokenizer")
         else:
             log.info("making tokens of %s", self.data)
-            self._tokens = self._tokenised(Tokenizer.from_json(tokenizer), str(self.data), self.options.split)
+            # A file is all of it, however the run's own data are split.
+            split = "train" if self.data.is_file() else self.options.split
+            self._tokens = self._tokenised(Tokenizer.from_json(tokenizer), str(self.data), split)
         if isinstance(self._tokens, Stream) and self._tokens.windows(self.options.context) < 1:
             raise ConfigError(
                 f"only {len(self._tokens.ids)} tokens to train on: at least {self.options.context + 1} needed"
@@ -284,5 +302,5 @@ def _check(o: config.Task) -> None:
         raise ConfigError("task.labels: at least two")
     if len(set(o.labels.values())) < len(o.labels):
         raise ConfigError("task.labels: two labels have the same words")
-    if o.prompt is not None and "{" not in o.prompt:
-        raise ConfigError('task.prompt: no field in it; write one in braces, "{text} It was"')
+    if o.prompt is not None and o.architecture is None:  # a run that goes on was checked when it began
+        PromptTemplate.of(o.prompt)

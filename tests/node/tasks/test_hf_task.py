@@ -438,7 +438,9 @@ def test_the_loss_of_a_prompt_is_that_of_the_label_s_words_alone(
     """Against the plain computation: one row at a time, without padding."""
     from transformers import AutoModelForCausalLM
 
-    task = task_of(tiny_llama, documents, **PROMPT, loss=loss, context=48, batch=5, held_out=7)
+    task = task_of(
+        tiny_llama, documents, **PROMPT, loss=loss, context=48, batch=5, held_out=7, held_out_from="end"
+    )
     task.load(task.corpus(), task.held_out())
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     tokenizer = Tokenizer.of(tiny_llama)
@@ -497,7 +499,7 @@ def test_a_folder_that_datasets_reads(
     parts = {"train": rows[:40], "validation": rows[40:]}
     made = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()})
     made.save_to_disk(str(tmp_path / "set"))
-    plain = task_of(tiny_llama, documents, **PROMPT, context=48, held_out=20)
+    plain = task_of(tiny_llama, documents, **PROMPT, context=48, held_out=20, held_out_from="end")
     task = task_of(
         tiny_llama, tmp_path / "set", **PROMPT, context=48, held_out=20, held_out_split="validation"
     )
@@ -512,6 +514,136 @@ def test_a_file_without_splits_is_not_evaluated_on_what_it_trains(tiny_llama: Pa
     for corpus in (documents, Path("pydoc")):
         with pytest.raises(ConfigError, match=r"held_out_split: .+ has no splits; leave it out"):
             task_of(tiny_llama, corpus, context=48, held_out_split="validation").held_out()
+
+
+def test_slices_of_a_file_are_trained_on_and_held_out(tiny_llama: Path, documents: Path) -> None:
+    slices = {**PROMPT, "context": 48, "held_out": 20, "split": "train[:40]"}
+    task = task_of(tiny_llama, documents, **slices, held_out_split="train[40:]")
+    end = task_of(tiny_llama, documents, **{**slices, "split": "train", "held_out_from": "end"})
+    assert (task.corpus(), task.held_out()) == (end.corpus(), end.held_out())
+    with pytest.raises(ConfigError, match=r"it has what task\.split 'train\[:40\]' has"):
+        task_of(tiny_llama, documents, **slices, held_out_split="train").held_out()
+
+
+def test_held_out_examples_are_drawn_so_that_a_sorted_file_does_no_harm(
+    tiny_llama: Path, documents: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same ones for every run; and a label that is not among them is said."""
+    lines = sorted(documents.read_text().splitlines(), key=lambda line: json.loads(line)["label"])
+    documents.write_text("\n".join(lines))
+    drawn, again, end = (
+        task_of(tiny_llama, documents, **PROMPT, context=48, held_out=16, held_out_from=which)
+        for which in (None, "shuffled", "end")
+    )
+    tokens, held_out, _ = drawn._both
+    assert isinstance(tokens, Prompts)
+    assert isinstance(held_out, Prompts)
+    assert set(held_out.answers) == {0, 1}
+    assert len(held_out.answers) == 16
+    assert drawn.held_out() == again.held_out()
+    assert not caplog.records
+    rows = {
+        tuple(part.row(e, c)[0].tolist())
+        for part in (tokens, held_out)
+        for e in range(len(part.answers))
+        for c in (0, 1)
+    }
+    assert len(rows) == 120, "every example is in one of both"
+    assert all(
+        part.row(e, 1)[0][part.row(e, 1)[1] :].tolist() == part.row(0, 1)[0][part.row(0, 1)[1] :].tolist()
+        for part in (tokens, held_out)
+        for e in range(len(part.answers))
+    )
+    end.held_out()
+    assert "none of the 16 examples held out has the label '0'" in caplog.text
+    assert drawn.public(drawn.options) == end.public(end.options), "record 0 has the examples themselves"
+
+
+def test_empty_documents_are_counted_and_left_out(
+    tiny_llama: Path, documents: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = task_of(tiny_llama, documents, **PROMPT, context=48)
+    whole = task_of(tiny_llama, documents)
+    expected = [full.corpus(), whole.corpus()]
+    with documents.open("a") as file:
+        file.write('{"text": " ", "label": 0}\n{"text": "", "label": 1}\n')
+    for options, blob in zip(({**PROMPT, "context": 48}, {}), expected, strict=True):
+        caplog.clear()
+        assert task_of(tiny_llama, documents, **options).corpus() == blob
+        assert "2 of 62 documents are empty and left out; the first: " in caplog.text
+        assert "reviews.jsonl, line 61" in caplog.text
+
+
+def test_prompts_that_lose_their_beginning_are_counted(
+    tiny_llama: Path, documents: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task_of(tiny_llama, documents, **PROMPT, context=12).corpus()
+    assert "prompts are longer than task.context = 12 and lost their beginning" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------- chats
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+)
+
+
+@pytest.fixture
+def chatty(tmp_path: Path, tiny_llama: Path) -> Path:
+    """The tiny model, with a chat template beside its tokenizer, as transformers saves it."""
+    folder = tmp_path / "chatty"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def chats(folder: Path, *roles: str) -> Path:
+    path = folder / "chats.jsonl"
+    messages = [{"role": role, "content": f"I am {role}."} for role in roles]
+    path.write_text((json.dumps({"messages": messages}) + "\n") * 9)
+    return path
+
+
+def test_chats_become_text_by_the_model_s_own_template(tmp_path: Path, chatty: Path) -> None:
+    from transformers import AutoTokenizer
+
+    corpus = chats(tmp_path, "user", "assistant")
+    task = task_of(chatty, corpus, field="messages")
+    tokens, held_out, tokenizer = task._both
+    assert isinstance(tokens, Stream)
+    assert isinstance(held_out, Stream)
+    library = AutoTokenizer.from_pretrained(chatty)
+    messages = json.loads(corpus.read_text().splitlines()[0])["messages"]
+    wanted = library.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert [*tokens.ids, *held_out.ids] == wanted * 9, "the special tokens of the template, no others"
+    tokenizer.save(tmp_path / "exported")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported.chat_template == TEMPLATE, "who uses the model later has it"
+    with pytest.raises(
+        ConfigError, match=r"has no 'text'; its fields are messages.*It is a chat: set task.field"
+    ):
+        task_of(chatty, corpus).corpus()
+
+
+def test_a_chat_that_cannot_be_written_is_named(tmp_path: Path, chatty: Path, tiny_llama: Path) -> None:
+    corpus = chats(tmp_path, "user", "tool")
+    with pytest.raises(ConfigError, match=r"chats\.jsonl, line 1: the chat template refuses it: no tools"):
+        task_of(chatty, corpus, field="messages").corpus()
+    with pytest.raises(ConfigError, match="line 1: a chat, but the model's tokenizer has no chat template"):
+        task_of(tiny_llama, corpus, field="messages").corpus()
+
+
+def test_a_node_runs_no_template_that_came_over_the_network(tmp_path: Path, chatty: Path) -> None:
+    corpus = chats(tmp_path, "user", "assistant")
+    task = task_of(chatty, corpus, field="messages")
+    blobs = task.corpus(), task.held_out()
+    node = HfTask(task.public(task.options), corpus)
+    with pytest.raises(ConfigError, match="line 1: chats are made text by the coordinator only"):
+        node.load(*blobs)
+    told = json.dumps({**json.loads(task._both[2].to_json()), "chats": True})
+    with pytest.raises(ConfigError, match="by the coordinator only"):
+        Tokenizer.from_json(told).chat([{"role": "user", "content": "x"}], "here")
 
 
 # ------------------------------------------------------------------------------------- what a user is told
@@ -616,14 +748,21 @@ def test_a_missing_extra_is_named(tiny_llama: Path, documents: Path, monkeypatch
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"field": "body"}, "task.field: a document has no 'body'; its fields are label, text"),
+        (
+            {"field": "body"},
+            r"task.field: .*reviews\.jsonl, line 1 has no 'body'; its fields are label, text",
+        ),
         ({"prompt": "{text} It was"}, "belong together"),
         ({**PROMPT, "labels": {"0": " bad", "1": " bad"}}, "two labels have the same words"),
         ({**PROMPT, "labels": {"0": " bad"}}, "at least two"),
-        ({**PROMPT, "labels": {"0": " bad", "2": " good"}}, "has label '1'; there are 0, 2"),
+        ({**PROMPT, "labels": {"0": " bad", "2": " good"}}, "line 2 has label '1'; there are 0, 2"),
         ({**PROMPT, "labels": {"0": "", "1": " good"}}, "'' makes no token"),
         ({**PROMPT, "prompt": "It was"}, "no field in it"),
-        ({**PROMPT, "prompt": "{body} It was"}, "task.prompt: a document has no 'body'"),
+        (
+            {**PROMPT, "prompt": "{body} It was"},
+            r"task.prompt: .*line 1 has no 'body'; its fields are label, t",
+        ),
+        ({**PROMPT, "prompt": "{text It was"}, "'{' at character 1 of '{text It was' has no other half"),
         ({**PROMPT, "label_field": "text"}, "has label 'A awful film"),
         ({"context": 65}, "takes at most 64 tokens"),
         ({"held_out": 10**6}, "too few to hold out"),
@@ -641,16 +780,6 @@ def test_wrong_options_are_named(
             "x",
             1,
         )
-
-
-def test_lines_that_are_no_json_are_named(tmp_path: Path, tiny_llama: Path) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(ConfigError, match=r"bad\.jsonl, line 2: not JSON"):
-        task_of(tiny_llama, path).corpus()
-    path.write_text('["text"]\n')
-    with pytest.raises(ConfigError, match=r"line 1: not a JSON object"):
-        task_of(tiny_llama, path).corpus()
 
 
 def test_a_word_that_the_tokenizer_does_not_know_is_named() -> None:
