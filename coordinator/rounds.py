@@ -118,7 +118,8 @@ class _Past:
 
 
 class Rounds:
-    """`head`: the newest committed round. `training` and `evaluator` are what a restart recalls."""
+    """`head`: the newest committed round. `training` and `evaluator` are what a restart recalls. `eval_every`
+    0: nobody evaluates."""
 
     def __init__(
         self,
@@ -310,7 +311,7 @@ class Rounds:
 
     def _next_evaluator(self) -> int | None:
         """Rotates among the training peers, for rounds that are to be evaluated."""
-        if self.head % self._eval_every and not self.is_over:
+        if not self._eval_every or (self.head % self._eval_every and not self.is_over):
             return None
         able = sorted(self.training - self._hung)
         if not able:

@@ -1,10 +1,12 @@
-"""A coordinator in a thread of this process, with real libp2p: for tests and benchmarks."""
+"""A coordinator in a thread of this process, with real libp2p: for tests, benchmarks, and whoever starts one
+from a program of their own."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -19,7 +21,8 @@ T = TypeVar("T")
 
 
 class ServerThread:
-    """Serves on loopback from entering to leaving the context. Arguments are those of the server."""
+    """Serves from entering to leaving the context: on loopback with the arguments of the server, or what
+    `make` gives for the state folder, in the server's loop."""
 
     def __init__(
         self,
@@ -28,9 +31,12 @@ class ServerThread:
         blobs: Sequence[bytes] = (),
         port: int = 0,
         waits: Waits = Waits(),  # noqa: B008 - frozen
+        make: Callable[[StateDir], CoordinatorServer] | None = None,
     ) -> None:
-        self._folder, self._genesis, self._blobs, self._port = folder, genesis, blobs, port
-        self._waits = waits
+        self._folder = folder
+        self._make = make or partial(
+            CoordinatorServer, genesis=genesis, blobs=blobs, host="127.0.0.1", port=port, waits=waits
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="coordinator", daemon=True)
         self.ticket: Ticket
@@ -71,14 +77,7 @@ class ServerThread:
     async def _start(self) -> None:
         self._state = StateDir(self._folder)
         try:
-            self.server = CoordinatorServer(
-                self._state,
-                genesis=self._genesis,
-                blobs=self._blobs,
-                host="127.0.0.1",
-                port=self._port,
-                waits=self._waits,
-            )
+            self.server = self._make(self._state)
         except BaseException:
             self._state.close()
             raise

@@ -36,8 +36,8 @@ class Run(Section):
     """The first round waits for this many peers."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     """Seed of the initial weights."""
-    eval_every: Annotated[int, Field(ge=1)] = 10
-    """Rounds between evaluations on the held-out text."""
+    eval_every: Annotated[int, Field(ge=0)] = 10
+    """Rounds between evaluations on the held-out text; 0: none, as of a task that holds nothing out."""
     verify_every: Annotated[int, Field(ge=1)] = 10
     """Rounds between fingerprint reports."""
     snapshot_every: Annotated[int, Field(ge=1)] = 50

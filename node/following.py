@@ -5,7 +5,7 @@ report; where it was the newest one, propose.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Generator, Iterator
 from enum import Enum
 
 from ..compression.errors import ReplicaDiverged, SwarmUnreachable
@@ -72,14 +72,17 @@ class LedgerFollower:
         self._came_s = since_s
         """When the last commit came; before the first one, when this node began."""
 
-    def follow(self) -> None:
-        """From the cheapest start to the last round, or until this node is stopped.
+    def follow(self) -> Iterator[Applied | None]:
+        """From the cheapest start to the last round, or until this node is stopped; as an iterator, so that
+        its owner can do something of its own between rounds, when the model is the replica.
 
-        Raises what `Link.commits` and `Joiner.begin` raise, Incompatible and ReplicaDiverged."""
+        Gives what was applied, when this node's offer for the next round is under way; None when the head of
+        the ledger is reached, before the first offer. Raises what `Link.commits` and `Joiner.begin` raise,
+        Incompatible and ReplicaDiverged."""
         self._joiner.read_ledger()
         self._begin()
         self._observer.started(self._replica.round)
-        while self._follow():
+        while (yield from self._follow()):
             pass
 
     def _begin(self) -> None:
@@ -94,19 +97,23 @@ class LedgerFollower:
         if start.kind == "swarm":
             self._publisher.announce(self._publisher.store.stored()[-1])
 
-    def _follow(self) -> bool:
+    def _follow(self) -> Generator[Applied | None, None, bool]:
         """Applies commits until the run ends or is stopped; True: the replica was moved to another round."""
         run = self._run
         if self._replica.round >= self._link.head:
-            self._arrive()
+            yield from self._arrive()
         if run.is_over:
             self._report(evaluate=False)
             return False
         for commits in batches(self._commits(), self._replica.strategy, _Ends(run)):
             if self._stopped():
                 return False
-            if not self._applied(commits) or self._look_around(commits[-1]):
+            applied = self._applied(commits)
+            if applied is None or self._look_around(commits[-1]):
                 return True
+            if run.is_at_head:  # a check takes its time
+                yield from self._arrive()
+            yield applied
             if run.is_over:
                 return False
         return False
@@ -126,23 +133,22 @@ class LedgerFollower:
             self._publisher.write()
         if not at_head:
             return self._stage is not Stage.TRAINING and self._jump()
-        if self._heal():
-            return True
-        if run.is_at_head:  # a check takes its time
-            self._arrive()
-        return False
+        return self._heal()
 
-    def _arrive(self) -> None:
+    def _arrive(self) -> Iterator[None]:
         """The replica is at the head of the ledger: this node trains."""
         if self._run.is_over:
             return
         if self._stage is not Stage.TRAINING:
+            yield
+            if self._stopped() or not self._run.is_at_head:
+                return
             self._link.state(NodeState.TRAINING)
             self._link.serve(self._publisher.store)
             self._observer.training(True)
         self._stage = Stage.TRAINING
         if self._replica.round == 0:
-            self._report(evaluate=self._run.peer_index == 0)
+            self._report(evaluate=self._run.peer_index == 0 and self._run.config.run.eval_every > 0)
         self._on_proposing()
         self._proposer.propose(self._came_s)
 
@@ -167,22 +173,20 @@ class LedgerFollower:
 
     # ------------------------------------------------------------------------------------ applying commits
 
-    def _applied(self, commits: list[Commit]) -> bool:
-        """False: they could not be applied, and the replica was moved to another round."""
+    def _applied(self, commits: list[Commit]) -> Applied | None:
+        """None: they could not be applied, and the replica was moved to another round."""
         try:
-            self._apply(commits)
+            return self._apply(commits)
         except PayloadGone as e:
             log.warning("%s", e)
             self._joiner.payloads_gone(self._replica.round + 1)
             self._joiner.read_ledger()
             self._begin()
-            return False
         except ReplicaDiverged as e:
             self._start_over(e)
-            return False
-        return True
+        return None
 
-    def _apply(self, commits: list[Commit]) -> None:
+    def _apply(self, commits: list[Commit]) -> Applied:
         """One live commit, or several older ones."""
         began_s, offer = self._clock(), self._proposer.open_offer
         payloads = _Payloads(self._link, self._clock, self._stopped)
@@ -202,6 +206,7 @@ class LedgerFollower:
         )
         self._tell(applied)
         self._observer.applied(applied)
+        return applied
 
     def _tell(self, applied: Applied) -> None:
         body = applied.commits[-1].body

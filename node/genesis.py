@@ -85,9 +85,12 @@ def public_config(config: RunConfig, task: Task) -> RunConfig:
         options = task.public(config.task)
     else:
         options = config.task.model_copy(update={"corpus": "run"} if task.corpus() is not None else {})
+    run: dict[str, Any] = {"base": None}
+    if task.held_out() is None:
+        run["eval_every"] = 0
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"base": None}),
+            "run": config.run.model_copy(update=run),
             "task": options,
             "strategy": complete_config(config.strategy),
         }

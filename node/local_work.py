@@ -65,6 +65,7 @@ class LocalWork:
 
     def propose(self, allotted: Allotment | None = None) -> Proposal:
         """The round after the one that the replica is at. `allotted`: how much of its work; None: all."""
+        self._set_mode()  # between rounds the model is its owner's
         self._turn = turn = self._replica.turn()
         self._n_drawn = self._n_tokens = 0
         strategy = self._replica.strategy

@@ -74,20 +74,21 @@ def prepare_run(
     *,
     import_path: str | None = None,
     data: Path | None = None,
+    task: Task | None = None,
     device: torch.device | str = "cpu",
     precision: Precision = "auto",
     leader: Leader | None = None,
     folder: Path | None = None,
 ) -> PreparedRun:
     """The run that the link has opened; its replica has no weights yet. `leader`: of a node of several ranks;
-    `folder`: where blobs are kept, None: nowhere.
+    `folder`: where blobs are kept, None: nowhere; `task`: instead of `import_path` and `data`.
 
     Nothing is downloaded before the layout was compared. Raises ConfigError, Incompatible and what
     `Link.fetch` raises.
     """
     body = welcome.body
     config = parse_config(body.config)
-    task = make_task(config.task, import_path, data)
+    task = task or make_task(config.task, import_path, data)
     if leader is None:
         replica = build_replica(link.run_id, body, task, link.peer_id, device)
     else:

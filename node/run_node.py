@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .result import Result
     from .runner import Runner
     from .system.stopping import Stop
+    from .tasks.base import Task
     from .tracking.metrics import NodeMetrics, TrackerName
 
 log = logging.getLogger("thinwire.node")
@@ -106,6 +107,20 @@ def run_node(
     `leader_in`: it is rank 0 of several; called with the node's folder. `finished` is called after the last
     round.
     """
+    with opened_node(options, leader_in, make_link) as runner:
+        stop.on_stop.append(runner.request_stop)
+        return _until_the_end(runner, options, stop, finished)
+
+
+@contextmanager
+def opened_node(
+    options: Options,
+    leader_in: Callable[[Path], Leader] | None = None,
+    make_link: Callable[..., RemoteLink] = hivemind_link,
+    task: Task | None = None,
+) -> Iterator[Runner]:
+    """A runner that has not begun, with its folder and link, which are given back in the end. `task`: instead
+    of the one that the options name. Raises ConfigError and Incompatible."""
     limit_threads(options.threads)
 
     from .runner import Runner, follow_events
@@ -114,39 +129,33 @@ def run_node(
     check_device(options.device)
     _check_arithmetic(options.device)
     limit = _upload_limit(options)
-    folder = NodeFolder(options.state)
-    log.info("this node's state is in %s", folder.path)
-    metrics = _metrics(options, folder.path, limit)
-    link = make_link(options, folder.path, **_shared(options, metrics, limit))
-    events = follow_events(link)
-    tracks = open_tracks(options.track, link.run_folder, metrics)
-    runner = Runner(
-        link,
-        import_path=options.import_path,
-        data=options.data,
-        device=options.device,
-        folder=link.run_folder,
-        metrics=metrics,
-        precision=options.precision,
-        leader=None if leader_in is None else leader_in(folder.path),
-        tracks=tracks,
-    )
-    stop.on_stop.append(runner.request_stop)
-    try:
-        return _until_the_end(runner, options, stop, metrics, finished)
-    finally:
-        link.close()
-        events.join(timeout=5)
-        tracks.close()
-        folder.close()
+    with ExitStack() as stack:
+        folder = NodeFolder(options.state)
+        stack.callback(folder.close)
+        log.info("this node's state is in %s", folder.path)
+        metrics = _metrics(options, folder.path, limit)
+        link = make_link(options, folder.path, **_shared(options, metrics, limit))
+        tracks = open_tracks(options.track, link.run_folder, metrics)
+        stack.callback(tracks.close)
+        events = follow_events(link)
+        stack.callback(events.join, timeout=5)
+        stack.callback(link.close)
+        yield Runner(
+            link,
+            import_path=options.import_path,
+            data=options.data,
+            task=task,
+            device=options.device,
+            folder=link.run_folder,
+            metrics=metrics,
+            precision=options.precision,
+            leader=None if leader_in is None else leader_in(folder.path),
+            tracks=tracks,
+        )
 
 
 def _until_the_end(
-    runner: Runner,
-    options: Options,
-    stop: Stop,
-    metrics: NodeMetrics,
-    finished: Callable[[Runner], object],
+    runner: Runner, options: Options, stop: Stop, finished: Callable[[Runner], object]
 ) -> Result | None:
     """Trains, and writes the weights that the user has asked for."""
     from .tracking.metrics import serve
@@ -154,7 +163,7 @@ def _until_the_end(
     if stop.is_set():  # it came while there was nobody to tell
         return None
     try:
-        with serve(metrics, options.http):
+        with serve(runner.metrics, options.http):
             result = runner.run()
             if options.save is not None and not stop.is_set():
                 runner.replica.save_weights(options.save)

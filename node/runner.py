@@ -26,8 +26,9 @@ from .ranks.leader import Leader
 from .replica import Replica
 from .result import Result
 from .snapshots.publishing import SnapshotPublisher
+from .tasks.base import Task
 from .tracking.metrics import NodeMetrics
-from .tracking.observer import Observer
+from .tracking.observer import Applied, Observer
 from .tracking.round_statistics import RoundStatistics
 from .tracking.trackers import Tracks
 
@@ -40,7 +41,8 @@ def _nothing(_runner: Runner) -> None: ...
 class Runner:
     """One node in one run.
 
-    `import_path` and `data` come from the user's own command line (see `tasks.make_task`). `folder`: where
+    `import_path` and `data` come from the user's own command line (see `tasks.make_task`); `task`: one that
+    is there already, instead of both. `folder`: where
     snapshots are kept, to be resumed from and served; None: a temporary one. `stop` may be set from any
     thread (or a signal handler): the node leaves the swarm cleanly. `leader`: the node has several ranks,
     this is rank 0's. `tracks`: where the run log goes; whoever opened them closes them. `clock`: in seconds.
@@ -55,6 +57,7 @@ class Runner:
         *,
         import_path: str | None = None,
         data: Path | None = None,
+        task: Task | None = None,
         device: str = "cpu",
         folder: Path | None = None,
         metrics: NodeMetrics | None = None,
@@ -75,6 +78,7 @@ class Runner:
             prepare_run,
             import_path=import_path,
             data=data,
+            task=task,
             device=self._device,
             precision=precision,
             leader=leader,
@@ -82,6 +86,7 @@ class Runner:
         )
         self._on_prepared, self._on_proposing = on_prepared, on_proposing
         self._prepared: PreparedRun | None = None
+        self._result: Result | None = None
 
     @property
     def prepared(self) -> PreparedRun:
@@ -109,16 +114,28 @@ class Runner:
     def run(self) -> Result:
         """Raises what `Link.open` and `Link.commits` raise, Incompatible, ConfigError, NoStart and
         ReplicaDiverged."""
+        for _ in self.rounds():
+            pass
+        assert self._result is not None
+        return self._result
+
+    @property
+    def result(self) -> Result | None:
+        """Once the last round was applied, or this node was stopped."""
+        return self._result
+
+    def rounds(self) -> Iterator[Applied | None]:
+        """The same round by round, see `LedgerFollower.follow`. Raises what `run` raises."""
         run = self._prepared = self._prepare(self.link, self.link.open())
         self._on_prepared(self)
         statistics = RoundStatistics(run, self.metrics, self._tracks)
         with self._publisher(run) as publisher:
             try:
-                self._follower(run, publisher, statistics).follow()
+                yield from self._follower(run, publisher, statistics).follow()
             finally:
                 statistics.ended(run.replica.round)
                 self.link.state(NodeState.LEAVING)
-        return statistics.result()
+        self._result = statistics.result()
 
     def request_stop(self) -> None:
         """Safe in a signal handler: leaves the swarm after what is being computed right now."""

@@ -15,12 +15,13 @@ class _Section(BaseModel):
 
 
 class RunSection(_Section):
-    """`rounds`, and after how many of them each thing happens; the first round waits for `min_peers`."""
+    """`rounds`, and after how many of them each thing happens; the first round waits for `min_peers`.
+    `eval_every` 0: nothing is evaluated."""
 
     name: str
     rounds: Annotated[int, Field(ge=1, le=2**32 - 1)]
     min_peers: Annotated[int, Field(ge=1)]
-    eval_every: Annotated[int, Field(ge=1)]
+    eval_every: Annotated[int, Field(ge=0)]
     verify_every: Annotated[int, Field(ge=1)]
     snapshot_every: Annotated[int, Field(ge=1)]
 

@@ -113,7 +113,7 @@ async def _serve(
                 log.info("the swarm's page: %s (and /metrics, /sd, /healthz)", server.http.url())
             await server.start()
             if ticket_file is not None:
-                _write_ticket(ticket_file, server.ticket.line())
+                write_ticket(ticket_file, server.ticket.line())
             print(server.ticket.line(), flush=True)  # noqa: T201 - data goes to stdout
             log.info("the line above is the ticket. On any machine: thinwire join TICKET")
             finished = asyncio.create_task(server.run_until_finished())
@@ -131,7 +131,8 @@ async def _serve(
             await server.stop()
 
 
-def _write_ticket(path: Path, line: str) -> None:
+def write_ticket(path: Path, line: str) -> None:
+    """Readable by this user alone. Raises ConfigError."""
     try:
         write_aside(path, f"{line}\n".encode(), 0o600)
     except OSError as e:

@@ -151,7 +151,7 @@ class Comparison:
     def points_every(self, plan: ComparePlan) -> int:
         """Rounds between two evaluations: the run's `eval_every` in steps, but `POINTS` points at least."""
         run = self.run.run
-        return max(1, min(run.eval_every * plan.rounds // run.rounds, plan.rounds // POINTS))
+        return max(1, min((run.eval_every or run.rounds) * plan.rounds // run.rounds, plan.rounds // POINTS))
 
     def train(self, progress: Progress, stopped: Callable[[], bool]) -> Iterator[Outcome]:
         """One outcome after the other; ends early when `stopped`, without the strategy that was under way."""

@@ -925,6 +925,16 @@ def test_the_end_waits_for_acknowledgements(make_world: MakeWorld) -> None:
     assert world.status()["held_out"] == [[1, 2.0]]
 
 
+def test_a_run_that_evaluates_nothing_names_no_evaluator(make_world: MakeWorld) -> None:
+    """A task may hold nothing out: then nobody is asked for a loss, nor waited for in the end."""
+    world = make_world(rounds=1, min_peers=1, eval_every=0)
+    world.train("a")
+    world.say("a", offer(1))
+    assert world.service.commits(0, 1)[0].body.evaluator is None
+    world.say("a", Report(round=1, fingerprint=b"12345678"))
+    assert world.service.finished
+
+
 def test_the_end_does_not_wait_for_ever(make_world: MakeWorld) -> None:
     world = make_world(rounds=1, min_peers=1)
     world.train("a")
