@@ -15,8 +15,8 @@ from .blobs import BlobStore
 from .ledger import Ledger
 from .observe.page_history import PageHistory
 from .observe.run_statistics import RunStatistics
-from .protocol.messages import Commit, Rejected
-from .protocol.settings import RunSection
+from .protocol.messages import Commit, CommitBody, Rejected
+from .protocol.settings import Course
 from .reports import Reports
 from .retention import PayloadRetention
 from .rounds import RoundClosed
@@ -29,32 +29,37 @@ RECALLED_COMMITS = 3
 class Recalled:
     """What the open round needs to know of those before.
 
-    `training`: peers of the last commits; `evaluator`: the last one named; `resting`: the head's.
+    `training`: peers of the last commits; `evaluator`: the last one named; `resting`: the head's;
+    `has_begun`: a round has been trained.
     """
 
     training: frozenset[int]
     evaluator: int | None
     resting: int | None
+    has_begun: bool
 
 
 class DerivedState:
-    """Of one run. `name`: what a peer is called in the log; `rejected`: counts so far, by reason."""
+    """Of one run. `course`: as record 0 says; `name`: what a peer is called in the log; `rejected`: counts so
+    far, by reason."""
 
     def __init__(
         self,
         ledger: Ledger,
         blobs: BlobStore,
-        run: RunSection,
+        course: Course,
         name: Callable[[int], str],
         rejected: Counter[Rejected],
     ) -> None:
         self._ledger, self._blobs = ledger, blobs
+        self.course = course
+        """After the newest commit."""
         n_params = sum(prod(entry.shape) for entry in ledger.genesis.layout)
         self.statistics = RunStatistics(n_params)
         self.page_history = PageHistory(n_params, rejected)
-        self.retention = PayloadRetention(blobs, run.snapshot_every, name)
+        self.retention = PayloadRetention(blobs, course.run.snapshot_every, name)
         snapshots, trend = self.retention.snapshots, self.page_history.trend
-        self.reports = Reports(ledger, self.statistics, trend, snapshots, rejected, run)
+        self.reports = Reports(ledger, self.statistics, trend, snapshots, rejected, course)
         self._last_peers: deque[frozenset[int]] = deque(maxlen=RECALLED_COMMITS)
         self._evaluator: int | None = None
         self._resting: int | None = None
@@ -62,11 +67,13 @@ class DerivedState:
     def recall(self, commit: Commit) -> None:
         """The next old commit. Deletes no payload."""
         body = commit.body
+        self._follow(body)
         self.statistics.committed(body)
         self.page_history.committed(commit)
-        self.reports.recall(body)
+        self.reports.recall(body, self.course)
         self.retention.recall(body)
-        self._last_peers.append(frozenset(offer.peer for offer in body.offers))
+        if body.offers:
+            self._last_peers.append(frozenset(offer.peer for offer in body.offers))
         self._resting = body.evaluator
         self._evaluator = self._evaluator if body.evaluator is None else body.evaluator
 
@@ -76,20 +83,29 @@ class DerivedState:
             self.page_history.trend.held_out(round_, loss)
         self._pin_blobs_of_run()
         self.retention.recalled(self._ledger.head_round)
-        return Recalled(frozenset().union(*self._last_peers), self._evaluator, self._resting)
+        training = frozenset[int]().union(*self._last_peers)
+        return Recalled(training, self._evaluator, self._resting, has_begun=bool(self._last_peers))
 
-    def committed(self, commit: Commit, closed: RoundClosed, present: Collection[int]) -> None:
+    def committed(self, commit: Commit, closed: RoundClosed | None, present: Collection[int]) -> None:
         """The next new commit, on the disk already; payloads that nobody needs any more are deleted.
 
-        `present`: peers that are there, or were a moment ago.
+        `closed`: None for a record that only brings changes; `present`: peers that are there, or were a
+        moment ago.
         """
         body = commit.body
+        self._follow(body)
         self.statistics.committed(body)
         self.page_history.committed(commit)
-        self.page_history.closed(closed.why, closed.duration_s)
-        self.statistics.round_closed(closed.duration_s, closed.missing)
-        self.reports.committed(body)
+        if closed is not None:
+            self.page_history.closed(closed.why, closed.duration_s)
+            self.statistics.round_closed(closed.duration_s, closed.missing)
+        self.reports.committed(body, self.course)
         self.retention.committed(body, present)
+
+    def _follow(self, body: CommitBody) -> None:
+        for text in self.course.told(body.changes):
+            self.page_history.happened(body.time_ms, "changed", f"round {body.round}: {text}")
+        self.course = self.course.after(body.changes)
 
     def _pin_blobs_of_run(self) -> None:
         genesis = self._ledger.genesis

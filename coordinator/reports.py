@@ -11,7 +11,7 @@ from .observe.run_statistics import KEPT_FINGERPRINTS, RunStatistics
 from .observe.trend import Trend
 from .protocol.attested import Snapshots
 from .protocol.messages import MAX_PEERS, CommitBody, Rejected, Report, ReportEntry, SnapshotEntry
-from .protocol.settings import RunSection
+from .protocol.settings import Course
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -41,10 +41,10 @@ class Reports:
         trend: Trend,
         snapshots: Snapshots,
         rejected: Counter[Rejected],
-        run: RunSection,
+        course: Course,
     ) -> None:
         self._ledger, self._statistics, self._trend, self._snapshots = ledger, statistics, trend, snapshots
-        self._rejected, self._run = rejected, run
+        self._rejected, self._run, self._ends = rejected, course.run, {course.n_rounds}
         # By convention the first peer evaluates the model as it is before round 1.
         self._evaluators: dict[int, int] = {0: 0}
         self._said: dict[int, dict[int, list[Said]]] = {}
@@ -53,14 +53,18 @@ class Reports:
         self.acknowledged: set[int] = set()
         """Peers that have the last commit; its evaluator also has to report the loss."""
 
-    def committed(self, body: CommitBody) -> None:
-        """A new commit, or an old one while the ledger is read again."""
+    def committed(self, body: CommitBody, course: Course) -> None:
+        """A new commit, or an old one while the ledger is read again. `course`: after it."""
+        if body.changes:
+            self._run = course.run
+            self._ends.add(course.n_rounds)
+            self.acknowledged.clear()
         if body.evaluator is not None:
             self._evaluators[body.round] = body.evaluator
 
-    def recall(self, body: CommitBody) -> None:
+    def recall(self, body: CommitBody, course: Course) -> None:
         """An old commit, in order: brings back what had been reported."""
-        self.committed(body)
+        self.committed(body, course)
         for entry in body.reports:
             self._remember(entry.peer, entry.round, (entry.fingerprint, entry.checked))
             self._statistics.fingerprint(entry.peer, entry.round, entry.fingerprint)
@@ -86,7 +90,7 @@ class Reports:
         return differ
 
     def _note_fingerprint(self, peer: int, round_: int, said: Said) -> set[int]:
-        if round_ % self._run.verify_every and round_ != self._run.rounds:
+        if round_ % self._run.verify_every and round_ not in self._ends:
             self._rejected["fingerprint"] += 1
             return set()
         if len(self._said) >= KEPT_FINGERPRINTS and round_ < min(self._said):

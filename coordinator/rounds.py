@@ -119,7 +119,10 @@ class _Past:
 
 class Rounds:
     """`head`: the newest committed round. `training` and `evaluator` are what a restart recalls. `eval_every`
-    0: nobody evaluates."""
+    0: nobody evaluates.
+
+    `n_rounds` and `is_paused` are the ledger's; `has_begun`: whether a round has been trained, None: any.
+    """
 
     def __init__(
         self,
@@ -130,12 +133,18 @@ class Rounds:
         policy: PolicyName,
         max_offers: int,
         head: int,
+        is_paused: bool = False,
+        has_begun: bool | None = None,
         training: Iterable[int] = (),
         evaluator: int | None = None,
         resting: int | None = None,
         now_s: float,
     ) -> None:
-        self._n_rounds, self._min_peers, self._eval_every = n_rounds, min_peers, eval_every
+        self._min_peers, self._eval_every = min_peers, eval_every
+        self.n_rounds, self.is_paused = n_rounds, is_paused
+        self._next: tuple[int, bool] | None = None
+        """What the record that closes the open round makes of the two."""
+        self._has_begun = head > 0 if has_begun is None else has_begun
         self._policy: PolicyName = policy
         self._max_offers = max_offers
         self.head = head
@@ -152,7 +161,7 @@ class Rounds:
         self._goal: Limit | None = None
         """What `fastest` has chosen for the open round."""
         self._last_evaluator = evaluator
-        if 0 < head < n_rounds:
+        if self._may_open:
             self._open(resting, now_s)
 
     @property
@@ -163,7 +172,30 @@ class Rounds:
     @property
     def is_over(self) -> bool:
         """The last round is committed."""
-        return self.head >= self._n_rounds
+        return self.head >= self.n_rounds
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a round is open that somebody works on: its record comes, sooner or later."""
+        return self.opened_s is not None and bool(self.expected or self._offers)
+
+    @property
+    def _may_open(self) -> bool:
+        return self._has_begun and not self.is_over and not self.is_paused
+
+    def plan(self, n_rounds: int, is_paused: bool) -> None:
+        """The record that closes the open round changes these."""
+        self._next = (n_rounds, is_paused)
+
+    def skip(self, n_rounds: int, is_paused: bool) -> None:
+        """The open round's record is written already, without an offer, and changes these. Offers that are
+        here came too late. The next round opens with the next event."""
+        opened_s = self.opened_s or 0.0
+        self._pasts[self.round] = _Past(opened_s, frozenset(), frozenset(), self._offers)
+        self._pasts.pop(self.round - KEPT_ROUNDS, None)
+        self._offers, self.expected, self.opened_s = {}, set(), None
+        self.head += 1
+        self.n_rounds, self.is_paused, self._next = n_rounds, is_paused, None
 
     def missing(self) -> list[int]:
         """Who is awaited right now."""
@@ -188,7 +220,8 @@ class Rounds:
                     self._excuse(peer)
             case TimePassed():
                 pass
-        if self.opened_s is None and not self.is_over and len(self.training) >= self._min_peers:
+        is_ready = self._has_begun or len(self.training) >= self._min_peers
+        if self.opened_s is None and is_ready and not self.is_over and not self.is_paused:
             actions.append(self._open(None, now_s))
         actions += self._close_if_due(now_s)
         return actions
@@ -218,7 +251,7 @@ class Rounds:
         self._hung.discard(offer.peer)
         if (past := self._pasts.get(offer.round)) is not None:
             return self._offered_late(offer, past, now_s)
-        if offer.round != self.round or self.is_over:
+        if offer.round != self.round or self.is_over or self.is_paused:
             return OfferRefused(offer.peer, "wrong_round")
         kept = self._offers.get(offer.peer)
         if kept is not None and kept.digest != offer.digest:
@@ -299,12 +332,15 @@ class Rounds:
         self._pasts.pop(self.round - KEPT_ROUNDS, None)
         for peer in missing:
             self.times.is_missing(self.round, peer, now_s - opened_s)
-        self._offers = {}
+        self._offers, self._has_begun = {}, True
         self.head += 1
+        if self._next is not None:
+            self.n_rounds, self.is_paused = self._next
+            self._next = None
         evaluator = self._next_evaluator()
         duration_s = now_s - opened_s
         closed = RoundClosed(self.head, tuple(eligible), tuple(missing), evaluator, duration_s, why)
-        if self.is_over:
+        if not self._may_open:
             self.opened_s, self.expected = None, set()
             return [closed]
         return [closed, self._open(evaluator, now_s)]

@@ -13,6 +13,8 @@ from typing import Any
 
 from ..compression.errors import LedgerCorrupt, ThinwireError
 from .blobs import BlobStore
+from .control.door import Door
+from .control.orders import CheckStrategy, Order, Ordered, no_strategy
 from .ledger import Ledger
 from .protocol.addresses import HttpAddress
 from .protocol.identity import load_or_create
@@ -59,11 +61,13 @@ class CoordinatorServer:
         quota_bytes: int = DEFAULT_QUOTA_BYTES,
         start_transport: StartTransport = start_p2p,
         waits: Waits = Waits(),  # noqa: B008 - frozen
+        check_strategy: CheckStrategy = no_strategy,
     ) -> None:
-        """Raises ConfigError or LedgerCorrupt."""
+        """`check_strategy`: of what the run's owner changes. Raises ConfigError or LedgerCorrupt."""
         self._state, self._host_ip, self._port, self._announce = state, host, port, tuple(announce)
         self._start_transport = start_transport
         self._token = state.token()
+        self._check_strategy = check_strategy
         self.blobs = BlobStore(state.blobs_path, quota_bytes)
         for blob in blobs:
             self.blobs.put(digest_of(blob), blob)
@@ -87,6 +91,9 @@ class CoordinatorServer:
             status=self.status,
             waits=waits,
         )
+        self._door = Door(
+            state.path, self._order, self._is_ordered, lambda: self.service.count_rejected("message")
+        )
         self._done: asyncio.Future[None] | None = None
         self._transport: Transport | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
@@ -103,11 +110,12 @@ class CoordinatorServer:
             key=self._key,
             token=self._token,
             send=self._send,
-            on_commit=lambda _round: self._stream_server.wake(),
+            on_commit=self._committed,
             now_s=time.monotonic(),
             wall_ms=lambda: time.time_ns() // 10**6,
             history=self._state.history(),
             banned=self._state.banned(),
+            check_strategy=self._check_strategy,
         )
 
     # ------------------------------------------------------------------------------------ start and stop
@@ -118,6 +126,7 @@ class CoordinatorServer:
         self._port = self._port or self._state.port() or 0
         await self._listen()
         self._state.save_port(self._port)
+        await self._door.open()
         work = (self._beat(), self._watch_transport(), self._keep_history())
         self._tasks = [asyncio.create_task(one) for one in work]
         self._tick()
@@ -144,6 +153,7 @@ class CoordinatorServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._is_stopped = True
+        await self._door.close()
         await self._stream_server.close(
             "the run is over" if self.service.finished else "the coordinator was stopped"
         )
@@ -221,6 +231,20 @@ class CoordinatorServer:
             self._done.set_exception(error)
 
     # ------------------------------------------------------------------------------------- the service's side
+
+    def _committed(self, round_: int) -> None:
+        self._stream_server.wake()
+        self._door.committed(round_)
+
+    def _order(self, order: Order) -> Ordered:
+        ordered = self.service.order(order, time.monotonic())
+        self._soon()
+        return ordered
+
+    def _is_ordered(self, ordered: Ordered) -> bool:
+        """Whether the record that was to carry the changes does so."""
+        commit = next(iter(self.service.commits(ordered.round - 1, 1)), None)
+        return commit is not None and set(ordered.changes) <= set(commit.body.changes)
 
     def _send(self, peer_id: str, message: Message) -> None:
         self._stream_server.send(peer_id, message)

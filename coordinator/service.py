@@ -8,7 +8,7 @@ and counts (`open_round`, `rounds`), what follows from the ledger (`derived_stat
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..compression.errors import ConfigError, LedgerCorrupt
 from .admission import AdmissionControl
 from .announcer import Announcer
 from .blobs import BlobStore
+from .control.orders import CheckStrategy, Order, Ordered, Place, no_strategy, plan
 from .derived_state import DerivedState, Recalled
 from .ledger import Ledger
 from .membership import Membership, MembershipEvent, SessionClosed, SessionOpened, SignOfLife, TimePassed
@@ -30,6 +31,7 @@ from .open_round import OpenOffers, OpenRound
 from .peers import Peers
 from .protocol.messages import (
     BadMessage,
+    Change,
     Commit,
     CommitBody,
     Heartbeat,
@@ -42,7 +44,7 @@ from .protocol.messages import (
     Welcome,
 )
 from .protocol.schedule import lr_factor_bits
-from .protocol.settings import RunSettings, parse_settings
+from .protocol.settings import Course
 from .rounds import Excused, RoundClosed, Rounds
 
 log = logging.getLogger("thinwire.coordinator")
@@ -73,14 +75,19 @@ class Service:
         wall_ms: Callable[[], int],
         history: bytes | None = None,
         banned: frozenset[str] = frozenset(),
+        check_strategy: CheckStrategy = no_strategy,
     ) -> None:
-        """`history`: what the method gave before a restart; `banned`: peers that are not let in.
+        """`history`: what the method gave before a restart; `banned`: peers that are not let in;
+        `check_strategy`: of what the owner wants to change of its options.
 
         Raises ConfigError for another run's key or a config that it cannot read.
         """
         self._ledger, self._blobs, self._key = ledger, blobs, key
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
-        self._settings = parse_settings(ledger.genesis.config)
+        self._settings = Course.of(ledger.genesis.config).settings
+        self._check_strategy = check_strategy
+        self._pending: dict[str, Change] = {}
+        """By key: what the record that closes the open round changes."""
         try:
             key.public_key().verify(ledger.genesis_signature, ledger.genesis_record)
         except InvalidSignature:
@@ -93,9 +100,9 @@ class Service:
 
     def _recalled(self, now_s: float, history: bytes | None) -> _Parts:
         """Everything that is derived from the ledger, and nothing that sessions have brought."""
-        ledger, run = self._ledger, self._settings.run
+        ledger, course = self._ledger, Course.of(self._ledger.genesis.config)
         names = PeerNames(ledger.peer_id)
-        derived = DerivedState(ledger, self._blobs, run, names.short, self._admission.rejected)
+        derived = DerivedState(ledger, self._blobs, course, names.short, self._admission.rejected)
         for commit in ledger.all_commits():
             derived.recall(commit)
         past = derived.recalled()
@@ -104,7 +111,7 @@ class Service:
         members = Membership(self._settings.silence_s, past.training, now_s)
         announcer = Announcer(self._send_to, ledger.peer_id)
         notices = Notices(announcer, members, names, derived.page_history, self._wall_ms, now_s)
-        rounds = _rounds(self._settings, ledger, past, now_s)
+        rounds = _rounds(derived.course, ledger, past, now_s)
         open_round = OpenRound(
             rounds,
             OpenOffers(self._blobs, self._admission),
@@ -124,7 +131,7 @@ class Service:
             rounds=rounds,
             open_round=open_round,
             peers=Peers(ledger, self._admission, members, announcer, notices, derived, counters),
-            view=RunView(run, ledger, rounds, members, derived, counters, rejected, self._wall_ms),
+            view=RunView(ledger, rounds, members, derived, counters, rejected, self._wall_ms),
             over_s=now_s if rounds.is_over else None,
         )
 
@@ -225,7 +232,34 @@ class Service:
         if n_adopted:
             log.warning("got %d commits back from a node: round %d is the newest", n_adopted, self.head)
             self._admission.new_round()
+            self._pending = {}
             self._parts = self._recalled(now_s, self.history())
+
+    # --------------------------------------------------------------------------------------- the owner
+
+    @property
+    def course(self) -> Course:
+        """What holds after the newest record."""
+        return self._parts.derived.course
+
+    def order(self, order: Order, now_s: float) -> Ordered:
+        """Changes the run for everybody: with the record that closes the open round, or, where nobody works
+        on one, with a record of its own at once. Raises ConfigError for what is refused."""
+        rounds = self._parts.rounds
+        if self._n_adopted or rounds.is_held:
+            raise ConfigError("the coordinator is getting lost rounds back from a node: try again soon")
+        place = Place(rounds.round, not rounds.is_awaited, rounds.is_over)
+        ordered = plan(order, self.course.after(_in_order(self._pending)), place, self._check_strategy)
+        self._pending.update((change.key, change) for change in ordered.changes)
+        course = self.course.after(_in_order(self._pending))
+        if place.is_alone:
+            commit = self._ledger.append(self._proposal(place.round, (), None), self._key)
+            rounds.skip(course.n_rounds, course.is_paused)
+            self._committed(commit, None, now_s)
+        else:
+            rounds.plan(course.n_rounds, course.is_paused)
+        log.info("round %d: %s", ordered.round, "; ".join(ordered.told))
+        return ordered
 
     # ------------------------------------------------------------------------------------------- blobs
 
@@ -319,36 +353,42 @@ class Service:
 
     def _close(self, closed: RoundClosed, now_s: float) -> None:
         """Orders the round that has closed: from here to `_committed` no other one does."""
-        commit = self._ledger.append(self._proposal(closed), self._key)
+        proposal = self._proposal(closed.round, closed.peers, closed.evaluator)
+        commit = self._ledger.append(proposal, self._key)
         self._committed(commit, closed, now_s)
 
-    def _proposal(self, closed: RoundClosed) -> CommitBody:
-        """The next record. Takes out the reports that it carries."""
-        next_round, n_rounds = closed.round + 1, self._settings.run.rounds
+    def _proposal(self, round_: int, peers: Sequence[int], evaluator: int | None) -> CommitBody:
+        """The next record. Takes out the reports and the changes that it carries."""
+        changes, self._pending = _in_order(self._pending), {}
+        course = self.course.after(changes)
         reports, snapshots = self._parts.derived.reports.take()
         return CommitBody(
-            round=closed.round,
+            round=round_,
             parent=self._ledger.head_digest,
-            offers=self._parts.open_round.offers.entries(closed.peers),
+            offers=self._parts.open_round.offers.entries(peers),
             admitted=self._ledger.pending_admissions(),
-            lr_factor_bits=lr_factor_bits(self._settings.schedule, next_round, n_rounds),
+            lr_factor_bits=lr_factor_bits(course.settings.schedule, round_ + 1, course.n_rounds),
             reports=reports,
             snapshots=snapshots,
-            evaluator=closed.evaluator,
+            evaluator=evaluator,
             time_ms=self._wall_ms(),
+            changes=changes,
         )
 
-    def _committed(self, commit: Commit, closed: RoundClosed, now_s: float) -> None:
-        """The record is on the disk: everybody may see it."""
+    def _committed(self, commit: Commit, closed: RoundClosed | None, now_s: float) -> None:
+        """The record is on the disk: everybody may see it. `closed`: None, if it only brings changes."""
         parts = self._parts
         parts.derived.committed(commit, closed, parts.peers.present())
-        self._counters.round_closed(closed.why, closed.duration_s)
-        parts.notices.missed(closed.missing, parts.derived.statistics)
+        if closed is not None:
+            self._counters.round_closed(closed.why, closed.duration_s)
+            parts.notices.missed(closed.missing, parts.derived.statistics)
+            log.info("round %d: %d offers, %.2f s", closed.round, len(closed.peers), closed.duration_s)
         parts.open_round.offers.clear()
         self._admission.new_round()
-        parts.over_s = now_s if parts.rounds.is_over else None
-        log.info("round %d: %d offers, %.2f s", closed.round, len(closed.peers), closed.duration_s)
-        self._on_commit(closed.round)
+        parts.over_s, parts.finished = (now_s if parts.rounds.is_over else None), False
+        if commit.body.changes:
+            parts.notices.changed(now_s)
+        self._on_commit(commit.body.round)
 
 
 @dataclass(slots=True)
@@ -374,7 +414,12 @@ class _Parts:
         self.finished = not awaited or now_s >= self.over_s + FAREWELL_S
 
 
-def _rounds(settings: RunSettings, ledger: Ledger, past: Recalled, now_s: float) -> Rounds:
+def _in_order(changes: Mapping[str, Change]) -> tuple[Change, ...]:
+    return tuple(changes[key] for key in sorted(changes))
+
+
+def _rounds(course: Course, ledger: Ledger, past: Recalled, now_s: float) -> Rounds:
+    settings = course.settings
     return Rounds(
         n_rounds=settings.run.rounds,
         min_peers=settings.run.min_peers,
@@ -382,6 +427,8 @@ def _rounds(settings: RunSettings, ledger: Ledger, past: Recalled, now_s: float)
         policy=settings.policy.name,
         max_offers=ledger.genesis.limits.max_peers,
         head=ledger.head_round,
+        is_paused=course.is_paused,
+        has_begun=past.has_begun,
         training=past.training,
         evaluator=past.evaluator,
         resting=past.resting,

@@ -17,8 +17,9 @@ def batches(
 ) -> Iterator[list[Commit]]:
     """The same commits in the same order, none of the lists empty.
 
-    A batch ends at a round in `ends` (where fingerprints are to be compared), after `MAX_ROUNDS`, or when it
-    has as many bytes of payloads as the strategy takes at once: for some that is always a single round.
+    A batch ends with a record that changes the run, at a round in `ends` (where fingerprints are to be
+    compared), after `MAX_ROUNDS`, or when it has as many bytes of payloads as the strategy takes at once: for
+    some that is always a single round.
     """
     max_bytes = strategy.batch_bytes()
     batch: list[Commit] = []
@@ -26,7 +27,8 @@ def batches(
     for commit in commits:
         batch.append(commit)
         n_bytes += sum(offer.n_bytes for offer in commit.body.offers)
-        if n_bytes >= max_bytes or len(batch) == MAX_ROUNDS or commit.body.round in ends:
+        is_full = n_bytes >= max_bytes or len(batch) == MAX_ROUNDS
+        if is_full or commit.body.changes or commit.body.round in ends:
             yield batch
             batch, n_bytes = [], 0
     if batch:

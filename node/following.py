@@ -149,6 +149,9 @@ class LedgerFollower:
         self._stage = Stage.TRAINING
         if self._replica.round == 0:
             self._report(evaluate=self._run.peer_index == 0 and self._run.config.run.eval_every > 0)
+        if self._replica.course.is_paused:
+            log.info("the run is paused after round %d: waiting until it goes on", self._replica.round)
+            return
         self._on_proposing()
         self._proposer.propose(self._came_s)
 
@@ -210,11 +213,16 @@ class LedgerFollower:
 
     def _tell(self, applied: Applied) -> None:
         body = applied.commits[-1].body
+        if body.changes:
+            told = "; ".join(f"{change.key} = {change.value}" for change in body.changes)
+            log.info("the run changes after round %d: %s", body.round, told)
+        if not body.offers:
+            return
         loss = mean_loss(body)
         log.info(
             "round %d/%d: %d offers, loss %s%s",
             body.round,
-            self._run.config.run.rounds,
+            self._replica.course.n_rounds,
             len(body.offers),
             "-" if loss is None else f"{loss:.4f}",
             ", ours came too late" if applied.own == "missed" else "",

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 from ..coordinator.protocol.attested import Attested, Snapshots
-from ..coordinator.protocol.messages import Commit
+from ..coordinator.protocol.messages import Change, Changes, Commit
 from .verdicts import Verdicts
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class History:
         self.verdicts = Verdicts()
         self._digests = [run_id]
         self._costs = [0]
+        self._changes: dict[str, Change] = {}
+        self._changed: list[tuple[int, Changes]] = []
 
     @classmethod
     def of(cls, replica: Replica, snapshot_every: int) -> History:
@@ -53,12 +55,20 @@ class History:
         self.snapshots.committed(body)
         self.verdicts.committed(body)
         self._digests.append(commit.digest)
+        if body.changes:
+            self._changes.update((change.key, change) for change in body.changes)
+            self._changed.append((body.round, tuple(self._changes[key] for key in sorted(self._changes))))
         n_bytes = sum(offer.n_bytes for offer in body.offers if offer.digest is not None)
         self._costs.append(self._costs[-1] + (n_bytes and n_bytes + self._round_cost_bytes))
 
     def digest_at(self, round_: int) -> bytes | None:
         """Digest of the record of this round; None: it is not known."""
         return self._digests[round_] if 0 <= round_ <= self.round else None
+
+    def changes_at(self, round_: int) -> Changes:
+        """What records up to this round have changed of the run's settings, the last one of each key."""
+        i = bisect_right(self._changed, round_, key=lambda entry: entry[0])
+        return self._changed[i - 1][1] if i else ()
 
     def cost_bytes(self, after: int) -> int:
         """What it costs to apply every known round after this one: bytes to be fetched, and the work."""

@@ -211,6 +211,8 @@ class Joiner:
             self._begin_anew()
         stored = start.stored or self._fetch(start)
         self._replica.take(self._store, stored, self._commit(start.round))
+        if self._replica.course.changes != self._history.changes_at(start.round):
+            raise ReplicaDiverged("its settings are not those of the ledger")
         self._replica.peers = dict(self._history.peers)
         if with_local_state and start.kind == "own":
             self._take_local_state(stored)

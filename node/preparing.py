@@ -49,7 +49,8 @@ class PreparedRun:
 
     @property
     def is_over(self) -> bool:
-        return self.replica.round == self.config.run.rounds
+        """The last round is applied, as far as is known: a later record may have made the run longer."""
+        return self.is_at_head and self.replica.round >= self.replica.course.n_rounds
 
     @property
     def is_at_head(self) -> bool:
@@ -65,7 +66,8 @@ class PreparedRun:
 
     def is_verified(self, round_: int) -> bool:
         """Whether fingerprints of this round are compared."""
-        return round_ > 0 and (round_ % self.config.run.verify_every == 0 or round_ == self.config.run.rounds)
+        is_last = round_ == self.replica.course.n_rounds
+        return round_ > 0 and (round_ % self.config.run.verify_every == 0 or is_last)
 
 
 def prepare_run(

@@ -62,7 +62,7 @@ class Proposer:
     def _work_ahead(self, round_: int) -> None:
         """What the strategy can do for the next round while the commit of this one has not come."""
         run = self._run
-        is_last = round_ == run.config.run.rounds
+        is_last = round_ == run.replica.course.n_rounds
         while not is_last and run.is_at_head and not self._stopped():
             began_s = time.monotonic()
             if not run.work.work_ahead():

@@ -24,6 +24,7 @@ from ..compression.fingerprint import fingerprint, parameter_sums
 from ..coordinator.protocol.files import write_aside
 from ..coordinator.protocol.messages import Commit, GenesisBody, OfferEntry
 from ..coordinator.protocol.schedule import float32_of_bits
+from ..coordinator.protocol.settings import Course
 from ..optim.base import Own, Round, Share, Strategy, canonical_name
 from ..optim.registry import build_strategy
 from .config import parse_config
@@ -64,6 +65,7 @@ class _Ahead:
     round: int
     digest: bytes
     lr_factor: float
+    course: Course
     peers: dict[int, str]
     bad: Counter[str]
 
@@ -71,7 +73,7 @@ class _Ahead:
 class Replica:
     """Model, strategy and the place in the ledger: `round`, `digest` of its commit, `peers` by index.
 
-    `bad` counts payloads that were left out, by reason.
+    `course`: the settings that hold for the next round. `bad` counts payloads that were left out, by reason.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class Replica:
         self.peers: dict[int, str] = {}
         self.bad: Counter[str] = Counter()
         self._genesis = genesis
+        self._unchanged = {name: strategy.option(name) for name in strategy.facts.changeable}
+        self.course = Course.of(genesis.config)
         self._seed = parse_config(genesis.config).run.seed
         self._lr_factor = float32_of_bits(genesis.lr_factor_bits)
         self._layout_hash = layout_hash(genesis)
@@ -125,11 +129,16 @@ class Replica:
         raises it for a commit that does not follow (checked by the link already), and what `payload_bytes`
         raises.
         """
-        ahead = _Ahead(self.round, self.digest, self._lr_factor, dict(self.peers), Counter())
-        rounds = [self._read(commit, ahead, payload_bytes, offered) for commit in commits]
+        ahead = _Ahead(self.round, self.digest, self._lr_factor, self.course, dict(self.peers), Counter())
+        courses: list[Course] = []
+        rounds: list[Round] = []
+        for commit in commits:
+            courses.append(ahead.course)
+            rounds.append(self._read(commit, ahead, payload_bytes, offered))
         with collective_errors(self.strategy.ranks):
             try:
-                self.strategy.apply_many(rounds)
+                self._apply(rounds, courses)
+                self._follow(ahead.course)
             except Exception as e:  # whatever it was, the parameters are in no known state now
                 raise ReplicaDiverged(
                     f"applying {_rounds(self.round, ahead.round)} failed: {type(e).__name__}: {e}"
@@ -139,6 +148,26 @@ class Replica:
         self.peers.update(ahead.peers)
         self.bad.update(ahead.bad)
         return [r.own for r in rounds]
+
+    def _apply(self, rounds: Sequence[Round], courses: Sequence[Course]) -> None:
+        """`courses`: what holds in each round: a change acts from its round on, whatever the batch."""
+        first = 0
+        for end in range(1, len(rounds) + 1):
+            if end == len(rounds) or courses[end] is not courses[first]:
+                self._follow(courses[first])
+                self.strategy.apply_many(rounds[first:end])
+                first = end
+
+    def _follow(self, course: Course) -> None:
+        """These settings hold for the next round. Raises ConfigError for options that no strategy has."""
+        if course is not self.course:
+            self._options_of(course)
+            self.course = course
+
+    def _options_of(self, course: Course) -> None:
+        changed = {c.key: c.value for c in course.changes if c.key.startswith("strategy.")}
+        options = {key.removeprefix("strategy."): value for key, value in changed.items()}
+        self.strategy.change({**self._unchanged, **options})
 
     def _read(
         self, commit: Commit, ahead: _Ahead, payload_bytes: PayloadBytes, offered: Container[int]
@@ -153,6 +182,10 @@ class Replica:
         own: Own = ("counted" if own_counted else "missed") if body.round in offered else None
         ahead.round, ahead.digest = body.round, commit.digest
         ahead.lr_factor = float32_of_bits(body.lr_factor_bits)
+        try:
+            ahead.course = ahead.course.after(body.changes)
+        except ConfigError as e:
+            raise ReplicaDiverged(f"record {body.round} changes what cannot be changed: {e}") from e
         return Round(shares, turn, own)
 
     def _shares(
@@ -244,11 +277,12 @@ class Replica:
     def saved(self) -> Saved:
         """A copy of the replicated state on the CPU, for a snapshot or to come back to."""
         tensors = {name: t.to("cpu", copy=True) for name, t in self.tensors().items()}
-        return Saved(self.round, self.digest, self._lr_factor, tensors)
+        return Saved(self.round, self.digest, self._lr_factor, self.course, tensors)
 
     def restore(self, saved: Saved) -> None:
         """Becomes what `saved` returned before."""
         self._become(saved.tensors)
+        self._follow(saved.course)
         self.round, self.digest, self._lr_factor = saved.round, saved.digest, saved.lr_factor
 
     def adopt(self, manifest: Manifest, tensors: Mapping[str, Tensor], commit: Commit) -> None:
@@ -267,6 +301,10 @@ class Replica:
         if fingerprint(self._sums_of(tensors)) != manifest.fingerprint:
             raise ReplicaDiverged("the snapshot's tensors do not have the fingerprint that it states")
         self._become(tensors)
+        try:
+            self._follow(Course.of(self._genesis.config, manifest.changes))
+        except ConfigError as e:
+            raise ReplicaDiverged(f"the snapshot's settings are not the run's: {e}") from e
         self.round, self.digest = manifest.round, manifest.commit
         self._lr_factor = float32_of_bits(commit.body.lr_factor_bits)
 
@@ -289,6 +327,7 @@ class Replica:
             commit=self.digest,
             fingerprint=self.fingerprint(),
             local=self._local_state(),
+            changes=self.course.changes,
         )
 
     def write_part(self, folder: Path) -> None:
@@ -317,6 +356,8 @@ class Replica:
                 self.strategy.load_state_dict(local.strategy)
             except (ConfigError, LookupError, TypeError, ValueError) as e:
                 raise BadLocalState(f"{type(e).__name__}: {e}") from e
+            finally:
+                self._options_of(self.course)  # the ledger's, not those of the file
         return True
 
     def begin(self, base: bytes | Path | None) -> None:
@@ -325,6 +366,7 @@ class Replica:
         with collective_errors(self.strategy.ranks):
             initialise(self.model, self._genesis, self._seed, base)
         self.strategy.begin()
+        self._follow(Course.of(self._genesis.config))
         self.round, self.digest = 0, self.run_id
         self._lr_factor = float32_of_bits(self._genesis.lr_factor_bits)
 
@@ -341,6 +383,7 @@ class Saved:
     round: int
     digest: bytes
     lr_factor: float
+    course: Course
     tensors: dict[str, Tensor]
 
 

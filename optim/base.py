@@ -267,6 +267,16 @@ class Strategy(torch.optim.Optimizer):
             for t in self.replicated_state(p).values():
                 t.zero_()
 
+    def change(self, options: Mapping[str, Any]) -> None:
+        """From the next round on these have other values, in every parameter group. Raises ConfigError."""
+        for name in options.keys() - set(self.facts.changeable):
+            raise ConfigError(f"{name} cannot change: {', '.join(self.facts.changeable)} can")
+        changed = [{**group, **options} for group in self.param_groups]
+        for group in changed:
+            self.facts.options.check({**self.defaults, **group})
+        for group in self.param_groups:
+            group.update(options)
+
     def option(self, name: str) -> Any:
         """An option that holds for the whole strategy."""
         return self.param_groups[0][name]

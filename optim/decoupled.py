@@ -111,6 +111,7 @@ class Decoupled(Strategy):
         options=DecoupledOptions,
         batches=("accumulate", "replicate_every"),
         batches_per_step=("accumulate",),
+        changeable=("lr", "weight_decay", "max_grad_norm", "clip"),
         small_model={"lr": 3e-3, "beta": 0.95},
         known_updates={
             "sign update": KnownUpdate(TESTED, 0x8EDBFF4D3FB665AA),

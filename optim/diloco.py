@@ -132,6 +132,7 @@ class Diloco(Strategy):
         batches=("inner_steps",),
         fitted="inner_steps",
         seconds="max_seconds",
+        changeable=("lr", "weight_decay", "max_grad_norm", "outer_lr", "clip"),
         small_model={"lr": 1e-3},
         # The first inner optimizer of torch's, made to check its options, takes a second to load.
         known_updates={

@@ -40,6 +40,10 @@ class Facts:
     seconds: str | None = None
     """The option that, unless it is 0, leaves it to the clock how many batches a round has."""
 
+    changeable: tuple[str, ...] = ("lr", "weight_decay")
+    """Options that a run may change between two rounds: they act in a round only; neither payloads nor state
+    depend on them."""
+
     small_model: Mapping[str, Any] = field(default_factory=dict)
     """Options for a small model and a short run: the defaults are the papers', for large and long ones."""
 

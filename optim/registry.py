@@ -72,3 +72,19 @@ def _complete(name: str, config: Mapping[str, Any], defaults: Mapping[str, Any])
     if missing:
         raise ConfigError(f"strategy {name} needs {', '.join(missing)}")
     return {"name": name, **merged}
+
+
+def check_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Whether a run may give these options other values while it trains. Raises ConfigError, with those that
+    can be changed."""
+    if not changes:
+        return
+    facts = strategy_class(config.get("name")).facts
+    for name in changes:
+        if name not in facts.changeable:
+            known = ", ".join(f"strategy.{option}" for option in facts.changeable)
+            raise ConfigError(
+                f"strategy.{name} stands in record 0 and cannot change. What can: {known}. For the rest "
+                f"start a new run."
+            )
+    facts.options.check(complete_config({**config, **changes}))

@@ -91,6 +91,7 @@ class Spsa(Strategy):
         options=SpsaOptions,
         batches=("probes",),
         fitted="probes",
+        changeable=("lr", "weight_decay", "eps", "clip"),
         small_model={"lr": 1e-2},
         known_updates={"spsa update": KnownUpdate({"lr": 0.01, "weight_decay": 0.1}, 0x1D9C86B3E81B2A0E)},
     )

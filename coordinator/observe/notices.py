@@ -18,6 +18,9 @@ log = logging.getLogger("thinwire.coordinator")
 
 FIRST_NOTICE_S: Final = 1.0
 NOTICE_EVERY_S: Final = 5.0
+PAUSED_NOTICE_EVERY_S: Final = 60.0
+
+RESUME: Final = "thinwire run STATE resume (STATE: the coordinator's folder)"
 
 TOLD_AFTER_MISSES: Final = 16
 """So many rounds in a row without an offer of its, and again after as many more: the peer is told."""
@@ -50,6 +53,10 @@ class Notices:
         """Whoever has come is soon told what is awaited."""
         self.next_s = min(self.next_s, now_s + FIRST_NOTICE_S)
 
+    def changed(self, now_s: float) -> None:
+        """The run's settings have: what is awaited now is said soon."""
+        self.next_s = min(self.next_s, now_s + FIRST_NOTICE_S)
+
     def round_opened(self, now_s: float) -> None:
         """Nothing is said of what was awaited before."""
         self.next_s = now_s + NOTICE_EVERY_S
@@ -61,7 +68,7 @@ class Notices:
         """
         if now_s < self.next_s:
             return
-        self.next_s = now_s + NOTICE_EVERY_S
+        self.next_s = now_s + (PAUSED_NOTICE_EVERY_S if rounds.is_paused else NOTICE_EVERY_S)
         text = awaited(rounds, min_peers, usual_s or 0.0, self._names.short, now_s)
         if text is not None:
             log.info("%s", text)
@@ -105,6 +112,8 @@ def awaited(
     """What is awaited, in words; None: nothing, or not for more than twice as long as rounds usually take."""
     if rounds.is_over:
         return None
+    if rounds.is_paused:
+        return f"the run is paused after round {rounds.head}; it goes on with: {RESUME}"
     if rounds.opened_s is None:
         n = len(rounds.training)
         return f"waiting for {min_peers - n} more peers: {n} of {min_peers} are training"

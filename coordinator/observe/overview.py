@@ -20,7 +20,7 @@ HAPPENINGS_SHOWN: Final = 24
 NOW_MS: Final = 5000
 """Who was heard of within this time is heard of now."""
 
-RunState = Literal["waiting", "training", "finished"]
+RunState = Literal["waiting", "training", "paused", "finished"]
 
 
 def overview(
@@ -65,6 +65,8 @@ def run_state(rounds: Rounds) -> RunState:
     """Waiting: for the peers that the first round begins with."""
     if rounds.is_over:
         return "finished"
+    if rounds.is_paused:
+        return "paused"
     return "waiting" if rounds.opened_s is None else "training"
 
 

@@ -22,6 +22,7 @@ log = logging.getLogger("thinwire.coordinator")
 KEPT_ENTRIES: Final = 32
 KEPT_HAPPENINGS: Final = 100
 KEPT_DEVICES: Final = 512
+CHANGES_SHOWN: Final = 12
 MAX_SAVED_BYTES: Final = 2**20
 RECENT_ROUNDS: Final = 16
 """Peers' speeds and shares are those of so many rounds."""
@@ -29,7 +30,7 @@ RECENT_ROUNDS: Final = 16
 TOGETHER_MS: Final = 60_000
 """The same thing again within this time is not told again, but counted."""
 
-HappeningKind = Literal["joined", "left", "lost", "differs", "rejected"]
+HappeningKind = Literal["joined", "left", "lost", "differs", "rejected", "changed"]
 _FORMAT: Final = 1
 _Work = tuple[int, int, int]
 """Peer, samples, tokens."""
@@ -150,6 +151,10 @@ class PageHistory:
 
     # ------------------------------------------------------------------------------------ what is shown
 
+    def changes(self) -> list[str]:
+        """What records have changed of the run lately, in words, the newest one last."""
+        return [h.text for h in self.happenings if h.kind == "changed"][-CHANGES_SHOWN:]
+
     def paces(self) -> dict[int, Pace]:
         """Of peers that counted in the recent rounds."""
         if not self._recent:
@@ -180,7 +185,7 @@ class PageHistory:
                 "run_id": run_id,
                 "trend": self.trend.saved(),
                 "closed": [[e.round, e.digest, e.why, e.duration_s] for e in self.entries if e.why],
-                "happenings": [list(asdict(h).values()) for h in self.happenings],
+                "happenings": [list(asdict(h).values()) for h in self.happenings if h.kind != "changed"],
                 "devices": list(self.devices.items()),
             },
             allow_nan=False,
@@ -202,7 +207,9 @@ class PageHistory:
             return
         for entry in self.entries:
             entry.why, entry.duration_s = closed.get((entry.round, entry.digest), (None, None))
-        self.happenings.extend(happenings)
+        # What the ledger says stands there already.
+        in_order = sorted([*self.happenings, *happenings], key=lambda h: h.time_ms)
+        self.happenings = deque(in_order, maxlen=KEPT_HAPPENINGS)
         self.devices.update(devices)
 
 

@@ -62,9 +62,9 @@ class RunStatistics:
 
     def committed(self, body: CommitBody) -> None:
         """The next commit, live or while the ledger is read."""
-        self.loss = mean_loss(body)
+        self.loss = mean_loss(body) if body.offers else self.loss
         self.last_commit_ms = body.time_ms
-        self.n_commits += 1
+        self.n_commits += bool(body.offers)
         self.n_offers += len(body.offers)
         for offer in body.offers:
             self.payload_bytes += offer.n_bytes

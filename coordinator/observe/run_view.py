@@ -10,7 +10,6 @@ from ..derived_state import DerivedState
 from ..ledger import Ledger
 from ..membership import Membership
 from ..protocol.messages import Rejected
-from ..protocol.settings import RunSection
 from ..rounds import Rounds
 from .counters import Counters
 from .overview import overview, run_state
@@ -21,7 +20,6 @@ class RunView:
 
     def __init__(
         self,
-        run: RunSection,
         ledger: Ledger,
         rounds: Rounds,
         members: Membership,
@@ -30,18 +28,19 @@ class RunView:
         rejected: Counter[Rejected],
         wall_ms: Callable[[], int],
     ) -> None:
-        self._run, self._ledger, self._rounds, self._members = run, ledger, rounds, members
+        self._ledger, self._rounds, self._members = ledger, rounds, members
         self._derived, self._counters, self._rejected = derived, counters, rejected
         self._wall_ms = wall_ms
 
     def status(self, now_s: float) -> dict[str, Any]:
         """JSON-able, for `thinwire status` and the live table."""
         return {
-            "run": self._run.name,
+            "run": self._derived.course.run.name,
             "run_id": self._ledger.run_id.hex(),
             "round": self._rounds.head,
-            "rounds": self._run.rounds,
+            "rounds": self._derived.course.n_rounds,
             "state": run_state(self._rounds),
+            "changes": self._derived.page_history.changes(),
             "held_out": [list(entry) for entry in self._ledger.held_out()],
             "peers": [self._peer(index, peer_id, now_s) for index, peer_id in self._ledger.peers().items()],
             "rejected": dict(sorted(self._rejected.items())),
@@ -54,7 +53,7 @@ class RunView:
     def overview(self, now_s: float) -> dict[str, Any]:
         """JSON-able and bounded, for the page."""
         return overview(
-            self._run,
+            self._derived.course.run,
             self._ledger,
             self._rounds,
             self._members,

@@ -46,7 +46,8 @@ class Trend:
     def committed(self, body: CommitBody) -> None:
         """The next commit, live or from the ledger."""
         self.head = body.round
-        self._add(body.round, rounds=1, offers=len(body.offers), payload=sum(o.n_bytes for o in body.offers))
+        n_offers, n_bytes = len(body.offers), sum(o.n_bytes for o in body.offers)
+        self._add(body.round, rounds=bool(n_offers), offers=n_offers, payload=n_bytes)
         if (loss := mean_loss(body)) is not None:
             self._add(body.round, loss=loss, losses=1)
         if self._last_ms is not None and body.time_ms >= self._last_ms:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
 import msgpack
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...compression.errors import ThinwireError, error_name, named_error
 
@@ -57,22 +57,37 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=False)
 
+    tail: ClassVar[str | None] = None
+    """The last field, where it is younger than the record: left out of the bytes while it is empty."""
+
     @model_validator(mode="before")
     @classmethod
     def _from_list(cls, value: Any) -> Any:
-        if isinstance(value, tuple):
-            names = list(cls.model_fields)
-            if len(value) != len(names):
-                raise ValueError(f"{cls.__name__} has {len(names)} fields, not {len(value)}")
-            return dict(zip(names, value, strict=True))
-        return value
+        if not isinstance(value, tuple):
+            return value
+        names = list(cls.model_fields)
+        if cls.tail is not None and len(value) == len(names) and not value[-1]:
+            raise ValueError(f"an empty {cls.tail} is left out")
+        if cls.tail is not None and len(value) == len(names) - 1:
+            names.pop()
+        if len(value) != len(names):
+            raise ValueError(f"{cls.__name__} has {len(names)} fields, not {len(value)}")
+        return dict(zip(names, value, strict=True))
 
     def to_list(self) -> list[Any]:
         """The fields' values in order, as msgpack takes them."""
-        return [_plain(getattr(self, name)) for name in type(self).model_fields]
+        values = [_plain(getattr(self, name)) for name in type(self).model_fields]
+        return values[:-1] if self.tail is not None and not values[-1] else values
 
 
 R = TypeVar("R", bound=Record)
+
+
+def _once_each(changes: tuple[Change, ...]) -> tuple[Change, ...]:
+    keys = [change.key for change in changes]
+    if keys != sorted(set(keys)):
+        raise ValueError("changes are in the order of their keys, each one once")
+    return changes
 
 
 def _plain(value: Any) -> Any:
@@ -139,18 +154,48 @@ class SnapshotEntry(Record):
     n_bytes: Count
 
 
-class CommitBody(Record):
-    """What closes a round. `lr_factor_bits`: float32 bits of the factor of round + 1."""
+Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(max_length=100)]
+"""Of a setting that can be changed."""
 
+
+class Change(Record):
+    """A setting of the run that has another value from the round after the record's on, for everybody.
+
+    `key`: as in a run file (`strategy.lr`), or `run.paused`.
+    """
+
+    key: Annotated[str, Field(pattern=r"^[a-z]+\.[a-z][a-z0-9_]*$", max_length=60)]
+    value: Value
+
+
+MAX_CHANGES: Final = 32
+Changes = Annotated[tuple[Change, ...], Field(max_length=MAX_CHANGES), AfterValidator(_once_each)]
+"""In the order of their keys, each one once."""
+
+
+class CommitBody(Record):
+    """What closes a round. `lr_factor_bits`: float32 bits of the factor of round + 1.
+
+    Without offers it only brings changes: its round trains nothing.
+    """
+
+    tail = "changes"
     round: Annotated[int, Field(ge=1, le=MAX_ROUND)]
     parent: Digest
-    offers: Annotated[tuple[OfferEntry, ...], Field(min_length=1, max_length=MAX_PEERS)]
+    offers: Annotated[tuple[OfferEntry, ...], Field(max_length=MAX_PEERS)]
     admitted: Annotated[tuple[Admission, ...], Field(max_length=MAX_PEERS)]
     lr_factor_bits: Annotated[int, Field(ge=0, lt=2**32)]
     reports: Annotated[tuple[ReportEntry, ...], Field(max_length=4 * MAX_PEERS)]
     snapshots: Annotated[tuple[SnapshotEntry, ...], Field(max_length=2 * MAX_PEERS)]
     evaluator: Index | None
     time_ms: Annotated[int, Field(ge=0, lt=2**48)]
+    changes: Changes = ()
+
+    @model_validator(mode="after")
+    def _has_a_reason(self) -> Self:
+        if not self.offers and not self.changes:
+            raise ValueError("a commit has offers or changes")
+        return self
 
 
 class LayoutEntry(Record):

@@ -1,12 +1,16 @@
-"""What the coordinator reads of a run's config; all else in it is opaque here."""
+"""What the coordinator reads of a run's config, and how the ledger changes it; all else is opaque here."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...compression.errors import ConfigError
+from .messages import MAX_CHANGES, Change, Changes, Value
 
 
 class _Section(BaseModel):
@@ -45,7 +49,7 @@ class NetworkSection(_Section):
 
 
 class RunSettings(_Section):
-    """Of one run, the same for its life: it stands in record 0."""
+    """Of one run, as they stand in record 0; see `Course` for what records change."""
 
     run: RunSection
     policy: PolicySection
@@ -63,6 +67,110 @@ def parse_settings(config: str) -> RunSettings:
     try:
         return RunSettings.model_validate_json(config)
     except ValidationError as e:
-        first = e.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(x) for x in first["loc"])
-        raise ConfigError(f"the run's config: {where}: {first['msg']}") from e
+        raise _refusal("the run's config", e) from e
+
+
+RUN_KEYS: Final = (
+    "run.paused",
+    "run.rounds",
+    "schedule.final_factor",
+    "schedule.name",
+    "schedule.warmup_rounds",
+)
+"""What records of a ledger may change of a run, beside options of its strategy ("strategy.lr")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """The settings that hold after a round of the ledger: those of record 0 as later records changed them.
+
+    `strategy`: the table of options, opaque here but for what is changed; `changes`: all since record 0, the
+    last one of each key, in their order.
+    """
+
+    settings: RunSettings
+    strategy: Mapping[str, Any]
+    is_paused: bool = False
+    changes: Changes = ()
+
+    @classmethod
+    def of(cls, config: str, changes: Changes = ()) -> Course:
+        """From `GenesisBody.config`, and what was changed since. Raises ConfigError."""
+        settings, strategy = parse_settings(config), json.loads(config).get("strategy")
+        return cls(settings, dict(strategy) if isinstance(strategy, dict) else {}).after(changes)
+
+    @property
+    def run(self) -> RunSection:
+        return self.settings.run
+
+    @property
+    def n_rounds(self) -> int:
+        """The last round of the run, as far as is known now."""
+        return self.settings.run.rounds
+
+    def value(self, key: str) -> Value | None:
+        """Of a setting that can be changed; None: the run does not say."""
+        section, _, name = key.partition(".")
+        if key == "run.paused":
+            return self.is_paused
+        found: Value | None = (
+            self.strategy.get(name)
+            if section == "strategy"
+            else getattr(getattr(self.settings, section), name)
+        )
+        return found
+
+    def after(self, changes: Changes) -> Course:
+        """After a record with these changes. Raises ConfigError for what no record may change."""
+        if not changes:
+            return self
+        settings, strategy, is_paused = self.settings.model_dump(), dict(self.strategy), self.is_paused
+        for change in changes:
+            section, _, name = change.key.partition(".")
+            if section == "strategy":
+                strategy[name] = change.value
+            elif change.key not in RUN_KEYS:
+                raise ConfigError(
+                    f"{change.key} cannot be changed: {', '.join(RUN_KEYS)} can, and strategy.*"
+                )
+            elif change.key == "run.paused":
+                is_paused = _truth(change)
+            else:
+                settings[section][name] = change.value
+        known = {c.key: c for c in (*self.changes, *changes)}
+        in_order = tuple(known[key] for key in sorted(known))
+        if len(in_order) > MAX_CHANGES:
+            raise ConfigError(f"more than {MAX_CHANGES} settings would be changed")
+        return Course(_checked(settings), strategy, is_paused, in_order)
+
+    def told(self, changes: Changes) -> list[str]:
+        """What a record with these changes does, in words."""
+        return [self._told(change) for change in changes]
+
+    def _told(self, change: Change) -> str:
+        if change.key == "run.paused":
+            return "paused" if change.value else "goes on"
+        return f"{change.key} {_shown(self.value(change.key))} -> {_shown(change.value)}"
+
+
+def _truth(change: Change) -> bool:
+    if not isinstance(change.value, bool):
+        raise ConfigError(f"{change.key}: true or false is needed, not {change.value!r}")
+    return change.value
+
+
+def _shown(value: Value | None) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _checked(settings: dict[str, Any]) -> RunSettings:
+    try:
+        return RunSettings.model_validate(settings)
+    except ValidationError as e:
+        raise _refusal("a changed setting", e) from e
+
+
+def _refusal(what: str, error: ValidationError) -> ConfigError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(x) for x in first["loc"])
+    return ConfigError(f"{what}: {where}: {first['msg']}")

@@ -17,6 +17,7 @@ from ...coordinator.protocol.files import write_aside
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ...coordinator.server import CoordinatorServer
 from ...coordinator.state import StateDir
+from ...optim.registry import check_changes
 from ..config import RunConfig, load_config, parse_config
 from ..genesis import make_genesis, public_config
 from ..tasks.base import Task
@@ -64,6 +65,7 @@ def coordinate(
 
 def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) -> CoordinatorServer:
     """A new run in an empty directory, else the run that is there if it is the same one."""
+    where = {"check_strategy": check_changes, **where}
     if not state.ledger_path.exists():
         coordinator = peer_id_of(load_or_create(state.key_path).public_key())
         genesis = make_genesis(config, task, coordinator, time.time_ns() // 10**6)
@@ -77,7 +79,8 @@ def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) ->
         server.ledger.close()
         raise ConfigError(
             f"{state.path} holds a run with another configuration: {'; '.join(differences)}. "
-            f"A run's configuration cannot change: name another --state for a new run."
+            f"Record 0 cannot change: name another --state for a new run. thinwire run {state.path} changes "
+            f"what can change in a run: its rounds, learning rate and schedule."
         )
     log.info("going on with run %s after round %d", config.run.name, server.ledger.head_round)
     return server

@@ -20,7 +20,7 @@ from ..system.logs import log_to_stderr
 from ..system.processes import end_with_parent
 from .local_commands import Completion, Config, Generate, Init, Runs, print_version
 from .swarm_commands import Coordinator, Demo, Join, Ray
-from .tool_commands import Bench, Compare, Doctor, Export, Ledger, Monitor, Replay, Status
+from .tool_commands import Bench, Compare, Doctor, Export, Ledger, Monitor, Replay, Run, Status
 
 Command = Annotated[
     Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -28,6 +28,7 @@ Command = Annotated[
     | Annotated[Coordinator, tyro.conf.subcommand("coordinator")]
     | Annotated[Join, tyro.conf.subcommand("join")]
     | Annotated[Status, tyro.conf.subcommand("status")]
+    | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Ledger, tyro.conf.subcommand("ledger")]
     | Annotated[Replay, tyro.conf.subcommand("replay")]
     | Annotated[Export, tyro.conf.subcommand("export")]

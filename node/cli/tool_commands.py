@@ -142,6 +142,43 @@ class Export:
 
 
 @dataclass
+class Run:
+    """Change a run for everybody, while it trains or after its end, by a signed record of its ledger.
+
+      thinwire run STATE extend --rounds 100                 a running or finished run has more rounds
+      thinwire run STATE set strategy.lr=0.001               from the next round on, the same on all nodes
+      thinwire run STATE pause | resume | stop
+
+    It needs the coordinator's state folder (the key in it), on its machine; a ticket does not suffice.
+    Without a running coordinator the record is written at once, and holds when it is started again.
+    """
+
+    state: Annotated[Positional[Path], arg(metavar="STATE")]
+    """The coordinator's state folder."""
+    what: Annotated[Positional[Literal["set", "extend", "pause", "resume", "stop"]], arg(metavar="WHAT")]
+    """set KEY=VALUE ..., extend --rounds N, resume, and after the open round: pause, stop."""
+    settings: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE")] = ()
+    """run.rounds, schedule.name, schedule.warmup_rounds, schedule.final_factor, and of the strategy its lr,
+    weight_decay and what else acts in a round only."""
+    rounds: Annotated[int | None, arg(metavar="N")] = None
+    """With extend: so many more."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """section.key=value, changed by the same record as extend; may be repeated."""
+
+    def run(self) -> int:
+        from .run_command import change_run
+
+        settings = overrides_of((*self.settings, *self.set))
+        with stop_on_signals() as stop:
+            try:
+                print(change_run(self.state, self.what, self.rounds, settings, stop))  # noqa: T201 - the result
+            except ThinwireError:
+                if not stop.is_set():
+                    raise
+        return 128 + stop.signal if stop.signal else 0
+
+
+@dataclass
 class Doctor:
     """Check this machine: arithmetic, devices, kernels, memory, disk, ports. With a ticket, also whether it
     can reach that run's coordinator and take part.

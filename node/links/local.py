@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.blobs import BlobStore
+from ...coordinator.control.orders import CheckStrategy
 from ...coordinator.ledger import Ledger
 from ...coordinator.protocol.chain import Chain
 from ...coordinator.protocol.messages import (
@@ -42,6 +43,7 @@ from ...coordinator.protocol.messages import (
     encode_message,
 )
 from ...coordinator.service import Service
+from ...optim.registry import check_changes
 from .base import Lied, LinkEvent, Shelf, Traffic
 from .payloads import PayloadCache, Served
 
@@ -99,6 +101,7 @@ class LocalSwarm:
         lose: Script = lambda _peer, _round: False,
         late: Script = lambda _peer, _round: False,
         clock: Clock | None = None,
+        check_strategy: CheckStrategy = check_changes,
     ) -> None:
         self.clock = clock or Monotonic()
         self.changed = threading.Condition(threading.RLock())
@@ -122,6 +125,7 @@ class LocalSwarm:
             on_commit=lambda _round: None,
             now_s=self.clock.now_s(),
             wall_ms=lambda: time.time_ns() // 1_000_000,
+            check_strategy=check_strategy,
         )
         self._pump = threading.Thread(target=self._keep_time, name="local-swarm", daemon=True)
         self._pump.start()

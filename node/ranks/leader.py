@@ -173,7 +173,13 @@ class LeaderReplica(Replica):
                 raise
             writer.tell_failure(self.round, e)
             return
-        writer.complete(folder, round=self.round, commit=self.digest, fingerprint=fingerprint)
+        writer.complete(
+            folder,
+            round=self.round,
+            commit=self.digest,
+            fingerprint=fingerprint,
+            changes=self.course.changes,
+        )
 
     def saved(self) -> Saved:
         """This rank's part; the others keep theirs until `restore` or the next offer."""

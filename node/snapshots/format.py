@@ -21,7 +21,9 @@ from torch import Tensor
 
 from ...compression.errors import ReplicaDiverged
 from ...coordinator.protocol.messages import (
+    MAX_CHANGES,
     BadMessage,
+    Changes,
     Digest,
     Record,
     Round,
@@ -59,8 +61,10 @@ _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 class Manifest(Record):
     """What a snapshot holds: the replica after `round` of `run_id`. `commit`: digest of that round's record;
-    `n_bytes`: of the data; `chunks`: BLAKE3 of each."""
+    `n_bytes`: of the data; `chunks`: BLAKE3 of each; `changes`: of the run's
+    settings, by records up to this one."""
 
+    tail = "changes"
     version: int
     run_id: Digest
     round: Round
@@ -68,6 +72,7 @@ class Manifest(Record):
     fingerprint: Annotated[bytes, Field(min_length=8, max_length=8)]
     n_bytes: Annotated[int, Field(ge=1, le=MAX_CHUNKS * CHUNK_BYTES)]
     chunks: Annotated[tuple[Digest, ...], Field(min_length=1, max_length=MAX_CHUNKS)]
+    changes: Changes = ()
 
     def chunk_bytes(self, i: int) -> int:
         """The size of chunk `i`."""
@@ -112,7 +117,7 @@ class Stored:
 
 def max_manifest_bytes(n_bytes: int) -> int:
     """No manifest of a snapshot of `n_bytes` is longer than this."""
-    return 256 + 34 * -(-n_bytes // CHUNK_BYTES)
+    return 256 + MAX_CHANGES * 512 + 34 * -(-n_bytes // CHUNK_BYTES)
 
 
 def read_manifest(data: bytes, run_id: bytes) -> Manifest:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...compression.errors import ReplicaDiverged
 from ...coordinator.protocol.files import sync_folder
-from ...coordinator.protocol.messages import digest_of, encode_record
+from ...coordinator.protocol.messages import Changes, digest_of, encode_record
 from .format import CHUNK_BYTES, VERSION, ChunkDigests, Manifest, Stored, data_of, read_manifest, tensors_of
 from .incoming import DATA, MANIFEST, Incoming, write_file
 from .local_state import LocalState, decode, encode
@@ -80,6 +80,7 @@ class SnapshotStore:
         commit: bytes,
         fingerprint: bytes,
         local: LocalState | None = None,
+        changes: Changes = (),
     ) -> Stored:
         """Durable when it returns. `tensors`: the replicated parameters, which must not change meanwhile; no
         more than one of them is copied at a time.
@@ -92,7 +93,7 @@ class SnapshotStore:
             write_file(aside / DATA, _through(digests, data_of(tensors)))
             if local is not None:
                 write_file(aside / local_name(), encode(local))
-            return self._finish(aside, digests, round, commit, fingerprint)
+            return self._finish(aside, digests, round, commit, fingerprint, changes)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -101,7 +102,9 @@ class SnapshotStore:
         """A folder to write a snapshot in, file by file: to be given to `complete`, or removed."""
         return self._aside("writing")
 
-    def complete(self, aside: Path, *, round: int, commit: bytes, fingerprint: bytes) -> Stored:
+    def complete(
+        self, aside: Path, *, round: int, commit: bytes, fingerprint: bytes, changes: Changes = ()
+    ) -> Stored:
         """A folder that has all but its manifest (the data may come from several processes) becomes a
         snapshot. Raises OSError, and the folder is gone."""
         try:
@@ -109,13 +112,19 @@ class SnapshotStore:
             with (aside / DATA).open("rb") as file:
                 while piece := file.read(CHUNK_BYTES):
                     digests.update(piece)
-            return self._finish(aside, digests, round, commit, fingerprint)
+            return self._finish(aside, digests, round, commit, fingerprint, changes)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
 
     def _finish(
-        self, aside: Path, digests: ChunkDigests, round: int, commit: bytes, fingerprint: bytes
+        self,
+        aside: Path,
+        digests: ChunkDigests,
+        round: int,
+        commit: bytes,
+        fingerprint: bytes,
+        changes: Changes,
     ) -> Stored:
         manifest = Manifest(
             version=VERSION,
@@ -125,6 +134,7 @@ class SnapshotStore:
             fingerprint=fingerprint,
             n_bytes=digests.n_bytes,
             chunks=digests.digests(),
+            changes=changes,
         )
         write_file(aside / MANIFEST, [encode_record(manifest)])
         return self._adopt(aside, manifest)

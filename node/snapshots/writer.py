@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...coordinator.protocol.messages import Changes
 from .format import Stored
 from .local_state import LocalState
 from .store import SnapshotStore
@@ -29,6 +30,7 @@ class _Job:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     local: LocalState | None = None
     aside: Path | None = None
+    changes: Changes = ()
 
 
 class SnapshotWriter:
@@ -57,19 +59,23 @@ class SnapshotWriter:
         commit: bytes,
         fingerprint: bytes,
         local: LocalState | None = None,
+        changes: Changes = (),
     ) -> None:
         """Returns as soon as everything is copied to memory of the CPU. After `close` nothing happens."""
         if self._closed:
             return
         copies = {name: t.detach().to(torch.device("cpu"), copy=True) for name, t in tensors.items()}
-        self._put(_Job(round, commit, fingerprint, copies, None if local is None else local.copied()))
+        copied = None if local is None else local.copied()
+        self._put(_Job(round, commit, fingerprint, copies, copied, changes=changes))
 
-    def complete(self, aside: Path, *, round: int, commit: bytes, fingerprint: bytes) -> None:
+    def complete(
+        self, aside: Path, *, round: int, commit: bytes, fingerprint: bytes, changes: Changes = ()
+    ) -> None:
         """The same for one of which every rank has written its part (see `SnapshotStore.complete`)."""
         if self._closed:
             shutil.rmtree(aside, ignore_errors=True)
             return
-        self._put(_Job(round, commit, fingerprint, aside=aside))
+        self._put(_Job(round, commit, fingerprint, aside=aside, changes=changes))
 
     def _put(self, job: _Job) -> None:
         with self._changed:
@@ -131,5 +137,12 @@ class SnapshotWriter:
                 commit=job.commit,
                 fingerprint=job.fingerprint,
                 local=job.local,
+                changes=job.changes,
             )
-        return self.store.complete(job.aside, round=job.round, commit=job.commit, fingerprint=job.fingerprint)
+        return self.store.complete(
+            job.aside,
+            round=job.round,
+            commit=job.commit,
+            fingerprint=job.fingerprint,
+            changes=job.changes,
+        )
