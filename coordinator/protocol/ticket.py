@@ -36,8 +36,8 @@ class Ticket(Record):
 
     @classmethod
     def parse(cls, line: str) -> Self:
-        """Raises ConfigError that says what is wrong with `line`."""
-        line = line.strip()
+        """Raises ConfigError that says what is wrong with `line`, which may have been wrapped on its way."""
+        line = "".join(line.split()).strip("\"'`<>")
         if not line:
             raise ConfigError("the ticket is empty: pass the line that `thinwire coordinator` printed")
         if not line.startswith(_PREFIX):

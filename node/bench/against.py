@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from ...compression.errors import ConfigError
+from ..system.output import make_console
 from .view import bytes_and_bits, spread, timings
 
 Result = dict[str, Any]
@@ -93,10 +93,9 @@ def print_compared(
     path: Path, then: Mapping[str, Sequence[Result]], now: Mapping[str, Sequence[Result]]
 ) -> None:
     """A table on stderr, where stdout may have JSON; what got worse at its end."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 160)
+    console = make_console(stderr=True)
     rows = compare(then, now)
     if not rows:
         console.print(f"{path} has no figure of the same benchmark with as many parameters")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from ...compression.errors import ConfigError
 from ...coordinator.protocol.files import write_aside
+from ..system.output import make_console
 
 Result = dict[str, Any]
 
@@ -24,7 +24,6 @@ _COUNTED: Final = (
 
 def print_bench(results: Sequence[Result]) -> None:
     """Results of one benchmark as a table on stdout; nested results get the names of all levels."""
-    from rich.console import Console
     from rich.table import Table
 
     several = len(results) > 1
@@ -36,8 +35,7 @@ def print_bench(results: Sequence[Result]) -> None:
     for key in columns[0]:
         if key != "bench" and not (several and key == "n_params"):
             table.add_row(key, *(_words(key, c[key]) if key in c else "" for c in columns))
-    # A file has no width: what is read later shall not be folded.
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
+    make_console().print(table)
 
 
 def check_picture(path: Path) -> None:

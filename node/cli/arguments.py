@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from ...compression.errors import ConfigError
 
 if TYPE_CHECKING:
     from ...coordinator.protocol.addresses import HttpAddress
 
+MAX_TICKET_CHARS: Final = 16_384
+
 
 def read_ticket(text: str) -> str:
     if text == "-":
-        return sys.stdin.readline().strip()
+        return _ticket_of(sys.stdin)
     if not text.startswith("@"):
         return text
     try:
@@ -26,6 +29,39 @@ def read_ticket(text: str) -> str:
         raise ConfigError(
             f"the ticket in {text[1:]}: {why}; thinwire coordinator --ticket-file writes one"
         ) from e
+
+
+def _ticket_of(lines: TextIO) -> str:
+    """Whole after the first line, unless it was wrapped; an empty line ends it, too."""
+    text = ""
+    while (line := lines.readline().strip()) and len(text) < MAX_TICKET_CHARS:
+        text += line
+        if is_ticket(text):
+            break
+    return text
+
+
+def with_whole_tickets(args: Sequence[str]) -> list[str]:
+    """A ticket that was wrapped, and so came as several arguments, as one."""
+    whole: list[str] = []
+    for arg in args:
+        is_piece = re.fullmatch(r"[\w-]+", arg) is not None and not arg.startswith("--")
+        if is_piece and whole and whole[-1].startswith("tw1-") and not is_ticket(whole[-1]):
+            whole[-1] += arg
+        else:
+            whole.append(arg)
+    return whole
+
+
+def is_ticket(text: str) -> bool:
+    """Whether it is a whole one."""
+    from ...coordinator.protocol.ticket import Ticket
+
+    try:
+        Ticket.parse(text)
+    except ConfigError:
+        return False
+    return True
 
 
 def http_address(text: str | None, token: str | None) -> HttpAddress | None:

@@ -16,6 +16,7 @@ from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.addresses import HttpAddress
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ..doctor.compiling import compile_kernels
+from ..system.output import make_console
 from ..system.processes import Child, Children
 from ..units import human_bytes
 from .status import StatusClient
@@ -62,7 +63,7 @@ class DemoPlan:
 def run_demo(plan: DemoPlan, stopped: Callable[[], bool]) -> dict[str, Any]:
     """Runs the plan and returns what `--json` prints, {} if stopped. Leaves no process and no file."""
     started_s = time.monotonic()
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     compile_kernels(console.print, stopped)
     with Children() as children:
         base = None

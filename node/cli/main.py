@@ -17,7 +17,9 @@ import tyro
 
 from ...compression.errors import ThinwireError
 from ..system.logs import log_to_stderr
+from ..system.output import until_the_pipe_is_closed
 from ..system.processes import end_with_parent
+from .arguments import with_whole_tickets
 from .local_commands import Completion, Config, Generate, Init, Runs, print_version
 from .swarm_commands import Coordinator, Demo, Join, Ray
 from .tool_commands import Bench, Compare, Doctor, Export, Ledger, Monitor, Replay, Run, Status
@@ -47,10 +49,14 @@ Command = Annotated[
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The `thinwire` command. Returns the exit code."""
+    return until_the_pipe_is_closed(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> int:
     # Before torch is loaded, whose threads else spin while they have nothing to do: where a machine does
     # anything besides, a step of a small model took ten times the CPU time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if list(sys.argv[1:] if argv is None else argv) in (["--version"], ["-V"]):
+    if list(argv) in (["--version"], ["-V"]):
         print_version()
         return 0
     command = tyro.cli(
@@ -58,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="thinwire",
         description="Train one model on many machines joined by thin, unreliable links. --version says which "
         "thinwire this is.",
-        args=argv,
+        args=with_whole_tickets(argv),
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
     end_with_parent()

@@ -21,7 +21,7 @@ from ..states.opening import RunState, open_state, remains_of
 
 def state_folder(text: str) -> Path | None:
     """The folder that stands in the place of a ticket; None: it is none."""
-    if text == "-" or text.startswith("@"):
+    if text in ("", "-") or text.startswith("@"):
         return None
     path = Path(text)
     return path if path.is_dir() else None

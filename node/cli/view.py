@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ...compression.errors import SwarmUnreachable
 from ..states.opening import open_state
+from ..system.output import make_console
 from ..units import human_bytes
 from .offline import state_folder, status_of, telling_what_is_here
 from .status import StatusClient
@@ -130,7 +131,7 @@ def show_status(ticket: str, *, as_json: bool, watch: bool, stopped: Callable[[]
 
     Raises ConfigError for a wrong ticket and SwarmUnreachable.
     """
-    console = Console()
+    console = make_console()
     if (folder := state_folder(ticket)) is not None:
         with open_state(folder) as state:
             status = status_of(state)

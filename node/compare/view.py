@@ -17,6 +17,7 @@ from rich.table import Table
 from ...compression.errors import ConfigError
 from ...coordinator.protocol.files import write_aside
 from ..config import load_config
+from ..system.output import make_console
 from ..units import human_bytes, human_seconds
 from .charts import comparison_png, has_matplotlib
 from .comparison import PHASES, Comparison, Outcome
@@ -24,7 +25,6 @@ from .comparison import Progress as Tell
 from .specs import ComparePlan, notable, plans
 
 MAX_PEERS = 32
-TABLE_WIDTH = 120
 LINE_EVERY_S = 3.0
 
 
@@ -51,7 +51,7 @@ def compare_command(
     picture = _picture(output, run.run.name)
     comparison = Comparison(run, plans(specs, run), n_peers, import_path)
     unit = "nats/byte" if run.task.name == "text" and import_path is None else "nats"
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     outcomes = _train(comparison, console, stopped)
     written = _draw(comparison, outcomes, unit, picture, console)
     if as_json:
@@ -136,9 +136,7 @@ def _figures(
 
 
 def _print_table(comparison: Comparison, outcomes: Sequence[Outcome], unit: str) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=TABLE_WIDTH)
+    console = make_console()
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", overflow="fold")
     for column in ("rounds", "tokens", "held-out", "bytes", "of ddp", *PHASES):

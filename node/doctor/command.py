@@ -16,6 +16,7 @@ from rich.text import Text
 
 from ...coordinator.protocol.ticket import Ticket
 from ..system.folder import default_folder
+from ..system.output import make_console
 from .findings import Check, Finding, Status, Stopped, examine
 
 _SIGNS: Final[dict[Status, tuple[str, str, str]]] = {  # sign, the same in ASCII, colour
@@ -121,7 +122,7 @@ def _can_show(text: str) -> bool:
 
 def _console() -> Console:
     """On stdout: in colour and as wide as the terminal; plain and one line each where there is none."""
-    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    return make_console(highlight=False, markup=False)
 
 
 def _verdict(found: Sequence[Finding]) -> str:

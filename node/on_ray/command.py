@@ -9,10 +9,9 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from ...compression.errors import ConfigError
 from ..cli.view import agreement, live_view
+from ..system.output import make_console
 from .cluster import PeerGroup, group_of, load_ray, parse_group, quiet_stdout
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def ray_command(
 
     load_ray()
     groups = asked.parsed()
-    console, notes = Console(stderr=True), list[str]()
+    console, notes = make_console(stderr=True), list[str]()
     began_s = monotonic()
     with quiet_stdout(), live_view(console, notes) as show:
         result = train(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,17 @@ def test_help_is_quick_and_names_every_command(thinwire: Start) -> None:
     program = thinwire("join", "--help")
     assert program.wait() == 0
     assert "configuration, model and base weights come from" in program.stdout()
+
+
+@pytest.mark.parametrize("args", [("--help",), ("join", "--help"), ("config", "--reference")])
+def test_whoever_has_read_enough_gets_no_error(args: tuple[str, ...]) -> None:
+    """Nobody reads from the beginning: whatever is printed meets a closed pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = [sys.executable, "-m", "thinwire.node.cli.main", *args]
+    done = subprocess.run(program, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize(
