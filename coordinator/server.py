@@ -238,6 +238,8 @@ class CoordinatorServer:
 
     def _order(self, order: Order) -> Ordered:
         ordered = self.service.order(order, time.monotonic())
+        if self._done is not None and _is_result(self._done) and not self.service.finished:
+            self._done = asyncio.get_running_loop().create_future()  # it goes on
         self._soon()
         return ordered
 
@@ -300,6 +302,10 @@ class CoordinatorServer:
                 payload_bytes=self.meter.received["payload"],
             )
             self._stream_server.beat(beat, self._silence_limit_s)
+
+
+def _is_result(done: asyncio.Future[None]) -> bool:
+    return done.done() and not done.cancelled() and done.exception() is None
 
 
 def _told(http: HttpAddress) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from .messages import (
     decode_record,
     digest_of,
 )
+from .settings import Course
 
 MAGIC: Final = b"thinwire ledger\n"
 _HEAD: Final = struct.Struct("<16sI")
@@ -53,7 +54,7 @@ _PIECE_BYTES: Final = 2**20
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What a verified file holds. `reports`: round -> (peer id, fingerprint); the last one of each peer.
-    `absent_to`: the last round of which a payload is absent, 0: none."""
+    `absent_to`: the last round of which a payload is absent, 0: none. `changes`: of settings, in words."""
 
     run_id: bytes
     rounds: int
@@ -61,6 +62,7 @@ class Summary:
     absent_to: int
     n_bytes: int
     reports: Mapping[int, tuple[tuple[str, bytes], ...]]
+    changes: tuple[str, ...] = ()
 
 
 class LedgerFile:
@@ -218,10 +220,11 @@ def open_ledger(path: Path) -> Iterator[LedgerFile]:
 def check(path: Path) -> Summary:
     """Verifies a whole file. Raises LedgerCorrupt that names the first bad record."""
     with open_ledger(path) as ledger:
-        rounds = 0
+        rounds, changes = 0, Changing(ledger.genesis)
         reports: dict[int, dict[str, bytes]] = defaultdict(dict)
         for commit in ledger.commits():
             rounds = commit.body.round
+            changes.follow(commit.body)
             for report in commit.body.reports:
                 reports[report.round][ledger.peers[report.peer]] = report.fingerprint
         return Summary(
@@ -231,7 +234,28 @@ def check(path: Path) -> Summary:
             ledger.absent_to,
             ledger.n_bytes,
             {round_: tuple(by_peer.items()) for round_, by_peer in reports.items()},
+            tuple(changes.told),
         )
+
+
+class Changing:
+    """Follows what records change of a run's settings. `told`: in words."""
+
+    def __init__(self, genesis: GenesisBody) -> None:
+        self._config = genesis.config
+        self._course: Course | None = None
+        self.told: list[str] = []
+
+    def follow(self, body: CommitBody) -> None:
+        """The next record. Raises LedgerCorrupt for changes that no run can make."""
+        if not body.changes:
+            return
+        try:
+            course = self._course or Course.of(self._config)
+            self.told += [f"round {body.round}: {text}" for text in course.told(body.changes)]
+            self._course = course.after(body.changes)
+        except ConfigError as e:
+            raise LedgerCorrupt(f"record {body.round}: {e}") from e
 
 
 def write_ledger(

@@ -62,11 +62,17 @@ def save_ledger_of_state(folder: Path, output: Path) -> None:
 def check_ledger(path: Path) -> None:
     """Says what the file (or state folder) holds, or raises LedgerCorrupt that names the first bad record."""
     if not path.is_dir():
-        log.info("%s is whole: %s", path, _told(check(path)))
+        _tell_whole(path, check(path))
         return
     with tempfile.TemporaryDirectory(prefix="thinwire-ledger-") as folder:
         save_ledger_of_state(path, Path(folder) / "ledger")
     log.info("%s is whole", path)
+
+
+def _tell_whole(path: Path, summary: Summary) -> None:
+    log.info("%s is whole: %s", path, _told(summary))
+    for text in summary.changes:
+        log.info("the run was changed: %s", text)
 
 
 def export_state(folder: Path, output: Path, import_path: str | None) -> None:

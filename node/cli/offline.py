@@ -13,8 +13,7 @@ from typing import Any
 
 from ...compression.errors import ConfigError, SwarmUnreachable
 from ...coordinator.observe.run_statistics import RunStatistics
-from ...coordinator.protocol.ledger_file import Summary, write_ledger
-from ...coordinator.protocol.settings import parse_settings
+from ...coordinator.protocol.ledger_file import Changing, Summary, write_ledger
 from ...coordinator.protocol.ticket import Ticket
 from ..states.opening import RunState, open_state, remains_of
 
@@ -89,11 +88,12 @@ def _refuse_incomplete(state: RunState, summary: Summary) -> None:
 def status_of(state: RunState) -> dict[str, Any]:
     """The same keys as a coordinator's own status, as far as a ledger tells them; every peer is "gone"."""
     genesis = state.genesis
-    run = parse_settings(genesis.config).run
+    changing = Changing(genesis)
     statistics = RunStatistics(sum(prod(entry.shape) for entry in genesis.layout))
     peers: dict[int, str] = {}
     for commit in state.commits():
         body = commit.body
+        changing.follow(body)
         statistics.committed(body)
         peers.update((a.index, a.peer_id) for a in body.admitted)
         for report in body.reports:
@@ -101,10 +101,11 @@ def status_of(state: RunState) -> dict[str, Any]:
         for offer in body.offers:
             statistics.peer(offer.peer).round = body.round
     return {
-        "run": run.name,
+        "run": state.course.run.name,
         "run_id": state.run_id.hex(),
         "round": state.head,
-        "rounds": run.rounds,
+        "rounds": state.course.n_rounds,
+        "changes": changing.told,
         "state": "finished" if state.is_over else "stopped",
         "held_out": [list(entry) for entry in state.held_out()],
         "peers": [

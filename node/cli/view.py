@@ -21,6 +21,7 @@ from .offline import state_folder, status_of, telling_what_is_here
 from .status import StatusClient
 
 WATCH_EVERY_S = 1.0
+CHANGES_SHOWN = 4
 
 Show = Callable[[Mapping[str, Any], bool], None]
 """Shows a status; True: it is the last one."""
@@ -62,6 +63,7 @@ def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
             fingerprint,
         )
     lines: list[RenderableType] = [Text(headline(status)), table]
+    lines += [Text(f"changed: {text}") for text in status.get("changes", [])[-CHANGES_SHOWN:]]
     lines += [Text(note, style="yellow") for note in notes]
     if status["mismatches"]:
         lines.append(Text(f"{status['mismatches']} fingerprint mismatches", style="bold red"))

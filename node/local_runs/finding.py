@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 from urllib.parse import quote
 
-from ...coordinator.protocol.ledger_copy import COPY_NAME
+from ...coordinator.protocol.ledger_copy import COPY_NAME, records_with_changes
 from ...coordinator.protocol.messages import BadMessage, GenesisBody, decode_record, digest_of
 from ..system.folder import default_folder
 
@@ -119,9 +119,12 @@ def _facts(path: Path, is_coordinator: bool, is_running: bool) -> dict[str, Any]
         (record,) = db.execute(
             "SELECT record FROM record WHERE round = 0 AND length(record) <= ?", (MAX_RECORD_BYTES,)
         ).fetchone() or (b"",)
+        changes = [change for body in records_with_changes(db) for change in body.changes]
         evaluated = db.execute("SELECT round, loss FROM held_out ORDER BY round DESC LIMIT 1").fetchone()
     held_out = None if evaluated is None else (int(evaluated[0]), float(evaluated[1]))
-    return {"round": int(head), "held_out": held_out, **_genesis(record)}
+    rounds = {change.key: change.value for change in changes if change.key == "run.rounds"}
+    facts = {**_genesis(record), **({"rounds": int(rounds["run.rounds"])} if rounds else {})}
+    return {"round": int(head), "held_out": held_out, **facts}
 
 
 def _genesis(record: bytes) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class Swarm:
     @property
     def rounds(self) -> int:
         """Of the whole run."""
-        return self._runner.config.run.rounds
+        return self._runner.replica.course.n_rounds
 
     @property
     def is_over(self) -> bool:

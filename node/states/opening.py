@@ -26,9 +26,9 @@ from urllib.parse import quote
 from ...compression.errors import ConfigError, LedgerCorrupt
 from ...coordinator.protocol.chain import Chain
 from ...coordinator.protocol.identity import is_signed_by, public_key_of
-from ...coordinator.protocol.ledger_copy import COPY_NAME
+from ...coordinator.protocol.ledger_copy import COPY_NAME, records_with_changes
 from ...coordinator.protocol.messages import BadMessage, Commit, GenesisBody, decode_record, digest_of
-from ...coordinator.protocol.settings import parse_settings
+from ...coordinator.protocol.settings import Course
 from ..system.folder import default_folder
 
 MAX_RECORD_BYTES: Final = 16 * 2**20
@@ -75,7 +75,18 @@ class RunState:
     @property
     def is_over(self) -> bool:
         """Whether the ledger that is here holds the run's last round. Raises as `genesis` does."""
-        return parse_settings(self.genesis.config).run.is_over(self.head)
+        return self.course.run.is_over(self.head)
+
+    @cached_property
+    def course(self) -> Course:
+        """The settings that hold after `head`. Raises as `genesis` does."""
+        try:
+            course = Course.of(self.genesis.config)
+            for body in records_with_changes(self._db):
+                course = course.after(body.changes if body.round <= self.head else ())
+        except BadMessage as e:
+            raise LedgerCorrupt(f"{self.folder}: {e}") from e
+        return course
 
     def commits(self, after: int = 0) -> Iterator[Commit]:
         """The commits of rounds `after` + 1 to `head`, verified one by one. Raises LedgerCorrupt."""

@@ -1,0 +1,175 @@
+"""A run is changed while it trains, pauses, or is over: on a clock of the test, without a socket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from tests.support.service_world import World
+from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.control.orders import Order, Ordered
+from thinwire.coordinator.protocol.messages import Change, CommitBody, GenesisBody, Notice, Report
+from thinwire.coordinator.protocol.schedule import lr_factor_bits
+
+MakeWorld = Callable[..., World]
+
+
+@pytest.fixture
+def make_world(
+    tmp_path: Path, make_genesis: Callable[..., GenesisBody], key: Ed25519PrivateKey
+) -> Iterator[MakeWorld]:
+    worlds = []
+
+    def make(**config: object) -> World:
+        worlds.append(World(tmp_path, make_genesis(**config), key))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.ledger.close()
+
+
+def ordered(world: World, what: str, rounds: int = 0, **settings: object) -> Ordered:
+    changes = tuple(Change(key=key.replace("__", "."), value=value) for key, value in settings.items())  # type: ignore[arg-type]
+    found = world.service.order(
+        Order.model_validate({"what": what, "rounds": rounds, "changes": changes}), world.now_s
+    )
+    world.service.tick(world.now_s)
+    return found
+
+
+def body(world: World, round_: int) -> CommitBody:
+    return world.service.commits(round_ - 1, 1)[0].body
+
+
+def test_a_change_comes_with_the_record_that_closes_the_open_round(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    found = ordered(world, "set", schedule__name="constant", schedule__warmup_rounds=0)
+    assert (found.round, world.service.head) == (2, 1)
+    world.round(2, "a", "b")
+    changed = body(world, 2)
+    assert len(changed.offers) == 2
+    assert [c.key for c in changed.changes] == ["schedule.name", "schedule.warmup_rounds"]
+    settings = world.service.course.settings
+    assert settings.schedule.name == "constant"
+    assert changed.lr_factor_bits == lr_factor_bits(settings.schedule, 3, settings.run.rounds)
+    world.round(3, "a", "b")
+    assert body(world, 3).changes == ()
+    world.restart()
+    assert world.service.course.settings == settings
+
+
+def test_a_paused_run_opens_no_round_until_it_is_resumed(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    ordered(world, "pause")
+    world.round(2, "a", "b")
+    assert (world.status()["state"], world.service.head) == ("paused", 2)
+    world.round(3, "a", "b")
+    world.wait(30, "a", "b")
+    assert world.service.head == 2
+    assert any("paused after round 2" in notice.text for notice in world.messages(Notice, "a"))
+    with pytest.raises(ConfigError, match="paused already"):
+        ordered(world, "pause")
+    world.restart()
+    assert world.status()["state"] == "paused"
+    world.train("a", "b")
+    found = ordered(world, "resume")
+    assert (found.round, body(world, 3).offers, world.status()["state"]) == (3, (), "training")
+    world.round(4, "a", "b")
+    assert world.service.head == 4
+    with pytest.raises(ConfigError, match="not paused"):
+        ordered(world, "resume")
+
+
+def test_stop_ends_the_run_with_the_open_round(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    ordered(world, "stop")
+    world.round(2, "a", "b")
+    status = world.status()
+    assert (status["state"], status["rounds"], status["round"]) == ("finished", 2, 2)
+    assert body(world, 2).evaluator is not None
+    for peer in ("a", "b"):
+        world.say(peer, Report(round=2, fingerprint=b"f" * 8, held_out=1.0))
+    assert world.service.finished
+    assert "fingerprint" not in status["rejected"]
+    for what in ("stop", "pause", "resume"):
+        with pytest.raises(ConfigError, match="over after round 2"):
+            ordered(world, what)
+
+
+def test_a_finished_run_is_extended_and_goes_on(make_world: MakeWorld) -> None:
+    world = make_world(rounds=2)
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    world.round(2, "a", "b")
+    for peer in ("a", "b"):
+        world.say(peer, Report(round=2, fingerprint=b"f" * 8, held_out=1.0))
+    assert world.service.finished
+    with pytest.raises(ConfigError, match="extend --rounds N --set"):
+        ordered(world, "set", schedule__final_factor=0.5)
+    found = ordered(world, "extend", 3, schedule__final_factor=0.5)
+    assert found.told == ("run.rounds 2 -> 6", "schedule.final_factor 0.1 -> 0.5")
+    assert not world.service.finished
+    assert world.status()["state"] == "training"
+    for round_ in (4, 5, 6):
+        world.round(round_, "a", "b")
+    assert world.status()["state"] == "finished"
+    assert not world.service.finished
+    assert world.status()["changes"] == [f"round 3: {text}" for text in found.told]
+    happenings = world.service.overview(world.now_s)["happenings"]
+    assert [h["text"] for h in happenings if h["kind"] == "changed"] == world.status()["changes"][::-1]
+    history = world.service.history()
+    world.restart(history=history)
+    assert len(world.status()["changes"]) == 2
+
+
+def test_before_the_first_round_the_run_still_waits_for_its_peers(make_world: MakeWorld) -> None:
+    world = make_world()
+    ordered(world, "set", schedule__name="constant")
+    assert (world.service.head, world.status()["state"]) == (1, "waiting")
+    world.train("a")
+    world.round(2, "a")
+    assert world.service.head == 1
+    world.restart()
+    world.train("a", "b")
+    world.round(2, "a", "b")
+    assert world.service.head == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, "nothing to set"),
+        ({"run__seed": 2}, "run.seed stands in record 0.*run.rounds, schedule.final_factor"),
+        ({"strategy__lr": 1.0}, "does not know the options of strategies"),
+        ({"run__rounds": 1}, "the run is at round 2 already"),
+        ({"schedule__final_factor": -1}, "schedule.final_factor"),
+    ],
+)
+def test_what_cannot_change_is_refused_and_changes_nothing(
+    make_world: MakeWorld, settings: dict[str, object], text: str
+) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    with pytest.raises(ConfigError, match=text):
+        ordered(world, "set", **settings)
+    world.round(2, "a", "b")
+    assert body(world, 2).changes == ()
+
+
+def test_lost_rounds_come_back_before_a_run_is_changed(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.service.hold()
+    with pytest.raises(ConfigError, match="lost rounds"):
+        ordered(world, "pause")
