@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -34,10 +34,14 @@ CREATE TABLE admission (idx INTEGER PRIMARY KEY, peer_id TEXT NOT NULL UNIQUE);
 CREATE TABLE held_out (round INTEGER PRIMARY KEY, loss REAL NOT NULL);
 """
 
+_EVALUATION = """
+CREATE TABLE IF NOT EXISTS evaluation (round INTEGER NOT NULL, name TEXT NOT NULL, value REAL NOT NULL)
+"""
+
 
 class Ledger:
     """One run's records, and beside them what survives a restart but is not signed: admissions that no
-    commit carries yet, and held-out losses. Not thread-safe: callers serialise, from any thread.
+    commit carries yet, held-out losses and evaluations. Not thread-safe: callers serialise, from any thread.
     """
 
     def __init__(self, db: sqlite3.Connection, path: Path, public_key: Ed25519PublicKey) -> None:
@@ -218,6 +222,29 @@ class Ledger:
     def held_out(self) -> list[tuple[int, float]]:
         """(round, loss) in order."""
         return list(self._db.execute("SELECT round, loss FROM held_out ORDER BY round"))
+
+    def note_evaluation(self, round_: int, figures: Mapping[str, float]) -> bool:
+        """Keeps the first evaluation of a round; False: there was one."""
+        with self._db:
+            self._db.execute(_EVALUATION)  # most runs have none
+            known = self._db.execute("SELECT 1 FROM evaluation WHERE round = ? LIMIT 1", (round_,)).fetchone()
+            if known is None:
+                rows = [(round_, name, value) for name, value in figures.items()]
+                self._db.executemany("INSERT INTO evaluation VALUES (?, ?, ?)", rows)
+        return known is None
+
+    def evaluations(self, last: int) -> list[tuple[int, dict[str, float]]]:
+        """(round, figures by name) of at most the last so many, in order."""
+        if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'evaluation'").fetchone():
+            return []
+        found: dict[int, dict[str, float]] = {}
+        rounds = "SELECT DISTINCT round FROM evaluation ORDER BY round DESC LIMIT ?"
+        for round_, name, value in self._db.execute(
+            f"SELECT round, name, value FROM evaluation WHERE round IN ({rounds}) ORDER BY round, rowid",
+            (last,),
+        ):
+            found.setdefault(round_, {})[name] = value
+        return list(found.items())
 
     @property
     def n_bytes(self) -> int:

@@ -10,7 +10,15 @@ from .ledger import Ledger
 from .observe.run_statistics import KEPT_FINGERPRINTS, RunStatistics
 from .observe.trend import Trend
 from .protocol.attested import Snapshots
-from .protocol.messages import MAX_PEERS, CommitBody, Rejected, Report, ReportEntry, SnapshotEntry
+from .protocol.messages import (
+    MAX_PEERS,
+    CommitBody,
+    Evaluation,
+    Rejected,
+    Report,
+    ReportEntry,
+    SnapshotEntry,
+)
 from .protocol.settings import Course
 
 log = logging.getLogger("thinwire.coordinator")
@@ -44,12 +52,16 @@ class Reports:
         course: Course,
     ) -> None:
         self._ledger, self._statistics, self._trend, self._snapshots = ledger, statistics, trend, snapshots
+        self._eval = course.settings.eval
         self._rejected, self._run, self._ends = rejected, course.run, {course.n_rounds}
         # By convention the first peer evaluates the model as it is before round 1.
         self._evaluators: dict[int, int] = {0: 0}
         self._said: dict[int, dict[int, list[Said]]] = {}
         self._pending: dict[tuple[int, int], ReportEntry] = {}
         self._pending_snapshots: dict[tuple[int, int], SnapshotEntry] = {}
+        self.failed_evaluations = 0
+        self.last_failure: tuple[int, str] | None = None
+        """The newest evaluation that failed: its round, and why."""
         self.acknowledged: set[int] = set()
         """Peers that have the last commit; its evaluator also has to report the loss."""
 
@@ -88,6 +100,25 @@ class Reports:
         if report.round == self._run.rounds and (report.held_out is not None or not evaluates):
             self.acknowledged.add(peer)
         return differ
+
+    def note_evaluation(self, evaluation: Evaluation) -> None:
+        """Takes what an evaluation of a committed round's weights has given, or why it failed."""
+        round_, figures = evaluation.round, {f.name: f.value for f in evaluation.figures}
+        if self._eval is None or (round_ % self._eval.every and round_ not in self._ends):
+            self._rejected["evaluation"] += 1
+            return
+        if evaluation.failed is not None:
+            self.failed_evaluations += 1
+            self.last_failure = round_, _printable(evaluation.failed)
+            log.warning("round %d: its evaluation failed: %s", *self.last_failure)
+            return
+        is_fine = figures and all(map(math.isfinite, figures.values())) and all(map(str.isprintable, figures))
+        if not is_fine:
+            self._rejected["evaluation"] += 1
+            return
+        if self._ledger.note_evaluation(round_, figures):
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            log.info("round %d: evaluation: %s", round_, shown)
 
     def _note_fingerprint(self, peer: int, round_: int, said: Said) -> set[int]:
         if round_ % self._run.verify_every and round_ not in self._ends:
@@ -138,3 +169,7 @@ class Reports:
         if self._ledger.note_held_out(round_, loss):
             self._trend.held_out(round_, loss)
         log.info("round %d: held-out loss %.4f", round_, loss)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]

@@ -34,6 +34,7 @@ from .protocol.messages import (
     Change,
     Commit,
     CommitBody,
+    Evaluation,
     Heartbeat,
     Hello,
     Message,
@@ -174,6 +175,9 @@ class Service:
                 self._parts.open_round.offered(index, message, now_s)
             case Report():
                 self._reported(index, message)
+            case Evaluation():
+                self._known_round(message.round)
+                self._parts.derived.reports.note_evaluation(message)
             case Heartbeat():
                 self._parts.derived.statistics.heartbeat(index, message)
                 self._parts.derived.page_history.beat(index, message)
@@ -342,12 +346,15 @@ class Service:
             self._parts.open_round.handle(change, now_s)
 
     def _reported(self, index: int, report: Report) -> None:
-        if report.round > self._ledger.head_round:
-            text = f"a report on round {report.round} to come"
-            raise self._admission.refused("report_round", BadMessage(text))
+        self._known_round(report.round)
         differ = self._parts.derived.reports.note(index, report)
         if differ:
             self._parts.notices.differs(index, report.round, differ)
+
+    def _known_round(self, round_: int) -> None:
+        if round_ > self._ledger.head_round:
+            text = f"a report on round {round_} to come"
+            raise self._admission.refused("report_round", BadMessage(text))
 
     # --------------------------------------------------------------------------------------- the commit
 

@@ -176,6 +176,32 @@ class Network(Section):
     """Seconds between signs of life; after five of them without one, ten seconds at least, a peer is gone."""
 
 
+class Eval(Section):
+    """An evaluation of the exported weights every so many rounds, by a node that was started with --evaluate,
+    in a process of low priority beside its training. Without the table there is none."""
+
+    function: Annotated[str, Field(pattern=r"^(lm-eval|[\w.]+:\w+)$", max_length=200)]
+    """`package.module:function`, importable where it runs: gets the folder that `thinwire export` writes and
+    gives numbers by name. Or `lm-eval`: EleutherAI's harness."""
+    every: Annotated[int, Field(ge=1)] = 100
+    """Rounds between evaluations; the last round's weights are evaluated, too."""
+    tasks: Annotated[tuple[str, ...], Field(validate_default=True)] = ()
+    """`lm-eval`: its tasks, for example ["hellaswag", "arc_easy"]."""
+    limit: Annotated[int | None, Field(ge=1)] = None
+    """`lm-eval`: examples of each task, at most."""
+    timeout_s: Annotated[float, Field(gt=0, le=7 * 86400)] = 3600.0
+    """Seconds after which an evaluation is given up; training goes on meanwhile."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it computes; a GPU is then shared with training."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _of_lm_eval(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if (info.data.get("function") == "lm-eval") != bool(value):
+            raise ValueError("lm-eval needs tasks, and a function takes none")
+        return value
+
+
 class RunConfig(Section):
     run: Run = Run()
     task: Task = Task()
@@ -185,9 +211,19 @@ class RunConfig(Section):
     work: Work = Work()
     limits: LimitsSection = LimitsSection()
     network: Network = Network()
+    eval: Eval | None = None
+
+    @field_validator("eval")
+    @classmethod
+    def _of_a_model_it_takes(cls, value: Eval | None, info: ValidationInfo) -> Eval | None:
+        task: Task = info.data.get("task", Task())
+        if value is not None and value.function == "lm-eval" and task.name != "hf":
+            raise ValueError(f"lm-eval takes models of transformers (task hf), not the task {task.name}")
+        return value
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(), sort_keys=True)
+        """As record 0 has it: a table that came later and is not used leaves it what it was."""
+        return json.dumps(self.model_dump(exclude={"eval"} if self.eval is None else None), sort_keys=True)
 
 
 def load_config(

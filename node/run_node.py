@@ -16,6 +16,7 @@ from .links.upload_limit import UploadLimit, parse_rate
 from .tracking.trackers import open_tracks
 
 if TYPE_CHECKING:
+    from .evaluation.supervising import Evaluations
     from .links.remote import RemoteLink
     from .precision import Precision
     from .ranks.leader import Leader
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .system.stopping import Stop
     from .tasks.base import Task
     from .tracking.metrics import NodeMetrics, TrackerName
+    from .tracking.trackers import Tracks
 
 log = logging.getLogger("thinwire.node")
 
@@ -32,7 +34,8 @@ log = logging.getLogger("thinwire.node")
 class Options:
     """What the user of a node says. `device` "auto": cuda, or cpu without; `ranks` None: one for each GPU, or
     one on a CPU. `threads`: of each rank, None: torch's default; `max_upload`: a rate in words, see
-    `parse_rate`; `restart`: how often a node whose rank has failed is started again."""
+    `parse_rate`; `restart`: how often a node whose rank has failed is started again; `evaluate`: the function
+    of the run's [eval] that this node calls."""
 
     ticket: str
     data: Path | None
@@ -53,6 +56,7 @@ class Options:
     cpu_offload: bool
     restart: int
     track: tuple[TrackerName, ...] = ()
+    evaluate: str | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -137,9 +141,17 @@ def opened_node(
         link = make_link(options, folder.path, **_shared(options, metrics, limit))
         tracks = open_tracks(options.track, link.run_folder, metrics)
         stack.callback(tracks.close)
+        evaluations = _evaluations(options, link.run_folder or folder.path, tracks, metrics)
         events = follow_events(link)
         stack.callback(events.join, timeout=5)
         stack.callback(link.close)
+        hooks: dict[str, Callable[[Runner], object]] = {}
+        if evaluations is not None:
+            stack.callback(evaluations.close)
+            hooks = {
+                "on_prepared": lambda runner: evaluations.check(runner.prepared),
+                "on_proposing": lambda runner: evaluations.look(runner.prepared),
+            }
         yield Runner(
             link,
             import_path=options.import_path,
@@ -151,6 +163,8 @@ def opened_node(
             precision=options.precision,
             leader=None if leader_in is None else leader_in(folder.path),
             tracks=tracks,
+            evaluations=evaluations,
+            **hooks,
         )
 
 
@@ -165,6 +179,8 @@ def _until_the_end(
     try:
         with serve(runner.metrics, options.http):
             result = runner.run()
+            if runner.evaluations is not None and not stop.is_set():
+                runner.evaluations.finish(runner.prepared, stop.is_set)
             if options.save is not None and not stop.is_set():
                 runner.replica.save_weights(options.save)
                 log.info("wrote the weights after round %d to %s", runner.replica.round, options.save)
@@ -175,6 +191,14 @@ def _until_the_end(
             return None
         raise
     return result
+
+
+def _evaluations(options: Options, folder: Path, tracks: Tracks, metrics: NodeMetrics) -> Evaluations | None:
+    if options.evaluate is None:
+        return None
+    from .evaluation.supervising import Evaluations
+
+    return Evaluations(options.evaluate, folder, tracks, metrics, options.import_path)
 
 
 def _upload_limit(options: Options) -> UploadLimit | None:

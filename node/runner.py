@@ -15,6 +15,7 @@ import torch
 
 from ..coordinator.protocol.messages import GenesisBody, NodeState
 from .config import RunConfig
+from .evaluation.supervising import Evaluations
 from .following import LedgerFollower
 from .healing import Healer
 from .joining import Joiner
@@ -45,7 +46,8 @@ class Runner:
     is there already, instead of both. `folder`: where
     snapshots are kept, to be resumed from and served; None: a temporary one. `stop` may be set from any
     thread (or a signal handler): the node leaves the swarm cleanly. `leader`: the node has several ranks,
-    this is rank 0's. `tracks`: where the run log goes; whoever opened them closes them. `clock`: in seconds.
+    this is rank 0's. `evaluations`: of the weights, beside the training; whoever opened them calls and closes
+    them. `tracks`: where the run log goes; whoever opened them closes them. `clock`: in seconds.
 
     Called with this runner, in the node's thread: `on_prepared` once task, model and strategy are there,
     before the replica has weights; `on_proposing` whenever it is about to do local work for an offer.
@@ -65,10 +67,12 @@ class Runner:
         precision: Precision = "auto",
         leader: Leader | None = None,
         tracks: Tracks | None = None,
+        evaluations: Evaluations | None = None,
         on_prepared: Callable[[Runner], object] = _nothing,
         on_proposing: Callable[[Runner], object] = _nothing,
     ) -> None:
         self.link = link
+        self.evaluations = evaluations
         self.metrics = metrics or NodeMetrics()
         self.stop = threading.Event()
         self._folder, self._device = folder, torch.device(device)

@@ -82,6 +82,7 @@ def make_genesis(key: Ed25519PrivateKey) -> Callable[..., GenesisBody]:
         policy: str = "all",
         max_peers: int = 8,
         max_payload_bytes: int = 2**20,
+        evaluation: dict[str, int] | None = None,
     ) -> GenesisBody:
         config = {
             "run": {
@@ -98,6 +99,8 @@ def make_genesis(key: Ed25519PrivateKey) -> Callable[..., GenesisBody]:
             "network": {"heartbeat_s": 1.0},
             "strategy": {"name": "opaque to the coordinator"},
         }
+        if evaluation is not None:
+            config["eval"] = evaluation
         return GenesisBody(
             protocol=PROTOCOL_VERSION,
             config=json.dumps(config),

@@ -14,6 +14,8 @@ from ..rounds import Rounds
 from .counters import Counters
 from .overview import overview, run_state
 
+SHOWN_EVALUATIONS = 20
+
 
 class RunView:
     """Looks at the parts of one run and changes none of them. Losses are in nats, times in seconds."""
@@ -42,6 +44,9 @@ class RunView:
             "state": run_state(self._rounds),
             "changes": self._derived.page_history.changes(),
             "held_out": [list(entry) for entry in self._ledger.held_out()],
+            "evaluations": [list(entry) for entry in self._ledger.evaluations(SHOWN_EVALUATIONS)],
+            "failed_evaluations": self._derived.reports.failed_evaluations,
+            "last_failed_evaluation": self._derived.reports.last_failure,
             "peers": [self._peer(index, peer_id, now_s) for index, peer_id in self._ledger.peers().items()],
             "rejected": dict(sorted(self._rejected.items())),
             "since_start": self._counters.figures(),

@@ -27,6 +27,12 @@ MAX_METRICS_BYTES = 48 * 2**10
 MAX_TEXT = 2000
 """Characters of what one side tells the other in words."""
 
+MAX_FIGURES = 64
+"""Of one evaluation."""
+
+MAX_NAME = 100
+"""Characters of a figure's name."""
+
 MAX_PEERS = 1024
 MAX_ROUND = 2**32 - 1
 
@@ -377,6 +383,23 @@ class Report(Message):
     snapshot_bytes: Count | None = None
 
 
+class Figure(Record):
+    """A number that an evaluation gives, by its name."""
+
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+    value: float
+
+
+class Evaluation(Message):
+    """What an evaluation of the weights after `round` gave, or why it failed. Sent only in runs with
+    `[eval]`, so that it needs no version of its own."""
+
+    tag = 16
+    round: Annotated[int, Field(ge=1, le=MAX_ROUND)]
+    figures: Annotated[tuple[Figure, ...], Field(max_length=MAX_FIGURES)]
+    failed: Text | None = None
+
+
 class Phases(Record):
     """How long a node has taken for the parts of so many rounds, in all: totals since it was started."""
 
@@ -453,6 +476,7 @@ MESSAGES: dict[int, type[Message]] = {
         Commit,
         Head,
         Report,
+        Evaluation,
         Heartbeat,
         Offered,
         Members,
@@ -528,7 +552,7 @@ Rejected = Literal[
     # blobs
     "blob", "blob_streams", "quota", "stranger",
     # reports
-    "fingerprint", "held_out", "report_round", "snapshot", "too_many_reports",
+    "evaluation", "fingerprint", "held_out", "report_round", "snapshot", "too_many_reports",
     # a fault of ours
     "internal",
 ]  # fmt: skip

@@ -48,6 +48,10 @@ class NetworkSection(_Section):
     heartbeat_s: Annotated[float, Field(gt=0, le=60)]
 
 
+class EvalSection(_Section):
+    every: Annotated[int, Field(ge=1)]
+
+
 class RunSettings(_Section):
     """Of one run, as they stand in record 0; see `Course` for what records change."""
 
@@ -55,6 +59,7 @@ class RunSettings(_Section):
     policy: PolicySection
     schedule: ScheduleSection
     network: NetworkSection
+    eval: EvalSection | None = None
 
     @property
     def silence_s(self) -> float:

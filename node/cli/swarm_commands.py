@@ -166,6 +166,9 @@ class Join:
     track: UseAppendAction[tuple[Literal["tensorboard", "wandb"], ...]] = ()
     """Records of this node's rounds for TensorBoard (in its state folder) or Weights & Biases, too; may be
     repeated. JSON lines are always there: track.jsonl."""
+    evaluate: Annotated[str | None, arg(metavar="FUNCTION")] = None
+    """This node evaluates the weights as the run's [eval] asks for, beside its training: name what that says,
+    package.module:function or lm-eval; code never comes over the network."""
     save: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the trained weights here (safetensors) after the last round."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -198,6 +201,7 @@ class Join:
                     cpu_offload=self.cpu_offload,
                     restart=self.restart,
                     track=self.track,
+                    evaluate=self.evaluate,
                 ),
                 stop,
             )

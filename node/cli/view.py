@@ -64,10 +64,24 @@ def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
         )
     lines: list[RenderableType] = [Text(headline(status)), table]
     lines += [Text(f"changed: {text}") for text in status.get("changes", [])[-CHANGES_SHOWN:]]
+    lines += [Text(line) for line in evaluations_in_words(status)]
     lines += [Text(note, style="yellow") for note in notes]
     if status["mismatches"]:
         lines.append(Text(f"{status['mismatches']} fingerprint mismatches", style="bold red"))
     return Group(*lines)
+
+
+def evaluations_in_words(status: Mapping[str, Any]) -> list[str]:
+    """The newest evaluation of the weights, and the last one that failed."""
+    lines = []
+    if newest := status.get("evaluations"):
+        round_, found = newest[-1]
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        lines.append(f"evaluation after round {round_}: {shown}")
+    if failed := status.get("last_failed_evaluation"):
+        n = status["failed_evaluations"]
+        lines.append(f"{n} evaluation{'s' * (n > 1)} failed, the last after round {failed[0]}: {failed[1]}")
+    return lines
 
 
 def figures(

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
 from ...compression.errors import SwarmUnreachable
-from ...coordinator.protocol.messages import Commit, Digest, NodeState, Offer, OfferEntry, Report, Welcome
+from ...coordinator.protocol.messages import (
+    Commit,
+    Digest,
+    Evaluation,
+    NodeState,
+    Offer,
+    OfferEntry,
+    Report,
+    Welcome,
+)
 
 
 class Lied(SwarmUnreachable):
@@ -123,8 +132,8 @@ class Link(Protocol):
         None: nothing."""
         ...
 
-    def report(self, report: Report) -> None:
-        """Fingerprint, held-out loss, snapshot. Returns at once."""
+    def report(self, report: Report | Evaluation) -> None:
+        """Fingerprint, held-out loss, snapshot; an evaluation. Returns at once."""
         ...
 
     def events(self) -> Iterator[LinkEvent]:

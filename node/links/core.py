@@ -17,6 +17,7 @@ from ...coordinator.protocol.messages import (
     BadMessage,
     Commit,
     Digest,
+    Evaluation,
     Follow,
     Head,
     Heartbeat,
@@ -100,7 +101,7 @@ class LinkCore:
         self.offers = OfferSender(coordinator, self._uploads, self._payloads, mailbox)
         self._state = NodeState.JOINING
         self._needs_after: int | None = None
-        self._reports: deque[Report] = deque(maxlen=_KEPT_REPORTS)
+        self._reports: deque[Report | Evaluation] = deque(maxlen=_KEPT_REPORTS)
         self._answering: asyncio.Task[None] | None = None
 
     async def open(self) -> Welcome:
@@ -130,7 +131,7 @@ class LinkCore:
         self._state, self._needs_after = state, needs_after
         self._coordinator.post(State(state=state, needs_after=needs_after))
 
-    def make_report(self, report: Report) -> None:
+    def make_report(self, report: Report | Evaluation) -> None:
         self._reports.append(report)
         self._coordinator.post(report)
 

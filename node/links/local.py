@@ -28,6 +28,7 @@ from ...coordinator.protocol.messages import (
     PROTOCOL_VERSION,
     Commit,
     Digest,
+    Evaluation,
     GenesisBody,
     Heartbeat,
     Hello,
@@ -331,7 +332,7 @@ class LocalLink:
     def serve(self, shelf: Shelf | None) -> None:
         self._served.shelf = shelf
 
-    def report(self, report: Report) -> None:
+    def report(self, report: Report | Evaluation) -> None:
         self._tell(report)
 
     def events(self) -> Iterator[LinkEvent]:

@@ -18,6 +18,7 @@ from ...coordinator.protocol.messages import (
     MAX_ROUND,
     Commit,
     Digest,
+    Evaluation,
     NodeState,
     Offer,
     OfferEntry,
@@ -119,7 +120,7 @@ class RemoteLink:
             raise ValueError("offer.payload carries the payload's bytes")
         self._soon(lambda core: core.make_offer(offer))
 
-    def report(self, report: Report) -> None:
+    def report(self, report: Report | Evaluation) -> None:
         self._soon(lambda core: core.make_report(report))
 
     def records(self, after: int) -> Iterator[Commit]:

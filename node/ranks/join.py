@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from ...compression.errors import ConfigError
 from ...coordinator.protocol.ticket import Ticket
+from ..evaluation.supervising import refuse_function
 from ..links.upload_limit import parse_rate
 from ..run_node import Options, check_device, run_node
 from ..tracking.trackers import refuse_trackers
@@ -45,6 +46,8 @@ def refuse(options: Options) -> None:
     if options.restart < 0:
         raise ConfigError(f"--restart {options.restart}: at least 0")
     refuse_trackers(options.track)
+    if options.evaluate is not None:
+        refuse_function(options.evaluate)
     if options.cpu_offload and _device(options).startswith("cpu"):
         raise ConfigError("--cpu-offload: this node trains on the CPU, where its parameters are already")
 

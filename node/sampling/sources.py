@@ -100,7 +100,7 @@ def _weights_in(path: Path) -> Path:
 def _config_beside(folder: Path) -> RunConfig | None:
     """Of what thinwire export wrote: config.json; None: it is not there."""
     about = _json_of(folder / "config.json")
-    if about is None or "fingerprint" not in about or not isinstance(about.get("config"), dict):
+    if about is None or "run_id" not in about or not isinstance(about.get("config"), dict):
         return None
     return parse_config(json.dumps(about["config"]))
 

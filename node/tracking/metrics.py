@@ -94,6 +94,12 @@ class NodeMetrics:
         self._behind = gauge("thinwire_rounds_behind", "Committed rounds that this replica has not applied")
         self._loss = gauge("thinwire_loss", "Mean training loss of the last local work, in nats")
         self._held_out = gauge("thinwire_held_out_loss", "Last held-out loss measured here, in nats")
+        evaluations = counter(
+            "thinwire_evaluations",
+            "Evaluations of the weights beside training, by how they ended",
+            ["result"],
+        )
+        self._evaluations = _labelled(evaluations, ("ok", "failed", "skipped"))
         self._samples = counter("thinwire_samples", "Samples in own offers")
         self._tokens = counter("thinwire_tokens", "Tokens in own offers")
         self._batches = gauge("thinwire_batches", "Batches drawn for the last own payload")
@@ -228,6 +234,10 @@ class NodeMetrics:
 
     def held_out(self, loss: float) -> None:
         self._held_out.set(loss)
+
+    def evaluated(self, result: Literal["ok", "failed", "skipped"]) -> None:
+        """`skipped`: the one before it was still running."""
+        self._evaluations.labels(result).inc()
 
     def fingerprint_reported(self) -> None:
         self._checks.inc()

@@ -1,8 +1,8 @@
 """The log of a node's run, for people's own tools: JSONL always, TensorBoard and W&B where asked for.
 
 An entry is a flat dict: `time` (seconds since 1970), `kind`, `round`, and figures by name. Kinds: `start`,
-`round` (one for each live round; one for many while catching up), `held_out`, `replay`, `end`. A tracker that
-fails never stops training: that is said once, and counted.
+`round` (one for each live round; one for many while catching up), `held_out`, `evaluation`, `replay`, `end`.
+A tracker that fails never stops training: that is said once, and counted.
 """
 
 from __future__ import annotations

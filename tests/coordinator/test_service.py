@@ -19,6 +19,8 @@ from thinwire.coordinator.protocol.messages import (
     BadMessage,
     BlobRef,
     Commit,
+    Evaluation,
+    Figure,
     Follow,
     GenesisBody,
     Heartbeat,
@@ -487,6 +489,37 @@ def test_only_the_evaluator_reports_a_held_out_loss(make_world: MakeWorld) -> No
     assert world.status()["rejected"] == {"held_out": 2}
     with pytest.raises(BadMessage, match="to come"):
         world.say("a", Report(round=2, held_out=1.0))
+
+
+def test_evaluations_are_kept_where_the_run_asks_for_them(make_world: MakeWorld) -> None:
+    def said(round_: int, value: float, failed: str | None = None) -> Evaluation:
+        return Evaluation(round=round_, figures=(Figure(name="accuracy", value=value),), failed=failed)
+
+    world = make_world(rounds=5, evaluation={"every": 2})
+    world.train("a", "b")
+    for round_ in (1, 2, 3, 4, 5):
+        world.round(round_, "a", "b")
+        if round_ == 3:
+            with pytest.raises(BadMessage, match="to come"):
+                world.say("a", said(4, 0.5))
+    for evaluation in (said(2, 0.25), said(2, 0.75), said(5, 0.5), said(3, 0.5), said(4, float("nan"))):
+        world.say("a", evaluation)
+    world.say("a", Evaluation(round=4, figures=()))
+    world.say("b", said(4, 0.0, "no \x1b[31mroom"))
+    assert world.status()["evaluations"] == [[2, {"accuracy": 0.25}], [5, {"accuracy": 0.5}]]
+    assert world.status()["rejected"] == {"evaluation": 3, "report_round": 1}
+    assert world.status()["failed_evaluations"] == 1
+    assert world.status()["last_failed_evaluation"] == (4, "no ?[31mroom")
+    world.restart()
+    assert world.status()["evaluations"] == [[2, {"accuracy": 0.25}], [5, {"accuracy": 0.5}]]
+
+
+def test_a_run_that_asks_for_no_evaluation_keeps_none(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    world.say("a", Evaluation(round=1, figures=(Figure(name="accuracy", value=0.5),)))
+    assert (world.status()["evaluations"], world.status()["rejected"]) == ([], {"evaluation": 1})
 
 
 def test_a_later_fingerprint_replaces_the_earlier_one(make_world: MakeWorld) -> None:

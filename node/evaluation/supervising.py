@@ -1,0 +1,294 @@
+"""Evaluations beside the training of a node: a process each, one at a time, which may fail, hang or die."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final
+
+from ...compression.errors import ConfigError
+from ...coordinator.protocol.messages import MAX_TEXT, Evaluation, Figure
+from .job import LM_EVAL, TOKENS, WEIGHTS, BadResult, Job, read_result
+
+if TYPE_CHECKING:
+    from ..config import Eval
+    from ..preparing import PreparedRun
+    from ..tracking.metrics import NodeMetrics
+    from ..tracking.trackers import Tracks
+
+log = logging.getLogger("thinwire.node")
+
+PREFIX: Final = ".evaluation-"
+_TAIL_LINES: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one evaluation: figures by name, or why there are none."""
+
+    round: int
+    figures: Mapping[str, float]
+    failed: str | None
+    seconds: float
+
+
+class Evaluations:
+    """Of one node in one run. All methods are for the node's thread; what takes time is in another one.
+
+    `function`: what the node's user has named, which must be what the run asks for: code never comes over the
+    network. `folder`: where weights are written for the time of an evaluation.
+    """
+
+    def __init__(
+        self, function: str, folder: Path, tracks: Tracks, metrics: NodeMetrics, import_path: str | None
+    ) -> None:
+        self._function, self._folder, self._import_path = function, folder, import_path
+        self._tracks, self._metrics = tracks, metrics
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
+        self._last_round = 0
+        for left in folder.glob(f"{PREFIX}*"):  # of a node that was killed
+            shutil.rmtree(left, ignore_errors=True)
+
+    def check(self, run: PreparedRun) -> None:
+        """Raises ConfigError: the run asks for none, for another function, or it cannot be had here."""
+        wanted = run.config.eval
+        if wanted is None:
+            raise ConfigError(f"--evaluate {self._function}: the run has no [eval] in its configuration")
+        if wanted.function != self._function:
+            raise ConfigError(
+                f"--evaluate {self._function}: the run asks for {wanted.function!r}. If you trust that, say "
+                f"--evaluate {wanted.function}"
+            )
+        refuse_function(self._function)
+
+    def look(self, run: PreparedRun) -> None:
+        """Once in a round, with the replica at its end: tells what has ended, and begins what is due."""
+        self._collect(run)
+        wanted, round_ = run.config.eval, run.replica.round
+        assert wanted is not None
+        if round_ == self._last_round or round_ % wanted.every:
+            return
+        if self._thread is not None:
+            self._last_round = round_
+            self._metrics.evaluated("skipped")
+            log.warning("round %d is not evaluated: the evaluation before it still runs", round_)
+            return
+        self._begin(run, wanted)
+
+    def finish(self, run: PreparedRun, stopped: Callable[[], bool]) -> None:
+        """After the last round: waits for what runs, and evaluates what the run has come to."""
+        wanted = run.config.eval
+        assert wanted is not None
+        self._wait(run, stopped)
+        if not stopped() and run.replica.round != self._last_round:
+            log.info("evaluating the last round's weights")
+            self._begin(run, wanted)
+            self._wait(run, stopped)
+
+    def close(self) -> None:
+        """Ends what runs, at once, and leaves nothing behind."""
+        self._is_closed = True
+        self._kill()
+        if self._thread is not None:
+            self._thread.join(timeout=10)
+
+    # -------------------------------------------------------------------------------- the node's thread
+
+    def _begin(self, run: PreparedRun, wanted: Eval) -> None:
+        self._last_round = run.replica.round
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self._folder))
+            write = self._prepare(run, wanted, folder)
+        except OSError as e:
+            self._outcomes.put(Outcome(self._last_round, {}, f"no room for the weights: {e.strerror}", 0.0))
+            self._collect(run)
+            return
+        self._thread = threading.Thread(
+            target=self._supervise,
+            args=(folder, self._last_round, wanted, write),
+            name="evaluation",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def _prepare(self, run: PreparedRun, wanted: Eval, folder: Path) -> Callable[[], None]:
+        """Copies what training would change; the rest, which takes longer, is in what it returns."""
+        from ..tasks.base import Pretrained
+
+        body, replica = run.genesis, run.replica
+        has_tokens = isinstance(run.work.task, Pretrained) and body.held_out is not None
+        tokens = b""
+        if has_tokens and body.held_out is not None:
+            tokens = run.link.fetch(body.held_out.digest, body.held_out.n_bytes)
+        job = Job(
+            config=body.config,
+            run_id=replica.run_id.hex(),
+            round=replica.round,
+            fingerprint=replica.fingerprint().hex(),
+            function=self._function,
+            tasks=wanted.tasks,
+            limit=wanted.limit,
+            device=wanted.device,
+            import_path=self._import_path,
+            has_tokens=has_tokens,
+        )
+        if replica.strategy.ranks.count > 1:  # together with the other ranks, so now
+            replica.save_weights(folder / WEIGHTS)
+            tensors = None
+        else:
+            tensors = {name: t.clone() for name, t in replica.weights().items()}
+
+        def write() -> None:
+            from safetensors.torch import save_file
+
+            if tensors is not None:
+                save_file(tensors, folder / WEIGHTS)
+            if has_tokens:
+                (folder / TOKENS).write_bytes(tokens)
+            job.write(folder)
+
+        return write
+
+    def _collect(self, run: PreparedRun) -> None:
+        """Tells of the evaluations that have ended, in the log, to the trackers and to the coordinator."""
+        if self._thread is not None and not self._thread.is_alive():
+            self._thread = None
+        while not self._outcomes.empty():
+            outcome = self._outcomes.get()
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in outcome.figures.items())
+            if outcome.failed is None:
+                log.info("round %d: evaluation after %.0f s: %s", outcome.round, outcome.seconds, shown)
+            else:
+                log.warning("round %d: the evaluation failed: %s", outcome.round, outcome.failed)
+            self._metrics.evaluated("ok" if outcome.failed is None else "failed")
+            figures = {f"eval/{name}": value for name, value in outcome.figures.items()}
+            failed = {} if outcome.failed is None else {"failed": outcome.failed}
+            self._tracks.add("evaluation", outcome.round, duration_s=outcome.seconds, **failed, **figures)
+            run.link.report(_message(outcome))
+
+    def _wait(self, run: PreparedRun, stopped: Callable[[], bool]) -> None:
+        while self._thread is not None and self._thread.is_alive() and not stopped():
+            self._thread.join(timeout=0.2)
+        self._collect(run)
+
+    # ------------------------------------------------------------------------------- the other thread
+
+    def _supervise(self, folder: Path, round_: int, wanted: Eval, write: Callable[[], None]) -> None:
+        began_s = time.monotonic()
+        figures: Mapping[str, float] = {}
+        failed: str | None = None
+        try:
+            write()
+            failed = self._run(folder, wanted)
+            if failed is None:
+                figures = read_result(folder)
+        except BadResult as e:
+            failed = str(e)
+        except OSError as e:
+            failed = f"its files cannot be written: {e.strerror}"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._outcomes.put(Outcome(round_, figures, failed, time.monotonic() - began_s))
+
+    def _run(self, folder: Path, wanted: Eval) -> str | None:
+        """None: it has ended well; else why not. Raises OSError."""
+        environ = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        if wanted.device == "cpu":
+            environ["CUDA_VISIBLE_DEVICES"] = ""
+        process = self._process = subprocess.Popen(
+            [sys.executable, "-m", "thinwire.node.evaluation.process", str(folder), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environ,
+            start_new_session=True,
+        )
+        tail = _Tail(process.stdout)
+        try:
+            code = process.wait(0 if self._is_closed else wanted.timeout_s)
+        except subprocess.TimeoutExpired:
+            return f"it took more than {wanted.timeout_s:g} s (eval.timeout_s)"
+        finally:
+            self._kill()
+            tail.close()
+        return None if code == 0 else tail.last_line() or f"it ended with exit code {code}"
+
+    def _kill(self) -> None:
+        """With all that it has started."""
+        process = self._process
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+class _Tail:
+    """The last lines of what a process prints, however much it is."""
+
+    def __init__(self, pipe: IO[bytes] | None) -> None:
+        assert pipe is not None
+        self._pipe = pipe
+        self._lines: deque[bytes] = deque(maxlen=_TAIL_LINES)
+        self._thread = threading.Thread(target=self._read, name="evaluation-output", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(ValueError, OSError):  # closed meanwhile
+            while line := self._pipe.readline(10_000):
+                self._lines.append(line)
+
+    def last_line(self) -> str:
+        lines = [line.decode(errors="replace").strip() for line in self._lines]
+        last = next((line for line in reversed(lines) if line), "")
+        return "".join(c if c.isprintable() else "?" for c in last)[:300]
+
+    def close(self) -> None:
+        """What it has started holds the pipe no longer: all of it is gone."""
+        self._thread.join(timeout=5)
+        self._pipe.close()
+
+
+def refuse_function(function: str) -> None:
+    """Raises ConfigError for a function that cannot be had on this machine."""
+    from importlib.util import find_spec
+
+    if function == LM_EVAL:
+        from .harness import require
+
+        require()
+        return
+    module, colon, attribute = function.partition(":")
+    if not colon or not attribute:
+        raise ConfigError(f"--evaluate {function}: write it as package.module:function, or lm-eval")
+    sys.path.insert(0, "")  # as `python -m` does, and with it the process of an evaluation
+    try:
+        is_there = find_spec(module) is not None
+    except (ImportError, ValueError):
+        is_there = False
+    finally:
+        sys.path.remove("")
+    if not is_there:
+        raise ConfigError(f"--evaluate {function}: there is no module {module} here")
+
+
+def _message(outcome: Outcome) -> Evaluation:
+    figures = tuple(Figure(name=name, value=value) for name, value in outcome.figures.items())
+    failed = None if outcome.failed is None else outcome.failed[:MAX_TEXT]
+    return Evaluation(round=outcome.round, figures=figures, failed=failed)

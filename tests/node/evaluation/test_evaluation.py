@@ -1,0 +1,229 @@
+"""Evaluations beside training: real processes on exported weights; one that fails or hangs costs nothing."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.local_nodes import DECOUPLED, config_of, swarm_of, wait_for
+from thinwire.compression.errors import ConfigError
+from thinwire.node.cli.view import evaluations_in_words
+from thinwire.node.config import Eval, RunConfig, load_config, parse_config
+from thinwire.node.evaluation.job import BadResult, figures_of
+from thinwire.node.evaluation.supervising import Evaluations, refuse_function
+from thinwire.node.runner import Runner
+from thinwire.node.tracking.jsonl import JsonLines
+from thinwire.node.tracking.metrics import NodeMetrics
+from thinwire.node.tracking.trackers import Tracks
+
+MODULE = """
+import json, os, subprocess, sys, time
+
+def score(folder):
+    about = json.loads((folder / "config.json").read_text())
+    print("noise " * 100)
+    n_bytes = (folder / "model.safetensors").stat().st_size
+    return {"round": about["round"], "bytes": n_bytes, "nice": os.nice(0)}
+
+def fails(folder):
+    raise ValueError("no such data set")
+
+def hangs(folder):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    time.sleep(600)
+
+def strange(folder):
+    return {"loss": float("nan")}
+
+def dies(folder):
+    os.kill(os.getpid(), 9)
+"""
+
+
+def config(function: str, **eval_: Any) -> RunConfig:
+    plain = config_of(DECOUPLED, rounds=5, verify_every=5, snapshot_every=5, min_peers=1, eval_every=5)
+    return plain.model_copy(update={"eval": Eval(function=function, every=2, **eval_)})
+
+
+def checked(evaluations: Evaluations) -> Callable[[Runner], None]:
+    return lambda runner: evaluations.check(runner.prepared)
+
+
+def idle() -> bool:
+    return not any(thread.name == "evaluation" for thread in threading.enumerate())
+
+
+class Trained:
+    """A run of one node with evaluations, to its end."""
+
+    def __init__(self, folder: Path, run: RunConfig, function: str) -> None:
+        assert run.eval is not None
+        self.metrics = NodeMetrics()
+        self.folder = folder / "node"
+        self.folder.mkdir()
+        (self.folder / ".evaluation-of-a-killed-node").mkdir()
+        tracks = Tracks(self.metrics, JsonLines(self.folder))
+        evaluations = Evaluations(function, self.folder, tracks, self.metrics, None)
+        with swarm_of(folder / "swarm", run) as swarm:
+            runner = Runner(
+                swarm.link("one"),
+                metrics=self.metrics,
+                on_prepared=checked(evaluations),
+                on_proposing=lambda runner: self._look(evaluations, runner),
+            )
+            self.result = runner.run()
+            evaluations.finish(runner.prepared, lambda: False)
+            evaluations.close()
+            self.status = swarm.call(lambda service, now_s: service.status(now_s))
+        tracks.close()
+
+    def _look(self, evaluations: Evaluations, runner: Runner) -> None:
+        evaluations.look(runner.prepared)
+        wait_for(idle)
+
+    def tracked(self) -> list[dict[str, Any]]:
+        lines = (self.folder / "track.jsonl").read_text().splitlines()
+        return [entry for entry in map(json.loads, lines) if entry["kind"] == "evaluation"]
+
+    def counted(self, result: str) -> float:
+        value = self.metrics.registry.get_sample_value("thinwire_evaluations_total", {"result": result})
+        assert value is not None
+        return value
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """The user's module, in the working directory as theirs is."""
+    (tmp_path / "my_scores.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    return lambda name: f"my_scores:{name}"
+
+
+def test_figures_come_from_the_exported_weights(module: Callable[[str], str], tmp_path: Path) -> None:
+    trained = Trained(tmp_path, config(module("score")), module("score"))
+    found = dict(map(tuple, trained.status["evaluations"]))
+    assert list(found) == [2, 4, 5], "every second round, and the last one"
+    for round_, figures in found.items():
+        assert figures["round"] == round_
+        assert figures["bytes"] > 1000
+        assert figures["nice"] == 19, "training goes first"
+    assert [entry["round"] for entry in trained.tracked()] == [2, 4, 5]
+    assert trained.tracked()[-1]["eval/round"] == 5
+    assert trained.tracked()[-1]["duration_s"] > 0
+    assert (trained.counted("ok"), trained.counted("failed")) == (3, 0)
+    assert evaluations_in_words(trained.status)[0].startswith("evaluation after round 5: round 5, bytes ")
+    assert [p.name for p in trained.folder.iterdir()] == ["track.jsonl"], "nothing is left"
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        ("fails", "ValueError: no such data set"),
+        ("strange", "loss is nan"),
+        ("hangs", "it took more than 1.5 s (eval.timeout_s)"),
+        ("dies", "exit code -9"),
+    ],
+)
+def test_one_that_fails_costs_nothing(
+    module: Callable[[str], str], tmp_path: Path, function: str, why: str
+) -> None:
+    timeout_s = 1.5 if function == "hangs" else 60.0
+    trained = Trained(tmp_path, config(module(function), timeout_s=timeout_s), module(function))
+    assert trained.result.rounds == 5
+    assert trained.result.counted == 5
+    assert trained.status["evaluations"] == []
+    assert trained.status["failed_evaluations"] == 3
+    round_, text = trained.status["last_failed_evaluation"]
+    assert round_ == 5
+    assert why in text
+    assert why in trained.tracked()[0]["failed"]
+    assert trained.counted("failed") == 3
+    assert "3 evaluations failed, the last after round 5: " in evaluations_in_words(trained.status)[0]
+    left = [p for p in psutil.Process().children(recursive=True) if "time.sleep" in " ".join(p.cmdline())]
+    assert left == [], "with all that it has started"
+    assert [p.name for p in trained.folder.iterdir()] == ["track.jsonl"]
+
+
+def test_a_node_that_leaves_ends_it(module: Callable[[str], str], tmp_path: Path) -> None:
+    run = config(module("hangs"))
+    evaluations = Evaluations(module("hangs"), tmp_path, Tracks(NodeMetrics()), NodeMetrics(), None)
+    with swarm_of(tmp_path / "swarm", run) as swarm:
+        runner = Runner(
+            swarm.link("one"),
+            on_prepared=checked(evaluations),
+            on_proposing=lambda runner: evaluations.look(runner.prepared),
+        )
+        runner.run()
+        began_s = time.monotonic()
+        evaluations.finish(runner.prepared, lambda: time.monotonic() > began_s + 0.5)
+        evaluations.close()
+    assert time.monotonic() < began_s + 8
+    assert idle()
+    assert not list(tmp_path.glob(".evaluation-*"))
+
+
+def test_only_what_the_nodes_user_names_is_called(module: Callable[[str], str], tmp_path: Path) -> None:
+    for run, function, message in (
+        (config(module("score")), "os:abort", "If you trust that, say --evaluate my_scores:score"),
+        (config_of(DECOUPLED), module("score"), "the run has no \\[eval\\]"),
+    ):
+        evaluations = Evaluations(function, tmp_path, Tracks(NodeMetrics()), NodeMetrics(), None)
+        with swarm_of(tmp_path / function.replace(":", "-"), run) as swarm:
+            runner = Runner(swarm.link("one"), on_prepared=checked(evaluations))
+            with pytest.raises(ConfigError, match=message):
+                runner.run()
+
+
+def test_what_is_not_there_is_refused(module: Callable[[str], str]) -> None:
+    refuse_function(module("score"))
+    for function, message in (
+        ("nowhere.at_all:f", "there is no module nowhere.at_all here"),
+        ("my_scores", "package.module:function"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            refuse_function(function)
+
+
+def test_the_harness_is_named_with_its_command() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("lm_eval") is not None:
+        pytest.skip("lm-eval is installed here")
+    with pytest.raises(ConfigError, match="pip install lm-eval"):
+        refuse_function("lm-eval")
+
+
+def test_the_table_in_a_run_file(tmp_path: Path) -> None:
+    """Runs without it have the record 0 that they had."""
+    assert '"eval"' not in load_config(None, environ={}).to_json()
+    path = tmp_path / "run.toml"
+    path.write_text('[eval]\nfunction = "a.b:c"\nevery = 7\n')
+    config = load_config(path, environ={})
+    assert parse_config(config.to_json()) == config
+    assert config.eval == Eval(function="a.b:c", every=7)
+    for text, message in (
+        ('function = "a.b"', "eval.function"),
+        ('function = "lm-eval"', "lm-eval needs tasks"),
+        ('function = "a:b"\ntasks = ["x"]', "a function takes none"),
+        ('function = "lm-eval"\ntasks = ["x"]', "lm-eval takes models of transformers"),
+        ('function = "a:b"\nevry = 3', "did you mean 'every'"),
+    ):
+        path.write_text(f"[eval]\n{text}\n")
+        with pytest.raises(ConfigError, match=message):
+            load_config(path, environ={})
+
+
+@pytest.mark.parametrize(
+    "value", [None, {}, [1], {"a": "x"}, {"a": None}, {"": 1}, {"\x1b": 1}, {1: 1}, {"a": 1e999}]
+)
+def test_only_finite_numbers_by_name_are_taken(value: object) -> None:
+    with pytest.raises(BadResult):
+        figures_of(value)
+    assert figures_of({"a": True, "b/c": 2}) == {"a": 1.0, "b/c": 2.0}
