@@ -29,13 +29,13 @@ RECALLED_COMMITS = 3
 class Recalled:
     """What the open round needs to know of those before.
 
-    `training`: peers of the last commits; `evaluator`: the last one named; `resting`: the head's;
+    `training`: peers of the last commits; `evaluator`: the last one named; `evaluates`: the head's;
     `has_begun`: a round has been trained.
     """
 
     training: frozenset[int]
     evaluator: int | None
-    resting: int | None
+    evaluates: int | None
     has_begun: bool
 
 
@@ -62,7 +62,7 @@ class DerivedState:
         self.reports = Reports(ledger, self.statistics, trend, snapshots, rejected, course)
         self._last_peers: deque[frozenset[int]] = deque(maxlen=RECALLED_COMMITS)
         self._evaluator: int | None = None
-        self._resting: int | None = None
+        self._evaluates: int | None = None
 
     def recall(self, commit: Commit) -> None:
         """The next old commit. Deletes no payload."""
@@ -74,7 +74,7 @@ class DerivedState:
         self.retention.recall(body)
         if body.offers:
             self._last_peers.append(frozenset(offer.peer for offer in body.offers))
-        self._resting = body.evaluator
+        self._evaluates = body.evaluator
         self._evaluator = self._evaluator if body.evaluator is None else body.evaluator
 
     def recalled(self) -> Recalled:
@@ -84,7 +84,7 @@ class DerivedState:
         self._pin_blobs_of_run()
         self.retention.recalled(self._ledger.head_round)
         training = frozenset[int]().union(*self._last_peers)
-        return Recalled(training, self._evaluator, self._resting, has_begun=bool(self._last_peers))
+        return Recalled(training, self._evaluator, self._evaluates, has_begun=bool(self._last_peers))
 
     def committed(self, commit: Commit, closed: RoundClosed | None, present: Collection[int]) -> None:
         """The next new commit, on the disk already; payloads that nobody needs any more are deleted.

@@ -12,6 +12,7 @@ the round longer by less than half of what it adds to the batch, both as fractio
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
@@ -22,6 +23,9 @@ PolicyName = Literal["deadline", "all", "fastest"]
 KEPT_ROUNDS = 16
 MEASURED_ROUNDS = 3
 """No deadline until this many rounds are measured."""
+
+EVALUATIONS = 3
+"""The last ones say how much later a peer offers that has evaluated the round before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class OfferTimes:
 
     def __init__(self) -> None:
         self._by_round: dict[int, dict[int, Measured]] = {}
+        self._late_s: deque[float] = deque(maxlen=EVALUATIONS)
 
     def record(self, round_: int, peer: int, time_s: float, n_samples: int = 1) -> None:
         """The offer was eligible `time_s` seconds after its round had opened."""
@@ -72,6 +77,23 @@ class OfferTimes:
         self._by_round.setdefault(round_, {})[peer] = measured
         for old in sorted(self._by_round)[:-KEPT_ROUNDS]:
             del self._by_round[old]
+
+    def has_evaluated(self, round_: int, time_s: float) -> None:
+        """When the offer came of a peer that had to evaluate before it began, on time or not."""
+        self._late_s.append(max(0.0, time_s - self._usual_s(round_)))
+
+    def is_worth_waiting(self, round_: int) -> bool:
+        """Whether one that begins late is awaited, or the round would become more than twice as long."""
+        return not self._late_s or median(self._late_s) <= self._usual_s(round_)
+
+    def allowance_s(self, round_: int) -> float:
+        """What one that begins late gets in addition; a whole round until it is measured."""
+        usual_s = self._usual_s(round_)
+        return min(usual_s, 1.5 * median(self._late_s)) if self._late_s else usual_s
+
+    def _usual_s(self, round_: int) -> float:
+        times = self.values(before=round_)
+        return median(times) if times else 0.0
 
     def rounds(self, before: int) -> list[dict[int, Measured]]:
         """Rounds before this one with offers, by peer."""

@@ -7,7 +7,7 @@ policy says so; it knows neither payloads nor sessions nor the disk.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from .membership import TimePassed
@@ -115,6 +115,7 @@ class _Past:
     expected: frozenset[int]
     counted: frozenset[int]
     late: dict[int, _Kept]
+    begins_late: int | None = None
 
 
 class Rounds:
@@ -137,7 +138,7 @@ class Rounds:
         has_begun: bool | None = None,
         training: Iterable[int] = (),
         evaluator: int | None = None,
-        resting: int | None = None,
+        evaluates: int | None = None,
         now_s: float,
     ) -> None:
         self._min_peers, self._eval_every = min_peers, eval_every
@@ -161,8 +162,12 @@ class Rounds:
         self._goal: Limit | None = None
         """What `fastest` has chosen for the open round."""
         self._last_evaluator = evaluator
+        self._evaluates: int | None = None
+        """Of the open round's peers: evaluates as soon as its offer is under way."""
+        self._begins_late: int | None = None
+        """Has evaluated in the round before."""
         if self._may_open:
-            self._open(resting, now_s)
+            self._open(evaluates, now_s)
 
     @property
     def round(self) -> int:
@@ -233,13 +238,19 @@ class Rounds:
         return self.opened_s + self._limit().after_s
 
     def _limit(self) -> Limit:
-        return self._goal or limit(self._policy, self.times, self.round)
+        found = self._goal or limit(self._policy, self.times, self.round)
+        if self._begins_late is None or self._begins_late in self._eligible():
+            return found
+        return replace(found, after_s=found.after_s + self.times.allowance_s(self.round))
 
     def _eligible(self) -> list[int]:
         return sorted(peer for peer, kept in self._offers.items() if kept.has_bytes)
 
-    def _open(self, resting: int | None, now_s: float) -> RoundOpened:
+    def _open(self, evaluates: int | None, now_s: float) -> RoundOpened:
+        """`evaluates`: the peer that the last record names for it."""
         self.opened_s = now_s
+        self._evaluates, self._begins_late = evaluates, self._evaluates
+        resting = None if self.times.is_worth_waiting(self.round) else self._begins_late
         self.expected = self.training - self._hung - {resting}
         self._opening = frozenset(self.expected)
         if self._policy == "fastest":
@@ -275,7 +286,7 @@ class Rounds:
             past.late[offer.peer] = _Kept(offer.digest, False, offer.n_samples)
             if offer.has_bytes:
                 self._has_bytes_late(offer.peer, offer.round, now_s)
-            elif offer.peer in past.expected:
+            elif offer.peer in past.expected and offer.peer != past.begins_late:
                 self.times.only_offered(offer.round, offer.peer, now_s - past.opened_s, offer.n_samples)
         return OfferRefused(offer.peer, "late_offer")
 
@@ -297,14 +308,20 @@ class Rounds:
     def _has_bytes(self, peer: int, now_s: float) -> None:
         kept = self._offers[peer]
         # Only those who were awaited say how long a round takes: not joiners, not who was evaluating.
-        if not kept.has_bytes and peer in self._opening and self.opened_s is not None:
+        if kept.has_bytes or self.opened_s is None:
+            pass
+        elif peer == self._begins_late:
+            self.times.has_evaluated(self.round, now_s - self.opened_s)
+        elif peer in self._opening:
             self.times.record(self.round, peer, now_s - self.opened_s, kept.n_samples)
         kept.has_bytes = True
 
     def _has_bytes_late(self, peer: int, round_: int, now_s: float) -> None:
         past = self._pasts[round_]
         kept = past.late[peer]
-        if not kept.has_bytes and peer in past.expected:
+        if not kept.has_bytes and peer == past.begins_late:
+            self.times.has_evaluated(round_, now_s - past.opened_s)
+        elif not kept.has_bytes and peer in past.expected:
             self.times.record(round_, peer, now_s - past.opened_s, kept.n_samples)
         kept.has_bytes = True
 
@@ -328,10 +345,13 @@ class Rounds:
         self, eligible: list[int], missing: list[int], why: Why, opened_s: float, now_s: float
     ) -> list[Action]:
         late = {peer: kept for peer, kept in self._offers.items() if not kept.has_bytes}
-        self._pasts[self.round] = _Past(opened_s, self._opening, frozenset(eligible), late)
+        self._pasts[self.round] = _Past(
+            opened_s, self._opening, frozenset(eligible), late, self._begins_late
+        )
         self._pasts.pop(self.round - KEPT_ROUNDS, None)
         for peer in missing:
-            self.times.is_missing(self.round, peer, now_s - opened_s)
+            if peer != self._begins_late:
+                self.times.is_missing(self.round, peer, now_s - opened_s)
         self._offers, self._has_begun = {}, True
         self.head += 1
         if self._next is not None:

@@ -438,6 +438,6 @@ def _rounds(course: Course, ledger: Ledger, past: Recalled, now_s: float) -> Rou
         has_begun=past.has_begun,
         training=past.training,
         evaluator=past.evaluator,
-        resting=past.resting,
+        evaluates=past.evaluates,
         now_s=now_s,
     )

@@ -109,10 +109,11 @@ class LedgerFollower:
             if self._stopped():
                 return False
             applied = self._applied(commits)
-            if applied is None or self._look_around(commits[-1]):
+            evaluates = commits[-1].body.evaluator == run.peer_index and run.is_at_head
+            if applied is None or self._look_around(evaluates):
                 return True
             if run.is_at_head:  # a check takes its time
-                yield from self._arrive()
+                yield from self._arrive(evaluates)
             yield applied
             if run.is_over:
                 return False
@@ -124,19 +125,21 @@ class LedgerFollower:
             self._came_s = self._clock()
             yield commit
 
-    def _look_around(self, commit: Commit) -> bool:
-        """What there is to do after a commit was applied; True: the replica was moved to another round."""
+    def _look_around(self, evaluates: bool) -> bool:
+        """What there is to do after a commit was applied; True: the replica was moved to another round.
+
+        `evaluates`: this node is to do so; but for the last round it offers before."""
         run = self._run
         at_head = run.is_at_head
-        self._report(evaluate=commit.body.evaluator == run.peer_index and at_head)
+        self._report(evaluate=evaluates and run.is_over)
         if self._replica.round % run.history.every == 0 and run.is_near(run.history.every):
             self._publisher.write()
         if not at_head:
             return self._stage is not Stage.TRAINING and self._jump()
         return self._heal()
 
-    def _arrive(self) -> Iterator[None]:
-        """The replica is at the head of the ledger: this node trains."""
+    def _arrive(self, evaluates: bool = False) -> Iterator[None]:
+        """The replica is at the head of the ledger: this node trains, and evaluates meanwhile."""
         if self._run.is_over:
             return
         if self._stage is not Stage.TRAINING:
@@ -151,9 +154,11 @@ class LedgerFollower:
             self._report(evaluate=self._run.peer_index == 0 and self._run.config.run.eval_every > 0)
         if self._replica.course.is_paused:
             log.info("the run is paused after round %d: waiting until it goes on", self._replica.round)
+            if evaluates:
+                self._reporter.evaluate()
             return
         self._on_proposing()
-        self._proposer.propose(self._came_s)
+        self._proposer.propose(self._came_s, self._reporter.evaluate if evaluates else None)
 
     def _jump(self) -> bool:
         """Says how far behind the replica is; True: it took a newer snapshot that is nearer to the head."""

@@ -102,7 +102,7 @@ class LocalWork:
         """The held-out loss of the replica, in nats: the mean over the ranks, the same on each."""
         model = self._replica.model
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._replica.strategy.replica():
             loss = self.task.evaluate(model, *self._split)
         self._set_mode()
         ranks = self._replica.strategy.ranks

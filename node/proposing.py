@@ -38,10 +38,11 @@ class Proposer:
             self._observer.gave_up_offer()
         self._open = None
 
-    def propose(self, came_s: float) -> None:
+    def propose(self, came_s: float, meanwhile: Callable[[], object] | None = None) -> None:
         """Local work and an offer for the round after the replica's, which is at the head of the ledger.
 
-        `came_s`: when the commit came that opened the round, by `clock`.
+        `came_s`: when the commit came that opened the round, by `clock`; `meanwhile`: done once the offer is
+        under way.
         """
         run, workload = self._run, self._run.workload
         began_s = self._clock()
@@ -57,6 +58,8 @@ class Proposer:
             workload.sent(len(proposal.payload), allotted.share, rate_bytes_per_s)
         run.link.offer(_offer(proposal))
         self._open = OpenOffer(proposal.round, self._clock())
+        if meanwhile is not None:
+            meanwhile()
         self._work_ahead(proposal.round)
 
     def _work_ahead(self, round_: int) -> None:

@@ -26,7 +26,7 @@ class Reporter:
         round_ = self._run.replica.round
         told = self._run.is_verified(round_) and self._is_news(round_, is_replay)
         fingerprint = self._healer.fingerprint(checked=is_replay) if told else None
-        held_out = self._evaluate() if evaluate else None
+        held_out = self._held_out() if evaluate else None
         if fingerprint is None and held_out is None:
             return
         if fingerprint is not None:
@@ -35,13 +35,17 @@ class Reporter:
         report = Report(round=round_, fingerprint=fingerprint, checked=checked, held_out=held_out)
         self._run.link.report(report)
 
+    def evaluate(self) -> None:
+        """Tells the held-out loss."""
+        self._run.link.report(Report(round=self._run.replica.round, held_out=self._held_out()))
+
     def _is_news(self, round_: int, is_replay: bool) -> bool:
         """Far behind the head others have compared the round already; a wrong word is taken back even so."""
         run = self._run
         takes_back = is_replay and self._healer.said(round_)
         return takes_back or run.is_near(run.config.run.verify_every) or run.history.verdicts.differs(round_)
 
-    def _evaluate(self) -> float:
+    def _held_out(self) -> float:
         """The held-out loss of the replica, in nats."""
         round_, loss = self._run.replica.round, self._run.work.evaluate()
         self._observer.measured_held_out(round_, loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import ipaddress
 import os
@@ -18,6 +19,8 @@ from ...compression.errors import ConfigError
 MAX_ADDRESSES = 32
 _PORT_RETRY_S = 1.0
 """A coordinator that was killed leaves its port to its successor within milliseconds."""
+_GREETING_S = 1.0
+"""A listener of libp2p speaks first, within a round trip."""
 
 
 class HttpAddress(NamedTuple):
@@ -89,14 +92,17 @@ async def knock(address: str, timeout_s: float) -> str | None:
     """Why a plain TCP connection to `address` fails; None: it works, or this is no TCP address.
 
     libp2p waits longer and longer before it dials a failed address again, so it is only asked to dial
-    where somebody answers.
+    where somebody answers, and does not hang up before libp2p's greeting, as proxies do that cannot reach
+    what is behind them.
     """
     parts = address.split("/")
     if len(parts) != 5 or parts[3] != "tcp" or parts[1] not in ("ip4", "ip6", "dns", "dns4", "dns6"):
         return None
+    writer = None
     try:
         async with asyncio.timeout(timeout_s):
-            _, writer = await asyncio.open_connection(parts[2], int(parts[4]))
+            reader, writer = await asyncio.open_connection(parts[2], int(parts[4]))
+        return await _hung_up(reader)
     except TimeoutError:
         return f"no answer within {timeout_s:g} s"
     except socket.gaierror as e:
@@ -105,7 +111,17 @@ async def knock(address: str, timeout_s: float) -> str | None:
         return os.strerror(e.errno).lower() if e.errno else str(e)  # without asyncio's own words
     except (ValueError, OverflowError):
         return "not a valid address"
-    writer.close()
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+async def _hung_up(reader: asyncio.StreamReader) -> str | None:
+    """What is wrong where the other end closes before it has said anything. Raises OSError."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_GREETING_S):
+            if await reader.read(1) == b"":
+                return "it accepts connections and closes them at once, as a proxy does with nothing behind it"
     return None
 
 

@@ -17,6 +17,8 @@ from .payloads import Payloads
 
 _MEASURED_UPLOADS = 8
 _RETRY_S = 0.3
+_LAST_REFUSED_S = 5.0
+"""Between two attempts to leave a payload with a coordinator that refuses it."""
 
 
 class OfferSender:
@@ -81,12 +83,16 @@ class OfferSender:
 
     async def _put(self, round_: int, digest: Digest, payload: bytes) -> None:
         """Until the coordinator has it or the round is over; after a reconnect the offer is sent anew."""
+        pause_s = _RETRY_S
         while self._offer is not None and self._offer.round == round_:
             began_s = time.monotonic()
             try:
                 await self._uploads.put(digest, payload, "payload")
-            except NotServed as e:
+            except NotServed as e:  # a disk may have room again before the round is over
                 self._mailbox.put_event(f"the payload of round {round_} was not taken: {e}", True)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LAST_REFUSED_S)
+                continue
             except SwarmUnreachable:
                 await asyncio.sleep(_RETRY_S)
                 await self._coordinator.is_up.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -309,19 +310,51 @@ def test_excused_peers_are_not_awaited_in_that_round_only() -> None:
     assert rounds.missing() == [0, 1]
 
 
-def test_the_evaluator_rotates_and_is_not_awaited_next() -> None:
+def test_the_evaluator_rotates() -> None:
     rounds = started(3, eval_every=2, n_rounds=7)
     seen = {}
     for round_ in range(1, 8):
-        expected = tuple(sorted(rounds.expected))
+        assert rounds.missing() == [0, 1, 2]
         for peer in range(3):
             for action in rounds.handle(offer(peer, round_), float(round_)):
                 if isinstance(action, RoundClosed):
-                    seen[round_] = (action.evaluator, expected)
-    assert {r: e for r, (e, _) in seen.items()} == {1: None, 2: 0, 3: None, 4: 1, 5: None, 6: 2, 7: 0}
-    assert seen[3][1] == (1, 2)
-    assert seen[5][1] == (0, 2)
+                    seen[round_] = action.evaluator
+    assert seen == {1: None, 2: 0, 3: None, 4: 1, 5: None, 6: 2, 7: 0}
     assert rounds.is_over
+
+
+def evaluated(late_s: float, n_times: int) -> tuple[Rounds, list[int]]:
+    """Two peers, rounds of 1 s, every fourth evaluated. Who evaluated offers so much later in the round after
+    next. Returns rounds, and those that closed with one offer."""
+    rounds = started(2, eval_every=4, policy="deadline", n_rounds=10**6)
+    now_s, evaluators, alone = 0.0, dict[int, int | None](), list[int]()
+    while rounds.head < 4 * n_times + 3:
+        round_, opened_s = rounds.round, now_s
+        late = evaluators.get(round_ - 2)
+        due = sorted((opened_s + 1 + (late_s if peer == late else 0), peer) for peer in (0, 1))
+        actions: list[Action] = []
+        for at_s, peer in due:
+            if (wake_s := rounds.wake_s()) is not None and wake_s < at_s:
+                actions += rounds.handle(TimePassed(), wake_s)
+            actions += rounds.handle(offer(peer, round_), at_s)
+        close = next(a for a in actions if isinstance(a, RoundClosed))
+        evaluators[round_] = close.evaluator
+        alone += [round_] * (len(close.peers) == 1)
+        now_s = max(opened_s + close.duration_s, due[0][0])
+    return rounds, alone
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.4, 0.9])
+def test_rounds_do_not_close_without_the_evaluator(late_s: float) -> None:
+    """It has offered before it evaluates; the round after next waits as much longer as that usually takes."""
+    assert evaluated(late_s, 8)[1] == []
+
+
+def test_an_evaluation_longer_than_a_round_is_not_awaited() -> None:
+    """The others would stand still for longer than its offer is worth: after the first ones they go on."""
+    rounds, alone = evaluated(5.0, 8)
+    assert alone == [6 + 4 * i for i in range(8) if 6 + 4 * i <= rounds.head]
+    assert not rounds.times.is_worth_waiting(rounds.round)
 
 
 def test_evaluators_skip_who_is_gone() -> None:
@@ -343,11 +376,12 @@ def test_the_run_ends_with_its_last_round() -> None:
 
 
 def test_after_a_restart_the_next_round_is_open_for_the_recalled() -> None:
-    rounds = new(head=5, training=(1, 2, 4), evaluator=2, resting=2, eval_every=6)
-    assert rounds.missing() == [1, 4]
+    rounds = new(head=5, training=(1, 2, 4), evaluator=2, evaluates=2, eval_every=6)
+    assert rounds.missing() == [1, 2, 4]
     rounds.handle(offer(1, 6), 1.0)
+    rounds.handle(offer(2, 6), 1.0)
     actions = rounds.handle(offer(4, 6), 1.0)
-    assert closed(actions) == [(6, (1, 4))]
+    assert closed(actions) == [(6, (1, 2, 4))]
     assert next(a for a in actions if isinstance(a, RoundClosed)).evaluator == 4
 
 

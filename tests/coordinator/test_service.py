@@ -386,11 +386,13 @@ def test_a_restart_goes_on_where_it_was(make_world: MakeWorld) -> None:
     assert world.service.commits(0, 10) == before
     assert world.status()["held_out"] == [[2, 3.5]]
     assert [p["state"] for p in world.status()["peers"]] == ["training", "training", "gone"]
-    world.train("b")
+    world.train("a", "b")
     assert world.open("c", head_round=2, head_digest=head).peer_index == 2
     assert world.open("d").peer_index == 3
     world.say("b", offer(3))
-    assert world.committed[-1] == 3, "peer 0 evaluates round 2 and is not awaited"
+    assert world.committed[-1] == 2, "peer 0, who evaluates round 2, offers before it does"
+    world.say("a", offer(3))
+    assert world.committed[-1] == 3
     assert [a.peer_id for a in world.service.commits(2, 1)[0].body.admitted] == ["c", "d"]
 
 
