@@ -121,7 +121,7 @@ async def _hung_up(reader: asyncio.StreamReader) -> str | None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_GREETING_S):
             if await reader.read(1) == b"":
-                return "it accepts connections and closes them at once, as a proxy does with nothing behind it"
+                return "connections are accepted and closed at once, as by a proxy with nothing behind it"
     return None
 
 
