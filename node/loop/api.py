@@ -16,6 +16,7 @@ cleanly.
 - `join` takes part in a run, as `Swarm`; `Outcome` is what a round came to.
 - `host` starts a coordinator for a model of one's own, in this process, as `Host`. `thinwire coordinator
   --task package.module:function` starts one in a process of its own; the nodes are the same.
+- `load_weights`: the newest weights of a state folder into a model, when nobody serves the run any more.
 
 Importing this loads torch, and no backend. What is not named here may move from one version to the next.
 """
@@ -25,5 +26,6 @@ from __future__ import annotations
 from .host import Host, host
 from .join import join
 from .swarm import Outcome, Swarm
+from .weights import load_weights
 
-__all__ = ["Host", "Outcome", "Swarm", "host", "join"]
+__all__ = ["Host", "Outcome", "Swarm", "host", "join", "load_weights"]

@@ -16,6 +16,7 @@ import torch
 
 from ...compression.errors import ConfigError, ThinwireError
 from ...coordinator.protocol.figures import finite, mean_loss
+from ...coordinator.protocol.messages import CommitBody
 from ..result import Result
 from ..runner import Runner
 from ..tracking.observer import Applied
@@ -84,12 +85,15 @@ class Swarm:
 
         Raises KeyboardInterrupt once the replica is safe, SwarmUnreachable, ReplicaDiverged, ConfigError (the
         model was changed since), and what the caller's `loss` and batches raise."""
-        applied = self._advance()
-        if applied is None:
-            raise StopIteration
-        body = applied.commits[-1].body
+        while (applied := self._advance()) is not None:
+            bodies = [commit.body for commit in applied.commits if commit.body.offers]
+            if bodies:  # else the record only changes the run
+                return self._outcome(applied, bodies[-1])
+        raise StopIteration
+
+    def _outcome(self, applied: Applied, body: CommitBody) -> Outcome:
         return Outcome(
-            round=body.round,
+            round=self.round,
             rounds=self.rounds,
             loss=finite(mean_loss(body)),
             peers=len(body.offers),
@@ -112,7 +116,7 @@ class Swarm:
 
     @property
     def rounds(self) -> int:
-        """Of the whole run."""
+        """Of the whole run, as far as is known now: its owner may change it."""
         return self._runner.replica.course.n_rounds
 
     @property
@@ -138,7 +142,7 @@ class Swarm:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The run's, as its run file would say it."""
+        """The run's, as its run file would say it; what its owner changed since is not in it."""
         config: dict[str, Any] = self._runner.config.model_dump(mode="json")
         return config
 

@@ -1,9 +1,10 @@
-"""The task of a user's own training loop: a model that is there already, batches from an iterable, a loss."""
+"""Tasks of a user's own training loop: a model that is there already, batches from an iterable, a loss."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,33 +24,16 @@ Evaluate = Callable[[nn.Module], float]
 """The mean held-out loss; called in eval mode without gradients."""
 
 
-class LoopTask:
-    """See `Task`. `batches` is begun anew when it ends. `n_samples`: by which this node's work counts beside
-    the others'; None: the `batch_size` of the batches, or the length of the first one.
+class ModelTask:
+    """See `Task`. A model alone, for what needs no data: record 0, weights of a folder."""
 
-    Batches are drawn while torch's CPU generator has a seed of this peer, round and batch, so that loaders
-    which shuffle by it give every peer others, even where all of them begin with the same seed.
-    """
-
+    n_samples = 1
     n_tokens = 0
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        loss: Loss,
-        *,
-        n_samples: int | None = None,
-        evaluate: Evaluate | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module) -> None:
         """Raises ConfigError."""
-        _refuse_callers_mistakes(model, batches, loss)
-        self._model, self._batches, self._loss, self._evaluate = model, batches, loss, evaluate
-        self._iterator: Iterator[Any] | None = None
-        self._first: list[Any] = []
-        self.n_samples = n_samples or _batch_size(batches) or _length(self._peek())
-        if not 1 <= self.n_samples <= 2**20:
-            raise ConfigError(f"samples={self.n_samples}: between 1 and {2**20} in a batch")
+        _refuse_other_than_a_model(model)
+        self._model = model
 
     def model(self) -> nn.Module:
         return self._model
@@ -62,6 +46,57 @@ class LoopTask:
 
     def corpus(self) -> bytes | None:
         return None
+
+    def load(self, corpus: bytes | None, held_out: bytes | None) -> None: ...
+
+    def draw(self, model: nn.Module, seed: int, rank: int = 0, ranks: int = 1) -> Closure:
+        raise NotImplementedError("a model alone is not trained")
+
+    def evaluate(self, model: nn.Module, rank: int = 0, ranks: int = 1) -> float:
+        raise NotImplementedError("a model alone is not evaluated")
+
+
+class LoopRun(ModelTask):
+    """The coordinator's side: a model without values, of which record 0 is made; `evaluated`: whether nodes
+    are to measure a held-out loss."""
+
+    def __init__(self, model: nn.Module, *, evaluated: bool) -> None:
+        super().__init__(model)
+        self._model = skeleton(model)
+        self._evaluated = evaluated
+
+    def held_out(self) -> bytes | None:
+        return b"evaluate" if self._evaluated else None
+
+
+class LoopTask(ModelTask):
+    """See `Task`. `batches` is begun anew when it ends. `n_samples`: by which this node's work counts beside
+    the others'; None: the `batch_size` of the batches, or the length of the first one.
+
+    Batches are drawn while torch's CPU generator has a seed of this peer, round and batch, so that loaders
+    which shuffle by it give every peer others, even where all of them begin with the same seed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Loss,
+        *,
+        n_samples: int | None = None,
+        evaluate: Evaluate | None = None,
+    ) -> None:
+        """Raises ConfigError."""
+        super().__init__(model)
+        _refuse_callers_mistakes(batches, loss)
+        self._batches, self._loss, self._evaluate = batches, loss, evaluate
+        self._iterator: Iterator[Any] | None = None
+        self._first: list[Any] = []
+        if n_samples is None:
+            n_samples = _batch_size(batches) or _length(self._peek())
+        self.n_samples = n_samples
+        if not 1 <= self.n_samples <= 2**20:
+            raise ConfigError(f"samples={self.n_samples}: between 1 and {2**20} in a batch")
 
     def load(self, corpus: bytes | None, held_out: bytes | None) -> None:
         if held_out is not None and self._evaluate is None:
@@ -86,8 +121,8 @@ class LoopTask:
     # ------------------------------------------------------------------------------------------ batches
 
     def _peek(self) -> Any:
-        """The first batch, which stays the next one."""
-        self._first = [self._next(0)]
+        """The first batch, which stays the next one; of an order that no other node has."""
+        self._first = [self._next(secrets.randbits(64))]
         return self._first[0]
 
     def _next(self, seed: int) -> Any:
@@ -105,22 +140,6 @@ class LoopTask:
             "`batches` has no batch (any more): give an iterable that can be begun anew, as a list or a "
             "DataLoader, or a generator without end"
         )
-
-
-class LoopRun(LoopTask):
-    """The same for the coordinator's side: a model without values, of which record 0 is made; `evaluated`:
-    whether nodes are to measure a held-out loss."""
-
-    def __init__(self, model: nn.Module, *, evaluated: bool) -> None:
-        super().__init__(skeleton(model), (), _no_loss, n_samples=1)
-        self._evaluated = evaluated
-
-    def held_out(self) -> bytes | None:
-        return b"evaluate" if self._evaluated else None
-
-
-def _no_loss(_model: nn.Module, _batch: object) -> Tensor:
-    raise NotImplementedError("a coordinator does not train")
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -160,18 +179,21 @@ def _checked(loss: Any) -> Tensor:
     return loss.float()
 
 
-def _refuse_callers_mistakes(model: object, batches: object, loss: object) -> None:
+def _refuse_other_than_a_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model: a torch.nn.Module is needed, not {type(model).__name__}")
-    if not isinstance(batches, Iterable):
-        raise ConfigError(f"batches: an iterable of batches is needed, not {type(batches).__name__}")
-    if not callable(loss):
-        raise ConfigError("loss: a function of (model, batch) is needed that returns the batch's mean loss")
     devices = sorted({str(p.device) for p in model.parameters()})
     if len(devices) != 1:
         raise ConfigError(
             f"model: its parameters are on {', '.join(devices) or 'no device'}; all of them have to be on one"
         )
+
+
+def _refuse_callers_mistakes(batches: object, loss: object) -> None:
+    if not isinstance(batches, Iterable):
+        raise ConfigError(f"batches: an iterable of batches is needed, not {type(batches).__name__}")
+    if not callable(loss):
+        raise ConfigError("loss: a function of (model, batch) is needed that returns the batch's mean loss")
 
 
 def _batch_size(batches: object) -> int | None:

@@ -34,13 +34,13 @@ class Found:
     task: Task
 
 
-def newest_replica(state: RunState, import_path: str | None) -> Found:
-    """Without a network, and without a change to the folder.
+def newest_replica(state: RunState, import_path: str | None, task: Task | None = None) -> Found:
+    """Without a network, and without a change to the folder. `task`: instead of `import_path`.
 
     Raises NotHere (what the folder has, and which command would do), ConfigError (task, no record 0),
     Incompatible (another model) and LedgerCorrupt.
     """
-    task = make_task(parse_config(state.genesis.config).task, import_path, None)
+    task = task or make_task(parse_config(state.genesis.config).task, import_path, None)
     replica = build_replica(state.run_id, state.genesis, task)
     if state.head == 0:
         raise NotHere(f"{state.folder}: the run has no round yet: there is nothing to export")

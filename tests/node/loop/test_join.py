@@ -18,7 +18,7 @@ from tests.support.loop_nodes import STRATEGIES, Net, examples, loss_of
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 from thinwire.compression.errors import ConfigError, Incompatible
-from thinwire.node.loop.api import host, join
+from thinwire.node.loop.api import host, join, load_weights
 from thinwire.node.system.processes import PARENT_VARIABLE
 
 
@@ -97,6 +97,11 @@ def test_a_loop_is_killed_and_returns(tmp_path: Path, start: Callable[[str, str]
         assert status["mismatches"] == 0
         assert {p["fingerprint"] for p in status["peers"]} == {fingerprint}
         refused_here(run.ticket, tmp_path)
+    for folder in ("state", "a", "b"):
+        fresh = Net()
+        assert load_weights(tmp_path / folder, fresh) == 60
+        there = dict(fresh.named_parameters())
+        assert all(torch.equal(p, there[name]) for name, p in mine.named_parameters())
     # The same folder goes on with the run, whatever values the model has now; not with another model.
     with host(Net(), RUN, state=tmp_path / "state", host="127.0.0.1") as run:
         assert run.status()["round"] == 60
