@@ -6,6 +6,7 @@ import copy
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -91,6 +92,7 @@ class LoopTask(ModelTask):
         _refuse_callers_mistakes(batches, loss)
         self._batches, self._loss, self._evaluate = batches, loss, evaluate
         self._iterator: Iterator[Any] | None = None
+        self._is_proved = False
         self._first: list[Any] = []
         if n_samples is None:
             n_samples = _batch_size(batches) or _length(self._peek())
@@ -112,7 +114,14 @@ class LoopTask(ModelTask):
         if ranks > 1:
             raise ConfigError("model: it is sharded over several processes; a training loop is one process")
         batch = on_device(self._next(seed), device_of(model))
-        return lambda: _checked(self._loss(model, batch))
+
+        def closure() -> Tensor:
+            with nullcontext() if self._is_proved else _buffers_stay(model):
+                loss = _checked(self._loss(model, batch))
+            self._is_proved = True
+            return loss
+
+        return closure
 
     def evaluate(self, model: nn.Module, rank: int = 0, ranks: int = 1) -> float:
         assert self._evaluate is not None, "load() refuses a run that evaluates"
@@ -150,6 +159,22 @@ def skeleton(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
     return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def _buffers_stay(model: nn.Module) -> Iterator[None]:
+    """Raises ConfigError if they do not: swarms share parameters, each node would have statistics of its own.
+    Counters in whole numbers may go on."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    yield
+    now = dict(model.named_buffers())
+    changed = [name for name, buffer in before.items() if not torch.equal(now[name], buffer)]
+    if changed:
+        raise ConfigError(
+            f"model: computing the loss changes its buffers ({', '.join(changed[:3])}), which nobody shares: "
+            "each node would have others, and nobody those of the trained model. Use GroupNorm or LayerNorm "
+            "in place of BatchNorm, or keep its statistics as they are (momentum=0.0)"
+        )
 
 
 def on_device(batch: Any, device: torch.device) -> Any:

@@ -28,7 +28,7 @@ def make_task(options: config.Task, import_path: str | None, data: Path | None) 
             raise ConfigError(
                 "this run trains a custom task, and code never comes over the network: "
                 "install the task's package here and name it with --task package.module:function, or join "
-                "from a training loop that has the model (thinwire.node.loop.api)"
+                "from a training loop that has the model (thinwire.node.loop.api: join, load_weights)"
             )
         return TextTask(options, data)
     module_name, _, attribute = import_path.partition(":")

@@ -124,3 +124,14 @@ def test_a_skeleton_has_everything_but_values() -> None:
     }
     assert bones[1].weight is bones[0].weight
     assert all(p.device.type == "cpu" for p in model.parameters())
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0])
+def test_statistics_that_nobody_shares_are_refused(momentum: float) -> None:
+    model = nn.Sequential(nn.Linear(16, 4), nn.BatchNorm1d(4, momentum=momentum))
+    closure = LoopTask(model, examples(0), loss_of).draw(model, 0)
+    if momentum:
+        with pytest.raises(ConfigError, match=r"\(1.running_mean, 1.running_var\).*GroupNorm"):
+            closure()
+    else:
+        assert closure().requires_grad
