@@ -51,6 +51,8 @@ def register(registry: CollectorRegistry, status: Callable[[], dict[str, Any]]) 
 def _run(status: Mapping[str, Any]) -> Iterator[Metric]:
     yield _gauge("swarm_round", "Newest committed round", status["round"])
     yield _gauge("swarm_last_round", "The round that the run ends with", status["rounds"])
+    is_paused = float(status["state"] == "paused")
+    yield _gauge("swarm_paused", "1 while the run's owner has paused it: no round is open then", is_paused)
     yield _counter("swarm_commits", "Commits in the ledger, over all restarts", status["round"])
     if status["last_commit_ms"] is not None:
         yield _gauge(

@@ -25,7 +25,7 @@ from tests.support.paths import ROOT
 from tests.support.replicas import LAYOUT, Replica, run_round
 from thinwire.compression import wire
 from thinwire.compression.base import Packed, Part, Payload
-from thinwire.compression.errors import BadPayload
+from thinwire.compression.errors import BadPayload, ConfigError
 from thinwire.compression.numerics.noise import initial_values
 from thinwire.compression.registry import build_compressor
 from thinwire.optim.base import Closure, Own, Strategy
@@ -211,6 +211,33 @@ def test_a_follower_ends_with_the_same_bits(row: str) -> None:
     replicas = swarm(row, 3)
     ledger = run(replicas, range(1, 5), {2: {1}})
     assert replay(row, ledger) == replicas[0].print()
+
+
+@every_row
+def test_a_changed_option_acts_as_if_it_had_always_been_so(row: str) -> None:
+    """Every option that a run may change: payloads look the same, and `apply` has the bits of a strategy that
+    was built with it."""
+    other: dict[str, Any] = {"lr": 5e-3, "weight_decay": 0.0, "max_grad_norm": 0.5, "clip": 2.0}
+    other |= {"eps": 2e-3, "outer_lr": 0.3}
+    width = 24
+    replicas = swarm(row, 2, width)
+    changeable = replicas[0].strategy.facts.changeable
+    changes = {name: other[name] for name in changeable}
+    changed = new_replica(ROWS[row].config, 99, width)
+    built = new_replica({**ROWS[row].config, **changes}, 99, width)
+    fields = changed.strategy.fields()
+    changed.strategy.change(changes)
+    assert {name: changed.strategy.option(name) for name in changeable} == changes
+    assert changed.strategy.fields() == fields
+    for round_, counted in run(replicas, range(1, 3)):
+        for follower in (changed, built):
+            follower.apply(round_, counted, None)
+    assert changed.print() == built.print()
+    with pytest.raises(ConfigError, match=r"seed cannot change: lr, weight_decay"):
+        changed.strategy.change({"seed": 3})
+    with pytest.raises(ConfigError, match="lr = -1"):
+        changed.strategy.change({"lr": -1})
+    assert changed.strategy.option("lr") == changes["lr"]
 
 
 @every_row

@@ -27,6 +27,7 @@ def status_of(n_peers: int = 3, **changes: Any) -> dict[str, Any]:
     return {
         "round": 7,
         "rounds": 20,
+        "state": "training",
         "last_commit_ms": 1_700_000_000_500,
         "loss": 2.25,
         "held_out": [[0, 5.5], [5, 2.5]],
