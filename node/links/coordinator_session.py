@@ -45,7 +45,7 @@ GOODBYE_S = 5.0
 FIRST_RETRY_S, LAST_RETRY_S = 0.25, 4.0
 """A restarted coordinator waits 10 s for the peers that it knew: who tries this often is among them."""
 
-OVER_PATIENCE_S = 10.0
+OVER_PATIENCE_S = 5.0
 """A coordinator that is gone when the run is over will hardly come back."""
 
 STEADY_S = 10.0

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from tests.support.small_run import TASK
 from thinwire.compression.errors import ConfigError
 from thinwire.node.cli.arguments import seconds_of
+from thinwire.node.cli.ledger_command import export_state
+from thinwire.node.cli.status import fetch_status
 from thinwire.node.states.opening import open_state, run_folder
 
-ROUNDS = 60
+ROUNDS = 40
 RUN = f"""
 [run]
 name = "small"
@@ -69,23 +71,22 @@ def test_a_finished_run_is_no_dead_end(thinwire: Start, tmp_path: Path) -> None:
     assert "this node fetches its weights, and trains nothing" in late.stderr()
     assert (result["rounds"], result["fingerprint"], result["counted"]) == (ROUNDS, fingerprint, 0)
     assert exported.wait(100) == 0, exported.stderr()
-    status = json.loads(_output(thinwire("status", ticket, "--json")))
+    status = fetch_status(ticket)
     assert (status["round"], status["state"]) == (ROUNDS, "finished")
     assert status["payloads"]["kept_from"] > 1
     again.process.send_signal(signal.SIGTERM)
     assert again.wait() == 0, again.stderr()
 
-    _folders_have_the_weights(thinwire, tmp_path)
+    _folders_have_the_weights(tmp_path)
     _nobody_waits_for_a_coordinator_that_went_after_the_end(thinwire, ticket)
 
 
-def _folders_have_the_weights(thinwire: Start, tmp_path: Path) -> None:
+def _folders_have_the_weights(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "late.safetensors")
     for state in ("small-coordinator", "node-0", str(run_folder(tmp_path / "late"))):
         with open_state(tmp_path / state) as opened:
             assert opened.is_over
-        program = thinwire("export", state, "-o", "of-state")
-        assert program.wait(100) == 0, program.stderr()
+        export_state(tmp_path / state, tmp_path / "of-state", None)
         found = load_file(tmp_path / "of-state" / "model.safetensors")
         assert found.keys() == saved.keys()
         assert all(torch.equal(found[name], saved[name]) for name in saved), state
