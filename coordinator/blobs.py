@@ -153,6 +153,11 @@ class BlobStore:
                 self._delete_if_free(digest)
         return newest
 
+    def discard(self, digest: bytes) -> None:
+        """Deletes a blob that nobody has marked or pinned; nothing happens if it is not here."""
+        if digest in self._blobs:
+            self._delete_if_free(digest)
+
     def adopt(self, digest: bytes, aside: Path, n_bytes: int) -> None:
         """A finished, verified file becomes a blob."""
         if digest in self._blobs:

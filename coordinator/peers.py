@@ -41,7 +41,7 @@ class Peers:
 
     def admit(self, peer_id: str, session: int, hello: Hello, now_s: float) -> int:
         """Lets a peer in, and back in; returns its index. Raises what `Service.open` raises."""
-        self._admission.check_hello(hello)
+        self._admission.check_hello(peer_id, hello)
         self._admission.check_peer(peer_id)
         self._admission.check_head(hello)
         known = self._ledger.index_of(peer_id)

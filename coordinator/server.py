@@ -15,13 +15,14 @@ from ..compression.errors import LedgerCorrupt, ThinwireError
 from .blobs import BlobStore
 from .control.door import Door
 from .control.orders import CheckStrategy, Order, Ordered, no_strategy
+from .last_snapshot import LastSnapshot
 from .ledger import Ledger
 from .protocol.addresses import HttpAddress
 from .protocol.identity import load_or_create
 from .protocol.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, digest_of
 from .protocol.p2p import start_p2p
 from .protocol.settings import parse_settings
-from .protocol.streams import Meter
+from .protocol.streams import BLOB, Meter, Stream
 from .protocol.ticket import Ticket
 from .protocol.transport import Transport
 from .service import Service
@@ -34,6 +35,7 @@ SILENT_SESSION_S = 30.0
 """A session without a byte for this long, and for three times the run's own limit, is closed."""
 
 HISTORY_EVERY_S = 10.0
+OPEN_TIMEOUT_S = 10.0
 
 DEFAULT_QUOTA_BYTES = 20 * 10**9
 
@@ -62,8 +64,10 @@ class CoordinatorServer:
         start_transport: StartTransport = start_p2p,
         waits: Waits = Waits(),  # noqa: B008 - frozen
         check_strategy: CheckStrategy = no_strategy,
+        keeps_last_snapshot: bool = False,
     ) -> None:
-        """`check_strategy`: of what the run's owner changes. Raises ConfigError or LedgerCorrupt."""
+        """`check_strategy`: of what the run's owner changes; `keeps_last_snapshot`: for those who join or
+        export when the run is over and its nodes are gone. Raises ConfigError or LedgerCorrupt."""
         self._state, self._host_ip, self._port, self._announce = state, host, port, tuple(announce)
         self._start_transport = start_transport
         self._token = state.token()
@@ -94,7 +98,11 @@ class CoordinatorServer:
         self._door = Door(
             state.path, self._order, self._is_ordered, lambda: self.service.count_rejected("message")
         )
+        self._last_snapshot = LastSnapshot(self.blobs, self.service.last_snapshot, self._open_stream_to)
+        self._keeps_last_snapshot = keeps_last_snapshot
         self._done: asyncio.Future[None] | None = None
+        self.failure: ThinwireError | None = None
+        """What made the server fail, also when the run is over."""
         self._transport: Transport | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
         self._is_stopped = False
@@ -129,6 +137,8 @@ class CoordinatorServer:
         await self._door.open()
         work = (self._beat(), self._watch_transport(), self._keep_history())
         self._tasks = [asyncio.create_task(one) for one in work]
+        if self._keeps_last_snapshot:
+            self._tasks.append(asyncio.create_task(self._last_snapshot.keep()))
         self._tick()
 
     @property
@@ -143,8 +153,11 @@ class CoordinatorServer:
         )
 
     async def run_until_finished(self) -> None:
-        """Returns when the last round is acknowledged. Raises what made the server fail."""
+        """Returns when the last round is acknowledged. Raises what made the server fail. May be called again:
+        a run that was made longer ends once more."""
         assert self._done is not None, "the server is not started"
+        if self._done.done() and self._done.exception() is None and not self.service.finished:
+            self._done = asyncio.get_running_loop().create_future()
         await asyncio.shield(self._done)
 
     async def stop(self) -> None:
@@ -155,7 +168,7 @@ class CoordinatorServer:
         self._is_stopped = True
         await self._door.close()
         await self._stream_server.close(
-            "the run is over" if self.service.finished else "the coordinator was stopped"
+            over_text(self.service.head) if self.service.is_over else "the coordinator was stopped"
         )
         if self._transport is not None:
             await self._transport.close()
@@ -213,6 +226,12 @@ class CoordinatorServer:
         self._port = self._transport.port
         await self._stream_server.open_on(self._transport)
 
+    async def _open_stream_to(self, peer_id: str) -> Stream:
+        """For blobs, to a connected peer. Raises SwarmUnreachable."""
+        assert self._transport is not None
+        reader, writer = await self._transport.open_stream(peer_id, BLOB, OPEN_TIMEOUT_S)
+        return Stream(reader, writer, self.meter)
+
     async def _watch_transport(self) -> None:
         """libp2p runs in a process of its own: if that dies, another one takes its port and identity."""
         while True:
@@ -227,6 +246,7 @@ class CoordinatorServer:
                 return
 
     def _fail(self, error: ThinwireError) -> None:
+        self.failure = self.failure or error
         if self._done is not None and not self._done.done():
             self._done.set_exception(error)
 
@@ -235,6 +255,7 @@ class CoordinatorServer:
     def _committed(self, round_: int) -> None:
         self._stream_server.wake()
         self._door.committed(round_)
+        self._last_snapshot.wake()
 
     def _order(self, order: Order) -> Ordered:
         ordered = self.service.order(order, time.monotonic())
@@ -306,6 +327,14 @@ class CoordinatorServer:
 
 def _is_result(done: asyncio.Future[None]) -> bool:
     return done.done() and not done.cancelled() and done.exception() is None
+
+
+def over_text(head: int) -> str:
+    """What everybody hears of a finished run whose coordinator goes."""
+    return (
+        f"the run is over after round {head}; next: thinwire export STATE_FOLDER -o weights (a node's state "
+        f"folder, or the coordinator's)"
+    )
 
 
 def _told(http: HttpAddress) -> dict[str, Any]:

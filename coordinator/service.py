@@ -21,6 +21,7 @@ from .announcer import Announcer
 from .blobs import BlobStore
 from .control.orders import CheckStrategy, Order, Ordered, Place, no_strategy, plan
 from .derived_state import DerivedState, Recalled
+from .last_snapshot import Wanted
 from .ledger import Ledger
 from .membership import Membership, MembershipEvent, SessionClosed, SessionOpened, SignOfLife, TimePassed
 from .observe.counters import Counters
@@ -205,10 +206,13 @@ class Service:
 
     # ------------------------------------------------------------------------------------- lost commits
 
+    def check(self, peer_id: str, hello: Hello) -> None:
+        """Before anything else that a peer asks for. Raises ConfigError (token) or Incompatible."""
+        self._admission.check_hello(peer_id, hello)
+
     def lacks(self, hello: Hello) -> bool:
-        """Whether the node says that it has commits which this coordinator has lost: then they are to be
-        adopted before it is let in. Raises ConfigError or Incompatible."""
-        self._admission.check_hello(hello)
+        """Whether the node, which was checked, says that it has commits which this coordinator has lost: then
+        they are to be adopted before it is let in."""
         return hello.head_round is not None and hello.head_round > self._ledger.head_round
 
     def hold(self) -> None:
@@ -303,6 +307,20 @@ class Service:
     def finished(self) -> bool:
         """The last round is committed and every training peer has said that it has it, or time is up."""
         return self._parts.finished
+
+    @property
+    def is_over(self) -> bool:
+        """The last round is committed; nodes may still be fetching it."""
+        return self._parts.rounds.is_over
+
+    def last_snapshot(self) -> Wanted | None:
+        """What is to be kept of the run's end: the newest attested snapshot, once it may be the last one."""
+        run, newest = self.course.run, self._parts.derived.retention.snapshots.newest()
+        if newest is None or not run.is_over(newest.round + run.snapshot_every + run.snapshot_every // 2):
+            return None
+        connected = self._parts.members.connected()
+        holders = tuple(self._ledger.peer_id(index) for index in newest.peers if index in connected)
+        return Wanted(newest, holders)
 
     def commits(self, after: int, limit: int) -> list[Commit]:
         """At most `limit` commits from round `after` + 1 on, as they are stored."""

@@ -34,7 +34,7 @@ class StateDir:
         return path.read_text("ascii").strip()
 
     def rotate_token(self) -> None:
-        """Tickets given out so far let nobody in any more."""
+        """Tickets given out so far let no newcomer in any more; who was let in before stays."""
         (self.path / "token").unlink(missing_ok=True)
 
     def ban(self, peer_ids: Sequence[str]) -> None:

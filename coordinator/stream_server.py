@@ -186,7 +186,7 @@ class StreamServer:
 
     async def _serve_session(self, peer_id: str, stream: Stream) -> None:
         with self._stranger(peer_id):
-            hello = await _or_refused(stream, self._receive_hello(stream))
+            hello = await _or_refused(stream, self._receive_hello(peer_id, stream))
         if hello is None:
             return
         opened = await _or_refused(stream, self._let_in(peer_id, stream, hello))
@@ -224,12 +224,12 @@ class StreamServer:
             del self._sessions[session.peer_id]
             self._metrics_requests.forget(session.peer_id)
 
-    async def _receive_hello(self, stream: Stream) -> Hello:
+    async def _receive_hello(self, peer_id: str, stream: Stream) -> Hello:
         async with asyncio.timeout(self._waits.hello_s):
             hello = await stream.receive_message(FROM_NODE)
         if not isinstance(hello, Hello):
             raise BadFrame("hello", f"a session starts with Hello, not {type(hello).__name__}")
-        self._service.lacks(hello)
+        self._service.check(peer_id, hello)
         return hello
 
     async def _let_in(self, peer_id: str, stream: Stream, hello: Hello) -> tuple[int, Welcome]:

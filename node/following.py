@@ -11,6 +11,7 @@ from enum import Enum
 from ..compression.errors import ReplicaDiverged, SwarmUnreachable
 from ..coordinator.protocol.figures import mean_loss
 from ..coordinator.protocol.messages import Commit, NodeState, OfferEntry
+from ..coordinator.protocol.settings import Course
 from .batches import batches
 from .healing import Healer
 from .joining import CatchingUp, Joiner
@@ -80,10 +81,20 @@ class LedgerFollower:
         the ledger is reached, before the first offer. Raises what `Link.commits` and `Joiner.begin` raise,
         Incompatible and ReplicaDiverged."""
         self._joiner.read_ledger()
+        self._tell_if_over()
         self._begin()
         self._observer.started(self._replica.round)
         while (yield from self._follow()):
             pass
+
+    def _tell_if_over(self) -> None:
+        history = self._run.history
+        course = Course.of(self._run.genesis.config, history.changes_at(history.round))
+        if course.run.is_over(history.round):
+            log.info(
+                "the run is over after round %d: this node fetches its weights, and trains nothing",
+                history.round,
+            )
 
     def _begin(self) -> None:
         """Brings the replica to the cheapest start."""

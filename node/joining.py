@@ -26,6 +26,9 @@ from .units import human_bytes, human_seconds
 
 log = logging.getLogger("thinwire.node")
 
+_COORDINATOR = ""
+"""As a holder of a snapshot: it keeps the last one of a run, for those who come when the nodes are gone."""
+
 TELL_EVERY_S = 2.0
 """Seconds between two lines of progress."""
 
@@ -252,12 +255,18 @@ class Joiner:
         assert attested is not None
         reporters = self._history.holders(attested)
 
-        def holders() -> list[str]:
+        def members() -> list[str]:
             """Who reported it comes first; others may have it by now as well."""
-            members = self._link.members()
-            return sorted(members, key=lambda peer_id: (peer_id not in reporters, peer_id))
+            found = self._link.members()
+            return sorted(found, key=lambda peer_id: (peer_id not in reporters, peer_id))
 
-        incoming = self._store.incoming(self._manifest(attested, holders()))
+        manifest, giver = self._manifest(attested, [*members(), _COORDINATOR])
+        also = [giver] if giver == _COORDINATOR else []
+
+        def holders() -> list[str]:
+            return members() + also
+
+        incoming = self._store.incoming(manifest)
         told_s = 0.0
 
         def tell(progress: Progress) -> None:
@@ -269,7 +278,7 @@ class Joiner:
         download(
             incoming,
             holders,
-            lambda _chunk, digest, holder: self._link.fetch(digest, CHUNK_BYTES, holder),
+            lambda _chunk, digest, holder: self._link.fetch(digest, CHUNK_BYTES, holder or None),
             tell,
             self._stopped,
             seed=round_seed(self._link.run_id, start.round, self._link.peer_id),
@@ -278,15 +287,16 @@ class Joiner:
             raise SwarmUnreachable("stopped")
         return incoming.finish()
 
-    def _manifest(self, attested: Attested, holders: list[str]) -> bytes:
-        """From whoever gives it. Raises SwarmUnreachable with the last one's reason."""
+    def _manifest(self, attested: Attested, holders: list[str]) -> tuple[bytes, str]:
+        """From whoever gives it, and who that was. Raises SwarmUnreachable with the last one's reason."""
         log.info("fetching the snapshot after round %d (%s)", attested.round, human_bytes(attested.n_bytes))
         why = "nobody who has it is connected"
         for holder in holders:
             try:
-                return self._link.fetch(attested.manifest, max_manifest_bytes(attested.n_bytes), holder)
+                most = max_manifest_bytes(attested.n_bytes)
+                return self._link.fetch(attested.manifest, most, holder or None), holder
             except SwarmUnreachable as e:
-                why = str(e)
+                why = why if holder == _COORDINATOR else str(e)
         raise SwarmUnreachable(why)
 
 

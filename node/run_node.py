@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..compression.errors import ConfigError, ThinwireError
+from ..compression.errors import ConfigError, SwarmUnreachable, ThinwireError
 from ..coordinator.protocol.addresses import HttpAddress
 from ..coordinator.protocol.ticket import Ticket
 from .links.upload_limit import UploadLimit, parse_rate
+from .states.words import left, over, what_is_here
 from .tracking.trackers import open_tracks
 
 if TYPE_CHECKING:
@@ -113,7 +115,13 @@ def run_node(
     """
     with opened_node(options, leader_in, make_link) as runner:
         stop.on_stop.append(runner.request_stop)
-        return _until_the_end(runner, options, stop, finished)
+        run_id, folder = runner.link.run_id, runner.folder
+        try:
+            result = _until_the_end(runner, options, stop, finished)
+        except SwarmUnreachable as e:
+            raise SwarmUnreachable(f"{e}\n{what_is_here(run_id, os.environ, folder)}") from e
+    _tell_the_end(result, stop, folder)
+    return result
 
 
 @contextmanager
@@ -166,6 +174,14 @@ def opened_node(
             evaluations=evaluations,
             **hooks,
         )
+
+
+def _tell_the_end(result: Result | None, stop: Stop, folder: Path | None) -> None:
+    if stop.is_set() or result is None:
+        log.info("%s", left(folder))
+        return
+    held_out = result.held_out[-1] if result.held_out else None
+    log.info("%s", over(result.rounds, result.fingerprint, held_out, folder))
 
 
 def _until_the_end(

@@ -100,6 +100,11 @@ class Runner:
         return self._prepared
 
     @property
+    def folder(self) -> Path | None:
+        """Where this run's state is kept; None: nowhere."""
+        return self._folder
+
+    @property
     def genesis(self) -> GenesisBody:
         return self.prepared.genesis
 

@@ -159,10 +159,13 @@ def thinwire(tmp_path: Path) -> Iterator[Start]:
     """Starts `thinwire ARGS` as a process. At the end all are killed, and none of their children may be left.
 
     `before`: a command in front of it (a network namespace), `line`: given to its standard input.
+    Coordinators end with their runs, unless `--linger` says otherwise.
     """
     started: list[Program] = []
 
     def start(*args: str, before: Sequence[str] = (), line: str | None = None) -> Program:
+        if args[:1] == ("coordinator",) and "--linger" not in args:
+            args = (*args, "--linger", "0")
         stem = tmp_path / f"process-{len(started)}"
         out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
         with out.open("wb") as out_file, err.open("wb") as err_file:

@@ -15,7 +15,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from ...compression.errors import ConfigError, LedgerCorrupt
 from .chain import Chain
-from .messages import Commit, CommitBody, decode_record
+from .messages import BadMessage, Commit, CommitBody, GenesisBody, decode_record
+from .settings import Course
 
 log = logging.getLogger("thinwire.link")
 
@@ -73,6 +74,23 @@ class LedgerCopy:
                     self._db.execute("INSERT OR IGNORE INTO record VALUES (0, ?, ?)", (record, signature))
             except sqlite3.Error as e:  # a full disk: the next start tries again
                 log.warning("%s does not take record 0: %s", self._path, e)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run's last round is in it; False where record 0 is not."""
+        with self._lock:
+            if self._is_closed:
+                return False
+            try:
+                row = self._db.execute("SELECT record FROM record WHERE round = 0").fetchone()
+                if row is None:
+                    return False
+                course = Course.of(decode_record(GenesisBody, row[0]).config)
+                for body in records_with_changes(self._db):
+                    course = course.after(body.changes)
+            except (sqlite3.Error, BadMessage, ConfigError):
+                return False
+        return course.run.is_over(self.head_round)
 
     def append(self, commit: Commit) -> None:
         """The next commit. Raises LedgerCorrupt, and stays as it was, for one that does not fit the chain."""

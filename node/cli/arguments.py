@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from ...coordinator.protocol.addresses import HttpAddress
 
 MAX_TICKET_CHARS: Final = 16_384
+
+
+_UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def read_ticket(text: str) -> str:
@@ -75,6 +79,16 @@ def http_address(text: str | None, token: str | None) -> HttpAddress | None:
     if not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"--http {text}: write it as HOST:PORT, for example 127.0.0.1:9100")
     return HttpAddress(host.strip("[]"), int(port), token or os.environ.get("THINWIRE_HTTP_TOKEN") or None)
+
+
+def seconds_of(text: str, option: str) -> float:
+    """A duration: 90s, 10m, 2h, 1d, 0, forever (infinite). Raises ConfigError."""
+    if text == "forever":
+        return math.inf
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|d|)", text)
+    if found is None or (not found[2] and float(found[1])):
+        raise ConfigError(f"{option} {text}: write it as 90s, 10m, 2h, 0 or forever")
+    return float(found[1]) * _UNITS_S[found[2]]
 
 
 def overrides_of(pairs: Sequence[str]) -> dict[str, Any]:

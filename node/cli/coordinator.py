@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("thinwire.coordinator")
 
+LOOK_EVERY_S = 1.0
+
 
 def coordinate(
     *,
@@ -44,8 +47,10 @@ def coordinate(
     ban: Sequence[str],
     http: HttpAddress | None,
     stop: Stop,
-) -> None:
-    """Serves until the last round is acknowledged or `stop` is set. Prints the ticket on stdout.
+    linger_s: float = 0.0,
+) -> bool:
+    """Serves until `linger_s` after the last round is acknowledged, or until `stop` is set; True: the run was
+    over. Prints the ticket on stdout.
 
     Raises ConfigError (configuration, taken port, a state directory in use or of another run), LedgerCorrupt.
     """
@@ -59,8 +64,16 @@ def coordinate(
             state_dir.rotate_token()
         if ban:
             state_dir.ban(ban)
-        server = open_server(state_dir, config, task, host=host, port=port, announce=announce)
-        asyncio.run(_serve(server, folder, ticket_file, http, stop))
+        server = open_server(
+            state_dir,
+            config,
+            task,
+            host=host,
+            port=port,
+            announce=announce,
+            keeps_last_snapshot=linger_s > 0,
+        )
+        return asyncio.run(_Serving(server, folder, linger_s).serve(ticket_file, http, stop))
 
 
 def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) -> CoordinatorServer:
@@ -97,41 +110,88 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str 
     return found
 
 
-async def _serve(
-    server: CoordinatorServer, folder: Path, ticket_file: Path | None, http: HttpAddress | None, stop: Stop
-) -> None:
-    loop = asyncio.get_running_loop()
-    page: Page | None = None
-    stopped = asyncio.Event()
-    stop.on_stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
-    with ExitStack() as stack:
-        try:
-            if stop.is_set():  # it came while there was nobody to tell
-                return
-            if http is not None:
-                from ...coordinator.observe.page import serve_coordinator
+class _Serving:
+    """A coordinator that is served, until some time after its run's end. `folder`: its state."""
 
-                page, port = stack.enter_context(serve_coordinator(server, loop, http))
-                server.http = http._replace(port=port)
-                log.info("the swarm's page: %s (and /metrics, /sd, /healthz)", server.http.url())
-            await server.start()
-            if ticket_file is not None:
-                write_ticket(ticket_file, server.ticket.line())
-            print(server.ticket.line(), flush=True)  # noqa: T201 - data goes to stdout
-            log.info("the line above is the ticket. On any machine: thinwire join TICKET")
-            finished = asyncio.create_task(server.run_until_finished())
-            leave = asyncio.create_task(stopped.wait())
-            await asyncio.wait({finished, leave}, return_when=asyncio.FIRST_COMPLETED)
-            leave.cancel()
-            if finished.done():
-                finished.result()
-                if page is not None:
-                    page.farewell()
-                write_aside(folder / "result.json", json.dumps(server.status()).encode())
-                log.info("the run is over after round %d", server.ledger.head_round)
-            finished.cancel()
-        finally:
-            await server.stop()
+    def __init__(self, server: CoordinatorServer, folder: Path, linger_s: float) -> None:
+        self._server, self._folder, self._linger_s = server, folder, linger_s
+        self._page: Page | None = None
+        self._stopped = asyncio.Event()
+
+    async def serve(self, ticket_file: Path | None, http: HttpAddress | None, stop: Stop) -> bool:
+        """True: the run was over when it ended. Raises what makes the server fail."""
+        loop, server = asyncio.get_running_loop(), self._server
+        stop.on_stop.append(lambda: loop.call_soon_threadsafe(self._stopped.set))
+        with ExitStack() as stack:
+            try:
+                if stop.is_set():  # it came while there was nobody to tell
+                    return False
+                if http is not None:
+                    self._serve_page(stack, http)
+                await server.start()
+                if ticket_file is not None:
+                    write_ticket(ticket_file, server.ticket.line())
+                print(server.ticket.line(), flush=True)  # noqa: T201 - data goes to stdout
+                log.info("the line above is the ticket. On any machine: thinwire join TICKET")
+                return await self._until_the_end()
+            finally:
+                await server.stop()
+
+    def _serve_page(self, stack: ExitStack, http: HttpAddress) -> None:
+        from ...coordinator.observe.page import serve_coordinator
+
+        serving = serve_coordinator(self._server, asyncio.get_running_loop(), http)
+        self._page, port = stack.enter_context(serving)
+        self._server.http = http._replace(port=port)
+        log.info("the swarm's page: %s (and /metrics, /sd, /healthz)", self._server.http.url())
+
+    async def _until_the_end(self) -> bool:
+        """Over and over: a run that is made longer while it is served ends again."""
+        while await self._unless_stopped(self._server.run_until_finished(), math.inf):
+            write_aside(self._folder / "result.json", json.dumps(self._server.status()).encode())
+            self._tell_the_end()
+            if not await self._unless_stopped(self._until_longer(), self._linger_s):
+                if self._page is not None:
+                    self._page.farewell()
+                break
+        return self._server.service.is_over
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, None], at_most_s: float) -> bool:
+        """False: it was stopped, or time was up before. Raises what the work raises."""
+        task, leave = asyncio.create_task(work), asyncio.create_task(self._stopped.wait())
+        timeout_s = None if math.isinf(at_most_s) else at_most_s
+        await asyncio.wait({task, leave}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        leave.cancel()
+        if task.done():
+            task.result()
+            return True
+        task.cancel()
+        return False
+
+    async def _until_longer(self) -> None:
+        """Somebody may give a finished run more rounds. Raises what makes the server fail."""
+        while self._server.service.is_over:
+            if self._server.failure is not None:
+                raise self._server.failure
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def _tell_the_end(self) -> None:
+        head = self._server.ledger.head_round
+        next_step = f"thinwire export {self._folder} -o weights, or the same with a node's state folder"
+        if self._linger_s <= 0:
+            log.info("the run is over after round %d; next: %s", head, next_step)
+            return
+        until = "Ctrl-C"
+        if not math.isinf(self._linger_s):
+            until = f"{time.strftime('%H:%M:%S', time.localtime(time.time() + self._linger_s))} or Ctrl-C"
+        log.info(
+            "the run is over after round %d. Serving it until %s: thinwire export TICKET -o weights "
+            "and thinwire join TICKET --save FILE give the weights to anybody; afterwards: %s. The same "
+            "command serves it again",
+            head,
+            until,
+            next_step,
+        )
 
 
 def write_ticket(path: Path, line: str) -> None:

@@ -133,6 +133,7 @@ class DemoSwarm:
     def _start_coordinator(self) -> None:
         folder = self.folder / "coordinator"
         args = ["coordinator", str(self.run_file), "--state", str(folder / "state"), "--host", "127.0.0.1"]
+        args += ["--linger", "0"]
         if self.plan.http is not None:
             args += ["--http", str(self.plan.http)]
             args += [] if self.plan.http.token is None else ["--http-token", self.plan.http.token]

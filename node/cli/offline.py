@@ -15,7 +15,8 @@ from ...compression.errors import ConfigError, SwarmUnreachable
 from ...coordinator.observe.run_statistics import RunStatistics
 from ...coordinator.protocol.ledger_file import Changing, Summary, write_ledger
 from ...coordinator.protocol.ticket import Ticket
-from ..states.opening import RunState, open_state, remains_of
+from ..states.opening import RunState, open_state
+from ..states.words import what_is_here
 
 
 def state_folder(text: str) -> Path | None:
@@ -32,22 +33,7 @@ def telling_what_is_here(ticket: str) -> Iterator[None]:
     try:
         yield
     except SwarmUnreachable as e:
-        raise SwarmUnreachable(f"{e}\n{_what_is_here(Ticket.parse(ticket).run_id)}") from e
-
-
-def _what_is_here(run_id: bytes) -> str:
-    remains = remains_of(run_id, os.environ)
-    if remains is None:
-        return (
-            "If the run is over: thinwire export STATE_FOLDER -o DIR (and ledger, replay, status) read a "
-            "node's or the coordinator's state folder, without a server"
-        )
-    how = (
-        f"the run is over after round {remains.head}"
-        if remains.is_over
-        else f"this machine's copy of the run goes to round {remains.head}"
-    )
-    return f"{how}; next: thinwire export {remains.folder} -o weights (needs no coordinator)"
+        raise SwarmUnreachable(f"{e}\n{what_is_here(Ticket.parse(ticket).run_id, os.environ)}") from e
 
 
 def save_ledger_of(state: RunState, output: Path) -> Summary:

@@ -13,7 +13,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from ...compression.errors import ConfigError
 from ..system.stopping import stop_on_signals
-from .arguments import http_address, overrides_of, read_ticket
+from .arguments import http_address, overrides_of, read_ticket, seconds_of
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Coordinator:
     """Start a run, or continue it: keeps the ledger, opens and closes rounds, prints one ticket.
 
     Give the ticket to everybody who is to join. Stop it with Ctrl-C and start it again with the same
-    command: nodes wait, reconnect and go on.
+    command: nodes wait, reconnect and go on. After the last round it serves for a while (--linger).
     """
 
     run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
@@ -86,8 +86,13 @@ class Coordinator:
     """Write the ticket here, too, readable by this user alone: nodes on the same disk join @FILE."""
     ban: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PEER")] = ()
     """Never let this peer in again (its id is in thinwire status); may be repeated. Kept in DIR/banned."""
+    linger: Annotated[str, arg(metavar="TIME")] = "10m"
+    """How long to go on serving when the run is over, so that the weights can be had (export, join --save):
+    90s, 10m, 2h, forever; 0 ends at once. A coordinator that is started again on a finished run serves it,
+    too."""
     rotate_token: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Make a new ticket: those given out so far let nobody in any more."""
+    """Make a new ticket: those given out so far let no newcomer in any more. Peers that were let in before
+    stay, unless --ban names them."""
     http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
     """Serve the swarm's own page here; and for Prometheus /metrics, /sd (every node as a target), /healthz,
     /readyz."""
@@ -100,7 +105,7 @@ class Coordinator:
         from .coordinator import coordinate
 
         with stop_on_signals() as stop:
-            coordinate(
+            is_over = coordinate(
                 run_file=self.run_file,
                 state=self.state,
                 host=self.host,
@@ -113,8 +118,9 @@ class Coordinator:
                 ban=self.ban,
                 http=http_address(self.http, self.http_token),
                 stop=stop,
+                linger_s=seconds_of(self.linger, "--linger"),
             )
-        return 128 + stop.signal if stop.signal else 0
+        return 128 + stop.signal if stop.signal and not is_over else 0
 
 
 @dataclass

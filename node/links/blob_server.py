@@ -17,10 +17,19 @@ _STREAMS_PER_MEMBER = 8
 
 
 class BlobServer:
-    """Gives members what is on the shelf `served`. One event loop. `throttle`: of all that is sent so."""
+    """Gives members, and the coordinator (`coordinator`: its peer id), what is on the shelf `served`. One
+    event loop. `throttle`: of all that is sent so."""
 
-    def __init__(self, served: Served, members: MemberList, meter: Meter, throttle: Throttle | None) -> None:
+    def __init__(
+        self,
+        served: Served,
+        members: MemberList,
+        meter: Meter,
+        throttle: Throttle | None,
+        coordinator: str = "",
+    ) -> None:
         self._served, self._members, self._meter, self._throttle = served, members, meter, throttle
+        self._coordinator = coordinator
         self._turns = asyncio.Semaphore(_SERVED_AT_ONCE)
         self._streams_of: Counter[str] = Counter()
 
@@ -32,9 +41,12 @@ class BlobServer:
         stream = Stream(reader, writer, self._meter, self._throttle)
         try:
             await serve_blobs(
-                stream, self._served, self._served.purpose, lambda: peer_id in self._members, self._turns
+                stream, self._served, self._served.purpose, lambda: self._may_ask(peer_id), self._turns
             )
         except (OSError, EOFError, BadMessage, SwarmUnreachable):
             return  # the other node notices by itself
         finally:
             self._streams_of -= Counter((peer_id,))
+
+    def _may_ask(self, peer_id: str) -> bool:
+        return peer_id == self._coordinator or peer_id in self._members

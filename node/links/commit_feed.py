@@ -37,6 +37,11 @@ class CommitFeed:
         """Record 0, verified."""
         self._copy.keep_genesis(record, signature)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has had its last round, as far as this node's copy tells."""
+        return self._copy.is_over
+
     def heard_of(self, round_: int) -> None:
         """The coordinator has committed this round."""
         self.head = max(self.head, round_)

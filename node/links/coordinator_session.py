@@ -45,6 +45,9 @@ GOODBYE_S = 5.0
 FIRST_RETRY_S, LAST_RETRY_S = 0.25, 4.0
 """A restarted coordinator waits 10 s for the peers that it knew: who tries this often is among them."""
 
+OVER_PATIENCE_S = 5.0
+"""A coordinator that is gone when the run is over will hardly come back."""
+
 STEADY_S = 10.0
 """A session that lasted for this long makes the next retries quick again."""
 
@@ -61,6 +64,10 @@ class SessionHandler(Protocol):
 
     def known_head(self) -> tuple[int | None, Digest | None]:
         """Round and digest of the last commit that the node has, for Hello; None: it has none."""
+        ...
+
+    def is_over(self) -> bool:
+        """Whether the node knows that the run has had its last round."""
         ...
 
     def missing_commits(self, after: int, up_to: int) -> Iterator[Commit]:
@@ -312,10 +319,16 @@ class CoordinatorSession:
         raise error
 
     async def _reconnect(self, why: str) -> tuple[Stream, Welcome]:
-        """Tries until it works. Raises SwarmUnreachable after `patience_s`, or what no retry can mend."""
+        """Tries until it works. Raises SwarmUnreachable after `patience_s` (earlier, if the run is over),
+        or what no retry can mend."""
         broke_s = time.monotonic()
         while True:
             away_s = time.monotonic() - broke_s
+            if self._handler.is_over() and away_s > min(self._patience_s, OVER_PATIENCE_S):
+                head, _ = self._handler.known_head()
+                raise SwarmUnreachable(
+                    f"the run is over after round {head}, and its coordinator does not answer: {why}"
+                )
             if away_s > self._patience_s:
                 raise SwarmUnreachable(f"the coordinator does not answer since {away_s:.0f} s: {why}")
             pause_s = self._retry_s * self._jitter.uniform(0.7, 1.3)

@@ -96,7 +96,8 @@ class LinkCore:
         self.blobs = BlobFetcher(coordinator, self._members, peer_id)
         self._payloads = Payloads(self.blobs, peer_id)
         self.served = Served(self._payloads.kept, self._has_time_for)
-        self._server = BlobServer(self.served, self._members, meter, None if limit is None else limit.served)
+        throttle = None if limit is None else limit.served
+        self._server = BlobServer(self.served, self._members, meter, throttle, ticket.peer_id)
         self.commits = CommitFeed(copy, self._payloads, mailbox)
         self.offers = OfferSender(coordinator, self._uploads, self._payloads, mailbox)
         self._state = NodeState.JOINING
@@ -142,6 +143,9 @@ class LinkCore:
 
     def known_head(self) -> tuple[int | None, Digest | None]:
         return self.commits.known_head()
+
+    def is_over(self) -> bool:
+        return self.commits.is_over
 
     def missing_commits(self, after: int, up_to: int) -> Iterator[Commit]:
         return self.commits.missing(after, up_to)

@@ -207,16 +207,17 @@ def remains_of(run_id: bytes, environ: Mapping[str, str]) -> Remains | None:
     found = [
         remains
         for path in sorted(default_folder(environ).glob(f"*/{run_id.hex()[:16]}"))
-        if (remains := _looked_at(path)) is not None
+        if (remains := remains_in(path)) is not None
     ]
     return max(found, key=lambda r: r.head, default=None)
 
 
-def _looked_at(path: Path) -> Remains | None:
+def remains_in(path: Path) -> Remains | None:
+    """What a folder has of its run; None: it cannot be read."""
     try:
         with open_state(path) as state:
             return Remains(path, state.head, state.record is not None and state.is_over)
-    except (ConfigError, LedgerCorrupt):
+    except (ConfigError, LedgerCorrupt, OSError):
         return None
 
 

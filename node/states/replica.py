@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
+from torch import Tensor
+
 from ...compression.errors import ReplicaDiverged, ThinwireError
+from ...coordinator.protocol.attested import Attested, Snapshots
 from ...coordinator.protocol.messages import BlobRef, Commit, OfferEntry
 from ..batches import batches
 from ..config import parse_config
 from ..replica import Replica, build_replica
-from ..snapshots.format import Stored
+from ..snapshots.format import Manifest, max_manifest_bytes, read_manifest, tensors_of
 from ..snapshots.store import SnapshotStore
 from ..tasks.base import Task
 from ..tasks.registry import make_task
 from .opening import SNAPSHOTS, RunState
 
 log = logging.getLogger("thinwire.node")
+
+Load = Callable[[], tuple[Manifest, dict[str, Tensor]]]
+"""Reads a snapshot, every chunk verified. Raises ReplicaDiverged, KeyError or OSError."""
 
 
 class NotHere(ThinwireError):
@@ -69,20 +76,50 @@ def blob_of_run(state: RunState, ref: BlobRef, what: str) -> bytes:
 
 def _from_snapshot(state: RunState, replica: Replica) -> bool:
     """Takes the newest snapshot that can be read, and goes on from there as far as the folder allows."""
-    store = _store(state)
-    if store is None:
-        return False
-    if store.stored() and replica.has_frozen:
-        replica.begin(None if state.genesis.base is None else _base(state))
-    for stored in reversed(store.stored()):
+    for round_, load in _snapshots(state):
         try:
-            _take(state, replica, store, stored)
+            manifest, tensors = load()
+            if round_ > state.head:
+                raise ReplicaDiverged("it is newer than the ledger as it was read")
+            if replica.has_frozen:
+                replica.begin(None if state.genesis.base is None else _base(state))
+            replica.adopt(manifest, tensors, next(state.commits(round_ - 1)))
         except (ReplicaDiverged, KeyError, OSError) as e:  # another process may just have removed it
-            log.warning("the snapshot after round %d cannot be used: %s", stored.round, e)
+            log.warning("the snapshot after round %d cannot be used: %s", round_, e)
             continue
+        replica.peers = _peers(state, round_)
         _go_on(state, replica)
         return True
     return False
+
+
+def _snapshots(state: RunState) -> Iterator[tuple[int, Load]]:
+    """The newest first: a node's own ones, and those that a coordinator has kept of the run's end."""
+    folder = state.folder / SNAPSHOTS
+    if folder.is_dir():
+        store = SnapshotStore(folder, state.run_id, read_only=True)
+        for stored in reversed(store.stored()):
+            yield stored.round, partial(store.load, stored)
+    known = Snapshots(parse_config(state.genesis.config).run.snapshot_every)
+    for commit in state.commits():
+        known.committed(commit.body)
+    for attested in reversed(known.attested()):
+        if state.blob_path(attested.manifest).is_file():
+            yield attested.round, partial(_load, state, attested)
+
+
+def _load(state: RunState, attested: Attested) -> tuple[Manifest, dict[str, Tensor]]:
+    """From blobs. Raises ReplicaDiverged: it is not all here."""
+    encoded = state.blob(attested.manifest, max_manifest_bytes(attested.n_bytes))
+    if encoded is None:
+        raise ReplicaDiverged("its manifest is gone")
+    manifest, data = read_manifest(encoded, state.run_id), bytearray()
+    for i, digest in enumerate(manifest.chunks):
+        chunk = state.blob(digest, manifest.chunk_bytes(i))
+        if chunk is None:
+            raise ReplicaDiverged(f"chunk {i} of {len(manifest.chunks)} is not here")
+        data += chunk
+    return manifest, tensors_of(data)
 
 
 def _from_base(state: RunState, replica: Replica) -> bool:
@@ -93,14 +130,6 @@ def _from_base(state: RunState, replica: Replica) -> bool:
     replica.begin(None if state.genesis.base is None else _base(state))
     _go_on(state, replica)
     return True
-
-
-def _take(state: RunState, replica: Replica, store: SnapshotStore, stored: Stored) -> None:
-    if stored.round > state.head:
-        raise ReplicaDiverged("it is newer than the ledger as it was read")
-    commit = next(state.commits(stored.round - 1))
-    replica.take(store, stored, commit)
-    replica.peers = _peers(state, stored.round)
 
 
 def _peers(state: RunState, up_to: int) -> dict[int, str]:
@@ -139,11 +168,6 @@ def _base(state: RunState) -> bytes:
     ref = state.genesis.base
     assert ref is not None
     return blob_of_run(state, ref, "base weights")
-
-
-def _store(state: RunState) -> SnapshotStore | None:
-    folder = state.folder / SNAPSHOTS
-    return SnapshotStore(folder, state.run_id, read_only=True) if folder.is_dir() else None
 
 
 def _what_is_there(state: RunState, replica: Replica) -> str:

@@ -235,6 +235,7 @@ class Swarm:
         self.coordinator.start(
             [
                 *(*launcher, "coordinator", str(run_file), *self._task),
+                *("--linger", "0"),
                 *("--state", str(self.coordinator_state), "--host", "127.0.0.1", "--port", str(self.port)),
             ]
         )

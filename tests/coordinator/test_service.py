@@ -69,6 +69,18 @@ def test_a_banned_peer_is_not_let_in_again(make_world: MakeWorld) -> None:
     assert not world.service.is_member("b")
 
 
+def test_a_new_token_is_for_newcomers(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.restart(banned=frozenset(["b"]))
+    world.open("a", token="an older one")
+    assert world.service.is_member("a")
+    for stranger in ("b", "c"):  # a ban ends what the first token gave
+        with pytest.raises(ConfigError, match="token is wrong"):
+            world.open(stranger, token="an older one")
+    assert world.status()["rejected"] == {"token": 2}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "text", "reason"),
     [

@@ -1,0 +1,66 @@
+"""What people are told of a state folder: where the weights are, and the next command."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from .opening import SNAPSHOTS, Remains, remains_in, remains_of
+
+_SNAPSHOT: Final = re.compile(r"(\d{10})-[0-9a-f]{64}")
+
+
+def next_step(remains: Remains) -> str:
+    """For a run whose coordinator does not answer."""
+    how = (
+        f"the run is over after round {remains.head}"
+        if remains.is_over
+        else f"this machine's copy of the run goes to round {remains.head}"
+    )
+    return f"{how}; next: thinwire export {remains.folder} -o weights (needs no coordinator)"
+
+
+def what_is_here(run_id: bytes, environ: Mapping[str, str], folder: Path | None = None) -> str:
+    """What this machine has of a run, in `folder` or else in this user's default ones."""
+    remains = remains_in(folder) if folder is not None else remains_of(run_id, environ)
+    if remains is None:
+        return (
+            "If the run is over: thinwire export STATE_FOLDER -o DIR (and ledger, replay, status) read a "
+            "node's or the coordinator's state folder, without a server"
+        )
+    return next_step(remains)
+
+
+def over(head: int, fingerprint: str, held_out: tuple[int, float] | None, folder: Path | None) -> str:
+    """A node's last line. `held_out`: round and loss that it measured last."""
+    loss = "" if held_out is None else f", held-out loss {held_out[1]:.4f} (round {held_out[0]})"
+    return f"the run is over after round {head}{loss}, fingerprint {fingerprint}{_where(folder)}"
+
+
+def left(folder: Path | None) -> str:
+    """The last line of a node that was stopped before the run's end."""
+    saved = None if folder is None else newest_snapshot(folder)
+    if folder is None or saved is None:
+        return "left the run; nothing was saved. The same thinwire join command joins again"
+    return (
+        f"left the run; the replica after round {saved} and this node's own state are saved in {folder}. The "
+        f"same thinwire join command (--state {folder.parent}) goes on from there; thinwire export {folder} "
+        f"-o weights saves the weights as they are"
+    )
+
+
+def newest_snapshot(folder: Path) -> int | None:
+    """Its round, by the name; None: there is none."""
+    try:
+        names = [p.name for p in (folder / SNAPSHOTS).iterdir()]
+    except OSError:
+        return None
+    return max((int(found[1]) for name in names if (found := _SNAPSHOT.fullmatch(name))), default=None)
+
+
+def _where(folder: Path | None) -> str:
+    if folder is None or newest_snapshot(folder) is None:
+        return ""
+    return f". The weights are in {folder}; next: thinwire export {folder} -o weights"
