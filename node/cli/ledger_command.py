@@ -11,18 +11,17 @@ import json
 import logging
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...compression.errors import ConfigError, ThinwireError
-from ...coordinator.protocol.blob_streams import NotServed
 from ...coordinator.protocol.files import write_aside
 from ...coordinator.protocol.ledger_file import Summary, check, write_ledger
-from ...coordinator.protocol.messages import BlobRef, Commit, GenesisBody, Welcome
+from ...coordinator.protocol.messages import BlobRef, GenesisBody, Welcome
 from ...coordinator.protocol.ticket import Ticket
+from .ledger_download import LedgerDownload, incomplete
 
 if TYPE_CHECKING:
     from ..links.base import Link
@@ -32,20 +31,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("thinwire.node")
 
-TELL_EVERY_S = 1.0
 READER_PATIENCE_S = 60.0
 
 
 def save_ledger(ticket: str, output: Path, stop: Stop) -> None:
     """Writes the ledger as it stands when the session opens. Raises what the link and the file raise."""
     with _session(ticket, stop) as (link, welcome):
-        summary = write_ledger(
-            output,
-            welcome.genesis,
-            welcome.signature,
-            _commits(link, welcome.head_round),
-            lambda digest: _payload(link, digest, welcome.body.limits.max_payload_bytes),
-        )
+        if welcome.kept_from > 1:
+            log.warning("%s", incomplete(welcome.kept_from))
+        with LedgerDownload(link, welcome) as download:
+            summary = write_ledger(
+                output, welcome.genesis, welcome.signature, download.commits(), download.payload
+            )
     log.info("wrote %s: %s", output, _told(summary))
 
 
@@ -196,31 +193,6 @@ def _session(ticket: str, stop: Stop) -> Iterator[tuple[Link, Welcome]]:
     finally:
         link.close()
         events.join(timeout=5)
-
-
-def _commits(link: Link, head: int) -> Iterator[Commit]:
-    """The commits up to round `head`, told on the way. Raises ThinwireError if the link closes before."""
-    if head == 0:
-        return
-    told_s = time.monotonic()
-    done = 0
-    for commit in link.records(0):
-        yield commit
-        done = commit.body.round
-        if time.monotonic() - told_s >= TELL_EVERY_S:
-            log.info("record %d of %d", done, head)
-            told_s = time.monotonic()
-        if done == head:
-            return
-    raise ThinwireError(f"stopped after record {done} of {head}: nothing was written")
-
-
-def _payload(link: Link, digest: bytes, max_bytes: int) -> bytes | None:
-    """None: the coordinator has thrown it away."""
-    try:
-        return link.fetch(digest, max_bytes)
-    except NotServed:
-        return None
 
 
 def _told(summary: Summary) -> str:
