@@ -52,10 +52,6 @@ def config(function: str, **eval_: Any) -> RunConfig:
     return plain.model_copy(update={"eval": Eval(function=function, every=2, **eval_)})
 
 
-def checked(evaluations: Evaluations) -> Callable[[Runner], None]:
-    return lambda runner: evaluations.check(runner.prepared)
-
-
 def idle() -> bool:
     return not any(thread.name == "evaluation" for thread in threading.enumerate())
 
@@ -75,18 +71,14 @@ class Trained:
             runner = Runner(
                 swarm.link("one"),
                 metrics=self.metrics,
-                on_prepared=checked(evaluations),
-                on_proposing=lambda runner: self._look(evaluations, runner),
+                evaluations=evaluations,
+                on_proposing=lambda _runner: wait_for(idle),
             )
             self.result = runner.run()
             evaluations.finish(runner.prepared, lambda: False)
             evaluations.close()
             self.status = swarm.call(lambda service, now_s: service.status(now_s))
         tracks.close()
-
-    def _look(self, evaluations: Evaluations, runner: Runner) -> None:
-        evaluations.look(runner.prepared)
-        wait_for(idle)
 
     def tracked(self) -> list[dict[str, Any]]:
         lines = (self.folder / "track.jsonl").read_text().splitlines()
@@ -155,11 +147,7 @@ def test_a_node_that_leaves_ends_it(module: Callable[[str], str], tmp_path: Path
     run = config(module("hangs"))
     evaluations = Evaluations(module("hangs"), tmp_path, Tracks(NodeMetrics()), NodeMetrics(), None)
     with swarm_of(tmp_path / "swarm", run) as swarm:
-        runner = Runner(
-            swarm.link("one"),
-            on_prepared=checked(evaluations),
-            on_proposing=lambda runner: evaluations.look(runner.prepared),
-        )
+        runner = Runner(swarm.link("one"), evaluations=evaluations)
         runner.run()
         began_s = time.monotonic()
         evaluations.finish(runner.prepared, lambda: time.monotonic() > began_s + 0.5)
@@ -176,7 +164,7 @@ def test_only_what_the_nodes_user_names_is_called(module: Callable[[str], str], 
     ):
         evaluations = Evaluations(function, tmp_path, Tracks(NodeMetrics()), NodeMetrics(), None)
         with swarm_of(tmp_path / function.replace(":", "-"), run) as swarm:
-            runner = Runner(swarm.link("one"), on_prepared=checked(evaluations))
+            runner = Runner(swarm.link("one"), evaluations=evaluations)
             with pytest.raises(ConfigError, match=message):
                 runner.run()
 
