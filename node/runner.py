@@ -43,10 +43,10 @@ class Runner:
     """One node in one run.
 
     `import_path` and `data` come from the user's own command line (see `tasks.make_task`); `task`: one that
-    is there already, instead of both. `folder`: where
-    snapshots are kept, to be resumed from and served; None: a temporary one. `stop` may be set from any
-    thread (or a signal handler): the node leaves the swarm cleanly. `leader`: the node has several ranks,
-    this is rank 0's. `evaluations`: of the weights, beside the training; whoever opened them closes them. `tracks`: where the run log goes; whoever opened them closes them. `clock`: in seconds.
+    is there already, instead of both. `folder`: where snapshots are kept, to be resumed from and served;
+    None: a temporary one. `stop` may be set from any thread (or a signal handler): the node leaves the swarm
+    cleanly. `leader`: the node has several ranks, this is rank 0's. `tracks`: where the run log goes;
+    `evaluations`: of the weights, beside the training; whoever opened these closes them. `clock`: in seconds.
 
     Called with this runner, in the node's thread: `on_prepared` once task, model and strategy are there,
     before the replica has weights; `on_proposing` whenever it is about to do local work for an offer.
