@@ -153,13 +153,8 @@ def opened_node(
         events = follow_events(link)
         stack.callback(events.join, timeout=5)
         stack.callback(link.close)
-        hooks: dict[str, Callable[[Runner], object]] = {}
         if evaluations is not None:
             stack.callback(evaluations.close)
-            hooks = {
-                "on_prepared": lambda runner: evaluations.check(runner.prepared),
-                "on_proposing": lambda runner: evaluations.look(runner.prepared),
-            }
         yield Runner(
             link,
             import_path=options.import_path,
@@ -172,7 +167,6 @@ def opened_node(
             leader=None if leader_in is None else leader_in(folder.path),
             tracks=tracks,
             evaluations=evaluations,
-            **hooks,
         )
 
 

@@ -43,11 +43,10 @@ class Runner:
     """One node in one run.
 
     `import_path` and `data` come from the user's own command line (see `tasks.make_task`); `task`: one that
-    is there already, instead of both. `folder`: where
-    snapshots are kept, to be resumed from and served; None: a temporary one. `stop` may be set from any
-    thread (or a signal handler): the node leaves the swarm cleanly. `leader`: the node has several ranks,
-    this is rank 0's. `evaluations`: of the weights, beside the training; whoever opened them calls and closes
-    them. `tracks`: where the run log goes; whoever opened them closes them. `clock`: in seconds.
+    is there already, instead of both. `folder`: where snapshots are kept, to be resumed from and served;
+    None: a temporary one. `stop` may be set from any thread (or a signal handler): the node leaves the swarm
+    cleanly. `leader`: the node has several ranks, this is rank 0's. `tracks`: where the run log goes;
+    `evaluations`: of the weights, beside the training; whoever opened these closes them. `clock`: in seconds.
 
     Called with this runner, in the node's thread: `on_prepared` once task, model and strategy are there,
     before the replica has weights; `on_proposing` whenever it is about to do local work for an offer.
@@ -136,6 +135,8 @@ class Runner:
     def rounds(self) -> Iterator[Applied | None]:
         """The same round by round, see `LedgerFollower.follow`. Raises what `run` raises."""
         run = self._prepared = self._prepare(self.link, self.link.open())
+        if self.evaluations is not None:
+            self.evaluations.check(run)
         self._on_prepared(self)
         statistics = RoundStatistics(run, self.metrics, self._tracks)
         with self._publisher(run) as publisher:
@@ -150,6 +151,11 @@ class Runner:
         """Safe in a signal handler: leaves the swarm after what is being computed right now."""
         self.stop.set()
         threading.Thread(target=self.link.close, name="leave", daemon=True).start()
+
+    def _proposing(self) -> None:
+        if self.evaluations is not None:
+            self.evaluations.look(self.prepared)
+        self._on_proposing(self)
 
     @contextmanager
     def _publisher(self, run: PreparedRun) -> Iterator[SnapshotPublisher]:
@@ -193,7 +199,7 @@ class Runner:
             clock=self._clock,
             since_s=self._since_s,
             stopped=self.stop.is_set,
-            on_proposing=lambda: self._on_proposing(self),
+            on_proposing=self._proposing,
         )
 
 

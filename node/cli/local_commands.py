@@ -156,7 +156,7 @@ class Generate:
     """
 
     source: Annotated[Positional[Path], arg(metavar="FOLDER")]
-    """What thinwire export or join --save wrote, or a snapshot's folder."""
+    """A node's or a coordinator's state folder, a snapshot, or what thinwire export or join --save wrote."""
     prompt: str = ""
     """The beginning of the text."""
     tokens: Annotated[int, arg(metavar="N")] = 200

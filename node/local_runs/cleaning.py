@@ -16,8 +16,10 @@ from .finding import LocalRun
 
 log = logging.getLogger("thinwire.cli")
 
+SOCKET_NAME: Final = "control.sock"
+
 _OF_COORDINATOR: Final = frozenset(
-    {"blobs", "key", "token", "port", "banned", "history.json", "result.json", "lock"}
+    {"blobs", "key", "token", "port", "banned", "history.json", "result.json", "lock", SOCKET_NAME}
     | {f"{COPY_NAME}{suffix}" for suffix in ("", "-wal", "-shm")}
 )
 """What a coordinator keeps in its folder, which may have been somebody's before."""

@@ -6,22 +6,18 @@ import fcntl
 import json
 import os
 import re
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
-from urllib.parse import quote
 
-from ...coordinator.protocol.ledger_copy import COPY_NAME, records_with_changes
-from ...coordinator.protocol.messages import BadMessage, GenesisBody, decode_record, digest_of
+from ...compression.errors import ThinwireError
+from ...coordinator.protocol.ledger_copy import COPY_NAME
+from ..states.opening import open_state
 from ..system.folder import default_folder
 
 MAX_DEPTH: Final = 3
 """Folders below a given one in which states are looked for."""
-
-MAX_RECORD_BYTES: Final = 64 * 2**20
 
 _RUN_FOLDER: Final = re.compile(r"[0-9a-f]{16}")
 
@@ -91,8 +87,8 @@ def _read(path: Path) -> LocalRun:
     locked = folder if is_coordinator else folder.parent
     is_running = is_locked(locked / "lock")
     try:
-        facts = _facts(path, is_coordinator, is_running)
-    except (sqlite3.Error, OSError, BadMessage, ValueError, KeyError, TypeError) as e:
+        facts = _facts(folder)
+    except (ThinwireError, OSError, ValueError, KeyError, TypeError) as e:
         facts = {"error": _printable(str(e)), "run_id": "" if is_coordinator else folder.name}
     return LocalRun(
         kind="coordinator" if is_coordinator else "node",
@@ -106,36 +102,21 @@ def _read(path: Path) -> LocalRun:
     )
 
 
-def _facts(path: Path, is_coordinator: bool, is_running: bool) -> dict[str, Any]:
-    """What the ledger says, without verifying it."""
-    # A file that nobody writes is read as it is: without that SQLite leaves files of its own beside it.
-    is_still = not is_running and not path.with_name(f"{path.name}-wal").exists()
-    uri = f"file:{quote(str(path.absolute()))}?mode=ro{'&immutable=1' if is_still else ''}"
-    with closing(sqlite3.connect(uri, uri=True, timeout=2)) as db:
-        (head,) = db.execute("SELECT coalesce(max(round), 0) FROM record").fetchone()
-        if not is_coordinator:
-            (run_id,) = db.execute("SELECT run_id FROM run").fetchone()
-            return {"round": int(head), "run_id": bytes(run_id).hex()[:16]}
-        (record,) = db.execute(
-            "SELECT record FROM record WHERE round = 0 AND length(record) <= ?", (MAX_RECORD_BYTES,)
-        ).fetchone() or (b"",)
-        changes = [change for body in records_with_changes(db) for change in body.changes]
-        evaluated = db.execute("SELECT round, loss FROM held_out ORDER BY round DESC LIMIT 1").fetchone()
-    held_out = None if evaluated is None else (int(evaluated[0]), float(evaluated[1]))
-    rounds = {change.key: change.value for change in changes if change.key == "run.rounds"}
-    facts = {**_genesis(record), **({"rounds": int(rounds["run.rounds"])} if rounds else {})}
-    return {"round": int(head), "held_out": held_out, **facts}
-
-
-def _genesis(record: bytes) -> dict[str, Any]:
-    """Raises BadMessage, and what a config of another kind raises."""
-    config = json.loads(decode_record(GenesisBody, record).config)
-    return {
-        "run_id": digest_of(record).hex()[:16],
-        "name": _printable(config["run"]["name"]),
-        "rounds": int(config["run"]["rounds"]),
-        "about": _printable(f"{config['strategy']['name']} on {config['task']['name']}"),
-    }
+def _facts(folder: Path) -> dict[str, Any]:
+    """What the ledger says. Raises ConfigError and LedgerCorrupt."""
+    with open_state(folder) as state:
+        held_out = state.held_out()
+        facts = {
+            "round": state.head,
+            "run_id": state.run_id.hex()[:16],
+            "held_out": held_out[-1] if held_out else None,
+        }
+        if state.record is None:  # a node's, of an earlier thinwire
+            return facts
+        config = json.loads(state.genesis.config)
+        about = f"{config['strategy']['name']} on {config['task']['name']}"
+        name = _printable(config["run"]["name"])
+        return {**facts, "name": name, "rounds": state.course.n_rounds, "about": _printable(about)}
 
 
 def is_locked(path: Path) -> bool:
@@ -182,7 +163,7 @@ def _one_running(runs: Sequence[LocalRun]) -> list[LocalRun]:
 
 
 def _named(runs: Sequence[LocalRun]) -> list[LocalRun]:
-    """A node's copy of the ledger has no record 0: the coordinator's on the same machine may."""
+    """Nodes of an earlier thinwire kept no record 0: the coordinator on the same machine may have it."""
     known = {run.run_id: run for run in runs if run.name is not None}
     return [
         replace(run, name=(k := known[run.run_id]).name, rounds=k.rounds, about=k.about)

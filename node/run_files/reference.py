@@ -77,14 +77,14 @@ def section_of(annotation: Any) -> type[BaseModel]:
 
 
 def _section(title: str, kind: type[BaseModel]) -> Iterator[Table]:
-    keys, inner = [], []
+    keys, inner, texts = [], [], meanings(kind)
     for name, field in kind.model_fields.items():
         if any(is_section(a) for a in (field.annotation, *get_args(field.annotation))):
             inner.append((f"{title}.{name}", section_of(field.annotation)))
             continue
         default = NEEDED if field.default is PydanticUndefined else toml_value(field.default)
         bounds = _bounds(field.metadata)
-        keys.append(Key(name, type_in_words(field.annotation), default, bounds, meanings(kind).get(name, "")))
+        keys.append(Key(name, type_in_words(field.annotation), default, bounds, texts.get(name, "")))
     yield Table(f"[{title}]", " ".join((kind.__doc__ or "").split()), tuple(keys))
     for name, section in inner:
         yield from _section(name, section)
@@ -93,13 +93,13 @@ def _section(title: str, kind: type[BaseModel]) -> Iterator[Table]:
 def _strategies() -> Iterator[Table]:
     for name, strategy in STRATEGIES.items():
         options = strategy.facts.options
-        hints = get_type_hints(options, include_extras=True)
+        hints, texts = get_type_hints(options, include_extras=True), meanings(options)
         about = " ".join((inspect.getdoc(inspect.getmodule(strategy)) or "").split("\n\n")[0].split())
         yield Table(
             f'[strategy] with name = "{name}"',
             about.split(" Per parameter")[0].rstrip(".: ") + ".",
             tuple(
-                _option(option, hints[option], default, meanings(options).get(option, ""))
+                _option(option, hints[option], default, texts.get(option, ""))
                 for option, default in options.defaults().items()
                 if option != "seed"  # a swarm's rounds bring their own
             ),
@@ -108,11 +108,11 @@ def _strategies() -> Iterator[Table]:
 
 def _compressors() -> Iterator[Table]:
     for name, kind in COMPRESSORS.items():
-        hints = get_type_hints(kind, include_extras=True)
+        hints, texts = get_type_hints(kind, include_extras=True), meanings(kind)
         about = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
         known = {p.name: p.default for p in inspect.signature(kind).parameters.values()}
         keys = tuple(
-            _option(option, hints[option], default, meanings(kind).get(option, ""))
+            _option(option, hints[option], default, texts.get(option, ""))
             for option, default in known.items()
         )
         yield Table(f'[strategy.compressor] with name = "{name}"', about, keys)

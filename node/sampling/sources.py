@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...compression.errors import ConfigError
+from ...coordinator.protocol.ledger_copy import COPY_NAME
 from ..config import RunConfig, load_config, parse_config
 from ..genesis import in_dtype
 from ..snapshots.incoming import DATA, MANIFEST
+from ..states.opening import SNAPSHOTS, open_state, runs_in
+from ..states.replica import blob_of_run, newest_replica
 from ..tasks.text import TextTask
 from .text_models import ByteText, HfText, TextModel
+
+log = logging.getLogger("thinwire.node")
 
 MAX_CONFIG_BYTES: Final = 16 * 2**20
 
@@ -26,28 +32,50 @@ WEIGHTS: Final = "model.safetensors"
 
 
 def open_text_model(path: Path, run_file: Path | None, base: Path | None, device: str) -> TextModel:
-    """The model in an export folder, a file of weights or a snapshot. `run_file`: says what the model is,
-    where nothing beside the weights does; `base`: of adapters. Raises ConfigError."""
+    """The model in an export folder, a file of weights, a snapshot or a state folder. `run_file`: says what
+    the model is, where nothing beside the weights does; `base`: of adapters.
+
+    Raises ConfigError, and as `newest_replica`.
+    """
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder")
-    folder = path if path.is_dir() else path.parent
     if path.is_dir() and _is_of_transformers(path):
         return HfText.of_folder(path, base, device)
+    if path.is_dir() and ((path / COPY_NAME).is_file() or runs_in(path)):
+        return _of_state(path, device)
     weights = _weights_in(path)
-    config = load_config(run_file) if run_file is not None else _config_beside(folder)
+    config = load_config(run_file) if run_file is not None else _config_beside(path)
     if config is None:
         raise ConfigError(f"{path}: nothing beside it says what model this is; name its run file with --run")
     return byte_text(config, load_weights(weights), device)
 
 
+def _of_state(path: Path, device: str) -> TextModel:
+    """After the newest round that the folder allows."""
+    with open_state(path) as state:
+        config = parse_config(state.genesis.config)
+        _refuse_task(config)
+        replica = newest_replica(state, None).replica
+        log.info("the weights after round %d", replica.round)
+        if config.task.name == "text":
+            return byte_text(config, replica.weights(), device)
+        assert state.genesis.held_out is not None
+        tokens = blob_of_run(state, state.genesis.held_out, "held-out text")
+        return HfText.of_run(replica.model.to(device), tokens)
+
+
+def _refuse_task(config: RunConfig) -> None:
+    if config.task.name not in ("text", "hf"):
+        raise ConfigError(f"thinwire generate knows no task {config.task.name!r}: it takes text and hf")
+
+
 def byte_text(config: RunConfig, tensors: Mapping[str, Tensor], device: str) -> TextModel:
     """The byte GPT of a run. Raises ConfigError: another task, or weights that are not its own."""
-    if config.task.name != "text":
+    _refuse_task(config)
+    if config.task.name == "hf":
         raise ConfigError(
-            f"these are weights of a run of the task {config.task.name!r}: thinwire export gives "
-            f"a folder that transformers loads, and that this command takes"
-            if config.task.name == "hf"
-            else f"thinwire generate knows no task {config.task.name!r}: it takes text and hf"
+            "these are weights of a model of transformers alone: name the state folder, or what thinwire "
+            "export writes"
         )
     task = TextTask(config.task, None)
     model: Any = in_dtype(task.model(), config)
@@ -92,17 +120,22 @@ def _weights_in(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise ConfigError(
-        f"{path}: no weights in it. Name what thinwire export or join --save wrote, or a snapshot "
-        f"(a folder with {MANIFEST} and {DATA})"
+        f"{path}: no weights in it. Name a state folder, what thinwire export or join --save wrote, or a "
+        f"snapshot (a folder with {MANIFEST} and {DATA})"
     )
 
 
-def _config_beside(folder: Path) -> RunConfig | None:
-    """Of what thinwire export wrote: config.json; None: it is not there."""
+def _config_beside(path: Path) -> RunConfig | None:
+    """Of an export (config.json), or of the state folder that a snapshot lies in; None: it is not there."""
+    folder = path if path.is_dir() else path.parent
     about = _json_of(folder / "config.json")
-    if about is None or "run_id" not in about or not isinstance(about.get("config"), dict):
+    if about is not None and "run_id" in about and isinstance(about.get("config"), dict):
+        return parse_config(json.dumps(about["config"]))
+    run = folder.absolute().parent.parent
+    if folder.absolute().parent.name != SNAPSHOTS or not (run / COPY_NAME).is_file():
         return None
-    return parse_config(json.dumps(about["config"]))
+    with open_state(run) as state:
+        return None if state.record is None else parse_config(state.genesis.config)
 
 
 def _is_of_transformers(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,20 @@ class HfText:
             first = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise ConfigError(f"{folder}: cannot be loaded: {first}") from e
         return cls(model.to(device), tokenizer)
+
+    @classmethod
+    def of_run(cls, model: nn.Module, held_out: bytes) -> HfText:
+        """Of a run's model and held-out tokens, which bring the tokenizer along. Raises ConfigError."""
+        from transformers import AutoTokenizer
+
+        from ..tasks import hf_data
+
+        _, tokenizer = hf_data.from_bytes(held_out)
+        if tokenizer is None:
+            raise ConfigError("the run brings no tokenizer")
+        with tempfile.TemporaryDirectory(prefix="thinwire-tokenizer-") as folder:
+            hf_data.Tokenizer.from_json(tokenizer).save(Path(folder))
+            return cls(model, AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text)["input_ids"]

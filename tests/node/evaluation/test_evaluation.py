@@ -11,18 +11,23 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.support.local_nodes import DECOUPLED, config_of, swarm_of, wait_for
+from tests.support.tiny_model import save_tiny_llama
 from thinwire.compression.errors import ConfigError
 from thinwire.node.cli.view import evaluations_in_words
 from thinwire.node.config import Eval, RunConfig, load_config, parse_config
-from thinwire.node.evaluation.job import BadResult, figures_of
+from thinwire.node.evaluation.job import LM_EVAL, BadResult, Job, figures_of
+from thinwire.node.evaluation.process import write_export
 from thinwire.node.evaluation.supervising import Evaluations, refuse_function
 from thinwire.node.runner import Runner
 from thinwire.node.tracking.jsonl import JsonLines
 from thinwire.node.tracking.metrics import NodeMetrics
 from thinwire.node.tracking.trackers import Tracks
 
+SPSA = {"name": "spsa", "lr": 1e-2, "eps": 1e-2, "probes": 2}
 MODULE = """
 import json, os, subprocess, sys, time
 
@@ -42,6 +47,10 @@ def hangs(folder):
 def strange(folder):
     return {"loss": float("nan")}
 
+def files(folder):
+    names = ("adapter_model.safetensors", "tokenizer.json", "thinwire.json")
+    return {name: (folder / name).stat().st_size > 0 for name in names}
+
 def dies(folder):
     os.kill(os.getpid(), 9)
 """
@@ -50,10 +59,6 @@ def dies(folder):
 def config(function: str, **eval_: Any) -> RunConfig:
     plain = config_of(DECOUPLED, rounds=5, verify_every=5, snapshot_every=5, min_peers=1, eval_every=5)
     return plain.model_copy(update={"eval": Eval(function=function, every=2, **eval_)})
-
-
-def checked(evaluations: Evaluations) -> Callable[[Runner], None]:
-    return lambda runner: evaluations.check(runner.prepared)
 
 
 def idle() -> bool:
@@ -75,18 +80,14 @@ class Trained:
             runner = Runner(
                 swarm.link("one"),
                 metrics=self.metrics,
-                on_prepared=checked(evaluations),
-                on_proposing=lambda runner: self._look(evaluations, runner),
+                evaluations=evaluations,
+                on_proposing=lambda _runner: wait_for(idle),
             )
             self.result = runner.run()
             evaluations.finish(runner.prepared, lambda: False)
             evaluations.close()
             self.status = swarm.call(lambda service, now_s: service.status(now_s))
         tracks.close()
-
-    def _look(self, evaluations: Evaluations, runner: Runner) -> None:
-        evaluations.look(runner.prepared)
-        wait_for(idle)
 
     def tracked(self) -> list[dict[str, Any]]:
         lines = (self.folder / "track.jsonl").read_text().splitlines()
@@ -151,15 +152,51 @@ def test_one_that_fails_costs_nothing(
     assert [p.name for p in trained.folder.iterdir()] == ["track.jsonl"]
 
 
+def test_a_model_of_transformers(module: Callable[[str], str], tmp_path: Path) -> None:
+    """An evaluation gets what export writes: adapters beside a tokenizer; lm-eval a whole model."""
+    pytest.importorskip("datasets", reason="the hf task is an extra")
+    pytest.importorskip("peft", reason="the hf task is an extra")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save_tiny_llama(tmp_path / "model")
+    task = {"name": "hf", "model": str(tmp_path / "model"), "context": 16, "batch": 2, "held_out": 4}
+    plain = config_of(
+        SPSA, rounds=1, verify_every=1, snapshot_every=1, min_peers=1, eval_every=9
+    ).model_dump()
+    asked = {"function": module("files"), "every": 100}
+    lora = {"r": 2, "alpha": 4.0}
+    run = RunConfig.model_validate({**plain, "task": {**task, "lora": lora}, "eval": asked})
+    evaluations = Evaluations(module("files"), tmp_path, Tracks(NodeMetrics()), NodeMetrics(), None)
+    with swarm_of(tmp_path / "swarm", run) as swarm:
+        runner = Runner(swarm.link("one"), evaluations=evaluations)
+        runner.run()
+        evaluations.finish(runner.prepared, lambda: False)
+        status = swarm.call(lambda service, now_s: service.status(now_s))
+        held_out = runner.genesis.held_out
+        assert held_out is not None
+        tokens = runner.link.fetch(held_out.digest, held_out.n_bytes)
+    evaluations.close()
+    ((round_, figures),) = status["evaluations"]
+    assert round_ == 1, "the last one"
+    assert figures == {"adapter_model.safetensors": 1, "tokenizer.json": 1, "thinwire.json": 1}
+    folder = tmp_path / "job"
+    (folder / "export").mkdir(parents=True)
+    save_file(runner.replica.weights(), folder / "weights.safetensors")
+    (folder / "held-out").write_bytes(tokens)
+    job = Job(runner.genesis.config, "00", 5, "00", LM_EVAL, ("x",), None, "cpu", None, has_tokens=True)
+    write_export(job, folder, folder / "export")
+    ids = AutoTokenizer.from_pretrained(folder / "export")("An assignment", return_tensors="pt")["input_ids"]
+    whole = AutoModelForCausalLM.from_pretrained(folder / "export")
+    with torch.no_grad():
+        wanted = runner.replica.model.eval()(input_ids=ids).logits
+        assert torch.allclose(whole(input_ids=ids).logits, wanted, atol=1e-4)
+
+
 def test_a_node_that_leaves_ends_it(module: Callable[[str], str], tmp_path: Path) -> None:
     run = config(module("hangs"))
     evaluations = Evaluations(module("hangs"), tmp_path, Tracks(NodeMetrics()), NodeMetrics(), None)
     with swarm_of(tmp_path / "swarm", run) as swarm:
-        runner = Runner(
-            swarm.link("one"),
-            on_prepared=checked(evaluations),
-            on_proposing=lambda runner: evaluations.look(runner.prepared),
-        )
+        runner = Runner(swarm.link("one"), evaluations=evaluations)
         runner.run()
         began_s = time.monotonic()
         evaluations.finish(runner.prepared, lambda: time.monotonic() > began_s + 0.5)
@@ -176,7 +213,7 @@ def test_only_what_the_nodes_user_names_is_called(module: Callable[[str], str], 
     ):
         evaluations = Evaluations(function, tmp_path, Tracks(NodeMetrics()), NodeMetrics(), None)
         with swarm_of(tmp_path / function.replace(":", "-"), run) as swarm:
-            runner = Runner(swarm.link("one"), on_prepared=checked(evaluations))
+            runner = Runner(swarm.link("one"), evaluations=evaluations)
             with pytest.raises(ConfigError, match=message):
                 runner.run()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.local_nodes import DECOUPLED, config_of, swarm_of
+from tests.support.paths import ROOT
 from tests.support.tiny_model import save_tiny_llama
+from thinwire.coordinator.protocol.messages import BlobRef
 from thinwire.node.cli.ledger_command import write_export
 from thinwire.node.cli.main import main
+from thinwire.node.config import RunConfig
 from thinwire.node.runner import Runner
 from thinwire.node.tasks.gpt import ByteGPT
 
 CONFIG = config_of(DECOUPLED, rounds=4, verify_every=2, snapshot_every=2, min_peers=1)
+SPSA = {"name": "spsa", "lr": 1e-2, "eps": 1e-2, "probes": 2}
+GOLDEN = ROOT / "tests" / "golden" / "state"
 KEYS = ("layers", "width", "heads", "context", "batch", "held_out_bytes")
 RUN = "\n".join(["[task]", *(f"{key} = {getattr(CONFIG.task, key)}" for key in KEYS)])
 
@@ -30,8 +37,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with swarm_of(folder / "swarm", CONFIG) as swarm:
         runner = Runner(swarm.link("one"), folder=folder / "node")
         runner.run()
-        write_export(folder / "out", runner.replica, runner.work.task, runner.genesis, runner.link)
+        write_export(folder / "out", runner.replica, runner.work.task, runner.genesis, blob_of(runner))
     return folder
+
+
+def blob_of(runner: Runner) -> Callable[[BlobRef], bytes]:
+    return lambda ref: runner.link.fetch(ref.digest, ref.n_bytes)
 
 
 def generated(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
@@ -77,6 +88,43 @@ def test_a_snapshot_or_a_bare_file(trained: Path, tmp_path: Path, capsys: pytest
     assert main(["generate", str(bare)]) == 2
     assert "name its run file with --run" in capsys.readouterr().err
     assert generated(capsys, bare, *args, "--run", run_file)["text"] == wanted
+
+
+def test_a_state_folder(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A coordinator's, replayed; a snapshot in a state folder needs nobody to say what it is."""
+    wanted = likeliest(trained / "out" / "model.safetensors", b"x", 12)
+    args = ("--prompt", "x", "--tokens", 12, "--temperature", 0)
+    assert generated(capsys, trained / "swarm", *args)["text"] == wanted
+    run = tmp_path / "run"
+    shutil.copytree(trained / "swarm", run)
+    shutil.copytree(trained / "node" / "snapshots", run / "snapshots")
+    newest = sorted((run / "snapshots").glob("0*"))[-1]
+    assert generated(capsys, newest, *args)["text"] == wanted
+    assert generated(capsys, GOLDEN / "coordinator", *args)["tokens"] == 12
+    assert main(["generate", str(GOLDEN / "node")]) == 2
+    assert "did not keep record 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "alpha": 4.0}])
+def test_a_state_folder_of_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lora: dict[str, float] | None
+) -> None:
+    """Says what the same run's export says."""
+    pytest.importorskip("datasets", reason="the hf task is an extra")
+    pytest.importorskip("peft", reason="the hf task is an extra")
+    save_tiny_llama(tmp_path / "model")
+    plain = config_of(SPSA, rounds=2, verify_every=2, snapshot_every=2, min_peers=1).model_dump()
+    task = {"name": "hf", "model": str(tmp_path / "model"), "context": 16, "batch": 2, "held_out": 4}
+    config = RunConfig.model_validate({**plain, "task": {**task, "lora": lora}})
+    with swarm_of(tmp_path / "swarm", config) as swarm:
+        runner = Runner(swarm.link("one"), folder=tmp_path / "node")
+        runner.run()
+        write_export(tmp_path / "out", runner.replica, runner.work.task, runner.genesis, blob_of(runner))
+    args = ("--prompt", "An assignment", "--tokens", 20, "--temperature", 0)
+    base = () if lora is None else ("--base", tmp_path / "model")
+    exported = generated(capsys, tmp_path / "out", *args, *base)
+    assert generated(capsys, tmp_path / "swarm", *args) == exported
+    assert exported["tokens"] == 20
 
 
 def test_a_seed_decides(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
