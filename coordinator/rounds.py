@@ -345,9 +345,7 @@ class Rounds:
         self, eligible: list[int], missing: list[int], why: Why, opened_s: float, now_s: float
     ) -> list[Action]:
         late = {peer: kept for peer, kept in self._offers.items() if not kept.has_bytes}
-        self._pasts[self.round] = _Past(
-            opened_s, self._opening, frozenset(eligible), late, self._begins_late
-        )
+        self._pasts[self.round] = _Past(opened_s, self._opening, frozenset(eligible), late, self._begins_late)
         self._pasts.pop(self.round - KEPT_ROUNDS, None)
         for peer in missing:
             if peer != self._begins_late:
