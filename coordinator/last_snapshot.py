@@ -8,6 +8,7 @@ its data nothing is opened: the manifest is the one that the ledger names, and i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _log = logging.getLogger("thinwire.coordinator")
 CHUNK_BYTES: Final = 4 * 2**20
 """No chunk of a snapshot is larger."""
 
+LOOK_EVERY_S: Final = 5.0
 RETRY_S: Final = 1.0
 
 _CHUNKS: Final = 6
@@ -54,6 +56,8 @@ class LastSnapshot:
     ) -> None:
         self._blobs, self._wanted, self._open_stream = blobs, wanted, open_stream
         self._changed = asyncio.Event()
+        self._complete: bytes | None = None
+        """The manifest of the snapshot that is all here."""
         self._kept: frozenset[bytes] = frozenset()
         self._told: int | None = None
 
@@ -66,10 +70,18 @@ class LastSnapshot:
         while True:
             self._changed.clear()
             wanted = self._wanted()
-            is_here = wanted is None or not wanted.holders or self.has(wanted.snapshot)
-            if wanted is not None and not is_here and not await self.fetch(wanted):
-                await asyncio.sleep(RETRY_S)
-            await self._changed.wait()
+            if wanted is not None and wanted.holders and not self._is_known(wanted.snapshot.manifest):
+                if self.has(wanted.snapshot) or await self.fetch(wanted):
+                    self._complete = wanted.snapshot.manifest
+                else:
+                    await asyncio.sleep(RETRY_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._changed.wait()
+
+    def _is_known(self, manifest: bytes) -> bool:
+        """Without a look into it. What a restart found here may be released while rounds go on."""
+        return self._complete == manifest and manifest in self._blobs
 
     def has(self, snapshot: Attested) -> bool:
         """Whether all of it is on the disk."""

@@ -75,9 +75,8 @@ class LedgerCopy:
             except sqlite3.Error as e:  # a full disk: the next start tries again
                 log.warning("%s does not take record 0: %s", self._path, e)
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the run's last round is in it; False where record 0 is not."""
+    def is_over(self, head: int) -> bool:
+        """Whether the run is over once `head` is committed, as far as this copy tells."""
         with self._lock:
             if self._is_closed:
                 return False
@@ -90,7 +89,7 @@ class LedgerCopy:
                     course = course.after(body.changes)
             except (sqlite3.Error, BadMessage, ConfigError):
                 return False
-        return course.run.is_over(self.head_round)
+        return course.run.is_over(head)
 
     def append(self, commit: Commit) -> None:
         """The next commit. Raises LedgerCorrupt, and stays as it was, for one that does not fit the chain."""

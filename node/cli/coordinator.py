@@ -133,6 +133,8 @@ class _Serving:
                     write_ticket(ticket_file, server.ticket.line())
                 print(server.ticket.line(), flush=True)  # noqa: T201 - data goes to stdout
                 log.info("the line above is the ticket. On any machine: thinwire join TICKET")
+                if server.service.is_over:
+                    log.info("this run is over already, since round %d", server.service.head)
                 return await self._until_the_end()
             finally:
                 await server.stop()

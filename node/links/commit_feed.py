@@ -37,10 +37,9 @@ class CommitFeed:
         """Record 0, verified."""
         self._copy.keep_genesis(record, signature)
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the run has had its last round, as far as this node's copy tells."""
-        return self._copy.is_over
+    def over_after(self) -> int | None:
+        """The run's last round, if that is committed as far as this node has heard."""
+        return self.head if self._copy.is_over(self.head) else None
 
     def heard_of(self, round_: int) -> None:
         """The coordinator has committed this round."""

@@ -66,8 +66,8 @@ class SessionHandler(Protocol):
         """Round and digest of the last commit that the node has, for Hello; None: it has none."""
         ...
 
-    def is_over(self) -> bool:
-        """Whether the node knows that the run has had its last round."""
+    def over_after(self) -> int | None:
+        """The run's last round, if the node knows that it is committed; None: the run goes on."""
         ...
 
     def missing_commits(self, after: int, up_to: int) -> Iterator[Commit]:
@@ -324,10 +324,10 @@ class CoordinatorSession:
         broke_s = time.monotonic()
         while True:
             away_s = time.monotonic() - broke_s
-            if self._handler.is_over() and away_s > min(self._patience_s, OVER_PATIENCE_S):
-                head, _ = self._handler.known_head()
+            over_after = self._handler.over_after()
+            if over_after is not None and away_s > min(self._patience_s, OVER_PATIENCE_S):
                 raise SwarmUnreachable(
-                    f"the run is over after round {head}, and its coordinator does not answer: {why}"
+                    f"the run is over after round {over_after}, and its coordinator does not answer: {why}"
                 )
             if away_s > self._patience_s:
                 raise SwarmUnreachable(f"the coordinator does not answer since {away_s:.0f} s: {why}")

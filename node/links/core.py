@@ -144,8 +144,8 @@ class LinkCore:
     def known_head(self) -> tuple[int | None, Digest | None]:
         return self.commits.known_head()
 
-    def is_over(self) -> bool:
-        return self.commits.is_over
+    def over_after(self) -> int | None:
+        return self.commits.over_after()
 
     def missing_commits(self, after: int, up_to: int) -> Iterator[Commit]:
         return self.commits.missing(after, up_to)

@@ -14,12 +14,8 @@ _SNAPSHOT: Final = re.compile(r"(\d{10})-[0-9a-f]{64}")
 
 def next_step(remains: Remains) -> str:
     """For a run whose coordinator does not answer."""
-    how = (
-        f"the run is over after round {remains.head}"
-        if remains.is_over
-        else f"this machine's copy of the run goes to round {remains.head}"
-    )
-    return f"{how}; next: thinwire export {remains.folder} -o weights (needs no coordinator)"
+    how = "the run is over after" if remains.is_over else "this machine has the run up to"
+    return f"{how} round {remains.head}; next: thinwire export {remains.folder} -o weights (asks nobody)"
 
 
 def what_is_here(run_id: bytes, environ: Mapping[str, str], folder: Path | None = None) -> str:

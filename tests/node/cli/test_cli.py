@@ -227,10 +227,14 @@ def test_ctrl_c_leaves_cleanly_and_a_killed_process_leaves_nothing(thinwire: Sta
     node.process.send_signal(signal.SIGINT)
     assert node.wait() == 128 + signal.SIGINT
     assert "leaving cleanly" in node.stderr()
+    last = node.stderr().rstrip().splitlines()[-1]
+    assert "left the run; the replica after round " in last
+    assert "The same thinwire join command (--state " in last
     coordinator.wait_for("is gone: said so")
     before = {p.pid for p in psutil.process_iter()}
     late = thinwire("join", ticket, "--threads", "1")
     late.wait_for("from this node's disk")  # it goes on where it was, with the same command
+    assert "fetching the held-out text" not in late.stderr(), "the node has kept it"
     late.process.kill()
     late.wait()
     coordinator.process.kill()

@@ -63,6 +63,7 @@ def test_a_finished_run_is_no_dead_end(thinwire: Start, tmp_path: Path) -> None:
 
     again = thinwire(*command)  # nobody is there but the coordinator, which has thrown most payloads away
     assert again.first_line() == ticket
+    again.wait_for(f"this run is over already, since round {ROUNDS}")
     late = thinwire(
         "join", ticket, "--threads", "1", "--state", "late", "--json", "--save", "late.safetensors"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import signal
 import threading
@@ -24,6 +25,7 @@ from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.ledger_file import write_ledger
 from thinwire.coordinator.protocol.messages import digest_of
 from thinwire.node import config
+from thinwire.node.cli.ledger_command import export_state
 from thinwire.node.cli.replay import replay
 from thinwire.node.config import RunConfig, load_config, parse_config
 from thinwire.node.genesis import base_bytes, make_genesis, public_config
@@ -246,6 +248,9 @@ def test_processes_train_and_export_without_the_folder(
     assert exported.wait(100) == 0, exported.stderr()
     nodes[0].process.send_signal(signal.SIGINT)
     assert nodes[0].wait() == 130, nodes[0].stderr()
+    _export_from_the_folder_of_a_node_that_left(nodes[0].stderr(), tmp_path / "offline")
+    for name in ("adapter_config.json", "tokenizer.json"):
+        assert (tmp_path / "offline" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
     assert not list((tmp_path / "adapter").glob(".*")), "nothing is left of what was written aside"
     about = json.loads((tmp_path / "adapter" / "thinwire.json").read_text())
     assert about["round"] >= 4
@@ -255,6 +260,18 @@ def test_processes_train_and_export_without_the_folder(
         f"base_model.model.model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"
     }
     assert any(float(p.detach().abs().sum()) > 0 for n, p in adapted.named_parameters() if ".lora_B." in n)
+
+
+def _export_from_the_folder_of_a_node_that_left(said: str, output: Path) -> None:
+    """Its last line names the folder, which has the base weights and the tokenizer, too."""
+    last = said.rstrip().splitlines()[-1]
+    found = re.search(
+        r"the replica after round (\d+) .* are saved in (\S+)\. The same thinwire join command", last
+    )
+    assert found is not None, last
+    export_state(Path(found[2]), output, None)
+    about = json.loads((output / "thinwire.json").read_text())
+    assert about["round"] == int(found[1])
 
 
 # ------------------------------------------------------------------------------------ model and weights
