@@ -1,11 +1,14 @@
-"""Files that are either whole or absent: written aside, synced, renamed."""
+"""Files that are whole or absent: written aside, synced, renamed; what only one process may have open."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import weakref
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+from typing import Final, Protocol
 
 from ...compression.errors import ConfigError
 
@@ -37,6 +40,30 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+class Held(Protocol):
+    """Has files open whose end tells others that this process is gone."""
+
+    def close_in_child(self) -> None:
+        """In a process that this one has forked: closes that process's copies, and nothing else."""
+        ...
+
+
+_HELD: Final[weakref.WeakSet[Held]] = weakref.WeakSet()
+
+
+def keep_from_children(held: Held) -> None:
+    """Processes that this one forks from now on, such as the workers of a data loader, do not have what
+    `held` has: else a lock would stay, and a daemon go on, for as long as they live."""
+    _register()
+    _HELD.add(held)
+
+
+@cache
+def _register() -> None:
+    """Once for a process."""
+    os.register_at_fork(after_in_child=lambda: [held.close_in_child() for held in list(_HELD)])
+
+
 class FolderLock:
     """One process at a time has a folder, from the construction to `close`; a dead one does not keep it.
 
@@ -59,6 +86,11 @@ class FolderLock:
             ) from None
         os.ftruncate(self._fd, 0)
         os.write(self._fd, f"{os.getpid()}\n".encode())
+        keep_from_children(self)
+
+    def close_in_child(self) -> None:
+        """The lock stays the parent's."""
+        self.close()
 
     def close(self) -> None:
         """Gives the lock back; the file stays, or a second process could lock a new one meanwhile."""

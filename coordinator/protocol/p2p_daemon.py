@@ -23,6 +23,7 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...compression.errors import ConfigError
+from .files import keep_from_children
 from .identity import save
 
 SOCKET_NAME = "p2pd.sock"
@@ -49,7 +50,7 @@ rm -rf -- "$folder"
 """
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Daemon:
     """A running daemon, and the private folder of its sockets."""
 
@@ -62,6 +63,17 @@ class Daemon:
         """What it says next; empty when it has ended, because the watchdog has closed its own end."""
         assert self.watchdog.stdout is not None
         return await self.watchdog.stdout.read(4096)
+
+    def close_in_child(self) -> None:
+        """A fork of this process would keep the watchdog waiting, which ends the daemon when stdin ends."""
+        for stream in (0, 1):
+            transport = getattr(self.watchdog, "_transport").get_pipe_transport(stream)  # noqa: B009
+            pipe = None if transport is None else transport.get_extra_info("pipe")
+            if pipe is not None:
+                pipe.close()
+        if self.lock_fd >= 0:
+            os.close(self.lock_fd)
+            self.lock_fd = -1
 
     async def end(self) -> None:
         """Kills it and removes its folder. May be called twice."""
@@ -105,7 +117,9 @@ async def start_daemon(key: Ed25519PrivateKey, listen: str) -> Daemon:
         if isinstance(e, TimeoutError | OSError):
             raise ConfigError(f"libp2p did not start on {listen}: {e or 'no answer in time'}") from e
         raise
-    return Daemon(pid, folder, watchdog, lock_fd)
+    daemon = Daemon(pid, folder, watchdog, lock_fd)
+    keep_from_children(daemon)
+    return daemon
 
 
 def _command(folder: Path, listen: str) -> list[str]:
