@@ -258,7 +258,11 @@ class CoordinatorServer:
         self._last_snapshot.wake()
 
     def _order(self, order: Order) -> Ordered:
-        ordered = self.service.order(order, time.monotonic())
+        """Raises ConfigError or LedgerCorrupt."""
+        try:
+            ordered = self.service.order(order, time.monotonic())
+        except sqlite3.Error as e:
+            raise LedgerCorrupt(f"the ledger cannot be written: {e}") from e
         if self._done is not None and _is_result(self._done) and not self.service.finished:
             self._done = asyncio.get_running_loop().create_future()  # it goes on
         self._soon()

@@ -188,10 +188,11 @@ class _Serving:
             until = f"{time.strftime('%H:%M:%S', time.localtime(time.time() + self._linger_s))} or Ctrl-C"
         log.info(
             "the run is over after round %d. Serving it until %s: thinwire export TICKET -o weights "
-            "and thinwire join TICKET --save FILE give the weights to anybody; afterwards: %s. The same "
-            "command serves it again",
+            "and thinwire join TICKET --save FILE give the weights to anybody; thinwire run %s extend "
+            "--rounds N goes on; afterwards: %s. The same command serves it again",
             head,
             until,
+            self._folder,
             next_step,
         )
 

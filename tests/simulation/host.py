@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.simulation.oracle import Oracle
-from thinwire.compression.errors import ThinwireError
+from thinwire.compression.errors import ConfigError, ThinwireError
 from thinwire.coordinator.blobs import BlobStore, BlobWriter
+from thinwire.coordinator.control.orders import Order
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.messages import (
     PROTOCOL_VERSION,
+    Change,
     GenesisBody,
     LayoutEntry,
     Limits,
@@ -126,6 +129,13 @@ class Host:
             raise
         else:
             self._look()
+
+    def order(self, what: str, warmup: int) -> None:
+        """From the run's owner; what is refused (paused already, over, held) changes nothing."""
+        changes = (Change(key="schedule.warmup_rounds", value=warmup),) if what == "set" else ()
+        order = Order.model_validate({"what": what, "changes": changes})
+        with suppress(ConfigError):
+            self.call(lambda service: service.order(order, self.now_s))
 
     def _look(self) -> None:
         """New commits are told to the oracle, from the disk."""

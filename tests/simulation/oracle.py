@@ -115,7 +115,10 @@ class Oracle:
         """A new commit was made by the coordinator, out of what it was given."""
         body = commit.body
         counted = {entry.peer for entry in body.offers}
-        assert counted == self.tally.eligible, f"round {body.round}: {counted} counted, {self.tally}"
+        assert body.changes or counted
+        assert not counted or counted == self.tally.eligible, (
+            f"round {body.round}: {counted} counted, {self.tally}"
+        )
         for entry in body.offers:
             offer = self.tally.standing[entry.peer]
             made = offer.round, offer.n_samples, offer.n_bytes, name_of(offer)
@@ -140,7 +143,7 @@ class Oracle:
             assert admission.peer_id not in self._names
             self._names.append(admission.peer_id)
         peers = [entry.peer for entry in body.offers]
-        assert peers, f"round {body.round} is empty"
+        assert peers or body.changes, f"round {body.round} is empty"
         assert peers == sorted(set(peers)), f"round {body.round}: {peers}"
         for entry in body.reports:
             known = {(r, fingerprint) for r, fingerprint, _ in self.reported[self._names[entry.peer]]}

@@ -265,6 +265,12 @@ class Swarm(RuleBasedStateMachine):
         self.world.restore()
         self.world.is_restored = True
 
+    # ---------------------------------------------------------------------------------- what the owner does
+
+    @rule(what=st.sampled_from(["set", "pause", "resume"]), warmup=FEW)
+    def owner(self, what: str, warmup: int) -> None:
+        self.world.host.order(what, warmup)
+
     # ---------------------------------------------------------------------------------- what must hold
 
     @invariant()
@@ -295,6 +301,7 @@ class Swarm(RuleBasedStateMachine):
             peer.is_frozen = peer.is_slow = False
         for name in sorted({"ann", "bob", *world.disks} - {*world.peers}):
             world.start(name, with_disk=True)
+        world.host.order("resume", 0)
         goal = min(world.host.service.head + 2, world.host.n_rounds)
         until_s = world.host.now_s + PATIENCE_S
         while world.host.service.head < goal or (

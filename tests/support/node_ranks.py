@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from thinwire.coordinator.control.orders import Order
 from thinwire.coordinator.protocol.identity import peer_id_of
-from thinwire.coordinator.protocol.messages import Commit, digest_of
+from thinwire.coordinator.protocol.messages import Change, Commit, digest_of
 from thinwire.node.config import RunConfig, load_config
 from thinwire.node.genesis import make_genesis
 from thinwire.node.links.local import LocalSwarm, local_swarm
@@ -69,7 +70,11 @@ def lead(name: str, channel: Ranks, world_size: int, folder: Path) -> dict[str, 
     leading = Leader(channel, CPU, Sharding(world_size, **special))
     try:
         with local_swarm(folder / "coordinator", genesis.body, KEY, blobs=genesis.blobs) as swarm:
-            single = Runner(swarm.link("single"), folder=folder / "single")
+            single = Runner(
+                swarm.link("single"),
+                folder=folder / "single",
+                on_proposing=lambda runner: halve_lr(swarm, runner, strategy["lr"]),
+            )
             several = Runner(
                 swarm.link("several"),
                 folder=folder / "several",
@@ -77,6 +82,7 @@ def lead(name: str, channel: Ranks, world_size: int, folder: Path) -> dict[str, 
                 on_prepared=meddle if name == "healed" else leave_alone,
             )
             results = run_both(single, several)
+            assert several.replica.strategy.option("lr") == strategy["lr"] / 2
             return {
                 "rounds": [r.rounds for r in results],
                 "fingerprints": [r.fingerprint for r in results],
@@ -85,6 +91,14 @@ def lead(name: str, channel: Ranks, world_size: int, folder: Path) -> dict[str, 
             }
     finally:
         leading.stop()
+
+
+def halve_lr(swarm: LocalSwarm, runner: Runner, lr: float) -> None:
+    """From round 5 on: with the record of the round that is open."""
+    if runner.replica.round != 3:
+        return
+    order = Order(what="set", changes=(Change(key="strategy.lr", value=lr / 2),))
+    swarm.call(lambda service, now_s: service.order(order, now_s))
 
 
 def meddle(runner: Runner) -> None:

@@ -51,8 +51,9 @@ def test_a_run_of_processes_is_changed_ended_and_extended(
     thinwire: Callable[..., Any], tmp_path: Path
 ) -> None:
     (tmp_path / "run.toml").write_text(RUN)
-    state, run = tmp_path / "state", ("coordinator", "run.toml", "--host", "127.0.0.1", "--state", "state")
-    coordinator = thinwire(*run)
+    state = tmp_path / "state"
+    where = ("--host", "127.0.0.1", "--state", "state", "--linger", "forever")
+    coordinator = thinwire("coordinator", "run.toml", *where)
     ticket = coordinator.first_line()
     join = ("join", ticket, "--threads", "1", "--host", "127.0.0.1", "--state", "node", "--json")
     node = thinwire(*join)
@@ -79,21 +80,21 @@ def test_a_run_of_processes_is_changed_ended_and_extended(
     end = give(state, "stop").round
     assert node.wait(60) == 0, node.stderr()
     assert json.loads(node.stdout())["rounds"] == end
-    assert coordinator.wait(60) == 0, coordinator.stderr()
-    assert not (state / SOCKET_NAME).exists()
+    coordinator.wait_for("the run is over", 60)
 
     done = give(state, "extend", 2, strategy__lr=0.001)
     assert (done.round, done.told) == (
         end + 1,
         (f"run.rounds {end} -> {end + 3}", "strategy.lr 0.002 -> 0.001"),
     )
-    coordinator = thinwire(*run)
-    assert coordinator.first_line() == ticket
     node = thinwire(*join)
     assert node.wait(100) == 0, node.stderr()
     result = json.loads(node.stdout())
     assert (result["rounds"], result["counted"]) == (end + 3, 2)
-    assert coordinator.wait(60) == 0, coordinator.stderr()
+    coordinator.wait_for(f"the run is over after round {end + 3}", 60)
+    coordinator.process.terminate()
+    coordinator.wait(60)
+    assert not (state / SOCKET_NAME).exists()
     with open_state(state) as found:
         assert (found.is_over, found.head, found.course.n_rounds) == (True, end + 3, end + 3)
     with as_file(state) as (_, file):
