@@ -20,6 +20,8 @@ from ..compression.errors import ConfigError
 
 ENV_PREFIX = "THINWIRE_"
 
+DEFAULT_STRATEGY = "decoupled"
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -205,13 +207,18 @@ class Eval(Section):
 class RunConfig(Section):
     run: Run = Run()
     task: Task = Task()
-    strategy: dict[str, Any] = {"name": "decoupled"}
+    strategy: dict[str, Any] = {"name": DEFAULT_STRATEGY}
     policy: Policy = Policy()
     schedule: Schedule = Schedule()
     work: Work = Work()
     limits: LimitsSection = LimitsSection()
     network: Network = Network()
     eval: Eval | None = None
+
+    @field_validator("strategy")
+    @classmethod
+    def _named(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return value if "name" in value else {"name": DEFAULT_STRATEGY, **value}
 
     @field_validator("eval")
     @classmethod
@@ -229,24 +236,34 @@ class RunConfig(Section):
 def load_config(
     path: Path | None, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ
 ) -> RunConfig:
-    """Reads a run.toml. `overrides`: dotted key -> value, from the command line. Raises ConfigError."""
-    data: dict[str, Any] = {}
-    if path is not None:
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{path}: no such file. thinwire init writes one; deploy/runs/pydoc-gpt.toml is an example."
-            ) from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-            raise ConfigError(f"{path}: cannot be read as TOML: {e}") from e
-    for key, text in environ.items():
-        if key.startswith(ENV_PREFIX) and "__" in key:
-            _put(data, key.removeprefix(ENV_PREFIX).lower().split("__"), literal(text))
+    """Reads a run.toml. `overrides`: dotted key -> value, from the command line. Raises ConfigError, which
+    blames what said it: the file, a variable of the environment or --set."""
+    data = {} if path is None else _read(path)
+    said: dict[str, str] = {}
+    for name, text in environ.items():
+        if name.startswith(ENV_PREFIX) and "__" in name:
+            key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".")
+            said[key] = f"the environment's {name}={text}"
+            _put(data, key, literal(text), said[key])
     for key, value in (overrides or {}).items():
         if value is not None:
-            _put(data, key.split("."), value)
-    return _validated(data, str(path) if path else "configuration")
+            said[key] = "configuration" if path is None else f"--set {key}={_as_typed(value)}"
+            _put(data, key, value, said[key])
+    return _validated(data, str(path) if path else "configuration", said)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path}: no such file. thinwire init writes one; deploy/runs/pydoc-gpt.toml is an example."
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read as TOML: {e}") from e
+    if not data:
+        raise ConfigError(f"{path}: says nothing; thinwire init writes a run file, with comments")
+    return data
 
 
 def parse_config(text: str) -> RunConfig:
@@ -262,11 +279,27 @@ def config_of_toml(text: str, where: str) -> RunConfig:
         raise ConfigError(f"{where}: cannot be read as TOML: {e}") from e
 
 
-def _validated(data: dict[str, Any], where: str) -> RunConfig:
+def _validated(data: dict[str, Any], where: str, said: Mapping[str, str] | None = None) -> RunConfig:
+    """`said`: dotted key -> what gave it its value, where that was not `where`."""
     try:
         return RunConfig.model_validate(data)
     except ValidationError as e:
-        raise ConfigError(f"{where}: " + "; ".join(_explain(error) for error in e.errors())) from e
+        found: dict[str, list[str]] = {}
+        for error in e.errors():
+            found.setdefault(_blamed(error, said or {}) or where, []).append(_explain(error))
+        raise ConfigError("; ".join(f"{who}: {'; '.join(what)}" for who, what in found.items())) from e
+
+
+def _blamed(error: Any, said: Mapping[str, str]) -> str | None:
+    """Who gave the value of this error, or a value inside of it: whoever came last."""
+    key = ".".join(str(part) for part in error["loc"]) + "."
+    given = [who for name, who in said.items() if key.startswith(f"{name}.") or f"{name}.".startswith(key)]
+    return given[-1] if given else None
+
+
+def _as_typed(value: Any) -> str:
+    """As it stands in a run file."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _explain(error: Any) -> str:
@@ -288,13 +321,14 @@ def is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        inner = data.setdefault(key, {})
+def _put(data: dict[str, Any], key: str, value: Any, who: str) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = data.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{'.'.join(keys)}: {key} is a value, not a section")
+            raise ConfigError(f"{who}: {section} is a value, not a section")
         data = inner
-    data[keys[-1]] = value
+    data[name] = value
 
 
 def literal(text: str) -> Any:

@@ -32,7 +32,7 @@ from ..coordinator.protocol.schedule import lr_factor_bits
 from ..coordinator.protocol.settings import parse_settings
 from ..optim.base import canonical_name
 from ..optim.parts.ranks import local_of, parts_of, ranks_of
-from ..optim.registry import build_strategy, complete_config
+from ..optim.registry import build_strategy, complete_config, refuse_unlikely
 from .config import RunConfig
 from .snapshots.format import data_of
 from .tasks.base import Pretrained, Task
@@ -50,6 +50,7 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
     """`coordinator`: its peer id. Builds the model on the meta device only. Raises ConfigError."""
     with torch.device("meta"):
         model = in_dtype(task.model(), config)
+    refuse_unlikely(config.strategy)
     build_strategy(config.strategy, model.named_parameters()).fields()  # refuses what cannot be sent
     layout = layout_of(model, task)
     held_out, corpus = task.held_out(), task.corpus()

@@ -27,6 +27,9 @@ STRATEGIES: Final[Mapping[str, type[Strategy]]] = {
     "spsa": Spsa,
 }
 
+MAX_LR: Final = 100.0
+"""What a plain gradient step of a tiny model may still want."""
+
 
 def strategy_class(name: object) -> type[Strategy]:
     """The class of a strategy, with what there is to know before one is built. Raises ConfigError for an
@@ -74,6 +77,14 @@ def _complete(name: str, config: Mapping[str, Any], defaults: Mapping[str, Any])
     return {"name": name, **merged}
 
 
+def refuse_unlikely(config: Mapping[str, Any]) -> None:
+    """Of what nobody means: a slip of the hand. For new runs and changes; ledgers hold what they hold.
+    Raises ConfigError with the range."""
+    lr = config.get("lr")
+    if isinstance(lr, int | float) and not 0 <= lr <= MAX_LR:
+        raise ConfigError(f"strategy.lr = {lr:g}: between 0 and {MAX_LR:g}, e.g. 3e-3 (spsa: 1e-6 to 3e-3)")
+
+
 def check_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
     """Whether a run may give these options other values while it trains. Raises ConfigError, with those that
     can be changed."""
@@ -87,4 +98,5 @@ def check_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> None
                 f"strategy.{name} stands in record 0 and cannot change. What can: {known}. For the rest "
                 f"start a new run."
             )
+    refuse_unlikely(changes)
     facts.options.check(complete_config({**config, **changes}))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -117,6 +118,17 @@ def make_genesis(key: Ed25519PrivateKey) -> Callable[..., GenesisBody]:
     return make
 
 
+def pytest_configure() -> None:
+    """A background job of a script is started with SIGINT ignored, one of nohup's with SIGHUP, and children
+    inherit that. One that is caught they do not: they begin with what a test relies on, and pytest itself
+    goes on ignoring it."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: None)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @dataclass
 class Program:
     """A running `thinwire` command; its output goes to files, so that no pipe can fill up."""
@@ -187,17 +199,36 @@ def thinwire(tmp_path: Path) -> Iterator[Start]:
         if program.process.poll() is None:
             program.process.kill()
             program.process.wait()
-    wait_until(lambda: not left_over(tmp_path), 30, lambda: f"left behind: {left_over(tmp_path)}")
+    try:
+        wait_until(lambda: not left_over(tmp_path), 30, lambda: f"left behind: {told(left_over(tmp_path))}")
+    finally:
+        kill(left_over(tmp_path))
 
 
-def left_over(folder: Path) -> list[str]:
-    """Command lines of processes that were started in `folder`, or by something that was."""
+def left_over(folder: Path) -> list[psutil.Process]:
+    """Processes that were started in `folder`, or by something that was."""
     found = []
-    for process in psutil.process_iter(["pid", "cmdline"]):
+    for process in psutil.process_iter(["pid"]):
         with contextlib.suppress(psutil.Error):
             if process.pid != os.getpid() and Path(process.cwd()) == folder:
-                found.append(" ".join(process.info["cmdline"] or ["?"]))
+                found.append(process)
     return found
+
+
+def told(processes: Sequence[psutil.Process]) -> list[str]:
+    """Their command lines."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found.append(" ".join(process.cmdline() or ["?"]))
+    return found
+
+
+def kill(processes: Sequence[psutil.Process]) -> None:
+    """What a failed test has left, other tests shall not fall over."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -221,6 +252,7 @@ def own_temp_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     deadline_s = time.monotonic() + 30
     while (left := _left_in(folder)) and time.monotonic() < deadline_s:
         time.sleep(0.02)
+    kill([one for one in left if isinstance(one, psutil.Process)])
     shutil.rmtree(folder)
     assert not left
 

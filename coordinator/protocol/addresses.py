@@ -75,15 +75,21 @@ def dialable(host: str, port: int, announce: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))[:MAX_ADDRESSES]
 
 
-def require_free(host: str, port: int) -> None:
-    """Raises ConfigError when somebody listens there already: libp2p would share the port in silence."""
+def require_free(host: str, port: int, option: str = "--port") -> None:
+    """Raises ConfigError when somebody listens there already (libp2p would share the port in silence), or
+    nobody may. `option`: what the port was given by. Port 0 is always free."""
     deadline_s = time.monotonic() + _PORT_RETRY_S
-    while (error := _bind_error(host, port)) is not None:
+    while port and (error := _bind_error(host, port)) is not None:
+        if error.errno == errno.EACCES:
+            raise ConfigError(
+                f"port {port} on {host} is not for this user (ports below 1024 need root, or "
+                f"CAP_NET_BIND_SERVICE): choose a higher one with {option}"
+            ) from error
         if error.errno != errno.EADDRINUSE:
             raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from error
         if time.monotonic() > deadline_s:
             raise ConfigError(
-                f"port {port} is taken on {host}: stop what listens there or choose another with --port"
+                f"port {port} is taken on {host}: stop what listens there or choose another with {option}"
             ) from error
         time.sleep(0.05)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -10,6 +9,7 @@ from typing import Any, Final
 from ...compression.errors import ConfigError
 from ...coordinator.protocol.files import write_aside
 from ..system.output import make_console
+from ..system.places import refuse_file
 
 Result = dict[str, Any]
 
@@ -44,8 +44,7 @@ def check_picture(path: Path) -> None:
 
     if path.suffix.lower() != ".png":
         raise ConfigError(f"-o {path}: the picture is a PNG, name it {path.with_suffix('.png')}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"-o {path}: nothing can be written there")
+    refuse_file("-o", path)
     if not has_matplotlib():
         raise ConfigError(f"-o {path}: no picture without matplotlib: pip install 'thinwire[plot]'")
 

@@ -21,6 +21,7 @@ from ...coordinator.state import StateDir
 from ...optim.registry import check_changes
 from ..config import RunConfig, load_config, parse_config
 from ..genesis import make_genesis, public_config
+from ..system.places import refuse_address, refuse_file, refuse_folder, refuse_http
 from ..tasks.base import Task
 from ..tasks.registry import make_task
 
@@ -54,9 +55,11 @@ def coordinate(
 
     Raises ConfigError (configuration, taken port, a state directory in use or of another run), LedgerCorrupt.
     """
-    if ticket_file is not None and not ticket_file.absolute().parent.is_dir():
-        raise ConfigError(f"--ticket-file {ticket_file}: there is no folder {ticket_file.parent}")
     config = load_config(run_file, overrides)
+    refuse_file("--ticket-file", ticket_file)
+    refuse_folder("--state", state)
+    refuse_address(host, port, announce)
+    refuse_http(http)
     task = make_task(config.task, import_path, None)
     folder = state or Path(f"{config.run.name}-coordinator")
     with StateDir(folder) as state_dir:

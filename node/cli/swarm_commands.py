@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ...compression.errors import ConfigError
+from ..system.places import refuse_below, refuse_folder, refuse_http
 from ..system.stopping import stop_on_signals
 from .arguments import http_address, overrides_of, read_ticket, seconds_of
 
@@ -52,6 +53,7 @@ class Demo:
             raise ConfigError("--rounds: at least 5, or there is nothing to see")
         rounds = self.rounds or {"decoupled": 150, "spsa": 55}[self.strategy]
         http = http_address(self.http, self.http_token)
+        refuse_http(http)
         with stop_on_signals() as stop:
             plan = DemoPlan(self.strategy, self.peers, rounds, self.faults, _ranks(self.ranks), http)
             result = run_demo(plan, stop.is_set)
@@ -270,6 +272,10 @@ class Ray:
     def run(self) -> int:
         from ..on_ray.command import Asked, ray_command
 
+        refuse_folder("--state", self.state)
+        refuse_folder("-o", self.output)
+        refuse_below("--wait", self.wait, 0, "seconds for machines to come, e.g. 300")
+        refuse_below("--restarts", self.restarts, -1, "starts again after an actor's death, -1: always")
         kinds = (self.gpus_per_peer, self.cpus_per_peer, self.ranks_per_peer, self.accelerator_type)
         rounds = {} if self.rounds is None else {"run.rounds": self.rounds}
         with stop_on_signals() as stop:

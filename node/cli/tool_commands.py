@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ...compression.errors import ConfigError, ThinwireError
+from ..system.places import refuse_below, refuse_file, refuse_folder
 from ..system.stopping import stop_on_signals
 from .arguments import overrides_of, read_ticket
 
@@ -69,6 +70,7 @@ class Ledger:
                 "write it as thinwire ledger TICKET -o FILE, with a state folder in place of the ticket, "
                 "or thinwire ledger --check FILE"
             )
+        refuse_file("-o", self.output)
         if (folder := state_folder(self.ticket)) is not None:
             save_ledger_of_state(folder, self.output)
             return 0
@@ -99,6 +101,7 @@ class Replay:
     def run(self) -> int:
         from .replay import replay
 
+        refuse_file("-o", self.output)
         with stop_on_signals() as stop:
             result = replay(
                 self.file, base=self.base, import_path=self.task, output=self.output, stopped=stop.is_set
@@ -129,6 +132,7 @@ class Export:
         from .ledger_command import export, export_state
         from .offline import state_folder
 
+        refuse_folder("-o", self.output)
         if (folder := state_folder(self.ticket)) is not None:
             export_state(folder, self.output, self.task)
             return 0
@@ -280,6 +284,8 @@ class Compare:
     def run(self) -> int:
         from ..compare.view import compare_command
 
+        refuse_below("--rounds", self.rounds, 1, "rounds of the run's own strategy, e.g. 200")
+        refuse_below("--peers", self.peers, 1, "threads of this process that train, e.g. 2")
         with stop_on_signals() as stop:
             code = compare_command(
                 self.run_file,
@@ -323,6 +329,7 @@ class Bench:
         from ..bench.command import bench_command, parse_sizes
 
         sizes = None if self.params is None else parse_sizes(self.params)
+        refuse_below("--repeats", self.repeats, 1, "how often each is measured, e.g. 5")
         bench_command(self.name, sizes, self.repeats, self.json, self.output, self.device, self.against)
         return 0
 

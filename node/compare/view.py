@@ -18,6 +18,7 @@ from ...compression.errors import ConfigError
 from ...coordinator.protocol.files import write_aside
 from ..config import load_config
 from ..system.output import make_console
+from ..system.places import refuse_file
 from ..units import human_bytes, human_seconds
 from .charts import comparison_png, has_matplotlib
 from .comparison import PHASES, Comparison, Outcome
@@ -90,8 +91,7 @@ def _picture(output: Path | None, name: str) -> Path:
     path = output or Path(f"{name.replace(os.sep, '-')}-compare.png")
     if path.suffix.lower() != ".png":
         raise ConfigError(f"-o {path}: the picture is a PNG, name it {path.with_suffix('.png')}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"-o {path}: nothing can be written there")
+    refuse_file("-o", path)
     return path
 
 

@@ -10,6 +10,7 @@ from ...coordinator.protocol.ticket import Ticket
 from ..evaluation.supervising import refuse_function
 from ..links.upload_limit import parse_rate
 from ..run_node import Options, check_device, run_node
+from ..system.places import refuse_address, refuse_below, refuse_file, refuse_folder, refuse_http
 from ..tracking.trackers import refuse_trackers
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def refuse(options: Options) -> None:
         raise ConfigError(f"--ranks {options.ranks}: between 1 and {MAX_RANKS}")
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads {options.threads}: at least 1")
+    _refuse_places(options)
     if options.restart < 0:
         raise ConfigError(f"--restart {options.restart}: at least 0")
     refuse_trackers(options.track)
@@ -50,6 +52,14 @@ def refuse(options: Options) -> None:
         refuse_function(options.evaluate)
     if options.cpu_offload and _device(options).startswith("cpu"):
         raise ConfigError("--cpu-offload: this node trains on the CPU, where its parameters are already")
+
+
+def _refuse_places(options: Options) -> None:
+    refuse_file("--save", options.save)
+    refuse_folder("--state", options.state)
+    refuse_address(options.host, options.port, options.announce)
+    refuse_http(options.http)
+    refuse_below("--patience-s", options.patience_s, 0, "seconds without the coordinator, e.g. 600")
 
 
 def _device(options: Options) -> str:

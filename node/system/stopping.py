@@ -32,7 +32,11 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """The first Ctrl-C, SIGTERM or SIGHUP asks to stop cleanly, the second one stops at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP asks to stop cleanly, the second one stops at once.
+
+    What was ignored when the command was started stays so: SIGHUP under nohup, SIGINT in a script's
+    background job. SIGTERM always ends it.
+    """
     stop = Stop()
 
     def tell() -> None:
@@ -45,7 +49,9 @@ def stop_on_signals() -> Iterator[Stop]:
 
     stop.on_stop.append(tell)
 
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ignored = {s for s in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(s) is signal.SIG_IGN}
+    handled = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} - ignored
+    before = {s: signal.signal(s, handle) for s in handled}
     try:
         yield stop
     finally:

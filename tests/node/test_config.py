@@ -11,7 +11,7 @@ from tests.support.paths import ROOT
 from thinwire.compression.errors import ConfigError
 from thinwire.node.config import load_config, parse_config
 from thinwire.node.tasks.registry import make_task
-from thinwire.optim.registry import build_strategy
+from thinwire.optim.registry import build_strategy, refuse_unlikely
 
 
 def write(folder: Path, text: str) -> Path:
@@ -67,3 +67,36 @@ def test_every_example_run_is_valid() -> None:
         if config.task.name == "text":
             with torch.device("meta"):
                 make_task(config.task, None, None).model()
+
+
+def test_who_said_it_is_blamed(tmp_path: Path) -> None:
+    path = write(tmp_path, "[run]\nrounds = 0\n")
+    with pytest.raises(ConfigError) as e:
+        load_config(path, {"run.seed": "one", "task.nam": 3}, {"THINWIRE_RUN__MIN_PEERS": "none"})
+    parts = str(e.value).split("; ")
+    assert parts[0].startswith(f"{path}: run.rounds: ")
+    assert parts[1].startswith("the environment's THINWIRE_RUN__MIN_PEERS=none: run.min_peers: ")
+    assert parts[2].startswith("--set run.seed=one: run.seed: ")
+    assert parts[3].startswith("--set task.nam=3: unknown key 'task.nam'")
+    with pytest.raises(ConfigError, match=r"^--set run.name.x=1: name is a value, not a section$"):
+        load_config(write(tmp_path, "[run]\nname = 'a'\n"), {"run.name.x": 1}, {})
+
+
+def test_options_without_a_name_are_those_of_the_default_strategy(tmp_path: Path) -> None:
+    path = write(tmp_path, "[run]\nrounds = 5\n")
+    assert load_config(path, {"strategy.lr": 0.01}, {}).strategy == {"name": "decoupled", "lr": 0.01}
+    path = write(tmp_path, "[strategy]\nname = 'spsa'\nlr = 1\n")
+    assert load_config(path, {"strategy.lr": 0.01}, {}).strategy == {"name": "spsa", "lr": 0.01}
+
+
+def test_an_empty_run_file_is_none(tmp_path: Path) -> None:
+    for text in ("", "# nothing yet\n"):
+        with pytest.raises(ConfigError, match=r"run.toml: says nothing; thinwire init"):
+            load_config(write(tmp_path, text), {}, {})
+
+
+def test_a_learning_rate_that_nobody_means() -> None:
+    for lr in (1e9, -1.0):
+        with pytest.raises(ConfigError, match=r"strategy.lr = .*: between 0 and 100"):
+            refuse_unlikely({"name": "decoupled", "lr": lr})
+    refuse_unlikely({"name": "decoupled"})

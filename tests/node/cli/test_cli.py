@@ -76,7 +76,7 @@ def test_whoever_has_read_enough_gets_no_error(args: tuple[str, ...]) -> None:
         (("join", "tw1-damaged"), 2, "ticket"),
         (("join", "something else"), 2, "no ticket of this version"),
         (("join", "@none"), 2, "the ticket in none: No such file"),
-        (("coordinator", "run.toml", "--ticket-file", "none/ticket"), 2, "there is no folder none"),
+        (("coordinator", "run.toml", "--ticket-file", "none/ticket"), 2, "none is not there"),
         (("join", "tw1-x", "--data", "nothing.txt"), 2, "no such file or folder"),
         (("status", ""), 2, "the ticket is empty"),
         (("join", "x", "--http", "9100"), 2, "write it as HOST:PORT"),

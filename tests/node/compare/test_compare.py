@@ -270,7 +270,7 @@ def test_without_matplotlib_there_is_a_table_and_a_word_about_it(
         ("missing.toml", {}, "missing.toml: cannot be read"),
         ("spsa", {"peers": 1}, "--peers: between 2 and 32"),
         ("spsa", {"output": Path("x.pdf")}, "name it x.png"),
-        ("spsa", {"output": Path("nowhere/x.png")}, "nothing can be written there"),
+        ("spsa", {"output": Path("nowhere/x.png")}, "nowhere is not there"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,15 @@ def test_leaving_in_the_middle_saves_the_replica_and_comes_back(tmp_path: Path) 
         swarm.save(tmp_path / "no-folder/model.safetensors")
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """As in a terminal, also where the tests run in a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 def test_ctrl_c_waits_until_the_replica_is_safe(tmp_path: Path) -> None:
     model = Net()
 
