@@ -5,9 +5,36 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What float32 matrix products compute in, by torch's old name and its new ones. `legacy` is None after a
+    mix of both: torch refuses to read the old one then."""
+
+    legacy: str | None
+    cuda: str
+    mkldnn: str
+
+    @classmethod
+    def now(cls) -> _Setting:
+        try:
+            legacy = torch.get_float32_matmul_precision()
+        except RuntimeError:
+            legacy = None
+        backends = torch.backends
+        return cls(legacy, backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision)  # type: ignore[attr-defined]
+
+    def restore(self) -> None:
+        """The old name first: setting it sets the new ones, too."""
+        if self.legacy is not None:
+            torch.set_float32_matmul_precision(self.legacy)
+        torch.backends.cuda.matmul.fp32_precision = self.cuda
+        torch.backends.mkldnn.matmul.fp32_precision = self.mkldnn  # type: ignore[attr-defined]
 
 
 class _Precision:
@@ -16,20 +43,20 @@ class _Precision:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._n_users = 0
-        self._before = ""
+        self._before: _Setting | None = None
 
     def enter(self) -> None:
         with self._lock:
             if self._n_users == 0:
-                self._before = torch.get_float32_matmul_precision()
+                self._before = _Setting.now()
                 torch.set_float32_matmul_precision("highest")
             self._n_users += 1
 
     def leave(self) -> None:
         with self._lock:
             self._n_users -= 1
-            if self._n_users == 0:
-                torch.set_float32_matmul_precision(self._before)
+            if self._n_users == 0 and self._before is not None:
+                self._before.restore()
 
 
 _precision = _Precision()

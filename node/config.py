@@ -14,7 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from ..compression.errors import ConfigError
 
@@ -70,6 +79,20 @@ class Lora(Section):
     targets: tuple[str, ...] = ()
     """Ends of the names of the linear layers that get one, or "all-linear"; none: what peft knows to be right
     for the model's type."""
+    parameters: tuple[str, ...] = ()
+    """Ends of the names of parameters that get one and belong to no linear layer, as experts' do;
+    "all-linear" finds them by itself."""
+    ranks: dict[str, Annotated[int, Field(ge=1, le=2**16)]] = {}
+    """Another rank than `r` for layers whose names end so (peft's rank_pattern)."""
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Another `alpha` for layers whose names end so (peft's alpha_pattern)."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Record 0 of a run without them is what it was before there were any."""
+        unused = {key for key in ("parameters", "ranks", "alphas") if not getattr(self, key)}
+        found: dict[str, Any] = plain(self)
+        return {key: value for key, value in found.items() if key not in unused}
 
 
 class Task(Section):
@@ -104,6 +127,9 @@ class Task(Section):
     """Of a model on the hub: a commit, tag or branch."""
     lora: Lora | None = None
     """Train adapters; without it all weights are trained."""
+    adapter: Annotated[str | None, Field(exclude=True)] = None
+    """A folder with adapters of this model, as peft or an export of thinwire has them: training goes on from
+    them, and `lora` is what they are."""
     field: Annotated[str, Field(min_length=1)] = "text"
     """The field of a JSONL line or of a data set's row that holds a document: text, or the messages of a
     chat, which the model's chat template makes text of."""

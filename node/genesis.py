@@ -30,12 +30,17 @@ from ..coordinator.protocol.messages import (
 )
 from ..coordinator.protocol.schedule import lr_factor_bits
 from ..coordinator.protocol.settings import parse_settings
-from ..optim.base import canonical_name
+from ..optim.base import Closure, canonical_name
 from ..optim.parts.ranks import local_of, parts_of, ranks_of
+<<<<<<< HEAD
 from ..optim.registry import build_strategy, complete_config, refuse_unlikely
+=======
+from ..optim.registry import build_strategy, complete_config, strategy_class
+>>>>>>> d2e632d60f58ce87ca13233e0ffb9fe03c056ec7
 from .config import RunConfig
 from .snapshots.format import data_of
 from .tasks.base import Pretrained, Task
+from .tasks.trial import Trial, persistent_buffers, refuse_shared_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +54,15 @@ class Genesis:
 def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) -> Genesis:
     """`coordinator`: its peer id. Builds the model on the meta device only. Raises ConfigError."""
     with torch.device("meta"):
+<<<<<<< HEAD
         model = in_dtype(task.model(), config)
     refuse_unlikely(config.strategy)
+=======
+        made = task.model()
+    refuse_shared_memory(made)
+    strange = _of_another_type(made, config)
+    model = in_dtype(made, config)
+>>>>>>> d2e632d60f58ce87ca13233e0ffb9fe03c056ec7
     build_strategy(config.strategy, model.named_parameters()).fields()  # refuses what cannot be sent
     layout = layout_of(model, task)
     held_out, corpus = task.held_out(), task.corpus()
@@ -68,15 +80,45 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
         lr_factor_bits=lr_factor_bits(parse_settings(text).schedule, 1, config.run.rounds),
         time_ms=time_ms,
     )
+    if not isinstance(task, Pretrained):
+        Trial(
+            make=lambda: _begun(task, config, body, base),
+            draw=lambda begun: _first_batch(task, begun, corpus, held_out),
+            strange=strange,
+            trains=strategy_class(config.strategy["name"]).needs_grad,
+        ).run(model)
     return Genesis(body, tuple(blob for blob in (base, held_out, corpus) if blob is not None))
 
 
+def _begun(task: Task, config: RunConfig, body: GenesisBody, base: bytes | None) -> nn.Module:
+    model = in_dtype(task.model(), config)
+    initialise(model, body, config.run.seed, base)
+    return model
+
+
+def _first_batch(task: Task, model: nn.Module, corpus: bytes | None, held_out: bytes | None) -> Closure:
+    task.load(corpus, held_out)
+    return task.draw(model, 0)
+
+
+def _of_another_type(model: nn.Module, config: RunConfig) -> str | None:
+    """Of the first parameter that `in_dtype` changes, in words."""
+    for name, p in model.named_parameters():
+        kind = str(p.dtype).removeprefix("torch.")
+        if p.is_floating_point() and kind != config.run.dtype:
+            return (
+                f"the task makes its parameter {name} in {kind}, which becomes {config.run.dtype} by "
+                f"run.dtype (set it to the task's, or make the task compute in its parameters' type)"
+            )
+    return None
+
+
 def in_dtype(model: nn.Module, config: RunConfig) -> nn.Module:
-    """The model with parameters of the run's dtype; buffers stay what they are. Returns it."""
+    """The model with parameters of the run's dtype, contiguous; buffers stay what they are. Returns it."""
     dtype = getattr(torch, config.run.dtype)
     for p in model.parameters():
-        if p.is_floating_point():
-            p.data = p.data.to(dtype)
+        # Not of a view of other strides: kernels, shards and files want whole rows in order.
+        p.data = p.data.to(dtype if p.is_floating_point() else p.dtype).contiguous()
     return model
 
 
@@ -140,7 +182,8 @@ def check_layout(body: GenesisBody, layout: tuple[LayoutEntry, ...]) -> None:
 def initialise(model: nn.Module, body: GenesisBody, seed: int, base: bytes | Path | None) -> None:
     """Base weights into what this rank has of the model's parameters: from safetensors (bytes, or a file of
     which each rank reads its rows), and exact noise by rule for what is not in them. Values of another dtype
-    than the parameter's go to the nearest that it has, ties to even."""
+    than the parameter's go to the nearest that it has, ties to even. Buffers that are in the file become what
+    they are there; the others stay what the task has made them."""
     parameters = {canonical_name(name): p for name, p in model.named_parameters()}
     ranks = ranks_of(parameters.values())
     with torch.no_grad(), _reader(base) as rows_of:
@@ -154,10 +197,13 @@ def initialise(model: nn.Module, body: GenesisBody, seed: int, base: bytes | Pat
                 local.copy_(values.view(local.shape))
             else:
                 local.fill_(1.0 if e.init == "ones" else 0.0)
+        for name, buffer in persistent_buffers(model):
+            if (values := rows_of(name, None)) is not None and values.shape == buffer.shape:
+                buffer.copy_(values)
 
 
-_RowsOf = Callable[[str, Part], Tensor | None]
-"""The rows of a parameter that are a part; None: it is not among the base weights."""
+_RowsOf = Callable[[str, Part | None], Tensor | None]
+"""The rows of a parameter that are a part, or all of a tensor; None: it is not among the base weights."""
 
 
 @contextmanager
@@ -169,17 +215,21 @@ def _reader(base: bytes | Path | None) -> Iterator[_RowsOf]:
     with safe_open(base, framework="pt") as file:
         names = set(file.keys())
 
-        def rows_of(name: str, part: Part) -> Tensor | None:
+        def rows_of(name: str, part: Part | None) -> Tensor | None:
             if name not in names:
                 return None
-            rows: Tensor | None = _rows(file.get_slice(name), part) if part.shape else file.get_tensor(name)
+            rows: Tensor | None = (
+                _rows(file.get_slice(name), part) if part and part.shape else file.get_tensor(name)
+            )
             return rows
 
         yield rows_of
 
 
-def _rows(whole: Any, part: Part) -> Any:
+def _rows(whole: Any, part: Part | None) -> Any:
     """`whole`: a tensor, or the slice of a file that stands for one."""
+    if part is None:
+        return whole
     if part == part.entire:
         return whole[:] if part.shape else whole
     row = prod(part.shape[1:])
@@ -196,19 +246,24 @@ def _base(config: RunConfig, task: Task, model: nn.Module, layout: tuple[LayoutE
         if config.run.base is not None:
             raise ConfigError("run.base: the task's model brings its weights; leave it out")
         return base_bytes(task.base(model))
-    return _read_base(Path(config.run.base), layout) if config.run.base else None
+    return _read_base(Path(config.run.base), model, layout) if config.run.base else None
 
 
 def _ref(blob: bytes | None) -> BlobRef | None:
     return None if blob is None else BlobRef(digest=digest_of(blob), n_bytes=len(blob))
 
 
-def _read_base(path: Path, layout: tuple[LayoutEntry, ...]) -> bytes:
+def _read_base(path: Path, model: nn.Module, layout: tuple[LayoutEntry, ...]) -> bytes:
     try:
         data = path.read_bytes()
         tensors = load_safetensors(data)
     except (OSError, SafetensorError) as e:
         raise ConfigError(f"run.base {path}: cannot be read as safetensors: {e}") from e
+    except KeyError as e:
+        raise ConfigError(
+            f"run.base {path}: some of its tensors are of a type that torch cannot read ({e.args[0]}), maybe "
+            f"scales of quantised weights. Save the model's weights alone, in float32, bfloat16 or float16"
+        ) from e
     for entry in layout:
         if entry.name not in tensors:
             raise ConfigError(f"run.base {path}: has no tensor {entry.name}")
@@ -217,5 +272,11 @@ def _read_base(path: Path, layout: tuple[LayoutEntry, ...]) -> bytes:
             raise ConfigError(
                 f"run.base {path}: {entry.name} is {list(found.shape)} {found.dtype}, "
                 f"the model wants {list(entry.shape)} {entry.dtype}"
+            )
+    for name, buffer in persistent_buffers(model):
+        if name in tensors and tensors[name].shape != buffer.shape:
+            raise ConfigError(
+                f"run.base {path}: buffer {name} is {list(tensors[name].shape)}, "
+                f"the model wants {list(buffer.shape)}"
             )
     return data

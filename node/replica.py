@@ -37,6 +37,7 @@ from .snapshots.parts import read_parts, weight_pieces, write_parts
 from .snapshots.store import SnapshotStore, local_name, read_local
 from .snapshots.writer import SnapshotWriter
 from .tasks.base import Task
+from .tasks.trial import persistent_buffers
 
 log = logging.getLogger("thinwire.node")
 
@@ -220,7 +221,10 @@ class Replica:
 
     @property
     def has_frozen(self) -> bool:
-        """Whether the model has parameters that the strategy leaves as they are: no snapshot holds them."""
+        """Whether the model has what the strategy leaves as it is, parameters or buffers of the base weights:
+        no snapshot holds it."""
+        if self._genesis.base is not None and any(True for _ in persistent_buffers(self.model)):
+            return True
         return len(self.strategy.parameters_in_order()) < len(list(self.model.parameters()))
 
     @property
@@ -256,11 +260,14 @@ class Replica:
         return self.strategy.replicated_tensors()
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's parameters by name, contiguous on the CPU: what a user wants to have in a file. On a
-        node of one rank."""
+        """The model's state by name, contiguous on the CPU: what a user wants to have in a file, and loads
+        with `strict=True`. No two share memory. On a node of one rank."""
         with self.strategy.replica():
-            named = self.model.named_parameters()
-            return {canonical_name(name): p.detach().cpu().contiguous() for name, p in named}
+            named = list(self.model.named_parameters(remove_duplicate=False))
+            first = {id(p): name for name, p in reversed(named)}
+            found = {canonical_name(n): p.detach().cpu().contiguous() for n, p in named if first[id(p)] == n}
+            found |= {canonical_name(n): p.detach().cpu().clone() for n, p in named if first[id(p)] != n}
+            return found | {n: buffer.to("cpu", copy=True) for n, buffer in persistent_buffers(self.model)}
 
     def save_weights(self, path: Path | None) -> None:
         """The same as a safetensors file that rank 0 writes (the others: None), one whole tensor at a time.

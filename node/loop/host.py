@@ -22,6 +22,7 @@ from ..cli.arguments import http_address
 from ..cli.coordinator import open_server, write_ticket
 from ..config import RunConfig, load_config
 from ..genesis import base_bytes, check_layout, in_dtype, layout_of
+from ..tasks.trial import persistent_buffers
 from .task import LoopRun
 
 log = logging.getLogger("thinwire.coordinator")
@@ -134,7 +135,7 @@ def _open(
         return server
     with tempfile.TemporaryDirectory(prefix="thinwire-base-") as folder:
         base = Path(folder) / "base.safetensors"
-        named = model.named_parameters()
-        base.write_bytes(base_bytes({canonical_name(name): p.detach().cpu() for name, p in named}))
+        named = {canonical_name(name): p.detach().cpu() for name, p in model.named_parameters()}
+        base.write_bytes(base_bytes({**named, **{n: b.cpu() for n, b in persistent_buffers(model)}}))
         with_base = config.model_copy(update={"run": config.run.model_copy(update={"base": str(base)})})
         return open_server(state, with_base, task, **where)

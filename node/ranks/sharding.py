@@ -7,6 +7,7 @@ forwards would be lost in a whole copy that is still there.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from ..config import RunConfig
 from ..genesis import in_dtype
 from ..precision import Precision
 from ..tasks.base import Task
+
+log = logging.getLogger("thinwire.node")
 
 STEP_TIMEOUT: Final = timedelta(minutes=10)
 """How far behind the others a rank may be within one operation. (One that ended is noticed at once.)"""
@@ -93,7 +96,20 @@ def blocks_of(task: Task, model: nn.Module) -> list[str]:
     else:
         lists = [name for name, m in modules.items() if isinstance(m, nn.ModuleList)]
         found = [f"{name}.{i}" for name in _outermost(lists) for i, _ in modules[name].named_children()]
-    return [name for name in _outermost(found) if any(p.ndim > 0 for p in modules[name].parameters())]
+    chosen_blocks = [n for n in _outermost(found) if any(p.ndim > 0 for p in modules[n].parameters())]
+    return [name for name in chosen_blocks if not _shares(model, name)]
+
+
+def _shares(model: nn.Module, block: str) -> bool:
+    """Whether a parameter of the block is another module's too. Such a block stays with the root, where a
+    parameter may have several places: a group of its own may not have it."""
+    own = {id(p) for p in model.get_submodule(block).parameters()}
+    for name, module in model.named_modules():
+        is_inside = name == block or name.startswith(f"{block}.")
+        if not is_inside and any(id(p) in own for p in module._parameters.values() if p is not None):
+            log.info("%s shares a parameter with %s: it is not brought together by itself", block, name)
+            return True
+    return False
 
 
 def _outermost(names: list[str]) -> list[str]:

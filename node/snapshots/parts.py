@@ -18,6 +18,7 @@ from ...compression.base import Part
 from ...compression.errors import ReplicaDiverged
 from ...optim.base import canonical_name
 from ...optim.parts.ranks import is_sharded, local_of, parts_of, ranks_of
+from ..tasks.trial import persistent_buffers
 from .format import TensorLayout, bytes_of, header_of, read_header, tensor_of
 
 
@@ -69,12 +70,17 @@ def read_parts(path: Path, parts: Mapping[str, Part]) -> dict[str, Tensor]:
 
 
 def weight_pieces(model: nn.Module) -> Iterator[bytes | memoryview]:
-    """The model's parameters as a safetensors file, in pieces: one of them whole on rank 0 at a time, empty
-    pieces on the others. All ranks take all pieces."""
-    named = sorted((canonical_name(name), p) for name, p in model.named_parameters())
-    ranks = ranks_of(p for _, p in named)
-    yield header_of([(name, p.dtype, tuple(p.shape)) for name, p in named])
-    for _, p in named:
+    """The model's state (parameters by each of their names, and buffers) as a safetensors file, in pieces:
+    one tensor whole on rank 0 at a time, empty pieces on the others. All ranks take all pieces."""
+    parameters = {canonical_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    ranks = ranks_of(parameters.values())
+    state: dict[str, Tensor] = {**parameters, **dict(persistent_buffers(model))}
+    yield header_of([(name, state[name].dtype, tuple(state[name].shape)) for name in sorted(state)])
+    for name in sorted(state):
+        p = state[name]
+        if name not in parameters:
+            yield bytes_of(p) if ranks.index == 0 else b""
+            continue
         own = local_of(p).reshape(-1).view(torch.uint8)
         if not is_sharded(p) and ranks.index > 0:  # rank 0 has it, too
             own = own[:0]

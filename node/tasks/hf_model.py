@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from ...compression.errors import ConfigError
 from ..config import Lora
+from . import hf_adapters, hf_checks
 
 log = logging.getLogger("thinwire.node")
 
@@ -149,7 +148,13 @@ def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
         raise ConfigError(f"{folder}: has no fitting weights for {', '.join(map(str, missing[:3]))}")
     _refuse_buffers(found, folder)
     parameters = dict(found.named_parameters())
-    names = {name: plain_name(name) for name, _ in model.named_parameters() if not is_adapter(name)}
+    names = {
+        name: plain_name(name) for name, _ in model.named_parameters() if not hf_adapters.is_adapter(name)
+    }
+    hf_checks.refuse_left_over(found, set(names.values()), folder)
+    text_config = found.config.get_text_config()
+    context = getattr(text_config, "max_position_embeddings", None) or 2**16
+    hf_checks.refuse_foresight(found, text_config.vocab_size, context, folder)
     return {name: compact(parameters[plain].detach()) for name, plain in names.items()}
 
 
@@ -213,60 +218,13 @@ def build(architecture: str, lora: Lora | None) -> nn.Module:
     with _building, no_init_weights():
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.tie_weights()  # type: ignore[operator]  # else done by the initialisation
-        return model if lora is None else _adapted(model, lora)
-
-
-def _adapted(model: nn.Module, lora: Lora) -> nn.Module:
-    import peft
-
-    targets = lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets)
-    options = peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        target_modules=targets or None,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with warnings.catch_warnings():
-            # peft asks transformers for something by its old name.
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            # These options it sets by itself, and says so.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)
-            warnings.filterwarnings("ignore", message=".*(rank|alpha)_pattern", category=RuntimeWarning)
-            adapted: nn.Module = peft.get_peft_model(model, options)
-    except ValueError as e:
-        linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-        given = f"task.lora.targets {list(lora.targets)}" if lora.targets else "task.lora without targets"
-        raise ConfigError(
-            f"{given}: {_first_line(e)} Name some of the model's linear layers: {', '.join(linear)}"
-        ) from e
-    return adapted
-
-
-def targets_of(model: nn.Module) -> tuple[str, ...]:
-    """Which layers got adapters."""
-    return tuple(sorted(model.peft_config["default"].target_modules))  # type: ignore[index, union-attr]
+        return model if lora is None else hf_adapters.adapted(model, lora)
 
 
 def plain_name(name: str) -> str:
     """A parameter's name without what peft puts into it."""
     parts = name.removeprefix("base_model.model.").split(".")
     return ".".join(part for part in parts if part != "base_layer")  # there may be several
-
-
-def is_adapter(name: str) -> bool:
-    return ".lora_" in name
-
-
-def adapter_scale(name: str, shape: tuple[int, ...]) -> float:
-    """Of the normal noise that an adapter begins with, 0 for none: so that what it adds is 0 at first.
-
-    The variance of peft's own rule (Kaiming uniform with a = sqrt 5): 1 / (3 inputs).
-    """
-    if ".lora_A." in name:
-        return 1.0 / math.sqrt(3 * shape[1])
-    return 1.0 if ".lora_embedding_B." in name else 0.0
 
 
 def _keys(value: Any) -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from ...compression.errors import ConfigError
 from ...optim.base import Closure
 from .. import config
-from . import documents, hf_data, hf_model
+from . import documents, hf_adapters, hf_data, hf_model
 from .base import Init, Rows, device_of
 from .hf_data import Prompts, Stream, Tokenizer, Tokens
 from .prompt import PromptTemplate
@@ -51,11 +51,19 @@ class HfTask:
         self._held_out: Tokens | None = None
 
     def model(self) -> nn.Module:
-        return hf_model.build(self._architecture, self.options.lora)
+        return hf_model.build(self._architecture, self._lora)
+
+    @cached_property
+    def _lora(self) -> config.Lora | None:
+        if self._is_node or self.options.adapter is None:
+            return self.options.lora
+        with torch.device("meta"):
+            model = hf_model.build(self._architecture, None)
+        return hf_adapters.settings_of(Path(self.options.adapter).expanduser(), model)
 
     def init(self, name: str, shape: tuple[int, ...]) -> Init:
         """Adapters; all else comes from `base`."""
-        scale = hf_model.adapter_scale(name, shape) if hf_model.is_adapter(name) else 0.0
+        scale = hf_adapters.initial_scale(name, shape) if hf_adapters.is_adapter(name) else 0.0
         return Init("normal", scale) if scale else Init("zeros")
 
     # ------------------------------------------------------------------------- what the coordinator gives
@@ -115,9 +123,7 @@ class HfTask:
             return options
         with torch.device("meta"):
             model = self.model()
-        lora = options.lora
-        if lora is not None:
-            lora = lora.model_copy(update={"targets": hf_model.targets_of(model)})
+        lora = None if self._lora is None else hf_adapters.as_adapted(model, self._lora)
         is_folder = options.model is not None and Path(options.model).expanduser().is_dir()
         update = {
             "corpus": "run",
@@ -125,12 +131,16 @@ class HfTask:
             "lora": lora,
             "architecture": self._architecture,
             "held_out_from": None,  # what it chose is in record 0
+            "adapter": None,  # as are its weights
         }
         return options.model_copy(update=update)
 
     def base(self, model: nn.Module) -> dict[str, Tensor]:
         """The folder's weights by the names of `model`, which may be on the meta device."""
-        return hf_model.read_weights(self._folder, model)
+        weights = hf_model.read_weights(self._folder, model)
+        if self.options.adapter is not None:
+            weights |= hf_adapters.read_adapters(Path(self.options.adapter).expanduser(), model)
+        return weights
 
     def base_in(self, folder: Path, model: nn.Module) -> dict[str, Tensor]:
         """Those of another folder with the same model."""
@@ -218,9 +228,7 @@ class HfTask:
     def export(self, model: nn.Module, held_out: bytes, folder: Path) -> None:
         """What transformers (and peft, for adapters) load: config, weights, tokenizer."""
         if self.options.lora is not None:
-            model.peft_config["default"].base_model_name_or_path = self.options.model  # type: ignore[index, union-attr]
-            # "auto" would ask the hub whether the vocabulary has changed.
-            model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+            hf_adapters.save(model, self.options.model, folder)
         else:
             model.save_pretrained(folder)  # type: ignore[operator]
         _, tokenizer = hf_data.from_bytes(held_out)
@@ -296,6 +304,8 @@ def _label_loss(scores_BC: Tensor, answers: Tensor) -> Tensor:
 
 
 def _check(o: config.Task) -> None:
+    if o.adapter is not None and o.lora is not None:
+        raise ConfigError("task.adapter says what its adapters are: leave task.lora out")
     if (o.prompt is None) != (not o.labels):
         raise ConfigError("task.prompt and task.labels belong together: give both, or none")
     if o.prompt is not None and len(o.labels) < 2:

@@ -242,3 +242,18 @@ def test_one_thread_that_is_done_does_not_lower_the_precision_of_another() -> No
     finally:
         leave.set()
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("name", ["cuda", "mkldnn"])
+def test_a_precision_set_by_its_new_name_is_put_back(name: str) -> None:
+    """After a mix of old and new names torch refuses to read the old one."""
+    matmul = getattr(torch.backends, name).matmul
+    before, legacy = matmul.fp32_precision, torch.get_float32_matmul_precision()
+    try:
+        matmul.fp32_precision = "tf32"
+        with exact_arithmetic():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(legacy)
+        matmul.fp32_precision = before

@@ -37,7 +37,7 @@ pytest.importorskip("transformers", reason="the hf task is an extra")
 pytest.importorskip("peft", reason="the hf task is an extra")
 pytest.importorskip("datasets", reason="the hf task is an extra")
 
-from thinwire.node.tasks import hf_data, hf_model
+from thinwire.node.tasks import hf_adapters, hf_data, hf_model
 from thinwire.node.tasks.hf_data import Prompts, Stream, Tokenizer
 from thinwire.node.tasks.hf_task import HfTask
 
@@ -102,7 +102,7 @@ def swarm_of(folder: Path, run: RunConfig) -> Iterator[LocalSwarm]:
 def plain_weights(runner: Runner) -> dict[str, torch.Tensor]:
     """What a replica has beside its adapters, by transformers' own names."""
     weights = runner.replica.weights()
-    return {hf_model.plain_name(n): w for n, w in weights.items() if not hf_model.is_adapter(n)}
+    return {hf_model.plain_name(n): w for n, w in weights.items() if not hf_adapters.is_adapter(n)}
 
 
 # ----------------------------------------------------------------------------------------------- swarms
@@ -151,7 +151,7 @@ def test_a_late_joiner_ends_equal_and_only_what_is_trained_changes(
     first = runners[0].replica.weights()
     for runner in runners[1:]:
         assert all(torch.equal(w, first[name]) for name, w in runner.replica.weights().items())
-    changed = [n for n, w in first.items() if hf_model.is_adapter(n) or lora is None]
+    changed = [n for n, w in first.items() if hf_adapters.is_adapter(n) or lora is None]
     start = make_genesis(run, make_task(run.task, None, None), "x", 1).body
     assert len(changed) == (8 if lora else len(start.layout))
     assert all(float(w.abs().sum()) > 0 for n, w in first.items() if ".lora_B." in n)
@@ -256,9 +256,9 @@ def test_processes_train_and_export_without_the_folder(
     assert about["round"] >= 4
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    assert {n.rpartition(".lora_")[0] for n, _ in adapted.named_parameters() if hf_model.is_adapter(n)} == {
-        f"base_model.model.model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"
-    }
+    assert {
+        n.rpartition(".lora_")[0] for n, _ in adapted.named_parameters() if hf_adapters.is_adapter(n)
+    } == {f"base_model.model.model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"}
     assert any(float(p.detach().abs().sum()) > 0 for n, p in adapted.named_parameters() if ".lora_B." in n)
 
 

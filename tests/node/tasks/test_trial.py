@@ -1,0 +1,190 @@
+"""Models of users' own tasks: buffers, memory that is shared, views, other types; at the coordinator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tests.support.local_nodes import KEY, run_all
+from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.protocol.identity import peer_id_of
+from thinwire.node.config import RunConfig
+from thinwire.node.genesis import Genesis, make_genesis
+from thinwire.node.links.local import local_swarm
+from thinwire.node.runner import Runner
+from thinwire.node.tasks.base import Init
+
+SPSA = {"name": "spsa", "lr": 1e-2, "probes": 2}
+DECOUPLED = {"name": "decoupled", "lr": 1e-2, "compressor": {"name": "dense"}}
+DILOCO = {"name": "diloco", "inner_steps": 2}
+
+
+class OwnTask:
+    """Regression of rows of 4 numbers by the model that `make` makes."""
+
+    n_samples = n_tokens = 8
+
+    def __init__(self, make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> None:
+        self._make, self._dtype = make, dtype
+
+    def model(self) -> nn.Module:
+        return self._make()
+
+    def init(self, name: str, shape: tuple[int, ...]) -> Init:
+        return Init("normal", 0.3)
+
+    def held_out(self) -> bytes | None:
+        return b"yes"
+
+    def corpus(self) -> bytes | None:
+        return None
+
+    def load(self, corpus: bytes | None, held_out: bytes | None) -> None: ...
+
+    def draw(self, model: nn.Module, seed: int) -> Callable[[], Tensor]:
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed % 2**62)).to(self._dtype) + 3
+        return lambda: functional.mse_loss(model(x).float(), x.float().sum(1, keepdim=True))
+
+    def evaluate(self, model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(self.draw(model, 1)())
+
+
+class Normed(nn.Module):
+    """With statistics that training changes and a buffer that stays; its head has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.register_buffer("factor", torch.tensor([2.0]))
+        self.head = nn.Linear(4, 1)
+        self.tail = self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.inner(x)) * self.factor  # type: ignore[no-any-return]
+
+
+class Frozen(Normed):
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.inner[1].eval()
+        return self
+
+
+def run_of(strategy: dict[str, Any], **run: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"rounds": 3, "verify_every": 1, "snapshot_every": 1, "eval_every": 1, **run},
+            "task": {"name": "custom"},
+            "strategy": strategy,
+            "policy": {"name": "all"},
+        }
+    )
+
+
+def genesis_of(task: OwnTask, strategy: dict[str, Any], **run: Any) -> Genesis:
+    return make_genesis(run_of(strategy, **run), task, peer_id_of(KEY.public_key()), 1)
+
+
+# -------------------------------------------------------------------------------------------- buffers
+
+
+@pytest.mark.parametrize("strategy", [DECOUPLED, DILOCO], ids=["decoupled", "diloco"])
+def test_buffers_that_training_changes_are_refused_by_name(strategy: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"inner\.1\.running_mean.*GroupNorm.*spsa"):
+        genesis_of(OwnTask(Normed), strategy)
+    genesis_of(OwnTask(Frozen), strategy)
+
+
+def test_without_a_batch_at_the_coordinator_torch_s_own_layers_are_known() -> None:
+    class Elsewhere(OwnTask):
+        def draw(self, model: nn.Module, seed: int) -> Callable[[], Tensor]:
+            raise FileNotFoundError("data that nodes have")
+
+    with pytest.raises(ConfigError, match=r"inner\.1\.running_mean"):
+        genesis_of(Elsewhere(Normed), DECOUPLED)
+    genesis_of(Elsewhere(Frozen), DECOUPLED)
+
+
+def test_spsa_keeps_statistics_of_the_base_and_files_load_strictly(tmp_path: Path) -> None:
+    """The late joiner begins with a snapshot, in which there are no buffers."""
+    base = {n: t.clone() for n, t in Normed().state_dict().items() if not n.startswith("tail.")}
+    base["inner.1.running_mean"] += 5
+    save_file(base, tmp_path / "base.safetensors")
+    genesis = genesis_of(OwnTask(Normed), SPSA, base=str(tmp_path / "base.safetensors"), min_peers=2)
+    with local_swarm(tmp_path, genesis.body, KEY, blobs=genesis.blobs) as swarm:
+        runners = [Runner(swarm.link(f"peer-{i}"), task=OwnTask(Normed)) for i in range(2)]
+        run_all(runners)
+        runners[0].replica.save_weights(tmp_path / "saved.safetensors")
+    saved = load_file(tmp_path / "saved.safetensors")
+    assert saved.keys() == runners[1].replica.weights().keys()
+    assert all(torch.equal(saved[n], w) for n, w in runners[1].replica.weights().items())
+    model = Normed()
+    model.load_state_dict(saved, strict=True)
+    assert torch.equal(saved["inner.1.running_mean"], base["inner.1.running_mean"])
+    assert not torch.equal(saved["head.weight"], base["head.weight"])
+    assert OwnTask(Normed).evaluate(model.eval()) == runners[0].work.evaluate()
+
+
+def test_a_base_with_another_buffer_s_shape_or_an_unknown_type_is_named(tmp_path: Path) -> None:
+    base = {n: t.clone() for n, t in Normed().state_dict().items() if not n.startswith("tail.")}
+    path = tmp_path / "base.safetensors"
+    save_file({**base, "factor": torch.zeros(2)}, path)
+    with pytest.raises(ConfigError, match=r"buffer factor is \[2\]"):
+        genesis_of(OwnTask(Normed), SPSA, base=str(path))
+    save_file({**base, "scale": torch.zeros(2, dtype=torch.uint8)}, path)
+    path.write_bytes(path.read_bytes().replace(b'"U8"', b'"F4"'))
+    with pytest.raises(ConfigError, match=r"base\.safetensors: .*(read|type)"):
+        genesis_of(OwnTask(Normed), SPSA, base=str(path))
+
+
+# ----------------------------------------------------------------------------------- memory and types
+
+
+class Viewed(nn.Module):
+    """Parameters that are views: a transposed one, and one of stride 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 3).t())
+        self.bias = nn.Parameter(torch.zeros(1).expand(3))
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(functional.linear(x, self.weight, self.bias))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("strategy", [SPSA, DECOUPLED, DILOCO], ids=["spsa", "decoupled", "diloco"])
+def test_parameters_that_are_views_train(tmp_path: Path, strategy: dict[str, Any]) -> None:
+    genesis = genesis_of(OwnTask(Viewed), strategy, min_peers=2)
+    with local_swarm(tmp_path, genesis.body, KEY, blobs=genesis.blobs) as swarm:
+        runners = [Runner(swarm.link(f"peer-{i}"), task=OwnTask(Viewed)) for i in range(2)]
+        results = run_all(runners)
+    assert len({r.fingerprint for r in results}) == 1
+    assert runners[0].replica.weights()["bias"].unique().numel() == 3
+
+
+def test_parameters_over_the_same_memory_are_named() -> None:
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+        model.other = nn.Parameter(model[0].weight.detach().t())
+        return model
+
+    with pytest.raises(ConfigError, match=r"0\.weight and other share memory|other and 0\.weight share"):
+        genesis_of(OwnTask(make), DECOUPLED)
+
+
+@pytest.mark.parametrize("strategy", [SPSA, DECOUPLED], ids=["spsa", "decoupled"])
+def test_a_task_in_bfloat16_trains_or_is_told_why_not(strategy: dict[str, Any]) -> None:
+    task = OwnTask(lambda: nn.Linear(4, 1).bfloat16(), torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"parameter weight in bfloat16, .*float32 by run\.dtype"):
+        genesis_of(task, strategy)
+    genesis_of(task, strategy, dtype="bfloat16")
+    genesis_of(OwnTask(lambda: nn.Linear(4, 1).bfloat16()), strategy)
