@@ -32,11 +32,7 @@ from ..coordinator.protocol.schedule import lr_factor_bits
 from ..coordinator.protocol.settings import parse_settings
 from ..optim.base import Closure, canonical_name
 from ..optim.parts.ranks import local_of, parts_of, ranks_of
-<<<<<<< HEAD
-from ..optim.registry import build_strategy, complete_config, refuse_unlikely
-=======
-from ..optim.registry import build_strategy, complete_config, strategy_class
->>>>>>> d2e632d60f58ce87ca13233e0ffb9fe03c056ec7
+from ..optim.registry import build_strategy, complete_config, refuse_unlikely, strategy_class
 from .config import RunConfig
 from .snapshots.format import data_of
 from .tasks.base import Pretrained, Task
@@ -54,15 +50,11 @@ class Genesis:
 def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) -> Genesis:
     """`coordinator`: its peer id. Builds the model on the meta device only. Raises ConfigError."""
     with torch.device("meta"):
-<<<<<<< HEAD
-        model = in_dtype(task.model(), config)
-    refuse_unlikely(config.strategy)
-=======
         made = task.model()
+    refuse_unlikely(config.strategy)
     refuse_shared_memory(made)
     strange = _of_another_type(made, config)
     model = in_dtype(made, config)
->>>>>>> d2e632d60f58ce87ca13233e0ffb9fe03c056ec7
     build_strategy(config.strategy, model.named_parameters()).fields()  # refuses what cannot be sent
     layout = layout_of(model, task)
     held_out, corpus = task.held_out(), task.corpus()
