@@ -21,6 +21,8 @@ from .proposing import Proposer
 from .reporting import Reporter
 from .snapshots.publishing import SnapshotPublisher
 from .tracking.observer import Applied, Observer
+from .tracking.pace import Pace
+from .units import human_seconds
 
 log = logging.getLogger("thinwire.node")
 
@@ -70,6 +72,7 @@ class LedgerFollower:
         self._reporter = Reporter(run, healer, observer)
         self._stage = Stage.CATCHING_UP
         self._catching_up = CatchingUp(run.replica.round)
+        self._pace = Pace()
         self._came_s = since_s
         """When the last commit came; before the first one, when this node began."""
 
@@ -234,14 +237,17 @@ class LedgerFollower:
             log.info("the run changes after round %d: %s", body.round, told)
         if not body.offers:
             return
-        loss = mean_loss(body)
+        if applied.is_training:
+            self._pace.ended(body.round, applied.came_s)
+        loss, left_s = mean_loss(body), self._pace.left_s(self._replica.course.n_rounds)
         log.info(
-            "round %d/%d: %d offers, loss %s%s",
+            "round %d/%d: %d offers, loss %s%s%s",
             body.round,
             self._replica.course.n_rounds,
             len(body.offers),
             "-" if loss is None else f"{loss:.4f}",
             ", ours came too late" if applied.own == "missed" else "",
+            "" if left_s is None else f", about {human_seconds(left_s)} left",
         )
 
     # -------------------------------------------------------------------------------- when replicas differ

@@ -46,6 +46,7 @@ def overview(
         "round": rounds.head,
         "rounds": run.rounds,
         "state": state,
+        "left_s": left_s(rounds, statistics),
         "waits_for": max(0, run.min_peers - len(rounds.training)) if state == "waiting" else 0,
         "missing": len(rounds.missing()),
         "loss": statistics.loss,
@@ -68,6 +69,13 @@ def run_state(rounds: Rounds) -> RunState:
     if rounds.is_paused:
         return "paused"
     return "waiting" if rounds.opened_s is None else "training"
+
+
+def left_s(rounds: Rounds, statistics: RunStatistics) -> float | None:
+    """Seconds until the last round is over, at the pace of the recent ones; None: not known."""
+    if run_state(rounds) != "training" or statistics.round_s is None:
+        return None
+    return round((rounds.n_rounds - rounds.head) * statistics.round_s, 1)
 
 
 def _peers(

@@ -12,7 +12,7 @@ from ..membership import Membership
 from ..protocol.messages import Rejected
 from ..rounds import Rounds
 from .counters import Counters
-from .overview import overview, run_state
+from .overview import left_s, overview, run_state
 
 SHOWN_EVALUATIONS = 20
 
@@ -42,6 +42,7 @@ class RunView:
             "round": self._rounds.head,
             "rounds": self._derived.course.n_rounds,
             "state": run_state(self._rounds),
+            "left_s": left_s(self._rounds, self._derived.statistics),
             "changes": self._derived.page_history.changes(),
             "held_out": [list(entry) for entry in self._ledger.held_out()],
             "evaluations": [list(entry) for entry in self._ledger.evaluations(SHOWN_EVALUATIONS)],

@@ -16,7 +16,7 @@ from rich.text import Text
 from ...compression.errors import SwarmUnreachable
 from ..states.opening import open_state
 from ..system.output import make_console
-from ..units import human_bytes
+from ..units import human_bytes, human_seconds
 from .offline import state_folder, status_of, telling_what_is_here
 from .status import StatusClient
 
@@ -36,6 +36,8 @@ def headline(status: Mapping[str, Any]) -> str:
         parts.append(f"held-out {status['held_out'][-1][1]:.3f} nats/byte")
     if status["round_s"] is not None:
         parts.append(f"{status['round_s']:.2f} s/round")
+    if status.get("left_s") is not None:  # a coordinator of an earlier build does not say it
+        parts.append(f"about {human_seconds(status['left_s'])} left")
     payload, ddp = status["payload_bytes_per_peer_round"], status["ddp_bytes_per_peer_round"]
     if payload and ddp:
         parts.append(

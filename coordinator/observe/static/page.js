@@ -44,6 +44,12 @@ function ago(ms) {
   return `${Math.floor(s / 86400)} d ago`;
 }
 
+function span(s) {
+  if (s < 90) return `${Math.max(1, Math.round(s))} s`;
+  if (s < 5400) return `${Math.round(s / 60)} min`;
+  return s < 172800 ? `${Math.round(s / 3600)} h` : `${Math.round(s / 86400)} d`;
+}
+
 const plural = (n, one, many = `${one}s`) => `${whole(n)} ${n === 1 ? one : many}`;
 
 // ---------------------------------------------------------------- what is known
@@ -247,7 +253,7 @@ function showHead(told) {
   put("run", told.run);
   put("state", told.state === "waiting" ? `waiting for ${plural(told.waits_for, "more peer")}` : told.state);
   $("state").className = `pill ${told.state}`;
-  put("round", `Round ${whole(told.round)} of ${whole(told.rounds)}`);
+  put("round", `Round ${whole(told.round)} of ${whole(told.rounds)}${isNumber(told.left_s) ? `, about ${span(told.left_s)} left` : ""}`);
   put("about", [told.strategy, `${count(told.n_params)} parameters`].filter(Boolean).join(" · "));
   $("bar").setAttribute("aria-valuemax", told.rounds);
   $("bar").setAttribute("aria-valuenow", told.round);
