@@ -50,6 +50,10 @@ class HfTask:
         self._tokens: Tokens | None = None
         self._held_out: Tokens | None = None
 
+    @property
+    def loss_unit(self) -> str:
+        return "nats/token" if self.options.prompt is None else "nats/example"
+
     def model(self) -> nn.Module:
         return hf_model.build(self._architecture, self._lora)
 

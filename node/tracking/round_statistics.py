@@ -127,5 +127,6 @@ class RoundStatistics:
     def _compare_bytes(self, n_peers: int) -> None:
         """With what an all-reduce of gradients would have sent; one peer alone would send nothing."""
         if n_peers > 1 and self._payload_bytes:
-            data_parallel = ddp_bytes(n_peers, self._run.n_parameters)
-            self._metrics.compression(data_parallel * self._n_offers / self._payload_bytes)
+            data_parallel = ddp_bytes(n_peers, self._run.n_parameters) * self._n_offers
+            sent = max(self._payload_bytes, sum(self._run.link.traffic().sent.values()))
+            self._metrics.compression(data_parallel / self._payload_bytes, data_parallel / sent)
