@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from tests.support.rank_processes import join, leave
 from thinwire.compression import wire
@@ -214,10 +215,13 @@ def train(name: str, rounds: list[list[str]], rank: int, world_size: int) -> dic
 
 
 def moved(strategy: Strategy, config: dict[str, Any], model: nn.Module) -> Strategy:
-    """Another one that goes on from its state."""
+    """Another one that goes on from its state, which torch's own tools have moved."""
     successor = build_strategy(config, model.named_parameters())
     successor.load_state_dict(strategy.state_dict())
-    return successor
+    last = build_strategy(config, model.named_parameters())
+    set_optimizer_state_dict(model, last, get_optimizer_state_dict(model, successor))
+    assert last.counters == strategy.counters
+    return last
 
 
 def packed(name: str, world_size: int) -> str:
