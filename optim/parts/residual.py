@@ -44,6 +44,8 @@ class Residual:
             state[self._entry] = torch.zeros(shape, dtype=torch.float32, device=device)
             state["sends"] = {}
         residual: Tensor = state[self._entry]
+        if residual.shape != parameter.local.shape:  # flat, from an earlier version
+            residual = state[self._entry] = residual.view(parameter.local.shape)
         return residual.view(-1)
 
     def send(self, parameters: Sequence[Parameter], turn: Turn, n_decays: int, alpha: float) -> Payload:
@@ -60,7 +62,8 @@ class Residual:
     def keep(self, parameters: Sequence[Parameter], turn: Turn, n_decays: int, payload: Payload) -> None:
         """A payload whose share has left already: its fate is open from now on."""
         for p in parameters:
-            self._sends(p)[turn.round] = (n_decays, payload[p.name])
+            sends = self._strategy.state[p.tensor].setdefault("sends", {})
+            sends[turn.round] = (n_decays, payload[p.name])
 
     def put_back(self, parameter: Parameter, turn: Turn) -> None:
         """Adds this round's send again, as far as it would have decayed since. Only once."""

@@ -86,7 +86,12 @@ def counters_of(state_dict: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _n_entries(state: Mapping[Any, Any]) -> int:
-    return sum(len(entries) for entries in state.values())
+    """Those with something in them: not every tool keeps an empty dict."""
+    return sum(
+        not (isinstance(value, dict) and not value)
+        for entries in state.values()
+        for value in entries.values()
+    )
 
 
 def shared(value: Any, parameter: Tensor, local: Tensor) -> Any:

@@ -1,6 +1,6 @@
 """What torch, transformers and accelerate do with an optimizer works with every strategy, bit for bit: its
 state through their hands, schedulers, hooks, loss scaling, copies. Without a swarm and without processes;
-sharded parameters are in tests/node/ranks/test_sharding.py (`moved` of tests/support/shard_ranks.py).
+sharded parameters are in tests/optim/parts/test_sharded.py.
 """
 
 from __future__ import annotations
