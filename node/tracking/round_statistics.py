@@ -35,6 +35,8 @@ class RoundStatistics:
             payload_bytes=self._payload_bytes,
             counted=self._counted,
             missed=self._missed,
+            loss_unit=getattr(self._run.work.task, "loss_unit", "nats"),
+            bytes_per_token=getattr(self._run.work.task, "bytes_per_token", None),
         )
 
     def started(self, round_: int) -> None:
