@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import prod
+from typing import BinaryIO
 
 from ..compression.errors import ConfigError
 from .blobs import BlobStore
@@ -106,6 +107,20 @@ class DerivedState:
         for text in self.course.told(body.changes):
             self.page_history.happened(body.time_ms, "changed", f"round {body.round}: {text}")
         self.course = self.course.after(body.changes)
+
+    def history(self) -> bytes:
+        """What only this process has seen of the run; small."""
+        return self.page_history.saved(self._ledger.run_id.hex(), self.statistics.saved_traffic())
+
+    def restore(self, history: bytes) -> None:
+        """What `history` gave before a restart; after `recalled`."""
+        traffic = self.page_history.restore(history, self._ledger.run_id.hex())
+        self.statistics.restore_traffic(traffic)
+
+    def held_out_file(self) -> BinaryIO | None:
+        """The run's held-out data; None: it has none."""
+        ref = self._ledger.genesis.held_out
+        return None if ref is None else self._blobs.open(ref.digest)
 
     def _pin_blobs_of_run(self) -> None:
         genesis = self._ledger.genesis

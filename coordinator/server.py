@@ -65,11 +65,12 @@ class CoordinatorServer:
         waits: Waits = Waits(),  # noqa: B008 - frozen
         check_strategy: CheckStrategy = no_strategy,
         keeps_last_snapshot: bool = False,
+        loss_unit: str | None = None,
     ) -> None:
         """`check_strategy`: of what the run's owner changes; `keeps_last_snapshot`: for those who join or
         export when the run is over and its nodes are gone. Raises ConfigError or LedgerCorrupt."""
         self._state, self._host_ip, self._port, self._announce = state, host, port, tuple(announce)
-        self._start_transport = start_transport
+        self._start_transport, self._loss_unit = start_transport, loss_unit
         self._token = state.token()
         self._check_strategy = check_strategy
         self.blobs = BlobStore(state.blobs_path, quota_bytes)
@@ -124,6 +125,7 @@ class CoordinatorServer:
             history=self._state.history(),
             banned=self._state.banned(),
             check_strategy=self._check_strategy,
+            loss_unit=self._loss_unit,
         )
 
     # ------------------------------------------------------------------------------------ start and stop

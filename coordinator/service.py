@@ -25,6 +25,7 @@ from .last_snapshot import Wanted
 from .ledger import Ledger
 from .membership import Membership, MembershipEvent, SessionClosed, SessionOpened, SignOfLife, TimePassed
 from .observe.counters import Counters
+from .observe.loss_unit import LossUnit
 from .observe.notices import Notices
 from .observe.peer_names import PeerNames
 from .observe.run_view import RunView
@@ -78,9 +79,11 @@ class Service:
         history: bytes | None = None,
         banned: frozenset[str] = frozenset(),
         check_strategy: CheckStrategy = no_strategy,
+        loss_unit: str | None = None,
     ) -> None:
         """`history`: what the method gave before a restart; `banned`: peers that are not let in;
-        `check_strategy`: of what the owner wants to change of its options.
+        `check_strategy`: of what the owner wants to change of its options; `loss_unit`: where the run's task
+        is not built in.
 
         Raises ConfigError for another run's key or a config that it cannot read.
         """
@@ -94,6 +97,7 @@ class Service:
             key.public_key().verify(ledger.genesis_signature, ledger.genesis_record)
         except InvalidSignature:
             raise ConfigError("this key is not the one that the run was started with") from None
+        self._loss_unit = loss_unit or self._settings.task.loss_unit
         self._admission = AdmissionControl(ledger, token, banned)
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
@@ -109,7 +113,7 @@ class Service:
             derived.recall(commit)
         past = derived.recalled()
         if history is not None:
-            derived.page_history.restore(history, ledger.run_id.hex())
+            derived.restore(history)
         members = Membership(self._settings.silence_s, past.training, now_s)
         announcer = Announcer(self._send_to, ledger.peer_id)
         notices = Notices(announcer, members, names, derived.page_history, self._wall_ms, now_s)
@@ -133,7 +137,16 @@ class Service:
             rounds=rounds,
             open_round=open_round,
             peers=Peers(ledger, self._admission, members, announcer, notices, derived, counters),
-            view=RunView(ledger, rounds, members, derived, counters, rejected, self._wall_ms),
+            view=RunView(
+                ledger,
+                rounds,
+                members,
+                derived,
+                counters,
+                rejected,
+                self._wall_ms,
+                LossUnit(self._loss_unit, derived.held_out_file()),
+            ),
             over_s=now_s if rounds.is_over else None,
         )
 
@@ -342,7 +355,7 @@ class Service:
         self._admission.rejected[reason] += 1
 
     def status(self, now_s: float) -> dict[str, Any]:
-        """JSON-able, for `thinwire status` and the live table. Losses in nats, times in seconds."""
+        """JSON-able, for `thinwire status` and the live table. Times in seconds."""
         return self._parts.view.status(now_s)
 
     def overview(self, now_s: float) -> dict[str, Any]:

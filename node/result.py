@@ -9,9 +9,10 @@ from dataclasses import dataclass
 class Result:
     """Of one start of a node. `rounds`: the last one that its replica has applied; `fingerprint`: in hex.
 
-    `held_out`: (round, loss in nats) that this node measured. `sent_bytes`, `received_bytes`: over all
+    `held_out`: (round, loss) that this node measured. `sent_bytes`, `received_bytes`: over all
     streams, heartbeats left out; `payload_bytes`: of own payloads, each once. `counted`: own offers that were
-    in their round's commit, with a payload that passed the check; `missed`: those that were not.
+    in their round's commit, with a payload that passed the check; `missed`: those that were not. `loss_unit`,
+    `bytes_per_token`: for people, see `units.human_loss`.
     """
 
     rounds: int
@@ -22,3 +23,5 @@ class Result:
     payload_bytes: int
     counted: int
     missed: int
+    loss_unit: str = "nats"
+    bytes_per_token: float | None = None

@@ -174,8 +174,7 @@ def _tell_the_end(result: Result | None, stop: Stop, folder: Path | None) -> Non
     if stop.is_set() or result is None:
         log.info("%s", left(folder))
         return
-    held_out = result.held_out[-1] if result.held_out else None
-    log.info("%s", over(result.rounds, result.fingerprint, held_out, folder))
+    log.info("%s", over(result, folder))
 
 
 def _until_the_end(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +22,18 @@ from ..compression.base import Fields, Fill, Part, Payload, Turn
 from ..compression.errors import BadPayload, ConfigError, nearest
 from .facts import Facts
 from .options import Options
-from .parts.ranks import ALONE, Ranks, local_of, parts_of, ranks_of, refuse_placement
-from .parts.saved_state import refuse_other_model, restored
+from .parts.ranks import ALONE, Ranks, is_sharded, local_of, parts_of, ranks_of, refuse_placement
+from .parts.saved_state import (
+    COUNTERS,
+    State,
+    by_position,
+    counters_as_option,
+    counters_of,
+    part_of,
+    refuse_other_model,
+    restored,
+    shared,
+)
 
 Closure = Callable[[], Tensor]
 """float32 loss of one fixed batch; never calls backward; repeated calls give identical bits in eval mode."""
@@ -178,6 +187,7 @@ class Strategy(torch.optim.Optimizer):
         """
         self.counters: dict[str, int] = {}
         super().__init__(cast(Any, named_parameters), options.entries())
+        self.state = State()
 
     # --------------------------------------------------------------------------------- parameters
 
@@ -229,6 +239,10 @@ class Strategy(torch.optim.Optimizer):
         the first round.
         """
         return {}
+
+    def begin_state(self, parameter: Parameter) -> None:
+        """Makes the state that every parameter has between two rounds, zero, where it is not there yet."""
+        self.replicated_state(parameter)
 
     def replicated_tensors(self) -> dict[str, Tensor]:
         """All that `apply` changes, in name order: the parameters by their names, their state as
@@ -397,14 +411,31 @@ class Strategy(torch.optim.Optimizer):
         left_out = ("_optimizer_", "step", "peers", "ranks")
         return {name: v for name, v in self.__dict__.items() if not name.startswith(left_out)}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch's own, which no strategy has
+
     def state_dict(self) -> dict[str, Any]:
-        """torch's, and the counters."""
-        return {**_UNCOMPILED_STATE(self), "counters": dict(self.counters)}
+        """torch's, and the counters. Of sharded parameters DTensors, so that `torch.distributed.checkpoint`
+        knows what they are; what is packed to be sent is this rank's alone."""
+        for parameter in self.parameters_in_order():  # loaders fill in what is there
+            self.begin_state(parameter)
+        whole = self._plain_state_dict()
+        in_order = [p for group in self.param_groups for p in group["params"]]
+        whole["state"] = {
+            i: shared(entries, in_order[i], local_of(in_order[i])) if is_sharded(in_order[i]) else entries
+            for i, entries in whole["state"].items()
+        }
+        whole["param_groups"][0][COUNTERS] = counters_as_option(self.counters, whole["state"])
+        return whole
+
+    def _plain_state_dict(self) -> dict[str, Any]:
+        return {**_UNCOMPILED_STATE(self), COUNTERS: dict(self.counters)}
 
     def local_state_dict(self) -> dict[str, Any]:
         """`state_dict` without what `replicated_tensors` holds: for a file beside a snapshot."""
         parameters = {p.tensor: p for p in self.parameters_in_order()}
-        whole = self.state_dict()
+        whole = self._plain_state_dict()
         in_torch_order = [p for group in self.param_groups for p in group["params"]]
         replicated = {i: self.replicated_state(parameters[p]) for i, p in enumerate(in_torch_order)}
         whole["state"] = {
@@ -416,23 +447,30 @@ class Strategy(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restores bit for bit; a `local_state_dict` leaves what is replicated as it is. Tensors keep their
         dtype; those within containers (packed sends) stay on the CPU, the others go to their parameter's
-        device. Raises ConfigError for another model's state."""
+        device. Parameters go by number, or by name as `torch.distributed.checkpoint` calls them. Raises
+        ConfigError for another model's state."""
         groups = state_dict["param_groups"]
         refuse_other_model(groups, self.param_groups)
+        counters = counters_of(state_dict)
+        entries_by_position = by_position(state_dict["state"], groups)
+        groups = [{k: v for k, v in group.items() if k != COUNTERS} for group in groups]
         # torch would cast every tensor to the parameter's dtype: it restores the groups only.
         # A state of an earlier version has no value for options that are younger: they keep the default.
         complete = [group | {k: v for k, v in self.defaults.items() if k not in group} for group in groups]
         _UNCOMPILED_LOAD(self, {"state": {}, "param_groups": complete})
         parameters = [p for group in self.param_groups for p in group["params"]]
-        state: defaultdict[Tensor, Any] = defaultdict(dict)
+        state = State()
         if state_dict.get("is_local", False):
             kept = {p.tensor: self.replicated_state(p) for p in self.parameters_in_order()}
             state.update({p: dict(entries) for p, entries in kept.items() if entries})
-        for key, entries in state_dict["state"].items():
-            p = parameters[key]
+        for i, entries in entries_by_position.items():
+            p = parameters[i]
+            if is_sharded(p):
+                part = parts_of(p, self.ranks.count)[self.ranks.index]
+                entries = part_of(entries, part, local_of(p))  # noqa: PLW2901 - the same ones
             state[p] |= {name: restored(value, p.device) for name, value in entries.items()}
         self.state = state
-        self.counters = dict(state_dict["counters"])
+        self.counters = counters
 
 
 def _refuse_parameters(

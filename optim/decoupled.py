@@ -137,6 +137,10 @@ class Decoupled(Strategy):
             state.update(self._adamw().new_state(parameter.local))
         return {entry: state[entry] for entry in ENTRIES}
 
+    def begin_state(self, parameter: Parameter) -> None:
+        super().begin_state(parameter)
+        self._momentum.of(parameter)
+
     def fields(self, turn: Turn | None = None) -> Fields:
         return {p.name: self.compressor.fields(p.part.entire) for p in self.parameters_in_order()}
 

@@ -166,6 +166,11 @@ class Diloco(Strategy):
             state["outer_momentum"] = torch.zeros(theta.shape, device=theta.device)
         return {"outer_momentum": state["outer_momentum"]}
 
+    def begin_state(self, parameter: Parameter) -> None:
+        super().begin_state(parameter)
+        if self.option("error_feedback"):
+            self._residual.of(parameter)
+
     def replicated_value(self, parameter: Parameter) -> Tensor:
         value: Tensor = self._phase.entry(parameter, "outer", parameter.local)
         return value

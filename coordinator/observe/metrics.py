@@ -7,6 +7,7 @@ known of one peer is at that peer's own target (`gateway`).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -60,13 +61,18 @@ def _run(status: Mapping[str, Any]) -> Iterator[Metric]:
             "When the newest commit was made, by this machine's clock: time() less this is its age",
             status["last_commit_ms"] / 1000,
         )
+    unit = status.get("loss_unit", "nats")
     if status["loss"] is not None:
         yield _gauge(
-            "swarm_loss", "Mean training loss of the offers in the newest commit, in nats", status["loss"]
+            "swarm_loss", f"Mean training loss of the offers in the newest commit, in {unit}", status["loss"]
         )
     if status["held_out"]:
         round_, loss = status["held_out"][-1]
-        yield _gauge("swarm_held_out_loss", "Newest held-out loss, in nats", loss)
+        yield _gauge("swarm_held_out_loss", f"Newest held-out loss, in {unit}", loss)
+        if size := status.get("bytes_per_token"):
+            yield _gauge(
+                "swarm_held_out_bits_per_byte", "The same in bits per byte of text", loss / math.log(2) / size
+            )
         yield _gauge("swarm_held_out_round", "The round after which it was measured", round_)
     if status.get("snapshot"):
         yield _gauge(
@@ -95,6 +101,12 @@ def _offers(status: Mapping[str, Any]) -> Iterator[Metric]:
             "swarm_compression_ratio",
             "What an all-reduce of float32 gradients would send per peer and round, in payloads of the run",
             ddp / payload,
+        )
+    if (sent := status.get("sent_bytes_per_peer_round")) and ddp:
+        yield _gauge(
+            "swarm_all_sent_ratio",
+            "The same in all that peers send: payloads, framing, snapshots, control",
+            ddp / sent,
         )
     yield _counter(
         "swarm_fingerprint_mismatches",

@@ -52,6 +52,7 @@ def overview(
         "loss": statistics.loss,
         "round_s": statistics.round_s,
         "payload_bytes": statistics.payload_bytes_per_offer,
+        "sent_bytes": statistics.sent_bytes_per_peer_round,
         "ddp_bytes": statistics.ddp_bytes_per_peer_round,
         "last_commit_ms": statistics.last_commit_ms,
         "mismatches": statistics.mismatches,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, NamedTuple, get_args
 
@@ -177,8 +177,8 @@ class PageHistory:
 
     # ---------------------------------------------------------------------------------------- the file
 
-    def saved(self, run_id: str) -> bytes:
-        """What `restore` takes."""
+    def saved(self, run_id: str, traffic: Sequence[Sequence[int]] = ()) -> bytes:
+        """What `restore` takes. `traffic`: of the run's statistics."""
         return json.dumps(
             {
                 "format": _FORMAT,
@@ -187,30 +187,34 @@ class PageHistory:
                 "closed": [[e.round, e.digest, e.why, e.duration_s] for e in self.entries if e.why],
                 "happenings": [list(asdict(h).values()) for h in self.happenings if h.kind != "changed"],
                 "devices": list(self.devices.items()),
+                "traffic": [list(row) for row in traffic],
             },
             allow_nan=False,
             separators=(",", ":"),
         ).encode()
 
-    def restore(self, data: bytes, run_id: str) -> None:
-        """After the ledger was read. Another run's file is nothing to us; a damaged one costs its figures."""
+    def restore(self, data: bytes, run_id: str) -> list[Any]:
+        """After the ledger was read. Another run's file is nothing to us; a damaged one costs its figures.
+        Returns the traffic that is kept in it, as it was read."""
         try:
             saved = json.loads(data)
             if saved["format"] != _FORMAT or saved["run_id"] != run_id:
-                return
+                return []
             closed = {(int(r), str(digest)): (str(why), float(s)) for r, digest, why, s in saved["closed"]}
             happenings = [_happening(*row) for row in saved["happenings"][-KEPT_HAPPENINGS:]]
             devices = {int(i): printable(str(words)) for i, words in saved["devices"][-KEPT_DEVICES:]}
+            traffic = list(saved.get("traffic", ()))
             self.trend.restore(saved["trend"])
         except (ValueError, KeyError, TypeError, IndexError) as e:
             log.warning("what the page showed before cannot be read, it begins anew: %s", e)
-            return
+            return []
         for entry in self.entries:
             entry.why, entry.duration_s = closed.get((entry.round, entry.digest), (None, None))
         # What the ledger says stands there already.
         in_order = sorted([*self.happenings, *happenings], key=lambda h: h.time_ms)
         self.happenings = deque(in_order, maxlen=KEPT_HAPPENINGS)
         self.devices.update(devices)
+        return traffic
 
 
 def printable(text: str, most: int = 60) -> str:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 from ..protocol.figures import ddp_bytes, mean_loss
 from ..protocol.messages import CommitBody, Heartbeat
+
+log = logging.getLogger("thinwire.coordinator")
+
+KEPT_TRAFFIC: Final = 1024
+"""Peers whose traffic outlives the coordinator: those that sent most."""
 
 KEPT_FINGERPRINTS = 64
 """Reported rounds that are remembered."""
@@ -92,6 +98,7 @@ class RunStatistics:
             "timed_rounds_s": self.total_duration_s,
             "payload_bytes": self.payload_bytes,
             "payload_bytes_per_peer_round": self.payload_bytes_per_offer,
+            "sent_bytes_per_peer_round": self.sent_bytes_per_peer_round,
             "mismatches": self.mismatches,
             "n_params": self.n_params,
             "ddp_bytes_per_peer_round": self.ddp_bytes_per_peer_round,
@@ -106,6 +113,38 @@ class RunStatistics:
         peer.sent_bytes += beat.sent_bytes - last.sent_bytes
         peer.received_bytes += max(0, beat.received_bytes - last.received_bytes)
         peer.payload_bytes += max(0, beat.payload_bytes - last.payload_bytes)
+
+    def saved_traffic(self) -> list[list[int]]:
+        """What no ledger tells of peers: their bytes, missed offers and last heartbeats. For
+        `restore_traffic`."""
+        heard = sorted(self._beats, key=lambda index: -self.peer(index).sent_bytes)[:KEPT_TRAFFIC]
+        rows = []
+        for index in heard:
+            peer, beat = self.peer(index), self._beats[index]
+            totals = (peer.sent_bytes, peer.received_bytes, peer.payload_bytes, peer.offers_missed)
+            rows.append(
+                [index, *totals, beat.round, beat.sent_bytes, beat.received_bytes, beat.payload_bytes]
+            )
+        return rows
+
+    def restore_traffic(self, rows: list[Any]) -> None:
+        """So that what was sent and what was counted go on together; bad rows cost their figures."""
+        for row in rows[:KEPT_TRAFFIC]:
+            try:
+                index, sent, received, payload, missed, *beat = (_count(x) for x in row)
+                round_, beat_sent, beat_received, beat_payload = beat
+                last = Heartbeat(
+                    round=round_,
+                    sent_bytes=beat_sent,
+                    received_bytes=beat_received,
+                    payload_bytes=beat_payload,
+                )
+            except (TypeError, ValueError) as e:
+                log.warning("a peer's traffic before the restart cannot be read: %s", e)
+                continue
+            peer, self._beats[index] = self.peer(index), last
+            peer.sent_bytes, peer.received_bytes, peer.payload_bytes = sent, received, payload
+            peer.offers_missed = missed
 
     def fingerprint(self, index: int, round_: int, value: bytes) -> set[int]:
         """Notes what a peer reports, in place of what it reported before on the same round.
@@ -135,6 +174,14 @@ class RunStatistics:
         return self.payload_bytes / self.n_offers if self.n_offers else None
 
     @property
+    def sent_bytes_per_peer_round(self) -> float | None:
+        """All that peers have sent, payloads, framing, snapshots and control, by the offers that they made;
+        None before the first one, and while no peer has said what it sent."""
+        sent = sum(peer.sent_bytes for peer in self.peers.values())
+        offers = sum(peer.offers_counted + peer.offers_missed for peer in self.peers.values())
+        return sent / offers if sent and offers else None
+
+    @property
     def ddp_bytes_per_peer_round(self) -> float | None:
         """What data-parallel training would send; None before the first commit."""
         return ddp_bytes(self.n_offers / self.n_commits, self.n_params) if self.n_commits else None
@@ -150,3 +197,9 @@ class RunStatistics:
             return None
         n_same = sum(value == reports[index] for value in reports.values())
         return n_same - 1, len(reports) - n_same
+
+
+def _count(x: Any) -> int:
+    if not isinstance(x, int) or isinstance(x, bool) or not 0 <= x < 2**63:
+        raise ValueError(f"{x!r} is no count")
+    return x

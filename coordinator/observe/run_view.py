@@ -12,13 +12,14 @@ from ..membership import Membership
 from ..protocol.messages import Rejected
 from ..rounds import Rounds
 from .counters import Counters
+from .loss_unit import LossUnit
 from .overview import left_s, overview, run_state
 
 SHOWN_EVALUATIONS = 20
 
 
 class RunView:
-    """Looks at the parts of one run and changes none of them. Losses are in nats, times in seconds."""
+    """Looks at the parts of one run and changes none of them. Times are in seconds."""
 
     def __init__(
         self,
@@ -29,10 +30,11 @@ class RunView:
         counters: Counters,
         rejected: Counter[Rejected],
         wall_ms: Callable[[], int],
+        loss_unit: LossUnit,
     ) -> None:
         self._ledger, self._rounds, self._members = ledger, rounds, members
         self._derived, self._counters, self._rejected = derived, counters, rejected
-        self._wall_ms = wall_ms
+        self._wall_ms, self._loss_unit = wall_ms, loss_unit
 
     def status(self, now_s: float) -> dict[str, Any]:
         """JSON-able, for `thinwire status` and the live table."""
@@ -52,13 +54,14 @@ class RunView:
             "rejected": dict(sorted(self._rejected.items())),
             "since_start": self._counters.figures(),
             "ledger_bytes": self._ledger.n_bytes,
+            **self._loss_unit.figures(),
             **self._derived.retention.figures(self._members.connected()),
             **self._derived.statistics.figures(),
         }
 
     def overview(self, now_s: float) -> dict[str, Any]:
         """JSON-able and bounded, for the page."""
-        return overview(
+        shown = overview(
             self._derived.course.run,
             self._ledger,
             self._rounds,
@@ -68,6 +71,7 @@ class RunView:
             now_s=now_s,
             now_ms=self._wall_ms(),
         )
+        return {**shown, **self._loss_unit.figures()}
 
     def trend(self, since: int) -> dict[str, Any]:
         """JSON-able and bounded: the points of the charts that have changed since that stamp."""
@@ -76,7 +80,7 @@ class RunView:
 
     def history(self) -> bytes:
         """What only this process has seen of the run, to be kept over a restart; small."""
-        return self._derived.page_history.saved(self._ledger.run_id.hex())
+        return self._derived.history()
 
     def _peer(self, index: int, peer_id: str, now_s: float) -> dict[str, Any]:
         seen_s = self._members.seen_s(index)

@@ -52,10 +52,23 @@ class EvalSection(_Section):
     every: Annotated[int, Field(ge=1)]
 
 
+class TaskSection(_Section):
+    name: str = "custom"
+    prompt: str | None = None
+
+    @property
+    def loss_unit(self) -> str:
+        """Of the built-in tasks; what another one's is, nobody can know here."""
+        if self.name == "hf":
+            return "nats/token" if self.prompt is None else "nats/example"
+        return "nats/byte" if self.name == "text" else "nats"
+
+
 class RunSettings(_Section):
     """Of one run, as they stand in record 0; see `Course` for what records change."""
 
     run: RunSection
+    task: TaskSection = TaskSection()
     policy: PolicySection
     schedule: ScheduleSection
     network: NetworkSection

@@ -18,7 +18,7 @@ from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ..doctor.compiling import compile_kernels
 from ..system.output import make_console
 from ..system.processes import Child, Children
-from ..units import human_bytes
+from ..units import bytes_beside_ddp, human_loss
 from .status import StatusClient
 from .view import agreement, figures, headline, live_view
 
@@ -246,13 +246,13 @@ def _ended(child: Child) -> DemoFailed:
 
 
 def _sum_up(console: Console, plan: DemoPlan, result: Mapping[str, Any]) -> None:
-    payload, ddp = result["payload_bytes_per_peer_round"], result["ddp_bytes_per_peer_round"]
+    payload, sent, ddp = (result[f"{of}_bytes_per_peer_round"] for of in ("payload", "sent", "ddp"))
     lines = [
         f"\n{result['rounds']} rounds in {result['seconds']:.0f} s. Held-out loss "
-        f"{result['held_out_first']:.3f} -> {result['held_out_last']:.3f} nats/byte.",
+        f"{result['held_out_first']:.3f} -> "
+        f"{human_loss(result['held_out_last'], result['loss_unit'], result['bytes_per_token'])}.",
         agreement(result["fingerprints"]),
-        f"Payload: {human_bytes(payload)} per peer and round; data-parallel training would send "
-        f"{human_bytes(ddp)}, {ddp / payload:.0f} times as much.",
+        f"Per peer and round: {bytes_beside_ddp(payload, sent, ddp)}.",
     ]
     lines += [
         f"{fault['node']} was killed with SIGKILL at round {fault['killed_at_round']}, "

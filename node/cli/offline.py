@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ...compression.errors import ConfigError, SwarmUnreachable
+from ...coordinator.observe.loss_unit import LossUnit
 from ...coordinator.observe.run_statistics import RunStatistics
 from ...coordinator.protocol.ledger_file import Changing, Summary, write_ledger
+from ...coordinator.protocol.settings import parse_settings
 from ...coordinator.protocol.ticket import Ticket
 from ..states.opening import RunState, open_state
 from ..states.words import what_is_here
@@ -71,6 +73,13 @@ def _refuse_incomplete(state: RunState, summary: Summary) -> None:
     )
 
 
+def _loss_unit(state: RunState) -> LossUnit:
+    ref = state.genesis.held_out
+    unit = parse_settings(state.genesis.config).task.loss_unit
+    path = None if ref is None else state.blob_path(ref.digest)
+    return LossUnit(unit, path.open("rb") if path is not None and path.is_file() else None)
+
+
 def status_of(state: RunState) -> dict[str, Any]:
     """The same keys as a coordinator's own status, as far as a ledger tells them; every peer is "gone"."""
     genesis = state.genesis
@@ -100,5 +109,6 @@ def status_of(state: RunState) -> dict[str, Any]:
         ],
         "folder": str(state.folder),
         "kind": state.kind,
+        **_loss_unit(state).figures(),
         **statistics.figures(),
     }

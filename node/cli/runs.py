@@ -12,7 +12,7 @@ from pathlib import Path
 from ...compression.errors import ConfigError
 from ..local_runs.cleaning import clean
 from ..local_runs.finding import LocalRun, local_runs, places
-from ..units import human_bytes, human_seconds
+from ..units import human_bytes, human_loss, human_seconds
 
 
 def list_runs(folders: Sequence[Path], *, as_json: bool) -> list[LocalRun]:
@@ -60,7 +60,7 @@ def described(run: LocalRun, now_s: float) -> str:
         how_far = f"round {run.round}" + (f" of {run.rounds}" if run.rounds is not None else "")
     parts = [name, run.kind, how_far]
     if run.held_out is not None:
-        parts.append(f"held-out {run.held_out[1]:.3f}")
+        parts.append(f"held-out {human_loss(run.held_out[1], run.loss_unit)}")
     if run.about is not None:
         parts.append(run.about)
     ago = f"{human_seconds(max(0.0, now_s - run.changed_s))} ago"

@@ -16,7 +16,7 @@ from rich.text import Text
 from ...compression.errors import SwarmUnreachable
 from ..states.opening import open_state
 from ..system.output import make_console
-from ..units import human_bytes, human_seconds
+from ..units import bytes_beside_ddp, human_bytes, human_loss, human_seconds
 from .offline import state_folder, status_of, telling_what_is_here
 from .status import StatusClient
 
@@ -33,17 +33,16 @@ def headline(status: Mapping[str, Any]) -> str:
     if status["loss"] is not None:
         parts.append(f"loss {status['loss']:.3f}")
     if status["held_out"]:
-        parts.append(f"held-out {status['held_out'][-1][1]:.3f} nats/byte")
+        unit, size = status.get("loss_unit", "nats"), status.get("bytes_per_token")
+        parts.append(f"held-out {human_loss(status['held_out'][-1][1], unit, size)}")
     if status["round_s"] is not None:
         parts.append(f"{status['round_s']:.2f} s/round")
     if status.get("left_s") is not None:  # a coordinator of an earlier build does not say it
         parts.append(f"about {human_seconds(status['left_s'])} left")
     payload, ddp = status["payload_bytes_per_peer_round"], status["ddp_bytes_per_peer_round"]
     if payload and ddp:
-        parts.append(
-            f"{human_bytes(payload)} per peer and round "
-            f"(data-parallel: {human_bytes(ddp)}, {ddp / payload:.0f}x)"
-        )
+        sent = status.get("sent_bytes_per_peer_round")
+        parts.append(f"per peer and round: {bytes_beside_ddp(payload, sent, ddp)}")
     return " · ".join(parts)
 
 
@@ -105,6 +104,8 @@ def figures(
         "rounds": end["round"],
         "held_out_first": held_out[0][1],
         "held_out_last": held_out[-1][1],
+        "loss_unit": end.get("loss_unit", "nats"),
+        "bytes_per_token": end.get("bytes_per_token"),
         "fingerprints": {
             p["peer_id"]: p["fingerprint"] if p["fingerprint_round"] == end["round"] else None
             for p in peers

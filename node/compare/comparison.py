@@ -9,9 +9,11 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...compression.errors import ConfigError, ThinwireError
-from ...coordinator.protocol.figures import ddp_bytes, finite
+from ...coordinator.protocol.figures import bytes_per_token, ddp_bytes, finite
 from ...coordinator.protocol.identity import peer_id_of
 from ...coordinator.protocol.messages import digest_of
 from ...optim.registry import build_strategy
@@ -48,13 +50,14 @@ Progress = Callable[[ComparePlan, int, float | None], None]
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One strategy's training. `phases`: median CPU seconds of a peer in a round. `sent_bytes`: payloads of
-    all peers as their links counted them. `fingerprints`: in hex, of the reader and of every peer in the end.
-    `error`: why it ended early, then `curve` is what there is."""
+    all peers as their links counted them; `all_sent_bytes`: with messages. `fingerprints`: in hex, of the
+    reader and of every peer in the end. `error`: why it ended early, then `curve` is what there is."""
 
     plan: ComparePlan
     curve: tuple[Point, ...]
     phases: dict[str, float]
     sent_bytes: int
+    all_sent_bytes: int
     ddp_bytes_per_step: float
     fingerprints: tuple[str, ...]
     seconds: float
@@ -81,6 +84,11 @@ class Outcome:
         return self.last.payload_bytes / self.last.round
 
     @property
+    def all_sent_bytes_per_peer_step(self) -> float:
+        """With messages, but without what a network's framing adds."""
+        return self.all_sent_bytes / (len(self.fingerprints) - 1) / self.last.steps
+
+    @property
     def ddp_ratio(self) -> float:
         """What data-parallel training would have sent for as many steps, against what was sent."""
         return self.ddp_bytes_per_step * self.last.steps / self.last.payload_bytes
@@ -100,6 +108,7 @@ class Outcome:
             "held_out_last": finite(last.held_out),
             "payload_bytes_per_peer_round": self.payload_bytes_per_peer_round,
             "payload_bytes_per_peer_step": last.payload_bytes / last.steps,
+            "all_sent_bytes_per_peer_step": self.all_sent_bytes_per_peer_step,
             "ddp_ratio": self.ddp_ratio,
             "phase_s_per_peer_round": self.phases,
             "fingerprint": self.fingerprints[0] if len(set(self.fingerprints)) == 1 else None,
@@ -123,10 +132,13 @@ class Comparison:
         self.run, self.plans, self.n_peers, self.import_path = run, plans, n_peers, import_path
         self._kept_bytes = kept_bytes
         task = make_task(run.task, import_path, None)
-        if task.held_out() is None:
+        held_out = task.held_out()
+        if held_out is None:
             raise ConfigError(
                 "the task holds nothing out: without a held-out loss there is nothing to compare"
             )
+        self.loss_unit: str = getattr(task, "loss_unit", "nats")
+        self.bytes_per_token = bytes_per_token(BytesIO(held_out))
         self.seed = run.run.seed
         self._n_samples = task.n_samples
         # Nobody else meets this coordinator: a key and a time that are always the same make the run's id, and
@@ -223,14 +235,16 @@ class _Training:
         with local_swarm(folder, genesis.body, self.comparison.key, blobs=genesis.blobs) as swarm:
             reader, peers = self._nodes(swarm)
             self._train(reader, peers, progress, stopped)
-            sent_bytes = sum(peer.link.traffic().sent.get("payload", 0) for peer in peers)
+            sent: Counter[str] = Counter()
+            for peer in peers:
+                sent.update(peer.link.traffic().sent)
         if stopped():
             return None
         # A ValueError: there are values that no payload can hold, because training diverged.
         if self.error is not None and not isinstance(self.error, ThinwireError | ValueError):
             raise self.error
         progress(self.plan, reader.replica.round, reader.held_out)
-        return self._outcome(reader, peers, sent_bytes, time.monotonic() - started_s)
+        return self._outcome(reader, peers, sent, time.monotonic() - started_s)
 
     def _nodes(self, swarm: LocalSwarm) -> tuple[Reader, list[Peer]]:
         """With open links."""
@@ -271,13 +285,14 @@ class _Training:
         for thread in threads:
             thread.join()
 
-    def _outcome(self, reader: Reader, peers: Sequence[Peer], sent_bytes: int, seconds: float) -> Outcome:
+    def _outcome(self, reader: Reader, peers: Sequence[Peer], sent: Counter[str], seconds: float) -> Outcome:
         replicas = (reader.replica, *(peer.replica for peer in peers))
         return Outcome(
             plan=self.plan,
             curve=tuple(reader.curve),
             phases={phase: typical([peer.stopwatch for peer in peers], phase) for phase in PHASES},
-            sent_bytes=sent_bytes,
+            sent_bytes=sent["payload"],
+            all_sent_bytes=sent.total(),
             ddp_bytes_per_step=self.comparison.ddp_bytes_per_step,
             fingerprints=tuple(replica.fingerprint().hex() for replica in replicas),
             seconds=seconds,

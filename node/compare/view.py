@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +52,7 @@ def compare_command(
         raise ConfigError(f"--peers: between 2 and {MAX_PEERS}: they are threads of this process")
     picture = _picture(output, run.run.name)
     comparison = Comparison(run, plans(specs, run), n_peers, import_path)
-    unit = "nats/byte" if run.task.name == "text" and import_path is None else "nats"
+    unit = comparison.loss_unit
     console = make_console(stderr=True)
     outcomes = _train(comparison, console, stopped)
     written = _draw(comparison, outcomes, unit, picture, console)
@@ -126,6 +127,7 @@ def _figures(
         "samples_per_step": comparison.samples_per_step,
         "ddp_bytes_per_peer_step": comparison.ddp_bytes_per_step,
         "unit": unit,
+        "bytes_per_token": comparison.bytes_per_token,
         "strategies": [outcome.figures() for outcome in outcomes],
         "stopped": len(outcomes) < len(comparison.plans),
         "png": None if written is None else str(written),
@@ -139,14 +141,15 @@ def _print_table(comparison: Comparison, outcomes: Sequence[Outcome], unit: str)
     console = make_console()
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", overflow="fold")
-    for column in ("rounds", "tokens", "held-out", "bytes", "of ddp", *PHASES):
+    for column in ("rounds", "tokens", "held-out", "bytes", "of ddp", "all sent", *PHASES):
         table.add_column(column, justify="right", no_wrap=True)
     for outcome in outcomes:
         table.add_row(outcome.plan.label, *_cells(outcome))
     console.print(table)
     console.print(
-        f"held-out: loss in {unit}. Per peer: tokens; per peer and step: payload bytes, their share of what "
-        f"data-parallel training sends, and milliseconds of CPU time. "
+        f"held-out: loss in {unit}{_in_bits(comparison)}. Per peer: tokens; per peer and step: payload "
+        f"bytes, their share of what data-parallel training sends, all that was sent (messages too; a "
+        f"network's framing comes on top), and milliseconds of CPU time. "
         f"A step is {comparison.samples_per_step:,} samples per peer; a ring all-reduce of "
         f"{comparison.n_params:,} float32 gradients sends "
         f"{human_bytes(comparison.ddp_bytes_per_step)} per peer after each.",
@@ -156,9 +159,16 @@ def _print_table(comparison: Comparison, outcomes: Sequence[Outcome], unit: str)
         console.print(f"{outcome.plan.label}: {notable(outcome.plan.options)}", highlight=False, markup=False)
 
 
+def _in_bits(comparison: Comparison) -> str:
+    if comparison.loss_unit != "nats/token" or comparison.bytes_per_token is None:
+        return ""
+    size = comparison.bytes_per_token
+    return f" (a token is {size:.2f} bytes of text: times {1 / math.log(2) / size:.3f} it is in bits/byte)"
+
+
 def _cells(outcome: Outcome) -> list[str]:
     if not outcome.has_rounds:
-        return ["0", *["-"] * (4 + len(PHASES))]
+        return ["0", *["-"] * (5 + len(PHASES))]
     last = outcome.last
     of_all = f"/{outcome.plan.rounds}" if outcome.error else ""
     return [
@@ -167,6 +177,7 @@ def _cells(outcome: Outcome) -> list[str]:
         f"{last.held_out:.3f}",
         human_bytes(last.payload_bytes / last.steps),
         f"1/{outcome.ddp_ratio:.0f}" if outcome.ddp_ratio >= 1.5 else f"{1 / outcome.ddp_ratio:.2f}",
+        human_bytes(outcome.all_sent_bytes_per_peer_step),
         *(f"{1000 * outcome.phases[phase] / outcome.steps_per_round:.1f}" for phase in PHASES),
     ]
 

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 
 from ...compression.errors import ThinwireError
 from ...coordinator.protocol.ledger_copy import COPY_NAME
+from ...coordinator.protocol.settings import parse_settings
 from ..states.opening import open_state
 from ..system.folder import default_folder
 
@@ -40,6 +41,7 @@ class LocalRun:
     rounds: int | None = None
     about: str | None = None
     held_out: tuple[int, float] | None = None
+    loss_unit: str = "nats"
     snapshot: int | None = None
     error: str | None = None
 
@@ -116,7 +118,9 @@ def _facts(folder: Path) -> dict[str, Any]:
         config = json.loads(state.genesis.config)
         about = f"{config['strategy']['name']} on {config['task']['name']}"
         name = _printable(config["run"]["name"])
-        return {**facts, "name": name, "rounds": state.course.n_rounds, "about": _printable(about)}
+        unit = parse_settings(state.genesis.config).task.loss_unit
+        known = {"name": name, "rounds": state.course.n_rounds, "about": _printable(about), "loss_unit": unit}
+        return {**facts, **known}
 
 
 def is_locked(path: Path) -> bool:

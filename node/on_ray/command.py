@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...compression.errors import ConfigError
 from ..cli.view import agreement, live_view
 from ..system.output import make_console
+from ..units import bytes_beside_ddp, human_loss
 from .cluster import PeerGroup, group_of, load_ray, parse_group, quiet_stdout
 
 if TYPE_CHECKING:
@@ -96,8 +97,12 @@ def _summary(metrics: Mapping[str, Any]) -> Sequence[str]:
     lines = [f"\n{metrics['rounds']} rounds in {metrics['seconds']:.0f} s."]
     if metrics["held_out_last"] is not None:
         first, last = metrics["held_out_first"], metrics["held_out_last"]
-        lines.append(f"Held-out loss {first:.3f} -> {last:.3f} nats.")
+        told = human_loss(last, metrics["loss_unit"], metrics["bytes_per_token"])
+        lines.append(f"Held-out loss {first:.3f} -> {told}.")
     lines.append(agreement(metrics["fingerprints"]))
+    payload, sent, ddp = (metrics[f"{of}_bytes_per_peer_round"] for of in ("payload", "sent", "ddp"))
+    if payload and ddp:
+        lines.append(f"Per peer and round: {bytes_beside_ddp(payload, sent, ddp)}.")
     for fault in metrics["faults"]:
         back = fault["back_at_round"]
         ending = "was not back in time" if back is None else f"trained again at round {back}"

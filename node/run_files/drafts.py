@@ -215,7 +215,7 @@ name = "hf"
 {corpus:<22} # JSON lines like {{"text": "a fine film", "label": 1}}, or a data set (task.split)
 context = 128          # tokens; longer prompts lose their beginning
 batch = 16             # examples of a probe
-held_out = 64          # examples off the end, for evaluation
+held_out = 64          # examples that are drawn, for evaluation
 {prompt:<22} # fields of a line in braces; the label's words follow
 {labels:<22} # value of label_field -> its words
 label_field = "label"

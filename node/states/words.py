@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from ..result import Result
+from ..units import human_loss
 from .opening import SNAPSHOTS, Remains, remains_in, remains_of
 
 _SNAPSHOT: Final = re.compile(r"(\d{10})-[0-9a-f]{64}")
@@ -29,10 +31,15 @@ def what_is_here(run_id: bytes, environ: Mapping[str, str], folder: Path | None 
     return next_step(remains)
 
 
-def over(head: int, fingerprint: str, held_out: tuple[int, float] | None, folder: Path | None) -> str:
-    """A node's last line. `held_out`: round and loss that it measured last."""
-    loss = "" if held_out is None else f", held-out loss {held_out[1]:.4f} (round {held_out[0]})"
-    return f"the run is over after round {head}{loss}, fingerprint {fingerprint}{_where(folder)}"
+def over(result: Result, folder: Path | None) -> str:
+    """A node's last line, with the held-out loss that it measured last."""
+    loss = ""
+    if result.held_out:
+        round_, value = result.held_out[-1]
+        told = human_loss(value, result.loss_unit, result.bytes_per_token)
+        loss = f", held-out loss {told} at round {round_}"
+    end = f"{loss}, fingerprint {result.fingerprint}{_where(folder)}"
+    return f"the run is over after round {result.rounds}{end}"
 
 
 def left(folder: Path | None) -> str:

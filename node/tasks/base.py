@@ -26,7 +26,10 @@ class Init:
 
 
 class Task(Protocol):
-    """What a run trains. All methods but `model` are called with the model that `model` made."""
+    """What a run trains. All methods but `model` are called with the model that `model` made.
+
+    It may have a `loss_unit` for people, a short text; without one, losses are "nats".
+    """
 
     n_samples: int
     """Samples in one batch that `draw` gives."""

@@ -23,6 +23,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from ...compression.errors import ConfigError
+from ...coordinator.protocol.figures import BYTES_PER_TOKEN
 from .. import config
 from .documents import Document, first_line, is_chat
 from .prompt import PromptTemplate
@@ -411,9 +412,11 @@ class _Growing:
 def to_bytes(tokens: Tokens, tokenizer: Tokenizer | None = None) -> bytes:
     """A safetensors file; the held-out tokens bring the tokenizer along, for nodes with data of their own."""
     arrays = dict(tokens.arrays())
-    if tokenizer is not None:
-        arrays["tokenizer"] = np.frombuffer(tokenizer.to_json().encode(), dtype=np.uint8)
-    return save_arrays(arrays)
+    if tokenizer is None:
+        return save_arrays(arrays)
+    arrays["tokenizer"] = np.frombuffer(tokenizer.to_json().encode(), dtype=np.uint8)
+    size = tokens.bytes_per_token if isinstance(tokens, Stream) else None
+    return save_arrays(arrays, None if size is None else {BYTES_PER_TOKEN: f"{size:.4f}"})
 
 
 def from_bytes(data: bytes) -> tuple[Tokens, str | None]:

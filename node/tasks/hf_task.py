@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...compression.errors import ConfigError
+from ...coordinator.protocol.figures import bytes_per_token
 from ...optim.base import Closure
 from .. import config
 from . import documents, hf_adapters, hf_data, hf_model
@@ -49,6 +51,11 @@ class HfTask:
             raise ConfigError(f"task.context {options.context}: the model takes at most {limit} tokens")
         self._tokens: Tokens | None = None
         self._held_out: Tokens | None = None
+        self.bytes_per_token: float | None = None
+
+    @property
+    def loss_unit(self) -> str:
+        return "nats/token" if self.options.prompt is None else "nats/example"
 
     def model(self) -> nn.Module:
         return hf_model.build(self._architecture, self._lora)
@@ -158,6 +165,7 @@ class HfTask:
         if corpus is None or held_out is None:
             raise ConfigError("the run has no tokens to train on: it was started with another task")
         self._held_out, tokenizer = hf_data.from_bytes(held_out)
+        self.bytes_per_token = bytes_per_token(BytesIO(held_out))
         if self.data is None:
             self._tokens, _ = hf_data.from_bytes(corpus)
         elif tokenizer is None:

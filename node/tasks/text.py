@@ -18,7 +18,9 @@ from .gpt import ByteGPT
 
 
 class TextTask:
-    """Next-byte prediction on text; losses in nats per byte."""
+    """Next-byte prediction on text."""
+
+    loss_unit = "nats/byte"
 
     MAX_CORPUS_BYTES = 64 * 2**20
 

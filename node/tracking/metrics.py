@@ -81,6 +81,9 @@ def _labelled(counter: Counter, values: Iterable[str]) -> Counter:
     return counter
 
 
+IN_NATS: Final = "in nats per byte (text), token (of a tokenizer) or example (with labels)"
+
+
 class NodeMetrics:
     """What a node counts in `registry`. `serve` answers scrapes; the coordinator asks for `text`."""
 
@@ -92,8 +95,8 @@ class NodeMetrics:
         self._training = gauge("thinwire_training", "1 while this node takes part in rounds")
         self._round = gauge("thinwire_round", "Last round that this replica has applied")
         self._behind = gauge("thinwire_rounds_behind", "Committed rounds that this replica has not applied")
-        self._loss = gauge("thinwire_loss", "Mean training loss of the last local work, in nats")
-        self._held_out = gauge("thinwire_held_out_loss", "Last held-out loss measured here, in nats")
+        self._loss = gauge("thinwire_loss", f"Mean training loss of the last local work, {IN_NATS}")
+        self._held_out = gauge("thinwire_held_out_loss", f"Last held-out loss measured here, {IN_NATS}")
         evaluations = counter(
             "thinwire_evaluations",
             "Evaluations of the weights beside training, by how they ended",
@@ -129,6 +132,10 @@ class NodeMetrics:
         self._ratio = gauge(
             "thinwire_compression_ratio",
             "What an all-reduce of float32 gradients would send per peer and round, in own payloads",
+        )
+        self._all_sent_ratio = gauge(
+            "thinwire_all_sent_ratio",
+            "The same in all that this node sends: payloads, framing, snapshots, control",
         )
         sent = counter("thinwire_sent_bytes", "Bytes written to streams", ["kind"])
         received = counter("thinwire_received_bytes", "Bytes read from streams", ["kind"])
@@ -202,9 +209,10 @@ class NodeMetrics:
         self._tokens.inc(n_tokens)
         self._batches.set(n_batches)
 
-    def compression(self, ratio: float) -> None:
-        """Bytes of data-parallel training for each byte of own payloads."""
+    def compression(self, ratio: float, all_sent: float) -> None:
+        """Bytes of data-parallel training for each byte of own payloads, and for each one sent."""
         self._ratio.set(ratio)
+        self._all_sent_ratio.set(all_sent)
 
     def phase(self, phase: Phase, duration_s: float) -> None:
         """What a phase of this node's round took."""

@@ -35,6 +35,8 @@ class RoundStatistics:
             payload_bytes=self._payload_bytes,
             counted=self._counted,
             missed=self._missed,
+            loss_unit=getattr(self._run.work.task, "loss_unit", "nats"),
+            bytes_per_token=getattr(self._run.work.task, "bytes_per_token", None),
         )
 
     def started(self, round_: int) -> None:
@@ -127,5 +129,6 @@ class RoundStatistics:
     def _compare_bytes(self, n_peers: int) -> None:
         """With what an all-reduce of gradients would have sent; one peer alone would send nothing."""
         if n_peers > 1 and self._payload_bytes:
-            data_parallel = ddp_bytes(n_peers, self._run.n_parameters)
-            self._metrics.compression(data_parallel * self._n_offers / self._payload_bytes)
+            data_parallel = ddp_bytes(n_peers, self._run.n_parameters) * self._n_offers
+            sent = max(self._payload_bytes, sum(self._run.link.traffic().sent.values()))
+            self._metrics.compression(data_parallel / self._payload_bytes, data_parallel / sent)

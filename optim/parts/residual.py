@@ -37,13 +37,16 @@ class Residual:
         self._kept = kept
 
     def of(self, parameter: Parameter) -> Tensor:
-        """The flat residual itself; zero before its first use."""
+        """The residual itself, flat; zero before its first use."""
         state = self._strategy.state[parameter.tensor]
         if self._entry not in state:
-            state[self._entry] = torch.zeros_like(parameter.local.reshape(-1), dtype=torch.float32)
+            shape, device = parameter.local.shape, parameter.local.device
+            state[self._entry] = torch.zeros(shape, dtype=torch.float32, device=device)
             state["sends"] = {}
         residual: Tensor = state[self._entry]
-        return residual
+        if residual.shape != parameter.local.shape:  # flat, from an earlier version
+            residual = state[self._entry] = residual.view(parameter.local.shape)
+        return residual.view(-1)
 
     def send(self, parameters: Sequence[Parameter], turn: Turn, n_decays: int, alpha: float) -> Payload:
         """Packs what is selected; `alpha` times that leaves the residual. Its fate is open from now on."""
@@ -59,7 +62,8 @@ class Residual:
     def keep(self, parameters: Sequence[Parameter], turn: Turn, n_decays: int, payload: Payload) -> None:
         """A payload whose share has left already: its fate is open from now on."""
         for p in parameters:
-            self._sends(p)[turn.round] = (n_decays, payload[p.name])
+            sends = self._strategy.state[p.tensor].setdefault("sends", {})
+            sends[turn.round] = (n_decays, payload[p.name])
 
     def put_back(self, parameter: Parameter, turn: Turn) -> None:
         """Adds this round's send again, as far as it would have decayed since. Only once."""
@@ -107,6 +111,8 @@ class Residual:
 
 def refuse_other_packing(state_dict: Mapping[str, Any], compressor: Compressor) -> None:
     """Raises ConfigError for a state whose sends another compressor has packed."""
-    packed_with = state_dict["param_groups"][0]["compressor"]
+    packed_with = state_dict["param_groups"][0].get("compressor")
+    if packed_with is None:
+        raise ConfigError("the state of another optimizer: it names no compressor")
     if packed_with != repr(compressor):
         raise ConfigError(f"sends in this state are packed with {packed_with}, not {compressor!r}")

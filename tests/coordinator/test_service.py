@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -953,6 +954,53 @@ def test_a_restarted_peer_goes_on_counting(make_world: MakeWorld) -> None:
         world.say("a", Heartbeat(round=0, sent_bytes=sent, received_bytes=2 * sent, payload_bytes=sent // 10))
     peer = world.peer("a")
     assert (peer["sent_bytes"], peer["received_bytes"], peer["payload_bytes"]) == (150, 300, 15)
+
+
+def test_sent_and_counted_go_on_together_after_a_restart(make_world: MakeWorld) -> None:
+    """With what the coordinator has kept, whoever else was restarted meanwhile."""
+    world = make_world(min_peers=2, rounds=10)
+    world.train("a", "b")
+
+    def beat(name: str, sent: int) -> None:
+        world.say(
+            name, Heartbeat(round=0, sent_bytes=sent, received_bytes=2 * sent, payload_bytes=sent // 10)
+        )
+
+    for name in "ab":
+        world.say(name, offer(1))
+        beat(name, 100)
+    before = {name: world.peer(name) for name in "ab"}
+    assert world.status()["sent_bytes_per_peer_round"] == 100
+    world.restart(history=world.service.history())
+    assert world.status()["sent_bytes_per_peer_round"] == 100
+    for name in "ab":
+        for figure in ("sent_bytes", "received_bytes", "payload_bytes", "offers_counted", "offers_missed"):
+            assert world.peer(name)[figure] == before[name][figure], figure
+    world.train("a", "b")
+    beat("a", 150)  # the same process
+    beat("b", 30)  # a new one
+    assert [world.peer(name)["sent_bytes"] for name in "ab"] == [150, 130]
+    for name in "ab":
+        world.say(name, offer(2))
+    assert world.status()["sent_bytes_per_peer_round"] == 280 / 4
+
+
+def test_kept_traffic_that_is_no_traffic_costs_its_figures_only(
+    make_world: MakeWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = make_world()
+    world.train("a")
+    world.wait(1.0, "a")
+    history = json.loads(world.service.history())
+    (good,) = history["traffic"]
+    for bad in ([], ["x"], [1] * 20, [-1] * 9, [2**70] * 9, "text", 7, None):
+        caplog.clear()
+        world.restart(history=json.dumps({**history, "traffic": [bad, good]}).encode())
+        assert world.peer("a")["sent_bytes"] == 10, bad
+        assert "a peer's traffic before the restart cannot be read" in caplog.text
+    del history["traffic"]  # written by an older coordinator
+    world.restart(history=json.dumps(history).encode())
+    assert world.peer("a")["sent_bytes"] == 0
 
 
 def test_the_end_waits_for_acknowledgements(make_world: MakeWorld) -> None:

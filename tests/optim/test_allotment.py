@@ -81,7 +81,7 @@ def leftovers(strategy: Strategy) -> dict[str, Tensor]:
     entry = (
         "momentum" if "momentum" in strategy.state[strategy.parameters_in_order()[0].tensor] else "leftover"
     )
-    return {p.name: strategy.state[p.tensor][entry].clone() for p in strategy.parameters_in_order()}
+    return {p.name: strategy.state[p.tensor][entry].flatten() for p in strategy.parameters_in_order()}
 
 
 @pytest.mark.parametrize("indices", ["packed", "rice"])

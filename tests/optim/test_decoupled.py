@@ -47,8 +47,9 @@ def linear_loss(p: nn.Parameter, gradient: Tensor) -> Closure:
 
 
 def momentum_of(strategy: Decoupled, p: nn.Parameter) -> Tensor:
+    """Flat, the memory itself."""
     momentum: Tensor = strategy.state[p]["momentum"]
-    return momentum
+    return momentum.view(-1)
 
 
 def dense(values: Tensor) -> Payload:

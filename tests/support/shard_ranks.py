@@ -17,6 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from tests.support.rank_processes import join, leave
 from thinwire.compression import wire
@@ -214,10 +220,53 @@ def train(name: str, rounds: list[list[str]], rank: int, world_size: int) -> dic
 
 
 def moved(strategy: Strategy, config: dict[str, Any], model: nn.Module) -> Strategy:
-    """Another one that goes on from its state."""
+    """Another one that goes on from its state, which torch's own tools have moved."""
     successor = build_strategy(config, model.named_parameters())
     successor.load_state_dict(strategy.state_dict())
-    return successor
+    last = build_strategy(config, model.named_parameters())
+    set_optimizer_state_dict(model, last, get_optimizer_state_dict(model, successor))
+    assert last.counters == strategy.counters
+    return last
+
+
+def through_tools(folder: Path, rank: int, world_size: int) -> dict[str, bool]:
+    """Whether a strategy's state is the same on this rank when a distributed checkpoint has held it, and when
+    rank after rank has had the whole of it."""
+    model = built(world_size)
+    strategy = build_strategy(STRATEGIES["adamw"], model.named_parameters())
+    turn = turn_of(1)
+    payload = strategy.propose(draws(model, 10, rank, world_size), turn)
+    strategy.apply([Share(1, 1, payload)], turn, "counted")
+
+    def successor() -> Strategy:
+        return build_strategy(STRATEGIES["adamw"], model.named_parameters())
+
+    whole = StateDictOptions(full_state_dict=True)
+    saved = get_optimizer_state_dict(model, strategy, options=whole)
+    fresh = successor()
+    set_optimizer_state_dict(model, fresh, saved, options=whole)
+    dcp.save({"o": get_optimizer_state_dict(model, strategy)}, checkpoint_id=folder / "checkpoint")
+    from_files = successor()
+    template = {"o": get_optimizer_state_dict(model, from_files)}
+    dcp.load(template, checkpoint_id=folder / "checkpoint")
+    set_optimizer_state_dict(model, from_files, template["o"])
+    plain = {name: p.shape for name, p in model.named_parameters()}
+    return {
+        "whole": all(saved["state"][n]["momentum"].shape == shape for n, shape in plain.items()),
+        "gathered": same_state(fresh, strategy),
+        "files": same_state(from_files, strategy),
+    }
+
+
+def same_state(a: Strategy, b: Strategy) -> bool:
+    """But for empty dicts, which not every tool keeps."""
+    pairs = zip(a.parameters_in_order(), b.parameters_in_order(), strict=True)
+    states = [(a.state[p.tensor], b.state[q.tensor]) for p, q in pairs]
+    return a.counters == b.counters and all(
+        {name for name in x if x[name] != {}} == {name for name in y if y[name] != {}}
+        and all(torch.equal(x[name], y[name]) for name in x if isinstance(x[name], Tensor))
+        for x, y in states
+    )
 
 
 def packed(name: str, world_size: int) -> str:
@@ -256,7 +305,8 @@ def collectives(ranks: Ranks) -> dict[str, Any]:
 def main(rank: int, world_size: int, folder: Path) -> None:
     join(folder / "store", rank, world_size)
     found = results(json.loads((folder / "rounds.json").read_text()), rank, world_size)
-    leave({**found, "collectives": collectives(GroupRanks())}, folder / "ends", rank, world_size)
+    found |= {"collectives": collectives(GroupRanks()), "tools": through_tools(folder, rank, world_size)}
+    leave(found, folder / "ends", rank, world_size)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ function significant(x, digits = 3) {
 const whole = (x) => (isNumber(x) ? Math.round(x).toLocaleString("en") : "–");
 const nats = (x) => (!isNumber(x) ? "–" : Math.abs(x) >= 100 ? significant(x) : x.toFixed(3));
 
+
+// What a loss is measured in, and of tokens how much that is of their text.
+const unit = () => last?.loss_unit ?? "nats";
+const bits = (x) => (isNumber(x) && last?.bytes_per_token ? `${(x / Math.LN2 / last.bytes_per_token).toFixed(3)} bits/byte` : "");
+
 function scaled(x, step, units) {
   if (!isNumber(x)) return "–";
   let at = 0;
@@ -218,7 +223,7 @@ function buildCharts() {
       series: [{ label: "data-parallel", color: "soft", dashed: true }, { label: "all sent", color: "violet" }, { label: "payload", color: "blue", width: 2 }],
       data: () => columns(["ddp", "sent", "payload"]).map((c, i) => (i ? c.map((v) => (v > 0 ? v : null)) : c)),
       text: (x) => bytes(x), log: true,
-      summary: ([ddp, , payload]) => `Per peer and round: ${bytes(newest(payload))}, data-parallel ${bytes(newest(ddp))}`,
+      summary: ([ddp, sent, payload]) => `Per peer and round: payload ${bytes(newest(payload))}, all sent ${bytes(newest(sent))}, data-parallel ${bytes(newest(ddp))}`,
     }),
     new Chart("time-chart", {
       series: [
@@ -263,13 +268,18 @@ function showHead(told) {
 
 function showTiles(told) {
   put("loss", nats(told.loss));
+  put("loss-more", `training, ${unit()}`);
+  put("loss-unit", `${unit()}, by round`);
   const held = points.held_out ?? [];
   const [at, first] = [held.findLastIndex(isNumber), held.findIndex(isNumber)];
   put("held-out", nats(held[at]));
-  put("held-out-more", at < 0 ? "not measured yet" : at === first ? `at round ${whole(points.round[at])}` : `at round ${whole(points.round[at])}, at first ${nats(held[first])}`);
+  put("held-out-more", at < 0 ? "not measured yet"
+    : [unit(), bits(held[at]), `round ${whole(points.round[at])}`, at === first ? "" : `at first ${nats(held[first])}`].filter(Boolean).join(" · "));
   put("payload", bytes(told.payload_bytes));
-  const times = told.ddp_bytes / told.payload_bytes;
-  put("payload-more", told.ddp_bytes ? `data-parallel ${bytes(told.ddp_bytes)}, ${times >= 10 ? whole(times) : times.toFixed(1)} ×` : "\u00a0");
+  const times = (of) => { const x = told.ddp_bytes / of; return `${x >= 10 ? whole(x) : x.toFixed(1)} ×`; };
+  const all = told.sent_bytes ? `all sent ${bytes(told.sent_bytes)} · ` : "";
+  const more = told.sent_bytes ? `, ${times(told.sent_bytes)} all sent` : "";
+  put("payload-more", told.ddp_bytes ? `${all}data-parallel ${bytes(told.ddp_bytes)}: ${times(told.payload_bytes)}${more}` : "\u00a0");
   put("round-time", seconds(told.round_s));
   put("round-time-more", told.last_commit_ms ? "" : "no round yet");
   if (told.last_commit_ms) $("round-time-more").replaceChildren("last commit ", since(told.last_commit_ms), make("span", { id: "awaited" }));

@@ -172,7 +172,7 @@ def the_run() -> list[Json]:
         ),
         number(
             "Held-out loss",
-            "Newest measurement, in nats.",
+            "Newest measurement, in nats per byte, token or example.",
             "max(thinwire_swarm_held_out_loss)",
             decimals=3,
             thresholds=steps((None, BLUE)),
@@ -187,7 +187,8 @@ def the_run() -> list[Json]:
         ),
         number(
             "Less than data-parallel",
-            "How many times more an all-reduce of float32 gradients would send per peer and round.",
+            "How many times more than payloads an all-reduce of float32 gradients would send per peer and "
+            "round. Of all that peers send it is thinwire_swarm_all_sent_ratio.",
             "max(thinwire_swarm_compression_ratio)",
             unit="none",
             decimals=0,
@@ -209,7 +210,8 @@ def learning() -> list[Json]:
         "Learning",
         lines(
             "Loss",
-            "training: mean over the offers of each commit. held out: measured by one peer in turn. In nats.",
+            "training: mean over the offers of each commit. held out: measured by one peer in turn. "
+            "In nats per byte, token or example.",
             ("max(thinwire_swarm_loss)", "training"),
             ("max(thinwire_swarm_held_out_loss)", "held out"),
             wide=16,
@@ -273,8 +275,10 @@ def traffic() -> list[Json]:
         "Bytes",
         lines(
             "Bytes per peer and round",
-            "Size of a payload, and what an all-reduce of float32 gradients would send instead. Logarithmic.",
+            "Size of a payload, all that nodes send with it, and what an all-reduce of float32 gradients "
+            "would send instead. Logarithmic.",
             (share(f"sum(rate(thinwire_swarm_payload_bytes_total{RATE}))", offers), "thinwire"),
+            (share(f"sum(rate(thinwire_sent_bytes_total{{{NODES}}}{RATE}))", offers), "all sent"),
             ("max(swarm:thinwire_data_parallel_bytes:per_offer)", "data-parallel"),
             unit="decbytes",
             log=True,

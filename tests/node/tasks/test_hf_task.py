@@ -576,6 +576,27 @@ def test_held_out_examples_are_drawn_so_that_a_sorted_file_does_no_harm(
     assert drawn.public(drawn.options) == end.public(end.options), "record 0 has the examples themselves"
 
 
+def test_the_held_out_data_say_how_much_text_a_token_is(
+    tmp_path: Path, tiny_llama: Path, documents: Path
+) -> None:
+    """Measured on what is held out, so that a loss is known in bits per byte; the coordinator shows it."""
+    with documents.open("a") as file:  # the end is longer per token than the beginning
+        file.write(json.dumps({"text": " great terrible" * 40}) + "\n")
+    task = task_of(tiny_llama, documents)
+    _, held_out, tokenizer = task._both
+    assert isinstance(held_out, Stream)
+    text = tokenizer._rules.decode(held_out.ids.tolist(), skip_special_tokens=True)
+    assert held_out.bytes_per_token == pytest.approx(len(text) / len(held_out.ids), rel=0.05)
+    assert task.loss_unit == "nats/token"
+    with swarm_of(tmp_path / "run", run_of(tiny_llama, documents, "spsa")) as swarm:
+        status = swarm.call(lambda service, now_s: service.status(now_s))
+        page = swarm.call(lambda service, now_s: service.overview(now_s))
+    for told in (status, page):
+        assert told["loss_unit"] == "nats/token"
+        assert told["bytes_per_token"] == pytest.approx(held_out.bytes_per_token, abs=1e-4)
+    assert hf_data.from_bytes(task.held_out())[1] == tokenizer.to_json(), "older nodes read it too"
+
+
 def test_empty_documents_are_counted_and_left_out(
     tiny_llama: Path, documents: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -92,6 +92,12 @@ def test_given_values_are_packed_to_the_same_bytes(
 
 
 @pytest.mark.swarm
+def test_torch_s_tools_know_what_is_sharded(sharded: list[dict[str, Any]]) -> None:
+    for rank in sharded:
+        assert rank["tools"] == {"whole": True, "gathered": True, "files": True}
+
+
+@pytest.mark.swarm
 def test_collectives(sharded: list[dict[str, Any]]) -> None:
     n = len(sharded)
     for me, rank in enumerate(sharded):

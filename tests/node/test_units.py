@@ -1,0 +1,63 @@
+"""Quantities in words, and the one line that says how a run stands."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from thinwire.node.cli.view import headline
+from thinwire.node.units import bytes_beside_ddp, human_loss
+
+STATUS: dict[str, Any] = {
+    "run": "r",
+    "round": 7,
+    "rounds": 20,
+    "state": "training",
+    "loss": 2.5,
+    "held_out": [[0, 5.5], [5, 2.0]],
+    "round_s": 0.5,
+    "loss_unit": "nats/token",
+    "bytes_per_token": 4.0,
+    "payload_bytes_per_peer_round": 1000.0,
+    "sent_bytes_per_peer_round": 4000.0,
+    "ddp_bytes_per_peer_round": 200_000.0,
+}
+
+
+def test_a_loss_says_its_unit_and_what_it_is_of_the_text() -> None:
+    assert human_loss(1.5, "nats/byte") == "1.500 nats/byte"
+    assert human_loss(0.25, "nats/example", 4.0) == "0.250 nats/example"
+    assert human_loss(math.log(2) * 6, "nats/token", 4.0) == "4.159 nats/token (1.500 bits/byte)"
+    assert human_loss(2.0, "nats/token") == "2.000 nats/token"
+
+
+def test_all_that_was_sent_stands_beside_the_payload() -> None:
+    assert bytes_beside_ddp(1000, 4000, 20_000) == (
+        "1.0 kB payload, 4.0 kB all sent, data-parallel 20.0 kB: 20x the payload, 5.0x all sent"
+    )
+    assert bytes_beside_ddp(1000, None, 20_000) == "1.0 kB payload, data-parallel 20.0 kB: 20x the payload"
+    assert bytes_beside_ddp(1000, 4000, 0) == "1.0 kB payload, 4.0 kB all sent"
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({}, "held-out 2.000 nats/token (0.721 bits/byte)"),
+        ({"loss_unit": "nats/byte", "bytes_per_token": None}, "held-out 2.000 nats/byte ·"),
+        (
+            {},
+            "per peer and round: 1.0 kB payload, 4.0 kB all sent, data-parallel 200.0 kB: 200x the pay",
+        ),
+    ],
+)
+def test_the_headline_has_units_and_all_bytes(changes: dict[str, Any], part: str) -> None:
+    assert part in headline({**STATUS, **changes})
+
+
+def test_a_status_of_an_older_coordinator_is_shown() -> None:
+    new = ("loss_unit", "bytes_per_token", "sent_bytes_per_peer_round")
+    line = headline({key: value for key, value in STATUS.items() if key not in new})
+    assert "held-out 2.000 nats ·" in line
+    assert line.endswith("1.0 kB payload, data-parallel 200.0 kB: 200x the payload")
