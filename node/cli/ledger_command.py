@@ -61,9 +61,11 @@ def check_ledger(path: Path) -> None:
     if not path.is_dir():
         _tell_whole(path, check(path))
         return
-    with tempfile.TemporaryDirectory(prefix="thinwire-ledger-") as folder:
-        save_ledger_of_state(path, Path(folder) / "ledger")
-    log.info("%s is whole", path)
+    from ..states.opening import open_state
+    from .offline import save_ledger_of
+
+    with open_state(path) as state, tempfile.TemporaryDirectory(prefix="thinwire-ledger-") as folder:
+        _tell_whole(path, save_ledger_of(state, Path(folder) / "ledger"))
 
 
 def _tell_whole(path: Path, summary: Summary) -> None:

@@ -80,12 +80,14 @@ def test_export(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert load_file(tmp_path / "weights" / "model.safetensors")
 
 
-def test_ledger(folder: Path, tmp_path: Path) -> None:
+def test_ledger(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_ledger_of_state(folder, tmp_path / "file")
     summary = check(tmp_path / "file")
     assert summary.rounds == HEAD
     assert bool(summary.absent_to) == (folder.name != "coordinator")
+    caplog.set_level(logging.INFO)
     check_ledger(folder)
+    assert f"{folder} is whole: run " in caplog.text
 
 
 def test_replay(coordinator: Path, node: Path, tmp_path: Path) -> None:
