@@ -171,7 +171,7 @@ class Evaluations:
             self._thread = None
         while not self._outcomes.empty():
             outcome = self._outcomes.get()
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in outcome.figures.items())
+            shown = ", ".join(f"{name} {value:.6g}" for name, value in outcome.figures.items())
             if outcome.failed is None:
                 log.info("round %d: evaluation after %.0f s: %s", outcome.round, outcome.seconds, shown)
             else:

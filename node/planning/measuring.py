@@ -58,8 +58,10 @@ class Measured:
 
     @classmethod
     def from_json(cls, text: str) -> Measured:
-        plain = json.loads(text)
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in plain.items()})
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
+        }
+        return cls(**values)
 
 
 def main() -> int:
@@ -91,7 +93,7 @@ def measure(
     n_batches = _batches_that_fit(time.monotonic() - began_s, seconds / 6, run.most_batches)
     for _ in range(WARM_UP):
         run.round(n_batches)
-    rounds = []
+    rounds: list[tuple[float, float, float, int]] = []
     ends_s = time.monotonic() + seconds
     while len(rounds) < MIN_ROUNDS or (time.monotonic() < ends_s and len(rounds) < MAX_ROUNDS):
         rounds.append(run.round(n_batches))
