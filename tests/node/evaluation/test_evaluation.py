@@ -197,6 +197,18 @@ def test_a_node_that_leaves_ends_it(module: Callable[[str], str], tmp_path: Path
     assert not list(tmp_path.glob(".evaluation-*"))
 
 
+def test_weights_that_cannot_be_written_cost_nothing(module: Callable[[str], str], tmp_path: Path) -> None:
+    folder, metrics = tmp_path / "gone", NodeMetrics()
+    evaluations = Evaluations(module("score"), folder, Tracks(metrics), metrics, None)
+    with swarm_of(tmp_path / "swarm", config(module("score"))) as swarm:
+        runner = Runner(swarm.link("one"), evaluations=evaluations)
+        assert runner.run().counted == 5
+        status = swarm.call(lambda service, now_s: service.status(now_s))
+    evaluations.close()
+    assert status["failed_evaluations"] == 2
+    assert status["last_failed_evaluation"][1].startswith("the weights cannot be had: [Errno 2] No such file")
+
+
 def test_only_what_the_nodes_user_names_is_called(module: Callable[[str], str], tmp_path: Path) -> None:
     for run, function, message in (
         (config(module("score")), "os:abort", "If you trust that, say --evaluate my_scores:score"),
