@@ -117,7 +117,7 @@ class Reports:
             self._rejected["evaluation"] += 1
             return
         if self._ledger.note_evaluation(round_, figures):
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            shown = ", ".join(f"{name} {value:.6g}" for name, value in figures.items())
             log.info("round %d: evaluation: %s", round_, shown)
 
     def _note_fingerprint(self, peer: int, round_: int, said: Said) -> set[int]:

@@ -188,13 +188,13 @@ def _until_the_end(
     try:
         with serve(runner.metrics, options.http):
             result = runner.run()
-            if runner.evaluations is not None and not stop.is_set():
-                runner.evaluations.finish(runner.prepared, stop.is_set)
             if options.save is not None and not stop.is_set():
                 runner.replica.save_weights(options.save)
                 log.info("wrote the weights after round %d to %s", runner.replica.round, options.save)
             if not stop.is_set():
                 finished(runner)
+            if runner.evaluations is not None and not stop.is_set():
+                runner.evaluations.finish(runner.prepared, stop.is_set)
     except ThinwireError:
         if stop.is_set():  # what broke was what the user stopped
             return None

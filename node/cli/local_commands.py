@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from ...compression.errors import ConfigError
+from ..system.stopping import stop_on_signals
+from .arguments import overrides_of
 
 
 def print_version() -> None:
@@ -189,3 +191,52 @@ class Generate:
             as_json=self.json,
         )
         return 0
+
+
+@dataclass
+class Plan:
+    """Say before a run starts what a round will cost: bytes, memory, time by phase, and which strategy fits.
+
+    Real steps of the run's model are measured on this machine, for some seconds per strategy; what the link
+    takes is computed. The run's strategy is as the file says, the others have options for small models.
+    """
+
+    run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
+    peers: Annotated[int | None, arg(metavar="N")] = None
+    """Nodes, all like this machine. Default: the run's min_peers, but two at least."""
+    link: Annotated[str, arg(metavar="RATE")] = "100Mbit"
+    """What each of them has in either direction: 10Mbit, 1.5MB/s, ..."""
+    rtt_ms: Annotated[float, arg(metavar="MS")] = 50.0
+    """There and back between a node and the coordinator, in milliseconds."""
+    strategies: Annotated[str | None, arg(metavar="A,B,...")] = None
+    """Default: the run's own, and then the others."""
+    seconds: Annotated[float, arg(metavar="S")] = 10.0
+    """To measure each strategy for, once its model is loaded."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: cuda if there is a GPU."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """section.key=value, instead of what the file says; may be repeated."""
+    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    """A task of your own, importable here."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """One JSON object on stdout."""
+
+    def run(self) -> int:
+        from ..planning.command import plan
+        from ..sampling.sources import device_for
+
+        with stop_on_signals() as stop:
+            plan(
+                self.run_file,
+                peers=self.peers,
+                link=self.link,
+                rtt_ms=self.rtt_ms,
+                seconds=self.seconds,
+                device=device_for(self.device),
+                strategies=self.strategies,
+                overrides=overrides_of(self.set),
+                import_path=self.task,
+                as_json=self.json,
+                stopped=stop.is_set,
+            )
+        return 128 + stop.signal if stop.signal else 0

@@ -20,13 +20,14 @@ from ..system.logs import log_to_stderr
 from ..system.output import until_the_pipe_is_closed
 from ..system.processes import end_with_parent
 from .arguments import with_whole_tickets
-from .local_commands import Completion, Config, Generate, Init, Runs, print_version
+from .local_commands import Completion, Config, Generate, Init, Plan, Runs, print_version
 from .swarm_commands import Coordinator, Demo, Join, Ray
 from .tool_commands import Bench, Compare, Doctor, Export, Ledger, Monitor, Replay, Run, Status
 
 Command = Annotated[
     Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Init, tyro.conf.subcommand("init")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Coordinator, tyro.conf.subcommand("coordinator")]
     | Annotated[Join, tyro.conf.subcommand("join")]
     | Annotated[Status, tyro.conf.subcommand("status")]

@@ -77,7 +77,7 @@ def evaluations_in_words(status: Mapping[str, Any]) -> list[str]:
     lines = []
     if newest := status.get("evaluations"):
         round_, found = newest[-1]
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        shown = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
         lines.append(f"evaluation after round {round_}: {shown}")
     if failed := status.get("last_failed_evaluation"):
         n = status["failed_evaluations"]

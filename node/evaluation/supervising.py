@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -19,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
-from ...compression.errors import ConfigError
+from ...compression.errors import ConfigError, ThinwireError
 from ...coordinator.protocol.messages import MAX_TEXT, Evaluation, Figure
 from .job import LM_EVAL, TOKENS, WEIGHTS, BadResult, Job, read_result
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..config import Eval
     from ..preparing import PreparedRun
     from ..tracking.metrics import NodeMetrics
@@ -112,11 +113,14 @@ class Evaluations:
 
     def _begin(self, run: PreparedRun, wanted: Eval) -> None:
         self._last_round = run.replica.round
+        folder = self._folder / f"{PREFIX}{self._last_round}"
         try:
-            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=self._folder))
+            folder.mkdir()
             write = self._prepare(run, wanted, folder)
-        except OSError as e:
-            self._outcomes.put(Outcome(self._last_round, {}, f"no room for the weights: {e.strerror}", 0.0))
+        # The disk, the memory of a copy, the coordinator that is asked for the tokenizer.
+        except (OSError, RuntimeError, ThinwireError) as e:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._outcomes.put(Outcome(self._last_round, {}, f"the weights cannot be had: {e}", 0.0))
             self._collect(run)
             return
         self._thread = threading.Thread(
@@ -129,6 +133,7 @@ class Evaluations:
 
     def _prepare(self, run: PreparedRun, wanted: Eval, folder: Path) -> Callable[[], None]:
         """Copies what training would change; the rest, which takes longer, is in what it returns."""
+        from ...optim.parts.ranks import is_sharded
         from ..tasks.base import Pretrained
 
         body, replica = run.genesis, run.replica
@@ -148,9 +153,9 @@ class Evaluations:
             import_path=self._import_path,
             has_tokens=has_tokens,
         )
-        if replica.strategy.ranks.count > 1:  # together with the other ranks, so now
+        tensors: dict[str, Tensor] | None = None
+        if any(is_sharded(p) for p in replica.model.parameters()):  # together with other ranks, so now
             replica.save_weights(folder / WEIGHTS)
-            tensors = None
         else:
             tensors = {name: t.clone() for name, t in replica.weights().items()}
 
@@ -171,7 +176,7 @@ class Evaluations:
             self._thread = None
         while not self._outcomes.empty():
             outcome = self._outcomes.get()
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in outcome.figures.items())
+            shown = ", ".join(f"{name} {value:.6g}" for name, value in outcome.figures.items())
             if outcome.failed is None:
                 log.info("round %d: evaluation after %.0f s: %s", outcome.round, outcome.seconds, shown)
             else:
@@ -200,8 +205,8 @@ class Evaluations:
                 figures = read_result(folder)
         except BadResult as e:
             failed = str(e)
-        except OSError as e:
-            failed = f"its files cannot be written: {e.strerror}"
+        except Exception as e:  # noqa: BLE001 - whatever it was, the node trains on, and counts it
+            failed = f"{type(e).__name__}: {e}"
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         self._outcomes.put(Outcome(round_, figures, failed, time.monotonic() - began_s))

@@ -47,10 +47,6 @@ def hangs(folder):
 def strange(folder):
     return {"loss": float("nan")}
 
-def files(folder):
-    names = ("adapter_model.safetensors", "tokenizer.json", "thinwire.json")
-    return {name: (folder / name).stat().st_size > 0 for name in names}
-
 def dies(folder):
     os.kill(os.getpid(), 9)
 """
@@ -152,44 +148,39 @@ def test_one_that_fails_costs_nothing(
     assert [p.name for p in trained.folder.iterdir()] == ["track.jsonl"]
 
 
-def test_a_model_of_transformers(module: Callable[[str], str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("function", ["my_scores:score", LM_EVAL])
+def test_a_model_of_transformers(tmp_path: Path, function: str) -> None:
     """An evaluation gets what export writes: adapters beside a tokenizer; lm-eval a whole model."""
     pytest.importorskip("datasets", reason="the hf task is an extra")
     pytest.importorskip("peft", reason="the hf task is an extra")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    save_tiny_llama(tmp_path / "model")
-    task = {"name": "hf", "model": str(tmp_path / "model"), "context": 16, "batch": 2, "held_out": 4}
-    plain = config_of(
-        SPSA, rounds=1, verify_every=1, snapshot_every=1, min_peers=1, eval_every=9
-    ).model_dump()
-    asked = {"function": module("files"), "every": 100}
+    folder, model = tmp_path / "job", tmp_path / "model"
+    save_tiny_llama(model)
     lora = {"r": 2, "alpha": 4.0}
-    run = RunConfig.model_validate({**plain, "task": {**task, "lora": lora}, "eval": asked})
-    evaluations = Evaluations(module("files"), tmp_path, Tracks(NodeMetrics()), NodeMetrics(), None)
-    with swarm_of(tmp_path / "swarm", run) as swarm:
-        runner = Runner(swarm.link("one"), evaluations=evaluations)
+    task = {"name": "hf", "model": str(model), "context": 16, "batch": 2, "held_out": 4, "lora": lora}
+    plain = config_of(SPSA, rounds=1, verify_every=1, snapshot_every=1, min_peers=1).model_dump()
+    with swarm_of(tmp_path / "swarm", RunConfig.model_validate({**plain, "task": task})) as swarm:
+        runner = Runner(swarm.link("one"))
         runner.run()
-        evaluations.finish(runner.prepared, lambda: False)
-        status = swarm.call(lambda service, now_s: service.status(now_s))
         held_out = runner.genesis.held_out
         assert held_out is not None
         tokens = runner.link.fetch(held_out.digest, held_out.n_bytes)
-    evaluations.close()
-    ((round_, figures),) = status["evaluations"]
-    assert round_ == 1, "the last one"
-    assert figures == {"adapter_model.safetensors": 1, "tokenizer.json": 1, "thinwire.json": 1}
-    folder = tmp_path / "job"
     (folder / "export").mkdir(parents=True)
     save_file(runner.replica.weights(), folder / "weights.safetensors")
     (folder / "held-out").write_bytes(tokens)
-    job = Job(runner.genesis.config, "00", 5, "00", LM_EVAL, ("x",), None, "cpu", None, has_tokens=True)
+    job = Job(runner.genesis.config, "00", 1, "00", function, (), None, "cpu", None, has_tokens=True)
     write_export(job, folder, folder / "export")
-    ids = AutoTokenizer.from_pretrained(folder / "export")("An assignment", return_tensors="pt")["input_ids"]
-    whole = AutoModelForCausalLM.from_pretrained(folder / "export")
-    with torch.no_grad():
-        wanted = runner.replica.model.eval()(input_ids=ids).logits
-        assert torch.allclose(whole(input_ids=ids).logits, wanted, atol=1e-4)
+    there = {path.name for path in (folder / "export").iterdir()}
+    assert {"tokenizer.json", "thinwire.json"} < there
+    assert ("adapter_model.safetensors" in there) == (function != LM_EVAL)
+    if function == LM_EVAL:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "export")
+        ids = tokenizer("An assignment", return_tensors="pt")["input_ids"]
+        whole = AutoModelForCausalLM.from_pretrained(folder / "export")
+        with torch.no_grad():
+            wanted = runner.replica.model.eval()(input_ids=ids).logits
+            assert torch.allclose(whole(input_ids=ids).logits, wanted, atol=1e-4)
 
 
 def test_a_node_that_leaves_ends_it(module: Callable[[str], str], tmp_path: Path) -> None:
@@ -204,6 +195,18 @@ def test_a_node_that_leaves_ends_it(module: Callable[[str], str], tmp_path: Path
     assert time.monotonic() < began_s + 8
     assert idle()
     assert not list(tmp_path.glob(".evaluation-*"))
+
+
+def test_weights_that_cannot_be_written_cost_nothing(module: Callable[[str], str], tmp_path: Path) -> None:
+    folder, metrics = tmp_path / "gone", NodeMetrics()
+    evaluations = Evaluations(module("score"), folder, Tracks(metrics), metrics, None)
+    with swarm_of(tmp_path / "swarm", config(module("score"))) as swarm:
+        runner = Runner(swarm.link("one"), evaluations=evaluations)
+        assert runner.run().counted == 5
+        status = swarm.call(lambda service, now_s: service.status(now_s))
+    evaluations.close()
+    assert status["failed_evaluations"] == 2
+    assert status["last_failed_evaluation"][1].startswith("the weights cannot be had: [Errno 2] No such file")
 
 
 def test_only_what_the_nodes_user_names_is_called(module: Callable[[str], str], tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""`thinwire plan`: what is measured is what a swarm does; what is computed from it; refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.local_nodes import DECOUPLED, config_of, train
+from thinwire.compression.errors import ConfigError
+from thinwire.node.cli.main import main
+from thinwire.node.planning.command import chosen, link_rate, told
+from thinwire.node.planning.estimate import Span, estimate
+from thinwire.node.planning.measuring import MIN_ROUNDS, Measured, measure
+
+SPSA = {"name": "spsa", "lr": 1e-3, "eps": 1e-3, "probes": 6}
+MEASURED = Measured(
+    strategy="decoupled",
+    n_parameters=1_000_000,
+    n_batches=2,
+    most_batches=4,
+    tokens_per_batch=100,
+    compute_s=(1.0, 1.2, 1.4),
+    pack_s=(0.1, 0.1, 0.3),
+    apply_s=(0.2, 0.2, 0.2),
+    payload_bytes=(9600, 9600, 9600),
+    full_bytes=9600,
+    memory_bytes=2 * 10**9,
+    libraries_bytes=10**9,
+    device_bytes=0,
+)
+
+
+def test_payloads_and_batches_are_those_of_a_swarm(tmp_path: Path) -> None:
+    for i, strategy in enumerate((DECOUPLED, SPSA)):
+        config = config_of(strategy, rounds=2, verify_every=1, snapshot_every=2, min_peers=2)
+        found = measure(config.model_dump(), 2, 0.05, "cpu", None)
+        results, _, _ = train(tmp_path / str(i), config, 2)
+        assert found.full_bytes * 2 == results[0].payload_bytes, "two rounds"
+        assert len(found.compute_s) == len(found.apply_s) >= MIN_ROUNDS
+        assert found.most_batches == (6 if strategy is SPSA else 1)
+        assert found.tokens_per_batch == 4 * 16
+        assert found.memory_bytes >= found.libraries_bytes > 10**7
+        assert Measured.from_json(found.to_json()) == found
+
+
+def test_a_round_is_the_sum_of_its_phases() -> None:
+    found = estimate(MEASURED, 5, link_bytes_per_s=100_000, rtt_s=0.1, round_s=0, memory_bytes=10**10)
+    others = 4 * 9600 + 5 * 400
+    assert (found.sent_bytes, found.received_bytes) == (9600 + others, others)
+    assert found.exchange_s == pytest.approx((9600 + others) / 100_000 + 0.3)
+    assert found.batches == 4
+    assert found.compute_s == Span(pytest.approx(2.4), pytest.approx(2.0), pytest.approx(2.8))
+    assert found.round_s.least == pytest.approx(2.0 + 0.1 + 0.2 + found.exchange_s)
+    assert found.round_s.most == pytest.approx(2.8 + 0.3 + 0.2 + found.exchange_s)
+    assert found.round_s.median == pytest.approx(2.4 + 0.1 + 0.2 + found.exchange_s)
+    assert found.tokens_per_s == pytest.approx(5 * 400 / found.round_s.median)
+    assert found.ddp_bytes == pytest.approx(2 * 4 / 5 * 4 * 10**6)
+    assert found.fits
+
+
+def test_what_does_not_fit_says_why() -> None:
+    slow = estimate(MEASURED, 5, link_bytes_per_s=1000, rtt_s=0.0, round_s=0, memory_bytes=10**10)
+    assert slow.verdict.startswith("waits for the link 9")
+    assert not slow.fits
+    large = estimate(MEASURED, 5, link_bytes_per_s=10**9, rtt_s=0.0, round_s=0, memory_bytes=10**9)
+    assert "memory" in large.verdict
+    timed = estimate(MEASURED, 5, link_bytes_per_s=10**9, rtt_s=0.0, round_s=2.0, memory_bytes=10**10)
+    assert timed.batches == 2, "as many as the run's round_s leaves time for"
+
+
+def test_the_runs_options_and_those_for_small_models() -> None:
+    config = config_of({"name": "diloco", "lr": 1e-4, "inner_steps": 5, "max_seconds": 9.0})
+    found = chosen(config, None)
+    assert [options["name"] for options in found] == ["diloco", "decoupled", "spsa"]
+    assert (found[0]["lr"], found[0]["max_seconds"]) == (1e-4, 0.0)
+    assert found[1]["beta"] == 0.95
+    assert [options["name"] for options in chosen(config, "spsa")] == ["spsa"]
+    with pytest.raises(ConfigError, match="did you mean 'spsa'"):
+        chosen(config, "spsb")
+
+
+def test_the_table_has_a_column_for_each() -> None:
+    one = estimate(MEASURED, 5, link_bytes_per_s=100_000, rtt_s=0.1, round_s=0, memory_bytes=10**10)
+    lines = told([one], {"spsa": "no"}, 5, 100_000, config_of(DECOUPLED)).splitlines()
+    assert lines[0] == "run: 5 nodes like this machine, each with a link of 100.0 kB/s."
+    assert "computing           2.4 s [2 s, 2.8 s]" in lines
+    assert "spsa cannot train this: no" in lines
+    assert all(len(line) <= 110 for line in lines)
+
+
+def test_rates() -> None:
+    assert link_rate("10Mbit") == link_rate("10Mbit/s") == 1_250_000
+    with pytest.raises(ConfigError, match=r"^--link fast: write it as"):
+        link_rate("fast")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(
+        "[run]\nname = 'small'\n[task]\nlayers = 1\nwidth = 16\nheads = 2\ncontext = 16\nbatch = 2\n"
+        "[strategy]\nname = 'spsa'\nlr = 1e-3\nprobes = 2\n"
+    )
+    args = [
+        "plan",
+        str(path),
+        "--peers",
+        "3",
+        "--link",
+        "1Gbit",
+        "--strategies",
+        "spsa",
+        "--seconds",
+        "0.1",
+        "--rtt-ms",
+        "0",
+    ]
+    assert main([*args, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["run"], found["peers"], found["link_bytes_per_s"]) == ("small", 3, 125_000_000)
+    (spsa,) = found["strategies"]
+    assert (spsa["strategy"], spsa["batches"], spsa["fits"]) == ("spsa", 2, True)
+    assert spsa["compute_s"]["least"] <= spsa["compute_s"]["median"] <= spsa["compute_s"]["most"]
+    for more, message in (
+        (("--peers", "1"), "--peers 1: between 2 and 256"),
+        (("--link", "fast"), "--link fast"),
+        (("--set", "task.heads=3"), "not a multiple of task.heads"),
+        (("--seconds", "0"), "--seconds: above 0"),
+    ):
+        assert main([*args, *more]) == 2
+        assert message in capsys.readouterr().err
