@@ -214,7 +214,7 @@ def test_a_small_run_from_the_ticket_to_the_weights(thinwire: Start, run_file: P
         assert "Traceback" not in program.stderr()
     assert results[0]["fingerprint"] == results[1]["fingerprint"]
     assert (tmp_path / "end.safetensors").stat().st_size > 10_000
-    end = json.loads((tmp_path / "small-coordinator" / "result.json").read_text())
+    end = json.loads((tmp_path / "home" / "thinwire" / "small-coordinator" / "result.json").read_text())
     assert end["state"] == "finished"
     assert {p["fingerprint"] for p in end["peers"]} == {results[0]["fingerprint"]}
 
