@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from ...compression.errors import ConfigError
+from ..system.command_name import as_typed
 
 
 def print_version() -> None:
@@ -84,7 +85,7 @@ class Init:
             draft = asked(None, given, _ask)
         else:
             raise ConfigError(f"nobody to ask: name a --kind, one of {', '.join(KINDS)}")
-        print(init(self.file, draft, force=self.force), file=sys.stderr)  # noqa: T201 - what the user does next
+        print(as_typed(init(self.file, draft, force=self.force)), file=sys.stderr)  # noqa: T201 - what the user does next
         return 0
 
 

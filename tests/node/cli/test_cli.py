@@ -230,7 +230,7 @@ def test_ctrl_c_leaves_cleanly_and_a_killed_process_leaves_nothing(thinwire: Sta
     last = node.stderr().rstrip().splitlines()[-1]
     assert "left the run; the replica after round " in last
     assert "The same thinwire join command (--state " in last
-    coordinator.wait_for("is gone: said so")
+    coordinator.wait_for("is gone: it has left")
     before = {p.pid for p in psutil.process_iter()}
     late = thinwire("join", ticket, "--threads", "1")
     late.wait_for("from this node's disk")  # it goes on where it was, with the same command
