@@ -310,6 +310,6 @@ def _told(round_: int, head: int, progress: Progress) -> str:
             f"{human_seconds(left_s)} left"
         )
     return (
-        f"snapshot after round {round_} ({counted(head - round_, 'round')} behind): {human_bytes(progress.n_bytes)} of "
-        f"{human_bytes(progress.total_bytes)}, {rate}"
+        f"snapshot after round {round_} ({counted(head - round_, 'round')} behind): "
+        f"{human_bytes(progress.n_bytes)} of {human_bytes(progress.total_bytes)}, {rate}"
     )

@@ -28,9 +28,9 @@ def lasted(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
-    return (
-        f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-    )
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 class RoundLines:
@@ -41,7 +41,7 @@ class RoundLines:
         self._n_told = self._n_quiet = 0
 
     def due(self, now_s: float, is_last: bool = False) -> int | None:
-        """Call it for each round. How many had no line before this one, which gets one; None: it gets none."""
+        """Call it for each round. None: it gets no line; else how many before it had none."""
         if self._n_told >= FIRST_ROUNDS and now_s - self._told_s < TELL_EVERY_S and not is_last:
             self._n_quiet += 1
             return None

@@ -6,12 +6,8 @@ from thinwire.coordinator.protocol.figures import FIRST_ROUNDS, RoundLines, coun
 
 
 def test_one_of_a_kind_is_no_plural() -> None:
-    assert [counted(n, "offer") for n in (0, 1, 2, 1200)] == [
-        "0 offers",
-        "1 offer",
-        "2 offers",
-        "1,200 offers",
-    ]
+    told = [counted(n, "offer") for n in (0, 1, 2, 1200)]
+    assert told == ["0 offers", "1 offer", "2 offers", "1,200 offers"]
 
 
 def test_times_are_told_as_finely_as_they_matter() -> None:

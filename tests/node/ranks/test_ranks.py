@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
 from thinwire.compression.base import Part
 from thinwire.compression.errors import ConfigError, ReplicaDiverged
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
