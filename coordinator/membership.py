@@ -169,7 +169,7 @@ class Membership:
     def _said(self, peer: int, state: NodeState, now_s: float, actions: list[Became]) -> None:
         known = self._peers[peer]
         known.seen_s, known.said, known.grace_until_s = now_s, state, None
-        self._become(peer, _STATE_OF[state], "said so", actions, "said_so")
+        self._become(peer, _STATE_OF[state], _SAID[state], actions, "said_so")
 
     def _seen(self, peer: int, now_s: float, actions: list[Became]) -> None:
         known = self._peers[peer]
@@ -198,6 +198,12 @@ class Membership:
             known.state = state
             actions.append(Became(peer, state, reason, cause if state is PeerState.GONE else None))
 
+
+_SAID = {
+    NodeState.JOINING: "it is catching up",
+    NodeState.TRAINING: "it has caught up",
+    NodeState.LEAVING: "it has left",
+}
 
 _STATE_OF = {
     NodeState.JOINING: PeerState.JOINING,

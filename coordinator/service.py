@@ -31,6 +31,7 @@ from .observe.peer_names import PeerNames
 from .observe.run_view import RunView
 from .open_round import OpenOffers, OpenRound
 from .peers import Peers
+from .protocol.figures import RoundLines, counted
 from .protocol.messages import (
     BadMessage,
     Change,
@@ -102,6 +103,7 @@ class Service:
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._counters = Counters()
+        self._round_lines = RoundLines()
         self._parts = self._recalled(now_s, history)
 
     def _recalled(self, now_s: float, history: bytes | None) -> _Parts:
@@ -413,6 +415,13 @@ class Service:
             changes=changes,
         )
 
+    def _tell(self, closed: RoundClosed, now_s: float) -> None:
+        n_quiet = self._round_lines.due(now_s, self._parts.rounds.is_over)
+        if n_quiet is not None:
+            since = f" ({n_quiet + 1} since the last line)" if n_quiet else ""
+            offers = counted(len(closed.peers), "offer")
+            log.info("round %d: %s, %.2f s%s", closed.round, offers, closed.duration_s, since)
+
     def _committed(self, commit: Commit, closed: RoundClosed | None, now_s: float) -> None:
         """The record is on the disk: everybody may see it. `closed`: None, if it only brings changes."""
         parts = self._parts
@@ -420,7 +429,7 @@ class Service:
         if closed is not None:
             self._counters.round_closed(closed.why, closed.duration_s)
             parts.notices.missed(closed.missing, parts.derived.statistics)
-            log.info("round %d: %d offers, %.2f s", closed.round, len(closed.peers), closed.duration_s)
+            self._tell(closed, now_s)
         parts.open_round.offers.clear()
         self._admission.new_round()
         parts.over_s, parts.finished = (now_s if parts.rounds.is_over else None), False

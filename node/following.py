@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Generator, Iterator
 from enum import Enum
 
 from ..compression.errors import ReplicaDiverged, SwarmUnreachable
-from ..coordinator.protocol.figures import mean_loss
+from ..coordinator.protocol.figures import RoundLines, counted, mean_loss
 from ..coordinator.protocol.messages import Commit, NodeState, OfferEntry
 from ..coordinator.protocol.settings import Course
 from .batches import batches
@@ -70,6 +70,7 @@ class LedgerFollower:
         self._on_proposing = on_proposing
         self._proposer = Proposer(run, observer, clock, stopped)
         self._reporter = Reporter(run, healer, observer)
+        self._round_lines = RoundLines()
         self._stage = Stage.CATCHING_UP
         self._catching_up = CatchingUp(run.replica.round)
         self._pace = Pace()
@@ -237,17 +238,22 @@ class LedgerFollower:
             log.info("the run changes after round %d: %s", body.round, told)
         if not body.offers:
             return
+        n_rounds = self._replica.course.n_rounds
         if applied.is_training:
             self._pace.ended(body.round, applied.came_s)
-        loss, left_s = mean_loss(body), self._pace.left_s(self._replica.course.n_rounds)
+        n_quiet = self._round_lines.due(self._clock(), body.round >= n_rounds)
+        if n_quiet is None:
+            return
+        loss, left_s = mean_loss(body), self._pace.left_s(n_rounds)
         log.info(
-            "round %d/%d: %d offers, loss %s%s%s",
+            "round %d/%d: %s, loss %s%s%s%s",
             body.round,
-            self._replica.course.n_rounds,
-            len(body.offers),
+            n_rounds,
+            counted(len(body.offers), "offer"),
             "-" if loss is None else f"{loss:.4f}",
             ", ours came too late" if applied.own == "missed" else "",
             "" if left_s is None else f", about {human_seconds(left_s)} left",
+            f" ({n_quiet + 1} rounds since the last line)" if n_quiet else "",
         )
 
     # -------------------------------------------------------------------------------- when replicas differ

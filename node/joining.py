@@ -14,6 +14,7 @@ from typing import Literal
 
 from ..compression.errors import ReplicaDiverged, SwarmUnreachable, ThinwireError
 from ..coordinator.protocol.attested import Attested
+from ..coordinator.protocol.figures import counted
 from ..coordinator.protocol.messages import BlobRef, Commit, NodeState
 from .history import History
 from .links.base import Link
@@ -301,9 +302,14 @@ class Joiner:
 
 
 def _told(round_: int, head: int, progress: Progress) -> str:
-    left_s = (progress.total_bytes - progress.n_bytes) / max(progress.rate_bytes_per_s, 1.0)
+    rate = f"nothing comes from {counted(len(progress.holders), 'peer')} now"
+    if progress.rate_bytes_per_s >= 1:
+        left_s = (progress.total_bytes - progress.n_bytes) / progress.rate_bytes_per_s
+        rate = (
+            f"{human_bytes(progress.rate_bytes_per_s)}/s from {counted(len(progress.holders), 'peer')}, "
+            f"{human_seconds(left_s)} left"
+        )
     return (
-        f"snapshot after round {round_} ({head - round_} rounds behind): {human_bytes(progress.n_bytes)} of "
-        f"{human_bytes(progress.total_bytes)}, {human_bytes(progress.rate_bytes_per_s)}/s from "
-        f"{len(progress.holders)} peers, {human_seconds(left_s)} left"
+        f"snapshot after round {round_} ({counted(head - round_, 'round')} behind): "
+        f"{human_bytes(progress.n_bytes)} of {human_bytes(progress.total_bytes)}, {rate}"
     )

@@ -167,13 +167,14 @@ Start = Callable[..., Program]
 
 
 @pytest.fixture
-def thinwire(tmp_path: Path) -> Iterator[Start]:
+def thinwire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Starts `thinwire ARGS` as a process. At the end all are killed, and none of their children may be left.
 
     `before`: a command in front of it (a network namespace), `line`: given to its standard input.
     Coordinators end with their runs, unless `--linger` says otherwise.
     """
     started: list[Program] = []
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))  # runs of one name in several tests
 
     def start(*args: str, before: Sequence[str] = (), line: str | None = None) -> Program:
         if args[:1] == ("coordinator",) and "--linger" not in args:

@@ -8,6 +8,7 @@ from typing import Final
 
 from ..announcer import Announcer
 from ..membership import Became, Membership, PeerState
+from ..protocol.figures import counted, lasted
 from ..protocol.messages import Notice
 from ..rounds import Rounds
 from .page_history import HappeningKind, PageHistory
@@ -116,17 +117,17 @@ def awaited(
         return f"the run is paused after round {rounds.head}; it goes on with: {RESUME}"
     if rounds.opened_s is None:
         n = len(rounds.training)
-        return f"waiting for {min_peers - n} more peers: {n} of {min_peers} are training"
+        return f"waiting for {counted(min_peers - n, 'more peer')}: {n} of {min_peers} are training"
     since_s = now_s - rounds.opened_s
     if since_s < 2 * usual_s:
         return None
     missing = rounds.missing()
     if not missing:
-        return f"round {rounds.round}: waiting for anybody's offer since {since_s:.0f} s"
+        return f"round {rounds.round}: waiting for anybody's offer for {lasted(since_s)}"
     names = ", ".join(map(name, missing[:NAMED_PEERS]))
     names += ", ..." if len(missing) > NAMED_PEERS else ""
-    of = f"{len(missing)} of {len(rounds.expected)} peers ({names})"
-    return f"round {rounds.round}: waiting for {of} since {since_s:.0f} s"
+    of = f"{len(missing)} of {counted(len(rounds.expected), 'peer')} ({names})"
+    return f"round {rounds.round}: waiting for {of} for {lasted(since_s)}"
 
 
 def _kind(became: Became) -> HappeningKind | None:

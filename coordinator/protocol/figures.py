@@ -1,4 +1,4 @@
-"""Figures that nodes and the coordinator compute alike, or tell each other."""
+"""Figures that nodes and the coordinator compute alike or tell each other, and how both tell them to people."""
 
 from __future__ import annotations
 
@@ -13,6 +13,45 @@ MAX_LOSS = 1e9
 MAX_HEADER_BYTES: Final = 2**16
 BYTES_PER_TOKEN: Final = "bytes_per_token"
 """Among the notes of a run's held-out data, a safetensors file, where text became tokens."""
+
+FIRST_ROUNDS: Final = 20
+"""Each of them has a line of its own in the log."""
+
+TELL_EVERY_S: Final = 10.0
+
+
+def counted(n: int, what: str) -> str:
+    """1, "peer" -> "1 peer"; 2, "peer" -> "2 peers"."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+def lasted(seconds: float) -> str:
+    """75.3 -> '1 min 15 s', 0.4 -> '0.4 s'."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class RoundLines:
+    """Which rounds get a line in a log: the first ones and slow ones all, of quick ones one every 10 s."""
+
+    def __init__(self) -> None:
+        self._told_s = -math.inf
+        self._n_told = self._n_quiet = 0
+
+    def due(self, now_s: float, is_last: bool = False) -> int | None:
+        """Call it for each round. None: it gets no line; else how many before it had none."""
+        if self._n_told >= FIRST_ROUNDS and now_s - self._told_s < TELL_EVERY_S and not is_last:
+            self._n_quiet += 1
+            return None
+        n, self._n_quiet, self._told_s = self._n_quiet, 0, now_s
+        self._n_told += 1
+        return n
 
 
 def ddp_bytes(n_peers: float, n_params: int) -> float:

@@ -21,6 +21,7 @@ from ...coordinator.state import StateDir
 from ...optim.registry import check_changes
 from ..config import RunConfig, load_config, parse_config
 from ..genesis import make_genesis, public_config
+from ..system.folder import folder_of_run
 from ..system.places import refuse_address, refuse_file, refuse_folder, refuse_http
 from ..tasks.base import Task
 from ..tasks.registry import make_task
@@ -57,11 +58,11 @@ def coordinate(
     """
     config = load_config(run_file, overrides)
     refuse_file("--ticket-file", ticket_file)
-    refuse_folder("--state", state)
     refuse_address(host, port, announce)
     refuse_http(http)
+    folder = state or folder_of_run(config.run.name, "coordinator")
+    refuse_folder("--state", folder)
     task = make_task(config.task, import_path, None)
-    folder = state or Path(f"{config.run.name}-coordinator")
     with StateDir(folder) as state_dir:
         if rotate_token:
             state_dir.rotate_token()

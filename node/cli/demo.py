@@ -16,6 +16,7 @@ from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.addresses import HttpAddress
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ..doctor.compiling import compile_kernels
+from ..system.command_name import as_typed
 from ..system.output import make_console
 from ..system.processes import Child, Children
 from ..units import bytes_beside_ddp, human_loss
@@ -275,7 +276,7 @@ def _sum_up(console: Console, plan: DemoPlan, result: Mapping[str, Any]) -> None
         "  thinwire join TICKET                              and this joins it, on any machine",
     ]
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(as_typed(line), highlight=False, soft_wrap=True)
 
 
 def _toml(sections: Mapping[str, Mapping[str, Any]]) -> str:

@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ...compression.errors import ConfigError
+from ..system.command_name import as_typed
 from ..system.stopping import stop_on_signals
 from .arguments import overrides_of
 
@@ -86,7 +87,7 @@ class Init:
             draft = asked(None, given, _ask)
         else:
             raise ConfigError(f"nobody to ask: name a --kind, one of {', '.join(KINDS)}")
-        print(init(self.file, draft, force=self.force), file=sys.stderr)  # noqa: T201 - what the user does next
+        print(as_typed(init(self.file, draft, force=self.force)), file=sys.stderr)  # noqa: T201 - what the user does next
         return 0
 
 

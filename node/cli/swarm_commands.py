@@ -74,7 +74,8 @@ class Coordinator:
 
     run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
     state: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Where ledger, key, token and payloads are kept. Default: ./NAME-coordinator"""
+    """Where ledger, key, token and payloads are kept. Default:
+    ~/.local/state/thinwire/NAME-coordinator"""
     host: str = "0.0.0.0"
     port: int = 0
     """TCP port; 0 picks a free one at the first start and keeps it."""
@@ -246,7 +247,8 @@ class Ray:
     """auto, HOST:PORT, or local for a cluster of this command's own. Default: $RAY_ADDRESS, else auto, else
     local."""
     state: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Where the coordinator keeps the ledger, on this machine. Default: ./NAME-ray"""
+    """Where the coordinator keeps the ledger, on this machine. Default:
+    ~/.local/state/thinwire/NAME-ray"""
     node_state: Annotated[Path | None, arg(metavar="DIR")] = None
     """Where peers keep snapshots, on their machines; a shared folder where machines come and go. Default:
     ~/.local/state/thinwire/ray"""

@@ -21,7 +21,16 @@ from ..units import human_bytes
 from .findings import Finding, Stopped, failed, ok, skipped, warning
 from .known_answers import KNOWN_ANSWERS
 from .machine import available_bytes
-from .self_test import KERNELS, Backend, accelerators, backends, failed_kernels, runs_on
+from .self_test import (
+    KERNELS,
+    NUMBA_CACHE_HINT,
+    Backend,
+    accelerators,
+    backends,
+    failed_kernels,
+    no_cache,
+    runs_on,
+)
 
 REPEAT_S = 1.0
 """The self-test of the kernels in use is repeated for this long: memory that fails now and then shows so."""
@@ -202,6 +211,9 @@ def _repeated(passed: Sequence[Backend], stopped: Stopped) -> Finding:
 
 
 def _self_test(backend: Backend, in_use: bool, stopped: Stopped) -> Finding:
+    if backend.kernels == "numba" and (why := no_cache()) is not None:
+        say = failed if in_use else warning
+        return say(f"self-test {backend}", f"not run: {why}", NUMBA_CACHE_HINT, failed=[], in_use=in_use)
     begun_s = time.perf_counter()
     wrong = failed_kernels(backend.device, backend.kernels, stopped=stopped)
     took_s = time.perf_counter() - begun_s

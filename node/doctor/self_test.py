@@ -10,7 +10,8 @@ from importlib.util import find_spec
 
 import torch
 
-from ...compression.errors import Incompatible
+from ...compression.errors import ConfigError, Incompatible
+from ...compression.kernels import kernels_on
 from .known_answers import KNOWN_ANSWERS
 
 KERNELS = "THINWIRE_KERNELS"
@@ -74,13 +75,38 @@ def runs_on(name: str, device: torch.device) -> bool:
 
 
 def refuse_wrong_arithmetic(device: torch.device) -> None:
-    """Raises Incompatible, with what failed, on a machine whose replica would not stay the others'."""
+    """Raises Incompatible, with what failed, on a machine whose replica would not stay the others', and
+    ConfigError where its kernels cannot even be loaded."""
+    try:
+        uses_numba = kernels_on(device) == "numba"
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+    if uses_numba and (why := no_cache()) is not None:
+        raise ConfigError(f"{why}: set {NUMBA_CACHE_HINT}")
     # A node that starts does not wait for what takes a second; `thinwire doctor` does.
     failed = failed_kernels(
         device, names=[name for name, known in KNOWN_ANSWERS.items() if not known.is_slow]
     )
     if failed:
         raise Incompatible(wrong_arithmetic(failed))
+
+
+NUMBA_CACHE_HINT = (
+    f"NUMBA_CACHE_DIR=DIR to a folder that can be written, or {KERNELS}=torch (some ten times slower)"
+)
+
+
+def no_cache() -> str | None:
+    """Why numba's kernels cannot be loaded, or None: an installation that is read-only, of a user without a
+    cache folder (no HOME), has nowhere to keep what it compiles. Nothing is computed wrongly there."""
+    try:
+        from ...compression.cpu import fingerprint_cpu  # noqa: F401 - loads as all kernels do
+    except ImportError:
+        return None
+    except RuntimeError as e:  # numba's word for it
+        said = str(e).splitlines()[0] if str(e) else "no reason given"
+        return f"numba finds no folder to keep compiled kernels in ({said})"
+    return None
 
 
 def wrong_arithmetic(failed: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from ...compression.errors import Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
+from ...coordinator.protocol.figures import lasted
 from ...coordinator.protocol.identity import is_signed_by
 from ...coordinator.protocol.messages import (
     PROTOCOL_VERSION,
@@ -330,11 +331,11 @@ class CoordinatorSession:
                     f"the run is over after round {over_after}, and its coordinator does not answer: {why}"
                 )
             if away_s > self._patience_s:
-                raise SwarmUnreachable(f"the coordinator does not answer since {away_s:.0f} s: {why}")
+                raise SwarmUnreachable(f"the coordinator has not answered for {lasted(away_s)}: {why}")
             pause_s = self._retry_s * self._jitter.uniform(0.7, 1.3)
             self._handler.tell(
-                f"the coordinator does not answer since {away_s:.0f} s ({_one_line(why)}); "
-                f"trying again in {pause_s:.1f} s; training state is kept",
+                f"the coordinator does not answer{_for(away_s)} ({_one_line(why)}); "
+                f"trying again in {lasted(pause_s)}; training state is kept",
                 True,
             )
             await asyncio.sleep(pause_s)
@@ -413,4 +414,13 @@ def _checked(ticket: Ticket, answer: Message) -> Welcome:
 
 
 def _one_line(text: str) -> str:
-    return "; ".join(line.strip() for line in text.splitlines())
+    """A heading is followed by its list: "cannot reach it: A; B"."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {'; '.join(lines[1:])}"
+    return "; ".join(lines)
+
+
+def _for(seconds: float) -> str:
+    """How long it has lasted, once that is a time to speak of."""
+    return f" for {lasted(seconds)}" if seconds >= 1 else ""

@@ -25,6 +25,12 @@ WAIT_S: Final = 20.0
 
 KNOCK_S: Final = 10.0
 LOCAL_STORE_BYTES: Final = 2**30
+_LONGEST_TEMP_DIR: Final = (
+    107
+    - len("/thinwire-demo-12345678/ray")
+    - len("/session_2026-01-01_00-00-00_123456_4194304/sockets/plasma_store")
+)
+"""Characters: a Unix socket's path has at most 107."""
 _POLL_S: Final = 0.5
 _TELL_EVERY_S: Final = 5.0
 
@@ -139,7 +145,8 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[Any]:
         try:
             if wanted == "local" or not _has_joined(ray, wanted, options):
                 log.info("starting a Ray cluster on this machine, for this run")
-                own = stack.enter_context(Children())  # the folder goes with this process, however it ends
+                # The folder goes with this process, however it ends.
+                own = stack.enter_context(Children(_LONGEST_TEMP_DIR))
                 ray.init(
                     address="local",
                     include_dashboard=False,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ...compression.errors import ConfigError, SwarmUnreachable, ThinwireError, named_error
+from ..system.folder import folder_of_run
 from .cluster import PeerGroup, connected, find_room, give_back, group_of, is_placed
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def train(
     """Trains until the last round of the run, or until `stopped`. Nothing is left in the cluster.
 
     `run`: a run file, or what it would say. `peers`: groups of different kinds, instead of `num_peers` of the
-    same one. `state`: the coordinator's folder, on this machine (or shared with it); default: ./NAME-ray.
+    same one. `state`: the coordinator's folder, on this machine (or shared with it); default: NAME-ray
+    in the user's state directory.
     `node_state`: the peers' folder on their machines; where machines come and go, a shared one. `output`:
     where the weights go; default: `state`/weights. `task`: MODULE:FUNCTION of a custom task. `wait_s`: for
     room in a cluster that grows by itself. `restarts`: how often a peer's actor is started again; -1: always.
@@ -88,7 +90,7 @@ def train(
         group_of(num_peers, gpus_per_peer, cpus_per_peer, ranks_per_peer, accelerator_type),
     )
     config = _config(run, overrides)
-    folder = Path(state or f"{config.run.name}-ray").absolute()
+    folder = Path(state or folder_of_run(config.run.name, "ray")).absolute()
     _refuse(config, sum(group.count for group in groups))
     node_folder = None if node_state is None else str(Path(node_state).absolute())
     with connected(address, verbose=verbose), _room(groups, config, wait_s, stopped) as placements:

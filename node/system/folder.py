@@ -1,13 +1,18 @@
-"""Where a node keeps what survives it: identity, its copy of the ledger, snapshots."""
+"""Where a node keeps what survives it: identity, its copy of the ledger, snapshots; and where a run's
+coordinator does."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from ...compression.errors import ConfigError
 from ...coordinator.protocol.files import FolderLock
+
+log = logging.getLogger("thinwire.cli")
 
 MAX_NODES = 64
 """Nodes of one user on one machine that find a folder by themselves."""
@@ -35,6 +40,18 @@ def default_folder(environ: Mapping[str, str]) -> Path:
     """$XDG_STATE_HOME/thinwire, or what stands for it."""
     home = environ.get("XDG_STATE_HOME")
     return (Path(home) if home else Path.home() / ".local" / "state") / "thinwire"
+
+
+def folder_of_run(
+    name: str, kind: Literal["coordinator", "ray"], environ: Mapping[str, str] = os.environ
+) -> Path:
+    """Where the coordinator of the run `name` keeps its state unless told: in the user's state directory, as
+    nodes do; or in NAME-KIND of the working directory, if an earlier thinwire has begun it there."""
+    here = Path(f"{name}-{kind}")
+    if (here / "ledger.db").exists():
+        log.info("going on in %s, where an earlier thinwire kept this run", here.absolute())
+        return here
+    return default_folder(environ) / f"{name.replace(os.sep, '-')}-{kind}"
 
 
 def _first_free(folder: Path) -> tuple[Path, FolderLock]:

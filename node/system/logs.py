@@ -5,11 +5,20 @@ from __future__ import annotations
 import logging
 import sys
 
+from .command_name import as_typed
+
+
+class _Hinting(logging.Formatter):
+    """Commands that a line names are those of this user."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return as_typed(super().format(record))
+
 
 def log_to_stderr(level: int, prefix: str = "") -> None:
     """What thinwire logs, for people to read."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_Hinting(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("thinwire")
     logger.handlers = [handler]
     logger.setLevel(level)

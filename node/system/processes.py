@@ -77,8 +77,15 @@ class Child:
 class Children:
     """Starts `thinwire` commands, ends all of them at the end of the `with`, and removes their `folder`."""
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="thinwire-demo-"))
+    def __init__(self, longest: int | None = None) -> None:
+        """`longest`: characters that the path of the temporary folder may have, for what makes Unix sockets
+        deep inside; a longer one is replaced by /tmp."""
+        root = tempfile.gettempdir()
+        self.folder = Path(
+            tempfile.mkdtemp(
+                prefix="thinwire-demo-", dir="/tmp" if longest is not None and len(root) > longest else None
+            )
+        )
         self._all: list[Child] = []
         self._watchdog = subprocess.Popen(
             ["/bin/sh", "-c", _KEEPER, "thinwire-demo", str(self.folder)],

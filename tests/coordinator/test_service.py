@@ -934,7 +934,7 @@ def test_what_is_waited_for_is_told(make_world: MakeWorld) -> None:
     world.sent.clear()
     world.wait(5.0, "a", "b", "c")
     texts = [m.text for m in world.messages(Notice, "a")]
-    assert texts == ["round 1: waiting for 2 of 3 peers (b, c) since 5 s"]
+    assert texts == ["round 1: waiting for 2 of 3 peers (b, c) for 5.0 s"]
 
 
 def test_heartbeats_are_shown(make_world: MakeWorld) -> None:

@@ -214,7 +214,7 @@ def test_a_small_run_from_the_ticket_to_the_weights(thinwire: Start, run_file: P
         assert "Traceback" not in program.stderr()
     assert results[0]["fingerprint"] == results[1]["fingerprint"]
     assert (tmp_path / "end.safetensors").stat().st_size > 10_000
-    end = json.loads((tmp_path / "small-coordinator" / "result.json").read_text())
+    end = json.loads((tmp_path / "home" / "thinwire" / "small-coordinator" / "result.json").read_text())
     assert end["state"] == "finished"
     assert {p["fingerprint"] for p in end["peers"]} == {results[0]["fingerprint"]}
 
@@ -230,7 +230,7 @@ def test_ctrl_c_leaves_cleanly_and_a_killed_process_leaves_nothing(thinwire: Sta
     last = node.stderr().rstrip().splitlines()[-1]
     assert "left the run; the replica after round " in last
     assert "The same thinwire join command (--state " in last
-    coordinator.wait_for("is gone: said so")
+    coordinator.wait_for("is gone: it has left")
     before = {p.pid for p in psutil.process_iter()}
     late = thinwire("join", ticket, "--threads", "1")
     late.wait_for("from this node's disk")  # it goes on where it was, with the same command

@@ -132,3 +132,31 @@ def test_a_machine_that_flushes_denormals_is_found() -> None:
     assert len(by_kernels) == 2
     for failed in by_kernels:
         assert {"denormal numbers", "weighted mean"} <= set(failed.split(", "))
+
+
+def test_kernels_that_can_be_kept_nowhere_are_no_wrong_arithmetic() -> None:
+    """An installation that is read-only, and no cache folder: in a process of its own, numba asks once."""
+    pytest.importorskip("numba", reason="the numba kernels are an extra")
+    program = (
+        "import torch\n"
+        "from thinwire.compression.errors import ConfigError\n"
+        "from thinwire.node.doctor.compute import _self_test\n"
+        "from thinwire.node.doctor.self_test import Backend, refuse_wrong_arithmetic\n"
+        "cpu = torch.device('cpu')\n"
+        "print(_self_test(Backend('numba', cpu), True, lambda: False))\n"
+        "try:\n"
+        "    refuse_wrong_arithmetic(cpu)\n"
+        "except ConfigError as e:\n"
+        "    print(e)\n"
+    )
+    nowhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "_UserProvidedCacheLocator", "THINWIRE_KERNELS": "auto"}
+    environ = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"} | nowhere
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environ
+    )
+    finding, refusal = done.stdout.strip().split("\n")
+    assert "failed" in finding
+    for said in (finding, refusal):
+        assert "numba finds no folder to keep compiled kernels in (" in said
+        assert "NUMBA_CACHE_DIR=DIR" in said
+        assert "something else" not in said

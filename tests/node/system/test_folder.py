@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from thinwire.compression.errors import ConfigError
-from thinwire.node.system.folder import NodeFolder
+from thinwire.node.system.folder import NodeFolder, folder_of_run
 
 
 def test_every_node_finds_a_folder_of_its_own_and_again(tmp_path: Path) -> None:
@@ -33,3 +33,19 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     for path, environ in ((tmp_path / "file" / "x", {}), (None, {"XDG_STATE_HOME": str(tmp_path / "file")})):
         with pytest.raises(ConfigError, match=str(tmp_path / "file")):
             NodeFolder(path, environ)
+
+
+def test_a_coordinators_folder_is_the_users_unless_an_earlier_one_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    environ = {"XDG_STATE_HOME": str(tmp_path / "home")}
+    default = tmp_path / "home" / "thinwire"
+    assert folder_of_run("gpt", "coordinator", environ) == default / "gpt-coordinator"
+    assert folder_of_run("../gpt", "ray", environ) == default / "..-gpt-ray"
+    (tmp_path / "gpt-coordinator").mkdir()
+    assert folder_of_run("gpt", "coordinator", environ) == default / "gpt-coordinator"
+    (tmp_path / "gpt-coordinator" / "ledger.db").touch()
+    with caplog.at_level("INFO"):
+        assert folder_of_run("gpt", "coordinator", environ) == Path("gpt-coordinator")
+    assert f"going on in {tmp_path / 'gpt-coordinator'}, where an earlier thinwire kept" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from thinwire.node.system.places import (
     refuse_folder,
     refuse_http,
 )
+from thinwire.node.system.processes import Children
 
 
 def test_a_file_needs_a_folder_in_which_one_may_write(tmp_path: Path) -> None:
@@ -136,3 +138,15 @@ def test_every_command_checks_before_it_starts(
 
 def assert_said(text: str, why: str) -> None:
     assert re.search(why, text), text
+
+
+def test_a_temporary_folder_is_short_enough_for_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ray's are, deep inside of it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with Children() as usual, Children(longest=16) as short:
+        assert usual.folder.parent == tmp_path
+        assert short.folder.parent == Path("/tmp")
+    assert not usual.folder.exists()
+    assert not short.folder.exists()
