@@ -43,6 +43,7 @@ class RunView:
             "rounds": self._derived.course.n_rounds,
             "state": run_state(self._rounds),
             "changes": self._derived.page_history.changes(),
+            "errors": self._derived.page_history.errors(),
             "held_out": [list(entry) for entry in self._ledger.held_out()],
             "evaluations": [list(entry) for entry in self._ledger.evaluations(SHOWN_EVALUATIONS)],
             "failed_evaluations": self._derived.reports.failed_evaluations,
