@@ -186,6 +186,8 @@ class Service:
             self._handle_member(SignOfLife(index), now_s)
         match message:
             case State():
+                if message.last_word:
+                    self._parts.notices.failed(index, message.last_word)
                 self._handle_member(self._parts.peers.said(index, message), now_s)
             case Offer():
                 self._parts.open_round.offered(index, message, now_s)

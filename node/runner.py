@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..coordinator.protocol.messages import GenesisBody, NodeState
+from ..coordinator.protocol.messages import MAX_TEXT, GenesisBody, NodeState
 from .config import RunConfig
 from .evaluation.supervising import Evaluations
 from .following import LedgerFollower
@@ -134,18 +134,34 @@ class Runner:
 
     def rounds(self) -> Iterator[Applied | None]:
         """The same round by round, see `LedgerFollower.follow`. Raises what `run` raises."""
-        run = self._prepared = self._prepare(self.link, self.link.open())
-        if self.evaluations is not None:
-            self.evaluations.check(run)
+        welcome = self.link.open()
+        try:
+            run = self._prepared = self._prepare(self.link, welcome)
+            if self.evaluations is not None:
+                self.evaluations.check(run)
+        except Exception as e:
+            self._leave(e)
+            raise
         self._on_prepared(self)
         statistics = RoundStatistics(run, self.metrics, self._tracks)
         with self._publisher(run) as publisher:
             try:
                 yield from self._follower(run, publisher, statistics).follow()
-            finally:
+            except BaseException as e:
                 statistics.ended(run.replica.round)
-                self.link.state(NodeState.LEAVING)
+                self._leave(e)
+                raise
+            statistics.ended(run.replica.round)
+            self._leave(None)
         self._result = statistics.result()
+
+    def _leave(self, error: BaseException | None) -> None:
+        """The coordinator hears of an error: without it, and with every node gone, nobody there would know
+        why."""
+        word = ""
+        if isinstance(error, Exception) and not self.stop.is_set():
+            word = f"{type(error).__name__}: {error}"[:MAX_TEXT]
+        self.link.state(NodeState.LEAVING, last_word=word)
 
     def request_stop(self) -> None:
         """Safe in a signal handler: leaves the swarm after what is being computed right now."""

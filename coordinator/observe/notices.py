@@ -9,9 +9,9 @@ from typing import Final
 from ..announcer import Announcer
 from ..membership import Became, Membership, PeerState
 from ..protocol.figures import counted, lasted
-from ..protocol.messages import Notice
+from ..protocol.messages import MAX_TEXT, Notice
 from ..rounds import Rounds
-from .page_history import HappeningKind, PageHistory
+from .page_history import HappeningKind, PageHistory, printable
 from .peer_names import PeerNames
 from .run_statistics import RunStatistics
 
@@ -25,6 +25,11 @@ RESUME: Final = "thinwire run STATE resume (STATE: the coordinator's folder)"
 
 TOLD_AFTER_MISSES: Final = 16
 """So many rounds in a row without an offer of its, and again after as many more: the peer is told."""
+
+TOLD_OF_ERROR: Final = 500
+"""Characters of the error that a node has left with."""
+
+TOLD_ON_PAGE: Final = 150
 
 NAMED_PEERS: Final = 8
 NAMED_ON_PAGE: Final = 4
@@ -47,6 +52,8 @@ class Notices:
     ) -> None:
         self._announcer, self._members, self._names = announcer, members, names
         self._page_history, self._wall_ms = page_history, wall_ms
+        self._last_word = ""
+        """The error that a node has left with, since one was training."""
         self.next_s = now_s + FIRST_NOTICE_S
         """When it is to be said again what is awaited, in monotonic seconds."""
 
@@ -72,14 +79,25 @@ class Notices:
         self.next_s = now_s + (PAUSED_NOTICE_EVERY_S if rounds.is_paused else NOTICE_EVERY_S)
         text = awaited(rounds, min_peers, usual_s or 0.0, self._names.short, now_s)
         if text is not None:
+            if self._last_word and not rounds.training:
+                text = f"{text}; nobody trains any more: {self._last_word}"
             log.info("%s", text)
-            self._announcer.send(Notice(text=text, warning=False), self._members.connected())
+            self._announcer.send(Notice(text=text[:MAX_TEXT], warning=False), self._members.connected())
 
     def became(self, became: Became) -> None:
         """A peer's state has changed."""
         log.info("%s is %s: %s", self._names.short(became.peer), became.state, became.reason)
+        if became.state is PeerState.TRAINING:
+            self._last_word = ""
         if (kind := _kind(became)) is not None:
             self._happened(kind, self._names.on_page(became.peer))
+
+    def failed(self, peer: int, last_word: str) -> None:
+        """A node leaves with an error."""
+        word = printable(" ".join(last_word.split()), TOLD_OF_ERROR)
+        self._last_word = f"{self._names.short(peer)} stopped with {word}"
+        log.error("%s", self._last_word)
+        self._happened("failed", f"{self._names.on_page(peer)}: {word[:TOLD_ON_PAGE]}")
 
     def differs(self, peer: int, round_: int, others: Iterable[int]) -> None:
         """A peer's fingerprint of a round is not that of `others`: everybody is told."""

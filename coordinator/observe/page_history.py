@@ -30,7 +30,7 @@ RECENT_ROUNDS: Final = 16
 TOGETHER_MS: Final = 60_000
 """The same thing again within this time is not told again, but counted."""
 
-HappeningKind = Literal["joined", "left", "lost", "differs", "rejected", "changed"]
+HappeningKind = Literal["joined", "left", "lost", "differs", "rejected", "changed", "failed"]
 _FORMAT: Final = 1
 _Work = tuple[int, int, int]
 """Peer, samples, tokens."""
@@ -150,6 +150,10 @@ class PageHistory:
                 self._rejected[reason] = n
 
     # ------------------------------------------------------------------------------------ what is shown
+
+    def errors(self) -> list[str]:
+        """With which nodes have left, the newest last."""
+        return [h.text for h in self.happenings if h.kind == "failed"]
 
     def changes(self) -> list[str]:
         """What records have changed of the run lately, in words, the newest one last."""

@@ -75,7 +75,7 @@ class RunStatistics:
         for offer in body.offers:
             self.payload_bytes += offer.n_bytes
             peer = self.peer(offer.peer)
-            peer.offers_counted += 1
+            peer.offers_counted += offer.loss is not None  # without one, all of its batches were dropped
             peer.missed_in_a_row = 0
             peer.loss = offer.loss
 

@@ -46,6 +46,7 @@ class RunView:
             "state": run_state(self._rounds),
             "left_s": left_s(self._rounds, self._derived.statistics),
             "changes": self._derived.page_history.changes(),
+            "errors": self._derived.page_history.errors(),
             "held_out": [list(entry) for entry in self._ledger.held_out()],
             "evaluations": [list(entry) for entry in self._ledger.evaluations(SHOWN_EVALUATIONS)],
             "failed_evaluations": self._derived.reports.failed_evaluations,

@@ -1,4 +1,4 @@
-"""Figures that nodes and the coordinator compute alike or tell each other, and how both tell them to people."""
+"""Figures that nodes and the coordinator compute alike or tell each other, and how people are told."""
 
 from __future__ import annotations
 

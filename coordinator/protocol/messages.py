@@ -315,11 +315,14 @@ class Refused(Message):
 
 class State(Message):
     """What a node does. `needs_after`: a joining node is going to apply the rounds after this one, so that
-    their payloads must be kept for it; None: it does not know yet."""
+    their payloads must be kept for it; None: it does not know yet. `last_word`: the error that a leaving node
+    ends with."""
 
     tag = 4
+    tail = "last_word"
     state: Annotated[NodeState, Field(strict=False)]
     needs_after: Round | None = None
+    last_word: Text = ""
 
 
 class Offer(Message):

@@ -67,6 +67,8 @@ def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
     lines += [Text(f"changed: {text}") for text in status.get("changes", [])[-CHANGES_SHOWN:]]
     lines += [Text(line) for line in evaluations_in_words(status)]
     lines += [Text(note, style="yellow") for note in notes]
+    for error in status.get("errors", [])[-3:]:
+        lines.append(Text(f"stopped with an error: {error}", style="bold red"))
     if status["mismatches"]:
         lines.append(Text(f"{status['mismatches']} fingerprint mismatches", style="bold red"))
     return Group(*lines)

@@ -85,9 +85,9 @@ class Link(Protocol):
         """The newest round known to be committed; 0: none. What `commits` gives may be behind it."""
         ...
 
-    def state(self, state: NodeState, needs_after: int | None = None) -> None:
+    def state(self, state: NodeState, needs_after: int | None = None, last_word: str = "") -> None:
         """Says what this node does: joining, training, leaving. `needs_after`: for one that joins, payloads
-        of the rounds after this one are kept."""
+        of the rounds after this one are kept. `last_word`: for one that leaves, the error that ends it."""
         ...
 
     def offer(self, offer: Offer) -> None:

@@ -128,9 +128,9 @@ class LinkCore:
 
     # ------------------------------------------------------------------------------ what the node says
 
-    def say_state(self, state: NodeState, needs_after: int | None) -> None:
+    def say_state(self, state: NodeState, needs_after: int | None, last_word: str = "") -> None:
         self._state, self._needs_after = state, needs_after
-        self._coordinator.post(State(state=state, needs_after=needs_after))
+        self._coordinator.post(State(state=state, needs_after=needs_after, last_word=last_word))
 
     def make_report(self, report: Report | Evaluation) -> None:
         self._reports.append(report)

@@ -272,8 +272,8 @@ class LocalLink:
         self._count(self.received, "control", welcome)
         return welcome
 
-    def state(self, state: NodeState, needs_after: int | None = None) -> None:
-        self._tell(State(state=state, needs_after=needs_after))
+    def state(self, state: NodeState, needs_after: int | None = None, last_word: str = "") -> None:
+        self._tell(State(state=state, needs_after=needs_after, last_word=last_word))
 
     def offer(self, offer: Offer) -> None:
         if offer.payload is None:

@@ -112,8 +112,8 @@ class RemoteLink:
     def head(self) -> int:
         return 0 if self._core is None else self._core.commits.head
 
-    def state(self, state: NodeState, needs_after: int | None = None) -> None:
-        self._soon(lambda core: core.say_state(state, needs_after))
+    def state(self, state: NodeState, needs_after: int | None = None, last_word: str = "") -> None:
+        self._soon(lambda core: core.say_state(state, needs_after, last_word))
 
     def offer(self, offer: Offer) -> None:
         if offer.payload is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Final
+
 from ...coordinator.protocol.figures import ddp_bytes
 from ..local_work import Proposal
 from ..preparing import PreparedRun
@@ -10,6 +13,11 @@ from .metrics import NodeMetrics
 from .observer import Applied
 from .run_log import RunLog
 from .trackers import Tracks
+
+log = logging.getLogger("thinwire.node")
+
+TOLD_AFTER_EMPTY: Final = 16
+"""Rounds in a row without a finite loss: the user is told at the first and again after as many more."""
 
 
 class RoundStatistics:
@@ -21,6 +29,8 @@ class RoundStatistics:
         self._applied_s: float | None = None
         """When the last commits were applied; None: not since this node trains."""
         self._counted = self._missed = self._n_offers = self._payload_bytes = 0
+        self._empty_round, self._n_empty = 0, 0
+        """The last one in which every batch was dropped; how many in a row."""
         self._held_out: list[tuple[int, float]] = []
         metrics.behind(run.rounds_behind)
 
@@ -59,12 +69,28 @@ class RoundStatistics:
     def proposed(self, proposal: Proposal) -> None:
         metrics, n_bytes = self._metrics, len(proposal.payload)
         self._n_offers += 1
+        self._watch_losses(proposal)
         self._payload_bytes += n_bytes
         metrics.proposed(proposal.loss, n_bytes, proposal.n_samples, proposal.n_tokens, proposal.n_batches)
         self._log.proposed(proposal)
         metrics.not_finite(self._run.replica.strategy.counters)
         metrics.phase("compute", proposal.compute_s)
         metrics.phase("pack", proposal.pack_s)
+
+    def _watch_losses(self, proposal: Proposal) -> None:
+        """Warns of a node whose work is worth nothing."""
+        if proposal.loss is not None:
+            self._n_empty = 0
+            return
+        self._empty_round = proposal.round
+        if self._n_empty % TOLD_AFTER_EMPTY == 0:
+            log.warning(
+                "round %d: no batch had a finite loss and finite gradients, so that this node's offer "
+                "contributes nothing and is not counted as work. Check its data (--data) and its arithmetic "
+                "(--precision float32, thinwire doctor); if all nodes say so, the learning rate",
+                proposal.round,
+            )
+        self._n_empty += 1
 
     def worked_ahead(self, duration_s: float) -> None:
         self._metrics.phase("ahead", duration_s)
@@ -73,7 +99,8 @@ class RoundStatistics:
         self._metrics.not_counted("given_up")
 
     def applied(self, applied: Applied) -> None:
-        self._counted += applied.own == "counted"
+        is_empty = applied.commits[-1].body.round == self._empty_round
+        self._counted += applied.own == "counted" and not is_empty
         self._missed += applied.own == "missed"
         self._count_own(applied)
         self._time(applied)

@@ -188,3 +188,57 @@ def test_a_task_in_bfloat16_trains_or_is_told_why_not(strategy: dict[str, Any]) 
         genesis_of(task, strategy)
     genesis_of(task, strategy, dtype="bfloat16")
     genesis_of(OwnTask(lambda: nn.Linear(4, 1).bfloat16()), strategy)
+
+
+# ------------------------------------------------------------------------------- nodes that go wrong
+
+
+class Broken(OwnTask):
+    """Has nothing but NaN to train on, or fails at its first batch on a node."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__(Viewed)
+        self._error = error
+
+    def draw(self, model: nn.Module, seed: int) -> Callable[[], Tensor]:
+        if self._error is not None:
+            raise self._error
+        closure = super().draw(model, seed)
+        return lambda: closure() * float("nan")
+
+
+@pytest.mark.parametrize("strategy", [SPSA, DECOUPLED, DILOCO], ids=["spsa", "decoupled", "diloco"])
+def test_a_node_with_nothing_but_nan_hears_it_and_is_not_counted(
+    tmp_path: Path, strategy: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    genesis = genesis_of(OwnTask(Viewed), strategy, min_peers=2)
+    with local_swarm(tmp_path, genesis.body, KEY, blobs=genesis.blobs) as swarm:
+        tasks = [OwnTask(Viewed), Broken(None)]
+        runners = [Runner(swarm.link(f"peer-{i}"), task=task) for i, task in enumerate(tasks)]
+        results = run_all(runners)
+        counted = {
+            p["peer_id"]: p["offers_counted"]
+            for p in swarm.call(lambda service, now_s: service.status(now_s))["peers"]
+        }
+    assert results[0].counted > results[1].counted == 0
+    assert counted == {"peer-0": results[0].counted, "peer-1": 0}
+    assert len({r.fingerprint for r in results}) == 1
+    (warned,) = [r.getMessage() for r in caplog.records if "contributes nothing" in r.getMessage()]
+    assert "round 1" in warned
+
+
+def test_the_coordinator_shows_the_error_that_all_nodes_end_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    genesis = genesis_of(OwnTask(Viewed), DECOUPLED, min_peers=1)
+    with local_swarm(tmp_path, genesis.body, KEY, blobs=genesis.blobs) as swarm:
+        with pytest.raises(RuntimeError, match="shapes"):
+            Runner(swarm.link("peer-0"), task=Broken(RuntimeError("shapes\ndiffer" + "!" * 5000))).run()
+        errors = swarm.call(lambda service, now_s: service.status(now_s))["errors"]
+        with pytest.raises(ConfigError):
+            Runner(swarm.link("peer-1"), task=Broken(ConfigError("no data"))).run()
+        assert "no data" in swarm.call(lambda service, now_s: service.status(now_s))["errors"][-1]
+    assert len(errors) == 1
+    assert "RuntimeError: shapes differ!" in errors[0]
+    assert len(errors[0]) < 250
+    assert any(r.levelname == "ERROR" and "RuntimeError" in r.getMessage() for r in caplog.records)
