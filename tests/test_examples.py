@@ -116,6 +116,7 @@ def test_digits_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.swarm
 def test_the_notebook(tmp_path: Path) -> None:
+    pytest.importorskip("nbclient", reason="nbclient and ipykernel are not installed")
     said = run(tmp_path, ROOT / "tests/support/run_notebook.py", EXAMPLES / "swarm.ipynb")
     accuracies = [float(found) for found in re.findall(r"accuracy (\d\.\d+)", said)]
     assert len(accuracies) == 5

@@ -84,7 +84,7 @@ class RemoteLink:
                 )
             copy = self._copy = LedgerCopy(self._copy_path, self.run_id, public_key_of(self._ticket.peer_id))
             self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="link", daemon=True)
+            self._thread = threading.Thread(target=_run, args=(self._loop,), name="link", daemon=True)
             self._thread.start()
         try:
             return self._wait(self._open(copy))
@@ -192,7 +192,6 @@ class RemoteLink:
                 done.result()
                 loop.call_soon_threadsafe(loop.stop)
                 thread.join()
-                _empty(loop)
                 loop.close()
             self._mailbox.close()
             if self._copy is not None:
@@ -238,8 +237,9 @@ def _goes_past(copy: LedgerCopy, round_: int) -> bool:
     return copy.head_round > round_
 
 
-def _empty(loop: asyncio.AbstractEventLoop) -> None:
-    """Ends what other threads have asked for while the loop was about to stop: they wait for an answer."""
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """In a thread of its own: until the loop is stopped. Ends what other threads have asked for while it was
+    about to stop: they wait for an answer."""
 
     async def cancel_all() -> None:
         late = asyncio.all_tasks() - {asyncio.current_task()}
@@ -247,6 +247,7 @@ def _empty(loop: asyncio.AbstractEventLoop) -> None:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
 
+    loop.run_forever()
     loop.run_until_complete(cancel_all())
 
 

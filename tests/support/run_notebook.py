@@ -1,11 +1,11 @@
-"""The code cells of a notebook, in order, in this process: `python run_notebook.py FILE.ipynb`."""
+"""Executes a notebook in the working directory with Jupyter's own kernel, and prints what its cells print:
+`python run_notebook.py FILE.ipynb`."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 
 def cells(path: Path, kind: str) -> list[tuple[str, str]]:
@@ -15,9 +15,14 @@ def cells(path: Path, kind: str) -> list[tuple[str, str]]:
 
 
 def main(path: Path) -> None:
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    for name, source in cells(path, "code"):
-        exec(compile(source, f"{path.name}:{name}", "exec"), namespace)
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    executed = NotebookClient(notebook, timeout=90, kernel_name="python3").execute()
+    for cell in executed.cells:
+        for output in cell.get("outputs", ()):
+            sys.stdout.write(output.get("text", ""))
 
 
 if __name__ == "__main__":
