@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,7 +138,9 @@ class Replica:
             rounds.append(self._read(commit, ahead, payload_bytes, offered))
         with collective_errors(self.strategy.ranks):
             try:
-                self._apply(rounds, courses)
+                for course, some in _alike(rounds, courses):
+                    self._follow(course)
+                    self.strategy.apply_many(some)
                 self._follow(ahead.course)
             except Exception as e:  # whatever it was, the parameters are in no known state now
                 raise ReplicaDiverged(
@@ -149,15 +151,6 @@ class Replica:
         self.peers.update(ahead.peers)
         self.bad.update(ahead.bad)
         return [r.own for r in rounds]
-
-    def _apply(self, rounds: Sequence[Round], courses: Sequence[Course]) -> None:
-        """`courses`: what holds in each round: a change acts from its round on, whatever the batch."""
-        first = 0
-        for end in range(1, len(rounds) + 1):
-            if end == len(rounds) or courses[end] is not courses[first]:
-                self._follow(courses[first])
-                self.strategy.apply_many(rounds[first:end])
-                first = end
 
     def _follow(self, course: Course) -> None:
         """These settings hold for the next round. Raises ConfigError for options that no strategy has."""
@@ -392,6 +385,15 @@ class Saved:
     lr_factor: float
     course: Course
     tensors: dict[str, Tensor]
+
+
+def _alike(rounds: Sequence[Round], courses: Sequence[Course]) -> Iterator[tuple[Course, Sequence[Round]]]:
+    """Cut where settings change: a change acts from its round on. `courses`: what holds in each round."""
+    first = 0
+    for end in range(1, len(rounds) + 1):
+        if end == len(rounds) or courses[end] is not courses[first]:
+            yield courses[first], rounds[first:end]
+            first = end
 
 
 def _rounds(before: int, last: int) -> str:
