@@ -190,8 +190,8 @@ def initialise(model: nn.Module, body: GenesisBody, seed: int, base: bytes | Pat
             else:
                 local.fill_(1.0 if e.init == "ones" else 0.0)
         for name, buffer in persistent_buffers(model):
-            if (values := rows_of(name, None)) is not None and values.shape == buffer.shape:
-                buffer.copy_(values)
+            if (whole := rows_of(name, None)) is not None and whole.shape == buffer.shape:
+                buffer.copy_(whole)
 
 
 _RowsOf = Callable[[str, Part | None], Tensor | None]

@@ -81,7 +81,7 @@ def _quiet() -> Iterator[None]:
 
 def as_adapted(model: nn.Module, lora: Lora) -> Lora:
     """`lora` with all that peft has made of it for this model: other machines build the same from it."""
-    found = model.peft_config["default"]  # type: ignore[index, union-attr]
+    found: Any = model.peft_config["default"]  # type: ignore[index]
     return lora.model_copy(
         update={
             "targets": tuple(sorted(found.target_modules or ())),
@@ -108,7 +108,7 @@ def initial_scale(name: str, shape: tuple[int, ...]) -> float:
 
 def save(model: nn.Module, base: str | None, folder: Path) -> None:
     """As peft loads them; the same bytes for the same adapters. `base`: the name of the model below."""
-    found = model.peft_config["default"]  # type: ignore[index, union-attr]
+    found: Any = model.peft_config["default"]  # type: ignore[index]
     found.base_model_name_or_path = base
     # "auto" would ask the hub whether the vocabulary has changed.
     with _quiet():

@@ -33,8 +33,9 @@ def refuse_shared_memory(model: nn.Module) -> None:
     """Raises ConfigError for two parameters over the same memory: what one is set to, the other would be."""
     ends: dict[int, list[tuple[int, int, str]]] = {}
     for name, p in model.named_parameters():
-        extent = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True)) if p.numel() else 0
-        first = p.storage_offset() * p.itemsize
+        steps = zip(p.shape, p.stride(), strict=True)
+        extent = int(1 + sum((n - 1) * step for n, step in steps)) if p.numel() else 0
+        first = int(p.storage_offset()) * p.itemsize
         storage = p.untyped_storage()._cdata
         ends.setdefault(storage, []).append((first, first + extent * p.itemsize, name))
     for pieces in ends.values():
