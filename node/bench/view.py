@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.markup import escape
 
 from ...compression.errors import ConfigError
 from ...coordinator.protocol.files import write_aside
 from ..system.output import make_console
 from ..system.places import refuse_file
+from .tables import Rows, tables_of, time_words
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 Result = dict[str, Any]
 
@@ -23,19 +29,25 @@ _COUNTED: Final = (
 
 
 def print_bench(results: Sequence[Result]) -> None:
-    """Results of one benchmark as a table on stdout; nested results get the names of all levels."""
+    """Results of one benchmark on stdout, those of each size after another."""
+    console = make_console()
+    for result in results:
+        size = f", {result['n_params']:,} parameters" if len(results) > 1 else ""
+        told = {key: value for key, value in result.items() if key != "bench"}
+        for table in tables_of(f"bench {result['bench']}{size}", told):
+            console.print(_drawn(table))
+
+
+def _drawn(rows: Rows) -> RenderableType:
     from rich.table import Table
 
-    several = len(results) > 1
-    columns = [dict(_flat(result)) for result in results]
-    table = Table(title=f"bench {results[0]['bench']}", show_header=several)
-    table.add_column("parameters" if several else "", overflow="fold")
-    for result in results:
-        table.add_column(f"{result['n_params']:,}" if several else "", justify="right" if several else "left")
-    for key in columns[0]:
-        if key != "bench" and not (several and key == "n_params"):
-            table.add_row(key, *(_words(key, c[key]) if key in c else "" for c in columns))
-    make_console().print(table)
+    table = Table(title=rows.title, title_justify="left", show_header=bool(rows.columns))
+    table.add_column("", overflow="fold")
+    for column in rows.columns or ("",):
+        table.add_column(column, justify="right" if rows.columns else "left", overflow="fold")
+    for name, cells in rows.rows.items():
+        table.add_row(escape(name), *(escape(cells.get(column, "-")) for column in rows.columns or ("",)))
+    return table
 
 
 def check_picture(path: Path) -> None:
@@ -89,33 +101,6 @@ def bytes_and_bits(values: Result, prefix: str = "") -> Iterator[tuple[str, floa
             yield prefix + key, value
 
 
-def _flat(values: Result, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value.keys() >= {"median_s", "min_s", "max_s"}:
-            cpu = f", CPU {_time(value['cpu_s'])}" if "cpu_s" in value else ""
-            yield prefix + key, f"{spread(value)}{cpu}"
-            yield from _flat({k: v for k, v in value.items() if not k.endswith("_s")}, f"{prefix}{key} ")
-        elif isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key} ")
-        else:
-            yield prefix + key, value
-
-
 def spread(time: Mapping[str, float]) -> str:
-    return f"{_time(time['median_s'])} ({_time(time['min_s'])} .. {_time(time['max_s'])})"
-
-
-def _words(key: str, value: Any) -> str:
-    if key.endswith("_bytes_per_s"):
-        return f"{value / 1e9:.2f} GB/s"
-    if key.endswith("_per_s"):
-        return f"{value / 1e6:,.0f} M/s"
-    if key.endswith("_s") and isinstance(value, float):
-        return _time(value)
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 10 else f"{seconds * 1e3:.4g} ms"
+    least, most = time_words(time["min_s"]), time_words(time["max_s"])
+    return f"{time_words(time['median_s'])} ({least} .. {most})"
