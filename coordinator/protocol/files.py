@@ -61,7 +61,12 @@ def keep_from_children(held: Held) -> None:
 @cache
 def _register() -> None:
     """Once for a process."""
-    os.register_at_fork(after_in_child=lambda: [held.close_in_child() for held in list(_HELD)])
+    os.register_at_fork(after_in_child=_close_all_in_child)
+
+
+def _close_all_in_child() -> None:
+    for held in list(_HELD):
+        held.close_in_child()
 
 
 class FolderLock:

@@ -172,8 +172,8 @@ def _buffers_stay(model: nn.Module) -> Iterator[None]:
     if changed:
         raise ConfigError(
             f"model: computing the loss changes its buffers ({', '.join(changed[:3])}), which nobody shares: "
-            "each node would have others, and nobody those of the trained model. Use GroupNorm or LayerNorm "
-            "in place of BatchNorm, or keep its statistics as they are (momentum=0.0)"
+            "each node would have others, and nobody those of the trained model. Take GroupNorm or LayerNorm "
+            "instead of BatchNorm, or freeze its statistics (a train() that keeps those layers in eval mode)"
         )
 
 

@@ -139,3 +139,12 @@ def test_what_cannot_work_is_refused_at_once(changes: dict[str, Any], text: str)
     arguments = {"ticket": TICKET, "model": Net(), "batches": examples(0), "loss": loss_of, **changes}
     with pytest.raises(ConfigError, match=text):
         join(**arguments)
+
+
+def test_a_run_of_statistics_that_nobody_shares_is_not_begun(tmp_path: Path) -> None:
+    """Before anybody trains, and nothing is left of it: the folder can be used."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"1\.running_mean.*GroupNorm"):
+            host(model, RUN, state=tmp_path).__enter__()
+    assert all(p.device.type == "cpu" for p in model.parameters())
