@@ -78,12 +78,12 @@ class PayloadRetention:
         self._needs = {peer: after for peer, after in self._needs.items() if peer in present}
         floor = 0 if self._keep.is_lazy else self._not_needed()[0]
         self._release(floor, self._head - LATE_ROUNDS)
-        self._make_room(0)
+        self.has_room(0)
         self._remind(body.round)
 
     def no_room(self, n_bytes: int) -> str | None:
         """Why a payload of this size cannot be stored; None: there is room for it, now at the latest."""
-        if self._make_room(n_bytes):
+        if self.has_room(n_bytes):
             return None
         blobs, quota_bytes = self._blobs, self._keep.quota_bytes
         text = (
@@ -139,8 +139,8 @@ class PayloadRetention:
         hard = min(self._second_newest, late)
         return min([hard, *self._needs.values()]), hard, min(newest.round if newest else 0, late)
 
-    def _make_room(self, n_bytes: int) -> bool:
-        """Whether so many bytes fit, after the oldest payloads are deleted as far as there is need."""
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether so many bytes fit below the quota; old payloads are deleted as far as need be."""
         blobs, quota_bytes = self._blobs, self._keep.quota_bytes
         if quota_bytes is None:
             return True

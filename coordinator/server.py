@@ -100,7 +100,9 @@ class CoordinatorServer:
         self._door = Door(
             state.path, self._order, self._is_ordered, lambda: self.service.count_rejected("message")
         )
-        self._last_snapshot = LastSnapshot(self.blobs, self.service.last_snapshot, self._open_stream_to)
+        self._last_snapshot = LastSnapshot(
+            self.blobs, self.service.last_snapshot, self._open_stream_to, self.service.has_room
+        )
         self._keeps_last_snapshot = keeps_last_snapshot
         self._done: asyncio.Future[None] | None = None
         self.failure: ThinwireError | None = None

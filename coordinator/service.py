@@ -299,6 +299,10 @@ class Service:
             self.not_stored(peer_id, n_bytes)
             raise self._admission.refused("quota", BadMessage(why))
 
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether so many bytes more fit into what the run may take of the disk."""
+        return self._parts.derived.retention.has_room(n_bytes)
+
     def not_stored(self, peer_id: str, n_bytes: int) -> None:
         """For want of room an upload that was let in is not stored: the peer may try it again."""
         index = self._parts.peers.index(peer_id)
