@@ -111,6 +111,10 @@ class AdmissionControl:
             raise self.refused("quota", BadMessage(text))
         self._uploaded_bytes[peer] += n_bytes
 
+    def give_back(self, peer: int, n_bytes: int) -> None:
+        """What `check_upload` let in was not stored, and not for a fault of the peer's."""
+        self._uploaded_bytes[peer] -= n_bytes
+
     def new_round(self) -> None:
         """Everybody may upload again."""
         self._uploaded_bytes.clear()

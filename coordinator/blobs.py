@@ -28,10 +28,12 @@ class _Blob:
 class BlobWriter:
     """Takes a blob chunk by chunk, aside; `finish` makes it a blob, `abort` forgets it."""
 
-    def __init__(self, store: BlobStore, digest: bytes, aside: Path) -> None:
+    def __init__(self, store: BlobStore, digest: bytes, aside: Path, reserved_bytes: int) -> None:
         self._store, self._digest, self._aside = store, digest, aside
+        self._reserved_bytes = reserved_bytes
         self._hash = blake3()
         self._file: BinaryIO = aside.open("xb")
+        store.reserved_bytes += reserved_bytes
         self.n_bytes = 0
 
     def write(self, chunk: bytes) -> None:
@@ -48,25 +50,31 @@ class BlobWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        self._give_back()
         self._store.adopt(self._digest, self._aside, self.n_bytes)
         return self.n_bytes
 
     def abort(self) -> None:
         """Nothing is left of it. Raises OSError."""
+        self._give_back()
         self._file.close()
         self._aside.unlink(missing_ok=True)
 
+    def _give_back(self) -> None:
+        self._store.reserved_bytes -= self._reserved_bytes
+        self._reserved_bytes = 0
+
 
 class BlobStore:
-    """Keeps everything until it is released; `quota_bytes` is what the operator would like it to stay below.
+    """Keeps everything until it is released. `reserved_bytes`: of uploads that are under way.
 
     Not thread-safe: callers serialise. Half-written files of an earlier process are removed.
     """
 
-    def __init__(self, path: Path, quota_bytes: int) -> None:
+    def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self.quota_bytes = quota_bytes
+        self.reserved_bytes = 0
         self._blobs: dict[bytes, _Blob] = {}
         # By round; rounds are marked in ascending order, so the oldest stand first.
         self._offered: dict[int, set[bytes]] = {}
@@ -87,9 +95,9 @@ class BlobStore:
             raise
         return writer.finish()
 
-    def writer(self, digest: bytes) -> BlobWriter:
-        """For bytes that arrive bit by bit."""
-        return BlobWriter(self, digest, self._path / f"{digest.hex()}.{next(self._asides)}.part")
+    def writer(self, digest: bytes, n_bytes: int = 0) -> BlobWriter:
+        """For bytes that arrive bit by bit, `n_bytes` of them, for which room is reserved."""
+        return BlobWriter(self, digest, self._path / f"{digest.hex()}.{next(self._asides)}.part", n_bytes)
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._blobs
@@ -135,6 +143,10 @@ class BlobStore:
         for digest, blob in self._blobs.items():
             if not blob.is_pinned and blob.offered is None and blob.counted is None:
                 self.mark_offered(digest, round_)
+
+    def oldest_counted(self) -> int | None:
+        """The oldest round of which counted payloads are here."""
+        return next(iter(self._counted), None)
 
     def release(self, *, counted_to: int, offered_to: int) -> int:
         """Deletes what was counted up to the one round and offered up to the other, and not later.

@@ -17,7 +17,7 @@ from .ledger import Ledger
 from .observe.page_history import PageHistory
 from .observe.run_statistics import RunStatistics
 from .protocol.messages import Commit, CommitBody, Rejected
-from .protocol.settings import Course
+from .protocol.settings import Course, Keep
 from .reports import Reports
 from .retention import PayloadRetention
 from .rounds import RoundClosed
@@ -51,6 +51,7 @@ class DerivedState:
         course: Course,
         name: Callable[[int], str],
         rejected: Counter[Rejected],
+        keep: Keep,
     ) -> None:
         self._ledger, self._blobs = ledger, blobs
         self.course = course
@@ -58,7 +59,7 @@ class DerivedState:
         n_params = sum(prod(entry.shape) for entry in ledger.genesis.layout)
         self.statistics = RunStatistics(n_params)
         self.page_history = PageHistory(n_params, rejected)
-        self.retention = PayloadRetention(blobs, course.run.snapshot_every, name)
+        self.retention = PayloadRetention(blobs, course.run.snapshot_every, name, keep)
         snapshots, trend = self.retention.snapshots, self.page_history.trend
         self.reports = Reports(ledger, self.statistics, trend, snapshots, rejected, course)
         self._last_peers: deque[frozenset[int]] = deque(maxlen=RECALLED_COMMITS)

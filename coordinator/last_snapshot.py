@@ -49,12 +49,18 @@ class Wanted:
 
 
 class LastSnapshot:
-    """Lives in the server's event loop. `wanted`: what is to be kept by now, None: nothing yet."""
+    """Lives in the server's event loop. `wanted`: what is to be kept by now, None: nothing yet; `has_room`:
+    whether so many bytes more fit into the quota."""
 
     def __init__(
-        self, blobs: BlobStore, wanted: Callable[[], Wanted | None], open_stream: OpenStream
+        self,
+        blobs: BlobStore,
+        wanted: Callable[[], Wanted | None],
+        open_stream: OpenStream,
+        has_room: Callable[[int], bool],
     ) -> None:
         self._blobs, self._wanted, self._open_stream = blobs, wanted, open_stream
+        self._has_room = has_room
         self._changed = asyncio.Event()
         self._complete: bytes | None = None
         """The manifest of the snapshot that is all here."""
@@ -96,7 +102,7 @@ class LastSnapshot:
     async def fetch(self, wanted: Wanted) -> bool:
         """From one holder after the other; what came stays. False: nobody could give the rest."""
         snapshot = wanted.snapshot
-        if self._blobs.n_bytes + snapshot.n_bytes > self._blobs.quota_bytes:
+        if not self._has_room(snapshot.n_bytes):
             self._tell(snapshot, "it does not fit into the quota")
             return False
         for holder in wanted.holders:

@@ -1,7 +1,10 @@
 """Which payloads stay on the coordinator's disk, and from which round on (ARCHITECTURE.md, "Offers").
 
-A counted payload is kept while its round is after the second newest attested snapshot, or is one that a
-joining peer has said that it is going to apply. Payloads inside of commits stay for ever, in the ledger.
+A counted payload is needed while its round is after the second newest attested snapshot, or is one that a
+joining peer has said that it is going to apply. What is not needed goes at once, or only to make room, or
+never: `Keep`. A quota is never exceeded: where it is full, joining peers lose what they were promised and
+take a newer snapshot, then what is before the newest snapshot goes; after that, payloads are refused.
+Payloads inside of commits stay for ever, in the ledger.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 from .blobs import BlobStore
 from .protocol.attested import Snapshots
 from .protocol.messages import CommitBody
+from .protocol.settings import Keep
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -21,18 +25,25 @@ LATE_ROUNDS = 4
 sent again after a break, and nodes may be a few rounds behind."""
 
 REMINDER_ROUNDS = 64
-"""Between two warnings that the quota is exceeded."""
+"""Between two warnings that payloads pile up."""
+
+MANY_BYTES = 20 * 10**9
+"""Without a quota, blobs that take more than this are worth a warning."""
+
+REFUSALS_TOLD_EVERY = 100
 
 
 class PayloadRetention:
     """Of one run. `name`: what a peer is called in the log."""
 
-    def __init__(self, blobs: BlobStore, snapshot_every: int, name: Callable[[int], str]) -> None:
-        self._blobs, self._name = blobs, name
+    def __init__(self, blobs: BlobStore, snapshot_every: int, name: Callable[[int], str], keep: Keep) -> None:
+        self._blobs, self._name, self._keep = blobs, name, keep
         self.snapshots = Snapshots(snapshot_every)
         self._needs: dict[int, int] = {}
         self._second_newest = 0
         self._incomplete = 0
+        self._head = 0
+        self._n_refused = 0
         self._next_reminder = 0
 
     @property
@@ -65,11 +76,24 @@ class PayloadRetention:
                 self._blobs.mark_counted(offer.digest, body.round)
         self._look_at(body)
         self._needs = {peer: after for peer, after in self._needs.items() if peer in present}
-        late = body.round - LATE_ROUNDS
-        floor = min([self._second_newest, late, *self._needs.values()])
-        released = self._blobs.release(counted_to=floor, offered_to=late)
-        self._incomplete = max(self._incomplete, released)
+        floor = 0 if self._keep.is_lazy else self._not_needed()[0]
+        self._release(floor, self._head - LATE_ROUNDS)
+        self.has_room(0)
         self._remind(body.round)
+
+    def no_room(self, n_bytes: int) -> str | None:
+        """Why a payload of this size cannot be stored; None: there is room for it, now at the latest."""
+        if self.has_room(n_bytes):
+            return None
+        blobs, quota_bytes = self._blobs, self._keep.quota_bytes
+        text = (
+            f"the coordinator's quota is full: keep = {quota_bytes:,} bytes, {blobs.n_bytes:,} are taken and "
+            f"{blobs.reserved_bytes:,} on their way, {n_bytes:,} more do not fit, and {self._why()}"
+        )
+        if self._n_refused % REFUSALS_TOLD_EVERY == 0:
+            log.error("a payload is refused: %s. Start the coordinator again with a larger [run] keep", text)
+        self._n_refused += 1
+        return text
 
     def needs(self, peer: int, after: int) -> None:
         """A joining peer is going to apply the rounds after this one."""
@@ -96,25 +120,59 @@ class PayloadRetention:
             "payloads": {
                 "kept_from": self.kept_from,
                 "bytes": self._blobs.n_bytes - self._blobs.pinned_bytes,
-                "quota_bytes": self._blobs.quota_bytes,
+                "quota_bytes": self._keep.quota_bytes,
             },
         }
 
     def _look_at(self, body: CommitBody) -> None:
+        self._head = body.round
         self.snapshots.committed(body)
         if body.snapshots:
             attested = self.snapshots.attested()
             second = attested[-2].round if len(attested) > 1 else 0
             self._second_newest = max(self._second_newest, second)
 
+    def _not_needed(self) -> tuple[int, int, int]:
+        """Up to which rounds payloads may go: because nobody needs them; although peers that join were
+        promised them; and although only the newest snapshot is a start without them."""
+        late, newest = self._head - LATE_ROUNDS, self.snapshots.newest()
+        hard = min(self._second_newest, late)
+        return min([hard, *self._needs.values()]), hard, min(newest.round if newest else 0, late)
+
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether so many bytes fit below the quota; old payloads are deleted as far as need be."""
+        blobs, quota_bytes = self._blobs, self._keep.quota_bytes
+        if quota_bytes is None:
+            return True
+        for floor in self._not_needed():
+            while blobs.n_bytes + blobs.reserved_bytes + n_bytes > quota_bytes:
+                oldest = blobs.oldest_counted()
+                if oldest is None or oldest > floor:
+                    break
+                self._release(oldest, 0)
+        return blobs.n_bytes + blobs.reserved_bytes + n_bytes <= quota_bytes
+
+    def _release(self, counted_to: int, offered_to: int) -> None:
+        released = self._blobs.release(counted_to=counted_to, offered_to=offered_to)
+        self._incomplete = max(self._incomplete, released)
+        for peer, after in self._needs.items():
+            if after < released:
+                self._needs[peer] = self._incomplete
+                log.warning(
+                    "%s joins and was promised the payloads after round %d; for want of room those up to "
+                    "round %d are gone: it has to take a newer snapshot",
+                    self._name(peer),
+                    after,
+                    self._incomplete,
+                )
+
     def _remind(self, round_: int) -> None:
-        if self._blobs.n_bytes <= self._blobs.quota_bytes or round_ < self._next_reminder:
+        if self._keep.is_lazy or self._blobs.n_bytes <= MANY_BYTES or round_ < self._next_reminder:
             return
         self._next_reminder = round_ + REMINDER_ROUNDS
         log.warning(
-            "blobs take %d bytes, over the quota of %d: %s",
+            'blobs take %d bytes: %s. [run] keep = "50GB" would be a limit',
             self._blobs.n_bytes,
-            self._blobs.quota_bytes,
             self._why(),
         )
 

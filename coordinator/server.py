@@ -21,7 +21,7 @@ from .protocol.addresses import HttpAddress
 from .protocol.identity import load_or_create
 from .protocol.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, digest_of
 from .protocol.p2p import start_p2p
-from .protocol.settings import parse_settings
+from .protocol.settings import Keep, parse_settings
 from .protocol.streams import BLOB, Meter, Stream
 from .protocol.ticket import Ticket
 from .protocol.transport import Transport
@@ -36,8 +36,6 @@ SILENT_SESSION_S = 30.0
 
 HISTORY_EVERY_S = 10.0
 OPEN_TIMEOUT_S = 10.0
-
-DEFAULT_QUOTA_BYTES = 20 * 10**9
 
 
 StartTransport = Callable[..., Awaitable[Transport]]
@@ -60,20 +58,23 @@ class CoordinatorServer:
         host: str = "0.0.0.0",
         port: int = 0,
         announce: Sequence[str] = (),
-        quota_bytes: int = DEFAULT_QUOTA_BYTES,
+        keep: Keep | None = None,
         start_transport: StartTransport = start_p2p,
         waits: Waits = Waits(),  # noqa: B008 - frozen
         check_strategy: CheckStrategy = no_strategy,
         keeps_last_snapshot: bool = False,
         loss_unit: str | None = None,
     ) -> None:
-        """`check_strategy`: of what the run's owner changes; `keeps_last_snapshot`: for those who join or
-        export when the run is over and its nodes are gone. Raises ConfigError or LedgerCorrupt."""
+        """`keep`: None: what the state folder says. `check_strategy`: of what the run's owner changes;
+        `keeps_last_snapshot`: for those who join or export when the run is over and its nodes are gone.
+
+        Raises ConfigError or LedgerCorrupt."""
         self._state, self._host_ip, self._port, self._announce = state, host, port, tuple(announce)
         self._start_transport, self._loss_unit = start_transport, loss_unit
         self._token = state.token()
         self._check_strategy = check_strategy
-        self.blobs = BlobStore(state.blobs_path, quota_bytes)
+        self._keep = keep or state.keep()
+        self.blobs = BlobStore(state.blobs_path)
         for blob in blobs:
             self.blobs.put(digest_of(blob), blob)
         self._key = load_or_create(state.key_path)
@@ -99,7 +100,9 @@ class CoordinatorServer:
         self._door = Door(
             state.path, self._order, self._is_ordered, lambda: self.service.count_rejected("message")
         )
-        self._last_snapshot = LastSnapshot(self.blobs, self.service.last_snapshot, self._open_stream_to)
+        self._last_snapshot = LastSnapshot(
+            self.blobs, self.service.last_snapshot, self._open_stream_to, self.service.has_room
+        )
         self._keeps_last_snapshot = keeps_last_snapshot
         self._done: asyncio.Future[None] | None = None
         self.failure: ThinwireError | None = None
@@ -126,6 +129,7 @@ class CoordinatorServer:
             banned=self._state.banned(),
             check_strategy=self._check_strategy,
             loss_unit=self._loss_unit,
+            keep=self._keep,
         )
 
     # ------------------------------------------------------------------------------------ start and stop

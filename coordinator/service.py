@@ -48,7 +48,7 @@ from .protocol.messages import (
     Welcome,
 )
 from .protocol.schedule import lr_factor_bits
-from .protocol.settings import Course
+from .protocol.settings import Course, Keep
 from .rounds import Excused, RoundClosed, Rounds
 
 log = logging.getLogger("thinwire.coordinator")
@@ -81,17 +81,18 @@ class Service:
         banned: frozenset[str] = frozenset(),
         check_strategy: CheckStrategy = no_strategy,
         loss_unit: str | None = None,
+        keep: Keep = Keep.parse("snapshots"),  # noqa: B008 - frozen
     ) -> None:
         """`history`: what the method gave before a restart; `banned`: peers that are not let in;
         `check_strategy`: of what the owner wants to change of its options; `loss_unit`: where the run's task
-        is not built in.
+        is not built in; `keep`: of counted payloads.
 
         Raises ConfigError for another run's key or a config that it cannot read.
         """
         self._ledger, self._blobs, self._key = ledger, blobs, key
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
         self._settings = Course.of(ledger.genesis.config).settings
-        self._check_strategy = check_strategy
+        self._check_strategy, self._keep = check_strategy, keep
         self._pending: dict[str, Change] = {}
         """By key: what the record that closes the open round changes."""
         try:
@@ -110,7 +111,7 @@ class Service:
         """Everything that is derived from the ledger, and nothing that sessions have brought."""
         ledger, course = self._ledger, Course.of(self._ledger.genesis.config)
         names = PeerNames(ledger.peer_id)
-        derived = DerivedState(ledger, self._blobs, course, names.short, self._admission.rejected)
+        derived = DerivedState(ledger, self._blobs, course, names.short, self._admission.rejected, self._keep)
         for commit in ledger.all_commits():
             derived.recall(commit)
         past = derived.recalled()
@@ -289,11 +290,24 @@ class Service:
     # ------------------------------------------------------------------------------------------- blobs
 
     def may_store(self, peer_id: str, n_bytes: int) -> None:
-        """Asked before a peer uploads a blob. Raises BadMessage: not a member, too large, too many."""
+        """Asked before a peer uploads a blob. Raises BadMessage: not a member, too much, no room."""
         index = self._parts.peers.index(peer_id)
         if index is None or not self.is_member(peer_id):
             raise self._admission.refused("not_admitted", BadMessage("only members may store blobs"))
         self._admission.check_upload(index, n_bytes)
+        if (why := self._parts.derived.retention.no_room(n_bytes)) is not None:
+            self.not_stored(peer_id, n_bytes)
+            raise self._admission.refused("quota", BadMessage(why))
+
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether so many bytes more fit into what the run may take of the disk."""
+        return self._parts.derived.retention.has_room(n_bytes)
+
+    def not_stored(self, peer_id: str, n_bytes: int) -> None:
+        """For want of room an upload that was let in is not stored: the peer may try it again."""
+        index = self._parts.peers.index(peer_id)
+        if index is not None:
+            self._admission.give_back(index, n_bytes)
 
     def blob_arrived(self, peer_id: str, digest: bytes, now_s: float) -> None:
         """The blob is in the store: offers that name it become eligible."""

@@ -12,6 +12,7 @@ from ..compression.errors import ConfigError
 from .observe.page_history import MAX_SAVED_BYTES
 from .protocol.files import FolderLock, write_aside
 from .protocol.identity import public_key_of
+from .protocol.settings import MAX_KEEP_CHARS, Keep
 
 
 class StateDir:
@@ -24,7 +25,7 @@ class StateDir:
         self.blobs_path = path / "blobs"
         self.key_path = path / "key"
         self.history_path = path / "history.json"
-        self._banned_path = path / "banned"
+        self._banned_path, self._keep_path = path / "banned", path / "keep"
 
     def token(self) -> str:
         """The access token of the run's tickets; made at the first call, mode 0600."""
@@ -72,6 +73,18 @@ class StateDir:
     def save_history(self, data: bytes) -> None:
         """Raises OSError."""
         write_aside(self.history_path, data)
+
+    def keep(self) -> Keep:
+        """What is kept of payloads; as always before anybody chose. Raises ConfigError."""
+        try:
+            with self._keep_path.open("rb") as file:
+                return Keep.parse(file.read(MAX_KEEP_CHARS).decode("ascii", "replace"))
+        except FileNotFoundError:
+            return Keep.parse("snapshots")
+
+    def save_keep(self, text: str) -> None:
+        """`text`: as `Keep.parse` takes it. Raises OSError."""
+        write_aside(self._keep_path, text.encode())
 
     def save_port(self, port: int) -> None:
         """Raises OSError."""

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, BinaryIO, TypeVar
 
@@ -326,8 +327,9 @@ class _Shelf:
         if digest in self._blobs:
             return None
         self._service.may_store(self._peer_id, n_bytes)
-        with _disk():
-            return _Upload(self._blobs.writer(digest))
+        not_stored = partial(self._service.not_stored, self._peer_id, n_bytes)
+        with _disk(not_stored):
+            return _Upload(self._blobs.writer(digest, n_bytes), not_stored)
 
     def stored(self, digest: bytes) -> None:
         """An upload is complete."""
@@ -338,15 +340,15 @@ class _Shelf:
 class _Upload:
     """A `BlobWriter` whose disk may be full."""
 
-    def __init__(self, writer: BlobWriter) -> None:
-        self._writer = writer
+    def __init__(self, writer: BlobWriter, not_stored: Callable[[], None]) -> None:
+        self._writer, self._not_stored = writer, not_stored
 
     def write(self, chunk: bytes) -> None:
-        with _disk():
+        with _disk(self._not_stored):
             self._writer.write(chunk)
 
     def finish(self) -> int:
-        with _disk():
+        with _disk(self._not_stored):
             return self._writer.finish()
 
     def abort(self) -> None:
@@ -355,12 +357,13 @@ class _Upload:
 
 
 @contextlib.contextmanager
-def _disk() -> Iterator[None]:
-    """The disk's errors are told to the operator, and to the peer as a refusal."""
+def _disk(not_stored: Callable[[], None]) -> Iterator[None]:
+    """The disk's errors are told to the operator, and to the peer as a refusal; it may try again."""
     try:
         yield
     except OSError as e:
         _log.error("a payload cannot be stored: %s", e)
+        not_stored()
         raise BadMessage("the coordinator cannot store payloads: its disk is full or broken") from e
 
 

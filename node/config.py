@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from ..compression.errors import ConfigError
+from ..coordinator.protocol.settings import Keep
 
 ENV_PREFIX = "THINWIRE_"
 
@@ -58,6 +59,20 @@ class Run(Section):
     alike."""
     base: str | None = None
     """Base weights, a safetensors file; without it the exact initialisation from `seed`."""
+
+    keep: Annotated[str | int, Field(exclude=True)] = "snapshots"
+    """What the coordinator keeps of counted payloads: "snapshots", as far back as a joining node can need
+    them; "all", so that the run can be replayed from round 0; or as much as fits into e.g. "20GB", a quota
+    that is never exceeded. It may differ from one start of the coordinator to the next."""
+
+    @field_validator("keep")
+    @classmethod
+    def _that_is_known(cls, value: str | int) -> str:
+        try:
+            Keep.parse(str(value))
+        except ConfigError as e:
+            raise ValueError(str(e)) from e
+        return str(value)
 
     @field_validator("snapshot_every")
     @classmethod

@@ -149,7 +149,8 @@ def _process(status: Mapping[str, Any]) -> Iterator[Metric]:
     if "payloads" in status:
         kept = status["payloads"]
         yield _gauge("coordinator_kept_payload_bytes", "Payloads on the disk", kept["bytes"])
-        yield _gauge("coordinator_blob_quota_bytes", "What blobs may take there", kept["quota_bytes"])
+        if kept["quota_bytes"] is not None:
+            yield _gauge("coordinator_blob_quota_bytes", "What blobs may take there", kept["quota_bytes"])
     kinds = {"sent_bytes": "Bytes written to streams", "received_bytes": "Bytes read from streams"}
     for name, by_kind in status.get("coordinator", {}).items():
         yield _labelled(CounterMetricFamily, f"coordinator_{name}", kinds[name], "kind", by_kind)

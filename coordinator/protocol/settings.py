@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
@@ -192,3 +193,34 @@ def _refusal(what: str, error: ValidationError) -> ConfigError:
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(x) for x in first["loc"])
     return ConfigError(f"{what}: {where}: {first['msg']}")
+
+
+MAX_KEEP_CHARS: Final = 40
+_UNITS: Final = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS_OF_1024: Final = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_SIZE: Final = re.compile(r"(\d{1,15}(?:\.\d{1,9})?) ?([kMGTKi]{0,2}B|)")
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """What a coordinator keeps of counted payloads: `[run] keep`, an operator's choice for a machine. It
+    stands in the state folder and not in the ledger: a restart with another run file changes it.
+
+    `is_lazy`: nothing is deleted before room is needed; `quota_bytes`: what blobs may take, None: there is
+    no limit but the disk."""
+
+    is_lazy: bool
+    quota_bytes: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> Keep:
+        """Of "all", "snapshots", or a number of bytes such as "20GB". Raises ConfigError."""
+        if text == "snapshots":
+            return cls(is_lazy=False, quota_bytes=None)
+        if text == "all":
+            return cls(is_lazy=True, quota_bytes=None)
+        found = _SIZE.fullmatch(text)
+        scale = found and {**_UNITS, **_UNITS_OF_1024}.get(found[2])
+        if not found or not scale or float(found[1]) * scale < 1:
+            raise ConfigError(f'keep = "{text}": write "all", "snapshots" or a size such as "20GB"')
+        return cls(is_lazy=True, quota_bytes=round(float(found[1]) * scale))

@@ -488,7 +488,7 @@ def local_swarm(
     """A new run in an empty folder, or the one that is in it. `blobs`: base weights and texts of the run."""
     path = folder / "ledger.db"
     ledger = Ledger.open(path, key.public_key()) if path.exists() else Ledger.create(path, genesis, key)
-    store = BlobStore(folder / "blobs", quota_bytes=2**30)
+    store = BlobStore(folder / "blobs")
     for blob in blobs:
         store.put(digest_of(blob), blob)
     swarm = LocalSwarm(ledger, store, key, lose=lose, late=late, clock=clock)

@@ -16,9 +16,7 @@ from .mailbox import Mailbox
 from .payloads import Payloads
 
 _MEASURED_UPLOADS = 8
-_RETRY_S = 0.3
-_LAST_REFUSED_S = 5.0
-"""Between two attempts to leave a payload with a coordinator that refuses it."""
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.3, 5.0
 
 
 class OfferSender:
@@ -82,24 +80,34 @@ class OfferSender:
         self._offer = None
 
     async def _put(self, round_: int, digest: Digest, payload: bytes) -> None:
-        """Until the coordinator has it or the round is over; after a reconnect the offer is sent anew."""
-        pause_s = _RETRY_S
+        """Until the coordinator has it or the round is over; after a reconnect the offer is sent anew.
+
+        What it refuses, for a full disk or quota, it may take a little later, and its round waits for it.
+        """
+        pause_s, refusals = _FIRST_RETRY_S, 0
         while self._offer is not None and self._offer.round == round_:
             began_s = time.monotonic()
             try:
                 await self._uploads.put(digest, payload, "payload")
-            except NotServed as e:  # a disk may have room again before the round is over
-                self._mailbox.put_event(f"the payload of round {round_} was not taken: {e}", True)
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _LAST_REFUSED_S)
-                continue
+            except NotServed as e:
+                refusals += 1
+                if refusals == 1:
+                    text = f"the payload of round {round_} was not taken, trying again while it is open: {e}"
+                    self._mailbox.put_event(text, True)
             except SwarmUnreachable:
-                await asyncio.sleep(_RETRY_S)
-                await self._coordinator.is_up.wait()
-                continue
-            self._upload_rates.append(len(payload) / max(time.monotonic() - began_s, 1e-6))
-            self.upload_bytes_per_s = median(self._upload_rates)
-            return
+                pass
+            else:
+                self._uploaded(len(payload), time.monotonic() - began_s)
+                if refusals:
+                    self._mailbox.put_event(f"the payload of round {round_} was taken now", False)
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_RETRY_S)
+            await self._coordinator.is_up.wait()
+
+    def _uploaded(self, n_bytes: int, took_s: float) -> None:
+        self._upload_rates.append(n_bytes / max(took_s, 1e-6))
+        self.upload_bytes_per_s = median(self._upload_rates)
 
 
 def _without_payload(offer: Offer) -> Offer:

@@ -188,7 +188,7 @@ def ray_row(
     with StateDir(state) as state_dir:
         save(key, state_dir.key_path)
         Ledger.create(state_dir.ledger_path, genesis, key).close()
-        BlobStore(state_dir.blobs_path, 2**30).put(digest_of(HELD_OUT), HELD_OUT)
+        BlobStore(state_dir.blobs_path).put(digest_of(HELD_OUT), HELD_OUT)
     ticket = Ticket.parse(ray.get(actor.begin.remote(str(state))))
     return nullcontext(RayRow(folder, actor, ticket))
 

@@ -20,7 +20,7 @@ def put(store: BlobStore, data: bytes) -> bytes:
 
 
 def test_what_is_put_can_be_read(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 10**6)
+    store = BlobStore(tmp_path)
     data = blob(7, 4000)
     chunks = [data[i : i + 333] for i in range(0, len(data), 333)]
     assert store.put(digest_of(data), iter(chunks)) == len(data)
@@ -32,7 +32,7 @@ def test_what_is_put_can_be_read(tmp_path: Path) -> None:
 
 
 def test_unknown_blobs_are_key_errors(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 10**6)
+    store = BlobStore(tmp_path)
     assert digest_of(b"x") not in store
     assert store.size(digest_of(b"x")) is None
     with pytest.raises(KeyError):
@@ -40,7 +40,7 @@ def test_unknown_blobs_are_key_errors(tmp_path: Path) -> None:
 
 
 def test_bytes_that_do_not_fit_the_digest_are_refused(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 10**6)
+    store = BlobStore(tmp_path)
     with pytest.raises(BadMessage, match="do not fit"):
         store.put(digest_of(b"right"), b"wrong")
     assert list(tmp_path.iterdir()) == []
@@ -48,7 +48,7 @@ def test_bytes_that_do_not_fit_the_digest_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 10**6)
+    store = BlobStore(tmp_path)
 
     def broken() -> object:
         yield b"some"
@@ -63,7 +63,7 @@ def test_an_upload_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_same_blob_twice_is_one(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 10**6)
+    store = BlobStore(tmp_path)
     put(store, blob(1))
     first, second = store.writer(digest_of(blob(2))), store.writer(digest_of(blob(2)))
     for writer in (first, second):
@@ -75,17 +75,17 @@ def test_the_same_blob_twice_is_one(tmp_path: Path) -> None:
 
 
 def test_a_restart_finds_blobs_and_removes_leftovers(tmp_path: Path) -> None:
-    digest = put(BlobStore(tmp_path, 10**6), blob(1))
+    digest = put(BlobStore(tmp_path), blob(1))
     (tmp_path / f"{digest.hex()}.0.part").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("not ours")
-    store = BlobStore(tmp_path, 10**6)
+    store = BlobStore(tmp_path)
     assert store.read(digest) == blob(1)
     assert store.n_bytes == 100
     assert {p.name for p in tmp_path.iterdir()} == {digest.hex(), "notes.txt"}
 
 
 def test_what_is_released_is_gone(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 10**6)
+    store = BlobStore(tmp_path)
     digests = [put(store, blob(i)) for i in range(6)]
     for round_, digest in enumerate(digests):
         store.mark_offered(digest, round_)
@@ -102,7 +102,7 @@ def test_what_is_released_is_gone(tmp_path: Path) -> None:
 
 
 def test_a_blob_used_again_is_as_new_as_its_last_round(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 10**6)
+    store = BlobStore(tmp_path)
     counted, offered = put(store, blob(1)), put(store, blob(2))
     for digest in (counted, offered):
         store.mark_offered(digest, 1)
@@ -118,7 +118,7 @@ def test_a_blob_used_again_is_as_new_as_its_last_round(tmp_path: Path) -> None:
 
 
 def test_the_run_s_own_are_never_released(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 10**6)
+    store = BlobStore(tmp_path)
     own = put(store, blob(1000))
     store.mark_counted(own, 1)
     for _ in range(2):
@@ -131,8 +131,8 @@ def test_the_run_s_own_are_never_released(tmp_path: Path) -> None:
 
 
 def test_after_a_restart_what_nobody_marks_was_just_uploaded(tmp_path: Path) -> None:
-    own, old, new = (put(BlobStore(tmp_path, 10**6), blob(i)) for i in range(3))
-    store = BlobStore(tmp_path, 10**6)
+    own, old, new = (put(BlobStore(tmp_path), blob(i)) for i in range(3))
+    store = BlobStore(tmp_path)
     store.pin(own)
     store.mark_counted(old, 3)
     store.mark_rest(7)
@@ -143,14 +143,14 @@ def test_after_a_restart_what_nobody_marks_was_just_uploaded(tmp_path: Path) -> 
 
 
 def test_marks_of_what_is_not_here_do_nothing(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 10**6)
+    store = BlobStore(tmp_path)
     store.mark_offered(digest_of(b"x"), 1)
     store.mark_counted(digest_of(b"x"), 1)
     assert store.release(counted_to=9, offered_to=9) == 0
 
 
 def test_a_reader_keeps_what_is_released_meanwhile(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 10**6)
+    store = BlobStore(tmp_path)
     digest = put(store, blob(1))
     store.mark_counted(digest, 1)
     with store.open(digest) as f:

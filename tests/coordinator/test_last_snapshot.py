@@ -70,7 +70,7 @@ async def _stream(peer: Peer, serving: list[asyncio.Task[None]]) -> streams.Stre
     return streams.Stream(*await asyncio.open_connection(sock=ours), streams.Meter())
 
 
-def _fetched(store: BlobStore, *peers: Peer) -> tuple[bool, bool]:
+def _fetched(store: BlobStore, *peers: Peer, quota_bytes: int = 10**9) -> tuple[bool, bool]:
     """Whether it was fetched, and whether all of it is there."""
 
     async def run() -> tuple[bool, bool]:
@@ -79,7 +79,9 @@ def _fetched(store: BlobStore, *peers: Peer) -> tuple[bool, bool]:
         async def open_stream(name: str) -> streams.Stream:
             return await _stream(peers[int(name)], serving)
 
-        last = LastSnapshot(store, lambda: None, open_stream)
+        last = LastSnapshot(
+            store, lambda: None, open_stream, lambda n_bytes: store.n_bytes + n_bytes <= quota_bytes
+        )
         names = tuple(str(i) for i in range(len(peers)))
         done = await last.fetch(Wanted(SNAPSHOT, names))
         await asyncio.gather(*serving)
@@ -90,20 +92,18 @@ def _fetched(store: BlobStore, *peers: Peer) -> tuple[bool, bool]:
 
 
 def test_it_is_fetched_from_whoever_gives_it(tmp_path: Path) -> None:
-    store = BlobStore(tmp_path, 10**9)
+    store = BlobStore(tmp_path)
     gone, liar = Peer(MANIFEST), Peer(MANIFEST, lies=True)
     honest = Peer(MANIFEST, *CHUNKS)
     assert _fetched(store, liar, gone) == (False, False)
     assert _fetched(store, liar, gone, honest) == (True, True)
     assert [store.read(digest_of(chunk)) for chunk in CHUNKS] == CHUNKS
-    assert _fetched(BlobStore(tmp_path, 10**9), Peer(MANIFEST)) == (True, True), (
-        "what is here is not asked for"
-    )
+    assert _fetched(BlobStore(tmp_path), Peer(MANIFEST)) == (True, True), "what is here is not asked for"
 
 
 def test_a_full_quota_keeps_nothing(tmp_path: Path) -> None:
     peer = Peer(MANIFEST, *CHUNKS)
-    assert _fetched(BlobStore(tmp_path, CHUNK_BYTES), peer) == (False, False)
+    assert _fetched(BlobStore(tmp_path), peer, quota_bytes=CHUNK_BYTES) == (False, False)
     assert peer.n_asked == 0
 
 

@@ -255,6 +255,21 @@ def test_a_second_node_with_the_same_identity_ends_the_first(make_swarm: Callabl
         take(first, 0, 1)
 
 
+def test_a_payload_that_the_disk_does_not_take_is_sent_again_while_its_round_is_open(
+    make_swarm: Callable[..., Swarm],
+) -> None:
+    swarm = make_swarm(min_peers=1)
+    node = swarm.trainer("node")
+    blobs = swarm.folder / "coordinator" / "blobs"
+    blobs.rename(swarm.folder / "unmounted")
+    node.offer(offer(1, bytes(50_000)))
+    events = node.events()
+    within(lambda: next(e for e in events if "not taken, trying again while it is open" in e.text))
+    (swarm.folder / "unmounted").rename(blobs)
+    within(lambda: next(e for e in events if "the payload of round 1 was taken now" in e.text))
+    assert take(node, 0, 1)[0].body.offers[0].n_bytes == 50_000
+
+
 def test_the_status_can_be_asked_again_and_again(make_swarm: Callable[..., Swarm]) -> None:
     swarm = make_swarm(min_peers=1)
     a = swarm.trainer("a")

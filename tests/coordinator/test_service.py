@@ -35,7 +35,7 @@ from thinwire.coordinator.protocol.messages import (
     digest_of,
 )
 from thinwire.coordinator.protocol.schedule import lr_factor_bits
-from thinwire.coordinator.protocol.settings import parse_settings
+from thinwire.coordinator.protocol.settings import Keep, parse_settings
 from thinwire.coordinator.service import Service
 
 MakeWorld = Callable[..., World]
@@ -429,7 +429,7 @@ def test_blobs_of_the_run_must_be_there(
     text = b"held-out text"
     genesis = make_genesis().model_copy(update={"held_out": BlobRef(digest=digest_of(text), n_bytes=13)})
     ledger = Ledger.create(tmp_path / "ledger.db", genesis, key)
-    blobs = BlobStore(tmp_path / "blobs", 10)
+    blobs = BlobStore(tmp_path / "blobs")
 
     def start() -> Service:
         return Service(
@@ -706,7 +706,7 @@ def test_payloads_are_kept_back_to_the_second_newest_attested_snapshot(make_worl
     assert kept(world, *range(1, 50)) == list(range(21, 50))
     assert len(list(world.blobs._path.iterdir())) == 2 * 29
     status = world.status()["payloads"]
-    assert status == {"kept_from": 21, "bytes": 29 * 12001, "quota_bytes": 10**9}
+    assert status == {"kept_from": 21, "bytes": 29 * 12001, "quota_bytes": None}
     world.restart()
     assert world.status()["payloads"] == status
     world.train("a", "b")
@@ -758,26 +758,92 @@ def test_what_no_commit_counted_is_deleted_a_few_rounds_later(make_world: MakeWo
     assert world.blobs.n_bytes == 0
 
 
-def test_without_snapshots_the_quota_is_a_wish_and_its_reason_is_told(
+def test_a_run_that_keeps_all_can_be_replayed_from_round_0(make_world: MakeWorld) -> None:
+    world = make_world(rounds=100, snapshot_every=10)
+    world.restart(keep=Keep.parse("all"))
+    world.train("a", "b")
+    trained(world, range(1, 32), 10, 20, 30)
+    assert kept(world, *range(1, 32)) == list(range(1, 32))
+    assert world.open("c").kept_from == 1
+
+
+def test_a_quota_keeps_as_much_as_fits_and_is_never_exceeded(make_world: MakeWorld) -> None:
+    """12,001 bytes a round: 8 rounds fit. Snapshots allow that much long before."""
+    world = make_world(rounds=100, snapshot_every=2)
+    world.restart(keep=Keep.parse("100kB"))
+    world.train("a", "b")
+    for round_ in range(1, 30):
+        trained(world, range(round_, round_ + 1), *([round_] if round_ % 2 == 0 else []))
+        assert world.blobs.n_bytes <= 100_000
+        assert kept(world, *range(1, round_ + 1)) == list(range(max(1, round_ - 7), round_ + 1))
+    assert world.open("c").kept_from == 22
+    assert world.status()["payloads"]["quota_bytes"] == 100_000
+
+
+def test_at_the_quota_a_joining_peer_loses_what_it_was_promised_before_a_payload_is_refused(
     make_world: MakeWorld, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world = make_world(rounds=100, snapshot_every=10)
-    world.blobs.quota_bytes = 20_000
+    world = make_world(rounds=100, snapshot_every=2)
+    world.restart(keep=Keep.parse("100kB"))
     world.train("a", "b")
-    trained(world, range(1, 20))
-    assert kept(world, *range(1, 20)) == list(range(1, 20))
-    (text,) = (r.getMessage() for r in caplog.records if "quota" in r.getMessage())
-    assert text == (
-        "blobs take 24002 bytes, over the quota of 20000: "
-        "all payloads are kept until there are two attested snapshots"
-    )
-    caplog.clear()
-    world.snapshot(10, "a", "b")
+    trained(world, range(1, 7), 2, 4, 6)
     world.open("j")
-    world.say("j", State(state=NodeState.JOINING, needs_after=3))
-    trained(world, range(20, 70), 20)
-    (text,) = (r.getMessage() for r in caplog.records if "quota" in r.getMessage())
-    assert text.endswith("of 20000: j joins and needs the payloads after round 3")
+    world.say("j", State(state=NodeState.JOINING, needs_after=1))
+    trained(world, range(7, 9), 8)
+    assert kept(world, *range(1, 9)) == list(range(1, 9))
+    trained(world, range(9, 13), 10, 12)
+    assert kept(world, *range(1, 13)) == list(range(5, 13))
+    (first, *_) = (r.getMessage() for r in caplog.records if "promised" in r.getMessage())
+    assert first.startswith("j joins and was promised the payloads after round 1; for want of room")
+
+
+def test_a_payload_that_does_not_fit_is_refused_and_may_be_sent_again(
+    make_world: MakeWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a snapshot nothing may go."""
+    world = make_world(rounds=100, snapshot_every=50)
+    world.restart(keep=Keep.parse("50kB"))
+    world.train("a", "b")
+    trained(world, range(1, 5))
+    for _ in range(20):
+        with pytest.raises(BadMessage, match="quota is full: keep = 50,000 bytes, 48,004 are taken"):
+            world.service.may_store("a", 6000)
+    assert world.status()["rejected"] == {"quota": 20}
+    (text,) = (r.getMessage() for r in caplog.records if "a payload is refused" in r.getMessage())
+    assert "all payloads are kept until there are two attested snapshots" in text
+    assert "a larger [run] keep" in text
+    assert kept(world, *range(1, 5)) == [1, 2, 3, 4]
+    world.round(5, "a", "b", payload=b"small ones go into the ledger")
+    assert world.committed[-1] == 5
+    world.restart(keep=Keep.parse("1MB"))
+    world.train("a", "b")
+    trained(world, range(6, 7))
+    assert world.committed[-1] == 6
+
+
+def test_room_is_reserved_for_uploads_that_are_under_way(make_world: MakeWorld) -> None:
+    world = make_world(rounds=100)
+    world.restart(keep=Keep.parse("10kB"))
+    world.train("a", "b")
+    world.service.may_store("a", 6000)
+    writer = world.blobs.writer(digest_of(bytes(6000)), 6000)
+    with pytest.raises(BadMessage, match="0 are taken and 6,000 on their way"):
+        world.service.may_store("b", 6000)
+    writer.abort()
+    world.service.may_store("b", 6000)
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"), [("20GB", 20 * 10**9), ("1.5 MB", 1_500_000), ("4KiB", 4096), ("7", 7)]
+)
+def test_keep_takes_sizes(text: str, n_bytes: int) -> None:
+    assert Keep.parse(text) == Keep(is_lazy=True, quota_bytes=n_bytes)
+
+
+@pytest.mark.parametrize("text", ["", "some", "20 XB", "-1", "0GB", "kB", "1e9", "9" * 40])
+def test_what_keep_does_not_take_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match='write "all", "snapshots" or a size'):
+        Keep.parse(text)
 
 
 def test_small_payloads_stay_in_the_ledger_for_ever(make_world: MakeWorld) -> None:

@@ -100,3 +100,12 @@ def test_a_learning_rate_that_nobody_means() -> None:
         with pytest.raises(ConfigError, match=r"strategy.lr = .*: between 0 and 100"):
             refuse_unlikely({"name": "decoupled", "lr": lr})
     refuse_unlikely({"name": "decoupled"})
+
+
+def test_what_the_coordinator_keeps_is_checked_and_is_not_in_record_0() -> None:
+    kept = load_config(None, {"run.keep": "20GB"}, {})
+    assert kept.run.keep == "20GB"
+    assert load_config(None, {"run.keep": 5000}, {}).run.keep == "5000"
+    assert kept.to_json() == load_config(None, {}, {}).to_json()
+    with pytest.raises(ConfigError, match='keep = "everything": write "all", "snapshots" or a size'):
+        load_config(None, {"run.keep": "everything"}, {})

@@ -50,7 +50,7 @@ class Earlier:
         self.run_id, self.genesis = ledger.run_id, ledger.genesis
         ledger.close()
         self.run_folder = self.node / self.run_id.hex()[:16]
-        self.store = BlobStore(self.coordinator / "blobs", quota_bytes=2**30)
+        self.store = BlobStore(self.coordinator / "blobs")
 
     def commits(self) -> list[Commit]:
         ledger = Ledger.open(self.coordinator / "ledger.db", self.key.public_key())

@@ -34,7 +34,6 @@ from thinwire.coordinator.protocol.messages import (
 from thinwire.coordinator.service import Service
 
 SNAPSHOT_EVERY = 3
-QUOTA_BYTES = 30_000
 
 
 class PowerCut(BaseException):
@@ -85,7 +84,7 @@ class Host:
         return path
 
     def _start_service(self) -> None:
-        self.blobs = BlobStore(self._state / "blobs", QUOTA_BYTES)
+        self.blobs = BlobStore(self._state / "blobs")
         assert not list((self._state / "blobs").glob("*.part")), "a half-written blob is left"
         self.service = Service(
             ledger=self.ledger,

@@ -40,7 +40,7 @@ class World:
         self.start()
 
     def start(self, **options: Any) -> None:
-        self.blobs = BlobStore(self.path / "blobs", 10**9)
+        self.blobs = BlobStore(self.path / "blobs")
         self.service = Service(
             ledger=self.ledger,
             blobs=self.blobs,

@@ -90,7 +90,7 @@ class Watched(World):
     history: bytes | None = None
 
     def start(self) -> None:
-        self.blobs = BlobStore(self.path / "blobs", 10**9)
+        self.blobs = BlobStore(self.path / "blobs")
         self.service = Service(
             ledger=self.ledger,
             blobs=self.blobs,

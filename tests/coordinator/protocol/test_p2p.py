@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -92,6 +93,53 @@ def test_every_address_says_why_it_failed(tmp_path: Path) -> None:
 
 
 @swarm
+class Gate:
+    """A TCP proxy: it passes connections on while it `is_open`, else it accepts and closes them."""
+
+    def __init__(self, target_port: int) -> None:
+        self.target_port, self.is_open, self.accepted = target_port, False, 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        if not self.is_open:
+            writer.close()
+            return
+        inner, outer = await asyncio.open_connection("127.0.0.1", self.target_port)
+        await asyncio.gather(_pipe(reader, outer), _pipe(inner, writer))
+
+
+async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(2**16):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+def test_behind_a_proxy_that_accepts_and_closes_a_peer_is_reached_as_soon_as_it_is_there() -> None:
+    """libp2p alone waits for 5 s after the first failure, and longer and longer after the next ones."""
+
+    async def run() -> None:
+        target, node = await start_p2p(new_key()), await start_p2p(new_key())
+        gate = Gate(target.port)
+        proxy = await asyncio.start_server(gate.serve, "127.0.0.1", 0)
+        address = f"/ip4/127.0.0.1/tcp/{proxy.sockets[0].getsockname()[1]}"
+        try:
+            for _ in range(4):
+                with pytest.raises(SwarmUnreachable, match="accepted and closed at once, as by a proxy"):
+                    await node.dial(target.peer_id, [address], 5)
+                await asyncio.sleep(0.2)
+            gate.is_open, began_s = True, time.monotonic()
+            await node.dial(target.peer_id, [address], 5)
+            assert time.monotonic() - began_s < 3
+        finally:
+            await node.close()
+            await target.close()
+            proxy.close()
+
+    asyncio.run(run())
+
+
 def test_a_taken_port_is_an_error_and_a_freed_one_is_not(tmp_path: Path) -> None:
     async def body() -> None:
         a = await start(tmp_path, "a")

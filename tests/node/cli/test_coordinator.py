@@ -29,7 +29,7 @@ def start_run_of_an_older_version(state: StateDir) -> None:
     genesis = make_genesis(config, make_task(config.task, None, None), peer_id_of(key.public_key()), 1)
     older = json.loads(genesis.body.config)
     del older["strategy"]["clip"]
-    store = BlobStore(state.blobs_path, 2**30)
+    store = BlobStore(state.blobs_path)
     for blob in genesis.blobs:
         store.put(digest_of(blob), blob)
     Ledger.create(

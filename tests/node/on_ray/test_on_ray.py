@@ -118,7 +118,7 @@ def train_locally(folder: Path, state: Path) -> tuple[set[str], list[list[tuple[
     """The run of that state folder once more, as threads: fingerprints and offers."""
     genesis, peers, _ = what_counted(state)
     key = load_or_create(state / "key")
-    blobs = BlobStore(state / "blobs", 2**30)
+    blobs = BlobStore(state / "blobs")
     assert genesis.held_out is not None
     folder.mkdir()
     with local_swarm(folder, genesis, key, blobs=[blobs.read(genesis.held_out.digest)]) as swarm:
