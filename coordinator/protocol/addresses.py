@@ -77,9 +77,9 @@ def dialable(host: str, port: int, announce: Sequence[str]) -> tuple[str, ...]:
 
 def require_free(host: str, port: int, option: str = "--port") -> None:
     """Raises ConfigError when somebody listens there already (libp2p would share the port in silence), or
-    nobody may. `option`: what the port was given by. Port 0 is always free."""
+    nobody may. `option`: what the port was given by. Port 0: is the host this machine's?"""
     deadline_s = time.monotonic() + _PORT_RETRY_S
-    while port and (error := _bind_error(host, port)) is not None:
+    while (error := _bind_error(host, port)) is not None:
         if error.errno == errno.EACCES:
             raise ConfigError(
                 f"port {port} on {host} is not for this user (ports below 1024 need root, or "

@@ -84,7 +84,7 @@ def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) ->
     """A new run in an empty directory, else the run that is there if it is the same one."""
     loss_unit = getattr(task, "loss_unit", "nats")
     where = {"check_strategy": check_changes, "loss_unit": loss_unit, **where}
-    state.save_keep(config.run.keep)
+    state.save_keep(str(config.run.keep))
     if not state.ledger_path.exists():
         coordinator = peer_id_of(load_or_create(state.key_path).public_key())
         genesis = make_genesis(config, task, coordinator, time.time_ns() // 10**6)
