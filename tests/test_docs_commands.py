@@ -27,6 +27,7 @@ ELSEWHERE = {
     "make": ".ci/run",
     "demo": "tests/node/cli/test_demo.py",
     "doctor": "tests/node/doctor/test_doctor.py",
+    "plan": "tests/node",
     "compare": "tests/node/compare/test_compare.py",
     "ray": "tests/node/on_ray/test_on_ray.py",
     "bench": "tests/node/bench",
