@@ -23,6 +23,7 @@ class PeerState(StrEnum):
 class SessionOpened:
     peer: int
     session: int
+    is_reader: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,8 @@ class _Peer:
     session: int | None
     seen_s: float
     said: NodeState = NodeState.JOINING
+    is_reader: bool = False
+    has_trained: bool = False
     grace_until_s: float | None = None
     """Without a session: gone then. With one: joining then, unless it has said that it trains."""
 
@@ -89,8 +92,9 @@ class Membership:
         """The changes that the event, and the time until now, have brought. `now_s`: monotonic."""
         actions: list[Became] = []
         match event:
-            case SessionOpened(peer, session):
+            case SessionOpened(peer, session, is_reader):
                 self._opened(peer, session, now_s, actions)
+                self._peers[peer].is_reader = is_reader
             case SessionClosed(peer, session):
                 self._closed(peer, session, now_s)
             case StateSaid(peer, state):
@@ -115,6 +119,14 @@ class Membership:
         """GONE also for a peer that never came."""
         known = self._peers.get(peer)
         return PeerState.GONE if known is None else known.state
+
+    def takes_part(self, peer: int) -> bool:
+        """Whether it trains, has trained or may do so soon: not one that reads, or never got that far."""
+        known = self._peers.get(peer)
+        if known is None:
+            return False
+        is_coming = known.state is not PeerState.GONE and not known.is_reader
+        return known.has_trained or known.state is PeerState.TRAINING or is_coming
 
     def connected(self) -> list[int]:
         """Peers with an open session."""
@@ -196,6 +208,7 @@ class Membership:
         known = self._peers[peer]
         if known.state is not state:
             known.state = state
+            known.has_trained |= state is PeerState.TRAINING
             actions.append(Became(peer, state, reason, cause if state is PeerState.GONE else None))
 
 

@@ -33,6 +33,7 @@ from .open_round import OpenOffers, OpenRound
 from .peers import Peers
 from .protocol.figures import RoundLines, counted
 from .protocol.messages import (
+    READER,
     BadMessage,
     Change,
     Commit,
@@ -162,7 +163,7 @@ class Service:
         that is not on the chain) or BadMessage (a session older than the open one).
         """
         index = self._parts.peers.admit(peer_id, session, hello, now_s)
-        self._handle_member(SessionOpened(index, session), now_s)
+        self._handle_member(SessionOpened(index, session, hello.agent == READER), now_s)
         return Welcome(
             genesis=self._ledger.genesis_record,
             signature=self._ledger.genesis_signature,

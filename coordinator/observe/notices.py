@@ -89,7 +89,7 @@ class Notices:
         log.info("%s is %s: %s", self._names.short(became.peer), became.state, became.reason)
         if became.state is PeerState.TRAINING:
             self._last_word = ""
-        if (kind := _kind(became)) is not None:
+        if (kind := _kind(became)) is not None and self._members.takes_part(became.peer):
             self._happened(kind, self._names.on_page(became.peer))
 
     def failed(self, peer: int, last_word: str) -> None:

@@ -30,13 +30,15 @@ def overview(
     members: Membership,
     statistics: RunStatistics,
     page_history: PageHistory,
+    peers: dict[int, str],
     *,
     now_s: float,
     now_ms: int,
 ) -> dict[str, Any]:
-    """JSON-able. Times are those of the coordinator's clock, in ms; nothing in it changes by time alone."""
+    """JSON-able. Times are those of the coordinator's clock, in ms; nothing in it changes by time alone.
+
+    `peers`: those that are shown."""
     state = run_state(rounds)
-    peers = ledger.peers()
     states = Counter(str(members.state(index)) for index in peers)
     return {
         "run": printable(run.name, 100),

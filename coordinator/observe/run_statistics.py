@@ -66,6 +66,11 @@ class RunStatistics:
         """Those of the peer with this index, made at the first call."""
         return self.peers.setdefault(index, PeerFigures())
 
+    def has_offered(self, index: int) -> bool:
+        """Whether an offer of the peer's was counted, or awaited in vain."""
+        peer = self.peers.get(index)
+        return peer is not None and peer.offers_counted + peer.offers_missed > 0
+
     def committed(self, body: CommitBody) -> None:
         """The next commit, live or while the ledger is read."""
         self.loss = mean_loss(body) if body.offers else self.loss

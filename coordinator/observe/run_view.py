@@ -51,7 +51,7 @@ class RunView:
             "evaluations": [list(entry) for entry in self._ledger.evaluations(SHOWN_EVALUATIONS)],
             "failed_evaluations": self._derived.reports.failed_evaluations,
             "last_failed_evaluation": self._derived.reports.last_failure,
-            "peers": [self._peer(index, peer_id, now_s) for index, peer_id in self._ledger.peers().items()],
+            "peers": [self._peer(index, peer_id, now_s) for index, peer_id in self._shown().items()],
             "rejected": dict(sorted(self._rejected.items())),
             "since_start": self._counters.figures(),
             "ledger_bytes": self._ledger.n_bytes,
@@ -69,6 +69,7 @@ class RunView:
             self._members,
             self._derived.statistics,
             self._derived.page_history,
+            self._shown(),
             now_s=now_s,
             now_ms=self._wall_ms(),
         )
@@ -82,6 +83,14 @@ class RunView:
     def history(self) -> bytes:
         """What only this process has seen of the run, to be kept over a restart; small."""
         return self._derived.history()
+
+    def _shown(self) -> dict[int, str]:
+        """The peers of the run, by their index, without those that only read from it."""
+        return {
+            index: peer_id
+            for index, peer_id in self._ledger.peers().items()
+            if self._members.takes_part(index) or self._derived.statistics.has_offered(index)
+        }
 
     def _peer(self, index: int, peer_id: str, now_s: float) -> dict[str, Any]:
         seen_s = self._members.seen_s(index)

@@ -254,6 +254,9 @@ class Message(Record):
     tag: ClassVar[int]
 
 
+READER: Final = "thinwire reader"
+
+
 class Hello(Message):
     """First frame of a session, from the node. `head_*`: the last commit that it has on disk, if any.
 
@@ -271,6 +274,7 @@ class Hello(Message):
     head_digest: Digest | None
     addresses: Annotated[tuple[Address, ...], Field(max_length=32)]
     agent: Annotated[str, Field(max_length=100)]
+    """Which program asks: READER only reads, and is no peer to people."""
     device: Annotated[str, Field(max_length=100)] = ""
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from ...compression.errors import ConfigError, ThinwireError
 from ...coordinator.protocol.files import write_aside
 from ...coordinator.protocol.ledger_file import Summary, check, write_ledger
-from ...coordinator.protocol.messages import BlobRef, GenesisBody, Welcome
+from ...coordinator.protocol.messages import READER, BlobRef, GenesisBody, Welcome
 from ...coordinator.protocol.ticket import Ticket
 from .ledger_download import LedgerDownload, incomplete
 
@@ -180,11 +180,13 @@ def _catch_up(link: Link, welcome: Welcome, replica: Replica, snapshot_every: in
 @contextmanager
 def _session(ticket: str, stop: Stop) -> Iterator[tuple[Link, Welcome]]:
     """Opens a link of a reader and closes it in the end; a signal closes it at once."""
+    from ..links.core import About
     from ..links.hivemind import HivemindLink
     from ..runner import follow_events
     from .offline import telling_what_is_here
 
-    link = HivemindLink(Ticket.parse(ticket), patience_s=READER_PATIENCE_S)
+    about = About(agent=READER)
+    link = HivemindLink(Ticket.parse(ticket), patience_s=READER_PATIENCE_S, about=about)
     events = follow_events(link)
     # Closing waits for the goodbye: not in the signal handler.
     stop.on_stop.append(lambda: threading.Thread(target=link.close, name="leave", daemon=True).start())

@@ -53,7 +53,6 @@ STEADY_S = 10.0
 """A session that lasted for this long makes the next retries quick again."""
 
 _PAUSE_S = 2.0
-_AGENT = "thinwire"
 
 
 OpenTransport = Callable[[], Awaitable[Transport]]
@@ -115,7 +114,8 @@ class SessionHandler(Protocol):
 class CoordinatorSession:
     """`open` once, then `post`; `close` at the end. Breaks are mended until `patience_s` is over.
 
-    `limit`: of what this node sends, None: there is none; `device`: what people are told that it trains on.
+    `limit`: of what this node sends, None: there is none; `device`: what people are told that it trains on;
+    `agent`: see `Hello`.
     """
 
     def __init__(
@@ -127,11 +127,12 @@ class CoordinatorSession:
         patience_s: float,
         limit: UploadLimit | None = None,
         device: str = "",
+        agent: str = "thinwire",
     ) -> None:
         self._ticket, self._open_transport = ticket, open_transport
         self._meter, self._handler = meter, handler
         self._control = None if limit is None else limit.control
-        self._patience_s, self._device = patience_s, device
+        self._patience_s, self._device, self._agent = patience_s, device, agent
         self._jitter = random.Random()
         self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
@@ -229,7 +230,7 @@ class CoordinatorSession:
                 head_round=head_round,
                 head_digest=head_digest,
                 addresses=addresses,
-                agent=_AGENT,
+                agent=self._agent,
                 device=self._device,
             )
         )

@@ -53,10 +53,11 @@ _KEPT_REPORTS = 8
 @dataclass(frozen=True, slots=True)
 class About:
     """What people are told of a node: what it trains on, and how long the parts of its rounds take (called in
-    the link's thread, with every heartbeat)."""
+    the link's thread, with every heartbeat). `agent`: see `Hello`."""
 
     device: str = ""
     phases: Callable[[], Phases | None] = lambda: None
+    agent: str = "thinwire"
 
 
 class LinkCore:
@@ -87,7 +88,7 @@ class LinkCore:
         self._mailbox, self._meter, self._limit = mailbox, meter, limit
         self._copy_path, self._metrics, self._phases = copy_path, metrics, about.phases
         coordinator = self._coordinator = CoordinatorSession(
-            ticket, open_transport, meter, self, patience_s, limit, about.device
+            ticket, open_transport, meter, self, patience_s, limit, about.device, about.agent
         )
         self._members = MemberList()
         self._uploads = BlobClient(

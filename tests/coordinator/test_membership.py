@@ -161,3 +161,15 @@ def test_any_schedule(script: list[tuple[str, int, Any]], recalled: frozenset[in
         assert (wake_s is None) == (not members.alive())
         assert wake_s is None or wake_s > now_s
         assert members.connected() == sorted(opened)
+
+
+def test_who_only_reads_or_never_trained_takes_no_part() -> None:
+    members = Membership(SILENCE_S, frozenset(), 0.0)
+    members.handle(SessionOpened(0, 1, is_reader=True), 0.0)
+    members.handle(SessionOpened(1, 1), 0.0)
+    members.handle(SessionOpened(2, 1), 0.0)
+    assert [members.takes_part(peer) for peer in range(4)] == [False, True, True, False]
+    members.handle(StateSaid(1, NodeState.TRAINING), 1.0)
+    for peer in (1, 2):
+        members.handle(StateSaid(peer, NodeState.LEAVING), 2.0)
+    assert [members.takes_part(peer) for peer in range(4)] == [False, True, False, False]

@@ -398,7 +398,7 @@ def test_a_restart_goes_on_where_it_was(make_world: MakeWorld) -> None:
     world.restart()
     assert world.service.commits(0, 10) == before
     assert world.status()["held_out"] == [[2, 3.5]]
-    assert [p["state"] for p in world.status()["peers"]] == ["training", "training", "gone"]
+    assert [p["state"] for p in world.status()["peers"]] == ["training", "training"], "c has never trained"
     world.train("a", "b")
     assert world.open("c", head_round=2, head_digest=head).peer_index == 2
     assert world.open("d").peer_index == 3
@@ -1055,7 +1055,9 @@ def test_kept_traffic_that_is_no_traffic_costs_its_figures_only(
     make_world: MakeWorld, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = make_world()
-    world.train("a")
+    world.train("a", "b")
+    for peer in "ab":
+        world.say(peer, offer(1))
     world.wait(1.0, "a")
     history = json.loads(world.service.history())
     (good,) = history["traffic"]
