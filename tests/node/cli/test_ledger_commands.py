@@ -52,7 +52,7 @@ def test_ledger_replay_and_export_of_a_live_run(thinwire: Callable[..., Any], tm
     model = make_task(parse_config(json.dumps(about["config"])).task, None, None).model()
     model.load_state_dict(load_file(tmp_path / "weights" / "model.safetensors"))
     seen = json.loads(_output(thinwire("status", ticket, "--json")))
-    assert sum(p["state"] == "training" for p in seen["peers"]) == 2, "nobody waited for the readers"
+    assert [p["state"] for p in seen["peers"]] == ["training"] * 2, "readers are no peers"
     assert seen["mismatches"] == 0
 
     for node in nodes:  # the rest needs no swarm, and the machine for itself
