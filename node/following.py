@@ -252,7 +252,7 @@ class LedgerFollower:
             counted(len(body.offers), "offer"),
             "-" if loss is None else f"{loss:.4f}",
             ", ours came too late" if applied.own == "missed" else "",
-            "" if left_s is None else f", about {human_seconds(left_s)} left",
+            "" if left_s is None or left_s < 1 else f", about {human_seconds(left_s)} left",
             f" ({n_quiet + 1} rounds since the last line)" if n_quiet else "",
         )
 

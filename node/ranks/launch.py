@@ -23,6 +23,7 @@ import psutil
 from ...compression.errors import ConfigError, ThinwireError
 from ..result import Result
 from ..run_node import Options
+from ..system.command_name import name_for_children
 from ..system.folder import default_folder
 from ..system.processes import PARENT_VARIABLE
 from .process import RESULT, Failure
@@ -95,7 +96,12 @@ class _Ranks:
             [sys.executable, "-m", "thinwire.node.ranks.process"],
             stdin=subprocess.PIPE,
             stdout=sys.stderr.fileno(),
-            env={**os.environ, PARENT_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": str(threads)},
+            env={
+                **os.environ,
+                PARENT_VARIABLE: str(os.getpid()),
+                **name_for_children(),
+                "OMP_NUM_THREADS": str(threads),
+            },
             start_new_session=True,  # Ctrl-C reaches this process alone
         )
         spec = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Final
+
+COMMAND_VARIABLE: Final = "THINWIRE_COMMAND"
 
 _HINT: Final = re.compile(
     r"(?<![\w/.-])thinwire(?= (?:bench|compare|completion|config|coordinator|demo|doctor|export|generate|init"
@@ -25,7 +28,12 @@ def command_name(argv0: str, which: Callable[[str], str | None] = shutil.which) 
 
 @cache
 def _ours() -> str:
-    return command_name(sys.argv[0])
+    return os.environ.get(COMMAND_VARIABLE) or command_name(sys.argv[0])
+
+
+def name_for_children() -> dict[str, str]:
+    """A variable of the environment, so that our own child processes name it as the user has."""
+    return {COMMAND_VARIABLE: _ours()}
 
 
 def as_typed(text: str, name: str | None = None) -> str:

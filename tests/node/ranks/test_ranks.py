@@ -185,6 +185,16 @@ def test_blocks_are_the_elements_of_the_outermost_lists_or_what_the_task_says() 
     assert blocks_of(task, net) == [f"layers.{i}.experts.{j}" for i in (0, 1) for j in (0, 1)] + ["head"]
 
 
+def test_a_block_that_shares_a_parameter_stays_with_the_root() -> None:
+    net = nn.Module()
+    net.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)])
+    net.layers[2].weight = net.layers[0].weight
+    assert blocks_of(object(), net) == ["layers.1"]  # type: ignore[arg-type]
+    net.head = nn.Linear(3, 3)
+    net.head.bias = net.layers[1].bias
+    assert blocks_of(object(), net) == []  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("args", "why"),
     [
