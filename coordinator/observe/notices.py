@@ -8,10 +8,10 @@ from typing import Final
 
 from ..announcer import Announcer
 from ..membership import Became, Membership, PeerState
-from ..protocol.figures import counted, lasted
+from ..protocol.figures import counted, human_seconds, printable
 from ..protocol.messages import MAX_TEXT, Notice
 from ..rounds import Rounds
-from .page_history import HappeningKind, PageHistory, printable
+from .page_history import HappeningKind, PageHistory
 from .peer_names import PeerNames
 from .run_statistics import RunStatistics
 
@@ -94,7 +94,7 @@ class Notices:
 
     def failed(self, peer: int, last_word: str) -> None:
         """A node leaves with an error."""
-        word = printable(" ".join(last_word.split()), TOLD_OF_ERROR)
+        word = printable(last_word, TOLD_OF_ERROR)
         self._last_word = f"{self._names.short(peer)} stopped with {word}"
         log.error("%s", self._last_word)
         self._happened("failed", f"{self._names.on_page(peer)}: {word[:TOLD_ON_PAGE]}")
@@ -141,11 +141,11 @@ def awaited(
         return None
     missing = rounds.missing()
     if not missing:
-        return f"round {rounds.round}: waiting for anybody's offer for {lasted(since_s)}"
+        return f"round {rounds.round}: waiting for anybody's offer for {human_seconds(since_s)}"
     names = ", ".join(map(name, missing[:NAMED_PEERS]))
     names += ", ..." if len(missing) > NAMED_PEERS else ""
     of = f"{len(missing)} of {counted(len(rounds.expected), 'peer')} ({names})"
-    return f"round {rounds.round}: waiting for {of} for {lasted(since_s)}"
+    return f"round {rounds.round}: waiting for {of} for {human_seconds(since_s)}"
 
 
 def _kind(became: Became) -> HappeningKind | None:
