@@ -1003,6 +1003,20 @@ def test_what_is_waited_for_is_told(make_world: MakeWorld) -> None:
     assert texts == ["round 1: waiting for 2 of 3 peers (b, c) for 5.0 s"]
 
 
+def test_what_lasts_is_told_more_and_more_seldom(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=2)
+    world.train("a")
+    for _ in range(40):
+        world.wait(1.0, "a")
+    lasting = [m.text for m in world.messages(Notice, "a")]
+    assert lasting == [
+        "waiting for 1 more peer: 1 of 2 are training",
+        "waiting for 1 more peer for 5.0 s: 1 of 2 are training",
+        "waiting for 1 more peer for 15 s: 1 of 2 are training",
+        "waiting for 1 more peer for 35 s: 1 of 2 are training",
+    ]
+
+
 def test_heartbeats_are_shown(make_world: MakeWorld) -> None:
     world = make_world()
     world.train("a")
