@@ -82,6 +82,11 @@ def named_error(name: str, text: str) -> ThinwireError:
     return _BY_NAME.get(name, ThinwireError)(text)
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says of an error; where it says nothing, the error's kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(value: object, known: Iterable[str]) -> str:
     """What to write instead of an unknown name, for the words of a ConfigError."""
     known = sorted(known)

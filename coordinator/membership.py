@@ -83,7 +83,14 @@ class Membership:
     def __init__(self, silence_s: float, recalled: frozenset[int], now_s: float) -> None:
         self._silence_s = silence_s
         self._peers = {
-            peer: _Peer(PeerState.TRAINING, None, now_s, NodeState.TRAINING, now_s + silence_s)
+            peer: _Peer(
+                PeerState.TRAINING,
+                None,
+                now_s,
+                NodeState.TRAINING,
+                has_trained=True,
+                grace_until_s=now_s + silence_s,
+            )
             for peer in sorted(recalled)
         }
         self._newest_session: dict[int, int] = {}

@@ -10,6 +10,7 @@ from .ledger import Ledger
 from .observe.run_statistics import KEPT_FINGERPRINTS, RunStatistics
 from .observe.trend import Trend
 from .protocol.attested import Snapshots
+from .protocol.figures import figures_in_words, printable
 from .protocol.messages import (
     MAX_PEERS,
     CommitBody,
@@ -31,6 +32,9 @@ SNAPSHOTS_PER_COMMIT = 2
 
 PER_ROUND = 8
 """Different things that one peer may report about one round: its own fingerprint, a checked one, ..."""
+
+TOLD_OF_FAILURE = 300
+"""Characters of why an evaluation failed."""
 
 Said = tuple[bytes, bool]
 """A fingerprint, and whether it was checked."""
@@ -109,7 +113,7 @@ class Reports:
             return
         if evaluation.failed is not None:
             self.failed_evaluations += 1
-            self.last_failure = round_, _printable(evaluation.failed)
+            self.last_failure = round_, printable(evaluation.failed, TOLD_OF_FAILURE)
             log.warning("round %d: its evaluation failed: %s", *self.last_failure)
             return
         is_fine = figures and all(map(math.isfinite, figures.values())) and all(map(str.isprintable, figures))
@@ -117,8 +121,7 @@ class Reports:
             self._rejected["evaluation"] += 1
             return
         if self._ledger.note_evaluation(round_, figures):
-            shown = ", ".join(f"{name} {value:.6g}" for name, value in figures.items())
-            log.info("round %d: evaluation: %s", round_, shown)
+            log.info("round %d: evaluation: %s", round_, figures_in_words(figures))
 
     def _note_fingerprint(self, peer: int, round_: int, said: Said) -> set[int]:
         if round_ % self._run.verify_every and round_ not in self._ends:
@@ -169,7 +172,3 @@ class Reports:
         if self._ledger.note_held_out(round_, loss):
             self._trend.held_out(round_, loss)
         log.info("round %d: held-out loss %.4f", round_, loss)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)[:300]

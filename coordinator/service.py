@@ -257,7 +257,8 @@ class Service:
         n_adopted, self._n_adopted = self._n_adopted, 0
         self._parts.rounds.is_held = False
         if n_adopted:
-            log.warning("got %d commits back from a node: round %d is the newest", n_adopted, self.head)
+            back = counted(n_adopted, "commit")
+            log.warning("got %s back from a node: round %d is the newest", back, self.head)
             self._admission.new_round()
             self._pending = {}
             self._parts = self._recalled(now_s, self.history())

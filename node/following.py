@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Generator, Iterator
 from enum import Enum
 
 from ..compression.errors import ReplicaDiverged, SwarmUnreachable
-from ..coordinator.protocol.figures import RoundLines, counted, mean_loss
+from ..coordinator.protocol.figures import RoundLines, counted, human_seconds, mean_loss
 from ..coordinator.protocol.messages import Commit, NodeState, OfferEntry
 from ..coordinator.protocol.settings import Course
 from .batches import batches
@@ -22,7 +22,6 @@ from .reporting import Reporter
 from .snapshots.publishing import SnapshotPublisher
 from .tracking.observer import Applied, Observer
 from .tracking.pace import Pace
-from .units import human_seconds
 
 log = logging.getLogger("thinwire.node")
 

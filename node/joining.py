@@ -14,7 +14,7 @@ from typing import Literal
 
 from ..compression.errors import ReplicaDiverged, SwarmUnreachable, ThinwireError
 from ..coordinator.protocol.attested import Attested
-from ..coordinator.protocol.figures import counted
+from ..coordinator.protocol.figures import counted, human_seconds
 from ..coordinator.protocol.messages import BlobRef, Commit, NodeState
 from .history import History
 from .links.base import Link
@@ -23,7 +23,7 @@ from .snapshots.download import Progress, download
 from .snapshots.format import CHUNK_BYTES, Stored, max_manifest_bytes
 from .snapshots.store import LOCAL, SnapshotStore
 from .states.kept_blobs import KeptBlobs
-from .units import human_bytes, human_seconds
+from .units import human_bytes
 
 log = logging.getLogger("thinwire.node")
 

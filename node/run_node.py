@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..compression.errors import ConfigError, SwarmUnreachable, ThinwireError
+from ..compression.errors import ConfigError, SwarmUnreachable, ThinwireError, first_line
 from ..coordinator.protocol.addresses import HttpAddress
 from ..coordinator.protocol.ticket import Ticket
 from .links.upload_limit import UploadLimit, parse_rate
@@ -255,7 +255,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"--device {device}: {str(e).splitlines()[0]}") from e
+        raise ConfigError(f"--device {device}: {first_line(e)}") from e
 
 
 def _check_arithmetic(device: str) -> None:

@@ -35,13 +35,3 @@ def bytes_beside_ddp(payload: float, sent: float | None, ddp: float | None) -> s
 
 def _times(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
-
-
-def human_seconds(seconds: float) -> str:
-    """75.3 -> '1 min 15 s'."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Final
 
 from ..announcer import Announcer
 from ..membership import Became, Membership, PeerState
-from ..protocol.figures import counted, lasted
+from ..protocol.figures import counted, human_seconds, printable
 from ..protocol.messages import MAX_TEXT, Notice
 from ..rounds import Rounds
-from .page_history import HappeningKind, PageHistory, printable
+from .page_history import HappeningKind, PageHistory
 from .peer_names import PeerNames
 from .run_statistics import RunStatistics
 
@@ -19,7 +20,8 @@ log = logging.getLogger("thinwire.coordinator")
 
 FIRST_NOTICE_S: Final = 1.0
 NOTICE_EVERY_S: Final = 5.0
-PAUSED_NOTICE_EVERY_S: Final = 60.0
+SELDOM_S: Final = 300.0
+"""What goes on is said after twice as long each time, but no more seldom."""
 
 RESUME: Final = "thinwire run STATE resume (STATE: the coordinator's folder)"
 
@@ -38,7 +40,8 @@ NAMED_ON_PAGE: Final = 4
 class Notices:
     """Of one run. `wall_ms`: the time that the page gives its lines.
 
-    What is awaited is said every NOTICE_EVERY_S, and FIRST_NOTICE_S after somebody has come.
+    What is awaited is said after NOTICE_EVERY_S, more and more seldom while it stays the same, and
+    FIRST_NOTICE_S after somebody has come.
     """
 
     def __init__(
@@ -54,6 +57,9 @@ class Notices:
         self._page_history, self._wall_ms = page_history, wall_ms
         self._last_word = ""
         """The error that a node has left with, since one was training."""
+        self._said: Awaited | None = None
+        self._since_s = now_s
+        self._pause_s = NOTICE_EVERY_S
         self.next_s = now_s + FIRST_NOTICE_S
         """When it is to be said again what is awaited, in monotonic seconds."""
 
@@ -70,19 +76,24 @@ class Notices:
         self.next_s = now_s + NOTICE_EVERY_S
 
     def awaited(self, rounds: Rounds, min_peers: int, usual_s: float | None, now_s: float) -> None:
-        """Says what is awaited, every few seconds while it lasts longer than usual.
+        """Says what is awaited, if it lasts longer than usual.
 
         `usual_s`: what a round takes, None before the first one.
         """
         if now_s < self.next_s:
             return
-        self.next_s = now_s + (PAUSED_NOTICE_EVERY_S if rounds.is_paused else NOTICE_EVERY_S)
-        text = awaited(rounds, min_peers, usual_s or 0.0, self._names.short, now_s)
-        if text is not None:
-            if self._last_word and not rounds.training:
-                text = f"{text}; nobody trains any more: {self._last_word}"
-            log.info("%s", text)
-            self._announcer.send(Notice(text=text[:MAX_TEXT], warning=False), self._members.connected())
+        found = awaited(rounds, min_peers, usual_s or 0.0, self._names.short, now_s)
+        if found != self._said:
+            self._said, self._since_s, self._pause_s = found, now_s, NOTICE_EVERY_S
+        self.next_s = now_s + self._pause_s
+        if found is None:
+            return
+        self._pause_s = min(2 * self._pause_s, SELDOM_S)
+        text = found.told(now_s, self._since_s)
+        if self._last_word and not rounds.training:
+            text = f"{text}; nobody trains any more: {self._last_word}"
+        log.info("%s", text)
+        self._announcer.send(Notice(text=text[:MAX_TEXT], warning=False), self._members.connected())
 
     def became(self, became: Became) -> None:
         """A peer's state has changed."""
@@ -94,7 +105,7 @@ class Notices:
 
     def failed(self, peer: int, last_word: str) -> None:
         """A node leaves with an error."""
-        word = printable(" ".join(last_word.split()), TOLD_OF_ERROR)
+        word = printable(last_word, TOLD_OF_ERROR)
         self._last_word = f"{self._names.short(peer)} stopped with {word}"
         log.error("%s", self._last_word)
         self._happened("failed", f"{self._names.on_page(peer)}: {word[:TOLD_ON_PAGE]}")
@@ -125,27 +136,43 @@ class Notices:
         self._page_history.happened(self._wall_ms(), kind, text)
 
 
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """In words; between `what` and `then` stands for how long. `since_s`: monotonic; None: since it was first
+    said."""
+
+    what: str
+    then: str = ""
+    since_s: float | None = None
+
+    def told(self, now_s: float, said_s: float) -> str:
+        """`said_s`: when it was first said."""
+        lasted_s = now_s - (said_s if self.since_s is None else self.since_s)
+        return f"{self.what} for {human_seconds(lasted_s)}{self.then}" if lasted_s else self.what + self.then
+
+
 def awaited(
     rounds: Rounds, min_peers: int, usual_s: float, name: Callable[[int], str], now_s: float
-) -> str | None:
-    """What is awaited, in words; None: nothing, or not for more than twice as long as rounds usually take."""
+) -> Awaited | None:
+    """None: nothing, or not for more than twice as long as rounds usually take."""
     if rounds.is_over:
         return None
     if rounds.is_paused:
-        return f"the run is paused after round {rounds.head}; it goes on with: {RESUME}"
+        return Awaited("the run is paused", f" after round {rounds.head}; it goes on with: {RESUME}")
     if rounds.opened_s is None:
         n = len(rounds.training)
-        return f"waiting for {counted(min_peers - n, 'more peer')}: {n} of {min_peers} are training"
-    since_s = now_s - rounds.opened_s
-    if since_s < 2 * usual_s:
+        more = counted(min_peers - n, "more peer")
+        return Awaited(f"waiting for {more}", f": {n} of {min_peers} are training")
+    if now_s - rounds.opened_s < 2 * usual_s:
         return None
     missing = rounds.missing()
     if not missing:
-        return f"round {rounds.round}: waiting for anybody's offer for {lasted(since_s)}"
+        what = f"round {rounds.round}: waiting for anybody's offer"
+        return Awaited(what, since_s=rounds.opened_s)
     names = ", ".join(map(name, missing[:NAMED_PEERS]))
     names += ", ..." if len(missing) > NAMED_PEERS else ""
     of = f"{len(missing)} of {counted(len(rounds.expected), 'peer')} ({names})"
-    return f"round {rounds.round}: waiting for {of} for {lasted(since_s)}"
+    return Awaited(f"round {rounds.round}: waiting for {of}", since_s=rounds.opened_s)
 
 
 def _kind(became: Became) -> HappeningKind | None:

@@ -9,9 +9,10 @@ from typing import Any, Final, Literal
 
 from ..ledger import Ledger
 from ..membership import Membership, PeerState
+from ..protocol.figures import printable
 from ..protocol.settings import RunSection
 from ..rounds import Rounds
-from .page_history import Pace, PageHistory, printable
+from .page_history import Pace, PageHistory
 from .run_statistics import RunStatistics
 
 MAX_PEERS_SHOWN: Final = 256

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, NamedTuple, get_args
 
-from ..protocol.figures import mean_loss
+from ..protocol.figures import mean_loss, printable
 from ..protocol.messages import PHASES, Commit, Heartbeat, Phases, Rejected
 from .trend import Trend
 
@@ -219,11 +219,6 @@ class PageHistory:
         self.happenings = deque(in_order, maxlen=KEPT_HAPPENINGS)
         self.devices.update(devices)
         return traffic
-
-
-def printable(text: str, most: int = 60) -> str:
-    """What a peer says, as it may be shown: one line, bounded, nothing that changes how it is read."""
-    return "".join(c for c in text if c.isprintable())[:most].strip()
 
 
 def _ms(phases: Phases, phase: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from statistics import fmean
 from typing import BinaryIO, Final
 
@@ -25,7 +26,7 @@ def counted(n: int, what: str) -> str:
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
-def lasted(seconds: float) -> str:
+def human_seconds(seconds: float) -> str:
     """75.3 -> '1 min 15 s', 0.4 -> '0.4 s'."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
@@ -35,6 +36,17 @@ def lasted(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def figures_in_words(figures: Mapping[str, float]) -> str:
+    """Of an evaluation: {"acc": 0.5} -> 'acc 0.5'."""
+    return ", ".join(f"{name} {value:.6g}" for name, value in figures.items())
+
+
+def printable(text: str, most: int = 60) -> str:
+    """What others have written, as it may be shown: one line of at most so many characters, and nothing that
+    changes how it is read."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:most].strip()
 
 
 class RoundLines:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.addresses import HttpAddress
+from ...coordinator.protocol.figures import counted
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ..doctor.compiling import compile_kernels
 from ..system.command_name import as_typed
@@ -115,7 +116,9 @@ class DemoSwarm:
 
     def run(self) -> dict[str, Any]:
         """Raises DemoFailed."""
-        self.console.print(f"Starting a coordinator and {self.plan.n_peers} nodes.", highlight=False)
+        self.console.print(
+            f"Starting a coordinator and {counted(self.plan.n_peers, 'node')}.", highlight=False
+        )
         self._start_coordinator()
         for i in range(self.plan.n_peers):
             self.ranks[f"node-{i}"] = self.plan.ranks[i % len(self.plan.ranks)]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...compression.errors import ConfigError, ThinwireError
+from ...coordinator.protocol.figures import counted
 from ...coordinator.protocol.files import write_aside
 from ...coordinator.protocol.ledger_file import Summary, check, write_ledger
 from ...coordinator.protocol.messages import READER, BlobRef, GenesisBody, Welcome
@@ -203,6 +204,7 @@ def _told(summary: Summary) -> str:
     n_reports = sum(len(entries) for entries in summary.reports.values())
     absent = f" (some of the rounds up to {summary.absent_to} are gone)" if summary.absent_to else ""
     return (
-        f"run {summary.run_id.hex()[:16]}, {summary.rounds} rounds, "
-        f"{summary.n_blobs} payloads beside them{absent}, {n_reports} fingerprints, {summary.n_bytes:,} bytes"
+        f"run {summary.run_id.hex()[:16]}, {counted(summary.rounds, 'round')}, "
+        f"{counted(summary.n_blobs, 'payload')} beside them{absent}, {counted(n_reports, 'fingerprint')}, "
+        f"{summary.n_bytes:,} bytes"
     )

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Final, Self
 
 from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.blob_streams import NotServed
+from ...coordinator.protocol.figures import human_seconds
 from ...coordinator.protocol.messages import Commit, NodeState, OfferEntry, Welcome
+from ..units import human_bytes
 
 if TYPE_CHECKING:
     from ..links.base import Link
@@ -132,7 +134,7 @@ class LedgerDownload:
 def progress(done: int, head: int, n_bytes: int, took_s: float) -> str:
     """One line for people; `done` of `head` records are written."""
     left_s = took_s * (head - done) / max(done, 1)
-    return f"record {done:,} of {head:,}, {n_bytes / 1e6:,.1f} MB, about {left_s:.0f} s left"
+    return f"record {done:,} of {head:,}, {human_bytes(n_bytes)}, about {human_seconds(left_s)} left"
 
 
 def incomplete(kept_from: int) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...compression.errors import ConfigError
+from ...coordinator.protocol.figures import counted, human_seconds
 from ..local_runs.cleaning import clean
 from ..local_runs.finding import LocalRun, local_runs, places
-from ..units import human_bytes, human_loss, human_seconds
+from ..units import human_bytes, human_loss
 
 
 def list_runs(folders: Sequence[Path], *, as_json: bool) -> list[LocalRun]:
@@ -38,17 +39,17 @@ def clean_runs(runs: Sequence[LocalRun], *, everything: bool, ask: Callable[[str
     chosen = [run for run in runs if not run.is_running and (everything or run.is_over)]
     kept = [run for run in runs if not run.is_running and run not in chosen]
     if kept:
-        _say(f"{_n_runs(len(kept))} not known to be over: kept (--all removes them, too)")
+        _say(f"{counted(len(kept), 'run')} not known to be over: kept (--all removes them, too)")
     if not chosen:
         _say("nothing to remove")
         return
     for run in chosen:
         _say(f"remove {run.folder} ({human_bytes(run.n_bytes)})")
-    if not ask(f"Remove {_n_runs(len(chosen))}, {human_bytes(sum(r.n_bytes for r in chosen))}?"):
+    if not ask(f"Remove {counted(len(chosen), 'run')}, {human_bytes(sum(r.n_bytes for r in chosen))}?"):
         _say("nothing was removed")
         return
     gone = clean(chosen)
-    _say(f"removed {_n_runs(len(gone))}, {human_bytes(sum(run.n_bytes for run in gone))}")
+    _say(f"removed {counted(len(gone), 'run')}, {human_bytes(sum(run.n_bytes for run in gone))}")
 
 
 def described(run: LocalRun, now_s: float) -> str:
@@ -73,10 +74,6 @@ def _plain(run: LocalRun) -> dict[str, object]:
     plain = {**dataclasses.asdict(run), "folder": str(run.folder.absolute()), "is_over": run.is_over}
     del plain["locked"]
     return plain
-
-
-def _n_runs(n: int) -> str:
-    return "1 run" if n == 1 else f"{n} runs"
 
 
 def _say(text: str) -> None:

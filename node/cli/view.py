@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ...compression.errors import SwarmUnreachable
+from ...coordinator.protocol.figures import counted, figures_in_words, human_seconds
 from ..states.opening import open_state
 from ..system.output import make_console
-from ..units import bytes_beside_ddp, human_bytes, human_loss, human_seconds
+from ..units import bytes_beside_ddp, human_bytes, human_loss
 from .offline import state_folder, status_of, telling_what_is_here
 from .status import StatusClient
 
@@ -79,11 +80,10 @@ def evaluations_in_words(status: Mapping[str, Any]) -> list[str]:
     lines = []
     if newest := status.get("evaluations"):
         round_, found = newest[-1]
-        shown = ", ".join(f"{name} {value:.6g}" for name, value in found.items())
-        lines.append(f"evaluation after round {round_}: {shown}")
+        lines.append(f"evaluation after round {round_}: {figures_in_words(found)}")
     if failed := status.get("last_failed_evaluation"):
-        n = status["failed_evaluations"]
-        lines.append(f"{n} evaluation{'s' * (n > 1)} failed, the last after round {failed[0]}: {failed[1]}")
+        n_failed = counted(status["failed_evaluations"], "evaluation")
+        lines.append(f"{n_failed} failed, the last after round {failed[0]}: {failed[1]}")
     return lines
 
 

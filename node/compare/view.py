@@ -16,11 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ...compression.errors import ConfigError
+from ...coordinator.protocol.figures import human_seconds
 from ...coordinator.protocol.files import write_aside
 from ..config import load_config
 from ..system.output import make_console
 from ..system.places import refuse_file
-from ..units import human_bytes, human_seconds
+from ..units import human_bytes
 from .charts import comparison_png, has_matplotlib
 from .comparison import PHASES, Comparison, Outcome
 from .comparison import Progress as Tell

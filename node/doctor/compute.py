@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...compression.errors import first_line
 from ...compression.kernels import kernels_for
 from ..tracking.device_metrics import processor_name
 from ..units import human_bytes
@@ -137,7 +138,7 @@ def _numba() -> Finding:
     except RuntimeError as e:  # numba's word for a cache that can be kept nowhere
         return failed(
             "numba",
-            f"{version}: {str(e).splitlines()[0]}",
+            f"{version}: {first_line(e)}",
             "NUMBA_CACHE_DIR=DIR for a folder that can be written, or THINWIRE_KERNELS=torch",
             version=version,
         )

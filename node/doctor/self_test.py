@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
-from ...compression.errors import ConfigError, Incompatible
+from ...compression.errors import ConfigError, Incompatible, first_line
 from ...compression.kernels import kernels_on
 from .known_answers import KNOWN_ANSWERS
 
@@ -104,8 +104,7 @@ def no_cache() -> str | None:
     except ImportError:
         return None
     except RuntimeError as e:  # numba's word for it
-        said = str(e).splitlines()[0] if str(e) else "no reason given"
-        return f"numba finds no folder to keep compiled kernels in ({said})"
+        return f"numba finds no folder to keep compiled kernels in ({first_line(e)})"
     return None
 
 

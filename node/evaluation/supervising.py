@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
 from ...compression.errors import ConfigError, ThinwireError
+from ...coordinator.protocol.figures import figures_in_words, human_seconds, printable
 from ...coordinator.protocol.messages import MAX_TEXT, Evaluation, Figure
 from .job import LM_EVAL, TOKENS, WEIGHTS, BadResult, Job, read_result
 
@@ -34,6 +35,7 @@ log = logging.getLogger("thinwire.node")
 
 PREFIX: Final = ".evaluation-"
 _TAIL_LINES: Final = 20
+_TOLD_CHARS: Final = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +178,9 @@ class Evaluations:
             self._thread = None
         while not self._outcomes.empty():
             outcome = self._outcomes.get()
-            shown = ", ".join(f"{name} {value:.6g}" for name, value in outcome.figures.items())
             if outcome.failed is None:
-                log.info("round %d: evaluation after %.0f s: %s", outcome.round, outcome.seconds, shown)
+                took, shown = human_seconds(outcome.seconds), figures_in_words(outcome.figures)
+                log.info("round %d: evaluation after %s: %s", outcome.round, took, shown)
             else:
                 log.warning("round %d: the evaluation failed: %s", outcome.round, outcome.failed)
             self._metrics.evaluated("ok" if outcome.failed is None else "failed")
@@ -262,7 +264,7 @@ class _Tail:
     def last_line(self) -> str:
         lines = [line.decode(errors="replace").strip() for line in self._lines]
         last = next((line for line in reversed(lines) if line), "")
-        return "".join(c if c.isprintable() else "?" for c in last)[:300]
+        return printable(last, _TOLD_CHARS)
 
     def close(self) -> None:
         """What it has started holds the pipe no longer: all of it is gone."""

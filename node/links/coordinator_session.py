@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from ...compression.errors import Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
-from ...coordinator.protocol.figures import lasted
+from ...coordinator.protocol.figures import human_seconds
 from ...coordinator.protocol.identity import is_signed_by
 from ...coordinator.protocol.messages import (
     PROTOCOL_VERSION,
@@ -50,7 +50,7 @@ OVER_PATIENCE_S = 5.0
 """A coordinator that is gone when the run is over will hardly come back."""
 
 STEADY_S = 10.0
-"""A session that lasted for this long makes the next retries quick again."""
+"""A session that human_seconds for this long makes the next retries quick again."""
 
 _PAUSE_S = 2.0
 
@@ -332,11 +332,11 @@ class CoordinatorSession:
                     f"the run is over after round {over_after}, and its coordinator does not answer: {why}"
                 )
             if away_s > self._patience_s:
-                raise SwarmUnreachable(f"the coordinator has not answered for {lasted(away_s)}: {why}")
+                raise SwarmUnreachable(f"the coordinator has not answered for {human_seconds(away_s)}: {why}")
             pause_s = self._retry_s * self._jitter.uniform(0.7, 1.3)
             self._handler.tell(
                 f"the coordinator does not answer{_for(away_s)} ({_one_line(why)}); "
-                f"trying again in {lasted(pause_s)}; training state is kept",
+                f"trying again in {human_seconds(pause_s)}; training state is kept",
                 True,
             )
             await asyncio.sleep(pause_s)
@@ -423,5 +423,5 @@ def _one_line(text: str) -> str:
 
 
 def _for(seconds: float) -> str:
-    """How long it has lasted, once that is a time to speak of."""
-    return f" for {lasted(seconds)}" if seconds >= 1 else ""
+    """How long it has human_seconds, once that is a time to speak of."""
+    return f" for {human_seconds(seconds)}" if seconds >= 1 else ""

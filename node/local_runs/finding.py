@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from ...compression.errors import ThinwireError
+from ...coordinator.protocol.figures import printable
 from ...coordinator.protocol.ledger_copy import COPY_NAME
-from ...coordinator.protocol.settings import parse_settings
 from ..states.opening import open_state
 from ..system.folder import default_folder
 
 MAX_DEPTH: Final = 3
 """Folders below a given one in which states are looked for."""
+
+SHOWN_CHARS: Final = 200
+"""Of a text that stands in a ledger."""
 
 _RUN_FOLDER: Final = re.compile(r"[0-9a-f]{16}")
 
@@ -91,7 +94,7 @@ def _read(path: Path) -> LocalRun:
     try:
         facts = _facts(folder)
     except (ThinwireError, OSError, ValueError, KeyError, TypeError) as e:
-        facts = {"error": _printable(str(e)), "run_id": "" if is_coordinator else folder.name}
+        facts = {"error": printable(str(e), SHOWN_CHARS), "run_id": "" if is_coordinator else folder.name}
     return LocalRun(
         kind="coordinator" if is_coordinator else "node",
         folder=folder,
@@ -117,10 +120,12 @@ def _facts(folder: Path) -> dict[str, Any]:
             return facts
         config = json.loads(state.genesis.config)
         about = f"{config['strategy']['name']} on {config['task']['name']}"
-        name = _printable(config["run"]["name"])
-        unit = parse_settings(state.genesis.config).task.loss_unit
-        known = {"name": name, "rounds": state.course.n_rounds, "about": _printable(about), "loss_unit": unit}
-        return {**facts, **known}
+        return facts | {
+            "name": printable(config["run"]["name"], SHOWN_CHARS),
+            "rounds": state.course.n_rounds,
+            "about": printable(about, SHOWN_CHARS),
+            "loss_unit": state.course.settings.task.loss_unit,
+        }
 
 
 def is_locked(path: Path) -> bool:
@@ -175,8 +180,3 @@ def _named(runs: Sequence[LocalRun]) -> list[LocalRun]:
         else run
         for run in runs
     ]
-
-
-def _printable(text: str) -> str:
-    """What may be shown in a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)[:200]

@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import psutil
 
-from ...compression.errors import ConfigError, ThinwireError
+from ...compression.errors import ConfigError, ThinwireError, first_line
+from ...coordinator.protocol.figures import counted
 from ..system.processes import Children
 
 log = logging.getLogger("thinwire.ray")
@@ -69,7 +70,7 @@ class PeerGroup:
         kind = f" of type {self.accelerator_type}" if self.accelerator_type is not None else ""
         gpus = f" and {self.gpus:g} GPU{kind}" if self.gpus else ""
         ranks = f", {self.ranks} times on one machine," if self.ranks > 1 else ""
-        peers = "1 peer" if self.count == 1 else f"{self.count} peers"
+        peers = counted(self.count, "peer")
         return f"{peers} with {self.cpus:g} CPU{gpus}{ranks} each"
 
 
@@ -172,7 +173,7 @@ def _has_joined(ray: Any, wanted: str | None, options: dict[str, Any]) -> bool:
         ray.init(address=wanted or "auto", **options)
     except ConnectionError as e:
         if wanted:
-            raise ConfigError(f"there is no Ray cluster at {wanted}: {str(e).splitlines()[0]}") from e
+            raise ConfigError(f"there is no Ray cluster at {wanted}: {first_line(e)}") from e
         return False
     except (RuntimeError, ray.exceptions.RayError) as e:  # another version of Ray or Python, a wrong token
         raise ConfigError(f"the Ray cluster at {wanted or 'auto'} does not let us in: {e}") from e

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...compression.errors import ConfigError, ThinwireError
+from ...coordinator.protocol.figures import human_seconds
 from ...optim.registry import STRATEGIES, complete_config, strategy_class
 from ..config import RunConfig, load_config
 from ..links.upload_limit import parse_rate
-from ..units import human_bytes, human_seconds
+from ..units import human_bytes
 from .estimate import Estimate, Span, estimate
 from .measuring import Measured
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...compression.errors import ConfigError
+from ...compression.errors import ConfigError, first_line
 from ..tasks.gpt import ByteGPT
 
 
@@ -102,8 +102,7 @@ class HfText:
                 model = transformers.AutoModelForCausalLM.from_pretrained(folder, **safe)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **here)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
-            first = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise ConfigError(f"{folder}: cannot be loaded: {first}") from e
+            raise ConfigError(f"{folder}: cannot be loaded: {first_line(e)}") from e
         return cls(model.to(device), tokenizer)
 
     @classmethod

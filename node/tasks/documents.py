@@ -17,7 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Final
 
-from ...compression.errors import ConfigError
+from ...compression.errors import ConfigError, first_line
+from ...coordinator.protocol.figures import counted
 from .. import config
 from . import files
 from .corpora import BUILT_IN
@@ -206,7 +207,7 @@ def _has_configs(card: Path) -> bool:
 def _say_left_out(folder: Path, data: Mapping[str, Iterable[Path]]) -> None:
     used = {p for some in data.values() for p in some}
     others = [p.name for p in sorted(folder.rglob("*")) if p.is_file() and p not in used]
-    log.info("task.corpus %s: %d files of data", folder, len(used))
+    log.info("task.corpus %s: %s of data", folder, counted(len(used), "file"))
     if others := [name for name in others if not name.startswith(".") and name != "README.md"]:
         log.warning("task.corpus %s: left out as no data, or of no split: %s", folder, _few(others))
 
@@ -358,7 +359,3 @@ def _hub_set(options: config.Task, name: str, split: str) -> Iterator[Document]:
             f"elsewhere (hf download --repo-type dataset {name} --local-dir DIR) and give the folder"
         ) from e
     yield from (Document(row, f"{name} ({split})", f"row {number}") for number, row in enumerate(rows, 1))
-
-
-def first_line(e: Exception) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...compression.errors import ConfigError
+from ...compression.errors import ConfigError, first_line
 from ..config import Lora
 
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -59,7 +59,7 @@ def adapted(model: nn.Module, lora: Lora) -> nn.Module:
         linear = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         given = f"task.lora.targets {list(lora.targets)}" if lora.targets else "task.lora without targets"
         raise ConfigError(
-            f"{given}: {_first_line(e)} Name some of the model's linear layers: {', '.join(linear)}"
+            f"{given}: {first_line(e)} Name some of the model's linear layers: {', '.join(linear)}"
         ) from e
     return found
 
@@ -147,7 +147,7 @@ def settings_of(folder: Path, model: nn.Module) -> Lora:
             alphas=found.get("alpha_pattern") or {},
         )
     except (ValidationError, TypeError, ValueError, re.error) as e:
-        raise ConfigError(f"task.adapter {folder / SETTINGS}: {_first_line(e)}") from e
+        raise ConfigError(f"task.adapter {folder / SETTINGS}: {first_line(e)}") from e
 
 
 def _targets(targets: Any, model: nn.Module) -> tuple[str, ...]:
@@ -192,7 +192,7 @@ def read_adapters(folder: Path, model: nn.Module) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ConfigError(f"task.adapter {folder}: has no {WEIGHTS} (pickles, *.bin, are not read)") from None
     except (OSError, SafetensorError, KeyError) as e:
-        raise ConfigError(f"task.adapter {path}: cannot be read as safetensors: {_first_line(e)}") from e
+        raise ConfigError(f"task.adapter {path}: cannot be read as safetensors: {first_line(e)}") from e
     wanted = {saved_name(name): (name, p) for name, p in model.named_parameters() if is_adapter(name)}
     for name in sorted(wanted.keys() ^ found.keys()):
         where = "it has no" if name in wanted else "the model has no place for its"
@@ -209,7 +209,3 @@ def read_adapters(folder: Path, model: nn.Module) -> dict[str, Tensor]:
 def saved_name(name: str) -> str:
     """A parameter's name in files of peft: without that of the set of adapters."""
     return ".".join(part for part in name.split(".") if part != "default")
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0]

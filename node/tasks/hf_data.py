@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from ...compression.errors import ConfigError
+from ...compression.errors import ConfigError, first_line
 from ...coordinator.protocol.figures import BYTES_PER_TOKEN
 from .. import config
-from .documents import Document, first_line, is_chat
+from .documents import Document, is_chat
 from .prompt import PromptTemplate
 
 MAX_BYTES: Final = 256 * 2**20

@@ -18,7 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ...compression.errors import ConfigError
+from ...compression.errors import ConfigError, first_line
 from ..config import Lora
 from . import hf_adapters, hf_checks
 
@@ -88,7 +88,7 @@ def model_folder(model: str, revision: str | None) -> Path:
         ) from None
     except OSError as e:
         raise ConfigError(
-            f"task.model {model}: no such folder, and the hub does not give it ({_first_line(e)}): {advice}"
+            f"task.model {model}: no such folder, and the hub does not give it ({first_line(e)}): {advice}"
         ) from e
     _refuse_folder(path, model)
     return path
@@ -142,7 +142,7 @@ def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as e:
-        raise ConfigError(f"{folder}: the weights cannot be loaded: {_first_line(e)}") from e
+        raise ConfigError(f"{folder}: the weights cannot be loaded: {first_line(e)}") from e
     missing = sorted([*info["missing_keys"], *info.get("mismatched_keys", ())], key=str)
     if missing:
         raise ConfigError(f"{folder}: has no fitting weights for {', '.join(map(str, missing[:3]))}")
@@ -206,7 +206,7 @@ def configuration(architecture: str) -> Any:
     try:
         return CONFIG_MAPPING[kind].from_dict(found)
     except (TypeError, ValueError, KeyError, AttributeError) as e:
-        raise ConfigError(f"the model's config.json is refused by transformers: {_first_line(e)}") from e
+        raise ConfigError(f"the model's config.json is refused by transformers: {first_line(e)}") from e
 
 
 def build(architecture: str, lora: Lora | None) -> nn.Module:
@@ -252,7 +252,3 @@ def _without_local_keys(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_local_keys(v) for v in value]
     return value
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0]

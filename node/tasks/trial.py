@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from ...compression.errors import ConfigError
+from ...compression.errors import ConfigError, first_line
 from ...optim.base import Closure, canonical_name
 
 log = logging.getLogger("thinwire.coordinator")
@@ -90,7 +90,7 @@ class Trial:
                 closure()
         except Exception as e:  # of the user's model: anything
             if self.strange is not None:
-                raise ConfigError(f"{self.strange}, and its loss fails: {_first_line(e)}") from e
+                raise ConfigError(f"{self.strange}, and its loss fails: {first_line(e)}") from e
             log.debug("the model could not be tried: %s", e)
             return _statistics(skeleton)
         return [n for n, b in persistent_buffers(model) if n not in before or not _same(b, before[n])]
@@ -109,7 +109,3 @@ def _statistics(model: nn.Module) -> list[str]:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip() or type(e).__name__).splitlines()[0]

@@ -114,6 +114,13 @@ def test_recalled_peers_stay_expected_for_a_while() -> None:
     assert members.training() == [1]
 
 
+def test_a_recalled_peer_that_never_comes_back_has_trained() -> None:
+    members = new(0)
+    members.handle(TimePassed(), SILENCE_S)
+    assert members.state(0) is PeerState.GONE
+    assert members.takes_part(0)
+
+
 PEERS = st.integers(0, 2)
 STEPS = st.one_of(
     st.tuples(st.sampled_from(["open", "close", "life"]), PEERS, st.none()),

@@ -524,7 +524,7 @@ def test_evaluations_are_kept_where_the_run_asks_for_them(make_world: MakeWorld)
     assert world.status()["evaluations"] == [[2, {"accuracy": 0.25}], [5, {"accuracy": 0.5}]]
     assert world.status()["rejected"] == {"evaluation": 3, "report_round": 1}
     assert world.status()["failed_evaluations"] == 1
-    assert world.status()["last_failed_evaluation"] == (4, "no ?[31mroom")
+    assert world.status()["last_failed_evaluation"] == (4, "no [31mroom")
     world.restart()
     assert world.status()["evaluations"] == [[2, {"accuracy": 0.25}], [5, {"accuracy": 0.5}]]
 
@@ -1001,6 +1001,20 @@ def test_what_is_waited_for_is_told(make_world: MakeWorld) -> None:
     world.wait(5.0, "a", "b", "c")
     texts = [m.text for m in world.messages(Notice, "a")]
     assert texts == ["round 1: waiting for 2 of 3 peers (b, c) for 5.0 s"]
+
+
+def test_what_lasts_is_told_more_and_more_seldom(make_world: MakeWorld) -> None:
+    world = make_world(min_peers=2)
+    world.train("a")
+    for _ in range(40):
+        world.wait(1.0, "a")
+    lasting = [m.text for m in world.messages(Notice, "a")]
+    assert lasting == [
+        "waiting for 1 more peer: 1 of 2 are training",
+        "waiting for 1 more peer for 5.0 s: 1 of 2 are training",
+        "waiting for 1 more peer for 15 s: 1 of 2 are training",
+        "waiting for 1 more peer for 35 s: 1 of 2 are training",
+    ]
 
 
 def test_heartbeats_are_shown(make_world: MakeWorld) -> None:

@@ -74,7 +74,7 @@ def test_a_paused_run_opens_no_round_until_it_is_resumed(make_world: MakeWorld) 
     world.round(3, "a", "b")
     world.wait(30, "a", "b")
     assert world.service.head == 2
-    assert any("paused after round 2" in notice.text for notice in world.messages(Notice, "a"))
+    assert any("the run is paused after round 2" in notice.text for notice in world.messages(Notice, "a"))
     with pytest.raises(ConfigError, match="paused already"):
         ordered(world, "pause")
     world.restart()

@@ -147,7 +147,7 @@ def test_rounds_peers_and_faults(world: Watched) -> None:
     world.say("b", Report(round=5, fingerprint=b"87654321"))
     now = told(world)
     assert now["round"] == 5
-    assert [peer["device"] for peer in now["peers"]] == ["2 x NVIDIA H200", "AMD<b>EPYC</b>"]
+    assert [peer["device"] for peer in now["peers"]] == ["2 x NVIDIA H200", "AMD <b>EPYC</b>"]
     assert [peer["agreement"] for peer in now["peers"]] == [(0, 1), (0, 1)]
     assert [peer["share"] for peer in now["peers"]] == [0.5, 0.5]
     assert now["happenings"][0]["kind"] == "differs"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thinwire.coordinator.protocol.figures import FIRST_ROUNDS, RoundLines, counted, lasted
+from thinwire.coordinator.protocol.figures import FIRST_ROUNDS, RoundLines, counted, human_seconds
 
 
 def test_one_of_a_kind_is_no_plural() -> None:
@@ -11,7 +11,7 @@ def test_one_of_a_kind_is_no_plural() -> None:
 
 
 def test_times_are_told_as_finely_as_they_matter() -> None:
-    told = [lasted(s) for s in (0.04, 3.21, 12.6, 75.3, 3599.6, 7320.0)]
+    told = [human_seconds(s) for s in (0.04, 3.21, 12.6, 75.3, 3599.6, 7320.0)]
     assert told == ["0.0 s", "3.2 s", "13 s", "1 min 15 s", "1 h 0 min", "2 h 2 min"]
 
 
