@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -204,6 +205,30 @@ def thinwire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]
         wait_until(lambda: not left_over(tmp_path), 30, lambda: f"left behind: {told(left_over(tmp_path))}")
     finally:
         kill(left_over(tmp_path))
+
+
+Here = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def here(capsys: pytest.CaptureFixture[str]) -> Iterator[Here]:
+    """Runs `thinwire ARGS` in this process: exit code, standard output, standard error.
+
+    For commands that end by themselves; a process of their own costs seconds of imports."""
+    from thinwire.node.cli.main import main
+
+    logger = logging.getLogger("thinwire")
+    before = logger.handlers, logger.level, logger.propagate
+
+    def run(*args: str) -> tuple[int, str, str]:
+        try:
+            code = main(args)
+        except SystemExit as e:
+            code = int(e.code or 0)
+        return (code, *capsys.readouterr())
+
+    yield run
+    logger.handlers, logger.level, logger.propagate = before
 
 
 def left_over(folder: Path) -> list[psutil.Process]:

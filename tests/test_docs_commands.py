@@ -11,7 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,6 @@ import pytest
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
 from tests.test_docs import USERS, commands
-from thinwire.node.cli.main import main
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300)]
 
@@ -62,8 +61,9 @@ Process = subprocess.Popen[bytes]
 class Reader:
     """Does what a page says, in a folder of its own, and notes what it has done."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, here: Callable[..., tuple[int, str, str]]) -> None:
+        self.folder, self._here = folder, here
+        self.said = ""
         self.done: list[list[str]] = []
         self.values: dict[str, str] = {}
         self._started: list[Process] = []
@@ -83,7 +83,9 @@ class Reader:
         return process
 
     def run(self, command: str, *more: str) -> None:
-        assert main([*self._args(command), *more]) == 0, command
+        code, out, err = self._here(*self._args(command), *more)
+        assert code == 0, f"{command}: {err}"
+        self.said += out
 
     def logs(self) -> str:
         return "\n".join(path.read_text()[-2000:] for path in sorted(self.folder.glob("*.log")))
@@ -101,19 +103,21 @@ class Reader:
 
 
 @pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
+def reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: Callable[..., tuple[int, str, str]]
+) -> Iterator[Reader]:
     for name, value in SMALL.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deploy").symlink_to(ROOT / "deploy")
-    found = Reader(tmp_path)
+    found = Reader(tmp_path, here)
     yield found
     found.end()
 
 
-def test_every_command(reader: Reader, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command(reader: Reader) -> None:
     reader.run("thinwire init slow.toml --kind slow")
     reader.run("thinwire init", "--kind", "bytes")
     state = _train(reader)
@@ -142,7 +146,7 @@ def test_every_command(reader: Reader, capsys: pytest.CaptureFixture[str]) -> No
     reader.run("thinwire runs --clean", "--yes")
     for command in ("thinwire config --reference", "thinwire completion bash"):
         reader.run(command)
-    assert "strategy.lr" in capsys.readouterr().out
+    assert "strategy.lr" in reader.said
     assert [words for words in _to_be_run() if not any(set(words) <= set(done) for done in reader.done)] == []
 
 
