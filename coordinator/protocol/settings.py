@@ -128,7 +128,7 @@ class Course:
         return self.settings.run.rounds
 
     def value(self, key: str) -> Value | None:
-        """Of a setting that can be changed; None: the run does not say. Raises ConfigError for another one."""
+        """Of a setting that can be changed; None: the run does not say. Raises ConfigError for another."""
         section, _, name = _parts(key)
         if key == "run.paused":
             return self.is_paused
@@ -159,7 +159,7 @@ class Course:
         return Course(_checked(settings), strategy, is_paused, in_order)
 
     def told(self, changes: Changes) -> list[str]:
-        """What a record with these changes does, in words. Raises ConfigError for what no record may change."""
+        """What a record with these changes does, in words. Raises ConfigError for other keys."""
         return [self._told(change) for change in changes]
 
     def _told(self, change: Change) -> str:
