@@ -115,10 +115,10 @@ class Door:
         if self._is_in_ledger(ordered):
             return
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        left = asyncio.ensure_future(reader.read(1))
+        left: asyncio.Future[bytes] = asyncio.ensure_future(reader.read(1))
         self._waiting[done] = ordered.round
         try:
-            await asyncio.wait({done, left}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((done, left), return_when=asyncio.FIRST_COMPLETED)
             if not done.done():
                 raise EOFError
         finally:
