@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -64,7 +65,10 @@ class Door:
         for task in self._owners:
             task.cancel()
         await asyncio.gather(*self._owners, return_exceptions=True)
-        (self._folder / SOCKET_NAME).unlink(missing_ok=True)
+        with contextlib.suppress(
+            OSError
+        ):  # it may have lost the folder; the rest is to be closed all the same
+            (self._folder / SOCKET_NAME).unlink(missing_ok=True)
 
     def committed(self, round_: int) -> None:
         """The record of this round is on the disk."""
