@@ -28,7 +28,18 @@ from torch import Tensor
 from ...compression.errors import ReplicaDiverged
 from ...coordinator.protocol.files import sync_folder
 from ...coordinator.protocol.messages import Changes, digest_of, encode_record
-from .format import CHUNK_BYTES, VERSION, ChunkDigests, Manifest, Stored, data_of, read_manifest, tensors_of
+from .format import (
+    CHUNK_BYTES,
+    MAX_CHUNKS,
+    VERSION,
+    ChunkDigests,
+    Manifest,
+    Stored,
+    data_of,
+    max_manifest_bytes,
+    read_manifest,
+    tensors_of,
+)
 from .incoming import DATA, MANIFEST, Incoming, write_file
 from .local_state import LocalState, decode, encode
 
@@ -312,7 +323,8 @@ class SnapshotStore:
         name = _NAME.fullmatch(entry.name)
         if name is None:
             raise ReplicaDiverged("no snapshot has such a name")
-        encoded = (entry / MANIFEST).read_bytes()
+        with (entry / MANIFEST).open("rb") as file:
+            encoded = file.read(max_manifest_bytes(MAX_CHUNKS * CHUNK_BYTES) + 1)
         if digest_of(encoded).hex() != name[2]:
             raise ReplicaDiverged("its manifest does not match the digest in its name")
         manifest = read_manifest(encoded, self._run_id)

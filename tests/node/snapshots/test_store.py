@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from thinwire.compression.errors import ReplicaDiverged
-from thinwire.coordinator.protocol.messages import encode_record
-from thinwire.node.snapshots.format import CHUNK_BYTES, Stored
+from thinwire.coordinator.protocol.messages import digest_of, encode_record
+from thinwire.node.snapshots import store as stores
+from thinwire.node.snapshots.format import CHUNK_BYTES, Stored, max_manifest_bytes
 from thinwire.node.snapshots.local_state import BadLocalState, LocalState
 from thinwire.node.snapshots.store import READING_S, SnapshotStore
 
@@ -454,3 +455,17 @@ def test_a_download_that_has_no_room_is_refused_before_it_begins(tmp_path: Path)
     )
     with pytest.raises(OSError, match="1099511627776 bytes needed"):
         store.incoming(encode_record(huge))
+
+
+def test_of_a_manifest_no_more_is_read_than_one_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder from elsewhere may have anything in its place: a device without an end, too."""
+    monkeypatch.setattr(stores, "MAX_CHUNKS", 1)
+    data = bytes(max_manifest_bytes(CHUNK_BYTES) + 2)
+    folder = tmp_path / f"{3:010d}-{digest_of(data).hex()}"
+    folder.mkdir()
+    (folder / "manifest").write_bytes(data)
+    with caplog.at_level(logging.WARNING, logger="thinwire"):
+        assert SnapshotStore(tmp_path, RUN).stored() == []
+    assert "does not match the digest in its name" in caplog.text
