@@ -19,7 +19,8 @@ from ...coordinator.protocol.ledger_copy import COPY_NAME
 from ..config import RunConfig, load_config, parse_config
 from ..genesis import in_dtype
 from ..snapshots.incoming import DATA, MANIFEST
-from ..states.opening import SNAPSHOTS, open_state, runs_in
+from ..snapshots.names import SNAPSHOTS
+from ..states.opening import open_state, runs_in
 from ..states.replica import blob_of_run, newest_replica
 from ..tasks.text import TextTask
 from .text_models import ByteText, HfText, TextModel

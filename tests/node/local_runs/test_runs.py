@@ -13,10 +13,13 @@ import pytest
 
 from tests.support.local_nodes import DECOUPLED, KEY, config_of
 from tests.support.paths import ROOT
+from thinwire.coordinator.blobs import BlobStore
+from thinwire.coordinator.control.wire import SOCKET_NAME
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.files import FolderLock
-from thinwire.coordinator.protocol.identity import peer_id_of
-from thinwire.coordinator.protocol.messages import CommitBody, OfferEntry
+from thinwire.coordinator.protocol.identity import load_or_create, peer_id_of
+from thinwire.coordinator.protocol.messages import CommitBody, OfferEntry, digest_of
+from thinwire.coordinator.state import StateDir
 from thinwire.node.cli.main import main
 from thinwire.node.cli.runs import described
 from thinwire.node.genesis import make_genesis
@@ -128,6 +131,21 @@ def test_a_running_one_is_seen_and_stays(states: Path, tmp_path: Path) -> None:
     assert (other / "ledger.db").exists(), "somebody has the folder: nothing in it is touched"
     assert len(clean(local_runs([states]))) == 2
     assert sorted(p.name for p in (states / "node").iterdir()) == ["identity.key", "lock"]
+
+
+def test_all_that_a_coordinator_makes_is_known(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "c")
+    with StateDir(folder) as state:
+        state.token()
+        state.ban([peer_id_of(KEY.public_key())])
+        state.save_keep("all")
+        state.save_port(1)
+        state.save_history(b"{}")
+        load_or_create(state.key_path)
+        BlobStore(state.blobs_path).put(digest_of(b"x"), b"x")
+        (folder / SOCKET_NAME).touch()
+    assert len(clean(local_runs([folder]))) == 1
+    assert not folder.exists()
 
 
 def test_other_files_in_a_coordinators_folder_stay(states: Path) -> None:
