@@ -8,7 +8,7 @@ and counts (`open_round`, `rounds`), what follows from the ledger (`derived_stat
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ from .protocol.messages import (
     Welcome,
 )
 from .protocol.schedule import lr_factor_bits
-from .protocol.settings import Course, Keep
+from .protocol.settings import KEEP_SNAPSHOTS, Course, Keep, in_order
 from .rounds import Excused, RoundClosed, Rounds
 
 log = logging.getLogger("thinwire.coordinator")
@@ -82,7 +82,7 @@ class Service:
         banned: frozenset[str] = frozenset(),
         check_strategy: CheckStrategy = no_strategy,
         loss_unit: str | None = None,
-        keep: Keep = Keep.parse("snapshots"),  # noqa: B008 - frozen
+        keep: Keep = KEEP_SNAPSHOTS,
     ) -> None:
         """`history`: what the method gave before a restart; `banned`: peers that are not let in;
         `check_strategy`: of what the owner wants to change of its options; `loss_unit`: where the run's task
@@ -277,9 +277,9 @@ class Service:
         if self._n_adopted or rounds.is_held:
             raise ConfigError("the coordinator is getting lost rounds back from a node: try again soon")
         place = Place(rounds.round, not rounds.is_awaited, rounds.is_over)
-        ordered = plan(order, self.course.after(_in_order(self._pending)), place, self._check_strategy)
+        ordered = plan(order, self.course.after(in_order(self._pending)), place, self._check_strategy)
         self._pending.update((change.key, change) for change in ordered.changes)
-        course = self.course.after(_in_order(self._pending))
+        course = self.course.after(in_order(self._pending))
         if place.is_alone:
             commit = self._ledger.append(self._proposal(place.round, (), None), self._key)
             rounds.skip(course.n_rounds, course.is_paused)
@@ -417,7 +417,7 @@ class Service:
 
     def _proposal(self, round_: int, peers: Sequence[int], evaluator: int | None) -> CommitBody:
         """The next record. Takes out the reports and the changes that it carries."""
-        changes, self._pending = _in_order(self._pending), {}
+        changes, self._pending = in_order(self._pending), {}
         course = self.course.after(changes)
         reports, snapshots = self._parts.derived.reports.take()
         return CommitBody(
@@ -477,10 +477,6 @@ class _Parts:
             return
         awaited = set(self.members.training()) - self.derived.reports.acknowledged
         self.finished = not awaited or now_s >= self.over_s + FAREWELL_S
-
-
-def _in_order(changes: Mapping[str, Change]) -> tuple[Change, ...]:
-    return tuple(changes[key] for key in sorted(changes))
 
 
 def _rounds(course: Course, ledger: Ledger, past: Recalled, now_s: float) -> Rounds:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -97,16 +96,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
         raise ConfigError(f"{path}: cannot be read as safetensors: {e}") from e
-
-
-def device_for(name: str) -> str:
-    """ "auto": cuda if there is a GPU. Raises ConfigError."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    from ..run_node import check_device
-
-    check_device(name)
-    return name
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:

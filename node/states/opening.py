@@ -82,12 +82,10 @@ class RunState:
     def course(self) -> Course:
         """The settings that hold after `head`. Raises as `genesis` does."""
         try:
-            course = Course.of(self.genesis.config)
-            for body in records_with_changes(self._db):
-                course = course.after(body.changes if body.round <= self.head else ())
+            bodies = [body for body in records_with_changes(self._db) if body.round <= self.head]
+            return Course.of(self.genesis.config).after_all(bodies)
         except BadMessage as e:
             raise LedgerCorrupt(f"{self.folder}: {e}") from e
-        return course
 
     def commits(self, after: int = 0) -> Iterator[Commit]:
         """The commits of rounds `after` + 1 to `head`, verified one by one. Raises LedgerCorrupt."""
