@@ -183,8 +183,9 @@ def _shown(value: Value | None) -> str:
 
 
 def _checked(settings: dict[str, Any]) -> RunSettings:
+    """Strictly: true is no number of rounds, and neither is "10"."""
     try:
-        return RunSettings.model_validate(settings)
+        return RunSettings.model_validate(settings, strict=True)
     except ValidationError as e:
         raise _refusal("a changed setting", e) from e
 
