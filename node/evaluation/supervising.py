@@ -274,8 +274,8 @@ class _Tail:
         return "".join(c if c.isprintable() else "?" for c in last)[:300]
 
     def close(self) -> None:
-        """What is in the pipe has been read. What has left the process's session, as daemons do, is not gone,
-        and may hold the pipe: closing it would wait for the thread that reads, which ends with that process."""
+        """What is in the pipe has been read. A daemon that the process has left is not gone, and may hold the
+        pipe: closing it would wait for the thread that reads, which ends with that daemon."""
         self._thread.join(timeout=_TAIL_S)
 
 

@@ -26,6 +26,12 @@ def make_console(*, stderr: bool = False, **options: Any) -> Console:
     return Console(stderr=stderr, width=None if stream.isatty() else UNBOUNDED, **options)
 
 
+def shown(text: str) -> str:
+    """As a terminal may have it: lines of characters, and nothing that changes how they are read. Names in
+    data files, and words of others, may have anything in them."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
 def until_the_pipe_is_closed(run: Callable[[], int]) -> int:
     """Calls `run` and returns its exit code; whoever reads its output may have enough of it (`| head`)."""
     try:

@@ -214,7 +214,7 @@ def test_a_daemon_that_it_leaves_holds_up_nothing(module: Callable[[str], str], 
     failed: list[str | None] = []
     thread = threading.Thread(target=lambda: failed.append(evaluations._run(folder, run.eval)), daemon=True)
     thread.start()
-    wait_for(lambda: (folder / "result.json").exists())
+    wait_for((folder / "result.json").exists)
     thread.join(timeout=10)
     daemon = psutil.Process(int(read_result(folder)["daemon"]))
     try:
