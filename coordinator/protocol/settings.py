@@ -128,8 +128,8 @@ class Course:
         return self.settings.run.rounds
 
     def value(self, key: str) -> Value | None:
-        """Of a setting that can be changed; None: the run does not say."""
-        section, _, name = key.partition(".")
+        """Of a setting that can be changed; None: the run does not say. Raises ConfigError for another one."""
+        section, _, name = _parts(key)
         if key == "run.paused":
             return self.is_paused
         found: Value | None = (
@@ -145,13 +145,9 @@ class Course:
             return self
         settings, strategy, is_paused = self.settings.model_dump(), dict(self.strategy), self.is_paused
         for change in changes:
-            section, _, name = change.key.partition(".")
+            section, _, name = _parts(change.key)
             if section == "strategy":
                 strategy[name] = change.value
-            elif change.key not in RUN_KEYS:
-                raise ConfigError(
-                    f"{change.key} cannot be changed: {', '.join(RUN_KEYS)} can, and strategy.*"
-                )
             elif change.key == "run.paused":
                 is_paused = _truth(change)
             else:
@@ -163,13 +159,21 @@ class Course:
         return Course(_checked(settings), strategy, is_paused, in_order)
 
     def told(self, changes: Changes) -> list[str]:
-        """What a record with these changes does, in words."""
+        """What a record with these changes does, in words. Raises ConfigError for what no record may change."""
         return [self._told(change) for change in changes]
 
     def _told(self, change: Change) -> str:
         if change.key == "run.paused":
             return "paused" if change.value else "goes on"
         return f"{change.key} {_shown(self.value(change.key))} -> {_shown(change.value)}"
+
+
+def _parts(key: str) -> tuple[str, str, str]:
+    """Of "strategy.lr". Raises ConfigError for what no record may change."""
+    parts = key.partition(".")
+    if parts[0] != "strategy" and key not in RUN_KEYS:
+        raise ConfigError(f"{key} cannot be changed: {', '.join(RUN_KEYS)} can, and strategy.*")
+    return parts
 
 
 def _truth(change: Change) -> bool:
@@ -179,7 +183,8 @@ def _truth(change: Change) -> bool:
 
 
 def _shown(value: Value | None) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if text.isprintable() else ascii(text)
 
 
 def _checked(settings: dict[str, Any]) -> RunSettings:
