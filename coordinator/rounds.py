@@ -182,7 +182,7 @@ class Rounds:
     @property
     def is_awaited(self) -> bool:
         """Whether a round is open that somebody works on: its record comes, sooner or later."""
-        return self.opened_s is not None and bool(self.expected or self._offers)
+        return self.opened_s is not None and bool(self.expected or self.training & self._offers.keys())
 
     @property
     def _may_open(self) -> bool:

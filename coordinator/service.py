@@ -279,12 +279,10 @@ class Service:
         place = Place(rounds.round, not rounds.is_awaited, rounds.is_over)
         ordered = plan(order, self.course.after(in_order(self._pending)), place, self._check_strategy)
         self._pending.update((change.key, change) for change in ordered.changes)
-        course = self.course.after(in_order(self._pending))
         if place.is_alone:
-            commit = self._ledger.append(self._proposal(place.round, (), None), self._key)
-            rounds.skip(course.n_rounds, course.is_paused)
-            self._committed(commit, None, now_s)
+            self._commit_changes(now_s)
         else:
+            course = self.course.after(in_order(self._pending))
             rounds.plan(course.n_rounds, course.is_paused)
         log.info("round %d: %s", ordered.round, "; ".join(ordered.told))
         return ordered
@@ -326,6 +324,8 @@ class Service:
         self._handle_member(TimePassed(), now_s)
         self._parts.open_round.handle(TimePassed(), now_s)
         parts = self._parts
+        if self._pending and not parts.rounds.is_held and not parts.rounds.is_awaited:
+            self._commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
         parts.announcer.tell(parts.members.connected(), parts.open_round.offers.fetchable())
         round_s = parts.derived.statistics.round_s
         parts.notices.awaited(parts.rounds, self._settings.run.min_peers, round_s, now_s)
@@ -414,6 +414,14 @@ class Service:
         proposal = self._proposal(closed.round, closed.peers, closed.evaluator)
         commit = self._ledger.append(proposal, self._key)
         self._committed(commit, closed, now_s)
+
+    def _commit_changes(self, now_s: float) -> None:
+        """A record of its own for what is to change; nobody works on the open round."""
+        rounds = self._parts.rounds
+        commit = self._ledger.append(self._proposal(rounds.round, (), None), self._key)
+        course = self.course.after(commit.body.changes)
+        rounds.skip(course.n_rounds, course.is_paused)
+        self._committed(commit, None, now_s)
 
     def _proposal(self, round_: int, peers: Sequence[int], evaluator: int | None) -> CommitBody:
         """The next record. Takes out the reports and the changes that it carries."""

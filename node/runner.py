@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..coordinator.protocol.messages import MAX_TEXT, GenesisBody, NodeState
+from ..coordinator.protocol.messages import GenesisBody, NodeState, as_text
 from .config import RunConfig
 from .evaluation.supervising import Evaluations
 from .following import LedgerFollower
@@ -161,7 +161,7 @@ class Runner:
         why."""
         word = ""
         if isinstance(error, Exception) and not self.stop.is_set():
-            word = f"{type(error).__name__}: {error}"[:MAX_TEXT]
+            word = as_text(f"{type(error).__name__}: {error}")
         self.link.state(NodeState.LEAVING, last_word=word)
 
     def request_stop(self) -> None:

@@ -106,18 +106,25 @@ class Door:
             return
         writer.write(frame(Answer(what="planned", round=ordered.round, told=ordered.told)))
         await writer.drain()
-        await self._wait(ordered)
+        await self._wait(ordered, reader)
         writer.write(frame(self._outcome(ordered)))
 
-    async def _wait(self, ordered: Ordered) -> None:
+    async def _wait(self, ordered: Ordered, reader: asyncio.StreamReader) -> None:
+        """For the record; a round may take hours. Raises EOFError: the owner has left before, and must not
+        keep a place."""
         if self._is_in_ledger(ordered):
             return
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        left = asyncio.ensure_future(reader.read(1))
         self._waiting[done] = ordered.round
         try:
-            await done
+            await asyncio.wait({done, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                raise EOFError
         finally:
             self._waiting.pop(done, None)
+            left.cancel()
+            await asyncio.gather(left, return_exceptions=True)
 
     def _outcome(self, ordered: Ordered) -> Answer:
         if self._is_in_ledger(ordered):

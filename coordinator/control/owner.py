@@ -5,6 +5,7 @@ Both need the coordinator's state folder: a ticket never suffices.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -101,7 +102,8 @@ def _ask(
     sock: socket.socket, order: Order, planned: Callable[[Answer], object], stopped: Callable[[], bool]
 ) -> Answer:
     try:
-        sock.sendall(frame(order))
+        with contextlib.suppress(BrokenPipeError):  # it may have refused before, and said why
+            sock.sendall(frame(order))
         answer = _receive(sock, stopped)
         if answer.what == "planned":
             planned(answer)

@@ -58,6 +58,11 @@ Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Address = Annotated[str, Field(min_length=1, max_length=300)]
 
 
+def as_text(words: str) -> str:
+    """What fits into a `Text`: cut, and with "?" for what has no UTF-8, as names of files and JSON may."""
+    return words[:MAX_TEXT].encode(errors="replace").decode()
+
+
 class Record(BaseModel):
     """A frozen, strictly typed value that is packed as the list of its fields."""
 
@@ -160,7 +165,8 @@ class SnapshotEntry(Record):
     n_bytes: Count
 
 
-Value = bool | int | Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(max_length=100)]
+_Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Value = bool | _Int | Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(max_length=100)]
 """Of a setting that can be changed."""
 
 

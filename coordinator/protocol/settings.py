@@ -128,8 +128,8 @@ class Course:
         return self.settings.run.rounds
 
     def value(self, key: str) -> Value | None:
-        """Of a setting that can be changed; None: the run does not say."""
-        section, _, name = key.partition(".")
+        """Of a setting that can be changed; None: the run does not say. Raises ConfigError for others."""
+        section, _, name = _parts(key)
         if key == "run.paused":
             return self.is_paused
         found: Value | None = (
@@ -145,13 +145,9 @@ class Course:
             return self
         settings, strategy, is_paused = self.settings.model_dump(), dict(self.strategy), self.is_paused
         for change in changes:
-            section, _, name = change.key.partition(".")
+            section, _, name = _parts(change.key)
             if section == "strategy":
                 strategy[name] = change.value
-            elif change.key not in RUN_KEYS:
-                raise ConfigError(
-                    f"{change.key} cannot be changed: {', '.join(RUN_KEYS)} can, and strategy.*"
-                )
             elif change.key == "run.paused":
                 is_paused = _truth(change)
             else:
@@ -169,7 +165,7 @@ class Course:
         return course
 
     def told(self, changes: Changes) -> list[str]:
-        """What a record with these changes does, in words."""
+        """What a record with these changes does, in words. Raises as `after` does."""
         return [self._told(change) for change in changes]
 
     def _told(self, change: Change) -> str:
@@ -188,6 +184,14 @@ def strategy_options(changes: Changes) -> dict[str, Value]:
     return {c.key.removeprefix("strategy."): c.value for c in changes if c.key.startswith("strategy.")}
 
 
+def _parts(key: str) -> tuple[str, str, str]:
+    """Of "strategy.lr". Raises ConfigError for what no record may change."""
+    parts = key.partition(".")
+    if parts[0] != "strategy" and key not in RUN_KEYS:
+        raise ConfigError(f"{key} cannot be changed: {', '.join(RUN_KEYS)} can, and strategy.*")
+    return parts
+
+
 def _truth(change: Change) -> bool:
     if not isinstance(change.value, bool):
         raise ConfigError(f"{change.key}: true or false is needed, not {change.value!r}")
@@ -195,12 +199,14 @@ def _truth(change: Change) -> bool:
 
 
 def _shown(value: Value | None) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if text.isprintable() else ascii(text)
 
 
 def _checked(settings: dict[str, Any]) -> RunSettings:
+    """Strictly: true is no number of rounds, and neither is "10"."""
     try:
-        return RunSettings.model_validate(settings)
+        return RunSettings.model_validate(settings, strict=True)
     except ValidationError as e:
         raise _refusal("a changed setting", e) from e
 

@@ -11,7 +11,7 @@ from ...compression.errors import ConfigError
 from ..sampling.sampling import sampled
 from ..sampling.sources import open_text_model
 from ..system.devices import chosen_device
-from ..system.output import to_stdout
+from ..system.output import shown, to_stdout
 
 
 def generate(
@@ -50,6 +50,6 @@ def generate(
 
 def _write(text: str, to_terminal: bool) -> None:
     """A model says anything: what would move the cursor is not shown on a terminal."""
-    safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text) if to_terminal else text
+    safe = shown(text) if to_terminal else text
     sys.stdout.buffer.write(safe.encode(errors="replace"))
     sys.stdout.buffer.flush()

@@ -35,9 +35,13 @@ def list_runs(folders: Sequence[Path], *, as_json: bool) -> list[LocalRun]:
 
 
 def clean_runs(runs: Sequence[LocalRun], *, everything: bool, ask: Callable[[str], bool]) -> None:
-    """Removes those that are over, with `everything` also those that could go on; `ask` gives consent."""
-    chosen = [run for run in runs if not run.is_running and (everything or run.is_over)]
-    kept = [run for run in runs if not run.is_running and run not in chosen]
+    """Removes those that are over, with `everything` also those that could go on; `ask` gives consent. What
+    cannot be read stays."""
+    idle = [run for run in runs if not run.is_running]
+    for run in (run for run in idle if run.error is not None):
+        to_stderr(f"{run.folder} stays, it may be no run: remove it by hand")
+    chosen = [run for run in idle if run.error is None and (everything or run.is_over)]
+    kept = [run for run in idle if run.error is None and run not in chosen]
     if kept:
         to_stderr(f"{counted(len(kept), 'run')} not known to be over: kept (--all removes them, too)")
     if not chosen:

@@ -13,12 +13,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import torch
 
@@ -27,6 +28,7 @@ from ..system.output import to_stderr
 from .known_answers import KNOWN_ANSWERS
 from .self_test import KERNELS, failed_kernels
 
+LONGEST_WAIT_S: Final = 300.0
 _MARK: Final = "thinwire-compiled"
 _STEP: Final = "a step"
 
@@ -44,7 +46,8 @@ def is_compiled() -> bool:
 
 @contextmanager
 def compiling(say: Callable[[str], object]) -> Iterator[None]:
-    """Around a self-test, which compiles what is not there yet: one process of a machine at a time does it.
+    """Around a self-test, which compiles what is not there yet: one process of a machine at a time does it,
+    where its files can be locked and written.
 
     `say` is told, if there is anything to compile."""
     mark = _mark()
@@ -52,11 +55,24 @@ def compiling(say: Callable[[str], object]) -> Iterator[None]:
         yield
         return
     say("compiling kernels for this machine: once, for about half a minute")
-    with mark.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        with suppress(OSError):
+            _wait_for(stack.enter_context(mark.open("a")))
         yield
         _step()
-        mark.write_text(_stamp(mark.parent))
+        with suppress(OSError):
+            mark.write_text(_stamp(mark.parent))
+
+
+def _wait_for(lock: IO[str]) -> None:
+    """Until no other process has it, or is taken to hang: that must keep nobody out of a run. Raises
+    OSError."""
+    until_s = time.monotonic() + LONGEST_WAIT_S
+    while time.monotonic() < until_s:
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.1)
 
 
 def compile_kernels(say: Callable[[str], object], stopped: Callable[[], bool] = lambda: False) -> None:

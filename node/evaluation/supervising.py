@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
+import psutil
+
 from ...compression.errors import ConfigError, ThinwireError
 from ...coordinator.protocol.figures import figures_in_words, human_seconds, printable
-from ...coordinator.protocol.messages import MAX_TEXT, Evaluation, Figure
+from ...coordinator.protocol.messages import Evaluation, Figure, as_text
 from .job import LM_EVAL, TOKENS, WEIGHTS, BadResult, Job, read_result
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ log = logging.getLogger("thinwire.node")
 PREFIX: Final = ".evaluation-"
 _TAIL_LINES: Final = 20
 _TOLD_CHARS: Final = 300
+_TAIL_S: Final = 2.0
+"""Longer than the rest of a pipe takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,16 +237,21 @@ class Evaluations:
             return f"it took more than {wanted.timeout_s:g} s (eval.timeout_s)"
         finally:
             self._kill()
+            self._process = None  # its number may be another's from now on
             tail.close()
         return None if code == 0 else tail.last_line() or f"it ended with exit code {code}"
 
     def _kill(self) -> None:
-        """With all that it has started."""
+        """With all that it has started; of a process that has ended already, what is in its session."""
         process = self._process
         if process is None:
             return
+        elsewhere = _descendants(process.pid)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
+        for child in elsewhere:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
         process.wait()
 
 
@@ -257,19 +266,27 @@ class _Tail:
         self._thread.start()
 
     def _read(self) -> None:
-        with contextlib.suppress(ValueError, OSError):  # closed meanwhile
+        with self._pipe, contextlib.suppress(OSError):
             while line := self._pipe.readline(10_000):
                 self._lines.append(line)
 
     def last_line(self) -> str:
-        lines = [line.decode(errors="replace").strip() for line in self._lines]
+        lines = [line.decode(errors="replace").strip() for line in tuple(self._lines)]
         last = next((line for line in reversed(lines) if line), "")
         return printable(last, _TOLD_CHARS)
 
     def close(self) -> None:
-        """What it has started holds the pipe no longer: all of it is gone."""
-        self._thread.join(timeout=5)
-        self._pipe.close()
+        """What is in the pipe has been read. A daemon that the process has left is not gone, and may hold the
+        pipe: closing it would wait for the thread that reads, which ends with that daemon."""
+        self._thread.join(timeout=_TAIL_S)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    """Also those that have a session of their own. Empty: the process is gone."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
 
 
 def refuse_function(function: str) -> None:
@@ -297,5 +314,5 @@ def refuse_function(function: str) -> None:
 
 def _message(outcome: Outcome) -> Evaluation:
     figures = tuple(Figure(name=name, value=value) for name, value in outcome.figures.items())
-    failed = None if outcome.failed is None else outcome.failed[:MAX_TEXT]
+    failed = None if outcome.failed is None else as_text(outcome.failed)
     return Evaluation(round=outcome.round, figures=figures, failed=failed)

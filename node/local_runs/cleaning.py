@@ -27,12 +27,16 @@ _OF_COORDINATOR: Final = (
 def clean(runs: Sequence[LocalRun]) -> list[LocalRun]:
     """Removes the state of these runs, but of those whose folder is in use, and returns what was removed.
 
-    A node's identity stays: it is the same peer in the next run.
+    A node's identity stays: it is the same peer in the next run. What cannot be read stays, too: other
+    programs have files named ledger.db.
     """
     return [run for run in runs if _removed(run)]
 
 
 def _removed(run: LocalRun) -> bool:
+    if run.error is not None:
+        log.warning("%s stays, it may be no run: remove it by hand (%s)", run.folder, run.error)
+        return False
     try:
         lock = FolderLock(run.locked, run.kind)
     except ConfigError as e:  # somebody has started it meanwhile

@@ -62,11 +62,12 @@ def places(given: Sequence[Path], environ: Mapping[str, str] = os.environ) -> li
 
 
 def local_runs(folders: Sequence[Path]) -> list[LocalRun]:
-    """All runs in these folders, the newest first. What cannot be read is listed with its error."""
+    """All runs in these folders, the newest first. What cannot be read is listed with its error. The folder
+    of a run says by its own name what it is: links to it, and ".", are followed first."""
     seen: dict[Path, LocalRun] = {}
     for folder in folders:
-        for path in _ledgers(folder, MAX_DEPTH):
-            seen.setdefault(path.resolve(), _read(path))
+        for path in _ledgers(folder.resolve(), MAX_DEPTH):
+            seen.setdefault(path, _read(path))
     found = sorted(seen.values(), key=lambda run: -run.changed_s)
     return _named(_one_running(found))
 

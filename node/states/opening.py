@@ -53,7 +53,7 @@ class RunState:
         self.kind: Literal["coordinator", "node"] = "node" if "run" in tables else "coordinator"
         self.record, self.signature = self._record_0()
         self.run_id: bytes = self._run_id()
-        (head,) = db.execute("SELECT max(round) FROM record").fetchone()
+        (head,) = db.execute("SELECT max(round) FROM record WHERE typeof(round) = 'integer'").fetchone()
         self.head: int = head or 0
 
     @cached_property
@@ -114,7 +114,12 @@ class RunState:
         """(round, loss in nats) in order; a node's folder has none."""
         if self.kind == "node":
             return []
-        return list(self._db.execute("SELECT round, loss FROM held_out ORDER BY round"))
+        return list(
+            self._db.execute(
+                "SELECT round, loss FROM held_out WHERE typeof(round) = 'integer' AND typeof(loss) = 'real' "
+                "ORDER BY round"
+            )
+        )
 
     @property
     def _given(self) -> Path:
@@ -133,17 +138,26 @@ class RunState:
             "SELECT record, signature FROM record WHERE round = 0 AND length(record) <= ?",
             (MAX_RECORD_BYTES,),
         ).fetchone()
-        return (None, None) if row is None else (bytes(row[0]), bytes(row[1]))
+        return (None, None) if row is None else (self._bytes(row[0]), self._bytes(row[1]))
 
     def _run_id(self) -> bytes:
         named = self._db.execute("SELECT run_id FROM run").fetchone() if self.kind == "node" else None
         found = [digest_of(self.record)] if self.record is not None else []
-        found += [bytes(named[0])] if named is not None else []
+        found += [self._bytes(named[0])] if named is not None else []
         if not found:
             raise LedgerCorrupt(f"{self.folder}: record 0 is missing")
         if found[0] != found[-1]:
             raise LedgerCorrupt(f"{self.folder}: record 0 is of another run than the ledger")
         return found[0]
+
+    def _bytes(self, value: object) -> bytes:
+        """Of a column of blobs: SQLite lets a file have anything in it, and `bytes` of a number are as many.
+        Raises LedgerCorrupt."""
+        if not isinstance(value, bytes):
+            raise LedgerCorrupt(
+                f"{self.folder / COPY_NAME} is no ledger: it has a {type(value).__name__} for bytes"
+            )
+        return value
 
 
 @contextmanager

@@ -6,13 +6,14 @@ import logging
 import sys
 
 from .command_name import as_typed
+from .output import shown
 
 
 class _Hinting(logging.Formatter):
-    """Commands that a line names are those of this user."""
+    """Commands that a line names are those of this user; nothing in it moves the cursor."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return as_typed(super().format(record))
+        return shown(as_typed(super().format(record)))
 
 
 def log_to_stderr(level: int, prefix: str = "") -> None:

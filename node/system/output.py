@@ -27,7 +27,7 @@ def to_stdout(text: object, end: str = "\n") -> None:
 
 def to_stderr(text: object, end: str = "\n") -> None:
     """For a person at the terminal: commands that it names are those of this user."""
-    print(as_typed(str(text)), end=end, file=sys.stderr, flush=True)  # noqa: T201 - the one place
+    print(shown(as_typed(str(text))), end=end, file=sys.stderr, flush=True)  # noqa: T201 - the one place
 
 
 def make_console(*, stderr: bool = False, **options: Any) -> Console:
@@ -36,6 +36,12 @@ def make_console(*, stderr: bool = False, **options: Any) -> Console:
 
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else UNBOUNDED, **options)
+
+
+def shown(text: str) -> str:
+    """As a terminal may have it: lines of characters, and nothing that changes how they are read. Names in
+    data files, and words of others, may have anything in them."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
 def until_the_pipe_is_closed(run: Callable[[], int]) -> int:

@@ -12,6 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,6 +32,8 @@ _COLUMNS: Final = {".parquet": "parquet", ".arrow": "arrow"}
 _DATA: Final = (*_LINES, ".json", *_TABLES, *_COLUMNS)
 _TEXTS: Final = ("", ".txt", ".text", ".md", ".rst", ".py")
 _MAX_JSON_CHARS: Final = 2**30
+_MAX_SHOWN_CHARS: Final = 500
+_ABSENT: Final = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class Document:
         try:
             value = _within(self.fields, field)
         except KeyError:
-            there = ", ".join(sorted(_paths(self.fields))) or "none"
+            there = _few_chars(", ".join(sorted(_paths(self.fields))) or "none")
             hint = _chat_hint(self.fields, option)
             raise ConfigError(
                 f"task.{option}: {self.where} has no {field!r}; its fields are {there}{hint}"
@@ -79,16 +82,22 @@ class Document:
 
 def _within(value: Any, path: str) -> Any:
     """The value at a path; a field whose own name has points goes first. Raises KeyError."""
-    if isinstance(value, Mapping) and path in value:
-        return value[path]
-    if isinstance(value, list) and path.isdecimal() and int(path) < len(value):
-        return value[int(path)]
+    if (found := _directly_in(value, path)) is not _ABSENT:
+        return found
     for point in (match.start() for match in re.finditer(r"\.", path)):
-        try:
-            return _within(_within(value, path[:point]), path[point + 1 :])
-        except KeyError:
-            continue
+        inner = _directly_in(value, path[:point])
+        if isinstance(inner, Mapping | list):
+            with suppress(KeyError):
+                return _within(inner, path[point + 1 :])
     raise KeyError(path)
+
+
+def _directly_in(value: Any, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(name, _ABSENT)
+    if isinstance(value, list) and name.isdecimal() and len(name) < 10 and int(name) < len(value):
+        return value[int(name)]
+    return _ABSENT
 
 
 def _paths(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -97,6 +106,10 @@ def _paths(fields: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _paths(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
+
+
+def _few_chars(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]} ..."
 
 
 def _chat_hint(fields: Mapping[str, Any], option: str) -> str:
@@ -293,7 +306,7 @@ def _bounded_lines(text: IO[str], path: Path) -> Iterator[str]:
 def _table(path: Path, delimiter: str) -> Iterator[Document]:
     csv.field_size_limit(files.MAX_LINE_CHARS)  # of the process; the library's own is 128 kB
     with files.opened(path, newline="") as text:
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        rows = csv.reader(_bounded_lines(text, path), delimiter=delimiter, strict=True)
         header: list[str] = []
         try:
             for row in rows:

@@ -17,6 +17,9 @@ from ...compression.errors import ConfigError
 MAX_LINE_CHARS: Final = 64 * 2**20
 """Of one document: a packed file of a few bytes can hold more than any memory."""
 
+MAX_UNPACKED: Final = 4 * 2**30
+"""Bytes, or characters, of a packed file that is read in one piece."""
+
 _UNPACKED_BY: Final[dict[str, Callable[..., Any]]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _STRANGE: Final = {
     b"\x1f\x8b": "gzip",
@@ -47,7 +50,7 @@ def kind_of(path: Path) -> str:
 def read_bytes(path: Path) -> bytes:
     """All of the file, unpacked. Raises ConfigError: not there, cut off, packed in another way."""
     with reading(path), _unpacked(path) as file:
-        data: bytes = file.read()
+        data: bytes = _whole(file, path)
     refuse_strange(path, data[:8])
     return data
 
@@ -55,7 +58,20 @@ def read_bytes(path: Path) -> bytes:
 def read_text(path: Path) -> str:
     """The same as characters: a byte order mark is none of them, every line ends in one newline."""
     with opened(path) as text:
-        return text.read()
+        whole: str = _whole(text, path)
+        return whole
+
+
+def _whole(file: IO[Any], path: Path) -> Any:
+    """All of it; what a packed file unpacks to is bounded. Raises ConfigError."""
+    if path.suffix.lower() not in _UNPACKED_BY:
+        return file.read()
+    data = file.read(MAX_UNPACKED + 1)
+    if len(data) > MAX_UNPACKED:
+        raise ConfigError(
+            f"{path}: unpacks to more than {MAX_UNPACKED >> 30} GiB: unpack it, if it is meant so"
+        )
+    return data
 
 
 @contextmanager

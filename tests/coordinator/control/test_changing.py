@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.service_world import MakeWorld, World
+from tests.support.service_world import MakeWorld, World, blob_offer
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.control.orders import Order, Ordered
 from thinwire.coordinator.protocol.messages import Change, CommitBody, Notice, Report
@@ -65,6 +65,28 @@ def test_a_paused_run_opens_no_round_until_it_is_resumed(make_world: MakeWorld) 
     assert world.service.head == 4
     with pytest.raises(ConfigError, match="not paused"):
         ordered(world, "resume")
+
+
+@pytest.mark.parametrize("offers", [False, True])
+def test_a_change_does_not_wait_for_nodes_that_are_gone(make_world: MakeWorld, offers: bool) -> None:
+    """Not even where one has offered a payload whose bytes never came."""
+    world = make_world()
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    if offers:
+        world.say("a", blob_offer(2, bytes(5000)))
+    found = ordered(world, "pause")
+    assert (found.round, world.service.head) == (2, 1)
+    for peer in ("a", "b"):
+        world.service.closed(peer, world.sessions[peer], world.now_s)
+    world.wait(1)
+    assert world.service.head == 1, "they may come back"
+    world.wait(60)
+    assert world.service.head == 2
+    assert (body(world, 2).offers, body(world, 2).changes) == ((), found.changes)
+    assert world.status()["state"] == "paused"
+    world.wait(60)
+    assert world.service.head == 2
 
 
 def test_stop_ends_the_run_with_the_open_round(make_world: MakeWorld) -> None:

@@ -48,12 +48,13 @@ class Keeper:
         self.n_bad += 1
 
 
-async def answers(folder: Path, data: bytes) -> list[Answer]:
-    """Everything that comes back for these bytes."""
+async def answers(folder: Path, data: bytes, *, leaves: bool = False) -> list[Answer]:
+    """Everything that comes back for these bytes. `leaves`: nothing comes after them."""
     with socket_path(folder) as path:
         reader, writer = await asyncio.open_unix_connection(path)
     writer.write(data)
-    writer.write_eof()
+    if leaves:
+        writer.write_eof()
     found = []
     while head := await reader.read(HEAD.size):
         (n_bytes,) = HEAD.unpack(head)
@@ -103,6 +104,32 @@ def test_an_order_is_planned_and_then_done(tmp_path: Path, length: int) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_who_leaves_before_the_record_comes_keeps_no_place(tmp_path: Path) -> None:
+    folder, keeper = folder_of(tmp_path), Keeper()
+    (folder / "key").touch()
+    (folder / "ledger.db").touch()
+
+    async def run() -> None:
+        door = keeper.door(folder)
+        await door.open()
+        for _ in range(doors.MAX_OWNERS + 1):
+            assert [a.what for a in await answers(folder, frame(EXTEND), leaves=True)] == ["planned"]
+        assert len(keeper.orders) == doors.MAX_OWNERS + 1, "what was ordered stays ordered"
+        stays = [asyncio.create_task(answers(folder, frame(EXTEND))) for _ in range(doors.MAX_OWNERS)]
+        while len(keeper.orders) < 2 * doors.MAX_OWNERS + 1:
+            await asyncio.sleep(0.01)
+        with pytest.raises(ConfigError, match="too many orders are waiting"):
+            await asyncio.to_thread(ask, folder, EXTEND)
+        keeper.head = 3
+        door.committed(3)
+        assert [[a.what for a in found] for found in await asyncio.gather(*stays)] == [
+            ["planned", "done"]
+        ] * doors.MAX_OWNERS
+        await door.close()
+
+    asyncio.run(run())
+
+
 def test_bytes_that_are_no_order_are_refused_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +149,7 @@ def test_bytes_that_are_no_order_are_refused_and_counted(
         await door.open()
         for data in bad:
             assert [a.what for a in await answers(folder, data)] == ["refused"], data
-        assert await answers(folder, whole[:-1]) == []  # it has left
+        assert await answers(folder, whole[:-1], leaves=True) == []
         with socket_path(folder) as path:
             reader, writer = await asyncio.open_unix_connection(path)  # says nothing
         assert b"no order" in await reader.read()

@@ -91,6 +91,12 @@ def test_every_cut_and_every_flipped_byte_is_read_or_refused() -> None:
             continue
 
 
+def test_a_number_fits_into_a_record() -> None:
+    """Else it would be refused only while the record is written."""
+    for number in (2**63, 2**70, -(2**63) - 1):
+        encode_record(body(Change(key="strategy.lr", value=number)))
+
+
 def test_a_record_has_offers_or_changes() -> None:
     with pytest.raises(ValueError, match="a commit has offers or changes"):
         body(offers=())
@@ -115,6 +121,11 @@ def test_settings_follow_from_the_records() -> None:
     assert [c.value for c in later.changes] == [False, 300, 0.001]
 
 
+def test_words_in_a_record_move_no_cursor() -> None:
+    (told,) = course().told((Change(key="strategy.name", value="a\x1b[2J"),))
+    assert told == r"strategy.name spsa -> 'a\x1b[2J'"
+
+
 def test_changes_are_told_with_what_was_there_before() -> None:
     told = course().told(
         (
@@ -133,11 +144,18 @@ def test_changes_are_told_with_what_was_there_before() -> None:
         ("task.batch", 2, "task.batch cannot be changed"),
         ("run.rounds", 0, "run.rounds"),
         ("run.rounds", "many", "run.rounds"),
+        ("run.rounds", "10", "run.rounds"),
+        ("run.rounds", True, "run.rounds"),
+        ("schedule.warmup_rounds", 2.0, "schedule.warmup_rounds"),
+        ("schedule.final_factor", True, "schedule.final_factor"),
         ("run.paused", 1, "true or false"),
         ("schedule.name", "wild", "schedule.name"),
         ("schedule.final_factor", 2.0, "schedule.final_factor"),
     ],
 )
 def test_what_stands_in_record_0_cannot_change(key: str, value: Any, text: str) -> None:
+    if key in ("run.seed", "task.batch"):  # of a later thinwire, maybe
+        with pytest.raises(ConfigError, match=text):
+            course().told((Change(key=key, value=value),))
     with pytest.raises(ConfigError, match=text):
         course().after((Change(key=key, value=value),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def test_processes_of_one_machine_do_not_all_compile() -> None:
         assert not entered.wait(0.3)
     other.join(30)
     assert entered.is_set()
+
+
+def test_one_that_hangs_keeps_nobody_out(mark: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "LONGEST_WAIT_S", 0.2)
+    with mark.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with compiling.compiling(print):
+            pass
+    assert is_compiled()
+
+
+def test_a_mark_that_cannot_be_written_keeps_nobody_out(mark: Path) -> None:
+    """A full disk, or a file system without locks."""
+    mark.mkdir()
+    with compiling.compiling(print):
+        pass
+    assert not is_compiled()
 
 
 def test_plain_kernels_need_no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:

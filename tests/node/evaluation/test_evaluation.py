@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from tests.support.local_nodes import DECOUPLED, config_of, swarm_of, wait_for
 from tests.support.tiny_model import save_tiny_llama
 from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.protocol.messages import MAX_TEXT, as_text
 from thinwire.node.cli.view import evaluations_in_words
 from thinwire.node.config import Eval, RunConfig, load_config, parse_config
-from thinwire.node.evaluation.job import LM_EVAL, BadResult, Job, figures_of
+from thinwire.node.evaluation.job import LM_EVAL, BadResult, Job, figures_of, read_result
 from thinwire.node.evaluation.process import write_export
-from thinwire.node.evaluation.supervising import Evaluations, refuse_function
+from thinwire.node.evaluation.supervising import Evaluations, Outcome, _message, refuse_function
 from thinwire.node.runner import Runner
 from thinwire.node.tracking.jsonl import JsonLines
 from thinwire.node.tracking.metrics import NodeMetrics
@@ -41,8 +42,13 @@ def fails(folder):
     raise ValueError("no such data set")
 
 def hangs(folder):
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    for session in (False, True):
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=session)
     time.sleep(600)
+
+def leaves(folder):
+    daemon = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    return {"daemon": daemon.pid}
 
 def strange(folder):
     return {"loss": float("nan")}
@@ -195,6 +201,35 @@ def test_a_node_that_leaves_ends_it(module: Callable[[str], str], tmp_path: Path
     assert time.monotonic() < began_s + 8
     assert idle()
     assert not list(tmp_path.glob(".evaluation-*"))
+
+
+def test_a_daemon_that_it_leaves_holds_up_nothing(module: Callable[[str], str], tmp_path: Path) -> None:
+    """It has left the session, and holds the pipe of the output."""
+    folder, run = tmp_path / "job", config(module("leaves"))
+    assert run.eval is not None
+    folder.mkdir()
+    save_file({}, folder / "weights.safetensors")
+    Job(run.to_json(), "00", 1, "00", module("leaves"), (), None, "cpu", None, has_tokens=False).write(folder)
+    evaluations = Evaluations(module("leaves"), tmp_path, Tracks(NodeMetrics()), NodeMetrics(), None)
+    failed: list[str | None] = []
+    thread = threading.Thread(target=lambda: failed.append(evaluations._run(folder, run.eval)), daemon=True)
+    thread.start()
+    wait_for((folder / "result.json").exists)
+    thread.join(timeout=10)
+    daemon = psutil.Process(int(read_result(folder)["daemon"]))
+    try:
+        assert failed == [None]
+        assert daemon.is_running()
+        assert evaluations._process is None, "its number is not signalled again"
+    finally:
+        daemon.kill()
+
+
+def test_words_without_utf8_are_told_all_the_same() -> None:
+    """A name of a file may be such, and a string of JSON."""
+    assert as_text("x\ud800" + "y" * MAX_TEXT) == "x?" + "y" * (MAX_TEXT - 2)
+    said = _message(Outcome(2, {}, "cannot read a\udcff", 1.0))
+    assert said.failed == "cannot read a?"
 
 
 def test_weights_that_cannot_be_written_cost_nothing(module: Callable[[str], str], tmp_path: Path) -> None:

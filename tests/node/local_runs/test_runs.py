@@ -137,8 +137,54 @@ def test_all_that_a_coordinator_makes_is_known(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("given", [".", "link"])
+def test_a_running_one_is_seen_by_whatever_name(
+    states: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    """What a folder is, and whose lock it has, stands in its own name."""
+    (states / "link").symlink_to(states / "node" / RUN_ID)
+    monkeypatch.chdir(states / "node" / RUN_ID if given == "." else states)
+    lock = FolderLock(states / "node", "node")
+    try:
+        (run,) = local_runs([Path(given)])
+        assert (run.kind, run.is_running) == ("node", True)
+        assert clean([run]) == []
+    finally:
+        lock.close()
+    assert len(clean(local_runs([Path(given)]))) == 1
+    assert not (states / "node" / RUN_ID).exists()
+
+
+@pytest.mark.parametrize("name", ["accounts", "0123456789abcdef"])
+def test_ledgers_of_other_programs_stay(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    with closing(sqlite3.connect(folder / "ledger.db")) as db, db:
+        db.execute("CREATE TABLE booking (amount REAL)")
+    for file in ("key", "token", "taxes.ods"):
+        (folder / file).write_text("mine")
+    before = files_of(tmp_path)
+    assert main(["runs", str(tmp_path), "--clean", "--all", "--yes"]) == 0
+    err = capsys.readouterr().err
+    assert "it may be no run" in err
+    assert "nothing to remove" in err
+    assert clean(local_runs([tmp_path])) == []
+    assert files_of(tmp_path) == before
+
+
+def test_a_lock_that_leads_elsewhere_is_not_written(states: Path) -> None:
+    (states / "letter").write_text("mine")
+    (states / "coordinator" / "lock").unlink(missing_ok=True)
+    (states / "coordinator" / "lock").symlink_to(states / "letter")
+    assert clean(local_runs([states / "coordinator"])) == []
+    assert (states / "letter").read_text() == "mine"
+
+
 def test_other_files_in_a_coordinators_folder_stay(states: Path) -> None:
     (states / "coordinator" / "thesis.tex").write_text("mine")
+    (states / "coordinator" / "keep").write_text("all")
     assert len(clean(local_runs([states / "coordinator"]))) == 1
     assert [p.name for p in (states / "coordinator").iterdir()] == ["thesis.tex"]
 

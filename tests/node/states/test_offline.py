@@ -22,6 +22,7 @@ from thinwire.coordinator.protocol.ledger_file import check
 from thinwire.node.cli.ledger_command import check_ledger, export_state, save_ledger_of_state
 from thinwire.node.cli.main import main
 from thinwire.node.cli.replay import replay
+from thinwire.node.local_runs.finding import local_runs
 from thinwire.node.states.opening import open_state, remains_of, run_folder
 from thinwire.node.states.replica import newest_replica
 
@@ -60,6 +61,40 @@ def folder(request: pytest.FixtureRequest, coordinator: Path, node: Path) -> Ite
 
 def _contents(folder: Path) -> dict[Path, tuple[int, int]]:
     return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("which", "sql"),
+    [
+        ("coordinator", "UPDATE record SET record = 99999999999, signature = 'x' WHERE round = 0"),
+        ("coordinator", "UPDATE record SET record = -1 WHERE round = 0"),
+        ("coordinator", "UPDATE record SET signature = 'text' WHERE round = 0"),
+        ("node", "UPDATE run SET run_id = 99999999999"),
+        ("node", "UPDATE run SET run_id = 'text'"),
+    ],
+)
+def test_a_file_with_something_else_for_bytes_is_no_ledger(tmp_path: Path, which: str, sql: str) -> None:
+    """SQLite takes anything in any column: a number would become as many bytes of memory."""
+    folder = run_folder(shutil.copytree(STATE / which, tmp_path / which))
+    db = sqlite3.connect(folder / COPY_NAME)
+    with db:
+        db.execute(sql)
+    db.close()
+    with pytest.raises(LedgerCorrupt, match="for bytes"), open_state(folder):
+        pass
+    (found,) = local_runs([folder])
+    assert "for bytes" in str(found.error)
+
+
+def test_losses_that_are_no_numbers_are_left_out(coordinator: Path) -> None:
+    db = sqlite3.connect(coordinator / COPY_NAME)
+    with db:
+        db.execute("DROP TABLE held_out")
+        db.execute("CREATE TABLE held_out (round, loss)")
+        db.execute("INSERT INTO held_out VALUES (1, 2.5), (2, 'low'), ('x', 1.0), (3, NULL)")
+    db.close()
+    with open_state(coordinator) as state:
+        assert state.held_out() == [(1, 2.5)]
 
 
 def test_what_is_in_it(folder: Path) -> None:

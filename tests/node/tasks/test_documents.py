@@ -223,6 +223,43 @@ def test_a_line_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "a.jsonl").write_text(LINES)
     with pytest.raises(ConfigError, match="a line of more than 30 characters"):
         fields(tmp_path / "a.jsonl")
+    (tmp_path / "a.csv").write_text("text,label\n" + "a," * 20)
+    with pytest.raises(ConfigError, match="a line of more than 30 characters"):
+        fields(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("read_all", [documents.files.read_bytes, documents.files.read_text])
+def test_what_a_packed_file_unpacks_to_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_all: Callable[[Path], object]
+) -> None:
+    monkeypatch.setattr(documents.files, "MAX_UNPACKED", 1000)
+    for n, is_fine in ((1000, True), (1001, False)):
+        (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a" * n))
+        if is_fine:
+            assert len(read_all(tmp_path / "a.txt.gz")) == n  # type: ignore[arg-type]
+        else:
+            with pytest.raises(ConfigError, match="unpack it, if it is meant so"):
+                read_all(tmp_path / "a.txt.gz")
+    (tmp_path / "a.txt").write_bytes(b"a" * 1001)
+    assert len(read_all(tmp_path / "a.txt")) == 1001  # type: ignore[arg-type]
+
+
+def test_fields_are_listed_shortly() -> None:
+    many = Document({f"field-{n}": n for n in range(10**4)}, "r.jsonl")
+    with pytest.raises(ConfigError) as refused:
+        many.text("none", "field")
+    assert len(str(refused.value)) < 1000
+
+
+def test_names_with_points_are_found_wherever_they_are() -> None:
+    document = Document({"a": [{"d.e": "list", "x": {"f": "g"}}], "a.0": {"y": "other"}}, "r.jsonl")
+    assert PromptTemplate.of("{a.0.d.e} {a.0.x.f} {a.0.y}").filled(document) == "list g other"
+
+
+def test_a_long_path_to_nowhere_takes_no_time() -> None:
+    """Every way to split it at its points was tried."""
+    with pytest.raises(ConfigError, match="has no"):
+        REVIEW.text("review.text" + ".x" * 500, "field")
 
 
 # ------------------------------------------------------------------------------------------------- prompts
