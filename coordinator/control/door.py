@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ...compression.errors import ThinwireError
 from ..protocol.messages import BadMessage, decode_record
@@ -118,7 +118,8 @@ class Door:
         left = asyncio.ensure_future(reader.read(1))
         self._waiting[done] = ordered.round
         try:
-            await asyncio.wait({done, left}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {done, left}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not done.done():
                 raise EOFError
         finally:

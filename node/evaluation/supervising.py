@@ -284,9 +284,10 @@ class _Tail:
 def _descendants(pid: int) -> list[psutil.Process]:
     """Also those that have a session of their own. Empty: the process is gone."""
     try:
-        return psutil.Process(pid).children(recursive=True)
+        found: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
     except psutil.Error:
         return []
+    return found
 
 
 def refuse_function(function: str) -> None:
