@@ -64,7 +64,7 @@ class Wanted:
 
 class LastSnapshot:
     """Lives in the server's event loop. `wanted`: what is to be kept by now, None: nothing yet; `has_room`:
-    whether so many bytes more fit into the quota."""
+    whether there is room for so many bytes more."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class LastSnapshot:
         """From one holder after the other; what came stays. False: nobody could give the rest."""
         snapshot = wanted.snapshot
         if not self._has_room(snapshot.n_bytes):
-            self._tell(snapshot, "it does not fit into the quota")
+            self._tell(snapshot, f"there is no room for its {snapshot.n_bytes:,} bytes")
             return False
         for holder in wanted.holders:
             try:
@@ -155,6 +155,12 @@ class LastSnapshot:
         if self._told != snapshot.round:
             self._told = snapshot.round
             _log.info("the snapshot after round %d is not kept here yet: %s", snapshot.round, why)
+
+
+def leaves_room(n_bytes: int, free_bytes: int | None) -> bool:
+    """Whether the disk, with so much free, can take a snapshot of this size, which only nodes have told:
+    the ledger needs room, too. None: nobody knows."""
+    return free_bytes is None or n_bytes <= free_bytes // 2
 
 
 def chunks_of(manifest: bytes, n_bytes: int) -> Sequence[bytes]:

@@ -15,7 +15,7 @@ from ..compression.errors import LedgerCorrupt, ThinwireError
 from .blobs import BlobStore
 from .control.door import Door
 from .control.orders import CheckStrategy, Order, Ordered, no_strategy
-from .last_snapshot import LastSnapshot
+from .last_snapshot import LastSnapshot, leaves_room
 from .ledger import Ledger
 from .protocol.addresses import HttpAddress
 from .protocol.identity import load_or_create
@@ -101,7 +101,7 @@ class CoordinatorServer:
             state.path, self._order, self._is_ordered, lambda: self.service.count_rejected("message")
         )
         self._last_snapshot = LastSnapshot(
-            self.blobs, self.service.last_snapshot, self._open_stream_to, self.service.has_room
+            self.blobs, self.service.last_snapshot, self._open_stream_to, self._has_room
         )
         self._keeps_last_snapshot = keeps_last_snapshot
         self._done: asyncio.Future[None] | None = None
@@ -214,6 +214,10 @@ class CoordinatorServer:
             "http": None if self.http is None else _told(self.http),
         }
         return {**self.service.status(time.monotonic()), **here}
+
+    def _has_room(self, n_bytes: int) -> bool:
+        """For the last snapshot: in the quota, and on the disk."""
+        return self.service.has_room(n_bytes) and leaves_room(n_bytes, self._disk_free_bytes())
 
     def _disk_free_bytes(self) -> int | None:
         try:

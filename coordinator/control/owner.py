@@ -14,6 +14,7 @@ from typing import Final
 
 from ...compression.errors import ConfigError, SwarmUnreachable
 from ..ledger import Ledger
+from ..protocol.files import FolderInUse
 from ..protocol.identity import load_or_create
 from ..protocol.messages import BadMessage, CommitBody, decode_record
 from ..protocol.schedule import lr_factor_bits
@@ -43,9 +44,14 @@ def give_order(
             f"{folder} is not the state folder of a coordinator: it has no key and ledger. Name the folder "
             f"that the coordinator keeps its run in, on its machine: a ticket does not suffice."
         )
-    sock = _connected(folder)
-    if sock is None:
-        return write_order(folder, order, check)
+    until_s = time.monotonic() + CONNECT_S
+    while (sock := _connected(folder)) is None:
+        try:
+            return write_order(folder, order, check)
+        except FolderInUse:  # by another order, or by a coordinator that starts or ends
+            if stopped() or time.monotonic() > until_s:
+                raise
+            time.sleep(0.1)
     with sock:
         return _ask(sock, order, planned, stopped)
 

@@ -69,10 +69,14 @@ def _close_all_in_child() -> None:
         held.close_in_child()
 
 
+class FolderInUse(ConfigError):
+    """Another process has the folder."""
+
+
 class FolderLock:
     """One process at a time has a folder, from the construction to `close`; a dead one does not keep it.
 
-    Raises ConfigError if another process has it, or if the folder cannot be made. `what`: who uses it.
+    Raises FolderInUse, or ConfigError if the folder cannot be made. `what`: who uses it.
     """
 
     def __init__(self, folder: Path, what: str) -> None:
@@ -86,7 +90,7 @@ class FolderLock:
         except BlockingIOError:
             holder = os.read(self._fd, 32).decode("ascii", "replace").strip() or "unknown"
             os.close(self._fd)
-            raise ConfigError(
+            raise FolderInUse(
                 f"{folder} is in use by another {what}, process {holder}: stop it first"
             ) from None
         os.ftruncate(self._fd, 0)

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support.service_world import World, offer
 from thinwire.coordinator.blobs import BlobStore
-from thinwire.coordinator.last_snapshot import CHUNK_BYTES, LastSnapshot, Wanted, chunks_of
+from thinwire.coordinator.last_snapshot import CHUNK_BYTES, LastSnapshot, Wanted, chunks_of, leaves_room
 from thinwire.coordinator.protocol import streams
 from thinwire.coordinator.protocol.attested import Attested
 from thinwire.coordinator.protocol.blob_streams import serve_blobs
@@ -137,3 +137,9 @@ def test_when_it_is_wanted(
     assert found == dict.fromkeys(range(1, 9), None) | dict.fromkeys(range(9, 13), (8, ("a", "b")))
     assert world.service.is_over
     world.ledger.close()
+
+
+def test_half_of_the_disk_stays_for_the_ledger() -> None:
+    assert leaves_room(50, 100)
+    assert not leaves_room(51, 100)
+    assert leaves_room(2**40, None)

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -218,6 +219,15 @@ def test_a_folder_in_use_and_a_door_that_is_shut(folder: Path) -> None:
             give_order(folder, EXTEND, no_strategy, lambda _answer: None, lambda: next(stopped))
     lock.close()
     os.unlink(folder / SOCKET_NAME)
+
+
+def test_orders_at_the_same_time_come_one_after_the_other(folder: Path) -> None:
+    """Without a coordinator each of them has the folder for a moment."""
+    lock = FolderLock(folder, "coordinator")
+    timer = threading.Timer(0.5, lock.close)
+    timer.start()
+    assert ask(folder, EXTEND).what == "done"
+    timer.join()
 
 
 def test_order_and_answer_have_bounds() -> None:
