@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class Every:
-    """Due `seconds` after it was made (`at_once`: at first, too), and after each time that it was due. `clock`:
+    """Due `seconds` after it was made (`at_once`: at first, too), and after each time it was due. `clock`:
     monotonic seconds."""
 
     def __init__(
