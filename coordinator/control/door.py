@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ...compression.errors import ThinwireError
 from ..protocol.messages import BadMessage, decode_record
@@ -64,7 +65,10 @@ class Door:
         for task in self._owners:
             task.cancel()
         await asyncio.gather(*self._owners, return_exceptions=True)
-        (self._folder / SOCKET_NAME).unlink(missing_ok=True)
+        with contextlib.suppress(
+            OSError
+        ):  # it may have lost the folder; the rest is to be closed all the same
+            (self._folder / SOCKET_NAME).unlink(missing_ok=True)
 
     def committed(self, round_: int) -> None:
         """The record of this round is on the disk."""
@@ -115,11 +119,10 @@ class Door:
         if self._is_in_ledger(ordered):
             return
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        left = asyncio.ensure_future(reader.read(1))
+        left: asyncio.Future[bytes] = asyncio.ensure_future(reader.read(1))
         self._waiting[done] = ordered.round
         try:
-            either: set[asyncio.Future[Any]] = {done, left}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((done, left), return_when=asyncio.FIRST_COMPLETED)
             if not done.done():
                 raise EOFError
         finally:

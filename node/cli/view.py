@@ -16,7 +16,7 @@ from rich.text import Text
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.figures import counted, figures_in_words, human_seconds
 from ..states.opening import open_state
-from ..system.output import make_console, to_stdout
+from ..system.output import make_console, shown, to_stdout
 from ..units import bytes_beside_ddp, human_bytes, human_loss
 from .offline import state_folder, status_of, telling_what_is_here
 from .status import StatusClient
@@ -64,12 +64,12 @@ def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
             human_bytes(peer["sent_bytes"]),
             fingerprint,
         )
-    lines: list[RenderableType] = [Text(headline(status)), table]
-    lines += [Text(f"changed: {text}") for text in status.get("changes", [])[-CHANGES_SHOWN:]]
-    lines += [Text(line) for line in evaluations_in_words(status)]
+    lines: list[RenderableType] = [Text(shown(headline(status))), table]
+    lines += [Text(shown(f"changed: {text}")) for text in status.get("changes", [])[-CHANGES_SHOWN:]]
+    lines += [Text(shown(line)) for line in evaluations_in_words(status)]
     lines += [Text(note, style="yellow") for note in notes]
     for error in status.get("errors", [])[-3:]:
-        lines.append(Text(f"stopped with an error: {error}", style="bold red"))
+        lines.append(Text(shown(f"stopped with an error: {error}"), style="bold red"))
     if status["mismatches"]:
         lines.append(Text(f"{status['mismatches']} fingerprint mismatches", style="bold red"))
     return Group(*lines)
@@ -141,7 +141,7 @@ def live_view(console: Console, notes: Sequence[str]) -> Iterator[Show]:
         nonlocal printed_s
         if last or time.monotonic() - printed_s >= 3:
             printed_s = time.monotonic()
-            console.print(headline(status), highlight=False, soft_wrap=True)
+            console.print(shown(headline(status)), highlight=False, soft_wrap=True, markup=False)
 
     yield print_line
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,12 @@ from .finding import LocalRun
 
 log = logging.getLogger("thinwire.cli")
 
+LOCK_NAME: Final = "lock"
+_ASIDE: Final = re.compile(r"\.(.+)\.(?:\d+|part)")
+
 _OF_COORDINATOR: Final = (
-    *("key", "token", "port", "banned", "keep", "history.json", "result.json", "lock", "control.sock", BLOBS),
-    *(f"{COPY_NAME}{suffix}" for suffix in ("", "-wal", "-shm")),
+    *("key", "token", "port", "banned", "keep", "history.json", "result.json", LOCK_NAME, "control.sock"),
+    *(BLOBS, *(f"{COPY_NAME}{suffix}" for suffix in ("", "-wal", "-shm"))),
 )
 """What a coordinator keeps in its folder, which may have been somebody's before."""
 
@@ -57,10 +61,16 @@ def _removed(run: LocalRun) -> bool:
     return True
 
 
+def _is_ours(name: str) -> bool:
+    """Also of what a process that was killed had written aside."""
+    aside = _ASIDE.fullmatch(name)
+    return (aside[1] if aside else name) in _OF_COORDINATOR
+
+
 def _empty(folder: Path) -> None:
-    """Raises OSError."""
-    for name in _OF_COORDINATOR:
-        path = folder / name
+    """The lock goes last: who starts a run here meanwhile must not lose its files. Raises OSError."""
+    ours = [path for path in folder.iterdir() if _is_ours(path.name)]
+    for path in sorted(ours, key=lambda path: path.name == LOCK_NAME):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

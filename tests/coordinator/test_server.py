@@ -539,7 +539,7 @@ def test_a_killed_coordinator_comes_back_and_nothing_is_lost(
     first.end(signal.SIGKILL)
     links[1].offer(offer(4, b"made meanwhile"))
     text = within(lambda: next(e.text for e in links[0].events() if "trying again" in e.text))
-    assert "the coordinator has not answered for" in text
+    assert "the coordinator does not answer" in text
     assert "training state is kept" in text
 
     second = Process(coordinator_folder)

@@ -93,11 +93,17 @@ def test_what_cannot_be_read_is_listed_with_its_reason(states: Path) -> None:
     assert "cannot be read" in described(runs["coordinator"], 0.0)
 
 
-def test_nothing_of_a_stranger_reaches_the_terminal(tmp_path: Path) -> None:
+def test_nothing_of_a_stranger_reaches_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (run,) = local_runs([finished_run(tmp_path / "c")])
     assert run.is_over
     assert "\x1b" not in described(run, 0.0)
     assert "round 1 of 1" in described(run, 0.0)
+    assert main(["status", str(tmp_path / "c")]) == 0
+    out = capsys.readouterr().out
+    assert "short ?[31m run: round 1/1" in out
+    assert "\x1b" not in out
 
 
 def test_a_running_one_is_seen_and_stays(states: Path, tmp_path: Path) -> None:
@@ -184,9 +190,11 @@ def test_a_lock_that_leads_elsewhere_is_not_written(states: Path) -> None:
 
 def test_other_files_in_a_coordinators_folder_stay(states: Path) -> None:
     (states / "coordinator" / "thesis.tex").write_text("mine")
-    (states / "coordinator" / "keep").write_text("all")
+    for name in ("keep", ".history.json.4711", ".ledger.db.part"):  # the last ones: of one that was killed
+        (states / "coordinator" / name).write_text("all")
+    (states / "coordinator" / ".mine.4711").write_text("mine")
     assert len(clean(local_runs([states / "coordinator"]))) == 1
-    assert [p.name for p in (states / "coordinator").iterdir()] == ["thesis.tex"]
+    assert [p.name for p in sorted((states / "coordinator").iterdir())] == [".mine.4711", "thesis.tex"]
 
 
 def test_only_what_is_over_is_removed(states: Path, capsys: pytest.CaptureFixture[str]) -> None:
