@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,6 +21,7 @@ from .blobs import BlobStore
 from .protocol.attested import Attested
 from .protocol.blob_streams import get_blob
 from .protocol.messages import BadMessage
+from .protocol.settings import RunSection
 from .protocol.streams import Stream
 
 _log = logging.getLogger("thinwire.coordinator")
@@ -46,6 +47,19 @@ class Wanted:
 
     snapshot: Attested
     holders: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        run: RunSection,
+        newest: Attested | None,
+        connected: Collection[int],
+        peer_id: Callable[[int], str],
+    ) -> Wanted | None:
+        """The newest one, once it may be the run's last; None: nothing yet."""
+        if newest is None or not run.is_over(newest.round + run.snapshot_every + run.snapshot_every // 2):
+            return None
+        return cls(newest, tuple(peer_id(index) for index in newest.peers if index in connected))
 
 
 class LastSnapshot:

@@ -8,7 +8,7 @@ and counts (`open_round`, `rounds`), what follows from the ledger (`derived_stat
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from ..compression.errors import ConfigError, LedgerCorrupt
 from .admission import AdmissionControl
 from .announcer import Announcer
 from .blobs import BlobStore
-from .control.orders import CheckStrategy, Order, Ordered, Place, no_strategy, plan
+from .control.orders import CheckStrategy, Order, Ordered, Place, no_strategy
+from .control.pending import PendingChanges
 from .derived_state import DerivedState, Recalled
 from .last_snapshot import Wanted
 from .ledger import Ledger
@@ -31,11 +32,10 @@ from .observe.peer_names import PeerNames
 from .observe.run_view import RunView
 from .open_round import OpenOffers, OpenRound
 from .peers import Peers
-from .protocol.figures import RoundLines, counted
+from .protocol.figures import counted
 from .protocol.messages import (
     READER,
     BadMessage,
-    Change,
     Commit,
     CommitBody,
     Evaluation,
@@ -49,7 +49,7 @@ from .protocol.messages import (
     Welcome,
 )
 from .protocol.schedule import lr_factor_bits
-from .protocol.settings import Course, Keep
+from .protocol.settings import KEEP_SNAPSHOTS, Course, Keep
 from .rounds import Excused, RoundClosed, Rounds
 
 log = logging.getLogger("thinwire.coordinator")
@@ -82,7 +82,7 @@ class Service:
         banned: frozenset[str] = frozenset(),
         check_strategy: CheckStrategy = no_strategy,
         loss_unit: str | None = None,
-        keep: Keep = Keep.parse("snapshots"),  # noqa: B008 - frozen
+        keep: Keep = KEEP_SNAPSHOTS,
     ) -> None:
         """`history`: what the method gave before a restart; `banned`: peers that are not let in;
         `check_strategy`: of what the owner wants to change of its options; `loss_unit`: where the run's task
@@ -93,9 +93,7 @@ class Service:
         self._ledger, self._blobs, self._key = ledger, blobs, key
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
         self._settings = Course.of(ledger.genesis.config).settings
-        self._check_strategy, self._keep = check_strategy, keep
-        self._pending: dict[str, Change] = {}
-        """By key: what the record that closes the open round changes."""
+        self._pending, self._keep = PendingChanges(check_strategy), keep
         try:
             key.public_key().verify(ledger.genesis_signature, ledger.genesis_record)
         except InvalidSignature:
@@ -105,7 +103,6 @@ class Service:
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._counters = Counters()
-        self._round_lines = RoundLines()
         self._parts = self._recalled(now_s, history)
 
     def _recalled(self, now_s: float, history: bytes | None) -> _Parts:
@@ -260,7 +257,7 @@ class Service:
             back = counted(n_adopted, "commit")
             log.warning("got %s back from a node: round %d is the newest", back, self.head)
             self._admission.new_round()
-            self._pending = {}
+            self._pending.take()
             self._parts = self._recalled(now_s, self.history())
 
     # --------------------------------------------------------------------------------------- the owner
@@ -277,12 +274,11 @@ class Service:
         if self._n_adopted or rounds.is_held:
             raise ConfigError("the coordinator is getting lost rounds back from a node: try again soon")
         place = Place(rounds.round, not rounds.is_awaited, rounds.is_over)
-        ordered = plan(order, self.course.after(_in_order(self._pending)), place, self._check_strategy)
-        self._pending.update((change.key, change) for change in ordered.changes)
+        ordered = self._pending.add(order, self.course, place)
         if place.is_alone:
             self._commit_changes(now_s)
         else:
-            course = self.course.after(_in_order(self._pending))
+            course = self._pending.course(self.course)
             rounds.plan(course.n_rounds, course.is_paused)
         log.info("round %d: %s", ordered.round, "; ".join(ordered.told))
         return ordered
@@ -347,13 +343,9 @@ class Service:
         return self._parts.rounds.is_over
 
     def last_snapshot(self) -> Wanted | None:
-        """What is to be kept of the run's end: the newest attested snapshot, once it may be the last one."""
-        run, newest = self.course.run, self._parts.derived.retention.snapshots.newest()
-        if newest is None or not run.is_over(newest.round + run.snapshot_every + run.snapshot_every // 2):
-            return None
-        connected = self._parts.members.connected()
-        holders = tuple(self._ledger.peer_id(index) for index in newest.peers if index in connected)
-        return Wanted(newest, holders)
+        """What is to be kept of the run's end, see `Wanted.of`."""
+        newest, connected = self._parts.derived.retention.snapshots.newest(), self._parts.members.connected()
+        return Wanted.of(self.course.run, newest, connected, self._ledger.peer_id)
 
     def commits(self, after: int, limit: int) -> list[Commit]:
         """At most `limit` commits from round `after` + 1 on, as they are stored."""
@@ -425,7 +417,7 @@ class Service:
 
     def _proposal(self, round_: int, peers: Sequence[int], evaluator: int | None) -> CommitBody:
         """The next record. Takes out the reports and the changes that it carries."""
-        changes, self._pending = _in_order(self._pending), {}
+        changes = self._pending.take()
         course = self.course.after(changes)
         reports, snapshots = self._parts.derived.reports.take()
         return CommitBody(
@@ -441,13 +433,6 @@ class Service:
             changes=changes,
         )
 
-    def _tell(self, closed: RoundClosed, now_s: float) -> None:
-        n_quiet = self._round_lines.due(now_s, self._parts.rounds.is_over)
-        if n_quiet is not None:
-            since = f" ({n_quiet + 1} since the last line)" if n_quiet else ""
-            offers = counted(len(closed.peers), "offer")
-            log.info("round %d: %s, %.2f s%s", closed.round, offers, closed.duration_s, since)
-
     def _committed(self, commit: Commit, closed: RoundClosed | None, now_s: float) -> None:
         """The record is on the disk: everybody may see it. `closed`: None, if it only brings changes."""
         parts = self._parts
@@ -455,7 +440,7 @@ class Service:
         if closed is not None:
             self._counters.round_closed(closed.why, closed.duration_s)
             parts.notices.missed(closed.missing, parts.derived.statistics)
-            self._tell(closed, now_s)
+            parts.notices.closed(closed, parts.rounds.is_over, now_s)
         parts.open_round.offers.clear()
         self._admission.new_round()
         parts.over_s, parts.finished = (now_s if parts.rounds.is_over else None), False
@@ -485,10 +470,6 @@ class _Parts:
             return
         awaited = set(self.members.training()) - self.derived.reports.acknowledged
         self.finished = not awaited or now_s >= self.over_s + FAREWELL_S
-
-
-def _in_order(changes: Mapping[str, Change]) -> tuple[Change, ...]:
-    return tuple(changes[key] for key in sorted(changes))
 
 
 def _rounds(course: Course, ledger: Ledger, past: Recalled, now_s: float) -> Rounds:

@@ -12,7 +12,7 @@ from ..compression.errors import ConfigError
 from .observe.page_history import MAX_SAVED_BYTES
 from .protocol.files import FolderLock, write_aside
 from .protocol.identity import public_key_of
-from .protocol.settings import MAX_KEEP_CHARS, Keep
+from .protocol.settings import KEEP_SNAPSHOTS, MAX_KEEP_CHARS, Keep
 
 
 class StateDir:
@@ -80,7 +80,7 @@ class StateDir:
             with self._keep_path.open("rb") as file:
                 return Keep.parse(file.read(MAX_KEEP_CHARS).decode("ascii", "replace"))
         except FileNotFoundError:
-            return Keep.parse("snapshots")
+            return KEEP_SNAPSHOTS
 
     def save_keep(self, text: str) -> None:
         """`text`: as `Keep.parse` takes it. Raises OSError."""

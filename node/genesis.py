@@ -36,7 +36,8 @@ from ..optim.registry import build_strategy, complete_config, refuse_unlikely, s
 from .config import RunConfig
 from .snapshots.format import data_of
 from .tasks.base import Pretrained, Task
-from .tasks.trial import Trial, persistent_buffers, refuse_shared_memory
+from .tasks.buffers import persistent_buffers
+from .tasks.trial import Trial, refuse_shared_memory
 
 
 @dataclass(frozen=True, slots=True)

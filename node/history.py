@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..coordinator.protocol.attested import Attested, Snapshots
 from ..coordinator.protocol.messages import Change, Changes, Commit
+from ..coordinator.protocol.settings import in_order
 from .verdicts import Verdicts
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class History:
         self._digests.append(commit.digest)
         if body.changes:
             self._changes.update((change.key, change) for change in body.changes)
-            self._changed.append((body.round, tuple(self._changes[key] for key in sorted(self._changes))))
+            self._changed.append((body.round, in_order(self._changes)))
         n_bytes = sum(offer.n_bytes for offer in body.offers if offer.digest is not None)
         self._costs.append(self._costs[-1] + (n_bytes and n_bytes + self._round_cost_bytes))
 

@@ -23,6 +23,7 @@ from .snapshots.download import Progress, download
 from .snapshots.format import CHUNK_BYTES, Stored, max_manifest_bytes
 from .snapshots.store import LOCAL, SnapshotStore
 from .states.kept_blobs import KeptBlobs
+from .system.every import Every
 from .units import human_bytes
 
 log = logging.getLogger("thinwire.node")
@@ -43,15 +44,13 @@ class CatchingUp:
 
     def __init__(self, round_: int) -> None:
         self._first_round, self._began_s = round_, time.monotonic()
-        self._told_s = self._began_s
+        self._telling = Every(TELL_EVERY_S)
 
     def tell(self, round_: int, head: int) -> bool:
         """True when it has told something: then it is also time to look for a better way."""
-        now_s = time.monotonic()
-        if now_s - self._told_s < TELL_EVERY_S or round_ == self._first_round:
+        if round_ == self._first_round or not self._telling.is_due():
             return False
-        self._told_s = now_s
-        rate = (round_ - self._first_round) / (now_s - self._began_s)
+        rate = (round_ - self._first_round) / (time.monotonic() - self._began_s)
         log.info(
             "catching up: round %d of %d, %.1f rounds per second, about %s left",
             round_,
@@ -111,11 +110,10 @@ class Joiner:
 
     def read_ledger(self) -> None:
         """Brings the history up to the head that is known now. Raises what the link raises."""
-        head, told_s = self._link.head, time.monotonic()
+        head, telling = self._link.head, Every(TELL_EVERY_S)
         for commit in self._link.records(self._history.round):
             self._history.add(commit)
-            if time.monotonic() - told_s >= TELL_EVERY_S:
-                told_s = time.monotonic()
+            if telling.is_due():
                 log.info("reading the ledger: record %d of %d", self._history.round, head)
 
     def starts(self) -> list[Start]:
@@ -268,12 +266,10 @@ class Joiner:
             return members() + also
 
         incoming = self._store.incoming(manifest)
-        told_s = 0.0
+        telling = Every(TELL_EVERY_S, at_once=True)
 
         def tell(progress: Progress) -> None:
-            nonlocal told_s
-            if time.monotonic() - told_s >= TELL_EVERY_S:
-                told_s = time.monotonic()
+            if telling.is_due():
                 log.info("%s", _told(start.round, self._link.head, progress))
 
         download(

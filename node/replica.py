@@ -24,8 +24,8 @@ from ..compression.fingerprint import fingerprint, parameter_sums
 from ..coordinator.protocol.files import write_aside
 from ..coordinator.protocol.messages import Commit, GenesisBody, OfferEntry
 from ..coordinator.protocol.schedule import float32_of_bits
-from ..coordinator.protocol.settings import Course
-from ..optim.base import Own, Round, Share, Strategy, canonical_name
+from ..coordinator.protocol.settings import Course, strategy_options
+from ..optim.base import Own, Round, Share, Strategy
 from ..optim.registry import build_strategy
 from .config import parse_config
 from .genesis import check_layout, in_dtype, initialise, layout_hash, layout_of
@@ -33,11 +33,11 @@ from .ranks.collective_errors import collective_errors
 from .snapshots.format import Manifest, Stored
 from .snapshots.incoming import DATA, write_file
 from .snapshots.local_state import BadLocalState, LocalState, encode
-from .snapshots.parts import read_parts, weight_pieces, write_parts
+from .snapshots.parts import read_parts, weight_pieces, weights_of, write_parts
 from .snapshots.store import SnapshotStore, local_name, read_local
 from .snapshots.writer import SnapshotWriter
 from .tasks.base import Task
-from .tasks.trial import persistent_buffers
+from .tasks.buffers import persistent_buffers
 
 log = logging.getLogger("thinwire.node")
 
@@ -159,9 +159,7 @@ class Replica:
             self.course = course
 
     def _options_of(self, course: Course) -> None:
-        changed = {c.key: c.value for c in course.changes if c.key.startswith("strategy.")}
-        options = {key.removeprefix("strategy."): value for key, value in changed.items()}
-        self.strategy.change({**self._unchanged, **options})
+        self.strategy.change({**self._unchanged, **strategy_options(course.changes)})
 
     def _read(
         self, commit: Commit, ahead: _Ahead, payload_bytes: PayloadBytes, offered: Container[int]
@@ -253,14 +251,9 @@ class Replica:
         return self.strategy.replicated_tensors()
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's state by name, contiguous on the CPU: what a user wants to have in a file, and loads
-        with `strict=True`. No two share memory. On a node of one rank."""
+        """What a user wants to have in a file, see `weights_of`. On a node of one rank."""
         with self.strategy.replica():
-            named = list(self.model.named_parameters(remove_duplicate=False))
-            first = {id(p): name for name, p in reversed(named)}
-            found = {canonical_name(n): p.detach().cpu().contiguous() for n, p in named if first[id(p)] == n}
-            found |= {canonical_name(n): p.detach().cpu().clone() for n, p in named if first[id(p)] != n}
-            return found | {n: buffer.to("cpu", copy=True) for n, buffer in persistent_buffers(self.model)}
+            return weights_of(self.model)
 
     def save_weights(self, path: Path | None) -> None:
         """The same as a safetensors file that rank 0 writes (the others: None), one whole tensor at a time.

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..compression.errors import ConfigError, SwarmUnreachable, ThinwireError, first_line
+from ..compression.errors import SwarmUnreachable, ThinwireError
 from ..coordinator.protocol.addresses import HttpAddress
 from ..coordinator.protocol.ticket import Ticket
 from .links.upload_limit import UploadLimit, parse_rate
 from .states.words import left, over, what_is_here
+from .system.devices import check_device
 from .tracking.trackers import open_tracks
 
 if TYPE_CHECKING:
@@ -246,16 +247,6 @@ def limit_threads(threads: int | None) -> None:
     import torch  # its number of threads is that of our kernels too
 
     torch.set_num_threads(threads)
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError: torch cannot use it."""
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"--device {device}: {first_line(e)}") from e
 
 
 def _check_arithmetic(device: str) -> None:

@@ -26,6 +26,7 @@ from .preparing import PreparedRun, prepare_run
 from .ranks.leader import Leader
 from .replica import Replica
 from .result import Result
+from .snapshots.names import SNAPSHOTS
 from .snapshots.publishing import SnapshotPublisher
 from .tasks.base import Task
 from .tracking.metrics import NodeMetrics
@@ -177,7 +178,7 @@ class Runner:
     def _publisher(self, run: PreparedRun) -> Iterator[SnapshotPublisher]:
         """Own snapshots are written and served meanwhile; the replica is written once more in the end."""
         with _folder_or_temporary(self._folder) as folder:
-            publisher = SnapshotPublisher(self.link, run.replica, run.history, folder / "snapshots")
+            publisher = SnapshotPublisher(self.link, run.replica, run.history, folder / SNAPSHOTS)
             try:
                 yield publisher
                 if self._folder is not None:

@@ -421,11 +421,7 @@ class Strategy(torch.optim.Optimizer):
         for parameter in self.parameters_in_order():  # loaders fill in what is there
             self.begin_state(parameter)
         whole = self._plain_state_dict()
-        in_order = [p for group in self.param_groups for p in group["params"]]
-        whole["state"] = {
-            i: shared(entries, in_order[i], local_of(in_order[i])) if is_sharded(in_order[i]) else entries
-            for i, entries in whole["state"].items()
-        }
+        whole["state"] = shared(whole["state"], [p for group in self.param_groups for p in group["params"]])
         whole["param_groups"][0][COUNTERS] = counters_as_option(self.counters, whole["state"])
         return whole
 
@@ -465,10 +461,9 @@ class Strategy(torch.optim.Optimizer):
             state.update({p: dict(entries) for p, entries in kept.items() if entries})
         for i, entries in entries_by_position.items():
             p = parameters[i]
-            if is_sharded(p):
-                part = parts_of(p, self.ranks.count)[self.ranks.index]
-                entries = part_of(entries, part, local_of(p))  # noqa: PLW2901 - the same ones
-            state[p] |= {name: restored(value, p.device) for name, value in entries.items()}
+            part = parts_of(p, self.ranks.count)[self.ranks.index]
+            here = part_of(entries, part, local_of(p)) if is_sharded(p) else entries
+            state[p] |= {name: restored(value, p.device) for name, value in here.items()}
         self.state = state
         self.counters = counters
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ...compression.errors import ConfigError
 from ..protocol.messages import MAX_CHANGES, MAX_ROUND, Change, Changes, Record
-from ..protocol.settings import RUN_KEYS, Course
+from ..protocol.settings import RUN_KEYS, Course, in_order, strategy_options
 
 CheckStrategy = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 """Takes the strategy's table as it is, and the options that are to change. Raises ConfigError."""
@@ -55,13 +55,11 @@ def no_strategy(_table: Mapping[str, Any], options: Mapping[str, Any]) -> None:
 def plan(order: Order, course: Course, place: Place, check: CheckStrategy) -> Ordered:
     """`course`: as it is when the record comes. Raises ConfigError, in words for the owner."""
     changes = {change.key: change for change in _wanted(order, course, place)}
-    in_order = tuple(changes[key] for key in sorted(changes))
-    _refuse_unknown(in_order)
-    options = {c.key.removeprefix("strategy."): c.value for c in in_order if c.key.startswith("strategy.")}
-    check(course.strategy, options)
-    after = course.after(in_order)
-    _refuse_place(after, place)
-    return Ordered(place.round, tuple(course.told(in_order)), in_order)
+    ordered = in_order(changes)
+    _refuse_unknown(ordered)
+    check(course.strategy, strategy_options(ordered))
+    _refuse_place(course.after(ordered), place)
+    return Ordered(place.round, tuple(course.told(ordered)), ordered)
 
 
 def _wanted(order: Order, course: Course, place: Place) -> list[Change]:

@@ -62,10 +62,9 @@ def write_order(folder: Path, order: Order, check: CheckStrategy) -> Answer:
         key = load_or_create(state.key_path)
         ledger = Ledger.open(state.ledger_path, key.public_key())
         try:
-            course = Course.of(ledger.genesis.config)
-            for commit in ledger.all_commits():
-                course = course.after(commit.body.changes)
-            place = Place(ledger.head_round + 1, True, ledger.head_round >= course.n_rounds)
+            bodies = (commit.body for commit in ledger.all_commits())
+            course = Course.of(ledger.genesis.config).after_all(bodies)
+            place = Place(ledger.head_round + 1, True, course.run.is_over(ledger.head_round))
             ordered = plan(order, course, place, check)
             ledger.append(_record(ledger, course, ordered), key)
         finally:

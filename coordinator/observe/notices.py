@@ -9,9 +9,9 @@ from typing import Final
 
 from ..announcer import Announcer
 from ..membership import Became, Membership, PeerState
-from ..protocol.figures import counted, human_seconds, printable
+from ..protocol.figures import RoundLines, counted, human_seconds, printable
 from ..protocol.messages import MAX_TEXT, Notice
-from ..rounds import Rounds
+from ..rounds import RoundClosed, Rounds
 from .page_history import HappeningKind, PageHistory
 from .peer_names import PeerNames
 from .run_statistics import RunStatistics
@@ -55,6 +55,7 @@ class Notices:
     ) -> None:
         self._announcer, self._members, self._names = announcer, members, names
         self._page_history, self._wall_ms = page_history, wall_ms
+        self._round_lines = RoundLines()
         self._last_word = ""
         """The error that a node has left with, since one was training."""
         self._said: Awaited | None = None
@@ -94,6 +95,14 @@ class Notices:
             text = f"{text}; nobody trains any more: {self._last_word}"
         log.info("%s", text)
         self._announcer.send(Notice(text=text[:MAX_TEXT], warning=False), self._members.connected())
+
+    def closed(self, closed: RoundClosed, is_last: bool, now_s: float) -> None:
+        """A line of log, of quick rounds for several together."""
+        n_quiet = self._round_lines.due(now_s, is_last)
+        if n_quiet is not None:
+            since = f" ({n_quiet + 1} since the last line)" if n_quiet else ""
+            offers = counted(len(closed.peers), "offer")
+            log.info("round %d: %s, %.2f s%s", closed.round, offers, closed.duration_s, since)
 
     def became(self, became: Became) -> None:
         """A peer's state has changed."""

@@ -85,8 +85,7 @@ class LedgerCopy:
                 if row is None:
                     return False
                 course = Course.of(decode_record(GenesisBody, row[0]).config)
-                for body in records_with_changes(self._db):
-                    course = course.after(body.changes)
+                course = course.after_all(records_with_changes(self._db))
             except (sqlite3.Error, BadMessage, ConfigError):
                 return False
         return course.run.is_over(head)

@@ -66,8 +66,9 @@ class Daemon:
 
     def close_in_child(self) -> None:
         """A fork of this process would keep the watchdog waiting, which ends the daemon when stdin ends."""
+        process = vars(self.watchdog)["_transport"]
         for stream in (0, 1):
-            transport = getattr(self.watchdog, "_transport").get_pipe_transport(stream)  # noqa: B009
+            transport = process.get_pipe_transport(stream)
             pipe = None if transport is None else transport.get_extra_info("pipe")
             if pipe is not None:
                 pipe.close()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...compression.errors import ConfigError
-from .messages import MAX_CHANGES, Change, Changes, Value
+from .messages import MAX_CHANGES, Change, Changes, CommitBody, Value
 
 
 class _Section(BaseModel):
@@ -128,7 +128,7 @@ class Course:
         return self.settings.run.rounds
 
     def value(self, key: str) -> Value | None:
-        """Of a setting that can be changed; None: the run does not say. Raises ConfigError for another."""
+        """Of a setting that can be changed; None: the run does not say. Raises ConfigError for others."""
         section, _, name = _parts(key)
         if key == "run.paused":
             return self.is_paused
@@ -152,20 +152,36 @@ class Course:
                 is_paused = _truth(change)
             else:
                 settings[section][name] = change.value
-        known = {c.key: c for c in (*self.changes, *changes)}
-        in_order = tuple(known[key] for key in sorted(known))
-        if len(in_order) > MAX_CHANGES:
+        known = in_order({c.key: c for c in (*self.changes, *changes)})
+        if len(known) > MAX_CHANGES:
             raise ConfigError(f"more than {MAX_CHANGES} settings would be changed")
-        return Course(_checked(settings), strategy, is_paused, in_order)
+        return Course(_checked(settings), strategy, is_paused, known)
+
+    def after_all(self, bodies: Iterable[CommitBody]) -> Course:
+        """After these records, in order. Raises as `after` does."""
+        course = self
+        for body in bodies:
+            course = course.after(body.changes)
+        return course
 
     def told(self, changes: Changes) -> list[str]:
-        """What a record with these changes does, in words. Raises ConfigError for other keys."""
+        """What a record with these changes does, in words. Raises as `after` does."""
         return [self._told(change) for change in changes]
 
     def _told(self, change: Change) -> str:
         if change.key == "run.paused":
             return "paused" if change.value else "goes on"
         return f"{change.key} {_shown(self.value(change.key))} -> {_shown(change.value)}"
+
+
+def in_order(changes: Mapping[str, Change]) -> Changes:
+    """By key -> as a record has them."""
+    return tuple(changes[key] for key in sorted(changes))
+
+
+def strategy_options(changes: Changes) -> dict[str, Value]:
+    """Of the strategy, those that are changed."""
+    return {c.key.removeprefix("strategy."): c.value for c in changes if c.key.startswith("strategy.")}
 
 
 def _parts(key: str) -> tuple[str, str, str]:
@@ -222,7 +238,7 @@ class Keep:
     def parse(cls, text: str) -> Keep:
         """Of "all", "snapshots", or a number of bytes such as "20GB". Raises ConfigError."""
         if text == "snapshots":
-            return cls(is_lazy=False, quota_bytes=None)
+            return KEEP_SNAPSHOTS
         if text == "all":
             return cls(is_lazy=True, quota_bytes=None)
         found = _SIZE.fullmatch(text)
@@ -230,3 +246,7 @@ class Keep:
         if not found or not scale or float(found[1]) * scale < 1:
             raise ConfigError(f'keep = "{text}": write "all", "snapshots" or a size such as "20GB"')
         return cls(is_lazy=True, quota_bytes=round(float(found[1]) * scale))
+
+
+KEEP_SNAPSHOTS: Final = Keep(is_lazy=False, quota_bytes=None)
+"""As far back as a joining node can need them."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...compression.errors import ConfigError
+from ..system.output import to_stderr, to_stdout
 from .measure import free_bytes
 
 Bench = Callable[[int, int, str], dict[str, Any]]
@@ -132,7 +133,7 @@ def bench_command(
     results = {each: run_sizes(each, sizes, n_repeats, device) for each in names}
     if as_json:
         printed = {each: _plain(result) for each, result in results.items()}
-        print(json.dumps(printed.get(name, printed), indent=1))  # noqa: T201
+        to_stdout(json.dumps(printed.get(name, printed), indent=1))
     else:
         for result in results.values():
             print_bench(result)
@@ -180,7 +181,7 @@ def run_sizes(
         words = f"bench {name}: {left_out} parameters do not fit into the free memory"
         if not fitting:
             raise ConfigError(f"{words}: take fewer, with --params")
-        print(f"{words}, and are left out", file=sys.stderr)  # noqa: T201
+        to_stderr(f"{words}, and are left out")
     return [run_bench(name, n_params, n_repeats, device) for n_params in fitting]
 
 

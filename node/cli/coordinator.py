@@ -22,8 +22,9 @@ from ...optim.registry import check_changes
 from ..config import RunConfig, load_config, parse_config
 from ..genesis import make_genesis, public_config
 from ..system.folder import folder_of_run
+from ..system.output import to_stdout
 from ..system.places import refuse_address, refuse_file, refuse_folder, refuse_http
-from ..tasks.base import Task
+from ..tasks.base import Task, loss_unit_of
 from ..tasks.registry import make_task
 
 if TYPE_CHECKING:
@@ -82,8 +83,7 @@ def coordinate(
 
 def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) -> CoordinatorServer:
     """A new run in an empty directory, else the run that is there if it is the same one."""
-    loss_unit = getattr(task, "loss_unit", "nats")
-    where = {"check_strategy": check_changes, "loss_unit": loss_unit, **where}
+    where = {"check_strategy": check_changes, "loss_unit": loss_unit_of(task), **where}
     state.save_keep(str(config.run.keep))
     if not state.ledger_path.exists():
         coordinator = peer_id_of(load_or_create(state.key_path).public_key())
@@ -137,7 +137,7 @@ class _Serving:
                 await server.start()
                 if ticket_file is not None:
                     write_ticket(ticket_file, server.ticket.line())
-                print(server.ticket.line(), flush=True)  # noqa: T201 - data goes to stdout
+                to_stdout(server.ticket.line())
                 log.info("the line above is the ticket. On any machine: thinwire join TICKET")
                 if server.service.is_over:
                     log.info("this run is over already, since round %d", server.service.head)

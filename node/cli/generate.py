@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ...compression.errors import ConfigError
 from ..sampling.sampling import sampled
-from ..sampling.sources import device_for, open_text_model
+from ..sampling.sources import open_text_model
+from ..system.devices import chosen_device
+from ..system.output import shown, to_stdout
 
 
 def generate(
@@ -31,13 +33,13 @@ def generate(
         raise ConfigError("--temperature: a number from 0 (the likeliest token, always) on")
     if not 0 <= seed < 2**63:
         raise ConfigError("--seed: a whole number from 0, below 2^63")
-    model = open_text_model(source, run_file, base, device_for(device))
+    model = open_text_model(source, run_file, base, chosen_device(device))
     drawn = sampled(model, prompt, tokens, temperature, seed)
     if as_json:
         pairs = list(drawn)
         n = sum(token >= 0 for token, _ in pairs)
         text = "".join(new for _, new in pairs)
-        print(json.dumps({"prompt": prompt, "text": text, "tokens": n, "seed": seed}))  # noqa: T201
+        to_stdout(json.dumps({"prompt": prompt, "text": text, "tokens": n, "seed": seed}))
         return
     show = sys.stdout.isatty()
     _write(prompt, show)
@@ -48,6 +50,6 @@ def generate(
 
 def _write(text: str, to_terminal: bool) -> None:
     """A model says anything: what would move the cursor is not shown on a terminal."""
-    safe = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text) if to_terminal else text
+    safe = shown(text) if to_terminal else text
     sys.stdout.buffer.write(safe.encode(errors="replace"))
     sys.stdout.buffer.flush()

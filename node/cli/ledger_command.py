@@ -117,14 +117,7 @@ def write_export(
     as they are, also of a model of transformers. Raises ConfigError if the folder cannot be written."""
     from ..tasks.base import Pretrained
 
-    about = {
-        "run": json.loads(body.config)["run"]["name"],
-        "run_id": replica.run_id.hex(),
-        "round": replica.round,
-        "fingerprint": replica.fingerprint().hex(),
-        "config": json.loads(body.config),
-    }
-    text = json.dumps(about, indent=2).encode() + b"\n"
+    text = about_export(body.config, replica.run_id.hex(), replica.round, replica.fingerprint().hex())
     is_whole = replica.strategy.ranks.count == 1
     tokens = b""
     if isinstance(task, Pretrained) and is_whole and body.held_out is not None:
@@ -141,6 +134,19 @@ def write_export(
     except OSError as e:
         raise ConfigError(f"{folder} cannot be written: {e.strerror}") from e
     log.info("wrote the weights after round %d to %s", replica.round, folder)
+
+
+def about_export(config: str, run_id: str, round_: int, fingerprint: str) -> bytes:
+    """JSON: of which run the weights beside it are. `config`: as in record 0; `fingerprint`: in hex."""
+    run = json.loads(config)
+    about = {
+        "run": run["run"]["name"],
+        "run_id": run_id,
+        "round": round_,
+        "fingerprint": fingerprint,
+        "config": run,
+    }
+    return json.dumps(about, indent=2).encode() + b"\n"
 
 
 def _export_whole(folder: Path, write: Callable[[Path], None]) -> None:

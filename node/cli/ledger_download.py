@@ -15,6 +15,7 @@ from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.blob_streams import NotServed
 from ...coordinator.protocol.figures import human_seconds
 from ...coordinator.protocol.messages import Commit, NodeState, OfferEntry, Welcome
+from ..system.every import Every
 from ..units import human_bytes
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class LedgerDownload:
         self._ahead_bytes = 0
         self._fetches: dict[bytes, Future[bytes | None]] = {}
         self._begun: set[bytes] = set()
-        self._began_s = self._told_s = self._held_s = clock()
+        self._began_s = clock()
+        self._telling, self._holding = Every(TELL_EVERY_S, clock), Every(HOLD_EVERY_S, clock)
         self.n_bytes = 0
         """Of records and payloads, so far."""
 
@@ -119,16 +121,14 @@ class LedgerDownload:
 
     def _written(self, round_: int) -> None:
         """The commit and its payloads have been taken: tells people and, less often, the coordinator."""
-        now_s = self._clock()
         self._ahead_bytes = sum(
             entry.n_bytes for c in self._ahead for entry in c.body.offers if entry.digest is not None
         )
-        if now_s - self._held_s >= HOLD_EVERY_S:
-            self._held_s = now_s
+        if self._holding.is_due():
             self._link.state(NodeState.JOINING, needs_after=max(round_, self._kept_from - 1))
-        if now_s - self._told_s >= TELL_EVERY_S:
-            self._told_s = now_s
-            log.info("%s", progress(round_, self._head, self.n_bytes, now_s - self._began_s))
+        if self._telling.is_due():
+            took_s = self._clock() - self._began_s
+            log.info("%s", progress(round_, self._head, self.n_bytes, took_s))
 
 
 def progress(done: int, head: int, n_bytes: int, took_s: float) -> str:

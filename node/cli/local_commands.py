@@ -11,7 +11,8 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ...compression.errors import ConfigError
-from ..system.command_name import as_typed
+from ..system.devices import chosen_device
+from ..system.output import to_stderr, to_stdout
 from ..system.stopping import stop_on_signals
 from .arguments import overrides_of
 
@@ -30,7 +31,7 @@ def print_version() -> None:
 
     python = ".".join(map(str, sys.version_info[:3]))
     parts = f"protocol {PROTOCOL_VERSION}, Python {python}, torch {of('torch')}"
-    print(f"thinwire {of('thinwire')} ({parts})")  # noqa: T201 - data goes to stdout
+    to_stdout(f"thinwire {of('thinwire')} ({parts})")
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Config:
 
         if not self.reference:
             raise ConfigError("write it as thinwire config --reference; thinwire init writes a run file")
-        print(reference(), end="")  # noqa: T201 - data goes to stdout
+        to_stdout(reference(), end="")
         return 0
 
 
@@ -87,12 +88,12 @@ class Init:
             draft = asked(None, given, _ask)
         else:
             raise ConfigError(f"nobody to ask: name a --kind, one of {', '.join(KINDS)}")
-        print(as_typed(init(self.file, draft, force=self.force)), file=sys.stderr)  # noqa: T201 - what the user does next
+        to_stderr(init(self.file, draft, force=self.force))
         return 0
 
 
 def _ask(question: str, default: str) -> str:
-    print(f"{question} [{default}]: ", end="", file=sys.stderr, flush=True)  # noqa: T201 - for a person
+    to_stderr(f"{question} [{default}]: ", end="")
     line = sys.stdin.readline()
     if not line:
         raise ConfigError("the answers ended before the questions: nothing was written")
@@ -129,7 +130,7 @@ class Runs:
 
 
 def _agreed(question: str) -> bool:
-    print(f"{question} [y/N]: ", end="", file=sys.stderr, flush=True)  # noqa: T201 - for a person
+    to_stderr(f"{question} [y/N]: ", end="")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -147,7 +148,7 @@ class Completion:
         """`commands`: the union of all of them."""
         from .completion import commands_of, completion
 
-        print(completion(self.shell, commands_of(commands)), end="")  # noqa: T201 - data goes to stdout
+        to_stdout(completion(self.shell, commands_of(commands)), end="")
         return 0
 
 
@@ -224,7 +225,6 @@ class Plan:
 
     def run(self) -> int:
         from ..planning.command import plan
-        from ..sampling.sources import device_for
 
         with stop_on_signals() as stop:
             plan(
@@ -233,7 +233,7 @@ class Plan:
                 link=self.link,
                 rtt_ms=self.rtt_ms,
                 seconds=self.seconds,
-                device=device_for(self.device),
+                device=chosen_device(self.device),
                 strategies=self.strategies,
                 overrides=overrides_of(self.set),
                 import_path=self.task,

@@ -16,9 +16,8 @@ from typing import Annotated
 import tyro
 
 from ...compression.errors import ThinwireError
-from ..system.command_name import as_typed
 from ..system.logs import log_to_stderr
-from ..system.output import shown, until_the_pipe_is_closed
+from ..system.output import to_stderr, until_the_pipe_is_closed
 from ..system.processes import end_with_parent
 from .arguments import with_whole_tickets
 from .local_commands import Completion, Config, Generate, Init, Plan, Runs, print_version
@@ -76,7 +75,7 @@ def _run(argv: Sequence[str]) -> int:
     try:
         code: int = command.run_with(Command) if isinstance(command, Completion) else command.run()
     except ThinwireError as e:
-        print(shown(as_typed(f"thinwire: {e}")), file=sys.stderr)  # noqa: T201 - the one place where errors are shown
+        to_stderr(f"thinwire: {e}")
         return e.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -19,6 +19,7 @@ from ..config import parse_config
 from ..genesis import base_bytes
 from ..replica import Replica, build_replica
 from ..states.replica import base_path
+from ..system.every import Every
 from ..tasks.base import Pretrained, Task
 from ..tasks.registry import make_task
 from .offline import as_file
@@ -70,19 +71,18 @@ def replay(
     with open_ledger(path) as ledger:
         replica = _base_replica(ledger, base, import_path)
         found = Fingerprints(replica, summary)
-        started_s = told_s = time.monotonic()
+        started_s, telling = time.monotonic(), Every(TELL_EVERY_S)
         for batch in batches(ledger.commits(), replica.strategy, ends=summary.reports):
             replica.apply_batch(batch, ledger.payload)
             found.compare()
             if stopped():
                 return None
-            if time.monotonic() - told_s >= TELL_EVERY_S:
-                told_s = time.monotonic()
+            if telling.is_due():
                 log.info(
                     "round %d of %d, %.1f rounds per second",
                     replica.round,
                     summary.rounds,
-                    replica.round / (told_s - started_s),
+                    replica.round / (time.monotonic() - started_s),
                 )
         seconds = time.monotonic() - started_s
         if ledger.run_id != summary.run_id or replica.round != summary.rounds:

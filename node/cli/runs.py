@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from ...compression.errors import ConfigError
 from ...coordinator.protocol.figures import counted, human_seconds
 from ..local_runs.cleaning import clean
 from ..local_runs.finding import LocalRun, local_runs, places
+from ..system.output import to_stderr, to_stdout
 from ..units import human_bytes, human_loss
 
 
@@ -23,14 +23,14 @@ def list_runs(folders: Sequence[Path], *, as_json: bool) -> list[LocalRun]:
             raise ConfigError(f"{folder}: no such folder; name state folders, or folders that hold some")
     runs = local_runs(places(folders))
     if as_json:
-        print(json.dumps([_plain(run) for run in runs]))  # noqa: T201 - data goes to stdout
+        to_stdout(json.dumps([_plain(run) for run in runs]))
         return runs
     now_s = time.time()
     for run in runs:
-        print(described(run, now_s))  # noqa: T201 - data goes to stdout
+        to_stdout(described(run, now_s))
     if not runs:
         where = ", ".join(map(str, places(folders)))
-        print(f"no runs in {where}", file=sys.stderr)  # noqa: T201 - for a person
+        to_stderr(f"no runs in {where}")
     return runs
 
 
@@ -39,21 +39,21 @@ def clean_runs(runs: Sequence[LocalRun], *, everything: bool, ask: Callable[[str
     cannot be read stays."""
     idle = [run for run in runs if not run.is_running]
     for run in (run for run in idle if run.error is not None):
-        _say(f"{run.folder} stays, it may be no run: remove it by hand")
+        to_stderr(f"{run.folder} stays, it may be no run: remove it by hand")
     chosen = [run for run in idle if run.error is None and (everything or run.is_over)]
     kept = [run for run in idle if run.error is None and run not in chosen]
     if kept:
-        _say(f"{counted(len(kept), 'run')} not known to be over: kept (--all removes them, too)")
+        to_stderr(f"{counted(len(kept), 'run')} not known to be over: kept (--all removes them, too)")
     if not chosen:
-        _say("nothing to remove")
+        to_stderr("nothing to remove")
         return
     for run in chosen:
-        _say(f"remove {run.folder} ({human_bytes(run.n_bytes)})")
+        to_stderr(f"remove {run.folder} ({human_bytes(run.n_bytes)})")
     if not ask(f"Remove {counted(len(chosen), 'run')}, {human_bytes(sum(r.n_bytes for r in chosen))}?"):
-        _say("nothing was removed")
+        to_stderr("nothing was removed")
         return
     gone = clean(chosen)
-    _say(f"removed {counted(len(gone), 'run')}, {human_bytes(sum(run.n_bytes for run in gone))}")
+    to_stderr(f"removed {counted(len(gone), 'run')}, {human_bytes(sum(run.n_bytes for run in gone))}")
 
 
 def described(run: LocalRun, now_s: float) -> str:
@@ -78,7 +78,3 @@ def _plain(run: LocalRun) -> dict[str, object]:
     plain = {**dataclasses.asdict(run), "folder": str(run.folder.absolute()), "is_over": run.is_over}
     del plain["locked"]
     return plain
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)  # noqa: T201 - for a person

@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ...compression.errors import ConfigError
+from ..system.output import to_stdout
 from ..system.places import refuse_below, refuse_folder, refuse_http
 from ..system.stopping import stop_on_signals
 from .arguments import http_address, overrides_of, read_ticket, seconds_of
@@ -60,7 +61,7 @@ class Demo:
         if stop.signal:
             return 128 + stop.signal
         if self.json:
-            print(json.dumps(result))  # noqa: T201 - data goes to stdout
+            to_stdout(json.dumps(result))
         return 0
 
 
@@ -217,7 +218,7 @@ class Join:
         if stop.signal or result is None:
             return 128 + stop.signal
         if self.json:
-            print(json.dumps(dataclasses.asdict(result)))  # noqa: T201 - data goes to stdout
+            to_stdout(json.dumps(dataclasses.asdict(result)))
         return 0
 
 

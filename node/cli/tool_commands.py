@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ...compression.errors import ConfigError, ThinwireError
+from ..system.output import to_stdout
 from ..system.places import refuse_below, refuse_file, refuse_folder
 from ..system.stopping import stop_on_signals
 from .arguments import overrides_of, read_ticket
@@ -109,7 +110,7 @@ class Replay:
         if result is None:
             return 128 + stop.signal
         if self.json:
-            print(json.dumps(dataclasses.asdict(result)))  # noqa: T201 - data goes to stdout
+            to_stdout(json.dumps(dataclasses.asdict(result)))
         return 0
 
 
@@ -175,7 +176,7 @@ class Run:
         settings = overrides_of((*self.settings, *self.set))
         with stop_on_signals() as stop:
             try:
-                print(change_run(self.state, self.what, self.rounds, settings, stop))  # noqa: T201 - the result
+                to_stdout(change_run(self.state, self.what, self.rounds, settings, stop))
             except ThinwireError:
                 if not stop.is_set():
                     raise
@@ -252,7 +253,7 @@ class Monitor:
         ticket = None if ticket is None else read_ticket(ticket)
         with stop_on_signals() as stop:
             written, address = monitor(ticket, self.coordinator, folder, token, force=self.force)
-        print(how_to_start(written, address))  # noqa: T201 - what the user does next
+        to_stdout(how_to_start(written, address))
         return 128 + stop.signal if stop.signal else 0
 
 

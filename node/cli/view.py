@@ -16,7 +16,7 @@ from rich.text import Text
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.figures import counted, figures_in_words, human_seconds
 from ..states.opening import open_state
-from ..system.output import make_console, shown
+from ..system.output import make_console, shown, to_stdout
 from ..units import bytes_beside_ddp, human_bytes, human_loss
 from .offline import state_folder, status_of, telling_what_is_here
 from .status import StatusClient
@@ -156,14 +156,14 @@ def show_status(ticket: str, *, as_json: bool, watch: bool, stopped: Callable[[]
     if (folder := state_folder(ticket)) is not None:
         with open_state(folder) as state:
             status = status_of(state)
-        print(json.dumps(status)) if as_json else console.print(swarm_table(status, [_where(status)]))  # noqa: T201
+        to_stdout(json.dumps(status)) if as_json else console.print(swarm_table(status, [_where(status)]))
         return
     with StatusClient(ticket) as client:
         with telling_what_is_here(ticket):
             status = client.fetch()
         if as_json:
             while True:
-                print(json.dumps(status), flush=True)  # noqa: T201 - data goes to stdout
+                to_stdout(json.dumps(status))
                 if not watch or stopped() or status["state"] == "finished":
                     return
                 time.sleep(WATCH_EVERY_S)

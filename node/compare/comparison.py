@@ -29,7 +29,7 @@ from ..config import RunConfig
 from ..genesis import Genesis, make_genesis
 from ..links.local import LocalSwarm, local_swarm
 from ..phases import typical
-from ..tasks.base import Task
+from ..tasks.base import Task, loss_unit_of
 from ..tasks.registry import make_task
 from .nodes import Peer, Point, Reader
 from .specs import ComparePlan, batches_per_step
@@ -137,7 +137,7 @@ class Comparison:
             raise ConfigError(
                 "the task holds nothing out: without a held-out loss there is nothing to compare"
             )
-        self.loss_unit: str = getattr(task, "loss_unit", "nats")
+        self.loss_unit = loss_unit_of(task)
         self.bytes_per_token = bytes_per_token(BytesIO(held_out))
         self.seed = run.run.seed
         self._n_samples = task.n_samples

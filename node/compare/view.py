@@ -19,7 +19,7 @@ from ...compression.errors import ConfigError
 from ...coordinator.protocol.figures import human_seconds
 from ...coordinator.protocol.files import write_aside
 from ..config import load_config
-from ..system.output import make_console
+from ..system.output import make_console, to_stdout
 from ..system.places import refuse_file
 from ..units import human_bytes
 from .charts import comparison_png, has_matplotlib
@@ -58,7 +58,7 @@ def compare_command(
     outcomes = _train(comparison, console, stopped)
     written = _draw(comparison, outcomes, unit, picture, console)
     if as_json:
-        print(json.dumps(_figures(comparison, outcomes, unit, written)))  # noqa: T201 - data goes to stdout
+        to_stdout(json.dumps(_figures(comparison, outcomes, unit, written)))
     elif outcomes:
         _print_table(comparison, outcomes, unit)
     return int(any(outcome.error for outcome in outcomes))

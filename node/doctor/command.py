@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ...coordinator.protocol.ticket import Ticket
 from ..system.folder import default_folder
-from ..system.output import make_console
+from ..system.output import make_console, to_stdout
 from .findings import Check, Finding, Status, Stopped, examine
 
 _SIGNS: Final[dict[Status, tuple[str, str, str]]] = {  # sign, the same in ASCII, colour
@@ -47,7 +47,7 @@ def doctor(
     if stopped():
         return is_ok
     if as_json:
-        print(json.dumps({"ok": is_ok, "checks": [finding.as_json() for finding in found]}))  # noqa: T201
+        to_stdout(json.dumps({"ok": is_ok, "checks": [finding.as_json() for finding in found]}))
     else:
         _console().print(_verdict(found))
     return is_ok

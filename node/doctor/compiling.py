@@ -24,6 +24,7 @@ from typing import IO, Final
 import torch
 
 from ...optim.registry import build_strategy
+from ..system.output import to_stderr
 from .known_answers import KNOWN_ANSWERS
 from .self_test import KERNELS, failed_kernels
 
@@ -134,4 +135,4 @@ def _stamp(cache: Path) -> str:
 
 
 if __name__ == "__main__":
-    compile_kernels(lambda text: print(text, file=sys.stderr))  # noqa: T201 - it is a command
+    compile_kernels(to_stderr)

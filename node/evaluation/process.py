@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ...coordinator.protocol.files import write_aside
+from ..cli.ledger_command import about_export
 from .job import EXPORT, LM_EVAL, RESULT, TOKENS, WEIGHTS, Job, figures_of
 
 
@@ -29,9 +31,7 @@ def main() -> None:
     export.mkdir()
     write_export(job, folder, export)
     figures = figures_of(evaluated(job, export))
-    aside = folder / f".{RESULT}"
-    aside.write_text(json.dumps(figures), encoding="utf-8")
-    aside.rename(folder / RESULT)
+    write_aside(folder / RESULT, json.dumps(figures).encode())
 
 
 def evaluated(job: Job, export: Path) -> Any:
@@ -47,23 +47,13 @@ def evaluated(job: Job, export: Path) -> Any:
 def write_export(job: Job, folder: Path, export: Path) -> None:
     """The same that `thinwire export` writes; of adapters for lm-eval the whole model. Raises ConfigError and
     OSError."""
-    from ..config import parse_config
-
-    config = parse_config(job.config)
-    about = {
-        "run": config.run.name,
-        "run_id": job.run_id,
-        "round": job.round,
-        "fingerprint": job.fingerprint,
-        "config": json.loads(job.config),
-    }
-    text = json.dumps(about, indent=2) + "\n"
+    text = about_export(job.config, job.run_id, job.round, job.fingerprint)
     if not job.has_tokens:
         os.link(folder / WEIGHTS, export / "model.safetensors")
-        (export / "config.json").write_text(text, encoding="utf-8")
+        (export / "config.json").write_bytes(text)
         return
     _export_pretrained(job, folder, export)
-    (export / "thinwire.json").write_text(text, encoding="utf-8")
+    (export / "thinwire.json").write_bytes(text)
 
 
 def _export_pretrained(job: Job, folder: Path, export: Path) -> None:

@@ -30,21 +30,21 @@ ACKNOWLEDGED_SHARE = 0.025
 """What is sent back per received byte: a packet without data for every other full one."""
 
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
-_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?(b|bit|bytes?)/s", re.IGNORECASE)
+_RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?(b|bit|bytes?)(?:/s)?", re.IGNORECASE)
 
 
-def parse_rate(text: str) -> float:
-    """Bytes per second of 20kB/s, 1.5MB/s, 512KiB/s or 8Mbit/s. Raises ConfigError."""
+def parse_rate(text: str, option: str = "--max-upload") -> float:
+    """Bytes per second of 20kB/s, 1.5MB/s, 8Mbit/s or 10Mbit. Raises ConfigError that names `option`."""
     found = _RATE.fullmatch(text.strip())
     if found is None:
-        raise ConfigError(f"--max-upload {text}: write it as 20kB/s, 1.5MB/s or 8Mbit/s")
+        raise ConfigError(f"{option} {text}: write it as 20kB/s, 1.5MB/s or 8Mbit/s")
     number, prefix, unit = found.groups()
     if unit == "b":
-        raise ConfigError(f"--max-upload {text}: write B/s for bytes, bit/s for bits")
+        raise ConfigError(f"{option} {text}: write B/s for bytes, bit/s for bits")
     rate = float(number) * _UNITS[(prefix or "").lower()] / (8 if unit.lower() == "bit" else 1)
     if rate < LEAST_BYTES_PER_S:
         least = f"{LEAST_BYTES_PER_S / 1000:g}kB/s"
-        raise ConfigError(f"--max-upload {text}: at least {least} are needed to take part")
+        raise ConfigError(f"{option} {text}: at least {least} are needed to take part")
     return rate
 
 

@@ -13,17 +13,17 @@ from typing import Final
 from ...compression.errors import ConfigError
 from ...coordinator.protocol.files import FolderLock
 from ...coordinator.protocol.ledger_copy import COPY_NAME
+from ..states.opening import BLOBS
 from .finding import LocalRun
 
 log = logging.getLogger("thinwire.cli")
 
-SOCKET_NAME: Final = "control.sock"
 LOCK_NAME: Final = "lock"
 _ASIDE: Final = re.compile(r"\.(.+)\.(?:\d+|part)")
 
-_OF_COORDINATOR: Final = frozenset(
-    {"blobs", "key", "token", "port", "banned", "keep", "history.json", "result.json", LOCK_NAME, SOCKET_NAME}
-    | {f"{COPY_NAME}{suffix}" for suffix in ("", "-wal", "-shm")}
+_OF_COORDINATOR: Final = (
+    *("key", "token", "port", "banned", "keep", "history.json", "result.json", LOCK_NAME, "control.sock"),
+    *(BLOBS, *(f"{COPY_NAME}{suffix}" for suffix in ("", "-wal", "-shm"))),
 )
 """What a coordinator keeps in its folder, which may have been somebody's before."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, Final, Literal
 from ...compression.errors import ThinwireError
 from ...coordinator.protocol.figures import printable
 from ...coordinator.protocol.ledger_copy import COPY_NAME
-from ..states.opening import open_state
+from ..snapshots.names import SNAPSHOTS, newest_round
+from ..states.opening import BLOBS, RUN_FOLDER, open_state
 from ..system.folder import default_folder
 
 MAX_DEPTH: Final = 3
@@ -22,8 +22,6 @@ MAX_DEPTH: Final = 3
 
 SHOWN_CHARS: Final = 200
 """Of a text that stands in a ledger."""
-
-_RUN_FOLDER: Final = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +81,13 @@ def _ledgers(folder: Path, depth: int) -> Iterator[Path]:
     for entry in entries:
         if entry.name == COPY_NAME and entry.is_file(follow_symlinks=False):
             yield Path(entry.path)
-        elif depth > 0 and entry.is_dir(follow_symlinks=False) and entry.name not in ("blobs", "snapshots"):
+        elif depth > 0 and entry.is_dir(follow_symlinks=False) and entry.name not in (BLOBS, SNAPSHOTS):
             yield from _ledgers(Path(entry.path), depth - 1)
 
 
 def _read(path: Path) -> LocalRun:
     folder = path.parent
-    is_coordinator = not _RUN_FOLDER.fullmatch(folder.name)
+    is_coordinator = not RUN_FOLDER.fullmatch(folder.name)
     locked = folder if is_coordinator else folder.parent
     is_running = is_locked(locked / "lock")
     try:
@@ -103,7 +101,7 @@ def _read(path: Path) -> LocalRun:
         is_running=is_running,
         n_bytes=size_on_disk(folder),
         changed_s=max(p.stat().st_mtime for p in folder.glob(f"{COPY_NAME}*")),
-        snapshot=_newest_snapshot(folder / "snapshots"),
+        snapshot=newest_round(folder),
         **facts,
     )
 
@@ -154,11 +152,6 @@ def size_on_disk(folder: Path) -> int:
             except OSError:
                 continue
     return total
-
-
-def _newest_snapshot(folder: Path) -> int | None:
-    rounds = [int(p.name[:10]) for p in folder.glob("*") if re.fullmatch(r"\d{10}-[0-9a-f]{64}", p.name)]
-    return max(rounds, default=None)
 
 
 def _one_running(runs: Sequence[LocalRun]) -> list[LocalRun]:

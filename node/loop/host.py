@@ -22,7 +22,7 @@ from ..cli.arguments import http_address
 from ..cli.coordinator import open_server, write_ticket
 from ..config import RunConfig, load_config
 from ..genesis import base_bytes, check_layout, in_dtype, layout_of
-from ..tasks.trial import persistent_buffers
+from ..tasks.buffers import persistent_buffers
 from .task import LoopRun
 
 log = logging.getLogger("thinwire.coordinator")

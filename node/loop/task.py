@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...compression.errors import ConfigError
 from ...optim.base import Closure
 from ..tasks.base import Init, device_of
+from ..tasks.buffers import INSTEAD
 
 log = logging.getLogger("thinwire.node")
 
@@ -172,8 +173,7 @@ def _buffers_stay(model: nn.Module) -> Iterator[None]:
     if changed:
         raise ConfigError(
             f"model: computing the loss changes its buffers ({', '.join(changed[:3])}), which nobody shares: "
-            "each node would have others, and nobody those of the trained model. Take GroupNorm or LayerNorm "
-            "instead of BatchNorm, or freeze its statistics (a train() that keeps those layers in eval mode)"
+            f"each node would have others, and nobody those of the trained model. {INSTEAD}"
         )
 
 

@@ -16,7 +16,8 @@ from typing import Any, Final
 import psutil
 
 from ...compression.errors import ConfigError, ThinwireError, first_line
-from ...coordinator.protocol.figures import counted
+from ...coordinator.protocol.figures import counted, human_seconds
+from ..system.every import Every
 from ..system.processes import Children
 
 log = logging.getLogger("thinwire.ray")
@@ -245,7 +246,7 @@ def give_back(actors: Sequence[Any], placements: Sequence[Any]) -> None:
 
 def _wait(placements: Sequence[Any], wait_s: float, stopped: Callable[[], bool]) -> int:
     """How many of them are placed in the end."""
-    began_s = told_s = time.monotonic()
+    began_s, telling = time.monotonic(), Every(_TELL_EVERY_S)
     n_ready = 0
     while n_ready < len(placements) and not stopped():
         left_s = began_s + wait_s - time.monotonic()
@@ -254,11 +255,11 @@ def _wait(placements: Sequence[Any], wait_s: float, stopped: Callable[[], bool])
             continue
         if left_s <= 0:
             return sum(is_placed(placement) for placement in placements)
-        if time.monotonic() - told_s >= _TELL_EVERY_S:
-            told_s = time.monotonic()
+        if telling.is_due():
+            lasts = human_seconds(time.monotonic() - began_s)
             log.info(
-                "waiting for room in the cluster since %.0f s: %d of %d peers have a place",
-                told_s - began_s,
+                "waiting for room in the cluster for %s: %d of %d peers have a place",
+                lasts,
                 n_ready,
                 len(placements),
             )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...compression.errors import ConfigError
 from ..cli.view import agreement, live_view
-from ..system.output import make_console
+from ..system.output import make_console, to_stdout
 from ..units import bytes_beside_ddp, human_loss
 from .cluster import PeerGroup, group_of, load_ray, parse_group, quiet_stdout
 
@@ -86,11 +86,11 @@ def ray_command(
         return
     metrics = {**result.metrics, "seconds": round(monotonic() - began_s, 1)}
     if as_json:
-        print(json.dumps(metrics))  # noqa: T201 - data goes to stdout
+        to_stdout(json.dumps(metrics))
         return
     for line in _summary(metrics):
         console.print(line, highlight=False, soft_wrap=True)
-    print(result.weights)  # noqa: T201 - data goes to stdout
+    to_stdout(result.weights)
 
 
 def _summary(metrics: Mapping[str, Any]) -> Sequence[str]:

@@ -14,7 +14,9 @@ from ...compression.errors import ConfigError, ThinwireError
 from ...coordinator.protocol.figures import human_seconds
 from ...optim.registry import STRATEGIES, complete_config, strategy_class
 from ..config import RunConfig, load_config
+from ..doctor.machine import available_bytes
 from ..links.upload_limit import parse_rate
+from ..system.output import to_stderr, to_stdout
 from ..units import human_bytes
 from .estimate import Estimate, Span, estimate
 from .measuring import Measured
@@ -49,13 +51,13 @@ def plan(
         raise ConfigError(f"--peers {n_peers}: between 2 and {MAX_PEERS}")
     if not 0 < seconds <= 3600 or not 0 <= rtt_ms <= 60_000:
         raise ConfigError("--seconds: above 0, up to 3600; --rtt-ms: from 0 to 60000")
-    rate = link_rate(link)
+    rate = parse_rate(link, "--link")
     found: list[Estimate] = []
     failed: dict[str, str] = {}
     for options in chosen(config, strategies):
         if stopped():
             return
-        print(f"measuring {options['name']} on this machine", file=sys.stderr)  # noqa: T201 - for a person
+        to_stderr(f"measuring {options['name']} on this machine")
         try:
             measured = _measured(config, options, n_peers, seconds, device, import_path)
         except ConfigError as e:
@@ -63,22 +65,11 @@ def plan(
                 raise
             failed[options["name"]] = str(e)
             continue
-        free = _memory_bytes()
-        found.append(estimate(measured, n_peers, rate, rtt_ms / 1000, config.work.round_s, free))
+        found.append(estimate(measured, n_peers, rate, rtt_ms / 1000, config.work.round_s, available_bytes()))
     if as_json:
-        print(json.dumps(_plain(found, failed, n_peers, rate, config)))  # noqa: T201 - data goes to stdout
+        to_stdout(json.dumps(_plain(found, failed, n_peers, rate, config)))
         return
-    print(told(found, failed, n_peers, rate, config))  # noqa: T201 - data goes to stdout
-
-
-def link_rate(text: str) -> float:
-    """Bytes per second of 10Mbit, 1.5MB/s, ... Raises ConfigError."""
-    try:
-        return parse_rate(text if text.endswith("/s") else f"{text}/s")
-    except ConfigError as e:
-        raise ConfigError(
-            str(e).replace("--max-upload", "--link").replace(f"{text}/s:", f"{text}:")
-        ) from None
+    to_stdout(told(found, failed, n_peers, rate, config))
 
 
 def chosen(config: RunConfig, strategies: str | None) -> list[dict[str, Any]]:
@@ -135,12 +126,6 @@ def _measured(
     if done.returncode:
         raise PlanFailed(f"measuring {options['name']} failed: {last}")
     return Measured.from_json(done.stdout)
-
-
-def _memory_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 def _plain(

@@ -24,6 +24,7 @@ from ...coordinator.protocol.messages import (
     digest_of,
     encode_record,
 )
+from ..system.output import to_stderr, to_stdout
 
 WARM_UP: Final = 1
 """Rounds that are not counted: kernels are compiled, caches are cold."""
@@ -70,9 +71,9 @@ def main() -> int:
     try:
         measured = measure(asked["config"], asked["peers"], asked["seconds"], asked["device"], asked["task"])
     except ThinwireError as e:
-        print(e, file=sys.stderr)  # noqa: T201 - whoever started this process tells it
+        to_stderr(e)
         return e.exit_code
-    print(measured.to_json())  # noqa: T201 - data goes to stdout
+    to_stdout(measured.to_json())
     return 0
 
 

@@ -9,7 +9,8 @@ from ...compression.errors import ConfigError
 from ...coordinator.protocol.ticket import Ticket
 from ..evaluation.supervising import refuse_function
 from ..links.upload_limit import parse_rate
-from ..run_node import Options, check_device, run_node
+from ..run_node import Options, run_node
+from ..system.devices import check_device
 from ..system.places import refuse_address, refuse_below, refuse_file, refuse_folder, refuse_http
 from ..tracking.trackers import refuse_trackers
 

@@ -22,6 +22,7 @@ def meanings(kind: type) -> Mapping[str, str]:
 
 
 def _text(node: ast.stmt) -> str:
-    value = node.value if isinstance(node, ast.Expr) else None
-    is_text = isinstance(value, ast.Constant) and isinstance(value.value, str)
-    return " ".join(str(value.value).split()) if is_text else ""  # type: ignore[union-attr]
+    match node:
+        case ast.Expr(ast.Constant(str(text))):
+            return " ".join(text.split())
+    return ""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from ...compression.errors import ConfigError, nearest
 from ...coordinator.protocol.files import write_aside
 from ..config import config_of_toml
+from ..system.output import to_stderr
 from .toml import toml_value
 
 Kind = Literal["bytes", "text", "lora", "classify", "slow"]
@@ -76,7 +76,7 @@ def asked(kind: Kind | None, given: Mapping[str, str], ask: Ask) -> Draft:
     """The draft that the answers to questions make; nothing is asked that was `given`."""
     if kind is None:
         for name, meaning in KINDS.items():
-            print(f"  {name:9} {meaning}", file=sys.stderr)  # noqa: T201 - a question for a person
+            to_stderr(f"  {name:9} {meaning}")
         kind = kind_of(ask("What is to be trained", "bytes"))
     draft = DEFAULTS[kind]
     questions = {"name": "Name of the run", "corpus": "Text: a file, a folder, pydoc or stdlib"}
@@ -98,20 +98,21 @@ def filled(kind: Kind, given: Mapping[str, str]) -> Draft:
     strange = [key for key in given if not draft.is_hf and key in ("model", "prompt", "labels")]
     if strange:
         raise ConfigError(f"--{strange[0]}: a run of kind {kind!r} has none")
-    values: dict[str, object] = {**given}
+    values: dict[str, Any] = {**given}
     for key in ("rounds", "peers"):
         if key in given:
             values[key] = _whole(key, given[key])
     if "labels" in given:
         values["labels"] = labels_of(given["labels"])
-    return replace(draft, **values)  # type: ignore[arg-type]
+    return replace(draft, **values)
 
 
 def kind_of(text: str) -> Kind:
     """Raises ConfigError."""
-    if text not in KINDS:
-        raise ConfigError(f"--kind {text}: {nearest(text, KINDS)}")
-    return text  # type: ignore[return-value]
+    for kind in KINDS:
+        if kind == text:
+            return kind
+    raise ConfigError(f"--kind {text}: {nearest(text, KINDS)}")
 
 
 def labels_of(text: str) -> tuple[tuple[str, str], ...]:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,7 +18,8 @@ from ...coordinator.protocol.ledger_copy import COPY_NAME
 from ..config import RunConfig, load_config, parse_config
 from ..genesis import in_dtype
 from ..snapshots.incoming import DATA, MANIFEST
-from ..states.opening import SNAPSHOTS, open_state, runs_in
+from ..snapshots.names import SNAPSHOTS
+from ..states.opening import open_state, runs_in
 from ..states.replica import blob_of_run, newest_replica
 from ..tasks.text import TextTask
 from .text_models import ByteText, HfText, TextModel
@@ -96,16 +96,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as e:
         raise ConfigError(f"{path}: cannot be read as safetensors: {e}") from e
-
-
-def device_for(name: str) -> str:
-    """ "auto": cuda if there is a GPU. Raises ConfigError."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    from ..run_node import check_device
-
-    check_device(name)
-    return name
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:

@@ -18,7 +18,7 @@ from ...compression.base import Part
 from ...compression.errors import ReplicaDiverged
 from ...optim.base import canonical_name
 from ...optim.parts.ranks import is_sharded, local_of, parts_of, ranks_of
-from ..tasks.trial import persistent_buffers
+from ..tasks.buffers import persistent_buffers
 from .format import TensorLayout, bytes_of, header_of, read_header, tensor_of
 
 
@@ -69,9 +69,19 @@ def read_parts(path: Path, parts: Mapping[str, Part]) -> dict[str, Tensor]:
     return tensors
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state by name (parameters by each of their names, and buffers), contiguous on the CPU, as
+    `load_state_dict` takes it. No two share memory. Of a model that is not sharded."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    first = {id(p): name for name, p in reversed(named)}
+    found = {canonical_name(n): p.detach().cpu().contiguous() for n, p in named if first[id(p)] == n}
+    found |= {canonical_name(n): p.detach().cpu().clone() for n, p in named if first[id(p)] != n}
+    return found | {n: buffer.to("cpu", copy=True) for n, buffer in persistent_buffers(model)}
+
+
 def weight_pieces(model: nn.Module) -> Iterator[bytes | memoryview]:
-    """The model's state (parameters by each of their names, and buffers) as a safetensors file, in pieces:
-    one tensor whole on rank 0 at a time, empty pieces on the others. All ranks take all pieces."""
+    """The same as a safetensors file, in pieces: one tensor whole on rank 0 at a time, empty pieces on the
+    others. All ranks take all pieces."""
     parameters = {canonical_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
     ranks = ranks_of(parameters.values())
     state: dict[str, Tensor] = {**parameters, **dict(persistent_buffers(model))}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shutil
 import threading
 import time
@@ -42,6 +41,7 @@ from .format import (
 )
 from .incoming import DATA, MANIFEST, Incoming, write_file
 from .local_state import LocalState, decode, encode
+from .names import folder_name, read_name
 
 log = logging.getLogger("thinwire.node")
 
@@ -50,7 +50,6 @@ READING_S: Final = 60.0
 """A snapshot of which a chunk was read within this time is being downloaded by somebody."""
 
 _UNFINISHED: Final = (".incoming-", ".writing-", ".removed-", ".replaced-")
-_NAME: Final = re.compile(r"(\d{10})-([0-9a-f]{64})")
 
 
 class SnapshotStore:
@@ -220,7 +219,7 @@ class SnapshotStore:
             raise ReplicaDiverged(f"the snapshot of round {stored.round} cannot be read: {e}") from e
 
     def folder_of(self, stored: Stored) -> Path:
-        return self._folder / _folder_name(stored)
+        return self._folder / folder_name(stored.round, stored.manifest)
 
     def local(self, stored: Stored) -> LocalState | None:
         """The local state that was saved beside it; None: there is none. Raises BadLocalState."""
@@ -256,7 +255,7 @@ class SnapshotStore:
         stored = Stored.of(manifest)
         final = self.folder_of(stored)
         with self._lock:
-            replaced = self._folder / f".replaced-{_folder_name(stored)}"
+            replaced = self._folder / f".replaced-{folder_name(stored.round, stored.manifest)}"
             if final.exists():
                 _keep_local(final, aside)
                 final.rename(replaced)  # a crash here: the next start puts it back
@@ -320,24 +319,21 @@ class SnapshotStore:
 
     def _examined(self, entry: Path) -> Manifest:
         """Its chunks are verified when they are read. Raises ReplicaDiverged or OSError."""
-        name = _NAME.fullmatch(entry.name)
+        name = read_name(entry.name)
         if name is None:
             raise ReplicaDiverged("no snapshot has such a name")
+        round_, digest = name
         with (entry / MANIFEST).open("rb") as file:
             encoded = file.read(max_manifest_bytes(MAX_CHUNKS * CHUNK_BYTES) + 1)
-        if digest_of(encoded).hex() != name[2]:
+        if digest_of(encoded).hex() != digest:
             raise ReplicaDiverged("its manifest does not match the digest in its name")
         manifest = read_manifest(encoded, self._run_id)
-        if manifest.round != int(name[1]):
+        if manifest.round != round_:
             raise ReplicaDiverged(f"its manifest is of round {manifest.round}")
         n_bytes = (entry / DATA).stat().st_size
         if n_bytes != manifest.n_bytes:
             raise ReplicaDiverged(f"{DATA} has {n_bytes} bytes, not {manifest.n_bytes}")
         return manifest
-
-
-def _folder_name(stored: Stored) -> str:
-    return f"{stored.round:010d}-{stored.manifest.hex()}"
 
 
 def _through(digests: ChunkDigests, pieces: Iterable[bytes | memoryview]) -> Iterable[bytes | memoryview]:

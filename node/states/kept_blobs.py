@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 
 from ...coordinator.protocol.files import write_aside
-from ...coordinator.protocol.messages import BlobRef, digest_of
+from ...coordinator.protocol.messages import BlobRef
 from ..links.base import Link
-from .opening import BLOBS
+from .opening import BLOBS, read_blob
 
 log = logging.getLogger("thinwire.node")
 
@@ -35,13 +35,7 @@ class KeptBlobs:
 
     def _read(self, ref: BlobRef) -> bytes | None:
         path = self._path(ref)
-        try:
-            if path is None or path.stat().st_size != ref.n_bytes:
-                return None
-            data = path.read_bytes()
-        except OSError:
-            return None
-        return data if digest_of(data) == ref.digest else None
+        return None if path is None else read_blob(path, ref.digest, ref.n_bytes)
 
     def _keep(self, ref: BlobRef, data: bytes) -> None:
         path = self._path(ref)

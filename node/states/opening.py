@@ -33,8 +33,9 @@ from ..system.folder import default_folder
 
 MAX_RECORD_BYTES: Final = 16 * 2**20
 BLOBS: Final = "blobs"
-SNAPSHOTS: Final = "snapshots"
-_RUN_FOLDER: Final = re.compile(r"[0-9a-f]{16}")
+RUN_FOLDER: Final = re.compile(r"[0-9a-f]{16}")
+"""What a node calls the folder of one run, in its own."""
+
 _AT_ONCE: Final = 256
 _BUSY_S: Final = 5.0
 
@@ -81,12 +82,10 @@ class RunState:
     def course(self) -> Course:
         """The settings that hold after `head`. Raises as `genesis` does."""
         try:
-            course = Course.of(self.genesis.config)
-            for body in records_with_changes(self._db):
-                course = course.after(body.changes if body.round <= self.head else ())
+            bodies = [body for body in records_with_changes(self._db) if body.round <= self.head]
+            return Course.of(self.genesis.config).after_all(bodies)
         except BadMessage as e:
             raise LedgerCorrupt(f"{self.folder}: {e}") from e
-        return course
 
     def commits(self, after: int = 0) -> Iterator[Commit]:
         """The commits of rounds `after` + 1 to `head`, verified one by one. Raises LedgerCorrupt."""
@@ -105,12 +104,7 @@ class RunState:
 
     def blob(self, digest: bytes, max_bytes: int) -> bytes | None:
         """A blob that is in the folder, verified; None: it is not here, or is not what its name says."""
-        try:
-            with self.blob_path(digest).open("rb") as file:
-                data = file.read(max_bytes + 1)
-        except OSError:
-            return None
-        return data if len(data) <= max_bytes and digest_of(data) == digest else None
+        return read_blob(self.blob_path(digest), digest, max_bytes)
 
     def blob_path(self, digest: bytes) -> Path:
         """Where a blob lies, if it is here."""
@@ -200,10 +194,20 @@ def run_folder(path: Path) -> Path:
 def runs_in(path: Path) -> list[Path]:
     """Folders of the runs in a node's state folder, the one that was written to last first."""
     try:
-        found = [p for p in path.iterdir() if _RUN_FOLDER.fullmatch(p.name) and (p / COPY_NAME).is_file()]
+        found = [p for p in path.iterdir() if RUN_FOLDER.fullmatch(p.name) and (p / COPY_NAME).is_file()]
     except OSError:
         return []
     return sorted(found, key=lambda p: -(p / COPY_NAME).stat().st_mtime)
+
+
+def read_blob(path: Path, digest: bytes, max_bytes: int) -> bytes | None:
+    """Verified; None: it cannot be read, is longer, or not what its name says."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError:
+        return None
+    return data if len(data) <= max_bytes and digest_of(data) == digest else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,11 @@ from ..batches import batches
 from ..config import parse_config
 from ..replica import Replica, build_replica
 from ..snapshots.format import Manifest, max_manifest_bytes, read_manifest, tensors_of
+from ..snapshots.names import SNAPSHOTS
 from ..snapshots.store import SnapshotStore
 from ..tasks.base import Task
 from ..tasks.registry import make_task
-from .opening import SNAPSHOTS, RunState
+from .opening import RunState
 
 log = logging.getLogger("thinwire.node")
 

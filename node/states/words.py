@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 from ..result import Result
+from ..snapshots.names import newest_round
 from ..units import human_loss
-from .opening import SNAPSHOTS, Remains, remains_in, remains_of
-
-_SNAPSHOT: Final = re.compile(r"(\d{10})-[0-9a-f]{64}")
+from .opening import Remains, remains_in, remains_of
 
 
 def next_step(remains: Remains) -> str:
@@ -44,7 +41,7 @@ def over(result: Result, folder: Path | None) -> str:
 
 def left(folder: Path | None) -> str:
     """The last line of a node that was stopped before the run's end."""
-    saved = None if folder is None else newest_snapshot(folder)
+    saved = None if folder is None else newest_round(folder)
     if folder is None or saved is None:
         return "left the run; nothing was saved. The same thinwire join command joins again"
     return (
@@ -54,16 +51,7 @@ def left(folder: Path | None) -> str:
     )
 
 
-def newest_snapshot(folder: Path) -> int | None:
-    """Its round, by the name; None: there is none."""
-    try:
-        names = [p.name for p in (folder / SNAPSHOTS).iterdir()]
-    except OSError:
-        return None
-    return max((int(found[1]) for name in names if (found := _SNAPSHOT.fullmatch(name))), default=None)
-
-
 def _where(folder: Path | None) -> str:
-    if folder is None or newest_snapshot(folder) is None:
+    if folder is None or newest_round(folder) is None:
         return ""
     return f". The weights are in {folder}; next: thinwire export {folder} -o weights"

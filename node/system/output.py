@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from .command_name import as_typed
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,6 +18,16 @@ UNBOUNDED: Final = 4096
 
 CLOSED_PIPE: Final = 141
 """The exit code of what SIGPIPE ends, as a shell shows it."""
+
+
+def to_stdout(text: object, end: str = "\n") -> None:
+    """What was asked for, in JSON or words: another program may read it."""
+    print(text, end=end, flush=True)  # noqa: T201 - the one place
+
+
+def to_stderr(text: object, end: str = "\n") -> None:
+    """For a person at the terminal: commands that it names are those of this user."""
+    print(shown(as_typed(str(text))), end=end, file=sys.stderr, flush=True)  # noqa: T201 - the one place
 
 
 def make_console(*, stderr: bool = False, **options: Any) -> Console:

@@ -25,6 +25,11 @@ class Init:
     scale: float = 0.0
 
 
+def loss_unit_of(task: object) -> str:
+    """What people are told that a task's losses are measured in."""
+    return str(getattr(task, "loss_unit", "nats"))
+
+
 class Task(Protocol):
     """What a run trains. All methods but `model` are called with the model that `model` made.
 

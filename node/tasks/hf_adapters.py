@@ -81,7 +81,8 @@ def _quiet() -> Iterator[None]:
 
 def as_adapted(model: nn.Module, lora: Lora) -> Lora:
     """`lora` with all that peft has made of it for this model: other machines build the same from it."""
-    found: Any = model.peft_config["default"]  # type: ignore[index]
+    adapted: Any = model
+    found = adapted.peft_config["default"]
     return lora.model_copy(
         update={
             "targets": tuple(sorted(found.target_modules or ())),
@@ -108,11 +109,11 @@ def initial_scale(name: str, shape: tuple[int, ...]) -> float:
 
 def save(model: nn.Module, base: str | None, folder: Path) -> None:
     """As peft loads them; the same bytes for the same adapters. `base`: the name of the model below."""
-    found: Any = model.peft_config["default"]  # type: ignore[index]
-    found.base_model_name_or_path = base
+    adapted: Any = model
+    adapted.peft_config["default"].base_model_name_or_path = base
     # "auto" would ask the hub whether the vocabulary has changed.
     with _quiet():
-        model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+        adapted.save_pretrained(folder, save_embedding_layers=False)
     path = folder / SETTINGS
     settings = json.loads(path.read_text(encoding="utf-8"))  # peft writes its sets in any order
     for key in ("target_modules", "target_parameters"):

@@ -4,7 +4,7 @@ round, or train something that is neither shared nor saved."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
@@ -14,19 +14,12 @@ from torch import Tensor, nn
 
 from ...compression.errors import ConfigError, first_line
 from ...optim.base import Closure, canonical_name
+from .buffers import INSTEAD, persistent_buffers
 
 log = logging.getLogger("thinwire.coordinator")
 
 _MOST_BYTES: Final = 2**31
 """Of the parameters of a model that the coordinator runs once; of a larger one it looks at the layers."""
-
-
-def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Those that a model's state has beside its parameters, by canonical names, each once."""
-    for module_name, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield canonical_name(f"{module_name}.{name}" if module_name else name), buffer
 
 
 def refuse_shared_memory(model: nn.Module) -> None:
@@ -69,8 +62,7 @@ class Trial:
             raise ConfigError(
                 f"the task's model: a forward pass in training changes its buffers {', '.join(changed[:3])}"
                 f"{' and more' if len(changed) > 3 else ''}, which this strategy neither shares nor saves. "
-                f"Take GroupNorm or LayerNorm instead of BatchNorm, or freeze the statistics (a "
-                f'train() that keeps those layers in eval mode); strategy "spsa" keeps them frozen by itself'
+                f'{INSTEAD}; strategy "spsa" keeps them frozen by itself'
             )
 
     def _changed(self, skeleton: nn.Module) -> list[str]:

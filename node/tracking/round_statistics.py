@@ -9,6 +9,7 @@ from ...coordinator.protocol.figures import ddp_bytes
 from ..local_work import Proposal
 from ..preparing import PreparedRun
 from ..result import Result
+from ..tasks.base import loss_unit_of
 from .metrics import NodeMetrics
 from .observer import Applied
 from .run_log import RunLog
@@ -45,7 +46,7 @@ class RoundStatistics:
             payload_bytes=self._payload_bytes,
             counted=self._counted,
             missed=self._missed,
-            loss_unit=getattr(self._run.work.task, "loss_unit", "nats"),
+            loss_unit=loss_unit_of(self._run.work.task),
             bytes_per_token=getattr(self._run.work.task, "bytes_per_token", None),
         )
 

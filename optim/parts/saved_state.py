@@ -94,11 +94,19 @@ def _n_entries(state: Mapping[Any, Any]) -> int:
     )
 
 
-def shared(value: Any, parameter: Tensor, local: Tensor) -> Any:
+def shared(state: Mapping[int, Any], parameters: Sequence[Tensor]) -> dict[int, Any]:
+    """The entries of each parameter, by number; of those that are sharded as DTensors."""
+    return {
+        i: _shared(entries, p, local_of(p)) if is_sharded(p := parameters[i]) else entries
+        for i, entries in state.items()
+    }
+
+
+def _shared(value: Any, parameter: Tensor, local: Tensor) -> Any:
     """What is shaped like this rank's part of a sharded parameter as a DTensor of the whole; dicts alike.
     Packed tensors, in tuples, are of this rank alone."""
     if isinstance(value, dict):
-        return {k: shared(v, parameter, local) for k, v in value.items()}
+        return {k: _shared(v, parameter, local) for k, v in value.items()}
     if not isinstance(value, Tensor) or value.ndim == 0 or value.shape != local.shape:
         return value
     from torch.distributed.tensor import DTensor

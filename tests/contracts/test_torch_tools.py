@@ -16,23 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.group_ranks import backward, batch_loss, net, print_of
+from tests.support.group_ranks import CONFIGS, backward, batch_loss, net, print_of
 from thinwire.compression.errors import ConfigError
 from thinwire.optim.base import Strategy
 from thinwire.optim.registry import build_strategy
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    "decoupled": {"name": "decoupled", "lr": 3e-3, "beta": 0.9},
-    "adamw": {
-        "name": "decoupled", "base": "adamw", "sign": False, "lr": 3e-3, "weight_decay": 0.1,
-        "replicate_every": 2, "compressor": {"name": "dense"},
-    },
-    "diloco": {
-        "name": "diloco", "lr": 3e-3, "inner_steps": 2, "fragments": 2,
-        "compressor": {"name": "dct_topk", "k": 8, "group_size": 64},
-    },
-    "spsa": {"name": "spsa", "lr": 1e-2, "probes": 3},
-}  # fmt: skip
 WITH_GRADIENTS = [name for name in CONFIGS if name != "spsa"]
 WHOLE = 4
 """Steps, after which no round of any of them is under way."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.support.service_world import World, blob_offer, offer
+from tests.support.service_world import MakeWorld, World, blob_offer, offer
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
@@ -37,24 +37,6 @@ from thinwire.coordinator.protocol.messages import (
 from thinwire.coordinator.protocol.schedule import lr_factor_bits
 from thinwire.coordinator.protocol.settings import Keep, parse_settings
 from thinwire.coordinator.service import Service
-
-MakeWorld = Callable[..., World]
-
-
-@pytest.fixture
-def make_world(
-    tmp_path: Path, make_genesis: Callable[..., GenesisBody], key: Ed25519PrivateKey
-) -> Iterator[MakeWorld]:
-    worlds = []
-
-    def make(**config: Any) -> World:
-        worlds.append(World(tmp_path, make_genesis(**config), key))
-        return worlds[-1]
-
-    yield make
-    for world in worlds:
-        world.ledger.close()
-
 
 # ------------------------------------------------------------------------------------------------- opening
 

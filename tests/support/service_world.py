@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,7 @@ def offer(round_: int, data: bytes = b"abc", **changes: Any) -> Offer:
 
 def blob_offer(round_: int, data: bytes) -> Offer:
     return offer(round_, data, payload=None, digest=digest_of(data))
+
+
+MakeWorld = Callable[..., World]
+"""With keys of the run's config."""

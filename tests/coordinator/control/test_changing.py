@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.support.service_world import World, blob_offer
+from tests.support.service_world import MakeWorld, World, blob_offer
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.control.orders import Order, Ordered
-from thinwire.coordinator.protocol.messages import Change, CommitBody, GenesisBody, Notice, Report
+from thinwire.coordinator.protocol.messages import Change, CommitBody, Notice, Report
 from thinwire.coordinator.protocol.schedule import lr_factor_bits
-
-MakeWorld = Callable[..., World]
-
-
-@pytest.fixture
-def make_world(
-    tmp_path: Path, make_genesis: Callable[..., GenesisBody], key: Ed25519PrivateKey
-) -> Iterator[MakeWorld]:
-    worlds = []
-
-    def make(**config: object) -> World:
-        worlds.append(World(tmp_path, make_genesis(**config), key))
-        return worlds[-1]
-
-    yield make
-    for world in worlds:
-        world.ledger.close()
 
 
 def ordered(world: World, what: str, rounds: int = 0, **settings: object) -> Ordered:

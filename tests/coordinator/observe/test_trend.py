@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.records import commit_body, unsigned
 from thinwire.coordinator.observe.page_history import (
     KEPT_HAPPENINGS,
     MAX_SAVED_BYTES,
@@ -25,7 +26,6 @@ from thinwire.coordinator.protocol.messages import (
     Heartbeat,
     OfferEntry,
     Phases,
-    encode_record,
 )
 
 RUN = "ab" * 32
@@ -38,21 +38,11 @@ def body(round_: int, *losses: float | None, time_ms: int | None = None, n_token
         )
         for i, loss in enumerate(losses)
     )
-    return CommitBody(
-        round=round_,
-        parent=bytes(32),
-        offers=offers,
-        admitted=(),
-        lr_factor_bits=0,
-        reports=(),
-        snapshots=(),
-        evaluator=None,
-        time_ms=round_ * 500 if time_ms is None else time_ms,
-    )
+    return commit_body(round_, offers=offers, time_ms=round_ * 500 if time_ms is None else time_ms)
 
 
 def commit(*args: Any, **options: Any) -> Commit:
-    return Commit(record=encode_record(body(*args, **options)), signature=bytes(64))
+    return unsigned(body(*args, **options))
 
 
 def commits(n: int) -> Iterable[Commit]:
@@ -304,7 +294,7 @@ def test_speed_and_share_of_the_recent_rounds() -> None:
 
 def test_what_peers_say_is_one_bounded_line() -> None:
     assert printable("AMD EPYC 7B13") == "AMD EPYC 7B13"
-    assert printable("a\nb\x00c\u202ed\u200be") == "abcde"
+    assert printable("a\nb\x00c\u202ed\u200be") == "a bcde"
     assert printable("<script>alert(1)</script>") == "<script>alert(1)</script>"  # escaped where it is shown
     assert len(printable("x" * 1000)) == 60
 

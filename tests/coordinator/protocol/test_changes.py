@@ -7,6 +7,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from tests.support.records import OFFER, commit_body
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.messages import (
     BadMessage,
@@ -19,22 +20,9 @@ from thinwire.coordinator.protocol.messages import (
 from thinwire.coordinator.protocol.settings import Course
 from thinwire.node.config import RunConfig
 
-OFFER = OfferEntry(peer=0, n_samples=1, n_tokens=1, loss=1.0, n_bytes=1, payload=b"x", digest=None)
-
 
 def body(*changes: Change, offers: tuple[OfferEntry, ...] = (OFFER,)) -> CommitBody:
-    return CommitBody(
-        round=3,
-        parent=bytes(32),
-        offers=offers,
-        admitted=(),
-        lr_factor_bits=0,
-        reports=(),
-        snapshots=(),
-        evaluator=None,
-        time_ms=1,
-        changes=changes,
-    )
+    return commit_body(3, offers=offers, changes=changes)
 
 
 def raw(changes: Any) -> bytes:

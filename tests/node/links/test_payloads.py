@@ -7,15 +7,14 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from tests.support.records import commit_body, unsigned
 from thinwire.compression.errors import SwarmUnreachable
 from thinwire.coordinator.protocol.blob_streams import NotServed
 from thinwire.coordinator.protocol.messages import (
     Commit,
-    CommitBody,
     Offered,
     OfferEntry,
     digest_of,
-    encode_record,
 )
 from thinwire.node.links import payloads as payloads_module
 from thinwire.node.links.base import Lied
@@ -110,18 +109,7 @@ def entry(peer: int, payload: bytes) -> OfferEntry:
 
 
 def commit(round_: int, *entries: OfferEntry) -> Commit:
-    body = CommitBody(
-        round=round_,
-        parent=bytes(32),
-        offers=entries,
-        admitted=(),
-        lr_factor_bits=0,
-        reports=(),
-        snapshots=(),
-        evaluator=None,
-        time_ms=1,
-    )
-    return Commit(record=encode_record(body), signature=bytes(64))
+    return unsigned(commit_body(round_, offers=entries))
 
 
 def offered(round_: int, holder: str, payload: bytes) -> Offered:

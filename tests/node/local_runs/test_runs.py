@@ -13,10 +13,14 @@ import pytest
 
 from tests.support.local_nodes import DECOUPLED, KEY, config_of
 from tests.support.paths import ROOT
+from tests.support.records import commit_body
+from thinwire.coordinator.blobs import BlobStore
+from thinwire.coordinator.control.wire import SOCKET_NAME
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.files import FolderLock
-from thinwire.coordinator.protocol.identity import peer_id_of
-from thinwire.coordinator.protocol.messages import CommitBody, OfferEntry
+from thinwire.coordinator.protocol.identity import load_or_create, peer_id_of
+from thinwire.coordinator.protocol.messages import digest_of
+from thinwire.coordinator.state import StateDir
 from thinwire.node.cli.main import main
 from thinwire.node.cli.runs import described
 from thinwire.node.genesis import make_genesis
@@ -41,20 +45,8 @@ def finished_run(folder: Path) -> Path:
     config = config_of(DECOUPLED, rounds=1, name="short \x1b[31m run")
     body = make_genesis(config, make_task(config.task, None, None), peer_id_of(KEY.public_key()), 1).body
     ledger = Ledger.create(folder / "ledger.db", body, KEY)
-    offer = OfferEntry(peer=0, n_samples=1, n_tokens=1, loss=1.0, n_bytes=1, payload=b"x", digest=None)
     ledger.admit("a")
-    commit = CommitBody(
-        round=1,
-        parent=ledger.head_digest,
-        offers=(offer,),
-        admitted=ledger.pending_admissions(),
-        lr_factor_bits=5,
-        reports=(),
-        snapshots=(),
-        evaluator=None,
-        time_ms=7,
-    )
-    ledger.append(commit, KEY)
+    ledger.append(commit_body(parent=ledger.head_digest, admitted=ledger.pending_admissions()), KEY)
     ledger.close()
     return folder
 
@@ -134,6 +126,21 @@ def test_a_running_one_is_seen_and_stays(states: Path, tmp_path: Path) -> None:
     assert (other / "ledger.db").exists(), "somebody has the folder: nothing in it is touched"
     assert len(clean(local_runs([states]))) == 2
     assert sorted(p.name for p in (states / "node").iterdir()) == ["identity.key", "lock"]
+
+
+def test_all_that_a_coordinator_makes_is_known(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "c")
+    with StateDir(folder) as state:
+        state.token()
+        state.ban([peer_id_of(KEY.public_key())])
+        state.save_keep("all")
+        state.save_port(1)
+        state.save_history(b"{}")
+        load_or_create(state.key_path)
+        BlobStore(state.blobs_path).put(digest_of(b"x"), b"x")
+        (folder / SOCKET_NAME).touch()
+    assert len(clean(local_runs([folder]))) == 1
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("given", [".", "link"])

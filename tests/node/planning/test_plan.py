@@ -10,7 +10,8 @@ import pytest
 from tests.support.local_nodes import DECOUPLED, config_of, train
 from thinwire.compression.errors import ConfigError
 from thinwire.node.cli.main import main
-from thinwire.node.planning.command import chosen, link_rate, told
+from thinwire.node.links.upload_limit import parse_rate
+from thinwire.node.planning.command import chosen, told
 from thinwire.node.planning.estimate import Span, estimate
 from thinwire.node.planning.measuring import MIN_ROUNDS, Measured, measure
 
@@ -91,9 +92,9 @@ def test_the_table_has_a_column_for_each() -> None:
 
 
 def test_rates() -> None:
-    assert link_rate("10Mbit") == link_rate("10Mbit/s") == 1_250_000
+    assert parse_rate("10Mbit") == parse_rate("10Mbit/s") == 1_250_000
     with pytest.raises(ConfigError, match=r"^--link fast: write it as"):
-        link_rate("fast")
+        parse_rate("fast", "--link")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
