@@ -436,7 +436,7 @@ class Service:
     def _tell(self, closed: RoundClosed, now_s: float) -> None:
         n_quiet = self._round_lines.due(now_s, self._parts.rounds.is_over)
         if n_quiet is not None:
-            since = f" ({n_quiet + 1} since the last line)" if n_quiet else ""
+            since = f" ({n_quiet + 1} rounds since the last line)" if n_quiet else ""
             offers = counted(len(closed.peers), "offer")
             log.info("round %d: %s, %.2f s%s", closed.round, offers, closed.duration_s, since)
 

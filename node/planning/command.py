@@ -15,6 +15,7 @@ from ...coordinator.protocol.figures import human_seconds
 from ...optim.registry import STRATEGIES, complete_config, strategy_class
 from ..config import RunConfig, load_config
 from ..links.upload_limit import parse_rate
+from ..system.command_name import as_typed
 from ..units import human_bytes
 from .estimate import Estimate, Span, estimate
 from .measuring import Measured
@@ -68,7 +69,7 @@ def plan(
     if as_json:
         print(json.dumps(_plain(found, failed, n_peers, rate, config)))  # noqa: T201 - data goes to stdout
         return
-    print(told(found, failed, n_peers, rate, config))  # noqa: T201 - data goes to stdout
+    print(as_typed(told(found, failed, n_peers, rate, config, run_file)))  # noqa: T201 - data goes to stdout
 
 
 def link_rate(text: str) -> float:
@@ -160,7 +161,12 @@ def _plain(
 
 
 def told(
-    found: Sequence[Estimate], failed: Mapping[str, str], n_peers: int, rate: float, config: RunConfig
+    found: Sequence[Estimate],
+    failed: Mapping[str, str],
+    n_peers: int,
+    rate: float,
+    config: RunConfig,
+    run_file: Path,
 ) -> str:
     """A column for each strategy; times as median and, in brackets, what was seen."""
     head = f"{config.run.name}: {n_peers} nodes like this machine, each with a link of {human_bytes(rate)}/s."
@@ -174,7 +180,7 @@ def told(
         )
     lines += [
         "Measured here: computing, packing, applying, payload, memory. Computed: the link's part.",
-        "Which one learns most from the same tokens: thinwire compare.",
+        f"Which one learns most from the same tokens: thinwire compare {run_file}",
     ]
     return "\n".join(lines)
 
