@@ -347,7 +347,7 @@ def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     if error["type"] != "extra_forbidden":
-        return f"{key}: {error['msg']} (got {error['input']!r})"
+        return f"{key}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
     model: type[BaseModel] = RunConfig
     for part in location[:-1]:
         annotation = model.model_fields[part].annotation

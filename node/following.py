@@ -243,7 +243,8 @@ class LedgerFollower:
         n_quiet = self._round_lines.due(self._clock(), body.round >= n_rounds)
         if n_quiet is None:
             return
-        loss, left_s = mean_loss(body), self._pace.left_s(n_rounds)
+        loss = mean_loss(body)
+        left_s = self._pace.left_s(n_rounds) if body.round < n_rounds else None
         log.info(
             "round %d/%d: %s, loss %s%s%s%s",
             body.round,

@@ -92,6 +92,8 @@ def check_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> None
         return
     facts = strategy_class(config.get("name")).facts
     for name in changes:
+        if name not in config and name not in facts.options.defaults():
+            raise ConfigError(f"unknown key 'strategy.{name}'; {nearest(name, facts.changeable)}")
         if name not in facts.changeable:
             known = ", ".join(f"strategy.{option}" for option in facts.changeable)
             raise ConfigError(

@@ -100,7 +100,7 @@ class Notices:
         """A line of log, of quick rounds for several together."""
         n_quiet = self._round_lines.due(now_s, is_last)
         if n_quiet is not None:
-            since = f" ({n_quiet + 1} since the last line)" if n_quiet else ""
+            since = f" ({n_quiet + 1} rounds since the last line)" if n_quiet else ""
             offers = counted(len(closed.peers), "offer")
             log.info("round %d: %s, %.2f s%s", closed.round, offers, closed.duration_s, since)
 

@@ -50,7 +50,7 @@ def overview(
         "rounds": run.rounds,
         "state": state,
         "left_s": left_s(rounds, statistics),
-        "waits_for": max(0, run.min_peers - len(rounds.training)) if state == "waiting" else 0,
+        "waits_for": waits_for(rounds, run.min_peers),
         "missing": len(rounds.missing()),
         "loss": statistics.loss,
         "round_s": statistics.round_s,
@@ -73,6 +73,11 @@ def run_state(rounds: Rounds) -> RunState:
     if rounds.is_paused:
         return "paused"
     return "waiting" if rounds.opened_s is None else "training"
+
+
+def waits_for(rounds: Rounds, min_peers: int) -> int:
+    """How many more peers the first round needs before it begins."""
+    return max(0, min_peers - len(rounds.training)) if run_state(rounds) == "waiting" else 0
 
 
 def left_s(rounds: Rounds, statistics: RunStatistics) -> float | None:

@@ -13,7 +13,7 @@ from ..protocol.messages import Rejected
 from ..rounds import Rounds
 from .counters import Counters
 from .loss_unit import LossUnit
-from .overview import left_s, overview, run_state
+from .overview import left_s, overview, run_state, waits_for
 
 SHOWN_EVALUATIONS = 20
 
@@ -44,6 +44,7 @@ class RunView:
             "round": self._rounds.head,
             "rounds": self._derived.course.n_rounds,
             "state": run_state(self._rounds),
+            "waits_for": waits_for(self._rounds, self._derived.course.run.min_peers),
             "left_s": left_s(self._rounds, self._derived.statistics),
             "changes": self._derived.page_history.changes(),
             "errors": self._derived.page_history.errors(),

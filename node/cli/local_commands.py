@@ -78,10 +78,11 @@ class Init:
     """Write over a file that is there."""
 
     def run(self) -> int:
-        from ..run_files.drafts import KINDS, asked, filled, init
+        from ..run_files.drafts import KINDS, asked, filled, init, refuse_to_write_over
 
         names = ("name", "corpus", "model", "rounds", "peers", "prompt", "labels")
         given = {n: str(v) for n in names if (v := getattr(self, n)) is not None}
+        refuse_to_write_over(self.file, force=self.force)
         if self.kind is not None:
             draft = filled(self.kind, given)
         elif sys.stdin.isatty():
@@ -96,6 +97,7 @@ def _ask(question: str, default: str) -> str:
     to_stderr(f"{question} [{default}]: ", end="")
     line = sys.stdin.readline()
     if not line:
+        print(file=sys.stderr)  # noqa: T201 - the question's line has no end yet
         raise ConfigError("the answers ended before the questions: nothing was written")
     return line.strip("\n") or default
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +16,7 @@ from rich.text import Text
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.figures import counted, figures_in_words, human_seconds
 from ..states.opening import open_state
-from ..system.output import make_console, shown, to_stdout
+from ..system.output import UNBOUNDED, make_console, shown, to_stdout
 from ..units import bytes_beside_ddp, human_bytes, human_loss
 from .offline import state_folder, status_of, telling_what_is_here
 from .status import StatusClient
@@ -24,13 +24,20 @@ from .status import StatusClient
 WATCH_EVERY_S = 1.0
 CHANGES_SHOWN = 4
 
+COLUMNS = ("peer", "state", "round", "loss", "counted", "missed", "sent", "fingerprint")
+LEAST_FIRST = ("missed", "sent", "counted", "fingerprint")
+"""Columns that a narrow terminal does without."""
+
 Show = Callable[[Mapping[str, Any], bool], None]
 """Shows a status; True: it is the last one."""
 
 
 def headline(status: Mapping[str, Any]) -> str:
     """One line: round, losses, bytes against data-parallel training."""
-    parts = [f"{status['run']}: round {status['round']}/{status['rounds']} ({status['state']})"]
+    state = status["state"]
+    if waits_for := status.get("waits_for"):
+        state = f"waiting for {counted(waits_for, 'more peer')}"
+    parts = [f"{status['run']}: round {status['round']}/{status['rounds']} ({state})"]
     if status["loss"] is not None:
         parts.append(f"loss {status['loss']:.3f}")
     if status["held_out"]:
@@ -49,22 +56,7 @@ def headline(status: Mapping[str, Any]) -> str:
 
 def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
     """`notes`: lines below the table (what the demo did to somebody)."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("peer", "state", "round", "loss", "counted", "missed", "sent", "fingerprint"):
-        table.add_column(column, justify="left" if column in ("peer", "state", "fingerprint") else "right")
-    for peer in status["peers"]:
-        fingerprint = f"{peer['fingerprint']} @{peer['fingerprint_round']}" if peer["fingerprint"] else "-"
-        table.add_row(
-            f"{peer['index']} …{peer['peer_id'][-6:]}",
-            Text(peer["state"], style={"training": "green", "joining": "yellow"}.get(peer["state"], "red")),
-            str(peer["round"]),
-            "-" if peer["loss"] is None else f"{peer['loss']:.3f}",
-            str(peer["offers_counted"]),
-            str(peer["offers_missed"]),
-            human_bytes(peer["sent_bytes"]),
-            fingerprint,
-        )
-    lines: list[RenderableType] = [Text(shown(headline(status))), table]
+    lines: list[RenderableType] = [Text(shown(headline(status))), _PeerTable(status)]
     lines += [Text(shown(f"changed: {text}")) for text in status.get("changes", [])[-CHANGES_SHOWN:]]
     lines += [Text(shown(line)) for line in evaluations_in_words(status)]
     lines += [Text(note, style="yellow") for note in notes]
@@ -73,6 +65,47 @@ def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
     if status["mismatches"]:
         lines.append(Text(f"{status['mismatches']} fingerprint mismatches", style="bold red"))
     return Group(*lines)
+
+
+class _PeerTable:
+    """A row for each peer. Where the terminal is narrow, it does without the columns that matter least."""
+
+    def __init__(self, status: Mapping[str, Any]) -> None:
+        self._rows = [_cells(peer, is_live="folder" not in status) for peer in status["peers"]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for n_left_out in range(len(LEAST_FIRST) + 1):
+            table = self._without(LEAST_FIRST[:n_left_out])
+            width = console.measure(table, options=options.update(max_width=UNBOUNDED)).maximum
+            if width <= options.max_width:
+                break
+        yield table
+
+    def _without(self, left_out: Sequence[str]) -> Table:
+        table = Table(box=None, pad_edge=False)
+        columns = [column for column in COLUMNS if column not in left_out]
+        for column in columns:
+            is_left = column in ("peer", "state", "fingerprint")
+            table.add_column(column, justify="left" if is_left else "right")
+        for row in self._rows:
+            table.add_row(*(row[column] for column in columns))
+        return table
+
+
+def _cells(peer: Mapping[str, Any], *, is_live: bool) -> dict[str, Text]:
+    """Column -> what stands there. A ledger does not know what was sent, and who was late."""
+    style = {"training": "green", "joining": "yellow"}.get(peer["state"], "red")
+    fingerprint = f"{peer['fingerprint']} @{peer['fingerprint_round']}" if peer["fingerprint"] else "-"
+    return {
+        "peer": Text(f"{peer['index']} …{peer['peer_id'][-6:]}"),
+        "state": Text(peer["state"], style=style),
+        "round": Text(str(peer["round"])),
+        "loss": Text("-" if peer["loss"] is None else f"{peer['loss']:.3f}"),
+        "counted": Text(str(peer["offers_counted"])),
+        "missed": Text(str(peer["offers_missed"]) if is_live else "-"),
+        "sent": Text(human_bytes(peer["sent_bytes"]) if is_live else "-"),
+        "fingerprint": Text(fingerprint),
+    }
 
 
 def evaluations_in_words(status: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from ...optim.registry import STRATEGIES, complete_config, strategy_class
 from ..config import RunConfig, load_config
 from ..doctor.machine import available_bytes
 from ..links.upload_limit import parse_rate
+from ..system.command_name import as_typed
 from ..system.output import to_stderr, to_stdout
 from ..units import human_bytes
 from .estimate import Estimate, Span, estimate
@@ -69,7 +70,7 @@ def plan(
     if as_json:
         to_stdout(json.dumps(_plain(found, failed, n_peers, rate, config)))
         return
-    to_stdout(told(found, failed, n_peers, rate, config))
+    to_stdout(as_typed(told(found, failed, n_peers, rate, config, run_file)))
 
 
 def chosen(config: RunConfig, strategies: str | None) -> list[dict[str, Any]]:
@@ -145,7 +146,12 @@ def _plain(
 
 
 def told(
-    found: Sequence[Estimate], failed: Mapping[str, str], n_peers: int, rate: float, config: RunConfig
+    found: Sequence[Estimate],
+    failed: Mapping[str, str],
+    n_peers: int,
+    rate: float,
+    config: RunConfig,
+    run_file: Path,
 ) -> str:
     """A column for each strategy; times as median and, in brackets, what was seen."""
     head = f"{config.run.name}: {n_peers} nodes like this machine, each with a link of {human_bytes(rate)}/s."
@@ -159,7 +165,7 @@ def told(
         )
     lines += [
         "Measured here: computing, packing, applying, payload, memory. Computed: the link's part.",
-        "Which one learns most from the same tokens: thinwire compare.",
+        f"Which one learns most from the same tokens: thinwire compare {run_file}",
     ]
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from ...compression.errors import ConfigError, nearest
 from ...coordinator.protocol.files import write_aside
@@ -20,11 +20,17 @@ KINDS: Final[Mapping[Kind, str]] = {
     "text": "a model of transformers on text of your own, all of its weights",
     "lora": "adapters of low rank beside a model of transformers",
     "classify": "a model of transformers classifies by label words, one byte per probe",
-    "slow": "a small GPT over slow links: a few bytes every few minutes (DiLoCo)",
+    "slow": "a small GPT over slow links: some kilobytes every few minutes (DiLoCo)",
 }
 
 Ask = Callable[[str, str], str]
 """Question and default -> answer."""
+
+T = TypeVar("T")
+
+
+class WrongAnswer(ConfigError):
+    """A value of one flag or answer that will not do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +63,7 @@ DEFAULTS: Final[Mapping[Kind, Draft]] = {
 
 def init(path: Path, draft: Draft, *, force: bool) -> str:
     """Writes the file and returns what to do next. Raises ConfigError: it is there, or cannot be written."""
-    if path.exists() and not force:
-        raise ConfigError(f"{path} is there already: name another file, or --force to write over it")
+    refuse_to_write_over(path, force=force)
     if not str(path).isprintable():
         raise ConfigError(f"{str(path)!r}: a name with odd characters; name another file")
     text = run_file(draft, path)
@@ -72,12 +77,18 @@ def init(path: Path, draft: Draft, *, force: bool) -> str:
     return _next_steps(draft, path)
 
 
+def refuse_to_write_over(path: Path, *, force: bool) -> None:
+    """Raises ConfigError."""
+    if path.exists() and not force:
+        raise ConfigError(f"{path} is there already: name another file, or --force to write over it")
+
+
 def asked(kind: Kind | None, given: Mapping[str, str], ask: Ask) -> Draft:
     """The draft that the answers to questions make; nothing is asked that was `given`."""
     if kind is None:
         for name, meaning in KINDS.items():
             to_stderr(f"  {name:9} {meaning}")
-        kind = kind_of(ask("What is to be trained", "bytes"))
+        kind = _until_right(lambda: kind_of(ask("What is to be trained", "bytes").strip()))
     draft = DEFAULTS[kind]
     questions = {"name": "Name of the run", "corpus": "Text: a file, a folder, pydoc or stdlib"}
     if draft.is_hf:
@@ -86,10 +97,29 @@ def asked(kind: Kind | None, given: Mapping[str, str], ask: Ask) -> Draft:
         questions |= {"corpus": "Examples: a file of JSON lines", "prompt": "Prompt before the label's words"}
         questions["labels"] = "Labels and their words"
     questions |= {"rounds": "Rounds", "peers": "Machines that the first round waits for"}
-    answers = {
-        key: given.get(key) or ask(question, _shown(draft, key)) for key, question in questions.items()
-    }
-    return filled(kind, {**given, **answers})
+    answers = dict(given)
+
+    def answer(key: str) -> Draft:
+        answers[key] = given.get(key) or _trimmed(key, ask(questions[key], _shown(draft, key)))
+        return filled(kind, {key: answers[key]})
+
+    for key in questions:
+        answer(key) if key in given else _until_right(lambda key=key: answer(key))
+    return filled(kind, answers)
+
+
+def _until_right(answer: Callable[[], T]) -> T:
+    """Asks again after an answer that will not do; the others stay."""
+    while True:
+        try:
+            return answer()
+        except WrongAnswer as e:
+            to_stderr(str(e))
+
+
+def _trimmed(key: str, text: str) -> str:
+    """Spaces count in prompts and labels only."""
+    return text if key in ("prompt", "labels") else text.strip()
 
 
 def filled(kind: Kind, given: Mapping[str, str]) -> Draft:
@@ -112,14 +142,14 @@ def kind_of(text: str) -> Kind:
     for kind in KINDS:
         if kind == text:
             return kind
-    raise ConfigError(f"--kind {text}: {nearest(text, KINDS)}")
+    raise WrongAnswer(f"--kind {text}: {nearest(text, KINDS)}")
 
 
 def labels_of(text: str) -> tuple[tuple[str, str], ...]:
     """'0= terrible,1= great' -> value and words of each. Raises ConfigError."""
     pairs = [pair.partition("=") for pair in text.split(",")]
     if len(pairs) < 2 or not all(value.strip() and words for value, _, words in pairs):
-        raise ConfigError(
+        raise WrongAnswer(
             f"--labels {text!r}: write it as VALUE=WORDS,VALUE=WORDS, e.g. 0= terrible,1= great"
         )
     return tuple((value.strip(), words) for value, _, words in pairs)
@@ -127,7 +157,7 @@ def labels_of(text: str) -> tuple[tuple[str, str], ...]:
 
 def _whole(key: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise ConfigError(f"--{key} {text}: a whole number from 1")
+        raise WrongAnswer(f"--{key} {text}: a whole number from 1")
     return int(text)
 
 

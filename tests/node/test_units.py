@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from thinwire.node.cli.view import headline
+from thinwire.node.cli.view import headline, swarm_table
 from thinwire.node.units import bytes_beside_ddp, human_loss
 
 STATUS: dict[str, Any] = {
@@ -46,6 +47,7 @@ def test_all_that_was_sent_stands_beside_the_payload() -> None:
     [
         ({}, "held-out 2.000 nats/token (0.721 bits/byte)"),
         ({"loss_unit": "nats/byte", "bytes_per_token": None}, "held-out 2.000 nats/byte ·"),
+        ({"state": "waiting", "waits_for": 2}, "round 7/20 (waiting for 2 more peers) ·"),
         (
             {},
             "per peer and round: 1.0 kB payload, 4.0 kB all sent, data-parallel 200.0 kB: 200x the pay",
@@ -61,3 +63,43 @@ def test_a_status_of_an_older_coordinator_is_shown() -> None:
     line = headline({key: value for key, value in STATUS.items() if key not in new})
     assert "held-out 2.000 nats ·" in line
     assert line.endswith("1.0 kB payload, data-parallel 200.0 kB: 200x the payload")
+
+
+PEER: dict[str, Any] = {
+    "index": 0,
+    "peer_id": "12D3KooWabcdef",
+    "state": "training",
+    "round": 1234,
+    "loss": 2.5,
+    "offers_counted": 1234,
+    "offers_missed": 5,
+    "sent_bytes": 123_400_000,
+    "fingerprint": "72ca26f13cf21561",
+    "fingerprint_round": 1230,
+}
+
+
+@pytest.mark.parametrize(
+    ("width", "there", "missing"),
+    [
+        (110, ("missed", "sent", "123.4 MB", "@1230"), ()),
+        (80, ("counted", "sent", "72ca26f13cf21561 @1230"), ("missed",)),
+        (40, ("peer", "state", "round", "loss", "0 …abcdef  training"), ("sent", "fingerprint", "72ca")),
+    ],
+)
+def test_a_narrow_terminal_has_whole_columns(
+    width: int, there: tuple[str, ...], missing: tuple[str, ...]
+) -> None:
+    console = Console(width=width)
+    with console.capture() as shown:
+        console.print(swarm_table({**STATUS, "peers": [PEER], "mismatches": 0}))
+    table = shown.get().split("all sent")[-1]
+    assert all(part in table for part in there)
+    assert not any(part in table for part in missing)
+
+
+def test_a_state_folder_does_not_know_what_was_sent() -> None:
+    console = Console(width=110)
+    with console.capture() as shown:
+        console.print(swarm_table({**STATUS, "peers": [PEER], "mismatches": 0, "folder": "x"}))
+    assert "123.4 MB" not in shown.get()

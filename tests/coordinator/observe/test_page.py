@@ -125,6 +125,7 @@ def states(overview: Mapping[str, Any]) -> list[str]:
 
 def test_before_the_first_round(world: Watched) -> None:
     assert (told(world)["state"], told(world)["waits_for"]) == ("waiting", 2)
+    assert world.service.status(world.now_s)["waits_for"] == 2
     world.train("a")
     assert told(world)["waits_for"] == 1
     assert told(world)["peers"][0]["share"] is None

@@ -84,6 +84,17 @@ def test_questions_are_asked_for_what_was_not_given() -> None:
     assert questions[0] == "What is to be trained"
 
 
+def test_a_wrong_answer_is_asked_for_again(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = iter(["Bytes", " bytes ", " name ", "pydoc", "ten", "10", "0", "3"])
+    draft = asked(None, {}, lambda _question, _default: next(answers))
+    assert (draft.kind, draft.name, draft.rounds, draft.peers) == ("bytes", "name", 10, 3)
+    told = capsys.readouterr().err
+    assert "did you mean 'bytes'?" in told
+    assert "--rounds ten: a whole number from 1" in told
+    with pytest.raises(ConfigError, match="--rounds x"):  # a flag is not asked for again
+        asked("bytes", {"rounds": "x"}, lambda _question, default: default)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
