@@ -84,28 +84,39 @@ def refuse_to_write_over(path: Path, *, force: bool) -> None:
 
 
 def asked(kind: Kind | None, given: Mapping[str, str], ask: Ask) -> Draft:
-    """The draft that the answers to questions make; nothing is asked that was `given`."""
-    if kind is None:
-        for name, meaning in KINDS.items():
-            to_stderr(f"  {name:9} {meaning}")
-        kind = _until_right(lambda: kind_of(ask("What is to be trained", "bytes").strip()))
-    draft = DEFAULTS[kind]
+    """The draft that the answers to questions make; nothing is asked that was `given`. An answer that will not
+    do is asked for again. Raises ConfigError for what was given."""
+    chosen: Kind = _asked_kind(ask) if kind is None else kind
+    answers = dict(given)
+    for key, question in _questions(chosen).items():
+        if key in given:
+            filled(chosen, {key: given[key]})
+            continue
+
+        def answer(key: str = key, question: str = question) -> str:
+            text = _trimmed(key, ask(question, _shown(DEFAULTS[chosen], key)))
+            filled(chosen, {key: text})
+            return text
+
+        answers[key] = _until_right(answer)
+    return filled(chosen, answers)
+
+
+def _asked_kind(ask: Ask) -> Kind:
+    for name, meaning in KINDS.items():
+        to_stderr(f"  {name:9} {meaning}")
+    return _until_right(lambda: kind_of(ask("What is to be trained", "bytes").strip()))
+
+
+def _questions(kind: Kind) -> dict[str, str]:
+    """What a person is asked: key -> question."""
     questions = {"name": "Name of the run", "corpus": "Text: a file, a folder, pydoc or stdlib"}
-    if draft.is_hf:
+    if DEFAULTS[kind].is_hf:
         questions["model"] = "Model: a folder, or a name on the hub"
     if kind == "classify":
         questions |= {"corpus": "Examples: a file of JSON lines", "prompt": "Prompt before the label's words"}
         questions["labels"] = "Labels and their words"
-    questions |= {"rounds": "Rounds", "peers": "Machines that the first round waits for"}
-    answers = dict(given)
-
-    def answer(key: str) -> Draft:
-        answers[key] = given.get(key) or _trimmed(key, ask(questions[key], _shown(draft, key)))
-        return filled(kind, {key: answers[key]})
-
-    for key in questions:
-        answer(key) if key in given else _until_right(lambda key=key: answer(key))
-    return filled(kind, answers)
+    return {**questions, "rounds": "Rounds", "peers": "Machines that the first round waits for"}
 
 
 def _until_right(answer: Callable[[], T]) -> T:
