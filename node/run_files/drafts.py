@@ -84,8 +84,8 @@ def refuse_to_write_over(path: Path, *, force: bool) -> None:
 
 
 def asked(kind: Kind | None, given: Mapping[str, str], ask: Ask) -> Draft:
-    """The draft that the answers to questions make; nothing is asked that was `given`. An answer that will not
-    do is asked for again. Raises ConfigError for what was given."""
+    """The draft that the answers to questions make; nothing is asked that was `given`. What will not do is
+    asked for again. Raises ConfigError for what was given."""
     chosen: Kind = _asked_kind(ask) if kind is None else kind
     answers = dict(given)
     for key, question in _questions(chosen).items():
