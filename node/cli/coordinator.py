@@ -162,6 +162,9 @@ class _Serving:
                 if self._page is not None:
                     self._page.farewell()
                 break
+        if not self._server.service.is_over:
+            head = self._server.ledger.head_round
+            log.info("stopped after round %d: the same command goes on from there, nodes wait for it", head)
         return self._server.service.is_over
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None], at_most_s: float) -> bool:

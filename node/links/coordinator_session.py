@@ -335,7 +335,7 @@ class CoordinatorSession:
                 raise SwarmUnreachable(f"the coordinator has not answered for {human_seconds(away_s)}: {why}")
             pause_s = self._retry_s * self._jitter.uniform(0.7, 1.3)
             self._handler.tell(
-                f"the coordinator does not answer{_for(away_s)} ({_one_line(why)}); "
+                f"the coordinator {_silent(away_s)} ({_one_line(why)}); "
                 f"trying again in {human_seconds(pause_s)}; training state is kept",
                 True,
             )
@@ -422,6 +422,6 @@ def _one_line(text: str) -> str:
     return "; ".join(lines)
 
 
-def _for(seconds: float) -> str:
-    """How long it has human_seconds, once that is a time to speak of."""
-    return f" for {human_seconds(seconds)}" if seconds >= 1 else ""
+def _silent(seconds: float) -> str:
+    """With how long it has been, once that is a time to speak of."""
+    return f"has not answered for {human_seconds(seconds)}" if seconds >= 1 else "does not answer"
