@@ -1,4 +1,4 @@
-"""Results of `thinwire bench` for people: a table with a column for each size, and a picture."""
+"""Results of `thinwire bench` for people: tables, those of each size after another, and a picture."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from typing import IO, Final
 import torch
 
 from ...optim.registry import build_strategy
+from ..system.every import Every
 from ..system.output import to_stderr
 from .known_answers import KNOWN_ANSWERS
 from .self_test import KERNELS, failed_kernels
@@ -54,7 +55,7 @@ def compiling(say: Callable[[str], object]) -> Iterator[None]:
     if mark is None or is_compiled() or not os.access(mark.parent, os.W_OK):
         yield
         return
-    say("compiling kernels for this machine: once, for about half a minute")
+    say("compiling kernels for this machine: once, for half a minute or, on busy cores, a few")
     with ExitStack() as stack:
         with suppress(OSError):
             _wait_for(stack.enter_context(mark.open("a")))
@@ -85,9 +86,12 @@ def compile_kernels(say: Callable[[str], object], stopped: Callable[[], bool] = 
         if is_compiled():  # by another process, meanwhile
             return
         with multiprocessing.get_context("spawn").Pool(initializer=_begin) as pool:
-            for _ in pool.imap_unordered(_compile, names):
+            every = Every(5.0)
+            for n, _ in enumerate(pool.imap_unordered(_compile, names), 1):
                 if stopped():
                     raise _Stopped
+                if every.is_due():
+                    say(f"{n} of {len(names)} groups of kernels are compiled")
 
 
 class _Stopped(Exception):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
+from statistics import median
 from typing import Final
 
 RECENT_ROUNDS: Final = 16
@@ -20,9 +22,7 @@ class Pace:
 
     def left_s(self, n_rounds: int) -> float | None:
         """Until this many rounds are over; None: too few were seen."""
-        if not self._ended:
-            return None
-        (first, first_s), (last, last_s) = self._ended[0], self._ended[-1]
-        if last == first or last_s <= first_s:
-            return None
-        return (n_rounds - last) * (last_s - first_s) / (last - first)
+        steps = [(b - a, b_s - a_s) for (a, a_s), (b, b_s) in pairwise(self._ended)]
+        paces = [seconds / n for n, seconds in steps if n > 0]
+        # The median: a round during which the coordinator was away says nothing of the others.
+        return (n_rounds - self._ended[-1][0]) * median(paces) if paces else None

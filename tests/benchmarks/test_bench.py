@@ -61,7 +61,7 @@ def test_decoupled_reports_bytes_and_ratios(capsys: pytest.CaptureFixture[str]) 
     assert exactness["share_of_round"] == pytest.approx(extra)
     print_bench([result])
     printed = capsys.readouterr().out
-    for words in ("ratio_to_baseline", "fraction_of_copy_bandwidth", "GB/s", " round ", " ms (", ", CPU "):
+    for words in ("ratio to baseline", "fraction of copy bandwidth", "GB/s", " round ", " ms (", "CPU "):
         assert words in printed
 
 
@@ -158,8 +158,8 @@ def test_several_sizes_are_columns(capsys: pytest.CaptureFixture[str], tmp_path:
         assert_noise_reports_its_ratios({"bench": "noise", "machine": printed["machine"], **size})
     assert picture.read_bytes().startswith(b"\x89PNG")
     bench_command("wire", sizes, 1, as_json=False)
-    head = next(line for line in capsys.readouterr().out.splitlines() if "parameters" in line)
-    assert len(re.findall(r"[\d,]{7,}", head)) == 2
+    titles = re.findall(r"^bench wire, ([\d,]+) parameters", capsys.readouterr().out, flags=re.M)
+    assert len(titles) == 2
 
 
 def test_a_size_has_no_influence_on_some() -> None:
@@ -203,7 +203,7 @@ def test_bytes_have_a_picture_too(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 
 def test_a_picture_that_cannot_be_is_refused_first(tmp_path: Path) -> None:
-    refused = {tmp_path / "x.jpg": "the picture is a PNG", tmp_path / "no" / "x.png": "nothing can"}
+    refused = {tmp_path / "x.jpg": "the picture is a PNG", tmp_path / "no" / "x.png": "is not there"}
     for path, words in refused.items():
         with pytest.raises(ConfigError, match=words):
             bench_command("noise", [10**9], 1, as_json=False, picture=path)

@@ -115,7 +115,7 @@ class Chart {
   // `series`: { name, label, color, area?, dashed?, value? }; `data` gives the columns: x, then one per series.
   constructor(id, { series, text, data, log = false, zero = false, summary }) {
     Object.assign(this, { series, text, data, log, zero, summary, card: $(id), at: null });
-    this.empty = make("p", { class: "empty", text: "No round yet" });
+    this.empty = make("p", { class: "empty", text: "Connecting" });
     this.plot = make("div", { class: "plot", role: "img" }, this.empty);
     this.values = series.map(() => make("b", { text: "–" }));
     const marks = series.map((one) => make("i", { class: one.area ? "area" : one.dashed ? "dashed" : "" }));

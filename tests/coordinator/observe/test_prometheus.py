@@ -35,6 +35,7 @@ RUN = f"""
 name = "watched"
 rounds = 100000
 min_peers = 3
+keep = "1GB"
 {TASK}[strategy]
 name = "decoupled"
 lr = 1e-2

@@ -42,7 +42,16 @@ Start = Callable[..., Any]
 @pytest.mark.timeout(240)
 def test_a_finished_run_is_no_dead_end(thinwire: Start, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(RUN)
-    command = ("coordinator", "run.toml", "--host", "127.0.0.1", "--linger", "forever")
+    command = (
+        "coordinator",
+        "run.toml",
+        "--state",
+        "coordinator",
+        "--host",
+        "127.0.0.1",
+        "--linger",
+        "forever",
+    )
     coordinator = thinwire(*command)
     ticket = coordinator.first_line()
     nodes = [
@@ -84,7 +93,7 @@ def test_a_finished_run_is_no_dead_end(thinwire: Start, tmp_path: Path) -> None:
 
 def _folders_have_the_weights(tmp_path: Path) -> None:
     saved = load_file(tmp_path / "late.safetensors")
-    for state in ("small-coordinator", "node-0", str(run_folder(tmp_path / "late"))):
+    for state in ("coordinator", "node-0", str(run_folder(tmp_path / "late"))):
         with open_state(tmp_path / state) as opened:
             assert opened.is_over
         export_state(tmp_path / state, tmp_path / "of-state", None)

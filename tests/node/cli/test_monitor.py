@@ -61,7 +61,7 @@ def everything() -> str:
     node.registry.register(DeviceCollector(["cpu"]))
     node.proposed(2.0, 100, 4, 64, 1)
     node.held_out(2.5)
-    node.compression(300.0)
+    node.compression(300.0, 75.0)
     node.disk(Path("/"))
     return node.text().decode() + scrape(status_of())
 

@@ -14,5 +14,6 @@ def test_by_the_last_rounds() -> None:
     for round_ in range(3, 3 + RECENT_ROUNDS):
         pace.ended(round_, 102.0 + 0.5 * round_)
     assert pace.left_s(2 + RECENT_ROUNDS + 10) == 5.0
-    pace.ended(2 + RECENT_ROUNDS + 10, 1e4)
-    assert pace.left_s(2 + RECENT_ROUNDS + 10) == 0.0
+    pace.ended(3 + RECENT_ROUNDS, 1e4)
+    assert pace.left_s(3 + RECENT_ROUNDS + 10) == 5.0, "one round took hours"
+    assert pace.left_s(3 + RECENT_ROUNDS) == 0.0
