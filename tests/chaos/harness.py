@@ -293,7 +293,7 @@ class Swarm:
         shutil.copytree(
             self.coordinator_state,
             to,
-            ignore=lambda _, names: [n for n in names if n.startswith("ledger.db")],
+            ignore=lambda _, names: [n for n in names if n.startswith("ledger.db") or n.endswith(".sock")],
         )
         source = self.coordinator_state / "ledger.db"
         with (
