@@ -75,11 +75,15 @@ class Reader:
         with log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "thinwire.node.cli.main", *args],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
             )
         self._started.append(process)
+        assert process.stdin is not None
+        with process.stdin as stdin:  # for `join -`
+            stdin.write(self.values.get("tw1-...", "").encode() + b"\n")
         return process
 
     def run(self, command: str, *more: str) -> None:

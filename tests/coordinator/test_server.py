@@ -646,7 +646,7 @@ def test_a_stopped_node_recovers_by_itself(make_swarm: Callable[..., Swarm]) -> 
 
     def state() -> str:
         peers = swarm.coordinator.status()["peers"]
-        return str(next(p["state"] for p in peers if p["peer_id"] == peer_id))
+        return next((str(p["state"]) for p in peers if p["peer_id"] == peer_id), "gone")
 
     assert eventually(lambda: state() == "gone")
     for round_ in (1, 2):
