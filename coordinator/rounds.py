@@ -186,7 +186,11 @@ class Rounds:
 
     @property
     def _may_open(self) -> bool:
-        return self._has_begun and not self.is_over and not self.is_paused
+        return self._has_begun and self._goes_on
+
+    @property
+    def _goes_on(self) -> bool:
+        return not self.is_over and not self.is_paused
 
     def plan(self, n_rounds: int, is_paused: bool) -> None:
         """The record that closes the open round changes these."""
@@ -226,7 +230,7 @@ class Rounds:
             case TimePassed():
                 pass
         is_ready = self._has_begun or len(self.training) >= self._min_peers
-        if self.opened_s is None and is_ready and not self.is_over and not self.is_paused:
+        if self.opened_s is None and is_ready and self._goes_on:
             actions.append(self._open(None, now_s))
         actions += self._close_if_due(now_s)
         return actions
@@ -262,7 +266,7 @@ class Rounds:
         self._hung.discard(offer.peer)
         if (past := self._pasts.get(offer.round)) is not None:
             return self._offered_late(offer, past, now_s)
-        if offer.round != self.round or self.is_over or self.is_paused:
+        if offer.round != self.round or not self._goes_on:
             return OfferRefused(offer.peer, "wrong_round")
         kept = self._offers.get(offer.peer)
         if kept is not None and kept.digest != offer.digest:

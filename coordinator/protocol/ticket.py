@@ -15,9 +15,9 @@ from ...compression.errors import ConfigError
 from .identity import public_key_of
 from .messages import Address, BadMessage, Digest, PeerId, Record, decode_record, digest_of, encode_record
 
-_PREFIX = "tw1-"
+PREFIX = "tw1-"
 _CHECKSUM_BYTES = 4
-_MAX_CHARS = 16_384
+MAX_CHARS = 16_384
 
 
 class Ticket(Record):
@@ -32,7 +32,7 @@ class Ticket(Record):
         """The ticket as people pass it on."""
         packed = encode_record(self)
         data = packed + digest_of(packed)[:_CHECKSUM_BYTES]
-        return _PREFIX + base64.urlsafe_b64encode(data).decode().rstrip("=")
+        return PREFIX + base64.urlsafe_b64encode(data).decode().rstrip("=")
 
     @classmethod
     def parse(cls, line: str) -> Self:
@@ -40,13 +40,11 @@ class Ticket(Record):
         line = "".join(line.split()).strip("\"'`<>")
         if not line:
             raise ConfigError("the ticket is empty: pass the line that `thinwire coordinator` printed")
-        if not line.startswith(_PREFIX):
-            raise ConfigError(
-                f"this is no ticket of this version of thinwire: a ticket starts with {_PREFIX}"
-            )
-        if len(line) > _MAX_CHARS:
-            raise ConfigError(f"the ticket has {len(line)} characters, at most {_MAX_CHARS} are possible")
-        packed = _checked(line.removeprefix(_PREFIX))
+        if not line.startswith(PREFIX):
+            raise ConfigError(f"this is no ticket of this version of thinwire: a ticket starts with {PREFIX}")
+        if len(line) > MAX_CHARS:
+            raise ConfigError(f"the ticket has {len(line)} characters, at most {MAX_CHARS} are possible")
+        packed = _checked(line.removeprefix(PREFIX))
         try:
             ticket = decode_record(cls, packed)
         except BadMessage as e:

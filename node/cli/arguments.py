@@ -8,14 +8,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ...compression.errors import ConfigError
 
 if TYPE_CHECKING:
     from ...coordinator.protocol.addresses import HttpAddress
-
-MAX_TICKET_CHARS: Final = 16_384
 
 
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -37,8 +35,10 @@ def read_ticket(text: str) -> str:
 
 def _ticket_of(lines: TextIO) -> str:
     """Whole after the first line, unless it was wrapped; an empty line ends it, too."""
+    from ...coordinator.protocol.ticket import MAX_CHARS
+
     text = ""
-    while (line := lines.readline().strip()) and len(text) < MAX_TICKET_CHARS:
+    while (line := lines.readline().strip()) and len(text) < MAX_CHARS:
         text += line
         if is_ticket(text):
             break
