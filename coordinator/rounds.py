@@ -311,23 +311,31 @@ class Rounds:
 
     def _has_bytes(self, peer: int, now_s: float) -> None:
         kept = self._offers[peer]
-        # Only those who were awaited say how long a round takes: not joiners, not who was evaluating.
-        if kept.has_bytes or self.opened_s is None:
-            pass
-        elif peer == self._begins_late:
-            self.times.has_evaluated(self.round, now_s - self.opened_s)
-        elif peer in self._opening:
-            self.times.record(self.round, peer, now_s - self.opened_s, kept.n_samples)
+        if self.opened_s is not None and not kept.has_bytes:
+            self._measure(self.round, peer, kept, now_s - self.opened_s, self._opening, self._begins_late)
         kept.has_bytes = True
 
     def _has_bytes_late(self, peer: int, round_: int, now_s: float) -> None:
         past = self._pasts[round_]
         kept = past.late[peer]
-        if not kept.has_bytes and peer == past.begins_late:
-            self.times.has_evaluated(round_, now_s - past.opened_s)
-        elif not kept.has_bytes and peer in past.expected:
-            self.times.record(round_, peer, now_s - past.opened_s, kept.n_samples)
+        if not kept.has_bytes:
+            self._measure(round_, peer, kept, now_s - past.opened_s, past.expected, past.begins_late)
         kept.has_bytes = True
+
+    def _measure(
+        self,
+        round_: int,
+        peer: int,
+        kept: _Kept,
+        time_s: float,
+        expected: frozenset[int],
+        begins_late: int | None,
+    ) -> None:
+        """Only those who were awaited say how long a round takes: not joiners, not who was evaluating."""
+        if peer == begins_late:
+            self.times.has_evaluated(round_, time_s)
+        elif peer in expected:
+            self.times.record(round_, peer, time_s, kept.n_samples)
 
     def _close_if_due(self, now_s: float) -> list[Action]:
         eligible = self._eligible()
