@@ -37,6 +37,7 @@ from .config import RunConfig
 from .snapshots.format import data_of
 from .tasks.base import Pretrained, Task
 from .tasks.buffers import persistent_buffers
+from .tasks.shapes import shapes_only
 from .tasks.trial import Trial, refuse_shared_memory
 
 
@@ -50,7 +51,7 @@ class Genesis:
 
 def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) -> Genesis:
     """`coordinator`: its peer id. Builds the model on the meta device only. Raises ConfigError."""
-    with torch.device("meta"):
+    with shapes_only():
         made = task.model()
     refuse_unlikely(config.strategy)
     refuse_shared_memory(made)

@@ -18,6 +18,7 @@ from ...optim.parts.ranks import local_of, parts_of
 from ...optim.registry import build_strategy
 from .. import config
 from ..tasks.gpt import ByteGPT
+from ..tasks.shapes import shapes_only
 from ..tasks.text import TextTask
 from .live_bytes import LiveBytes
 
@@ -108,7 +109,7 @@ def _task(n_params: int) -> TextTask:
 
 
 def _whole_block(task: TextTask) -> nn.Module:
-    with torch.device("meta"):
+    with shapes_only():
         model = task.model()
     assert isinstance(model, ByteGPT)
     return model.blocks[0]

@@ -31,6 +31,7 @@ from ..links.local import LocalSwarm, local_swarm
 from ..phases import typical
 from ..tasks.base import Task, loss_unit_of
 from ..tasks.registry import make_task
+from ..tasks.shapes import shapes_only
 from .nodes import Peer, Point, Reader
 from .specs import ComparePlan, batches_per_step
 
@@ -144,7 +145,7 @@ class Comparison:
         # Nobody else meets this coordinator: a key and a time that are always the same make the run's id, and
         # with it all noise, the same in every execution.
         self.key = Ed25519PrivateKey.from_private_bytes(run.run.seed.to_bytes(32, "little"))
-        with torch.device("meta"):
+        with shapes_only():
             self._model = task.model()
         self._blobs: dict[bytes, bytes] = {}
         self._geneses = [self._genesis(plan, task) for plan in plans]

@@ -27,6 +27,7 @@ from . import documents, hf_adapters, hf_data, hf_model
 from .base import Init, Rows, device_of
 from .hf_data import Prompts, Stream, Tokenizer, Tokens
 from .prompt import PromptTemplate
+from .shapes import shapes_only
 
 log = logging.getLogger("thinwire.node")
 
@@ -64,7 +65,7 @@ class HfTask:
     def _lora(self) -> config.Lora | None:
         if self._is_node or self.options.adapter is None:
             return self.options.lora
-        with torch.device("meta"):
+        with shapes_only():
             model = hf_model.build(self._architecture, None)
         return hf_adapters.settings_of(Path(self.options.adapter).expanduser(), model)
 
@@ -128,7 +129,7 @@ class HfTask:
         """The options for record 0: with the model's architecture, and no path of this machine."""
         if options.architecture is not None:
             return options
-        with torch.device("meta"):
+        with shapes_only():
             model = self.model()
         lora = None if self._lora is None else hf_adapters.as_adapted(model, self._lora)
         is_folder = options.model is not None and Path(options.model).expanduser().is_dir()
