@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
@@ -141,7 +140,7 @@ class CoordinatorSession:
         self._keeping: asyncio.Task[None] | None = None
         self._retry_s = FIRST_RETRY_S
         self._dial_patience = Patience(floor_s=QUICK_DIAL_S, ceiling_s=DIAL_TIMEOUT_S)
-        self.is_up = asyncio.Event()
+        self.is_up, self._is_down = asyncio.Event(), asyncio.Event()
         self.was_read = asyncio.Event()
         """Set by the link: the coordinator has answered that this node leaves."""
 
@@ -190,11 +189,13 @@ class CoordinatorSession:
         return Stream(reader, writer, self._meter, self._control)
 
     async def close(self, *, say_goodbye: bool = True) -> None:
-        """Waits until the coordinator has read that this node leaves, for at most 5 s, and ends all."""
-        if say_goodbye and self._keeping is not None and not self._keeping.done():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(GOODBYE_S):
-                    await self.was_read.wait()
+        """Waits until the coordinator has read that this node leaves, for at most 5 s and while there is a
+        session, and ends all."""
+        if say_goodbye and self._stream is not None:
+            read, broken = (asyncio.create_task(e.wait()) for e in (self.was_read, self._is_down))
+            await asyncio.wait({read, broken}, timeout=GOODBYE_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in (read, broken):
+                task.cancel()
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
@@ -289,6 +290,7 @@ class CoordinatorSession:
         for message in self._handler.greeting():
             self.post(message)
         self.is_up.set()
+        self._is_down.clear()
         assert self._transport is not None
         tasks: list[asyncio.Task[object]] = [
             asyncio.create_task(self._read(stream)),
@@ -300,6 +302,7 @@ class CoordinatorSession:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.is_up.clear()
+            self._is_down.set()
             self._stream = None
             for task in tasks:
                 task.cancel()

@@ -37,12 +37,10 @@ def test_training_from_scratch_with_a_kill_on_the_way(thinwire: Start) -> None:
 
 
 def test_fine_tuning_with_one_byte_per_probe(thinwire: Start) -> None:
-    program = thinwire(
-        "demo", "--json", "--strategy", "spsa", "--peers", "2", "--rounds", "15", "--no-faults"
-    )
+    program = thinwire("demo", "--json", "--strategy", "spsa", "--peers", "2", "--rounds", "6", "--no-faults")
     assert program.wait(200) == 0, program.stderr()
     result = json.loads(program.stdout())
-    assert result["rounds"] == 15
+    assert result["rounds"] == 6
     assert result["held_out_last"] < result["held_out_first"] - 0.005
     assert len(set(result["fingerprints"].values())) == 1
     assert result["payload_bytes_per_peer_round"] <= 64

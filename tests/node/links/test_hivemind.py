@@ -281,3 +281,15 @@ def test_a_member_that_starts_before_its_coordinator_waits_for_it(make_swarm: Ma
         assert "the coordinator does not answer" in event.text
         swarm.start()
         assert opening.result(WAIT_S).head_round == 1
+
+
+def test_nobody_says_goodbye_to_a_coordinator_that_is_gone(make_swarm: MakeSwarm) -> None:
+    """Neither one that went before, nor one that goes meanwhile is waited for."""
+    swarm = make_swarm(min_peers=1)
+    first = swarm.trainer("a")
+    train(first, 0, b"x")
+    swarm.stop()
+    until(lambda: any("trying again" in event.text for event in first.events()))
+    began_s = time.monotonic()
+    first.close()
+    assert time.monotonic() - began_s < 3
