@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.waiting import wait_until
+from tests.support.zygote import Forked, zygote
 
 # Before torch is loaded: its threads spin while they have nothing to do, and take the cores from other tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -134,7 +135,7 @@ def pytest_configure() -> None:
 class Program:
     """A running `thinwire` command; its output goes to files, so that no pipe can fill up."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     out: Path
     err: Path
 
@@ -171,29 +172,37 @@ Start = Callable[..., Program]
 def thinwire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Starts `thinwire ARGS` as a process. At the end all are killed, and none of their children may be left.
 
-    `before`: a command in front of it (a network namespace), `line`: given to its standard input.
-    Coordinators end with their runs, unless `--linger` says otherwise.
+    `before`: a command in front of it (a network namespace), `line`: given to its standard input; `afresh`:
+    it loads everything itself, see `zygote`. Coordinators end with their runs, unless `--linger` says
+    otherwise.
     """
     started: list[Program] = []
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))  # runs of one name in several tests
 
-    def start(*args: str, before: Sequence[str] = (), line: str | None = None) -> Program:
+    def start(
+        *args: str, before: Sequence[str] = (), line: str | None = None, afresh: bool = False
+    ) -> Program:
         if args[:1] == ("coordinator",) and "--linger" not in args:
             args = (*args, "--linger", "0")
         stem = tmp_path / f"process-{len(started)}"
         out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
+        forker = None if before or afresh else zygote()
+        if forker is not None:
+            process = forker.start(args, cwd=tmp_path, env=os.environ, out=out, err=err, line=line)
+            started.append(Program(process, out, err))
+            return started[-1]
         with out.open("wb") as out_file, err.open("wb") as err_file:
-            process = subprocess.Popen(
+            loading = subprocess.Popen(
                 [*before, sys.executable, "-m", "thinwire.node.cli.main", *args],
                 stdin=subprocess.DEVNULL if line is None else subprocess.PIPE,
                 stdout=out_file,
                 stderr=err_file,
                 cwd=tmp_path,
             )
-        if line is not None and process.stdin is not None:
-            process.stdin.write(line.encode() + b"\n")
-            process.stdin.close()
-        started.append(Program(process, out, err))
+        if line is not None and loading.stdin is not None:
+            loading.stdin.write(line.encode() + b"\n")
+            loading.stdin.close()
+        started.append(Program(loading, out, err))
         return started[-1]
 
     yield start
@@ -290,4 +299,8 @@ def _left_in(folder: Path) -> list[Path | psutil.Process]:
 
 
 def _running_children() -> list[psutil.Process]:
-    return [c for c in psutil.Process().children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
+    forker = zygote()
+    children = psutil.Process().children(recursive=True)
+    return [
+        c for c in children if c.status() != psutil.STATUS_ZOMBIE and (forker is None or c.pid != forker.pid)
+    ]

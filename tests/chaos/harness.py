@@ -25,6 +25,7 @@ import psutil
 
 from tests.chaos.book import Book
 from tests.chaos.proxy import Proxy
+from tests.support.zygote import Forked, zygote
 from thinwire.coordinator.protocol.identity import load_or_create, peer_id_of
 from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.node.system.processes import PARENT_VARIABLE
@@ -55,17 +56,35 @@ class Program:
         self.name, self.folder = name, folder
         self.log, self.out = folder / f"{name}.log", folder / f"{name}.out"
         self._env = env
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
         self._began_at = 0
         self.is_frozen = False
 
-    def start(self, command: Sequence[str], line: str | None = None) -> None:
-        """`line` is given to its standard input."""
+    def start(self, args: Sequence[str], line: str | None = None, script: Path | None = None) -> None:
+        """`line` is given to its standard input. `script`: what begins in the place of `thinwire`."""
         assert not self.is_running, f"{self.name} runs already"
+        self._began_at = self.log.stat().st_size if self.log.exists() else 0
+        if (forker := zygote()) is not None:
+            env = {**self._env, PARENT_VARIABLE: str(forker.pid)}
+            self._process = forker.start(
+                args,
+                cwd=self.folder,
+                env=env,
+                out=self.out,
+                err=self.log,
+                line=line,
+                script=script,
+                session=True,
+            )
+        else:
+            self._load(args, line, script)
+
+    def _load(self, args: Sequence[str], line: str | None, script: Path | None) -> None:
+        """As users start it: it loads everything itself."""
+        launcher = ["-m", "thinwire.node.cli.main"] if script is None else [str(script)]
         with self.log.open("ab") as err, self.out.open("wb") as out:
-            self._began_at = err.tell()
             self._process = subprocess.Popen(
-                [sys.executable, *command],
+                [sys.executable, *launcher, *args],
                 stdin=subprocess.PIPE if line is not None else subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -231,13 +250,12 @@ class Swarm:
         """For the first time or again. `wait`: for its ticket."""
         run_file = self.folder / "run.toml"
         run_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in self.settings.items()))
-        launcher = [str(HERE / "hidden.py")] if self.proxied else ["-m", "thinwire.node.cli.main"]
         self.coordinator.start(
             [
-                *(*launcher, "coordinator", str(run_file), *self._task),
-                *("--linger", "0"),
+                *("coordinator", str(run_file), *self._task, "--linger", "0"),
                 *("--state", str(self.coordinator_state), "--host", "127.0.0.1", "--port", str(self.port)),
-            ]
+            ],
+            script=HERE / "hidden.py" if self.proxied else None,
         )
         if not wait:
             return
@@ -262,17 +280,15 @@ class Swarm:
 
     def start(self, node: Node) -> None:
         """For the first time or again."""
-        launcher = (
-            [str(HERE / "doomed.py"), str(node.orders)] if self.strings else ["-m", "thinwire.node.cli.main"]
-        )
         node.orders.unlink(missing_ok=True)
         node.start(
             [
-                *launcher,
+                *([str(node.orders)] if self.strings else []),
                 *("join", "-", *self._task, "--threads", "1", "--host", "127.0.0.1"),
                 *("--state", str(node.state), "--json"),
             ],
             self._ticket_for(node),
+            HERE / "doomed.py" if self.strings else None,
         )
 
     @property

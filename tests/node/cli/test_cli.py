@@ -46,11 +46,11 @@ def run_file(tmp_path: Path) -> Path:
 
 
 def test_help_is_quick_and_names_every_command(thinwire: Start) -> None:
-    program = thinwire("--help")
+    program = thinwire("--help", afresh=True)
     assert program.wait() == 0
     for command in ("demo", "coordinator", "join", "status", "ledger", "replay", "export", "bench"):
         assert command in program.stdout()
-    program = thinwire("join", "--help")
+    program = thinwire("join", "--help", afresh=True)
     assert program.wait() == 0
     assert "configuration, model and base weights come from" in program.stdout()
 
@@ -232,7 +232,7 @@ def test_a_small_run_from_the_ticket_to_the_weights(thinwire: Start, run_file: P
 def test_ctrl_c_leaves_cleanly_and_a_killed_process_leaves_nothing(thinwire: Start, run_file: Path) -> None:
     coordinator = thinwire("coordinator", "run.toml", "--host", "127.0.0.1", "--set", "run.min_peers=1")
     ticket = coordinator.first_line()
-    node = thinwire("join", ticket, "--threads", "1")
+    node = thinwire("join", ticket, "--threads", "1", afresh=True)
     node.wait_for("round 2/")
     node.process.send_signal(signal.SIGINT)
     assert node.wait() == 128 + signal.SIGINT
@@ -282,7 +282,7 @@ def test_metrics_are_served(thinwire: Start, run_file: Path) -> None:
         "thinwire_swarm_round ",
         'thinwire_swarm_peers{state="training"} 1.0',
         "thinwire_coordinator_sent_bytes_total{",
-        'thinwire_build_info{protocol="2"',
+        'thinwire_build_info{protocol="3"',
     ):
         assert name in texts[0], texts[0]
     for name in (
