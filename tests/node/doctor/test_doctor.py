@@ -296,7 +296,7 @@ def test_a_clock_that_is_wrong(thinwire: Start, tmp_path: Path, monkeypatch: pyt
     )
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path / "ahead"), prepend=os.pathsep)
-        line = thinwire("coordinator", "run.toml", "--host", "127.0.0.1").first_line()
+        line = thinwire("coordinator", "run.toml", "--host", "127.0.0.1", afresh=True).first_line()
     clock = by_name(check_network(NetworkPlan("127.0.0.1", 0, (), Ticket.parse(line)), never))["clock"]
     assert clock.status == "warning"
     assert "180 min behind" in clock.detail
@@ -335,8 +335,8 @@ def test_a_machine_that_computes_something_else(
 ) -> None:
     """It is told so by the doctor, and before it joins; plain lines where there is no terminal."""
     sloppy(tmp_path, monkeypatch)
-    program = thinwire("doctor", "--host", "127.0.0.1", "--state", "state")
-    joining = thinwire("join", dead_ticket(closed_port()).line(), "--state", "node")
+    program = thinwire("doctor", "--host", "127.0.0.1", "--state", "state", afresh=True)
+    joining = thinwire("join", dead_ticket(closed_port()).line(), "--state", "node", afresh=True)
     assert program.wait() == 1
     shown = program.stdout()
     assert "\x1b" not in shown
