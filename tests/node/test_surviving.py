@@ -74,8 +74,7 @@ def test_a_late_joiner_takes_the_cheaper_way_and_ends_equal(
         )
         assert reached.wait(60)
         wait_for(lambda: newest_attested(swarm) >= 4)
-        # In whatever round it begins: one that was to evaluate before it is not awaited if that takes long.
-        late = Runner(swarm.link("peer-2"), on_proposing=lambda _: release.set())
+        late = Meddled(swarm.link("peer-2"), {7: lambda _: release.set()})
         (result,) = run_all([late])
         thread.join(100)
     assert result.rounds == 12
@@ -203,7 +202,9 @@ def test_a_peer_that_was_wrong_for_a_while_replays_once(
         runner.replica.begin = slowly  # type: ignore[method-assign]
         metrics.replayed = counted  # type: ignore[method-assign]
 
-    config = config_of(STRATEGIES["decoupled"], min_peers=2, rounds=24, verify_every=4, snapshot_every=100)
+    config = config_of(
+        STRATEGIES["decoupled"], min_peers=2, rounds=24, verify_every=4, snapshot_every=100, eval_every=100
+    )
     with swarm_of(tmp_path, config) as swarm:
         flipped = Meddled(swarm.link("peer-1"), {9: flip_a_bit, 10: check_slowly})
         wait = {17: lambda _: began.wait(60), 20: lambda _: ended.wait(60)}

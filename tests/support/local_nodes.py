@@ -117,7 +117,9 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
 
 
 class Meddled(Runner):
-    """Calls `meddle(runner)` before it proposes in the given rounds: to hold it up, or to break something."""
+    """Calls `meddle(runner)` before it proposes in the given rounds: to hold it up, or to break something.
+
+    A node that evaluates may make no offer for the round after: then it is called before the next one."""
 
     def __init__(
         self, link: LocalLink, meddle: Mapping[int, Callable[[Runner], object]], **options: Any
@@ -126,9 +128,8 @@ class Meddled(Runner):
         self.meddle = dict(meddle)
 
     def _meddle(self) -> None:
-        meddle = self.meddle.pop(self.replica.round, None)
-        if meddle is not None:
-            meddle(self)
+        for round_ in sorted(r for r in self.meddle if r <= self.replica.round):
+            self.meddle.pop(round_)(self)
 
 
 def in_background(runners: Sequence[Runner]) -> tuple[threading.Thread, list[Result]]:
