@@ -180,7 +180,7 @@ def test_a_peer_that_was_wrong_for_a_while_replays_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What it had said of later rounds before it was healed was the same fault: nobody looks for it again."""
-    began, ended = threading.Event(), threading.Event()
+    trains, began, ended = threading.Event(), threading.Event(), threading.Event()
 
     def check_slowly(runner: Runner) -> None:
         verdicts, metrics = runner.prepared.history.verdicts, runner.metrics
@@ -206,8 +206,10 @@ def test_a_peer_that_was_wrong_for_a_while_replays_once(
         STRATEGIES["decoupled"], min_peers=2, rounds=24, verify_every=4, snapshot_every=100, eval_every=100
     )
     with swarm_of(tmp_path, config) as swarm:
-        flipped = Meddled(swarm.link("peer-1"), {9: flip_a_bit, 10: check_slowly})
-        wait = {17: lambda _: began.wait(60), 20: lambda _: ended.wait(60)}
+        meddle = {0: lambda _: trains.set(), 9: flip_a_bit, 10: check_slowly}
+        flipped = Meddled(swarm.link("peer-1"), meddle)
+        # Two are enough for a round: they begin with the one that is to go wrong, not before it is there.
+        wait = {0: lambda _: trains.wait(60), 17: lambda _: began.wait(60), 20: lambda _: ended.wait(60)}
         others = [Meddled(swarm.link(name), wait) for name in ("peer-0", "peer-2")]
         for runner in (others[0], flipped, others[1]):  # indices
             runner.link.open()
