@@ -274,7 +274,7 @@ def _export_from_the_folder_of_a_node_that_left(said: str, output: Path) -> None
     assert found is not None, last
     export_state(Path(found[2]), output, None)
     about = json.loads((output / "thinwire.json").read_text())
-    assert about["round"] == int(found[1])
+    assert about["round"] >= int(found[1]), "its ledger may have one more record than it has applied"
 
 
 # ------------------------------------------------------------------------------------ model and weights
