@@ -41,7 +41,7 @@ def test_decoupled_momentum_needs_its_parts() -> None:
 
 
 def test_sparse_loco_needs_error_feedback_and_no_more_than_two_bits() -> None:
-    losses = diloco_losses(seed=1, n_rounds=7)
+    losses = diloco_losses(seed=1, n_rounds=5)
     assert broken(losses, DILOCO_CLAIMS) == []
     assert abs(losses["SparseLoCo, 2 bits"] - losses["SparseLoCo"]) < 0.1
 
@@ -50,7 +50,7 @@ def test_one_byte_per_probe_fine_tunes_as_float_scalars_do() -> None:
     """90% of their fall in loss, the mean of two seeds; 8 peers."""
     runs, falls = one_byte(lr=1e-2), []
     for seed in (1, 2):
-        losses = FineTuning(SMALL, seed, n_rounds=60).losses(runs, n_peers=8, n_rounds=25)
+        losses = FineTuning(SMALL, seed, n_rounds=60).losses(runs, n_peers=8, n_rounds=15)
         assert losses["byte"] != losses["float"]
         falls.append({name: losses["before"] - losses[name] for name in runs})
     assert min(fall["float"] for fall in falls) > 0.1

@@ -32,6 +32,8 @@ from thinwire.node.replica import Replica
 from thinwire.node.runner import Runner
 from thinwire.optim.registry import check_changes
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 DILOCO = {"name": "diloco", "inner_steps": 2, "lr": 1e-3, "compressor": {"name": "dense"}}
 CHANGED: dict[str, tuple[Any, dict[str, Any]]] = {
     "decoupled": (DECOUPLED, {"strategy.lr": 1e-3, "strategy.weight_decay": 0.1}),

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ from thinwire.node.runner import Runner
 from thinwire.node.tasks.base import Task
 from thinwire.node.tasks.registry import make_task
 from thinwire.optim.base import Closure
+
+pytestmark = pytest.mark.usefixtures("one_core")
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
 SPEEDS = [1.0] * 6 + [0.5, 0.25]

@@ -29,6 +29,8 @@ from thinwire.node.runner import Runner
 from thinwire.node.tasks.registry import make_task
 from thinwire.optim.base import Closure, Own
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("n_peers", [2, 4, 8])

@@ -25,6 +25,8 @@ from thinwire.compression.errors import ReplicaDiverged
 from thinwire.node.joining import NoStart
 from thinwire.node.runner import Runner
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 
 def flip_a_bit(runner: Runner) -> None:
     """One of the upper ones: a low one of a small weight would be rounded away with the next update."""

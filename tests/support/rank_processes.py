@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,27 +15,34 @@ import torch
 import torch.distributed as dist
 
 from tests.support.paths import ROOT
+from tests.support.zygote import Forked, zygote
 
 
 def run_ranks(module: str, world_size: int, *args: str) -> list[Any]:
     """What `python -m MODULE RANK WORLD_SIZE ARGS` prints as JSON, by rank."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(rank), str(world_size), *args],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        ended = [p.communicate(timeout=100) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert [p.returncode for p in processes] == [0] * world_size, "\n".join(err for _, err in ended)
-    return [json.loads(out) for out, _ in ended]
+    with tempfile.TemporaryDirectory() as folder:
+        outs = [Path(folder) / f"{rank}.out" for rank in range(world_size)]
+        errs = [out.with_suffix(".err") for out in outs]
+        processes = [
+            _start(module, [str(rank), str(world_size), *args], outs[rank], errs[rank])
+            for rank in range(world_size)
+        ]
+        try:
+            codes = [p.wait(100) for p in processes]
+        finally:
+            for p in processes:
+                p.kill()
+                p.wait()
+        assert codes == [0] * world_size, "\n".join(err.read_text() for err in errs)
+        return [json.loads(out.read_text()) for out in outs]
+
+
+def _start(module: str, args: list[str], out: Path, err: Path) -> subprocess.Popen[bytes] | Forked:
+    if (forker := zygote()) is not None:
+        return forker.start(args, cwd=ROOT, env=os.environ, out=out, err=err, module=module)
+    with out.open("wb") as out_file, err.open("wb") as err_file:
+        command = [sys.executable, "-m", module, *args]
+        return subprocess.Popen(command, cwd=ROOT, stdout=out_file, stderr=err_file)
 
 
 def join(meeting: Path, rank: int, world_size: int) -> None:

@@ -102,13 +102,14 @@ class Zygote:
         err: Path,
         line: str | None = None,
         script: Path | None = None,
+        module: str = MODULE,
         session: bool = False,
     ) -> Forked:
-        """Runs `thinwire ARGS`, or a Python script with them. `out` begins anew, `err` is appended to; `line`
-        is all of its standard input. `session`: it leads one of its own."""
+        """Runs `thinwire ARGS`, or a Python script or another module with them. `out` begins anew, `err` is
+        appended to; `line` is all of its standard input. `session`: it leads one of its own."""
         files = {"out": str(out), "err": str(err), "line": line, "cwd": str(cwd)}
-        what = {"args": list(args), "script": script and str(script), "session": session}
-        request = {**what, "env": dict(env), **files}
+        what = {"args": list(args), "script": script and str(script), "module": module}
+        request = {**what, **files, "env": dict(env), "session": session}
         out.write_bytes(b"")
         err.touch()
         assert self._process.stdin is not None
@@ -221,8 +222,8 @@ def _become(request: Mapping[str, Any]) -> None:
         sys.argv = [script, *request["args"]]
         runpy.run_path(script, run_name="__main__")
     else:
-        sys.argv = [MODULE, *request["args"]]
-        runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+        sys.argv = [request["module"], *request["args"]]
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
 
 
 def _open_streams(request: Mapping[str, Any]) -> None:
