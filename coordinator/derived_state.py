@@ -18,6 +18,7 @@ from .observe.page_history import PageHistory
 from .observe.run_statistics import RunStatistics
 from .protocol.messages import Commit, CommitBody, Rejected
 from .protocol.settings import Course, Keep
+from .protocol.trust.standing import Standing
 from .reports import Reports
 from .retention import PayloadRetention
 from .rounds import RoundClosed
@@ -62,6 +63,7 @@ class DerivedState:
         self.retention = PayloadRetention(blobs, course.run.snapshot_every, name, keep)
         snapshots, trend = self.retention.snapshots, self.page_history.trend
         self.reports = Reports(ledger, self.statistics, trend, snapshots, rejected, course)
+        self.standing = Standing()
         self._last_peers: deque[frozenset[int]] = deque(maxlen=RECALLED_COMMITS)
         self._evaluator: int | None = None
         self._evaluates: int | None = None
@@ -105,6 +107,7 @@ class DerivedState:
         self.retention.committed(body, present)
 
     def _follow(self, body: CommitBody) -> None:
+        self.standing.committed(body)
         for text in self.course.told(body.changes):
             self.page_history.happened(body.time_ms, "changed", f"round {body.round}: {text}")
         self.course = self.course.after(body.changes)

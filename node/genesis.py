@@ -32,7 +32,7 @@ from ..coordinator.protocol.schedule import lr_factor_bits
 from ..coordinator.protocol.settings import parse_settings
 from ..optim.base import Closure, canonical_name
 from ..optim.parts.ranks import local_of, parts_of, ranks_of
-from ..optim.registry import build_strategy, complete_config, refuse_unlikely, strategy_class
+from ..optim.registry import build_strategy, complete_config, of_new_run, refuse_unlikely, strategy_class
 from .config import RunConfig
 from .snapshots.format import data_of
 from .tasks.base import Pretrained, Task
@@ -116,8 +116,10 @@ def in_dtype(model: nn.Module, config: RunConfig) -> nn.Module:
     return model
 
 
-def public_config(config: RunConfig, task: Task) -> RunConfig:
-    """What goes into record 0: defaults spelled out, and no path of the coordinator's machine."""
+def public_config(config: RunConfig, task: Task, recorded: RunConfig | None = None) -> RunConfig:
+    """What goes into record 0: defaults spelled out, and no path of the coordinator's machine. `recorded`:
+    of a run that is gone on with, whose record 0 may be older than some options."""
+    strategy = of_new_run(config.strategy, None if recorded is None else recorded.strategy)
     if isinstance(task, Pretrained):
         options = task.public(config.task)
     else:
@@ -129,7 +131,7 @@ def public_config(config: RunConfig, task: Task) -> RunConfig:
         update={
             "run": config.run.model_copy(update=run),
             "task": options,
-            "strategy": complete_config(config.strategy),
+            "strategy": complete_config(strategy),
         }
     )
 

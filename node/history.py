@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..coordinator.protocol.attested import Attested, Snapshots
 from ..coordinator.protocol.messages import Change, Changes, Commit
 from ..coordinator.protocol.settings import in_order
+from ..coordinator.protocol.trust.standing import Standing
 from .verdicts import Verdicts
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class History:
         self.peers: dict[int, str] = {}
         self.snapshots = Snapshots(snapshot_every)
         self.verdicts = Verdicts()
+        self.standing = Standing()
         self._digests = [run_id]
         self._costs = [0]
         self._changes: dict[str, Change] = {}
@@ -55,6 +57,7 @@ class History:
         self.peers.update({a.index: a.peer_id for a in body.admitted})
         self.snapshots.committed(body)
         self.verdicts.committed(body)
+        self.standing.committed(body)
         self._digests.append(commit.digest)
         if body.changes:
             self._changes.update((change.key, change) for change in body.changes)

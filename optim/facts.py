@@ -44,6 +44,9 @@ class Facts:
     """Options that a run may change between two rounds: they act in a round only; neither payloads nor state
     depend on them."""
 
+    in_runs: Mapping[str, Any] = field(default_factory=dict)
+    """Options that new runs have at other values than the defaults: those are what older ledgers mean."""
+
     small_model: Mapping[str, Any] = field(default_factory=dict)
     """Options for a small model and a short run: the defaults are the papers', for large and long ones."""
 

@@ -65,6 +65,13 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def of_new_run(config: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The same with `Facts.in_runs` where it says nothing. `recorded`: what record 0 holds of a run that is
+    gone on with; options that it does not know are what they are by default. Raises ConfigError."""
+    known = strategy_class(config.get("name")).facts.in_runs
+    return {**{k: v for k, v in known.items() if recorded is None or k in recorded}, **config}
+
+
 def _complete(name: str, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """`defaults`: of every option; `REQUIRED` for one that must be given."""
     for key in config.keys() - {"name"}:

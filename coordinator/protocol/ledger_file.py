@@ -38,6 +38,7 @@ from .messages import (
     OfferEntry,
     decode_record,
     digest_of,
+    is_readable,
 )
 from .settings import Course
 
@@ -74,7 +75,7 @@ class LedgerFile:
         self._at = 0
         self.n_bytes = file.seek(0, os.SEEK_END)
         self._places: dict[bytes, tuple[int, int]] = {}  # digest -> offset, length
-        self._read_head()
+        version = self._read_head()
         self.signature, self.record = self._signed(_GENESIS, 0)
         try:
             self.genesis = decode_record(GenesisBody, self.record)
@@ -83,8 +84,8 @@ class LedgerFile:
             raise LedgerCorrupt(f"record 0: it is no genesis: {e}") from e
         if not is_signed:
             raise LedgerCorrupt("record 0: its signature is not the coordinator's")
-        if self.genesis.protocol != PROTOCOL_VERSION:
-            raise _other_version(self.genesis.protocol)
+        if self.genesis.protocol != version:
+            raise LedgerCorrupt(f"record 0: of protocol {self.genesis.protocol}, in a file of {version}")
         self.run_id = digest_of(self.record)
         self.peers: dict[int, str] = {}
         self._absent: set[bytes] = set()
@@ -128,13 +129,14 @@ class LedgerFile:
             raise LedgerCorrupt(f"payload {offer.digest.hex()[:16]} has changed since it was checked")
         return data
 
-    def _read_head(self) -> None:
+    def _read_head(self) -> int:
         data = self._bytes(_HEAD.size, "this is no ledger file: it is too short")
         magic, version = _HEAD.unpack(data)
         if magic != MAGIC:
             raise LedgerCorrupt("record 0: this is no ledger file of thinwire")
-        if version != PROTOCOL_VERSION:
+        if not is_readable(version):
             raise _other_version(version)
+        return int(version)
 
     def _next_kind(self, record: int) -> bytes:
         kind = self._bytes(1, f"record {record}: the file is cut off before it")
@@ -296,7 +298,7 @@ def _write(
 ) -> None:
     round_, digest = 0, digest_of(genesis)
     written: set[bytes] = set()
-    file.write(_HEAD.pack(MAGIC, PROTOCOL_VERSION))
+    file.write(_HEAD.pack(MAGIC, decode_record(GenesisBody, genesis).protocol))
     _put(file, _GENESIS, signature + genesis)
     for commit in commits:
         _put(file, _COMMIT, commit.signature + commit.record)

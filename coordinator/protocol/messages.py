@@ -17,7 +17,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ...compression.errors import ThinwireError, error_name, named_error
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+"""Of sessions, and of the ledgers of new runs."""
+
+OLDEST_LEDGER = 2
+"""Runs that began with this protocol version, or a later one, are read, replayed and gone on with."""
+
 INLINE_BYTES = 4096
 """Payloads up to this size travel inside offer and commit; larger ones are blobs named by digest."""
 
@@ -32,6 +37,9 @@ MAX_FIGURES = 64
 
 MAX_NAME = 100
 """Characters of a figure's name."""
+
+MAX_AUDITS = 256
+"""In one record."""
 
 MAX_PEERS = 1024
 MAX_ROUND = 2**32 - 1
@@ -53,6 +61,7 @@ Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
 Round = Annotated[int, Field(ge=0, le=MAX_ROUND)]
 Index = Annotated[int, Field(ge=0, lt=2**16)]
 Count = Annotated[int, Field(ge=0, lt=2**40)]
+Signature = Annotated[bytes, Field(min_length=64, max_length=64)]
 PeerId = Annotated[str, Field(min_length=1, max_length=100)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Address = Annotated[str, Field(min_length=1, max_length=300)]
@@ -63,13 +72,19 @@ def as_text(words: str) -> str:
     return words[:MAX_TEXT].encode(errors="replace").decode()
 
 
+def is_readable(protocol: int) -> bool:
+    """Whether this build reads and goes on with ledgers of that protocol version."""
+    return OLDEST_LEDGER <= protocol <= PROTOCOL_VERSION
+
+
 class Record(BaseModel):
     """A frozen, strictly typed value that is packed as the list of its fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=False)
 
-    tail: ClassVar[str | None] = None
-    """The last field, where it is younger than the record: left out of the bytes while it is empty."""
+    n_younger: ClassVar[int] = 0
+    """So many of the last fields are younger than the record: those at its end that are empty are left out of
+    the bytes, which are what they were before there was such a field."""
 
     @model_validator(mode="before")
     @classmethod
@@ -77,18 +92,20 @@ class Record(BaseModel):
         if not isinstance(value, tuple):
             return value
         names = list(cls.model_fields)
-        if cls.tail is not None and len(value) == len(names) and not value[-1]:
-            raise ValueError(f"an empty {cls.tail} is left out")
-        if cls.tail is not None and len(value) == len(names) - 1:
-            names.pop()
-        if len(value) != len(names):
+        n_older = len(names) - cls.n_younger
+        if not n_older <= len(value) <= len(names):
             raise ValueError(f"{cls.__name__} has {len(names)} fields, not {len(value)}")
-        return dict(zip(names, value, strict=True))
+        if len(value) > n_older and not value[-1]:
+            raise ValueError(f"an empty {names[len(value) - 1]} is left out")
+        return dict(zip(names, value, strict=False))
 
     def to_list(self) -> list[Any]:
         """The fields' values in order, as msgpack takes them."""
         values = [_plain(getattr(self, name)) for name in type(self).model_fields]
-        return values[:-1] if self.tail is not None and not values[-1] else values
+        n_older = len(values) - self.n_younger
+        while len(values) > n_older and not values[-1]:
+            values.pop()
+        return values
 
 
 R = TypeVar("R", bound=Record)
@@ -121,15 +138,21 @@ class NodeState(StrEnum):
 
 
 class OfferEntry(Record):
-    """One counted offer in a commit: either the payload itself or the digest of a blob."""
+    """One counted offer in a commit: either the payload itself or the digest of a blob.
 
+    0 samples: no batch of the peer's was finite; its payload is empty and changes nothing. `own_data`: it was
+    made from data that others do not have.
+    """
+
+    n_younger = 1
     peer: Index
-    n_samples: Annotated[int, Field(ge=1, le=2**20)]
+    n_samples: Annotated[int, Field(ge=0, le=2**20)]
     n_tokens: Count
     loss: float | None
     n_bytes: Count
     payload: Annotated[bytes, Field(max_length=INLINE_BYTES)] | None
     digest: Digest | None
+    own_data: bool = False
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -139,10 +162,15 @@ class OfferEntry(Record):
 
 
 class Admission(Record):
-    """A peer gets its small index: offers, reports and evaluators name it by this from then on."""
+    """A peer gets its small index: offers, reports and evaluators name it by this from then on.
 
+    `invitation`: the name of the one that let it in; "": none.
+    """
+
+    n_younger = 1
     index: Index
     peer_id: PeerId
+    invitation: Annotated[str, Field(max_length=MAX_NAME)] = ""
 
 
 class ReportEntry(Record):
@@ -163,6 +191,23 @@ class SnapshotEntry(Record):
     round: Round
     manifest: Digest
     n_bytes: Count
+
+
+class Verdict(StrEnum):
+    """What an auditor has found of another peer's offer, after it did that peer's work again."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+
+
+class AuditEntry(Record):
+    """One auditor's report on the counted offer of `target` in `round`, signed by the auditor."""
+
+    round: Annotated[int, Field(ge=1, le=MAX_ROUND)]
+    target: Index
+    auditor: Index
+    verdict: Annotated[Verdict, Field(strict=False)]
+    signature: Signature
 
 
 _Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -188,10 +233,12 @@ Changes = Annotated[tuple[Change, ...], Field(max_length=MAX_CHANGES), AfterVali
 class CommitBody(Record):
     """What closes a round. `lr_factor_bits`: float32 bits of the factor of round + 1.
 
-    Without offers it only brings changes: its round trains nothing.
+    Without offers it only brings changes: its round trains nothing. `audits`: in the order of round, target
+    and auditor, each once. `work`: digest of the signatures of the offers (see `signed_offers`); empty in
+    records that were made before offers were signed, and without offers.
     """
 
-    tail = "changes"
+    n_younger = 3
     round: Annotated[int, Field(ge=1, le=MAX_ROUND)]
     parent: Digest
     offers: Annotated[tuple[OfferEntry, ...], Field(max_length=MAX_PEERS)]
@@ -202,11 +249,18 @@ class CommitBody(Record):
     evaluator: Index | None
     time_ms: Annotated[int, Field(ge=0, lt=2**48)]
     changes: Changes = ()
+    audits: Annotated[tuple[AuditEntry, ...], Field(max_length=MAX_AUDITS)] = ()
+    work: Annotated[bytes, Field(max_length=32)] = b""
 
     @model_validator(mode="after")
     def _has_a_reason(self) -> Self:
         if not self.offers and not self.changes:
             raise ValueError("a commit has offers or changes")
+        if self.work and (len(self.work) != 32 or not self.offers):
+            raise ValueError("work is the digest of the signatures of offers")
+        keys = [(a.round, a.target, a.auditor) for a in self.audits]
+        if keys != sorted(set(keys)):
+            raise ValueError("audits are in order, each one once")
         return self
 
 
@@ -290,7 +344,7 @@ class Welcome(Message):
 
     tag = 2
     genesis: Annotated[bytes, Field(max_length=16 * 2**20)]
-    signature: Annotated[bytes, Field(min_length=64, max_length=64)]
+    signature: Signature
     head_round: Round
     head_digest: Digest
     kept_from: Round
@@ -329,23 +383,29 @@ class State(Message):
     ends with."""
 
     tag = 4
-    tail = "last_word"
+    n_younger = 1
     state: Annotated[NodeState, Field(strict=False)]
     needs_after: Round | None = None
     last_word: Text = ""
 
 
 class Offer(Message):
-    """What a peer proposes for `round`. On the wire `payload` is None when it was sent as a blob."""
+    """What a peer proposes for `round`. On the wire `payload` is None when it was sent as a blob.
+
+    `signature`: the peer's, over what `signed_offers.signed_bytes` says. `own_data`: see OfferEntry.
+    """
 
     tag = 5
+    n_younger = 2
     round: Annotated[int, Field(ge=1, le=MAX_ROUND)]
-    n_samples: Annotated[int, Field(ge=1, le=2**20)]
+    n_samples: Annotated[int, Field(ge=0, le=2**20)]
     n_tokens: Count
     loss: float | None
     n_bytes: Count
     payload: bytes | None
     digest: Digest | None
+    signature: Annotated[bytes, Field(max_length=64)] = b""
+    own_data: bool = False
 
 
 class Follow(Message):
@@ -361,7 +421,7 @@ class Commit(Message):
 
     tag = 7
     record: Annotated[bytes, Field(max_length=16 * 2**20)]
-    signature: Annotated[bytes, Field(min_length=64, max_length=64)]
+    signature: Signature
 
     @cached_property
     def digest(self) -> bytes:
@@ -464,6 +524,16 @@ class Notice(Message):
     warning: bool
 
 
+class Audit(Message):
+    """An auditor's report on the offer of the peer `target` in `round`: see AuditEntry."""
+
+    tag = 17
+    round: Annotated[int, Field(ge=1, le=MAX_ROUND)]
+    target: Index
+    verdict: Annotated[Verdict, Field(strict=False)]
+    signature: Signature
+
+
 class AskMetrics(Message):
     """Coordinator to node: somebody wants to see your metrics."""
 
@@ -490,6 +560,7 @@ MESSAGES: dict[int, type[Message]] = {
         Head,
         Report,
         Evaluation,
+        Audit,
         Heartbeat,
         Offered,
         Members,
@@ -557,15 +628,17 @@ def _validated(kind: type[R], value: Any) -> R:
 Rejected = Literal[
     # sessions
     "adopt", "banned", "fork", "full", "head", "hello", "not_admitted", "old_session", "run", "strangers",
-    "token", "too_slow", "version",
+    "token", "too_slow", "uninvited", "version",
     # frames and messages
     "frame_cut", "frame_kind", "frame_size", "message", "metrics", "wrong_message",
     # offers
-    "changed_offer", "late_offer", "offer", "oversized", "samples", "size", "too_many_offers", "wrong_round",
+    "changed_offer", "copied_offer", "late_offer", "offer", "oversized", "samples", "signature", "size",
+    "too_many_offers", "wrong_round",
     # blobs
     "blob", "blob_streams", "quota", "stranger",
     # reports
-    "evaluation", "fingerprint", "held_out", "report_round", "snapshot", "too_many_reports",
+    "audit", "evaluation", "fingerprint", "held_out", "no_work", "rate", "report_round", "snapshot",
+    "too_many_reports",
     # a fault of ours
     "internal",
 ]  # fmt: skip

@@ -92,8 +92,9 @@ def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) ->
         return CoordinatorServer(state, genesis=genesis.body, blobs=genesis.blobs, **where)
     server = CoordinatorServer(state, **where)
     # As of today: options that the run's thinwire did not have yet are what they are by default.
-    there = public_config(parse_config(server.ledger.genesis.config), task).model_dump()
-    differences = _differences(there, public_config(config, task).model_dump())
+    recorded = parse_config(server.ledger.genesis.config)
+    there, here = (public_config(c, task, recorded).model_dump() for c in (recorded, config))
+    differences = _differences(there, here)
     if differences:
         server.ledger.close()
         raise ConfigError(

@@ -25,6 +25,7 @@ from ...coordinator.protocol.messages import (
     Refused,
     Welcome,
     digest_of,
+    is_readable,
 )
 from ...coordinator.protocol.patience import Patience
 from ...coordinator.protocol.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream, Throttle
@@ -410,7 +411,7 @@ def _checked(ticket: Ticket, answer: Message) -> Welcome:
         raise Incompatible("the coordinator serves another run than the ticket's: ask for a new ticket")
     if not is_signed_by(ticket.peer_id, answer.signature, answer.genesis):
         raise LedgerCorrupt("record 0: its signature is not the coordinator's")
-    if answer.body.protocol != PROTOCOL_VERSION:
+    if not is_readable(answer.body.protocol):
         raise Incompatible(
             f"the run has protocol version {answer.body.protocol}, this thinwire {PROTOCOL_VERSION}"
         )

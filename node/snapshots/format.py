@@ -64,7 +64,7 @@ class Manifest(Record):
     `n_bytes`: of the data; `chunks`: BLAKE3 of each; `changes`: of the run's
     settings, by records up to this one."""
 
-    tail = "changes"
+    n_younger = 1
     version: int
     run_id: Digest
     round: Round
