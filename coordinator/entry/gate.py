@@ -105,16 +105,16 @@ class Gate:
 
 def _not_listed(peer_id: str) -> str:
     return (
-        f"this run takes listed peers only, and {peer_id} is not among them: whoever runs the coordinator adds "
-        f"it to [admission] peers of the run file, and starts the coordinator again"
+        f"this run takes listed peers only, and {peer_id} is not among them: whoever runs the coordinator "
+        f"adds it to [admission] peers of the run file, and starts the coordinator again"
     )
 
 
 def _used_up(invitation: Invitation) -> str:
     who = "1 identity, which has" if invitation.uses == 1 else f"{invitation.uses} identities, which have"
     return (
-        f"the invitation {invitation.name} lets in {who} come with it: start the node with the --state folder "
-        f"that it had before, or ask for a new one ({ASK})"
+        f"the invitation {invitation.name} lets in {who} come with it: start the node with the --state "
+        f"folder that it had before, or ask for a new one ({ASK})"
     )
 
 

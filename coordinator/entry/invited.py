@@ -10,7 +10,7 @@ _TABLE = "CREATE TABLE IF NOT EXISTS invited (idx INTEGER PRIMARY KEY, invitatio
 
 
 class Invited:
-    """Of one ledger. Invitations have the names of the ledger; writes are part of the caller's transaction."""
+    """Of one ledger. Invitations have their names in it; writes are part of the caller's transaction."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db

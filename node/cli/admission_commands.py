@@ -47,8 +47,8 @@ class Identity:
     """
 
     state: Annotated[Positional[Path | None], arg(metavar="STATE")] = None
-    """The node's state folder (its --state). Default: the first of ~/.local/state/thinwire/node-0, node-1, ...
-    that no node uses now, as for thinwire join."""
+    """The node's state folder (its --state). Default: as for thinwire join, the first of
+    ~/.local/state/thinwire/node-0, node-1, ... that no node uses now."""
 
     def run(self) -> int:
         from .inviting import identity

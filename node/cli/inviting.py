@@ -34,8 +34,8 @@ def invitation(state: Path, name: str, uses: int, expires: str) -> str:
 
 
 def identity(state: Path | None) -> str:
-    """The peer id of the node that keeps its state there, or that `thinwire join` would start; its key is made
-    if it has none. Raises ConfigError."""
+    """The peer id of the node that keeps its state there, or that `thinwire join` would start; its key is
+    made if it has none. Raises ConfigError."""
     if state is not None and (state / IDENTITY_NAME).is_file():
         return _peer_id(state)  # its node may run
     if state is not None and (state / "ledger.db").is_file():

@@ -11,7 +11,6 @@ from ...coordinator.protocol.p2p import start_p2p
 from ...coordinator.protocol.ticket import Ticket
 from ...coordinator.protocol.transport import Transport
 from ..system.folder import IDENTITY_NAME
-from ..system.folder import IDENTITY_NAME
 from .core import About
 from .remote import RemoteLink
 from .upload_limit import UploadLimit
