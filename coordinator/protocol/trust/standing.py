@@ -89,7 +89,8 @@ class Standing:
         """The next commit, or one that is known. `digest`: its own; what is drawn comes from it."""
         if body.round <= self.round:
             return
-        assert digest or self._rules is None, "audits are drawn from the commit's digest"
+        if self._rules is not None and not (digest and body.round == self.round + 1):
+            raise ValueError("commits are needed in order, and their digests: audits are drawn from them")
         for entry in body.audits:
             if not self.is_condemned(entry.auditor):
                 self._heard(entry)
@@ -116,12 +117,17 @@ class Standing:
 
     def condemned_in(self, round_: int) -> frozenset[int]:
         """Peers whose offers of this round weigh nothing; of any round up to the one after the newest that is
-        known."""
-        if round_ > self.round + 1:
+        known: ValueError for others."""
+        if self._rules is not None and round_ > self.round + 1:
             raise ValueError(f"who is condemned in round {round_} is not known after round {self.round}")
         if round_ == self.round + 1:
             return frozenset(self._terms)
         return frozenset(peer for peer, first, last in self._ever if first <= round_ <= last)
+
+    def changed(self) -> tuple[list[int], list[int]]:
+        """Who is condemned since the newest commit, and whose term is over with it; sorted."""
+        before, now = self.condemned_in(self.round), self.condemned_in(self.round + 1)
+        return sorted(now - before), sorted(before - now)
 
     def condemned_until(self, peer: int) -> int | None:
         """The last round of the peer's term; None: it is not condemned."""
