@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from tests.simulation.oracle import first_state, next_state
 from thinwire.coordinator.protocol.attested import Snapshots
+from thinwire.coordinator.protocol.trust.standing import Standing
 from thinwire.coordinator.protocol.chain import Chain
 from thinwire.coordinator.protocol.messages import (
     INLINE_BYTES,
@@ -182,8 +183,10 @@ class Peer:
 
     def _choose_start(self) -> None:
         """The newest state that can be had: this one, an own snapshot, an attested one."""
-        snapshots = Snapshots(self._snapshot_every)
+        standing = Standing()
+        snapshots = Snapshots(self._snapshot_every, standing)
         for commit in self.disk.copy:
+            standing.committed(commit.body)
             snapshots.committed(commit.body)
         found = {round_: state for round_, state in self.disk.snapshots.items() if round_ > self.round}
         for attested in snapshots.attested():
