@@ -86,6 +86,8 @@ class AdmissionControl:
         if offer.n_bytes > limits.max_payload_bytes:
             text = f"a payload of {offer.n_bytes} bytes, the run allows {limits.max_payload_bytes}"
             raise self.refused("oversized", BadMessage(text))
+        if offer.n_samples == 0 and (offer.n_bytes or offer.n_tokens or offer.loss is not None):
+            raise self.refused("samples", BadMessage("an offer without samples that has something to say"))
         if offer.n_samples > limits.max_samples:
             text = f"{offer.n_samples} samples in an offer, the run allows {limits.max_samples}"
             raise self.refused("samples", BadMessage(text))

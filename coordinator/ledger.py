@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt
 from .protocol.chain import REPAIR_FORK, Chain, Forked
 from .protocol.files import sync_folder
+from .protocol.ledger_copy import work_in
 from .protocol.messages import (
     MAX_PEERS,
     Admission,
@@ -37,6 +38,9 @@ CREATE TABLE held_out (round INTEGER PRIMARY KEY, loss REAL NOT NULL);
 _EVALUATION = """
 CREATE TABLE IF NOT EXISTS evaluation (round INTEGER NOT NULL, name TEXT NOT NULL, value REAL NOT NULL)
 """
+
+
+_WORK = "CREATE TABLE IF NOT EXISTS work (digest BLOB PRIMARY KEY, signatures BLOB NOT NULL) WITHOUT ROWID"
 
 
 class Ledger:
@@ -98,8 +102,9 @@ class Ledger:
             db.close()
             raise
 
-    def append(self, body: CommitBody, key: Ed25519PrivateKey) -> Commit:
-        """Signs and stores the next commit; it is on the disk when this returns."""
+    def append(self, body: CommitBody, key: Ed25519PrivateKey, work: bytes = b"") -> Commit:
+        """Signs and stores the next commit; it is on the disk when this returns. `work`: the blob that it
+        names, kept beside it."""
         if body.round != self.head_round + 1 or body.parent != self.head_digest:
             raise ValueError(f"round {body.round} does not follow round {self.head_round}")
         record = encode_record(body)
@@ -109,6 +114,9 @@ class Ledger:
                 "INSERT INTO record VALUES (?, ?, ?, ?)",
                 (body.round, record, commit.signature, commit.digest),
             )
+            if work:
+                self._db.execute(_WORK)
+                self._db.execute("INSERT OR IGNORE INTO work VALUES (?, ?)", (body.work, work))
         self.head_round, self.head_digest = body.round, commit.digest
         self._committed.update(admission.index for admission in body.admitted)
         return commit
@@ -171,6 +179,10 @@ class Ledger:
         while batch := self.commits(after, 256):
             yield from batch
             after += len(batch)
+
+    def work(self, digest: bytes) -> bytes | None:
+        """The signatures of a commit's offers, by the digest in the commit; None: they are not here."""
+        return work_in(self._db, digest)
 
     def digest_at(self, round_: int) -> bytes | None:
         """Digest of the record of this round; None: there is none."""

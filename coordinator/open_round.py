@@ -15,6 +15,7 @@ from .membership import Membership
 from .observe.notices import Notices
 from .protocol.figures import finite
 from .protocol.messages import BadMessage, Offer, OfferEntry, Rejected
+from .protocol.trust.signed_offers import work_of
 from .retention import PayloadRetention
 from .rounds import (
     BytesArrived,
@@ -139,6 +140,10 @@ class OpenOffers:
         """The offers of these peers, in this order, as a commit carries them."""
         return tuple(_entry(peer, self._offers[peer]) for peer in peers)
 
+    def work(self, peers: Iterable[int]) -> bytes:
+        """The signatures of the offers of these peers, see `work_of`."""
+        return work_of(self._offers[peer].signature for peer in peers)
+
     def clear(self) -> None:
         """The round is committed."""
         self._offers.clear()
@@ -153,4 +158,5 @@ def _entry(peer: int, offer: Offer) -> OfferEntry:
         n_bytes=offer.n_bytes,
         payload=offer.payload,
         digest=offer.digest,
+        own_data=offer.own_data,
     )

@@ -37,6 +37,7 @@ class OfferMade:
     digest: bytes
     has_bytes: bool
     n_samples: int = 1
+    """0: it is here so that nobody waits for the peer, and is no work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +238,7 @@ class Rounds:
 
     def wake_s(self) -> float | None:
         """When the open round's limit is reached; None: only an event can change anything."""
-        if self.is_held or self.opened_s is None or not self._eligible():
+        if self.is_held or self.opened_s is None or not self._worked():
             return None
         return self.opened_s + self._limit().after_s
 
@@ -249,6 +250,9 @@ class Rounds:
 
     def _eligible(self) -> list[int]:
         return sorted(peer for peer, kept in self._offers.items() if kept.has_bytes)
+
+    def _worked(self) -> list[int]:
+        return [peer for peer in self._eligible() if self._offers[peer].n_samples > 0]
 
     def _open(self, evaluates: int | None, now_s: float) -> RoundOpened:
         """`evaluates`: the peer that the last record names for it."""
@@ -290,7 +294,7 @@ class Rounds:
             past.late[offer.peer] = _Kept(offer.digest, False, offer.n_samples)
             if offer.has_bytes:
                 self._has_bytes_late(offer.peer, offer.round, now_s)
-            elif offer.peer in past.expected and offer.peer != past.begins_late:
+            elif offer.n_samples and offer.peer in past.expected and offer.peer != past.begins_late:
                 self.times.only_offered(offer.round, offer.peer, now_s - past.opened_s, offer.n_samples)
         return OfferRefused(offer.peer, "late_offer")
 
@@ -331,7 +335,10 @@ class Rounds:
         expected: frozenset[int],
         begins_late: int | None,
     ) -> None:
-        """Only those who were awaited say how long a round takes: not joiners, not who was evaluating."""
+        """Only those who were awaited say how long a round takes: not joiners, nor who was evaluating or
+        has done nothing."""
+        if kept.n_samples == 0:
+            return
         if peer == begins_late:
             self.times.has_evaluated(round_, time_s)
         elif peer in expected:
@@ -344,8 +351,11 @@ class Rounds:
         missing = self.missing()
         why: Why = "complete"
         if missing:
+            worked = self._worked()
+            if not worked:
+                return []
             due = self._limit()
-            is_enough = due.enough is not None and len(eligible) >= due.enough
+            is_enough = due.enough is not None and len(worked) >= due.enough
             if not is_enough and now_s < self.opened_s + due.after_s:
                 return []
             if due.drops:

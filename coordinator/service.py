@@ -47,9 +47,11 @@ from .protocol.messages import (
     Report,
     State,
     Welcome,
+    digest_of,
 )
 from .protocol.schedule import lr_factor_bits
 from .protocol.settings import KEEP_SNAPSHOTS, Course, Keep
+from .protocol.trust.signed_offers import is_signed
 from .rounds import Excused, RoundClosed, Rounds
 
 log = logging.getLogger("thinwire.coordinator")
@@ -170,6 +172,10 @@ class Service:
             peer_index=index,
             heartbeat_s=self._settings.network.heartbeat_s,
         )
+
+    def is_signed(self, peer_id: str, offer: Offer) -> bool:
+        """Whether the peer has signed it. Takes its time, and may be asked from any thread."""
+        return is_signed(peer_id, self._ledger.run_id, offer)
 
     def receive(self, peer_id: str, session: int, message: Message, now_s: float) -> None:
         """Raises BadMessage for what a peer must not send; frames of a replaced session are dropped."""
@@ -295,6 +301,10 @@ class Service:
             self.not_stored(peer_id, n_bytes)
             raise self._admission.refused("quota", BadMessage(why))
 
+    def signatures(self, digest: bytes) -> bytes | None:
+        """The blob that a commit names as its `work`."""
+        return self._ledger.work(digest)
+
     def has_room(self, n_bytes: int) -> bool:
         """Whether so many bytes more fit into what the run may take of the disk."""
         return self._parts.derived.retention.has_room(n_bytes)
@@ -404,7 +414,7 @@ class Service:
     def _close(self, closed: RoundClosed, now_s: float) -> None:
         """Orders the round that has closed: from here to `_committed` no other one does."""
         proposal = self._proposal(closed.round, closed.peers, closed.evaluator)
-        commit = self._ledger.append(proposal, self._key)
+        commit = self._ledger.append(proposal, self._key, self._parts.open_round.offers.work(closed.peers))
         self._committed(commit, closed, now_s)
 
     def _commit_changes(self, now_s: float) -> None:
@@ -420,10 +430,12 @@ class Service:
         changes = self._pending.take()
         course = self.course.after(changes)
         reports, snapshots = self._parts.derived.reports.take()
+        offers = self._parts.open_round.offers
+        work = offers.work(peers)
         return CommitBody(
             round=round_,
             parent=self._ledger.head_digest,
-            offers=self._parts.open_round.offers.entries(peers),
+            offers=offers.entries(peers),
             admitted=self._ledger.pending_admissions(),
             lr_factor_bits=lr_factor_bits(course.settings.schedule, round_ + 1, course.n_rounds),
             reports=reports,
@@ -431,6 +443,7 @@ class Service:
             evaluator=evaluator,
             time_ms=self._wall_ms(),
             changes=changes,
+            work=digest_of(work) if work else b"",
         )
 
     def _committed(self, commit: Commit, closed: RoundClosed | None, now_s: float) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from ...compression.errors import LedgerCorrupt, ThinwireError
 from ...coordinator.protocol.exposition import packed
 from ...coordinator.protocol.ledger_copy import LedgerCopy
@@ -34,6 +36,7 @@ from ...coordinator.protocol.messages import (
 )
 from ...coordinator.protocol.streams import BLOB, Meter
 from ...coordinator.protocol.ticket import Ticket
+from ...coordinator.protocol.trust.signed_offers import signed
 from .blob_client import BlobClient
 from .blob_fetcher import BlobFetcher
 from .blob_server import BlobServer
@@ -67,7 +70,7 @@ class LinkCore:
     `served`. Of these `commits.head`, `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are
     used from any thread.
 
-    `copy_path`: where the copy of the ledger is on disk, if it is. `metrics`: see `RemoteLink`.
+    `copy_path`: where the copy of the ledger is on disk, if it is. `key`, `metrics`: see `RemoteLink`.
     """
 
     def __init__(
@@ -82,10 +85,12 @@ class LinkCore:
         copy: LedgerCopy,
         copy_path: Path | None,
         limit: UploadLimit | None = None,
+        key: Ed25519PrivateKey | None = None,
         metrics: Callable[[], bytes] = bytes,
         about: About = About(),
     ) -> None:
         self._mailbox, self._meter, self._limit = mailbox, meter, limit
+        self._run_id, self._key = ticket.run_id, key
         self._copy_path, self._metrics, self._phases = copy_path, metrics, about.phases
         coordinator = self._coordinator = CoordinatorSession(
             ticket, open_transport, meter, self, patience_s, limit, about.device, about.agent
@@ -138,6 +143,8 @@ class LinkCore:
         self._coordinator.post(report)
 
     def make_offer(self, offer: Offer) -> None:
+        if self._key is not None:
+            offer = signed(offer, self._run_id, self._key)
         self.offers.make(offer, self.commits.copied_round)
 
     # ---------------------------------------------------------- what the session asks (see SessionHandler)

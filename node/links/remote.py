@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.identity import public_key_of
 from ...coordinator.protocol.ledger_copy import COPY_NAME, LedgerCopy
@@ -43,8 +45,9 @@ class RemoteLink:
     run's copy of the ledger is kept, None: in memory.
 
     `patience_s`: how long to go on trying when the coordinator does not answer any more. `limit`: of all that
-    this node sends. `metrics`: this node's, in Prometheus' text format, for when the coordinator asks; called
-    in a thread of its own. `about`: what people are told of this node.
+    this node sends. `key`: signs its offers; None: the peer id is only a name. `metrics`: this node's, in
+    Prometheus' text format, for when the coordinator asks; called in a thread of its own. `about`: what
+    people are told of this node.
     """
 
     def __init__(
@@ -56,12 +59,13 @@ class RemoteLink:
         run_folder: Path | None = None,
         patience_s: float = 600.0,
         limit: UploadLimit | None = None,
+        key: Ed25519PrivateKey | None = None,
         metrics: Callable[[], bytes] = bytes,
         about: About = About(),  # noqa: B008 - frozen
     ) -> None:
         self.run_id = ticket.run_id
         self._ticket, self._patience_s, self._limit = ticket, patience_s, limit
-        self._metrics, self._about = metrics, about
+        self._key, self._metrics, self._about = key, metrics, about
         self.peer_id, self.run_folder = peer_id, run_folder
         self._open_transport = open_transport
         self._mailbox = Mailbox()
@@ -103,6 +107,7 @@ class RemoteLink:
             copy=copy,
             copy_path=self._copy_path,
             limit=self._limit,
+            key=self._key,
             metrics=self._metrics,
             about=self._about,
         )

@@ -45,8 +45,10 @@ def started(n: int, **changes: Any) -> Rounds:
     return rounds
 
 
-def offer(peer: int, round_: int, digest: bytes = b"d", has_bytes: bool = True) -> OfferMade:
-    return OfferMade(peer, round_, digest, has_bytes)
+def offer(
+    peer: int, round_: int, digest: bytes = b"d", has_bytes: bool = True, n_samples: int = 1
+) -> OfferMade:
+    return OfferMade(peer, round_, digest, has_bytes, n_samples)
 
 
 def closed(actions: list[Action]) -> list[tuple[int, tuple[int, ...]]]:
@@ -161,6 +163,34 @@ def test_no_round_is_empty() -> None:
     assert closed(rounds.handle(TimePassed(), 10_000.0)) == []
     assert rounds.wake_s() is None
     assert closed(rounds.handle(offer(5, 1), 10_001.0)) == [(1, (5,))]
+
+
+def test_an_offer_without_samples_is_not_awaited_and_ends_no_round() -> None:
+    rounds = started(3)
+    now_s = warm(rounds, 3)
+    assert closed(rounds.handle(offer(0, 4, n_samples=0), now_s + 0.1)) == []
+    assert rounds.missing() == [1, 2]
+    assert rounds.wake_s() is None, "no time runs for the others"
+    assert closed(rounds.handle(TimePassed(), now_s + 10_000.0)) == []
+    assert closed(rounds.handle(offer(1, 4), now_s + 10_000.0)) == [(4, (0, 1))]
+
+
+def test_a_round_in_which_nobody_has_samples_ends_when_all_have_said_so() -> None:
+    rounds = started(2)
+    assert closed(rounds.handle(offer(0, 1, n_samples=0), 1.0)) == []
+    assert closed(rounds.handle(offer(1, 1, n_samples=0), 1.0)) == [(1, (0, 1))]
+
+
+def test_who_does_nothing_quickly_makes_no_deadline_shorter() -> None:
+    rounds = started(3)
+    now_s = 0.0
+    for round_ in range(1, 20):
+        rounds.handle(offer(2, round_, n_samples=0), now_s)
+        now_s += 1.0
+        for peer in (0, 1):
+            rounds.handle(offer(peer, round_), now_s)
+    rounds.handle(offer(0, 20), now_s + 1.0)
+    assert rounds.wake_s() == now_s + 1.5
 
 
 def test_the_deadline_closes_without_the_slow_one() -> None:
