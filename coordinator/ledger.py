@@ -241,9 +241,12 @@ class Ledger:
             done = self._db.execute("INSERT OR IGNORE INTO held_out VALUES (?, ?)", (round_, loss))
         return done.rowcount > 0
 
-    def held_out(self) -> list[tuple[int, float]]:
-        """(round, loss) in order."""
-        return list(self._db.execute("SELECT round, loss FROM held_out ORDER BY round"))
+    def held_out(self, most: int | None = None) -> list[tuple[int, float]]:
+        """(round, loss) in order; of more than `most` so many, evenly spread, with the first and the last."""
+        found = list(self._db.execute("SELECT round, loss FROM held_out ORDER BY round"))
+        if most is None or len(found) <= most:
+            return found
+        return [found[i * (len(found) - 1) // (most - 1)] for i in range(most)]
 
     def note_evaluation(self, round_: int, figures: Mapping[str, float]) -> bool:
         """Keeps the first evaluation of a round; False: there was one."""

@@ -461,8 +461,8 @@ class Service:
             evaluator=evaluator,
             time_ms=self._wall_ms(),
             changes=changes,
-            work=digest_of(work) if work else b"",
             audits=derived.audits.take(),
+            work=digest_of(work) if work else b"",
         )
 
     def _committed(self, commit: Commit, closed: RoundClosed | None, now_s: float) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...compression.errors import ConfigError
 from ...coordinator.entry.rules import EntryRules
-from ...coordinator.protocol.addresses import HttpAddress
+from ...coordinator.protocol.addresses import HttpAddress, host_of
 from ...coordinator.protocol.files import write_aside
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ...coordinator.server import CoordinatorServer
@@ -79,6 +79,8 @@ def coordinate(
             announce=announce,
             keeps_last_snapshot=linger_s > 0,
         )
+        if http is not None:  # by what others reach this machine they may ask for its page, too
+            http = http._replace(names=(*http.names, *(host_of(text, port) for text in announce)))
         return asyncio.run(_Serving(server, folder, linger_s).serve(ticket_file, http, stop))
 
 
