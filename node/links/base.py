@@ -19,6 +19,7 @@ from ...coordinator.protocol.messages import (
     Offer,
     OfferEntry,
     Report,
+    Verdict,
     Welcome,
 )
 
@@ -58,9 +59,9 @@ class Traffic:
 class Link(Protocol):
     """One node's connection to one run: `open` once, then anything, `close` at the end.
 
-    `fetch`, `members`, `serve`, `report`, `traffic` and `close` are called from any thread, the other
-    methods from one. What is said before `open` or after `close` goes nowhere. A break is mended by the link
-    itself: it tells of it in `events`, and says again what still matters.
+    `fetch`, `members`, `serve`, `report`, `audit`, `traffic` and `close` are called from any thread, the
+    other methods from one. What is said before `open` or after `close` goes nowhere. A break is mended by the
+    link itself: it tells of it in `events`, and says again what still matters.
 
     A link keeps every commit that it has seen, on disk where it has a folder: what is there is read from
     there, and given to a coordinator that has lost it.
@@ -134,6 +135,11 @@ class Link(Protocol):
 
     def report(self, report: Report | Evaluation) -> None:
         """Fingerprint, held-out loss, snapshot; an evaluation. Returns at once."""
+        ...
+
+    def audit(self, round_: int, target: int, verdict: Verdict, claim: bytes) -> None:
+        """What this node has found of the counted offer of the peer `target` (its index) in `round_`. Returns
+        at once. The link signs the claim, which `audits.signed_bytes` makes, with the node's key."""
         ...
 
     def events(self) -> Iterator[LinkEvent]:

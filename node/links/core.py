@@ -14,6 +14,7 @@ from ...coordinator.protocol.exposition import packed
 from ...coordinator.protocol.ledger_copy import LedgerCopy
 from ...coordinator.protocol.messages import (
     AskMetrics,
+    Audit,
     BadMessage,
     Commit,
     Digest,
@@ -48,6 +49,7 @@ from .upload_limit import UploadLimit
 _log = logging.getLogger("thinwire.link")
 
 _KEPT_REPORTS = 8
+_KEPT_AUDITS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ class LinkCore:
         self._state = NodeState.JOINING
         self._needs_after: int | None = None
         self._reports: deque[Report | Evaluation] = deque(maxlen=_KEPT_REPORTS)
+        self._audits: deque[Audit] = deque(maxlen=_KEPT_AUDITS)
         self._answering: asyncio.Task[None] | None = None
 
     async def open(self) -> Welcome:
@@ -137,6 +140,10 @@ class LinkCore:
         self._reports.append(report)
         self._coordinator.post(report)
 
+    def make_audit(self, audit: Audit) -> None:
+        self._audits.append(audit)
+        self._coordinator.post(audit)
+
     def make_offer(self, offer: Offer) -> None:
         self.offers.make(offer, self.commits.copied_round)
 
@@ -158,7 +165,7 @@ class LinkCore:
         said: list[Message] = [Follow(after=self.commits.copied_round)]
         if self._state is not NodeState.JOINING or self._needs_after is not None:
             said.append(State(state=self._state, needs_after=self._needs_after))
-        said += self._reports
+        said += [*self._reports, *self._audits]
         if self.offers.is_open:
             asyncio.get_running_loop().call_soon(self.offers.resend)
         return said
@@ -211,6 +218,7 @@ class LinkCore:
         # Whatever it was, it must not be sent again and again.
         self.offers.drop()
         self._reports.clear()
+        self._audits.clear()
 
     def failed(self, error: ThinwireError) -> None:
         error = self._with_command(error) if isinstance(error, LedgerCorrupt) else error

@@ -49,6 +49,7 @@ class HivemindLink(RemoteLink):
             peer_id_of(key.public_key()),
             open_transport,
             run_folder=None if state is None else _made(state / ticket.run_id.hex()[:16]),
+            key=key,
             patience_s=patience_s,
             limit=limit,
             metrics=metrics,

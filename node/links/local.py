@@ -26,6 +26,7 @@ from ...coordinator.protocol.messages import (
     INLINE_BYTES,
     MAX_ROUND,
     PROTOCOL_VERSION,
+    Audit,
     Commit,
     Digest,
     Evaluation,
@@ -39,10 +40,12 @@ from ...coordinator.protocol.messages import (
     OfferEntry,
     Report,
     State,
+    Verdict,
     Welcome,
     digest_of,
     encode_message,
 )
+from ...coordinator.protocol.trust.audits import sign_audit
 from ...coordinator.service import Service
 from ...optim.registry import check_changes
 from .base import Lied, LinkEvent, Shelf, Traffic
@@ -334,6 +337,10 @@ class LocalLink:
 
     def report(self, report: Report | Evaluation) -> None:
         self._tell(report)
+
+    def audit(self, round_: int, target: int, verdict: Verdict, claim: bytes) -> None:
+        signature = sign_audit(None, claim)
+        self._tell(Audit(round=round_, target=target, verdict=verdict, signature=signature))
 
     def events(self) -> Iterator[LinkEvent]:
         while True:
