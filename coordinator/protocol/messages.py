@@ -579,7 +579,7 @@ def encode_record(record: Record) -> bytes:
 
 def decode_record(kind: type[R], data: bytes) -> R:
     """Raises BadMessage for anything but exactly one record of this kind."""
-    return _validated(kind, _unpack(data))
+    return decode_fields(kind, unpack(data))
 
 
 def encode_message(message: Message) -> bytes:
@@ -590,13 +590,13 @@ def encode_message(message: Message) -> bytes:
 
 def decode_message(data: bytes) -> Message:
     """Raises BadMessage for anything but exactly one known message."""
-    value = _unpack(data)
+    value = unpack(data)
     if not isinstance(value, tuple) or not value or not isinstance(value[0], int) or value[0] not in MESSAGES:
         raise BadMessage("unknown message")
-    return _validated(MESSAGES[value[0]], value[1:])
+    return decode_fields(MESSAGES[value[0]], value[1:])
 
 
-def _unpack(data: bytes) -> Any:
+def unpack(data: bytes) -> Any:
     # Containers hold at least a byte per entry and strings at most all of them: nothing can ask for more
     # memory than a small multiple of the frame that was already bounded.
     n = len(data)
@@ -616,7 +616,7 @@ def _unpack(data: bytes) -> Any:
         raise BadMessage(f"not msgpack: {e}") from e
 
 
-def _validated(kind: type[R], value: Any) -> R:
+def decode_fields(kind: type[R], value: Any) -> R:
     try:
         return kind.model_validate(value)
     except ValidationError as e:

@@ -1,0 +1,141 @@
+"""What seats say to each other: msgpack lists with a tag, bounded and checked as all messages are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Final
+
+import msgpack
+from pydantic import Field
+
+from ..protocol.messages import BadMessage, Digest, Record, Round, Signature, decode_fields, unpack
+from ..protocol.trust.seals import Ballot, Sealed
+
+BATCH: Final = 64
+"""Sealed records in one message, at most."""
+
+RecordBytes = Annotated[bytes, Field(max_length=16 * 2**20)]
+Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
+
+
+class Word(Record):
+    """A record with a tag of its own. `head`: the newest sealed round of who speaks."""
+
+    tag: ClassVar[int]
+
+
+class Ping(Word):
+    """From a leader, again and again."""
+
+    tag = 1
+    ballot: Ballot
+    head: Round
+
+
+class Pong(Word):
+    """The answer. `nonce`: of a seat that rests until a record names it."""
+
+    tag = 2
+    ballot: Ballot
+    head: Round
+    nonce: Nonce | None
+
+
+class Canvass(Word):
+    """May I try to lead? Changes nothing. `highest`: the highest ballot that was seen."""
+
+    tag = 3
+    highest: Ballot
+    head: Round
+
+
+class Aye(Word):
+    """Nobody leads, as far as is known here."""
+
+    tag = 4
+    highest: Ballot
+
+
+class Prepare(Word):
+    """Promise to accept nothing of a lower ballot."""
+
+    tag = 5
+    ballot: Ballot
+    head: Round
+
+
+class Accepted(Record):
+    """What a seat has voted for last, in the open round."""
+
+    ballot: Ballot
+    round: Round
+    record: RecordBytes
+
+
+class Promise(Word):
+    """`accepted`: what may have been sealed already, and has to be proposed again."""
+
+    tag = 6
+    ballot: Ballot
+    head: Round
+    accepted: Accepted | None
+
+
+class Nack(Word):
+    """A higher ballot was promised."""
+
+    tag = 7
+    promised: Ballot
+    head: Round
+
+
+class Propose(Word):
+    """The record of the open round."""
+
+    tag = 8
+    ballot: Ballot
+    round: Round
+    record: RecordBytes
+
+
+class Voted(Word):
+    """A seat's vote for it, which is on its disk."""
+
+    tag = 9
+    ballot: Ballot
+    round: Round
+    digest: Digest
+    signature: Signature
+
+
+class Follow(Word):
+    """Send me sealed records after this round."""
+
+    tag = 10
+    after: Round
+
+
+class Batch(Word):
+    """Sealed records in order, without a gap."""
+
+    tag = 11
+    sealed: Annotated[tuple[Sealed, ...], Field(min_length=1, max_length=BATCH)]
+
+
+_WORDS: Final = {
+    word.tag: word
+    for word in (Ping, Pong, Canvass, Aye, Prepare, Promise, Nack, Propose, Voted, Follow, Batch)
+}
+
+
+def encode_word(word: Word) -> bytes:
+    """msgpack of its tag and its fields in order."""
+    packed: bytes = msgpack.packb([word.tag, *word.to_list()], use_bin_type=True)
+    return packed
+
+
+def decode_word(data: bytes) -> Word:
+    """Raises BadMessage for anything but exactly one known word."""
+    value: Any = unpack(data)
+    if not isinstance(value, tuple) or not value or not isinstance(value[0], int) or value[0] not in _WORDS:
+        raise BadMessage("unknown word")
+    return decode_fields(_WORDS[value[0]], value[1:])
