@@ -259,7 +259,8 @@ class World:
             seats = disk.committee.seats
         elif self.schedule.changes and self.rng.random() < 0.03:
             self.happened["changes"] += 1
-            n = min(len(self.names), self.rng.choice([1, 3, 3, 5]))
+            # A committee of one whose seat has lost its votes rests for ever.
+            n = min(len(self.names), self.rng.choice([3 if self.schedule.restores else 1, 3, 3, 5]))
             seats = tuple(sorted(self.rng.sample(self.names, n)))
         return Body(disk.head + 1, disk.head_digest, self._n_records, seats, reseated)
 
@@ -339,7 +340,8 @@ def schedule_of(seed: int, *, is_hostile: bool, bug: str | None = None) -> Sched
     if bug == "old_copy" or (is_hostile and rng.random() < 0.5):
         return Schedule(n_spare=0, is_hostile=is_hostile, changes=False, bug=bug)
     n_seats = 3 if is_hostile else rng.choice([1, 3, 3, 5])
-    return Schedule(n_seats, 2, is_hostile, changes=True, restores=rng.random() < 0.2, bug=bug)
+    restores = n_seats > 1 and rng.random() < 0.2
+    return Schedule(n_seats, 2, is_hostile, changes=True, restores=restores, bug=bug)
 
 
 def first_fault(seeds: range, *, is_hostile: bool, bug: str | None = None) -> tuple[int, Fault] | None:
