@@ -64,7 +64,7 @@ class Records(Protocol):
         ...
 
     def may_vote(self, record: bytes) -> bool:
-        """Whether it follows the head, says nothing that is wrong, and every payload that it names is here."""
+        """Whether it follows the head, says nothing wrong, and every payload that it names is here."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 One-slot Multi-Paxos (Lamport, "Paxos Made Simple", 2001): the record of round r + 1 is proposed only after
 that of round r is sealed. So a seat remembers one promise and one vote, and there is no log to match: the
-ledger is the log. A vote is a signature, and a majority of them is the record's seal (`protocol.trust.seals`).
+ledger is the log. A vote is a signature, and a majority of them is the seal (`protocol.trust.seals`).
 
 It agrees while seats crash, and messages are lost, late, doubled or out of order; a seat that lies is found,
 not outvoted.
@@ -14,12 +14,13 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
-from ..protocol.messages import BadMessage, digest_of
+from ..protocol.messages import digest_of
 from ..protocol.trust.seals import Committee, Seal, Sealed, Vote, vote_bytes
+from .acceptor import Acceptor
 from .catching_up import CatchingUp
-from .disk import Records, SeatDisk, Signer, VoteState
+from .disk import Records, SeatDisk, Signer
 from .words import (
     Accepted,
     Aye,
@@ -39,7 +40,7 @@ from .words import (
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """In seconds. `beat_s`: between two pings of a leader; `patience_s`: without a word, until another one may
+    """In seconds. `beat_s`: between two pings of a leader; `patience_s`: without a word, until another may
     lead; `retry_s`: until something is said again."""
 
     beat_s: float = 0.5
@@ -92,8 +93,10 @@ SeatEvent = Leads | StepsDown | NewRecord | Evidence
 
 
 class Seat:
-    """`send(seat, word)` queues, and may lose, delay or double. `events` are taken by the caller after each call;
-    `tick` is called by `wake_s` at the latest."""
+    """`send(seat, word)` queues, and may lose, delay or double. `events` are taken by the caller after each
+    call; `tick` is called by `wake_s` at the latest."""
+
+    acceptor: ClassVar[type[Acceptor]] = Acceptor
 
     def __init__(
         self,
@@ -108,10 +111,12 @@ class Seat:
         timing: Timing = Timing(),
     ) -> None:
         self._run_id, self._signer, self._disk, self._records = run_id, signer, disk, records
+        self._acceptor = self.acceptor(run_id, signer, disk, records)
         self._send, self._rng, self._timing = send, rng, timing
         self.me = signer.seat
         self.role = Role.FOLLOWING
         self.leader: str | None = None
+        """The seat that leads, as far as is known here."""
         self.resting: dict[str, bytes] = {}
         """Of a leader: seats that are up to date and rest, and the nonce that a record would have to name."""
         self.events: list[SeatEvent] = []
@@ -132,20 +137,21 @@ class Seat:
     # --------------------------------------------------------------------------------------- the leader
 
     def propose(self, record: bytes, now_s: float) -> None:
-        """The record of the open round. Raises RuntimeError unless this seat leads and nothing is proposed: of
-        a ballot and round there is one record, ever."""
+        """The record of the open round. Raises RuntimeError unless this seat leads and nothing is proposed: a
+        ballot has one record, ever."""
         if self.role is not Role.LEADING or self.proposal is not None:
             raise RuntimeError("only a leader proposes, one record at a time")
         self._propose(record, now_s)
 
     def _propose(self, record: bytes, now_s: float) -> None:
         self.proposal, self._votes, self._proposed_s = record, {}, now_s
-        self._cast(self._proposed(record))  # the others' disks write while this one does
-        if not self._accept(self.me, self._proposed(record), now_s):
+        proposed = Propose(ballot=self._ballot, round=self._disk.head + 1, record=record)
+        self._cast(proposed)  # the others' disks write while this one does
+        voted = self._acceptor.accept(proposed)
+        if isinstance(voted, Voted):
+            self._count_vote(self.me, voted, now_s)
+        else:
             self._step_down(now_s, "outbid")
-
-    def _proposed(self, record: bytes) -> Propose:
-        return Propose(ballot=self._ballot, round=self._disk.head + 1, record=record)
 
     # ---------------------------------------------------------------------------------------------- time
 
@@ -153,7 +159,7 @@ class Seat:
         """Lets time pass."""
         if now_s < self.wake_s:
             return
-        if not self._votes_here:
+        if not self._acceptor.may_vote:
             self._be_patient(now_s)
             self._cast(self._canvass)  # how an onlooker learns what is new
         elif self.role in LEADS:
@@ -174,9 +180,10 @@ class Seat:
         self._cast(Ping(ballot=self._ballot, head=self._disk.head))
         if self.proposal is not None and now_s - self._proposed_s > self._timing.retry_s:
             self._proposed_s = now_s
+            again = Propose(ballot=self._ballot, round=self._disk.head + 1, record=self.proposal)
             for seat in self._others:
                 if seat not in self._votes:
-                    self._send(seat, self._proposed(self.proposal))
+                    self._send(seat, again)
 
     @property
     def _canvass(self) -> Canvass:
@@ -188,8 +195,8 @@ class Seat:
         if self.role is not Role.CANVASSING or len(self._ayes) < self._committee.need:
             return
         self._ballot = self._highest = self._committee.ballot_above(self._highest, self.me)
-        self._promise(self._ballot)
-        self.role, self._promises = Role.PREPARING, {self.me: self._accepted}
+        self._acceptor.promise(self._ballot)
+        self.role, self._promises = Role.PREPARING, {self.me: self._acceptor.accepted}
         self._be_patient(now_s)
         self._cast(Prepare(ballot=self._ballot, head=self._disk.head))
         self._count_promises(now_s)
@@ -208,34 +215,6 @@ class Seat:
             self.role = Role.LEADING
             self.events.append(Leads())
         self.tick(now_s)
-
-    def _promise(self, ballot: int) -> None:
-        self._disk.save_vote(VoteState(self._committee.epoch, ballot, self._accepted))
-
-    def _accept(self, leader: str, proposed: Propose, now_s: float) -> bool:
-        """Votes, if it may: durable first, then signed."""
-        accepted, head = self._accepted, self._disk.head
-        if not self._votes_here or proposed.ballot < self._promised or proposed.round != head + 1:
-            return False
-        is_again = accepted is not None and accepted.ballot == proposed.ballot
-        if accepted is not None and is_again and accepted.record != proposed.record:
-            self.events.append(Evidence(leader, "two records"))
-            return False
-        if self._place(proposed.record) != (head + 1, self._disk.head_digest):
-            return False
-        if not self._records.may_vote(proposed.record):
-            return False
-        if not is_again:
-            vote = Accepted(ballot=proposed.ballot, round=proposed.round, record=proposed.record)
-            self._disk.save_vote(VoteState(self._committee.epoch, proposed.ballot, vote))
-        digest = digest_of(proposed.record)
-        signature = self._signer.sign(vote_bytes(self._run_id, proposed.ballot, proposed.round, digest))
-        voted = Voted(ballot=proposed.ballot, round=proposed.round, digest=digest, signature=signature)
-        if leader == self.me:
-            self._count_vote(self.me, voted, now_s)
-        else:
-            self._send(leader, voted)
-        return True
 
     def _count_vote(self, seat: str, voted: Voted, now_s: float) -> None:
         record, round_ = self.proposal, self._disk.head + 1
@@ -269,20 +248,34 @@ class Seat:
         match word:
             case Ping():
                 self._pinged(seat, word, now_s)
+            case Propose():
+                self._proposed_to(seat, word, now_s)
+            case Voted():
+                self._count_vote(seat, word, now_s)
             case Pong():
                 self._ponged(seat, word, now_s)
+            case Batch():
+                self._take(seat, word, now_s)
+            case Follow(after=after):
+                self._catching_up.give(seat, after)
+            case _:
+                self._elect(seat, word, now_s)
+
+    def _elect(self, seat: str, word: Word, now_s: float) -> None:
+        is_seat = seat in self._committee.seats
+        match word:
             case Canvass():
                 self._canvassed(seat, word, now_s)
-            case Aye(highest=highest):
-                self._highest = max(self._highest, highest)
-                if self.role is Role.CANVASSING and seat in self._committee.seats:
-                    self._ayes.add(seat)
-                    self._count_ayes(now_s)
             case Prepare():
                 self._asked_to_promise(seat, word, now_s)
-            case Promise():
-                is_current = (word.ballot, word.head) == (self._ballot, self._disk.head)
-                if self.role is Role.PREPARING and is_current and seat in self._committee.seats:
+            case Aye(highest=highest):
+                self._highest = max(self._highest, highest)
+                if self.role is Role.CANVASSING and is_seat:
+                    self._ayes.add(seat)
+                    self._count_ayes(now_s)
+            case Promise(ballot=ballot, head=head):
+                is_current = (ballot, head) == (self._ballot, self._disk.head)
+                if self.role is Role.PREPARING and is_current and is_seat:
                     self._promises[seat] = word.accepted
                     self._count_promises(now_s)
             case Nack():
@@ -290,18 +283,10 @@ class Seat:
                 if word.promised > self._ballot and self.role is not Role.FOLLOWING:
                     self._step_down(now_s, "outbid")
                 self._catching_up.heard_of(seat, word.head, now_s)
-            case Propose():
-                self._proposed_to(seat, word, now_s)
-            case Voted():
-                self._count_vote(seat, word, now_s)
-            case Follow(after=after):
-                self._catching_up.give(seat, after)
-            case Batch():
-                self._take(seat, word, now_s)
 
     def _pinged(self, seat: str, ping: Ping, now_s: float) -> None:
-        if self._committee.owner(ping.ballot) != seat or ping.ballot < self._promised:
-            self._send(seat, Nack(promised=self._promised, head=self._disk.head))
+        if self._committee.owner(ping.ballot) != seat or ping.ballot < self._acceptor.promised:
+            self._send(seat, Nack(promised=self._acceptor.promised, head=self._disk.head))
         else:
             self._led_by(seat, ping.ballot, now_s)
             self._send(seat, Pong(ballot=ping.ballot, head=self._disk.head, nonce=self._disk.rests))
@@ -324,7 +309,7 @@ class Seat:
             self._catching_up.give(seat, canvass.head)  # also how one that was dropped learns of it
             return
         is_led = self.leader is not None and now_s - self._heard_s <= self._timing.patience_s
-        if self._votes_here and self.role not in LEADS and not is_led:
+        if self._acceptor.may_vote and self.role not in LEADS and not is_led:
             self._send(seat, Aye(highest=self._highest))
 
     def _asked_to_promise(self, seat: str, prepare: Prepare, now_s: float) -> None:
@@ -332,32 +317,36 @@ class Seat:
         if prepare.head != head:
             self._catching_up.give(seat, prepare.head)
             self._catching_up.heard_of(seat, prepare.head, now_s)
-        elif not self._votes_here:
+        elif not self._acceptor.may_vote:
             return
-        elif self._committee.owner(prepare.ballot) != seat or prepare.ballot <= self._promised:
-            self._send(seat, Nack(promised=self._promised, head=head))
+        elif self._committee.owner(prepare.ballot) != seat or prepare.ballot <= self._acceptor.promised:
+            self._send(seat, Nack(promised=self._acceptor.promised, head=head))
         else:
-            self._promise(prepare.ballot)
+            self._acceptor.promise(prepare.ballot)
             self._highest = max(self._highest, prepare.ballot)
             self._step_down(now_s, "outbid")
-            self._send(seat, Promise(ballot=prepare.ballot, head=head, accepted=self._accepted))
+            self._send(seat, Promise(ballot=prepare.ballot, head=head, accepted=self._acceptor.accepted))
 
     def _proposed_to(self, seat: str, proposed: Propose, now_s: float) -> None:
         head = self._disk.head
         if proposed.round != head + 1:
             self._catching_up.give(seat, proposed.round - 1)
             self._catching_up.heard_of(seat, proposed.round - 1, now_s)
-        elif self._committee.owner(proposed.ballot) != seat or proposed.ballot < self._promised:
-            self._send(seat, Nack(promised=self._promised, head=head))
+        elif self._committee.owner(proposed.ballot) != seat or proposed.ballot < self._acceptor.promised:
+            self._send(seat, Nack(promised=self._acceptor.promised, head=head))
         else:
             self._led_by(seat, proposed.ballot, now_s)
-            self._accept(seat, proposed, now_s)
+            voted = self._acceptor.accept(proposed)
+            if isinstance(voted, Voted):
+                self._send(seat, voted)
+            elif voted == "two records":
+                self.events.append(Evidence(seat, voted))
 
     def _take(self, seat: str, batch: Batch, now_s: float) -> None:
         """Seals speak for themselves: whoever brings them."""
         for sealed in batch.sealed:
             head, committee = self._disk.head, self._committee
-            place = self._place(sealed.record)
+            place = self._acceptor.place(sealed.record)
             if place is not None and place[0] <= head:
                 continue
             if place is not None and place[0] > head + 1:
@@ -375,34 +364,11 @@ class Seat:
 
     @property
     def _committee(self) -> Committee:
-        return self._disk.committee
+        return self._acceptor.committee
 
     @property
     def _others(self) -> list[str]:
         return [seat for seat in self._committee.seats if seat != self.me]
-
-    @property
-    def _votes_here(self) -> bool:
-        """Whether this seat may promise and vote."""
-        return self.me in self._committee.seats and self._disk.rests is None
-
-    @property
-    def _promised(self) -> int:
-        vote = self._disk.vote
-        return vote.promised if vote.epoch == self._committee.epoch else 0
-
-    @property
-    def _accepted(self) -> Accepted | None:
-        """The last vote, if it is for the open round and of this epoch."""
-        vote = self._disk.vote
-        accepted = vote.accepted if vote.epoch == self._committee.epoch else None
-        return accepted if accepted is not None and accepted.round == self._disk.head + 1 else None
-
-    def _place(self, record: bytes) -> tuple[int, bytes] | None:
-        try:
-            return self._records.place(record)
-        except BadMessage:
-            return None
 
     def _append(self, sealed: Sealed) -> None:
         self._disk.append(sealed)

@@ -1,4 +1,4 @@
-"""Seats of a committee under generated schedules: messages lost, late, doubled and out of order, one-way cuts,
+"""Seats of a committee under generated schedules: messages lost, late, doubled, out of order, one-way cuts,
 crashes at any moment, stops, committees that change, disks that forget.
 
 The oracle: of every round one record, on every disk; what nobody did is no evidence; and once all is well,
@@ -12,7 +12,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Final
 
@@ -20,6 +20,7 @@ import msgpack
 
 from thinwire.coordinator.protocol.messages import BadMessage, digest_of
 from thinwire.coordinator.protocol.trust.seals import Committee, Sealed
+from thinwire.coordinator.quorum.acceptor import Acceptor
 from thinwire.coordinator.quorum.disk import VoteState
 from thinwire.coordinator.quorum.seat import Evidence, Leads, NewRecord, Role, Seat, Timing
 from thinwire.coordinator.quorum.words import Accepted, Word, decode_word, encode_word
@@ -89,7 +90,7 @@ class Disk:
     committee: Committee
     records: list[Sealed] = field(default_factory=list)
     head_digest: bytes = RUN
-    vote: VoteState = VoteState()
+    vote: VoteState = field(default_factory=VoteState)
     rests: bytes | None = None
     me: str = ""
 
@@ -115,8 +116,7 @@ class Disk:
         return self.records[round_ : round_ + limit]
 
     def copy(self) -> Disk:
-        copied = Disk(self.committee, list(self.records), self.head_digest, self.vote, self.rests, self.me)
-        return copied
+        return replace(self, records=list(self.records))
 
 
 @dataclass(frozen=True)
@@ -322,10 +322,14 @@ class World:
             raise Fault("a seat still rests although all is well")
 
 
-class _IgnoresPromise(Seat):
+class _NoPromise(Acceptor):
     @property
-    def _promised(self) -> int:
+    def promised(self) -> int:
         return 0
+
+
+class _IgnoresPromise(Seat):
+    acceptor = _NoPromise
 
 
 class _NoRecovery(Seat):

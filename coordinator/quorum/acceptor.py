@@ -1,0 +1,69 @@
+"""The half of a seat that must not forget: what it has promised, and what it has voted for."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..protocol.messages import BadMessage, digest_of
+from ..protocol.trust.seals import Committee, vote_bytes
+from .disk import Records, SeatDisk, Signer, VoteState
+from .words import Accepted, Propose, Voted
+
+
+class Acceptor:
+    """Of one seat. Everything is on the disk before anybody hears of it."""
+
+    def __init__(self, run_id: bytes, signer: Signer, disk: SeatDisk, records: Records) -> None:
+        self._run_id, self._signer, self._disk, self._records = run_id, signer, disk, records
+
+    @property
+    def committee(self) -> Committee:
+        return self._disk.committee
+
+    @property
+    def may_vote(self) -> bool:
+        """Whether it is of the committee, and knows its votes."""
+        return self._signer.seat in self.committee.seats and self._disk.rests is None
+
+    @property
+    def promised(self) -> int:
+        """It takes no lower ballot of this epoch."""
+        vote = self._disk.vote
+        return vote.promised if vote.epoch == self.committee.epoch else 0
+
+    @property
+    def accepted(self) -> Accepted | None:
+        """The last vote, if it is for the open round and of this epoch."""
+        vote = self._disk.vote
+        accepted = vote.accepted if vote.epoch == self.committee.epoch else None
+        return accepted if accepted is not None and accepted.round == self._disk.head + 1 else None
+
+    def place(self, record: bytes) -> tuple[int, bytes] | None:
+        """Round and parent; None: it is no record."""
+        try:
+            return self._records.place(record)
+        except BadMessage:
+            return None
+
+    def promise(self, ballot: int) -> None:
+        """The caller has seen that it is higher than what was promised."""
+        self._disk.save_vote(VoteState(self.committee.epoch, ballot, self.accepted))
+
+    def accept(self, proposed: Propose) -> Voted | Literal["two records"] | None:
+        """A vote, which is on the disk; None: it may not. Two records of one ballot: the leader lies."""
+        accepted, head = self.accepted, self._disk.head
+        if not self.may_vote or proposed.ballot < self.promised or proposed.round != head + 1:
+            return None
+        is_again = accepted is not None and accepted.ballot == proposed.ballot
+        if accepted is not None and is_again and accepted.record != proposed.record:
+            return "two records"
+        if self.place(proposed.record) != (head + 1, self._disk.head_digest):
+            return None
+        if not self._records.may_vote(proposed.record):
+            return None
+        if not is_again:
+            vote = Accepted(ballot=proposed.ballot, round=proposed.round, record=proposed.record)
+            self._disk.save_vote(VoteState(self.committee.epoch, proposed.ballot, vote))
+        digest = digest_of(proposed.record)
+        signature = self._signer.sign(vote_bytes(self._run_id, proposed.ballot, proposed.round, digest))
+        return Voted(ballot=proposed.ballot, round=proposed.round, digest=digest, signature=signature)

@@ -1,0 +1,193 @@
+"""A seat by itself, and three of them told message by message."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thinwire.coordinator.protocol.messages import BadMessage
+from thinwire.coordinator.protocol.trust.seals import MAX_SEATS, Committee, Seal, Sealed, Vote
+from thinwire.coordinator.quorum.seat import Evidence, Leads, NewRecord, Role, Seat, SeatEvent, StepsDown
+from thinwire.coordinator.quorum.words import (
+    Accepted,
+    Batch,
+    Canvass,
+    Ping,
+    Prepare,
+    Promise,
+    Propose,
+    Word,
+    decode_word,
+    encode_word,
+)
+
+from .world import MILD, RUN, Body, Disk, Key, Records
+
+NAMES = ("seat-0", "seat-1", "seat-2")
+
+
+class Table:
+    """Seats whose messages are delivered one by one."""
+
+    def __init__(self, n: int = 3) -> None:
+        committee = Committee.majority(0, NAMES[:n])
+        self.disks = {name: Disk(committee, me=name) for name in NAMES[:n]}
+        self.queue: list[tuple[str, str, Word]] = []
+        self.now_s = 0.0
+        self.seats = {name: self._seat(name) for name in self.disks}
+
+    def _seat(self, name: str) -> Seat:
+        def send(to: str, word: Word) -> None:
+            self.queue.append((name, to, word))
+
+        rng = random.Random(name)
+        return Seat(RUN, Key(name), self.disks[name], Records(), send, self.now_s, rng=rng, timing=MILD)
+
+    def wakes(self, name: str) -> None:
+        self.now_s = max(self.now_s, self.seats[name].wake_s)
+        self.seats[name].tick(self.now_s)
+
+    def deliver(self, which: Callable[[str, str, Word], bool] = lambda *_: True) -> None:
+        """All that is on its way, and what follows from it; what is not `which` is lost."""
+        while self.queue:
+            sender, to, word = self.queue.pop(0)
+            if to in self.seats and which(sender, to, word):
+                self.seats[to].receive(sender, word, self.now_s)
+
+    def events(self, name: str) -> list[SeatEvent]:
+        events = list(self.seats[name].events)
+        self.seats[name].events.clear()
+        return events
+
+    def record(self, number: int) -> bytes:
+        disk = max(self.disks.values(), key=lambda disk: disk.head)
+        return Body(disk.head + 1, disk.head_digest, number).packed()
+
+
+def test_one_seat_is_a_coordinator_alone() -> None:
+    table = Table(1)
+    table.wakes("seat-0")
+    assert table.events("seat-0") == [Leads()]
+    table.seats["seat-0"].propose(table.record(1), table.now_s)
+    assert table.events("seat-0") == [NewRecord(1)]
+    assert table.queue == []
+
+
+def test_three_seats_elect_one_and_seal() -> None:
+    table = Table()
+    table.wakes("seat-1")
+    table.deliver()
+    assert table.events("seat-1") == [Leads()]
+    record = table.record(1)
+    table.seats["seat-1"].propose(record, table.now_s)
+    table.deliver()
+    assert {name: disk.head for name, disk in table.disks.items()} == dict.fromkeys(NAMES, 1)
+    sealed = table.disks["seat-2"].records[0]
+    committee = Committee.majority(0, NAMES)
+    assert sealed.record == record
+    assert committee.has_sealed(RUN, 1, sealed, Key("").check)
+    assert not committee.has_sealed(RUN, 2, sealed, Key("").check)
+    assert not committee.has_sealed(b"another run", 1, sealed, Key("").check)
+
+
+def test_a_record_that_one_seat_has_voted_for_is_proposed_again_by_the_next_leader() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver()
+    table.events("seat-0")
+    record = table.record(1)
+    table.seats["seat-0"].propose(record, table.now_s)
+    table.deliver(lambda _sender, to, word: isinstance(word, Propose) and to == "seat-1")
+    assert table.disks["seat-1"].vote.accepted is not None
+    del table.seats["seat-0"]
+    table.wakes("seat-2")
+    table.deliver()
+    assert table.disks["seat-2"].records[0].record == record
+    assert table.events("seat-2") == [NewRecord(1), Leads()]
+
+
+def test_a_leader_without_a_majority_steps_down() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver()
+    table.events("seat-0")
+    table.now_s += 10 * MILD.patience_s
+    table.wakes("seat-0")
+    assert table.events("seat-0") == [StepsDown("no majority")]
+    assert table.seats["seat-0"].role is Role.FOLLOWING
+    with pytest.raises(RuntimeError, match="only a leader proposes"):
+        table.seats["seat-0"].propose(table.record(1), table.now_s)
+
+
+def test_two_records_for_one_ballot_are_evidence_and_get_one_vote() -> None:
+    table = Table()
+    seat, disk = table.seats["seat-1"], table.disks["seat-1"]
+    ballot = disk.committee.ballot_above(0, "seat-0")
+    for number in (1, 2):
+        seat.receive("seat-0", Propose(ballot=ballot, round=1, record=table.record(number)), 0.0)
+    assert table.events("seat-1") == [Evidence("seat-0", "two records")]
+    assert disk.vote.accepted == Accepted(ballot=ballot, round=1, record=table.record(1))
+
+
+def test_what_is_not_sealed_is_not_taken() -> None:
+    table = Table()
+    seat = table.seats["seat-1"]
+    ballot = table.disks["seat-1"].committee.ballot_above(0, "seat-0")
+    vote = Vote(seat="seat-0", signature=bytes(64))
+    seat.receive(
+        "seat-0",
+        Batch(sealed=(Sealed(record=table.record(1), seal=Seal(ballot=ballot, votes=(vote,))),)),
+        0.0,
+    )
+    assert table.events("seat-1") == [Evidence("seat-0", "bad seal")]
+    assert table.disks["seat-1"].head == 0
+
+
+def test_a_seat_whose_votes_are_lost_gives_none() -> None:
+    table = Table()
+    table.disks["seat-1"].rests = bytes(16)
+    ballot = table.disks["seat-1"].committee.ballot_above(0, "seat-0")
+    seat = table.seats["seat-1"]
+    seat.receive("seat-0", Canvass(highest=0, head=0), 100.0)
+    seat.receive("seat-0", Prepare(ballot=ballot, head=0), 100.0)
+    seat.receive("seat-0", Propose(ballot=ballot, round=1, record=table.record(1)), 100.0)
+    assert table.queue == []
+
+
+def test_nobody_follows_a_ballot_of_another_seat_or_epoch() -> None:
+    table = Table()
+    committee = table.disks["seat-1"].committee
+    seat = table.seats["seat-1"]
+    others = committee.ballot_above(0, "seat-2")
+    old = Committee.majority(7, NAMES).ballot_above(0, "seat-0")
+    for ballot in (others, old):
+        seat.receive("seat-0", Ping(ballot=ballot, head=0), 0.0)
+        seat.receive("seat-0", Prepare(ballot=ballot, head=0), 0.0)
+    assert seat.leader is None
+    assert not any(isinstance(word, Promise) for _, _, word in table.queue)
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_a_word_or_bad(data: bytes) -> None:
+    try:
+        word = decode_word(data)
+    except BadMessage:
+        return
+    assert encode_word(word) == data
+
+
+@given(st.lists(st.text(min_size=1, max_size=3), max_size=9), st.integers(0, 9))
+def test_a_committee_has_a_majority(seats: list[str], need: int) -> None:
+    is_one = 1 <= len(seats) <= MAX_SEATS and len(set(seats)) == len(seats)
+    if is_one and len(seats) // 2 < need <= len(seats):
+        committee = Committee(3, tuple(seats), need)
+        ballot = committee.ballot_above(0, seats[-1])
+        assert committee.owner(ballot) == seats[-1]
+        assert committee.ballot_above(ballot, seats[0]) > ballot
+    else:
+        with pytest.raises(ValueError, match="no committee"):
+            Committee(3, tuple(seats), need)
