@@ -1,6 +1,6 @@
 """Seals: a majority of a committee's seats has signed a record, which anybody can check offline.
 
-A seat votes for a record by an Ed25519 signature over (run, ballot, round, digest of the record). `need` votes
+A seat votes for a record by signing (run, ballot, round, digest of the record). `need` votes
 of the same ballot are the record's seal. A ballot is (epoch, number, seat): the epoch is the round of the
 record that set the committee, and ballots of another epoch are void.
 """
