@@ -84,7 +84,7 @@ def test_suspects_are_drawn_for_one_offer_in_ten() -> None:
 def test_no_work_no_part_in_audits() -> None:
     """Neither who has never worked, nor an offer of 0 samples, nor who is not in the round."""
     known = Known(idle={1})
-    body = bare(1, [offer(p, n_samples=p != 2) for p in range(8) if p != 3])
+    body = bare(1, [offer(p, n_samples=int(p != 2)) for p in range(8) if p != 3])
     for seed in range(500):
         for draw in audits_of(RUN, digest_of(b"%d" % seed), body, known, 1.0):
             assert not {1, 2, 3} & {draw.target, *draw.auditors}
