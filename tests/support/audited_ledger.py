@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -92,14 +92,16 @@ class AuditedRun:
         self.standing.committed(body, digest_of(encode_record(body)))
         return body
 
-    def live(self, n_rounds: int, verdict_of: VerdictOf) -> None:
-        """Auditors report with the record after the one that has drawn them."""
+    def live(self, n_rounds: int, verdict_of: VerdictOf, scored: Container[int] = range(2**16)) -> None:
+        """Auditors report with the record after the one that has drawn them. `scored`: who is suspect to the
+        replicas."""
         for _ in range(n_rounds):
             self.commit(self._pending)
             round_ = self.standing.round
             self._pending = [
                 self.report(round_, draw.target, auditor, verdict)
                 for draw in self.standing.drawn(round_)
+                if not draw.for_suspects or draw.target in scored
                 for auditor in draw.auditors
                 if (verdict := verdict_of(auditor, draw.target)) is not None
             ]
