@@ -27,6 +27,7 @@ from .rounds import (
     RoundOpened,
     Rounds,
 )
+from .trust.sentences import Sentences
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -47,12 +48,13 @@ class OpenRound:
         members: Membership,
         announcer: Announcer,
         notices: Notices,
+        sentences: Sentences,
         close: Callable[[RoundClosed, float], None],
     ) -> None:
         self.rounds, self.offers = rounds, offers
         self._admission, self._retention = admission, retention
         self._members, self._announcer, self._notices = members, announcer, notices
-        self._close = close
+        self._sentences, self._close = sentences, close
 
     def offered(self, peer: int, offer: Offer, now_s: float) -> None:
         """Raises BadMessage for an offer that no node of ours makes."""
@@ -99,6 +101,8 @@ class OpenRound:
         log.info("an offer of peer %d is not taken: %s", peer, reason)
         if reason == "changed_offer":
             self._notices.changed_offer(peer)
+        elif reason == "condemned":
+            self._sentences.refused(peer)
 
 
 class OpenOffers:

@@ -6,7 +6,7 @@ policy says so; it knows neither payloads nor sessions nor the disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -78,7 +78,7 @@ class OfferRefused:
     """It will not count in any round."""
 
     peer: int
-    reason: Literal["late_offer", "wrong_round", "changed_offer", "too_many_offers"]
+    reason: Literal["late_offer", "wrong_round", "changed_offer", "too_many_offers", "condemned"]
 
 
 Why = Literal["complete", "enough", "deadline", "hung"]
@@ -155,6 +155,7 @@ class Rounds:
         self.times = OfferTimes()
         self.is_held = False
         """While it is set no round closes, whatever comes in."""
+        self._condemned: frozenset[int] = frozenset()
         self._opening: frozenset[int] = frozenset()
         self._offers: dict[int, _Kept] = {}
         self._hung: set[int] = set()
@@ -195,6 +196,15 @@ class Rounds:
     def plan(self, n_rounds: int, is_paused: bool) -> None:
         """The record that closes the open round changes these."""
         self._next = (n_rounds, is_paused)
+
+    def condemn(self, peers: Collection[int]) -> None:
+        """Offers of these peers are not taken, and nobody waits for them, until this is said again; of the
+        open round and of those to come. If nobody else is awaited, it closes with the next event."""
+        self._condemned = frozenset(peers)
+        self.expected -= self._condemned
+        self._opening -= self._condemned
+        for peer in self._condemned & self._offers.keys():
+            del self._offers[peer]
 
     def skip(self, n_rounds: int, is_paused: bool) -> None:
         """The open round's record is written already, without an offer, and changes these. Offers that are
@@ -255,7 +265,7 @@ class Rounds:
         self.opened_s = now_s
         self._evaluates, self._begins_late = evaluates, self._evaluates
         resting = None if self.times.is_worth_waiting(self.round) else self._begins_late
-        self.expected = self.training - self._hung - {resting}
+        self.expected = self.training - self._hung - self._condemned - {resting}
         self._opening = frozenset(self.expected)
         if self._policy == "fastest":
             goal = limit(self._policy, self.times, self.round, self._opening)
@@ -268,6 +278,8 @@ class Rounds:
             return self._offered_late(offer, past, now_s)
         if offer.round != self.round or not self._goes_on:
             return OfferRefused(offer.peer, "wrong_round")
+        if offer.peer in self._condemned:
+            return OfferRefused(offer.peer, "condemned")
         kept = self._offers.get(offer.peer)
         if kept is not None and kept.digest != offer.digest:
             if kept.has_bytes:
@@ -379,7 +391,7 @@ class Rounds:
         """Rotates among the training peers, for rounds that are to be evaluated."""
         if not self._eval_every or (self.head % self._eval_every and not self.is_over):
             return None
-        able = sorted(self.training - self._hung)
+        able = sorted(self.training - self._hung - self._condemned)
         if not able:
             return None
         last = -1 if self._last_evaluator is None else self._last_evaluator

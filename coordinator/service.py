@@ -35,6 +35,7 @@ from .peers import Peers
 from .protocol.figures import counted
 from .protocol.messages import (
     READER,
+    Audit,
     BadMessage,
     Commit,
     CommitBody,
@@ -51,6 +52,7 @@ from .protocol.messages import (
 from .protocol.schedule import lr_factor_bits
 from .protocol.settings import KEEP_SNAPSHOTS, Course, Keep
 from .rounds import Excused, RoundClosed, Rounds
+from .trust.sentences import Sentences
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -118,7 +120,9 @@ class Service:
         members = Membership(self._settings.silence_s, past.training, now_s)
         announcer = Announcer(self._send_to, ledger.peer_id)
         notices = Notices(announcer, members, names, derived.page_history, self._wall_ms, now_s)
+        sentences = Sentences(derived.standing, announcer, names)
         rounds = _rounds(derived.course, ledger, past, now_s)
+        rounds.condemn(derived.standing.condemned_in(ledger.head_round + 1))
         open_round = OpenRound(
             rounds,
             OpenOffers(self._blobs, self._admission),
@@ -127,6 +131,7 @@ class Service:
             members,
             announcer,
             notices,
+            sentences,
             self._close,
         )
         counters, rejected = self._counters, self._admission.rejected
@@ -135,6 +140,7 @@ class Service:
             members=members,
             announcer=announcer,
             notices=notices,
+            sentences=sentences,
             rounds=rounds,
             open_round=open_round,
             peers=Peers(ledger, self._admission, members, announcer, notices, derived, counters),
@@ -195,6 +201,9 @@ class Service:
             case Evaluation():
                 self._known_round(message.round)
                 self._parts.derived.reports.note_evaluation(message)
+            case Audit():
+                self._known_round(message.round)
+                self._parts.derived.audits.note(index, message)
             case Heartbeat():
                 self._parts.derived.statistics.heartbeat(index, message)
                 self._parts.derived.page_history.beat(index, message)
@@ -419,7 +428,8 @@ class Service:
         """The next record. Takes out the reports and the changes that it carries."""
         changes = self._pending.take()
         course = self.course.after(changes)
-        reports, snapshots = self._parts.derived.reports.take()
+        derived = self._parts.derived
+        reports, snapshots = derived.reports.take()
         return CommitBody(
             round=round_,
             parent=self._ledger.head_digest,
@@ -431,12 +441,15 @@ class Service:
             evaluator=evaluator,
             time_ms=self._wall_ms(),
             changes=changes,
+            audits=derived.audits.take(),
         )
 
     def _committed(self, commit: Commit, closed: RoundClosed | None, now_s: float) -> None:
         """The record is on the disk: everybody may see it. `closed`: None, if it only brings changes."""
         parts = self._parts
         parts.derived.committed(commit, closed, parts.peers.present())
+        parts.rounds.condemn(parts.derived.standing.condemned_in(commit.body.round + 1))
+        parts.sentences.committed()
         if closed is not None:
             self._counters.round_closed(closed.why, closed.duration_s)
             parts.notices.missed(closed.missing, parts.derived.statistics)
@@ -457,6 +470,7 @@ class _Parts:
     members: Membership
     announcer: Announcer
     notices: Notices
+    sentences: Sentences
     rounds: Rounds
     open_round: OpenRound
     peers: Peers

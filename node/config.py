@@ -245,6 +245,20 @@ class Eval(Section):
         return value
 
 
+class Audits(Section):
+    """Peers do the work of others again, drawn by lot; the offers of those who fail do not count any more."""
+
+    rate: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the swarm's work that goes into audits; 0: none. On top comes one offer in ten of newcomers,
+    until an audit has passed, and of peers that have failed one."""
+    failures: Annotated[int, Field(ge=1, le=1000)] = 2
+    """So many of a peer's last audits have failed (of the last 4 x `failures`, within `window_rounds`), and
+    no fewer than have passed: its offers weigh nothing for `window_rounds`, and for twice as long each time
+    again."""
+    window_rounds: Annotated[int, Field(ge=1, le=2**20)] = 1000
+    """How long a failure is remembered."""
+
+
 class RunConfig(Section):
     run: Run = Run()
     task: Task = Task()
@@ -255,6 +269,7 @@ class RunConfig(Section):
     limits: LimitsSection = LimitsSection()
     network: Network = Network()
     eval: Eval | None = None
+    audits: Audits | None = None
 
     @field_validator("strategy")
     @classmethod
@@ -271,7 +286,8 @@ class RunConfig(Section):
 
     def to_json(self) -> str:
         """As record 0 has it: a table that came later and is not used leaves it what it was."""
-        return json.dumps(self.model_dump(exclude={"eval"} if self.eval is None else None), sort_keys=True)
+        unused = {name for name in ("eval", "audits") if getattr(self, name) is None}
+        return json.dumps(self.model_dump(exclude=unused), sort_keys=True)
 
 
 def load_config(

@@ -24,15 +24,18 @@ of today on a line of 20 to 50 Mbit/s."""
 
 class History:
     """`peers`: index -> peer id. `run_id` stands for the digest of record 0; `round_cost_bytes`: bytes that
-    could be fetched in the time that it takes to apply a round with payloads to be fetched."""
+    could be fetched in the time that it takes to apply a round with payloads to be fetched. `standing`: that
+    of the replica, which follows the same commits."""
 
-    def __init__(self, run_id: bytes, snapshot_every: int, round_cost_bytes: int) -> None:
+    def __init__(
+        self, run_id: bytes, snapshot_every: int, round_cost_bytes: int, standing: Standing | None = None
+    ) -> None:
         self.every = snapshot_every
         self._round_cost_bytes = round_cost_bytes
         self.peers: dict[int, str] = {}
         self.snapshots = Snapshots(snapshot_every)
         self.verdicts = Verdicts()
-        self.standing = Standing()
+        self.standing = standing or Standing(run_id)
         self._digests = [run_id]
         self._costs = [0]
         self._changes: dict[str, Change] = {}
@@ -41,7 +44,8 @@ class History:
     @classmethod
     def of(cls, replica: Replica, snapshot_every: int) -> History:
         """For a replica whose size tells what a round costs."""
-        return cls(replica.run_id, snapshot_every, replica.n_bytes // ROUNDS_PER_MODEL)
+        cost_bytes = replica.n_bytes // ROUNDS_PER_MODEL
+        return cls(replica.run_id, snapshot_every, cost_bytes, replica.standing)
 
     @property
     def round(self) -> int:
@@ -57,7 +61,7 @@ class History:
         self.peers.update({a.index: a.peer_id for a in body.admitted})
         self.snapshots.committed(body)
         self.verdicts.committed(body)
-        self.standing.committed(body)
+        self.standing.committed(body, commit.digest)
         self._digests.append(commit.digest)
         if body.changes:
             self._changes.update((change.key, change) for change in body.changes)

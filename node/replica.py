@@ -25,6 +25,7 @@ from ..coordinator.protocol.files import write_aside
 from ..coordinator.protocol.messages import Commit, GenesisBody, OfferEntry
 from ..coordinator.protocol.schedule import float32_of_bits
 from ..coordinator.protocol.settings import Course, strategy_options
+from ..coordinator.protocol.trust.standing import Standing
 from ..optim.base import Own, Round, Share, Strategy
 from ..optim.registry import build_strategy
 from .config import parse_config
@@ -75,6 +76,8 @@ class Replica:
     """Model, strategy and the place in the ledger: `round`, `digest` of its commit, `peers` by index.
 
     `course`: the settings that hold for the next round. `bad` counts payloads that were left out, by reason.
+    `standing`: who is condemned in which round. It may know later commits already; in runs with audits it has
+    to know the earlier ones before the replica goes on from a snapshot.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Replica:
         self._genesis = genesis
         self._unchanged = {name: strategy.option(name) for name in strategy.facts.changeable}
         self.course = Course.of(genesis.config)
+        self.standing = Standing(run_id, self.course.settings.audits)
         self._seed = parse_config(genesis.config).run.seed
         self._lr_factor = float32_of_bits(genesis.lr_factor_bits)
         self._layout_hash = layout_hash(genesis)
@@ -183,7 +187,10 @@ class Replica:
             raise ReplicaDiverged(f"commit {body.round} does not follow this replica's round {ahead.round}")
         ahead.peers.update({a.index: a.peer_id for a in body.admitted})
         turn = self._turn(body.round, ahead.lr_factor)
-        shares, own_counted = self._shares(body.offers, turn, payload_bytes, ahead)
+        offers = self.heard(commit)
+        if len(offers) < len(body.offers):
+            ahead.bad["condemned"] += len(body.offers) - len(offers)
+        shares, own_counted = self._shares(offers, turn, payload_bytes, ahead)
         own: Own = ("counted" if own_counted else "missed") if body.round in offered else None
         ahead.round, ahead.digest = body.round, commit.digest
         ahead.lr_factor = float32_of_bits(body.lr_factor_bits)
@@ -192,6 +199,21 @@ class Replica:
         except ConfigError as e:
             raise ReplicaDiverged(f"record {body.round} changes what cannot be changed: {e}") from e
         return Round(shares, turn, own)
+
+    def heard(self, commit: Commit) -> tuple[OfferEntry, ...]:
+        """The commit's offers without those of condemned peers, which are as if they were not there. Raises
+        ReplicaDiverged: an earlier commit is not known."""
+        condemned = self.condemned(commit)
+        return tuple(offer for offer in commit.body.offers if offer.peer not in condemned)
+
+    def condemned(self, commit: Commit) -> frozenset[int]:
+        """Peers whose offers weigh nothing in the commit's round; the commit is known from then on."""
+        body = commit.body
+        try:
+            self.standing.committed(body, commit.digest)
+            return self.standing.condemned_in(body.round)
+        except ValueError as e:
+            raise ReplicaDiverged(f"round {body.round} cannot be applied: {e}") from e
 
     def _shares(
         self, offers: tuple[OfferEntry, ...], turn: Turn, payload_bytes: PayloadBytes, ahead: _Ahead

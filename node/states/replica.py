@@ -88,7 +88,7 @@ def _from_snapshot(state: RunState, replica: Replica) -> bool:
         except (ReplicaDiverged, KeyError, OSError) as e:  # another process may just have removed it
             log.warning("the snapshot after round %d cannot be used: %s", round_, e)
             continue
-        replica.peers = _peers(state, round_)
+        _follow(state, replica)
         _go_on(state, replica)
         return True
     return False
@@ -133,10 +133,12 @@ def _from_base(state: RunState, replica: Replica) -> bool:
     return True
 
 
-def _peers(state: RunState, up_to: int) -> dict[int, str]:
-    """Who was admitted up to a round, by index."""
-    commits = takewhile(lambda commit: commit.body.round <= up_to, state.commits())
-    return {a.index: a.peer_id for commit in commits for a in commit.body.admitted}
+def _follow(state: RunState, replica: Replica) -> None:
+    """What the ledger says up to the replica's round: who was admitted, and who is condemned."""
+    replica.peers = {}
+    for commit in takewhile(lambda commit: commit.body.round <= replica.round, state.commits()):
+        replica.peers.update({a.index: a.peer_id for a in commit.body.admitted})
+        replica.condemned(commit)
 
 
 def _go_on(state: RunState, replica: Replica) -> None:
