@@ -25,7 +25,15 @@ from .derived_state import DerivedState, Recalled
 from .entry.rules import OPEN, EntryRules
 from .last_snapshot import Wanted
 from .ledger import Ledger
-from .membership import Membership, MembershipEvent, SessionClosed, SessionOpened, SignOfLife, TimePassed
+from .membership import (
+    Membership,
+    MembershipEvent,
+    SessionClosed,
+    SessionOpened,
+    SignOfLife,
+    StateSaid,
+    TimePassed,
+)
 from .observe.counters import Counters
 from .observe.loss_unit import LossUnit
 from .observe.notices import Notices
@@ -43,6 +51,7 @@ from .protocol.messages import (
     Heartbeat,
     Hello,
     Message,
+    NodeState,
     Offer,
     Rejected,
     Report,
@@ -291,6 +300,18 @@ class Service:
             rounds.plan(course.n_rounds, course.is_paused)
         log.info("round %d: %s", ordered.round, "; ".join(ordered.told))
         return ordered
+
+    def guard(self, banned: frozenset[str], token: str, told: Sequence[str], now_s: float) -> None:
+        """Who may come in has changed, in these words. Nobody waits for those who are banned now; who owns
+        the streams ends theirs."""
+        gate = self._admission.gate
+        new, gate.banned = banned - gate.banned, banned
+        gate.change_token(token)
+        for text in told:
+            self._parts.notices.guarded(text)
+        for index in map(self._parts.peers.index, sorted(new)):
+            if index is not None and index in self._parts.members.connected() and not self._n_adopted:
+                self._handle_member(StateSaid(index, NodeState.LEAVING), now_s)
 
     # ------------------------------------------------------------------------------------------- blobs
 

@@ -125,6 +125,12 @@ class StreamServer:
             session.stream.abort()
         return True
 
+    def end(self, peer_id: str, why: ThinwireError) -> None:
+        """The peer's session, if there is one: it is told why."""
+        session = self._sessions.get(peer_id)
+        if session is not None:
+            session.end(Refused.of(why))
+
     async def metrics_of(self, peer_id: str) -> bytes:
         """A node's own, in Prometheus' text format. Raises `metrics_requests.Unanswered`."""
         return await self._metrics_requests.metrics(peer_id)

@@ -119,6 +119,11 @@ class Notices:
         log.error("%s", self._last_word)
         self._happened("failed", f"{self._names.on_page(peer)}: {word[:TOLD_ON_PAGE]}")
 
+    def guarded(self, text: str) -> None:
+        """The owner has changed who may come in."""
+        log.info("%s", text)
+        self._happened("changed", text)
+
     def differs(self, peer: int, round_: int, others: Iterable[int]) -> None:
         """A peer's fingerprint of a round is not that of `others`: everybody is told."""
         peers = sorted(others)
