@@ -350,6 +350,7 @@ class Service:
         self._handle_member(TimePassed(), now_s)
         self._parts.open_round.handle(TimePassed(), now_s)
         parts = self._parts
+        parts.notices.lines.flush()
         if self._pending and not parts.rounds.is_held and not parts.rounds.is_awaited:
             self._commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
         parts.announcer.tell(parts.members.connected(), parts.open_round.offers.fetchable())
