@@ -48,7 +48,8 @@ class Peers:
         index = self._ledger.admit(peer_id, invitation)
         if known is None:
             by = f", invited as {invitation}" if invitation else ""
-            log.info("admitted %s as peer %d (%s)%s", peer_id, index, hello.agent, by)
+            text = "admitted %s as peer %d (%s)%s"
+            self._notices.lines.say(logging.INFO, peer_id, "admitted", text, peer_id, index, hello.agent, by)
         self._counters.joined["new" if known is None else "returned"] += 1
         self._announcer.opened(index, hello.addresses)
         self._page_history.opened(index, hello.device)

@@ -25,7 +25,15 @@ from .derived_state import DerivedState, Recalled
 from .entry.rules import OPEN, EntryRules
 from .last_snapshot import Wanted
 from .ledger import Ledger
-from .membership import Membership, MembershipEvent, SessionClosed, SessionOpened, SignOfLife, TimePassed
+from .membership import (
+    Membership,
+    MembershipEvent,
+    SessionClosed,
+    SessionOpened,
+    SignOfLife,
+    StateSaid,
+    TimePassed,
+)
 from .observe.counters import Counters
 from .observe.loss_unit import LossUnit
 from .observe.notices import Notices
@@ -44,6 +52,7 @@ from .protocol.messages import (
     Heartbeat,
     Hello,
     Message,
+    NodeState,
     Offer,
     Rejected,
     Report,
@@ -307,6 +316,18 @@ class Service:
         log.info("round %d: %s", ordered.round, "; ".join(ordered.told))
         return ordered
 
+    def guard(self, banned: frozenset[str], token: str, told: Sequence[str], now_s: float) -> None:
+        """Who may come in has changed, in these words. Nobody waits for those who are banned now; who owns
+        the streams ends theirs."""
+        gate = self._admission.gate
+        new, gate.banned = banned - gate.banned, banned
+        gate.change_token(token)
+        for text in told:
+            self._parts.notices.guarded(text)
+        for index in map(self._parts.peers.index, sorted(new)):
+            if index is not None and index in self._parts.members.connected() and not self._n_adopted:
+                self._handle_member(StateSaid(index, NodeState.LEAVING), now_s)
+
     # ------------------------------------------------------------------------------------------- blobs
 
     def may_store(self, peer_id: str, n_bytes: int) -> None:
@@ -348,6 +369,7 @@ class Service:
         self._handle_member(TimePassed(), now_s)
         self._parts.open_round.handle(TimePassed(), now_s)
         parts = self._parts
+        parts.notices.lines.flush()
         if self._pending and not parts.rounds.is_held and not parts.rounds.is_awaited:
             self._commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
         parts.announcer.tell(parts.members.connected(), parts.open_round.offers.fetchable())
