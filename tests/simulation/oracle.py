@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.protocol.attested import Attested, Snapshots
-from thinwire.coordinator.protocol.trust.standing import Standing
 from thinwire.coordinator.protocol.chain import Chain
 from thinwire.coordinator.protocol.messages import Commit, CommitBody, Offer, OfferEntry, Report, digest_of
+from thinwire.coordinator.protocol.trust.standing import Standing
 from thinwire.coordinator.reports import PER_COMMIT
 from thinwire.coordinator.retention import LATE_ROUNDS
 

@@ -10,7 +10,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from tests.simulation.oracle import first_state, next_state
 from thinwire.coordinator.protocol.attested import Snapshots
-from thinwire.coordinator.protocol.trust.standing import Standing
 from thinwire.coordinator.protocol.chain import Chain
 from thinwire.coordinator.protocol.messages import (
     INLINE_BYTES,
@@ -28,6 +27,7 @@ from thinwire.coordinator.protocol.messages import (
     Welcome,
     digest_of,
 )
+from thinwire.coordinator.protocol.trust.standing import Standing
 
 KEPT_REPORTS = 4
 BLOB_BYTES = 5000
