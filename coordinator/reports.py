@@ -46,8 +46,8 @@ Said = tuple[bytes, bool]
 class Reports:
     """Of one run. Fingerprints and snapshots wait here for the next commit; held-out losses go to the file.
 
-    What a node sends again after a reconnect is known already, also after a restart. Fingerprints and snapshots
-    of peers without counted work (`standing`) are counted as rejected, and not looked at.
+    What a node sends again after a reconnect is known already, also after a restart. Fingerprints and
+    snapshots of peers without counted work (`standing`) are counted as rejected, and not looked at.
     """
 
     def __init__(
