@@ -126,6 +126,7 @@ class CoordinatorServer:
             token=self._token,
             send=self._send,
             on_commit=self._committed,
+            end=self._end,
             now_s=time.monotonic(),
             wall_ms=lambda: time.time_ns() // 10**6,
             history=self._state.history(),
@@ -314,6 +315,9 @@ class CoordinatorServer:
 
     def _send(self, peer_id: str, message: Message) -> None:
         self._stream_server.send(peer_id, message)
+
+    def _end(self, peer_id: str, why: ThinwireError) -> None:
+        self._stream_server.end(peer_id, why)
 
     def _tick(self) -> None:
         """Lets the service's time pass, now and when it wants it again."""

@@ -185,8 +185,10 @@ class StreamServer:
 
     @contextlib.contextmanager
     def _stranger(self, peer_id: str) -> Iterator[None]:
-        """Limits how many streams may be open, and for how long, without the token having been shown."""
-        if self._strangers.total() >= MAX_STRANGERS or self._strangers[peer_id] >= MAX_STRANGE_STREAMS:
+        """Limits how many streams may be open, and for how long, without the token having been shown. Those
+        whose work has counted find room among any number of strangers."""
+        is_full = self._strangers.total() >= MAX_STRANGERS and not self._service.has_worked(peer_id)
+        if is_full or self._strangers[peer_id] >= MAX_STRANGE_STREAMS:
             raise BadFrame("strangers", "too many streams that have not said hello")
         self._strangers[peer_id] += 1
         try:
