@@ -15,6 +15,7 @@ from ..compression.errors import ConfigError
 from .blobs import BlobStore
 from .ledger import Ledger
 from .observe.page_history import PageHistory
+from .observe.peer_sizes import PeerSizes
 from .observe.run_statistics import RunStatistics
 from .protocol.messages import Commit, CommitBody, Rejected
 from .protocol.settings import Course, Keep
@@ -66,6 +67,7 @@ class DerivedState:
         self.reports = Reports(ledger, self.statistics, trend, snapshots, rejected, course)
         self.standing = Standing(ledger.run_id, course.settings.audits)
         self.audits = AuditReports(self.standing, ledger.peer_id, rejected)
+        self.peer_sizes = PeerSizes(self.standing.has_worked, self.statistics.has_offered)
         self._last_peers: deque[frozenset[int]] = deque(maxlen=RECALLED_COMMITS)
         self._evaluator: int | None = None
         self._evaluates: int | None = None
