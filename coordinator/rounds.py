@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .entry.attendance import Attendance
 from .membership import TimePassed
 from .policy import KEPT_ROUNDS, Limit, OfferTimes, PolicyName, limit
 
@@ -160,6 +161,7 @@ class Rounds:
         self._opening: frozenset[int] = frozenset()
         self._offers: dict[int, _Kept] = {}
         self._hung: set[int] = set()
+        self.attendance = Attendance()
         self._pasts: dict[int, _Past] = {}
         self._goal: Limit | None = None
         """What `fastest` has chosen for the open round."""
@@ -269,7 +271,7 @@ class Rounds:
         self.opened_s = now_s
         self._evaluates, self._begins_late = evaluates, self._evaluates
         resting = None if self.times.is_worth_waiting(self.round) else self._begins_late
-        self.expected = self.training - self._hung - self._condemned - {resting}
+        self.expected = self.training - self._hung - self._condemned - self.attendance.absent - {resting}
         self._opening = frozenset(self.expected)
         if self._policy == "fastest":
             goal = limit(self._policy, self.times, self.round, self._opening)
@@ -279,6 +281,7 @@ class Rounds:
     def _offered(self, offer: OfferMade, now_s: float) -> Action:
         self._hung.discard(offer.peer)
         if (past := self._pasts.get(offer.round)) is not None:
+            self.attendance.offered(offer.peer)
             return self._offered_late(offer, past, now_s)
         if offer.round != self.round or not self._goes_on:
             return OfferRefused(offer.peer, "wrong_round")
@@ -293,6 +296,7 @@ class Rounds:
             kept = None
         if kept is None and len(self._offers) >= self._max_offers:
             return OfferRefused(offer.peer, "too_many_offers")
+        self.attendance.offered(offer.peer)
         if kept is None:
             self._offers[offer.peer] = _Kept(offer.digest, False, offer.n_samples)
         if offer.has_bytes:
@@ -381,6 +385,8 @@ class Rounds:
         late = {peer: kept for peer, kept in self._offers.items() if not kept.has_bytes}
         self._pasts[self.round] = _Past(opened_s, self._opening, frozenset(eligible), late, self._begins_late)
         self._pasts.pop(self.round - KEPT_ROUNDS, None)
+        if why != "enough":
+            self.attendance.missed(set(missing) - late.keys() - {self._begins_late})
         for peer in missing:
             if peer != self._begins_late:
                 self.times.is_missing(self.round, peer, now_s - opened_s)
@@ -401,7 +407,7 @@ class Rounds:
         """Rotates among the training peers, for rounds that are to be evaluated."""
         if not self._eval_every or (self.head % self._eval_every and not self.is_over):
             return None
-        able = sorted(self.training - self._hung - self._condemned)
+        able = sorted(self.training - self._hung - self._condemned - self.attendance.absent)
         if not able:
             return None
         last = -1 if self._last_evaluator is None else self._last_evaluator

@@ -90,7 +90,6 @@ class CoordinatorServer:
         self._stream_server = StreamServer(
             self.service,
             self.blobs,
-            token=self._token,
             meter=self.meter,
             changed=self._soon,
             failed=self._fail,
@@ -127,6 +126,7 @@ class CoordinatorServer:
             wall_ms=lambda: time.time_ns() // 10**6,
             history=self._state.history(),
             banned=self._state.banned(),
+            rules=self._state.rules(),
             check_strategy=self._check_strategy,
             loss_unit=self._loss_unit,
             keep=self._keep,
@@ -234,7 +234,15 @@ class CoordinatorServer:
             self._key, host=self._host_ip, port=self._port, announce=self._announce
         )
         self._port = self._transport.port
+        self._save_address()
         await self._stream_server.open_on(self._transport)
+
+    def _save_address(self) -> None:
+        """For tickets that are made beside this process."""
+        try:
+            self._state.save_address(self.ticket.model_copy(update={"token": ""}).line())
+        except OSError as e:
+            _log.warning("%s cannot be written (%s): thinwire invite has no address", self._state.path, e)
 
     async def _open_stream_to(self, peer_id: str) -> Stream:
         """For blobs, to a connected peer. Raises SwarmUnreachable."""

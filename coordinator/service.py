@@ -22,6 +22,7 @@ from .blobs import BlobStore
 from .control.orders import CheckStrategy, Order, Ordered, Place, no_strategy
 from .control.pending import PendingChanges
 from .derived_state import DerivedState, Recalled
+from .entry.rules import OPEN, EntryRules
 from .last_snapshot import Wanted
 from .ledger import Ledger
 from .membership import Membership, MembershipEvent, SessionClosed, SessionOpened, SignOfLife, TimePassed
@@ -85,11 +86,12 @@ class Service:
         wall_ms: Callable[[], int],
         history: bytes | None = None,
         banned: frozenset[str] = frozenset(),
+        rules: EntryRules = OPEN,
         check_strategy: CheckStrategy = no_strategy,
         loss_unit: str | None = None,
         keep: Keep = KEEP_SNAPSHOTS,
     ) -> None:
-        """`history`: what the method gave before a restart; `banned`: peers that are not let in;
+        """`history`: what the method gave before a restart; `banned`, `rules`: who is not let in, and who is;
         `check_strategy`: of what the owner wants to change of its options; `loss_unit`: where the run's task
         is not built in; `keep`: of counted payloads.
 
@@ -104,7 +106,7 @@ class Service:
         except InvalidSignature:
             raise ConfigError("this key is not the one that the run was started with") from None
         self._loss_unit = loss_unit or self._settings.task.loss_unit
-        self._admission = AdmissionControl(ledger, token, banned)
+        self._admission = AdmissionControl(ledger, token, banned, rules, wall_ms)
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._counters = Counters()
@@ -167,7 +169,7 @@ class Service:
     def open(self, peer_id: str, session: int, hello: Hello, now_s: float) -> Welcome:
         """Admits the peer; its older session is over. `session` grows with every session of the peer's.
 
-        Raises ConfigError (token, banned), Incompatible (version, run, full swarm), LedgerCorrupt (a head
+        Raises ConfigError (not let in), Incompatible (version, run, full swarm), LedgerCorrupt (a head
         that is not on the chain) or BadMessage (a session older than the open one).
         """
         index = self._parts.peers.admit(peer_id, session, hello, now_s)
@@ -246,8 +248,15 @@ class Service:
     # ------------------------------------------------------------------------------------- lost commits
 
     def check(self, peer_id: str, hello: Hello) -> None:
-        """Before anything else that a peer asks for. Raises ConfigError (token) or Incompatible."""
+        """Before anything else that a peer asks for. Raises ConfigError (not let in) or Incompatible."""
         self._admission.check_hello(peer_id, hello)
+
+    def may_look(self, shown: str) -> bool:
+        """Whether somebody with this token or invitation may see the status."""
+        if self._admission.gate.may_look(shown):
+            return True
+        self.count_rejected("token")
+        return False
 
     def lacks(self, hello: Hello) -> bool:
         """Whether the node, which was checked, says that it has commits which this coordinator has lost: then
@@ -457,9 +466,8 @@ class Service:
         """The next record. Takes out the reports and the changes that it carries."""
         changes = self._pending.take()
         course = self.course.after(changes)
-        derived = self._parts.derived
+        derived, offers = self._parts.derived, self._parts.open_round.offers
         reports, snapshots = derived.reports.take()
-        offers = self._parts.open_round.offers
         work = offers.work(peers)
         return CommitBody(
             round=round_,

@@ -9,6 +9,9 @@ from types import TracebackType
 from typing import Self
 
 from ..compression.errors import ConfigError
+from .entry.rules import MAX_BYTES as MAX_RULES_BYTES
+from .entry.rules import OPEN, EntryRules
+from .entry.tickets import ADDRESS_NAME
 from .observe.page_history import MAX_SAVED_BYTES
 from .protocol.files import FolderLock, write_aside
 from .protocol.identity import public_key_of
@@ -26,6 +29,7 @@ class StateDir:
         self.key_path = path / "key"
         self.history_path = path / "history.json"
         self._banned_path, self._keep_path = path / "banned", path / "keep"
+        self._rules_path = path / "admission"
 
     def token(self) -> str:
         """The access token of the run's tickets; made at the first call, mode 0600."""
@@ -85,6 +89,22 @@ class StateDir:
     def save_keep(self, text: str) -> None:
         """`text`: as `Keep.parse` takes it. Raises OSError."""
         write_aside(self._keep_path, text.encode())
+
+    def rules(self) -> EntryRules:
+        """Who may come in; whoever has a ticket before anybody chose. Raises ConfigError."""
+        try:
+            with self._rules_path.open("rb") as file:
+                return EntryRules.parse(file.read(MAX_RULES_BYTES))
+        except FileNotFoundError:
+            return OPEN
+
+    def save_rules(self, rules: EntryRules) -> None:
+        """Raises OSError."""
+        write_aside(self._rules_path, rules.to_bytes())
+
+    def save_address(self, line: str) -> None:
+        """`line`: a ticket without a token, see `ticket_for`. Raises OSError."""
+        write_aside(self.path / ADDRESS_NAME, line.encode())
 
     def save_port(self, port: int) -> None:
         """Raises OSError."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import sqlite3
@@ -90,7 +89,6 @@ class StreamServer:
         self,
         service: Service,
         blobs: BlobStore,
-        token: str,
         meter: Meter,
         *,
         changed: Callable[[], None],
@@ -99,7 +97,6 @@ class StreamServer:
         waits: Waits,
     ) -> None:
         self._service, self._blobs, self._meter = service, blobs, meter
-        self._token = token.encode()
         self._changed, self._failed, self._status = changed, failed, status
         self._waits = waits
         self._sessions: dict[str, Session] = {}
@@ -305,12 +302,11 @@ class StreamServer:
             self._blob_streams -= Counter((peer_id,))
 
     async def _serve_status(self, peer_id: str, stream: Stream) -> None:
-        """Whoever knows the token may ask, again and again."""
+        """Whoever has the token, or an invitation, may ask, again and again."""
         with self._stranger(peer_id):
             async with asyncio.timeout(self._waits.hello_s):
                 frame = await stream.receive({FrameKind.ASK: _TOKEN_BYTES})
-            if not hmac.compare_digest(frame.body, self._token):
-                self._service.count_rejected("token")
+            if not self._service.may_look(frame.body.decode(errors="replace")):
                 await _refuse(stream, ConfigError("the ticket's token is wrong: ask for a new ticket"))
                 return
         while True:

@@ -12,6 +12,7 @@ from ..compression.errors import ReplicaDiverged, SwarmUnreachable
 from ..coordinator.protocol.figures import RoundLines, counted, human_seconds, mean_loss
 from ..coordinator.protocol.messages import Commit, NodeState, OfferEntry
 from ..coordinator.protocol.settings import Course
+from .auditing.auditor import Auditor
 from .batches import batches
 from .healing import Healer
 from .joining import CatchingUp, Joiner
@@ -69,6 +70,7 @@ class LedgerFollower:
         self._on_proposing = on_proposing
         self._proposer = Proposer(run, observer, clock, stopped)
         self._reporter = Reporter(run, healer, observer)
+        self._auditor = Auditor(run, observer)
         self._round_lines = RoundLines()
         self._stage = Stage.CATCHING_UP
         self._catching_up = CatchingUp(run.replica.round)
@@ -172,7 +174,13 @@ class LedgerFollower:
                 self._reporter.evaluate()
             return
         self._on_proposing()
-        self._proposer.propose(self._came_s, self._reporter.evaluate if evaluates else None)
+        self._proposer.propose(self._came_s, lambda: self._while_offered(evaluates))
+
+    def _while_offered(self, evaluates: bool) -> None:
+        """What this node does for the others while its own offer is under way."""
+        if evaluates:
+            self._reporter.evaluate()
+        self._auditor.audit()
 
     def _jump(self) -> bool:
         """Says how far behind the replica is; True: it took a newer snapshot that is nearer to the head."""
@@ -228,6 +236,7 @@ class LedgerFollower:
         )
         self._tell(applied)
         self._observer.applied(applied)
+        self._auditor.applied(commits[-1])
         return applied
 
     def _tell(self, applied: Applied) -> None:

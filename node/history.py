@@ -33,9 +33,9 @@ class History:
         self.every = snapshot_every
         self._round_cost_bytes = round_cost_bytes
         self.peers: dict[int, str] = {}
-        self.snapshots = Snapshots(snapshot_every)
-        self.verdicts = Verdicts()
         self.standing = standing or Standing(run_id)
+        self.snapshots = Snapshots(snapshot_every, self.standing)
+        self.verdicts = Verdicts()
         self._digests = [run_id]
         self._costs = [0]
         self._changes: dict[str, Change] = {}
@@ -59,9 +59,9 @@ class History:
             return
         assert body.round == self.round + 1, "links give commits in order"
         self.peers.update({a.index: a.peer_id for a in body.admitted})
+        self.standing.committed(body, commit.digest)
         self.snapshots.committed(body)
         self.verdicts.committed(body)
-        self.standing.committed(body, commit.digest)
         self._digests.append(commit.digest)
         if body.changes:
             self._changes.update((change.key, change) for change in body.changes)

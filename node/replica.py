@@ -124,17 +124,30 @@ class Replica:
         """What the next round fixes for everybody, and this peer's own seed."""
         return self._turn(self.round + 1, self._lr_factor)
 
-    def _turn(self, round: int, lr_factor: float) -> Turn:
+    def turn_of(self, round: int, peer_id: str) -> Turn:
+        """A round as that peer has it, but for the learning rate, which is that of now."""
+        return self._turn(round, self._lr_factor, peer_id)
+
+    def _turn(self, round: int, lr_factor: float, peer_id: str | None = None) -> Turn:
+        own = self.peer_id if peer_id is None else peer_id
         return Turn(
             round=round,
             shared_seed=round_seed(self.run_id, round),
-            own_seed=round_seed(self.run_id, round, self.peer_id),
+            own_seed=round_seed(self.run_id, round, own),
             lr_factor=lr_factor,
         )
 
     def encode(self, payload: Payload, turn: Turn) -> bytes:
         """The bytes of an offer for the turn's round, as `wire.decode` reads them."""
         return wire.encode(payload, self.strategy.fields(turn), turn.round, self._layout_hash)
+
+    def decode(self, data: bytes, turn: Turn) -> Payload:
+        """The payload in the bytes of an offer for the turn's round. Raises BadPayload, as it was left out."""
+        payload = wire.decode(
+            data, self.strategy.fields(turn), turn.round, self._layout_hash, self._max_bytes
+        )
+        self.strategy.check(payload, turn)
+        return payload
 
     def apply(self, commit: Commit, payload_bytes: PayloadBytes, offered: bool) -> Own:
         """Applies the next commit exactly. `offered`: this replica's strategy made an offer for that round.

@@ -39,6 +39,8 @@ from ..compression.base import Compressor, Fields, Payload, Turn
 from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.kernels import use_numba
+from .auditing.evidence import Evidence
+from .auditing.gradients import gradient_evidence
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
 from .options import Number, Whole, keywords_of
@@ -325,6 +327,11 @@ class Diloco(Strategy):
         for _ in range(self.counters.get(f"decays {number}", 0) - n_decays):
             factor *= self.option("feedback_decay")
         return factor
+
+    def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
+        """Against the gradient at the outer parameters: inner steps go that way before they go their own."""
+        fragment, its_turn = self._fragment(turn)
+        return gradient_evidence(self, self.compressor, fragment, payload, draw, (turn, its_turn), n_batches)
 
     # --------------------------------------------------------------------------------- replicated work
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...compression.errors import ConfigError
+from ...coordinator.entry.rules import EntryRules
 from ...coordinator.protocol.addresses import HttpAddress, host_of
 from ...coordinator.protocol.files import write_aside
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
@@ -87,6 +88,7 @@ def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) ->
     """A new run in an empty directory, else the run that is there if it is the same one."""
     where = {"check_strategy": check_changes, "loss_unit": loss_unit_of(task), **where}
     state.save_keep(str(config.run.keep))
+    state.save_rules(EntryRules.of(config.admission.mode, config.admission.peers))
     if not state.ledger_path.exists():
         coordinator = peer_id_of(load_or_create(state.key_path).public_key())
         genesis = make_genesis(config, task, coordinator, time.time_ns() // 10**6)
