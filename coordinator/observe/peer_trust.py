@@ -21,12 +21,22 @@ class PeerTrust:
         run. `condemned_until`: the last round in which it weighs nothing, None: it counts. `rejected`: what
         of it was not let in since the coordinator was started, by reason."""
         size = self._sizes.of(index, now_s)
-        passed, failed = self._standing.audited(index)
         return {
+            **in_ledger(self._standing, index),
             "size": None if size is None else size.size,
             "clipped": None if size is None else size.clipped,
-            "audits_passed": passed,
-            "audits_failed": failed,
-            "condemned_until": self._standing.condemned_until(index),
             "rejected": dict(self._refusals.by(index)),
         }
+
+
+def in_ledger(standing: Standing, index: int) -> dict[str, Any]:
+    """The same as far as a ledger tells it."""
+    passed, failed = standing.audited(index)
+    return {
+        "size": None,
+        "clipped": None,
+        "audits_passed": passed,
+        "audits_failed": failed,
+        "condemned_until": standing.condemned_until(index),
+        "rejected": {},
+    }

@@ -76,6 +76,7 @@ class RunView:
             self._members,
             self._derived.statistics,
             self._derived.page_history,
+            self._trust,
             self._shown(),
             now_s=now_s,
             now_ms=self._wall_ms(),

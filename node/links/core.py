@@ -58,8 +58,9 @@ _KEPT_AUDITS = 64
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What people are told of a node: what it trains on; how long the parts of its rounds take, and what it has seen
-    of some peers (called in the link's thread, with every heartbeat). `agent`: see `Hello`."""
+    """What people are told of a node: what it trains on; how long the parts of its rounds take, and how large
+    it has seen some peers' payloads (called in the link's thread, with every heartbeat). `agent`: see
+    `Hello`."""
 
     device: str = ""
     phases: Callable[[], Phases | None] = lambda: None

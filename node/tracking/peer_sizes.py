@@ -1,4 +1,4 @@
-"""How large the peers' payloads are beside each other, as this node's replica has weighed them; for people."""
+"""How large peers' payloads are beside each other, as this node's replica has weighed them; for people."""
 
 from __future__ import annotations
 
