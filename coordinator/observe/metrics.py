@@ -98,8 +98,8 @@ def _trust(status: Mapping[str, Any]) -> Iterator[Metric]:
     if sizes:
         yield _gauge(
             "swarm_farthest_peer_ratio",
-            "Norm of the recent payloads of the peer that has the largest ones, in medians of their rounds, as "
-            "most nodes say",
+            "Norm of the recent payloads of the peer that has the largest ones, in medians of their rounds, "
+            "as most nodes say",
             max(sizes),
         )
     yield _gauge(
