@@ -198,8 +198,8 @@ class CoordinatorServer:
 
     async def metrics_of(self, peer_id: str) -> bytes:
         """A node's metrics and what is known of it here, in Prometheus' text format. Raises KeyError for
-        somebody who was never admitted, `metrics_requests.Unanswered` for a peer that is not there or does not
-        answer."""
+        somebody who was never admitted, `metrics_requests.Unanswered` for a peer that is not there or does
+        not answer."""
         if not self.service.is_admitted(peer_id):
             raise KeyError(peer_id)
         said = await self._stream_server.metrics_of(peer_id)
