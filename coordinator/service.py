@@ -38,6 +38,7 @@ from .observe.counters import Counters
 from .observe.loss_unit import LossUnit
 from .observe.notices import Notices
 from .observe.peer_names import PeerNames
+from .observe.refusals import Refusals
 from .observe.run_view import RunView
 from .open_round import OpenOffers, OpenRound
 from .peers import Peers
@@ -120,6 +121,7 @@ class Service:
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._counters = Counters()
+        self._refusals = Refusals(self._admission.rejected)
         self._parts = self._recalled(now_s, history)
 
     def _recalled(self, now_s: float, history: bytes | None) -> _Parts:
@@ -166,6 +168,7 @@ class Service:
                 derived,
                 counters,
                 rejected,
+                self._refusals,
                 self._wall_ms,
                 LossUnit(self._loss_unit, derived.held_out_file()),
             ),
@@ -211,6 +214,10 @@ class Service:
         index = self._parts.peers.index(peer_id)
         if index is None:
             raise self._admission.refused("not_admitted", BadMessage("no session is open"))
+        with self._refusals.of(index):
+            self._receive(index, session, message, now_s)
+
+    def _receive(self, index: int, session: int, message: Message, now_s: float) -> None:
         if not self._parts.members.is_current(index, session):
             self.count_rejected("old_session")
             return
@@ -234,6 +241,7 @@ class Service:
             case Heartbeat():
                 self._parts.derived.statistics.heartbeat(index, message)
                 self._parts.derived.page_history.beat(index, message)
+                self._parts.derived.peer_sizes.heard(index, message.sizes, now_s)
             case _:
                 text = f"{type(message).__name__} is not for the coordinator"
                 raise self._admission.refused("wrong_message", BadMessage(text))
@@ -347,6 +355,10 @@ class Service:
     def may_store(self, peer_id: str, n_bytes: int) -> None:
         """Asked before a peer uploads a blob. Raises BadMessage: not a member, too much, no room."""
         index = self._parts.peers.index(peer_id)
+        with self._refusals.of(index):
+            self._may_store(index, peer_id, n_bytes)
+
+    def _may_store(self, index: int | None, peer_id: str, n_bytes: int) -> None:
         if index is None or not self.is_member(peer_id):
             raise self._admission.refused("not_admitted", BadMessage("only members may store blobs"))
         self._admission.check_upload(index, n_bytes)
@@ -426,13 +438,20 @@ class Service:
         if index is not None and not self._n_adopted:
             self._parts.open_round.handle(Excused(index, round_), now_s)
 
-    def count_rejected(self, reason: Rejected) -> None:
-        """Counts something that was not let in; reasons are few and fixed, they become metric labels."""
-        self._admission.rejected[reason] += 1
+    def count_rejected(self, reason: Rejected, peer_id: str | None = None) -> None:
+        """Counts something that was not let in; reasons are few and fixed, they become metric labels.
+        `peer_id`: whose it was, where that is certain."""
+        with self._refusals.of(None if peer_id is None else self._parts.peers.index(peer_id)):
+            self._admission.rejected[reason] += 1
 
     def status(self, now_s: float) -> dict[str, Any]:
         """JSON-able, for `thinwire status` and the live table. Times in seconds."""
         return self._parts.view.status(now_s)
+
+    def peer(self, peer_id: str, now_s: float) -> dict[str, Any] | None:
+        """JSON-able: what the status says of a peer; None: nobody was let in by this name."""
+        index = self._parts.peers.index(peer_id)
+        return None if index is None else self._parts.view.peer(index, peer_id, now_s)
 
     def overview(self, now_s: float) -> dict[str, Any]:
         """JSON-able and bounded, for the page."""
