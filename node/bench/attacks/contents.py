@@ -25,7 +25,7 @@ Values = Callable[[Tensor], Tensor]
 
 
 class Contents(Protocol):
-    """What can be made of one honest payload. Factors scale what it stands for; nothing is changed in place."""
+    """What can be made of one honest payload. Nothing is changed in place."""
 
     def scaled(self, factor: float) -> Payload:
         """The same direction, so many times as far; a negative factor is the opposite one."""

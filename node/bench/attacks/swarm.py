@@ -1,4 +1,4 @@
-"""One swarm of honest and bad peers: real nodes as threads of this process, over a coordinator's own service."""
+"""One swarm of honest and bad peers: real nodes as threads of this process, over a coordinator's service."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ class _Swarm:
 
     def run(self) -> Outcome:
         plan, config = self._plan, self._plan.config()
-        # Nobody else meets this coordinator: with a key and a time that are always the same, batches and noise
-        # are the same in every execution.
+        # Nobody else meets this coordinator: with a key and a time that are always the same, batches and
+        # noise are the same in every execution.
         key = Ed25519PrivateKey.from_private_bytes(plan.seed.to_bytes(32, "little"))
         genesis = make_genesis(config, make_task(config.task, None, None), peer_id_of(key.public_key()), 0)
         with local_swarm(self._folder, genesis.body, key, blobs=genesis.blobs, lose=self._is_lost) as swarm:

@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Which rows. Attacks that need more bad peers than `n_bad` have as many times as many honest ones, too."""
+    """Which rows. For attacks that need more bad peers than `n_bad` there are as many times more of both."""
 
     strategies: Sequence[str]
     attacks: Sequence[str]
