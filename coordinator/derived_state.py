@@ -22,6 +22,7 @@ from .protocol.trust.standing import Standing
 from .reports import Reports
 from .retention import PayloadRetention
 from .rounds import RoundClosed
+from .trust.audit_reports import AuditReports
 
 RECALLED_COMMITS = 3
 """The peers of this many last commits stay expected for a while after a restart."""
@@ -54,16 +55,17 @@ class DerivedState:
         rejected: Counter[Rejected],
         keep: Keep,
     ) -> None:
-        self._ledger, self._blobs = ledger, blobs
+        self._ledger, self._blobs, self._name = ledger, blobs, name
         self.course = course
         """After the newest commit."""
         n_params = sum(prod(entry.shape) for entry in ledger.genesis.layout)
         self.statistics = RunStatistics(n_params)
         self.page_history = PageHistory(n_params, rejected)
-        self.retention = PayloadRetention(blobs, course.run.snapshot_every, name, keep)
+        self.standing = Standing(ledger.run_id, course.settings.audits)
+        self.audits = AuditReports(self.standing, ledger.peer_id, rejected)
+        self.retention = PayloadRetention(blobs, course.run.snapshot_every, name, keep, self.standing)
         snapshots, trend = self.retention.snapshots, self.page_history.trend
-        self.reports = Reports(ledger, self.statistics, trend, snapshots, rejected, course)
-        self.standing = Standing()
+        self.reports = Reports(ledger, self.statistics, trend, snapshots, self.standing, rejected, course)
         self._last_peers: deque[frozenset[int]] = deque(maxlen=RECALLED_COMMITS)
         self._evaluator: int | None = None
         self._evaluates: int | None = None
@@ -71,7 +73,7 @@ class DerivedState:
     def recall(self, commit: Commit) -> None:
         """The next old commit. Deletes no payload."""
         body = commit.body
-        self._follow(body)
+        self._follow(commit)
         self.statistics.committed(body)
         self.page_history.committed(commit)
         self.reports.recall(body, self.course)
@@ -97,7 +99,7 @@ class DerivedState:
         moment ago.
         """
         body = commit.body
-        self._follow(body)
+        self._follow(commit)
         self.statistics.committed(body)
         self.page_history.committed(commit)
         if closed is not None:
@@ -106,11 +108,23 @@ class DerivedState:
         self.reports.committed(body, self.course)
         self.retention.committed(body, present)
 
-    def _follow(self, body: CommitBody) -> None:
-        self.standing.committed(body)
+    def _follow(self, commit: Commit) -> None:
+        body = commit.body
+        self.standing.committed(body, commit.digest)
+        self.audits.committed()
+        self._tell_judged(body)
         for text in self.course.told(body.changes):
             self.page_history.happened(body.time_ms, "changed", f"round {body.round}: {text}")
         self.course = self.course.after(body.changes)
+
+    def _tell_judged(self, body: CommitBody) -> None:
+        condemned, back = self.standing.changed()
+        for peer in condemned:
+            last = self.standing.condemned_until(peer)
+            text = f"{self._name(peer)}: its offers up to round {last} do not count"
+            self.page_history.happened(body.time_ms, "condemned", text)
+        for peer in back:
+            self.page_history.happened(body.time_ms, "joined", f"{self._name(peer)} again, after its term")
 
     def history(self) -> bytes:
         """What only this process has seen of the run; small."""

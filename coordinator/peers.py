@@ -41,14 +41,15 @@ class Peers:
 
     def admit(self, peer_id: str, session: int, hello: Hello, now_s: float) -> int:
         """Lets a peer in, and back in; returns its index. Raises what `Service.open` raises."""
-        self._admission.check_hello(peer_id, hello)
-        self._admission.check_peer(peer_id)
+        invitation = self._admission.check_hello(peer_id, hello)
         self._admission.check_head(hello)
         known = self._ledger.index_of(peer_id)
         self._check_session(known, session)
-        index = self._ledger.admit(peer_id)
+        index = self._ledger.admit(peer_id, invitation)
         if known is None:
-            log.info("admitted %s as peer %d (%s)", peer_id, index, hello.agent)
+            by = f", invited as {invitation}" if invitation else ""
+            text = "admitted %s as peer %d (%s)%s"
+            self._notices.lines.say(logging.INFO, peer_id, "admitted", text, peer_id, index, hello.agent, by)
         self._counters.joined["new" if known is None else "returned"] += 1
         self._announcer.opened(index, hello.addresses)
         self._page_history.opened(index, hello.device)

@@ -11,10 +11,12 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from ..compression.errors import LedgerCorrupt, ThinwireError
+from ..compression.errors import ConfigError, LedgerCorrupt, ThinwireError
 from .blobs import BlobStore
 from .control.door import Door
 from .control.orders import CheckStrategy, Order, Ordered, no_strategy
+from .entry.gate import BANNED
+from .entry.guard import guard
 from .last_snapshot import LastSnapshot, leaves_room
 from .ledger import Ledger
 from .protocol.addresses import HttpAddress
@@ -90,7 +92,6 @@ class CoordinatorServer:
         self._stream_server = StreamServer(
             self.service,
             self.blobs,
-            token=self._token,
             meter=self.meter,
             changed=self._soon,
             failed=self._fail,
@@ -111,6 +112,8 @@ class CoordinatorServer:
         self._tick_timer: asyncio.TimerHandle | None = None
         self._is_stopped = False
         self._tasks: list[asyncio.Task[None]] = []
+        self.on_new_ticket: Callable[[], object] = bool
+        """Called when the ticket is another one."""
         self.http: HttpAddress | None = None
         """Where this coordinator is served over HTTP, too: told to those who ask for the status."""
 
@@ -127,6 +130,7 @@ class CoordinatorServer:
             wall_ms=lambda: time.time_ns() // 10**6,
             history=self._state.history(),
             banned=self._state.banned(),
+            rules=self._state.rules(),
             check_strategy=self._check_strategy,
             loss_unit=self._loss_unit,
             keep=self._keep,
@@ -234,7 +238,15 @@ class CoordinatorServer:
             self._key, host=self._host_ip, port=self._port, announce=self._announce
         )
         self._port = self._transport.port
+        self._save_address()
         await self._stream_server.open_on(self._transport)
+
+    def _save_address(self) -> None:
+        """For tickets that are made beside this process."""
+        try:
+            self._state.save_address(self.ticket.model_copy(update={"token": ""}).line())
+        except OSError as e:
+            _log.warning("%s cannot be written (%s): thinwire invite has no address", self._state.path, e)
 
     async def _open_stream_to(self, peer_id: str) -> Stream:
         """For blobs, to a connected peer. Raises SwarmUnreachable."""
@@ -269,6 +281,8 @@ class CoordinatorServer:
 
     def _order(self, order: Order) -> Ordered:
         """Raises ConfigError or LedgerCorrupt."""
+        if order.is_guarding:
+            return self._guard(order)
         try:
             ordered = self.service.order(order, time.monotonic())
         except sqlite3.Error as e:
@@ -277,6 +291,21 @@ class CoordinatorServer:
             self._done = asyncio.get_running_loop().create_future()  # it goes on
         self._soon()
         return ordered
+
+    def _guard(self, order: Order) -> Ordered:
+        """Who may come in: holds at once. Raises ConfigError."""
+        try:
+            told = guard(self._state, order)
+        except OSError as e:
+            raise ConfigError(f"{self._state.path} cannot be written: {e.strerror}") from e
+        self.service.guard(self._state.banned(), self._state.token(), told, time.monotonic())
+        self._token = self._state.token()
+        for peer_id in order.peers if order.what == "ban" else ():
+            self._stream_server.end(peer_id, ConfigError(BANNED))
+        if order.what == "rotate-token":
+            self.on_new_ticket()
+        self._soon()
+        return Ordered(0, told, (), is_done=True)
 
     def _is_ordered(self, ordered: Ordered) -> bool:
         """Whether the record that was to carry the changes does so."""

@@ -22,9 +22,18 @@ from .blobs import BlobStore
 from .control.orders import CheckStrategy, Order, Ordered, Place, no_strategy
 from .control.pending import PendingChanges
 from .derived_state import DerivedState, Recalled
+from .entry.rules import OPEN, EntryRules
 from .last_snapshot import Wanted
 from .ledger import Ledger
-from .membership import Membership, MembershipEvent, SessionClosed, SessionOpened, SignOfLife, TimePassed
+from .membership import (
+    Membership,
+    MembershipEvent,
+    SessionClosed,
+    SessionOpened,
+    SignOfLife,
+    StateSaid,
+    TimePassed,
+)
 from .observe.counters import Counters
 from .observe.loss_unit import LossUnit
 from .observe.notices import Notices
@@ -35,6 +44,7 @@ from .peers import Peers
 from .protocol.figures import counted
 from .protocol.messages import (
     READER,
+    Audit,
     BadMessage,
     Commit,
     CommitBody,
@@ -42,15 +52,19 @@ from .protocol.messages import (
     Heartbeat,
     Hello,
     Message,
+    NodeState,
     Offer,
     Rejected,
     Report,
     State,
     Welcome,
+    digest_of,
 )
 from .protocol.schedule import lr_factor_bits
 from .protocol.settings import KEEP_SNAPSHOTS, Course, Keep
+from .protocol.trust.signed_offers import is_signed
 from .rounds import Excused, RoundClosed, Rounds
+from .trust.sentences import Sentences
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -80,11 +94,12 @@ class Service:
         wall_ms: Callable[[], int],
         history: bytes | None = None,
         banned: frozenset[str] = frozenset(),
+        rules: EntryRules = OPEN,
         check_strategy: CheckStrategy = no_strategy,
         loss_unit: str | None = None,
         keep: Keep = KEEP_SNAPSHOTS,
     ) -> None:
-        """`history`: what the method gave before a restart; `banned`: peers that are not let in;
+        """`history`: what the method gave before a restart; `banned`, `rules`: who is not let in, and who is;
         `check_strategy`: of what the owner wants to change of its options; `loss_unit`: where the run's task
         is not built in; `keep`: of counted payloads.
 
@@ -99,7 +114,7 @@ class Service:
         except InvalidSignature:
             raise ConfigError("this key is not the one that the run was started with") from None
         self._loss_unit = loss_unit or self._settings.task.loss_unit
-        self._admission = AdmissionControl(ledger, token, banned)
+        self._admission = AdmissionControl(ledger, token, banned, rules, wall_ms)
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._counters = Counters()
@@ -118,7 +133,9 @@ class Service:
         members = Membership(self._settings.silence_s, past.training, now_s)
         announcer = Announcer(self._send_to, ledger.peer_id)
         notices = Notices(announcer, members, names, derived.page_history, self._wall_ms, now_s)
+        sentences = Sentences(derived.standing, announcer, names)
         rounds = _rounds(derived.course, ledger, past, now_s)
+        rounds.condemn(derived.standing.condemned_in(ledger.head_round + 1))
         open_round = OpenRound(
             rounds,
             OpenOffers(self._blobs, self._admission),
@@ -127,6 +144,7 @@ class Service:
             members,
             announcer,
             notices,
+            sentences,
             self._close,
         )
         counters, rejected = self._counters, self._admission.rejected
@@ -135,6 +153,7 @@ class Service:
             members=members,
             announcer=announcer,
             notices=notices,
+            sentences=sentences,
             rounds=rounds,
             open_round=open_round,
             peers=Peers(ledger, self._admission, members, announcer, notices, derived, counters),
@@ -156,7 +175,7 @@ class Service:
     def open(self, peer_id: str, session: int, hello: Hello, now_s: float) -> Welcome:
         """Admits the peer; its older session is over. `session` grows with every session of the peer's.
 
-        Raises ConfigError (token, banned), Incompatible (version, run, full swarm), LedgerCorrupt (a head
+        Raises ConfigError (not let in), Incompatible (version, run, full swarm), LedgerCorrupt (a head
         that is not on the chain) or BadMessage (a session older than the open one).
         """
         index = self._parts.peers.admit(peer_id, session, hello, now_s)
@@ -170,6 +189,10 @@ class Service:
             peer_index=index,
             heartbeat_s=self._settings.network.heartbeat_s,
         )
+
+    def is_signed(self, peer_id: str, offer: Offer) -> bool:
+        """Whether the peer has signed it. Takes its time, and may be asked from any thread."""
+        return is_signed(peer_id, self._ledger.run_id, offer)
 
     def receive(self, peer_id: str, session: int, message: Message, now_s: float) -> None:
         """Raises BadMessage for what a peer must not send; frames of a replaced session are dropped."""
@@ -195,6 +218,9 @@ class Service:
             case Evaluation():
                 self._known_round(message.round)
                 self._parts.derived.reports.note_evaluation(message)
+            case Audit():
+                self._known_round(message.round)
+                self._parts.derived.audits.note(index, message)
             case Heartbeat():
                 self._parts.derived.statistics.heartbeat(index, message)
                 self._parts.derived.page_history.beat(index, message)
@@ -223,8 +249,15 @@ class Service:
     # ------------------------------------------------------------------------------------- lost commits
 
     def check(self, peer_id: str, hello: Hello) -> None:
-        """Before anything else that a peer asks for. Raises ConfigError (token) or Incompatible."""
+        """Before anything else that a peer asks for. Raises ConfigError (not let in) or Incompatible."""
         self._admission.check_hello(peer_id, hello)
+
+    def may_look(self, shown: str) -> bool:
+        """Whether somebody with this token or invitation may see the status."""
+        if self._admission.gate.may_look(shown):
+            return True
+        self.count_rejected("token")
+        return False
 
     def lacks(self, hello: Hello) -> bool:
         """Whether the node, which was checked, says that it has commits which this coordinator has lost: then
@@ -283,6 +316,18 @@ class Service:
         log.info("round %d: %s", ordered.round, "; ".join(ordered.told))
         return ordered
 
+    def guard(self, banned: frozenset[str], token: str, told: Sequence[str], now_s: float) -> None:
+        """Who may come in has changed, in these words. Nobody waits for those who are banned now; who owns
+        the streams ends theirs."""
+        gate = self._admission.gate
+        new, gate.banned = banned - gate.banned, banned
+        gate.change_token(token)
+        for text in told:
+            self._parts.notices.guarded(text)
+        for index in map(self._parts.peers.index, sorted(new)):
+            if index is not None and index in self._parts.members.connected() and not self._n_adopted:
+                self._handle_member(StateSaid(index, NodeState.LEAVING), now_s)
+
     # ------------------------------------------------------------------------------------------- blobs
 
     def may_store(self, peer_id: str, n_bytes: int) -> None:
@@ -294,6 +339,10 @@ class Service:
         if (why := self._parts.derived.retention.no_room(n_bytes)) is not None:
             self.not_stored(peer_id, n_bytes)
             raise self._admission.refused("quota", BadMessage(why))
+
+    def signatures(self, digest: bytes) -> bytes | None:
+        """The blob that a commit names as its `work`."""
+        return self._ledger.work(digest)
 
     def has_room(self, n_bytes: int) -> bool:
         """Whether so many bytes more fit into what the run may take of the disk."""
@@ -320,6 +369,7 @@ class Service:
         self._handle_member(TimePassed(), now_s)
         self._parts.open_round.handle(TimePassed(), now_s)
         parts = self._parts
+        parts.notices.lines.flush()
         if self._pending and not parts.rounds.is_held and not parts.rounds.is_awaited:
             self._commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
         parts.announcer.tell(parts.members.connected(), parts.open_round.offers.fetchable())
@@ -404,7 +454,7 @@ class Service:
     def _close(self, closed: RoundClosed, now_s: float) -> None:
         """Orders the round that has closed: from here to `_committed` no other one does."""
         proposal = self._proposal(closed.round, closed.peers, closed.evaluator)
-        commit = self._ledger.append(proposal, self._key)
+        commit = self._ledger.append(proposal, self._key, self._parts.open_round.offers.work(closed.peers))
         self._committed(commit, closed, now_s)
 
     def _commit_changes(self, now_s: float) -> None:
@@ -419,11 +469,13 @@ class Service:
         """The next record. Takes out the reports and the changes that it carries."""
         changes = self._pending.take()
         course = self.course.after(changes)
-        reports, snapshots = self._parts.derived.reports.take()
+        derived, offers = self._parts.derived, self._parts.open_round.offers
+        reports, snapshots = derived.reports.take()
+        work = offers.work(peers)
         return CommitBody(
             round=round_,
             parent=self._ledger.head_digest,
-            offers=self._parts.open_round.offers.entries(peers),
+            offers=offers.entries(peers),
             admitted=self._ledger.pending_admissions(),
             lr_factor_bits=lr_factor_bits(course.settings.schedule, round_ + 1, course.n_rounds),
             reports=reports,
@@ -431,12 +483,16 @@ class Service:
             evaluator=evaluator,
             time_ms=self._wall_ms(),
             changes=changes,
+            audits=derived.audits.take(),
+            work=digest_of(work) if work else b"",
         )
 
     def _committed(self, commit: Commit, closed: RoundClosed | None, now_s: float) -> None:
         """The record is on the disk: everybody may see it. `closed`: None, if it only brings changes."""
         parts = self._parts
         parts.derived.committed(commit, closed, parts.peers.present())
+        parts.rounds.condemn(parts.derived.standing.condemned_in(commit.body.round + 1))
+        parts.sentences.committed()
         if closed is not None:
             self._counters.round_closed(closed.why, closed.duration_s)
             parts.notices.missed(closed.missing, parts.derived.statistics)
@@ -457,6 +513,7 @@ class _Parts:
     members: Membership
     announcer: Announcer
     notices: Notices
+    sentences: Sentences
     rounds: Rounds
     open_round: OpenRound
     peers: Peers

@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from ..compression.errors import ConfigError
+from ..coordinator.protocol.identity import public_key_of
 from ..coordinator.protocol.settings import Keep
 
 ENV_PREFIX = "THINWIRE_"
@@ -212,6 +213,35 @@ class LimitsSection(Section):
     """Of one offer's local work."""
 
 
+class Admission(Section):
+    """Who may come into the run; not in record 0, so that the next start of the coordinator may change it."""
+
+    mode: Literal["open", "invited", "listed"] = "open"
+    """`open`: whoever has a ticket; `invited`: who has an invitation (thinwire invite), and those who are in
+    the ledger already; `listed`: the identities in `peers`, and nobody else."""
+    peers: Annotated[tuple[str, ...], Field(max_length=4096, validate_default=True)] = ()
+    """`listed`: the peer ids that may take part; thinwire identity prints a machine's."""
+
+    @field_validator("peers")
+    @classmethod
+    def _that_are_peers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            for peer_id in value:
+                public_key_of(peer_id)
+        except ConfigError as e:
+            raise ValueError(str(e)) from e
+        return value
+
+    @field_validator("peers", mode="after")
+    @classmethod
+    def _or_nobody_could_come(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if info.data.get("mode") == "listed" and not value:
+            raise ValueError(
+                'mode = "listed" lets in these only: name one at least (thinwire identity prints it)'
+            )
+        return value
+
+
 class Network(Section):
     """How often nodes say that they live."""
 
@@ -245,6 +275,18 @@ class Eval(Section):
         return value
 
 
+class Audits(Section):
+    """Peers do the work of others again, drawn by lot; the offers of those who fail do not count any more."""
+
+    rate: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of the swarm's work that goes into audits, beside those of suspects; 0: none."""
+    failures: Annotated[int, Field(ge=1, le=1000)] = 2
+    """So many offers that failed among those of the last `window_rounds`, and no fewer than passed, and a
+    peer's offers weigh nothing: for `window_rounds`, and for twice as long each time again."""
+    window_rounds: Annotated[int, Field(ge=1, le=2**20)] = 1000
+    """How long a failure is remembered."""
+
+
 class RunConfig(Section):
     run: Run = Run()
     task: Task = Task()
@@ -254,7 +296,9 @@ class RunConfig(Section):
     work: Work = Work()
     limits: LimitsSection = LimitsSection()
     network: Network = Network()
+    admission: Annotated[Admission, Field(exclude=True)] = Admission()
     eval: Eval | None = None
+    audits: Audits | None = None
 
     @field_validator("strategy")
     @classmethod
@@ -271,7 +315,8 @@ class RunConfig(Section):
 
     def to_json(self) -> str:
         """As record 0 has it: a table that came later and is not used leaves it what it was."""
-        return json.dumps(self.model_dump(exclude={"eval"} if self.eval is None else None), sort_keys=True)
+        unused = {name for name in ("eval", "audits") if getattr(self, name) is None}
+        return json.dumps(self.model_dump(exclude=unused), sort_keys=True)
 
 
 def load_config(

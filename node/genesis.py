@@ -33,7 +33,7 @@ from ..coordinator.protocol.settings import parse_settings
 from ..optim.base import Closure, canonical_name
 from ..optim.parts.ranks import local_of, parts_of, ranks_of
 from ..optim.registry import build_strategy, complete_config, of_new_run, refuse_unlikely, strategy_class
-from .config import RunConfig
+from .config import Audits, RunConfig
 from .snapshots.format import data_of
 from .tasks.base import Pretrained, Task
 from .tasks.buffers import persistent_buffers
@@ -127,6 +127,9 @@ def public_config(config: RunConfig, task: Task, recorded: RunConfig | None = No
     else:
         options = config.task.model_copy(update={"corpus": "run"} if task.corpus() is not None else {})
     run: dict[str, Any] = {"base": None}
+    audits = config.audits
+    if audits is None and (recorded is None or recorded.audits is not None):
+        audits = Audits()
     if task.held_out() is None:
         run["eval_every"] = 0
     return config.model_copy(
@@ -134,6 +137,7 @@ def public_config(config: RunConfig, task: Task, recorded: RunConfig | None = No
             "run": config.run.model_copy(update=run),
             "task": options,
             "strategy": complete_config(strategy),
+            "audits": audits,
         }
     )
 

@@ -6,6 +6,7 @@ Pure: fed with every commit from round 1 on, in order, whether the replica has a
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..coordinator.protocol.attested import Attested, Snapshots
@@ -24,15 +25,18 @@ of today on a line of 20 to 50 Mbit/s."""
 
 class History:
     """`peers`: index -> peer id. `run_id` stands for the digest of record 0; `round_cost_bytes`: bytes that
-    could be fetched in the time that it takes to apply a round with payloads to be fetched."""
+    could be fetched in the time that it takes to apply a round with payloads to be fetched. `standing`: that
+    of the replica, which follows the same commits."""
 
-    def __init__(self, run_id: bytes, snapshot_every: int, round_cost_bytes: int) -> None:
+    def __init__(
+        self, run_id: bytes, snapshot_every: int, round_cost_bytes: int, standing: Standing | None = None
+    ) -> None:
         self.every = snapshot_every
         self._round_cost_bytes = round_cost_bytes
         self.peers: dict[int, str] = {}
-        self.snapshots = Snapshots(snapshot_every)
-        self.verdicts = Verdicts()
-        self.standing = Standing()
+        self.standing = standing or Standing(run_id)
+        self.snapshots = Snapshots(snapshot_every, self.standing)
+        self.verdicts = Verdicts(self.standing)
         self._digests = [run_id]
         self._costs = [0]
         self._changes: dict[str, Change] = {}
@@ -41,7 +45,8 @@ class History:
     @classmethod
     def of(cls, replica: Replica, snapshot_every: int) -> History:
         """For a replica whose size tells what a round costs."""
-        return cls(replica.run_id, snapshot_every, replica.n_bytes // ROUNDS_PER_MODEL)
+        cost_bytes = replica.n_bytes // ROUNDS_PER_MODEL
+        return cls(replica.run_id, snapshot_every, cost_bytes, replica.standing)
 
     @property
     def round(self) -> int:
@@ -55,9 +60,9 @@ class History:
             return
         assert body.round == self.round + 1, "links give commits in order"
         self.peers.update({a.index: a.peer_id for a in body.admitted})
+        self.standing.committed(body, commit.digest)
         self.snapshots.committed(body)
         self.verdicts.committed(body)
-        self.standing.committed(body)
         self._digests.append(commit.digest)
         if body.changes:
             self._changes.update((change.key, change) for change in body.changes)
@@ -98,9 +103,9 @@ class History:
             if len(a.peers) > 1 or open_from is None or a.round < open_from
         ]
 
-    def is_shared(self, manifest: bytes) -> bool:
-        """Whether two peers have reported this snapshot."""
-        return any(a.manifest == manifest and len(a.peers) > 1 for a in self.snapshots.attested())
+    def names(self, peers: Iterable[int]) -> str:
+        """Their peer ids, for people."""
+        return ", ".join(self.peers.get(index, f"peer {index}") for index in sorted(peers))
 
     def holders(self, snapshot: Attested) -> list[str]:
         """Peer ids of those that reported the snapshot."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 import inspect
 import time
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 
 from ..compression.base import Turn
 from ..compression.errors import ConfigError
+from ..optim.auditing.evidence import Evidence
 from ..optim.base import Allotment, Closure
 from .phases import Stopwatch, time_compressor
 from .precision import Precision, autocast
@@ -97,6 +99,31 @@ class LocalWork:
         worked = self._replica.strategy.work_ahead(self._draw, self._turn)
         self._n_tokens_ahead = self._n_tokens
         return worked
+
+    def audit(self, data: bytes, round_: int, peer_id: str, n_samples: int) -> Evidence | None:
+        """What speaks for a counted offer of another peer, whose work is done again at the weights of now.
+
+        `data`: its payload's bytes; `round_`: the replica's or the one before. None: that cannot be told, as
+        on a node of several ranks. Nothing changes, local state and the global generators included. Raises
+        BadPayload for a payload that was left out.
+        """
+        replica, model = self._replica, self._replica.model
+        if self._split:
+            return None
+        turn = replica.turn_of(round_, peer_id)
+        payload = replica.decode(data, turn)
+        n_batches = -(-n_samples // self.task.n_samples)
+        seeds = (data_seed(replica.run_id, round_, peer_id, i) for i in count())
+
+        def draw() -> Closure:
+            return self._in_precision(self.task.draw(model, next(seeds)))
+
+        model.eval()  # dropout would take from the global generators, norms would count a batch twice
+        try:
+            with replica.strategy.replica():
+                return replica.strategy.audit(payload, draw, turn, n_batches)
+        finally:
+            self._set_mode()
 
     def evaluate(self) -> float:
         """The held-out loss of the replica, in nats: the mean over the ranks, the same on each."""

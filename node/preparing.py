@@ -32,7 +32,8 @@ class PreparedRun:
 
     `peer_index`: this node's in commits; `kept_from`: the first round whose payloads the coordinator still
     had when the link was opened; `workload`: None, every round has all the work; `n_parameters`: of the
-    model, over all ranks; `base_blobs`: has the base weights, kept where snapshots do not hold all of it.
+    model, over all ranks; `base_blobs`: has the base weights, kept where snapshots do not hold all of it;
+    `has_own_data`: trains on what others do not have, so that nobody can do its work again.
     """
 
     link: Link
@@ -46,6 +47,7 @@ class PreparedRun:
     history: History
     n_parameters: int
     base_blobs: KeptBlobs
+    has_own_data: bool
 
     @property
     def is_over(self) -> bool:
@@ -90,6 +92,7 @@ def prepare_run(
     """
     body = welcome.body
     config = parse_config(body.config)
+    has_own_data = data is not None or task is not None
     task = task or make_task(config.task, import_path, data)
     if leader is None:
         replica = build_replica(link.run_id, body, task, link.peer_id, device)
@@ -114,6 +117,7 @@ def prepare_run(
         history=History.of(replica, config.run.snapshot_every),
         n_parameters=sum(prod(entry.shape) for entry in body.layout),
         base_blobs=blobs if replica.has_frozen else fetched,
+        has_own_data=has_own_data,
     )
     _tell(run)
     return run

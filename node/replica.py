@@ -25,6 +25,7 @@ from ..coordinator.protocol.files import write_aside
 from ..coordinator.protocol.messages import Commit, GenesisBody, OfferEntry
 from ..coordinator.protocol.schedule import float32_of_bits
 from ..coordinator.protocol.settings import Course, strategy_options
+from ..coordinator.protocol.trust.standing import Standing
 from ..optim.base import Own, Round, Share, Strategy
 from ..optim.parts.clip import Weighing
 from ..optim.registry import build_strategy
@@ -93,6 +94,8 @@ class Replica:
     """Model, strategy and the place in the ledger: `round`, `digest` of its commit, `peers` by index.
 
     `course`: the settings that hold for the next round. `bad` counts payloads that were left out, by reason.
+    `standing`: who is condemned in which round. It may know later commits already; in runs with audits it has
+    to know the earlier ones before the replica goes on from a snapshot.
     `weighed`: the last round's peers, by id; of no meaning to the replica, and empty without a bound.
     """
 
@@ -111,6 +114,7 @@ class Replica:
         self._genesis = genesis
         self._unchanged = {name: strategy.option(name) for name in strategy.facts.changeable}
         self.course = Course.of(genesis.config)
+        self.standing = Standing(run_id, self.course.settings.audits)
         self._seed = parse_config(genesis.config).run.seed
         self._lr_factor = float32_of_bits(genesis.lr_factor_bits)
         self._layout_hash = layout_hash(genesis)
@@ -120,17 +124,30 @@ class Replica:
         """What the next round fixes for everybody, and this peer's own seed."""
         return self._turn(self.round + 1, self._lr_factor)
 
-    def _turn(self, round: int, lr_factor: float) -> Turn:
+    def turn_of(self, round: int, peer_id: str) -> Turn:
+        """A round as that peer has it, but for the learning rate, which is that of now."""
+        return self._turn(round, self._lr_factor, peer_id)
+
+    def _turn(self, round: int, lr_factor: float, peer_id: str | None = None) -> Turn:
+        own = self.peer_id if peer_id is None else peer_id
         return Turn(
             round=round,
             shared_seed=round_seed(self.run_id, round),
-            own_seed=round_seed(self.run_id, round, self.peer_id),
+            own_seed=round_seed(self.run_id, round, own),
             lr_factor=lr_factor,
         )
 
     def encode(self, payload: Payload, turn: Turn) -> bytes:
         """The bytes of an offer for the turn's round, as `wire.decode` reads them."""
         return wire.encode(payload, self.strategy.fields(turn), turn.round, self._layout_hash)
+
+    def decode(self, data: bytes, turn: Turn) -> Payload:
+        """The payload in the bytes of an offer for the turn's round. Raises BadPayload."""
+        payload = wire.decode(
+            data, self.strategy.fields(turn), turn.round, self._layout_hash, self._max_bytes
+        )
+        self.strategy.check(payload, turn)
+        return payload
 
     def apply(self, commit: Commit, payload_bytes: PayloadBytes, offered: bool) -> Own:
         """Applies the next commit exactly. `offered`: this replica's strategy made an offer for that round.
@@ -191,7 +208,10 @@ class Replica:
             raise ReplicaDiverged(f"commit {body.round} does not follow this replica's round {ahead.round}")
         ahead.peers.update({a.index: a.peer_id for a in body.admitted})
         turn = self._turn(body.round, ahead.lr_factor)
-        shares, own_counted = self._shares(body.offers, turn, payload_bytes, ahead)
+        offers = self.heard(commit)
+        if len(offers) < len(body.offers):
+            ahead.bad["condemned"] += len(body.offers) - len(offers)
+        shares, own_counted = self._shares(offers, turn, payload_bytes, ahead)
         own: Own = ("counted" if own_counted else "missed") if body.round in offered else None
         ahead.round, ahead.digest = body.round, commit.digest
         ahead.lr_factor = float32_of_bits(body.lr_factor_bits)
@@ -200,6 +220,21 @@ class Replica:
         except ConfigError as e:
             raise ReplicaDiverged(f"record {body.round} changes what cannot be changed: {e}") from e
         return Round(shares, turn, own)
+
+    def heard(self, commit: Commit) -> tuple[OfferEntry, ...]:
+        """The commit's offers without those of condemned peers, which are as if they were not there. Raises
+        ReplicaDiverged: an earlier commit is not known."""
+        condemned = self.condemned(commit)
+        return tuple(offer for offer in commit.body.offers if offer.peer not in condemned)
+
+    def condemned(self, commit: Commit) -> frozenset[int]:
+        """Peers whose offers weigh nothing in the commit's round; the commit is known from then on."""
+        body = commit.body
+        try:
+            self.standing.committed(body, commit.digest)
+            return self.standing.condemned_in(body.round)
+        except ValueError as e:
+            raise ReplicaDiverged(f"round {body.round} cannot be applied: {e}") from e
 
     def _shares(
         self, offers: tuple[OfferEntry, ...], turn: Turn, payload_bytes: PayloadBytes, ahead: _Ahead

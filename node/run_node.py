@@ -69,7 +69,7 @@ class Options:
     def from_plain(cls, plain: dict[str, Any]) -> Options:
         """The inverse of `to_plain`."""
         paths = {k: Path(plain[k]) for k in ("data", "state", "save") if plain[k] is not None}
-        http = None if plain["http"] is None else HttpAddress(*plain["http"])
+        http = None if plain["http"] is None else HttpAddress.from_plain(plain["http"])
         lists = {name: tuple(plain[name]) for name in ("announce", "track")}
         return cls(**{**plain, **paths, **lists, "http": http})
 

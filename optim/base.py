@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..compression.base import Fields, Fill, Part, Payload, Turn
 from ..compression.errors import BadPayload, ConfigError, nearest
+from .auditing.evidence import Evidence
 from .facts import Facts
 from .options import Options
 from .parts.clip import Weighing
@@ -364,6 +365,15 @@ class Strategy(torch.optim.Optimizer):
         """
         for r in rounds:
             self.apply(r.shares, r.turn, r.own)
+
+    def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
+        """What speaks for another peer's offer, whose work is done again; None: that cannot be told.
+
+        `payload`: as it came through `check`; `draw`: takes that peer's batches of the round, `n_batches` of
+        which it says it had; `turn`: of the round, with that peer's own seed. The model is in eval mode, with
+        the parameters as they were before or after that round. Changes nothing, local state included.
+        """
+        return None
 
     def known_payload(self, fill: Fill, salt: int) -> Payload:
         """Fixed bits that `check` accepts, for `Facts.known_updates`; another payload for every salt.

@@ -27,6 +27,8 @@ from torch import Tensor
 from ..compression.base import Compressor, Fields, Packed, Part, Payload, Step, Target, Turn
 from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
+from .auditing.evidence import Evidence
+from .auditing.gradients import gradient_evidence
 from .base import Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
 from .options import Number, Whole, keywords_of
@@ -263,6 +265,10 @@ class Decoupled(Strategy):
         for _ in range(self.counters.get("decays", 0) - n_decays):
             factor *= self.option("beta")
         return factor
+
+    def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
+        """Against the gradient: of a momentum its fast part is sent, and that is mostly what is new."""
+        return gradient_evidence(self, self.compressor, payload, draw, turn, n_batches)
 
     # --------------------------------------------------------------------------------- replicated work
 

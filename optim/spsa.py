@@ -27,6 +27,8 @@ from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.kernels import kernels_for
 from ..compression.numerics.noise import uniform_words, update_all_, update_pieces_
 from ..compression.numerics.noise_layout import MAX_PROBES, NoiseKind, Piece, Purpose, Update
+from .auditing.evidence import Evidence
+from .auditing.probes import probe_evidence
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Round, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate, SameAs
 from .options import Number, Whole, keywords_of
@@ -117,11 +119,7 @@ class Spsa(Strategy):
         """Two evaluations per probe, each probe on a batch of its own. Parameters are not written to."""
         n, eps = self.batches, self.option("eps")
         words = uniform_words(turn.own_seed, Purpose.CODE, 0, n)
-        seed = turn.shared_seed if self.option("shared_noise") else turn.own_seed
-        # A GPU is given all forward passes before the first loss is read.
-        losses = [loss for probe in range(n) for loss in self._losses(draw(), seed, probe)]
-        means = read_losses(losses, self.ranks)
-        pairs = list(zip(means[::2], means[1::2], strict=True))
+        pairs = self._pairs(draw, turn, n)
         if self._is_first and all(plus == minus for plus, minus in pairs):
             raise NotSubstituted(
                 "no probe changed the loss: it does not depend on the parameters, or eps is too small"
@@ -133,6 +131,21 @@ class Spsa(Strategy):
         self.count("dropped_probes", n - len(kept))
         codes = [byte_code.encode(g, int(word)) for g, word in zip(gradients, words, strict=True)]
         return {CODES: (torch.tensor(codes, dtype=torch.uint8),)}
+
+    def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
+        """The same probes once more, as many as a round of this run has."""
+        codes = payload[CODES][0].tolist()[: self.most_batches]
+        pairs = self._pairs(draw, turn, max(1, len(codes)))
+        again = [(plus - minus) / (2 * self.option("eps")) for plus, minus in pairs]
+        return probe_evidence([byte_code.decode(code) for code in codes], again)
+
+    def _pairs(self, draw: Draw, turn: Turn, n: int) -> list[tuple[float, float]]:
+        """L(theta + eps z) and L(theta - eps z) of n probes."""
+        seed = turn.shared_seed if self.option("shared_noise") else turn.own_seed
+        # A GPU is given all forward passes before the first loss is read.
+        losses = [loss for probe in range(n) for loss in self._losses(draw(), seed, probe)]
+        means = read_losses(losses, self.ranks)
+        return list(zip(means[::2], means[1::2], strict=True))
 
     def _losses(self, closure: Closure, seed: int, probe: int) -> tuple[Tensor, Tensor]:
         """L(theta + eps z) and L(theta - eps z)."""

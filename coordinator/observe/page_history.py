@@ -30,7 +30,7 @@ RECENT_ROUNDS: Final = 16
 TOGETHER_MS: Final = 60_000
 """The same thing again within this time is not told again, but counted."""
 
-HappeningKind = Literal["joined", "left", "lost", "differs", "rejected", "changed", "failed"]
+HappeningKind = Literal["joined", "left", "lost", "differs", "rejected", "changed", "failed", "condemned"]
 _FORMAT: Final = 1
 _Work = tuple[int, int, int]
 """Peer, samples, tokens."""

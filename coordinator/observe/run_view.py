@@ -16,6 +16,8 @@ from .loss_unit import LossUnit
 from .overview import left_s, overview, run_state, waits_for
 
 SHOWN_EVALUATIONS = 20
+SHOWN_HELD_OUT = 500
+"""Held-out losses in the status: of a long run every so many."""
 
 
 class RunView:
@@ -48,7 +50,7 @@ class RunView:
             "left_s": left_s(self._rounds, self._derived.statistics),
             "changes": self._derived.page_history.changes(),
             "errors": self._derived.page_history.errors(),
-            "held_out": [list(entry) for entry in self._ledger.held_out()],
+            "held_out": [list(entry) for entry in self._ledger.held_out(SHOWN_HELD_OUT)],
             "evaluations": [list(entry) for entry in self._ledger.evaluations(SHOWN_EVALUATIONS)],
             "failed_evaluations": self._derived.reports.failed_evaluations,
             "last_failed_evaluation": self._derived.reports.last_failure,

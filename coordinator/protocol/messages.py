@@ -632,8 +632,8 @@ Rejected = Literal[
     # frames and messages
     "frame_cut", "frame_kind", "frame_size", "message", "metrics", "wrong_message",
     # offers
-    "changed_offer", "copied_offer", "late_offer", "offer", "oversized", "samples", "signature", "size",
-    "too_many_offers", "wrong_round",
+    "changed_offer", "condemned", "copied_offer", "late_offer", "offer", "oversized", "samples", "signature",
+    "size", "too_many_offers", "wrong_round",
     # blobs
     "blob", "blob_streams", "quota", "stranger",
     # reports

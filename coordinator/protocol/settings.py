@@ -53,6 +53,14 @@ class EvalSection(_Section):
     every: Annotated[int, Field(ge=1)]
 
 
+class AuditsSection(_Section):
+    """See `Standing`."""
+
+    rate: Annotated[float, Field(ge=0, le=1)]
+    failures: Annotated[int, Field(ge=1)]
+    window_rounds: Annotated[int, Field(ge=1, le=2**20)]
+
+
 class TaskSection(_Section):
     name: str = "custom"
     prompt: str | None = None
@@ -74,6 +82,7 @@ class RunSettings(_Section):
     schedule: ScheduleSection
     network: NetworkSection
     eval: EvalSection | None = None
+    audits: AuditsSection | None = None
 
     @property
     def silence_s(self) -> float:

@@ -15,7 +15,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from ...compression.errors import ConfigError, ThinwireError
 from ..system.output import to_stdout
 from ..system.places import refuse_below, refuse_file, refuse_folder
-from ..system.stopping import stop_on_signals
+from ..system.stopping import Stop, stop_on_signals
 from .arguments import overrides_of, read_ticket
 
 
@@ -153,16 +153,23 @@ class Run:
       thinwire run STATE extend --rounds 100                 a running or finished run has more rounds
       thinwire run STATE set strategy.lr=0.001               from the next round on, the same on all nodes
       thinwire run STATE pause | resume | stop
+      thinwire run STATE ban | unban 12D3Koo...              by its peer id, of thinwire status --json
+      thinwire run STATE rotate-token                        a new ticket; older ones let nobody new in
 
     It needs the coordinator's state folder (the key in it), on its machine; a ticket does not suffice.
-    Without a running coordinator the record is written at once, and holds when it is started again.
+    Without a running coordinator the record is written at once, and holds when it is started again. Bans and
+    tokens stand in the state folder instead of the ledger, and hold at once.
     """
 
     state: Annotated[Positional[Path], arg(metavar="STATE")]
     """The coordinator's state folder."""
-    what: Annotated[Positional[Literal["set", "extend", "pause", "resume", "stop"]], arg(metavar="WHAT")]
-    """set KEY=VALUE ..., extend --rounds N, resume, and after the open round: pause, stop."""
-    settings: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE")] = ()
+    what: Annotated[
+        Positional[Literal["set", "extend", "pause", "resume", "stop", "ban", "unban", "rotate-token"],],
+        arg(metavar="WHAT"),
+    ]
+    """set KEY=VALUE ..., extend --rounds N, resume, and after the open round: pause, stop; ban PEER ...,
+    unban PEER ..., rotate-token."""
+    settings: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE|PEER")] = ()
     """run.rounds, schedule.name, schedule.warmup_rounds, schedule.final_factor, and of the strategy its lr,
     weight_decay and what else acts in a round only."""
     rounds: Annotated[int | None, arg(metavar="N")] = None
@@ -171,16 +178,23 @@ class Run:
     """section.key=value, changed by the same record as extend; may be repeated."""
 
     def run(self) -> int:
-        from .run_command import change_run
-
-        settings = overrides_of((*self.settings, *self.set))
         with stop_on_signals() as stop:
             try:
-                to_stdout(change_run(self.state, self.what, self.rounds, settings, stop))
+                to_stdout(self._done(stop))
             except ThinwireError:
                 if not stop.is_set():
                     raise
         return 128 + stop.signal if stop.signal else 0
+
+    def _done(self, stop: Stop) -> str:
+        from .run_command import change_run, guard_run
+
+        if self.what == "ban" or self.what == "unban" or self.what == "rotate-token":  # noqa: PLR1714 - narrows
+            if self.rounds is not None or self.set:
+                raise ConfigError(f"{self.what} takes neither --rounds nor --set")
+            return guard_run(self.state, self.what, self.settings, stop)
+        settings = overrides_of((*self.settings, *self.set))
+        return change_run(self.state, self.what, self.rounds, settings, stop)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from ...coordinator.protocol.messages import (
     Offer,
     OfferEntry,
     Report,
+    Verdict,
     Welcome,
 )
 
@@ -58,9 +59,10 @@ class Traffic:
 class Link(Protocol):
     """One node's connection to one run: `open` once, then anything, `close` at the end.
 
-    `fetch`, `members`, `serve`, `report`, `traffic` and `close` are called from any thread, the other
-    methods from one. What is said before `open` or after `close` goes nowhere. A break is mended by the link
-    itself: it tells of it in `events`, and says again what still matters.
+    `fetch`, `members`, `serve`, `report`, `audit`, `records`, `payload`, `keep_payloads`, `has_payload`,
+    `traffic` and `close` are called from any thread, the other methods from one. What is said before `open` or
+    after `close` goes nowhere. A break is mended by the link itself: it tells of it in `events`, and says
+    again what still matters.
 
     A link keeps every commit that it has seen, on disk where it has a folder: what is there is read from
     there, and given to a coordinator that has lost it.
@@ -117,6 +119,15 @@ class Link(Protocol):
         coordinator's return. Raises SwarmUnreachable: nobody has it, or the link was closed."""
         ...
 
+    def keep_payloads(self, after: int) -> None:
+        """From now on payloads of the rounds after this one stay in this node's memory, as far as its quota
+        allows, whatever the coordinator does with them."""
+        ...
+
+    def has_payload(self, digest: Digest) -> bool:
+        """Whether this node has it in its memory."""
+        ...
+
     def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
         """The blob of at most `n_bytes`, verified; from `holder` (a peer id) or from the coordinator.
 
@@ -134,6 +145,11 @@ class Link(Protocol):
 
     def report(self, report: Report | Evaluation) -> None:
         """Fingerprint, held-out loss, snapshot; an evaluation. Returns at once."""
+        ...
+
+    def audit(self, round_: int, target: int, verdict: Verdict, claim: bytes) -> None:
+        """What this node has found of the counted offer of the peer `target` (its index) in `round_`. Returns
+        at once. The link signs the claim, which `audits.signed_bytes` makes, with the node's key."""
         ...
 
     def events(self) -> Iterator[LinkEvent]:

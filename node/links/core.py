@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from ...compression.errors import LedgerCorrupt, ThinwireError
 from ...coordinator.protocol.exposition import packed
 from ...coordinator.protocol.ledger_copy import LedgerCopy
 from ...coordinator.protocol.messages import (
     AskMetrics,
+    Audit,
     BadMessage,
     Commit,
     Digest,
@@ -34,6 +37,7 @@ from ...coordinator.protocol.messages import (
 )
 from ...coordinator.protocol.streams import BLOB, Meter
 from ...coordinator.protocol.ticket import Ticket
+from ...coordinator.protocol.trust.signed_offers import signed
 from .blob_client import BlobClient
 from .blob_fetcher import BlobFetcher
 from .blob_server import BlobServer
@@ -48,6 +52,7 @@ from .upload_limit import UploadLimit
 _log = logging.getLogger("thinwire.link")
 
 _KEPT_REPORTS = 8
+_KEPT_AUDITS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +69,10 @@ class LinkCore:
     """The `SessionHandler` of a node's session with its coordinator. Lives in the event loop.
 
     Its parts: `commits` that are followed, `offers` that are made, `blobs` that are fetched, and what is
-    `served`. Of these `commits.head`, `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are
-    used from any thread.
+    `served`, and the payloads that are `kept`. Of these `commits.head`, `kept.__contains__`,
+    `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are used from any thread.
 
-    `copy_path`: where the copy of the ledger is on disk, if it is. `metrics`: see `RemoteLink`.
+    `copy_path`: where the copy of the ledger is on disk, if it is. `key`, `metrics`: see `RemoteLink`.
     """
 
     def __init__(
@@ -82,10 +87,12 @@ class LinkCore:
         copy: LedgerCopy,
         copy_path: Path | None,
         limit: UploadLimit | None = None,
+        key: Ed25519PrivateKey | None = None,
         metrics: Callable[[], bytes] = bytes,
         about: About = About(),
     ) -> None:
         self._mailbox, self._meter, self._limit = mailbox, meter, limit
+        self._run_id, self._key = ticket.run_id, key
         self._copy_path, self._metrics, self._phases = copy_path, metrics, about.phases
         coordinator = self._coordinator = CoordinatorSession(
             ticket, open_transport, meter, self, patience_s, limit, about.device, about.agent
@@ -96,7 +103,8 @@ class LinkCore:
         )
         self.blobs = BlobFetcher(coordinator, self._members, peer_id)
         self._payloads = Payloads(self.blobs, peer_id)
-        self.served = Served(self._payloads.kept, self._has_time_for)
+        self.kept = self._payloads.kept
+        self.served = Served(self.kept, self._has_time_for)
         throttle = None if limit is None else limit.served
         self._server = BlobServer(self.served, self._members, meter, throttle, ticket.peer_id)
         self.commits = CommitFeed(copy, self._payloads, mailbox)
@@ -104,6 +112,7 @@ class LinkCore:
         self._state = NodeState.JOINING
         self._needs_after: int | None = None
         self._reports: deque[Report | Evaluation] = deque(maxlen=_KEPT_REPORTS)
+        self._audits: deque[Audit] = deque(maxlen=_KEPT_AUDITS)
         self._answering: asyncio.Task[None] | None = None
 
     async def open(self) -> Welcome:
@@ -137,7 +146,13 @@ class LinkCore:
         self._reports.append(report)
         self._coordinator.post(report)
 
+    def make_audit(self, audit: Audit) -> None:
+        self._audits.append(audit)
+        self._coordinator.post(audit)
+
     def make_offer(self, offer: Offer) -> None:
+        if self._key is not None:
+            offer = signed(offer, self._run_id, self._key)
         self.offers.make(offer, self.commits.copied_round)
 
     # ---------------------------------------------------------- what the session asks (see SessionHandler)
@@ -158,7 +173,7 @@ class LinkCore:
         said: list[Message] = [Follow(after=self.commits.copied_round)]
         if self._state is not NodeState.JOINING or self._needs_after is not None:
             said.append(State(state=self._state, needs_after=self._needs_after))
-        said += self._reports
+        said += [*self._reports, *self._audits]
         if self.offers.is_open:
             asyncio.get_running_loop().call_soon(self.offers.resend)
         return said
@@ -211,6 +226,7 @@ class LinkCore:
         # Whatever it was, it must not be sent again and again.
         self.offers.drop()
         self._reports.clear()
+        self._audits.clear()
 
     def failed(self, error: ThinwireError) -> None:
         error = self._with_command(error) if isinstance(error, LedgerCorrupt) else error

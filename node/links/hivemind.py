@@ -10,11 +10,10 @@ from ...coordinator.protocol.identity import load_or_create, new_key, peer_id_of
 from ...coordinator.protocol.p2p import start_p2p
 from ...coordinator.protocol.ticket import Ticket
 from ...coordinator.protocol.transport import Transport
+from ..system.folder import IDENTITY_NAME
 from .core import About
 from .remote import RemoteLink
 from .upload_limit import UploadLimit
-
-IDENTITY_NAME = "identity.key"
 
 
 class HivemindLink(RemoteLink):
@@ -49,6 +48,7 @@ class HivemindLink(RemoteLink):
             peer_id_of(key.public_key()),
             open_transport,
             run_folder=None if state is None else _made(state / ticket.run_id.hex()[:16]),
+            key=key,
             patience_s=patience_s,
             limit=limit,
             metrics=metrics,

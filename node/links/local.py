@@ -26,6 +26,7 @@ from ...coordinator.protocol.messages import (
     INLINE_BYTES,
     MAX_ROUND,
     PROTOCOL_VERSION,
+    Audit,
     Commit,
     Digest,
     Evaluation,
@@ -39,10 +40,12 @@ from ...coordinator.protocol.messages import (
     OfferEntry,
     Report,
     State,
+    Verdict,
     Welcome,
     digest_of,
     encode_message,
 )
+from ...coordinator.protocol.trust.audits import sign_audit
 from ...coordinator.service import Service
 from ...optim.registry import check_changes
 from .base import Lied, LinkEvent, Shelf, Traffic
@@ -326,6 +329,13 @@ class LocalLink:
     def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
         return self._fetch(digest, n_bytes, holder, "snapshot")
 
+    def keep_payloads(self, after: int) -> None:
+        with self._swarm.changed:
+            self._kept.keep_after(after)
+
+    def has_payload(self, digest: Digest) -> bool:
+        return digest in self._kept
+
     def members(self) -> list[str]:
         return [peer_id for peer_id in self._swarm.members() if peer_id != self.peer_id]
 
@@ -334,6 +344,10 @@ class LocalLink:
 
     def report(self, report: Report | Evaluation) -> None:
         self._tell(report)
+
+    def audit(self, round_: int, target: int, verdict: Verdict, claim: bytes) -> None:
+        signature = sign_audit(None, claim)
+        self._tell(Audit(round=round_, target=target, verdict=verdict, signature=signature))
 
     def events(self) -> Iterator[LinkEvent]:
         while True:

@@ -11,11 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.identity import public_key_of
 from ...coordinator.protocol.ledger_copy import COPY_NAME, LedgerCopy
 from ...coordinator.protocol.messages import (
     MAX_ROUND,
+    Audit,
     Commit,
     Digest,
     Evaluation,
@@ -23,10 +26,12 @@ from ...coordinator.protocol.messages import (
     Offer,
     OfferEntry,
     Report,
+    Verdict,
     Welcome,
 )
 from ...coordinator.protocol.streams import Meter, TrafficKind
 from ...coordinator.protocol.ticket import Ticket
+from ...coordinator.protocol.trust.audits import sign_audit
 from .base import LinkEvent, Shelf, Traffic
 from .coordinator_session import OpenTransport
 from .core import About, LinkCore
@@ -43,8 +48,9 @@ class RemoteLink:
     run's copy of the ledger is kept, None: in memory.
 
     `patience_s`: how long to go on trying when the coordinator does not answer any more. `limit`: of all that
-    this node sends. `metrics`: this node's, in Prometheus' text format, for when the coordinator asks; called
-    in a thread of its own. `about`: what people are told of this node.
+    this node sends. `key`: signs its offers and audits; None: the peer id is only a name. `metrics`: this
+    node's, in Prometheus' text format, for when the coordinator asks; called in a thread of its own. `about`:
+    what people are told of this node.
     """
 
     def __init__(
@@ -56,12 +62,13 @@ class RemoteLink:
         run_folder: Path | None = None,
         patience_s: float = 600.0,
         limit: UploadLimit | None = None,
+        key: Ed25519PrivateKey | None = None,
         metrics: Callable[[], bytes] = bytes,
         about: About = About(),  # noqa: B008 - frozen
     ) -> None:
         self.run_id = ticket.run_id
         self._ticket, self._patience_s, self._limit = ticket, patience_s, limit
-        self._metrics, self._about = metrics, about
+        self._key, self._metrics, self._about = key, metrics, about
         self.peer_id, self.run_folder = peer_id, run_folder
         self._open_transport = open_transport
         self._mailbox = Mailbox()
@@ -103,6 +110,7 @@ class RemoteLink:
             copy=copy,
             copy_path=self._copy_path,
             limit=self._limit,
+            key=self._key,
             metrics=self._metrics,
             about=self._about,
         )
@@ -122,6 +130,11 @@ class RemoteLink:
 
     def report(self, report: Report | Evaluation) -> None:
         self._soon(lambda core: core.make_report(report))
+
+    def audit(self, round_: int, target: int, verdict: Verdict, claim: bytes) -> None:
+        signature = sign_audit(self._key, claim)
+        audit = Audit(round=round_, target=target, verdict=verdict, signature=signature)
+        self._soon(lambda core: core.make_audit(audit))
 
     def records(self, after: int) -> Iterator[Commit]:
         yield from self._read(after, self.head)
@@ -156,6 +169,12 @@ class RemoteLink:
         if holder is None:
             return self._wait(blobs.fetch(digest, n_bytes))
         return self._wait(blobs.fetch_from(holder, digest, n_bytes))
+
+    def keep_payloads(self, after: int) -> None:
+        self._soon(lambda core: core.kept.keep_after(after))
+
+    def has_payload(self, digest: Digest) -> bool:
+        return self._core is not None and digest in self._core.kept
 
     def members(self) -> list[str]:
         return [] if self._core is None else self._core.blobs.members()

@@ -128,11 +128,13 @@ class LeaderReplica(Replica):
         self, commits: Sequence[Commit], payload_bytes: PayloadBytes, offered: Container[int] = ()
     ) -> list[Own]:
         """All payloads of the batch are fetched before anything is announced."""
-        payloads = [payload_bytes(offer) for commit in commits for offer in commit.body.offers]
+        payloads = [payload_bytes(offer) for commit in commits for offer in self.heard(commit)]
+        condemned = [sorted(self.condemned(commit)) for commit in commits]
         own = [commit.body.round for commit in commits if commit.body.round in offered]
         peers = None if self.peers == self._told_peers else list(self.peers.items())
         self._told_peers = dict(self.peers)
-        with self._leader.call("apply", [_plain(c) for c in commits], payloads, own, peers):
+        plain = [_plain(commit) for commit in commits]
+        with self._leader.call("apply", plain, payloads, own, peers, condemned):
             fetched = iter(payloads)
             owns = super().apply_batch(commits, lambda _offer: next(fetched), own)
         self._told_peers = dict(self.peers)
@@ -195,6 +197,15 @@ class LeaderReplica(Replica):
             super().save_weights(path)
 
 
+class FollowerReplica(Replica):
+    """Another rank's part. Only rank 0 reads the ledger: it tells who is condemned in the rounds to come."""
+
+    told: Mapping[int, frozenset[int]] = {}
+
+    def condemned(self, commit: Commit) -> frozenset[int]:
+        return self.told[commit.body.round]
+
+
 class LeaderWork(LocalWork):
     """Rank 0's part of a node's local work."""
 
@@ -220,7 +231,7 @@ class Follower:
     """A rank that does what rank 0 announces. `import_path`, `data`: as the node's user has given them."""
 
     _task: Task
-    _replica: Replica
+    _replica: FollowerReplica
     _work: LocalWork
 
     def __init__(
@@ -268,7 +279,7 @@ class Follower:
             body = decode_record(GenesisBody, genesis)
             self._task = make_task(parse_config(body.config).task, self._import_path, self._data)
             model, strategy = _sharded(body, self._task, self._device, self._sharding)
-            self._replica = Replica(run_id, body, model, strategy, peer_id)
+            self._replica = FollowerReplica(run_id, body, model, strategy, peer_id)
 
     def _load(self, corpus: bytes | None, held_out: bytes | None) -> None:
         with collective_errors(self._channel):
@@ -277,15 +288,17 @@ class Follower:
 
     def _apply(
         self,
-        commits: list[list[bytes]],
+        plain: list[list[bytes]],
         payloads: list[bytes],
         offered: list[int],
         peers: list[tuple[int, str]] | None,
+        condemned: list[list[int]],
     ) -> None:
         if peers is not None:
             self._replica.peers = dict(peers)
-        fetched = iter(payloads)
-        self._replica.apply_batch([_commit(c) for c in commits], lambda _offer: next(fetched), offered)
+        commits, fetched = [_commit(c) for c in plain], iter(payloads)
+        self._replica.told = {c.body.round: frozenset(p) for c, p in zip(commits, condemned, strict=True)}
+        self._replica.apply_batch(commits, lambda _offer: next(fetched), offered)
 
     def _sums(self) -> None:
         self._replica.sums()

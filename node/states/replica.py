@@ -14,6 +14,7 @@ from torch import Tensor
 from ...compression.errors import ReplicaDiverged, ThinwireError
 from ...coordinator.protocol.attested import Attested, Snapshots
 from ...coordinator.protocol.messages import BlobRef, Commit, OfferEntry
+from ...coordinator.protocol.trust.standing import Standing
 from ..batches import batches
 from ..config import parse_config
 from ..replica import Replica, build_replica
@@ -88,7 +89,7 @@ def _from_snapshot(state: RunState, replica: Replica) -> bool:
         except (ReplicaDiverged, KeyError, OSError) as e:  # another process may just have removed it
             log.warning("the snapshot after round %d cannot be used: %s", round_, e)
             continue
-        replica.peers = _peers(state, round_)
+        _follow(state, replica)
         _go_on(state, replica)
         return True
     return False
@@ -101,8 +102,10 @@ def _snapshots(state: RunState) -> Iterator[tuple[int, Load]]:
         store = SnapshotStore(folder, state.run_id, read_only=True)
         for stored in reversed(store.stored()):
             yield stored.round, partial(store.load, stored)
-    known = Snapshots(parse_config(state.genesis.config).run.snapshot_every)
+    standing = Standing(state.run_id, state.course.settings.audits)
+    known = Snapshots(parse_config(state.genesis.config).run.snapshot_every, standing)
     for commit in state.commits():
+        standing.committed(commit.body, commit.digest)
         known.committed(commit.body)
     for attested in reversed(known.attested()):
         if state.blob_path(attested.manifest).is_file():
@@ -133,10 +136,12 @@ def _from_base(state: RunState, replica: Replica) -> bool:
     return True
 
 
-def _peers(state: RunState, up_to: int) -> dict[int, str]:
-    """Who was admitted up to a round, by index."""
-    commits = takewhile(lambda commit: commit.body.round <= up_to, state.commits())
-    return {a.index: a.peer_id for commit in commits for a in commit.body.admitted}
+def _follow(state: RunState, replica: Replica) -> None:
+    """What the ledger says up to the replica's round: who was admitted, and who is condemned."""
+    replica.peers = {}
+    for commit in takewhile(lambda commit: commit.body.round <= replica.round, state.commits()):
+        replica.peers.update({a.index: a.peer_id for a in commit.body.admitted})
+        replica.condemned(commit)
 
 
 def _go_on(state: RunState, replica: Replica) -> None:

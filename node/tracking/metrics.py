@@ -28,6 +28,9 @@ KINDS: Final = ("payload", "snapshot", "ledger", "control")
 Dropped = Literal["batches", "probes", "rounds"]
 """What `Strategy.counters` calls dropped_batches, dropped_probes, dropped_rounds."""
 
+Audited = Literal["passed", "failed", "skipped"]
+"""What this node found of another peer's offer; skipped: it came too late, or could not tell."""
+
 TrackerName = Literal["jsonl", "tensorboard", "wandb"]
 
 
@@ -158,6 +161,12 @@ class NodeMetrics:
             ["result"],
         )
         self._heals = _labelled(heals, ("adopted", "confirmed"))
+        audits = counter(
+            "thinwire_audits",
+            "Other peers' work that this node has done again, by what it found; skipped: it could not tell",
+            ["result"],
+        )
+        self._audits = _labelled(audits, get_args(Audited))
         self._limit = gauge(
             "thinwire_upload_limit_bytes_per_second",
             "What this node may send at most (--max-upload); +Inf: no limit",
@@ -249,6 +258,9 @@ class NodeMetrics:
 
     def fingerprint_reported(self) -> None:
         self._checks.inc()
+
+    def audited(self, result: Audited) -> None:
+        self._audits.labels(result).inc()
 
     def replayed(self, was_wrong: bool) -> None:
         """The ledger was replayed because replicas differ. `was_wrong`: this one was, and is the replay's

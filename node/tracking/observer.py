@@ -9,6 +9,7 @@ from typing import Protocol
 from ...coordinator.protocol.messages import Commit
 from ...optim.base import Own
 from ..local_work import Proposal
+from .metrics import Audited
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,10 @@ class Observer(Protocol):
         ...
 
     def fingerprint_reported(self) -> None: ...
+
+    def audited(self, result: Audited) -> None:
+        """This node has done another peer's work again."""
+        ...
 
     def measured_held_out(self, round_: int, loss: float) -> None:
         """`loss`: of the replica after that round, in nats."""

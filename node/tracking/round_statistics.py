@@ -10,7 +10,7 @@ from ..local_work import Proposal
 from ..preparing import PreparedRun
 from ..result import Result
 from ..tasks.base import loss_unit_of
-from .metrics import NodeMetrics
+from .metrics import Audited, NodeMetrics
 from .observer import Applied
 from .run_log import RunLog
 from .trackers import Tracks
@@ -120,6 +120,9 @@ class RoundStatistics:
 
     def fingerprint_reported(self) -> None:
         self._metrics.fingerprint_reported()
+
+    def audited(self, result: Audited) -> None:
+        self._metrics.audited(result)
 
     def measured_held_out(self, round_: int, loss: float) -> None:
         self._held_out.append((round_, loss))

@@ -51,6 +51,7 @@ from thinwire.coordinator.protocol.streams import (
     Stream,
 )
 from thinwire.coordinator.protocol.ticket import Ticket
+from thinwire.coordinator.protocol.trust.signed_offers import check_work, signed
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.stream_server import Waits
 from thinwire.node.cli.status import StatusClient, fetch_status
@@ -374,6 +375,27 @@ def test_replayed_and_wrong_offers_count_once_or_never(make_swarm: Callable[...,
     assert within(lambda: next(text for text in events if "connected again" in text))
     a.offer(offer(3, b"x" * 20_000))
     assert take(a, 2, 1)[0].body.offers[0].n_bytes == 20_000
+
+
+def test_an_offer_that_its_peer_has_not_signed_ends_the_session(make_swarm: Callable[..., Swarm]) -> None:
+    swarm = make_swarm(min_peers=1)
+    honest = swarm.trainer("honest")
+
+    async def body(host: P2PTransport, ticket: Ticket) -> None:
+        stream = await open_stream(host, ticket, SESSION)
+        await stream.send_message(hello(ticket))
+        await stream.send_message(signed(offer(1, b"another's work"), ticket.run_id, new_key()))
+        last = (await until_refused(stream))[-1]
+        assert isinstance(last, Refused)
+        assert last.text == "the offer of round 1 is not signed by its peer"
+
+    swarm.speak(body)
+    assert swarm.rejected() == {"signature": 1}
+    honest.offer(offer(1, b"its own"))
+    (commit,) = take(honest, 0, 1)
+    assert [entry.payload for entry in commit.body.offers] == [b"its own"]
+    work = honest.fetch(commit.body.work, 64)
+    assert check_work(swarm.ticket.run_id, commit.body, work, {0: honest.peer_id}) == []
 
 
 def test_strangers_get_and_store_no_blobs(make_swarm: Callable[..., Swarm]) -> None:

@@ -34,6 +34,7 @@ class World:
     def __init__(self, path: Path, genesis: GenesisBody, key: Ed25519PrivateKey) -> None:
         self.path, self.key = path, key
         self.now_s = 100.0
+        self.wall_ms = 123
         self.sent: list[tuple[str, Message]] = []
         self.committed: list[int] = []
         self.sessions: dict[str, int] = {}
@@ -50,7 +51,7 @@ class World:
             send=lambda peer, message: self.sent.append((peer, message)),
             on_commit=self.committed.append,
             now_s=self.now_s,
-            wall_ms=lambda: 123,
+            wall_ms=lambda: self.wall_ms,
             **options,
         )
 

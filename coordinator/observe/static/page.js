@@ -251,7 +251,7 @@ function stateOf(peer) {
   return isAway() ? ["", `was ${STATES[peer.state] ?? ""}`] : [peer.state, STATES[peer.state] ?? ""];
 }
 const CLOSED = { complete: "all there", deadline: "time was up", enough: "enough there", hung: "some hung" };
-const LOST = { joined: ["fine", "✓", "trains"], left: ["", "–", "left"], lost: ["warn", "!", "was lost"], differs: ["fault", "✗", ""], rejected: ["warn", "!", ""], changed: ["fine", "✎", ""] };
+const LOST = { joined: ["fine", "✓", "trains"], left: ["", "–", "left"], lost: ["warn", "!", "was lost"], differs: ["fault", "✗", ""], rejected: ["warn", "!", ""], condemned: ["fault", "✗", "condemned"], changed: ["fine", "✎", ""] };
 
 function showHead(told) {
   document.title = `${told.run} · round ${told.round} · thinwire`;

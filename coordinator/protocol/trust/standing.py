@@ -1,25 +1,107 @@
 """What peers are worth to others, from the ledger alone: pure, fed with commits in order, the same for all.
 
 Identities cost nothing; counted work does. A peer whose offers were counted may report, attest and audit,
-with the weight of what it has done.
+with the weight of what it has done. Audits in the ledger take it away: who has failed too many is condemned,
+from the next commit on, for a term; then it is back with its failures forgotten, and the next term is twice
+as long.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
-from ..messages import CommitBody
+from ..messages import AuditEntry, CommitBody
+from .audits import check_audit, payload_digest, signed_bytes
+from .drawing import Draw, audits_of
+from .judging import REPORT_ROUNDS, Judged, Judging, OpenAudit
+
+MAX_DOUBLINGS: Final = 20
+"""Of a term."""
+
+
+class Rules(Protocol):
+    """The run's `[audits]`, as record 0 has them."""
+
+    @property
+    def rate(self) -> float: ...
+
+    @property
+    def failures(self) -> int: ...
+
+    @property
+    def window_rounds(self) -> int: ...
+
+
+@dataclass(slots=True)
+class _Tried:
+    """A peer that was audited. `judged`: round of the offer and whether it failed, lately; `passed`,
+    `failed`: ever; `n_terms`: how often it was condemned, the last time until `last`."""
+
+    judged: deque[tuple[int, bool]] = field(default_factory=deque)
+    passed: int = 0
+    failed: int = 0
+    n_terms: int = 0
+    last: int = 0
+
+    def note(self, judged: Judged) -> None:
+        self.judged.append((judged.round, judged.failed))
+        self.passed += not judged.failed
+        self.failed += judged.failed
+
+    def n_failed(self, after: int) -> int:
+        """Of the offers of rounds after this one; what was before is forgotten."""
+        while self.judged and self.judged[0][0] <= after:
+            self.judged.popleft()
+        return sum(failed for _, failed in self.judged)
+
+    def is_too_much(self, rules: Rules, after: int) -> bool:
+        """So many failures in the window, and no fewer than passes."""
+        n_failed = self.n_failed(after)
+        return n_failed >= rules.failures and 2 * n_failed >= len(self.judged)
 
 
 class Standing:
-    """Every node, every coordinator and every replay that was fed the same commits says the same."""
+    """Every node, every coordinator and every replay that was fed the same commits says the same.
 
-    def __init__(self) -> None:
+    `rules`: None, the run has no audits. A commit that is known already changes nothing, so that several
+    readers of one ledger can share one of these. Over any number of rounds it stays small: a few numbers for
+    each peer, and what was judged of it in the last `window_rounds`.
+    """
+
+    def __init__(self, run_id: bytes = b"", rules: Rules | None = None) -> None:
+        self._run_id, self._rules = run_id, rules
+        self.round = 0
+        """The newest commit that is known."""
         self._work: Counter[int] = Counter()
+        self._peer_ids: dict[int, str] = {}
+        self._tried: dict[int, _Tried] = {}
+        self._terms: dict[int, int] = {}
+        """The last round of each term that is not over, by peer."""
+        self._ever: list[tuple[int, int, int]] = []
+        """Peer, first and last round of every term: few, because they double."""
+        self._judging = Judging()
+        self._drawn: dict[int, tuple[Draw, ...]] = {}
 
-    def committed(self, body: CommitBody) -> None:
-        """The next commit."""
-        self._work.update(offer.peer for offer in body.offers if offer.n_samples > 0)
+    def committed(self, body: CommitBody, digest: bytes = b"") -> None:
+        """The next commit, or one that is known. `digest`: its own; what is drawn comes from it."""
+        if body.round <= self.round:
+            return
+        if self._rules is not None and not (digest and body.round == self.round + 1):
+            raise ValueError("commits are needed in order, and their digests: audits are drawn from them")
+        for entry in body.audits:
+            if not self.is_condemned(entry.auditor):
+                self._heard(entry)
+        self._worked(body)
+        self.round = body.round
+        if self._rules is not None:
+            self._peer_ids.update({a.index: a.peer_id for a in body.admitted})
+            self._judge(self._rules)
+            self._draw(body, digest, self._rules)
+
+    # -------------------------------------------------------------------------------------- what it says
 
     def work(self, peer: int) -> int:
         """Offers of the peer that counted: those with samples, of rounds in which it was not condemned."""
@@ -30,5 +112,103 @@ class Standing:
         return self.work(peer) > 0 and not self.is_condemned(peer)
 
     def is_condemned(self, peer: int) -> bool:
-        """Whether the peer's offers weigh nothing from the next commit on."""
-        return False
+        """Whether the peer's offer of the next round weighs nothing."""
+        return peer in self._terms
+
+    def condemned_in(self, round_: int) -> frozenset[int]:
+        """Peers whose offers of this round weigh nothing; of any round up to the one after the newest that is
+        known: ValueError for others."""
+        if self._rules is not None and round_ > self.round + 1:
+            raise ValueError(f"who is condemned in round {round_} is not known after round {self.round}")
+        if round_ == self.round + 1:
+            return frozenset(self._terms)
+        return frozenset(peer for peer, first, last in self._ever if first <= round_ <= last)
+
+    def changed(self) -> tuple[list[int], list[int]]:
+        """Who is condemned since the newest commit, and whose term is over with it; sorted."""
+        before, now = self.condemned_in(self.round), self.condemned_in(self.round + 1)
+        return sorted(now - before), sorted(before - now)
+
+    def condemned_until(self, peer: int) -> int | None:
+        """The last round of the peer's term; None: it is not condemned."""
+        return self._terms.get(peer)
+
+    def is_suspect(self, peer: int) -> bool:
+        """Whether an audit of the peer has failed lately: its offers are audited more often."""
+        tried, rules = self._tried.get(peer), self._rules
+        if tried is None or rules is None:
+            return False
+        return tried.n_failed(self.round - rules.window_rounds) > 0
+
+    def audited(self, peer: int) -> tuple[int, int]:
+        """How many audits of the peer's offers have passed and failed, ever."""
+        tried = self._tried.get(peer)
+        return (0, 0) if tried is None else (tried.passed, tried.failed)
+
+    def drawn(self, round_: int) -> tuple[Draw, ...]:
+        """The audits of the offers that this round's commit has counted; none, once it is too late for their
+        reports."""
+        return self._drawn.get(round_, ())
+
+    def awaits(self, round_: int, target: int, auditor: int) -> bool:
+        """Whether that auditor's report on that offer still counts, and has not come."""
+        audit = self._judging.waiting(round_, target)
+        return (
+            audit is not None
+            and auditor in audit.work
+            and auditor not in audit.failed
+            and not self.is_condemned(auditor)
+        )
+
+    def claim(self, entry: AuditEntry) -> bytes | None:
+        """What the auditor of this report must have signed; None: the offer's audit is over, or was none."""
+        audit = self._judging.waiting(entry.round, entry.target)
+        if audit is None:
+            return None
+        target = self._peer_ids.get(entry.target, "")
+        return signed_bytes(self._run_id, entry.round, target, audit.digest, entry.verdict)
+
+    # ------------------------------------------------------------------------------------- what it learns
+
+    def _worked(self, body: CommitBody) -> None:
+        self._work.update(o.peer for o in body.offers if o.n_samples > 0 and o.peer not in self._terms)
+
+    def _heard(self, entry: AuditEntry) -> None:
+        """A coordinator that invents a report finds no ear: its auditor's signature is not on it."""
+        audit, claim = self._judging.waiting(entry.round, entry.target), self.claim(entry)
+        if audit is None or claim is None or entry.auditor not in audit.work or entry.auditor in audit.failed:
+            return
+        if check_audit(self._peer_ids.get(entry.auditor, ""), entry.signature, claim):
+            audit.failed[entry.auditor] = entry.verdict == "failed"
+
+    def _judge(self, rules: Rules) -> None:
+        self._terms = {peer: last for peer, last in self._terms.items() if last > self.round}
+        after = self.round - rules.window_rounds
+        for judged in self._judging.judge(self.round, self.is_condemned):
+            tried = self._tried.setdefault(judged.target, _Tried())
+            if judged.round <= tried.last:
+                continue  # of before its term, or while it lasts
+            tried.note(judged)
+            if tried.is_too_much(rules, after):
+                self._condemn(judged.target, tried, rules)
+
+    def _condemn(self, peer: int, tried: _Tried, rules: Rules) -> None:
+        term = rules.window_rounds << min(tried.n_terms, MAX_DOUBLINGS)
+        tried.n_terms, tried.last = tried.n_terms + 1, self.round + term
+        tried.judged.clear()
+        self._terms[peer] = tried.last
+        self._ever.append((peer, self.round + 1, tried.last))
+
+    def _draw(self, body: CommitBody, digest: bytes, rules: Rules) -> None:
+        draws = audits_of(self._run_id, digest, body, self, rules.rate)
+        self._drawn.pop(body.round - REPORT_ROUNDS, None)
+        if draws:
+            self._drawn[body.round] = draws
+            self._begin(body, draws)
+
+    def _begin(self, body: CommitBody, draws: Iterable[Draw]) -> None:
+        offers = {offer.peer: offer for offer in body.offers}
+        for draw in draws:
+            work = {auditor: self._work[auditor] for auditor in draw.auditors}
+            audit = OpenAudit(body.round, draw, payload_digest(offers[draw.target]), work)
+            self._judging.begin(audit)

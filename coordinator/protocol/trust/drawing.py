@@ -1,0 +1,95 @@
+"""Which counted offers are audited, and by whom: drawn from the digest of the commit that counted them.
+
+The digest is known to nobody before the offers are fixed: no peer can steer what it is drawn for. A
+coordinator can: it may order the same offers in many ways, at other times, and keep the one that it likes.
+
+Everything is integers, so that any language draws the same. All draws of a round come from one stream of
+bytes, BLAKE3's of (run, digest of the commit): the i-th counted offer reads the i-th unsigned 64-bit number,
+little-endian, and is drawn if it is below a threshold. Its auditors come from a stream of the target's own.
+An audit costs each auditor about the work of one round; so that all audits together take the share `rate` of
+the swarm's work, an offer with `a` auditors is drawn with the probability rate / a.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from struct import unpack
+from typing import Final, Protocol
+
+from blake3 import blake3
+
+from ..messages import CommitBody
+
+MIN_AUDITORS: Final = 3
+"""Fewer prove nothing; a round that has no more peers than these is not audited."""
+
+MAX_AUDITORS: Final = 5
+"""Of one offer. With five, two that collude are outvoted by any three."""
+
+SUSPECTS_MILLIONTHS: Final = 100_000
+"""How often an offer of a suspect is audited, at least."""
+
+_WHAT: Final = b"thinwire audits\n"
+
+
+class Known(Protocol):
+    """What the ledger says of peers after the commit: `Standing`."""
+
+    def has_worked(self, peer: int) -> bool: ...
+
+    def is_suspect(self, peer: int) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """An offer, by the index of its peer, and who is to do its work again (indices, sorted; an odd number).
+
+    `for_suspects`: to be done only where the replica's own scores say that the target is suspect, which the
+    ledger does not know. Then all of the auditors find the same, because replicas are.
+    """
+
+    target: int
+    auditors: tuple[int, ...]
+    for_suspects: bool = False
+
+
+def audits_of(
+    run_id: bytes, digest: bytes, body: CommitBody, standing: Known, rate: float
+) -> tuple[Draw, ...]:
+    """The audits of this commit's offers, in their order. `digest`: of the commit; `standing`: after it;
+    `rate`: share of the swarm's work that goes into audits of those who are no suspects, 0 to 1; 0: none."""
+    counted = dict.fromkeys(o.peer for o in body.offers if o.n_samples > 0)
+    able = [peer for peer in counted if standing.has_worked(peer)]
+    n_auditors = min(MAX_AUDITORS, (len(able) - 2) // 2 * 2 + 1)
+    rate_millionths = round(rate * 1_000_000)
+    if n_auditors < MIN_AUDITORS or rate_millionths == 0:
+        return ()
+    usual = _threshold(rate_millionths, 1_000_000 * n_auditors)
+    for_suspects = max(usual, _threshold(SUSPECTS_MILLIONTHS, 1_000_000))
+    drawn = []
+    for peer, number in zip(able, _numbers(_WHAT + run_id + digest, len(able)), strict=True):
+        if number >= for_suspects:
+            continue
+        is_for_suspects = number >= usual and not standing.is_suspect(peer)
+        others = [other for other in able if other != peer]
+        key = _WHAT + run_id + digest + peer.to_bytes(2, "little")
+        drawn.append(Draw(peer, _some(others, n_auditors, key), is_for_suspects))
+    return tuple(drawn)
+
+
+def _threshold(numerator: int, denominator: int) -> int:
+    """A 64-bit number is below it with that probability; at most always."""
+    return min(2**64, numerator * 2**64 // denominator)
+
+
+def _numbers(key: bytes, n: int) -> tuple[int, ...]:
+    return unpack(f"<{n}Q", blake3(key).digest(8 * n))
+
+
+def _some(peers: list[int], n: int, key: bytes) -> tuple[int, ...]:
+    """`n` of them, each as likely as another (but for 2^-54): the first steps of a Fisher-Yates shuffle."""
+    rest = list(peers)
+    for i, number in enumerate(_numbers(key, n)):
+        j = i + (number * (len(rest) - i) >> 64)
+        rest[i], rest[j] = rest[j], rest[i]
+    return tuple(sorted(rest[:n]))

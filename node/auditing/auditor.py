@@ -1,0 +1,105 @@
+"""The audits that this node was drawn for: it does another peer's work of one round again, in its own time,
+and says what it has found. What counts of that is the ledger's matter (see `trust.standing`)."""
+
+from __future__ import annotations
+
+import logging
+
+from ...compression.errors import BadPayload, SwarmUnreachable
+from ...coordinator.protocol.messages import Commit, OfferEntry, Verdict
+from ...coordinator.protocol.trust.audits import payload_digest, signed_bytes
+from ...coordinator.protocol.trust.drawing import Draw
+from ...optim.auditing.evidence import Evidence
+from ..preparing import PreparedRun
+from ..tracking.observer import Observer
+
+log = logging.getLogger("thinwire.node")
+
+
+class Auditor:
+    """Of one run on this node; used by the node's thread.
+
+    Nobody's work can be done again by a node that has data of its own, or whose model is sharded over ranks:
+    such a node says nothing, and neither does one that is too late.
+    """
+
+    def __init__(self, run: PreparedRun, observer: Observer) -> None:
+        self._run, self._observer = run, observer
+        self._commit: Commit | None = None
+        self._due: tuple[Draw, ...] = ()
+
+    def applied(self, commit: Commit) -> None:
+        """The replica is after this commit now, whose offers are audited next. Audits of an earlier one that
+        are not done yet never will be: the weights have moved on."""
+        for _ in self._due:
+            self._observer.audited("skipped")
+        drawn = self._run.history.standing.drawn(commit.body.round)
+        self._due = tuple(draw for draw in drawn if self._run.peer_index in draw.auditors)
+        self._commit = commit
+
+    def audit(self) -> None:
+        """All that is due. It takes about the time of a round's local work for each."""
+        due, self._due = self._due, ()
+        for draw in due:
+            if not draw.for_suspects:
+                self._audit(draw.target)
+
+    def _audit(self, target: int) -> None:
+        assert self._commit is not None
+        run, round_ = self._run, self._commit.body.round
+        offer = next(o for o in self._commit.body.offers if o.peer == target)
+        verdict = self._verdict(offer, round_)
+        self._observer.audited("skipped" if verdict is None else verdict.value)
+        if verdict is not None:
+            target_id = run.history.peers[target]
+            claim = signed_bytes(run.link.run_id, round_, target_id, payload_digest(offer), verdict)
+            run.link.audit(round_, target, verdict, claim)
+
+    def _verdict(self, offer: OfferEntry, round_: int) -> Verdict | None:
+        """None: nothing can be said."""
+        if offer.own_data or self._run.has_own_data:
+            return None
+        try:
+            return self._found(offer, round_)
+        except BadPayload as e:
+            return self._tell(offer, round_, str(e))
+        except SwarmUnreachable as e:
+            log.info("round %d: no audit of peer %d, its payload cannot be had: %s", round_, offer.peer, e)
+        except Exception:
+            log.exception("round %d: the work of peer %d cannot be done again", round_, offer.peer)
+        return None
+
+    def _found(self, offer: OfferEntry, round_: int) -> Verdict | None:
+        data = self._run.link.payload(offer)
+        evidence = self._evidence(data, offer, round_)
+        if evidence is None:
+            return None
+        if not evidence.passed:
+            words = f"agreement {evidence.agreement:.3f}, at least {evidence.limit:.3f} expected"
+            return self._tell(offer, round_, words)
+        for twin in self._twins(offer):
+            theirs = self._evidence(data, twin, round_)
+            if theirs is not None and theirs.agreement > evidence.agreement:
+                return self._tell(offer, round_, f"it is the payload of peer {twin.peer}, whose work it is")
+        return Verdict.PASSED
+
+    def _evidence(self, data: bytes, offer: OfferEntry, round_: int) -> Evidence | None:
+        """What speaks for these bytes as the work of the offer's peer."""
+        peer_id = self._run.history.peers[offer.peer]
+        return self._run.work.audit(data, round_, peer_id, offer.n_samples)
+
+    def _twins(self, offer: OfferEntry) -> list[OfferEntry]:
+        """Other peers' offers of the very same payload."""
+        assert self._commit is not None
+        digest = payload_digest(offer)
+        others = [o for o in self._commit.body.offers if o.peer != offer.peer and o.n_samples > 0]
+        return [o for o in others if payload_digest(o) == digest]
+
+    def _tell(self, offer: OfferEntry, round_: int, why: str) -> Verdict:
+        peer_id = self._run.history.peers[offer.peer]
+        log.warning(
+            "round %d: the offer of %s is not what its work comes to when it is done again: %s. This node "
+            "reports that; one that fails too often weighs nothing any more",
+            *(round_, peer_id, why),
+        )
+        return Verdict.FAILED
