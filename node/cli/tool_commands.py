@@ -322,13 +322,26 @@ class Bench:
 
     name: Annotated[
         Positional[
-            Literal["noise", "decoupled", "diloco", "peers", "round", "join", "wire", "memory", "ray", "all"]
+            Literal[
+                "noise",
+                "decoupled",
+                "diloco",
+                "peers",
+                "round",
+                "join",
+                "wire",
+                "memory",
+                "ray",
+                "attacks",
+                "all",
+            ]
         ],
         arg(metavar="NAME"),
     ]
     """noise (SPSA), decoupled and diloco (pack, decode, update), peers (1 to 256 payloads), round (8 peers on
     loopback), join (process to first offer, catching up), wire (bits per coefficient), memory (of a rank of a
-    sharded node), ray (round of 4 actors on a Ray cluster of its own), or all, but for ray."""
+    sharded node), ray (round of 4 actors on a Ray cluster of its own), attacks (what bad peers do to a swarm,
+    with options of its own), or all, but for ray and attacks."""
     params: Annotated[str | None, arg(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
@@ -338,15 +351,52 @@ class Bench:
     """Where noise, decoupled, diloco and peers run."""
     against: Annotated[Path | None, arg(metavar="FILE")] = None
     """What --json printed before: its figures beside the new ones, and which got worse than their noise."""
+    strategies: Annotated[str | None, arg(metavar="NAME,...")] = None
+    """attacks: which rows, e.g. decoupled,spsa. Default: all."""
+    attacks: Annotated[str | None, arg(metavar="NAME,...")] = None
+    """attacks: which rows, e.g. flipped,scaled-1e3. Default: all."""
+    rounds: Annotated[int, arg(metavar="N")] = 80
+    """attacks: of each swarm."""
+    seeds: Annotated[int, arg(metavar="N")] = 1
+    """attacks: swarms of each row, whose losses are averaged."""
+    honest: Annotated[int, arg(metavar="N")] = 3
+    """attacks: honest peers."""
+    bad: Annotated[int, arg(metavar="N")] = 1
+    """attacks: bad peers."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """attacks: section.key=value of the run, e.g. strategy.bound=0; may be repeated."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
         from ..bench.command import bench_command, parse_sizes
 
+        if self.name == "attacks":
+            self._run_attacks()
+            return 0
         sizes = None if self.params is None else parse_sizes(self.params)
         refuse_below("--repeats", self.repeats, 1, "how often each is measured, e.g. 5")
         bench_command(self.name, sizes, self.repeats, self.json, self.output, self.device, self.against)
         return 0
+
+    def _run_attacks(self) -> None:
+        from ..bench.attacks.bad_peers import ATTACKS
+        from ..bench.attacks.swarm import STRATEGIES
+        from ..bench.attacks.table import Wanted, attacks_command, names_of
+
+        refuse_below("--rounds", self.rounds, 1, "rounds of each swarm, e.g. 80")
+        refuse_below("--seeds", self.seeds, 1, "swarms of each row, e.g. 3")
+        refuse_below("--honest", self.honest, 1, "honest peers of a swarm, e.g. 3")
+        refuse_below("--bad", self.bad, 1, "bad peers of a swarm, e.g. 1")
+        wanted = Wanted(
+            strategies=names_of(self.strategies, list(STRATEGIES), "--strategies"),
+            attacks=names_of(self.attacks, list(ATTACKS), "--attacks"),
+            n_rounds=self.rounds,
+            n_seeds=self.seeds,
+            n_honest=self.honest,
+            n_bad=self.bad,
+            settings=tuple(overrides_of(self.set).items()),
+        )
+        attacks_command(wanted, self.json)
 
 
 def _ticket_or_state(text: str) -> str:
