@@ -41,8 +41,9 @@ class Attack:
     `own_data`: it is declared to be made from data that others do not have; `inverts`: the work is done to
     raise the loss.
 
-    `is_found`: what it does is to be found out, and nothing is left of it afterwards; else bounds make it as
-    good as sending nothing. `strategy`: of one alone, by name.
+    `against`: what it is compared with, the same peers sending empty payloads or none that arrive: the former
+    where bounds make an attack as good as that, the latter where its peers are left out or found out.
+    `strategy`: of one alone, by name; `least_bad`: peers that it takes.
     """
 
     twist: Twist | None = None
@@ -50,7 +51,7 @@ class Attack:
     most_samples: bool = False
     own_data: bool = False
     inverts: bool = False
-    is_found: bool = False
+    against: Literal["empty", "absent"] = "empty"
     strategy: str | None = None
     least_bad: int = 1
 
@@ -64,7 +65,8 @@ def _most_probes(contents: Contents, _rng: np.random.Generator, replica: Replica
     return contents.most(replica.strategy.option("max_probes"))
 
 
-EMPTY: Final = Attack(twist=_scaled(0.0), is_found=True)
+HONEST: Final = Attack()
+EMPTY: Final = Attack(twist=_scaled(0.0), against="absent")
 
 ATTACKS: Final[Mapping[str, Attack]] = {
     "scaled-10": Attack(twist=_scaled(10.0)),
@@ -72,17 +74,17 @@ ATTACKS: Final[Mapping[str, Attack]] = {
     "scaled-1e9": Attack(twist=_scaled(1e9)),
     "random": Attack(twist=lambda contents, rng, _replica: contents.random(1e3, rng)),
     "constant": Attack(twist=lambda contents, _rng, _replica: contents.constant(1e3)),
-    "nan": Attack(twist=lambda contents, _rng, _replica: contents.not_finite()),
+    "nan": Attack(twist=lambda contents, _rng, _replica: contents.not_finite(), against="absent"),
     "max-probes": Attack(twist=_most_probes, strategy="spsa"),
     "most-samples": Attack(twist=_scaled(1e3), most_samples=True),
-    "flipped": Attack(twist=_scaled(-1.0), is_found=True),
-    "flipped-1e3": Attack(twist=_scaled(-1e3), is_found=True),
-    "flipped-1e9": Attack(twist=_scaled(-1e9), is_found=True),
-    "own-data-flipped": Attack(twist=_scaled(-1.0), own_data=True, is_found=True),
-    "inverted": Attack(inverts=True, is_found=True),
-    "copied": Attack(copies="honest", is_found=True),
+    "flipped": Attack(twist=_scaled(-1.0), against="absent"),
+    "flipped-1e3": Attack(twist=_scaled(-1e3), against="absent"),
+    "flipped-1e9": Attack(twist=_scaled(-1e9), against="absent"),
+    "own-data-flipped": Attack(twist=_scaled(-1.0), own_data=True, against="absent"),
+    "inverted": Attack(inverts=True, against="absent"),
+    "copied": Attack(copies="honest", against="absent"),
     "empty": EMPTY,
-    "colluding": Attack(twist=_scaled(-1.0), copies="bad", is_found=True, least_bad=2),
+    "colluding": Attack(twist=_scaled(-1.0), copies="bad", against="absent", least_bad=2),
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from torch import Tensor
 
 from ....compression.errors import ReplicaDiverged, ThinwireError
 from ....coordinator.protocol.identity import peer_id_of
@@ -86,11 +87,12 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of the honest peers. `held_out`: their loss after the last round, infinite: the replica did
-    not stay finite. `fingerprint`: of all of their replicas. `found_after`: the round from which on no bad
-    peer's offer weighs anything; None: there is none."""
+    not stay finite. `fingerprint`: of all of their replicas, `weights` by name. `found_after`: the round from
+    which on no bad peer's offer weighs anything; None: there is none."""
 
     held_out: float
     fingerprint: bytes
+    weights: Mapping[str, Tensor]
     found_after: int | None
 
 
@@ -175,10 +177,11 @@ class _Swarm:
             if not isinstance(error, ReplicaDiverged):
                 raise error
         if self._errors:
-            return Outcome(inf, b"", None)
+            return Outcome(inf, b"", {}, None)
         fingerprints = {runner.replica.fingerprint() for runner in honest}
         if len(fingerprints) != 1:
             raise ThinwireError("the replicas of honest peers differ")
         is_found = len(self._found) == self._plan.n_bad > 0
         found_after = max(self._found.values()) if is_found else None
-        return Outcome(honest[0].work.evaluate(), fingerprints.pop(), found_after)
+        first = honest[0]
+        return Outcome(first.work.evaluate(), fingerprints.pop(), first.replica.weights(), found_after)

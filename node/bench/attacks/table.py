@@ -100,7 +100,7 @@ def rows_of(wanted: Wanted, train: Train, progress: Callable[[Row], object]) -> 
 def _row(wanted: Wanted, strategy: str, name: str, attack: Attack, train: Train) -> Row:
     times = -(-attack.least_bad // wanted.n_bad)
     n_honest, n_bad = wanted.n_honest * times, wanted.n_bad * times
-    baseline = None if attack.is_found else EMPTY
+    baseline = EMPTY if attack.against == "empty" else None
     honest, attacked, found = [], [], []
     for seed in range(1, wanted.n_seeds + 1):
 
