@@ -91,7 +91,7 @@ def test_a_run_for_the_invited(thinwire: Callable[..., Any], here: Here, tmp_pat
     assert "this run takes invited peers only" in open_one.stderr()
 
     code, invited, err = here("invite", state, "--name", "lab-7", "--expires", "7d")
-    assert (code, "lets in one identity, for 7" in err) == (0, True), err
+    assert (code, "lets in one identity, for 7d" in err) == (0, True), err
     node = thinwire("join", invited.strip(), *join, "--state", "node-b")
     node.wait_for("round 3/", 100)
     second = thinwire("join", invited.strip(), *join, "--state", "node-c")
