@@ -11,10 +11,12 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from ..compression.errors import LedgerCorrupt, ThinwireError
+from ..compression.errors import ConfigError, LedgerCorrupt, ThinwireError
 from .blobs import BlobStore
 from .control.door import Door
 from .control.orders import CheckStrategy, Order, Ordered, no_strategy
+from .entry.gate import BANNED
+from .entry.guard import guard
 from .last_snapshot import LastSnapshot, leaves_room
 from .ledger import Ledger
 from .observe.metrics import with_trust
@@ -111,6 +113,8 @@ class CoordinatorServer:
         self._tick_timer: asyncio.TimerHandle | None = None
         self._is_stopped = False
         self._tasks: list[asyncio.Task[None]] = []
+        self.on_new_ticket: Callable[[], object] = bool
+        """Called when the ticket is another one."""
         self.http: HttpAddress | None = None
         """Where this coordinator is served over HTTP, too: told to those who ask for the status."""
 
@@ -123,6 +127,7 @@ class CoordinatorServer:
             token=self._token,
             send=self._send,
             on_commit=self._committed,
+            end=self._end,
             now_s=time.monotonic(),
             wall_ms=lambda: time.time_ns() // 10**6,
             history=self._state.history(),
@@ -281,6 +286,8 @@ class CoordinatorServer:
 
     def _order(self, order: Order) -> Ordered:
         """Raises ConfigError or LedgerCorrupt."""
+        if order.is_guarding:
+            return self._guard(order)
         try:
             ordered = self.service.order(order, time.monotonic())
         except sqlite3.Error as e:
@@ -290,6 +297,21 @@ class CoordinatorServer:
         self._soon()
         return ordered
 
+    def _guard(self, order: Order) -> Ordered:
+        """Who may come in: holds at once. Raises ConfigError."""
+        try:
+            told = guard(self._state, order)
+        except OSError as e:
+            raise ConfigError(f"{self._state.path} cannot be written: {e.strerror}") from e
+        self.service.guard(self._state.banned(), self._state.token(), told, time.monotonic())
+        self._token = self._state.token()
+        for peer_id in order.peers if order.what == "ban" else ():
+            self._stream_server.end(peer_id, ConfigError(BANNED))
+        if order.what == "rotate-token":
+            self.on_new_ticket()
+        self._soon()
+        return Ordered(0, told, (), is_done=True)
+
     def _is_ordered(self, ordered: Ordered) -> bool:
         """Whether the record that was to carry the changes does so."""
         commit = next(iter(self.service.commits(ordered.round - 1, 1)), None)
@@ -297,6 +319,9 @@ class CoordinatorServer:
 
     def _send(self, peer_id: str, message: Message) -> None:
         self._stream_server.send(peer_id, message)
+
+    def _end(self, peer_id: str, why: ThinwireError) -> None:
+        self._stream_server.end(peer_id, why)
 
     def _tick(self) -> None:
         """Lets the service's time pass, now and when it wants it again."""

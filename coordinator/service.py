@@ -15,7 +15,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ..compression.errors import ConfigError, LedgerCorrupt
+from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, ThinwireError
 from .admission import AdmissionControl
 from .announcer import Announcer
 from .blobs import BlobStore
@@ -25,7 +25,15 @@ from .derived_state import DerivedState, Recalled
 from .entry.rules import OPEN, EntryRules
 from .last_snapshot import Wanted
 from .ledger import Ledger
-from .membership import Membership, MembershipEvent, SessionClosed, SessionOpened, SignOfLife, TimePassed
+from .membership import (
+    Membership,
+    MembershipEvent,
+    SessionClosed,
+    SessionOpened,
+    SignOfLife,
+    StateSaid,
+    TimePassed,
+)
 from .observe.counters import Counters
 from .observe.loss_unit import LossUnit
 from .observe.notices import Notices
@@ -45,6 +53,7 @@ from .protocol.messages import (
     Heartbeat,
     Hello,
     Message,
+    NodeState,
     Offer,
     Rejected,
     Report,
@@ -66,7 +75,7 @@ FAREWELL_S = 60.0
 
 class Service:
     """One run. `send` queues a message for a peer's current session and never blocks, fails or calls back;
-    `on_commit` is told a round once its commit is on the disk.
+    `on_commit` is told a round once its commit is on the disk; `end` tells a peer why its session is over.
 
     `open` sends nothing to the peer that it opens for. Call `tick` after each call, and again when it says.
     Heartbeats are not answered here: who owns the streams sends its own, with its own counts.
@@ -82,6 +91,7 @@ class Service:
         token: str,
         send: Callable[[str, Message], None],
         on_commit: Callable[[int], None],
+        end: Callable[[str, ThinwireError], object] = lambda _peer_id, _why: None,
         now_s: float,
         wall_ms: Callable[[], int],
         history: bytes | None = None,
@@ -99,6 +109,7 @@ class Service:
         """
         self._ledger, self._blobs, self._key = ledger, blobs, key
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
+        self._end = end
         self._settings = Course.of(ledger.genesis.config).settings
         self._pending, self._keep = PendingChanges(check_strategy), keep
         try:
@@ -172,7 +183,9 @@ class Service:
         Raises ConfigError (not let in), Incompatible (version, run, full swarm), LedgerCorrupt (a head
         that is not on the chain) or BadMessage (a session older than the open one).
         """
-        index = self._parts.peers.admit(peer_id, session, hello, now_s)
+        index = self._parts.peers.admit(
+            peer_id, session, hello, lambda stranger: self._make_room(stranger, now_s), now_s
+        )
         self._handle_member(SessionOpened(index, session, hello.agent == READER), now_s)
         return Welcome(
             genesis=self._ledger.genesis_record,
@@ -187,6 +200,12 @@ class Service:
     def is_signed(self, peer_id: str, offer: Offer) -> bool:
         """Whether the peer has signed it. Takes its time, and may be asked from any thread."""
         return is_signed(peer_id, self._ledger.run_id, offer)
+
+    def _make_room(self, stranger: int, now_s: float) -> None:
+        """For a peer that has worked, among those that have not."""
+        text = "the swarm is full, and a peer whose work has counted came back: try again later"
+        self._end(self._ledger.peer_id(stranger), self._admission.refused("full", Incompatible(text)))
+        self._handle_member(StateSaid(stranger, NodeState.LEAVING), now_s)
 
     def receive(self, peer_id: str, session: int, message: Message, now_s: float) -> None:
         """Raises BadMessage for what a peer must not send; frames of a replaced session are dropped."""
@@ -236,6 +255,10 @@ class Service:
     def is_member(self, peer_id: str) -> bool:
         """Whether the peer is admitted and connected: others may serve it blobs."""
         return self._parts.peers.is_member(peer_id)
+
+    def has_worked(self, peer_id: str) -> bool:
+        """Whether work of the peer's has counted."""
+        return self._parts.peers.has_worked(peer_id)
 
     def is_admitted(self, peer_id: str) -> bool:
         """Whether the peer has ever been let in."""
@@ -315,6 +338,18 @@ class Service:
         log.info("round %d: %s", ordered.round, "; ".join(ordered.told))
         return ordered
 
+    def guard(self, banned: frozenset[str], token: str, told: Sequence[str], now_s: float) -> None:
+        """Who may come in has changed, in these words. Nobody waits for those who are banned now; who owns
+        the streams ends theirs."""
+        gate = self._admission.gate
+        new, gate.banned = banned - gate.banned, banned
+        gate.change_token(token)
+        for text in told:
+            self._parts.notices.guarded(text)
+        for index in map(self._parts.peers.index, sorted(new)):
+            if index is not None and index in self._parts.members.connected() and not self._n_adopted:
+                self._handle_member(StateSaid(index, NodeState.LEAVING), now_s)
+
     # ------------------------------------------------------------------------------------------- blobs
 
     def may_store(self, peer_id: str, n_bytes: int) -> None:
@@ -360,6 +395,7 @@ class Service:
         self._handle_member(TimePassed(), now_s)
         self._parts.open_round.handle(TimePassed(), now_s)
         parts = self._parts
+        parts.notices.lines.flush()
         if self._pending and not parts.rounds.is_held and not parts.rounds.is_awaited:
             self._commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
         parts.announcer.tell(parts.members.connected(), parts.open_round.offers.fetchable())

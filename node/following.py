@@ -15,7 +15,7 @@ from ..coordinator.protocol.settings import Course
 from .auditing.auditor import Auditor
 from .batches import batches
 from .healing import Healer
-from .joining import CatchingUp, Joiner
+from .joining import CatchingUp, Joiner, NoStart, Start
 from .links.base import Link
 from .preparing import PreparedRun
 from .proposing import Proposer
@@ -38,7 +38,8 @@ class Stage(Enum):
     """It is behind, and began at a snapshot of this node's own."""
 
     REPLAYING = "replaying"
-    """It is behind, and began where nobody's word but the ledger's is taken: what comes out is proof."""
+    """It is behind, and began where a fault of this machine's would have shown: what comes out needs no
+    check."""
 
     TRAINING = "training"
     """It has reached the head, and this node takes part in rounds."""
@@ -104,14 +105,16 @@ class LedgerFollower:
     def _begin(self) -> None:
         """Brings the replica to the cheapest start."""
         self._stop_training()
-        self._stage = Stage.CATCHING_UP
         start = self._joiner.begin()
-        if start.is_trusted:
-            self._stage = Stage.REPLAYING
-        self._catching_up = CatchingUp(self._replica.round)
+        self._began(start, is_replay=start.is_proof)
         self._link.serve(self._publisher.store)
-        if start.kind == "swarm":
-            self._publisher.announce(self._publisher.store.stored()[-1])
+        if start.kind == "swarm" and self._joiner.stored is not None:
+            self._publisher.announce(self._joiner.stored)
+
+    def _began(self, start: Start, *, is_replay: bool) -> None:
+        self._stage = Stage.REPLAYING if is_replay else Stage.CATCHING_UP
+        self._catching_up = CatchingUp(self._replica.round)
+        self._publisher.began(self._joiner.stored, is_verified=start.is_trusted)
 
     def _follow(self) -> Generator[Applied | None, None, bool]:
         """Applies commits until the run ends or is stopped; True: the replica was moved to another round."""
@@ -194,7 +197,10 @@ class LedgerFollower:
         return True
 
     def _report(self, *, evaluate: bool) -> None:
-        self._reporter.report(evaluate=evaluate, is_replay=self._stage is Stage.REPLAYING)
+        is_replay = self._stage is Stage.REPLAYING
+        self._reporter.report(
+            evaluate=evaluate, is_replay=is_replay, is_proof=is_replay and self._publisher.is_verified
+        )
 
     def _stop_training(self) -> None:
         """The replica goes to another round; an open offer is nothing to wait for any more."""
@@ -275,27 +281,32 @@ class LedgerFollower:
         if self._stage is Stage.TRAINING:
             self._stage = Stage.CATCHING_UP
         self._observer.training(False)
-        was_wrong = self._healer.check(rounds)
-        self._observer.replayed(self._replica.round, was_wrong)
-        if was_wrong:
-            self._go_on_from_replay()
-        return was_wrong
+        start = self._healer.check(rounds)
+        self._observer.replayed(self._replica.round, start is not None)
+        if start is not None:
+            self._go_on_from_replay(start)
+        return start is not None
 
     def _start_over(self, error: ReplicaDiverged) -> None:
         """Applying a commit failed: a replay shows whether it was this machine. Raises the error if not."""
         if self._stage is Stage.REPLAYING:
             raise error
         log.error("%s; replaying the ledger to see whether this machine was wrong", error)
-        self._joiner.begin(lambda: self._joiner.trusted_starts(self._link.head), with_local_state=False)
-        self._publisher.discard(self._replica.round)
+        verified = self._publisher.is_verified
+        try:
+            start = self._joiner.begin(
+                lambda: self._joiner.own_starts(self._link.head, verified=verified), with_local_state=False
+            )
+        except NoStart as e:
+            raise ReplicaDiverged(f"{error}. {e}") from error
+        self._publisher.discard(start.round)
         self._observer.replayed(self._replica.round, True)
-        self._go_on_from_replay()
+        self._go_on_from_replay(start)
 
-    def _go_on_from_replay(self) -> None:
+    def _go_on_from_replay(self, start: Start) -> None:
         """The replica is at an earlier round: what this node offered since was settled already."""
         self._stop_training()
-        self._stage = Stage.REPLAYING
-        self._catching_up = CatchingUp(self._replica.round)
+        self._began(start, is_replay=True)
 
 
 class _Ends(Container[int]):

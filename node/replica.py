@@ -142,7 +142,7 @@ class Replica:
         return wire.encode(payload, self.strategy.fields(turn), turn.round, self._layout_hash)
 
     def decode(self, data: bytes, turn: Turn) -> Payload:
-        """The payload in the bytes of an offer for the turn's round. Raises BadPayload, as it was left out."""
+        """The payload in the bytes of an offer for the turn's round. Raises BadPayload."""
         payload = wire.decode(
             data, self.strategy.fields(turn), turn.round, self._layout_hash, self._max_bytes
         )

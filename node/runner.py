@@ -178,7 +178,9 @@ class Runner:
     def _publisher(self, run: PreparedRun) -> Iterator[SnapshotPublisher]:
         """Own snapshots are written and served meanwhile; the replica is written once more in the end."""
         with _folder_or_temporary(self._folder) as folder:
-            publisher = SnapshotPublisher(self.link, run.replica, run.history, folder / SNAPSHOTS)
+            publisher = SnapshotPublisher(
+                self.link, run.replica, run.history, folder / SNAPSHOTS, peer_index=run.peer_index
+            )
             try:
                 yield publisher
                 if self._folder is not None:
@@ -197,6 +199,7 @@ class Runner:
             base_blobs=run.base_blobs,
             kept_from=run.kept_from,
             stopped=self.stop.is_set,
+            peer_index=run.peer_index,
         )
         healer = Healer(
             self.link,
@@ -205,6 +208,7 @@ class Runner:
             joiner,
             peer_index=run.peer_index,
             device=self._device,
+            is_verified=lambda: publisher.is_verified,
             discard=publisher.discard,
         )
         return LedgerFollower(

@@ -268,8 +268,7 @@ class Decoupled(Strategy):
 
     def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
         """Against the gradient: of a momentum its fast part is sent, and that is mostly what is new."""
-        parameters = self.parameters_in_order()
-        return gradient_evidence(self, self.compressor, parameters, payload, draw, (turn, turn), n_batches)
+        return gradient_evidence(self, self.compressor, payload, draw, turn, n_batches)
 
     # --------------------------------------------------------------------------------- replicated work
 

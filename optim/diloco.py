@@ -40,7 +40,7 @@ from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.kernels import use_numba
 from .auditing.evidence import Evidence
-from .auditing.gradients import gradient_evidence
+from .auditing.gradients import compared, no_gradients
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
 from .options import Number, Whole, keywords_of
@@ -329,9 +329,18 @@ class Diloco(Strategy):
         return factor
 
     def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
-        """Against the gradient at the outer parameters: inner steps go that way before they go their own."""
+        """Against inner steps from the outer parameters, by an inner optimizer that begins: as far as the
+        payload goes, the peer's own that has a past has gone the same way."""
+        if self._phase.is_inside:
+            return None
         fragment, its_turn = self._fragment(turn)
-        return gradient_evidence(self, self.compressor, fragment, payload, draw, (turn, its_turn), n_batches)
+        with no_gradients(self), self._phase.fresh():
+            for _ in range(max(1, min(n_batches, self.most_batches))):
+                self.zero_grad(set_to_none=True)
+                self._phase.step(backward(draw(), self.ranks), turn.lr_factor)
+            return compared(
+                self.compressor, fragment, payload, its_turn, lambda p: self._phase.moved(p).clone()
+            )
 
     # --------------------------------------------------------------------------------- replicated work
 

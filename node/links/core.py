@@ -72,8 +72,8 @@ class LinkCore:
     """The `SessionHandler` of a node's session with its coordinator. Lives in the event loop.
 
     Its parts: `commits` that are followed, `offers` that are made, `blobs` that are fetched, and what is
-    `served`. Of these `commits.head`, `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are
-    used from any thread.
+    `served`, and the payloads that are `kept`. Of these `commits.head`, `kept.__contains__`,
+    `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are used from any thread.
 
     `copy_path`: where the copy of the ledger is on disk, if it is. `key`, `metrics`: see `RemoteLink`.
     """
@@ -106,7 +106,8 @@ class LinkCore:
         )
         self.blobs = BlobFetcher(coordinator, self._members, peer_id)
         self._payloads = Payloads(self.blobs, peer_id)
-        self.served = Served(self._payloads.kept, self._has_time_for)
+        self.kept = self._payloads.kept
+        self.served = Served(self.kept, self._has_time_for)
         throttle = None if limit is None else limit.served
         self._server = BlobServer(self.served, self._members, meter, throttle, ticket.peer_id)
         self.commits = CommitFeed(copy, self._payloads, mailbox)

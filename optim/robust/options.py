@@ -27,5 +27,3 @@ class BoundedOptions(Options):
         super().check(entries)
         if 0 < entries["bound"] < 1:
             raise ConfigError(f"bound = {entries['bound']:g}: 0, or a number >= 1")
-        if entries["own_data_share"] > 0 and entries["bound"] == 0:
-            raise ConfigError("own_data_share takes effect with a bound only: set bound = 2.0")

@@ -552,3 +552,33 @@ def test_any_schedule(script: list[Any], policy: str, min_peers: int, eval_every
         wake_s = rounds.wake_s()
         assert wake_s is not None
         assert closed(rounds.handle(TimePassed(), wake_s)) != []
+
+
+def test_nobody_waits_for_condemned_peers_nor_takes_their_offers() -> None:
+    rounds = started(3, eval_every=1)
+    rounds.condemn({1})
+    assert refusals(rounds.handle(offer(1, 1), 0.1)) == ["condemned"]
+    rounds.handle(offer(0, 1), 0.2)
+    assert closed(rounds.handle(offer(2, 1), 0.3)) == [(1, (0, 2))]
+    evaluators = set()
+    for round_ in range(2, 6):
+        rounds.handle(offer(0, round_), round_)
+        (end,) = (a for a in rounds.handle(offer(2, round_), round_) if isinstance(a, RoundClosed))
+        evaluators.add(end.evaluator)
+    assert evaluators == {0, 2}
+    rounds.condemn(())
+    rounds.handle(offer(0, 6), 6.0)
+    assert closed(rounds.handle(offer(2, 6), 6.0)) == [(6, (0, 2))]
+    rounds.handle(offer(0, 7), 7.0)
+    rounds.handle(offer(2, 7), 7.0)
+    assert rounds.missing() == [1], "it is awaited again, from the next round on"
+    assert closed(rounds.handle(offer(1, 7), 7.5)) == [(7, (0, 1, 2))]
+
+
+def test_a_round_in_which_only_condemned_peers_are_missing_closes() -> None:
+    rounds = started(3)
+    rounds.handle(offer(0, 1), 0.1)
+    rounds.handle(offer(2, 1), 0.1)
+    assert rounds.missing() == [1]
+    rounds.condemn({1})
+    assert closed(rounds.handle(TimePassed(), 0.2)) == [(1, (0, 2))]

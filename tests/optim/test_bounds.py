@@ -312,10 +312,3 @@ def test_own_data_of_probes() -> None:
 def test_a_bound_is_none_or_one_at_least(bound: float) -> None:
     with pytest.raises(ConfigError, match="bound = "):
         build_strategy({"name": "spsa", "lr": 1.0, "bound": bound}, [("p", nn.Parameter(torch.zeros(1)))])
-
-
-def test_a_share_for_own_data_wants_a_bound() -> None:
-    with pytest.raises(ConfigError, match="own_data_share takes effect with a bound only"):
-        build_strategy(
-            {"name": "spsa", "lr": 1.0, "own_data_share": 0.25}, [("p", nn.Parameter(torch.zeros(1)))]
-        )
