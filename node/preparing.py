@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from .replica import Replica, build_replica
 from .states.kept_blobs import KeptBlobs
 from .tasks.base import Task
 from .tasks.registry import make_task
+from .trust.spare import spare_replica
 from .units import human_bytes
 from .workload import Workload
 
@@ -32,7 +35,8 @@ class PreparedRun:
 
     `peer_index`: this node's in commits; `kept_from`: the first round whose payloads the coordinator still
     had when the link was opened; `workload`: None, every round has all the work; `n_parameters`: of the
-    model, over all ranks; `base_blobs`: has the base weights, kept where snapshots do not hold all of it.
+    model, over all ranks; `base_blobs`: has the base weights, kept where snapshots do not hold all of it;
+    `spare`: makes a second replica of the run, see `spare_replica`.
     """
 
     link: Link
@@ -46,6 +50,7 @@ class PreparedRun:
     history: History
     n_parameters: int
     base_blobs: KeptBlobs
+    spare: Callable[[], Replica]
 
     @property
     def is_over(self) -> bool:
@@ -114,6 +119,7 @@ def prepare_run(
         history=History.of(replica, config.run.snapshot_every),
         n_parameters=sum(prod(entry.shape) for entry in body.layout),
         base_blobs=blobs if replica.has_frozen else fetched,
+        spare=partial(spare_replica, link.run_id, body, task),
     )
     _tell(run)
     return run
