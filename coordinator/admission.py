@@ -1,15 +1,17 @@
-"""What the coordinator lets in: tokens, protocol, heads, offers and uploads; and a count of the rest.
+"""What the coordinator lets in: protocol, heads, offers and uploads; and a count of the rest.
 
 Every refusal is counted by a reason of a fixed, small set: the reasons become labels of a metric.
 """
 
 from __future__ import annotations
 
-import hmac
 from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt
+from ..compression.errors import Incompatible, LedgerCorrupt
+from .entry.gate import Gate
+from .entry.rules import EntryRules
 from .ledger import Ledger
 from .protocol.chain import REPAIR_FORK
 from .protocol.messages import INLINE_BYTES, PROTOCOL_VERSION, BadMessage, Hello, Offer, Rejected, digest_of
@@ -24,34 +26,29 @@ E = TypeVar("E", bound=Exception)
 class AdmissionControl:
     """Of one run. `token`: that of its tickets; `banned`: peer ids. `rejected` counts by reason."""
 
-    def __init__(self, ledger: Ledger, token: str, banned: frozenset[str]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        token: str,
+        banned: Iterable[str],
+        rules: EntryRules,
+        wall_ms: Callable[[], int],
+    ) -> None:
         self._ledger = ledger
-        self._token = token.encode()
-        self._banned = banned
         self._limits = ledger.genesis.limits
         self._uploaded_bytes: Counter[int] = Counter()
         self.rejected: Counter[Rejected] = Counter()
+        self.gate = Gate(ledger, token, banned, rules, wall_ms, self.rejected)
 
     def refused(self, reason: Rejected, error: E) -> E:
         """Counts the reason; the caller raises what it gets back."""
         self.rejected[reason] += 1
         return error
 
-    def check_peer(self, peer_id: str) -> None:
-        """Raises ConfigError for one that is banned."""
-        if peer_id in self._banned:
-            text = "this peer was banned from the run: ask whoever runs the coordinator"
-            raise self.refused("banned", ConfigError(text))
-
-    def check_hello(self, peer_id: str, hello: Hello) -> None:
-        """Raises ConfigError (token) or Incompatible (version, run).
-
-        A peer that was let in before needs no token: the transport has proved who it is, and only a ban ends
-        that. So a token can be changed while nodes train.
-        """
-        is_known = self._ledger.index_of(peer_id) is not None and peer_id not in self._banned
-        if not is_known and not hmac.compare_digest(hello.token.encode(), self._token):
-            raise self.refused("token", ConfigError("the ticket's token is wrong: ask for a new ticket"))
+    def check_hello(self, peer_id: str, hello: Hello) -> str:
+        """Returns the invitation that lets the peer in, see `Gate.check`. Raises ConfigError (not let in) or
+        Incompatible (version, run)."""
+        invitation = self.gate.check(peer_id, hello.token)
         if hello.version != PROTOCOL_VERSION:
             text = f"protocol version {hello.version} here, {PROTOCOL_VERSION} at the coordinator"
             raise self.refused("version", Incompatible(f"{text}: install the same thinwire"))
@@ -59,6 +56,7 @@ class AdmissionControl:
         if hello.run_id != ours:
             text = f"the ticket is for run {hello.run_id.hex()[:16]}, this is run {ours.hex()[:16]}"
             raise self.refused("run", Incompatible(f"{text}: ask for a new ticket"))
+        return invitation
 
     def check_head(self, hello: Hello) -> None:
         """Raises LedgerCorrupt: the node's head is not on the chain."""
@@ -74,11 +72,14 @@ class AdmissionControl:
             text += f", where another record has its place. {REPAIR_FORK}"
         raise self.refused("head", LedgerCorrupt(text))
 
-    def check_room(self, n_present: int) -> None:
-        """Before a peer that is not present yet comes in. Raises Incompatible: the swarm is full."""
-        if n_present >= self._limits.max_peers:
-            text = f"the swarm is full: {n_present} of {self._limits.max_peers} peers are there"
-            raise self.refused("full", Incompatible(text))
+    def has_room(self, n_present: int) -> bool:
+        """Whether a peer that is not present yet may come in."""
+        return n_present < self._limits.max_peers
+
+    def full(self, n_present: int) -> Incompatible:
+        """For the caller to raise."""
+        text = f"the swarm is full: {n_present} of {self._limits.max_peers} peers are there"
+        return self.refused("full", Incompatible(text))
 
     def check_offer(self, offer: Offer) -> bytes:
         """Returns the payload's digest. Raises BadMessage for an offer that no node of ours makes."""
@@ -86,6 +87,8 @@ class AdmissionControl:
         if offer.n_bytes > limits.max_payload_bytes:
             text = f"a payload of {offer.n_bytes} bytes, the run allows {limits.max_payload_bytes}"
             raise self.refused("oversized", BadMessage(text))
+        if offer.n_samples == 0 and (offer.n_bytes or offer.n_tokens or offer.loss is not None):
+            raise self.refused("samples", BadMessage("an offer without samples that has something to say"))
         if offer.n_samples > limits.max_samples:
             text = f"{offer.n_samples} samples in an offer, the run allows {limits.max_samples}"
             raise self.refused("samples", BadMessage(text))

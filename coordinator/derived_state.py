@@ -15,6 +15,7 @@ from ..compression.errors import ConfigError
 from .blobs import BlobStore
 from .ledger import Ledger
 from .observe.page_history import PageHistory
+from .observe.peer_sizes import PeerSizes
 from .observe.run_statistics import RunStatistics
 from .protocol.messages import Commit, CommitBody, Rejected
 from .protocol.settings import Course, Keep
@@ -61,11 +62,12 @@ class DerivedState:
         n_params = sum(prod(entry.shape) for entry in ledger.genesis.layout)
         self.statistics = RunStatistics(n_params)
         self.page_history = PageHistory(n_params, rejected)
-        self.retention = PayloadRetention(blobs, course.run.snapshot_every, name, keep)
-        snapshots, trend = self.retention.snapshots, self.page_history.trend
-        self.reports = Reports(ledger, self.statistics, trend, snapshots, rejected, course)
         self.standing = Standing(ledger.run_id, course.settings.audits)
         self.audits = AuditReports(self.standing, ledger.peer_id, rejected)
+        self.peer_sizes = PeerSizes(self.standing.has_worked, self.statistics.has_offered)
+        self.retention = PayloadRetention(blobs, course.run.snapshot_every, name, keep, self.standing)
+        snapshots, trend = self.retention.snapshots, self.page_history.trend
+        self.reports = Reports(ledger, self.statistics, trend, snapshots, self.standing, rejected, course)
         self._last_peers: deque[frozenset[int]] = deque(maxlen=RECALLED_COMMITS)
         self._evaluator: int | None = None
         self._evaluates: int | None = None

@@ -10,8 +10,10 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt
+from .entry.invited import Invited
 from .protocol.chain import REPAIR_FORK, Chain, Forked
 from .protocol.files import sync_folder
+from .protocol.ledger_copy import work_in
 from .protocol.messages import (
     MAX_PEERS,
     Admission,
@@ -39,6 +41,9 @@ CREATE TABLE IF NOT EXISTS evaluation (round INTEGER NOT NULL, name TEXT NOT NUL
 """
 
 
+_WORK = "CREATE TABLE IF NOT EXISTS work (digest BLOB PRIMARY KEY, signatures BLOB NOT NULL) WITHOUT ROWID"
+
+
 class Ledger:
     """One run's records, and beside them what survives a restart but is not signed: admissions that no
     commit carries yet, held-out losses and evaluations. Not thread-safe: callers serialise, from any thread.
@@ -52,9 +57,11 @@ class Ledger:
         self.genesis_record: bytes = record
         self.genesis: GenesisBody = decode_record(GenesisBody, record)
         self.run_id: bytes = digest_of(record)
-        self._committed: set[int] = set()
+        self._committed: dict[int, str] = {}
         self.head_round, self.head_digest = self._verify(public_key)
         self._peer_ids = self._admissions()
+        self.invited = Invited(db)
+        self.invited.recall(self._committed)
         self._indices = {peer_id: index for index, peer_id in self._peer_ids.items()}
 
     @classmethod
@@ -98,8 +105,9 @@ class Ledger:
             db.close()
             raise
 
-    def append(self, body: CommitBody, key: Ed25519PrivateKey) -> Commit:
-        """Signs and stores the next commit; it is on the disk when this returns."""
+    def append(self, body: CommitBody, key: Ed25519PrivateKey, work: bytes = b"") -> Commit:
+        """Signs and stores the next commit; it is on the disk when this returns. `work`: the blob that it
+        names, kept beside it."""
         if body.round != self.head_round + 1 or body.parent != self.head_digest:
             raise ValueError(f"round {body.round} does not follow round {self.head_round}")
         record = encode_record(body)
@@ -109,8 +117,11 @@ class Ledger:
                 "INSERT INTO record VALUES (?, ?, ?, ?)",
                 (body.round, record, commit.signature, commit.digest),
             )
+            if work:
+                self._db.execute(_WORK)
+                self._db.execute("INSERT OR IGNORE INTO work VALUES (?, ?)", (body.work, work))
         self.head_round, self.head_digest = body.round, commit.digest
-        self._committed.update(admission.index for admission in body.admitted)
+        self._committed.update((admission.index, admission.invitation) for admission in body.admitted)
         return commit
 
     def adopt(self, commits: Sequence[Commit]) -> None:
@@ -123,6 +134,8 @@ class Ledger:
         n_admitted = len(self._committed)
         with self._db:
             self._db.execute("DELETE FROM admission WHERE idx >= ?", (n_admitted,))
+            self.invited.drop(n_admitted)
+            admitted = dict(self._committed)
             for commit in commits:
                 self._check_next(chain, commit)
                 self._db.execute(
@@ -132,8 +145,10 @@ class Ledger:
                 for admission in commit.body.admitted:
                     self._readmit(admission, n_admitted, chain.round)
                     n_admitted += 1
+                    admitted[admission.index] = admission.invitation
         self.head_round, self.head_digest = chain.round, chain.digest or self.run_id
-        self._committed = set(range(n_admitted))
+        self._committed = admitted
+        self.invited.recall(admitted)
         self._peer_ids = self._admissions()
         self._indices = {peer_id: index for index, peer_id in self._peer_ids.items()}
 
@@ -172,13 +187,18 @@ class Ledger:
             yield from batch
             after += len(batch)
 
+    def work(self, digest: bytes) -> bytes | None:
+        """The signatures of a commit's offers, by the digest in the commit; None: they are not here."""
+        return work_in(self._db, digest)
+
     def digest_at(self, round_: int) -> bytes | None:
         """Digest of the record of this round; None: there is none."""
         row = self._db.execute("SELECT digest FROM record WHERE round = ?", (round_,)).fetchone()
         return None if row is None else bytes(row[0])
 
-    def admit(self, peer_id: str) -> int:
-        """The peer's index, the same for ever; a new one is on the disk when this returns.
+    def admit(self, peer_id: str, invitation: str = "") -> int:
+        """The peer's index, the same for ever; a new one is on the disk when this returns. `invitation`: the
+        name of the one that lets it in.
 
         Raises Incompatible when no more can be admitted before the next commit, or at all.
         """
@@ -190,13 +210,15 @@ class Ledger:
             raise Incompatible("the swarm is full: too many peers have been admitted")
         with self._db:
             self._db.execute("INSERT INTO admission VALUES (?, ?)", (index, peer_id))
+            self.invited.stage(index, invitation)
+        self.invited.note(index, invitation)
         self._peer_ids[index], self._indices[peer_id] = peer_id, index
         return index
 
     def pending_admissions(self) -> tuple[Admission, ...]:
         """Admissions that no commit carries yet: they go into the next one."""
         return tuple(
-            Admission(index=index, peer_id=peer_id)
+            Admission(index=index, peer_id=peer_id, invitation=self.invited.of(index))
             for index, peer_id in sorted(self._peer_ids.items())
             if index not in self._committed
         )
@@ -219,9 +241,12 @@ class Ledger:
             done = self._db.execute("INSERT OR IGNORE INTO held_out VALUES (?, ?)", (round_, loss))
         return done.rowcount > 0
 
-    def held_out(self) -> list[tuple[int, float]]:
-        """(round, loss) in order."""
-        return list(self._db.execute("SELECT round, loss FROM held_out ORDER BY round"))
+    def held_out(self, most: int | None = None) -> list[tuple[int, float]]:
+        """(round, loss) in order; of more than `most` so many, evenly spread, with the first and the last."""
+        found = list(self._db.execute("SELECT round, loss FROM held_out ORDER BY round"))
+        if most is None or len(found) <= most:
+            return found
+        return [found[i * (len(found) - 1) // (most - 1)] for i in range(most)]
 
     def note_evaluation(self, round_: int, figures: Mapping[str, float]) -> bool:
         """Keeps the first evaluation of a round; False: there was one."""
@@ -302,7 +327,7 @@ class Ledger:
             if known != (admission.peer_id,):
                 text = f"record {body.round}: it admits {admission.peer_id} as peer {admission.index}"
                 raise self._corrupt(body.round, f"{text}, the table of admissions says otherwise")
-            self._committed.add(admission.index)
+            self._committed[admission.index] = admission.invitation
 
     def _admissions(self) -> dict[int, str]:
         found = dict(self._db.execute("SELECT idx, peer_id FROM admission ORDER BY idx"))

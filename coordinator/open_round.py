@@ -15,6 +15,7 @@ from .membership import Membership
 from .observe.notices import Notices
 from .protocol.figures import finite
 from .protocol.messages import BadMessage, Offer, OfferEntry, Rejected
+from .protocol.trust.signed_offers import work_of
 from .retention import PayloadRetention
 from .rounds import (
     BytesArrived,
@@ -70,7 +71,7 @@ class OpenRound:
                 self._announce(peer, offer)
             else:
                 self._admission.rejected["size"] += 1
-                log.warning("peer %d offered a blob of another size than the one that came", peer)
+                self._notices.refused_offer(peer, "its blob is of another size than it says")
                 self.handle(Excused(peer, self.rounds.round), now_s)
         self._retention.offered(digest, self.rounds.round)
         self.handle(BytesArrived(digest), now_s)
@@ -98,7 +99,7 @@ class OpenRound:
 
     def _refused(self, peer: int, reason: Rejected) -> None:
         self._admission.rejected[reason] += 1
-        log.info("an offer of peer %d is not taken: %s", peer, reason)
+        self._notices.refused_offer(peer, reason)
         if reason == "changed_offer":
             self._notices.changed_offer(peer)
         elif reason == "condemned":
@@ -143,6 +144,10 @@ class OpenOffers:
         """The offers of these peers, in this order, as a commit carries them."""
         return tuple(_entry(peer, self._offers[peer]) for peer in peers)
 
+    def work(self, peers: Iterable[int]) -> bytes:
+        """The signatures of the offers of these peers, see `work_of`."""
+        return work_of(self._offers[peer].signature for peer in peers)
+
     def clear(self) -> None:
         """The round is committed."""
         self._offers.clear()
@@ -157,4 +162,5 @@ def _entry(peer: int, offer: Offer) -> OfferEntry:
         n_bytes=offer.n_bytes,
         payload=offer.payload,
         digest=offer.digest,
+        own_data=offer.own_data,
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
 
 from .ledger import Ledger
+from .observe.quiet_log import QuietLog
 from .observe.run_statistics import KEPT_FINGERPRINTS, RunStatistics
 from .observe.trend import Trend
 from .protocol.attested import Snapshots
@@ -21,6 +23,7 @@ from .protocol.messages import (
     SnapshotEntry,
 )
 from .protocol.settings import Course
+from .protocol.trust.standing import Standing
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -43,7 +46,8 @@ Said = tuple[bytes, bool]
 class Reports:
     """Of one run. Fingerprints and snapshots wait here for the next commit; held-out losses go to the file.
 
-    What a node sends again after a reconnect is known already, also after a restart.
+    What a node sends again after a reconnect is known already, also after a restart. Fingerprints and
+    snapshots of peers without counted work (`standing`) are counted as rejected, and not looked at.
     """
 
     def __init__(
@@ -52,10 +56,12 @@ class Reports:
         statistics: RunStatistics,
         trend: Trend,
         snapshots: Snapshots,
+        standing: Standing,
         rejected: Counter[Rejected],
         course: Course,
     ) -> None:
         self._ledger, self._statistics, self._trend, self._snapshots = ledger, statistics, trend, snapshots
+        self._standing = standing
         self._eval = course.settings.eval
         self._rejected, self._run, self._ends = rejected, course.run, {course.n_rounds}
         # By convention the first peer evaluates the model as it is before round 1.
@@ -66,6 +72,7 @@ class Reports:
         self.failed_evaluations = 0
         self.last_failure: tuple[int, str] | None = None
         """The newest evaluation that failed: its round, and why."""
+        self._lines = QuietLog(log, time.monotonic)
         self.acknowledged: set[int] = set()
         """Peers that have the last commit; its evaluator also has to report the loss."""
 
@@ -94,10 +101,12 @@ class Reports:
     def note(self, peer: int, report: Report) -> set[int]:
         """Takes a report on a committed round; returns the peers whose fingerprints differ from this one."""
         differ: set[int] = set()
-        if report.fingerprint is not None:
-            differ = self._note_fingerprint(peer, report.round, (report.fingerprint, report.checked))
-        if report.snapshot is not None:
-            self._note_snapshot(peer, report.round, report.snapshot, report.snapshot_bytes)
+        if report.fingerprint is None and report.snapshot is None:
+            pass
+        elif not self._standing.has_worked(peer):
+            self._rejected["no_work"] += 1
+        else:
+            differ = self._note_state(peer, report)
         if report.held_out is not None:
             self._note_held_out(peer, report.round, report.held_out)
         evaluates = self._evaluators.get(report.round) == peer
@@ -114,7 +123,8 @@ class Reports:
         if evaluation.failed is not None:
             self.failed_evaluations += 1
             self.last_failure = round_, printable(evaluation.failed, TOLD_OF_FAILURE)
-            log.warning("round %d: its evaluation failed: %s", *self.last_failure)
+            text = "round %d: its evaluation failed: %s"
+            self._lines.say(logging.WARNING, "", "evaluation", text, *self.last_failure)
             return
         is_fine = figures and all(map(math.isfinite, figures.values())) and all(map(str.isprintable, figures))
         if not is_fine:
@@ -122,6 +132,13 @@ class Reports:
             return
         if self._ledger.note_evaluation(round_, figures):
             log.info("round %d: evaluation: %s", round_, figures_in_words(figures))
+
+    def _note_state(self, peer: int, report: Report) -> set[int]:
+        if report.snapshot is not None:
+            self._note_snapshot(peer, report.round, report.snapshot, report.snapshot_bytes)
+        if report.fingerprint is None:
+            return set()
+        return self._note_fingerprint(peer, report.round, (report.fingerprint, report.checked))
 
     def _note_fingerprint(self, peer: int, round_: int, said: Said) -> set[int]:
         if round_ % self._run.verify_every and round_ not in self._ends:
@@ -171,4 +188,4 @@ class Reports:
             return
         if self._ledger.note_held_out(round_, loss):
             self._trend.held_out(round_, loss)
-        log.info("round %d: held-out loss %.4f", round_, loss)
+            log.info("round %d: held-out loss %.4f", round_, loss)

@@ -1,10 +1,11 @@
 """Which payloads stay on the coordinator's disk, and from which round on (ARCHITECTURE.md, "Offers").
 
 A counted payload is needed while its round is after the second newest attested snapshot, or is one that a
-joining peer has said that it is going to apply. What is not needed goes at once, or only to make room, or
-never: `Keep`. A quota is never exceeded: where it is full, joining peers lose what they were promised and
-take a newer snapshot, then what is before the newest snapshot goes; after that, payloads are refused.
-Payloads inside of commits stay for ever, in the ledger.
+joining peer has said that it is going to apply. The coordinator verifies no snapshot, so what is attested
+decides here; nodes go by what they have verified themselves (`node/links/payloads.py`). What is not needed
+goes at once, or only to make room, or never: `Keep`. A quota is never exceeded: where it is full, joining
+peers lose what they were promised and take a newer snapshot, then what is before the newest snapshot goes;
+after that, payloads are refused. Payloads inside of commits stay for ever, in the ledger.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .blobs import BlobStore
 from .protocol.attested import Snapshots
 from .protocol.messages import CommitBody
 from .protocol.settings import Keep
+from .protocol.trust.standing import Standing
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -34,11 +36,18 @@ REFUSALS_TOLD_EVERY = 100
 
 
 class PayloadRetention:
-    """Of one run. `name`: what a peer is called in the log."""
+    """Of one run. `name`: what a peer is called in the log; `standing`: of the peers, fed before this is."""
 
-    def __init__(self, blobs: BlobStore, snapshot_every: int, name: Callable[[int], str], keep: Keep) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        snapshot_every: int,
+        name: Callable[[int], str],
+        keep: Keep,
+        standing: Standing,
+    ) -> None:
         self._blobs, self._name, self._keep = blobs, name, keep
-        self.snapshots = Snapshots(snapshot_every)
+        self.snapshots = Snapshots(snapshot_every, standing)
         self._needs: dict[int, int] = {}
         self._second_newest = 0
         self._incomplete = 0

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .entry.attendance import Attendance
 from .membership import TimePassed
 from .policy import KEPT_ROUNDS, Limit, OfferTimes, PolicyName, limit
 
@@ -37,6 +38,7 @@ class OfferMade:
     digest: bytes
     has_bytes: bool
     n_samples: int = 1
+    """0: it is here so that nobody waits for the peer, and is no work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,7 @@ class Rounds:
         self._opening: frozenset[int] = frozenset()
         self._offers: dict[int, _Kept] = {}
         self._hung: set[int] = set()
+        self.attendance = Attendance()
         self._pasts: dict[int, _Past] = {}
         self._goal: Limit | None = None
         """What `fastest` has chosen for the open round."""
@@ -247,7 +250,7 @@ class Rounds:
 
     def wake_s(self) -> float | None:
         """When the open round's limit is reached; None: only an event can change anything."""
-        if self.is_held or self.opened_s is None or not self._eligible():
+        if self.is_held or self.opened_s is None or not self._worked():
             return None
         return self.opened_s + self._limit().after_s
 
@@ -260,12 +263,15 @@ class Rounds:
     def _eligible(self) -> list[int]:
         return sorted(peer for peer, kept in self._offers.items() if kept.has_bytes)
 
+    def _worked(self) -> list[int]:
+        return [peer for peer in self._eligible() if self._offers[peer].n_samples > 0]
+
     def _open(self, evaluates: int | None, now_s: float) -> RoundOpened:
         """`evaluates`: the peer that the last record names for it."""
         self.opened_s = now_s
         self._evaluates, self._begins_late = evaluates, self._evaluates
         resting = None if self.times.is_worth_waiting(self.round) else self._begins_late
-        self.expected = self.training - self._hung - self._condemned - {resting}
+        self.expected = self.training - self._hung - self._condemned - self.attendance.absent - {resting}
         self._opening = frozenset(self.expected)
         if self._policy == "fastest":
             goal = limit(self._policy, self.times, self.round, self._opening)
@@ -275,6 +281,7 @@ class Rounds:
     def _offered(self, offer: OfferMade, now_s: float) -> Action:
         self._hung.discard(offer.peer)
         if (past := self._pasts.get(offer.round)) is not None:
+            self.attendance.offered(offer.peer)
             return self._offered_late(offer, past, now_s)
         if offer.round != self.round or not self._goes_on:
             return OfferRefused(offer.peer, "wrong_round")
@@ -289,6 +296,7 @@ class Rounds:
             kept = None
         if kept is None and len(self._offers) >= self._max_offers:
             return OfferRefused(offer.peer, "too_many_offers")
+        self.attendance.offered(offer.peer)
         if kept is None:
             self._offers[offer.peer] = _Kept(offer.digest, False, offer.n_samples)
         if offer.has_bytes:
@@ -302,7 +310,7 @@ class Rounds:
             past.late[offer.peer] = _Kept(offer.digest, False, offer.n_samples)
             if offer.has_bytes:
                 self._has_bytes_late(offer.peer, offer.round, now_s)
-            elif offer.peer in past.expected and offer.peer != past.begins_late:
+            elif offer.n_samples and offer.peer in past.expected and offer.peer != past.begins_late:
                 self.times.only_offered(offer.round, offer.peer, now_s - past.opened_s, offer.n_samples)
         return OfferRefused(offer.peer, "late_offer")
 
@@ -343,7 +351,10 @@ class Rounds:
         expected: frozenset[int],
         begins_late: int | None,
     ) -> None:
-        """Only those who were awaited say how long a round takes: not joiners, not who was evaluating."""
+        """Only those who were awaited say how long a round takes: not joiners, nor who was evaluating or
+        has done nothing."""
+        if kept.n_samples == 0:
+            return
         if peer == begins_late:
             self.times.has_evaluated(round_, time_s)
         elif peer in expected:
@@ -356,8 +367,11 @@ class Rounds:
         missing = self.missing()
         why: Why = "complete"
         if missing:
+            worked = self._worked()
+            if not worked:
+                return []
             due = self._limit()
-            is_enough = due.enough is not None and len(eligible) >= due.enough
+            is_enough = due.enough is not None and len(worked) >= due.enough
             if not is_enough and now_s < self.opened_s + due.after_s:
                 return []
             if due.drops:
@@ -371,6 +385,8 @@ class Rounds:
         late = {peer: kept for peer, kept in self._offers.items() if not kept.has_bytes}
         self._pasts[self.round] = _Past(opened_s, self._opening, frozenset(eligible), late, self._begins_late)
         self._pasts.pop(self.round - KEPT_ROUNDS, None)
+        if why != "enough":
+            self.attendance.missed(set(missing) - late.keys() - {self._begins_late})
         for peer in missing:
             if peer != self._begins_late:
                 self.times.is_missing(self.round, peer, now_s - opened_s)
@@ -391,7 +407,7 @@ class Rounds:
         """Rotates among the training peers, for rounds that are to be evaluated."""
         if not self._eval_every or (self.head % self._eval_every and not self.is_over):
             return None
-        able = sorted(self.training - self._hung - self._condemned)
+        able = sorted(self.training - self._hung - self._condemned - self.attendance.absent)
         if not able:
             return None
         last = -1 if self._last_evaluator is None else self._last_evaluator

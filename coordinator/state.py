@@ -9,6 +9,9 @@ from types import TracebackType
 from typing import Self
 
 from ..compression.errors import ConfigError
+from .entry.rules import MAX_BYTES as MAX_RULES_BYTES
+from .entry.rules import OPEN, EntryRules
+from .entry.tickets import ADDRESS_NAME
 from .observe.page_history import MAX_SAVED_BYTES
 from .protocol.files import FolderLock, write_aside
 from .protocol.identity import public_key_of
@@ -26,6 +29,7 @@ class StateDir:
         self.key_path = path / "key"
         self.history_path = path / "history.json"
         self._banned_path, self._keep_path = path / "banned", path / "keep"
+        self._rules_path = path / "admission"
 
     def token(self) -> str:
         """The access token of the run's tickets; made at the first call, mode 0600."""
@@ -42,11 +46,18 @@ class StateDir:
         """Added to those that are banned already. Raises ConfigError for what is no peer id."""
         for peer_id in peer_ids:
             public_key_of(peer_id)
-        lines = sorted({*self.banned(), *peer_ids})
-        write_aside(self._banned_path, "".join(f"{peer_id}\n" for peer_id in lines).encode())
+        self._save_banned(self.banned().union(peer_ids))
+
+    def unban(self, peer_ids: Sequence[str]) -> None:
+        """They are let in again."""
+        self._save_banned(self.banned().difference(peer_ids))
+
+    def _save_banned(self, peer_ids: frozenset[str]) -> None:
+        lines = "".join(f"{peer_id}\n" for peer_id in sorted(peer_ids))
+        write_aside(self._banned_path, lines.encode())
 
     def banned(self) -> frozenset[str]:
-        """Peers that are not let in; a line of the file each, to be deleted by hand."""
+        """Peers that are not let in; a line of the file each."""
         if not self._banned_path.exists():
             return frozenset()
         return frozenset(self._banned_path.read_text("ascii").split())
@@ -85,6 +96,22 @@ class StateDir:
     def save_keep(self, text: str) -> None:
         """`text`: as `Keep.parse` takes it. Raises OSError."""
         write_aside(self._keep_path, text.encode())
+
+    def rules(self) -> EntryRules:
+        """Who may come in; whoever has a ticket before anybody chose. Raises ConfigError."""
+        try:
+            with self._rules_path.open("rb") as file:
+                return EntryRules.parse(file.read(MAX_RULES_BYTES))
+        except FileNotFoundError:
+            return OPEN
+
+    def save_rules(self, rules: EntryRules) -> None:
+        """Raises OSError."""
+        write_aside(self._rules_path, rules.to_bytes())
+
+    def save_address(self, line: str) -> None:
+        """`line`: a ticket without a token, see `ticket_for`. Raises OSError."""
+        write_aside(self.path / ADDRESS_NAME, line.encode())
 
     def save_port(self, port: int) -> None:
         """Raises OSError."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import sqlite3
@@ -17,13 +16,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from itertools import count
 from typing import Any, BinaryIO, TypeVar
 
 from ..compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable, ThinwireError
 from .adoption import STALL_S, adopt
 from .blobs import BlobStore, BlobWriter
+from .entry.rates import PeerRates
 from .observe.metrics_requests import ANSWER_TIMEOUT_S, MetricsRequests
+from .observe.quiet_log import QuietLog
 from .protocol.blob_streams import Sink, serve_blobs
 from .protocol.messages import (
     BadMessage,
@@ -34,6 +36,7 @@ from .protocol.messages import (
     Message,
     Metrics,
     NodeState,
+    Offer,
     Refused,
     State,
     Welcome,
@@ -88,7 +91,6 @@ class StreamServer:
         self,
         service: Service,
         blobs: BlobStore,
-        token: str,
         meter: Meter,
         *,
         changed: Callable[[], None],
@@ -97,7 +99,6 @@ class StreamServer:
         waits: Waits,
     ) -> None:
         self._service, self._blobs, self._meter = service, blobs, meter
-        self._token = token.encode()
         self._changed, self._failed, self._status = changed, failed, status
         self._waits = waits
         self._sessions: dict[str, Session] = {}
@@ -105,6 +106,7 @@ class StreamServer:
         self._numbers = count(1)
         self._opening = asyncio.Lock()
         """Held while one node is let in: the others wait for what it may have to give back."""
+        self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
         self._strangers: Counter[str] = Counter()
         self._blob_streams: Counter[str] = Counter()
 
@@ -124,9 +126,15 @@ class StreamServer:
         if session is None:
             return False
         if not session.post(message):
-            self._service.count_rejected("too_slow")
+            self._service.count_rejected("too_slow", peer_id)
             session.stream.abort()
         return True
+
+    def end(self, peer_id: str, why: ThinwireError) -> None:
+        """The peer's session, if there is one: it is told why."""
+        session = self._sessions.get(peer_id)
+        if session is not None:
+            session.end(Refused.of(why))
 
     async def metrics_of(self, peer_id: str) -> bytes:
         """A node's own, in Prometheus' text format. Raises `metrics_requests.Unanswered`."""
@@ -139,6 +147,7 @@ class StreamServer:
 
     def beat(self, heartbeat: Heartbeat, silence_limit_s: float) -> None:
         """A heartbeat to every node; a session without a byte for so long is closed."""
+        self._lines.flush()
         for session in list(self._sessions.values()):
             if time.monotonic() - session.stream.heard_s > silence_limit_s:
                 session.stream.abort()
@@ -162,8 +171,8 @@ class StreamServer:
                 await serve(peer_id, stream)
             except BadMessage as e:
                 if isinstance(e, BadFrame):  # what the service refuses it counts itself
-                    self._service.count_rejected(e.reason)
-                _log.info("closed a stream of %s: %s", peer_id, e)
+                    self._service.count_rejected(e.reason, peer_id)
+                self._lines.say(logging.INFO, peer_id, "stream", "closed a stream of %s: %s", peer_id, e)
             except (OSError, EOFError, TimeoutError, SwarmUnreachable) as e:
                 _log.debug("a stream of %s ended: %s", peer_id, e)
             except sqlite3.Error as e:
@@ -176,8 +185,10 @@ class StreamServer:
 
     @contextlib.contextmanager
     def _stranger(self, peer_id: str) -> Iterator[None]:
-        """Limits how many streams may be open, and for how long, without the token having been shown."""
-        if self._strangers.total() >= MAX_STRANGERS or self._strangers[peer_id] >= MAX_STRANGE_STREAMS:
+        """Limits how many streams may be open, and for how long, without the token having been shown. Those
+        whose work has counted find room among any number of strangers."""
+        is_full = self._strangers.total() >= MAX_STRANGERS and not self._service.has_worked(peer_id)
+        if is_full or self._strangers[peer_id] >= MAX_STRANGE_STREAMS:
             raise BadFrame("strangers", "too many streams that have not said hello")
         self._strangers[peer_id] += 1
         try:
@@ -235,6 +246,8 @@ class StreamServer:
 
     async def _let_in(self, peer_id: str, stream: Stream, hello: Hello) -> tuple[int, Welcome]:
         """The session's number, and what to say first. Raises ThinwireError or OSError."""
+        if not self._rates.session(peer_id, time.monotonic()):
+            raise BadFrame("rate", "this peer opens too many sessions")
         async with self._opening:
             if self._service.lacks(hello):
                 try:
@@ -266,6 +279,9 @@ class StreamServer:
                 message = await session.stream.receive_message(FROM_NODE)
             except EOFError:
                 return
+            n_bytes, now_s = session.stream.frame_bytes, time.monotonic()
+            if (what := self._rates.message(session.peer_id, message, n_bytes, now_s)) is not None:
+                raise BadFrame("rate", f"it sends too many {what}")
             if session.is_ending:
                 continue  # nobody answers any more, but the node has not read why yet
             if isinstance(message, Follow):
@@ -274,10 +290,18 @@ class StreamServer:
                 if self._sessions.get(session.peer_id) is session:
                     self._metrics_requests.answered(session.peer_id, message)
             else:
+                if isinstance(message, Offer):
+                    await self._refuse_unsigned(session.peer_id, message)
                 self._service.receive(session.peer_id, session.number, message, time.monotonic())
                 self._changed()
             if isinstance(message, State) and message.state is NodeState.LEAVING:
                 session.post(Head(round=self._service.head))  # all that came before has been read
+
+    async def _refuse_unsigned(self, peer_id: str, offer: Offer) -> None:
+        """Off the event loop: a thousand signatures take a tenth of a second. Raises BadMessage."""
+        if not await asyncio.to_thread(self._service.is_signed, peer_id, offer):
+            self._service.count_rejected("signature", peer_id)
+            raise BadMessage(f"the offer of round {offer.round} is not signed by its peer")
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
         shelf = _Shelf(self._service, self._blobs, peer_id, self._changed)
@@ -295,12 +319,11 @@ class StreamServer:
             self._blob_streams -= Counter((peer_id,))
 
     async def _serve_status(self, peer_id: str, stream: Stream) -> None:
-        """Whoever knows the token may ask, again and again."""
+        """Whoever has the token, or an invitation, may ask, again and again."""
         with self._stranger(peer_id):
             async with asyncio.timeout(self._waits.hello_s):
                 frame = await stream.receive({FrameKind.ASK: _TOKEN_BYTES})
-            if not hmac.compare_digest(frame.body, self._token):
-                self._service.count_rejected("token")
+            if not self._service.may_look(frame.body.decode(errors="replace")):
                 await _refuse(stream, ConfigError("the ticket's token is wrong: ask for a new ticket"))
                 return
         while True:
@@ -319,7 +342,10 @@ class _Shelf:
         """The blob and its size in bytes. Raises KeyError."""
         n_bytes = self._blobs.size(digest)
         if n_bytes is None:
-            raise KeyError(digest.hex())
+            work = self._service.signatures(digest)
+            if work is None:
+                raise KeyError(digest.hex())
+            return BytesIO(work), len(work)
         return self._blobs.open(digest), n_bytes
 
     def sink(self, digest: bytes, n_bytes: int) -> Sink | None:

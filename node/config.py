@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from ..compression.errors import ConfigError
+from ..coordinator.protocol.identity import public_key_of
 from ..coordinator.protocol.settings import Keep
 
 ENV_PREFIX = "THINWIRE_"
@@ -212,6 +213,35 @@ class LimitsSection(Section):
     """Of one offer's local work."""
 
 
+class Admission(Section):
+    """Who may come into the run; not in record 0, so that the next start of the coordinator may change it."""
+
+    mode: Literal["open", "invited", "listed"] = "open"
+    """`open`: whoever has a ticket; `invited`: who has an invitation (thinwire invite), and those who are in
+    the ledger already; `listed`: the identities in `peers`, and nobody else."""
+    peers: Annotated[tuple[str, ...], Field(max_length=4096, validate_default=True)] = ()
+    """`listed`: the peer ids that may take part; thinwire identity prints a machine's."""
+
+    @field_validator("peers")
+    @classmethod
+    def _that_are_peers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            for peer_id in value:
+                public_key_of(peer_id)
+        except ConfigError as e:
+            raise ValueError(str(e)) from e
+        return value
+
+    @field_validator("peers", mode="after")
+    @classmethod
+    def _or_nobody_could_come(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if info.data.get("mode") == "listed" and not value:
+            raise ValueError(
+                'mode = "listed" lets in these only: name one at least (thinwire identity prints it)'
+            )
+        return value
+
+
 class Network(Section):
     """How often nodes say that they live."""
 
@@ -268,6 +298,7 @@ class RunConfig(Section):
     work: Work = Work()
     limits: LimitsSection = LimitsSection()
     network: Network = Network()
+    admission: Annotated[Admission, Field(exclude=True)] = Admission()
     eval: Eval | None = None
     audits: Audits | None = None
 

@@ -6,6 +6,7 @@ Pure: fed with every commit from round 1 on, in order, whether the replica has a
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..coordinator.protocol.attested import Attested, Snapshots
@@ -33,9 +34,9 @@ class History:
         self.every = snapshot_every
         self._round_cost_bytes = round_cost_bytes
         self.peers: dict[int, str] = {}
-        self.snapshots = Snapshots(snapshot_every)
-        self.verdicts = Verdicts()
         self.standing = standing or Standing(run_id)
+        self.snapshots = Snapshots(snapshot_every, self.standing)
+        self.verdicts = Verdicts(self.standing)
         self._digests = [run_id]
         self._costs = [0]
         self._changes: dict[str, Change] = {}
@@ -59,9 +60,9 @@ class History:
             return
         assert body.round == self.round + 1, "links give commits in order"
         self.peers.update({a.index: a.peer_id for a in body.admitted})
+        self.standing.committed(body, commit.digest)
         self.snapshots.committed(body)
         self.verdicts.committed(body)
-        self.standing.committed(body, commit.digest)
         self._digests.append(commit.digest)
         if body.changes:
             self._changes.update((change.key, change) for change in body.changes)
@@ -102,9 +103,9 @@ class History:
             if len(a.peers) > 1 or open_from is None or a.round < open_from
         ]
 
-    def is_shared(self, manifest: bytes) -> bool:
-        """Whether two peers have reported this snapshot."""
-        return any(a.manifest == manifest and len(a.peers) > 1 for a in self.snapshots.attested())
+    def names(self, peers: Iterable[int]) -> str:
+        """Their peer ids, for people."""
+        return ", ".join(self.peers.get(index, f"peer {index}") for index in sorted(peers))
 
     def holders(self, snapshot: Attested) -> list[str]:
         """Peer ids of those that reported the snapshot."""

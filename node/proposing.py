@@ -56,7 +56,7 @@ class Proposer:
             workload.worked(proposal.n_batches, duration_s)
             rate_bytes_per_s = run.link.traffic().upload_bytes_per_s
             workload.sent(len(proposal.payload), allotted.share, rate_bytes_per_s)
-        run.link.offer(_offer(proposal))
+        run.link.offer(_offer(proposal, run.has_own_data))
         self._open = OpenOffer(proposal.round, self._clock())
         if meanwhile is not None:
             meanwhile()
@@ -73,13 +73,17 @@ class Proposer:
             self._observer.worked_ahead(time.monotonic() - began_s)
 
 
-def _offer(proposal: Proposal) -> Offer:
+def _offer(proposal: Proposal, own_data: bool) -> Offer:
+    """Without a batch that counts it has no samples: nobody waits for it, and nobody's work is diluted."""
+    has_worked = proposal.loss is not None
+    payload = proposal.payload if has_worked else b""
     return Offer(
         round=proposal.round,
-        n_samples=proposal.n_samples,
-        n_tokens=proposal.n_tokens,
+        n_samples=proposal.n_samples if has_worked else 0,
+        n_tokens=proposal.n_tokens if has_worked else 0,
         loss=proposal.loss,
-        n_bytes=len(proposal.payload),
-        payload=proposal.payload,
+        n_bytes=len(payload),
+        payload=payload,
         digest=None,
+        own_data=own_data,
     )

@@ -19,7 +19,8 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..protocol.addresses import HttpAddress
-from ..protocol.web import is_loopback, names_this_machine, serve_http
+from ..protocol.http.hosts import is_loopback
+from ..protocol.web import serve_http
 from ..server import CoordinatorServer
 from .gateway import coordinator_routes
 from .live import Live, Seen
@@ -58,15 +59,12 @@ class Page:
         apps: dict[str, ASGIApp] = {"/ticket": self._ticket, "/events": self.live}
         for path in sorted(FOLDER.iterdir()):
             apps["/" if path.name == "index.html" else f"/static/{path.name}"] = _File(path)
-        return [Route(path, _Guarded(app, self._meant_for_us)) for path, app in apps.items()]
+        return [Route(path, _ForReading(app)) for path, app in apps.items()]
 
     def farewell(self) -> None:
         """The run is over: everybody who watches sees how it ended. Called in the coordinator's loop."""
         now, trend = self._server.look(0)
         self.live.end(("points", trend), ("now", now))
-
-    def _meant_for_us(self, host: str) -> bool:
-        return self._has_token or not self._is_local or names_this_machine(host)
 
     async def _look(self, since: int) -> Seen:
         return await self._ask(lambda server: server.look(since))
@@ -110,19 +108,16 @@ def serve_coordinator(
             page.live.end()
 
 
-class _Guarded:
-    """Answers GET requests whose Host was meant for this machine."""
+class _ForReading:
+    """Answers GET requests."""
 
-    def __init__(self, app: ASGIApp, is_meant: Callable[[str], bool]) -> None:
-        self._app, self._is_meant = app, is_meant
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
         if scope["method"] not in {"GET", "HEAD"}:
             app = PlainTextResponse("this page is for reading\n", 405, {"allow": "GET, HEAD"})
-        elif not self._is_meant(Headers(scope=scope).get("host", "")):
-            text = "this address is for this machine alone: --http-token protects what others are to see\n"
-            app = PlainTextResponse(text, 403)
         await app(scope, receive, send)
 
 

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -24,11 +24,19 @@ _GREETING_S = 1.0
 
 
 class HttpAddress(NamedTuple):
-    """Where to serve HTTP; `token`: who has it may read, None: everybody."""
+    """Where to serve HTTP; `token`: who has it may read, None: everybody, by one of this machine's own names
+    or `names`."""
 
     host: str
     port: int
     token: str | None = None
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def from_plain(cls, plain: Sequence[Any]) -> HttpAddress:
+        """What came through JSON."""
+        host, port, token, names = plain
+        return cls(host, port, token, tuple(names))
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -64,6 +72,11 @@ def announced(text: str, port: int) -> str:
     except ValueError:
         return f"/dns/{host}/tcp/{own_port}"
     return f"/ip{ip.version}/{ip}/tcp/{own_port}"
+
+
+def host_of(text: str, port: int) -> str:
+    """The name or the IP address in what a user announces. Raises ConfigError."""
+    return announced(text, port or 1).split("/")[2]
 
 
 def dialable(host: str, port: int, announce: Sequence[str]) -> tuple[str, ...]:

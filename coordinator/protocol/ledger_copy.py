@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from ...compression.errors import ConfigError, LedgerCorrupt
 from .chain import Chain
 from .messages import BadMessage, Commit, CommitBody, GenesisBody, decode_record
-from .settings import Course
+from .settings import RUN_KEYS, Course
 
 log = logging.getLogger("thinwire.link")
 
@@ -29,6 +29,7 @@ CREATE TABLE record (round INTEGER PRIMARY KEY, record BLOB NOT NULL, signature 
 _SELECT = "SELECT round, record, signature FROM record WHERE round > ? ORDER BY round LIMIT ?"
 _INSERT = "INSERT OR REPLACE INTO record VALUES (?, ?, ?)"
 _ALL = -1
+_SECTIONS = tuple(sorted({key.partition(".")[0].encode() + b"." for key in (*RUN_KEYS, "strategy.")}))
 
 
 class LedgerCopy:
@@ -197,13 +198,26 @@ class LedgerCopy:
 
 
 def records_with_changes(db: sqlite3.Connection) -> list[CommitBody]:
-    """Of a coordinator's database or a node's, not verified, in order: few, and found without reading the
+    """Of a coordinator's database or a node's, not verified, in order: few, and found without decoding the
     others. Raises BadMessage, or sqlite3.Error."""
-    # A record with changes is a msgpack list of ten entries, the others have nine.
+    # A record with changes is a msgpack list of ten entries or more, and has the name of a setting in it.
+    named = " OR ".join(["instr(record, ?)"] * len(_SECTIONS))
     rows = db.execute(
-        "SELECT record FROM record WHERE round > 0 AND substr(record, 1, 1) = x'9a' ORDER BY round"
+        f"SELECT record FROM record WHERE round > 0 AND substr(record, 1, 1) >= x'9a' AND ({named}) "
+        "ORDER BY round",
+        _SECTIONS,
     )
-    return [decode_record(CommitBody, record) for (record,) in rows]
+    bodies = [decode_record(CommitBody, record) for (record,) in rows]
+    return [body for body in bodies if body.changes]
+
+
+def work_in(db: sqlite3.Connection, digest: bytes) -> bytes | None:
+    """The signatures of a commit's offers by the digest that it names; None: the database does not have them,
+    as a node's copy never has. The caller checks them."""
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'work'").fetchone():
+        return None
+    row = db.execute("SELECT signatures FROM work WHERE digest = ?", (digest,)).fetchone()
+    return row[0] if row is not None and isinstance(row[0], bytes) else None
 
 
 def _open(path: Path | None, run_id: bytes) -> sqlite3.Connection:

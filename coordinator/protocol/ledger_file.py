@@ -5,11 +5,12 @@
     G, C     signature (64 bytes) | record              as signed by the coordinator
     B        payload                                    after the first commit that names it, in its order
     A        32 bytes digest of a payload               in its place: the coordinator had thrown it away
+             Signatures of a commit's offers (`CommitBody.work`) are the last of its payloads.
     E        u32 round | 32 bytes digest of the last record; nothing comes after it
 
 All integers are little-endian. Base weights and texts are not in it. Readers check every byte: signatures by
-the key in record 0, the chain of digests, each payload's digest. Who holds a file can trust it as far as the
-run id, which is the digest of record 0.
+the key in record 0, the chain of digests, each payload's digest, each peer's signature of its offers. Who
+holds a file can trust it as far as the run id, which is the digest of record 0.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from .messages import (
     is_readable,
 )
 from .settings import Course
+from .trust.signed_offers import check_work
 
 MAGIC: Final = b"thinwire ledger\n"
 _HEAD: Final = struct.Struct("<16sI")
@@ -55,7 +57,8 @@ _PIECE_BYTES: Final = 2**20
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What a verified file holds. `reports`: round -> (peer id, fingerprint); the last one of each peer.
-    `absent_to`: the last round of which a payload is absent, 0: none. `changes`: of settings, in words."""
+    `absent_to`: the last round of which a payload is absent, 0: none. `changes`: of settings, in words.
+    `unsigned`: spans of rounds, first and last, with offers that no signature shows to be their peers'."""
 
     run_id: bytes
     rounds: int
@@ -64,6 +67,7 @@ class Summary:
     n_bytes: int
     reports: Mapping[int, tuple[tuple[str, bytes], ...]]
     changes: tuple[str, ...] = ()
+    unsigned: tuple[tuple[int, int], ...] = ()
 
 
 class LedgerFile:
@@ -90,6 +94,7 @@ class LedgerFile:
         self.peers: dict[int, str] = {}
         self._absent: set[bytes] = set()
         self.absent_to = 0
+        self.unsigned: list[tuple[int, int]] = []
         self._items_at = self._at
 
     @property
@@ -101,6 +106,7 @@ class LedgerFile:
         self._at = self._items_at
         self._places.clear()
         self._absent.clear()
+        self.unsigned.clear()
         self.peers.clear()
         chain = Chain(public_key_of(self.genesis.coordinator), 0, self.run_id)
         while self._next_kind(chain.round + 1) != _LAST:
@@ -112,8 +118,9 @@ class LedgerFile:
             for digest in blobs_of(commit.body):
                 if digest not in self._places and digest not in self._absent:
                     self._check_blob(digest, wanted)
-                if digest in self._absent:
+                if digest in self._absent and digest != commit.body.work:
                     self.absent_to = wanted
+            self._check_work(commit.body)
             yield commit
         self._check_end(chain)
 
@@ -122,12 +129,24 @@ class LedgerFile:
         if offer.payload is not None:
             return offer.payload
         assert offer.digest is not None
-        offset, n_bytes = self._places[offer.digest]
-        self._file.seek(offset)
-        data = self._file.read(n_bytes)
+        data = self._at_place(*self._places[offer.digest])
         if digest_of(data) != offer.digest:
             raise LedgerCorrupt(f"payload {offer.digest.hex()[:16]} has changed since it was checked")
         return data
+
+    def _check_work(self, body: CommitBody) -> None:
+        place = self._places.get(body.work)
+        work = None if place is None else self._at_place(*place)
+        if not check_work(self.run_id, body, work, self.peers):
+            return
+        first = body.round
+        if self.unsigned and self.unsigned[-1][1] == body.round - 1:
+            first, _ = self.unsigned.pop()
+        self.unsigned.append((first, body.round))
+
+    def _at_place(self, offset: int, n_bytes: int) -> bytes:
+        self._file.seek(offset)
+        return self._file.read(n_bytes)
 
     def _read_head(self) -> int:
         data = self._bytes(_HEAD.size, "this is no ledger file: it is too short")
@@ -237,6 +256,7 @@ def check(path: Path) -> Summary:
             ledger.n_bytes,
             {round_: tuple(by_peer.items()) for round_, by_peer in reports.items()},
             tuple(changes.told),
+            tuple(ledger.unsigned),
         )
 
 
@@ -317,8 +337,10 @@ def _put(file: BinaryIO, kind: bytes, body: bytes) -> None:
 
 
 def blobs_of(body: CommitBody) -> list[bytes]:
-    """Digests of the payloads that are not inside of the commit, in the order of its offers."""
-    return [offer.digest for offer in body.offers if offer.digest is not None]
+    """Digests of what belongs to the commit and is not inside of it: payloads in the order of its offers,
+    then their signatures."""
+    payloads = [offer.digest for offer in body.offers if offer.digest is not None]
+    return [*payloads, body.work] if body.work else payloads
 
 
 def _other_version(version: int) -> Incompatible:

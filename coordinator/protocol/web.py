@@ -5,10 +5,8 @@ Neither a scrape nor a browser ever runs in the loop that serves the swarm, or i
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
-import ipaddress
 import logging
 import socket
 import threading
@@ -16,7 +14,7 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.cookies import CookieError, SimpleCookie
-from typing import Any, Final
+from typing import Final
 from urllib.parse import parse_qs
 
 import uvicorn
@@ -29,14 +27,12 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ...compression.errors import ConfigError
 from .addresses import HttpAddress
 from .exposition import Shown
-
-OPEN_PATHS: Final = frozenset({"/healthz", "/readyz"})
-"""What a container's supervisor asks for knows no token."""
+from .http.connections import BoundedProtocol, Budgets
+from .http.hosts import OPEN_PATHS, OnlyForItsNames, is_loopback
 
 COOKIE_S: Final = 30 * 24 * 3600
 _STYLE: Final = """
@@ -105,29 +101,6 @@ class OnlyWithToken:
         return hmac.new(self._token, f"thinwire {purpose}".encode(), hashlib.sha256).hexdigest()
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address that is listened on."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def names_this_machine(host_header: str) -> bool:
-    """Whether a request for this Host, on a loopback address, was meant for this machine.
-
-    A page from elsewhere may have its own name lead here (DNS rebinding); then the name is in this header.
-    """
-    host = host_header.strip().lower()
-    if host.startswith("["):
-        host, _, rest = host[1:].partition("]")
-        return is_loopback(host) and (not rest or rest.startswith(":"))
-    name = host.partition(":")[0]
-    return is_loopback(name) or name.endswith(".localhost")
-
-
 def _shown(scope: Scope) -> str | None:
     """The token in the address of the page."""
     if scope["path"] != "/" or len(scope["query_string"]) > 1000:
@@ -149,7 +122,6 @@ def _cookies(header: bytes) -> dict[str, str]:
 
 log = logging.getLogger("thinwire.http")
 
-_MAX_CONNECTIONS: Final = 256
 _END_S: Final = 5.0
 
 
@@ -174,23 +146,24 @@ def serve_http(routes: Sequence[BaseRoute], address: HttpAddress) -> Iterator[in
     """Serves meanwhile; gives the port. Raises ConfigError for an address that cannot be listened on."""
     listening = _listen(address)
     port = int(listening.getsockname()[1])
-    middleware = [Middleware(GZipMiddleware, minimum_size=1000)]
+    # Who shows a token is no page from elsewhere: it may ask by any name.
+    guard = Middleware(OnlyForItsNames, address=address)
     if address.token is not None:
-        middleware.insert(0, Middleware(OnlyWithToken, token=address.token))
-    elif not is_loopback(address.host):
+        guard = Middleware(OnlyWithToken, token=address.token)
+    middleware = [Middleware(Budgets), guard, Middleware(GZipMiddleware, minimum_size=1000)]
+    if address.token is None and not is_loopback(address.host):
         log.warning("--http %s: whoever reaches this port may read; --http-token protects it", address)
     server = uvicorn.Server(
         uvicorn.Config(
             Starlette(routes=list(routes), middleware=middleware),
             loop="asyncio",
-            http=_Protocol,
+            http=BoundedProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
             log_level=logging.WARNING,
             access_log=False,
             server_header=False,
-            limit_concurrency=_MAX_CONNECTIONS,
             timeout_graceful_shutdown=1,
         )
     )
@@ -214,11 +187,3 @@ def _listen(address: HttpAddress) -> socket.socket:
         raise ConfigError(
             f"--http {address}: {why}; choose another port, or an address of this machine"
         ) from e
-
-
-class _Protocol(H11Protocol):
-    """Lets an application cut the connection that it answers: `scope["state"]["abort"]`."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.app_state: dict[str, Any] = {**self.app_state, "abort": transport.abort}

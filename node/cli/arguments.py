@@ -68,17 +68,26 @@ def is_ticket(text: str) -> bool:
     return True
 
 
-def http_address(text: str | None, token: str | None) -> HttpAddress | None:
+def http_address(text: str | None, token: str | None, names: Sequence[str] = ()) -> HttpAddress | None:
+    """What --http, --http-token and --http-host say. Raises ConfigError."""
     from ...coordinator.protocol.addresses import HttpAddress
 
     if text is None:
         if token is not None:
             raise ConfigError("--http-token protects what --http HOST:PORT serves: say that, too")
+        if names:
+            raise ConfigError("--http-host names what --http HOST:PORT serves: say that, too")
         return None
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", name):
+            raise ConfigError(
+                f"--http-host {name}: a name without a port is needed, for example swarm.example"
+            )
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"--http {text}: write it as HOST:PORT, for example 127.0.0.1:9100")
-    return HttpAddress(host.strip("[]"), int(port), token or os.environ.get("THINWIRE_HTTP_TOKEN") or None)
+    token = token or os.environ.get("THINWIRE_HTTP_TOKEN") or None
+    return HttpAddress(host.strip("[]"), int(port), token, tuple(names))
 
 
 def seconds_of(text: str, option: str) -> float:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...compression.errors import ConfigError
-from ...coordinator.protocol.addresses import HttpAddress
+from ...coordinator.entry.rules import EntryRules
+from ...coordinator.protocol.addresses import HttpAddress, host_of
 from ...coordinator.protocol.files import write_aside
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ...coordinator.server import CoordinatorServer
@@ -78,6 +79,8 @@ def coordinate(
             announce=announce,
             keeps_last_snapshot=linger_s > 0,
         )
+        if http is not None:  # by what others reach this machine they may ask for its page, too
+            http = http._replace(names=(*http.names, *(host_of(text, port) for text in announce)))
         return asyncio.run(_Serving(server, folder, linger_s).serve(ticket_file, http, stop))
 
 
@@ -85,6 +88,7 @@ def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) ->
     """A new run in an empty directory, else the run that is there if it is the same one."""
     where = {"check_strategy": check_changes, "loss_unit": loss_unit_of(task), **where}
     state.save_keep(str(config.run.keep))
+    state.save_rules(EntryRules.of(config.admission.mode, config.admission.peers))
     if not state.ledger_path.exists():
         coordinator = peer_id_of(load_or_create(state.key_path).public_key())
         genesis = make_genesis(config, task, coordinator, time.time_ns() // 10**6)
@@ -138,6 +142,7 @@ class _Serving:
                 await server.start()
                 if ticket_file is not None:
                     write_ticket(ticket_file, server.ticket.line())
+                    server.on_new_ticket = lambda: write_ticket(ticket_file, server.ticket.line())
                 to_stdout(server.ticket.line())
                 log.info("the line above is the ticket. On any machine: thinwire join TICKET")
                 if server.service.is_over:

@@ -141,6 +141,7 @@ class DemoSwarm:
         if self.plan.http is not None:
             args += ["--http", str(self.plan.http)]
             args += [] if self.plan.http.token is None else ["--http-token", self.plan.http.token]
+            args += [f"--http-host={name}" for name in self.plan.http.names]
         self.coordinator = self.children.start("coordinator", folder, args, output=True)
         self.ticket = self.coordinator.first_line(START_TIMEOUT_S)
         if not self.ticket:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("thinwire.node")
 
 READER_PATIENCE_S = 60.0
+MAX_SPANS = 8
+"""Of rounds that people are told."""
 
 
 def save_ledger(ticket: str, output: Path, stop: Stop) -> None:
@@ -209,8 +211,13 @@ def _session(ticket: str, stop: Stop) -> Iterator[tuple[Link, Welcome]]:
 def _told(summary: Summary) -> str:
     n_reports = sum(len(entries) for entries in summary.reports.values())
     absent = f" (some of the rounds up to {summary.absent_to} are gone)" if summary.absent_to else ""
+    unsigned = ""
+    if summary.unsigned:
+        spans = ", ".join(f"{a} to {b}" if b > a else str(a) for a, b in summary.unsigned[:MAX_SPANS])
+        more = ", ..." if len(summary.unsigned) > MAX_SPANS else ""
+        unsigned = f"; without signatures that show whose the offers are: rounds {spans}{more}"
     return (
         f"run {summary.run_id.hex()[:16]}, {counted(summary.rounds, 'round')}, "
         f"{counted(summary.n_blobs, 'payload')} beside them{absent}, {counted(n_reports, 'fingerprint')}, "
-        f"{summary.n_bytes:,} bytes"
+        f"{summary.n_bytes:,} bytes{unsigned}"
     )

@@ -15,6 +15,7 @@ from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.blob_streams import NotServed
 from ...coordinator.protocol.figures import human_seconds
 from ...coordinator.protocol.messages import Commit, NodeState, OfferEntry, Welcome
+from ...coordinator.protocol.trust.signed_offers import SIGNATURE_BYTES
 from ..system.every import Every
 from ..units import human_bytes
 
@@ -101,6 +102,11 @@ class LedgerDownload:
                 self._begun.add(entry.digest)
                 self._ahead_bytes += entry.n_bytes
                 self._fetches[entry.digest] = self._fetch(entry, commit.body.round)
+        work = commit.body.work
+        if work and work not in self._begun:
+            self._begun.add(work)
+            n_bytes = SIGNATURE_BYTES * len(commit.body.offers)
+            self._fetches[work] = self._pool.submit(self._from_coordinator, work, n_bytes)
 
     def _fetch(self, entry: OfferEntry, round_: int) -> Future[bytes | None]:
         if round_ >= self._kept_from:
@@ -109,11 +115,16 @@ class LedgerDownload:
         gone.set_result(None)
         return gone
 
+    def _from_coordinator(self, digest: bytes, n_bytes: int) -> bytes | None:
+        with suppress(NotServed):
+            return self._link.fetch(digest, n_bytes)
+        return None
+
     def _from_anybody(self, entry: OfferEntry) -> bytes | None:
         """From the coordinator, else from a node that still has it; None: nobody has."""
         assert entry.digest is not None
-        with suppress(NotServed):
-            return self._link.fetch(entry.digest, entry.n_bytes)
+        if (data := self._from_coordinator(entry.digest, entry.n_bytes)) is not None:
+            return data
         for holder in self._link.members():
             with suppress(SwarmUnreachable):
                 return self._link.fetch(entry.digest, entry.n_bytes, holder)

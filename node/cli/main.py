@@ -19,6 +19,7 @@ from ...compression.errors import ThinwireError
 from ..system.logs import log_to_stderr
 from ..system.output import to_stderr, until_the_pipe_is_closed
 from ..system.processes import end_with_parent
+from .admission_commands import Identity, Invite
 from .arguments import with_whole_tickets
 from .local_commands import Completion, Config, Generate, Init, Plan, Runs, print_version
 from .swarm_commands import Coordinator, Demo, Join, Ray
@@ -30,6 +31,8 @@ Command = Annotated[
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Coordinator, tyro.conf.subcommand("coordinator")]
     | Annotated[Join, tyro.conf.subcommand("join")]
+    | Annotated[Invite, tyro.conf.subcommand("invite")]
+    | Annotated[Identity, tyro.conf.subcommand("identity")]
     | Annotated[Status, tyro.conf.subcommand("status")]
     | Annotated[Run, tyro.conf.subcommand("run")]
     | Annotated[Ledger, tyro.conf.subcommand("ledger")]

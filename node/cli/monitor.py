@@ -130,6 +130,9 @@ def ask(address: Address, token: str | None) -> set[str]:
                     f"{address} asks for a token, {said}: add --http-token TOKEN, the one that the "
                     f"coordinator was started with (or set THINWIRE_HTTP_TOKEN)"
                 ) from e
+            if e.code == 403:
+                why = e.read(500).decode(errors="replace").strip()
+                raise ConfigError(f"{address} is not answered: {why}") from e
             raise ConfigError(f"{address}/sd answers {e.code}: that is no coordinator of thinwire") from e
     except (ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{address}/sd does not answer as a coordinator of thinwire does") from e

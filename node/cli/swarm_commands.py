@@ -42,6 +42,9 @@ class Demo:
     http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
     """Whoever asks must show it: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. Default:
     $THINWIRE_HTTP_TOKEN, or none"""
+    http_host: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
+    """Answer requests by this name, too: those by an IP address, this machine's name or a name without dots
+    are answered anyhow; may be repeated."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON object with the results on stdout."""
 
@@ -53,7 +56,7 @@ class Demo:
         if self.rounds is not None and self.rounds < 5:
             raise ConfigError("--rounds: at least 5, or there is nothing to see")
         rounds = self.rounds or {"decoupled": 150, "spsa": 55}[self.strategy]
-        http = http_address(self.http, self.http_token)
+        http = http_address(self.http, self.http_token, self.http_host)
         refuse_http(http)
         with stop_on_signals() as stop:
             plan = DemoPlan(self.strategy, self.peers, rounds, self.faults, _ranks(self.ranks), http)
@@ -103,6 +106,9 @@ class Coordinator:
     http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
     """Whoever asks must show it: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. Default:
     $THINWIRE_HTTP_TOKEN, or none"""
+    http_host: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
+    """Answer requests by this name, too: those by an IP address, this machine's name or a name without dots
+    are answered anyhow; may be repeated."""
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
@@ -120,7 +126,7 @@ class Coordinator:
                 ticket_file=self.ticket_file,
                 rotate_token=self.rotate_token,
                 ban=self.ban,
-                http=http_address(self.http, self.http_token),
+                http=http_address(self.http, self.http_token, self.http_host),
                 stop=stop,
                 linger_s=seconds_of(self.linger, "--linger"),
             )
@@ -173,12 +179,19 @@ class Join:
     http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
     """Whoever asks must show it: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. Default:
     $THINWIRE_HTTP_TOKEN, or none"""
+    http_host: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
+    """Answer requests by this name, too: those by an IP address, this machine's name or a name without dots
+    are answered anyhow; may be repeated."""
     track: UseAppendAction[tuple[Literal["tensorboard", "wandb"], ...]] = ()
     """Records of this node's rounds for TensorBoard (in its state folder) or Weights & Biases, too; may be
     repeated. JSON lines are always there: track.jsonl."""
     evaluate: Annotated[str | None, arg(metavar="FUNCTION")] = None
     """This node evaluates the weights as the run's [eval] asks for, beside its training: name what that says,
     package.module:function or lm-eval; code never comes over the network."""
+    verify: Literal["background", "first", "off"] = "background"
+    """Of a snapshot of the swarm's: background: train on it, and replay the ledger up to it meanwhile, at low
+    priority, where the payloads still exist; that takes the model's memory once more. first: begin only where
+    nobody's word is taken, at the base weights or at what this node has verified. off: take it as it is."""
     save: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the trained weights here (safetensors) after the last round."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -203,7 +216,7 @@ class Join:
                     announce=self.announce,
                     max_upload=self.max_upload,
                     patience_s=self.patience_s,
-                    http=http_address(self.http, self.http_token),
+                    http=http_address(self.http, self.http_token, self.http_host),
                     save=self.save,
                     ranks=self.ranks,
                     precision=self.precision,
@@ -212,6 +225,7 @@ class Join:
                     restart=self.restart,
                     track=self.track,
                     evaluate=self.evaluate,
+                    verify=self.verify,
                 ),
                 stop,
             )

@@ -171,7 +171,7 @@ class Comparison:
         for plan, genesis in zip(self.plans, self._geneses, strict=True):
             if stopped():
                 return
-            with _one_thread(), tempfile.TemporaryDirectory(prefix="thinwire-compare-") as folder:
+            with one_thread(), tempfile.TemporaryDirectory(prefix="thinwire-compare-") as folder:
                 outcome = _Training(self, plan, genesis).run(Path(folder), progress, stopped)
             if outcome is None:
                 return
@@ -212,7 +212,7 @@ class Comparison:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Peers are threads already, and only what a thread does itself is in its CPU time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

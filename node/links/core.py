@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from ...compression.errors import LedgerCorrupt, ThinwireError
 from ...coordinator.protocol.exposition import packed
 from ...coordinator.protocol.ledger_copy import LedgerCopy
@@ -28,6 +30,7 @@ from ...coordinator.protocol.messages import (
     Notice,
     Offer,
     Offered,
+    PeerSize,
     Phases,
     Report,
     State,
@@ -35,6 +38,7 @@ from ...coordinator.protocol.messages import (
 )
 from ...coordinator.protocol.streams import BLOB, Meter
 from ...coordinator.protocol.ticket import Ticket
+from ...coordinator.protocol.trust.signed_offers import signed
 from .blob_client import BlobClient
 from .blob_fetcher import BlobFetcher
 from .blob_server import BlobServer
@@ -54,11 +58,13 @@ _KEPT_AUDITS = 64
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What people are told of a node: what it trains on, and how long the parts of its rounds take (called in
-    the link's thread, with every heartbeat). `agent`: see `Hello`."""
+    """What people are told of a node: what it trains on; how long the parts of its rounds take, and how large
+    it has seen some peers' payloads (called in the link's thread, with every heartbeat). `agent`: see
+    `Hello`."""
 
     device: str = ""
     phases: Callable[[], Phases | None] = lambda: None
+    sizes: Callable[[], tuple[PeerSize, ...]] = tuple
     agent: str = "thinwire"
 
 
@@ -66,10 +72,10 @@ class LinkCore:
     """The `SessionHandler` of a node's session with its coordinator. Lives in the event loop.
 
     Its parts: `commits` that are followed, `offers` that are made, `blobs` that are fetched, and what is
-    `served`. Of these `commits.head`, `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are
-    used from any thread.
+    `served`, and the payloads that are `kept`. Of these `commits.head`, `kept.__contains__`,
+    `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are used from any thread.
 
-    `copy_path`: where the copy of the ledger is on disk, if it is. `metrics`: see `RemoteLink`.
+    `copy_path`: where the copy of the ledger is on disk, if it is. `key`, `metrics`: see `RemoteLink`.
     """
 
     def __init__(
@@ -84,11 +90,13 @@ class LinkCore:
         copy: LedgerCopy,
         copy_path: Path | None,
         limit: UploadLimit | None = None,
+        key: Ed25519PrivateKey | None = None,
         metrics: Callable[[], bytes] = bytes,
         about: About = About(),
     ) -> None:
         self._mailbox, self._meter, self._limit = mailbox, meter, limit
-        self._copy_path, self._metrics, self._phases = copy_path, metrics, about.phases
+        self._run_id, self._key = ticket.run_id, key
+        self._copy_path, self._metrics, self._about = copy_path, metrics, about
         coordinator = self._coordinator = CoordinatorSession(
             ticket, open_transport, meter, self, patience_s, limit, about.device, about.agent
         )
@@ -98,7 +106,8 @@ class LinkCore:
         )
         self.blobs = BlobFetcher(coordinator, self._members, peer_id)
         self._payloads = Payloads(self.blobs, peer_id)
-        self.served = Served(self._payloads.kept, self._has_time_for)
+        self.kept = self._payloads.kept
+        self.served = Served(self.kept, self._has_time_for)
         throttle = None if limit is None else limit.served
         self._server = BlobServer(self.served, self._members, meter, throttle, ticket.peer_id)
         self.commits = CommitFeed(copy, self._payloads, mailbox)
@@ -145,6 +154,8 @@ class LinkCore:
         self._coordinator.post(audit)
 
     def make_offer(self, offer: Offer) -> None:
+        if self._key is not None:
+            offer = signed(offer, self._run_id, self._key)
         self.offers.make(offer, self.commits.copied_round)
 
     # ---------------------------------------------------------- what the session asks (see SessionHandler)
@@ -177,7 +188,8 @@ class LinkCore:
             sent_bytes=sent,
             received_bytes=received,
             payload_bytes=self.offers.payload_bytes,
-            phases=self._phases(),
+            phases=self._about.phases(),
+            sizes=self._about.sizes(),
         )
 
     def last_heard_s(self) -> float:

@@ -10,11 +10,10 @@ from ...coordinator.protocol.identity import load_or_create, new_key, peer_id_of
 from ...coordinator.protocol.p2p import start_p2p
 from ...coordinator.protocol.ticket import Ticket
 from ...coordinator.protocol.transport import Transport
+from ..system.folder import IDENTITY_NAME
 from .core import About
 from .remote import RemoteLink
 from .upload_limit import UploadLimit
-
-IDENTITY_NAME = "identity.key"
 
 
 class HivemindLink(RemoteLink):

@@ -26,7 +26,7 @@ from urllib.parse import quote
 from ...compression.errors import ConfigError, LedgerCorrupt
 from ...coordinator.protocol.chain import Chain
 from ...coordinator.protocol.identity import is_signed_by, public_key_of
-from ...coordinator.protocol.ledger_copy import COPY_NAME, records_with_changes
+from ...coordinator.protocol.ledger_copy import COPY_NAME, records_with_changes, work_in
 from ...coordinator.protocol.messages import BadMessage, Commit, GenesisBody, decode_record, digest_of
 from ...coordinator.protocol.settings import Course
 from ..system.folder import default_folder
@@ -103,8 +103,13 @@ class RunState:
                 yield commit
 
     def blob(self, digest: bytes, max_bytes: int) -> bytes | None:
-        """A blob that is in the folder, verified; None: it is not here, or is not what its name says."""
-        return read_blob(self.blob_path(digest), digest, max_bytes)
+        """A blob that is in the folder, or signatures of offers that are in its ledger, verified; None: it is
+        not here, or is not what its name says."""
+        found = read_blob(self.blob_path(digest), digest, max_bytes)
+        if found is None:
+            work = work_in(self._db, digest)
+            found = work if work is not None and digest_of(work) == digest else None
+        return found
 
     def blob_path(self, digest: bytes) -> Path:
         """Where a blob lies, if it is here."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...compression.errors import ReplicaDiverged, ThinwireError
 from ...coordinator.protocol.attested import Attested, Snapshots
 from ...coordinator.protocol.messages import BlobRef, Commit, OfferEntry
+from ...coordinator.protocol.trust.standing import Standing
 from ..batches import batches
 from ..config import parse_config
 from ..replica import Replica, build_replica
@@ -101,8 +102,10 @@ def _snapshots(state: RunState) -> Iterator[tuple[int, Load]]:
         store = SnapshotStore(folder, state.run_id, read_only=True)
         for stored in reversed(store.stored()):
             yield stored.round, partial(store.load, stored)
-    known = Snapshots(parse_config(state.genesis.config).run.snapshot_every)
+    standing = Standing(state.run_id, state.course.settings.audits)
+    known = Snapshots(parse_config(state.genesis.config).run.snapshot_every, standing)
     for commit in state.commits():
+        standing.committed(commit.body, commit.digest)
         known.committed(commit.body)
     for attested in reversed(known.attested()):
         if state.blob_path(attested.manifest).is_file():

@@ -14,6 +14,12 @@ from ...coordinator.protocol.files import FolderLock
 
 log = logging.getLogger("thinwire.cli")
 
+IDENTITY_NAME = "identity.key"
+"""A node's key, in its folder: who has it is that peer."""
+
+IDENTITY_NAME = "identity.key"
+"""A node's key, in its folder: who has it is that peer."""
+
 MAX_NODES = 64
 """Nodes of one user on one machine that find a folder by themselves."""
 

@@ -256,6 +256,10 @@ def test_held_out_losses_are_kept(path: Path, key: Ed25519PrivateKey) -> None:
     ledger.close()
     ledger = Ledger.open(path, key.public_key())
     assert ledger.held_out() == [(0, 5.5), (3, 2.5)]
+    for round_ in range(1, 12):
+        ledger.note_held_out(round_, 2.5)
+    thinned = [round_ for round_, _ in ledger.held_out(most=4)]
+    assert (thinned, len(ledger.held_out(12)), len(ledger.held_out(13))) == ([0, 3, 7, 11], 12, 12)
     ledger.close()
 
 

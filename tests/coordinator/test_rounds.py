@@ -45,8 +45,10 @@ def started(n: int, **changes: Any) -> Rounds:
     return rounds
 
 
-def offer(peer: int, round_: int, digest: bytes = b"d", has_bytes: bool = True) -> OfferMade:
-    return OfferMade(peer, round_, digest, has_bytes)
+def offer(
+    peer: int, round_: int, digest: bytes = b"d", has_bytes: bool = True, n_samples: int = 1
+) -> OfferMade:
+    return OfferMade(peer, round_, digest, has_bytes, n_samples)
 
 
 def closed(actions: list[Action]) -> list[tuple[int, tuple[int, ...]]]:
@@ -161,6 +163,34 @@ def test_no_round_is_empty() -> None:
     assert closed(rounds.handle(TimePassed(), 10_000.0)) == []
     assert rounds.wake_s() is None
     assert closed(rounds.handle(offer(5, 1), 10_001.0)) == [(1, (5,))]
+
+
+def test_an_offer_without_samples_is_not_awaited_and_ends_no_round() -> None:
+    rounds = started(3)
+    now_s = warm(rounds, 3)
+    assert closed(rounds.handle(offer(0, 4, n_samples=0), now_s + 0.1)) == []
+    assert rounds.missing() == [1, 2]
+    assert rounds.wake_s() is None, "no time runs for the others"
+    assert closed(rounds.handle(TimePassed(), now_s + 10_000.0)) == []
+    assert closed(rounds.handle(offer(1, 4), now_s + 10_000.0)) == [(4, (0, 1))]
+
+
+def test_a_round_in_which_nobody_has_samples_ends_when_all_have_said_so() -> None:
+    rounds = started(2)
+    assert closed(rounds.handle(offer(0, 1, n_samples=0), 1.0)) == []
+    assert closed(rounds.handle(offer(1, 1, n_samples=0), 1.0)) == [(1, (0, 1))]
+
+
+def test_who_does_nothing_quickly_makes_no_deadline_shorter() -> None:
+    rounds = started(3)
+    now_s = 0.0
+    for round_ in range(1, 20):
+        rounds.handle(offer(2, round_, n_samples=0), now_s)
+        now_s += 1.0
+        for peer in (0, 1):
+            rounds.handle(offer(peer, round_), now_s)
+    rounds.handle(offer(0, 20), now_s + 1.0)
+    assert rounds.wake_s() == now_s + 1.5
 
 
 def test_the_deadline_closes_without_the_slow_one() -> None:
@@ -289,6 +319,76 @@ def test_all_drops_a_hung_trainer_until_it_offers_again() -> None:
     assert rounds.handle(offer(0, 5), now_s + 61)[-1] == RoundOpened(6, (0, 1))
 
 
+def idle(rounds: Rounds, now_s: float, n: int) -> list[float]:
+    """Rounds in which peers 0 and 1 take a second and peer 2 makes no offer: how long they last."""
+    durations_s = []
+    for _ in range(n):
+        opened_s, round_ = now_s, rounds.round
+        now_s += 1.0
+        actions = rounds.handle(offer(0, round_), now_s) + rounds.handle(offer(1, round_), now_s)
+        if not closed(actions):
+            wake_s = rounds.wake_s()
+            assert wake_s is not None
+            now_s = wake_s
+            actions = rounds.handle(TimePassed(), now_s)
+        assert closed(actions) == [(round_, (0, 1))]
+        durations_s.append(now_s - opened_s)
+    return durations_s
+
+
+@pytest.mark.parametrize(("policy", "first_s"), [("deadline", [1.5, 1.5]), ("all", [60.0])])
+def test_nobody_waits_for_a_trainer_that_never_offers(policy: str, first_s: list[float]) -> None:
+    rounds = started(3, policy=policy)
+    now_s = warm(rounds, 3)
+    durations_s = idle(rounds, now_s, 10)
+    assert durations_s == first_s + [1.0] * (10 - len(first_s))
+
+
+def test_an_idle_trainer_is_awaited_again_when_it_has_worked_and_not_when_it_comes_back() -> None:
+    rounds = started(3)
+    now_s = warm(rounds, 3)
+    now_s += sum(idle(rounds, now_s, 4))
+    for _ in range(3):
+        rounds.handle(PeerStops(2), now_s)
+        rounds.handle(PeerTrains(2), now_s)
+        assert idle(rounds, now_s, 1) == [1.0], "it says that it trains"
+        now_s += 1.0
+    round_ = rounds.round
+    for peer in (2, 0, 1):
+        actions = rounds.handle(offer(peer, round_), now_s + 1.0)
+    assert closed(actions) == [(round_, (0, 1, 2))], "its offer counts"
+    assert actions[-1] == RoundOpened(round_ + 1, (0, 1, 2))
+    assert idle(rounds, now_s + 1.0, 3) == [1.5, 1.5, 1.0]
+
+
+def test_a_late_offer_is_work() -> None:
+    """Of a peer that has become slow: it is awaited as the policy says."""
+    rounds = started(3)
+    now_s = warm(rounds, 3)
+    for _ in range(6):
+        round_ = rounds.round
+        (lasted_s,) = idle(rounds, now_s, 1)
+        now_s += lasted_s
+        assert 2 in rounds.expected
+        assert refusals(rounds.handle(offer(2, round_, has_bytes=False), now_s + 0.1)) == ["late_offer"]
+
+
+def test_who_is_not_awaited_does_not_evaluate() -> None:
+    rounds = started(3, eval_every=1)
+    now_s = warm(rounds, 3)
+    evaluators = set()
+    for _ in range(8):
+        opened_s, round_ = now_s, rounds.round
+        now_s += 1.0
+        actions = rounds.handle(offer(0, round_), now_s) + rounds.handle(offer(1, round_), now_s)
+        if not closed(actions):
+            now_s = opened_s + 10.0
+            actions = rounds.handle(TimePassed(), now_s)
+        if round_ > 6:
+            evaluators |= {a.evaluator for a in actions if isinstance(a, RoundClosed)}
+    assert evaluators == {0, 1}
+
+
 def test_an_offer_whose_bytes_never_came_is_replaced() -> None:
     rounds = started(1)
     rounds.handle(offer(0, 1, b"before the node died", has_bytes=False), 1.0)
@@ -383,6 +483,23 @@ def test_after_a_restart_the_next_round_is_open_for_the_recalled() -> None:
     actions = rounds.handle(offer(4, 6), 1.0)
     assert closed(actions) == [(6, (1, 2, 4))]
     assert next(a for a in actions if isinstance(a, RoundClosed)).evaluator == 4
+
+
+@given(st.lists(st.sampled_from(["round", "back"]), max_size=60), st.sampled_from(["all", "deadline"]))
+@settings(max_examples=100)
+def test_an_idle_trainer_costs_two_waits_whatever_it_says(script: list[str], policy: str) -> None:
+    """Peers 0 and 1 offer in every round; peer 2 only ever says that it trains, again and again."""
+    rounds = started(3, policy=policy)
+    now_s, n_waits = warm(rounds, 3), 0
+    for what in script:
+        if what == "back":
+            rounds.handle(PeerStops(2), now_s)
+            rounds.handle(PeerTrains(2), now_s)
+        else:
+            (lasted_s,) = idle(rounds, now_s, 1)
+            now_s += lasted_s
+            n_waits += lasted_s > 1.0
+    assert n_waits <= 2
 
 
 PEERS = st.integers(0, 4)

@@ -21,6 +21,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable
+from thinwire.coordinator import stream_server
 from thinwire.coordinator.protocol.blob_streams import NotServed, get_blob, put_blob
 from thinwire.coordinator.protocol.files import write_aside
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of, save
@@ -51,6 +52,7 @@ from thinwire.coordinator.protocol.streams import (
     Stream,
 )
 from thinwire.coordinator.protocol.ticket import Ticket
+from thinwire.coordinator.protocol.trust.signed_offers import check_work, signed
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.stream_server import Waits
 from thinwire.node.cli.status import StatusClient, fetch_status
@@ -282,6 +284,29 @@ def test_the_status_can_be_asked_again_and_again(make_swarm: Callable[..., Swarm
     assert status["peers"][0]["peer_id"] == a.peer_id
 
 
+def test_who_has_worked_comes_back_among_strangers_that_say_nothing(
+    make_swarm: Callable[..., Swarm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_server, "MAX_STRANGERS", 2)
+    swarm = make_swarm(min_peers=1, waits=Waits(hello_s=WAIT_S))
+    worker = swarm.trainer("worker")
+    worker.offer(offer(1, b"work"))
+    take(worker, 0, 1)
+    worker.close()
+
+    async def body(host: P2PTransport, ticket: Ticket) -> None:
+        silent = [await open_stream(host, ticket, SESSION) for _ in range(2)]
+        newcomer = await open_stream(host, ticket, SESSION)
+        with pytest.raises((EOFError, OSError)):
+            await newcomer.receive_message(FROM_COORDINATOR)
+        await asyncio.to_thread(swarm.trainer, "worker")
+        for stream in silent:
+            stream.close()
+
+    swarm.speak(body)
+    assert swarm.rejected() == {"strangers": 1}
+
+
 # ------------------------------------------------------------------------------------------- bad input
 
 
@@ -374,6 +399,27 @@ def test_replayed_and_wrong_offers_count_once_or_never(make_swarm: Callable[...,
     assert within(lambda: next(text for text in events if "connected again" in text))
     a.offer(offer(3, b"x" * 20_000))
     assert take(a, 2, 1)[0].body.offers[0].n_bytes == 20_000
+
+
+def test_an_offer_that_its_peer_has_not_signed_ends_the_session(make_swarm: Callable[..., Swarm]) -> None:
+    swarm = make_swarm(min_peers=1)
+    honest = swarm.trainer("honest")
+
+    async def body(host: P2PTransport, ticket: Ticket) -> None:
+        stream = await open_stream(host, ticket, SESSION)
+        await stream.send_message(hello(ticket))
+        await stream.send_message(signed(offer(1, b"another's work"), ticket.run_id, new_key()))
+        last = (await until_refused(stream))[-1]
+        assert isinstance(last, Refused)
+        assert last.text == "the offer of round 1 is not signed by its peer"
+
+    swarm.speak(body)
+    assert swarm.rejected() == {"signature": 1}
+    honest.offer(offer(1, b"its own"))
+    (commit,) = take(honest, 0, 1)
+    assert [entry.payload for entry in commit.body.offers] == [b"its own"]
+    work = honest.fetch(commit.body.work, 64)
+    assert check_work(swarm.ticket.run_id, commit.body, work, {0: honest.peer_id}) == []
 
 
 def test_strangers_get_and_store_no_blobs(make_swarm: Callable[..., Swarm]) -> None:

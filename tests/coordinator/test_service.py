@@ -58,10 +58,10 @@ def test_a_new_token_is_for_newcomers(make_world: MakeWorld) -> None:
     world.restart(banned=frozenset(["b"]))
     world.open("a", token="an older one")
     assert world.service.is_member("a")
-    for stranger in ("b", "c"):  # a ban ends what the first token gave
-        with pytest.raises(ConfigError, match="token is wrong"):
+    for stranger, text in (("b", "was banned"), ("c", "token is wrong")):
+        with pytest.raises(ConfigError, match=text):
             world.open(stranger, token="an older one")
-    assert world.status()["rejected"] == {"token": 2}
+    assert world.status()["rejected"] == {"banned": 1, "token": 1}
 
 
 @pytest.mark.parametrize(
@@ -440,24 +440,46 @@ def test_blobs_of_the_run_must_be_there(
 def test_fingerprints_that_disagree_are_counted_and_told(make_world: MakeWorld) -> None:
     world = make_world()
     world.train("a", "b", "c")
-    for peer in "abc":
-        world.say(peer, offer(1))
-    world.say("a", Report(round=1, fingerprint=b"AAAAAAAA"))
-    world.say("b", Report(round=1, fingerprint=b"AAAAAAAA"))
+    for round_ in (1, 2):
+        for peer in "abc":
+            world.say(peer, offer(round_))
+    world.say("a", Report(round=2, fingerprint=b"AAAAAAAA"))
+    world.say("b", Report(round=2, fingerprint=b"AAAAAAAA"))
     assert world.status()["mismatches"] == 0
-    world.say("c", Report(round=1, fingerprint=b"CCCCCCCC"))
-    world.say("c", Report(round=1, fingerprint=b"CCCCCCCC"))
+    world.say("c", Report(round=2, fingerprint=b"CCCCCCCC"))
+    world.say("c", Report(round=2, fingerprint=b"CCCCCCCC"))
     assert world.status()["mismatches"] == 1
     (notice,) = world.messages(Notice, "a")
     assert notice.warning
-    assert notice.text == "round 1: the replica of c differs from that of a, b"
+    assert notice.text == "round 2: the replica of c differs from that of a, b"
     for peer in "abc":
-        world.say(peer, offer(2))
-    reports = world.service.commits(1, 1)[0].body.reports
+        world.say(peer, offer(3))
+    reports = world.service.commits(2, 1)[0].body.reports
     assert [(e.peer, e.fingerprint[:1]) for e in reports] == [(0, b"A"), (1, b"A"), (2, b"C")]
     world.restart()
     assert world.status()["mismatches"] == 1
     assert world.peer("c")["fingerprint"] == b"CCCCCCCC".hex()
+
+
+def test_who_has_not_worked_reports_nothing(make_world: MakeWorld, caplog: pytest.LogCaptureFixture) -> None:
+    world = make_world(snapshot_every=1)
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    for idle in "cde":
+        world.open(idle)
+    with caplog.at_level("INFO"):
+        caplog.clear()
+        for idle in "cde":
+            world.say(idle, Report(round=1, fingerprint=b"CCCCCCCC", checked=True))
+            world.snapshot(1, idle, manifest=b"x" * 32)
+    assert [record.getMessage() for record in caplog.records] == []
+    world.say("a", Report(round=1, fingerprint=b"AAAAAAAA"))
+    world.round(2, "a", "b")
+    body = commits(world)[-1].body
+    assert [(e.peer, e.fingerprint[:1]) for e in body.reports] == [(0, b"A")]
+    assert body.snapshots == ()
+    assert world.status()["mismatches"] == 0
+    assert world.status()["rejected"] == {"no_work": 6}
 
 
 def test_a_flood_of_reports_does_not_enter_the_ledger(make_world: MakeWorld) -> None:

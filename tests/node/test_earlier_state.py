@@ -24,11 +24,11 @@ from thinwire.coordinator.protocol.messages import Commit, OfferEntry
 from thinwire.coordinator.service import Service
 from thinwire.coordinator.state import StateDir
 from thinwire.node.config import parse_config
-from thinwire.node.links.hivemind import IDENTITY_NAME
 from thinwire.node.links.local import local_swarm
 from thinwire.node.replica import Replica, build_replica
 from thinwire.node.runner import Runner
 from thinwire.node.snapshots.store import SnapshotStore
+from thinwire.node.system.folder import IDENTITY_NAME
 from thinwire.node.tasks.registry import make_task
 
 STATE = Path(__file__).parents[1] / "golden" / "state"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.local_nodes import (
     STRATEGIES,
     config_of,
+    never,
     run_all,
     swarm_of,
     train,
@@ -23,7 +24,7 @@ from thinwire.compression.base import Part
 from thinwire.compression.errors import ConfigError, Incompatible
 from thinwire.coordinator.protocol.messages import Commit, NodeState, Offer
 from thinwire.node.genesis import make_genesis
-from thinwire.node.links.local import LocalSwarm
+from thinwire.node.links.local import LocalSwarm, Script
 from thinwire.node.preparing import prepare_run
 from thinwire.node.runner import Runner
 from thinwire.node.tasks.registry import make_task
@@ -203,6 +204,37 @@ def test_a_bad_payload_is_left_out_by_all_alike(tmp_path: Path) -> None:
     assert results[0].counted == 0
     assert set(runners[0].replica.bad) == {"magic", "truncated"}
     assert runners[0].replica.bad == runners[1].replica.bad == runners[2].replica.bad
+
+
+@pytest.mark.parametrize("strategy", ["decoupled", "spsa"])
+def test_a_peer_whose_batches_are_all_dropped_dilutes_nothing(tmp_path: Path, strategy: str) -> None:
+    """It offers no samples; the others end as they do without it, to the last bit."""
+    config = config_of(STRATEGIES[strategy], min_peers=3, eval_every=0)
+
+    def becomes_nan(runner: Runner) -> None:
+        draw = runner.work.task.draw
+
+        def never_finite(*args: Any) -> Closure:
+            loss = draw(*args)
+            return lambda: loss() * float("nan")
+
+        runner.work.task.draw = never_finite  # type: ignore[method-assign]
+
+    def trained(folder: Path, meddle: Callable[[Runner], object], lose: Script) -> tuple[str, list[Commit]]:
+        with swarm_of(folder, config, lose=lose) as swarm:
+            links = [swarm.link(f"peer-{i}") for i in range(3)]
+            for link in links:
+                link.open()
+            results = run_all([Runner(links[0], on_prepared=meddle), *(Runner(link) for link in links[1:])])
+            assert len({r.fingerprint for r in results}) == 1
+            return results[0].fingerprint, list(links[1].records(0))
+
+    nan, commits = trained(tmp_path / "nan", becomes_nan, never)
+    lost, _ = trained(tmp_path / "lost", lambda _: None, lambda peer, _round: peer == "peer-0")
+    assert nan == lost
+    offers = [{o.peer: (o.n_samples, o.payload) for o in commit.body.offers} for commit in commits]
+    assert [o.get(0) for o in offers] == [(0, b"")] * config.run.rounds
+    assert all(o[1][0] > 0 for o in offers)
 
 
 def test_stopping_leaves_the_swarm_and_the_others_go_on(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.protocol.attested import Attested, Snapshots
 from thinwire.coordinator.protocol.chain import Chain
 from thinwire.coordinator.protocol.messages import Commit, CommitBody, Offer, OfferEntry, Report, digest_of
+from thinwire.coordinator.protocol.trust.standing import Standing
 from thinwire.coordinator.reports import PER_COMMIT
 from thinwire.coordinator.retention import LATE_ROUNDS
 
@@ -82,7 +83,8 @@ class Oracle:
 
     def _rewind(self, ledger: list[Commit]) -> None:
         self._chain = Chain(self._public_key, 0, self.run_id)
-        self._snapshots = Snapshots(self._snapshot_every)
+        self._standing = Standing()
+        self._snapshots = Snapshots(self._snapshot_every, self._standing)
         self._names: list[str] = []
         self.kept_after = 0
         self.last_use: dict[bytes, int] = {}
@@ -153,6 +155,7 @@ class Oracle:
         for kept in body.snapshots:
             manifests = {(r, snapshot) for r, _, snapshot in self.reported[self._names[kept.peer]]}
             assert (kept.round, kept.manifest) in manifests
+        self._standing.committed(body)
         self._snapshots.committed(body)
         attested = self._snapshots.attested()
         self.kept_after = max(self.kept_after, attested[-2].round if len(attested) >= 2 else 0)

@@ -27,6 +27,7 @@ from thinwire.coordinator.protocol.messages import (
     Welcome,
     digest_of,
 )
+from thinwire.coordinator.protocol.trust.standing import Standing
 
 KEPT_REPORTS = 4
 BLOB_BYTES = 5000
@@ -182,8 +183,10 @@ class Peer:
 
     def _choose_start(self) -> None:
         """The newest state that can be had: this one, an own snapshot, an attested one."""
-        snapshots = Snapshots(self._snapshot_every)
+        standing = Standing()
+        snapshots = Snapshots(self._snapshot_every, standing)
         for commit in self.disk.copy:
+            standing.committed(commit.body)
             snapshots.committed(commit.body)
         found = {round_: state for round_, state in self.disk.snapshots.items() if round_ > self.round}
         for attested in snapshots.attested():

@@ -34,8 +34,10 @@ class World:
     def __init__(self, path: Path, genesis: GenesisBody, key: Ed25519PrivateKey) -> None:
         self.path, self.key = path, key
         self.now_s = 100.0
+        self.wall_ms = 123
         self.sent: list[tuple[str, Message]] = []
         self.committed: list[int] = []
+        self.ended: list[tuple[str, str]] = []
         self.sessions: dict[str, int] = {}
         self.ledger = Ledger.create(path / "ledger.db", genesis, key)
         self.start()
@@ -49,8 +51,9 @@ class World:
             token="secret",
             send=lambda peer, message: self.sent.append((peer, message)),
             on_commit=self.committed.append,
+            end=lambda peer, why: self.ended.append((peer, str(why))),
             now_s=self.now_s,
-            wall_ms=lambda: 123,
+            wall_ms=lambda: self.wall_ms,
             **options,
         )
 

@@ -24,6 +24,7 @@ from thinwire.coordinator.observe.metrics_requests import MetricsRequests, Unans
 from thinwire.coordinator.observe.page import serve_coordinator
 from thinwire.coordinator.protocol.addresses import HttpAddress
 from thinwire.coordinator.protocol.exposition import packed, unpacked
+from thinwire.coordinator.protocol.http.hosts import is_loopback
 from thinwire.coordinator.protocol.identity import save
 from thinwire.coordinator.protocol.messages import (
     MAX_METRICS_BYTES,
@@ -34,7 +35,7 @@ from thinwire.coordinator.protocol.messages import (
     NodeState,
 )
 from thinwire.coordinator.protocol.streams import BadFrame
-from thinwire.coordinator.protocol.web import is_loopback, metrics_routes, serve_http
+from thinwire.coordinator.protocol.web import metrics_routes, serve_http
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.stream_server import Waits
 from thinwire.node.links.hivemind import HivemindLink
@@ -219,7 +220,8 @@ class Served:
         save(key, state / "key")
         self._folder, self._stack = folder, stack
         self.coordinator = stack.enter_context(ServerThread(state, genesis, waits=waits))
-        server, loop, address = self.coordinator.server, self.coordinator.loop, HttpAddress("127.0.0.1", 0)
+        server, loop = self.coordinator.server, self.coordinator.loop
+        address = HttpAddress("127.0.0.1", 0, names=("coordinator.example",))
         _, self.port = stack.enter_context(serve_coordinator(server, loop, address))
 
     def node(self, name: str, metrics: Callable[[], bytes] = bytes, is_open: bool = True) -> HivemindLink:
@@ -255,7 +257,11 @@ def test_discovery_lists_who_is_there_and_who_was_lost(served: Served) -> None:
             "targets": ["coordinator.example:9100"],
             "labels": {"__metrics_path__": f"/peers/{node.peer_id}/metrics", "instance": node.peer_id},
         }
-    assert get(served.port, "/sd", host="a/../b")[0] == 400
+    for path in ("/sd", "/metrics", f"/peers/{nodes[0].peer_id}/metrics"):
+        for host in ("evil.example:9100", "coordinator", "10.0.0.1:9100"):
+            code, text, _ = get(served.port, path, host=host)
+            assert (code, "--http-host" in text) == (403, True), (path, host)
+    assert get(served.port, "/sd", host="127.0.0.1:nine")[0] == 400
     nodes[0].close()  # it says that it leaves
     assert eventually(lambda: served.targets() == [nodes[1].peer_id, nodes[2].peer_id])
     nodes[1].kill()  # and this one does not

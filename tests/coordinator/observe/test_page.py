@@ -26,10 +26,11 @@ from thinwire.coordinator.observe.overview import MAX_PEERS_SHOWN
 from thinwire.coordinator.observe.page import FOLDER, serve_coordinator
 from thinwire.coordinator.observe.page_history import MAX_SAVED_BYTES
 from thinwire.coordinator.protocol.addresses import HttpAddress
+from thinwire.coordinator.protocol.http.hosts import names_this_machine
 from thinwire.coordinator.protocol.identity import save
 from thinwire.coordinator.protocol.messages import GenesisBody, NodeState, Report, State
 from thinwire.coordinator.protocol.ticket import Ticket
-from thinwire.coordinator.protocol.web import names_this_machine, serve_http
+from thinwire.coordinator.protocol.web import serve_http
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.service import Service
 
@@ -302,7 +303,10 @@ def test_on_this_machine_alone(serving: Callable[..., Serving]) -> None:
 @pytest.mark.swarm
 def test_elsewhere_the_ticket_is_for_those_who_know_the_token(serving: Callable[..., Serving]) -> None:
     bare = serving("0.0.0.0").port
-    assert get(bare, "/", Host="swarm.example")[0] == 200
+    for path in ("/", "/ticket", "/events", "/metrics", "/sd"):
+        assert get(bare, path, Host="evil.example")[0] == 403, path
+    for host in ("10.0.0.1:9100", "[fd00::1]:9100", "coordinator:9100", "localhost", socket.gethostname()):
+        assert get(bare, "/sd", Host=host)[0] == 200, host
     shown = json.loads(get(bare, "/ticket")[1])
     assert shown["ticket"] is None
     assert "--http-token" in shown["why"]

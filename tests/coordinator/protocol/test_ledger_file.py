@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from thinwire.coordinator.protocol.messages import (
     digest_of,
     encode_record,
 )
+from thinwire.coordinator.protocol.trust.signed_offers import signed_bytes
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 OTHER_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
@@ -130,6 +132,29 @@ def test_payloads_that_nobody_has_any_more_are_said_to_be_absent(tmp_path: Path)
         assert ledger.payload(first[0]) == b"tiny"
         with pytest.raises(KeyError):
             ledger.payload(first[1])
+
+
+def signed_chain(signatures: bytes) -> tuple[list[Commit], bytes]:
+    """One commit of a peer with a key, whose signature of its offer may be any."""
+    peer_id = peer_id_of(OTHER_KEY.public_key())
+    body = chain()[0].body
+    admitted = (Admission(index=0, peer_id=peer_id),)
+    kept = {"offers": body.offers[:1], "admitted": admitted, "work": digest_of(signatures)}
+    record = encode_record(body.model_copy(update=kept))
+    return [Commit(record=record, signature=KEY.sign(record))], signatures
+
+
+def test_signatures_of_offers_are_checked(tmp_path: Path) -> None:
+    run_id, record = digest_of(encode_record(GENESIS)), encode_record(GENESIS)
+    own = OTHER_KEY.sign(signed_bytes(run_id, 1, ROUNDS[0][0][0]))
+    write = partial(write_ledger, tmp_path / "ledger", record, KEY.sign(record))
+    commits, work = signed_chain(own)
+    assert write(commits, lambda _: work).unsigned == ()
+    assert write(commits, lambda _: None).unsigned == ((1, 1),), "nobody has them any more"
+    assert check(tmp_path / "ledger").absent_to == 0, "it can be replayed all the same"
+    commits, work = signed_chain(KEY.sign(b"the coordinator's own"))
+    with pytest.raises(LedgerCorrupt, match="record 1: the signature of peer 0 is not its own"):
+        write(commits, lambda _: work)
 
 
 def items(data: bytes) -> list[int]:
