@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from ..messages import AuditEntry, CommitBody
+from ..messages import AuditEntry, CommitBody, Verdict
 from .audits import check_audit, payload_digest, signed_bytes
 from .drawing import Draw, audits_of
 from .judging import REPORT_ROUNDS, Judged, Judging, OpenAudit
@@ -189,7 +189,7 @@ class Standing:
         if audit is None or claim is None or entry.auditor not in audit.work or entry.auditor in audit.failed:
             return
         if check_audit(self._peer_ids.get(entry.auditor, ""), entry.signature, claim):
-            audit.failed[entry.auditor] = entry.verdict == "failed"
+            self._judging.heard(audit, entry.auditor, entry.verdict == Verdict.FAILED)
 
     def _judge(self, rules: Rules) -> None:
         self._terms = {peer: last for peer, last in self._terms.items() if last > self.round}
