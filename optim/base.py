@@ -375,6 +375,11 @@ class Strategy(torch.optim.Optimizer):
         """
         return None
 
+    def scores(self, payloads: Sequence[Payload], turn: Turn) -> list[float] | None:
+        """How far each of a round's payloads points where the others do, from -1 to 1; they came through
+        `check`. None: that cannot be told. Changes nothing."""
+        return None
+
     def known_payload(self, fill: Fill, salt: int) -> Payload:
         """Fixed bits that `check` accepts, for `Facts.known_updates`; another payload for every salt.
 

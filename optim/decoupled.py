@@ -29,6 +29,7 @@ from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from .auditing.evidence import Evidence
 from .auditing.gradients import gradient_evidence
+from .auditing.scores import mean_cosines
 from .base import Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
 from .options import Number, Whole, keywords_of
@@ -272,6 +273,9 @@ class Decoupled(Strategy):
     def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
         """Against the gradient: of a momentum its fast part is sent, and that is mostly what is new."""
         return gradient_evidence(self, self.compressor, payload, draw, turn, n_batches)
+
+    def scores(self, payloads: Sequence[Payload], turn: Turn) -> list[float] | None:
+        return mean_cosines(self.compressor, self.parameters_in_order(), payloads, turn, turn.round)
 
     # --------------------------------------------------------------------------------- replicated work
 
