@@ -75,8 +75,8 @@ def attacks_command(wanted: Wanted, as_json: bool) -> None:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Of payloads that are left out there would be one for each node and round."""
-    log = logging.getLogger("thinwire.node")
+    """Of payloads that are left out there is one for each node and round."""
+    log = logging.getLogger("thinwire")
     before = log.level
     log.setLevel(logging.ERROR)
     try:
