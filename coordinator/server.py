@@ -19,6 +19,7 @@ from .entry.gate import BANNED
 from .entry.guard import guard
 from .last_snapshot import LastSnapshot, leaves_room
 from .ledger import Ledger
+from .observe.metrics import with_trust
 from .protocol.addresses import HttpAddress
 from .protocol.identity import load_or_create
 from .protocol.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, digest_of
@@ -126,6 +127,7 @@ class CoordinatorServer:
             token=self._token,
             send=self._send,
             on_commit=self._committed,
+            end=self._end,
             now_s=time.monotonic(),
             wall_ms=lambda: time.time_ns() // 10**6,
             history=self._state.history(),
@@ -200,11 +202,14 @@ class CoordinatorServer:
         return self.service.scraped(time.monotonic())
 
     async def metrics_of(self, peer_id: str) -> bytes:
-        """A node's metrics, in Prometheus' text format. Raises KeyError for somebody who was never admitted,
-        `metrics_requests.Unanswered` for a peer that is not there or does not answer."""
+        """A node's metrics and what is known of it here, in Prometheus' text format. Raises KeyError for
+        somebody who was never admitted, `metrics_requests.Unanswered` for a peer that is not there or does
+        not answer."""
         if not self.service.is_admitted(peer_id):
             raise KeyError(peer_id)
-        return await self._stream_server.metrics_of(peer_id)
+        said = await self._stream_server.metrics_of(peer_id)
+        peer = self.service.peer(peer_id, time.monotonic())
+        return said if peer is None else with_trust(said, peer)
 
     def status(self) -> dict[str, Any]:
         """JSON-able: `Service.status`, the bytes that this process has sent and received, and what a machine
@@ -314,6 +319,9 @@ class CoordinatorServer:
 
     def _send(self, peer_id: str, message: Message) -> None:
         self._stream_server.send(peer_id, message)
+
+    def _end(self, peer_id: str, why: ThinwireError) -> None:
+        self._stream_server.end(peer_id, why)
 
     def _tick(self) -> None:
         """Lets the service's time pass, now and when it wants it again."""

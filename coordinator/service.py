@@ -15,7 +15,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ..compression.errors import ConfigError, LedgerCorrupt
+from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, ThinwireError
 from .admission import AdmissionControl
 from .announcer import Announcer
 from .blobs import BlobStore
@@ -38,6 +38,7 @@ from .observe.counters import Counters
 from .observe.loss_unit import LossUnit
 from .observe.notices import Notices
 from .observe.peer_names import PeerNames
+from .observe.refusals import Refusals
 from .observe.run_view import RunView
 from .open_round import OpenOffers, OpenRound
 from .peers import Peers
@@ -74,7 +75,7 @@ FAREWELL_S = 60.0
 
 class Service:
     """One run. `send` queues a message for a peer's current session and never blocks, fails or calls back;
-    `on_commit` is told a round once its commit is on the disk.
+    `on_commit` is told a round once its commit is on the disk; `end` tells a peer why its session is over.
 
     `open` sends nothing to the peer that it opens for. Call `tick` after each call, and again when it says.
     Heartbeats are not answered here: who owns the streams sends its own, with its own counts.
@@ -90,6 +91,7 @@ class Service:
         token: str,
         send: Callable[[str, Message], None],
         on_commit: Callable[[int], None],
+        end: Callable[[str, ThinwireError], object] = lambda _peer_id, _why: None,
         now_s: float,
         wall_ms: Callable[[], int],
         history: bytes | None = None,
@@ -107,6 +109,7 @@ class Service:
         """
         self._ledger, self._blobs, self._key = ledger, blobs, key
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
+        self._end = end
         self._settings = Course.of(ledger.genesis.config).settings
         self._pending, self._keep = PendingChanges(check_strategy), keep
         try:
@@ -118,6 +121,7 @@ class Service:
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._counters = Counters()
+        self._refusals = Refusals(self._admission.rejected)
         self._parts = self._recalled(now_s, history)
 
     def _recalled(self, now_s: float, history: bytes | None) -> _Parts:
@@ -164,6 +168,7 @@ class Service:
                 derived,
                 counters,
                 rejected,
+                self._refusals,
                 self._wall_ms,
                 LossUnit(self._loss_unit, derived.held_out_file()),
             ),
@@ -178,7 +183,9 @@ class Service:
         Raises ConfigError (not let in), Incompatible (version, run, full swarm), LedgerCorrupt (a head
         that is not on the chain) or BadMessage (a session older than the open one).
         """
-        index = self._parts.peers.admit(peer_id, session, hello, now_s)
+        index = self._parts.peers.admit(
+            peer_id, session, hello, lambda stranger: self._make_room(stranger, now_s), now_s
+        )
         self._handle_member(SessionOpened(index, session, hello.agent == READER), now_s)
         return Welcome(
             genesis=self._ledger.genesis_record,
@@ -194,6 +201,12 @@ class Service:
         """Whether the peer has signed it. Takes its time, and may be asked from any thread."""
         return is_signed(peer_id, self._ledger.run_id, offer)
 
+    def _make_room(self, stranger: int, now_s: float) -> None:
+        """For a peer that has worked, among those that have not."""
+        text = "the swarm is full, and a peer whose work has counted came back: try again later"
+        self._end(self._ledger.peer_id(stranger), self._admission.refused("full", Incompatible(text)))
+        self._handle_member(StateSaid(stranger, NodeState.LEAVING), now_s)
+
     def receive(self, peer_id: str, session: int, message: Message, now_s: float) -> None:
         """Raises BadMessage for what a peer must not send; frames of a replaced session are dropped."""
         if self._n_adopted:
@@ -201,6 +214,10 @@ class Service:
         index = self._parts.peers.index(peer_id)
         if index is None:
             raise self._admission.refused("not_admitted", BadMessage("no session is open"))
+        with self._refusals.of(index):
+            self._receive(index, session, message, now_s)
+
+    def _receive(self, index: int, session: int, message: Message, now_s: float) -> None:
         if not self._parts.members.is_current(index, session):
             self.count_rejected("old_session")
             return
@@ -224,6 +241,7 @@ class Service:
             case Heartbeat():
                 self._parts.derived.statistics.heartbeat(index, message)
                 self._parts.derived.page_history.beat(index, message)
+                self._parts.derived.peer_sizes.heard(index, message.sizes, now_s)
             case _:
                 text = f"{type(message).__name__} is not for the coordinator"
                 raise self._admission.refused("wrong_message", BadMessage(text))
@@ -237,6 +255,10 @@ class Service:
     def is_member(self, peer_id: str) -> bool:
         """Whether the peer is admitted and connected: others may serve it blobs."""
         return self._parts.peers.is_member(peer_id)
+
+    def has_worked(self, peer_id: str) -> bool:
+        """Whether work of the peer's has counted."""
+        return self._parts.peers.has_worked(peer_id)
 
     def is_admitted(self, peer_id: str) -> bool:
         """Whether the peer has ever been let in."""
@@ -333,6 +355,10 @@ class Service:
     def may_store(self, peer_id: str, n_bytes: int) -> None:
         """Asked before a peer uploads a blob. Raises BadMessage: not a member, too much, no room."""
         index = self._parts.peers.index(peer_id)
+        with self._refusals.of(index):
+            self._may_store(index, peer_id, n_bytes)
+
+    def _may_store(self, index: int | None, peer_id: str, n_bytes: int) -> None:
         if index is None or not self.is_member(peer_id):
             raise self._admission.refused("not_admitted", BadMessage("only members may store blobs"))
         self._admission.check_upload(index, n_bytes)
@@ -412,13 +438,20 @@ class Service:
         if index is not None and not self._n_adopted:
             self._parts.open_round.handle(Excused(index, round_), now_s)
 
-    def count_rejected(self, reason: Rejected) -> None:
-        """Counts something that was not let in; reasons are few and fixed, they become metric labels."""
-        self._admission.rejected[reason] += 1
+    def count_rejected(self, reason: Rejected, peer_id: str | None = None) -> None:
+        """Counts something that was not let in; reasons are few and fixed, they become metric labels.
+        `peer_id`: whose it was, where that is certain."""
+        with self._refusals.of(None if peer_id is None else self._parts.peers.index(peer_id)):
+            self._admission.rejected[reason] += 1
 
     def status(self, now_s: float) -> dict[str, Any]:
         """JSON-able, for `thinwire status` and the live table. Times in seconds."""
         return self._parts.view.status(now_s)
+
+    def peer(self, peer_id: str, now_s: float) -> dict[str, Any] | None:
+        """JSON-able: what the status says of a peer; None: nobody was let in by this name."""
+        index = self._parts.peers.index(peer_id)
+        return None if index is None else self._parts.view.peer(index, peer_id, now_s)
 
     def overview(self, now_s: float) -> dict[str, Any]:
         """JSON-able and bounded, for the page."""

@@ -126,7 +126,7 @@ class StreamServer:
         if session is None:
             return False
         if not session.post(message):
-            self._service.count_rejected("too_slow")
+            self._service.count_rejected("too_slow", peer_id)
             session.stream.abort()
         return True
 
@@ -171,7 +171,7 @@ class StreamServer:
                 await serve(peer_id, stream)
             except BadMessage as e:
                 if isinstance(e, BadFrame):  # what the service refuses it counts itself
-                    self._service.count_rejected(e.reason)
+                    self._service.count_rejected(e.reason, peer_id)
                 self._lines.say(logging.INFO, peer_id, "stream", "closed a stream of %s: %s", peer_id, e)
             except (OSError, EOFError, TimeoutError, SwarmUnreachable) as e:
                 _log.debug("a stream of %s ended: %s", peer_id, e)
@@ -185,8 +185,10 @@ class StreamServer:
 
     @contextlib.contextmanager
     def _stranger(self, peer_id: str) -> Iterator[None]:
-        """Limits how many streams may be open, and for how long, without the token having been shown."""
-        if self._strangers.total() >= MAX_STRANGERS or self._strangers[peer_id] >= MAX_STRANGE_STREAMS:
+        """Limits how many streams may be open, and for how long, without the token having been shown. Those
+        whose work has counted find room among any number of strangers."""
+        is_full = self._strangers.total() >= MAX_STRANGERS and not self._service.has_worked(peer_id)
+        if is_full or self._strangers[peer_id] >= MAX_STRANGE_STREAMS:
             raise BadFrame("strangers", "too many streams that have not said hello")
         self._strangers[peer_id] += 1
         try:
@@ -298,7 +300,7 @@ class StreamServer:
     async def _refuse_unsigned(self, peer_id: str, offer: Offer) -> None:
         """Off the event loop: a thousand signatures take a tenth of a second. Raises BadMessage."""
         if not await asyncio.to_thread(self._service.is_signed, peer_id, offer):
-            self._service.count_rejected("signature")
+            self._service.count_rejected("signature", peer_id)
             raise BadMessage(f"the offer of round {offer.round} is not signed by its peer")
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:

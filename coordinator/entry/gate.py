@@ -5,14 +5,19 @@ from __future__ import annotations
 import hmac
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from ...compression.errors import ConfigError
 from ..ledger import Ledger
 from ..protocol.messages import Rejected
 from ..protocol.trust.invitation import Invitation, is_invitation
+from .rates import Bucket, Rate
 from .rules import EntryRules
 
 ASK = "thinwire invite STATE --name NAME makes one, on the coordinator's machine"
+NEWCOMERS: Final = Rate(0.5, 1024.0)
+"""Identities that come with the token: a run has room for 65,536 of them in all its time."""
+
 BANNED = "this peer was banned from the run: ask whoever runs the coordinator"
 
 
@@ -31,6 +36,7 @@ class Gate:
     ) -> None:
         self._ledger, self._rules, self._wall_ms, self._rejected = ledger, rules, wall_ms, rejected
         self._token = _bytes(token)
+        self._newcomers = Bucket(NEWCOMERS, wall_ms() / 1000)
         self.banned = frozenset(banned)
 
     @property
@@ -64,6 +70,11 @@ class Gate:
         if not self._is_token(shown):
             raise self._refused("token", "the ticket's token is wrong: ask for a new ticket")
         return ""
+
+    def newcomer(self) -> None:
+        """One is about to come in by the token. Raises ConfigError: there are too many of them."""
+        if not self._newcomers.take(1, self._wall_ms() / 1000):
+            raise self._refused("rate", "too many new identities come with the run's ticket: try again later")
 
     def may_look(self, shown: str) -> bool:
         """Whether somebody with this token, or invitation, used or not, may see how the run is."""

@@ -14,6 +14,8 @@ from ..rounds import Rounds
 from .counters import Counters
 from .loss_unit import LossUnit
 from .overview import left_s, overview, run_state, waits_for
+from .peer_trust import PeerTrust
+from .refusals import Refusals
 
 SHOWN_EVALUATIONS = 20
 SHOWN_HELD_OUT = 500
@@ -31,11 +33,13 @@ class RunView:
         derived: DerivedState,
         counters: Counters,
         rejected: Counter[Rejected],
+        refusals: Refusals,
         wall_ms: Callable[[], int],
         loss_unit: LossUnit,
     ) -> None:
         self._ledger, self._rounds, self._members = ledger, rounds, members
         self._derived, self._counters, self._rejected = derived, counters, rejected
+        self._trust = PeerTrust(derived.standing, derived.peer_sizes, refusals)
         self._wall_ms, self._loss_unit = wall_ms, loss_unit
 
     def status(self, now_s: float) -> dict[str, Any]:
@@ -54,7 +58,7 @@ class RunView:
             "evaluations": [list(entry) for entry in self._ledger.evaluations(SHOWN_EVALUATIONS)],
             "failed_evaluations": self._derived.reports.failed_evaluations,
             "last_failed_evaluation": self._derived.reports.last_failure,
-            "peers": [self._peer(index, peer_id, now_s) for index, peer_id in self._shown().items()],
+            "peers": [self.peer(index, peer_id, now_s) for index, peer_id in self._shown().items()],
             "rejected": dict(sorted(self._rejected.items())),
             "since_start": self._counters.figures(),
             "ledger_bytes": self._ledger.n_bytes,
@@ -72,6 +76,7 @@ class RunView:
             self._members,
             self._derived.statistics,
             self._derived.page_history,
+            self._trust,
             self._shown(),
             now_s=now_s,
             now_ms=self._wall_ms(),
@@ -95,7 +100,8 @@ class RunView:
             if self._members.takes_part(index) or self._derived.statistics.has_offered(index)
         }
 
-    def _peer(self, index: int, peer_id: str, now_s: float) -> dict[str, Any]:
+    def peer(self, index: int, peer_id: str, now_s: float) -> dict[str, Any]:
+        """JSON-able: what the status says of one."""
         seen_s = self._members.seen_s(index)
         return {
             "peer_id": peer_id,
@@ -103,4 +109,5 @@ class RunView:
             "state": str(self._members.state(index)),
             "last_seen_s": None if seen_s is None else max(0.0, now_s - seen_s),
             **self._derived.statistics.peer(index).figures(),
+            **self._trust.of(index, now_s),
         }

@@ -75,6 +75,8 @@ class Auditor:
         if evidence is None:
             return None
         if not evidence.passed:
+            if not self._is_clear(round_):
+                return None
             words = f"agreement {evidence.agreement:.3f}, at least {evidence.limit:.3f} expected"
             return self._tell(offer, round_, words)
         for twin in self._twins(offer):
@@ -82,6 +84,15 @@ class Auditor:
             if theirs is not None and theirs.agreement > evidence.agreement:
                 return self._tell(offer, round_, f"it is the payload of peer {twin.peer}, whose work it is")
         return Verdict.PASSED
+
+    def _is_clear(self, round_: int) -> bool:
+        """Whether this node's own offer of that round, which was honest, shows what work comes to."""
+        assert self._commit is not None
+        own = next((o for o in self._commit.body.offers if o.peer == self._run.peer_index), None)
+        if own is None or own.n_samples == 0:
+            return False
+        evidence = self._evidence(self._run.link.payload(own), own, round_)
+        return evidence is not None and evidence.is_clear
 
     def _evidence(self, data: bytes, offer: OfferEntry, round_: int) -> Evidence | None:
         """What speaks for these bytes as the work of the offer's peer."""

@@ -23,9 +23,14 @@ from .status import StatusClient
 
 WATCH_EVERY_S = 1.0
 CHANGES_SHOWN = 4
+TOLD_OF_PEERS = 8
+FAR = 4.0
+"""A peer whose payloads are so many medians long is far from the others."""
 
-COLUMNS = ("peer", "state", "round", "loss", "counted", "missed", "sent", "fingerprint")
-LEAST_FIRST = ("missed", "sent", "counted", "fingerprint")
+COLUMNS = (
+    "peer", "state", "round", "loss", "size", "audits", "refused", "counted", "missed", "sent", "fingerprint"
+)  # fmt: skip
+LEAST_FIRST = ("missed", "sent", "counted", "fingerprint", "refused", "audits")
 """Columns that a narrow terminal does without."""
 
 Show = Callable[[Mapping[str, Any], bool], None]
@@ -59,6 +64,7 @@ def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
     lines: list[RenderableType] = [Text(shown(headline(status))), _PeerTable(status)]
     lines += [Text(shown(f"changed: {text}")) for text in status.get("changes", [])[-CHANGES_SHOWN:]]
     lines += [Text(shown(line)) for line in evaluations_in_words(status)]
+    lines += [Text(shown(line), style="bold red") for line in trust_in_words(status)]
     lines += [Text(note, style="yellow") for note in notes]
     for error in status.get("errors", [])[-3:]:
         lines.append(Text(shown(f"stopped with an error: {error}"), style="bold red"))
@@ -100,12 +106,44 @@ def _cells(peer: Mapping[str, Any], *, is_live: bool) -> dict[str, Text]:
         "peer": Text(f"{peer['index']} …{peer['peer_id'][-6:]}"),
         "state": Text(peer["state"], style=style),
         "round": Text(str(peer["round"])),
+        **_trust_cells(peer, is_live=is_live),
         "loss": Text("-" if peer["loss"] is None else f"{peer['loss']:.3f}"),
         "counted": Text(str(peer["offers_counted"])),
         "missed": Text(str(peer["offers_missed"]) if is_live else "-"),
         "sent": Text(human_bytes(peer["sent_bytes"]) if is_live else "-"),
         "fingerprint": Text(fingerprint),
     }
+
+
+def _trust_cells(peer: Mapping[str, Any], *, is_live: bool) -> dict[str, Text]:
+    """What is found of a peer's honesty; a coordinator of an earlier build does not say it. `size`: of its
+    payloads in medians, and the share of them that was scaled down; `audits`: passed and failed."""
+    size, clipped, until = peer.get("size"), peer.get("clipped"), peer.get("condemned_until")
+    passed, failed = peer.get("audits_passed", 0), peer.get("audits_failed", 0)
+    words = "-" if size is None else f"{size:.1f}x" + (f" ({clipped:.0%} clipped)" if clipped else "")
+    n_refused = sum(peer.get("rejected", {}).values())
+    audits = f"{passed}+{failed}" + (f" (weight 0 to {until})" if until else "")
+    return {
+        "size": Text(words, style="bold red" if size is not None and size >= FAR else ""),
+        "audits": Text(audits if passed or failed else "-", style="bold red" if until else ""),
+        "refused": Text(str(n_refused) if is_live else "-"),
+    }
+
+
+def trust_in_words(status: Mapping[str, Any]) -> list[str]:
+    """Whom people should look at, and why."""
+    lines = []
+    for peer in status["peers"]:
+        who = f"{peer['index']} …{peer['peer_id'][-6:]}"
+        size, until = peer.get("size"), peer.get("condemned_until")
+        if until:
+            lines.append(f"peer {who} weighs nothing until round {until}: its audits failed")
+        elif size is not None and size >= FAR and peer["state"] != "gone":
+            lines.append(f"peer {who} is far from the others: its payloads are {size:.1f} times the median")
+        empty = peer.get("offers_empty", 0)
+        if empty and 2 * empty > empty + peer["offers_counted"]:
+            lines.append(f"peer {who} dropped every batch of {empty} of its offers: look at its data")
+    return lines[:TOLD_OF_PEERS]
 
 
 def evaluations_in_words(status: Mapping[str, Any]) -> list[str]:

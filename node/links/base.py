@@ -60,8 +60,8 @@ class Link(Protocol):
     """One node's connection to one run: `open` once, then anything, `close` at the end.
 
     `fetch`, `members`, `serve`, `report`, `audit`, `records`, `payload`, `keep_payloads`, `has_payload`,
-    `traffic` and `close` are called from any thread, the other methods from one. What is said before `open` or
-    after `close` goes nowhere. A break is mended by the link itself: it tells of it in `events`, and says
+    `traffic` and `close` are called from any thread, the other methods from one. What is said before `open`
+    or after `close` goes nowhere. A break is mended by the link itself: it tells of it in `events`, and says
     again what still matters.
 
     A link keeps every commit that it has seen, on disk where it has a folder: what is there is read from

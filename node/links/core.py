@@ -30,6 +30,7 @@ from ...coordinator.protocol.messages import (
     Notice,
     Offer,
     Offered,
+    PeerSize,
     Phases,
     Report,
     State,
@@ -57,11 +58,13 @@ _KEPT_AUDITS = 64
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What people are told of a node: what it trains on, and how long the parts of its rounds take (called in
-    the link's thread, with every heartbeat). `agent`: see `Hello`."""
+    """What people are told of a node: what it trains on; how long the parts of its rounds take, and how large
+    it has seen some peers' payloads (called in the link's thread, with every heartbeat). `agent`: see
+    `Hello`."""
 
     device: str = ""
     phases: Callable[[], Phases | None] = lambda: None
+    sizes: Callable[[], tuple[PeerSize, ...]] = tuple
     agent: str = "thinwire"
 
 
@@ -93,7 +96,7 @@ class LinkCore:
     ) -> None:
         self._mailbox, self._meter, self._limit = mailbox, meter, limit
         self._run_id, self._key = ticket.run_id, key
-        self._copy_path, self._metrics, self._phases = copy_path, metrics, about.phases
+        self._copy_path, self._metrics, self._about = copy_path, metrics, about
         coordinator = self._coordinator = CoordinatorSession(
             ticket, open_transport, meter, self, patience_s, limit, about.device, about.agent
         )
@@ -185,7 +188,8 @@ class LinkCore:
             sent_bytes=sent,
             received_bytes=received,
             payload_bytes=self.offers.payload_bytes,
-            phases=self._phases(),
+            phases=self._about.phases(),
+            sizes=self._about.sizes(),
         )
 
     def last_heard_s(self) -> float:

@@ -18,8 +18,12 @@ from .evidence import Agreement, Evidence
 MAX_BATCHES: Final = 4
 """So many of a peer's batches are looked at: more hardly change the cosine."""
 
-MOST_LIMIT: Final = 0.03
+MOST_LIMIT: Final = 0.02
 """Of small models."""
+
+CLEAR: Final = 3.0
+"""In limits. Where a learning rate is so large that rounds overshoot, a gradient after the round may point
+away from an honest offer."""
 
 SPREADS: Final = 6.0
 """The limit of large models, in units of one over the root of the number of parameters: noise has a cosine of
@@ -68,7 +72,8 @@ def compared(
         agreement.add(sent, expected)
         n += sent.numel()
     cosine = agreement.cosine
-    return None if cosine is None else Evidence(cosine, min(MOST_LIMIT, SPREADS / max(1.0, n**0.5)))
+    limit = min(MOST_LIMIT, SPREADS / max(1.0, n**0.5))
+    return None if cosine is None else Evidence(cosine, limit, CLEAR * limit)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from .evidence import Agreement, Evidence
 LIMIT: Final = 0.5
 """An update or another device changes the g of probes little, and a code rounds it by a fifth at most."""
 
+CLEAR: Final = 0.75
+
 
 def probe_evidence(sent: Sequence[float], again: Sequence[float]) -> Evidence | None:
     """`sent`: g of the payload's probes, 0 for those without a code; `again`: the auditor's, which may be
@@ -22,4 +24,4 @@ def probe_evidence(sent: Sequence[float], again: Sequence[float]) -> Evidence | 
         return None
     agreement = Agreement()
     agreement.add(*torch.tensor(pairs, dtype=torch.float64).T.contiguous())
-    return None if agreement.cosine is None else Evidence(agreement.cosine, LIMIT)
+    return None if agreement.cosine is None else Evidence(agreement.cosine, LIMIT, CLEAR)

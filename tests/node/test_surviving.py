@@ -68,15 +68,16 @@ def test_a_late_joiner_takes_the_cheaper_way_and_ends_equal(
         reached, release = threading.Event(), threading.Event()
 
         def hold(_runner: Runner) -> None:
-            reached.set()
-            assert release.wait(60)
+            if not reached.is_set() and newest_attested(swarm) >= 4:
+                reached.set()
+                assert release.wait(60)
 
+        # Snapshots are written and reported beside the rounds: on a busy machine it takes some more of them.
         thread, early = in_background(
-            [Runner(swarm.link("peer-0")), Meddled(swarm.link("peer-1"), {7: hold})]
+            [Runner(swarm.link("peer-0")), Meddled(swarm.link("peer-1"), dict.fromkeys(range(7, 11), hold))]
         )
         assert reached.wait(60)
-        wait_for(lambda: newest_attested(swarm) >= 4)
-        late = Meddled(swarm.link("peer-2"), {7: lambda _: release.set()})
+        late = Meddled(swarm.link("peer-2"), {0: lambda _: release.set()})
         (result,) = run_all([late])
         thread.join(100)
     assert result.rounds == 12

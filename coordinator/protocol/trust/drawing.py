@@ -7,7 +7,8 @@ Everything is integers, so that any language draws the same. All draws of a roun
 bytes, BLAKE3's of (run, digest of the commit): the i-th counted offer reads the i-th unsigned 64-bit number,
 little-endian, and is drawn if it is below a threshold. Its auditors come from a stream of the target's own.
 An audit costs each auditor about the work of one round; so that all audits together take the share `rate` of
-the swarm's work, an offer with `a` auditors is drawn with the probability rate / a.
+the swarm's work, an offer with `a` auditors is drawn with the probability rate / a. Offers of suspects are
+drawn with 1 / 10, beyond that share: of newcomers until one audit has passed, and of who has failed one.
 """
 
 from __future__ import annotations

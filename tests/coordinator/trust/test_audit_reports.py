@@ -129,6 +129,8 @@ def test_a_condemned_peer_is_told_and_not_awaited_until_its_term_is_over(make_wo
 
 def test_what_condemned_peers_report_is_not_taken_up(make_world: MakeWorld) -> None:
     world = audited(make_world)
+    for _ in range(REPORT_ROUNDS // 2):
+        play(world)
     condemn(world, 1)
     # Drawn before its term, reported within it.
     found = [

@@ -134,7 +134,6 @@ def test_a_second_report_of_the_same_auditor_does_not_count() -> None:
 def test_too_many_failures_cost_the_weight_from_the_next_round_on_and_for_a_term() -> None:
     run = AuditedRun(8, Rules(failures=2, window_rounds=100))
     audit(run, 2, "fffff")
-    assert run.standing.is_suspect(2)
     assert not run.standing.is_condemned(2)
     audit(run, 2, "fffff")
     at = run.standing.round
@@ -151,7 +150,7 @@ def test_too_many_failures_cost_the_weight_from_the_next_round_on_and_for_a_term
     assert run.standing.changed() == ([], [2])
     assert run.standing.work(2) == work, "what it did meanwhile is no work"
     assert run.standing.has_worked(2)
-    assert not run.standing.is_suspect(2)
+    assert run.standing.is_suspect(2), "until it has passed an audit"
     run.commit()
     assert run.standing.work(2) == work + 1
     audit(run, 2, "fffff")
@@ -161,6 +160,19 @@ def test_too_many_failures_cost_the_weight_from_the_next_round_on_and_for_a_term
     assert run.standing.condemned_until(2) == again + 200, "twice as long as the first time"
     assert run.standing.condemned_in(at + 1) == {2}
     assert run.standing.condemned_in(at + 101) == frozenset()
+
+
+def test_newcomers_are_suspect_until_they_pass_and_who_fails_for_a_while() -> None:
+    run = AuditedRun(8, Rules(failures=2, window_rounds=30))
+    run.commit()
+    assert run.standing.is_suspect(2)
+    audit(run, 2, "ppppp")
+    assert not run.standing.is_suspect(2)
+    audit(run, 2, "fffff")
+    assert run.standing.is_suspect(2)
+    for _ in range(30):
+        run.commit()
+    assert not run.standing.is_suspect(2)
 
 
 def test_old_failures_are_forgotten() -> None:
@@ -176,6 +188,17 @@ def test_who_passes_more_often_than_it_fails_keeps_its_weight() -> None:
     run = AuditedRun(8, Rules(failures=2, window_rounds=10_000))
     for verdicts in ("ppppp", "ppppp", "ppppp", "fffff", "fffff"):
         audit(run, 2, verdicts)
+    assert not run.standing.is_condemned(2)
+    audit(run, 2, "fffff")
+    assert run.standing.is_condemned(2)
+
+
+def test_who_turns_bad_after_any_number_of_passes_is_out_after_a_few_failures() -> None:
+    run = AuditedRun(8, Rules(failures=2, window_rounds=10_000))
+    for _ in range(12):
+        audit(run, 2, "ppppp")
+    for _ in range(3):
+        audit(run, 2, "fffff")
     assert not run.standing.is_condemned(2)
     audit(run, 2, "fffff")
     assert run.standing.is_condemned(2)
@@ -255,7 +278,7 @@ def test_it_stays_small() -> None:
     assert len(standing._ever) < 12, "terms double"
     assert len(standing._drawn) <= REPORT_ROUNDS
     assert len(standing._judging._open) < 8 * REPORT_ROUNDS
-    assert all(len(tried.judged) <= 10 for tried in standing._tried.values())
+    assert all(len(tried.judged) <= 4 for tried in standing._tried.values())
 
 
 ENTRIES = st.builds(
