@@ -1,5 +1,5 @@
-"""How far bad peers move the model in one round, against what honest ones in their place would: a row for each
-attack and strategy. Bad peers are real nodes, members like the others, whose offers have bad contents."""
+"""How far bad peers move the model in one round, against what honest ones in their place would: a row for
+each attack and strategy. Bad peers are real nodes, members like the others, whose offers have bad contents."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ MOST = {
     "diloco-sparse": 2.3,
     "spsa": 1.5,
 }
-"""Times what honest peers in their place move the model by. Without bounds an attacker without sign has 7 to 13
-times that, or 130 with many samples; with sign, where no element moves farther than the learning rate, 1.9 to
-2.7; with probes, which code 2^15.75 at most and are clipped by the median of all, 2.9."""
+"""Times what honest peers in their place move the model by. Without bounds an attacker without sign has 7 to
+14 times that, or 130 with many samples; with sign, where no element moves farther than the learning rate, 1.9
+to 2.7; with probes, which code 2^15.75 at most and are clipped by the median of all, 2.9."""
 
 MORE = {("decoupled", "random"): 2.1, ("decoupled", "constant"): 2.1} | {
     (strategy, "most-samples"): 3.2 for strategy in ("diloco-dense", "diloco-sparse")
 }
-"""What is spread over more elements than honest payloads; the norm and the samples at twice the median each."""
+"""What is spread over more elements than honest payloads; norm and samples both at twice the median."""
 
 ROWS = [
     (strategy, name)
