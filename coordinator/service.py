@@ -171,6 +171,7 @@ class Service:
                 self._refusals,
                 self._wall_ms,
                 LossUnit(self._loss_unit, derived.held_out_file()),
+                self._admission.gate,
             ),
             over_s=now_s if rounds.is_over else None,
         )

@@ -23,6 +23,7 @@ from .reporting import Reporter
 from .snapshots.publishing import SnapshotPublisher
 from .tracking.observer import Applied, Observer
 from .tracking.pace import Pace
+from .trust.start_check import StartCheck
 
 log = logging.getLogger("thinwire.node")
 
@@ -48,8 +49,9 @@ class Stage(Enum):
 class LedgerFollower:
     """Brings a replica to the head of the ledger and keeps it there.
 
-    `publisher`: of own snapshots. `clock`: in seconds; `since_s`: when this node began, by that clock.
-    `stopped`: whether this node is to leave the run. `on_proposing` is called before each local work.
+    `publisher`: of own snapshots; `check`: of where the replica began. `clock`: in seconds; `since_s`: when
+    this node began, by that clock. `stopped`: whether this node is to leave the run. `on_proposing` is called
+    before each local work.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class LedgerFollower:
         *,
         joiner: Joiner,
         healer: Healer,
+        check: StartCheck,
         publisher: SnapshotPublisher,
         observer: Observer,
         clock: Callable[[], float],
@@ -67,6 +70,7 @@ class LedgerFollower:
     ) -> None:
         self._run, self._link, self._replica = run, run.link, run.replica
         self._joiner, self._healer, self._publisher = joiner, healer, publisher
+        self._check = check
         self._observer, self._clock, self._stopped = observer, clock, stopped
         self._on_proposing = on_proposing
         self._proposer = Proposer(run, observer, clock, stopped)
@@ -105,7 +109,7 @@ class LedgerFollower:
     def _begin(self) -> None:
         """Brings the replica to the cheapest start."""
         self._stop_training()
-        start = self._joiner.begin()
+        start = self._check.begin()
         self._began(start, is_replay=start.is_proof)
         self._link.serve(self._publisher.store)
         if start.kind == "swarm" and self._joiner.stored is not None:
@@ -115,6 +119,7 @@ class LedgerFollower:
         self._stage = Stage.REPLAYING if is_replay else Stage.CATCHING_UP
         self._catching_up = CatchingUp(self._replica.round)
         self._publisher.began(self._joiner.stored, is_verified=start.is_trusted)
+        self._check.began(start)
 
     def _follow(self) -> Generator[Applied | None, None, bool]:
         """Applies commits until the run ends or is stopped; True: the replica was moved to another round."""
@@ -149,6 +154,9 @@ class LedgerFollower:
 
         `evaluates`: this node is to do so; but for the last round it offers before."""
         run = self._run
+        if self._check.is_refuted():
+            self._leave_start()
+            return True
         at_head = run.is_at_head
         self._report(evaluate=evaluates and run.is_over)
         if self._replica.round % run.history.every == 0 and run.is_near(run.history.every):
@@ -190,7 +198,7 @@ class LedgerFollower:
         if not self._catching_up.tell(self._replica.round, self._link.head):
             return False
         self._joiner.read_ledger()
-        if not self._joiner.is_worth_it():
+        if self._check.verify == "first" or not self._joiner.is_worth_it():
             return False
         log.info("a newer snapshot is nearer to the head: taking that one")
         self._begin()
@@ -300,6 +308,20 @@ class LedgerFollower:
         except NoStart as e:
             raise ReplicaDiverged(f"{error}. {e}") from error
         self._publisher.discard(start.round)
+        self._observer.replayed(self._replica.round, True)
+        self._go_on_from_replay(start)
+
+    def _leave_start(self) -> None:
+        """What the replica began at was wrong. Raises ReplicaDiverged when there is no other start."""
+        try:
+            start = self._joiner.begin(
+                lambda: self._joiner.trusted_starts(self._link.head), with_local_state=False
+            )
+        except NoStart as e:
+            raise ReplicaDiverged(
+                f"this replica began at a snapshot that is wrong, and the payloads of a replay are gone by "
+                f"now. Start this node again once the peers that vouched for it are shut out. {e}"
+            ) from e
         self._observer.replayed(self._replica.round, True)
         self._go_on_from_replay(start)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -29,6 +30,15 @@ _KEPT_SUMS = 16
 _DOUBLINGS = 6
 """A peer that a replay has contradicted again and again is not checked for twice as long each time, up to 64
 times the rounds between snapshots."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Doubt:
+    """Of a round that this node has looked at: what it knows, in words; until which round others may heal
+    before its owner hears of them."""
+
+    known: str
+    until: int
 
 
 class Healer:
@@ -52,8 +62,8 @@ class Healer:
         self._is_verified, self._discard = is_verified, discard
         self._sums: OrderedDict[int, dict[str, int]] = OrderedDict()
         self._checked: set[int] = set()
-        self._watched: dict[int, str] = {}
-        """Rounds that stay in doubt -> what this node knows of them, in words."""
+        self._watched: dict[int, _Doubt] = {}
+        """By round."""
         self._told: set[int] = set()
         self._n_disproved: Counter[int] = Counter()
 
@@ -136,25 +146,29 @@ class Healer:
             self._history.verdicts.disproved(other, self._history.round + self._history.every * 2**n)
         whence = "the base weights" if start.kind == "base" else f"its own snapshot after round {start.round}"
         doubt = "" if start.is_trusted else ", which nobody here has verified,"
-        self._watched.update(dict.fromkeys(rounds, f"its replay from {whence}{doubt} confirms what it has"))
+        self._watch(rounds, f"its replay from {whence}{doubt} confirms what it has")
 
     def _give_up(self, rounds: Sequence[int], why: str) -> None:
         log.warning("round %d cannot be checked: %s", rounds[0], why)
         self._checked.update(rounds)
-        self._watched.update(dict.fromkeys(rounds, f"it cannot check its own ({why})"))
+        self._watch(rounds, f"it cannot check its own ({why})")
+
+    def _watch(self, rounds: Sequence[int], known: str) -> None:
+        self._watched.update(dict.fromkeys(rounds, _Doubt(known, self._history.round + self._history.every)))
 
     def _tell_who_differs(self) -> None:
-        """Once for each of them: when it has confirmed its own, or says nothing more."""
+        """Once for each of them: when it has confirmed its own, or has had the time to heal."""
         verdicts = self._history.verdicts
-        for round_, known in list(self._watched.items()):
+        for round_, doubt in list(self._watched.items()):
             others = verdicts.others(self._me, round_)
             if not others:
                 del self._watched[round_]
                 continue
-            found = {p for p, entry in others.items() if entry.checked or verdicts.is_silent(round_)}
+            had_time = self._history.round >= doubt.until
+            found = {p for p, entry in others.items() if entry.checked or had_time}
             if found - self._told:
                 since = min(verdicts.differs_since(self._me, other) for other in found)
-                log.error("%s", _who_differs(self._history.names(found), since, known))
+                log.error("%s", _who_differs(self._history.names(found), since, doubt.known))
                 self._told |= found
 
     def _compare(self, start: Start) -> bool:

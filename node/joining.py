@@ -259,18 +259,10 @@ class Joiner:
     # ------------------------------------------------------------------------------------- going there
 
     def _go_to(self, start: Start, with_local_state: bool) -> None:
-        if start.kind == "base":
-            self._begin_anew()
-            self.stored = None
+        stored = self.stored = None if start.kind == "base" else start.stored or self._fetch(start)
+        self._put(self._replica, stored)
+        if stored is None:
             return
-        if self._replica.has_frozen:
-            self._begin_anew()
-        stored = start.stored or self._fetch(start)
-        self._replica.take(self._store, stored, self._commit(start.round))
-        self.stored = stored
-        if self._replica.course.changes != self._history.changes_at(start.round):
-            raise ReplicaDiverged("its settings are not those of the ledger")
-        self._replica.peers = dict(self._history.peers)
         if with_local_state and start.kind == "own":
             self._take_local_state(stored)
         log.info(
@@ -280,14 +272,30 @@ class Joiner:
             human_bytes(stored.n_bytes),
         )
 
-    def _begin_anew(self) -> None:
+    def put(self, replica: Replica, start: Start) -> None:
+        """Another replica of the run becomes what this start is: base weights, or a snapshot on this disk.
+        From any thread. Raises what `Replica.take` and the link raise."""
+        self._put(replica, start.stored)
+
+    def _put(self, replica: Replica, stored: Stored | None) -> None:
+        if stored is None:
+            self._begin_anew(replica)
+            return
+        if replica.has_frozen:
+            self._begin_anew(replica)
+        replica.take(self._store, stored, self._commit(stored.round))
+        if replica.course.changes != self._history.changes_at(stored.round):
+            raise ReplicaDiverged("its settings are not those of the ledger")
+        replica.peers = dict(self._history.peers)
+
+    def _begin_anew(self, replica: Replica) -> None:
         base = None
         if self._base is not None:
             if not self._base_blobs.has(self._base):
                 log.info("fetching the base weights (%s)", human_bytes(self._base.n_bytes))
             base = self._base_blobs.get(self._base)
-        self._replica.begin(base)
-        self._replica.peers = {}
+        replica.begin(base)
+        replica.peers = {}
 
     def _commit(self, round_: int) -> Commit:
         commit = next(self._link.records(round_ - 1), None)

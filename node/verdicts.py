@@ -92,11 +92,6 @@ class Verdicts:
             if own is not None and entry.fingerprint != own and self._standing.has_worked(other)
         }
 
-    def is_silent(self, round_: int) -> bool:
-        """Whether there was no news of the round for `TURN_ROUNDS` commits."""
-        reported = self._rounds.get(round_)
-        return reported is None or self._head - reported.changed_at >= TURN_ROUNDS
-
     def differs_since(self, peer: int, other: int) -> int:
         """The first remembered round of which the two reported different fingerprints; 0: none."""
         return next((r for r in sorted(self._rounds) if other in self.others(peer, r)), 0)
@@ -110,7 +105,8 @@ class Verdicts:
         if own != max(groups.values(), key=self._weight):
             return True
         others = frozenset[int]().union(*groups.values()) - own
-        return any(by_peer[other].checked for other in others) or self.is_silent(round_)
+        is_silent = self._head - self._rounds[round_].changed_at >= TURN_ROUNDS
+        return is_silent or any(by_peer[other].checked for other in others)
 
     def _weight(self, group: frozenset[int]) -> tuple[int, int]:
         return sum(map(self._standing.work, group)), min(group)

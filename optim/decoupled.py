@@ -40,6 +40,7 @@ from .parts.gradients_device import DeviceGradient, backward_at_once
 from .parts.residual import Residual, refuse_other_packing
 from .parts.sender_mean import decode_sender_mean
 from .parts.updating import updating
+from .robust.means import BY_COORDINATE, decode_mean
 from .robust.options import BoundedOptions
 from .robust.weights import weighed
 
@@ -99,6 +100,8 @@ class DecoupledOptions(BoundedOptions):
             raise ConfigError("mean = 'senders' counts every sender alike: use weights = 'equal'")
         if entries["mean"] == "senders" and not entries["sign"]:
             raise ConfigError("mean = 'senders' diverges without sign: use sign = true or mean = 'all'")
+        if entries["mean"] == "senders" and entries["aggregate"] != "mean":
+            raise ConfigError("mean = 'senders' is a mean: use aggregate = 'mean' or mean = 'all'")
 
 
 TESTED: Final[Mapping[str, Any]] = {"lr": 0.003, "weight_decay": 0.1, "compressor": {"name": "dense"}}
@@ -304,7 +307,8 @@ class Decoupled(Strategy):
     @property
     def _moves_by_the_mean(self) -> bool:
         """Whether a round adds a multiple of the mean, or its signs, to the parameters."""
-        return bool(self.option("base") == "sgd" and self.option("mean") == "all")
+        by_mean = self.option("mean") == "all" and self.option("aggregate") not in BY_COORDINATE
+        return bool(self.option("base") == "sgd" and by_mean)
 
     def _step_of(self, parameter: Parameter, turn: Turn, dilution: float) -> Step:
         lr = float(parameter.group["lr"]) * turn.lr_factor
@@ -322,11 +326,9 @@ class Decoupled(Strategy):
             return
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
-        step = self._mean(packs, w.weights, parameter.part, turn, theta.device)
+        step = self._mean(packs, w, parameter.part, turn, theta.device)
         if self.option("sign"):
             step.sign_()
-        elif w.dilution != 1.0:
-            step.mul_(w.dilution)
         if self.option("base") == "adamw":
             step = self._adamw().step(self.replicated_state(parameter), step, lr)
         elif self.option("sign"):
@@ -336,13 +338,13 @@ class Decoupled(Strategy):
         theta.sub_(step)
 
     def _mean(
-        self, packs: Sequence[Packed], weights: list[float], part: Part, turn: Turn, device: torch.device
+        self, packs: Sequence[Packed], w: Weighing, part: Part, turn: Turn, device: torch.device
     ) -> Tensor:
         if self.option("mean") == "senders":
-            mean = decode_sender_mean(self.compressor, packs, weights, part)
+            mean = decode_sender_mean(self.compressor, packs, w.weights, part)
             if mean is not None:
                 return mean.to(device)
-        return self.compressor.decode_on(device, packs, weights, part, turn)
+        return decode_mean(self.option("aggregate"), self.compressor, device, packs, w, part, turn)
 
     def _adamw(self) -> AdamW:
         return AdamW(self.option("adam_beta1"), self.option("adam_beta2"), self.option("adam_eps"))

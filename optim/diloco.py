@@ -51,6 +51,7 @@ from .parts.inner_phase import InnerPhase
 from .parts.packing import pack_all
 from .parts.residual import Residual, refuse_other_packing
 from .parts.updating import updating
+from .robust.means import decode_mean
 from .robust.options import BoundedOptions
 from .robust.weights import weighed
 
@@ -362,8 +363,9 @@ class Diloco(Strategy):
             if any(w.weights):
                 with exact_arithmetic(), updating(p, turn) as theta:
                     packs = [s.payload[p.name] for s in shares]
-                    step = self.compressor.decode_on(theta.device, packs, w.weights, p.part, its_turn)
-                    self._update(p, theta, step if w.dilution == 1.0 else step.mul_(w.dilution))
+                    kind = self.option("aggregate")
+                    mean = decode_mean(kind, self.compressor, theta.device, packs, w, p.part, its_turn)
+                    self._update(p, theta, mean)
             self._phase.restart(p, self.option("mix"))
         self.count("lost_sends", n_lost)
         self.counters["applied"] = turn.round

@@ -11,10 +11,10 @@ A payload of n probes has n bytes and 32 of framing (34 at most, from 128 probes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, isqrt
-from typing import Annotated, ClassVar, Final, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..compression.base import Field, Fields, Fill, Payload, Turn
-from ..compression.errors import BadPayload
+from ..compression.errors import BadPayload, ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.kernels import kernels_for
 from ..compression.numerics.noise import uniform_words, update_all_, update_pieces_
@@ -38,6 +38,7 @@ from .parts.gradients import read_losses
 from .parts.perturb import Direction, NotSubstituted, dry_run, evaluated
 from .parts.subset import selected
 from .parts.updating import updating
+from .robust.means import BY_COORDINATE, statistic
 from .robust.options import BoundedOptions
 
 CODES = "codes"
@@ -82,6 +83,19 @@ class SpsaOptions(BoundedOptions):
 
     params: str = "*"
     """Which are trained, see `subset`; the rest stay what they are."""
+
+    @classmethod
+    def check(cls, entries: Mapping[str, Any]) -> None:
+        super().check(entries)
+        kind = entries["aggregate"]
+        if kind == "mean" or (kind in BY_COORDINATE and entries["shared_noise"]):
+            return
+        if entries["shared_noise"]:
+            raise ConfigError(f"aggregate = {kind!r}: spsa has mean, trimmed, median and vote")
+        raise ConfigError(
+            f"aggregate = {kind!r}: spsa has the mean alone, as every peer's directions are its own; with "
+            "shared_noise = true also trimmed, median and vote"
+        )
 
 
 class Spsa(Strategy):
@@ -225,17 +239,20 @@ class Spsa(Strategy):
         shared_seed = round.turn.shared_seed if self.option("shared_noise") else None
         counted = list(_counted(round.shares, shared_seed))
         if self.option("bound") > 0.0:
-            clipped, n = self._bounded(round.shares, counted)
+            clipped, factor_S, n = self._bounded(round.shares, counted)
         else:
             self.weighing = None
             limit = clip_limit([abs(p.g) for p in counted], self.option("clip"))
-            clipped, n = [p.with_g(min(max(p.g, -limit), limit)) for p in counted], float(len(counted))
+            clipped = [p.with_g(min(max(p.g, -limit), limit)) for p in counted]
+            factor_S, n = [1.0] * len(round.shares), float(len(counted))
         if n == 0.0:
             return None
-        probes = [(p.seed, p.number, p.g) for p in clipped]
-        seeds, numbers, gradients = zip(
-            *(_summed(probes) if shared_seed is not None else probes), strict=True
-        )
+        if shared_seed is None:
+            terms = [(p.seed, p.number, p.g * factor_S[p.share]) for p in clipped]
+        else:
+            sums = _sums if self.option("aggregate") == "mean" else self._robust_sums
+            terms = [(shared_seed, number, g) for number, g in sums(clipped, factor_S).items()]
+        seeds, numbers, gradients = zip(*terms, strict=True)
         return _Step(
             np.array(seeds, dtype=np.uint64),
             np.array(numbers, dtype=np.int64),
@@ -244,11 +261,27 @@ class Spsa(Strategy):
             round.turn,
         )
 
-    def _bounded(self, shares: Sequence[Share], counted: Sequence[_Probe]) -> tuple[list[_Probe], float]:
-        """The probes with what their g counts for, and how many they are to be taken for.
+    def _robust_sums(self, probes: Sequence[_Probe], factor_S: Sequence[float]) -> dict[int, float]:
+        """As `_sums`, of as many probes that all say what the statistic of the peers' g is."""
+        numbers = list(dict.fromkeys(p.number for p in probes))
+        column = {number: i for i, number in enumerate(numbers)}
+        g_SP = torch.zeros(len(factor_S), len(numbers))
+        sent_SP = torch.zeros(len(factor_S), len(numbers), dtype=torch.bool)
+        for p in probes:
+            g_SP[p.share, column[p.number]] = p.g
+            sent_SP[p.share, column[p.number]] = True
+        found = statistic(self.option("aggregate"), g_SP, factor_S, sent_SP).tolist()
+        n = total(factor_S)
+        return {number: g * n for number, g in zip(numbers, found, strict=True)}
 
-        A peer weighs as its probes, up to a limit, and shares that weight among them all. In what others send
-        a peer's copies of codes are other directions, unless all perturb along the same ones.
+    def _bounded(
+        self, shares: Sequence[Share], counted: Sequence[_Probe]
+    ) -> tuple[list[_Probe], list[float], float]:
+        """The probes with their g clipped, what the g of each share is to be taken times, and how many probes
+        all are to be taken for.
+
+        A peer weighs as its probes, up to a limit, and shares that weight among them all. Unless all perturb
+        along the same directions, two peers that send the same codes say different things: no copies.
         """
         sizes_S: list[list[float]] = [[] for _ in shares]
         for p in counted:
@@ -259,13 +292,13 @@ class Spsa(Strategy):
         n_S = [float(len(sizes)) for sizes in sizes_S]
         weight_S = work_weights(n_S, shares, self.option("own_data_share"))
         factor_S = [w / n if n else 0.0 for w, n in zip(weight_S, n_S, strict=True)]
-        bounded = [p.with_g(min(max(p.g, -limit), limit) * factor_S[p.share]) for p in counted]
+        clipped = [p.with_g(min(max(p.g, -limit), limit)) for p in counted]
         norm_S, kept_S = [total(sizes) for sizes in sizes_S], [0.0] * len(shares)
-        for p in bounded:
-            kept_S[p.share] += abs(p.g)
+        for p in clipped:
+            kept_S[p.share] += abs(p.g) * factor_S[p.share]
         kept = tuple(k / norm if norm else 1.0 for k, norm in zip(kept_S, norm_S, strict=True))
-        self.weighing = Weighing(weight_S, 1.0, kept, relative(norm_S, shares))
-        return bounded, total(weight_S)
+        self.weighing = Weighing(weight_S, weight_S, 1.0, kept, relative(norm_S, shares))
+        return clipped, factor_S, total(weight_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,12 +339,12 @@ def _counted(shares: Sequence[Share], shared_seed: int | None) -> Iterator[_Prob
                 yield _Probe(seed, probe, byte_code.decode(code), i)
 
 
-def _summed(counted: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
-    """One entry per direction, in the order of their first ones; summed in order in Python floats."""
-    sums: dict[tuple[int, int], float] = {}
-    for seed, number, g in counted:
-        sums[seed, number] = sums.get((seed, number), 0.0) + g
-    return [(seed, number, g) for (seed, number), g in sums.items()]
+def _sums(probes: Sequence[_Probe], factor_S: Sequence[float]) -> dict[int, float]:
+    """By the number of the direction, in the order of their first ones; summed in order in Python floats."""
+    sums: dict[int, float] = {}
+    for p in probes:
+        sums[p.number] = sums.get(p.number, 0.0) + p.g * factor_S[p.share]
+    return sums
 
 
 def _divisor(n: float, scale: str) -> float:

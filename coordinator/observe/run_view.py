@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..derived_state import DerivedState
+from ..entry.gate import Gate
 from ..ledger import Ledger
 from ..membership import Membership
 from ..protocol.messages import Rejected
@@ -20,6 +21,7 @@ from .refusals import Refusals
 SHOWN_EVALUATIONS = 20
 SHOWN_HELD_OUT = 500
 """Held-out losses in the status: of a long run every so many."""
+SHOWN_BANNED = 100
 
 
 class RunView:
@@ -36,11 +38,12 @@ class RunView:
         refusals: Refusals,
         wall_ms: Callable[[], int],
         loss_unit: LossUnit,
+        gate: Gate,
     ) -> None:
         self._ledger, self._rounds, self._members = ledger, rounds, members
         self._derived, self._counters, self._rejected = derived, counters, rejected
         self._trust = PeerTrust(derived.standing, derived.peer_sizes, refusals)
-        self._wall_ms, self._loss_unit = wall_ms, loss_unit
+        self._wall_ms, self._loss_unit, self._gate = wall_ms, loss_unit, gate
 
     def status(self, now_s: float) -> dict[str, Any]:
         """JSON-able, for `thinwire status` and the live table."""
@@ -60,6 +63,7 @@ class RunView:
             "last_failed_evaluation": self._derived.reports.last_failure,
             "peers": [self.peer(index, peer_id, now_s) for index, peer_id in self._shown().items()],
             "rejected": dict(sorted(self._rejected.items())),
+            "admission": {"mode": self._gate.mode, "banned": sorted(self._gate.banned)[:SHOWN_BANNED]},
             "since_start": self._counters.figures(),
             "ledger_bytes": self._ledger.n_bytes,
             **self._loss_unit.figures(),
@@ -106,6 +110,7 @@ class RunView:
         return {
             "peer_id": peer_id,
             "index": index,
+            "invitation": self._ledger.invited.of(index),
             "state": str(self._members.state(index)),
             "last_seen_s": None if seen_s is None else max(0.0, now_s - seen_s),
             **self._derived.statistics.peer(index).figures(),

@@ -146,6 +146,9 @@ class Export:
         return 128 + stop.signal if stop.signal else 0
 
 
+_What = Literal["set", "extend", "pause", "resume", "stop", "ban", "unban", "rotate-token"]
+
+
 @dataclass
 class Run:
     """Change a run for everybody, while it trains or after its end, by a signed record of its ledger.
@@ -163,10 +166,7 @@ class Run:
 
     state: Annotated[Positional[Path], arg(metavar="STATE")]
     """The coordinator's state folder."""
-    what: Annotated[
-        Positional[Literal["set", "extend", "pause", "resume", "stop", "ban", "unban", "rotate-token"],],
-        arg(metavar="WHAT"),
-    ]
+    what: Annotated[Positional[_What], arg(metavar="WHAT")]
     """set KEY=VALUE ..., extend --rounds N, resume, and after the open round: pause, stop; ban PEER ...,
     unban PEER ..., rotate-token."""
     settings: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE|PEER")] = ()

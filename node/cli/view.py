@@ -33,6 +33,9 @@ COLUMNS = (
 LEAST_FIRST = ("missed", "sent", "counted", "fingerprint", "refused", "audits")
 """Columns that a narrow terminal does without."""
 
+ON_DEMAND = ("size", "audits", "refused")
+"""Columns that are there once there is something to say of a peer."""
+
 Show = Callable[[Mapping[str, Any], bool], None]
 """Shows a status; True: it is the last one."""
 
@@ -78,6 +81,8 @@ class _PeerTable:
 
     def __init__(self, status: Mapping[str, Any]) -> None:
         self._rows = [_cells(peer, is_live="folder" not in status) for peer in status["peers"]]
+        told = {column for column in ON_DEMAND if any(row[column].plain != "-" for row in self._rows)}
+        self._columns = [column for column in COLUMNS if column in told or column not in ON_DEMAND]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for n_left_out in range(len(LEAST_FIRST) + 1):
@@ -89,7 +94,7 @@ class _PeerTable:
 
     def _without(self, left_out: Sequence[str]) -> Table:
         table = Table(box=None, pad_edge=False)
-        columns = [column for column in COLUMNS if column not in left_out]
+        columns = [column for column in self._columns if column not in left_out]
         for column in columns:
             is_left = column in ("peer", "state", "fingerprint")
             table.add_column(column, justify="left" if is_left else "right")
@@ -126,7 +131,7 @@ def _trust_cells(peer: Mapping[str, Any], *, is_live: bool) -> dict[str, Text]:
     return {
         "size": Text(words, style="bold red" if size is not None and size >= FAR else ""),
         "audits": Text(audits if passed or failed else "-", style="bold red" if until else ""),
-        "refused": Text(str(n_refused) if is_live else "-"),
+        "refused": Text(str(n_refused) if is_live and n_refused else "-"),
     }
 
 

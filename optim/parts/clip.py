@@ -40,12 +40,13 @@ class Weighing:
     """What became of a round's shares, in their order.
 
     The exact mean of the round is `dilution` times the mean by `weights`: weights are smaller for payloads
-    that were scaled down, the sum that they are divided by is not. For people, and only with a bound: `kept`,
-    what each payload was scaled by, at most 1; `sizes`, norms against the round's lower median before that, 0
-    for those that sent nothing.
+    that were scaled down, and the sum that they are divided by is that of the `whole` ones. For people, and
+    only with a bound: `kept`, what each payload was scaled by, at most 1; `sizes`, norms against the round's
+    lower median before that, 0 for those that sent nothing.
     """
 
     weights: list[float]  # float32 values
+    whole: list[float]  # float32 values
     dilution: float = 1.0  # a float32 value
     kept: tuple[float, ...] = ()
     sizes: tuple[float, ...] = ()
@@ -148,7 +149,7 @@ def weigh(
     weights = [_weight(w * k) for w, k in zip(whole, kept, strict=True)]
     n = total(whole)
     dilution = to_float32(total(weights) / n) if n > 0.0 else 0.0
-    return Weighing(weights, dilution, kept, relative(norms, claims))
+    return Weighing(weights, whole, dilution, kept, relative(norms, claims))
 
 
 def _weight(w: float) -> float:

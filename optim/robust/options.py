@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from ...compression.errors import ConfigError
 from ..options import Number, Options
+from .means import Aggregate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,10 @@ class BoundedOptions(Options):
     own_data_share: Annotated[float, Number(at_least=0, below=1)] = 0.0
     """With `bound`: what peers with data of their own weigh together, of a round's weight, at most; 0: as
     much as others."""
+
+    aggregate: Aggregate = "mean"
+    """What is made of the peers' values: their mean, or, in spite of a minority that sends anything, the mean
+    of the middle half, the median, the values of the sign that wins a vote, or centred clipping."""
 
     @classmethod
     def check(cls, entries: Mapping[str, Any]) -> None:

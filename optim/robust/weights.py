@@ -10,6 +10,7 @@ from ...compression.base import Compressor, Turn
 from ...compression.exact import exact_arithmetic
 from ..base import Parameter, Share, Strategy
 from ..parts.clip import Weighing, clipped_weights, sample_weights, total, weigh
+from .centred import centred
 
 
 def with_copies(shares: Sequence[Share], sent: Sequence[bytes]) -> list[Share]:
@@ -30,6 +31,20 @@ def weighed(
 
     1 for every offer, or its samples; less for those whose L1 norm is beyond the limit of the round.
     """
+    w = _bounded(strategy, compressor, parameters, shares, turn, clips_norms)
+    if strategy.option("aggregate") == "centred":
+        return centred(compressor, parameters, shares, turn, w)
+    return w
+
+
+def _bounded(
+    strategy: Strategy,
+    compressor: Compressor,
+    parameters: Sequence[Parameter],
+    shares: Sequence[Share],
+    turn: Turn,
+    clips_norms: bool,
+) -> Weighing:
     equal, bound = strategy.option("weights") == "equal", strategy.option("bound")
     if bound > 0.0:
         norms = _norms(compressor, parameters, shares, turn)
@@ -38,7 +53,7 @@ def weighed(
     weights = [1.0] * len(shares) if equal else sample_weights([s.n_samples for s in shares], clip)
     if clips_norms:
         weights = clipped_weights(_norms(compressor, parameters, shares, turn), weights, clip)
-    return Weighing(weights)
+    return Weighing(weights, weights)
 
 
 def _norms(

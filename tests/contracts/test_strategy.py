@@ -131,6 +131,19 @@ ROWS: dict[str, Row] = {
     "decoupled bounded plain": Row({**DECOUPLED, **BOUNDED, "compressor": EIGHT_BITS, "sign": False}),
     "decoupled bounded senders": Row({**DECOUPLED, **BOUNDED, "compressor": EIGHT_BITS, "mean": "senders"}),
     "decoupled bounded adamw": Row({**DECOUPLED, **ADAMW, **BOUNDED, "sign": False}),
+    "spsa trimmed": Row({**SPSA, **BOUNDED, "shared_noise": True, "aggregate": "trimmed"}, one_per_probe),
+    "decoupled median sign": Row({**DECOUPLED, **BOUNDED, "compressor": EIGHT_BITS, "aggregate": "median"}),
+    "decoupled vote plain": Row(
+        {**DECOUPLED, "compressor": {"name": "topk", "k": 64}, "aggregate": "vote", "sign": False}
+    ),
+    "decoupled trimmed adamw": Row(
+        {**DECOUPLED, **ADAMW, **BOUNDED, "sign": False, "aggregate": "trimmed"},
+    ),
+    "decoupled centred plain": Row(
+        {**DECOUPLED, **BOUNDED, "compressor": EIGHT_BITS, "aggregate": "centred", "sign": False}
+    ),
+    "diloco median": Row({**DILOCO, **BOUNDED, "compressor": DENSE, "aggregate": "median"}),
+    "diloco centred": Row({**DILOCO, "compressor": EIGHT_BITS, "fragments": 2, "aggregate": "centred"}),
     "diloco bounded dense": Row({**DILOCO, **BOUNDED, "compressor": DENSE}),
     "diloco bounded sparse": Row({**DILOCO, **BOUNDED, "compressor": EIGHT_BITS, "fragments": 2}),
 }

@@ -311,7 +311,7 @@ function trust(peer) {
   const refused = Object.entries(t.rejected ?? {});
   const n = refused.reduce((sum, [, times]) => sum + times, 0);
   const faults = [
-    t.until ? `weighs nothing until round ${whole(t.until)}` : "",
+    t.until ? "weight 0" : "",
     t.failed ? plural(t.failed, "failed audit") : "",
     peer.empty ? plural(peer.empty, "empty offer") : "",
     n ? `${whole(n)} refused` : "",
@@ -321,6 +321,7 @@ function trust(peer) {
   const says = [
     isNumber(t.size) ? `Payloads are ${size} the median's` : "Nobody has said how large its payloads are",
     t.clipped ? `${Math.round(100 * t.clipped)} % of them were scaled down` : "",
+    t.until ? `weighs nothing until round ${whole(t.until)}, because of failed audits` : "",
     `audits: ${whole(t.passed ?? 0)} passed, ${whole(t.failed ?? 0)} failed`,
     peer.empty ? `${plural(peer.empty, "offer")} of dropped batches only` : "",
     refused.map(([reason, times]) => `refused: ${reason.replaceAll("_", " ")} ${whole(times)} times`).join(", "),

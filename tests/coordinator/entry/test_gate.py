@@ -62,6 +62,8 @@ def test_the_ledger_names_it_and_counts_it_over_a_restart(make_world: MakeWorld)
     world.open("second", token=token)
     assert "2 identities, which have come" in refused(world, "third", token)
     named = Invitation.parse(token).in_ledger(world.ledger.run_id)
+    assert world.status()["admission"] == {"mode": "invited", "banned": []}
+    assert [peer["invitation"] for peer in world.status()["peers"]] == [named, named]
     (admitted,) = world.ledger.commits(0, 1)[0].body.admitted
     assert (admitted.peer_id, admitted.invitation) == ("first", named)
     world.restart(rules=INVITED)
