@@ -1,5 +1,5 @@
 """How far bad peers move the model in one round, against what honest ones in their place would: a row for
-each attack and strategy. Bad peers are real nodes, members like the others, whose offers have bad contents."""
+each attack and strategy. Bad peers are real nodes, members like others, whose offers have bad contents."""
 
 from __future__ import annotations
 

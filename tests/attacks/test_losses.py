@@ -16,8 +16,8 @@ FLIPPED = ["decoupled", "decoupled-without-sign", "diloco-dense", "diloco-sparse
 
 @pytest.mark.parametrize("strategy", FLIPPED)
 def test_a_swarm_learns_although_one_of_four_sends_the_opposite_a_thousand_times(strategy: str) -> None:
-    """Before the bad peer is found out: 1.32 times the loss for `decoupled` without sign, less than 1.12 times
-    for the others. It begins at 5.55."""
+    """Before the bad peer is found out: 1.32 times the loss for `decoupled` without sign, less than 1.12
+    times for the others. It begins at 5.55."""
     attacked, alone = swarm(strategy, ATTACKS["flipped-1e3"], N_ROUNDS), swarm(strategy, None, N_ROUNDS)
     assert attacked.held_out < 1.4 * alone.held_out
 
