@@ -22,6 +22,7 @@ from .blobs import BlobStore
 from .control.orders import CheckStrategy, Order, Ordered, Place, no_strategy
 from .control.pending import PendingChanges
 from .derived_state import DerivedState, Recalled
+from .entry.gate import BANNED
 from .entry.rules import OPEN, EntryRules
 from .last_snapshot import Wanted
 from .ledger import Ledger
@@ -340,15 +341,17 @@ class Service:
         return ordered
 
     def guard(self, banned: frozenset[str], token: str, told: Sequence[str], now_s: float) -> None:
-        """Who may come in has changed, in these words. Nobody waits for those who are banned now; who owns
-        the streams ends theirs."""
+        """Who may come in has changed, in these words. Sessions of those who are banned now end, and nobody
+        waits for them."""
         gate = self._admission.gate
         new, gate.banned = banned - gate.banned, banned
         gate.change_token(token)
         for text in told:
             self._parts.notices.guarded(text)
-        for index in map(self._parts.peers.index, sorted(new)):
-            if index is not None and index in self._parts.members.connected() and not self._n_adopted:
+        for peer_id in sorted(new):
+            self._end(peer_id, ConfigError(BANNED))
+            index = self._parts.peers.index(peer_id)
+            if index is not None and self._parts.peers.is_member(peer_id) and not self._n_adopted:
                 self._handle_member(StateSaid(index, NodeState.LEAVING), now_s)
 
     # ------------------------------------------------------------------------------------------- blobs

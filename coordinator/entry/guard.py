@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+
 from ...compression.errors import ConfigError
 from ..control.orders import Order
+from ..protocol.ticket import Ticket
 from ..state import StateDir
+
+log = logging.getLogger("thinwire.coordinator")
 
 
 def guard(state: StateDir, order: Order) -> tuple[str, ...]:
-    """Does it, and says so. Raises ConfigError for what is refused, with nothing done."""
+    """Does it, and says so. Raises ConfigError for what is refused, with nothing done, or not written."""
+    try:
+        return _done(state, order)
+    except OSError as e:
+        raise ConfigError(f"{state.path} cannot be written: {e.strerror}") from e
+
+
+def save_address(state: StateDir, ticket: Ticket) -> None:
+    """For tickets that are made beside the coordinator; without it none can be."""
+    try:
+        state.save_address(ticket.model_copy(update={"token": ""}).line())
+    except OSError as e:
+        log.warning("%s cannot be written (%s): thinwire invite has no address", state.path, e)
+
+
+def _done(state: StateDir, order: Order) -> tuple[str, ...]:
     if order.what == "rotate-token":
         state.rotate_token()
         state.token()

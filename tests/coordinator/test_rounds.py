@@ -485,6 +485,23 @@ def test_after_a_restart_the_next_round_is_open_for_the_recalled() -> None:
     assert next(a for a in actions if isinstance(a, RoundClosed)).evaluator == 4
 
 
+@given(st.lists(st.sampled_from(["round", "back"]), max_size=60), st.sampled_from(["all", "deadline"]))
+@settings(max_examples=100)
+def test_an_idle_trainer_costs_two_waits_whatever_it_says(script: list[str], policy: str) -> None:
+    """Peers 0 and 1 offer in every round; peer 2 only ever says that it trains, again and again."""
+    rounds = started(3, policy=policy)
+    now_s, n_waits = warm(rounds, 3), 0
+    for what in script:
+        if what == "back":
+            rounds.handle(PeerStops(2), now_s)
+            rounds.handle(PeerTrains(2), now_s)
+        else:
+            (lasted_s,) = idle(rounds, now_s, 1)
+            now_s += lasted_s
+            n_waits += lasted_s > 1.0
+    assert n_waits <= 2
+
+
 PEERS = st.integers(0, 4)
 EVENTS = st.one_of(
     st.builds(PeerTrains, PEERS),

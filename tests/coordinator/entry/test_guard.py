@@ -116,6 +116,7 @@ def test_nobody_waits_for_a_peer_that_is_banned(make_world: MakeWorld) -> None:
     world.service.guard(frozenset("b"), "another", ["b is banned"], world.now_s)
     world.service.tick(world.now_s)
     assert (world.service.head, world.peer("b")["state"]) == (1, "gone")
+    assert world.ended == [("b", "this peer was banned from the run: ask whoever runs the coordinator")]
     assert "b is banned" in world.status()["changes"][-1]
     with pytest.raises(ConfigError, match="banned"):
         world.open("b")
