@@ -170,7 +170,7 @@ def print_rows(rows: Sequence[Row]) -> None:
     from rich.table import Table
 
     table = Table(title="bench attacks: held-out loss, nats per byte", title_justify="left")
-    for head in ("strategy", "attack", "honest + bad", "without", "attacked", "ratio", "found in round"):
+    for head in ("strategy", "attack", "honest + bad", "without", "attacked", "ratio", "found after rounds"):
         table.add_column(head, overflow="fold")
     for row in rows:
         table.add_row(*_cells(row))
