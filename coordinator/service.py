@@ -276,12 +276,9 @@ class Service:
         """Before anything else that a peer asks for. Raises ConfigError (not let in) or Incompatible."""
         self._admission.check_hello(peer_id, hello)
 
-    def may_look(self, shown: str) -> bool:
-        """Whether somebody with this token or invitation may see the status."""
-        if self._admission.gate.may_look(shown):
-            return True
-        self.count_rejected("token")
-        return False
+    def check_looker(self, shown: str) -> None:
+        """Somebody with this token or invitation asks for the status. Raises ConfigError."""
+        self._admission.gate.check_looker(shown)
 
     def lacks(self, hello: Hello) -> bool:
         """Whether the node, which was checked, says that it has commits which this coordinator has lost: then

@@ -323,8 +323,10 @@ class StreamServer:
         with self._stranger(peer_id):
             async with asyncio.timeout(self._waits.hello_s):
                 frame = await stream.receive({FrameKind.ASK: _TOKEN_BYTES})
-            if not self._service.may_look(frame.body.decode(errors="replace")):
-                await _refuse(stream, ConfigError("the ticket's token is wrong: ask for a new ticket"))
+            try:
+                self._service.check_looker(frame.body.decode(errors="replace"))
+            except ConfigError as e:
+                await _refuse(stream, e)
                 return
         while True:
             await stream.send(FrameKind.STATUS, json.dumps(self._status()).encode())

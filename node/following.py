@@ -198,7 +198,7 @@ class LedgerFollower:
         if not self._catching_up.tell(self._replica.round, self._link.head):
             return False
         self._joiner.read_ledger()
-        if self._check.verify == "first" or not self._joiner.is_worth_it():
+        if not self._check.may_leave() or not self._joiner.is_worth_it():
             return False
         log.info("a newer snapshot is nearer to the head: taking that one")
         self._begin()

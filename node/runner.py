@@ -152,7 +152,15 @@ class Runner:
         with self._publisher(run) as publisher:
             try:
                 joiner = self._joiner(run, publisher)
-                check = StartCheck(self.link, run.history, joiner, publisher, run.spare, self._verify)
+                check = StartCheck(
+                    self.link,
+                    run.history,
+                    joiner,
+                    publisher,
+                    run.spare,
+                    self._verify,
+                    peer_index=run.peer_index,
+                )
                 with closing(check):
                     yield from self._follower(run, joiner, check, publisher, statistics).follow()
             except BaseException as e:

@@ -18,6 +18,7 @@ ASK = "thinwire invite STATE --name NAME makes one, on the coordinator's machine
 NEWCOMERS: Final = Rate(0.5, 1024.0)
 """Identities that come with the token: a run has room for 65,536 of them in all its time."""
 
+WRONG_TOKEN = "the ticket's token is wrong: ask for a new ticket"
 BANNED = "this peer was banned from the run: ask whoever runs the coordinator"
 
 
@@ -68,7 +69,7 @@ class Gate:
             text = "this run takes invited peers only, and the ticket holds no invitation: ask for one"
             raise self._refused("uninvited", f"{text} ({ASK})")
         if not self._is_token(shown):
-            raise self._refused("token", "the ticket's token is wrong: ask for a new ticket")
+            raise self._refused("token", WRONG_TOKEN)
         return ""
 
     def newcomer(self) -> None:
@@ -76,28 +77,28 @@ class Gate:
         if not self._newcomers.take(1, self._wall_ms() / 1000):
             raise self._refused("rate", "too many new identities come with the run's ticket: try again later")
 
-    def may_look(self, shown: str) -> bool:
-        """Whether somebody with this token, or invitation, used or not, may see how the run is."""
-        if not is_invitation(shown):
-            return self._is_token(shown)
-        try:
-            self._signed(shown)
-        except ConfigError:
-            return False
-        return True
+    def check_looker(self, shown: str) -> None:
+        """Somebody with this token, or invitation (used up, too), asks for the status. Raises ConfigError."""
+        if is_invitation(shown):
+            self._in_time(shown)
+        elif not self._is_token(shown):
+            raise self._refused("token", WRONG_TOKEN)
 
     def _is_token(self, shown: str) -> bool:
         return hmac.compare_digest(_bytes(shown), self._token)
 
     def _by_invitation(self, shown: str) -> str:
-        try:
-            invitation = self._signed(shown)
-        except ConfigError as e:
-            raise self._refused("uninvited", str(e)) from e
+        invitation = self._in_time(shown)
         name = invitation.in_ledger(self._ledger.run_id)
         if self._ledger.invited.uses(name) >= invitation.uses:
             raise self._refused("uninvited", _used_up(invitation))
         return name
+
+    def _in_time(self, shown: str) -> Invitation:
+        try:
+            return self._signed(shown)
+        except ConfigError as e:
+            raise self._refused("uninvited", str(e)) from e
 
     def _signed(self, shown: str) -> Invitation:
         """One of this run's, in time. Raises ConfigError."""

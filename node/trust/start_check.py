@@ -31,9 +31,11 @@ class StartCheck:
         publisher: SnapshotPublisher,
         spare: Callable[[], Replica],
         verify: Verify,
+        *,
+        peer_index: int,
     ) -> None:
         self._link, self._history, self._joiner, self._publisher = link, history, joiner, publisher
-        self._spare, self.verify = spare, verify
+        self._spare, self.verify, self._me = spare, verify, peer_index
         self._running: Verification | None = None
         self._who = ""
 
@@ -50,9 +52,15 @@ class StartCheck:
                 f"for. {e}"
             ) from e
 
+    def may_leave(self) -> bool:
+        """Whether the replica may be left for a snapshot of the swarm's that is nearer to the head. One that
+        is verified, of a node whose work has counted, is worth more than the time."""
+        is_new = not self._history.standing.has_worked(self._me)
+        return self.verify != "first" and (is_new or not self._publisher.is_verified)
+
     def began(self, start: Start) -> None:
         """The replica has a new start. Says so if it is not verified, and begins to verify it."""
-        self.close()
+        self._stop()
         target = self._joiner.stored
         if start.is_trusted or target is None:
             return
@@ -105,6 +113,20 @@ class StartCheck:
         )
 
     def close(self) -> None:
+        """At the end of the run. Says what was not verified until then."""
+        running = self._running
+        self._stop()
+        if running is None:
+            return
+        round_ = running.target.round
+        if running.finding is not None and running.finding.result == "other":
+            log.error("%s", self.refutation(round_))
+        elif running.finding is None or running.finding.result == "unknown":
+            log.warning(
+                "the snapshot after round %d was not verified by the end, nor is what came of it", round_
+            )
+
+    def _stop(self) -> None:
         """Nothing is verified any more."""
         if self._running is not None:
             self._running.close()

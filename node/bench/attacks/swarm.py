@@ -87,8 +87,8 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of the honest peers. `held_out`: their loss after the last round, infinite: the replica did
-    not stay finite. `fingerprint`: of all of their replicas, `weights` by name. `found_after`: the round from
-    which on no bad peer's offer weighs anything; None: there is none."""
+    not stay finite. `fingerprint`: of all of their replicas, `weights` by name. `found_after`: so many
+    rounds, then no bad peer's offer weighs anything any more; None: not so far."""
 
     held_out: float
     fingerprint: bytes
@@ -107,7 +107,7 @@ class _Swarm:
         self._plan, self._folder = plan, folder
         self._board = Board()
         self._found: dict[int, int] = {}
-        """Peer index -> the first round that it weighed nothing in."""
+        """Peer index -> the last round that it weighed anything in."""
         self._errors: list[Exception] = []
 
     def run(self) -> Outcome:
@@ -157,7 +157,7 @@ class _Swarm:
         """Who is found out by now: the first honest peer looks before each of its offers."""
         for index in range(self._plan.n_honest, self._plan.n_peers):
             if runner.prepared.history.standing.is_condemned(index):
-                self._found.setdefault(index, runner.replica.round + 1)
+                self._found.setdefault(index, runner.replica.round)
 
     def _train(self, runners: list[Runner]) -> None:
         threads = [threading.Thread(target=self._in_thread, args=(r.run,), daemon=True) for r in runners]

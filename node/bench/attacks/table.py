@@ -75,8 +75,8 @@ def attacks_command(wanted: Wanted, as_json: bool) -> None:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Of payloads that are left out there would be one for each node and round."""
-    log = logging.getLogger("thinwire.node")
+    """Of payloads that are left out there is one for each node and round."""
+    log = logging.getLogger("thinwire")
     before = log.level
     log.setLevel(logging.ERROR)
     try:
@@ -170,7 +170,7 @@ def print_rows(rows: Sequence[Row]) -> None:
     from rich.table import Table
 
     table = Table(title="bench attacks: held-out loss, nats per byte", title_justify="left")
-    for head in ("strategy", "attack", "honest + bad", "without", "attacked", "ratio", "found in round"):
+    for head in ("strategy", "attack", "honest + bad", "without", "attacked", "ratio", "found after rounds"):
         table.add_column(head, overflow="fold")
     for row in rows:
         table.add_row(*_cells(row))

@@ -140,15 +140,13 @@ def test_who_may_see_how_the_run_is(make_world: MakeWorld) -> None:
     world = make_world()
     token = ticket_of(world, expires_s=1000)
     world.open("x", token=token)
-    assert [world.service.may_look(shown) for shown in ("secret", token, "wrong", token[:-3])] == [
-        True,
-        True,  # used up, too
-        False,
-        False,
-    ]
+    for shown in ("secret", token):  # used up, too
+        world.service.check_looker(shown)
     world.wall_ms = 10**6
-    assert not world.service.may_look(token)
-    assert rejected(world) == {"token": 3}
+    for shown, text in (("wrong", "token is wrong"), (token[:-3], "damaged"), (token, "has expired")):
+        with pytest.raises(ConfigError, match=text):
+            world.service.check_looker(shown)
+    assert rejected(world) == {"token": 1, "uninvited": 2}
 
 
 @pytest.mark.parametrize("mode", ["open", "invited", "listed"])

@@ -63,6 +63,12 @@ def good_node(swarm: LocalSwarm, name: str, _after: int, also: Meddling = {}) ->
     return Meddled(swarm.link(name), also)
 
 
+def admit(*runners: Runner) -> None:
+    """In this order, so that their indices are those of their names."""
+    for runner in runners:
+        runner.link.open()
+
+
 class Held:
     """A run that stands still once a snapshot of this round or a later one is attested, until `release`."""
 
@@ -117,6 +123,7 @@ def test_a_majority_that_is_wrong_changes_no_honest_node(
     with swarm_of(tmp_path / "swarm", config) as swarm:
         bad = [bad_node(swarm, f"bad-{i}", 5) for i in range(4)]
         honest = [Runner(swarm.link(f"peer-{i}"), folder=tmp_path / f"peer-{i}") for i in range(3)]
+        admit(*bad, *honest)
         results = run_all([*bad, *honest])
         attested = honest[0].prepared.history.snapshots.attested()
         bad_peers = {i for i, name in honest[0].prepared.history.peers.items() if name.startswith("bad")}
@@ -146,6 +153,7 @@ def poisoned(
         held = Held(swarm, 16)
         nodes = [other(swarm, f"bad-{i}", 5, held.meddling(31) if i == 0 else {}) for i in range(4)]
         honest = [Runner(swarm.link(f"peer-{i}")) for i in range(3)]
+        admit(*nodes, *honest)
         thread, results = in_background([*nodes, *honest])
         held.wait()
         prepared = threading.Event()
@@ -169,11 +177,17 @@ def poisoned(
 def test_a_poisoned_snapshot_is_found_out_while_the_node_trains(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    honest, late = poisoned(tmp_path, "background", lambda: texts(caplog, "A replay from round 0 verifies"))
+    honest, late = poisoned(tmp_path, "background", lambda: has_replayed(caplog))
     assert {r.fingerprint for r in honest} == {late.fingerprint}
     (said,) = texts(caplog, "one that this node has not verified")
     assert "takes the word of bad-0, bad-1, bad-2, bad-3 for it" in said
     assert len(refuted(caplog)) == 1
+
+
+def has_replayed(caplog: pytest.LogCaptureFixture) -> bool:
+    """The replay in the background has begun and ended; nobody has looked at what it found yet."""
+    is_running = any(thread.name == "verify" for thread in threading.enumerate())
+    return bool(texts(caplog, "A replay from round 0 verifies it meanwhile")) and not is_running
 
 
 def refuted(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -191,10 +205,7 @@ def test_who_verifies_first_never_begins_at_a_poisoned_snapshot(
 def test_an_honest_snapshot_is_verified_and_so_is_what_it_has_led_to(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def verified() -> list[str]:
-        return texts(caplog, "A replay from round 0 verifies it meanwhile")
-
-    honest, late = poisoned(tmp_path, "background", verified, good_node)
+    honest, late = poisoned(tmp_path, "background", lambda: has_replayed(caplog), good_node)
     assert {r.fingerprint for r in honest} == {late.fingerprint}
     assert len(texts(caplog, "the snapshot after round 16 is verified")) == 1
     assert marks(tmp_path / "late") == {16: True, 31: True}
