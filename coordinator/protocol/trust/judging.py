@@ -84,8 +84,8 @@ class Judging:
         self._news.add((audit.round, audit.draw.target))
 
     def judge(self, round_: int, is_condemned: Callable[[int], bool]) -> list[Judged]:
-        """What the reports up to the record of `round_` have decided, in the order of round and target. Looked
-        at are the audits of which one has come with this record, and those whose time is over."""
+        """What the reports up to the record of `round_` have decided, in the order of round and target.
+        Looked at are audits of which a report has come with this record, and those whose time is over."""
         due = list(takewhile(lambda key: self._open[key].is_due(round_), self._open))
         found = []
         for key in sorted({*due, *self._news}):
