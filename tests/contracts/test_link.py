@@ -631,6 +631,19 @@ def test_a_payload_that_the_coordinator_does_not_have_comes_from_a_member(make_s
         within(lambda: other.payload(nobody))
 
 
+def test_a_link_knows_which_payloads_are_here(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm()
+    a, b = swarm.trainers("a", "b")
+    payload = bytes(range(256)) * 300
+    a.offer(offer(1, payload))
+    b.offer(offer(1, b"small"))
+    (commit,) = take(b, 0, 1)
+    b.keep_payloads(0)
+    within(lambda: b.payload(commit.body.offers[0]))
+    assert [link.has_payload(digest_of(payload)) for link in (a, b)] == [True, True]
+    assert not b.has_payload(digest_of(b"never offered"))
+
+
 def test_what_a_joiner_needs_is_kept_for_it(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm(min_peers=1, rounds=100, snapshot_every=1)
     (a,) = swarm.trainers("a")

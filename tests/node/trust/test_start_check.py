@@ -199,7 +199,7 @@ def test_who_verifies_first_never_begins_at_a_poisoned_snapshot(
 ) -> None:
     honest, late = poisoned(tmp_path, "first", lambda: True)
     assert {r.fingerprint for r in honest} == {late.fingerprint}
-    assert texts(caplog, "took the replica after round") == []
+    assert texts(caplog, "from the swarm") == []
 
 
 def test_an_honest_snapshot_is_verified_and_so_is_what_it_has_led_to(
