@@ -61,7 +61,8 @@ def _norms(
 ) -> list[float]:
     """The L1 norm of every payload, of whole parameters, whatever this rank holds of them."""
     with exact_arithmetic():
-        return [
-            total(compressor.magnitude(s.payload[p.name], p.part.entire, turn) for p in parameters)
-            for s in shares
+        norms = [
+            compressor.magnitudes([s.payload[p.name] for s in shares], p.part.entire, turn)
+            for p in parameters
         ]
+    return [total(of_share) for of_share in zip(*norms, strict=True)] if norms else [0.0] * len(shares)
