@@ -69,7 +69,7 @@ class SpsaOptions(BoundedOptions):
     weight_decay: Annotated[float, Number(at_least=0)] = 0.0
     """Of matrices and what has more dimensions, decoupled, times the learning rate."""
     clip: Annotated[float, Number(at_least=1)] = 10.0
-    """No |g| counts for more than this many times the round's median of the peers' median |g| (without
+    """No |g| counts for more than this many times the round's lower median of the peers' median |g| (without
     `bound`: than the median |g| of all probes)."""
 
     noise: NoiseKind = "sign"
@@ -110,7 +110,7 @@ class Spsa(Strategy):
         batches=("probes",),
         fitted="probes",
         changeable=("lr", "weight_decay", "eps", "clip", "bound", "own_data_share"),
-        in_runs={"bound": 2.0, "clip": 3.0, "max_probes": SameAs("probes")},
+        in_runs={"bound": 2.0, "clip": 4.0, "max_probes": SameAs("probes")},
         small_model={"lr": 1e-2},
         known_updates={"spsa update": KnownUpdate({"lr": 0.01, "weight_decay": 0.1}, 0x1D9C86B3E81B2A0E)},
     )
@@ -288,7 +288,9 @@ class Spsa(Strategy):
             sizes_S[p.share].append(abs(p.g))
         if not self.option("shared_noise"):
             shares = [replace(s, n_copies=1) for s in shares]
-        limit = self.option("clip") * lower_median([lower_median(sizes) for sizes in sizes_S], shares)
+        # Within a peer the plain median: it is low already over few peers, and would cost honest ones.
+        middle_S = [clip_limit(sizes, 1.0) for sizes in sizes_S]
+        limit = self.option("clip") * lower_median(middle_S, shares)
         n_S = [float(len(sizes)) for sizes in sizes_S]
         weight_S = work_weights(n_S, shares, self.option("own_data_share"))
         factor_S = [w / n if n else 0.0 for w, n in zip(weight_S, n_S, strict=True)]

@@ -74,7 +74,7 @@ def test_new_runs_are_bounded() -> None:
     for strategy in (SPSA, DECOUPLED):
         assert replica_of(strategy).strategy.option("bound") == 2.0
     spsa = replica_of(SPSA).strategy
-    assert (spsa.option("clip"), spsa.option("max_probes")) == (3.0, 4)
+    assert (spsa.option("clip"), spsa.option("max_probes")) == (4.0, 4)
 
 
 def test_what_became_of_every_peer_can_be_read() -> None:

@@ -277,7 +277,7 @@ def test_a_copy_goes_on_like_the_original() -> None:
 
 def test_a_new_run_is_bounded_and_says_so() -> None:
     spsa = of_new_run({**SPSA, "probes": 8})
-    assert spsa == {**SPSA, "probes": 8, "bound": 2.0, "clip": 3.0, "max_probes": 8}
+    assert spsa == {**SPSA, "probes": 8, "bound": 2.0, "clip": 4.0, "max_probes": 8}
     assert of_new_run(SPSA)["max_probes"] == 16
     said = {**SPSA, "bound": 0.0, "clip": 9.0, "max_probes": 64}
     assert of_new_run(said) == said
