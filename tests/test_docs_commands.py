@@ -139,6 +139,7 @@ def test_every_command(reader: Reader) -> None:
         "thinwire replay STATE",
         "thinwire run STATE extend --rounds 100",
         "thinwire run STATE set strategy.lr=0.001",
+        "thinwire run STATE set strategy.bound=1.5",
         "thinwire run STATE pause",
         "thinwire run STATE resume",
         "thinwire run STATE stop",

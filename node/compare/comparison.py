@@ -25,7 +25,7 @@ from ...coordinator.protocol.figures import bytes_per_token, ddp_bytes, finite
 from ...coordinator.protocol.identity import peer_id_of
 from ...coordinator.protocol.messages import digest_of
 from ...optim.registry import build_strategy
-from ..config import RunConfig
+from ..config import Audits, RunConfig
 from ..genesis import Genesis, make_genesis
 from ..links.local import LocalSwarm, local_swarm
 from ..phases import typical
@@ -208,7 +208,8 @@ class Comparison:
             "limits": {"max_payload_bytes": 2**32, "max_samples": 2**20, "max_peers": self.n_peers + 1},
         }
         sections = {name: getattr(run, name).model_copy(update=u) for name, u in changes.items()}
-        return run.model_copy(update={**sections, "strategy": plan.options})
+        no_audits = Audits(rate=0.0)  # they would draw batches that are not the strategies' own
+        return run.model_copy(update={**sections, "strategy": plan.options, "audits": no_audits})
 
 
 @contextmanager

@@ -812,8 +812,10 @@ def test_a_restored_coordinator_gets_its_commits_back_from_its_nodes(
     assert commits[6].body.parent == commits[5].digest
     late = joined(restorable, tmp_path / "late", stack)
     assert [c.digest for c in take(late, 0, 8)] == [c.digest for c in commits]
+    assert eventually(
+        lambda: [peer["state"] for peer in restorable.thread.status()["peers"]] == ["training"] * 3
+    )
     status = restorable.thread.status()
-    assert [peer["state"] for peer in status["peers"]] == ["training"] * 3
     assert status["rejected"].keys() <= {"stranger"}, "blob streams may have been faster than sessions"
 
 
