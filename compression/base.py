@@ -214,6 +214,10 @@ class Compressor(ABC):
         with exact_arithmetic():
             return l1_norm(self.decode([packed], [1.0], part.entire, turn))
 
+    def magnitudes(self, packs: Sequence[Packed], part: Part, turn: Turn) -> list[float]:
+        """`magnitude` of each, maybe sooner."""
+        return [self.magnitude(packed, part, turn) for packed in packs]
+
     def known_packed(self, fill: Fill, salt: int, part: Part) -> Packed:
         """Fixed bits that `check` accepts, for `known_decodings`; another pack for every salt.
 

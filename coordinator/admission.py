@@ -72,11 +72,14 @@ class AdmissionControl:
             text += f", where another record has its place. {REPAIR_FORK}"
         raise self.refused("head", LedgerCorrupt(text))
 
-    def check_room(self, n_present: int) -> None:
-        """Before a peer that is not present yet comes in. Raises Incompatible: the swarm is full."""
-        if n_present >= self._limits.max_peers:
-            text = f"the swarm is full: {n_present} of {self._limits.max_peers} peers are there"
-            raise self.refused("full", Incompatible(text))
+    def has_room(self, n_present: int) -> bool:
+        """Whether a peer that is not present yet may come in."""
+        return n_present < self._limits.max_peers
+
+    def full(self, n_present: int) -> Incompatible:
+        """For the caller to raise."""
+        text = f"the swarm is full: {n_present} of {self._limits.max_peers} peers are there"
+        return self.refused("full", Incompatible(text))
 
     def check_offer(self, offer: Offer) -> bytes:
         """Returns the payload's digest. Raises BadMessage for an offer that no node of ours makes."""

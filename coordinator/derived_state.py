@@ -15,6 +15,7 @@ from ..compression.errors import ConfigError
 from .blobs import BlobStore
 from .ledger import Ledger
 from .observe.page_history import PageHistory
+from .observe.peer_sizes import PeerSizes
 from .observe.run_statistics import RunStatistics
 from .protocol.messages import Commit, CommitBody, Rejected
 from .protocol.settings import Course, Keep
@@ -63,6 +64,7 @@ class DerivedState:
         self.page_history = PageHistory(n_params, rejected)
         self.standing = Standing(ledger.run_id, course.settings.audits)
         self.audits = AuditReports(self.standing, ledger.peer_id, rejected)
+        self.peer_sizes = PeerSizes(self.standing.has_worked, self.statistics.has_offered)
         self.retention = PayloadRetention(blobs, course.run.snapshot_every, name, keep, self.standing)
         snapshots, trend = self.retention.snapshots, self.page_history.trend
         self.reports = Reports(ledger, self.statistics, trend, snapshots, self.standing, rejected, course)

@@ -71,7 +71,7 @@ class OpenRound:
                 self._announce(peer, offer)
             else:
                 self._admission.rejected["size"] += 1
-                log.warning("peer %d offered a blob of another size than the one that came", peer)
+                self._notices.refused_offer(peer, "its blob is of another size than it says")
                 self.handle(Excused(peer, self.rounds.round), now_s)
         self._retention.offered(digest, self.rounds.round)
         self.handle(BytesArrived(digest), now_s)
@@ -99,7 +99,7 @@ class OpenRound:
 
     def _refused(self, peer: int, reason: Rejected) -> None:
         self._admission.rejected[reason] += 1
-        log.info("an offer of peer %d is not taken: %s", peer, reason)
+        self._notices.refused_offer(peer, reason)
         if reason == "changed_offer":
             self._notices.changed_offer(peer)
         elif reason == "condemned":

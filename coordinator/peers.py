@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from .admission import AdmissionControl
 from .announcer import Announcer
@@ -37,18 +37,30 @@ class Peers:
         self._ledger, self._admission, self._members = ledger, admission, members
         self._announcer, self._notices = announcer, notices
         self._page_history, self._retention = derived.page_history, derived.retention
+        self._standing = derived.standing
         self._counters = counters
 
-    def admit(self, peer_id: str, session: int, hello: Hello, now_s: float) -> int:
-        """Lets a peer in, and back in; returns its index. Raises what `Service.open` raises."""
+    def admit(
+        self,
+        peer_id: str,
+        session: int,
+        hello: Hello,
+        make_room: Callable[[int], object],
+        now_s: float,
+    ) -> int:
+        """Lets a peer in, and back in; returns its index. `make_room`: takes a peer that gives its place to
+        one that has worked. Raises what `Service.open` raises."""
         invitation = self._admission.check_hello(peer_id, hello)
         self._admission.check_head(hello)
         known = self._ledger.index_of(peer_id)
-        self._check_session(known, session)
+        self._check_session(known, session, make_room)
+        if known is None and not invitation:
+            self._admission.gate.newcomer()
         index = self._ledger.admit(peer_id, invitation)
         if known is None:
             by = f", invited as {invitation}" if invitation else ""
-            log.info("admitted %s as peer %d (%s)%s", peer_id, index, hello.agent, by)
+            text = "admitted %s as peer %d (%s)%s"
+            self._notices.lines.say(logging.INFO, peer_id, "admitted", text, peer_id, index, hello.agent, by)
         self._counters.joined["new" if known is None else "returned"] += 1
         self._announcer.opened(index, hello.addresses)
         self._page_history.opened(index, hello.device)
@@ -56,13 +68,26 @@ class Peers:
         self._notices.session_opened(now_s)
         return index
 
-    def _check_session(self, known: int | None, session: int) -> None:
+    def _check_session(self, known: int | None, session: int, make_room: Callable[[int], object]) -> None:
         """Raises Incompatible (a full swarm) or BadMessage (a session older than the open one)."""
-        present = self.present()
-        if known not in present:
-            self._admission.check_room(len(present))
         if known is not None and not self._members.is_newer(known, session):
             raise self._admission.refused("old_session", BadMessage(f"session {session} has been replaced"))
+        present = self.present()
+        if known in present or self._admission.has_room(len(present)):
+            return
+        stranger = self._newest_stranger() if known is not None and self._standing.has_worked(known) else None
+        if stranger is None:
+            raise self._admission.full(len(present))
+        make_room(stranger)
+
+    def _newest_stranger(self) -> int | None:
+        """Of those that are there: the last one to be admitted of whom no work has counted."""
+        return max((p for p in self._members.alive() if not self._standing.has_worked(p)), default=None)
+
+    def has_worked(self, peer_id: str) -> bool:
+        """Whether work of the peer's has counted."""
+        index = self._ledger.index_of(peer_id)
+        return index is not None and self._standing.has_worked(index)
 
     def handle(self, event: MembershipEvent, now_s: float) -> Iterator[PeerTrains | PeerStops]:
         """What the event means for the open round, one peer after the other."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
 
 from .ledger import Ledger
+from .observe.quiet_log import QuietLog
 from .observe.run_statistics import KEPT_FINGERPRINTS, RunStatistics
 from .observe.trend import Trend
 from .protocol.attested import Snapshots
@@ -44,8 +46,8 @@ Said = tuple[bytes, bool]
 class Reports:
     """Of one run. Fingerprints and snapshots wait here for the next commit; held-out losses go to the file.
 
-    What a node sends again after a reconnect is known already, also after a restart. Fingerprints and snapshots
-    of peers without counted work (`standing`) are counted as rejected, and not looked at.
+    What a node sends again after a reconnect is known already, also after a restart. Fingerprints and
+    snapshots of peers without counted work (`standing`) are counted as rejected, and not looked at.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Reports:
         self.failed_evaluations = 0
         self.last_failure: tuple[int, str] | None = None
         """The newest evaluation that failed: its round, and why."""
+        self._lines = QuietLog(log, time.monotonic)
         self.acknowledged: set[int] = set()
         """Peers that have the last commit; its evaluator also has to report the loss."""
 
@@ -120,7 +123,8 @@ class Reports:
         if evaluation.failed is not None:
             self.failed_evaluations += 1
             self.last_failure = round_, printable(evaluation.failed, TOLD_OF_FAILURE)
-            log.warning("round %d: its evaluation failed: %s", *self.last_failure)
+            text = "round %d: its evaluation failed: %s"
+            self._lines.say(logging.WARNING, "", "evaluation", text, *self.last_failure)
             return
         is_fine = figures and all(map(math.isfinite, figures.values())) and all(map(str.isprintable, figures))
         if not is_fine:
@@ -184,4 +188,4 @@ class Reports:
             return
         if self._ledger.note_held_out(round_, loss):
             self._trend.held_out(round_, loss)
-        log.info("round %d: held-out loss %.4f", round_, loss)
+            log.info("round %d: held-out loss %.4f", round_, loss)

@@ -2,10 +2,10 @@
 
 A counted payload is needed while its round is after the second newest attested snapshot, or is one that a
 joining peer has said that it is going to apply. The coordinator verifies no snapshot, so what is attested
-decides here; nodes go by what they have verified themselves (`node/links/payloads.py`). What is not needed goes at once, or only to make room, or
-never: `Keep`. A quota is never exceeded: where it is full, joining peers lose what they were promised and
-take a newer snapshot, then what is before the newest snapshot goes; after that, payloads are refused.
-Payloads inside of commits stay for ever, in the ledger.
+decides here; nodes go by what they have verified themselves (`node/links/payloads.py`). What is not needed
+goes at once, or only to make room, or never: `Keep`. A quota is never exceeded: where it is full, joining
+peers lose what they were promised and take a newer snapshot, then what is before the newest snapshot goes;
+after that, payloads are refused. Payloads inside of commits stay for ever, in the ledger.
 """
 
 from __future__ import annotations

@@ -9,14 +9,17 @@ import sqlite3
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..compression.errors import LedgerCorrupt, ThinwireError
 from .blobs import BlobStore
 from .control.door import Door
 from .control.orders import CheckStrategy, Order, Ordered, no_strategy
+from .entry.guard import guard, save_address
 from .last_snapshot import LastSnapshot, leaves_room
 from .ledger import Ledger
+from .observe.metrics import with_trust
 from .protocol.addresses import HttpAddress
 from .protocol.identity import load_or_create
 from .protocol.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, digest_of
@@ -83,7 +86,7 @@ class CoordinatorServer:
         else:
             self.ledger = Ledger.create(state.ledger_path, genesis, self._key)
         self.service = self._new_service()
-        self._saving, self._kept_history = threading.Lock(), b""
+        self._history = _History(state)
         self._settings = parse_settings(self.ledger.genesis.config)
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         self.meter = Meter()
@@ -110,6 +113,8 @@ class CoordinatorServer:
         self._tick_timer: asyncio.TimerHandle | None = None
         self._is_stopped = False
         self._tasks: list[asyncio.Task[None]] = []
+        self.on_new_ticket: Callable[[], object] = bool
+        """Called when the ticket is another one."""
         self.http: HttpAddress | None = None
         """Where this coordinator is served over HTTP, too: told to those who ask for the status."""
 
@@ -122,6 +127,7 @@ class CoordinatorServer:
             token=self._token,
             send=self._send,
             on_commit=self._committed,
+            end=self._end,
             now_s=time.monotonic(),
             wall_ms=lambda: time.time_ns() // 10**6,
             history=self._state.history(),
@@ -181,7 +187,7 @@ class CoordinatorServer:
             self._transport = None
         if self._tick_timer is not None:
             self._tick_timer.cancel()
-        self._save_history(self.service.history())
+        self._history.save(self.service.history())
         self.ledger.close()
         if self._done is not None:
             self._done.cancel()
@@ -196,11 +202,14 @@ class CoordinatorServer:
         return self.service.scraped(time.monotonic())
 
     async def metrics_of(self, peer_id: str) -> bytes:
-        """A node's metrics, in Prometheus' text format. Raises KeyError for somebody who was never admitted,
-        `metrics_requests.Unanswered` for a peer that is not there or does not answer."""
+        """A node's metrics and what is known of it here, in Prometheus' text format. Raises KeyError for
+        somebody who was never admitted, `metrics_requests.Unanswered` for a peer that is not there or does
+        not answer."""
         if not self.service.is_admitted(peer_id):
             raise KeyError(peer_id)
-        return await self._stream_server.metrics_of(peer_id)
+        said = await self._stream_server.metrics_of(peer_id)
+        peer = self.service.peer(peer_id, time.monotonic())
+        return said if peer is None else with_trust(said, peer)
 
     def status(self) -> dict[str, Any]:
         """JSON-able: `Service.status`, the bytes that this process has sent and received, and what a machine
@@ -210,20 +219,14 @@ class CoordinatorServer:
             "protocol": PROTOCOL_VERSION,
             "time_ms": time.time_ns() // 10**6,
             "coordinator": traffic,
-            "disk_free_bytes": self._disk_free_bytes(),
+            "disk_free_bytes": _free_bytes(self._state.path),
             "http": None if self.http is None else _told(self.http),
         }
         return {**self.service.status(time.monotonic()), **here}
 
     def _has_room(self, n_bytes: int) -> bool:
         """For the last snapshot: in the quota, and on the disk."""
-        return self.service.has_room(n_bytes) and leaves_room(n_bytes, self._disk_free_bytes())
-
-    def _disk_free_bytes(self) -> int | None:
-        try:
-            return shutil.disk_usage(self._state.path).free
-        except OSError:
-            return None
+        return self.service.has_room(n_bytes) and leaves_room(n_bytes, _free_bytes(self._state.path))
 
     def look(self, since: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """For the page: how things are, and the points of its charts that have changed since that stamp."""
@@ -234,15 +237,8 @@ class CoordinatorServer:
             self._key, host=self._host_ip, port=self._port, announce=self._announce
         )
         self._port = self._transport.port
-        self._save_address()
+        save_address(self._state, self.ticket)
         await self._stream_server.open_on(self._transport)
-
-    def _save_address(self) -> None:
-        """For tickets that are made beside this process."""
-        try:
-            self._state.save_address(self.ticket.model_copy(update={"token": ""}).line())
-        except OSError as e:
-            _log.warning("%s cannot be written (%s): thinwire invite has no address", self._state.path, e)
 
     async def _open_stream_to(self, peer_id: str) -> Stream:
         """For blobs, to a connected peer. Raises SwarmUnreachable."""
@@ -277,6 +273,8 @@ class CoordinatorServer:
 
     def _order(self, order: Order) -> Ordered:
         """Raises ConfigError or LedgerCorrupt."""
+        if order.is_guarding:
+            return self._guard(order)
         try:
             ordered = self.service.order(order, time.monotonic())
         except sqlite3.Error as e:
@@ -286,6 +284,16 @@ class CoordinatorServer:
         self._soon()
         return ordered
 
+    def _guard(self, order: Order) -> Ordered:
+        """Who may come in: holds at once. Raises ConfigError."""
+        told = guard(self._state, order)
+        self._token = self._state.token()
+        self.service.guard(self._state.banned(), self._token, told, time.monotonic())
+        if order.what == "rotate-token":
+            self.on_new_ticket()
+        self._soon()
+        return Ordered(0, told, (), is_done=True)
+
     def _is_ordered(self, ordered: Ordered) -> bool:
         """Whether the record that was to carry the changes does so."""
         commit = next(iter(self.service.commits(ordered.round - 1, 1)), None)
@@ -293,6 +301,9 @@ class CoordinatorServer:
 
     def _send(self, peer_id: str, message: Message) -> None:
         self._stream_server.send(peer_id, message)
+
+    def _end(self, peer_id: str, why: ThinwireError) -> None:
+        self._stream_server.end(peer_id, why)
 
     def _tick(self) -> None:
         """Lets the service's time pass, now and when it wants it again."""
@@ -321,17 +332,7 @@ class CoordinatorServer:
         """What the page shows outlives this process, but for the last seconds before a crash."""
         while True:
             await asyncio.sleep(HISTORY_EVERY_S)
-            await asyncio.to_thread(self._save_history, self.service.history())
-
-    def _save_history(self, data: bytes) -> None:
-        with self._saving:
-            if data == self._kept_history:
-                return
-            try:
-                self._state.save_history(data)
-            except OSError as e:
-                _log.warning("what the page shows of the past cannot be kept: %s", e)
-            self._kept_history = data
+            await asyncio.to_thread(self._history.save, self.service.history())
 
     async def _beat(self) -> None:
         """Heartbeats to every node."""
@@ -345,6 +346,32 @@ class CoordinatorServer:
                 payload_bytes=self.meter.received["payload"],
             )
             self._stream_server.beat(beat, self._silence_limit_s)
+
+
+def _free_bytes(folder: Path) -> int | None:
+    """Of its disk; None: it cannot be asked."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+class _History:
+    """What the page shows of the past, on the disk; from any thread."""
+
+    def __init__(self, state: StateDir) -> None:
+        self._state, self._saving, self._kept = state, threading.Lock(), b""
+
+    def save(self, data: bytes) -> None:
+        """Unless it is there already."""
+        with self._saving:
+            if data == self._kept:
+                return
+            try:
+                self._state.save_history(data)
+            except OSError as e:
+                _log.warning("what the page shows of the past cannot be kept: %s", e)
+            self._kept = data
 
 
 def _is_result(done: asyncio.Future[None]) -> bool:

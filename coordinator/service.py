@@ -15,21 +15,31 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ..compression.errors import ConfigError, LedgerCorrupt
+from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, ThinwireError
 from .admission import AdmissionControl
 from .announcer import Announcer
 from .blobs import BlobStore
 from .control.orders import CheckStrategy, Order, Ordered, Place, no_strategy
 from .control.pending import PendingChanges
 from .derived_state import DerivedState, Recalled
+from .entry.gate import BANNED
 from .entry.rules import OPEN, EntryRules
 from .last_snapshot import Wanted
 from .ledger import Ledger
-from .membership import Membership, MembershipEvent, SessionClosed, SessionOpened, SignOfLife, TimePassed
+from .membership import (
+    Membership,
+    MembershipEvent,
+    SessionClosed,
+    SessionOpened,
+    SignOfLife,
+    StateSaid,
+    TimePassed,
+)
 from .observe.counters import Counters
 from .observe.loss_unit import LossUnit
 from .observe.notices import Notices
 from .observe.peer_names import PeerNames
+from .observe.refusals import Refusals
 from .observe.run_view import RunView
 from .open_round import OpenOffers, OpenRound
 from .peers import Peers
@@ -44,6 +54,7 @@ from .protocol.messages import (
     Heartbeat,
     Hello,
     Message,
+    NodeState,
     Offer,
     Rejected,
     Report,
@@ -65,7 +76,7 @@ FAREWELL_S = 60.0
 
 class Service:
     """One run. `send` queues a message for a peer's current session and never blocks, fails or calls back;
-    `on_commit` is told a round once its commit is on the disk.
+    `on_commit` is told a round once its commit is on the disk; `end` tells a peer why its session is over.
 
     `open` sends nothing to the peer that it opens for. Call `tick` after each call, and again when it says.
     Heartbeats are not answered here: who owns the streams sends its own, with its own counts.
@@ -81,6 +92,7 @@ class Service:
         token: str,
         send: Callable[[str, Message], None],
         on_commit: Callable[[int], None],
+        end: Callable[[str, ThinwireError], object] = lambda _peer_id, _why: None,
         now_s: float,
         wall_ms: Callable[[], int],
         history: bytes | None = None,
@@ -98,6 +110,7 @@ class Service:
         """
         self._ledger, self._blobs, self._key = ledger, blobs, key
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
+        self._end = end
         self._settings = Course.of(ledger.genesis.config).settings
         self._pending, self._keep = PendingChanges(check_strategy), keep
         try:
@@ -109,6 +122,7 @@ class Service:
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._counters = Counters()
+        self._refusals = Refusals(self._admission.rejected)
         self._parts = self._recalled(now_s, history)
 
     def _recalled(self, now_s: float, history: bytes | None) -> _Parts:
@@ -155,8 +169,10 @@ class Service:
                 derived,
                 counters,
                 rejected,
+                self._refusals,
                 self._wall_ms,
                 LossUnit(self._loss_unit, derived.held_out_file()),
+                self._admission.gate,
             ),
             over_s=now_s if rounds.is_over else None,
         )
@@ -169,7 +185,9 @@ class Service:
         Raises ConfigError (not let in), Incompatible (version, run, full swarm), LedgerCorrupt (a head
         that is not on the chain) or BadMessage (a session older than the open one).
         """
-        index = self._parts.peers.admit(peer_id, session, hello, now_s)
+        index = self._parts.peers.admit(
+            peer_id, session, hello, lambda stranger: self._make_room(stranger, now_s), now_s
+        )
         self._handle_member(SessionOpened(index, session, hello.agent == READER), now_s)
         return Welcome(
             genesis=self._ledger.genesis_record,
@@ -185,6 +203,12 @@ class Service:
         """Whether the peer has signed it. Takes its time, and may be asked from any thread."""
         return is_signed(peer_id, self._ledger.run_id, offer)
 
+    def _make_room(self, stranger: int, now_s: float) -> None:
+        """For a peer that has worked, among those that have not."""
+        text = "the swarm is full, and a peer whose work has counted came back: try again later"
+        self._end(self._ledger.peer_id(stranger), self._admission.refused("full", Incompatible(text)))
+        self._handle_member(StateSaid(stranger, NodeState.LEAVING), now_s)
+
     def receive(self, peer_id: str, session: int, message: Message, now_s: float) -> None:
         """Raises BadMessage for what a peer must not send; frames of a replaced session are dropped."""
         if self._n_adopted:
@@ -192,6 +216,10 @@ class Service:
         index = self._parts.peers.index(peer_id)
         if index is None:
             raise self._admission.refused("not_admitted", BadMessage("no session is open"))
+        with self._refusals.of(index):
+            self._receive(index, session, message, now_s)
+
+    def _receive(self, index: int, session: int, message: Message, now_s: float) -> None:
         if not self._parts.members.is_current(index, session):
             self.count_rejected("old_session")
             return
@@ -215,6 +243,7 @@ class Service:
             case Heartbeat():
                 self._parts.derived.statistics.heartbeat(index, message)
                 self._parts.derived.page_history.beat(index, message)
+                self._parts.derived.peer_sizes.heard(index, message.sizes, now_s)
             case _:
                 text = f"{type(message).__name__} is not for the coordinator"
                 raise self._admission.refused("wrong_message", BadMessage(text))
@@ -228,6 +257,10 @@ class Service:
     def is_member(self, peer_id: str) -> bool:
         """Whether the peer is admitted and connected: others may serve it blobs."""
         return self._parts.peers.is_member(peer_id)
+
+    def has_worked(self, peer_id: str) -> bool:
+        """Whether work of the peer's has counted."""
+        return self._parts.peers.has_worked(peer_id)
 
     def is_admitted(self, peer_id: str) -> bool:
         """Whether the peer has ever been let in."""
@@ -243,12 +276,9 @@ class Service:
         """Before anything else that a peer asks for. Raises ConfigError (not let in) or Incompatible."""
         self._admission.check_hello(peer_id, hello)
 
-    def may_look(self, shown: str) -> bool:
-        """Whether somebody with this token or invitation may see the status."""
-        if self._admission.gate.may_look(shown):
-            return True
-        self.count_rejected("token")
-        return False
+    def check_looker(self, shown: str) -> None:
+        """Somebody with this token or invitation asks for the status. Raises ConfigError."""
+        self._admission.gate.check_looker(shown)
 
     def lacks(self, hello: Hello) -> bool:
         """Whether the node, which was checked, says that it has commits which this coordinator has lost: then
@@ -307,11 +337,29 @@ class Service:
         log.info("round %d: %s", ordered.round, "; ".join(ordered.told))
         return ordered
 
+    def guard(self, banned: frozenset[str], token: str, told: Sequence[str], now_s: float) -> None:
+        """Who may come in has changed, in these words. Sessions of those who are banned now end, and nobody
+        waits for them."""
+        gate = self._admission.gate
+        new, gate.banned = banned - gate.banned, banned
+        gate.change_token(token)
+        for text in told:
+            self._parts.notices.guarded(text)
+        for peer_id in sorted(new):
+            self._end(peer_id, ConfigError(BANNED))
+            index = self._parts.peers.index(peer_id)
+            if index is not None and self._parts.peers.is_member(peer_id) and not self._n_adopted:
+                self._handle_member(StateSaid(index, NodeState.LEAVING), now_s)
+
     # ------------------------------------------------------------------------------------------- blobs
 
     def may_store(self, peer_id: str, n_bytes: int) -> None:
         """Asked before a peer uploads a blob. Raises BadMessage: not a member, too much, no room."""
         index = self._parts.peers.index(peer_id)
+        with self._refusals.of(index):
+            self._may_store(index, peer_id, n_bytes)
+
+    def _may_store(self, index: int | None, peer_id: str, n_bytes: int) -> None:
         if index is None or not self.is_member(peer_id):
             raise self._admission.refused("not_admitted", BadMessage("only members may store blobs"))
         self._admission.check_upload(index, n_bytes)
@@ -348,6 +396,7 @@ class Service:
         self._handle_member(TimePassed(), now_s)
         self._parts.open_round.handle(TimePassed(), now_s)
         parts = self._parts
+        parts.notices.lines.flush()
         if self._pending and not parts.rounds.is_held and not parts.rounds.is_awaited:
             self._commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
         parts.announcer.tell(parts.members.connected(), parts.open_round.offers.fetchable())
@@ -390,13 +439,20 @@ class Service:
         if index is not None and not self._n_adopted:
             self._parts.open_round.handle(Excused(index, round_), now_s)
 
-    def count_rejected(self, reason: Rejected) -> None:
-        """Counts something that was not let in; reasons are few and fixed, they become metric labels."""
-        self._admission.rejected[reason] += 1
+    def count_rejected(self, reason: Rejected, peer_id: str | None = None) -> None:
+        """Counts something that was not let in; reasons are few and fixed, they become metric labels.
+        `peer_id`: whose it was, where that is certain."""
+        with self._refusals.of(None if peer_id is None else self._parts.peers.index(peer_id)):
+            self._admission.rejected[reason] += 1
 
     def status(self, now_s: float) -> dict[str, Any]:
         """JSON-able, for `thinwire status` and the live table. Times in seconds."""
         return self._parts.view.status(now_s)
+
+    def peer(self, peer_id: str, now_s: float) -> dict[str, Any] | None:
+        """JSON-able: what the status says of a peer; None: nobody was let in by this name."""
+        index = self._parts.peers.index(peer_id)
+        return None if index is None else self._parts.view.peer(index, peer_id, now_s)
 
     def overview(self, now_s: float) -> dict[str, Any]:
         """JSON-able and bounded, for the page."""

@@ -46,11 +46,18 @@ class StateDir:
         """Added to those that are banned already. Raises ConfigError for what is no peer id."""
         for peer_id in peer_ids:
             public_key_of(peer_id)
-        lines = sorted({*self.banned(), *peer_ids})
-        write_aside(self._banned_path, "".join(f"{peer_id}\n" for peer_id in lines).encode())
+        self._save_banned(self.banned().union(peer_ids))
+
+    def unban(self, peer_ids: Sequence[str]) -> None:
+        """They are let in again."""
+        self._save_banned(self.banned().difference(peer_ids))
+
+    def _save_banned(self, peer_ids: frozenset[str]) -> None:
+        lines = "".join(f"{peer_id}\n" for peer_id in sorted(peer_ids))
+        write_aside(self._banned_path, lines.encode())
 
     def banned(self) -> frozenset[str]:
-        """Peers that are not let in; a line of the file each, to be deleted by hand."""
+        """Peers that are not let in; a line of the file each."""
         if not self._banned_path.exists():
             return frozenset()
         return frozenset(self._banned_path.read_text("ascii").split())

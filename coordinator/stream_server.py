@@ -23,7 +23,9 @@ from typing import Any, BinaryIO, TypeVar
 from ..compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable, ThinwireError
 from .adoption import STALL_S, adopt
 from .blobs import BlobStore, BlobWriter
+from .entry.rates import PeerRates
 from .observe.metrics_requests import ANSWER_TIMEOUT_S, MetricsRequests
+from .observe.quiet_log import QuietLog
 from .protocol.blob_streams import Sink, serve_blobs
 from .protocol.messages import (
     BadMessage,
@@ -104,6 +106,7 @@ class StreamServer:
         self._numbers = count(1)
         self._opening = asyncio.Lock()
         """Held while one node is let in: the others wait for what it may have to give back."""
+        self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
         self._strangers: Counter[str] = Counter()
         self._blob_streams: Counter[str] = Counter()
 
@@ -123,9 +126,15 @@ class StreamServer:
         if session is None:
             return False
         if not session.post(message):
-            self._service.count_rejected("too_slow")
+            self._service.count_rejected("too_slow", peer_id)
             session.stream.abort()
         return True
+
+    def end(self, peer_id: str, why: ThinwireError) -> None:
+        """The peer's session, if there is one: it is told why."""
+        session = self._sessions.get(peer_id)
+        if session is not None:
+            session.end(Refused.of(why))
 
     async def metrics_of(self, peer_id: str) -> bytes:
         """A node's own, in Prometheus' text format. Raises `metrics_requests.Unanswered`."""
@@ -138,6 +147,7 @@ class StreamServer:
 
     def beat(self, heartbeat: Heartbeat, silence_limit_s: float) -> None:
         """A heartbeat to every node; a session without a byte for so long is closed."""
+        self._lines.flush()
         for session in list(self._sessions.values()):
             if time.monotonic() - session.stream.heard_s > silence_limit_s:
                 session.stream.abort()
@@ -161,8 +171,8 @@ class StreamServer:
                 await serve(peer_id, stream)
             except BadMessage as e:
                 if isinstance(e, BadFrame):  # what the service refuses it counts itself
-                    self._service.count_rejected(e.reason)
-                _log.info("closed a stream of %s: %s", peer_id, e)
+                    self._service.count_rejected(e.reason, peer_id)
+                self._lines.say(logging.INFO, peer_id, "stream", "closed a stream of %s: %s", peer_id, e)
             except (OSError, EOFError, TimeoutError, SwarmUnreachable) as e:
                 _log.debug("a stream of %s ended: %s", peer_id, e)
             except sqlite3.Error as e:
@@ -175,8 +185,10 @@ class StreamServer:
 
     @contextlib.contextmanager
     def _stranger(self, peer_id: str) -> Iterator[None]:
-        """Limits how many streams may be open, and for how long, without the token having been shown."""
-        if self._strangers.total() >= MAX_STRANGERS or self._strangers[peer_id] >= MAX_STRANGE_STREAMS:
+        """Limits how many streams may be open, and for how long, without the token having been shown. Those
+        whose work has counted find room among any number of strangers."""
+        is_full = self._strangers.total() >= MAX_STRANGERS and not self._service.has_worked(peer_id)
+        if is_full or self._strangers[peer_id] >= MAX_STRANGE_STREAMS:
             raise BadFrame("strangers", "too many streams that have not said hello")
         self._strangers[peer_id] += 1
         try:
@@ -234,6 +246,8 @@ class StreamServer:
 
     async def _let_in(self, peer_id: str, stream: Stream, hello: Hello) -> tuple[int, Welcome]:
         """The session's number, and what to say first. Raises ThinwireError or OSError."""
+        if not self._rates.session(peer_id, time.monotonic()):
+            raise BadFrame("rate", "this peer opens too many sessions")
         async with self._opening:
             if self._service.lacks(hello):
                 try:
@@ -265,6 +279,9 @@ class StreamServer:
                 message = await session.stream.receive_message(FROM_NODE)
             except EOFError:
                 return
+            n_bytes, now_s = session.stream.frame_bytes, time.monotonic()
+            if (what := self._rates.message(session.peer_id, message, n_bytes, now_s)) is not None:
+                raise BadFrame("rate", f"it sends too many {what}")
             if session.is_ending:
                 continue  # nobody answers any more, but the node has not read why yet
             if isinstance(message, Follow):
@@ -283,7 +300,7 @@ class StreamServer:
     async def _refuse_unsigned(self, peer_id: str, offer: Offer) -> None:
         """Off the event loop: a thousand signatures take a tenth of a second. Raises BadMessage."""
         if not await asyncio.to_thread(self._service.is_signed, peer_id, offer):
-            self._service.count_rejected("signature")
+            self._service.count_rejected("signature", peer_id)
             raise BadMessage(f"the offer of round {offer.round} is not signed by its peer")
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
@@ -306,8 +323,10 @@ class StreamServer:
         with self._stranger(peer_id):
             async with asyncio.timeout(self._waits.hello_s):
                 frame = await stream.receive({FrameKind.ASK: _TOKEN_BYTES})
-            if not self._service.may_look(frame.body.decode(errors="replace")):
-                await _refuse(stream, ConfigError("the ticket's token is wrong: ask for a new ticket"))
+            try:
+                self._service.check_looker(frame.body.decode(errors="replace"))
+            except ConfigError as e:
+                await _refuse(stream, e)
                 return
         while True:
             await stream.send(FrameKind.STATUS, json.dumps(self._status()).encode())

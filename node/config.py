@@ -279,10 +279,12 @@ class Audits(Section):
     """Peers do the work of others again, drawn by lot; the offers of those who fail do not count any more."""
 
     rate: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of the swarm's work that goes into audits, beside those of suspects; 0: none."""
+    """Share of the swarm's work that goes into audits; 0: none. On top comes one offer in ten of newcomers,
+    until an audit has passed, and of peers that have failed one."""
     failures: Annotated[int, Field(ge=1, le=1000)] = 2
-    """So many offers that failed among those of the last `window_rounds`, and no fewer than passed, and a
-    peer's offers weigh nothing: for `window_rounds`, and for twice as long each time again."""
+    """So many of a peer's last audits have failed (of the last 4 x `failures`, within `window_rounds`), and
+    no fewer than have passed: its offers weigh nothing for `window_rounds`, and for twice as long each time
+    again."""
     window_rounds: Annotated[int, Field(ge=1, le=2**20)] = 1000
     """How long a failure is remembered."""
 

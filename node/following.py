@@ -15,7 +15,7 @@ from ..coordinator.protocol.settings import Course
 from .auditing.auditor import Auditor
 from .batches import batches
 from .healing import Healer
-from .joining import CatchingUp, Joiner
+from .joining import CatchingUp, Joiner, NoStart, Start
 from .links.base import Link
 from .preparing import PreparedRun
 from .proposing import Proposer
@@ -23,6 +23,7 @@ from .reporting import Reporter
 from .snapshots.publishing import SnapshotPublisher
 from .tracking.observer import Applied, Observer
 from .tracking.pace import Pace
+from .trust.start_check import StartCheck
 
 log = logging.getLogger("thinwire.node")
 
@@ -38,7 +39,8 @@ class Stage(Enum):
     """It is behind, and began at a snapshot of this node's own."""
 
     REPLAYING = "replaying"
-    """It is behind, and began where nobody's word but the ledger's is taken: what comes out is proof."""
+    """It is behind, and began where a fault of this machine's would have shown: what comes out needs no
+    check."""
 
     TRAINING = "training"
     """It has reached the head, and this node takes part in rounds."""
@@ -47,8 +49,9 @@ class Stage(Enum):
 class LedgerFollower:
     """Brings a replica to the head of the ledger and keeps it there.
 
-    `publisher`: of own snapshots. `clock`: in seconds; `since_s`: when this node began, by that clock.
-    `stopped`: whether this node is to leave the run. `on_proposing` is called before each local work.
+    `publisher`: of own snapshots; `check`: of where the replica began. `clock`: in seconds; `since_s`: when
+    this node began, by that clock. `stopped`: whether this node is to leave the run. `on_proposing` is called
+    before each local work.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class LedgerFollower:
         *,
         joiner: Joiner,
         healer: Healer,
+        check: StartCheck,
         publisher: SnapshotPublisher,
         observer: Observer,
         clock: Callable[[], float],
@@ -66,6 +70,7 @@ class LedgerFollower:
     ) -> None:
         self._run, self._link, self._replica = run, run.link, run.replica
         self._joiner, self._healer, self._publisher = joiner, healer, publisher
+        self._check = check
         self._observer, self._clock, self._stopped = observer, clock, stopped
         self._on_proposing = on_proposing
         self._proposer = Proposer(run, observer, clock, stopped)
@@ -104,14 +109,17 @@ class LedgerFollower:
     def _begin(self) -> None:
         """Brings the replica to the cheapest start."""
         self._stop_training()
-        self._stage = Stage.CATCHING_UP
-        start = self._joiner.begin()
-        if start.is_trusted:
-            self._stage = Stage.REPLAYING
-        self._catching_up = CatchingUp(self._replica.round)
+        start = self._check.begin()
+        self._began(start, is_replay=start.is_proof)
         self._link.serve(self._publisher.store)
-        if start.kind == "swarm":
-            self._publisher.announce(self._publisher.store.stored()[-1])
+        if start.kind == "swarm" and self._joiner.stored is not None:
+            self._publisher.announce(self._joiner.stored)
+
+    def _began(self, start: Start, *, is_replay: bool) -> None:
+        self._stage = Stage.REPLAYING if is_replay else Stage.CATCHING_UP
+        self._catching_up = CatchingUp(self._replica.round)
+        self._publisher.began(self._joiner.stored, is_verified=start.is_trusted)
+        self._check.began(start)
 
     def _follow(self) -> Generator[Applied | None, None, bool]:
         """Applies commits until the run ends or is stopped; True: the replica was moved to another round."""
@@ -146,6 +154,9 @@ class LedgerFollower:
 
         `evaluates`: this node is to do so; but for the last round it offers before."""
         run = self._run
+        if self._check.is_refuted():
+            self._leave_start()
+            return True
         at_head = run.is_at_head
         self._report(evaluate=evaluates and run.is_over)
         if self._replica.round % run.history.every == 0 and run.is_near(run.history.every):
@@ -187,14 +198,17 @@ class LedgerFollower:
         if not self._catching_up.tell(self._replica.round, self._link.head):
             return False
         self._joiner.read_ledger()
-        if not self._joiner.is_worth_it():
+        if not self._check.may_leave() or not self._joiner.is_worth_it():
             return False
         log.info("a newer snapshot is nearer to the head: taking that one")
         self._begin()
         return True
 
     def _report(self, *, evaluate: bool) -> None:
-        self._reporter.report(evaluate=evaluate, is_replay=self._stage is Stage.REPLAYING)
+        is_replay = self._stage is Stage.REPLAYING
+        self._reporter.report(
+            evaluate=evaluate, is_replay=is_replay, is_proof=is_replay and self._publisher.is_verified
+        )
 
     def _stop_training(self) -> None:
         """The replica goes to another round; an open offer is nothing to wait for any more."""
@@ -275,27 +289,46 @@ class LedgerFollower:
         if self._stage is Stage.TRAINING:
             self._stage = Stage.CATCHING_UP
         self._observer.training(False)
-        was_wrong = self._healer.check(rounds)
-        self._observer.replayed(self._replica.round, was_wrong)
-        if was_wrong:
-            self._go_on_from_replay()
-        return was_wrong
+        start = self._healer.check(rounds)
+        self._observer.replayed(self._replica.round, start is not None)
+        if start is not None:
+            self._go_on_from_replay(start)
+        return start is not None
 
     def _start_over(self, error: ReplicaDiverged) -> None:
         """Applying a commit failed: a replay shows whether it was this machine. Raises the error if not."""
         if self._stage is Stage.REPLAYING:
             raise error
         log.error("%s; replaying the ledger to see whether this machine was wrong", error)
-        self._joiner.begin(lambda: self._joiner.trusted_starts(self._link.head), with_local_state=False)
-        self._publisher.discard(self._replica.round)
+        verified = self._publisher.is_verified
+        try:
+            start = self._joiner.begin(
+                lambda: self._joiner.own_starts(self._link.head, verified=verified), with_local_state=False
+            )
+        except NoStart as e:
+            raise ReplicaDiverged(f"{error}. {e}") from error
+        self._publisher.discard(start.round)
         self._observer.replayed(self._replica.round, True)
-        self._go_on_from_replay()
+        self._go_on_from_replay(start)
 
-    def _go_on_from_replay(self) -> None:
+    def _leave_start(self) -> None:
+        """What the replica began at was wrong. Raises ReplicaDiverged when there is no other start."""
+        try:
+            start = self._joiner.begin(
+                lambda: self._joiner.trusted_starts(self._link.head), with_local_state=False
+            )
+        except NoStart as e:
+            raise ReplicaDiverged(
+                f"this replica began at a snapshot that is wrong, and the payloads of a replay are gone by "
+                f"now. Start this node again once the peers that vouched for it are shut out. {e}"
+            ) from e
+        self._observer.replayed(self._replica.round, True)
+        self._go_on_from_replay(start)
+
+    def _go_on_from_replay(self, start: Start) -> None:
         """The replica is at an earlier round: what this node offered since was settled already."""
         self._stop_training()
-        self._stage = Stage.REPLAYING
-        self._catching_up = CatchingUp(self._replica.round)
+        self._began(start, is_replay=True)
 
 
 class _Ends(Container[int]):

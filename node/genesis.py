@@ -57,7 +57,9 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
     refuse_shared_memory(made)
     strange = _of_another_type(made, config)
     model = in_dtype(made, config)
-    build_strategy(config.strategy, model.named_parameters()).fields()  # refuses what cannot be sent
+    build_strategy(
+        of_new_run(config.strategy), model.named_parameters()
+    ).fields()  # refuses what cannot be sent
     layout = layout_of(model, task)
     held_out, corpus = task.held_out(), task.corpus()
     base = _base(config, task, model, layout)  # last: it may take minutes

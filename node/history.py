@@ -6,6 +6,7 @@ Pure: fed with every commit from round 1 on, in order, whether the replica has a
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..coordinator.protocol.attested import Attested, Snapshots
@@ -35,7 +36,7 @@ class History:
         self.peers: dict[int, str] = {}
         self.standing = standing or Standing(run_id)
         self.snapshots = Snapshots(snapshot_every, self.standing)
-        self.verdicts = Verdicts()
+        self.verdicts = Verdicts(self.standing)
         self._digests = [run_id]
         self._costs = [0]
         self._changes: dict[str, Change] = {}
@@ -102,9 +103,9 @@ class History:
             if len(a.peers) > 1 or open_from is None or a.round < open_from
         ]
 
-    def is_shared(self, manifest: bytes) -> bool:
-        """Whether two peers have reported this snapshot."""
-        return any(a.manifest == manifest and len(a.peers) > 1 for a in self.snapshots.attested())
+    def names(self, peers: Iterable[int]) -> str:
+        """Their peer ids, for people."""
+        return ", ".join(self.peers.get(index, f"peer {index}") for index in sorted(peers))
 
     def holders(self, snapshot: Attested) -> list[str]:
         """Peer ids of those that reported the snapshot."""

@@ -66,18 +66,25 @@ class Start:
     """The replica after `round`. `cost_bytes`: to be fetched for it, and for the rounds from there on.
 
     `stored`: a snapshot on this node's disk; `attested`: one that the ledger vouches for; neither: the base
-    weights.
+    weights. `is_verified`: the one on the disk is what a replay of this node's gave.
     """
 
     round: int
     cost_bytes: int
     stored: Stored | None = None
     attested: Attested | None = None
+    is_verified: bool = False
 
     @property
     def is_trusted(self) -> bool:
-        """Whether what comes out of a replay from here is proof: nobody's word but the ledger's is taken."""
-        return self.stored is None or self.attested is not None
+        """Whether nobody's word but the ledger's is taken for it: base weights, or verified by this node."""
+        return self.kind == "base" or self.is_verified
+
+    @property
+    def is_proof(self) -> bool:
+        """Whether, beyond that, what comes out of a replay from here needs no check: a fault of this
+        machine's before it was written would have shown."""
+        return self.kind == "base" or (self.is_verified and self.attested is not None)
 
     @property
     def kind(self) -> Literal["base", "own", "swarm"]:
@@ -89,7 +96,7 @@ class Start:
 class Joiner:
     """Brings a replica to a start. `base`: the run's base weights, None: exact initialisation; `kept_from`:
     the first round whose payloads the coordinator still has; `base_blobs`: where the base weights come from,
-    None: from the coordinator each time."""
+    None: from the coordinator each time; `peer_index`: this node's in commits, None: it reports nothing."""
 
     def __init__(
         self,
@@ -102,11 +109,16 @@ class Joiner:
         base_blobs: KeptBlobs | None = None,
         kept_from: int,
         stopped: Callable[[], bool],
+        peer_index: int | None = None,
     ) -> None:
         self._link, self._replica, self._store, self._history = link, replica, store, history
         self._base, self._kept_from, self._stopped = base, kept_from, stopped
         self._base_blobs = base_blobs or KeptBlobs(link, None)
+        self._me = -1 if peer_index is None else peer_index
+        self.stored: Stored | None = None
+        """The snapshot on this node's disk that `begin` has begun at; None: the base weights."""
         self._useless: set[tuple[int, bytes]] = set()
+        self._wrong: set[bytes] = set()
 
     def read_ledger(self) -> None:
         """Brings the history up to the head that is known now. Raises what the link raises."""
@@ -117,9 +129,10 @@ class Joiner:
                 log.info("reading the ledger: record %d of %d", self._history.round, head)
 
     def starts(self) -> list[Start]:
-        """All that lead to the head, the cheapest first; of two that cost the same the newer one."""
+        """All that lead to the head: first the snapshots that this node has verified, then the cheapest; of
+        two that cost the same the newer one."""
         found = [start for start in self._candidates() if self._leads_to_head(start)]
-        return sorted(found, key=lambda start: (start.cost_bytes, -start.round))
+        return sorted(found, key=lambda start: (not start.is_verified, start.cost_bytes, -start.round))
 
     def kept_from(self) -> int:
         """Payloads of this round and of later ones can be had."""
@@ -154,10 +167,25 @@ class Joiner:
             return start
 
     def trusted_starts(self, at_most: int) -> list[Start]:
-        """Starts at this round or before for a replay that is proof; the newest first."""
-        able = [s for s in self._candidates() if s.is_trusted and self._leads_to_head(s)]
-        found = [s for s in able if s.round <= at_most]
-        return sorted(found, key=lambda s: (-s.round, s.cost_bytes))
+        """Starts at this round or before of which nobody's word is taken; the newest first."""
+        found = [s for s in self._candidates() if s.round <= at_most and s.is_trusted]
+        return [s for s in sorted(found, key=_newest_first) if self._leads_to_head(s)]
+
+    def own_starts(self, at_most: int, *, verified: bool) -> list[Start]:
+        """Starts at this round or before for a replay that shows whether this machine has made a fault since;
+        the newest first. Of snapshots only those on this disk that others have, too.
+
+        `verified`: only trusted ones. A replica that itself is not verified takes nobody's word anew when it
+        begins again at a snapshot that it had come from, or had led to.
+        """
+        found = [s for s in self._candidates() if s.round <= at_most and s.kind != "swarm"]
+        able = [s for s in found if (s.is_trusted or not verified) and self._is_shared(s)]
+        return [s for s in sorted(able, key=_newest_first) if self._leads_to_head(s)]
+
+    def was_wrong(self, manifest: bytes) -> None:
+        """A replay has given something else than the snapshot with this manifest: it is never a start
+        again."""
+        self._wrong.add(manifest)
 
     def is_worth_it(self) -> bool:
         """Whether a newer snapshot is by now a cheaper way to the head than going on from here."""
@@ -179,18 +207,43 @@ class Joiner:
         for attested in history.attested():
             here = stored.pop(attested.manifest, None)
             cost_bytes = history.cost_bytes(attested.round) + (0 if here is not None else attested.n_bytes)
-            found.append(Start(attested.round, cost_bytes, here, attested))
-        # One beside another that is attested: this node was wrong when it wrote it.
-        own = [s for s in stored.values() if others.get(s.round, s.manifest) == s.manifest]
-        found += [Start(s.round, history.cost_bytes(s.round), s) for s in own]
-        return [s for s in found if self._key(s) not in self._useless]
+            is_verified = here is not None and self._store.is_verified(here)
+            found.append(Start(attested.round, cost_bytes, here, attested, is_verified))
+        for own in stored.values():
+            is_verified = self._store.is_verified(own)
+            # One beside another that is attested, and nothing but others' word in both.
+            if is_verified or others.get(own.round, own.manifest) == own.manifest:
+                cost_bytes = history.cost_bytes(own.round)
+                found.append(Start(own.round, cost_bytes, own, is_verified=is_verified))
+        return [s for s in found if self._key(s) not in self._useless and not self._is_wrong(s)]
+
+    def _is_wrong(self, start: Start) -> bool:
+        manifests = {s.manifest for s in (start.stored, start.attested) if s is not None}
+        return not manifests.isdisjoint(self._wrong)
+
+    def _is_shared(self, start: Start) -> bool:
+        """Whether others had the same state then, as far as they have said."""
+        stored, verdicts = start.stored, self._history.verdicts
+        if stored is None or start.attested is not None:
+            return True
+        return verdicts.is_shared(self._me, stored.round, stored.fingerprint)
 
     def _is_on_ledger(self, stored: Stored) -> bool:
         return self._history.digest_at(stored.round) == stored.commit
 
     def _leads_to_head(self, start: Start) -> bool:
-        first = self._history.first_blob(start.round)
-        return first is None or first >= self.kept_from()
+        first, kept_from = self._history.first_blob(start.round), self.kept_from()
+        return first is None or first >= kept_from or self._are_here(start.round, kept_from)
+
+    def _are_here(self, after: int, before: int) -> bool:
+        """Whether this node has kept all payloads of the rounds between these two."""
+        for commit in self._link.records(after):
+            if commit.body.round >= before:
+                return True
+            digests = [offer.digest for offer in commit.body.offers if offer.digest is not None]
+            if not all(map(self._link.has_payload, digests)):
+                return False
+        return True
 
     def _give_up(self, start: Start) -> None:
         """Not to be tried again; what is damaged on disk is thrown away, the swarm's copy may still do."""
@@ -206,16 +259,10 @@ class Joiner:
     # ------------------------------------------------------------------------------------- going there
 
     def _go_to(self, start: Start, with_local_state: bool) -> None:
-        if start.kind == "base":
-            self._begin_anew()
+        stored = self.stored = None if start.kind == "base" else start.stored or self._fetch(start)
+        self._put(self._replica, stored)
+        if stored is None:
             return
-        if self._replica.has_frozen:
-            self._begin_anew()
-        stored = start.stored or self._fetch(start)
-        self._replica.take(self._store, stored, self._commit(start.round))
-        if self._replica.course.changes != self._history.changes_at(start.round):
-            raise ReplicaDiverged("its settings are not those of the ledger")
-        self._replica.peers = dict(self._history.peers)
         if with_local_state and start.kind == "own":
             self._take_local_state(stored)
         log.info(
@@ -225,14 +272,30 @@ class Joiner:
             human_bytes(stored.n_bytes),
         )
 
-    def _begin_anew(self) -> None:
+    def put(self, replica: Replica, start: Start) -> None:
+        """Another replica of the run becomes what this start is: base weights, or a snapshot on this disk.
+        From any thread. Raises what `Replica.take` and the link raise."""
+        self._put(replica, start.stored)
+
+    def _put(self, replica: Replica, stored: Stored | None) -> None:
+        if stored is None:
+            self._begin_anew(replica)
+            return
+        if replica.has_frozen:
+            self._begin_anew(replica)
+        replica.take(self._store, stored, self._commit(stored.round))
+        if replica.course.changes != self._history.changes_at(stored.round):
+            raise ReplicaDiverged("its settings are not those of the ledger")
+        replica.peers = dict(self._history.peers)
+
+    def _begin_anew(self, replica: Replica) -> None:
         base = None
         if self._base is not None:
             if not self._base_blobs.has(self._base):
                 log.info("fetching the base weights (%s)", human_bytes(self._base.n_bytes))
             base = self._base_blobs.get(self._base)
-        self._replica.begin(base)
-        self._replica.peers = {}
+        replica.begin(base)
+        replica.peers = {}
 
     def _commit(self, round_: int) -> Commit:
         commit = next(self._link.records(round_ - 1), None)
@@ -295,6 +358,10 @@ class Joiner:
             except SwarmUnreachable as e:
                 why = why if holder == _COORDINATOR else str(e)
         raise SwarmUnreachable(why)
+
+
+def _newest_first(start: Start) -> tuple[int, int]:
+    return -start.round, start.cost_bytes
 
 
 def _told(round_: int, head: int, progress: Progress) -> str:

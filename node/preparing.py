@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from .replica import Replica, build_replica
 from .states.kept_blobs import KeptBlobs
 from .tasks.base import Task
 from .tasks.registry import make_task
+from .trust.spare import spare_replica
 from .units import human_bytes
 from .workload import Workload
 
@@ -33,7 +36,8 @@ class PreparedRun:
     `peer_index`: this node's in commits; `kept_from`: the first round whose payloads the coordinator still
     had when the link was opened; `workload`: None, every round has all the work; `n_parameters`: of the
     model, over all ranks; `base_blobs`: has the base weights, kept where snapshots do not hold all of it;
-    `has_own_data`: trains on what others do not have, so that nobody can do its work again.
+    `has_own_data`: trains on what others do not have, so that nobody can do its work again; `spare`: makes a
+    second replica of the run, see `spare_replica`.
     """
 
     link: Link
@@ -48,6 +52,7 @@ class PreparedRun:
     n_parameters: int
     base_blobs: KeptBlobs
     has_own_data: bool
+    spare: Callable[[], Replica]
 
     @property
     def is_over(self) -> bool:
@@ -118,6 +123,7 @@ def prepare_run(
         n_parameters=sum(prod(entry.shape) for entry in body.layout),
         base_blobs=blobs if replica.has_frozen else fetched,
         has_own_data=has_own_data,
+        spare=partial(spare_replica, link.run_id, body, task),
     )
     _tell(run)
     return run

@@ -27,7 +27,9 @@ from ..coordinator.protocol.schedule import float32_of_bits
 from ..coordinator.protocol.settings import Course, strategy_options
 from ..coordinator.protocol.trust.standing import Standing
 from ..optim.base import Own, Round, Share, Strategy
+from ..optim.parts.clip import Weighing
 from ..optim.registry import build_strategy
+from ..optim.robust.weights import with_copies
 from .config import parse_config
 from .genesis import check_layout, in_dtype, initialise, layout_hash, layout_of
 from .ranks.collective_errors import collective_errors
@@ -70,6 +72,22 @@ class _Ahead:
     course: Course
     peers: dict[int, str]
     bad: Counter[str]
+    senders: list[str]  # of the last round's shares, in their order
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What a round made of a peer's payload: its norm against the median, and what it was scaled by."""
+
+    size: float
+    kept: float
+
+
+def _weighed(found: Weighing | None, senders: Sequence[str]) -> dict[str, Weighed]:
+    if found is None or len(found.kept) != len(senders):  # no commit yet, or no bound
+        return {}
+    every = zip(senders, found.sizes, found.kept, strict=True)
+    return {peer: Weighed(size, kept) for peer, size, kept in every}
 
 
 class Replica:
@@ -78,6 +96,7 @@ class Replica:
     `course`: the settings that hold for the next round. `bad` counts payloads that were left out, by reason.
     `standing`: who is condemned in which round. It may know later commits already; in runs with audits it has
     to know the earlier ones before the replica goes on from a snapshot.
+    `weighed`: the last round's peers, by id; of no meaning to the replica, and empty without a bound.
     """
 
     def __init__(
@@ -91,6 +110,7 @@ class Replica:
         self.digest = run_id
         self.peers: dict[int, str] = {}
         self.bad: Counter[str] = Counter()
+        self.weighed: dict[str, Weighed] = {}
         self._genesis = genesis
         self._unchanged = {name: strategy.option(name) for name in strategy.facts.changeable}
         self.course = Course.of(genesis.config)
@@ -122,7 +142,7 @@ class Replica:
         return wire.encode(payload, self.strategy.fields(turn), turn.round, self._layout_hash)
 
     def decode(self, data: bytes, turn: Turn) -> Payload:
-        """The payload in the bytes of an offer for the turn's round. Raises BadPayload, as it was left out."""
+        """The payload in the bytes of an offer for the turn's round. Raises BadPayload."""
         payload = wire.decode(
             data, self.strategy.fields(turn), turn.round, self._layout_hash, self._max_bytes
         )
@@ -147,7 +167,7 @@ class Replica:
         raises it for a commit that does not follow (checked by the link already), and what `payload_bytes`
         raises.
         """
-        ahead = _Ahead(self.round, self.digest, self._lr_factor, self.course, dict(self.peers), Counter())
+        ahead = _Ahead(self.round, self.digest, self._lr_factor, self.course, dict(self.peers), Counter(), [])
         courses: list[Course] = []
         rounds: list[Round] = []
         for commit in commits:
@@ -167,6 +187,7 @@ class Replica:
         self.round, self.digest, self._lr_factor = ahead.round, ahead.digest, ahead.lr_factor
         self.peers.update(ahead.peers)
         self.bad.update(ahead.bad)
+        self.weighed = _weighed(self.strategy.weighing, ahead.senders)
         return [r.own for r in rounds]
 
     def _follow(self, course: Course) -> None:
@@ -220,9 +241,13 @@ class Replica:
     ) -> tuple[list[Share], bool]:
         """The counted offers that pass `check`, in the ledger's order, and whether ours is among them."""
         fields = self.strategy.fields(turn)
-        shares = []
+        shares: list[Share] = []
+        senders: list[str] = []
+        sent: list[bytes] = []
         own_counted = False
         for offer in offers:
+            if offer.n_samples == 0:  # changes nothing; what its peer packed stays with it
+                continue
             peer_id = ahead.peers[offer.peer]
             data = payload_bytes(offer)
             try:
@@ -232,9 +257,13 @@ class Replica:
                 ahead.bad[e.reason] += 1
                 log.warning("round %d: payload of %s left out: %s", turn.round, peer_id, e)
                 continue
-            shares.append(Share(round_seed(self.run_id, turn.round, peer_id), offer.n_samples, payload))
+            seed = round_seed(self.run_id, turn.round, peer_id)
+            shares.append(Share(seed, offer.n_samples, payload, own_data=offer.own_data))
+            senders.append(peer_id)
+            sent.append(data if offer.digest is None else offer.digest)
             own_counted = own_counted or peer_id == self.peer_id
-        return shares, own_counted
+        ahead.senders = senders
+        return with_copies(shares, sent), own_counted
 
     def _refuse_non_finite(self, last: int) -> None:
         """What is not finite once stays so: one look after a batch is enough."""

@@ -18,20 +18,24 @@ class Reporter:
     def __init__(self, run: PreparedRun, healer: Healer, observer: Observer) -> None:
         self._run, self._healer, self._observer = run, healer, observer
 
-    def report(self, *, evaluate: bool, is_replay: bool) -> None:
-        """Tells the fingerprint where it is news, and the held-out loss where `evaluate` asks for it.
+    def report(self, *, evaluate: bool, is_replay: bool, is_proof: bool) -> None:
+        """Tells the fingerprint where it is news, and the held-out loss where `evaluate` asks for it. Nobody
+        hears of the fingerprint before this node's work has counted; that it has the last round it says
+        anyway.
 
-        `is_replay`: the replica came from the ledger alone, so its fingerprint needs no check.
+        `is_replay`: the replica came from the ledger alone, so its fingerprint needs no check; `is_proof`:
+        and it began where nobody's word is taken, so that others may know.
         """
-        round_ = self._run.replica.round
-        told = self._run.is_verified(round_) and self._is_news(round_, is_replay)
+        run, round_ = self._run, self._run.replica.round
+        may_say = run.history.standing.has_worked(run.peer_index)
+        told = may_say and run.is_verified(round_) and self._is_news(round_, is_replay)
         fingerprint = self._healer.fingerprint(checked=is_replay) if told else None
         held_out = self._held_out() if evaluate else None
-        if fingerprint is None and held_out is None:
+        if fingerprint is None and held_out is None and not (run.is_over and not may_say):
             return
         if fingerprint is not None:
             self._observer.fingerprint_reported()
-        checked = is_replay and told
+        checked = is_replay and is_proof and told
         report = Report(round=round_, fingerprint=fingerprint, checked=checked, held_out=held_out)
         self._run.link.report(report)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .tasks.base import Task
     from .tracking.metrics import NodeMetrics, TrackerName
     from .tracking.trackers import Tracks
+    from .trust.start_check import Verify
 
 log = logging.getLogger("thinwire.node")
 
@@ -38,7 +39,7 @@ class Options:
     """What the user of a node says. `device` "auto": cuda, or cpu without; `ranks` None: one for each GPU, or
     one on a CPU. `threads`: of each rank, None: torch's default; `max_upload`: a rate in words, see
     `parse_rate`; `restart`: how often a node whose rank has failed is started again; `evaluate`: the function
-    of the run's [eval] that this node calls."""
+    of the run's [eval] that this node calls; `verify`: what to do about a snapshot that others vouch for."""
 
     ticket: str
     data: Path | None
@@ -60,6 +61,7 @@ class Options:
     restart: int
     track: tuple[TrackerName, ...] = ()
     evaluate: str | None = None
+    verify: Verify = "background"
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -168,6 +170,7 @@ def opened_node(
             leader=None if leader_in is None else leader_in(folder.path),
             tracks=tracks,
             evaluations=evaluations,
+            verify=options.verify,
         )
 
 
@@ -236,7 +239,7 @@ def _shared(options: Options, metrics: NodeMetrics, limit: UploadLimit | None) -
         "patience_s": options.patience_s,
         "limit": limit,
         "metrics": metrics.text,
-        "about": About(in_words(options.devices()), metrics.phases),
+        "about": About(in_words(options.devices()), metrics.phases, metrics.sizes.next),
     }
 
 

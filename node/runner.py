@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from .tracking.metrics import NodeMetrics
 from .tracking.observer import Applied, Observer
 from .tracking.round_statistics import RoundStatistics
 from .tracking.trackers import Tracks
+from .trust.start_check import StartCheck, Verify
 
 log = logging.getLogger("thinwire.node")
 
@@ -47,7 +48,8 @@ class Runner:
     is there already, instead of both. `folder`: where snapshots are kept, to be resumed from and served;
     None: a temporary one. `stop` may be set from any thread (or a signal handler): the node leaves the swarm
     cleanly. `leader`: the node has several ranks, this is rank 0's. `tracks`: where the run log goes;
-    `evaluations`: of the weights, beside the training; whoever opened these closes them. `clock`: in seconds.
+    `evaluations`: of the weights, beside the training; whoever opened these closes them. `verify`: what to do
+    about a snapshot that others vouch for. `clock`: in seconds.
 
     Called with this runner, in the node's thread: `on_prepared` once task, model and strategy are there,
     before the replica has weights; `on_proposing` whenever it is about to do local work for an offer.
@@ -68,6 +70,7 @@ class Runner:
         leader: Leader | None = None,
         tracks: Tracks | None = None,
         evaluations: Evaluations | None = None,
+        verify: Verify = "background",
         on_prepared: Callable[[Runner], object] = _nothing,
         on_proposing: Callable[[Runner], object] = _nothing,
     ) -> None:
@@ -88,6 +91,7 @@ class Runner:
             leader=leader,
             folder=folder,
         )
+        self._verify = verify
         self._on_prepared, self._on_proposing = on_prepared, on_proposing
         self._prepared: PreparedRun | None = None
         self._result: Result | None = None
@@ -147,7 +151,18 @@ class Runner:
         statistics = RoundStatistics(run, self.metrics, self._tracks)
         with self._publisher(run) as publisher:
             try:
-                yield from self._follower(run, publisher, statistics).follow()
+                joiner = self._joiner(run, publisher)
+                check = StartCheck(
+                    self.link,
+                    run.history,
+                    joiner,
+                    publisher,
+                    run.spare,
+                    self._verify,
+                    peer_index=run.peer_index,
+                )
+                with closing(check):
+                    yield from self._follower(run, joiner, check, publisher, statistics).follow()
             except BaseException as e:
                 statistics.ended(run.replica.round)
                 self._leave(e)
@@ -178,7 +193,9 @@ class Runner:
     def _publisher(self, run: PreparedRun) -> Iterator[SnapshotPublisher]:
         """Own snapshots are written and served meanwhile; the replica is written once more in the end."""
         with _folder_or_temporary(self._folder) as folder:
-            publisher = SnapshotPublisher(self.link, run.replica, run.history, folder / SNAPSHOTS)
+            publisher = SnapshotPublisher(
+                self.link, run.replica, run.history, folder / SNAPSHOTS, peer_index=run.peer_index
+            )
             try:
                 yield publisher
                 if self._folder is not None:
@@ -187,8 +204,8 @@ class Runner:
                 self.link.serve(None)
                 publisher.close()
 
-    def _follower(self, run: PreparedRun, publisher: SnapshotPublisher, observer: Observer) -> LedgerFollower:
-        joiner = Joiner(
+    def _joiner(self, run: PreparedRun, publisher: SnapshotPublisher) -> Joiner:
+        return Joiner(
             self.link,
             run.replica,
             publisher.store,
@@ -197,7 +214,17 @@ class Runner:
             base_blobs=run.base_blobs,
             kept_from=run.kept_from,
             stopped=self.stop.is_set,
+            peer_index=run.peer_index,
         )
+
+    def _follower(
+        self,
+        run: PreparedRun,
+        joiner: Joiner,
+        check: StartCheck,
+        publisher: SnapshotPublisher,
+        observer: Observer,
+    ) -> LedgerFollower:
         healer = Healer(
             self.link,
             run.replica,
@@ -205,12 +232,14 @@ class Runner:
             joiner,
             peer_index=run.peer_index,
             device=self._device,
+            is_verified=lambda: publisher.is_verified,
             discard=publisher.discard,
         )
         return LedgerFollower(
             run,
             joiner=joiner,
             healer=healer,
+            check=check,
             publisher=publisher,
             observer=observer,
             clock=self._clock,

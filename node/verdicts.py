@@ -1,22 +1,26 @@
-"""Whose replica is wrong: pure, from the fingerprint reports in the ledger (ARCHITECTURE.md, "Healing").
+"""Which replicas differ, and whose turn it is to check: pure, from the fingerprint reports in the ledger
+(ARCHITECTURE.md, "Healing").
 
-Reports on a round that differ split the peers into groups. The groups check in turn, smallest first (tie:
-lowest index): a peer that checks replays the ledger up to that round and reports what came out. Who was wrong
-joins the right group by that; who was right stays, and the next group's turn comes.
+Reports on a round that differ split the peers into groups; only peers with counted work are in one. A group
+weighs what its peers have worked. All but the heaviest check at once (tie: the one with the lowest index is
+lighter): each of their peers replays the ledger up to that round and compares. The heaviest checks when
+somebody who says otherwise has checked, or has said nothing for long. What others say is a reason to check
+one's own replica, never proof of anything: nobody is stopped or changed by it, and nobody's check stands for
+another's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..coordinator.protocol.messages import CommitBody, ReportEntry
+from ..coordinator.protocol.trust.standing import Standing
 
 WAIT_ROUNDS = 2
 """Commits after a reported round until it is judged: the reports of the others are on their way."""
 
 TURN_ROUNDS = 100
-"""A group that says nothing for so many commits is passed over: its peers are gone."""
+"""When nobody has said anything new of a round for so many commits, the heaviest group checks, too."""
 
 _KEPT = 64
 """Reported rounds that are remembered."""
@@ -30,10 +34,14 @@ class _Reported:
 
 
 class Verdicts:
-    """Every node that was fed the same commits says the same."""
+    """Every node that was fed the same commits says the same, but for what its own replays have `disproved`.
 
-    def __init__(self) -> None:
+    `standing`: of the peers; its owner feeds it."""
+
+    def __init__(self, standing: Standing) -> None:
+        self._standing = standing
         self._rounds: dict[int, _Reported] = {}
+        self._disproved: dict[int, int] = {}
         self._head = 0
 
     def committed(self, body: CommitBody) -> None:
@@ -46,6 +54,11 @@ class Verdicts:
         for old in sorted(self._rounds)[:-_KEPT]:
             del self._rounds[old]
 
+    def disproved(self, peer: int, before: int) -> None:
+        """A replay of this node's own has contradicted the peer: what it says of rounds before that one is no
+        reason to check any more."""
+        self._disproved[peer] = max(before, self._disproved.get(peer, 0))
+
     def differs(self, round_: int) -> bool:
         """Whether peers reported different fingerprints of this round."""
         return len(self._groups(round_)) > 1
@@ -54,50 +67,57 @@ class Verdicts:
         """The first remembered round whose fingerprints differ."""
         return next((r for r in sorted(self._rounds) if self.differs(r)), None)
 
-    def to_check(self, peer: int, oldest: int) -> list[int]:
-        """The rounds, from `oldest` on, that it is this peer's turn to check, in order."""
+    def is_shared(self, peer: int, round_: int, fingerprint: bytes) -> bool:
+        """Whether somebody else reported this fingerprint of the round, and nobody another one."""
+        groups = self._groups(round_)
+        return len(groups) == 1 and bool(groups.get(fingerprint, frozenset()) - {peer})
+
+    def to_check(self, peer: int) -> list[int]:
+        """The remembered rounds that it is this peer's turn to check, in order."""
         newest = self._head - WAIT_ROUNDS
-        return [r for r in sorted(self._rounds) if oldest <= r <= newest and peer in self._turn(r)]
+        return [r for r in sorted(self._rounds) if r <= newest and self._is_due(peer, r)]
 
     def fingerprint(self, peer: int, round_: int) -> bytes | None:
         """The last one that the peer reported of this round."""
-        reported = self._rounds.get(round_)
-        entry = None if reported is None else reported.by_peer.get(peer)
+        entry = self._by_peer(round_).get(peer)
         return None if entry is None else entry.fingerprint
 
-    def undecided(self, oldest: int) -> int | None:
-        """A round, from `oldest` on, that every group has confirmed although they differ."""
-        for round_ in sorted(self._rounds):
-            groups = self._groups(round_)
-            if round_ >= oldest and len(groups) > 1 and not _unconfirmed(groups):
-                return round_
-        return None
+    def others(self, peer: int, round_: int) -> dict[int, ReportEntry]:
+        """What peers with counted work reported of the round that is not what this peer did; empty, where it
+        has reported nothing."""
+        own = self.fingerprint(peer, round_)
+        return {
+            other: entry
+            for other, entry in self._by_peer(round_).items()
+            if own is not None and entry.fingerprint != own and self._standing.has_worked(other)
+        }
 
-    def smallest_group(self, round_: int) -> frozenset[int]:
-        """The peers that are the first to doubt their own machine."""
-        return min(map(frozenset, self._groups(round_).values()), key=_size_and_lowest, default=frozenset())
+    def differs_since(self, peer: int, other: int) -> int:
+        """The first remembered round of which the two reported different fingerprints; 0: none."""
+        return next((r for r in sorted(self._rounds) if other in self.others(peer, r)), 0)
 
-    def _turn(self, round_: int) -> frozenset[int]:
-        """Who has to check this round now: a group, less those of its peers that have done it."""
+    def _is_due(self, peer: int, round_: int) -> bool:
         groups = self._groups(round_)
-        waiting = sorted(_unconfirmed(groups), key=_size_and_lowest)
-        if len(groups) < 2 or not waiting:
-            return frozenset()
-        passed_over = (self._head - self._rounds[round_].changed_at) // TURN_ROUNDS
-        return waiting[min(passed_over, len(waiting) - 1)]
+        own = next((group for group in groups.values() if peer in group), None)
+        by_peer = self._by_peer(round_)
+        if own is None or len(groups) < 2 or by_peer[peer].checked:
+            return False
+        if own != max(groups.values(), key=self._weight):
+            return True
+        others = frozenset[int]().union(*groups.values()) - own
+        is_silent = self._head - self._rounds[round_].changed_at >= TURN_ROUNDS
+        return is_silent or any(by_peer[other].checked for other in others)
 
-    def _groups(self, round_: int) -> dict[bytes, dict[int, ReportEntry]]:
-        groups: dict[bytes, dict[int, ReportEntry]] = {}
+    def _weight(self, group: frozenset[int]) -> tuple[int, int]:
+        return sum(map(self._standing.work, group)), min(group)
+
+    def _by_peer(self, round_: int) -> dict[int, ReportEntry]:
         reported = self._rounds.get(round_)
-        for peer, entry in ({} if reported is None else reported.by_peer).items():
-            groups.setdefault(entry.fingerprint, {})[peer] = entry
+        return {} if reported is None else reported.by_peer
+
+    def _groups(self, round_: int) -> dict[bytes, frozenset[int]]:
+        groups: dict[bytes, frozenset[int]] = {}
+        for peer, entry in self._by_peer(round_).items():
+            if self._standing.has_worked(peer) and round_ >= self._disproved.get(peer, 0):
+                groups[entry.fingerprint] = groups.get(entry.fingerprint, frozenset()) | {peer}
         return groups
-
-
-def _unconfirmed(groups: Mapping[bytes, Mapping[int, ReportEntry]]) -> list[frozenset[int]]:
-    """Groups of which nobody has checked."""
-    return [frozenset(g) for g in groups.values() if not any(entry.checked for entry in g.values())]
-
-
-def _size_and_lowest(group: frozenset[int]) -> tuple[int, int]:
-    return len(group), min(group)

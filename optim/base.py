@@ -23,6 +23,7 @@ from ..compression.errors import BadPayload, ConfigError, nearest
 from .auditing.evidence import Evidence
 from .facts import Facts
 from .options import Options
+from .parts.clip import Weighing
 from .parts.ranks import ALONE, Ranks, is_sharded, local_of, parts_of, ranks_of, refuse_placement
 from .parts.saved_state import (
     COUNTERS,
@@ -51,11 +52,17 @@ NamedParameters = Iterable[tuple[str, torch.nn.Parameter]] | Iterable[dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One counted offer, as a strategy sees it. `seed`: that peer's unsigned 64-bit seed of the round."""
+    """One counted offer, as a strategy sees it. `seed`: that peer's unsigned 64-bit seed of the round.
+
+    `own_data`: made from data that others do not have. `n_copies`: how many offers of the round have this
+    very payload, itself among them.
+    """
 
     seed: int
     n_samples: int
     payload: Payload
+    own_data: bool = False
+    n_copies: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +176,9 @@ class Strategy(torch.optim.Optimizer):
 
     n_ahead: int = 0
     """Those of them that `work_ahead` drew, before the round of that payload."""
+
+    weighing: Weighing | None = None
+    """What the last `apply` made of its shares, in their order; None before it."""
 
     peers: Peers | None = None
     """Whom `step` exchanges with; None: alone."""
@@ -363,6 +373,11 @@ class Strategy(torch.optim.Optimizer):
         which it says it had; `turn`: of the round, with that peer's own seed. The model is in eval mode, with
         the parameters as they were before or after that round. Changes nothing, local state included.
         """
+        return None
+
+    def scores(self, payloads: Sequence[Payload], turn: Turn) -> list[float] | None:
+        """How far each of a round's payloads points where the others do, from -1 to 1; they came through
+        `check`. None: that cannot be told. Changes nothing."""
         return None
 
     def known_payload(self, fill: Fill, salt: int) -> Payload:

@@ -29,21 +29,25 @@ from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from .auditing.evidence import Evidence
 from .auditing.gradients import gradient_evidence
+from .auditing.scores import mean_cosines
 from .base import Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
-from .options import Number, Options, Whole, keywords_of
+from .options import Number, Whole, keywords_of
 from .parts.adamw import ENTRIES, AdamW
-from .parts.clip import clipped_weights, sample_weights
+from .parts.clip import Weighing
 from .parts.fused_send import FusedSend, Gain, has_fused_send
 from .parts.gradients import MeanGradient, backward
 from .parts.gradients_device import DeviceGradient, backward_at_once
 from .parts.residual import Residual, refuse_other_packing
 from .parts.sender_mean import decode_sender_mean
 from .parts.updating import updating
+from .robust.means import BY_COORDINATE, decode_mean
+from .robust.options import BoundedOptions
+from .robust.weights import weighed
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoupledOptions(Options):
+class DecoupledOptions(BoundedOptions):
     """Of a run's `[strategy]`, and keyword arguments of `Decoupled`."""
 
     compressor: Compressor
@@ -69,7 +73,8 @@ class DecoupledOptions(Options):
     """L2 norm of the mean gradient; 0: no limit."""
 
     clip: Annotated[float, Number(at_least=1)] = 10.0
-    """Without sign, no offer counts for more than this many times the median L1 norm of the round."""
+    """Without `bound`, and without sign: no offer counts for more than this many times the median L1 norm of
+    the round."""
 
     base: Literal["sgd", "adamw"] = "sgd"
     """What the update is made by: the mean itself, or an AdamW whose moments are replicated."""
@@ -77,7 +82,7 @@ class DecoupledOptions(Options):
     """Over all counted offers, or per coefficient over the senders of it, only with sign."""
 
     weights: Literal["equal", "samples"] = "equal"
-    """Offers count alike, or by their samples, up to `clip` times their median."""
+    """Offers count alike, or by their samples, up to twice their median (without `bound`: `clip` times)."""
 
     replicate_every: Annotated[int, Whole(1, 2**16)] = 1
     """Steps of the momentum in a round."""
@@ -96,6 +101,8 @@ class DecoupledOptions(Options):
             raise ConfigError("mean = 'senders' counts every sender alike: use weights = 'equal'")
         if entries["mean"] == "senders" and not entries["sign"]:
             raise ConfigError("mean = 'senders' diverges without sign: use sign = true or mean = 'all'")
+        if entries["mean"] == "senders" and entries["aggregate"] != "mean":
+            raise ConfigError("mean = 'senders' is a mean: use aggregate = 'mean' or mean = 'all'")
 
 
 TESTED: Final[Mapping[str, Any]] = {"lr": 0.003, "weight_decay": 0.1, "compressor": {"name": "dense"}}
@@ -113,7 +120,8 @@ class Decoupled(Strategy):
         options=DecoupledOptions,
         batches=("accumulate", "replicate_every"),
         batches_per_step=("accumulate",),
-        changeable=("lr", "weight_decay", "max_grad_norm", "clip"),
+        changeable=("lr", "weight_decay", "max_grad_norm", "clip", "bound", "own_data_share"),
+        in_runs={"bound": 2.0},
         small_model={"lr": 3e-3, "beta": 0.95},
         known_updates={
             "sign update": KnownUpdate(TESTED, 0x8EDBFF4D3FB665AA),
@@ -264,8 +272,10 @@ class Decoupled(Strategy):
 
     def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
         """Against the gradient: of a momentum its fast part is sent, and that is mostly what is new."""
-        parameters = self.parameters_in_order()
-        return gradient_evidence(self, self.compressor, parameters, payload, draw, (turn, turn), n_batches)
+        return gradient_evidence(self, self.compressor, payload, draw, turn, n_batches)
+
+    def scores(self, payloads: Sequence[Payload], turn: Turn) -> list[float] | None:
+        return mean_cosines(self.compressor, self.parameters_in_order(), payloads, turn, turn.round)
 
     # --------------------------------------------------------------------------------- replicated work
 
@@ -278,47 +288,49 @@ class Decoupled(Strategy):
 
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
         """Large parameters one by one: scratch is a few times the largest one. No shares, no change."""
-        weights = self._weights(shares, turn)
+        parameters, signed = self.parameters_in_order(), self.option("sign")
+        w = self.weighing = weighed(self, self.compressor, parameters, shares, turn, clips_norms=not signed)
         n_lost = 0
-        for parameter in self.parameters_in_order():
+        for parameter in parameters:
             n_lost = self._momentum.settle(parameter, turn, own)
         self.count("lost_sends", n_lost)
-        if not shares:
+        if not shares or w.dilution == 0.0:
             return
         targets: list[Target] = []
         with exact_arithmetic():
-            for parameter in self.parameters_in_order():
+            for parameter in parameters:
                 packs, theta = [s.payload[parameter.name] for s in shares], parameter.local
                 if self._moves_by_the_mean and theta.dtype == torch.float32 and theta.is_contiguous():
-                    step = self._step_of(parameter, turn)
+                    step = self._step_of(parameter, turn, w.dilution)
                     targets.append(Target(theta.detach().view(-1), parameter.part, packs, step))
                 else:
                     with updating(parameter, turn) as row:
-                        self._update(parameter, row, packs, weights, turn)
-            self.compressor.fused_update(targets, weights, turn)
+                        self._update(parameter, row, packs, w, turn)
+            self.compressor.fused_update(targets, w.weights, turn)
 
     @property
     def _moves_by_the_mean(self) -> bool:
         """Whether a round adds a multiple of the mean, or its signs, to the parameters."""
-        return bool(self.option("base") == "sgd" and self.option("mean") == "all")
+        by_mean = self.option("mean") == "all" and self.option("aggregate") not in BY_COORDINATE
+        return bool(self.option("base") == "sgd" and by_mean)
 
-    def _step_of(self, parameter: Parameter, turn: Turn) -> Step:
+    def _step_of(self, parameter: Parameter, turn: Turn, dilution: float) -> Step:
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
         sign = self.option("sign")
-        return Step(to_float32(lr) if sign else 1.0, to_float32(1.0 - lr * wd), sign)
+        return Step(to_float32(lr) if sign else dilution, to_float32(1.0 - lr * wd), sign)
 
     def _update(
-        self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], weights: list[float], turn: Turn
+        self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], w: Weighing, turn: Turn
     ) -> None:
         """One rounding per operation: no fused forms (`alpha=`, foreach)."""
         if self._moves_by_the_mean:
-            target = Target(theta, parameter.part, packs, self._step_of(parameter, turn))
-            self.compressor.fused_update([target], weights, turn)
+            target = Target(theta, parameter.part, packs, self._step_of(parameter, turn, w.dilution))
+            self.compressor.fused_update([target], w.weights, turn)
             return
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
-        step = self._mean(packs, weights, parameter.part, turn, theta.device)
+        step = self._mean(packs, w, parameter.part, turn, theta.device)
         if self.option("sign"):
             step.sign_()
         if self.option("base") == "adamw":
@@ -330,29 +342,13 @@ class Decoupled(Strategy):
         theta.sub_(step)
 
     def _mean(
-        self, packs: Sequence[Packed], weights: list[float], part: Part, turn: Turn, device: torch.device
+        self, packs: Sequence[Packed], w: Weighing, part: Part, turn: Turn, device: torch.device
     ) -> Tensor:
         if self.option("mean") == "senders":
-            mean = decode_sender_mean(self.compressor, packs, part)
+            mean = decode_sender_mean(self.compressor, packs, w.weights, part)
             if mean is not None:
                 return mean.to(device)
-        return self.compressor.decode_on(device, packs, weights, part, turn)
+        return decode_mean(self.option("aggregate"), self.compressor, device, packs, w, part, turn)
 
     def _adamw(self) -> AdamW:
         return AdamW(self.option("adam_beta1"), self.option("adam_beta2"), self.option("adam_eps"))
-
-    def _weights(self, shares: Sequence[Share], turn: Turn) -> list[float]:
-        """1 for every offer, or its samples; without sign less for those whose L1 norm is beyond the limit of
-        the round."""
-        equal = self.option("weights") == "equal"
-        n_samples = [s.n_samples for s in shares]
-        weights = [1.0] * len(shares) if equal else sample_weights(n_samples, self.option("clip"))
-        if self.option("sign"):
-            return weights
-        parameters = self.parameters_in_order()
-        with exact_arithmetic():
-            norms = [
-                sum(self.compressor.magnitude(s.payload[p.name], p.part.entire, turn) for p in parameters)
-                for s in shares
-            ]
-        return clipped_weights(norms, weights, self.option("clip"))

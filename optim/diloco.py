@@ -35,16 +35,16 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
-from ..compression.base import Compressor, Fields, Packed, Payload, Turn
+from ..compression.base import Compressor, Fields, Payload, Turn
 from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.kernels import use_numba
 from .auditing.evidence import Evidence
-from .auditing.gradients import gradient_evidence
+from .auditing.gradients import compared, no_gradients
+from .auditing.scores import mean_cosines
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
-from .options import Number, Options, Whole, keywords_of
-from .parts.clip import clipped_weights, sample_weights
+from .options import Number, Whole, keywords_of
 from .parts.fragments import fragments_of
 from .parts.gradients import backward
 from .parts.inner import check_inner
@@ -52,12 +52,15 @@ from .parts.inner_phase import InnerPhase
 from .parts.packing import pack_all
 from .parts.residual import Residual, refuse_other_packing
 from .parts.updating import updating
+from .robust.means import decode_mean
+from .robust.options import BoundedOptions
+from .robust.weights import weighed
 
 INNER: Final[dict[str, Any]] = {"name": "AdamW", "betas": [0.9, 0.95]}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DilocoOptions(Options):
+class DilocoOptions(BoundedOptions):
     """Of a run's `[strategy]`, and keyword arguments of `Diloco`."""
 
     compressor: Compressor
@@ -101,10 +104,11 @@ class DilocoOptions(Options):
     """Inner steps made ahead while an offer travels, at most."""
 
     weights: Literal["samples", "equal"] = "samples"
-    """Offers count by their samples, or alike."""
+    """Offers count by their samples, up to twice their median (without `bound`: `clip` times), or alike."""
 
     clip: Annotated[float, Number(at_least=1)] = 10.0
-    """No offer's L1 norm or samples count for more than this many times their median in the round."""
+    """Without `bound`: no offer's L1 norm or samples count for more than this many times their median in the
+    round."""
 
     @classmethod
     def check(cls, entries: Mapping[str, Any]) -> None:
@@ -134,7 +138,8 @@ class Diloco(Strategy):
         batches=("inner_steps",),
         fitted="inner_steps",
         seconds="max_seconds",
-        changeable=("lr", "weight_decay", "max_grad_norm", "outer_lr", "clip"),
+        changeable=("lr", "weight_decay", "max_grad_norm", "outer_lr", "clip", "bound", "own_data_share"),
+        in_runs={"bound": 2.0},
         small_model={"lr": 1e-3},
         # The first inner optimizer of torch's, made to check its options, takes a second to load.
         known_updates={
@@ -326,9 +331,22 @@ class Diloco(Strategy):
         return factor
 
     def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
-        """Against the gradient at the outer parameters: inner steps go that way before they go their own."""
+        """Against inner steps from the outer parameters, by an inner optimizer that begins: as far as the
+        payload goes, the peer's own that has a past has gone the same way."""
+        if self._phase.is_inside:
+            return None
         fragment, its_turn = self._fragment(turn)
-        return gradient_evidence(self, self.compressor, fragment, payload, draw, (turn, its_turn), n_batches)
+        with no_gradients(self), self._phase.fresh():
+            for _ in range(max(1, min(n_batches, self.most_batches))):
+                self.zero_grad(set_to_none=True)
+                self._phase.step(backward(draw(), self.ranks), turn.lr_factor)
+            return compared(
+                self.compressor, fragment, payload, its_turn, lambda p: self._phase.moved(p).clone()
+            )
+
+    def scores(self, payloads: Sequence[Payload], turn: Turn) -> list[float] | None:
+        fragment, its_turn = self._fragment(turn)
+        return mean_cosines(self.compressor, fragment, payloads, its_turn, turn.round)
 
     # --------------------------------------------------------------------------------- replicated work
 
@@ -343,22 +361,23 @@ class Diloco(Strategy):
         """Parameter by parameter: scratch is a few times the largest one. Nothing changes without samples."""
         self._follow(turn)
         fragment, its_turn = self._fragment(turn)
-        weights = self._weights(shares, fragment, its_turn)
+        w = self.weighing = weighed(self, self.compressor, fragment, shares, its_turn, clips_norms=True)
         n_lost = 0
         for p in fragment:
             n_lost = self._residual.settle(p, its_turn, own)
-            if any(weights):
+            if any(w.weights):
                 with exact_arithmetic(), updating(p, turn) as theta:
-                    self._update(p, theta, [s.payload[p.name] for s in shares], weights, its_turn)
+                    packs = [s.payload[p.name] for s in shares]
+                    kind = self.option("aggregate")
+                    mean = decode_mean(kind, self.compressor, theta.device, packs, w, p.part, its_turn)
+                    self._update(p, theta, mean)
             self._phase.restart(p, self.option("mix"))
         self.count("lost_sends", n_lost)
         self.counters["applied"] = turn.round
 
-    def _update(
-        self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], weights: list[float], turn: Turn
-    ) -> None:
-        """One rounding per operation: no fused forms (`alpha=`, foreach)."""
-        step = self.compressor.decode_on(theta.device, packs, weights, parameter.part, turn)
+    def _update(self, parameter: Parameter, theta: Tensor, step: Tensor) -> None:
+        """By the round's mean, which is written over. One rounding per operation: no fused forms (`alpha=`,
+        foreach)."""
         mu = to_float32(self.option("outer_momentum"))
         if mu > 0.0:
             momentum = self.replicated_state(parameter)["outer_momentum"].view(-1)
@@ -371,15 +390,3 @@ class Diloco(Strategy):
             momentum.mul_(mu).add_(step)
             step = step.add_(momentum * mu) if self.option("nesterov") else momentum.clone()
         theta.sub_(step.mul_(to_float32(self.option("outer_lr"))))
-
-    def _weights(self, shares: Sequence[Share], fragment: Sequence[Parameter], turn: Turn) -> list[float]:
-        """By samples; less for those whose L1 norm or number of samples is beyond the limit of the round."""
-        equal = self.option("weights") == "equal"
-        n_samples = [s.n_samples for s in shares]
-        weights = [1.0] * len(shares) if equal else sample_weights(n_samples, self.option("clip"))
-        with exact_arithmetic():
-            norms = [
-                sum(self.compressor.magnitude(s.payload[p.name], p.part.entire, turn) for p in fragment)
-                for s in shares
-            ]
-        return clipped_weights(norms, weights, self.option("clip"))

@@ -17,6 +17,7 @@ from ..compression.registry import DEFAULT_COMPRESSOR, build_compressor, complet
 from .base import NamedParameters, Strategy
 from .decoupled import Decoupled
 from .diloco import Diloco
+from .facts import SameAs
 from .options import REQUIRED
 from .spsa import Spsa
 
@@ -67,9 +68,14 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def of_new_run(config: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The same with `Facts.in_runs` where it says nothing. `recorded`: what record 0 holds of a run that is
-    gone on with; options that it does not know are what they are by default. Raises ConfigError."""
+    gone on with, and stands; options that it does not know are what they are by default. Raises
+    ConfigError."""
     known = strategy_class(config.get("name")).facts.in_runs
-    return {**{k: v for k, v in known.items() if recorded is None or k in recorded}, **config}
+    if recorded is not None:
+        return {**{name: recorded[name] for name in known if name in recorded}, **config}
+    whole = {**complete_config(config), **known, **config}
+    values = {name: whole[v.option] if isinstance(v, SameAs) else v for name, v in known.items()}
+    return {**values, **config}
 
 
 def _complete(name: str, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,10 @@ A payload of n probes has n bytes and 32 of framing (34 at most, from 128 probes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite, isqrt
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..compression.base import Field, Fields, Fill, Payload, Turn
-from ..compression.errors import BadPayload
+from ..compression.errors import BadPayload, ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.kernels import kernels_for
 from ..compression.numerics.noise import uniform_words, update_all_, update_pieces_
@@ -30,14 +30,16 @@ from ..compression.numerics.noise_layout import MAX_PROBES, NoiseKind, Piece, Pu
 from .auditing.evidence import Evidence
 from .auditing.probes import probe_evidence
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Round, Share, Strategy, refuse_names
-from .facts import Facts, KnownUpdate
-from .options import Number, Options, Whole, keywords_of
+from .facts import Facts, KnownUpdate, SameAs
+from .options import Number, Whole, keywords_of
 from .parts import byte_code
-from .parts.clip import clip_limit
+from .parts.clip import Weighing, clip_limit, lower_median, relative, total, work_weights
 from .parts.gradients import read_losses
 from .parts.perturb import Direction, NotSubstituted, dry_run, evaluated
 from .parts.subset import selected
 from .parts.updating import updating
+from .robust.means import BY_COORDINATE, statistic
+from .robust.options import BoundedOptions
 
 CODES = "codes"
 """The one entry of a payload: uint8 codes, in the order of the probes."""
@@ -50,7 +52,7 @@ MAX_BATCH_WORK: Final = 1 << 35
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpsaOptions(Options):
+class SpsaOptions(BoundedOptions):
     """Of a run's `[strategy]`, and keyword arguments of `Spsa`."""
 
     lr: Annotated[float, Number(at_least=0)]
@@ -67,7 +69,8 @@ class SpsaOptions(Options):
     weight_decay: Annotated[float, Number(at_least=0)] = 0.0
     """Of matrices and what has more dimensions, decoupled, times the learning rate."""
     clip: Annotated[float, Number(at_least=1)] = 10.0
-    """No |g| counts for more than this many times the median |g| of the round."""
+    """No |g| counts for more than this many times the round's lower median of the peers' median |g| (without
+    `bound`: than the median |g| of all probes)."""
 
     noise: NoiseKind = "sign"
     """What z is made of: +1 and -1, or normal numbers."""
@@ -81,6 +84,19 @@ class SpsaOptions(Options):
     params: str = "*"
     """Which are trained, see `subset`; the rest stay what they are."""
 
+    @classmethod
+    def check(cls, entries: Mapping[str, Any]) -> None:
+        super().check(entries)
+        kind = entries["aggregate"]
+        if kind == "mean" or (kind in BY_COORDINATE and entries["shared_noise"]):
+            return
+        if entries["shared_noise"]:
+            raise ConfigError(f"aggregate = {kind!r}: spsa has mean, trimmed, median and vote")
+        raise ConfigError(
+            f"aggregate = {kind!r}: spsa has the mean alone, as every peer's directions are its own; with "
+            "shared_noise = true also trimmed, median and vote"
+        )
+
 
 class Spsa(Strategy):
     """See the module's docstring. The replicated state is the parameters; there is no local state.
@@ -93,7 +109,8 @@ class Spsa(Strategy):
         options=SpsaOptions,
         batches=("probes",),
         fitted="probes",
-        changeable=("lr", "weight_decay", "eps", "clip"),
+        changeable=("lr", "weight_decay", "eps", "clip", "bound", "own_data_share"),
+        in_runs={"bound": 2.0, "clip": 4.0, "max_probes": SameAs("probes")},
         small_model={"lr": 1e-2},
         known_updates={"spsa update": KnownUpdate({"lr": 0.01, "weight_decay": 0.1}, 0x1D9C86B3E81B2A0E)},
     )
@@ -221,20 +238,69 @@ class Spsa(Strategy):
         """What a round's counted probes do; None without one."""
         shared_seed = round.turn.shared_seed if self.option("shared_noise") else None
         counted = list(_counted(round.shares, shared_seed))
-        if not counted:
+        if self.option("bound") > 0.0:
+            clipped, factor_S, n = self._bounded(round.shares, counted)
+        else:
+            self.weighing = None
+            limit = clip_limit([abs(p.g) for p in counted], self.option("clip"))
+            clipped = [p.with_g(min(max(p.g, -limit), limit)) for p in counted]
+            factor_S, n = [1.0] * len(round.shares), float(len(counted))
+        if n == 0.0:
             return None
-        limit = clip_limit([abs(g) for _, _, g in counted], self.option("clip"))
-        clipped = [(seed, number, min(max(g, -limit), limit)) for seed, number, g in counted]
-        seeds, numbers, gradients = zip(
-            *(_summed(clipped) if shared_seed is not None else clipped), strict=True
-        )
+        if shared_seed is None:
+            terms = [(p.seed, p.number, p.g * factor_S[p.share]) for p in clipped]
+        else:
+            sums = _sums if self.option("aggregate") == "mean" else self._robust_sums
+            terms = [(shared_seed, number, g) for number, g in sums(clipped, factor_S).items()]
+        seeds, numbers, gradients = zip(*terms, strict=True)
         return _Step(
             np.array(seeds, dtype=np.uint64),
             np.array(numbers, dtype=np.int64),
             np.array(gradients, dtype=np.float64),
-            _divisor(len(counted), self.option("scale")),
+            _divisor(n, self.option("scale")),
             round.turn,
         )
+
+    def _robust_sums(self, probes: Sequence[_Probe], factor_S: Sequence[float]) -> dict[int, float]:
+        """As `_sums`, of as many probes that all say what the statistic of the peers' g is."""
+        numbers = list(dict.fromkeys(p.number for p in probes))
+        column = {number: i for i, number in enumerate(numbers)}
+        g_SP = torch.zeros(len(factor_S), len(numbers))
+        sent_SP = torch.zeros(len(factor_S), len(numbers), dtype=torch.bool)
+        for p in probes:
+            g_SP[p.share, column[p.number]] = p.g
+            sent_SP[p.share, column[p.number]] = True
+        found = statistic(self.option("aggregate"), g_SP, factor_S, sent_SP).tolist()
+        n = total(factor_S)
+        return {number: g * n for number, g in zip(numbers, found, strict=True)}
+
+    def _bounded(
+        self, shares: Sequence[Share], counted: Sequence[_Probe]
+    ) -> tuple[list[_Probe], list[float], float]:
+        """The probes with their g clipped, what the g of each share is to be taken times, and how many probes
+        all are to be taken for.
+
+        A peer weighs as its probes, up to a limit, and shares that weight among them all. Unless all perturb
+        along the same directions, two peers that send the same codes say different things: no copies.
+        """
+        sizes_S: list[list[float]] = [[] for _ in shares]
+        for p in counted:
+            sizes_S[p.share].append(abs(p.g))
+        if not self.option("shared_noise"):
+            shares = [replace(s, n_copies=1) for s in shares]
+        # Within a peer the plain median: it is low already over few peers, and would cost honest ones.
+        middle_S = [clip_limit(sizes, 1.0) for sizes in sizes_S]
+        limit = self.option("clip") * lower_median(middle_S, shares)
+        n_S = [float(len(sizes)) for sizes in sizes_S]
+        weight_S = work_weights(n_S, shares, self.option("own_data_share"))
+        factor_S = [w / n if n else 0.0 for w, n in zip(weight_S, n_S, strict=True)]
+        clipped = [p.with_g(min(max(p.g, -limit), limit)) for p in counted]
+        norm_S, kept_S = [total(sizes) for sizes in sizes_S], [0.0] * len(shares)
+        for p in clipped:
+            kept_S[p.share] += abs(p.g) * factor_S[p.share]
+        kept = tuple(k / norm if norm else 1.0 for k, norm in zip(kept_S, norm_S, strict=True))
+        self.weighing = Weighing(weight_S, weight_S, 1.0, kept, relative(norm_S, shares))
+        return clipped, factor_S, total(weight_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,23 +320,35 @@ class _Step:
         return Update(self.seeds, self.numbers, coefficients, to_float32(1.0 - lr * weight_decay))
 
 
-def _counted(shares: Sequence[Share], shared_seed: int | None) -> Iterator[tuple[int, int, float]]:
-    """(seed of the noise, probe, g) of every probe with a code, in the ledger's order."""
-    for share in shares:
+class _Probe(NamedTuple):
+    """A probe with a code: the seed of its noise, its number, what it says, and whose share it is in."""
+
+    seed: int
+    number: int
+    g: float
+    share: int
+
+    def with_g(self, g: float) -> _Probe:
+        return _Probe(self.seed, self.number, g, self.share)
+
+
+def _counted(shares: Sequence[Share], shared_seed: int | None) -> Iterator[_Probe]:
+    """Every probe with a code, in the ledger's order."""
+    for i, share in enumerate(shares):
         for probe, code in enumerate(share.payload[CODES][0].tolist()):
             if code != byte_code.NOTHING:
                 seed = share.seed if shared_seed is None else shared_seed
-                yield seed, probe, byte_code.decode(code)
+                yield _Probe(seed, probe, byte_code.decode(code), i)
 
 
-def _summed(counted: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
-    """One entry per direction, in the order of their first ones; summed in order in Python floats."""
-    sums: dict[tuple[int, int], float] = {}
-    for seed, number, g in counted:
-        sums[seed, number] = sums.get((seed, number), 0.0) + g
-    return [(seed, number, g) for (seed, number), g in sums.items()]
+def _sums(probes: Sequence[_Probe], factor_S: Sequence[float]) -> dict[int, float]:
+    """By the number of the direction, in the order of their first ones; summed in order in Python floats."""
+    sums: dict[int, float] = {}
+    for p in probes:
+        sums[p.number] = sums.get(p.number, 0.0) + p.g * factor_S[p.share]
+    return sums
 
 
-def _divisor(n: int, scale: str) -> float:
+def _divisor(n: float, scale: str) -> float:
     """n or its root: an integer root is the same on every machine."""
-    return float(n) if scale == "mean" else isqrt(n << 60) / float(1 << 30)
+    return n if scale == "mean" else isqrt(int(n * 2.0**60)) / float(1 << 30)

@@ -97,6 +97,7 @@ def make_genesis(key: Ed25519PrivateKey) -> Callable[..., GenesisBody]:
         max_peers: int = 8,
         max_payload_bytes: int = 2**20,
         evaluation: dict[str, int] | None = None,
+        audits: dict[str, float] | None = None,
     ) -> GenesisBody:
         config = {
             "run": {
@@ -115,6 +116,8 @@ def make_genesis(key: Ed25519PrivateKey) -> Callable[..., GenesisBody]:
         }
         if evaluation is not None:
             config["eval"] = evaluation
+        if audits is not None:
+            config["audits"] = audits
         return GenesisBody(
             protocol=PROTOCOL_VERSION,
             config=json.dumps(config),

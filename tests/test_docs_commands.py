@@ -139,10 +139,21 @@ def test_every_command(reader: Reader) -> None:
         "thinwire replay STATE",
         "thinwire run STATE extend --rounds 100",
         "thinwire run STATE set strategy.lr=0.001",
+        "thinwire run STATE set strategy.bound=1.5",
         "thinwire run STATE pause",
         "thinwire run STATE resume",
         "thinwire run STATE stop",
         "thinwire runs",
+        "thinwire invite STATE --name lab-7",
+        "thinwire invite STATE --name course --uses 30 --expires 7d",
+        "thinwire identity",
+    ):
+        reader.run(command)
+    reader.values["12D3Koo..."] = reader.said.split()[-1]
+    for command in (
+        "thinwire run STATE ban 12D3Koo...",
+        "thinwire run STATE unban 12D3Koo...",
+        "thinwire run STATE rotate-token",
     ):
         reader.run(command)
     state.send_signal(signal.SIGINT)

@@ -44,7 +44,7 @@ from ..base import (
 from ..exact import exact_arithmetic
 from ..kernels import kernels_on, use_numba
 from ..numerics.index_layout import IndexFormat, index_layout
-from ..numerics.reduce import l1_norm, mean_weights
+from ..numerics.reduce import counted_l1_norms, l1_norm, mean_weights
 from ..numerics.value_formats import Bits, check_sendable, format_of
 from ..numerics.values import quantize
 from .sparse_codec import check_pack, read_pack, strongest_groups, write_pack
@@ -211,6 +211,13 @@ class Sparse(Compressor):
         """Of the whole parameter's coefficients, whatever the part."""
         with exact_arithmetic():
             return l1_norm(torch.from_numpy(self.entries(packed, part).value_E))
+
+    def magnitudes(self, packs: Sequence[Packed], part: Part, turn: Turn) -> list[float]:
+        """Of signs the scales say it all."""
+        if self.bits != 1 or not packs:
+            return Compressor.magnitudes(self, packs, part, turn)
+        scale_SG = torch.stack([scales for scales, _ in packs]).double().numpy()
+        return counted_l1_norms(scale_SG, self.pack_layout.of(part.shape).most.k_G)
 
     def entries(self, packed: Packed, part: Part) -> Entries:
         return read_pack(self.pack_layout, packed, part.shape)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import frexp, ldexp
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -52,3 +54,13 @@ def l1_norm(values: Tensor) -> float:
         integers = torch.round(chunk.double().abs() * ldexp(1.0, shift))
         total += int(integers.to(torch.int64).sum())
     return float(total) * ldexp(1.0, -shift)
+
+
+def counted_l1_norms(value_SG: npt.NDArray[Any], n_G: npt.NDArray[Any]) -> list[float]:
+    """`l1_norm` of each row, in which value g stands n_G[g] times. float32 values as float64; int64."""
+    size_SG = np.abs(value_SG) * (n_G > 0)
+    shift_S = _BITS - np.frexp(size_SG.max(axis=1, initial=0.0))[1]
+    integer_SG = np.rint(np.ldexp(size_SG, shift_S[:, None])).astype(np.int64)  # at most 2^40
+    high_S, low_S = (integer_SG >> 20) @ n_G, (integer_SG & 0xFFFFF) @ n_G
+    rows = zip(high_S.tolist(), low_S.tolist(), shift_S.tolist(), strict=True)
+    return [float((high << 20) + low) * ldexp(1.0, -shift) for high, low, shift in rows]

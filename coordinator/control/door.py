@@ -108,6 +108,9 @@ class Door:
         except ThinwireError as e:
             writer.write(frame(refused(str(e))))
             return
+        if ordered.is_done:
+            writer.write(frame(Answer(what="done", told=ordered.told)))
+            return
         writer.write(frame(Answer(what="planned", round=ordered.round, told=ordered.told)))
         await writer.drain()
         await self._wait(ordered, reader)

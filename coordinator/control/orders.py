@@ -7,24 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
 from ...compression.errors import ConfigError
-from ..protocol.messages import MAX_CHANGES, MAX_ROUND, Change, Changes, Record
+from ..protocol.messages import MAX_CHANGES, MAX_ROUND, Change, Changes, PeerId, Record
 from ..protocol.settings import RUN_KEYS, Course, in_order, strategy_options
 
 CheckStrategy = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 """Takes the strategy's table as it is, and the options that are to change. Raises ConfigError."""
 
 
-class Order(Record):
-    """`rounds`: more of them, for `extend`; `changes`: in any order, for `set` and beside `extend`."""
+GUARDING: Final = ("ban", "unban", "rotate-token")
+"""Orders about who may come in: they hold at once, and stand in the state folder instead of the ledger."""
 
-    what: Literal["set", "extend", "pause", "resume", "stop"]
+MAX_BANS: Final = 32
+"""Of one order."""
+
+
+class Order(Record):
+    """`rounds`: more of them, for `extend`; `changes`: in any order, for `set` and beside `extend`; `peers`:
+    for `ban` and `unban`."""
+
+    n_younger = 1
+    what: Literal["set", "extend", "pause", "resume", "stop", "ban", "unban", "rotate-token"]
     rounds: Annotated[int, Field(ge=0, le=MAX_ROUND)] = 0
     changes: Annotated[tuple[Change, ...], Field(max_length=MAX_CHANGES)] = ()
+    peers: Annotated[tuple[PeerId, ...], Field(max_length=MAX_BANS)] = ()
+
+    @property
+    def is_guarding(self) -> bool:
+        """See GUARDING."""
+        return self.what in GUARDING
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +54,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Ordered:
-    """`round`: whose record has the changes, and after which they hold; `told`: they in words."""
+    """`round`: whose record has the changes, and after which they hold; `told`: they in words. `is_done`: it
+    holds already, and no record tells of it."""
 
     round: int
     told: tuple[str, ...]
     changes: Changes
+    is_done: bool = False
 
 
 def no_strategy(_table: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -63,6 +80,8 @@ def plan(order: Order, course: Course, place: Place, check: CheckStrategy) -> Or
 
 
 def _wanted(order: Order, course: Course, place: Place) -> list[Change]:
+    if order.is_guarding:
+        raise ConfigError(f"{order.what} is not for the ledger")
     if place.is_over and order.what in ("pause", "resume", "stop"):
         raise ConfigError(f"the run is over after round {place.round - 1}: there is nothing to {order.what}")
     match order.what:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from ...compression.errors import ConfigError, SwarmUnreachable
+from ..entry.guard import guard
 from ..ledger import Ledger
 from ..protocol.files import FolderInUse
 from ..protocol.identity import load_or_create
@@ -57,8 +58,11 @@ def give_order(
 
 
 def write_order(folder: Path, order: Order, check: CheckStrategy) -> Answer:
-    """Signs and appends a record without a coordinator. Raises as `give_order` does."""
+    """Signs and appends a record without a coordinator; of a guarding order, writes what the next one reads.
+    Raises as `give_order` does."""
     with StateDir(folder) as state:
+        if order.is_guarding:
+            return Answer(what="done", told=guard(state, order))
         key = load_or_create(state.key_path)
         ledger = Ledger.open(state.ledger_path, key.public_key())
         try:

@@ -27,7 +27,7 @@ _LONGEST_PATH: Final = 107
 
 
 class Answer(Record):
-    """`text`: why it is refused; `round`, `told`: see `Ordered`."""
+    """`text`: why it is refused; `round`, `told`: see `Ordered`; round 0: no record has it."""
 
     what: Literal["refused", "planned", "done"]
     text: Text = ""

@@ -5,14 +5,20 @@ from __future__ import annotations
 import hmac
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from ...compression.errors import ConfigError
 from ..ledger import Ledger
 from ..protocol.messages import Rejected
 from ..protocol.trust.invitation import Invitation, is_invitation
+from .rates import Bucket, Rate
 from .rules import EntryRules
 
 ASK = "thinwire invite STATE --name NAME makes one, on the coordinator's machine"
+NEWCOMERS: Final = Rate(0.5, 1024.0)
+"""Identities that come with the token: a run has room for 65,536 of them in all its time."""
+
+WRONG_TOKEN = "the ticket's token is wrong: ask for a new ticket"
 BANNED = "this peer was banned from the run: ask whoever runs the coordinator"
 
 
@@ -31,6 +37,7 @@ class Gate:
     ) -> None:
         self._ledger, self._rules, self._wall_ms, self._rejected = ledger, rules, wall_ms, rejected
         self._token = _bytes(token)
+        self._newcomers = Bucket(NEWCOMERS, wall_ms() / 1000)
         self.banned = frozenset(banned)
 
     @property
@@ -62,31 +69,36 @@ class Gate:
             text = "this run takes invited peers only, and the ticket holds no invitation: ask for one"
             raise self._refused("uninvited", f"{text} ({ASK})")
         if not self._is_token(shown):
-            raise self._refused("token", "the ticket's token is wrong: ask for a new ticket")
+            raise self._refused("token", WRONG_TOKEN)
         return ""
 
-    def may_look(self, shown: str) -> bool:
-        """Whether somebody with this token, or invitation, used or not, may see how the run is."""
-        if not is_invitation(shown):
-            return self._is_token(shown)
-        try:
-            self._signed(shown)
-        except ConfigError:
-            return False
-        return True
+    def newcomer(self) -> None:
+        """One is about to come in by the token. Raises ConfigError: there are too many of them."""
+        if not self._newcomers.take(1, self._wall_ms() / 1000):
+            raise self._refused("rate", "too many new identities come with the run's ticket: try again later")
+
+    def check_looker(self, shown: str) -> None:
+        """Somebody with this token, or invitation (used up, too), asks for the status. Raises ConfigError."""
+        if is_invitation(shown):
+            self._in_time(shown)
+        elif not self._is_token(shown):
+            raise self._refused("token", WRONG_TOKEN)
 
     def _is_token(self, shown: str) -> bool:
         return hmac.compare_digest(_bytes(shown), self._token)
 
     def _by_invitation(self, shown: str) -> str:
-        try:
-            invitation = self._signed(shown)
-        except ConfigError as e:
-            raise self._refused("uninvited", str(e)) from e
+        invitation = self._in_time(shown)
         name = invitation.in_ledger(self._ledger.run_id)
         if self._ledger.invited.uses(name) >= invitation.uses:
             raise self._refused("uninvited", _used_up(invitation))
         return name
+
+    def _in_time(self, shown: str) -> Invitation:
+        try:
+            return self._signed(shown)
+        except ConfigError as e:
+            raise self._refused("uninvited", str(e)) from e
 
     def _signed(self, shown: str) -> Invitation:
         """One of this run's, in time. Raises ConfigError."""

@@ -8,6 +8,7 @@ known of one peer is at that peer's own target (`gateway`).
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -18,11 +19,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from ..membership import Cause, PeerState
-from ..protocol.exposition import BUCKETS_S, build_info
+from ..protocol.exposition import BUCKETS_S, build_info, text_of
 from ..protocol.messages import Rejected
 from ..rounds import Why
 
 JOINED = ("new", "returned")
+AUDITED = ("passed", "failed")
+_IS_OURS = re.compile(rb"(# (HELP|TYPE|UNIT) )?\s*thinwire_peer_")
+_SIZES = {
+    "size": "Norm of this peer's recent payloads in medians of their rounds, as most nodes say",
+    "clipped": "Share of this peer's recent payloads that the bound scaled down, as most nodes say",
+}
 
 
 class ServiceCollector(Collector):
@@ -39,6 +46,7 @@ class ServiceCollector(Collector):
         status = self._status()
         yield from _run(status)
         yield from _offers(status)
+        yield from _trust(status)
         yield from _since_start(status["since_start"])
         yield from _process(status)
 
@@ -81,6 +89,76 @@ def _run(status: Mapping[str, Any]) -> Iterator[Metric]:
     n = Counter(peer["state"] for peer in status["peers"])
     states = {str(state): n[str(state)] for state in PeerState}
     yield _labelled(GaugeMetricFamily, "swarm_peers", "Admitted peers by what they do", "state", states)
+
+
+def _trust(status: Mapping[str, Any]) -> Iterator[Metric]:
+    """Of all peers together; each one's own is at its target, see `of_peer`."""
+    peers = status["peers"]
+    sizes = [peer["size"] for peer in peers if peer["size"] is not None and peer["state"] != "gone"]
+    if sizes:
+        yield _gauge(
+            "swarm_farthest_peer_ratio",
+            "Norm of the recent payloads of the peer that has the largest ones, in medians of their rounds, "
+            "as most nodes say",
+            max(sizes),
+        )
+    yield _gauge(
+        "swarm_condemned_peers",
+        "Peers that weigh nothing for now, because of failed audits",
+        sum(peer["condemned_until"] is not None for peer in peers),
+    )
+    audits = {verdict: sum(peer[f"audits_{verdict}"] for peer in peers) for verdict in AUDITED}
+    yield _labelled(
+        CounterMetricFamily, "swarm_audits", "Audits of offers, by how they ended", "result", audits
+    )
+    empty = sum(peer["offers_empty"] for peer in peers)
+    yield _counter("swarm_empty_offers", "Offers for which every batch of their node was dropped", empty)
+
+
+class PeerCollector(Collector):
+    """What the coordinator knows of one peer, for that peer's own target. `peer`: of the status."""
+
+    def __init__(self, peer: Mapping[str, Any]) -> None:
+        self._peer = peer
+
+    def collect(self) -> Iterable[Metric]:
+        peer = self._peer
+        for name, words in _SIZES.items():
+            if peer[name] is not None:
+                yield _gauge(f"peer_{name}_ratio", words, peer[name])
+        yield _gauge(
+            "peer_condemned",
+            "1 while this peer weighs nothing because of failed audits",
+            float(peer["condemned_until"] is not None),
+        )
+        audits = {verdict: peer[f"audits_{verdict}"] for verdict in AUDITED}
+        yield _labelled(
+            CounterMetricFamily,
+            "peer_audits",
+            "Audits of this peer's offers, by how they ended",
+            "result",
+            audits,
+        )
+        rejected = _complete(peer["rejected"], get_args(Rejected))
+        words = "What of this peer was not let in since the coordinator was started"
+        yield _labelled(CounterMetricFamily, "peer_rejected", words, "reason", rejected)
+        offers = {
+            "counted": peer["offers_counted"],
+            "missed": peer["offers_missed"],
+            "empty": peer["offers_empty"],
+        }
+        words = "This peer's offers: counted, awaited in vain, and those for which every batch was dropped"
+        yield _labelled(CounterMetricFamily, "peer_offers", words, "result", offers)
+
+
+def with_trust(said: bytes, peer: Mapping[str, Any]) -> bytes:
+    """A node's own metrics, and what is known of it here: about itself nobody is asked that."""
+    own = [line for line in said.splitlines(keepends=True) if not _IS_OURS.match(line)]
+    if own and not own[-1].endswith(b"\n"):
+        own.append(b"\n")
+    registry = CollectorRegistry()
+    registry.register(PeerCollector(peer))
+    return b"".join(own) + text_of(registry)
 
 
 def _offers(status: Mapping[str, Any]) -> Iterator[Metric]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -14,6 +15,7 @@ from ..protocol.messages import MAX_TEXT, Notice
 from ..rounds import RoundClosed, Rounds
 from .page_history import HappeningKind, PageHistory
 from .peer_names import PeerNames
+from .quiet_log import QuietLog
 from .run_statistics import RunStatistics
 
 log = logging.getLogger("thinwire.coordinator")
@@ -56,6 +58,8 @@ class Notices:
         self._announcer, self._members, self._names = announcer, members, names
         self._page_history, self._wall_ms = page_history, wall_ms
         self._round_lines = RoundLines()
+        self.lines = QuietLog(log, time.monotonic)
+        """For lines that peers cause."""
         self._last_word = ""
         """The error that a node has left with, since one was training."""
         self._said: Awaited | None = None
@@ -106,7 +110,8 @@ class Notices:
 
     def became(self, became: Became) -> None:
         """A peer's state has changed."""
-        log.info("%s is %s: %s", self._names.short(became.peer), became.state, became.reason)
+        name = self._names.short(became.peer)
+        self.lines.say(logging.INFO, name, became.state, "%s is %s: %s", name, became.state, became.reason)
         if became.state is PeerState.TRAINING:
             self._last_word = ""
         if (kind := _kind(became)) is not None and self._members.takes_part(became.peer):
@@ -115,16 +120,22 @@ class Notices:
     def failed(self, peer: int, last_word: str) -> None:
         """A node leaves with an error."""
         word = printable(last_word, TOLD_OF_ERROR)
-        self._last_word = f"{self._names.short(peer)} stopped with {word}"
-        log.error("%s", self._last_word)
+        name = self._names.short(peer)
+        self._last_word = f"{name} stopped with {word}"
+        self.lines.say(logging.ERROR, name, "last word", "%s", self._last_word)
         self._happened("failed", f"{self._names.on_page(peer)}: {word[:TOLD_ON_PAGE]}")
+
+    def guarded(self, text: str) -> None:
+        """The owner has changed who may come in."""
+        log.info("%s", text)
+        self._happened("changed", text)
 
     def differs(self, peer: int, round_: int, others: Iterable[int]) -> None:
         """A peer's fingerprint of a round is not that of `others`: everybody is told."""
         peers = sorted(others)
         names = ", ".join(self._names.short(other) for other in peers)
         text = f"round {round_}: the replica of {self._names.short(peer)} differs from that of {names}"
-        log.error("%s", text)
+        self.lines.say(logging.ERROR, self._names.short(peer), "differs", "%s", text)
         self._announcer.send(Notice(text=text, warning=True), self._members.connected())
         named = ", ".join(self._names.on_page(other) for other in peers[:NAMED_ON_PAGE])
         self._happened("differs", f"round {round_}: {self._names.on_page(peer)} differs from {named}")
@@ -140,6 +151,11 @@ class Notices:
             n = statistics.peer(peer).missed_in_a_row
             if n % TOLD_AFTER_MISSES == 0:
                 self._announcer.send(Notice(text=_too_slow(n), warning=True), [peer])
+
+    def refused_offer(self, peer: int, why: str) -> None:
+        """An offer is not taken."""
+        name = self._names.short(peer)
+        self.lines.say(logging.INFO, name, "offer", "an offer of peer %d is not taken: %s", peer, why)
 
     def _happened(self, kind: HappeningKind, text: str) -> None:
         self._page_history.happened(self._wall_ms(), kind, text)

@@ -9,15 +9,17 @@ from typing import Any, Final, Literal
 
 from ..ledger import Ledger
 from ..membership import Membership, PeerState
-from ..protocol.figures import printable
+from ..protocol.figures import figures_in_words, printable
 from ..protocol.settings import RunSection
 from ..rounds import Rounds
 from .page_history import Pace, PageHistory
+from .peer_trust import PeerTrust
 from .run_statistics import RunStatistics
 
 MAX_PEERS_SHOWN: Final = 256
 ENTRIES_SHOWN: Final = 12
 HAPPENINGS_SHOWN: Final = 24
+EVALUATIONS_SHOWN: Final = 8
 NOW_MS: Final = 5000
 """Who was heard of within this time is heard of now."""
 
@@ -31,6 +33,7 @@ def overview(
     members: Membership,
     statistics: RunStatistics,
     page_history: PageHistory,
+    trust: PeerTrust,
     peers: dict[int, str],
     *,
     now_s: float,
@@ -59,7 +62,8 @@ def overview(
         "ddp_bytes": statistics.ddp_bytes_per_peer_round,
         "last_commit_ms": statistics.last_commit_ms,
         "mismatches": statistics.mismatches,
-        "peers": _peers(peers, members, statistics, page_history, now_s, now_ms),
+        "peers": _peers(peers, members, statistics, page_history, trust, now_s, now_ms),
+        "evaluations": evaluations(ledger),
         "n_peers": {str(state): states[str(state)] for state in PeerState},
         "entries": [asdict(entry) for entry in list(page_history.entries)[: -ENTRIES_SHOWN - 1 : -1]],
         "happenings": [asdict(h) for h in list(page_history.happenings)[: -HAPPENINGS_SHOWN - 1 : -1]],
@@ -92,6 +96,7 @@ def _peers(
     members: Membership,
     statistics: RunStatistics,
     page_history: PageHistory,
+    trust: PeerTrust,
     now_s: float,
     now_ms: int,
 ) -> list[dict[str, Any]]:
@@ -116,10 +121,31 @@ def _peers(
             "state": str(members.state(index)),
             "device": page_history.devices.get(index, ""),
             **_work(index, statistics, paces.get(index)),
+            "trust": _trust(trust.of(index, now_s)),
             "seen_ms": _not_now(seen_ms(index), now_ms),
         }
         for index in shown
     ]
+
+
+def evaluations(ledger: Ledger) -> list[tuple[int, str]]:
+    """The newest ones, the last one first: round, and its figures in words."""
+    found = ledger.evaluations(EVALUATIONS_SHOWN)[::-1]
+    return [(round_, printable(figures_in_words(figures), 300)) for round_, figures in found]
+
+
+def _trust(told: dict[str, Any]) -> dict[str, Any]:
+    """Of what `PeerTrust.of` tells that which is not usual, and the size; few bytes for most peers."""
+    size, clipped = told["size"], told["clipped"]
+    few = {
+        "size": None if size is None else float(f"{size:.2g}"),
+        "clipped": clipped,
+        "passed": told["audits_passed"],
+        "failed": told["audits_failed"],
+        "until": told["condemned_until"],
+        "rejected": told["rejected"],
+    }
+    return {name: value for name, value in few.items() if value}
 
 
 def _work(index: int, statistics: RunStatistics, pace: Pace | None) -> dict[str, Any]:
@@ -130,6 +156,7 @@ def _work(index: int, statistics: RunStatistics, pace: Pace | None) -> dict[str,
         "share": None if pace is None else round(pace.share, 3),
         "counted": 0 if figures is None else figures.offers_counted,
         "missed": 0 if figures is None else figures.offers_missed,
+        "empty": 0 if figures is None else figures.offers_empty,
         "agreement": None if figures is None else statistics.agreement(index),
         "fingerprint_round": None if figures is None else figures.fingerprint_round,
     }

@@ -25,10 +25,13 @@ RECENT_ROUNDS = 16
 
 @dataclass(slots=True)
 class PeerFigures:
-    """What one peer has done so far; byte counts are its own, over all its restarts that were heard of."""
+    """What one peer has done so far; byte counts are its own, over all its restarts that were heard of.
+
+    `offers_empty`: counted ones for which all of its batches were dropped; those are in no other count."""
 
     offers_counted: int = 0
     offers_missed: int = 0
+    offers_empty: int = 0
     missed_in_a_row: int = 0
     fingerprint: bytes | None = None
     fingerprint_round: int | None = None
@@ -80,7 +83,8 @@ class RunStatistics:
         for offer in body.offers:
             self.payload_bytes += offer.n_bytes
             peer = self.peer(offer.peer)
-            peer.offers_counted += offer.loss is not None  # without one, all of its batches were dropped
+            peer.offers_counted += offer.loss is not None
+            peer.offers_empty += offer.loss is None
             peer.missed_in_a_row = 0
             peer.loss = offer.loss
 

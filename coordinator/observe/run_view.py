@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..derived_state import DerivedState
+from ..entry.gate import Gate
 from ..ledger import Ledger
 from ..membership import Membership
 from ..protocol.messages import Rejected
@@ -14,10 +15,13 @@ from ..rounds import Rounds
 from .counters import Counters
 from .loss_unit import LossUnit
 from .overview import left_s, overview, run_state, waits_for
+from .peer_trust import PeerTrust
+from .refusals import Refusals
 
 SHOWN_EVALUATIONS = 20
 SHOWN_HELD_OUT = 500
 """Held-out losses in the status: of a long run every so many."""
+SHOWN_BANNED = 100
 
 
 class RunView:
@@ -31,12 +35,15 @@ class RunView:
         derived: DerivedState,
         counters: Counters,
         rejected: Counter[Rejected],
+        refusals: Refusals,
         wall_ms: Callable[[], int],
         loss_unit: LossUnit,
+        gate: Gate,
     ) -> None:
         self._ledger, self._rounds, self._members = ledger, rounds, members
         self._derived, self._counters, self._rejected = derived, counters, rejected
-        self._wall_ms, self._loss_unit = wall_ms, loss_unit
+        self._trust = PeerTrust(derived.standing, derived.peer_sizes, refusals)
+        self._wall_ms, self._loss_unit, self._gate = wall_ms, loss_unit, gate
 
     def status(self, now_s: float) -> dict[str, Any]:
         """JSON-able, for `thinwire status` and the live table."""
@@ -54,8 +61,9 @@ class RunView:
             "evaluations": [list(entry) for entry in self._ledger.evaluations(SHOWN_EVALUATIONS)],
             "failed_evaluations": self._derived.reports.failed_evaluations,
             "last_failed_evaluation": self._derived.reports.last_failure,
-            "peers": [self._peer(index, peer_id, now_s) for index, peer_id in self._shown().items()],
+            "peers": [self.peer(index, peer_id, now_s) for index, peer_id in self._shown().items()],
             "rejected": dict(sorted(self._rejected.items())),
+            "admission": {"mode": self._gate.mode, "banned": sorted(self._gate.banned)[:SHOWN_BANNED]},
             "since_start": self._counters.figures(),
             "ledger_bytes": self._ledger.n_bytes,
             **self._loss_unit.figures(),
@@ -72,6 +80,7 @@ class RunView:
             self._members,
             self._derived.statistics,
             self._derived.page_history,
+            self._trust,
             self._shown(),
             now_s=now_s,
             now_ms=self._wall_ms(),
@@ -95,12 +104,15 @@ class RunView:
             if self._members.takes_part(index) or self._derived.statistics.has_offered(index)
         }
 
-    def _peer(self, index: int, peer_id: str, now_s: float) -> dict[str, Any]:
+    def peer(self, index: int, peer_id: str, now_s: float) -> dict[str, Any]:
+        """JSON-able: what the status says of one."""
         seen_s = self._members.seen_s(index)
         return {
             "peer_id": peer_id,
             "index": index,
+            "invitation": self._ledger.invited.of(index),
             "state": str(self._members.state(index)),
             "last_seen_s": None if seen_s is None else max(0.0, now_s - seen_s),
             **self._derived.statistics.peer(index).figures(),
+            **self._trust.of(index, now_s),
         }

@@ -1,12 +1,12 @@
 """Which snapshots the ledger vouches for: pure, fed with commits in order (ARCHITECTURE.md, "Snapshots").
 
-Identities cost nothing, counted work does. A manifest of a round is attested when at least two peers that have
-worked reported it, and those together have more than half of the work of all that reported a snapshot of that
-round, and at least a quarter of the work of the peers that the round's commit counted. A peer's work is what it
-had when the round was committed, or, where that did not count it, when it reported. One peer is enough where the
-round's commit counted a single one and nobody reported another manifest. Being attested is the word of others:
-a reason to fetch a snapshot, and for the coordinator, which verifies nothing, to let old payloads go. It is never
-proof, and no node gives up a replica or a payload of its own for it.
+Identities cost nothing, counted work does. A manifest of a round is attested when at least two peers that
+have worked reported it, and those together have more than half of the work of all that reported a snapshot of
+that round, and at least a quarter of the work of the peers that the round's commit counted. A peer's work is
+what it had when the round was committed, or, where that did not count it, when it reported. One peer is
+enough where the round's commit counted a single one and nobody reported another manifest. Being attested is
+the word of others: a reason to fetch a snapshot, and for the coordinator, which verifies nothing, to let old
+payloads go. It is never proof, and no node gives up a replica or a payload of its own for it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .messages import CommitBody
 from .trust.standing import Standing
 
 LEAST_SHARE = 4
-"""Who attests has at least one part in so many of the work of the peers that the round's commit counted: reports
-that come early do not decide alone."""
+"""Who attests has at least one part in so many of the work of the peers that the round's commit counted:
+reports that come early do not decide alone."""
 
 KEPT = 3
 """Attested snapshots that are remembered; unattested ones are, too, while they are newer than the oldest."""

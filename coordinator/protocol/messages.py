@@ -483,15 +483,31 @@ class Phases(Record):
     apply_ms: Count
 
 
+MAX_SIZES: Final = 8
+"""Peers that a heartbeat tells of: a node goes through them in turn."""
+
+
+class PeerSize(Record):
+    """What a node has seen of a peer's payloads lately, for people: how long they are beside the round's
+    median, in percent, and how many percent of them were scaled down for that."""
+
+    peer: Index
+    size: Annotated[int, Field(ge=0, le=10**8)]
+    clipped: Annotated[int, Field(ge=0, le=100)]
+
+
 class Heartbeat(Message):
-    """Node to coordinator every `heartbeat_s`, and back: totals so far, for people and metrics."""
+    """Node to coordinator every `heartbeat_s`, and back: totals so far, for people and metrics; from nodes
+    also `sizes` of some peers."""
 
     tag = 10
+    n_younger = 1
     round: Round
     sent_bytes: Count
     received_bytes: Count
     payload_bytes: Count
     phases: Phases | None = None
+    sizes: Annotated[tuple[PeerSize, ...], Field(max_length=MAX_SIZES)] = ()
 
 
 class Offered(Message):

@@ -124,6 +124,8 @@ class Stream:
         self._reader, self._writer, self.meter, self._throttle = reader, writer, meter, throttle
         self.heard_s = time.monotonic()
         """When bytes last came, whole frames or not."""
+        self.frame_bytes = 0
+        """Of the last frame that came."""
 
     async def receive(self, limits: FrameLimits, purpose: TrafficKind = "control") -> Frame:
         """The next frame; `purpose` is what a chunk's bytes are counted as.
@@ -200,6 +202,7 @@ class Stream:
             raise BadFrame("frame_kind", f"a frame of kind {code} is not expected here")
         if n_bytes > limits[kind]:
             raise BadFrame("frame_size", f"a {kind.name} frame of {n_bytes} bytes, at most {limits[kind]}")
+        self.frame_bytes = HEADER.size + n_bytes
         return Frame(kind, await self._exactly(n_bytes, at_start=False))
 
     async def _exactly(self, n_bytes: int, *, at_start: bool) -> bytes:

@@ -40,7 +40,7 @@ class Sentences:
             self._told.pop(peer, None)
             log.info("the term of %s is over: its offers count again", self._names.short(peer))
             self._announcer.send(
-                Notice(text="your term is over: your offers count again", warning=False), [peer]
+                Notice(text="this node's term is over: its offers count again", warning=False), [peer]
             )
 
     def refused(self, peer: int) -> None:

@@ -4,14 +4,17 @@ and says what it has found. What counts of that is the ledger's matter (see `tru
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
+from ...compression.base import Payload
 from ...compression.errors import BadPayload, SwarmUnreachable
 from ...coordinator.protocol.messages import Commit, OfferEntry, Verdict
 from ...coordinator.protocol.trust.audits import payload_digest, signed_bytes
-from ...coordinator.protocol.trust.drawing import Draw
+from ...coordinator.protocol.trust.drawing import MIN_AUDITORS, Draw
 from ...optim.auditing.evidence import Evidence
 from ..preparing import PreparedRun
 from ..tracking.observer import Observer
+from .scores import Scores
 
 log = logging.getLogger("thinwire.node")
 
@@ -27,6 +30,8 @@ class Auditor:
         self._run, self._observer = run, observer
         self._commit: Commit | None = None
         self._due: tuple[Draw, ...] = ()
+        self._scores, self._scored = Scores(), 0
+        self._has_scores = run.replica.strategy.ranks.count == 1 and _has_audits(run)
 
     def applied(self, commit: Commit) -> None:
         """The replica is after this commit now, whose offers are audited next. Audits of an earlier one that
@@ -39,10 +44,27 @@ class Auditor:
 
     def audit(self) -> None:
         """All that is due. It takes about the time of a round's local work for each."""
+        self._score()
         due, self._due = self._due, ()
         for draw in due:
-            if not draw.for_suspects:
+            if not draw.for_suspects or self._scores.is_suspect(draw.target):
                 self._audit(draw.target)
+
+    def _score(self) -> None:
+        """The payloads of the newest commit."""
+        if not self._has_scores or self._commit is None or self._commit.body.round == self._scored:
+            return
+        replica, self._scored = self._run.replica, self._commit.body.round
+        turn = replica.turn_of(self._scored, replica.peer_id)
+        found = dict[int, Payload]()
+        for offer in replica.heard(self._commit):
+            if offer.n_samples > 0:
+                with suppress(BadPayload, SwarmUnreachable):
+                    found[offer.peer] = replica.decode(self._run.link.payload(offer), turn)
+        if len(found) > MIN_AUDITORS:
+            scores = replica.strategy.scores(list(found.values()), turn)
+            self._has_scores = scores is not None
+            self._scores.add(dict(zip(found, scores or (), strict=False)))
 
     def _audit(self, target: int) -> None:
         assert self._commit is not None
@@ -65,7 +87,7 @@ class Auditor:
             return self._tell(offer, round_, str(e))
         except SwarmUnreachable as e:
             log.info("round %d: no audit of peer %d, its payload cannot be had: %s", round_, offer.peer, e)
-        except Exception:  # noqa: BLE001 - the edge: what another peer sent must not end this node
+        except Exception:
             log.exception("round %d: the work of peer %d cannot be done again", round_, offer.peer)
         return None
 
@@ -75,6 +97,8 @@ class Auditor:
         if evidence is None:
             return None
         if not evidence.passed:
+            if not self._is_clear(round_):
+                return None
             words = f"agreement {evidence.agreement:.3f}, at least {evidence.limit:.3f} expected"
             return self._tell(offer, round_, words)
         for twin in self._twins(offer):
@@ -82,6 +106,15 @@ class Auditor:
             if theirs is not None and theirs.agreement > evidence.agreement:
                 return self._tell(offer, round_, f"it is the payload of peer {twin.peer}, whose work it is")
         return Verdict.PASSED
+
+    def _is_clear(self, round_: int) -> bool:
+        """Whether this node's own offer of that round, which was honest, shows what work comes to."""
+        assert self._commit is not None
+        own = next((o for o in self._commit.body.offers if o.peer == self._run.peer_index), None)
+        if own is None or own.n_samples == 0:
+            return False
+        evidence = self._evidence(self._run.link.payload(own), own, round_)
+        return evidence is not None and evidence.is_clear
 
     def _evidence(self, data: bytes, offer: OfferEntry, round_: int) -> Evidence | None:
         """What speaks for these bytes as the work of the offer's peer."""
@@ -103,3 +136,7 @@ class Auditor:
             *(round_, peer_id, why),
         )
         return Verdict.FAILED
+
+
+def _has_audits(run: PreparedRun) -> bool:
+    return run.config.audits is not None and run.config.audits.rate > 0

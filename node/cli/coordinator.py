@@ -142,6 +142,7 @@ class _Serving:
                 await server.start()
                 if ticket_file is not None:
                     write_ticket(ticket_file, server.ticket.line())
+                    server.on_new_ticket = lambda: write_ticket(ticket_file, server.ticket.line())
                 to_stdout(server.ticket.line())
                 log.info("the line above is the ticket. On any machine: thinwire join TICKET")
                 if server.service.is_over:

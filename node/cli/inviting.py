@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ...compression.errors import ConfigError
 from ...coordinator.entry.tickets import invite
-from ...coordinator.protocol.figures import human_seconds
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ..system.folder import IDENTITY_NAME, NodeFolder
 from .arguments import seconds_of
@@ -28,7 +27,7 @@ def invitation(state: Path, name: str, uses: int, expires: str) -> str:
     until_s = 0 if math.isinf(within_s) else math.ceil(time.time() + within_s)
     line = invite(state, name, uses, until_s).line()
     who = "one identity" if uses == 1 else f"{uses} identities"
-    how_long = "for ever" if until_s == 0 else f"for {human_seconds(within_s)}"
+    how_long = "for ever" if until_s == 0 else f"for {expires}"
     log.info("the line is a ticket that lets in %s, %s. On that machine: thinwire join TICKET", who, how_long)
     return line
 

@@ -13,10 +13,12 @@ from typing import Any
 
 from ...compression.errors import ConfigError, SwarmUnreachable
 from ...coordinator.observe.loss_unit import LossUnit
+from ...coordinator.observe.peer_trust import in_ledger
 from ...coordinator.observe.run_statistics import RunStatistics
 from ...coordinator.protocol.ledger_file import Changing, Summary, write_ledger
 from ...coordinator.protocol.settings import parse_settings
 from ...coordinator.protocol.ticket import Ticket
+from ...coordinator.protocol.trust.standing import Standing
 from ..states.opening import RunState, open_state
 from ..states.words import what_is_here
 
@@ -85,11 +87,13 @@ def status_of(state: RunState) -> dict[str, Any]:
     genesis = state.genesis
     changing = Changing(genesis)
     statistics = RunStatistics(sum(prod(entry.shape) for entry in genesis.layout))
+    standing = Standing(state.run_id, parse_settings(genesis.config).audits)
     peers: dict[int, str] = {}
     for commit in state.commits():
         body = commit.body
         changing.follow(body)
         statistics.committed(body)
+        standing.committed(body, commit.digest)
         peers.update((a.index, a.peer_id) for a in body.admitted)
         for report in body.reports:
             statistics.fingerprint(report.peer, report.round, report.fingerprint)
@@ -104,7 +108,14 @@ def status_of(state: RunState) -> dict[str, Any]:
         "state": "finished" if state.is_over else "stopped",
         "held_out": [list(entry) for entry in state.held_out()],
         "peers": [
-            {"peer_id": p, "index": i, "state": "gone", "last_seen_s": None, **statistics.peer(i).figures()}
+            {
+                "peer_id": p,
+                "index": i,
+                "state": "gone",
+                "last_seen_s": None,
+                **statistics.peer(i).figures(),
+                **in_ledger(standing, i),
+            }
             for i, p in sorted(peers.items())
         ],
         "folder": str(state.folder),

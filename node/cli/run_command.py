@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...compression.errors import ConfigError
-from ...coordinator.control.orders import Order
+from ...coordinator.control.orders import MAX_BANS, Order
 from ...coordinator.control.owner import give_order
 from ...coordinator.control.wire import Answer
+from ...coordinator.entry.tickets import ticket_with
 from ...coordinator.protocol.messages import MAX_CHANGES, MAX_ROUND, Change
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("thinwire.coordinator")
 
 What = Literal["set", "extend", "pause", "resume", "stop"]
+Guard = Literal["ban", "unban", "rotate-token"]
 
 
 def change_run(state: Path, what: What, rounds: int | None, settings: Mapping[str, Any], stop: Stop) -> str:
@@ -26,6 +28,19 @@ def change_run(state: Path, what: What, rounds: int | None, settings: Mapping[st
     order = _order(what, rounds, settings)
     answer = give_order(state, order, _check_changes, _tell, stop.is_set)
     return f"in the ledger, record {answer.round}: {'; '.join(answer.told)}"
+
+
+def guard_run(state: Path, what: Guard, peers: Sequence[str], stop: Stop) -> str:
+    """What has been done about who may come in, in words, or the new ticket. Raises as `change_run` does."""
+    if what == "rotate-token" and peers:
+        raise ConfigError("rotate-token takes nothing else: thinwire run STATE rotate-token")
+    if len(peers) > MAX_BANS or any(not 1 <= len(peer) <= 100 for peer in peers):
+        raise ConfigError(f"{what} takes peer ids (12D3Koo...), at most {MAX_BANS} at a time")
+    answer = give_order(state, Order(what=what, peers=tuple(peers)), _check_changes, _tell, stop.is_set)
+    if what != "rotate-token":
+        return "; ".join(answer.told)
+    log.info("%s. The new ticket:", "; ".join(answer.told))
+    return ticket_with(state, (state / "token").read_text("ascii").strip()).line()
 
 
 def _order(what: What, rounds: int | None, settings: Mapping[str, Any]) -> Order:

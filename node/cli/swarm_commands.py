@@ -188,6 +188,10 @@ class Join:
     evaluate: Annotated[str | None, arg(metavar="FUNCTION")] = None
     """This node evaluates the weights as the run's [eval] asks for, beside its training: name what that says,
     package.module:function or lm-eval; code never comes over the network."""
+    verify: Literal["background", "first", "off"] = "background"
+    """Of a snapshot of the swarm's: background: train on it, and replay the ledger up to it meanwhile, at low
+    priority, where the payloads still exist; that takes the model's memory once more. first: begin only where
+    nobody's word is taken, at the base weights or at what this node has verified. off: take it as it is."""
     save: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the trained weights here (safetensors) after the last round."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -221,6 +225,7 @@ class Join:
                     restart=self.restart,
                     track=self.track,
                     evaluate=self.evaluate,
+                    verify=self.verify,
                 ),
                 stop,
             )

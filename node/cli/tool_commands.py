@@ -15,7 +15,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from ...compression.errors import ConfigError, ThinwireError
 from ..system.output import to_stdout
 from ..system.places import refuse_below, refuse_file, refuse_folder
-from ..system.stopping import stop_on_signals
+from ..system.stopping import Stop, stop_on_signals
 from .arguments import overrides_of, read_ticket
 
 
@@ -146,6 +146,9 @@ class Export:
         return 128 + stop.signal if stop.signal else 0
 
 
+_What = Literal["set", "extend", "pause", "resume", "stop", "ban", "unban", "rotate-token"]
+
+
 @dataclass
 class Run:
     """Change a run for everybody, while it trains or after its end, by a signed record of its ledger.
@@ -153,16 +156,20 @@ class Run:
       thinwire run STATE extend --rounds 100                 a running or finished run has more rounds
       thinwire run STATE set strategy.lr=0.001               from the next round on, the same on all nodes
       thinwire run STATE pause | resume | stop
+      thinwire run STATE ban | unban 12D3Koo...              by its peer id, of thinwire status --json
+      thinwire run STATE rotate-token                        a new ticket; older ones let nobody new in
 
     It needs the coordinator's state folder (the key in it), on its machine; a ticket does not suffice.
-    Without a running coordinator the record is written at once, and holds when it is started again.
+    Without a running coordinator the record is written at once, and holds when it is started again. Bans and
+    tokens stand in the state folder instead of the ledger, and hold at once.
     """
 
     state: Annotated[Positional[Path], arg(metavar="STATE")]
     """The coordinator's state folder."""
-    what: Annotated[Positional[Literal["set", "extend", "pause", "resume", "stop"]], arg(metavar="WHAT")]
-    """set KEY=VALUE ..., extend --rounds N, resume, and after the open round: pause, stop."""
-    settings: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE")] = ()
+    what: Annotated[Positional[_What], arg(metavar="WHAT")]
+    """set KEY=VALUE ..., extend --rounds N, resume, and after the open round: pause, stop; ban PEER ...,
+    unban PEER ..., rotate-token."""
+    settings: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE|PEER")] = ()
     """run.rounds, schedule.name, schedule.warmup_rounds, schedule.final_factor, and of the strategy its lr,
     weight_decay and what else acts in a round only."""
     rounds: Annotated[int | None, arg(metavar="N")] = None
@@ -171,16 +178,23 @@ class Run:
     """section.key=value, changed by the same record as extend; may be repeated."""
 
     def run(self) -> int:
-        from .run_command import change_run
-
-        settings = overrides_of((*self.settings, *self.set))
         with stop_on_signals() as stop:
             try:
-                to_stdout(change_run(self.state, self.what, self.rounds, settings, stop))
+                to_stdout(self._done(stop))
             except ThinwireError:
                 if not stop.is_set():
                     raise
         return 128 + stop.signal if stop.signal else 0
+
+    def _done(self, stop: Stop) -> str:
+        from .run_command import change_run, guard_run
+
+        if self.what == "ban" or self.what == "unban" or self.what == "rotate-token":  # noqa: PLR1714 - narrows
+            if self.rounds is not None or self.set:
+                raise ConfigError(f"{self.what} takes neither --rounds nor --set")
+            return guard_run(self.state, self.what, self.settings, stop)
+        settings = overrides_of((*self.settings, *self.set))
+        return change_run(self.state, self.what, self.rounds, settings, stop)
 
 
 @dataclass
@@ -308,13 +322,26 @@ class Bench:
 
     name: Annotated[
         Positional[
-            Literal["noise", "decoupled", "diloco", "peers", "round", "join", "wire", "memory", "ray", "all"]
+            Literal[
+                "noise",
+                "decoupled",
+                "diloco",
+                "peers",
+                "round",
+                "join",
+                "wire",
+                "memory",
+                "ray",
+                "attacks",
+                "all",
+            ]
         ],
         arg(metavar="NAME"),
     ]
     """noise (SPSA), decoupled and diloco (pack, decode, update), peers (1 to 256 payloads), round (8 peers on
     loopback), join (process to first offer, catching up), wire (bits per coefficient), memory (of a rank of a
-    sharded node), ray (round of 4 actors on a Ray cluster of its own), or all, but for ray."""
+    sharded node), ray (round of 4 actors on a Ray cluster of its own), attacks (what bad peers do to a swarm,
+    with options of its own), or all, but for ray and attacks."""
     params: Annotated[str | None, arg(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
@@ -324,15 +351,52 @@ class Bench:
     """Where noise, decoupled, diloco and peers run."""
     against: Annotated[Path | None, arg(metavar="FILE")] = None
     """What --json printed before: its figures beside the new ones, and which got worse than their noise."""
+    strategies: Annotated[str | None, arg(metavar="NAME,...")] = None
+    """attacks: which rows, e.g. decoupled,spsa. Default: all."""
+    attacks: Annotated[str | None, arg(metavar="NAME,...")] = None
+    """attacks: which rows, e.g. flipped,scaled-1e3. Default: all."""
+    rounds: Annotated[int, arg(metavar="N")] = 80
+    """attacks: of each swarm."""
+    seeds: Annotated[int, arg(metavar="N")] = 1
+    """attacks: swarms of each row, whose losses are averaged."""
+    honest: Annotated[int, arg(metavar="N")] = 3
+    """attacks: honest peers."""
+    bad: Annotated[int, arg(metavar="N")] = 1
+    """attacks: bad peers."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """attacks: section.key=value of the run, e.g. strategy.bound=0; may be repeated."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
         from ..bench.command import bench_command, parse_sizes
 
+        if self.name == "attacks":
+            self._run_attacks()
+            return 0
         sizes = None if self.params is None else parse_sizes(self.params)
         refuse_below("--repeats", self.repeats, 1, "how often each is measured, e.g. 5")
         bench_command(self.name, sizes, self.repeats, self.json, self.output, self.device, self.against)
         return 0
+
+    def _run_attacks(self) -> None:
+        from ..bench.attacks.bad_peers import ATTACKS
+        from ..bench.attacks.swarm import STRATEGIES
+        from ..bench.attacks.table import Wanted, attacks_command, names_of
+
+        refuse_below("--rounds", self.rounds, 1, "rounds of each swarm, e.g. 80")
+        refuse_below("--seeds", self.seeds, 1, "swarms of each row, e.g. 3")
+        refuse_below("--honest", self.honest, 1, "honest peers of a swarm, e.g. 3")
+        refuse_below("--bad", self.bad, 1, "bad peers of a swarm, e.g. 1")
+        wanted = Wanted(
+            strategies=names_of(self.strategies, list(STRATEGIES), "--strategies"),
+            attacks=names_of(self.attacks, list(ATTACKS), "--attacks"),
+            n_rounds=self.rounds,
+            n_seeds=self.seeds,
+            n_honest=self.honest,
+            n_bad=self.bad,
+            settings=tuple(overrides_of(self.set).items()),
+        )
+        attacks_command(wanted, self.json)
 
 
 def _ticket_or_state(text: str) -> str:

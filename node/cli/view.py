@@ -23,10 +23,18 @@ from .status import StatusClient
 
 WATCH_EVERY_S = 1.0
 CHANGES_SHOWN = 4
+TOLD_OF_PEERS = 8
+FAR = 4.0
+"""A peer whose payloads are so many medians long is far from the others."""
 
-COLUMNS = ("peer", "state", "round", "loss", "counted", "missed", "sent", "fingerprint")
-LEAST_FIRST = ("missed", "sent", "counted", "fingerprint")
+COLUMNS = (
+    "peer", "state", "round", "loss", "size", "audits", "refused", "counted", "missed", "sent", "fingerprint"
+)  # fmt: skip
+LEAST_FIRST = ("missed", "sent", "counted", "fingerprint", "refused", "audits")
 """Columns that a narrow terminal does without."""
+
+ON_DEMAND = ("size", "audits", "refused")
+"""Columns that are there once there is something to say of a peer."""
 
 Show = Callable[[Mapping[str, Any], bool], None]
 """Shows a status; True: it is the last one."""
@@ -59,6 +67,7 @@ def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
     lines: list[RenderableType] = [Text(shown(headline(status))), _PeerTable(status)]
     lines += [Text(shown(f"changed: {text}")) for text in status.get("changes", [])[-CHANGES_SHOWN:]]
     lines += [Text(shown(line)) for line in evaluations_in_words(status)]
+    lines += [Text(shown(line), style="bold red") for line in trust_in_words(status)]
     lines += [Text(note, style="yellow") for note in notes]
     for error in status.get("errors", [])[-3:]:
         lines.append(Text(shown(f"stopped with an error: {error}"), style="bold red"))
@@ -72,6 +81,8 @@ class _PeerTable:
 
     def __init__(self, status: Mapping[str, Any]) -> None:
         self._rows = [_cells(peer, is_live="folder" not in status) for peer in status["peers"]]
+        told = {column for column in ON_DEMAND if any(row[column].plain != "-" for row in self._rows)}
+        self._columns = [column for column in COLUMNS if column in told or column not in ON_DEMAND]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for n_left_out in range(len(LEAST_FIRST) + 1):
@@ -83,7 +94,7 @@ class _PeerTable:
 
     def _without(self, left_out: Sequence[str]) -> Table:
         table = Table(box=None, pad_edge=False)
-        columns = [column for column in COLUMNS if column not in left_out]
+        columns = [column for column in self._columns if column not in left_out]
         for column in columns:
             is_left = column in ("peer", "state", "fingerprint")
             table.add_column(column, justify="left" if is_left else "right")
@@ -100,12 +111,44 @@ def _cells(peer: Mapping[str, Any], *, is_live: bool) -> dict[str, Text]:
         "peer": Text(f"{peer['index']} …{peer['peer_id'][-6:]}"),
         "state": Text(peer["state"], style=style),
         "round": Text(str(peer["round"])),
+        **_trust_cells(peer, is_live=is_live),
         "loss": Text("-" if peer["loss"] is None else f"{peer['loss']:.3f}"),
         "counted": Text(str(peer["offers_counted"])),
         "missed": Text(str(peer["offers_missed"]) if is_live else "-"),
         "sent": Text(human_bytes(peer["sent_bytes"]) if is_live else "-"),
         "fingerprint": Text(fingerprint),
     }
+
+
+def _trust_cells(peer: Mapping[str, Any], *, is_live: bool) -> dict[str, Text]:
+    """What is found of a peer's honesty; a coordinator of an earlier build does not say it. `size`: of its
+    payloads in medians, and the share of them that was scaled down; `audits`: passed and failed."""
+    size, clipped, until = peer.get("size"), peer.get("clipped"), peer.get("condemned_until")
+    passed, failed = peer.get("audits_passed", 0), peer.get("audits_failed", 0)
+    words = "-" if size is None else f"{size:.1f}x" + (f" ({clipped:.0%} clipped)" if clipped else "")
+    n_refused = sum(peer.get("rejected", {}).values())
+    audits = f"{passed}+{failed}" + (f" (weight 0 to {until})" if until else "")
+    return {
+        "size": Text(words, style="bold red" if size is not None and size >= FAR else ""),
+        "audits": Text(audits if passed or failed else "-", style="bold red" if until else ""),
+        "refused": Text(str(n_refused) if is_live and n_refused else "-"),
+    }
+
+
+def trust_in_words(status: Mapping[str, Any]) -> list[str]:
+    """Whom people should look at, and why."""
+    lines = []
+    for peer in status["peers"]:
+        who = f"{peer['index']} …{peer['peer_id'][-6:]}"
+        size, until = peer.get("size"), peer.get("condemned_until")
+        if until:
+            lines.append(f"peer {who} weighs nothing until round {until}: its audits failed")
+        elif size is not None and size >= FAR and peer["state"] != "gone":
+            lines.append(f"peer {who} is far from the others: its payloads are {size:.1f} times the median")
+        empty = peer.get("offers_empty", 0)
+        if empty and 2 * empty > empty + peer["offers_counted"]:
+            lines.append(f"peer {who} dropped every batch of {empty} of its offers: look at its data")
+    return lines[:TOLD_OF_PEERS]
 
 
 def evaluations_in_words(status: Mapping[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ from ...coordinator.protocol.figures import bytes_per_token, ddp_bytes, finite
 from ...coordinator.protocol.identity import peer_id_of
 from ...coordinator.protocol.messages import digest_of
 from ...optim.registry import build_strategy
-from ..config import RunConfig
+from ..config import Audits, RunConfig
 from ..genesis import Genesis, make_genesis
 from ..links.local import LocalSwarm, local_swarm
 from ..phases import typical
@@ -171,7 +171,7 @@ class Comparison:
         for plan, genesis in zip(self.plans, self._geneses, strict=True):
             if stopped():
                 return
-            with _one_thread(), tempfile.TemporaryDirectory(prefix="thinwire-compare-") as folder:
+            with one_thread(), tempfile.TemporaryDirectory(prefix="thinwire-compare-") as folder:
                 outcome = _Training(self, plan, genesis).run(Path(folder), progress, stopped)
             if outcome is None:
                 return
@@ -208,11 +208,12 @@ class Comparison:
             "limits": {"max_payload_bytes": 2**32, "max_samples": 2**20, "max_peers": self.n_peers + 1},
         }
         sections = {name: getattr(run, name).model_copy(update=u) for name, u in changes.items()}
-        return run.model_copy(update={**sections, "strategy": plan.options})
+        no_audits = Audits(rate=0.0)  # they would draw batches that are not the strategies' own
+        return run.model_copy(update={**sections, "strategy": plan.options, "audits": no_audits})
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Peers are threads already, and only what a thread does itself is in its CPU time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

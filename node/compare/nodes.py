@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 from torch import nn
 
+from ...compression.errors import ReplicaDiverged
 from ...coordinator.protocol.messages import BlobRef, Commit, GenesisBody, NodeState
 from ...optim.base import Closure
 from ..config import parse_config
@@ -137,6 +139,8 @@ class Reader:
 
     def _evaluate(self) -> None:
         held_out = self._work.evaluate()
+        if not isfinite(held_out):
+            raise ReplicaDiverged(f"the held-out loss is non-finite after round {self.replica.round}")
         self.curve.append(
             Point(
                 round=self.replica.round,

@@ -38,6 +38,7 @@ DDP: Final[dict[str, Any]] = {
     "sign": False,
     "beta": 0.0,
     "clip": 1e9,
+    "bound": 0.0,
     "lr": 3e-3,
     "adam_beta2": 0.95,
     "compressor": {"name": "dense", "bits": 32},

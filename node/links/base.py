@@ -59,9 +59,10 @@ class Traffic:
 class Link(Protocol):
     """One node's connection to one run: `open` once, then anything, `close` at the end.
 
-    `fetch`, `members`, `serve`, `report`, `audit`, `traffic` and `close` are called from any thread, the
-    other methods from one. What is said before `open` or after `close` goes nowhere. A break is mended by the
-    link itself: it tells of it in `events`, and says again what still matters.
+    `fetch`, `members`, `serve`, `report`, `audit`, `records`, `payload`, `keep_payloads`, `has_payload`,
+    `traffic` and `close` are called from any thread, the other methods from one. What is said before `open`
+    or after `close` goes nowhere. A break is mended by the link itself: it tells of it in `events`, and says
+    again what still matters.
 
     A link keeps every commit that it has seen, on disk where it has a folder: what is there is read from
     there, and given to a coordinator that has lost it.
@@ -116,6 +117,15 @@ class Link(Protocol):
     def payload(self, offer: OfferEntry) -> bytes:
         """A counted offer's payload, from the commit itself or from whoever has it; waits for the
         coordinator's return. Raises SwarmUnreachable: nobody has it, or the link was closed."""
+        ...
+
+    def keep_payloads(self, after: int) -> None:
+        """From now on payloads of the rounds after this one stay in this node's memory, as far as its quota
+        allows, whatever the coordinator does with them."""
+        ...
+
+    def has_payload(self, digest: Digest) -> bool:
+        """Whether this node has it in its memory."""
         ...
 
     def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:

@@ -30,6 +30,7 @@ from ...coordinator.protocol.messages import (
     Notice,
     Offer,
     Offered,
+    PeerSize,
     Phases,
     Report,
     State,
@@ -57,11 +58,13 @@ _KEPT_AUDITS = 64
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What people are told of a node: what it trains on, and how long the parts of its rounds take (called in
-    the link's thread, with every heartbeat). `agent`: see `Hello`."""
+    """What people are told of a node: what it trains on; how long the parts of its rounds take, and how large
+    it has seen some peers' payloads (called in the link's thread, with every heartbeat). `agent`: see
+    `Hello`."""
 
     device: str = ""
     phases: Callable[[], Phases | None] = lambda: None
+    sizes: Callable[[], tuple[PeerSize, ...]] = tuple
     agent: str = "thinwire"
 
 
@@ -69,8 +72,8 @@ class LinkCore:
     """The `SessionHandler` of a node's session with its coordinator. Lives in the event loop.
 
     Its parts: `commits` that are followed, `offers` that are made, `blobs` that are fetched, and what is
-    `served`. Of these `commits.head`, `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are
-    used from any thread.
+    `served`, and the payloads that are `kept`. Of these `commits.head`, `kept.__contains__`,
+    `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are used from any thread.
 
     `copy_path`: where the copy of the ledger is on disk, if it is. `key`, `metrics`: see `RemoteLink`.
     """
@@ -93,7 +96,7 @@ class LinkCore:
     ) -> None:
         self._mailbox, self._meter, self._limit = mailbox, meter, limit
         self._run_id, self._key = ticket.run_id, key
-        self._copy_path, self._metrics, self._phases = copy_path, metrics, about.phases
+        self._copy_path, self._metrics, self._about = copy_path, metrics, about
         coordinator = self._coordinator = CoordinatorSession(
             ticket, open_transport, meter, self, patience_s, limit, about.device, about.agent
         )
@@ -103,7 +106,8 @@ class LinkCore:
         )
         self.blobs = BlobFetcher(coordinator, self._members, peer_id)
         self._payloads = Payloads(self.blobs, peer_id)
-        self.served = Served(self._payloads.kept, self._has_time_for)
+        self.kept = self._payloads.kept
+        self.served = Served(self.kept, self._has_time_for)
         throttle = None if limit is None else limit.served
         self._server = BlobServer(self.served, self._members, meter, throttle, ticket.peer_id)
         self.commits = CommitFeed(copy, self._payloads, mailbox)
@@ -184,7 +188,8 @@ class LinkCore:
             sent_bytes=sent,
             received_bytes=received,
             payload_bytes=self.offers.payload_bytes,
-            phases=self._phases(),
+            phases=self._about.phases(),
+            sizes=self._about.sizes(),
         )
 
     def last_heard_s(self) -> float:

@@ -329,6 +329,13 @@ class LocalLink:
     def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
         return self._fetch(digest, n_bytes, holder, "snapshot")
 
+    def keep_payloads(self, after: int) -> None:
+        with self._swarm.changed:
+            self._kept.keep_after(after)
+
+    def has_payload(self, digest: Digest) -> bool:
+        return digest in self._kept
+
     def members(self) -> list[str]:
         return [peer_id for peer_id in self._swarm.members() if peer_id != self.peer_id]
 

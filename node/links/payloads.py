@@ -25,7 +25,8 @@ AHEAD = 4
 
 KEPT_ROUNDS = 64
 KEPT_BYTES = 256 * 2**20
-"""What stays servable in memory."""
+"""What stays servable in memory; of more rounds where this node's own second newest verified snapshot is
+older."""
 
 SHORT_WAIT_S, LONG_WAIT_S = 0.25, 2.0
 """For what is on its way from a peer, before the coordinator is asked for it too."""
@@ -73,6 +74,7 @@ class PayloadCache:
         self._max_bytes = max_bytes
         self._payloads: OrderedDict[bytes, tuple[int, bytes]] = OrderedDict()
         self._newest = 0
+        self._keep_after: int | None = None
         self.n_bytes = 0
 
     def __contains__(self, digest: bytes) -> bool:
@@ -84,17 +86,25 @@ class PayloadCache:
         return None if found is None else found[1]
 
     def add(self, round_: int, digest: bytes, payload: bytes) -> None:
-        """`round_`: what it was offered for; what is `KEPT_ROUNDS` older than the newest round goes."""
+        """`round_`: what it was offered for; what is `KEPT_ROUNDS` older than the newest round goes, unless
+        it is to be kept."""
         if digest in self._payloads:
             round_ = max(round_, self._remove(digest))
         self._payloads[digest] = (round_, payload)
         self.n_bytes += len(payload)
         if round_ > self._newest:
             self._newest = round_
-            for old in [d for d, (r, _) in self._payloads.items() if r <= round_ - KEPT_ROUNDS]:
+            oldest = round_ - KEPT_ROUNDS
+            if self._keep_after is not None:
+                oldest = min(oldest, self._keep_after)
+            for old in [d for d, (r, _) in self._payloads.items() if r <= oldest]:
                 self._remove(old)
         while self.n_bytes > self._max_bytes and len(self._payloads) > 1:
             self._remove(next(iter(self._payloads)))
+
+    def keep_after(self, round_: int) -> None:
+        """From now on, what was offered for a later round than this one goes for want of room alone."""
+        self._keep_after = round_
 
     def _remove(self, digest: bytes) -> int:
         round_, payload = self._payloads.pop(digest)

@@ -170,6 +170,12 @@ class RemoteLink:
             return self._wait(blobs.fetch(digest, n_bytes))
         return self._wait(blobs.fetch_from(holder, digest, n_bytes))
 
+    def keep_payloads(self, after: int) -> None:
+        self._soon(lambda core: core.kept.keep_after(after))
+
+    def has_payload(self, digest: Digest) -> bool:
+        return self._core is not None and digest in self._core.kept
+
     def members(self) -> list[str]:
         return [] if self._core is None else self._core.blobs.members()
 

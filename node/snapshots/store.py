@@ -1,7 +1,7 @@
 """A node's snapshots on disk: whole ones only, each in a folder that is written aside, synced and renamed.
 
     0000000050-<digest of the manifest>/   manifest, data.safetensors, and if it is the node's own: local
-                   (several ranks: local.0-of-2, local.1-of-2)
+                   (several ranks: local.0-of-2, local.1-of-2); `verified`, if it is
     .writing-*     being written; removed at start        .removed-*   on its way out; removed at start
     .replaced-*    makes room for its successor; put back at start if that did not come
     .incoming-*    a download that is not complete; stays
@@ -42,6 +42,7 @@ from .format import (
 from .incoming import DATA, MANIFEST, Incoming, write_file
 from .local_state import LocalState, decode, encode
 from .names import folder_name, read_name
+from .verified import is_marked, keep_mark
 
 log = logging.getLogger("thinwire.node")
 
@@ -218,6 +219,10 @@ class SnapshotStore:
         except OSError as e:
             raise ReplicaDiverged(f"the snapshot of round {stored.round} cannot be read: {e}") from e
 
+    def is_verified(self, stored: Stored) -> bool:
+        """Whether this node has verified it, see `snapshots.verified`."""
+        return is_marked(self.folder_of(stored))
+
     def folder_of(self, stored: Stored) -> Path:
         return self._folder / folder_name(stored.round, stored.manifest)
 
@@ -258,6 +263,7 @@ class SnapshotStore:
             replaced = self._folder / f".replaced-{folder_name(stored.round, stored.manifest)}"
             if final.exists():
                 _keep_local(final, aside)
+                keep_mark(final, aside)
                 final.rename(replaced)  # a crash here: the next start puts it back
             aside.rename(final)
             sync_folder(self._folder)

@@ -14,8 +14,8 @@ from typing import Final
 COMMAND_VARIABLE: Final = "THINWIRE_COMMAND"
 
 _HINT: Final = re.compile(
-    r"(?<![\w/.-])thinwire(?= (?:bench|compare|completion|config|coordinator|demo|doctor|export|generate|init"
-    r"|join|ledger|monitor|plan|ray|replay|run|runs|status)\b)"
+    r"(?<![\w/.-])thinwire(?= (?:bench|compare|completion|config|coordinator|demo|doctor|export|generate"
+    r"|identity|init|invite|join|ledger|monitor|plan|ray|replay|run|runs|status)\b)"
 )
 
 

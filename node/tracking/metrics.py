@@ -18,6 +18,7 @@ from ...coordinator.protocol.addresses import HttpAddress
 from ...coordinator.protocol.exposition import BUCKETS_S, build_info, text_of
 from ...coordinator.protocol.messages import PHASES, Phases
 from ..links.base import Traffic
+from .peer_sizes import PeerSizes
 
 Phase = Literal["compute", "pack", "exchange", "apply", "ahead"]
 NotCounted = Literal["late", "bad_payload", "given_up"]
@@ -88,7 +89,10 @@ IN_NATS: Final = "in nats per byte (text), token (of a tokenizer) or example (wi
 
 
 class NodeMetrics:
-    """What a node counts in `registry`. `serve` answers scrapes; the coordinator asks for `text`."""
+    """What a node counts in `registry`. `serve` answers scrapes; the coordinator asks for `text`.
+
+    `sizes`: of the peers' payloads; no label names them, the coordinator has what all nodes say of each.
+    """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         r = self.registry = registry or CollectorRegistry()
@@ -167,6 +171,16 @@ class NodeMetrics:
             ["result"],
         )
         self._audits = _labelled(audits, get_args(Audited))
+        self.sizes = PeerSizes()
+        farthest = gauge(
+            "thinwire_farthest_peer_ratio",
+            "Norm of the recent payloads of the peer that has the largest ones, in medians of their rounds",
+        )
+        farthest.set_function(self.sizes.largest)
+        clipped = gauge(
+            "thinwire_clipped_payloads_ratio", "Share of all recent payloads that the bound scaled down"
+        )
+        clipped.set_function(self.sizes.clipped)
         self._limit = gauge(
             "thinwire_upload_limit_bytes_per_second",
             "What this node may send at most (--max-upload); +Inf: no limit",

@@ -6,6 +6,7 @@ import logging
 from typing import Final
 
 from ...coordinator.protocol.figures import ddp_bytes
+from ...coordinator.protocol.messages import CommitBody
 from ..local_work import Proposal
 from ..preparing import PreparedRun
 from ..result import Result
@@ -111,6 +112,7 @@ class RoundStatistics:
         metrics.round(self._run.replica.round, round_s)
         metrics.traffic(self._run.link.traffic())
         metrics.bad_payloads(self._run.replica.bad)
+        self._weigh(applied.commits[-1].body)
         self._compare_bytes(len(applied.commits[-1].body.offers))
         self._log.applied(applied.commits, applied.own, round_s)
 
@@ -142,6 +144,14 @@ class RoundStatistics:
             if own == "missed":
                 is_here = any(offer.peer == self._run.peer_index for offer in commit.body.offers)
                 self._metrics.not_counted("bad_payload" if is_here else "late")
+
+    def _weigh(self, body: CommitBody) -> None:
+        """How large the payloads of the last round were."""
+        replica = self._run.replica
+        if replica.weighed:
+            peers = {replica.peers[offer.peer]: offer.peer for offer in body.offers}
+            found = [(peers[peer_id], one) for peer_id, one in replica.weighed.items() if peer_id in peers]
+            self._metrics.sizes.weighed(body.round, found)
 
     def _time(self, applied: Applied) -> None:
         """Exchange goes from the offer to the commit, and is waiting for payloads."""

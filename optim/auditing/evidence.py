@@ -16,14 +16,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """`agreement`: from -1 to 1; an offer that has less than `limit` fails."""
+    """`agreement`: from -1 to 1; an offer that has less than `limit` fails. An auditor that accuses another
+    peer has at least `clear` with an offer of its own of the same round: else work says too little then."""
 
     agreement: float
     limit: float
+    clear: float
 
     @property
     def passed(self) -> bool:
         return self.agreement >= self.limit
+
+    @property
+    def is_clear(self) -> bool:
+        return self.agreement >= self.clear
 
 
 class Agreement:

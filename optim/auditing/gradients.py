@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from ...compression.base import Compressor, Payload, Turn
 from ...compression.exact import exact_arithmetic
@@ -17,8 +18,12 @@ from .evidence import Agreement, Evidence
 MAX_BATCHES: Final = 4
 """So many of a peer's batches are looked at: more hardly change the cosine."""
 
-MOST_LIMIT: Final = 0.03
+MOST_LIMIT: Final = 0.02
 """Of small models."""
+
+CLEAR: Final = 3.0
+"""In limits. Where a learning rate is so large that rounds overshoot, a gradient after the round may point
+away from an honest offer."""
 
 SPREADS: Final = 6.0
 """The limit of large models, in units of one over the root of the number of parameters: noise has a cosine of
@@ -28,36 +33,51 @@ about 0 +- 1.5 of them."""
 def gradient_evidence(
     strategy: Strategy,
     compressor: Compressor,
-    parameters: Sequence[Parameter],
     payload: Payload,
     draw: Draw,
-    turns: tuple[Turn, Turn],
+    turn: Turn,
     n_batches: int,
 ) -> Evidence | None:
-    """`parameters`: those that the payload is about; `turns`: of the round, and as the compressor counts it;
-    `n_batches`: that the peer says it had. None: no batch has a finite gradient that is not zero.
-
-    The model has the replicated parameters, in eval mode. Gradients that are in place stay there.
-    """
-    with _no_gradients(strategy):
-        gradient = MeanGradient(strategy.parameters_in_order(), strategy.ranks)
+    """Of all parameters. `n_batches`: that the peer says it had. None: no batch has a finite gradient that is
+    not zero. Gradients that are in place stay there."""
+    parameters = strategy.parameters_in_order()
+    with no_gradients(strategy):
+        gradient = MeanGradient(parameters, strategy.ranks)
         for _ in range(max(1, min(n_batches, MAX_BATCHES))):
             strategy.zero_grad(set_to_none=True)
             gradient.take_in(backward(draw(), strategy.ranks))
+
+    def own(parameter: Parameter) -> Tensor:
+        found = torch.zeros(parameter.local.numel(), device=parameter.local.device)
+        gradient.add_to(found, parameter.name, 0.0, 1.0)
+        return found
+
+    return compared(compressor, parameters, payload, turn, own)
+
+
+def compared(
+    compressor: Compressor,
+    parameters: Sequence[Parameter],
+    payload: Payload,
+    turn: Turn,
+    own: Callable[[Parameter], Tensor],
+) -> Evidence | None:
+    """`parameters`: those that the payload is about; `turn`: as the compressor counts rounds; `own`: what the
+    work comes to, flat. None: that is zero or not finite."""
     agreement, n = Agreement(), 0
     for p in parameters:
+        expected = own(p)
         with exact_arithmetic():
-            sent = compressor.decode_on(p.local.device, [payload[p.name]], [1.0], p.part.entire, turns[1])
-        own = torch.zeros_like(sent)
-        gradient.add_to(own, p.name, 0.0, 1.0)
-        agreement.add(sent, own)
+            sent = compressor.decode_on(p.local.device, [payload[p.name]], [1.0], p.part.entire, turn)
+        agreement.add(sent, expected)
         n += sent.numel()
     cosine = agreement.cosine
-    return None if cosine is None else Evidence(cosine, min(MOST_LIMIT, SPREADS / max(1.0, n**0.5)))
+    limit = min(MOST_LIMIT, SPREADS / max(1.0, n**0.5))
+    return None if cosine is None else Evidence(cosine, limit, CLEAR * limit)
 
 
 @contextmanager
-def _no_gradients(strategy: Strategy) -> Iterator[None]:
+def no_gradients(strategy: Strategy) -> Iterator[None]:
     """Those in place are put aside meanwhile."""
     tensors = [p.tensor for p in strategy.parameters_in_order()]
     aside = [t.grad for t in tensors]

@@ -10,8 +10,11 @@ import torch
 
 from .evidence import Agreement, Evidence
 
-LIMIT: Final = 0.5
-"""An update or another device changes the g of probes little, and a code rounds it by a fifth at most."""
+LIMIT: Final = 0.8
+"""A code rounds g by a fifth at most, and an update or another device changes it by less: honest offers
+of 16 probes had 0.98 and more, of 4 probes 0.85. The 16 probes of other peers had 0.6 at most."""
+
+CLEAR: Final = 0.9
 
 
 def probe_evidence(sent: Sequence[float], again: Sequence[float]) -> Evidence | None:
@@ -22,4 +25,4 @@ def probe_evidence(sent: Sequence[float], again: Sequence[float]) -> Evidence | 
         return None
     agreement = Agreement()
     agreement.add(*torch.tensor(pairs, dtype=torch.float64).T.contiguous())
-    return None if agreement.cosine is None else Evidence(agreement.cosine, LIMIT)
+    return None if agreement.cosine is None else Evidence(agreement.cosine, LIMIT, CLEAR)

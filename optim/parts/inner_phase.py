@@ -56,6 +56,27 @@ class InnerPhase:
                 self._strategy.state[p.tensor]["live"] = p.local.clone()
             p.local.copy_(outer)
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether the model has the inner parameters."""
+        return any(self.entry(p, "outer") is not None for p in self._strategy.parameters_in_order())
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """A phase of its own that leaves nothing behind: from the outer parameters, by an inner optimizer
+        that begins. Everything is as it was in the end. Only outside of a phase."""
+        parameters = self._strategy.parameters_in_order()
+        states = [self._strategy.state[p.tensor] for p in parameters]
+        aside = [{k: s.pop(k) for k in ("inner", "live") if k in s} for s in states]
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave(is_kept=False)
+            for state, kept in zip(states, aside, strict=True):
+                state.pop("inner", None)
+                state.update(kept)
+
     @contextmanager
     def outer_in_place(self) -> Iterator[None]:
         """The model has the outer parameters meanwhile."""

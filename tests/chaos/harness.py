@@ -278,17 +278,20 @@ class Swarm:
         work_s = self._work_s[number % len(self._work_s)]
         return Node(number, self.folder, {**self._env, "CHAOS_WORK_S": str(work_s)})
 
-    def start(self, node: Node) -> None:
-        """For the first time or again."""
+    def start(self, node: Node, program: Sequence[str] = ()) -> None:
+        """For the first time or again. `program`: a script that begins in the place of `thinwire`, and what
+        stands before its arguments."""
         node.orders.unlink(missing_ok=True)
+        if self.strings:
+            program = (str(HERE / "doomed.py"), str(node.orders))
         node.start(
             [
-                *([str(node.orders)] if self.strings else []),
+                *program[1:],
                 *("join", "-", *self._task, "--threads", "1", "--host", "127.0.0.1"),
                 *("--state", str(node.state), "--json"),
             ],
             self._ticket_for(node),
-            HERE / "doomed.py" if self.strings else None,
+            Path(program[0]) if program else None,
         )
 
     @property

@@ -184,6 +184,21 @@ def test_the_mean(compressor: Compressor) -> None:
     assert float(decoded(compressor, packs, [0.0] * 4, part).abs().max()) == 0
 
 
+def test_magnitudes_are_those_of_the_packs_alone(compressor: Compressor) -> None:
+    """To the last bit, of any sizes: parts, groups that are zero, and no packs at all."""
+    whole = Part.whole((50, 61))
+    packs = [
+        compressor.pack(drawn(whole, seed) * 2.0**power, whole, TURN) for seed, power in ((1, 0), (2, 40))
+    ]
+    packs.append(compressor.pack(torch.zeros(whole.n_global), whole, TURN))
+    part = Part(whole.shape, 61, 122)
+    found = compressor.magnitudes(packs, part, TURN)
+    assert found == [compressor.magnitude(packed, part, TURN) for packed in packs]
+    assert found[0] > 0
+    assert found[2] == 0
+    assert compressor.magnitudes([], part, TURN) == []
+
+
 def test_the_same_bits_with_any_number_of_threads(compressor: Compressor) -> None:
     part = Part.whole((500, 601))
     packs = [compressor.pack(drawn(part, seed), part, TURN) for seed in range(3)]

@@ -27,15 +27,20 @@ from thinwire.coordinator.protocol.identity import save
 from thinwire.coordinator.protocol.messages import (
     INLINE_BYTES,
     MAX_ROUND,
+    AuditEntry,
     BlobRef,
     Commit,
     GenesisBody,
     NodeState,
     Offer,
     Report,
+    Verdict,
     digest_of,
 )
+from thinwire.coordinator.protocol.settings import AuditsSection
 from thinwire.coordinator.protocol.ticket import Ticket
+from thinwire.coordinator.protocol.trust.audits import check_audit, signed_bytes
+from thinwire.coordinator.protocol.trust.standing import Standing
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.state import StateDir
 from thinwire.node.links.base import Lied, Link
@@ -626,6 +631,19 @@ def test_a_payload_that_the_coordinator_does_not_have_comes_from_a_member(make_s
         within(lambda: other.payload(nobody))
 
 
+def test_a_link_knows_which_payloads_are_here(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm()
+    a, b = swarm.trainers("a", "b")
+    payload = bytes(range(256)) * 300
+    a.offer(offer(1, payload))
+    b.offer(offer(1, b"small"))
+    (commit,) = take(b, 0, 1)
+    b.keep_payloads(0)
+    within(lambda: b.payload(commit.body.offers[0]))
+    assert [link.has_payload(digest_of(payload)) for link in (a, b)] == [True, True]
+    assert not b.has_payload(digest_of(b"never offered"))
+
+
 def test_what_a_joiner_needs_is_kept_for_it(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm(min_peers=1, rounds=100, snapshot_every=1)
     (a,) = swarm.trainers("a")
@@ -674,6 +692,38 @@ def test_reports_reach_the_status_and_the_next_commit(make_swarm: MakeSwarm) -> 
     assert swarm.peer(a)["fingerprint_round"] == 1
     assert swarm.peer(a)["offers_counted"] == 2
     assert status["round"] == 2
+
+
+def test_audits_reach_the_next_commit_signed(make_swarm: MakeSwarm) -> None:
+    rules = {"rate": 1.0, "failures": 1, "window_rounds": 10}
+    swarm = make_swarm(min_peers=4, rounds=1000, audits=rules)
+    links = swarm.trainers("a", "b", "c", "d")
+    standing = Standing(links[0].run_id, AuditsSection(**rules))
+
+    def play() -> Commit:
+        for link in links:
+            link.offer(offer(standing.round + 1, b"of " + link.peer_id.encode()))
+        (commit,) = take(links[0], standing.round, 1)
+        standing.committed(commit.body, commit.digest)
+        return commit
+
+    while not (draws := [d for d in standing.drawn(play().body.round) if not d.for_suspects]):
+        assert standing.round < 100
+    round_, draw = standing.round, draws[0]
+    target = links[draw.target]
+    payload = digest_of(b"of " + target.peer_id.encode())
+    claim = signed_bytes(target.run_id, round_, target.peer_id, payload, Verdict.FAILED)
+    for auditor in draw.auditors:
+        links[auditor].audit(round_, draw.target, Verdict.FAILED, claim)
+    found = list[AuditEntry]()
+    while len(found) < len(draw.auditors):
+        assert standing.round < round_ + 15
+        found += play().body.audits
+    assert {(a.round, a.target) for a in found} == {(round_, draw.target)}
+    assert sorted(a.auditor for a in found) == list(draw.auditors)
+    assert all(check_audit(links[a.auditor].peer_id, a.signature, claim) for a in found)
+    assert standing.condemned_in(standing.round + 1) == {draw.target}
+    assert swarm.started.status()["rejected"] == {}
 
 
 def test_leaving_is_told(make_swarm: MakeSwarm) -> None:

@@ -66,6 +66,8 @@ ADAMW = {
     "accumulate": 2,
     "replicate_every": 2,
 }
+BOUNDED = {"bound": 1.0, "own_data_share": 0.25}
+"""The bound at which half of the payloads are scaled down."""
 
 
 def one_per_probe(strategy: Strategy) -> int:
@@ -122,6 +124,28 @@ ROWS: dict[str, Row] = {
     "diloco four bits": Row({**DILOCO, "compressor": {"name": "dense", "bits": "e3m0"}}),
     "diloco overlap": Row({**DILOCO, "compressor": EIGHT_BITS, "fragments": 2, "mix": 0.5, "overlap": 2}),
     "diloco striding": Row({**DILOCO, "compressor": {"name": "striding", "rate": 0.5}, "fragments": 2}),
+    "spsa bounded": Row({**SPSA, **BOUNDED, "clip": 1.0, "scale": "sqrt"}, one_per_probe),
+    "spsa shared bounded": Row({**SPSA, **BOUNDED, "clip": 1.0, "shared_noise": True}, one_per_probe),
+    "decoupled bounded sign": Row({**DECOUPLED, **BOUNDED, "compressor": EIGHT_BITS}),
+    "decoupled bounded dense sign": Row({**DECOUPLED, **BOUNDED, "compressor": DENSE}),
+    "decoupled bounded plain": Row({**DECOUPLED, **BOUNDED, "compressor": EIGHT_BITS, "sign": False}),
+    "decoupled bounded senders": Row({**DECOUPLED, **BOUNDED, "compressor": EIGHT_BITS, "mean": "senders"}),
+    "decoupled bounded adamw": Row({**DECOUPLED, **ADAMW, **BOUNDED, "sign": False}),
+    "spsa trimmed": Row({**SPSA, **BOUNDED, "shared_noise": True, "aggregate": "trimmed"}, one_per_probe),
+    "decoupled median sign": Row({**DECOUPLED, **BOUNDED, "compressor": EIGHT_BITS, "aggregate": "median"}),
+    "decoupled vote plain": Row(
+        {**DECOUPLED, "compressor": {"name": "topk", "k": 64}, "aggregate": "vote", "sign": False}
+    ),
+    "decoupled trimmed adamw": Row(
+        {**DECOUPLED, **ADAMW, **BOUNDED, "sign": False, "aggregate": "trimmed"},
+    ),
+    "decoupled centred plain": Row(
+        {**DECOUPLED, **BOUNDED, "compressor": EIGHT_BITS, "aggregate": "centred", "sign": False}
+    ),
+    "diloco median": Row({**DILOCO, **BOUNDED, "compressor": DENSE, "aggregate": "median"}),
+    "diloco centred": Row({**DILOCO, "compressor": EIGHT_BITS, "fragments": 2, "aggregate": "centred"}),
+    "diloco bounded dense": Row({**DILOCO, **BOUNDED, "compressor": DENSE}),
+    "diloco bounded sparse": Row({**DILOCO, **BOUNDED, "compressor": EIGHT_BITS, "fragments": 2}),
 }
 
 PAYLOADS = ROOT / "tests/golden/strategy_payloads.json"
@@ -218,7 +242,7 @@ def test_a_changed_option_acts_as_if_it_had_always_been_so(row: str) -> None:
     """Every option that a run may change: payloads look the same, and `apply` has the bits of a strategy that
     was built with it."""
     other: dict[str, Any] = {"lr": 5e-3, "weight_decay": 0.0, "max_grad_norm": 0.5, "clip": 2.0}
-    other |= {"eps": 2e-3, "outer_lr": 0.3}
+    other |= {"eps": 2e-3, "outer_lr": 0.3, "bound": 1.5, "own_data_share": 0.2}
     width = 24
     replicas = swarm(row, 2, width)
     changeable = replicas[0].strategy.facts.changeable

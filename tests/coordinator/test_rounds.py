@@ -485,6 +485,23 @@ def test_after_a_restart_the_next_round_is_open_for_the_recalled() -> None:
     assert next(a for a in actions if isinstance(a, RoundClosed)).evaluator == 4
 
 
+@given(st.lists(st.sampled_from(["round", "back"]), max_size=60), st.sampled_from(["all", "deadline"]))
+@settings(max_examples=100)
+def test_an_idle_trainer_costs_two_waits_whatever_it_says(script: list[str], policy: str) -> None:
+    """Peers 0 and 1 offer in every round; peer 2 only ever says that it trains, again and again."""
+    rounds = started(3, policy=policy)
+    now_s, n_waits = warm(rounds, 3), 0
+    for what in script:
+        if what == "back":
+            rounds.handle(PeerStops(2), now_s)
+            rounds.handle(PeerTrains(2), now_s)
+        else:
+            (lasted_s,) = idle(rounds, now_s, 1)
+            now_s += lasted_s
+            n_waits += lasted_s > 1.0
+    assert n_waits <= 2
+
+
 PEERS = st.integers(0, 4)
 EVENTS = st.one_of(
     st.builds(PeerTrains, PEERS),
@@ -552,3 +569,33 @@ def test_any_schedule(script: list[Any], policy: str, min_peers: int, eval_every
         wake_s = rounds.wake_s()
         assert wake_s is not None
         assert closed(rounds.handle(TimePassed(), wake_s)) != []
+
+
+def test_nobody_waits_for_condemned_peers_nor_takes_their_offers() -> None:
+    rounds = started(3, eval_every=1)
+    rounds.condemn({1})
+    assert refusals(rounds.handle(offer(1, 1), 0.1)) == ["condemned"]
+    rounds.handle(offer(0, 1), 0.2)
+    assert closed(rounds.handle(offer(2, 1), 0.3)) == [(1, (0, 2))]
+    evaluators = set()
+    for round_ in range(2, 6):
+        rounds.handle(offer(0, round_), round_)
+        (end,) = (a for a in rounds.handle(offer(2, round_), round_) if isinstance(a, RoundClosed))
+        evaluators.add(end.evaluator)
+    assert evaluators == {0, 2}
+    rounds.condemn(())
+    rounds.handle(offer(0, 6), 6.0)
+    assert closed(rounds.handle(offer(2, 6), 6.0)) == [(6, (0, 2))]
+    rounds.handle(offer(0, 7), 7.0)
+    rounds.handle(offer(2, 7), 7.0)
+    assert rounds.missing() == [1], "it is awaited again, from the next round on"
+    assert closed(rounds.handle(offer(1, 7), 7.5)) == [(7, (0, 1, 2))]
+
+
+def test_a_round_in_which_only_condemned_peers_are_missing_closes() -> None:
+    rounds = started(3)
+    rounds.handle(offer(0, 1), 0.1)
+    rounds.handle(offer(2, 1), 0.1)
+    assert rounds.missing() == [1]
+    rounds.condemn({1})
+    assert closed(rounds.handle(TimePassed(), 0.2)) == [(1, (0, 2))]

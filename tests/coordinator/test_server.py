@@ -21,6 +21,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable
+from thinwire.coordinator import stream_server
 from thinwire.coordinator.protocol.blob_streams import NotServed, get_blob, put_blob
 from thinwire.coordinator.protocol.files import write_aside
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of, save
@@ -281,6 +282,29 @@ def test_the_status_can_be_asked_again_and_again(make_swarm: Callable[..., Swarm
         status = client.fetch()
     assert status["round"] == 1
     assert status["peers"][0]["peer_id"] == a.peer_id
+
+
+def test_who_has_worked_comes_back_among_strangers_that_say_nothing(
+    make_swarm: Callable[..., Swarm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_server, "MAX_STRANGERS", 2)
+    swarm = make_swarm(min_peers=1, waits=Waits(hello_s=WAIT_S))
+    worker = swarm.trainer("worker")
+    worker.offer(offer(1, b"work"))
+    take(worker, 0, 1)
+    worker.close()
+
+    async def body(host: P2PTransport, ticket: Ticket) -> None:
+        silent = [await open_stream(host, ticket, SESSION) for _ in range(2)]
+        newcomer = await open_stream(host, ticket, SESSION)
+        with pytest.raises((EOFError, OSError)):
+            await newcomer.receive_message(FROM_COORDINATOR)
+        await asyncio.to_thread(swarm.trainer, "worker")
+        for stream in silent:
+            stream.close()
+
+    swarm.speak(body)
+    assert swarm.rejected() == {"strangers": 1}
 
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -788,8 +812,10 @@ def test_a_restored_coordinator_gets_its_commits_back_from_its_nodes(
     assert commits[6].body.parent == commits[5].digest
     late = joined(restorable, tmp_path / "late", stack)
     assert [c.digest for c in take(late, 0, 8)] == [c.digest for c in commits]
+    assert eventually(
+        lambda: [peer["state"] for peer in restorable.thread.status()["peers"]] == ["training"] * 3
+    )
     status = restorable.thread.status()
-    assert [peer["state"] for peer in status["peers"]] == ["training"] * 3
     assert status["rejected"].keys() <= {"stranger"}, "blob streams may have been faster than sessions"
 
 

@@ -58,10 +58,10 @@ def test_a_new_token_is_for_newcomers(make_world: MakeWorld) -> None:
     world.restart(banned=frozenset(["b"]))
     world.open("a", token="an older one")
     assert world.service.is_member("a")
-    for stranger in ("b", "c"):  # a ban ends what the first token gave
-        with pytest.raises(ConfigError, match="token is wrong"):
+    for stranger, text in (("b", "was banned"), ("c", "token is wrong")):
+        with pytest.raises(ConfigError, match=text):
             world.open(stranger, token="an older one")
-    assert world.status()["rejected"] == {"token": 2}
+    assert world.status()["rejected"] == {"banned": 1, "token": 1}
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,31 @@ def test_a_learning_rate_that_nobody_means() -> None:
     refuse_unlikely({"name": "decoupled"})
 
 
+PEER = "12D3KooWHr6ph4PyMCy8uMq9Rd43YaUY1tMTc9oLVmXyeBeUUqZt"
+
+
+def test_who_may_come_in_is_checked_and_is_not_in_record_0() -> None:
+    listed = load_config(None, {"admission.mode": "listed", "admission.peers": [PEER]}, {})
+    assert (listed.admission.mode, listed.admission.peers) == ("listed", (PEER,))
+    assert listed.to_json() == load_config(None, {}, {}).to_json()
+    assert parse_config(listed.to_json()).admission.mode == "open"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('mode = "closed"', "admission.mode: Input should be 'open', 'invited' or 'listed'"),
+        ('mode = "listed"', 'admission.peers: mode = "listed" lets in these only: name one'),
+        ('peers = ["lab-7"]', "admission.peers: 'lab-7' is not the peer id"),
+        ('modes = "open"', "unknown key 'admission.modes'; did you mean 'mode'?"),
+    ],
+)
+def test_a_wrong_admission_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        load_config(write(tmp_path, f"[admission]\n{text}\n"), environ={})
+    assert message in str(e.value)
+
+
 def test_what_the_coordinator_keeps_is_checked_and_is_not_in_record_0() -> None:
     kept = load_config(None, {"run.keep": "20GB"}, {})
     assert kept.run.keep == "20GB"

@@ -90,6 +90,7 @@ def config_of(policy: str, rounds: int, round_s: float, strategy: Mapping[str, A
         **{"task.layers": 1, "task.width": 16, "task.heads": 2, "task.context": 16, "task.batch": 4},
         **{"task.held_out_bytes": 2048, "policy.name": policy, "work.round_s": round_s},
         **{"schedule.name": "linear", "schedule.warmup_rounds": 0, "network.heartbeat_s": 20.0},
+        **{"audits.rate": 0.0},  # the time of the script is for training
     }
     return RunConfig.model_validate(
         {**load_config(None, flat, environ={}).model_dump(), "strategy": dict(strategy)}

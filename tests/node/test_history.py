@@ -96,6 +96,5 @@ def test_one_peer_s_word_is_none_while_replicas_differ_or_once_it_was_taken_back
     assert history(*alone, said, commit(6, reports=differ)).attested() == []
     shared = commit(6, snapshots=snapshot(4, 1), reports=differ)
     assert [a.peers for a in history(*alone, said, shared).attested()] == [(0, 1)]
-    assert history(*alone, said, shared).is_shared(b"m" * 32)
     back = commit(6, snapshots=snapshot(4, 0, n_bytes=0))
     assert history(*alone, said, back).attested() == []

@@ -21,7 +21,6 @@ from tests.support.local_nodes import (
     wait_for,
 )
 from tests.support.prometheus import value
-from thinwire.compression.errors import ReplicaDiverged
 from thinwire.node.joining import NoStart
 from thinwire.node.runner import Runner
 
@@ -69,15 +68,16 @@ def test_a_late_joiner_takes_the_cheaper_way_and_ends_equal(
         reached, release = threading.Event(), threading.Event()
 
         def hold(_runner: Runner) -> None:
-            reached.set()
-            assert release.wait(60)
+            if not reached.is_set() and newest_attested(swarm) >= 4:
+                reached.set()
+                assert release.wait(60)
 
+        # Snapshots are written and reported beside the rounds: on a busy machine it takes some more of them.
         thread, early = in_background(
-            [Runner(swarm.link("peer-0")), Meddled(swarm.link("peer-1"), {7: hold})]
+            [Runner(swarm.link("peer-0")), Meddled(swarm.link("peer-1"), dict.fromkeys(range(7, 11), hold))]
         )
         assert reached.wait(60)
-        wait_for(lambda: newest_attested(swarm) >= 4)
-        late = Meddled(swarm.link("peer-2"), {7: lambda _: release.set()})
+        late = Meddled(swarm.link("peer-2"), {0: lambda _: release.set()})
         (result,) = run_all([late])
         thread.join(100)
     assert result.rounds == 12
@@ -194,8 +194,8 @@ def test_a_peer_that_was_wrong_for_a_while_replays_once(
             wait_for(lambda: runner.link.head >= 19)
             begin(base)
 
-        def later(peer: int, oldest: int) -> list[int]:
-            return to_check(peer, oldest) if runner.replica.round >= 16 else []
+        def later(peer: int) -> list[int]:
+            return to_check(peer) if runner.replica.round >= 16 else []
 
         def counted(was_wrong: bool) -> None:
             replayed(was_wrong)
@@ -239,8 +239,10 @@ def test_a_bit_that_makes_the_replica_non_finite_is_healed(
     assert "head.weight non-finite" in texts(caplog, "replaying the ledger to see")[0]
 
 
-def test_two_machines_that_compute_different_things_do_not_go_on_in_silence(tmp_path: Path) -> None:
-    """Each replay confirms itself: the smaller group stops, nobody is healed into the wrong state."""
+def test_two_machines_that_compute_different_things_do_not_go_on_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each replay confirms itself: nobody is healed into the wrong state or stopped, and owners hear it."""
 
     def break_apply(runner: Runner) -> None:
         strategy, apply = runner.replica.strategy, runner.replica.strategy.apply
@@ -255,10 +257,11 @@ def test_two_machines_that_compute_different_things_do_not_go_on_in_silence(tmp_
     config = config_of(STRATEGIES["decoupled"], min_peers=3, rounds=30)
     with swarm_of(tmp_path, config) as swarm:
         wrong = Runner(swarm.link("peer-0"), on_prepared=break_apply)
-        thread, results = in_background([Runner(swarm.link("peer-1")), Runner(swarm.link("peer-2"))])
-        with pytest.raises(ReplicaDiverged, match="This peer is in the smaller group and stops"):
-            wrong.run()
-        wrong.link.close()
-        thread.join(100)
-    assert [r.rounds for r in results] == [30, 30]
-    assert len({r.fingerprint for r in results}) == 1
+        others = [Runner(swarm.link("peer-1")), Runner(swarm.link("peer-2"))]
+        results = run_all([wrong, *others])
+    assert [r.rounds for r in results] == [30, 30, 30]
+    assert results[1].fingerprint == results[2].fingerprint != results[0].fingerprint
+    said = texts(caplog, "is not what this node has")
+    assert sum("since round 2 the replica of peer-0 is not" in text for text in said) == 2
+    assert any("the replica of peer-1" in text for text in said)
+    assert all("confirms what it has" in text and "--ban PEER" in text for text in said)

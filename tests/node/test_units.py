@@ -79,6 +79,33 @@ PEER: dict[str, Any] = {
 }
 
 
+def table_of(width: int, **changes: Any) -> str:
+    console = Console(width=width)
+    with console.capture() as shown:
+        console.print(swarm_table({**STATUS, "peers": [{**PEER, **changes}], "mismatches": 0}))
+    return shown.get().split("all sent")[-1]
+
+
+def test_what_is_found_of_a_peer_is_shown_once_there_is_something() -> None:
+    found = {"audits_passed": 2, "audits_failed": 3, "condemned_until": 1500, "rejected": {"samples": 7}}
+    told = table_of(160, size=900.0, clipped=0.5, **found)
+    for part in (
+        "900.0x (50% clipped)",
+        "2+3 (weight 0 to 1500)",
+        "refused",
+        "weighs nothing until round 1500",
+    ):
+        assert part in told
+    quiet = table_of(160, size=1.0, clipped=0.0, audits_passed=0, audits_failed=0, rejected={})
+    assert "1.0x" in quiet
+    assert not any(word in quiet for word in ("refused", "audits", "far from"))
+    assert "is far from the others: its payloads are 900.0 times the median" in table_of(160, size=900.0)
+    assert "dropped every batch of 2000" in table_of(160, offers_empty=2000)
+    narrow = table_of(60, size=1.0, **found)
+    assert "1.0x" in narrow
+    assert "refused" not in narrow
+
+
 @pytest.mark.parametrize(
     ("width", "there", "missing"),
     [
@@ -90,10 +117,7 @@ PEER: dict[str, Any] = {
 def test_a_narrow_terminal_has_whole_columns(
     width: int, there: tuple[str, ...], missing: tuple[str, ...]
 ) -> None:
-    console = Console(width=width)
-    with console.capture() as shown:
-        console.print(swarm_table({**STATUS, "peers": [PEER], "mismatches": 0}))
-    table = shown.get().split("all sent")[-1]
+    table = table_of(width)
     assert all(part in table for part in there)
     assert not any(part in table for part in missing)
 

@@ -303,7 +303,7 @@ def test_the_mean_over_senders_is_per_coefficient() -> None:
     expected = ((alone[0] + alone[1]) + alone[2]) / n_senders.clamp(min=1)
 
     def mean_of(part: Part) -> Tensor:
-        mean = decode_sender_mean(compressor, packs, part)
+        mean = decode_sender_mean(compressor, packs, [1.0] * len(packs), part)
         assert mean is not None
         return mean
 

@@ -20,7 +20,7 @@ from thinwire.optim.base import Strategy, canonical_name
 from thinwire.optim.decoupled import Decoupled
 from thinwire.optim.diloco import Diloco
 from thinwire.optim.options import ENTRY_OF
-from thinwire.optim.registry import STRATEGIES, build_strategy, complete_config, strategy_class
+from thinwire.optim.registry import STRATEGIES, build_strategy, complete_config, of_new_run, strategy_class
 from thinwire.optim.spsa import Spsa
 
 SPSA = {"name": "spsa", "lr": 1e-3}
@@ -270,3 +270,25 @@ def test_a_copy_goes_on_like_the_original() -> None:
         s.step(lambda m=m: torch.sum(m(torch.ones(1, 3)) ** 2))
     assert twin.counters == strategy.counters
     assert torch.equal(twin_model.weight, model.weight)
+
+
+# ------------------------------------------------------------------------------------------- new runs
+
+
+def test_a_new_run_is_bounded_and_says_so() -> None:
+    spsa = of_new_run({**SPSA, "probes": 8})
+    assert spsa == {**SPSA, "probes": 8, "bound": 2.0, "clip": 4.0, "max_probes": 8}
+    assert of_new_run(SPSA)["max_probes"] == 16
+    said = {**SPSA, "bound": 0.0, "clip": 9.0, "max_probes": 64}
+    assert of_new_run(said) == said
+    for name in ("decoupled", "diloco"):
+        assert of_new_run({"name": name})["bound"] == 2.0
+
+
+def test_a_run_that_is_gone_on_with_has_what_its_record_says() -> None:
+    """Also where that is older than an option, or than the value that new runs have."""
+    older = {k: v for k, v in complete_config(SPSA).items() if k not in ("bound", "own_data_share")}
+    assert complete_config(of_new_run(SPSA, older)) == complete_config(SPSA)
+    recorded = complete_config(of_new_run({**SPSA, "probes": 8}))
+    assert complete_config(of_new_run({**SPSA, "probes": 8}, recorded)) == recorded
+    assert of_new_run({**SPSA, "bound": 4.0}, recorded)["bound"] == 4.0

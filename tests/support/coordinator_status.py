@@ -15,7 +15,19 @@ def status_of(n_peers: int = 3, **changes: Any) -> dict[str, Any]:
     """As `CoordinatorServer.status` has it."""
     states = ["training", "training", "gone"]
     peers = [
-        {"peer_id": f"12D3Koo{i}", "state": states[i % 3], "offers_counted": 5, "offers_missed": 1}
+        {
+            "peer_id": f"12D3Koo{i}",
+            "state": states[i % 3],
+            "offers_counted": 5,
+            "offers_missed": 1,
+            "offers_empty": 2,
+            "size": (1.5, None, 99.0)[i % 3],
+            "clipped": (0.25, None, 1.0)[i % 3],
+            "audits_passed": 3,
+            "audits_failed": i % 3,
+            "condemned_until": (None, 70, None)[i % 3],
+            "rejected": {"samples": 2} if i == 0 else {},
+        }
         for i in range(n_peers)
     ]
     counters = Counters()

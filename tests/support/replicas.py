@@ -16,6 +16,7 @@ from thinwire.compression.exact import to_float32
 from thinwire.compression.fingerprint import fingerprint, parameter_sum
 from thinwire.optim.base import Closure, Own, Round, Share, Strategy
 from thinwire.optim.registry import build_strategy
+from thinwire.optim.robust.weights import with_copies
 
 LAYOUT = wire.layout_hash(b"the layout of this suite")
 MAX_BYTES = 1 << 20
@@ -67,7 +68,7 @@ class Replica:
 
     def read(self, round: int, seeds_and_bytes: Sequence[tuple[int, bytes]], own: Own) -> Round:
         """As a node does it: what does not pass `check` is left out."""
-        turn, shares = self.turn(round), []
+        turn, shares, sent = self.turn(round), list[Share](), list[bytes]()
         for seed, data in seeds_and_bytes:
             payload = self.decode(data, round)
             try:
@@ -75,7 +76,8 @@ class Replica:
             except BadPayload:
                 continue
             shares.append(Share(seed, 1, payload))
-        return Round(shares, turn, own)
+            sent.append(data)
+        return Round(with_copies(shares, sent), turn, own)
 
     def apply(self, round: int, seeds_and_bytes: Sequence[tuple[int, bytes]], own: Own) -> None:
         r = self.read(round, seeds_and_bytes, own)

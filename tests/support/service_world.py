@@ -37,6 +37,7 @@ class World:
         self.wall_ms = 123
         self.sent: list[tuple[str, Message]] = []
         self.committed: list[int] = []
+        self.ended: list[tuple[str, str]] = []
         self.sessions: dict[str, int] = {}
         self.ledger = Ledger.create(path / "ledger.db", genesis, key)
         self.start()
@@ -50,6 +51,7 @@ class World:
             token="secret",
             send=lambda peer, message: self.sent.append((peer, message)),
             on_commit=self.committed.append,
+            end=lambda peer, why: self.ended.append((peer, str(why))),
             now_s=self.now_s,
             wall_ms=lambda: self.wall_ms,
             **options,

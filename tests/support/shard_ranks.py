@@ -53,6 +53,16 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "name": "diloco", "inner_steps": 2, "feedback_decay": 0.95, "outer_momentum": 0.0, "lr": 3e-3,
         "compressor": {"name": "random_k", "rate": 0.3},
     },
+    "bounded": {
+        "name": "decoupled", "compressor": SMALL, "sign": False, "weights": "samples", "bound": 1.0,
+    },
+    "bounded diloco": {
+        "name": "diloco", "inner_steps": 2, "compressor": {"name": "dense", "bits": 8}, "bound": 1.0,
+    },
+    "trimmed": {"name": "decoupled", "compressor": SMALL, "beta": 0.9, "aggregate": "trimmed"},
+    "centred diloco": {
+        "name": "diloco", "inner_steps": 2, "aggregate": "centred", "compressor": {"name": "slicing"},
+    },
     "spsa": {"name": "spsa", "lr": 1e-2, "probes": 3, "weight_decay": 0.1},
     "spsa gauss": {"name": "spsa", "lr": 1e-2, "probes": 2, "noise": "gauss", "params": "blocks*"},
 }  # fmt: skip

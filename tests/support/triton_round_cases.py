@@ -62,6 +62,7 @@ def decoupled_case(device: torch.device) -> None:
     for options in (
         {},
         {"max_grad_norm": 0.05, "accumulate": 2, "replicate_every": 2, "sign": False, "alpha": 0.5},
+        {"sign": False, "bound": 1.0},
     ):
         compressor = rng.choice([DctTopK(k=4, group_size=256, bits=8), TopK(k=8, group_size=100)])
         models = model_on(device), model_on(torch.device("cpu"))
@@ -111,7 +112,8 @@ def diloco_case(device: torch.device) -> None:
     for compressor, n_rounds in ((TopK(k=8, group_size=100, bits=2), 2), (Dense(bits=4, group_size=64), 1)):
         models = model_on(device), model_on(torch.device("cpu"))
         ours, theirs = (
-            Diloco(m.named_parameters(), compressor=compressor, lr=1e-2, inner_steps=2) for m in models
+            Diloco(m.named_parameters(), compressor=compressor, lr=1e-2, inner_steps=2, bound=1.0)
+            for m in models
         )
         for round in range(1, n_rounds + 1):
             turn = Turn(round, 1, 2, 1.0)

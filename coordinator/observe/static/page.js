@@ -305,6 +305,32 @@ function replica(peer) {
     make("span", { class: other ? "bad" : same ? "good" : "soft", text: `${other ? "✗ " : same ? "✓ " : ""}${words}` }));
 }
 
+// How large a peer's payloads are beside the others', as most nodes say, and what was found of it.
+function trust(peer) {
+  const t = peer.trust ?? {};
+  const refused = Object.entries(t.rejected ?? {});
+  const n = refused.reduce((sum, [, times]) => sum + times, 0);
+  const faults = [
+    t.until ? "weight 0" : "",
+    t.failed ? plural(t.failed, "failed audit") : "",
+    peer.empty ? plural(peer.empty, "empty offer") : "",
+    n ? `${whole(n)} refused` : "",
+  ].filter(Boolean);
+  const size = isNumber(t.size) ? `${significant(t.size, 2)} ×` : "–";
+  const isFar = t.size >= 4;
+  const says = [
+    isNumber(t.size) ? `Payloads are ${size} the median's` : "Nobody has said how large its payloads are",
+    t.clipped ? `${Math.round(100 * t.clipped)} % of them were scaled down` : "",
+    t.until ? `weighs nothing until round ${whole(t.until)}, because of failed audits` : "",
+    `audits: ${whole(t.passed ?? 0)} passed, ${whole(t.failed ?? 0)} failed`,
+    peer.empty ? `${plural(peer.empty, "offer")} of dropped batches only` : "",
+    refused.map(([reason, times]) => `refused: ${reason.replaceAll("_", " ")} ${whole(times)} times`).join(", "),
+  ].filter(Boolean).join("; ");
+  return cell({ class: "trust", title: says },
+    make("span", { class: isFar ? "bad" : "soft", text: isFar ? `✗ ${size}` : size }),
+    ...(faults.length ? [make("span", { class: t.until || t.failed ? "bad" : "", text: ` ${faults[0]}${faults.length > 1 ? " …" : ""}` })] : []));
+}
+
 function peerRow(peer) {
   const [mark, state] = stateOf(peer);
   const part = make("i");
@@ -318,6 +344,7 @@ function peerRow(peer) {
     cell({}, make("span", { class: "share", title: `${peer.counted} offers counted, ${peer.missed} missed` }, part,
       peer.share === null ? "–" : `${(peer.share * 100).toFixed(peer.share < 0.0995 ? 1 : 0)} %`)),
     replica(peer),
+    trust(peer),
     cell({ class: "number" }, peer.seen_ms === null ? (peer.state === "gone" ? "–" : "now") : since(peer.seen_ms)));
 }
 
@@ -354,6 +381,10 @@ function show() {
   onlyNew("peers", [told.peers, told.state, isAway()], ([peers]) => refill("peer-rows", "no-peers", peers.map(peerRow)));
   const all = Object.values(told.n_peers).reduce((a, b) => a + b, 0);
   put("peers-title", all > told.peers.length ? `Peers (${told.peers.length} of ${whole(all)})` : "Peers");
+  onlyNew("evaluations", told.evaluations ?? [], (found) => {
+    $("evaluations").hidden = !found.length;
+    $("evaluation-rows").replaceChildren(...found.flatMap(([round, words]) => [make("dt", { text: `Round ${whole(round)}` }), make("dd", { text: words })]));
+  });
   onlyNew("entries", told.entries, (entries) => refill("entry-rows", "no-entries", entries.map(entryRow)));
   onlyNew("events", told.happenings, (events) => refill("event-rows", "no-events", events.map(eventRow)));
 }

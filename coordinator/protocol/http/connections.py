@@ -34,7 +34,8 @@ MAX_OPEN_REQUESTS: Final = 32
 class BoundedProtocol(H11Protocol):
     """One connection. An application may cut the one that it answers: `scope["state"]["abort"]`."""
 
-    headers_s = HEADERS_S
+    network = ""
+    """Where the other end is."""
     _timer: asyncio.TimerHandle | None = None
     _waits_since_s: float | None = None
     """Loop time; None: it has no request, or one is being answered."""
@@ -42,6 +43,7 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.app_state: dict[str, Any] = {**self.app_state, "abort": transport.abort}
+        self.network = _network(self.client[0] if self.client else "")
         self._wait_for_request()
         others = [cast(Self, one) for one in self.connections if one is not self]
         neighbours = [one for one in others if one.network == self.network]
@@ -64,16 +66,6 @@ class BoundedProtocol(H11Protocol):
         self._wait_for_request()
         super().on_response_complete()
 
-    @property
-    def network(self) -> str:
-        """Where the other end is."""
-        host = self.client[0] if self.client else ""
-        try:
-            ip = ipaddress.ip_address(host.partition("%")[0])
-        except ValueError:
-            return host
-        return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
-
     def _make_room(self, others: Iterable[Self]) -> None:
         """In the place of the one that waits longest; where all are busy this one goes itself."""
         waiting = [one for one in others if one._waits_since_s is not None]
@@ -88,13 +80,22 @@ class BoundedProtocol(H11Protocol):
     def _wait_for_request(self) -> None:
         self._has_request()
         self._waits_since_s = self.loop.time()
-        self._timer = self.loop.call_later(self.headers_s, self._cut)
+        self._timer = self.loop.call_later(HEADERS_S, self._cut)
 
     def _has_request(self) -> None:
         self._waits_since_s = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _network(host: str) -> str:
+    """Of which MAX_PER_ADDRESS connections are held."""
+    try:
+        ip = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
 class Budgets:

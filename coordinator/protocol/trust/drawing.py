@@ -7,11 +7,13 @@ Everything is integers, so that any language draws the same. All draws of a roun
 bytes, BLAKE3's of (run, digest of the commit): the i-th counted offer reads the i-th unsigned 64-bit number,
 little-endian, and is drawn if it is below a threshold. Its auditors come from a stream of the target's own.
 An audit costs each auditor about the work of one round; so that all audits together take the share `rate` of
-the swarm's work, an offer with `a` auditors is drawn with the probability rate / a.
+the swarm's work, an offer with `a` auditors is drawn with the probability rate / a. Offers of suspects are
+drawn with 1 / 10, beyond that share: of newcomers until one audit has passed, and of who has failed one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from struct import unpack
 from typing import Final, Protocol
@@ -67,13 +69,15 @@ def audits_of(
     usual = _threshold(rate_millionths, 1_000_000 * n_auditors)
     for_suspects = max(usual, _threshold(SUSPECTS_MILLIONTHS, 1_000_000))
     drawn = []
-    for peer, number in zip(able, _numbers(_WHAT + run_id + digest, len(able)), strict=True):
+    for i, number in enumerate(_numbers(_WHAT + run_id + digest, len(able))):
         if number >= for_suspects:
             continue
+        peer = able[i]
         is_for_suspects = number >= usual and not standing.is_suspect(peer)
-        others = [other for other in able if other != peer]
         key = _WHAT + run_id + digest + peer.to_bytes(2, "little")
-        drawn.append(Draw(peer, _some(others, n_auditors, key), is_for_suspects))
+        others = _some(len(able) - 1, n_auditors, key)
+        auditors = sorted(able[j if j < i else j + 1] for j in others)
+        drawn.append(Draw(peer, tuple(auditors), is_for_suspects))
     return tuple(drawn)
 
 
@@ -86,10 +90,11 @@ def _numbers(key: bytes, n: int) -> tuple[int, ...]:
     return unpack(f"<{n}Q", blake3(key).digest(8 * n))
 
 
-def _some(peers: list[int], n: int, key: bytes) -> tuple[int, ...]:
-    """`n` of them, each as likely as another (but for 2^-54): the first steps of a Fisher-Yates shuffle."""
-    rest = list(peers)
+def _some(n_peers: int, n: int, key: bytes) -> Iterator[int]:
+    """`n` of the numbers below `n_peers`, each as likely as another (but for 2^-54): the first steps of a
+    Fisher-Yates shuffle. `moved`: what is no more at its own place."""
+    moved = dict[int, int]()
     for i, number in enumerate(_numbers(key, n)):
-        j = i + (number * (len(rest) - i) >> 64)
-        rest[i], rest[j] = rest[j], rest[i]
-    return tuple(sorted(rest[:n]))
+        j = i + (number * (n_peers - i) >> 64)
+        yield moved.get(j, j)
+        moved[j] = moved.get(i, i)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Final
 
 from .drawing import Draw
@@ -67,22 +68,32 @@ class Judging:
 
     def __init__(self) -> None:
         self._open: dict[tuple[int, int], OpenAudit] = {}
+        self._news: set[tuple[int, int]] = set()
 
     def begin(self, audit: OpenAudit) -> None:
-        """An offer was drawn."""
+        """An offer was drawn; rounds come in order."""
         self._open[audit.round, audit.draw.target] = audit
 
     def waiting(self, round_: int, target: int) -> OpenAudit | None:
         """None: this offer was not drawn, or was judged, or its time is over."""
         return self._open.get((round_, target))
 
+    def heard(self, audit: OpenAudit, auditor: int, has_failed: bool) -> None:
+        """A report on an audit that waits, of an auditor that was drawn for it and had said nothing."""
+        audit.failed[auditor] = has_failed
+        self._news.add((audit.round, audit.draw.target))
+
     def judge(self, round_: int, is_condemned: Callable[[int], bool]) -> list[Judged]:
-        """What the reports up to the record of `round_` have decided, in the order of round and target."""
+        """What the reports up to the record of `round_` have decided, in the order of round and target.
+        Looked at are audits of which a report has come with this record, and those whose time is over."""
+        due = list(takewhile(lambda key: self._open[key].is_due(round_), self._open))
         found = []
-        for key, audit in sorted(self._open.items()):
+        for key in sorted({*due, *self._news}):
+            audit = self._open[key]
             judged = audit.judged(round_, is_condemned)
             if judged is not None or audit.is_due(round_):
                 del self._open[key]
             if judged is not None:
                 found.append(judged)
+        self._news.clear()
         return found

@@ -13,10 +13,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from ..messages import AuditEntry, CommitBody
+from ..messages import AuditEntry, CommitBody, Verdict
 from .audits import check_audit, payload_digest, signed_bytes
 from .drawing import Draw, audits_of
 from .judging import REPORT_ROUNDS, Judged, Judging, OpenAudit
+
+LAST: Final = 4
+"""Times `failures`: so many of a peer's newest audits are looked at. Who was good for long and turns bad is
+out after half as many failures; who is audited often and passes nearly always stays."""
 
 MAX_DOUBLINGS: Final = 20
 """Of a term."""
@@ -37,19 +41,24 @@ class Rules(Protocol):
 
 @dataclass(slots=True)
 class _Tried:
-    """A peer that was audited. `judged`: round of the offer and whether it failed, lately; `passed`,
-    `failed`: ever; `n_terms`: how often it was condemned, the last time until `last`."""
+    """A peer that was audited. `judged`: round of the offer and whether it failed, of the last ones in the
+    window; `passed`, `failed`: ever; `is_vetted`: it has passed one since it was condemned last; `n_terms`:
+    how often it was, the last time until `last`."""
 
     judged: deque[tuple[int, bool]] = field(default_factory=deque)
     passed: int = 0
     failed: int = 0
+    is_vetted: bool = False
     n_terms: int = 0
     last: int = 0
 
-    def note(self, judged: Judged) -> None:
+    def note(self, judged: Judged, n_kept: int) -> None:
         self.judged.append((judged.round, judged.failed))
+        while len(self.judged) > n_kept:
+            self.judged.popleft()
         self.passed += not judged.failed
         self.failed += judged.failed
+        self.is_vetted |= not judged.failed
 
     def n_failed(self, after: int) -> int:
         """Of the offers of rounds after this one; what was before is forgotten."""
@@ -58,7 +67,7 @@ class _Tried:
         return sum(failed for _, failed in self.judged)
 
     def is_too_much(self, rules: Rules, after: int) -> bool:
-        """So many failures in the window, and no fewer than passes."""
+        """So many failures among the last ones, and no fewer than passes."""
         n_failed = self.n_failed(after)
         return n_failed >= rules.failures and 2 * n_failed >= len(self.judged)
 
@@ -68,7 +77,7 @@ class Standing:
 
     `rules`: None, the run has no audits. A commit that is known already changes nothing, so that several
     readers of one ledger can share one of these. Over any number of rounds it stays small: a few numbers for
-    each peer, and what was judged of it in the last `window_rounds`.
+    each peer, and its last few audits.
     """
 
     def __init__(self, run_id: bytes = b"", rules: Rules | None = None) -> None:
@@ -134,10 +143,11 @@ class Standing:
         return self._terms.get(peer)
 
     def is_suspect(self, peer: int) -> bool:
-        """Whether an audit of the peer has failed lately: its offers are audited more often."""
+        """Whether the peer's offers are audited more often: it has never passed an audit, or not since it was
+        condemned, or has failed one lately."""
         tried, rules = self._tried.get(peer), self._rules
-        if tried is None or rules is None:
-            return False
+        if tried is None or rules is None or not tried.is_vetted:
+            return True
         return tried.n_failed(self.round - rules.window_rounds) > 0
 
     def audited(self, peer: int) -> tuple[int, int]:
@@ -179,7 +189,7 @@ class Standing:
         if audit is None or claim is None or entry.auditor not in audit.work or entry.auditor in audit.failed:
             return
         if check_audit(self._peer_ids.get(entry.auditor, ""), entry.signature, claim):
-            audit.failed[entry.auditor] = entry.verdict == "failed"
+            self._judging.heard(audit, entry.auditor, entry.verdict == Verdict.FAILED)
 
     def _judge(self, rules: Rules) -> None:
         self._terms = {peer: last for peer, last in self._terms.items() if last > self.round}
@@ -188,7 +198,7 @@ class Standing:
             tried = self._tried.setdefault(judged.target, _Tried())
             if judged.round <= tried.last:
                 continue  # of before its term, or while it lasts
-            tried.note(judged)
+            tried.note(judged, LAST * rules.failures)
             if tried.is_too_much(rules, after):
                 self._condemn(judged.target, tried, rules)
 
@@ -196,6 +206,7 @@ class Standing:
         term = rules.window_rounds << min(tried.n_terms, MAX_DOUBLINGS)
         tried.n_terms, tried.last = tried.n_terms + 1, self.round + term
         tried.judged.clear()
+        tried.is_vetted = False
         self._terms[peer] = tried.last
         self._ever.append((peer, self.round + 1, tried.last))
 

@@ -501,6 +501,79 @@ def peers() -> list[Json]:
     )
 
 
+def trust() -> list[Json]:
+    every = f"{{{NODES}}}"
+    empty, offers = (
+        f'thinwire_peer_offers_total{{{NODES}, result=~"{results}"}}'
+        for results in ("empty", "counted|empty")
+    )
+    return row(
+        "Trust",
+        lines(
+            "Size of payloads",
+            "Norm of each peer's recent payloads in medians of their rounds, as most nodes say. Above 4 for "
+            "long, an alert fires.",
+            (by_peer(f"thinwire_peer_size_ratio{every}"), "{{peer}}"),
+            unit="none",
+            least=0,
+            width=1,
+            thresholds=steps((None, GREEN), (4, RED)),
+            limit=True,
+        ),
+        lines(
+            "Scaled down",
+            "Share of each peer's recent payloads that the bound scaled down.",
+            (by_peer(f"thinwire_peer_clipped_ratio{every}"), "{{peer}}"),
+            unit="percentunit",
+            least=0,
+            most=1,
+            width=1,
+        ),
+        lines(
+            "Farthest peer",
+            "The largest of them, also of a peer that does not answer.",
+            ("max(thinwire_swarm_farthest_peer_ratio)", "size"),
+            unit="none",
+            least=0,
+        ),
+        lines(
+            "Audits",
+            "Offers whose work others have done again, by what they found. condemned: peers that weigh "
+            "nothing now.",
+            (f"60 * sum by (result) (rate(thinwire_swarm_audits_total{RATE}))", "{{result}}/min"),
+            ("max(thinwire_swarm_condemned_peers)", "condemned"),
+            unit="none",
+            least=0,
+            overrides=[
+                named("passed.*", color=color(GREEN)),
+                named("failed.*", color=color(ORANGE)),
+                named("condemned", color=color(RED)),
+            ],
+        ),
+        lines(
+            "Refused, by peer",
+            "What of each peer the coordinator did not let in.",
+            (by_peer(f"sum by (instance) (increase(thinwire_peer_rejected_total{every}{RATE}))"), "{{peer}}"),
+            unit="none",
+            bars=True,
+            stacked=True,
+            least=0,
+        ),
+        lines(
+            "Empty offers, by peer",
+            "Part of each peer's offers for which every batch was dropped; they change nothing.",
+            (
+                by_peer(share(*(f"sum by (instance) (rate({of}{RATE}))" for of in (empty, offers)))),
+                "{{peer}}",
+            ),
+            unit="percentunit",
+            least=0,
+            most=1,
+            width=1,
+        ),
+    )
+
+
 def faults() -> list[Json]:
     def counted(title: str, says: str, *queries: tuple[str, str], wide: int = 8) -> Json:
         return lines(title, says, *queries, unit="none", bars=True, stacked=True, least=0, wide=wide, high=7)
@@ -616,7 +689,7 @@ def placed(panels: list[Json]) -> list[Json]:
 
 
 def dashboard() -> Json:
-    groups = (the_run, learning, traffic, time, peers, faults, machines)
+    groups = (the_run, learning, traffic, time, peers, trust, faults, machines)
     return {
         "uid": "thinwire",
         "title": "thinwire",

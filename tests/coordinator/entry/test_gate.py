@@ -62,6 +62,8 @@ def test_the_ledger_names_it_and_counts_it_over_a_restart(make_world: MakeWorld)
     world.open("second", token=token)
     assert "2 identities, which have come" in refused(world, "third", token)
     named = Invitation.parse(token).in_ledger(world.ledger.run_id)
+    assert world.status()["admission"] == {"mode": "invited", "banned": []}
+    assert [peer["invitation"] for peer in world.status()["peers"]] == [named, named]
     (admitted,) = world.ledger.commits(0, 1)[0].body.admitted
     assert (admitted.peer_id, admitted.invitation) == ("first", named)
     world.restart(rules=INVITED)
@@ -138,15 +140,13 @@ def test_who_may_see_how_the_run_is(make_world: MakeWorld) -> None:
     world = make_world()
     token = ticket_of(world, expires_s=1000)
     world.open("x", token=token)
-    assert [world.service.may_look(shown) for shown in ("secret", token, "wrong", token[:-3])] == [
-        True,
-        True,  # used up, too
-        False,
-        False,
-    ]
+    for shown in ("secret", token):  # used up, too
+        world.service.check_looker(shown)
     world.wall_ms = 10**6
-    assert not world.service.may_look(token)
-    assert rejected(world) == {"token": 3}
+    for shown, text in (("wrong", "token is wrong"), (token[:-3], "damaged"), (token, "has expired")):
+        with pytest.raises(ConfigError, match=text):
+            world.service.check_looker(shown)
+    assert rejected(world) == {"token": 1, "uninvited": 2}
 
 
 @pytest.mark.parametrize("mode", ["open", "invited", "listed"])

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tests.support.prometheus import value
+from tests.support.prometheus import series, value
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.observe.metrics_requests import MetricsRequests, Unanswered
 from thinwire.coordinator.observe.page import serve_coordinator
@@ -295,7 +295,14 @@ def test_the_gateway_asks_a_node_over_its_session(served: Served) -> None:
     assert get(served.port, "/peers/" + "x" * 500 + "/metrics")[0] == 404
     assert get(served.port, "/healthz")[0] == get(served.port, "/readyz")[0] == 200
     silent = served.node("silent")
-    assert get(served.port, f"/peers/{silent.peer_id}/metrics")[:2] == (200, "")
+    told = get(served.port, f"/peers/{silent.peer_id}/metrics")
+    assert told[0] == 200
+    assert {name.removesuffix("_total") for name, _ in series(told[1])} == {  # what is known of it here
+        "thinwire_peer_condemned",
+        "thinwire_peer_audits",
+        "thinwire_peer_rejected",
+        "thinwire_peer_offers",
+    }
 
 
 @pytest.mark.swarm
@@ -315,7 +322,9 @@ def test_a_node_that_cannot_read_its_metrics_or_is_slow(
         return b""
 
     node, sleeper = served.node("node", broken), served.node("sleeper", slow)
-    assert get(served.port, f"/peers/{node.peer_id}/metrics")[:2] == (200, "")
+    code, body, _ = get(served.port, f"/peers/{node.peer_id}/metrics")
+    assert code == 200
+    assert all(name.startswith("thinwire_peer_") for name, _ in series(body))
     code, body, _ = get(served.port, f"/peers/{sleeper.peer_id}/metrics")
     assert code == 504
     assert "does not answer" in body

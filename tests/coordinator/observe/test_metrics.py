@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.support.coordinator_status import scrape, status_of
 from tests.support.prometheus import check_conventions, series, value
+from thinwire.coordinator.observe.metrics import with_trust
 
 
 def test_a_scrape_shows_the_status() -> None:
@@ -35,6 +36,38 @@ def test_a_scrape_shows_the_status() -> None:
     assert value(text, "thinwire_coordinator_rejected_total", reason="late_offer") == 2
     assert value(text, "thinwire_coordinator_rejected_total", reason="token") == 0
     assert value(text, "thinwire_coordinator_received_bytes_total", kind="payload") == 30
+
+
+def test_what_peers_are_found_to_be() -> None:
+    """All together; and each at its own target, where its own words about that are left out."""
+    status = status_of()
+    text = scrape(status)
+    assert value(text, "thinwire_swarm_farthest_peer_ratio") == 1.5  # the one of 99 is gone
+    assert value(text, "thinwire_swarm_condemned_peers") == 1
+    assert value(text, "thinwire_swarm_audits_total", result="passed") == 9
+    assert value(text, "thinwire_swarm_audits_total", result="failed") == 3
+    assert value(text, "thinwire_swarm_empty_offers_total") == 6
+    said = b"""# HELP thinwire_round Last round
+# TYPE thinwire_round gauge
+thinwire_round 7.0
+# HELP thinwire_peer_size_ratio Tiny, believe me
+# TYPE thinwire_peer_size_ratio gauge
+thinwire_peer_size_ratio 0.01
+ thinwire_peer_condemned 0.0
+thinwire_peer_audits_total{result="passed"} 1e9"""
+    first, second, _ = (with_trust(said, peer).decode() for peer in status["peers"])
+    for target in (first, second):
+        check_conventions(target)
+        assert value(target, "thinwire_round") == 7
+        assert target.count("# TYPE thinwire_peer_condemned") == 1
+        assert value(target, "thinwire_peer_audits_total", result="passed") == 3
+        assert value(target, "thinwire_peer_offers_total", result="empty") == 2
+    assert value(first, "thinwire_peer_size_ratio") == 1.5
+    assert value(first, "thinwire_peer_clipped_ratio") == 0.25
+    assert value(first, "thinwire_peer_rejected_total", reason="samples") == 2
+    assert value(second, "thinwire_peer_rejected_total", reason="samples") == 0
+    assert value(second, "thinwire_peer_condemned") == 1
+    assert "thinwire_peer_size_ratio" not in second
 
 
 def test_round_durations_are_a_histogram() -> None:

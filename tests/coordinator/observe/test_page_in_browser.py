@@ -117,6 +117,16 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+CUT = """[...document.querySelectorAll('.tile *, #peers-title, #peer-rows td')].filter(e => e.offsetParent
+    && !e.classList.contains('device') && (e.scrollWidth > e.clientWidth + 1) && e.clientWidth
+    && getComputedStyle(e).overflowX !== 'visible').map(e => e.outerHTML)"""
+"""What does not fit into its place and is not seen whole."""
+
+OUTSIDE = """[...document.querySelectorAll('.tile *, #peer-rows td > *, #evaluation-rows *')].filter(e => {
+    const card = e.closest('.card').getBoundingClientRect(), box = e.getBoundingClientRect();
+    return box.width && (box.right > card.right + 1 || box.left < card.left - 1); }).map(e => e.outerHTML)"""
+
+
 def test_a_live_run_as_a_browser_shows_it(browser: Browser, thinwire: Start, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(RUN)
     port = free_port()
@@ -156,6 +166,30 @@ def test_a_live_run_as_a_browser_shows_it(browser: Browser, thinwire: Start, tmp
     )
     browser.wait("document.querySelectorAll('#peer-rows .good').length === 2")  # fingerprints agree
     browser.wait("document.querySelectorAll('#entry-rows tr').length > 3")
+
+    # As most nodes say, none is far from the others.
+    browser.wait(
+        "[...document.querySelectorAll('.trust')].every(t => /^\\d[.\\d]* \u00d7/.test(t.textContent))"
+    )
+    assert browser.run("document.querySelector('#evaluations').hidden")
+    bad = """(() => { source.close(); const told = structuredClone(last);
+        const trust = { size: 900, clipped: 1, passed: 2, failed: 3, until: 12345, rejected: { samples: 7 } };
+        Object.assign(told.peers[1], { trust, empty: 4 });
+        told.evaluations = [[20, 'accuracy 0.5, perplexity 12'.repeat(9)]];
+        last = told; show(); return true; })()"""
+    assert browser.run(bad)
+    assert browser.text("#peer-rows tr:nth-child(2) .trust") == "✗ 900 \u00d7 weight 0 …"
+    says = browser.run("document.querySelector('#peer-rows tr:nth-child(2) .trust').title")
+    assert "weighs nothing until round 12,345" in says
+    assert "audits: 2 passed, 3 failed; 4 offers of dropped batches only; refused: samples 7 times" in says
+    assert browser.text("#evaluation-rows").startswith("Round 20accuracy 0.5")
+    for width in (1280, 390):
+        browser.as_phone(width)
+        assert browser.run(CUT) == []
+        assert browser.run(OUTSIDE) == []
+        assert browser.run("document.documentElement.scrollWidth") == width
+    browser.run("connect()")
+    browser.wait("document.querySelector('#evaluations').hidden")
 
     browser.as_phone(390)
     browser.in_dark()

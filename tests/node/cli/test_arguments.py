@@ -7,9 +7,11 @@ import textwrap
 
 import pytest
 
+from thinwire.compression.errors import ConfigError
+from thinwire.coordinator.protocol.addresses import HttpAddress
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
 from thinwire.coordinator.protocol.ticket import Ticket
-from thinwire.node.cli.arguments import read_ticket, with_whole_tickets
+from thinwire.node.cli.arguments import http_address, read_ticket, with_whole_tickets
 
 TICKET = Ticket(
     peer_id=peer_id_of(new_key().public_key()),
@@ -45,3 +47,18 @@ def test_standard_input_is_read_as_far_as_the_ticket_goes(monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.stdin", stdin)
     assert read_ticket("-") == LINE
     assert stdin.read() == more
+
+
+def test_where_http_is_served_and_by_which_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("THINWIRE_HTTP_TOKEN", raising=False)
+    assert http_address("0.0.0.0:9100", None, ("swarm.example",)) == HttpAddress(
+        "0.0.0.0", 9100, None, ("swarm.example",)
+    )
+    assert http_address(None, None) is None
+    for name in ("swarm.example:9100", "http://swarm.example", "", "a b"):
+        with pytest.raises(ConfigError, match="--http-host"):
+            http_address("0.0.0.0:9100", None, (name,))
+    with pytest.raises(ConfigError, match="--http HOST:PORT"):
+        http_address(None, None, ("swarm.example",))
+    address = HttpAddress("127.0.0.1", 1, "secret", ("a", "b"))
+    assert HttpAddress.from_plain(["127.0.0.1", 1, "secret", ["a", "b"]]) == address

@@ -23,6 +23,7 @@ from tests.support.paths import ROOT
 from tests.support.prometheus import Tools, find_tools, names, queries, samples
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.observe.gateway import coordinator_routes
+from thinwire.coordinator.observe.metrics import with_trust
 from thinwire.coordinator.protocol.addresses import HttpAddress
 from thinwire.coordinator.protocol.identity import save
 from thinwire.coordinator.protocol.messages import GenesisBody
@@ -63,7 +64,8 @@ def everything() -> str:
     node.held_out(2.5)
     node.compression(300.0, 75.0)
     node.disk(Path("/"))
-    return node.text().decode() + scrape(status_of())
+    status = status_of()
+    return with_trust(node.text(), status["peers"][0]).decode() + scrape(status)
 
 
 def test_all_that_is_asked_for_exists() -> None:

@@ -346,6 +346,17 @@ def test_kept_payloads_are_bounded_in_rounds_and_bytes() -> None:
     assert (kept.n_bytes, b"large" * 7 in kept) == (5000, True)
 
 
+def test_what_a_node_may_have_to_replay_goes_for_want_of_room_alone() -> None:
+    kept = PayloadCache(max_bytes=1000)
+    kept.keep_after(2)
+    for round_ in range(1, 4):
+        kept.add(round_, bytes([round_]) * 32, bytes(300))
+    kept.add(3 + KEPT_ROUNDS, b"new" * 11, bytes(5))
+    assert [bytes([r]) * 32 in kept for r in range(1, 4)] == [False, False, True]
+    kept.add(4 + KEPT_ROUNDS, b"large" * 7, bytes(900))
+    assert bytes([3]) * 32 not in kept
+
+
 def test_payloads_and_the_shelf_are_served() -> None:
     kept = PayloadCache()
     served = Served(kept)

@@ -38,8 +38,8 @@ def test_payloads_and_batches_are_those_of_a_swarm(tmp_path: Path) -> None:
         config = config_of(strategy, rounds=2, verify_every=1, snapshot_every=2, min_peers=2)
         found = measure(config.model_dump(), 2, 0.05, "cpu", None)
         results, _, _ = train(tmp_path / str(i), config, 2)
-        # Two rounds; a group of an embedding that a batch has no byte of has no gradient, and sends nothing.
-        assert found.full_bytes < results[0].payload_bytes <= 2 * found.full_bytes
+        # A group of an embedding that a batch has no byte of has no gradient, and sends nothing.
+        assert 0.8 < results[0].payload_bytes / (2 * found.full_bytes) < 1.25
         assert len(found.compute_s) == len(found.apply_s) >= MIN_ROUNDS
         assert found.most_batches == (6 if strategy is SPSA else 1)
         assert found.tokens_per_batch == 4 * 16

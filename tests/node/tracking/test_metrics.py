@@ -121,7 +121,13 @@ def test_two_hundred_peers_leave_no_series_more_than_one(tmp_path: Path) -> None
     bad = value(text, "thinwire_bad_payloads_total", reason="magic")
     assert bad >= (n_peers - 2) * n_rounds  # one may be the evaluator, whom nobody waits for
     measured = {name for name, _ in series(text) - series(alone)}
-    assert measured <= {"thinwire_loss", "thinwire_held_out_loss", "thinwire_compression_ratio"}
+    assert measured <= {
+        "thinwire_loss",
+        "thinwire_held_out_loss",
+        "thinwire_compression_ratio",
+        "thinwire_farthest_peer_ratio",
+        "thinwire_clipped_payloads_ratio",
+    }
     assert series(alone) < series(text)
 
 

@@ -1,0 +1,187 @@
+"""One swarm of honest and bad peers: real nodes as threads of this process, over a coordinator's service."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from torch import Tensor
+
+from ....compression.errors import ReplicaDiverged, ThinwireError
+from ....coordinator.protocol.identity import peer_id_of
+from ....coordinator.protocol.messages import Offer
+from ...config import RunConfig, load_config
+from ...genesis import make_genesis
+from ...links.base import Link
+from ...links.local import LocalSwarm, local_swarm
+from ...runner import Runner
+from ...tasks.registry import make_task
+from .bad_peers import Attack, BadPeer, Board, changed_link, invert
+
+LOCO: Final = {"feedback_decay": 0.95, "outer_lr": 1.0, "outer_momentum": 0.0}
+
+STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "decoupled": {"name": "decoupled", "lr": 3e-3, "beta": 0.95},
+    "decoupled-without-sign": {
+        "name": "decoupled",
+        "lr": 0.3,
+        "beta": 0.95,
+        "sign": False,
+        "compressor": {"name": "dct_topk", "bits": 8},
+    },
+    "diloco-dense": {
+        "name": "diloco",
+        "lr": 3e-3,
+        "inner_steps": 3,
+        "compressor": {"name": "dense", "bits": "e3m0"},
+    },
+    "diloco-sparse": {
+        "name": "diloco",
+        "lr": 3e-3,
+        "inner_steps": 3,
+        **LOCO,
+        "compressor": {"name": "topk", "k": 64, "bits": 2},
+    },
+    "spsa": {"name": "spsa", "lr": 1e-2, "probes": 4},
+}
+"""What a row is called -> a run's [strategy]; all else is what new runs have."""
+
+TASK: Final = {"layers": 1, "width": 32, "heads": 2, "context": 32, "batch": 4, "held_out_bytes": 8192}
+"""The built-in text, and a model of 32 thousand parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One swarm to be trained. `attack`: None, the bad peers' offers never arrive. `seed`: of weights and
+    batches: runs that differ in their attack only are paired. `settings`: dotted key -> value, over the
+    rest."""
+
+    strategy: Mapping[str, Any]
+    attack: Attack | None
+    n_honest: int
+    n_bad: int
+    n_rounds: int
+    seed: int = 1
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def n_peers(self) -> int:
+        return self.n_honest + self.n_bad
+
+    def config(self) -> RunConfig:
+        """Raises ConfigError."""
+        run = {"rounds": self.n_rounds, "min_peers": self.n_peers, "seed": self.seed, "eval_every": 0}
+        flat: dict[str, Any] = {f"run.{key}": value for key, value in run.items()}
+        flat |= {f"task.{key}": value for key, value in TASK.items()}
+        flat |= {f"strategy.{key}": value for key, value in self.strategy.items()}
+        flat |= {"policy.name": "all", "schedule.warmup_rounds": min(5, self.n_rounds)}
+        return load_config(None, flat | dict(self.settings), environ={})
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of the honest peers. `held_out`: their loss after the last round, infinite: the replica did
+    not stay finite. `fingerprint`: of all of their replicas, `weights` by name. `found_after`: so many
+    rounds, then no bad peer's offer weighs anything any more; None: not so far."""
+
+    held_out: float
+    fingerprint: bytes
+    weights: Mapping[str, Tensor]
+    found_after: int | None
+
+
+def trained(plan: Plan) -> Outcome:
+    """Raises ConfigError, and ThinwireError if honest replicas differ or a node fails."""
+    with tempfile.TemporaryDirectory(prefix="thinwire-attacks-") as folder:
+        return _Swarm(plan, Path(folder)).run()
+
+
+class _Swarm:
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self._plan, self._folder = plan, folder
+        self._board = Board()
+        self._found: dict[int, int] = {}
+        """Peer index -> the last round that it weighed anything in."""
+        self._errors: list[Exception] = []
+
+    def run(self) -> Outcome:
+        plan, config = self._plan, self._plan.config()
+        # Nobody else meets this coordinator: with a key and a time that are always the same, batches and
+        # noise are the same in every execution.
+        key = Ed25519PrivateKey.from_private_bytes(plan.seed.to_bytes(32, "little"))
+        genesis = make_genesis(config, make_task(config.task, None, None), peer_id_of(key.public_key()), 0)
+        with local_swarm(self._folder, genesis.body, key, blobs=genesis.blobs, lose=self._is_lost) as swarm:
+            honest = [self._honest(swarm, i) for i in range(plan.n_honest)]
+            bad = [self._bad(swarm, i) for i in range(plan.n_bad)]
+            for runner in (*honest, *bad):  # admitted in this order in every execution
+                runner.link.open()
+            self._train([*honest, *bad])
+            return self._outcome(honest)
+
+    def _is_lost(self, peer_id: str, _round: int) -> bool:
+        return self._plan.attack is None and peer_id.startswith("bad")
+
+    def _honest(self, swarm: LocalSwarm, number: int) -> Runner:
+        peer_id = f"honest-{number}"
+
+        def seen(offer: Offer) -> Offer:
+            self._board.put(peer_id, offer.round, offer.payload or b"")
+            return offer
+
+        link = changed_link(swarm.link(peer_id), seen)
+        return Runner(link, on_proposing=self._look) if number == 0 else Runner(link)
+
+    def _bad(self, swarm: LocalSwarm, number: int) -> Runner:
+        peer_id, attack = f"bad-{number}", self._plan.attack
+        link: Link = swarm.link(peer_id)
+        if attack is None:
+            return Runner(link)
+        peer = BadPeer(attack, peer_id, self._board, self._victim(attack, number))
+        made: list[Runner] = []
+        link = changed_link(link, lambda offer: peer.offer(offer, made[0].replica, made[0].genesis))
+        made.append(Runner(link, on_prepared=invert) if attack.inverts else Runner(link))
+        return made[0]
+
+    def _victim(self, attack: Attack, number: int) -> str:
+        if attack.copies == "honest":
+            return f"honest-{number % self._plan.n_honest}"
+        return "bad-0" if attack.copies == "bad" and number > 0 else ""
+
+    def _look(self, runner: Runner) -> None:
+        """Who is found out by now: the first honest peer looks before each of its offers."""
+        for index in range(self._plan.n_honest, self._plan.n_peers):
+            if runner.prepared.history.standing.is_condemned(index):
+                self._found.setdefault(index, runner.replica.round)
+
+    def _train(self, runners: list[Runner]) -> None:
+        threads = [threading.Thread(target=self._in_thread, args=(r.run,), daemon=True) for r in runners]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _in_thread(self, run: Callable[[], object]) -> None:
+        try:
+            run()
+        except Exception as e:  # noqa: BLE001 - told by the thread that asked for the training
+            self._errors.append(e)
+
+    def _outcome(self, honest: list[Runner]) -> Outcome:
+        for error in self._errors:
+            if not isinstance(error, ReplicaDiverged):
+                raise error
+        if self._errors:
+            return Outcome(inf, b"", {}, None)
+        fingerprints = {runner.replica.fingerprint() for runner in honest}
+        if len(fingerprints) != 1:
+            raise ThinwireError("the replicas of honest peers differ")
+        is_found = len(self._found) == self._plan.n_bad > 0
+        found_after = max(self._found.values()) if is_found else None
+        first = honest[0]
+        return Outcome(first.work.evaluate(), fingerprints.pop(), first.replica.weights(), found_after)

@@ -1,0 +1,34 @@
+"""The options that every strategy has against peers that send what nobody should send."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from ...compression.errors import ConfigError
+from ..options import Number, Options
+from .means import Aggregate
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedOptions(Options):
+    """How much of a round a single peer may decide."""
+
+    bound: Annotated[float, Number(at_least=0)] = 0.0
+    """No peer moves the model by more than this many times what the round's median peer does, from 1 on; 0:
+    `clip` alone holds, as in older runs."""
+
+    own_data_share: Annotated[float, Number(at_least=0, below=1)] = 0.0
+    """With `bound`: what peers with data of their own weigh together, of a round's weight, at most; 0: as
+    much as others."""
+
+    aggregate: Aggregate = "mean"
+    """What is made of the peers' values: their mean, or, in spite of a minority that sends anything, the mean
+    of the middle half, the median, the values of the sign that wins a vote, or centred clipping."""
+
+    @classmethod
+    def check(cls, entries: Mapping[str, Any]) -> None:
+        super().check(entries)
+        if 0 < entries["bound"] < 1:
+            raise ConfigError(f"bound = {entries['bound']:g}: 0, or a number >= 1")

@@ -1,0 +1,88 @@
+"""What a replica makes of a commit's offers: samples, copies, one's own data, and what people may read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.node.test_batches import DECOUPLED, KEY, PEERS, SPSA, commit_of, inline, replica_of
+from thinwire.coordinator.protocol.messages import Admission, Commit, OfferEntry, encode_record
+from thinwire.node.replica import Replica
+from thinwire.optim.spsa import CODES
+
+SHARED = {**SPSA, "shared_noise": True}
+
+
+def with_offers(replica: Replica, entries: list[dict[str, Any]]) -> Commit:
+    """Round 1; entries: peer, codes or payload, and what else is not as usual."""
+    body = commit_of(1, replica.run_id, [b"x"]).body
+    usual = {"n_samples": 1, "n_tokens": 1, "loss": None, "digest": None}
+    offers = []
+    for entry in entries:
+        found = {**usual, **entry}
+        if (codes := found.pop("codes", None)) is not None:
+            row = torch.from_numpy(np.array(codes, dtype=np.uint8))
+            found["payload"] = replica.encode({CODES: (row,)}, replica.turn())
+        offers.append(OfferEntry(n_bytes=len(found["payload"]), **found))
+    admitted = tuple(Admission(index=i, peer_id=peer) for i, peer in enumerate(PEERS))
+    record = encode_record(body.model_copy(update={"offers": tuple(offers), "admitted": admitted}))
+    return Commit(record=record, signature=KEY.sign(record))
+
+
+def applied(entries: list[dict[str, Any]], strategy: dict[str, Any] = SHARED) -> Replica:
+    replica = replica_of(strategy)
+    replica.apply(with_offers(replica, entries), inline, offered=False)
+    return replica
+
+
+A, B = [70, 71, 72, 73], [60, 200, 62, 63]
+TWO: list[dict[str, Any]] = [{"peer": 0, "codes": A}, {"peer": 1, "codes": B}]
+
+
+def test_an_offer_of_no_samples_changes_nothing() -> None:
+    """It dilutes nothing, it is no bad payload, and what its peer packed missed the round."""
+    empty = {"peer": 2, "payload": b"", "n_samples": 0}
+    for strategy in (SPSA, {**SPSA, "bound": 0.0}):
+        without, found = applied(TWO, strategy), applied([*TWO, empty], strategy)
+        assert found.fingerprint() == without.fingerprint()
+        assert found.bad == {}
+    replica = replica_of(SPSA)
+    before = replica.fingerprint()
+    own = {"peer": 0, "payload": b"", "n_samples": 0}
+    assert replica.apply(with_offers(replica, [own]), inline, offered=True) == "missed"
+    assert replica.fingerprint() == before
+    assert replica.round == 1
+
+
+def test_a_payload_that_several_peers_send_counts_once() -> None:
+    copied = [*TWO, {"peer": 2, "codes": B}]
+    assert applied(copied).fingerprint() == applied(TWO).fingerprint()
+    older = {**SHARED, "bound": 0.0}
+    assert applied(copied, older).fingerprint() != applied(TWO, older).fingerprint()
+
+
+def test_data_of_ones_own_is_what_the_offer_says() -> None:
+    quarter = {**SPSA, "own_data_share": 0.25}
+    told = [TWO[0], {**TWO[1], "own_data": True}]
+    assert applied(told, quarter).fingerprint() != applied(TWO, quarter).fingerprint()
+    assert applied(told).fingerprint() == applied(TWO).fingerprint()
+
+
+def test_new_runs_are_bounded() -> None:
+    for strategy in (SPSA, DECOUPLED):
+        assert replica_of(strategy).strategy.option("bound") == 2.0
+    spsa = replica_of(SPSA).strategy
+    assert (spsa.option("clip"), spsa.option("max_probes")) == (4.0, 4)
+
+
+def test_what_became_of_every_peer_can_be_read() -> None:
+    enormous, unreadable = {"peer": 0, "codes": [127, 127, 127, 255]}, {"peer": 2, "payload": b"x"}
+    replica = applied([{"peer": 1, "codes": A}, enormous, unreadable])
+    assert list(replica.weighed) == [PEERS[1], PEERS[0]]  # in the ledger's order; one was left out
+    honest, other = replica.weighed.values()
+    assert (honest.size, honest.kept) == (1.0, 1.0)
+    assert other.size > 1e3
+    assert other.kept < 1e-2
+    assert applied([{"peer": 0, "codes": A}], {**SPSA, "bound": 0.0}).weighed == {}
