@@ -9,9 +9,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.records import commit_body
 from thinwire.compression.errors import LedgerCorrupt
 from thinwire.coordinator.protocol.identity import peer_id_of
-from thinwire.coordinator.protocol.messages import CommitBody, Offer, OfferEntry, digest_of
+from thinwire.coordinator.protocol.messages import Offer, OfferEntry, digest_of
 from thinwire.coordinator.protocol.trust.signed_offers import (
     NOT_SIGNED,
     check_work,
@@ -34,20 +35,6 @@ def offer(**changes: Any) -> Offer:
 
 def entry(peer: int, offer: Offer) -> OfferEntry:
     return OfferEntry(peer=peer, **offer.model_dump(exclude={"round", "signature"}))
-
-
-def commit(*offers: OfferEntry, round_: int = 7) -> CommitBody:
-    return CommitBody(
-        round=round_,
-        parent=digest_of(b""),
-        offers=offers,
-        admitted=(),
-        lr_factor_bits=0,
-        reports=(),
-        snapshots=(),
-        evaluator=None,
-        time_ms=0,
-    )
 
 
 @pytest.mark.parametrize(
@@ -81,19 +68,19 @@ def test_the_ledger_keeps_what_a_signature_covers() -> None:
     blob = signed(offer(payload=None, digest=digest_of(b"bytes"), loss=None), RUN, KEYS[0])
     assert inline.signature == blob.signature
     kept = entry(0, inline.model_copy(update={"loss": None}))
-    assert check_work(RUN, commit(kept), work_of([inline.signature]), PEERS) == []
+    assert check_work(RUN, commit_body(7, offers=(kept,)), work_of([inline.signature]), PEERS) == []
 
 
 def test_what_a_coordinator_makes_up_is_found() -> None:
     own = [signed(offer(), RUN, key) for key in KEYS]
-    body = commit(*(entry(i, o) for i, o in enumerate(own)))
+    body = commit_body(7, offers=tuple(entry(i, o) for i, o in enumerate(own)))
     work = work_of(o.signature for o in own)
     assert check_work(RUN, body, work, PEERS) == []
     assert check_work(RUN, body, None, PEERS) == [0, 1], "the blob is gone"
     assert check_work(RUN, body, work_of([own[0].signature, b""]), PEERS) == [1]
     with pytest.raises(LedgerCorrupt, match="the signature of peer 0 is not its own"):
         check_work(RUN, body, work[64:] + work[:64], PEERS)
-    invented = commit(entry(0, offer(n_samples=2**20)), entry(1, own[1]))
+    invented = commit_body(7, offers=(entry(0, offer(n_samples=2**20)), entry(1, own[1])))
     with pytest.raises(LedgerCorrupt, match="record 7: the signature of peer 0"):
         check_work(RUN, invented, work, PEERS)
     with pytest.raises(LedgerCorrupt, match="record 7: 63 bytes of signatures for 2 offers"):
@@ -103,12 +90,12 @@ def test_what_a_coordinator_makes_up_is_found() -> None:
 def test_a_peer_that_is_only_a_name_signs_nothing() -> None:
     assert is_signed("actor-3", RUN, offer())
     assert work_of([b"", b""]) == b""
-    assert check_work(RUN, commit(entry(0, offer())), None, {0: "actor-3"}) == []
+    assert check_work(RUN, commit_body(7, offers=(entry(0, offer()),)), None, {0: "actor-3"}) == []
 
 
 @given(st.binary(max_size=200), st.text(max_size=60))
 def test_any_bytes_as_signatures_and_peers(work: bytes, peer_id: str) -> None:
-    body = commit(entry(0, offer()))
+    body = commit_body(7, offers=(entry(0, offer()),))
     try:
         missing = check_work(RUN, body, work, {0: peer_id})
     except LedgerCorrupt:

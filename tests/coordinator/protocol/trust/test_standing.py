@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from thinwire.coordinator.protocol.messages import CommitBody, OfferEntry, digest_of
+from tests.support.records import commit_body
+from thinwire.coordinator.protocol.messages import CommitBody, OfferEntry
 from thinwire.coordinator.protocol.trust.standing import Standing
 
 
@@ -13,17 +14,7 @@ def offer(peer: int, n_samples: int) -> OfferEntry:
 
 
 def commit(round_: int, *offers: OfferEntry) -> CommitBody:
-    return CommitBody(
-        round=round_,
-        parent=digest_of(b""),
-        offers=offers,
-        admitted=(),
-        lr_factor_bits=0,
-        reports=(),
-        snapshots=(),
-        evaluator=None,
-        time_ms=0,
-    )
+    return commit_body(round_, offers=offers)
 
 
 def test_work_is_what_was_counted_and_had_samples() -> None:
