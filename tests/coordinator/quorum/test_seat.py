@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.coordinator.quorum.world import MILD, RUN, Body, Disk, Key, Records
 from thinwire.coordinator.protocol.messages import BadMessage
 from thinwire.coordinator.protocol.trust.seals import MAX_SEATS, Committee, Seal, Sealed, Vote
 from thinwire.coordinator.quorum.seat import Evidence, Leads, NewRecord, Role, Seat, SeatEvent, StepsDown
@@ -24,8 +25,6 @@ from thinwire.coordinator.quorum.words import (
     decode_word,
     encode_word,
 )
-
-from .world import MILD, RUN, Body, Disk, Key, Records
 
 NAMES = ("seat-0", "seat-1", "seat-2")
 
