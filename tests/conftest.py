@@ -134,14 +134,6 @@ def make_genesis(key: Ed25519PrivateKey) -> Callable[..., GenesisBody]:
     return make
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with swarms and long computations first: one that is begun last keeps a single core busy."""
-    long = {
-        item.path for item in items if item.get_closest_marker("swarm") or item.get_closest_marker("slow")
-    }
-    items.sort(key=lambda item: item.path not in long)
-
-
 def pytest_configure() -> None:
     """A background job of a script is started with SIGINT ignored, one of nohup's with SIGHUP, and children
     inherit that. One that is caught they do not: they begin with what a test relies on, and pytest itself
