@@ -487,8 +487,9 @@ class Service:
 
     def _close(self, closed: RoundClosed, now_s: float) -> None:
         """Orders the round that has closed: from here to `_committed` no other one does."""
-        proposal = self._proposal(closed.round, closed.peers, closed.evaluator)
-        commit = self._ledger.append(proposal, self._key, self._parts.open_round.offers.work(closed.peers))
+        work = self._parts.open_round.offers.work(closed.peers)
+        proposal = self._proposal(closed.round, closed.peers, closed.evaluator, work)
+        commit = self._ledger.append(proposal, self._key, work)
         self._committed(commit, closed, now_s)
 
     def _commit_changes(self, now_s: float) -> None:
@@ -499,17 +500,19 @@ class Service:
         rounds.skip(course.n_rounds, course.is_paused)
         self._committed(commit, None, now_s)
 
-    def _proposal(self, round_: int, peers: Sequence[int], evaluator: int | None) -> CommitBody:
-        """The next record. Takes out the reports and the changes that it carries."""
+    def _proposal(
+        self, round_: int, peers: Sequence[int], evaluator: int | None, work: bytes = b""
+    ) -> CommitBody:
+        """The next record. Takes out the reports and the changes that it carries. `work`: the signatures of
+        the peers' offers."""
         changes = self._pending.take()
         course = self.course.after(changes)
-        derived, offers = self._parts.derived, self._parts.open_round.offers
+        derived = self._parts.derived
         reports, snapshots = derived.reports.take()
-        work = offers.work(peers)
         return CommitBody(
             round=round_,
             parent=self._ledger.head_digest,
-            offers=offers.entries(peers),
+            offers=self._parts.open_round.offers.entries(peers),
             admitted=self._ledger.pending_admissions(),
             lr_factor_bits=lr_factor_bits(course.settings.schedule, round_ + 1, course.n_rounds),
             reports=reports,
