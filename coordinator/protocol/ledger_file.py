@@ -42,6 +42,7 @@ from .messages import (
     is_readable,
 )
 from .settings import Course
+from .trust.signatures import SIGNATURE_BYTES
 from .trust.signed_offers import check_work
 
 MAGIC: Final = b"thinwire ledger\n"
@@ -49,8 +50,7 @@ _HEAD: Final = struct.Struct("<16sI")
 _ITEM: Final = struct.Struct("<cQ")
 _END: Final = struct.Struct("<I32s")
 _GENESIS, _COMMIT, _BLOB, _ABSENT, _LAST = b"G", b"C", b"B", b"A", b"E"
-_SIGNATURE_BYTES: Final = 64
-_MAX_RECORD_BYTES: Final = 16 * 2**20 + _SIGNATURE_BYTES
+_MAX_RECORD_BYTES: Final = 16 * 2**20 + SIGNATURE_BYTES
 _PIECE_BYTES: Final = 2**20
 
 
@@ -176,9 +176,9 @@ class LedgerFile:
     def _signed(self, kind: bytes, record: int) -> tuple[bytes, bytes]:
         n_bytes = self._item(kind, _MAX_RECORD_BYTES, f"record {record}")
         data = self._bytes(n_bytes, f"record {record}: the file is cut off inside of it")
-        if n_bytes < _SIGNATURE_BYTES:
+        if n_bytes < SIGNATURE_BYTES:
             raise LedgerCorrupt(f"record {record}: it is too short")
-        return data[:_SIGNATURE_BYTES], data[_SIGNATURE_BYTES:]
+        return data[:SIGNATURE_BYTES], data[SIGNATURE_BYTES:]
 
     def _check_blob(self, digest: bytes, record: int) -> None:
         what = f"record {record}: its payload {digest.hex()[:16]}"

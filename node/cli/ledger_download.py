@@ -15,7 +15,7 @@ from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.blob_streams import NotServed
 from ...coordinator.protocol.figures import human_seconds
 from ...coordinator.protocol.messages import Commit, NodeState, OfferEntry, Welcome
-from ...coordinator.protocol.trust.signed_offers import SIGNATURE_BYTES
+from ...coordinator.protocol.trust.signatures import SIGNATURE_BYTES
 from ..system.every import Every
 from ..units import human_bytes
 

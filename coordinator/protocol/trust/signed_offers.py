@@ -1,8 +1,7 @@
 """Signed work: what a peer signs of its offer, and how anybody can tell later that it was its own.
 
 A coordinator orders offers; it cannot invent them, nor change what they say. The signatures of a commit's
-offers, 64 bytes each in their order, are a blob that the commit names (`CommitBody.work`). Peers whose ids
-carry no key (threads, the actors of a Ray cluster: one domain of trust) sign nothing.
+offers, 64 bytes each in their order, are a blob that the commit names (`CommitBody.work`).
 """
 
 from __future__ import annotations
@@ -11,17 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 import msgpack
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ....compression.errors import ConfigError, LedgerCorrupt
+from ....compression.errors import LedgerCorrupt
 from ..figures import finite
-from ..identity import public_key_of
 from ..messages import CommitBody, Offer, OfferEntry, digest_of
-
-SIGNATURE_BYTES: Final = 64
-NOT_SIGNED: Final = bytes(SIGNATURE_BYTES)
-"""In the place of a signature that is not there."""
+from .signatures import NOT_SIGNED, SIGNATURE_BYTES, key_of, verifies
 
 _WHAT: Final = b"thinwire offer\n"
 
@@ -43,7 +37,7 @@ def signed(offer: Offer, run_id: bytes, key: Ed25519PrivateKey) -> Offer:
 def is_signed(peer_id: str, run_id: bytes, offer: Offer) -> bool:
     """Whether the offer is as `peer_id` has signed it; a peer without a key need not. 0.1 ms."""
     key = key_of(peer_id)
-    return key is None or _verifies(key, offer.signature, signed_bytes(run_id, offer.round, offer))
+    return key is None or verifies(key, offer.signature, signed_bytes(run_id, offer.round, offer))
 
 
 def work_of(signatures: Iterable[bytes]) -> bytes:
@@ -68,25 +62,9 @@ def check_work(run_id: bytes, body: CommitBody, work: bytes | None, peers: Mappi
         key = key_of(peers[entry.peer])
         if key is not None and signature == NOT_SIGNED:
             missing.append(entry.peer)
-        elif key is not None and not _verifies(key, signature, signed_bytes(run_id, body.round, entry)):
+        elif key is not None and not verifies(key, signature, signed_bytes(run_id, body.round, entry)):
             raise LedgerCorrupt(
                 f"record {body.round}: the signature of peer {entry.peer} is not its own: the coordinator "
                 f"has changed its offer, or made it up"
             )
     return missing
-
-
-def key_of(peer_id: str) -> Ed25519PublicKey | None:
-    """The key in a peer id; None: it is only a name."""
-    try:
-        return public_key_of(peer_id)
-    except ConfigError:
-        return None
-
-
-def _verifies(key: Ed25519PublicKey, signature: bytes, data: bytes) -> bool:
-    try:
-        key.verify(signature, data)
-    except (InvalidSignature, ValueError):
-        return False
-    return True

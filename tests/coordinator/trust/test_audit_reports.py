@@ -6,9 +6,9 @@ import pytest
 
 from tests.support.service_world import MakeWorld, World, offer
 from thinwire.coordinator.protocol.messages import Audit, BadMessage, CommitBody, Notice, Verdict
-from thinwire.coordinator.protocol.trust.audits import NOT_SIGNED
 from thinwire.coordinator.protocol.trust.drawing import Draw
 from thinwire.coordinator.protocol.trust.judging import REPORT_ROUNDS
+from thinwire.coordinator.protocol.trust.signatures import NOT_SIGNED
 from thinwire.coordinator.protocol.trust.standing import Standing
 
 NAMES = ("a", "b", "c", "d", "e", "f")

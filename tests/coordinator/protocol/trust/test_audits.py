@@ -18,7 +18,8 @@ from thinwire.coordinator.protocol.messages import (
     encode_message,
     encode_record,
 )
-from thinwire.coordinator.protocol.trust.audits import NOT_SIGNED, check_audit, sign_audit, signed_bytes
+from thinwire.coordinator.protocol.trust.audits import check_audit, sign_audit, signed_bytes
+from thinwire.coordinator.protocol.trust.signatures import NOT_SIGNED
 
 WHAT = (RUN, 7, PEERS[1], digest_of(b"payload"), Verdict.FAILED)
 

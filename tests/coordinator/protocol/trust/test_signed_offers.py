@@ -13,8 +13,8 @@ from tests.support.records import commit_body
 from thinwire.compression.errors import LedgerCorrupt
 from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.messages import Offer, OfferEntry, digest_of
+from thinwire.coordinator.protocol.trust.signatures import NOT_SIGNED
 from thinwire.coordinator.protocol.trust.signed_offers import (
-    NOT_SIGNED,
     check_work,
     is_signed,
     signed,
