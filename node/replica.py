@@ -18,7 +18,7 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from ..compression import wire
-from ..compression.base import Payload, Turn
+from ..compression.base import Fields, Payload, Turn
 from ..compression.errors import BadPayload, ConfigError, ReplicaDiverged
 from ..compression.fingerprint import fingerprint, parameter_sums
 from ..coordinator.protocol.files import write_aside
@@ -143,9 +143,10 @@ class Replica:
 
     def decode(self, data: bytes, turn: Turn) -> Payload:
         """The payload in the bytes of an offer for the turn's round. Raises BadPayload."""
-        payload = wire.decode(
-            data, self.strategy.fields(turn), turn.round, self._layout_hash, self._max_bytes
-        )
+        return self._decode(data, self.strategy.fields(turn), turn)
+
+    def _decode(self, data: bytes, fields: Fields, turn: Turn) -> Payload:
+        payload = wire.decode(data, fields, turn.round, self._layout_hash, self._max_bytes)
         self.strategy.check(payload, turn)
         return payload
 
@@ -251,8 +252,7 @@ class Replica:
             peer_id = ahead.peers[offer.peer]
             data = payload_bytes(offer)
             try:
-                payload = wire.decode(data, fields, turn.round, self._layout_hash, self._max_bytes)
-                self.strategy.check(payload, turn)
+                payload = self._decode(data, fields, turn)
             except BadPayload as e:
                 ahead.bad[e.reason] += 1
                 log.warning("round %d: payload of %s left out: %s", turn.round, peer_id, e)
