@@ -31,29 +31,19 @@ def weighed(
 
     1 for every offer, or its samples; less for those whose L1 norm is beyond the limit of the round.
     """
-    w = _bounded(strategy, compressor, parameters, shares, turn, clips_norms)
-    if strategy.option("aggregate") == "centred":
-        return centred(compressor, parameters, shares, turn, w)
-    return w
-
-
-def _bounded(
-    strategy: Strategy,
-    compressor: Compressor,
-    parameters: Sequence[Parameter],
-    shares: Sequence[Share],
-    turn: Turn,
-    clips_norms: bool,
-) -> Weighing:
     equal, bound = strategy.option("weights") == "equal", strategy.option("bound")
     if bound > 0.0:
         norms = _norms(compressor, parameters, shares, turn)
-        return weigh(norms, shares, not equal, bound, strategy.option("own_data_share"))
-    clip = strategy.option("clip")
-    weights = [1.0] * len(shares) if equal else sample_weights([s.n_samples for s in shares], clip)
-    if clips_norms:
-        weights = clipped_weights(_norms(compressor, parameters, shares, turn), weights, clip)
-    return Weighing(weights, weights)
+        w = weigh(norms, shares, not equal, bound, strategy.option("own_data_share"))
+    else:
+        clip = strategy.option("clip")
+        weights = [1.0] * len(shares) if equal else sample_weights([s.n_samples for s in shares], clip)
+        if clips_norms:
+            weights = clipped_weights(_norms(compressor, parameters, shares, turn), weights, clip)
+        w = Weighing(weights, weights)
+    if strategy.option("aggregate") == "centred":
+        return centred(compressor, parameters, shares, turn, w)
+    return w
 
 
 def _norms(
