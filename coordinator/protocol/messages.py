@@ -7,6 +7,7 @@ Ledger records are stored and passed on as the bytes that were signed; nobody re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
@@ -595,7 +596,7 @@ def encode_record(record: Record) -> bytes:
 
 def decode_record(kind: type[R], data: bytes) -> R:
     """Raises BadMessage for anything but exactly one record of this kind."""
-    return decode_fields(kind, unpack(data))
+    return _validated(kind, _unpack(data))
 
 
 def encode_message(message: Message) -> bytes:
@@ -604,15 +605,15 @@ def encode_message(message: Message) -> bytes:
     return packed
 
 
-def decode_message(data: bytes) -> Message:
-    """Raises BadMessage for anything but exactly one known message."""
-    value = unpack(data)
-    if not isinstance(value, tuple) or not value or not isinstance(value[0], int) or value[0] not in MESSAGES:
+def decode_message(data: bytes, kinds: Mapping[int, type[Message]] = MESSAGES) -> Message:
+    """Raises BadMessage for anything but exactly one message of these kinds, by their tags."""
+    value = _unpack(data)
+    if not isinstance(value, tuple) or not value or not isinstance(value[0], int) or value[0] not in kinds:
         raise BadMessage("unknown message")
-    return decode_fields(MESSAGES[value[0]], value[1:])
+    return _validated(kinds[value[0]], value[1:])
 
 
-def unpack(data: bytes) -> Any:
+def _unpack(data: bytes) -> Any:
     # Containers hold at least a byte per entry and strings at most all of them: nothing can ask for more
     # memory than a small multiple of the frame that was already bounded.
     n = len(data)
@@ -632,7 +633,7 @@ def unpack(data: bytes) -> Any:
         raise BadMessage(f"not msgpack: {e}") from e
 
 
-def decode_fields(kind: type[R], value: Any) -> R:
+def _validated(kind: type[R], value: Any) -> R:
     try:
         return kind.model_validate(value)
     except ValidationError as e:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Final, cast
 
-import msgpack
 from pydantic import Field
 
-from ..protocol.messages import BadMessage, Digest, Record, Round, Signature, decode_fields, unpack
+from ..protocol.messages import Digest, Message, Record, Round, Signature, decode_message
 from ..protocol.trust.seals import Ballot, Sealed
 
 BATCH: Final = 64
@@ -17,10 +16,8 @@ RecordBytes = Annotated[bytes, Field(max_length=16 * 2**20)]
 Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
 
 
-class Word(Record):
-    """A record with a tag of its own. `head`: the newest sealed round of who speaks."""
-
-    tag: ClassVar[int]
+class Word(Message):
+    """`head`: the newest sealed round of who speaks."""
 
 
 class Ping(Word):
@@ -127,15 +124,6 @@ _WORDS: Final = {
 }
 
 
-def encode_word(word: Word) -> bytes:
-    """msgpack of its tag and its fields in order."""
-    packed: bytes = msgpack.packb([word.tag, *word.to_list()], use_bin_type=True)
-    return packed
-
-
 def decode_word(data: bytes) -> Word:
-    """Raises BadMessage for anything but exactly one known word."""
-    value: Any = unpack(data)
-    if not isinstance(value, tuple) or not value or not isinstance(value[0], int) or value[0] not in _WORDS:
-        raise BadMessage("unknown word")
-    return decode_fields(_WORDS[value[0]], value[1:])
+    """What `encode_message` made of a word. Raises BadMessage for anything but exactly one known word."""
+    return cast("Word", decode_message(data, _WORDS))

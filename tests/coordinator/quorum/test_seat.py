@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.coordinator.quorum.world import MILD, RUN, Body, Disk, Key, Records
-from thinwire.coordinator.protocol.messages import BadMessage
+from thinwire.coordinator.protocol.messages import BadMessage, encode_message
 from thinwire.coordinator.protocol.trust.seals import MAX_SEATS, Committee, Seal, Sealed, Vote
 from thinwire.coordinator.quorum.seat import Evidence, Leads, NewRecord, Role, Seat, SeatEvent, StepsDown
 from thinwire.coordinator.quorum.words import (
@@ -23,7 +23,6 @@ from thinwire.coordinator.quorum.words import (
     Propose,
     Word,
     decode_word,
-    encode_word,
 )
 
 NAMES = ("seat-0", "seat-1", "seat-2")
@@ -176,7 +175,7 @@ def test_any_bytes_are_a_word_or_bad(data: bytes) -> None:
         word = decode_word(data)
     except BadMessage:
         return
-    assert encode_word(word) == data
+    assert encode_message(word) == data
 
 
 @given(st.lists(st.text(min_size=1, max_size=3), max_size=9), st.integers(0, 9))

@@ -18,12 +18,12 @@ from typing import Final
 
 import msgpack
 
-from thinwire.coordinator.protocol.messages import BadMessage, digest_of
+from thinwire.coordinator.protocol.messages import BadMessage, digest_of, encode_message
 from thinwire.coordinator.protocol.trust.seals import Committee, Sealed
 from thinwire.coordinator.quorum.acceptor import Acceptor
 from thinwire.coordinator.quorum.disk import VoteState
 from thinwire.coordinator.quorum.seat import Evidence, Leads, NewRecord, Role, Seat, Timing
-from thinwire.coordinator.quorum.words import Accepted, Word, decode_word, encode_word
+from thinwire.coordinator.quorum.words import Accepted, Word, decode_word
 
 RUN = b"r" * 32
 BUGS: Final = ("forgets_promise", "ignores_promise", "forgets_accept", "no_recovery", "old_copy")
@@ -197,7 +197,7 @@ class World:
         if (sender, to) in self.cut or to not in self.seats or draw < self.loss:
             return
         delay_s = self.rng.uniform(0.001, 0.05) if draw < 0.9 else self.rng.uniform(0.05, 1.5)
-        data = encode_word(word)
+        data = encode_message(word)
         heapq.heappush(self._network, (self.now_s + delay_s, self.rng.random(), sender, to, data))
         if self.rng.random() < 0.03:
             late_s = self.now_s + self.rng.uniform(0, 2)
