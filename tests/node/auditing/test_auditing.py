@@ -22,7 +22,13 @@ pytestmark = pytest.mark.usefixtures("one_core")
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "decoupled": {**DECOUPLED, "lr": 3e-3},
-    "diloco": {"name": "diloco", "lr": 3e-3, "inner_steps": 3, "compressor": {"name": "dense"}},
+    "diloco": {
+        "name": "diloco",
+        "lr": 3e-3,
+        "inner_steps": 3,
+        "outer_momentum": 0.0,  # in so few rounds of so small a model more of it overshoots
+        "compressor": {"name": "dense"},
+    },
     "spsa": {"name": "spsa", "lr": 1e-3, "eps": 1e-3, "probes": 8},
 }
 N_PEERS, BAD = 4, 3
