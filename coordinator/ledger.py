@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -25,6 +26,7 @@ from .protocol.messages import (
     digest_of,
     encode_record,
 )
+from .protocol.trust.seals import Committee
 
 MAX_INDEX = 2**16 - 1
 
@@ -52,17 +54,32 @@ class Ledger:
     def __init__(self, db: sqlite3.Connection, path: Path, public_key: Ed25519PublicKey) -> None:
         """Use `create` or `open`."""
         self._db = db
-        self._path, self._public_key = path, public_key
+        self._path = path
         record, self.genesis_signature = self._genesis(public_key)
         self.genesis_record: bytes = record
         self.genesis: GenesisBody = decode_record(GenesisBody, record)
         self.run_id: bytes = digest_of(record)
         self._committed: dict[int, str] = {}
-        self.head_round, self.head_digest = self._verify(public_key)
+        self._chain = self._verify()
         self._peer_ids = self._admissions()
         self.invited = Invited(db)
         self.invited.recall(self._committed)
         self._indices = {peer_id: index for index, peer_id in self._peer_ids.items()}
+
+    @property
+    def head_round(self) -> int:
+        """The newest round; 0: there is no commit yet."""
+        return self._chain.round
+
+    @property
+    def head_digest(self) -> bytes:
+        """Of the newest record; the run id without any commit."""
+        return self._chain.digest or self.run_id
+
+    @property
+    def committee(self) -> Committee:
+        """That seals the next record."""
+        return self._chain.committee
 
     @classmethod
     def create(cls, path: Path, genesis: GenesisBody, key: Ed25519PrivateKey) -> Ledger:
@@ -120,7 +137,7 @@ class Ledger:
             if work:
                 self._db.execute(_WORK)
                 self._db.execute("INSERT OR IGNORE INTO work VALUES (?, ?)", (body.work, work))
-        self.head_round, self.head_digest = body.round, commit.digest
+        self._chain.took(commit)
         self._committed.update((admission.index, admission.invitation) for admission in body.admitted)
         return commit
 
@@ -130,7 +147,7 @@ class Ledger:
         Admissions that no commit carries are forgotten: they may contradict those that did happen. Raises
         BadMessage (not of this coordinator, not the next ones) or LedgerCorrupt (another chain: a fork).
         """
-        chain = Chain(self._public_key, self.head_round, self.head_digest)
+        chain = copy(self._chain)
         n_admitted = len(self._committed)
         with self._db:
             self._db.execute("DELETE FROM admission WHERE idx >= ?", (n_admitted,))
@@ -146,7 +163,7 @@ class Ledger:
                     self._readmit(admission, n_admitted, chain.round)
                     n_admitted += 1
                     admitted[admission.index] = admission.invitation
-        self.head_round, self.head_digest = chain.round, chain.digest or self.run_id
+        self._chain = chain
         self._committed = admitted
         self.invited.recall(admitted)
         self._peer_ids = self._admissions()
@@ -298,9 +315,9 @@ class Ledger:
             raise self._corrupt(0, "record 0: its digest does not fit its bytes")
         return bytes(record), bytes(signature)
 
-    def _verify(self, public_key: Ed25519PublicKey) -> tuple[int, bytes]:
-        """Walks the chain; returns its head."""
-        chain = Chain(public_key, 0, self.run_id)
+    def _verify(self) -> Chain:
+        """Walks the chain."""
+        chain = Chain(self.run_id, self.genesis.coordinator, recovery=self.genesis.recovery)
         rows = self._db.execute(
             "SELECT round, record, signature, digest FROM record WHERE round != 0 ORDER BY round"
         )
@@ -316,7 +333,7 @@ class Ledger:
             except (LedgerCorrupt, ValueError) as e:
                 raise self._corrupt(wanted, str(e)) from e
             self._admitted(commit.body)
-        return chain.round, self.run_id if chain.digest is None else chain.digest
+        return chain
 
     def _admitted(self, body: CommitBody) -> None:
         """Admissions are derived from the records; the table only adds what no commit carries yet."""

@@ -65,6 +65,7 @@ from .protocol.messages import (
 from .protocol.schedule import lr_factor_bits
 from .protocol.settings import KEEP_SNAPSHOTS, Course, Keep
 from .protocol.trust.signed_offers import is_signed
+from .quorum.log import Alone, Log
 from .rounds import Excused, RoundClosed, Rounds
 from .trust.sentences import Sentences
 
@@ -101,14 +102,21 @@ class Service:
         check_strategy: CheckStrategy = no_strategy,
         loss_unit: str | None = None,
         keep: Keep = KEEP_SNAPSHOTS,
+        log: Log | None = None,
     ) -> None:
-        """`history`: what the method gave before a restart; `banned`, `rules`: who is not let in, and who is;
-        `check_strategy`: of what the owner wants to change of its options; `loss_unit`: where the run's task
-        is not built in; `keep`: of counted payloads.
+        """`log`: None: this coordinator orders the run alone. `history`: what the method gave before a
+        restart; `banned`, `rules`: who is not let in, and who is; `check_strategy`: of what the owner wants
+        to change of its options; `loss_unit`: where the run's task is not built in; `keep`: of counted
+        payloads.
 
         Raises ConfigError for another run's key or a config that it cannot read.
         """
-        self._ledger, self._blobs, self._key = ledger, blobs, key
+        self._ledger, self._blobs = ledger, blobs
+        self._log = Alone(ledger, key) if log is None else log
+        self._log.on_sealed = self._sealed
+        self._proposed: RoundClosed | None = None
+        """What the open proposal closes."""
+        self._is_proposing = False
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
         self._end = end
         self._settings = Course.of(ledger.genesis.config).settings
@@ -327,7 +335,8 @@ class Service:
         rounds = self._parts.rounds
         if self._n_adopted or rounds.is_held:
             raise ConfigError("the coordinator is getting lost rounds back from a node: try again soon")
-        place = Place(rounds.round, not rounds.is_awaited, rounds.is_over)
+        is_alone = not (rounds.is_awaited or self._is_proposing)
+        place = Place(rounds.round, is_alone, rounds.is_over)
         ordered = self._pending.add(order, self.course, place)
         if place.is_alone:
             self._commit_changes(now_s)
@@ -397,7 +406,8 @@ class Service:
         self._parts.open_round.handle(TimePassed(), now_s)
         parts = self._parts
         parts.notices.lines.flush()
-        if self._pending and not parts.rounds.is_held and not parts.rounds.is_awaited:
+        is_free = not (parts.rounds.is_held or parts.rounds.is_awaited or self._is_proposing)
+        if self._pending and is_free:
             self._commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
         parts.announcer.tell(parts.members.connected(), parts.open_round.offers.fetchable())
         round_s = parts.derived.statistics.round_s
@@ -486,19 +496,26 @@ class Service:
     # --------------------------------------------------------------------------------------- the commit
 
     def _close(self, closed: RoundClosed, now_s: float) -> None:
-        """Orders the round that has closed: from here to `_committed` no other one does."""
+        """Orders the round that has closed: from here to `_sealed` no other one does."""
         work = self._parts.open_round.offers.work(closed.peers)
         proposal = self._proposal(closed.round, closed.peers, closed.evaluator, work)
-        commit = self._ledger.append(proposal, self._key, work)
-        self._committed(commit, closed, now_s)
+        self._propose(proposal, work, closed, now_s)
 
     def _commit_changes(self, now_s: float) -> None:
         """A record of its own for what is to change; nobody works on the open round."""
         rounds = self._parts.rounds
-        commit = self._ledger.append(self._proposal(rounds.round, (), None), self._key)
-        course = self.course.after(commit.body.changes)
+        proposal = self._proposal(rounds.round, (), None)
+        course = self.course.after(proposal.changes)
         rounds.skip(course.n_rounds, course.is_paused)
-        self._committed(commit, None, now_s)
+        self._propose(proposal, b"", None, now_s)
+
+    def _propose(self, body: CommitBody, work: bytes, closed: RoundClosed | None, now_s: float) -> None:
+        self._proposed, self._is_proposing = closed, True
+        self._log.propose(body, work, now_s)
+
+    def _sealed(self, commit: Commit, now_s: float) -> None:
+        closed, self._proposed, self._is_proposing = self._proposed, None, False
+        self._committed(commit, closed, now_s)
 
     def _proposal(
         self, round_: int, peers: Sequence[int], evaluator: int | None, work: bytes = b""

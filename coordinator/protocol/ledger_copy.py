@@ -11,8 +11,6 @@ import sqlite3
 import threading
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from ...compression.errors import ConfigError, LedgerCorrupt
 from .chain import Chain
 from .messages import BadMessage, Commit, CommitBody, GenesisBody, decode_record
@@ -38,13 +36,14 @@ class LedgerCopy:
     Any thread may read; one thread appends. While the disk is full, commits are kept in memory.
     """
 
-    def __init__(self, path: Path | None, run_id: bytes, public_key: Ed25519PublicKey) -> None:
-        """Verifies the whole chain; what does not fit is cut off, with a warning that names the record.
+    def __init__(self, path: Path | None, run_id: bytes, founder: str) -> None:
+        """`founder`: the coordinator of record 0. Verifies the whole chain; what does not fit is cut off,
+        with a warning that names the record.
 
         Raises ConfigError: a file that cannot be used, of another run or of none.
         """
         self._path, self._run_id = path, run_id
-        self._chain = Chain(public_key, 0, run_id)
+        self._chain = Chain(run_id, founder)
         self._lock = threading.RLock()
         self._newest: Commit | None = None
         self._unwritten: list[Commit] = []

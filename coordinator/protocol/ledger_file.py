@@ -29,7 +29,7 @@ from blake3 import blake3
 from ...compression.errors import ConfigError, Incompatible, LedgerCorrupt
 from .chain import Chain
 from .files import sync_folder
-from .identity import is_signed_by, public_key_of
+from .identity import is_signed_by
 from .messages import (
     PROTOCOL_VERSION,
     BadMessage,
@@ -108,7 +108,7 @@ class LedgerFile:
         self._absent.clear()
         self.unsigned.clear()
         self.peers.clear()
-        chain = Chain(public_key_of(self.genesis.coordinator), 0, self.run_id)
+        chain = Chain(self.run_id, self.genesis.coordinator, recovery=self.genesis.recovery)
         while self._next_kind(chain.round + 1) != _LAST:
             wanted = chain.round + 1
             signature, record = self._signed(_COMMIT, wanted)

@@ -30,6 +30,7 @@ from .messages import (
 SESSION = "thinwire/1/session"
 BLOB = "thinwire/1/blob"
 STATUS = "thinwire/1/status"
+SEAT = "thinwire/1/seat"
 
 HEADER = struct.Struct(">IB")
 CHUNK_BYTES = 64 * 2**10
@@ -60,6 +61,7 @@ FrameLimits = Mapping[FrameKind, int]
 
 FROM_NODE: FrameLimits = {FrameKind.MESSAGE: 64 * 2**10}
 COMMITS_FROM_NODE: FrameLimits = {FrameKind.MESSAGE: 17 * 2**20}  # the same records as below, given back
+BETWEEN_SEATS: FrameLimits = {FrameKind.MESSAGE: 17 * 2**20}
 FROM_COORDINATOR: FrameLimits = {FrameKind.MESSAGE: 17 * 2**20}  # record 0 and commits have at most 16 MiB
 
 

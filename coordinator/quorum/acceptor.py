@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ..protocol.messages import BadMessage, digest_of
-from ..protocol.trust.seals import Committee, vote_bytes
+from ..protocol.trust.seals import Committee
 from .disk import Records, SeatDisk, Signer, VoteState
 from .words import Accepted, Propose, Voted
 
@@ -59,11 +59,14 @@ class Acceptor:
             return "two records"
         if self.place(proposed.record) != (head + 1, self._disk.head_digest):
             return None
-        if not self._records.may_vote(proposed.record):
+        if not self._records.may_vote(proposed.record, proposed.work):
             return None
         if not is_again:
-            vote = Accepted(ballot=proposed.ballot, round=proposed.round, record=proposed.record)
+            vote = Accepted(
+                ballot=proposed.ballot, round=proposed.round, record=proposed.record, work=proposed.work
+            )
             self._disk.save_vote(VoteState(self.committee.epoch, proposed.ballot, vote))
         digest = digest_of(proposed.record)
-        signature = self._signer.sign(vote_bytes(self._run_id, proposed.ballot, proposed.round, digest))
+        data = self.committee.signed(self._run_id, proposed.ballot, proposed.round, proposed.record)
+        signature = self._signer.sign(data)
         return Voted(ballot=proposed.ballot, round=proposed.round, digest=digest, signature=signature)

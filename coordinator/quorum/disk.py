@@ -63,8 +63,9 @@ class Records(Protocol):
         """Its round, and the digest of its parent. Raises BadMessage for what is no record."""
         ...
 
-    def may_vote(self, record: bytes) -> bool:
-        """Whether it follows the head, says nothing wrong, and every payload that it names is here."""
+    def may_vote(self, record: bytes, work: bytes) -> bool:
+        """Whether it follows the head, says nothing wrong, and every payload that it names is here. `work`:
+        the signatures of its offers."""
         ...
 
 

@@ -17,7 +17,7 @@ from enum import Enum, auto
 from typing import ClassVar, Final, Literal
 
 from ..protocol.messages import digest_of
-from ..protocol.trust.seals import Committee, Seal, Sealed, Vote, vote_bytes
+from ..protocol.trust.seals import Committee, Sealed
 from .acceptor import Acceptor
 from .catching_up import CatchingUp
 from .disk import Records, SeatDisk, Signer
@@ -122,6 +122,7 @@ class Seat:
         self.events: list[SeatEvent] = []
         self.proposal: bytes | None = None
         """Of a leader: the record that waits for its seal."""
+        self._work = b""
         self._heard_s = now_s
         self._ballot = 0
         self._highest = disk.vote.promised
@@ -136,16 +137,16 @@ class Seat:
 
     # --------------------------------------------------------------------------------------- the leader
 
-    def propose(self, record: bytes, now_s: float) -> None:
-        """The record of the open round. Raises RuntimeError unless this seat leads and nothing is proposed: a
-        ballot has one record, ever."""
+    def propose(self, record: bytes, now_s: float, work: bytes = b"") -> None:
+        """The record of the open round, and the blob that it names. Raises RuntimeError unless this seat
+        leads and nothing is proposed: a ballot has one record, ever."""
         if self.role is not Role.LEADING or self.proposal is not None:
             raise RuntimeError("only a leader proposes, one record at a time")
-        self._propose(record, now_s)
+        self._propose(record, work, now_s)
 
-    def _propose(self, record: bytes, now_s: float) -> None:
-        self.proposal, self._votes, self._proposed_s = record, {}, now_s
-        proposed = Propose(ballot=self._ballot, round=self._disk.head + 1, record=record)
+    def _propose(self, record: bytes, work: bytes, now_s: float) -> None:
+        self.proposal, self._work, self._votes, self._proposed_s = record, work, {}, now_s
+        proposed = Propose(ballot=self._ballot, round=self._disk.head + 1, record=record, work=work)
         self._cast(proposed)  # the others' disks write while this one does
         voted = self._acceptor.accept(proposed)
         if isinstance(voted, Voted):
@@ -180,7 +181,8 @@ class Seat:
         self._cast(Ping(ballot=self._ballot, head=self._disk.head))
         if self.proposal is not None and now_s - self._proposed_s > self._timing.retry_s:
             self._proposed_s = now_s
-            again = Propose(ballot=self._ballot, round=self._disk.head + 1, record=self.proposal)
+            round_, record = self._disk.head + 1, self.proposal
+            again = Propose(ballot=self._ballot, round=round_, record=record, work=self._work)
             for seat in self._others:
                 if seat not in self._votes:
                     self._send(seat, again)
@@ -210,7 +212,8 @@ class Seat:
         if found:
             # It may have been sealed: it goes first, as it is.
             self.role = Role.RECOVERING
-            self._propose(max(found, key=lambda accepted: accepted.ballot).record, now_s)
+            newest = max(found, key=lambda accepted: accepted.ballot)
+            self._propose(newest.record, newest.work, now_s)
         else:
             self.role = Role.LEADING
             self.events.append(Leads())
@@ -222,14 +225,14 @@ class Seat:
             return
         if seat in self._votes or seat not in self._committee.seats or voted.digest != digest_of(record):
             return
-        data = vote_bytes(self._run_id, voted.ballot, round_, voted.digest)
+        data = self._committee.signed(self._run_id, voted.ballot, round_, record)
         if seat != self.me and not self._signer.check(seat, voted.signature, data):
             return
         self._votes[seat] = voted.signature
         if len(self._votes) < self._committee.need:
             return
-        votes = tuple(Vote(seat=s, signature=signature) for s, signature in sorted(self._votes.items()))
-        sealed = Sealed(record=record, seal=Seal(ballot=self._ballot, votes=votes))
+        seal = self._committee.seal(self._ballot, self._votes)
+        sealed = Sealed(record=record, seal=seal, work=self._work)
         epoch, seats = self._committee.epoch, self._others
         self.proposal, self._votes = None, {}
         self._append(sealed)
@@ -353,7 +356,10 @@ class Seat:
                 self._catching_up.heard_of(seat, place[0], now_s)
                 return
             is_next = place == (head + 1, self._disk.head_digest)
-            if not is_next or not committee.has_sealed(self._run_id, head + 1, sealed, self._signer.check):
+            is_sealed = committee.has_sealed(
+                self._run_id, head + 1, sealed.record, sealed.seal, self._signer.check
+            )
+            if not is_next or not is_sealed:
                 self.events.append(Evidence(seat, "bad seal"))
                 return
             self._append(sealed)

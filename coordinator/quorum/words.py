@@ -6,7 +6,18 @@ from typing import Annotated, Final, cast
 
 from pydantic import Field
 
-from ..protocol.messages import Digest, Message, Record, Round, Signature, decode_message
+from ..protocol.messages import (
+    Address,
+    Count,
+    Digest,
+    Message,
+    Record,
+    Round,
+    Signature,
+    Text,
+    Work,
+    decode_message,
+)
 from ..protocol.trust.seals import Ballot, Sealed
 
 BATCH: Final = 64
@@ -63,9 +74,11 @@ class Prepare(Word):
 class Accepted(Record):
     """What a seat has voted for last, in the open round."""
 
+    n_younger = 1
     ballot: Ballot
     round: Round
     record: RecordBytes
+    work: Work = b""
 
 
 class Promise(Word):
@@ -86,12 +99,14 @@ class Nack(Word):
 
 
 class Propose(Word):
-    """The record of the open round."""
+    """The record of the open round. `work`: the blob that it names."""
 
     tag = 8
+    n_younger = 1
     ballot: Ballot
     round: Round
     record: RecordBytes
+    work: Work = b""
 
 
 class Voted(Word):
@@ -118,9 +133,62 @@ class Batch(Word):
     sealed: Annotated[tuple[Sealed, ...], Field(min_length=1, max_length=BATCH)]
 
 
+class Enter(Word):
+    """First on a stream between two seats: who dials tells where it is reached, and that it may be here.
+
+    `secret`: of a seat ticket, for an onlooker; a seat of the committee is known by its key. `wants_seat`: an
+    onlooker that is to be named by the next committee record; `lacks`: why it cannot be named yet, in words.
+    """
+
+    tag = 12
+    run_id: Digest
+    secret: Annotated[bytes, Field(max_length=64)]
+    addresses: Annotated[tuple[Address, ...], Field(max_length=8)]
+    wants_seat: bool
+    lacks: Text
+
+
+class Keep(Word):
+    """From a leader: this payload was offered; fetch it (over a blob stream) and say `Keeps`."""
+
+    tag = 13
+    digest: Digest
+    n_bytes: Count
+
+
+class Keeps(Word):
+    """The payload is on the disk of who speaks."""
+
+    tag = 14
+    digest: Digest
+
+
+class Memory(Word):
+    """From a leader, now and then: what only it has seen and its successor wants to know, in JSON."""
+
+    tag = 15
+    packed: Annotated[bytes, Field(max_length=2**20)]
+
+
 _WORDS: Final = {
     word.tag: word
-    for word in (Ping, Pong, Canvass, Aye, Prepare, Promise, Nack, Propose, Voted, Follow, Batch)
+    for word in (
+        Ping,
+        Pong,
+        Canvass,
+        Aye,
+        Prepare,
+        Promise,
+        Nack,
+        Propose,
+        Voted,
+        Follow,
+        Batch,
+        Enter,
+        Keep,
+        Keeps,
+        Memory,
+    )
 }
 
 

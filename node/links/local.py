@@ -15,13 +15,14 @@ from itertools import count
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.blobs import BlobStore
 from ...coordinator.control.orders import CheckStrategy
 from ...coordinator.ledger import Ledger
 from ...coordinator.protocol.chain import Chain
+from ...coordinator.protocol.identity import peer_id_of
 from ...coordinator.protocol.messages import (
     INLINE_BYTES,
     MAX_ROUND,
@@ -111,7 +112,7 @@ class LocalSwarm:
         self.changed = threading.Condition(threading.RLock())
         """Guards the service and everything below; notified when something happened."""
         self.run_id = ledger.run_id
-        self.public_key: Ed25519PublicKey = key.public_key()
+        self.coordinator = peer_id_of(key.public_key())
         self.blobs = blobs
         self.lose, self._is_late = lose, late
         self._late: list[tuple[LocalLink, int, Offer]] = []
@@ -426,7 +427,7 @@ class LocalLink:
 
     def _read(self, after: int, up_to: int) -> Iterator[Commit]:
         """The copy of the ledger that a link has is the swarm's own here."""
-        chain = Chain(self._swarm.public_key, after, self.run_id if after == 0 else None)
+        chain = Chain(self.run_id, self._swarm.coordinator, after)
         while chain.round < up_to and (batch := self._next_commits(chain.round)):
             for commit in batch[: up_to - chain.round]:
                 if self._is_closed:

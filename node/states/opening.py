@@ -25,7 +25,7 @@ from urllib.parse import quote
 
 from ...compression.errors import ConfigError, LedgerCorrupt
 from ...coordinator.protocol.chain import Chain
-from ...coordinator.protocol.identity import is_signed_by, public_key_of
+from ...coordinator.protocol.identity import is_signed_by
 from ...coordinator.protocol.ledger_copy import COPY_NAME, records_with_changes, work_in
 from ...coordinator.protocol.messages import BadMessage, Commit, GenesisBody, decode_record, digest_of
 from ...coordinator.protocol.settings import Course
@@ -89,7 +89,9 @@ class RunState:
 
     def commits(self, after: int = 0) -> Iterator[Commit]:
         """The commits of rounds `after` + 1 to `head`, verified one by one. Raises LedgerCorrupt."""
-        chain = Chain(public_key_of(self.genesis.coordinator), after, self.run_id if after == 0 else None)
+        genesis = self.genesis
+        before = (body for body in records_with_changes(self._db) if body.round <= after)
+        chain = Chain(self.run_id, genesis.coordinator, after, recovery=genesis.recovery, before=before)
         while chain.round < self.head:
             rows = self._rows(chain.round)
             if not rows:

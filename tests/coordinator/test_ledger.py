@@ -17,6 +17,7 @@ from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
 from thinwire.coordinator import ledger as ledger_module
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.chain import Chain
+from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.messages import (
     Admission,
     BadMessage,
@@ -89,7 +90,7 @@ def test_a_new_ledger_holds_record_0(
 
 def test_commits_are_a_signed_chain(path: Path, key: Ed25519PrivateKey) -> None:
     ledger = Ledger.open(path, key.public_key())
-    chain = Chain(key.public_key(), 0, ledger.run_id)
+    chain = Chain(ledger.run_id, peer_id_of(key.public_key()))
     for commit in ledger.commits(0, 100):
         chain.check(commit)
     assert (chain.round, chain.digest) == (5, ledger.head_digest) == (ledger.head_round, ledger.digest_at(5))
@@ -102,18 +103,18 @@ def test_commits_are_a_signed_chain(path: Path, key: Ed25519PrivateKey) -> None:
 def test_a_chain_refuses_what_does_not_follow(path: Path, key: Ed25519PrivateKey) -> None:
     ledger = Ledger.open(path, key.public_key())
     first, second = ledger.commits(0, 2)
-    chain = Chain(key.public_key(), 0, ledger.run_id)
+    chain = Chain(ledger.run_id, peer_id_of(key.public_key()))
     with pytest.raises(LedgerCorrupt, match="record 1: it says that it is round 2"):
         chain.check(second)
     with pytest.raises(LedgerCorrupt, match="record 1: its signature"):
         chain.check(first.model_copy(update={"signature": bytes(64)}))
     with pytest.raises(LedgerCorrupt, match="record 1: it does not follow record 0"):
-        Chain(key.public_key(), 0, bytes(32)).check(first)
+        Chain(bytes(32), peer_id_of(key.public_key())).check(first)
     with pytest.raises(LedgerCorrupt, match="record 1: its signature"):
-        Chain(Ed25519PrivateKey.generate().public_key(), 0, ledger.run_id).check(first)
+        Chain(ledger.run_id, peer_id_of(Ed25519PrivateKey.generate().public_key())).check(first)
     chain.check(first)
     chain.check(second)
-    from_snapshot = Chain(key.public_key(), 1, None)
+    from_snapshot = Chain(ledger.run_id, peer_id_of(key.public_key()), 1)
     from_snapshot.check(second)
     assert from_snapshot.digest == second.digest
     ledger.close()

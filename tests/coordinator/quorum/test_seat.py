@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.coordinator.quorum.world import MILD, RUN, Body, Disk, Key, Records
-from thinwire.coordinator.protocol.messages import BadMessage, encode_message
-from thinwire.coordinator.protocol.trust.seals import MAX_SEATS, Committee, Seal, Sealed, Vote
+from thinwire.coordinator.protocol.messages import MAX_SEATS, BadMessage, encode_message
+from thinwire.coordinator.protocol.trust.seals import Committee, Seal, Sealed
 from thinwire.coordinator.quorum.seat import Evidence, Leads, NewRecord, Role, Seat, SeatEvent, StepsDown
 from thinwire.coordinator.quorum.words import (
     Accepted,
@@ -87,9 +87,9 @@ def test_three_seats_elect_one_and_seal() -> None:
     sealed = table.disks["seat-2"].records[0]
     committee = Committee.majority(0, NAMES)
     assert sealed.record == record
-    assert committee.has_sealed(RUN, 1, sealed, Key("").check)
-    assert not committee.has_sealed(RUN, 2, sealed, Key("").check)
-    assert not committee.has_sealed(b"another run", 1, sealed, Key("").check)
+    assert committee.has_sealed(RUN, 1, record, sealed.seal, Key("").check)
+    assert not committee.has_sealed(RUN, 2, record, sealed.seal, Key("").check)
+    assert not committee.has_sealed(b"another run", 1, record, sealed.seal, Key("").check)
 
 
 def test_a_record_that_one_seat_has_voted_for_is_proposed_again_by_the_next_leader() -> None:
@@ -135,12 +135,8 @@ def test_what_is_not_sealed_is_not_taken() -> None:
     table = Table()
     seat = table.seats["seat-1"]
     ballot = table.disks["seat-1"].committee.ballot_above(0, "seat-0")
-    vote = Vote(seat="seat-0", signature=bytes(64))
-    seat.receive(
-        "seat-0",
-        Batch(sealed=(Sealed(record=table.record(1), seal=Seal(ballot=ballot, votes=(vote,))),)),
-        0.0,
-    )
+    seal = Seal(ballot, {0: bytes(64)}).to_bytes()
+    seat.receive("seat-0", Batch(sealed=(Sealed(record=table.record(1), seal=seal),)), 0.0)
     assert table.events("seat-1") == [Evidence("seat-0", "bad seal")]
     assert table.disks["seat-1"].head == 0
 

@@ -66,7 +66,7 @@ class Records:
             raise BadMessage("no record") from e
         return body.round, body.parent
 
-    def may_vote(self, record: bytes) -> bool:
+    def may_vote(self, record: bytes, work: bytes) -> bool:
         return True
 
 
