@@ -317,7 +317,7 @@ def test_of_what_cannot_be_adopted_nothing_is(copy: Path, lost: list[Commit], ke
     head = ledger.head_digest
     for wrong, text in (
         ([lost[0], forged], "record 7: its signature"),
-        ([lost[0], cut], "record 7: its signature"),
+        ([lost[0], cut], "record 7: it is no commit"),
         ([lost[0], unreadable], "record 7: it is no commit"),
         (lost[1:], "record 6: it says that it is round 7"),
         ([lost[0], lost[0]], "record 7: it says that it is round 6"),
