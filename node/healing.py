@@ -201,6 +201,6 @@ def _who_differs(names: str, since: int, known: str) -> str:
     return (
         f"since round {since} the replica of {names} is not what this node has, and {known}. This node "
         f"trains on as it is. To see who is wrong: thinwire ledger TICKET -o FILE, then thinwire replay FILE "
-        f"on this machine and on another one; the run's owner can shut a peer out with thinwire coordinator "
-        f"--ban PEER"
+        f"on this machine and on another one; the run's owner can shut a peer out with thinwire run "
+        f"STATE ban PEER"
     )

@@ -109,7 +109,7 @@ class StartCheck:
         return (
             f"the snapshot after round {round_} is wrong: a replay of the ledger gave something else. This "
             f"node had taken {self._who} for it. Tell the run's owner, who can shut them out with thinwire "
-            f"coordinator --ban PEER"
+            f"run STATE ban PEER"
         )
 
     def close(self) -> None:
