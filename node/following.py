@@ -117,6 +117,7 @@ class LedgerFollower:
 
     def _began(self, start: Start, *, is_replay: bool) -> None:
         self._stage = Stage.REPLAYING if is_replay else Stage.CATCHING_UP
+        self._auditor.forget()
         self._catching_up = CatchingUp(self._replica.round)
         self._publisher.began(self._joiner.stored, is_verified=start.is_trusted)
         self._check.began(start)
@@ -234,6 +235,7 @@ class LedgerFollower:
         """One live commit, or several older ones."""
         began_s, offer = self._clock(), self._proposer.open_offer
         payloads = _Payloads(self._link, self._clock, self._stopped)
+        self._auditor.coming(commits)
         owns = self._replica.apply_batch(
             commits, payloads.fetch, offered=() if offer is None else {offer.round}
         )
