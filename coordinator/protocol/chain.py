@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ...compression.errors import LedgerCorrupt
-from .messages import BadMessage, Commit, CommitBody, CommitteeEntry, digest_of
+from ...compression.errors import ConfigError, LedgerCorrupt
+from .identity import is_signed_by
+from .messages import (
+    BadMessage,
+    Commit,
+    CommitBody,
+    CommitteeEntry,
+    GenesisBody,
+    SeatEntry,
+    decode_record,
+    digest_of,
+)
 from .trust.seals import Committee
-from .trust.signatures import SIGNATURE_BYTES, verifies_raw
+from .trust.signatures import SIGNATURE_BYTES, key_of, verifies_raw
 
 
 class Forked(LedgerCorrupt):
@@ -38,6 +48,8 @@ class Chain:
         self.round = round_
         self.digest = run_id if round_ == 0 else digest
         self.committee = Committee.founder(founder)
+        self.seats: tuple[SeatEntry, ...] = ()
+        """Of the committee, with their addresses, once a record has named it."""
         self.recovery = recovery
         for body in before:
             if body.committee is not None:
@@ -55,8 +67,8 @@ class Chain:
             raise LedgerCorrupt(f"record {wanted}: it says that it is round {body.round}")
         if self.digest is not None and body.parent != self.digest:
             raise Forked(f"record {wanted}: it does not follow record {self.round}")
-        if body.committee is not None and body.committee.recovery and self.recovery:
-            raise LedgerCorrupt(f"record {wanted}: it changes the recovery key, which is set once")
+        if body.committee is not None:
+            self._check_named(body.committee)
         self.took(commit)
 
     def took(self, commit: Commit) -> None:
@@ -73,6 +85,14 @@ class Chain:
             whose = "the coordinator's" if len(self.committee.seats) == 1 else "a majority's of its committee"
             raise LedgerCorrupt(f"record {wanted}: its signature is not {whose}")
 
+    def _check_named(self, named: CommitteeEntry) -> None:
+        wanted = self.round + 1
+        if named.recovery and self.recovery:
+            raise LedgerCorrupt(f"record {wanted}: it changes the recovery key, which is set once")
+        for seat in named.seats:
+            if key_of(seat.peer_id) is None:
+                raise LedgerCorrupt(f"record {wanted}: it names a seat without a key, {seat.peer_id!a}")
+
     def _check_recovery(self, commit: Commit, key: bytes) -> None:
         wanted = self.round + 1
         if not self.recovery or digest_of(key) != self.recovery:
@@ -83,8 +103,25 @@ class Chain:
             raise LedgerCorrupt(f"record {wanted}: its signature is not the recovery key's")
 
     def _follow(self, round_: int, entry: CommitteeEntry) -> None:
-        self.committee = Committee.named(round_, entry)
+        self.committee, self.seats = Committee.named(round_, entry), entry.seats
         self.recovery = self.recovery or entry.recovery
+
+
+def check_genesis(record: bytes, signature: bytes) -> GenesisBody:
+    """Record 0, signed by the founder that it names. Raises LedgerCorrupt."""
+    try:
+        body = decode_record(GenesisBody, record)
+        is_signed = is_signed_by(body.coordinator, signature, record)
+    except (BadMessage, ConfigError) as e:
+        raise LedgerCorrupt(f"record 0: it is no genesis: {e}") from e
+    if not is_signed:
+        raise LedgerCorrupt("record 0: its signature is not the coordinator's")
+    return body
+
+
+def seats_of(body: CommitBody) -> tuple[SeatEntry, ...]:
+    """That the record names as the committee; (): it names none."""
+    return () if body.committee is None else body.committee.seats
 
 
 REPAIR_FORK = (

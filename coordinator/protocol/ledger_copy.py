@@ -210,6 +210,18 @@ def records_with_changes(db: sqlite3.Connection) -> list[CommitBody]:
     return [body for body in bodies if body.changes]
 
 
+def records_with_committees(db: sqlite3.Connection, up_to: int) -> list[CommitBody]:
+    """Those that name a committee, to that round, in order; as `records_with_changes`."""
+    # Nothing before the committee's field can be left out: a list of thirteen entries or more.
+    rows = db.execute(
+        "SELECT record FROM record WHERE round > 0 AND round <= ? AND substr(record, 1, 1) >= x'9d' "
+        "ORDER BY round",
+        (up_to,),
+    )
+    bodies = [decode_record(CommitBody, record) for (record,) in rows]
+    return [body for body in bodies if body.committee is not None]
+
+
 def work_in(db: sqlite3.Connection, digest: bytes) -> bytes | None:
     """The signatures of a commit's offers by the digest that it names; None: the database does not have them,
     as a node's copy never has. The caller checks them."""

@@ -14,7 +14,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
-from thinwire.coordinator import ledger as ledger_module
+from thinwire.coordinator.entry import admitted as admitted_module
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.chain import Chain
 from thinwire.coordinator.protocol.identity import peer_id_of
@@ -238,7 +238,7 @@ def test_admissions_survive_a_restart_before_their_first_commit(path: Path, key:
 def test_admissions_between_two_commits_are_bounded(
     path: Path, key: Ed25519PrivateKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_module, "MAX_PEERS", 3)
+    monkeypatch.setattr(admitted_module, "MAX_PEERS", 3)
     ledger = Ledger.open(path, key.public_key())
     for name in "xyz":
         ledger.admit(name)

@@ -115,6 +115,10 @@ class Committee:
         """By the record of round `epoch`."""
         return cls(epoch, tuple(seat.peer_id for seat in entry.seats), entry.need)
 
+    def is_only(self, peer_id: str) -> bool:
+        """Whether this seat alone orders the run."""
+        return self.seats == (peer_id,)
+
     def ballot_above(self, ballot: int, seat: str) -> int:
         """The first one of this epoch and seat that is higher than `ballot`. Raises OverflowError."""
         number = 1
