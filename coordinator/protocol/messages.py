@@ -75,6 +75,9 @@ SealBytes = Annotated[bytes, Field(min_length=64, max_length=MAX_SEAL_BYTES)]
 Work = Annotated[bytes, Field(max_length=MAX_WORK_BYTES)]
 """Signatures of a record's offers, see `signed_offers.work_of`."""
 
+Term = Annotated[int, Field(ge=0, lt=2**63)]
+"""The ballot by which a seat leads: a later one has a higher one. 0: nobody was elected."""
+
 PeerId = Annotated[str, Field(min_length=1, max_length=100)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Address = Annotated[str, Field(min_length=1, max_length=300)]
@@ -413,9 +416,10 @@ class Hello(Message):
 
 class Welcome(Message):
     """Record 0 with its signature, and where the ledger stands. Payloads of the rounds from `kept_from` on
-    can be had from the coordinator."""
+    can be had from the coordinator, which leads by that `term`."""
 
     tag = 2
+    n_younger = 1
     genesis: Annotated[bytes, Field(max_length=16 * 2**20)]
     signature: Signature
     head_round: Round
@@ -423,6 +427,7 @@ class Welcome(Message):
     kept_from: Round
     peer_index: Index
     heartbeat_s: Annotated[float, Field(gt=0, le=60)]
+    term: Term = 0
 
     @cached_property
     def body(self) -> GenesisBody:
@@ -451,14 +456,16 @@ class Refused(Message):
 
 
 class Elsewhere(Message):
-    """From a seat that does not lead, instead of a Welcome. `leader`: the one that does, as far as is known;
-    `seats`: of the committee, in its order; `waits_for`: what it takes to go on, in words, if nobody
-    leads."""
+    """From a seat that does not lead, instead of a Welcome; or that does not lead any more. `leader`: the one
+    that does, as far as is known, by that `term`; `seats`: of the committee, in its order; `waits_for`: what
+    it takes to go on, in words, if nobody leads."""
 
     tag = 18
+    n_younger = 1
     leader: PeerId | None
     seats: Annotated[tuple[SeatEntry, ...], Field(max_length=MAX_SEATS)]
     waits_for: Text
+    term: Term = 0
 
 
 class State(Message):
