@@ -1,4 +1,4 @@
-"""What records change of a run, in words: its settings, who orders it and who may come in; who sealed that."""
+"""What records change of a run, in words: its settings, who orders it, who may come in; who has sealed it."""
 
 from __future__ import annotations
 
