@@ -19,6 +19,7 @@ from .observe.peer_sizes import PeerSizes
 from .observe.run_statistics import RunStatistics
 from .protocol.messages import Commit, CommitBody, Rejected
 from .protocol.settings import Course, Keep
+from .protocol.trust.governing import Governing
 from .protocol.trust.standing import Standing
 from .reports import Reports
 from .retention import PayloadRetention
@@ -62,6 +63,7 @@ class DerivedState:
         n_params = sum(prod(entry.shape) for entry in ledger.genesis.layout)
         self.statistics = RunStatistics(n_params)
         self.page_history = PageHistory(n_params, rejected)
+        self._governing = Governing(ledger.genesis.coordinator)
         self.standing = Standing(ledger.run_id, course.settings.audits)
         self.audits = AuditReports(self.standing, ledger.peer_id, rejected)
         self.peer_sizes = PeerSizes(self.standing.has_worked, self.statistics.has_offered)
@@ -115,7 +117,7 @@ class DerivedState:
         self.standing.committed(body, commit.digest)
         self.audits.committed()
         self._tell_judged(body)
-        for text in self.course.told(body.changes):
+        for text in (*self._governing.follow(commit), *self.course.told(body.changes)):
             self.page_history.happened(body.time_ms, "changed", f"round {body.round}: {text}")
         self.course = self.course.after(body.changes)
 

@@ -12,6 +12,7 @@ from ..compression.errors import ReplicaDiverged, SwarmUnreachable
 from ..coordinator.protocol.figures import RoundLines, counted, human_seconds, mean_loss
 from ..coordinator.protocol.messages import Commit, NodeState, OfferEntry
 from ..coordinator.protocol.settings import Course
+from ..coordinator.protocol.trust.governing import told_of_seats
 from .auditing.auditor import Auditor
 from .batches import batches
 from .healing import Healer
@@ -260,6 +261,8 @@ class LedgerFollower:
         if body.changes:
             told = "; ".join(f"{change.key} = {change.value}" for change in body.changes)
             log.info("the run changes after round %d: %s", body.round, told)
+        for text in told_of_seats(body):
+            log.info("after round %d: %s", body.round, text)
         if not body.offers:
             return
         n_rounds = self._replica.course.n_rounds

@@ -45,6 +45,9 @@ MAX_AUDITS = 256
 MAX_PEERS = 1024
 MAX_ROUND = 2**32 - 1
 
+COMMITTEES_SINCE: Final = 4
+"""The first protocol version in which records name committees, resting seats and who may come in."""
+
 MAX_SEATS: Final = 7
 """Of a committee."""
 
@@ -321,9 +324,14 @@ class CommitBody(Record):
     reseat: Annotated[tuple[Reseated, ...], Field(max_length=MAX_SEATS)] = ()
     access: AccessEntry | None = None
 
+    @property
+    def governs(self) -> bool:
+        """Whether it says who orders the run, or who may come in; since `COMMITTEES_SINCE`."""
+        return self.committee is not None or bool(self.reseat) or self.access is not None
+
     @model_validator(mode="after")
     def _has_a_reason(self) -> Self:
-        if not (self.offers or self.changes or self.committee or self.reseat or self.access):
+        if not (self.offers or self.changes or self.governs):
             raise ValueError("a commit has offers or changes")
         if self.work and (len(self.work) != 32 or not self.offers):
             raise ValueError("work is the digest of the signatures of offers")
