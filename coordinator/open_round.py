@@ -18,6 +18,7 @@ from .protocol.messages import BadMessage, Offer, OfferEntry, Rejected
 from .protocol.trust.signed_offers import work_of
 from .retention import PayloadRetention
 from .rounds import (
+    Action,
     BytesArrived,
     Excused,
     OfferKept,
@@ -34,10 +35,10 @@ log = logging.getLogger("thinwire.coordinator")
 
 
 class OpenRound:
-    """Of one run; when a round is committed, the next one is open.
+    """Of one run; when a round's record is sealed, the next one opens.
 
-    `close` is called with what is to be committed, and may not come back here: its round's offers are taken
-    with `offers.entries`, and then cleared.
+    `close` is called with what is to be proposed: its round's offers are taken with `offers.entries`, and
+    then cleared.
     """
 
     def __init__(
@@ -78,7 +79,11 @@ class OpenRound:
 
     def handle(self, event: RoundEvent, now_s: float, offer: Offer | None = None) -> None:
         """`offer`: the one that the event is about."""
-        for action in self.rounds.handle(event, now_s):
+        self.act(self.rounds.handle(event, now_s), now_s, offer)
+
+    def act(self, actions: Iterable[Action], now_s: float, offer: Offer | None = None) -> None:
+        """Does what `Rounds` says."""
+        for action in actions:
             match action:
                 case RoundClosed():
                     self._close(action, now_s)
@@ -149,7 +154,7 @@ class OpenOffers:
         return work_of(self._offers[peer].signature for peer in peers)
 
     def clear(self) -> None:
-        """The round is committed."""
+        """The round has closed."""
         self._offers.clear()
 
 

@@ -114,9 +114,8 @@ class Service:
         self._ledger, self._blobs = ledger, blobs
         self._log = Alone(ledger, key) if log is None else log
         self._log.on_sealed = self._sealed
-        self._proposed: RoundClosed | None = None
-        """What the open proposal closes."""
-        self._is_proposing = False
+        self._proposed: _Proposed | None = None
+        """Waits for its seal."""
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
         self._end = end
         self._settings = Course.of(ledger.genesis.config).settings
@@ -335,14 +334,16 @@ class Service:
         rounds = self._parts.rounds
         if self._n_adopted or rounds.is_held:
             raise ConfigError("the coordinator is getting lost rounds back from a node: try again soon")
-        is_alone = not (rounds.is_awaited or self._is_proposing)
-        place = Place(rounds.round, is_alone, rounds.is_over)
-        ordered = self._pending.add(order, self.course, place)
-        if place.is_alone:
-            self._commit_changes(now_s)
+        if self._proposed is not None:  # what is proposed cannot change any more
+            place, course = self._place_after(self._proposed.body)
+            ordered = self._pending.add(order, course, place)
         else:
-            course = self._pending.course(self.course)
-            rounds.plan(course.n_rounds, course.is_paused)
+            place = Place(rounds.round, not rounds.is_awaited, rounds.is_over)
+            ordered = self._pending.add(order, self.course, place)
+            if place.is_alone:
+                self._commit_changes(now_s)
+            else:
+                self._plan()
         log.info("round %d: %s", ordered.round, "; ".join(ordered.told))
         return ordered
 
@@ -406,7 +407,7 @@ class Service:
         self._parts.open_round.handle(TimePassed(), now_s)
         parts = self._parts
         parts.notices.lines.flush()
-        is_free = not (parts.rounds.is_held or parts.rounds.is_awaited or self._is_proposing)
+        is_free = not (parts.rounds.is_held or parts.rounds.is_awaited or parts.rounds.is_closing)
         if self._pending and is_free:
             self._commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
         parts.announcer.tell(parts.members.connected(), parts.open_round.offers.fetchable())
@@ -423,6 +424,11 @@ class Service:
     def finished(self) -> bool:
         """The last round is committed and every training peer has said that it has it, or time is up."""
         return self._parts.finished
+
+    @property
+    def proposed(self) -> int | None:
+        """The round whose record waits for its seal: nobody knows what becomes of it if the reign ends now."""
+        return None if self._proposed is None else self._proposed.body.round
 
     @property
     def is_over(self) -> bool:
@@ -497,8 +503,10 @@ class Service:
 
     def _close(self, closed: RoundClosed, now_s: float) -> None:
         """Orders the round that has closed: from here to `_sealed` no other one does."""
-        work = self._parts.open_round.offers.work(closed.peers)
+        offers = self._parts.open_round.offers
+        work = offers.work(closed.peers)
         proposal = self._proposal(closed.round, closed.peers, closed.evaluator, work)
+        offers.clear()
         self._propose(proposal, work, closed, now_s)
 
     def _commit_changes(self, now_s: float) -> None:
@@ -506,16 +514,31 @@ class Service:
         rounds = self._parts.rounds
         proposal = self._proposal(rounds.round, (), None)
         course = self.course.after(proposal.changes)
-        rounds.skip(course.n_rounds, course.is_paused)
+        rounds.skip(course.n_rounds, course.is_paused, now_s)
+        self._parts.open_round.offers.clear()
         self._propose(proposal, b"", None, now_s)
 
     def _propose(self, body: CommitBody, work: bytes, closed: RoundClosed | None, now_s: float) -> None:
-        self._proposed, self._is_proposing = closed, True
+        self._proposed = _Proposed(body, closed)
         self._log.propose(body, work, now_s)
 
     def _sealed(self, commit: Commit, now_s: float) -> None:
-        closed, self._proposed, self._is_proposing = self._proposed, None, False
-        self._committed(commit, closed, now_s)
+        proposed, self._proposed = self._proposed, None
+        if proposed is None:
+            raise ValueError("nothing was proposed")
+        self._committed(commit, proposed.closed, now_s)
+
+    def _place_after(self, body: CommitBody) -> tuple[Place, Course]:
+        """Where an order goes that comes while this record waits for its seal, and what holds then."""
+        course, rounds = self.course.after(body.changes), self._parts.rounds
+        is_over = course.run.is_over(body.round)
+        is_alone = is_over or course.is_paused or not rounds.training
+        return Place(body.round + 1, is_alone, is_over), course
+
+    def _plan(self) -> None:
+        """What the record that closes the open round makes of the run."""
+        course = self._pending.course(self.course)
+        self._parts.rounds.plan(course.n_rounds, course.is_paused)
 
     def _proposal(
         self, round_: int, peers: Sequence[int], evaluator: int | None, work: bytes = b""
@@ -545,18 +568,29 @@ class Service:
         """The record is on the disk: everybody may see it. `closed`: None, if it only brings changes."""
         parts = self._parts
         parts.derived.committed(commit, closed, parts.peers.present())
+        opened = parts.rounds.sealed(now_s)
         parts.rounds.condemn(parts.derived.standing.condemned_in(commit.body.round + 1))
         parts.sentences.committed()
         if closed is not None:
             self._counters.round_closed(closed.why, closed.duration_s)
             parts.notices.missed(closed.missing, parts.derived.statistics)
             parts.notices.closed(closed, parts.rounds.is_over, now_s)
-        parts.open_round.offers.clear()
         self._admission.new_round()
         parts.over_s, parts.finished = (now_s if parts.rounds.is_over else None), False
         if commit.body.changes:
             parts.notices.changed(now_s)
+        parts.open_round.act(opened, now_s)
+        if self._pending:
+            self._plan()
         self._on_commit(commit.body.round)
+
+
+@dataclass(frozen=True, slots=True)
+class _Proposed:
+    """A record on its way into the ledger. `closed`: None, if it closes the open round without an offer."""
+
+    body: CommitBody
+    closed: RoundClosed | None
 
 
 @dataclass(slots=True)
