@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, ThinwireError
@@ -38,12 +37,12 @@ from .membership import (
 from .observe.counters import Counters
 from .observe.loss_unit import LossUnit
 from .observe.notices import Notices
-from .observe.peer_names import PeerNames
 from .observe.refusals import Refusals
 from .observe.run_view import RunView
 from .open_round import OpenOffers, OpenRound
 from .peers import Peers
 from .protocol.figures import counted
+from .protocol.identity import peer_id_of
 from .protocol.messages import (
     READER,
     Audit,
@@ -66,6 +65,7 @@ from .protocol.schedule import lr_factor_bits
 from .protocol.settings import KEEP_SNAPSHOTS, Course, Keep
 from .protocol.trust.signed_offers import is_signed
 from .quorum.log import Alone, Log
+from .quorum.recollection import Recollection
 from .rounds import Excused, RoundClosed, Rounds
 from .trust.sentences import Sentences
 
@@ -103,8 +103,13 @@ class Service:
         loss_unit: str | None = None,
         keep: Keep = KEEP_SNAPSHOTS,
         log: Log | None = None,
+        recollection: Recollection | None = None,
+        held: Callable[[bytes], bool] = lambda _digest: True,
     ) -> None:
-        """`log`: None: this coordinator orders the run alone. `history`: what the method gave before a
+        """`log`: None: this coordinator orders the run alone. `recollection`: what is known of the ledger, up
+        to its head; None: it is read, with `keep` and `history`. `held`: whether enough seats hold a payload
+        that is in the store here, and the same ones all others of the open round that are held, so that they
+        can vote for a record that names these; see `held_arrived`. `history`: what the method gave before a
         restart; `banned`, `rules`: who is not let in, and who is; `check_strategy`: of what the owner wants
         to change of its options; `loss_unit`: where the run's task is not built in; `keep`: of counted
         payloads.
@@ -120,28 +125,23 @@ class Service:
         self._end = end
         self._settings = Course.of(ledger.genesis.config).settings
         self._pending, self._keep = PendingChanges(check_strategy), keep
-        try:
-            key.public_key().verify(ledger.genesis_signature, ledger.genesis_record)
-        except InvalidSignature:
-            raise ConfigError("this key is not the one that the run was started with") from None
+        self._held = held
+        if peer_id_of(key.public_key()) not in ledger.committee.seats:
+            raise ConfigError("this key is not the one that the run was started with, nor a seat's")
         self._loss_unit = loss_unit or self._settings.task.loss_unit
-        self._admission = AdmissionControl(ledger, token, banned, rules, wall_ms)
+        self._recollection = recollection or Recollection(ledger, blobs, keep, history)
+        rejected = self._recollection.rejected
+        self._admission = AdmissionControl(ledger, token, banned, rules, wall_ms, rejected)
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._counters = Counters()
         self._refusals = Refusals(self._admission.rejected)
-        self._parts = self._recalled(now_s, history)
+        self._parts = self._recalled(now_s)
 
-    def _recalled(self, now_s: float, history: bytes | None) -> _Parts:
-        """Everything that is derived from the ledger, and nothing that sessions have brought."""
-        ledger, course = self._ledger, Course.of(self._ledger.genesis.config)
-        names = PeerNames(ledger.peer_id)
-        derived = DerivedState(ledger, self._blobs, course, names.short, self._admission.rejected, self._keep)
-        for commit in ledger.all_commits():
-            derived.recall(commit)
-        past = derived.recalled()
-        if history is not None:
-            derived.restore(history)
+    def _recalled(self, now_s: float) -> _Parts:
+        """Everything that follows from the ledger, and nothing that sessions have brought."""
+        ledger, derived, names = self._ledger, self._recollection.derived, self._recollection.names
+        past = derived.open_round()
         members = Membership(self._settings.silence_s, past.training, now_s)
         announcer = Announcer(self._send_to, ledger.peer_id)
         notices = Notices(announcer, members, names, derived.page_history, self._wall_ms, now_s)
@@ -150,7 +150,7 @@ class Service:
         rounds.condemn(derived.standing.condemned_in(ledger.head_round + 1))
         open_round = OpenRound(
             rounds,
-            OpenOffers(self._blobs, self._admission),
+            OpenOffers(self._blobs, self._admission, self._held),
             self._admission,
             derived.retention,
             members,
@@ -319,7 +319,10 @@ class Service:
             log.warning("got %s back from a node: round %d is the newest", back, self.head)
             self._admission.new_round()
             self._pending.take()
-            self._parts = self._recalled(now_s, self.history())
+            self._recollection = Recollection(
+                self._ledger, self._blobs, self._keep, self.history(), self._admission.rejected
+            )
+            self._parts = self._recalled(now_s)
 
     # --------------------------------------------------------------------------------------- the owner
 
@@ -397,6 +400,11 @@ class Service:
             return
         self._parts.open_round.blob_arrived(digest, now_s)
 
+    def held_arrived(self, digest: bytes, now_s: float) -> None:
+        """What `held` says of the blob may have changed: offers that name it become eligible."""
+        if not self._n_adopted:
+            self._parts.open_round.held_arrived(digest, now_s)
+
     # ---------------------------------------------------------------------------------- time and people
 
     def tick(self, now_s: float) -> float:
@@ -427,7 +435,7 @@ class Service:
 
     @property
     def proposed(self) -> int | None:
-        """The round whose record waits for its seal: nobody knows what becomes of it if the reign ends now."""
+        """The round whose record waits for its seal: nobody knows what comes of it if the reign ends now."""
         return None if self._proposed is None else self._proposed.body.round
 
     @property
