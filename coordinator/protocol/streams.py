@@ -188,6 +188,11 @@ class Stream:
                 while await self._reader.read(_PIECE_BYTES):
                     pass
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether nothing can be sent any more, as far as is known here."""
+        return self._writer.is_closing() or self._reader.at_eof()
+
     def close(self) -> None:
         """Sends what is buffered, and ends both directions: libp2p's daemon knows no half-closed streams."""
         self._writer.close()

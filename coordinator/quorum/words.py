@@ -7,6 +7,7 @@ from typing import Annotated, Final, cast
 from pydantic import Field
 
 from ..protocol.messages import (
+    MAX_SEATS,
     Address,
     Count,
     Digest,
@@ -138,14 +139,37 @@ class Enter(Word):
 
     `secret`: of a seat ticket, for an onlooker; a seat of the committee is known by its key. `wants_seat`: an
     onlooker that is to be named by the next committee record; `lacks`: why it cannot be named yet, in words.
+    `kept_from`: payloads of the rounds from there on can be had from it; `begins`: it has no ledger yet;
+    `n_seats`, `drops`: what its operator wants of the committee: so many seats, that one not among them (0,
+    "": nothing). Both ends say it, and again when something of it changes.
     """
 
     tag = 12
+    n_younger = 4
     run_id: Digest
     secret: Annotated[bytes, Field(max_length=64)]
     addresses: Annotated[tuple[Address, ...], Field(max_length=8)]
     wants_seat: bool
     lacks: Text
+    kept_from: Round = 0
+    begins: bool = False
+    n_seats: Annotated[int, Field(ge=0, le=MAX_SEATS)] = 0
+    drops: Annotated[str, Field(max_length=100)] = ""
+
+
+class Denied(Word):
+    """The last one on a stream: why whoever dials is not let in."""
+
+    tag = 16
+    why: Text
+
+
+class Founding(Word):
+    """Record 0 and its signature, for who begins."""
+
+    tag = 17
+    record: RecordBytes
+    signature: Signature
 
 
 class Keep(Word):
@@ -188,6 +212,8 @@ _WORDS: Final = {
         Keep,
         Keeps,
         Memory,
+        Denied,
+        Founding,
     )
 }
 
