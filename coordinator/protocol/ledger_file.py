@@ -27,12 +27,10 @@ from typing import BinaryIO, Final
 from blake3 import blake3
 
 from ...compression.errors import ConfigError, Incompatible, LedgerCorrupt
-from .chain import Chain
+from .chain import Chain, check_genesis
 from .files import sync_folder
-from .identity import is_signed_by
 from .messages import (
     PROTOCOL_VERSION,
-    BadMessage,
     Commit,
     CommitBody,
     GenesisBody,
@@ -81,13 +79,7 @@ class LedgerFile:
         self._places: dict[bytes, tuple[int, int]] = {}  # digest -> offset, length
         version = self._read_head()
         self.signature, self.record = self._signed(_GENESIS, 0)
-        try:
-            self.genesis = decode_record(GenesisBody, self.record)
-            is_signed = is_signed_by(self.genesis.coordinator, self.signature, self.record)
-        except (BadMessage, ConfigError) as e:
-            raise LedgerCorrupt(f"record 0: it is no genesis: {e}") from e
-        if not is_signed:
-            raise LedgerCorrupt("record 0: its signature is not the coordinator's")
+        self.genesis = check_genesis(self.record, self.signature)
         if self.genesis.protocol != version:
             raise LedgerCorrupt(f"record 0: of protocol {self.genesis.protocol}, in a file of {version}")
         self.run_id = digest_of(self.record)

@@ -22,7 +22,6 @@ from ...coordinator.blobs import BlobStore
 from ...coordinator.control.orders import CheckStrategy
 from ...coordinator.ledger import Ledger
 from ...coordinator.protocol.chain import Chain
-from ...coordinator.protocol.identity import peer_id_of
 from ...coordinator.protocol.messages import (
     INLINE_BYTES,
     MAX_ROUND,
@@ -111,8 +110,7 @@ class LocalSwarm:
         self.clock = clock or Monotonic()
         self.changed = threading.Condition(threading.RLock())
         """Guards the service and everything below; notified when something happened."""
-        self.run_id = ledger.run_id
-        self.coordinator = peer_id_of(key.public_key())
+        self.ledger, self.run_id = ledger, ledger.run_id
         self.blobs = blobs
         self.lose, self._is_late = lose, late
         self._late: list[tuple[LocalLink, int, Offer]] = []
@@ -427,7 +425,8 @@ class LocalLink:
 
     def _read(self, after: int, up_to: int) -> Iterator[Commit]:
         """The copy of the ledger that a link has is the swarm's own here."""
-        chain = Chain(self.run_id, self._swarm.coordinator, after)
+        genesis, before = self._swarm.ledger.genesis, self._swarm.ledger.committees(after)
+        chain = Chain(self.run_id, genesis.coordinator, after, recovery=genesis.recovery, before=before)
         while chain.round < up_to and (batch := self._next_commits(chain.round)):
             for commit in batch[: up_to - chain.round]:
                 if self._is_closed:

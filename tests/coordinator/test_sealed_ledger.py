@@ -100,7 +100,7 @@ def test_what_is_not_the_next_sealed_record_is_not_taken(run: Sealing, ledger: L
     later = run.add(run.body())
     other = Sealing(ledger.genesis)
     for sealed in run.sealed[:2]:
-        other.added(sealed.record, sealed.seal, sealed.work)
+        other.added(sealed)
     other.add(other.body(time_ms=5))
     wrong_parent = other.add(other.body())
     forged = following.model_copy(update={"seal": later.seal})

@@ -68,22 +68,23 @@ class Sealing:
         """The next one, without offers."""
         return self.body(offers=(), **fields)
 
+    def sealing(self, body: CommitBody, *, work: bytes = b"", voters: Sequence[str] = ()) -> Sealed:
+        """What the committee seals, whatever it says; it is not added."""
+        record = encode_record(body)
+        seal = seal_of(self.chain.committee, self.run_id, body.round, record, voters)
+        return Sealed(record=record, seal=seal, work=work)
+
     def add(self, body: CommitBody, *, work: bytes = b"", voters: Sequence[str] = ()) -> Sealed:
         """Seals the next one."""
-        return self.added(
-            encode_record(body),
-            seal_of(self.chain.committee, self.run_id, body.round, encode_record(body), voters),
-            work,
-        )
+        return self.added(self.sealing(body, work=work, voters=voters))
 
     def recover(self, committee: CommitteeEntry) -> Sealed:
         """A record that names this committee by the recovery key."""
         named = committee.model_copy(update={"recovered_with": raw_public(RECOVERY_KEY)})
         record = encode_record(self.governing(committee=named))
-        return self.added(record, RECOVERY_KEY.sign(record), b"")
+        return self.added(Sealed(record=record, seal=RECOVERY_KEY.sign(record)))
 
-    def added(self, record: bytes, seal: bytes, work: bytes) -> Sealed:
-        sealed = Sealed(record=record, seal=seal, work=work)
+    def added(self, sealed: Sealed) -> Sealed:
         self.chain.check(sealed.commit)
         self.sealed.append(sealed)
         return sealed
