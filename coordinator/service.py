@@ -566,7 +566,7 @@ class Service:
             reports=reports,
             snapshots=snapshots,
             evaluator=evaluator,
-            time_ms=self._wall_ms(),
+            time_ms=max(self._wall_ms(), derived.last_ms),
             changes=changes,
             audits=derived.audits.take(),
             work=digest_of(work) if work else b"",

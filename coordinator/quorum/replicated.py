@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..ledger import Ledger
 from ..protocol.messages import CommitBody, encode_record
+from .checking import RecordChecks
 from .log import OnSealed
 from .seat import Role, Seat
 
@@ -14,14 +15,16 @@ class Replicated:
 
     on_sealed: OnSealed
 
-    def __init__(self, seat: Seat, ledger: Ledger) -> None:
-        self._seat, self._ledger = seat, ledger
+    def __init__(self, seat: Seat, ledger: Ledger, checks: RecordChecks) -> None:
+        self._seat, self._ledger, self._checks = seat, ledger, checks
 
     def propose(self, body: CommitBody, work: bytes, now_s: float) -> None:
         """See `Log.propose`. If the reign is over already, which its service is about to hear, the record is
         never heard of."""
         if self._seat.role is Role.LEADING:
-            self._seat.propose(encode_record(body), now_s, work)
+            record = encode_record(body)
+            self._checks.trust(record, work)
+            self._seat.propose(record, now_s, work)
 
     def new_record(self, round_: int, now_s: float) -> None:
         """The record of this round, which was proposed here, is sealed and on the disk."""
