@@ -21,6 +21,7 @@ from .blobs import BlobStore
 from .control.orders import CheckStrategy, Order, Ordered, Place, no_strategy
 from .control.pending import PendingChanges
 from .derived_state import DerivedState, Recalled
+from .entry.attendance import Attendance
 from .entry.gate import BANNED
 from .entry.rules import OPEN, EntryRules
 from .last_snapshot import Wanted
@@ -65,6 +66,7 @@ from .protocol.schedule import lr_factor_bits
 from .protocol.settings import KEEP_SNAPSHOTS, Course, Keep
 from .protocol.trust.signed_offers import is_signed
 from .quorum.log import Alone, Log
+from .quorum.memory import Memory, memory_of
 from .quorum.recollection import Recollection
 from .rounds import Excused, RoundClosed, Rounds
 from .trust.sentences import Sentences
@@ -146,7 +148,7 @@ class Service:
         announcer = Announcer(self._send_to, ledger.peer_id)
         notices = Notices(announcer, members, names, derived.page_history, self._wall_ms, now_s)
         sentences = Sentences(derived.standing, announcer, names)
-        rounds = _rounds(derived.course, ledger, past, now_s)
+        rounds = _rounds(derived.course, ledger, past, self._recollection.take_memory(), now_s)
         rounds.condemn(derived.standing.condemned_in(ledger.head_round + 1))
         open_round = OpenRound(
             rounds,
@@ -490,6 +492,11 @@ class Service:
         """What only this process has seen of the run, to be kept over a restart; small."""
         return self._parts.view.history()
 
+    def memory(self) -> bytes:
+        """What only a leader has seen and its successor wants to know, see `Recollection.remember`; some 100
+        kB, at most MAX_MEMORY_BYTES."""
+        return memory_of(self._ledger, self._parts.derived, self._parts.rounds)
+
     # ---------------------------------------------------------------------------------------- the parts
 
     def _handle_member(self, event: MembershipEvent, now_s: float) -> None:
@@ -625,7 +632,7 @@ class _Parts:
         self.finished = not awaited or now_s >= self.over_s + FAREWELL_S
 
 
-def _rounds(course: Course, ledger: Ledger, past: Recalled, now_s: float) -> Rounds:
+def _rounds(course: Course, ledger: Ledger, past: Recalled, memory: Memory | None, now_s: float) -> Rounds:
     settings = course.settings
     return Rounds(
         n_rounds=settings.run.rounds,
@@ -639,5 +646,7 @@ def _rounds(course: Course, ledger: Ledger, past: Recalled, now_s: float) -> Rou
         training=past.training,
         evaluator=past.evaluator,
         evaluates=past.evaluates,
+        times=None if memory is None else memory.offer_times(ledger.head_round),
+        attendance=None if memory is None else Attendance(dict(memory.unkept)),
         now_s=now_s,
     )
