@@ -293,18 +293,18 @@ class CoordinatorServer:
 
     def _guard(self, order: Order) -> Ordered:
         """Who may come in: holds at once. Raises ConfigError."""
-        told = guard(self._state, order)
+        told = guard(self._state, order, self.service.access)
         self._token = self._state.token()
-        self.service.guard(self._state.banned(), self._token, told, time.monotonic())
+        ordered = self.service.guard(self._state.banned(), self._token, told, time.monotonic())
         if order.what == "rotate-token":
             self.on_new_ticket()
         self._soon()
-        return Ordered(0, told, (), is_done=True)
+        return ordered
 
     def _is_ordered(self, ordered: Ordered) -> bool:
         """Whether the record that was to carry the changes does so."""
         commit = next(iter(self.service.commits(ordered.round - 1, 1)), None)
-        return commit is not None and set(ordered.changes) <= set(commit.body.changes)
+        return commit is not None and ordered.is_in(commit.body)
 
     def _send(self, peer_id: str, message: Message) -> None:
         self._stream_server.send(peer_id, message)

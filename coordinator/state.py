@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -46,13 +46,14 @@ class StateDir:
         """Added to those that are banned already. Raises ConfigError for what is no peer id."""
         for peer_id in peer_ids:
             public_key_of(peer_id)
-        self._save_banned(self.banned().union(peer_ids))
+        self.save_banned(self.banned().union(peer_ids))
 
     def unban(self, peer_ids: Sequence[str]) -> None:
         """They are let in again."""
-        self._save_banned(self.banned().difference(peer_ids))
+        self.save_banned(self.banned().difference(peer_ids))
 
-    def _save_banned(self, peer_ids: frozenset[str]) -> None:
+    def save_banned(self, peer_ids: Iterable[str]) -> None:
+        """In the place of those that were. Raises OSError."""
         lines = "".join(f"{peer_id}\n" for peer_id in sorted(peer_ids))
         write_aside(self._banned_path, lines.encode())
 

@@ -175,7 +175,8 @@ class RecordChecks:
 
     def _check_schedule(self, place: _Place) -> None:
         body, course = place.body, place.course
-        _refuse("changes", course.n_rounds < body.round, f"the run would be over after {course.n_rounds}")
+        is_over_before = bool(body.changes) and course.n_rounds < body.round
+        _refuse("changes", is_over_before, f"the run would be over after {course.n_rounds}")
         bits = lr_factor_bits(course.settings.schedule, body.round + 1, course.n_rounds)
         _refuse("lr_factor", body.lr_factor_bits != bits, f"its learning-rate factor is not {bits:#x}")
         last_ms = self._derived.last_ms

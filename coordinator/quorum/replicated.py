@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..ledger import Ledger
 from ..protocol.messages import CommitBody, encode_record
 from .checking import RecordChecks
@@ -18,10 +20,20 @@ class Replicated:
     def __init__(self, seat: Seat, ledger: Ledger, checks: RecordChecks) -> None:
         self._seat, self._ledger, self._checks = seat, ledger, checks
 
+    @property
+    def is_over(self) -> bool:
+        """See `Log.is_over`."""
+        return self._seat.role is not Role.LEADING
+
+    @property
+    def resting(self) -> Mapping[str, bytes]:
+        """See `Log.resting`."""
+        return self._seat.resting
+
     def propose(self, body: CommitBody, work: bytes, now_s: float) -> None:
         """See `Log.propose`. If the reign is over already, which its service is about to hear, the record is
         never heard of."""
-        if self._seat.role is Role.LEADING:
+        if not self.is_over:
             record = encode_record(body)
             self._checks.trust(record, work)
             self._seat.propose(record, now_s, work)

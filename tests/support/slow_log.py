@@ -15,6 +15,11 @@ class SlowLog:
     def __init__(self, world: World) -> None:
         self._alone = Alone(world.ledger, world.key)
         self.proposed: list[tuple[CommitBody, bytes]] = []
+        self.resting: dict[str, bytes] = {}
+
+    @property
+    def is_over(self) -> bool:
+        return self._alone.is_over
 
     def propose(self, body: CommitBody, work: bytes, now_s: float) -> None:
         self.proposed.append((body, work))
