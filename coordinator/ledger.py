@@ -89,6 +89,11 @@ class Ledger:
         return self._chain.committee
 
     @property
+    def recovery(self) -> bytes:
+        """Digest of the key that may name another committee; b"": there is none."""
+        return self._chain.recovery
+
+    @property
     def invited(self) -> Invited:
         """By which invitations peers came in."""
         return self._admitted.invited

@@ -153,7 +153,7 @@ class Service:
         announcer = Announcer(self._send_to, ledger.peer_id)
         notices = Notices(announcer, members, names, derived.page_history, self._wall_ms, now_s)
         sentences = Sentences(derived.standing, announcer, names)
-        rounds = _rounds(derived.course, ledger, past, self._recollection.take_memory(), now_s)
+        rounds = open_rounds(derived.course, ledger, past, self._recollection.take_memory(), now_s)
         rounds.is_held = self._log.is_over
         rounds.condemn(derived.standing.condemned_in(ledger.head_round + 1))
         open_round = OpenRound(
@@ -708,7 +708,10 @@ class _Parts:
         self.finished = not awaited or now_s >= self.over_s + FAREWELL_S
 
 
-def _rounds(course: Course, ledger: Ledger, past: Recalled, memory: Memory | None, now_s: float) -> Rounds:
+def open_rounds(
+    course: Course, ledger: Ledger, past: Recalled, memory: Memory | None, now_s: float
+) -> Rounds:
+    """As they are after the ledger's newest record. `memory`: what another leader has seen."""
     settings = course.settings
     return Rounds(
         n_rounds=settings.run.rounds,

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from ..compression.errors import ConfigError
 from .entry.rules import MAX_BYTES as MAX_RULES_BYTES
@@ -16,6 +16,9 @@ from .observe.page_history import MAX_SAVED_BYTES
 from .protocol.files import FolderLock, write_aside
 from .protocol.identity import public_key_of
 from .protocol.settings import KEEP_SNAPSHOTS, MAX_KEEP_CHARS, Keep
+
+VOTE_NAME: Final = "vote"
+"""Of the file with a seat's votes: the one thing that is not to be copied."""
 
 
 class StateDir:
@@ -27,6 +30,8 @@ class StateDir:
         self.ledger_path = path / "ledger.db"
         self.blobs_path = path / "blobs"
         self.key_path = path / "key"
+        self.is_new = not self.key_path.exists()
+        """Nobody has ever voted with what is here: the key is made from now on."""
         self.history_path = path / "history.json"
         self._banned_path, self._keep_path = path / "banned", path / "keep"
         self._rules_path = path / "admission"
@@ -37,6 +42,14 @@ class StateDir:
         if not path.exists():
             write_aside(path, secrets.token_urlsafe(24).encode(), 0o600)
         return path.read_text("ascii").strip()
+
+    def save_token(self, token: str) -> None:
+        """That of a run that another coordinator has begun. Raises OSError."""
+        write_aside(self.path / "token", token.encode(), 0o600)
+
+    def forget_votes(self) -> None:
+        """This folder is an older copy of itself: what its seat has voted for since, nobody knows."""
+        (self.path / VOTE_NAME).unlink(missing_ok=True)
 
     def rotate_token(self) -> None:
         """Tickets given out so far let no newcomer in any more; who was let in before stays."""
