@@ -40,6 +40,8 @@ from thinwire.coordinator.seats.elsewhere import ElsewhereServer
 from thinwire.coordinator.seats.watchers import Watchers, WhoLeads
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.stream_server import Waits
+from thinwire.node.cli.status import fetch_status, seat_in_words
+from thinwire.node.doctor.network import NetworkPlan, check_network
 from thinwire.node.links import finding
 from thinwire.node.links.finding import NobodyLeads, find_leader
 from thinwire.node.links.hivemind import HivemindLink
@@ -86,7 +88,7 @@ class Swarm:
             admission,
             self.watchers,
             Meter(),
-            status=lambda: {"role": "follows"},
+            status=lambda: {"seat": self.watchers.who.figures(transport.peer_id, 3, 2)},
             failed=lambda error: None,
             waits=Waits(),
         )
@@ -208,11 +210,27 @@ def test_a_node_goes_where_a_seat_leads_that_ticket_or_ledger_name(swarm: Swarm)
 
 
 @pytest.mark.swarm
-def test_the_gate_of_a_seat_that_does_not_lead_is_the_run_s(swarm: Swarm) -> None:
+def test_readers_take_the_answer_of_who_leads_or_of_whoever_is_there(swarm: Swarm) -> None:
     lost = swarm.ticket.model_copy(update={"others": (_unreachable(B),)})
     with pytest.raises(ConfigError, match="token is wrong"):
         swarm.link("a", lost.model_copy(update={"token": "wrong"})).open()
     assert swarm.admission.rejected == {"token": 1}
+    assert fetch_status(swarm.ticket)["state"] == "waiting", "the one that leads has answered"
+    whose = seat_in_words(fetch_status(lost))
+    assert whose is not None
+    assert "follows, at round 3, 2 behind" in whose
+    assert f"{swarm.leader.peer_id[-6:]} leads" in whose
+
+    three = swarm.ticket.model_copy(update={"others": (swarm.leader, _unreachable(B))})
+    found = list(check_network(NetworkPlan("127.0.0.1", 0, (), three), lambda: False))
+    seats = {finding.name[-6:]: finding for finding in found if finding.name.startswith("coordinator ")}
+    follower, leader, gone = (seats[s.peer_id[-6:]] for s in (swarm.follower, swarm.leader, _unreachable(B)))
+    assert [follower.figures[name] for name in ("role", "head", "lag")] == ["follows", 3, 2]
+    assert (leader.figures["role"], leader.status) == ("leads", "ok")
+    assert (gone.status, "connection refused" in gone.detail) == ("warning", True)
+    by_name = {finding.name: finding for finding in found}
+    assert by_name["coordinators"].detail == "2 of 3 coordinators reachable from here"
+    assert by_name["run"].status == "ok"
 
 
 def _unreachable(peer_id: str) -> SeatEntry:
