@@ -64,7 +64,7 @@ class Watchers:
     """
 
     def __init__(self, who: WhoLeads, head: Callable[[], int], beat_s: float) -> None:
-        self.who, self._head, self._beat_s = who, head, beat_s
+        self.who, self._head, self.beat_s = who, head, beat_s
         self._streams: dict[str, Stream] = {}
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class Watchers:
                 else:
                     await stream.send_message(self._heartbeat())
             said = now
-            await self.who.changes_from(now, self._beat_s)
+            await self.who.changes_from(now, self.beat_s)
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(round=self._head(), sent_bytes=0, received_bytes=0, payload_bytes=0)

@@ -17,6 +17,7 @@ from typing import Any, cast
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.support.records import commit_body
 from tests.support.waiting import wait_until
 from thinwire.compression.errors import ConfigError, SwarmUnreachable
 from thinwire.coordinator.admission import AdmissionControl
@@ -25,6 +26,8 @@ from thinwire.coordinator.entry.rules import OPEN
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of, save
 from thinwire.coordinator.protocol.messages import (
+    READER,
+    CommitteeEntry,
     Elsewhere,
     GenesisBody,
     NodeState,
@@ -43,6 +46,7 @@ from thinwire.coordinator.stream_server import Waits
 from thinwire.node.cli.status import fetch_status, seat_in_words
 from thinwire.node.doctor.network import NetworkPlan, check_network
 from thinwire.node.links import finding
+from thinwire.node.links.core import About
 from thinwire.node.links.finding import NobodyLeads, find_leader
 from thinwire.node.links.hivemind import HivemindLink
 from thinwire.node.links.known_seats import KnownSeats
@@ -56,7 +60,7 @@ class Swarm:
     """A coordinator that leads, and a seat that does not: `follower` by peer id and addresses."""
 
     def __init__(self, folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey, stack: ExitStack) -> None:
-        self._folder, self._stack = folder, stack
+        self._folder, self._stack, self.key = folder, stack, key
         state = folder / "leads"
         state.mkdir()
         save(key, state / "key")
@@ -127,8 +131,10 @@ class Swarm:
             lambda: "no watch session",
         )
 
-    def link(self, name: str, ticket: Ticket | None = None) -> HivemindLink:
-        link = HivemindLink(ticket or self.ticket, state=self._folder / name, host="127.0.0.1", patience_s=60)
+    def link(self, name: str, ticket: Ticket | None = None, **options: Any) -> HivemindLink:
+        link = HivemindLink(
+            ticket or self.ticket, state=self._folder / name, host="127.0.0.1", patience_s=60, **options
+        )
         self._stack.callback(link.close)
         return link
 
@@ -207,6 +213,27 @@ def test_a_node_goes_where_a_seat_leads_that_ticket_or_ledger_name(swarm: Swarm)
         assert text in told, told
     assert swarm.leads.status()["rejected"] == {}
     assert not swarm.admission.rejected
+
+
+@pytest.mark.swarm
+def test_an_old_ticket_leads_to_the_committee_that_the_ledger_names(swarm: Swarm) -> None:
+    other = swarm.another_leader()
+    entry = CommitteeEntry(seats=(swarm.leader, other), need=2)
+    body = commit_body(1, parent=swarm.ledger.run_id, offers=(), committee=entry)
+    swarm.ledger.append(body, swarm.key)
+    swarm.say(other.peer_id, term=1)
+    link = swarm.link("a", swarm.ticket.model_copy(update={"others": ()}))
+    welcome = link.open()
+    assert at(link) == other.peer_id, "named by a record, not by the ticket"
+    assert welcome.head_round == 1, "a coordinator without the record got it back from this node"
+    link.close()
+    assert not swarm.admission.rejected
+
+    swarm.say(None, "a majority is gone")
+    reader = swarm.link("r", swarm.ticket.model_copy(update={"others": ()}), about=About(agent=READER))
+    assert reader.open().is_copy, "with nobody who leads the ledger can be read all the same"
+    (commit,) = reader.records(0)
+    assert commit.body.committee == entry
 
 
 @pytest.mark.swarm
