@@ -426,10 +426,11 @@ class Hello(Message):
 
 class Welcome(Message):
     """Record 0 with its signature, and where the ledger stands. Payloads of the rounds from `kept_from` on
-    can be had from the coordinator, which leads by that `term`."""
+    can be had from the coordinator, which leads by that `term`. `is_copy`: to a reader, from a seat that does
+    not lead, and may be behind."""
 
     tag = 2
-    n_younger = 1
+    n_younger = 2
     genesis: Annotated[bytes, Field(max_length=16 * 2**20)]
     signature: Signature
     head_round: Round
@@ -438,6 +439,7 @@ class Welcome(Message):
     peer_index: Index
     heartbeat_s: Annotated[float, Field(gt=0, le=60)]
     term: Term = 0
+    is_copy: bool = False
 
     @cached_property
     def body(self) -> GenesisBody:

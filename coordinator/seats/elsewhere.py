@@ -25,10 +25,11 @@ from ..entry.strangers import GOODBYE_S, Strangers, looker, or_refused, receive_
 from ..ledger import Ledger
 from ..observe.quiet_log import QuietLog
 from ..protocol.blob_streams import Sink, serve_blobs
-from ..protocol.messages import BadMessage, Hello, Rejected
+from ..protocol.messages import READER, BadMessage, Hello, Rejected
 from ..protocol.streams import BLOB, SESSION, STATUS, BadFrame, Meter, Stream
 from ..protocol.transport import StreamHandler, Transport
 from ..stream_server import MAX_BLOB_STREAMS, Waits
+from .reading import Readers
 from .watchers import Watchers
 
 _log = logging.getLogger("thinwire.coordinator")
@@ -38,7 +39,7 @@ class ElsewhereServer:
     """Handlers of all streams but those between seats. One event loop.
 
     `admission`: who may come in, by this seat's copy of the ledger; `status`: for people; `failed`: this seat
-    cannot go on; `is_seat`: of the same run.
+    cannot go on; `is_seat`: of the same run; `kept_from`: payloads of the rounds from there on are here.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ElsewhereServer:
         *,
         status: Callable[[], dict[str, Any]],
         failed: Callable[[ThinwireError], object],
+        kept_from: Callable[[], int] = lambda: 1,
         waits: Waits,
         is_seat: Callable[[str], bool],
     ) -> None:
@@ -63,6 +65,7 @@ class ElsewhereServer:
         self._shelf = _Shelf(ledger, blobs)
         self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
         self._strangers = Strangers(self._is_known)
+        self._readers = Readers(ledger, self._rates, kept_from, watchers.beat_s)
         self._blob_streams: Counter[str] = Counter()
 
     @property
@@ -97,6 +100,9 @@ class ElsewhereServer:
         if hello.watches:
             await self._watchers.serve(peer_id, stream)
             return
+        if hello.agent == READER:
+            await self._readers.serve(peer_id, stream)
+            return
         if self.returns is not None and self.returns.lacks(hello):
             async with self._returning:
                 await or_refused(stream, adopt(self.returns, stream, hello, lambda: None))
@@ -109,7 +115,7 @@ class ElsewhereServer:
         return hello
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
-        """To whom the ledger knows, to those who watch here, and to seats."""
+        """To whom the ledger knows, to those who watch or read here, and to seats."""
         if not self._may_fetch(peer_id):
             with self._strangers.one(peer_id):
                 async with asyncio.timeout(self._waits.hello_s):
@@ -124,7 +130,12 @@ class ElsewhereServer:
             self._blob_streams -= Counter((peer_id,))
 
     def _may_fetch(self, peer_id: str) -> bool:
-        return self._is_known(peer_id) or peer_id in self._watchers or self._is_seat(peer_id)
+        return (
+            self._is_known(peer_id)
+            or peer_id in self._watchers
+            or peer_id in self._readers
+            or self._is_seat(peer_id)
+        )
 
     async def _serve_status(self, peer_id: str, stream: Stream) -> None:
         """Whoever has the token, or an invitation, may ask, again and again."""
