@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ from thinwire.coordinator.protocol.messages import (
 from thinwire.coordinator.protocol.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream
 from thinwire.coordinator.protocol.trust.signed_offers import signed
 from thinwire.coordinator.quorum.seat import Timing
+from thinwire.coordinator.seats.beginning import begin
+from thinwire.coordinator.seats.naming import Wish
 from thinwire.coordinator.seats.plan import SeatPlan
+from thinwire.coordinator.seats.ticket import SeatTicket, keep_ticket
 from thinwire.coordinator.seats.votes import Votes
 from thinwire.coordinator.server import CoordinatorServer
 from thinwire.coordinator.state import VOTE_NAME, StateDir
@@ -68,6 +72,33 @@ class SeatWorld:
             ledger.close()
             Votes(folder / VOTE_NAME, self.sealing.run_id, SEATS[n]).wake()
 
+    async def found(self, n_seats: int = 3) -> None:
+        """The run begins: the founder is alone, and waits for so many seats in all."""
+        folder = self.folder(0)
+        Ledger.create(folder / "ledger.db", self.genesis, KEYS[0]).close()
+        await self.start(0, wish=Wish(n_seats))
+
+    async def join(self, n: int, **plan: Any) -> None:
+        """A seat begins with nothing but the seat ticket that some other one has written."""
+        ticket = next(server.seat_ticket for server in self.servers.values())
+        assert ticket is not None
+        with StateDir(self.path / str(n)) as state:
+            key = KEYS[n]
+            state.save_token("secret")
+            keep_ticket(state.path, SeatTicket.read(str(ticket)))
+            await begin(
+                state.ledger_path,
+                SeatTicket.read(str(ticket)),
+                key,
+                self.network.start,
+                host="",
+                port=0,
+                announce=(),
+            )
+            save(key, state.key_path)
+            Votes(state.path / VOTE_NAME, self.sealing.run_id, SEATS[n]).wake()
+        await self.start(n, **plan)
+
     def folder(self, n: int) -> Path:
         folder = self.path / str(n)
         if not folder.exists():
@@ -77,7 +108,7 @@ class SeatWorld:
         return folder
 
     async def start(self, n: int, **plan: Any) -> CoordinatorServer:
-        seats = SeatPlan(b"s" * 32, entry([0]).seats, timing=QUICK, **plan)
+        seats = replace(SeatPlan.of(self.folder(n)), timing=QUICK, **plan)
         self._states[n] = StateDir(self.folder(n))
         server = CoordinatorServer(
             self._states[n], seats=seats, port=4001 + n, start_transport=self.network.start

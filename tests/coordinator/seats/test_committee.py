@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from tests.support.committee import SEATS
 from tests.support.seat_world import Peer, SeatWorld, until
 from thinwire.coordinator.protocol.messages import GenesisBody
+from thinwire.coordinator.protocol.ticket import Ticket
+from thinwire.coordinator.seats.naming import Wish
 
 Scene = Callable[[SeatWorld], Coroutine[Any, Any, None]]
 Play = Callable[[Scene], None]
@@ -58,5 +61,34 @@ def test_a_killed_leader_is_followed_by_another_and_all_ledgers_are_one(
         assert ledgers[0][: len(seen)] == seen
         assert a.told, "a seat that does not lead says who does"
         assert not any(c.body.round != i for i, c in enumerate(a.commits, 1))
+
+    play(scene)
+
+
+def test_one_coordinator_becomes_three_while_nodes_train_then_one_is_replaced(play: Play) -> None:
+    async def scene(world: SeatWorld) -> None:
+        await world.found(n_seats=3)
+        async with Peer(world, 10_000) as a, Peer(world, 10) as b:
+            await until(lambda: len(a.commits) > 3)
+            await world.join(1)
+            assert world.servers[0].status()["seat"]["role"] == "leads"
+            await until(lambda: len(a.commits) > 6)
+            assert world.servers[0].ledger.committee.seats == SEATS[:1], "two would be worse than one"
+            await world.join(2)
+            await until(lambda: world.servers[0].ledger.committee.seats == SEATS[:3])
+            head = max(world.heads())
+            await until(lambda: min(len(a.commits), len(b.commits)) > head + 3)
+            ticket = Ticket.parse(world.servers[1].ticket.line())
+            assert {seat.peer_id for seat in ticket.seats} == set(SEATS[:3])
+            assert ticket.token == "secret"
+            lost = next(n for n in range(3) if world.servers[n].reign is None)
+            await world.kill(lost)
+            await world.join(3, wish=Wish(drops=SEATS[lost]))
+            others = set(SEATS[:4]) - {SEATS[lost]}
+            await until(lambda: set(world.servers[3].ledger.committee.seats) == others)
+            head = max(world.heads())
+            await until(lambda: min(len(a.commits), len(b.commits)) > head + 3)
+        await until(lambda: min(world.heads()) == max(world.heads()))
+        assert len({tuple(world.records(n)) for n in world.servers}) == 1
 
     play(scene)
