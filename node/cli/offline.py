@@ -29,7 +29,10 @@ def state_folder(text: str) -> Path | None:
     if text in ("", "-") or text.startswith("@"):
         return None
     path = Path(text)
-    return path if path.is_dir() else None
+    try:
+        return path if path.is_dir() else None
+    except OSError:  # a ticket of several coordinators is longer than a name may be
+        return None
 
 
 @contextmanager
