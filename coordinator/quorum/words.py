@@ -12,7 +12,14 @@ from ..protocol.trust.seals import Ballot, Sealed
 BATCH: Final = 64
 """Sealed records in one message, at most."""
 
-RecordBytes = Annotated[bytes, Field(max_length=16 * 2**20)]
+BATCH_BYTES: Final = 2**20
+"""No further record once a batch is as long as that. A word is then at most `MAX_WORD_BYTES` long."""
+
+MAX_RECORD_BYTES: Final = 16 * 2**20
+MAX_WORD_BYTES: Final = BATCH_BYTES + MAX_RECORD_BYTES + 2**17
+"""What a transport has to let pass, and nothing longer: a full batch, one long record, and seals."""
+
+RecordBytes = Annotated[bytes, Field(max_length=MAX_RECORD_BYTES)]
 Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
 
 
@@ -78,7 +85,7 @@ class Promise(Word):
 
 
 class Nack(Word):
-    """A higher ballot was promised."""
+    """A higher ballot was promised, or who asked is behind."""
 
     tag = 7
     promised: Ballot
@@ -105,16 +112,17 @@ class Voted(Word):
 
 
 class Follow(Word):
-    """Send me sealed records after this round."""
+    """Send me sealed records after this round. The only word that is answered with records."""
 
     tag = 10
     after: Round
 
 
 class Batch(Word):
-    """Sealed records in order, without a gap."""
+    """Sealed records in order, without a gap. There are more where `head` is higher."""
 
     tag = 11
+    head: Round
     sealed: Annotated[tuple[Sealed, ...], Field(min_length=1, max_length=BATCH)]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.coordinator.quorum.world import first_fault
 
-SHOWN = {"no_recovery": 27, "old_copy": 51}
+SHOWN = {"no_recovery": 58, "old_copy": 14}
 """A hostile world in which the planted bug shows. The other bugs of the world are rarer than one in some
 hundred of its schedules: `python -m tests.coordinator.quorum.world N --bug NAME` looks for them."""
 

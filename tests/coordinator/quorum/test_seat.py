@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tests.coordinator.quorum.world import MILD, RUN, Body, Disk, Key, Records
 from thinwire.coordinator.protocol.messages import BadMessage, encode_message
 from thinwire.coordinator.protocol.trust.seals import MAX_SEATS, Committee, Seal, Sealed, Vote
-from thinwire.coordinator.quorum.seat import Evidence, Leads, NewRecord, Role, Seat, SeatEvent, StepsDown
+from thinwire.coordinator.quorum.events import Evidence, Leads, NewRecord, Role, SeatEvent, StepsDown
+from thinwire.coordinator.quorum.seat import Seat
 from thinwire.coordinator.quorum.words import (
     Accepted,
     Batch,
@@ -138,7 +139,7 @@ def test_what_is_not_sealed_is_not_taken() -> None:
     vote = Vote(seat="seat-0", signature=bytes(64))
     seat.receive(
         "seat-0",
-        Batch(sealed=(Sealed(record=table.record(1), seal=Seal(ballot=ballot, votes=(vote,))),)),
+        Batch(head=1, sealed=(Sealed(record=table.record(1), seal=Seal(ballot=ballot, votes=(vote,))),)),
         0.0,
     )
     assert table.events("seat-1") == [Evidence("seat-0", "bad seal")]

@@ -22,7 +22,8 @@ from thinwire.coordinator.protocol.messages import BadMessage, digest_of, encode
 from thinwire.coordinator.protocol.trust.seals import Committee, Sealed
 from thinwire.coordinator.quorum.acceptor import Acceptor
 from thinwire.coordinator.quorum.disk import VoteState
-from thinwire.coordinator.quorum.seat import Evidence, Leads, NewRecord, Role, Seat, Timing
+from thinwire.coordinator.quorum.events import Evidence, Leads, NewRecord, Role, Timing
+from thinwire.coordinator.quorum.seat import Seat
 from thinwire.coordinator.quorum.words import Accepted, Word, decode_word
 
 RUN = b"r" * 32
