@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.coordinator.quorum.world import MILD, RUN, Body, Disk, Key, Records
+from tests.coordinator.quorum.stand_ins import RUN, Body, Disk, Key, Records
+from tests.coordinator.quorum.world import MILD
 from thinwire.coordinator.protocol.messages import BadMessage, encode_message
 from thinwire.coordinator.protocol.trust.seals import MAX_SEATS, Committee, Seal, Sealed, Vote
 from thinwire.coordinator.quorum.events import Evidence, Leads, NewRecord, Role, SeatEvent, StepsDown
