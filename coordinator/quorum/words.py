@@ -6,7 +6,7 @@ from typing import Annotated, Final, cast
 
 from pydantic import Field
 
-from ..protocol.messages import Digest, Message, Record, Round, Signature, decode_message
+from ..protocol.messages import BadMessage, Digest, Message, Record, Round, Signature, decode_message
 from ..protocol.trust.seals import Ballot, Sealed
 
 BATCH: Final = 64
@@ -133,5 +133,8 @@ _WORDS: Final = {
 
 
 def decode_word(data: bytes) -> Word:
-    """What `encode_message` made of a word. Raises BadMessage for anything but exactly one known word."""
+    """What `encode_message` made of a word. Raises BadMessage for anything but exactly one known word, and
+    for what is longer than any."""
+    if len(data) > MAX_WORD_BYTES:
+        raise BadMessage("a word that is too long")
     return cast("Word", decode_message(data, _WORDS))

@@ -6,10 +6,11 @@ from typing import Final
 
 from tests.coordinator.quorum.stand_ins import Disk
 from tests.coordinator.quorum.world import Bug
+from thinwire.coordinator.protocol.trust.seals import Sealed
 from thinwire.coordinator.quorum.acceptor import Acceptor
 from thinwire.coordinator.quorum.disk import VoteState
 from thinwire.coordinator.quorum.seat import Seat
-from thinwire.coordinator.quorum.words import Accepted
+from thinwire.coordinator.quorum.words import Accepted, Pong, Word
 
 
 class _NoPromise(Acceptor):
@@ -59,6 +60,19 @@ class _MixesEpochs(Seat):
         return self._committee.owner(ballot) is not None
 
 
+class _ForgetsResting(Seat):
+    """Knows who rests only until the next record, and only from who has the newest one."""
+
+    def _receive(self, seat: str, word: Word, now_s: float) -> None:
+        if isinstance(word, Pong) and word.head != self._disk.head:
+            word = Pong(ballot=word.ballot, head=word.head, nonce=None)
+        super()._receive(seat, word, now_s)
+
+    def _append(self, sealed: Sealed) -> None:
+        self.resting.clear()
+        super()._append(sealed)
+
+
 def _forget_promise(disk: Disk) -> None:
     disk.vote = VoteState(disk.vote.epoch, 0, disk.vote.accepted)
 
@@ -78,6 +92,7 @@ BUGS: Final[dict[str, Bug]] = {
     "no_recovery": Bug(_NoRecovery),
     "recovers_lowest": Bug(_RecoversLowest),
     "mixes_epochs": Bug(_MixesEpochs),
+    "forgets_resting": Bug(_ForgetsResting),
     "no_fsync": Bug(forget=_lose_last_write),
     "old_copy": Bug(),  # the world's matter
 }

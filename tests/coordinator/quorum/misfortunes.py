@@ -4,6 +4,7 @@ disks that fail; and then peace, in which all must come to agree."""
 from __future__ import annotations
 
 import heapq
+from typing import Final
 
 from tests.coordinator.quorum.oracle import is_well
 from tests.coordinator.quorum.stand_ins import Fault
@@ -11,7 +12,8 @@ from tests.coordinator.quorum.world import Flying, World
 from thinwire.coordinator.quorum.events import Role
 from thinwire.coordinator.quorum.words import Word
 
-PEACE_S = 20.0
+PEACE_S: Final = 8.0
+"""Sixteen times the patience of these seats."""
 
 
 class Weather:
@@ -20,6 +22,8 @@ class Weather:
     def __init__(self, world: World) -> None:
         self.world, self.rng = world, world.rng
         self.loss, self.late = 0.05, 0.1
+        self.eagerness = 0.5
+        """Of leaders to propose the next record."""
         self.cut: set[tuple[str, str]] = set()
         self.stopped: set[str] = set()
         self.flying: list[Flying] = []
@@ -57,7 +61,7 @@ class Weather:
                 name = self._arrive()
             else:
                 world.tick(name)
-            if self.rng.random() < 0.5:
+            if self.rng.random() < self.eagerness:
                 world.propose(name)
 
     def _arrive(self) -> str:
@@ -115,6 +119,7 @@ class Weather:
         """Raises Fault unless all come to agree, and go on. What was sent before may still arrive."""
         world = self.world
         self.cut, self.loss, self.late, self.stopped = set(), 0.0, 0.0, set()
+        self.eagerness = 1.0
         world.be_kind()
         for name in world.names:
             if name not in world.seats:

@@ -22,4 +22,4 @@ def test_nothing_is_sealed_twice_and_rounds_go_on(first: int) -> None:
 def test_a_planted_bug_is_found(bug: str) -> None:
     found = next((fault for seed in range(N) for fault in faults([seed], bug)[0].values()), None)
     assert found is not None
-    assert "no progress" not in found
+    assert ("no progress" in found) == (bug == "forgets_resting")

@@ -161,7 +161,7 @@ class World:
         if reseated is not None:
             self.happened["reseated"] += 1
             seats = disk.committee.seats
-        elif self.schedule.changes and self.rng.random() < 0.05:
+        elif self.schedule.changes and self.rng.random() < (0.2 if self.schedule.is_aimed else 0.05):
             self.happened["changes"] += 1
             # A committee of one whose seat has lost its votes rests for ever.
             n = min(len(self.names), self.rng.choice([3 if self.schedule.restores else 1, 3, 3, 5]))
