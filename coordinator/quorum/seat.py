@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from ..protocol.trust.seals import Committee, Sealed
 from .acceptor import Acceptor
@@ -49,6 +49,9 @@ from .words import (
     Voted,
     Word,
 )
+
+_ELECTION: Final = 0.5
+"""Of the patience: an election that nobody has won is tried again sooner than a silent leader is given up."""
 
 
 class Seat:
@@ -87,6 +90,8 @@ class Seat:
         """That was heard of."""
         self._ayes: set[str] = set()
         self._promises: dict[str, Accepted | None] = {}
+        self._early: tuple[str, Propose] | None = None
+        """What was proposed upon a record that is on its way: it need not be said again."""
         self._heard_s = self.wake_s = now_s
         if self._committee.seats != (self.me,):  # who is alone waits for nobody
             self._be_patient(now_s)
@@ -158,9 +163,10 @@ class Seat:
         if self._reign is not None:
             self._beat(self._reign, now_s)
             return
-        self._be_patient(now_s)
         self._cast(Canvass(highest=self._highest, head=self._disk.head))
-        if self._acceptor.may_vote:  # else it only asks for what is new
+        may_vote = self._acceptor.may_vote  # else it only asks for what is new
+        self._be_patient(now_s, _ELECTION if may_vote else 1)
+        if may_vote:
             self.role, self.leader, self._ayes = Role.CANVASSING, None, {self.me}
             self._count_ayes(now_s)
 
@@ -191,7 +197,7 @@ class Seat:
             return
         self._ballot = self._highest = ballot
         self.role, self._promises = Role.PREPARING, {self.me: self._acceptor.accepted}
-        self._be_patient(now_s)
+        self._be_patient(now_s, _ELECTION)
         self._cast(Prepare(ballot=ballot, head=self._disk.head))
         self._count_promises(now_s)
 
@@ -308,6 +314,8 @@ class Seat:
     def _proposed_to(self, seat: str, proposed: Propose, now_s: float) -> None:
         self._catching_up.heard_of(seat, proposed.round - 1, now_s)
         if proposed.round > self._disk.head + 1:
+            if self._committee.owner(proposed.ballot) == seat:
+                self._early = seat, proposed
             return
         if proposed.round <= self._disk.head or not self._is_led_by(seat, proposed.ballot, now_s):
             self._refuse(seat)
@@ -334,6 +342,10 @@ class Seat:
             self._append(sealed)
             self._step_down(now_s, "behind")
         self._catching_up.heard_of(seat, batch.head, now_s)
+        early = self._early
+        if early is not None and early[1].round <= self._disk.head + 1:
+            self._early = None
+            self._proposed_to(*early, now_s)
 
     # -------------------------------------------------------------------------------------- small things
 
@@ -353,8 +365,8 @@ class Seat:
         for seat in self._others:
             self._send(seat, word)
 
-    def _be_patient(self, now_s: float) -> None:
-        self.wake_s = now_s + self._patience.s * self._rng.uniform(1, 2)
+    def _be_patient(self, now_s: float, share: float = 1) -> None:
+        self.wake_s = now_s + share * self._patience.s * self._rng.uniform(1, 2)
 
     def _saw(self, ballot: int) -> bool:
         """Whether it is a ballot of this epoch: others are void."""

@@ -95,9 +95,11 @@ words: SearchStrategy[Word] = st.one_of(
     st.builds(Canvass, highest=ballots, head=heads),
     st.builds(Aye, highest=ballots),
     st.builds(Prepare, ballot=ballots, head=heads),
+    st.builds(Prepare, ballot=ballots, head=st.just(0)),
     st.builds(Promise, ballot=ballots, head=heads, accepted=st.none() | accepted),
     st.builds(Nack, promised=ballots, head=heads),
     st.builds(Propose, ballot=ballots, round=heads, record=records),
+    st.builds(Propose, ballot=ballots, round=st.just(1), record=st.sampled_from([CHAIN[0], OTHER[0]])),
     st.builds(_voted, st.sampled_from(NAMES), ballots, heads, records),
     st.builds(Follow, after=heads),
     st.builds(Batch, head=heads, sealed=st.lists(seals, min_size=1, max_size=3).map(tuple)),
@@ -107,8 +109,8 @@ senders = st.sampled_from([None, None, "seat-0", "seat-2", "nobody"])
 said = st.tuples(senders, words, st.sampled_from([0.0, 0.1, 2.0]))
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(said, max_size=25), st.booleans(), st.integers(0, 3))
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(said, min_size=12, max_size=30), st.booleans(), st.integers(0, 3))
 def test_a_seat_bears_all_that_is_said(
     said: list[tuple[str | None, Word, float]], rests: bool, seed: int
 ) -> None:

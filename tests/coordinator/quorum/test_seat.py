@@ -233,6 +233,27 @@ def test_a_seat_that_is_behind_never_promises_less_than_before() -> None:
     assert disk.vote.promised > ballot
 
 
+def test_a_proposal_may_overtake_the_record_before_it() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver()
+    table.seats["seat-0"].propose(table.record(1), table.now_s)
+    late: list[Word] = []
+
+    def is_early(_sender: str, to: str, word: Word) -> bool:
+        if isinstance(word, Batch) and to == "seat-2":
+            late.append(word)
+        return to != "seat-1" and not isinstance(word, Batch | Follow)
+
+    table.deliver(is_early)
+    table.seats["seat-0"].propose(table.record(2), table.now_s)
+    table.deliver(is_early)
+    assert [disk.head for disk in table.disks.values()] == [1, 0, 0]
+    table.seats["seat-2"].receive("seat-0", late[0], table.now_s)
+    table.deliver(lambda _sender, to, _word: to != "seat-1")
+    assert [disk.head for disk in table.disks.values()] == [2, 0, 2]
+
+
 def test_a_disk_that_fails_makes_a_seat_follow_and_say_nothing() -> None:
     table = Table()
     table.wakes("seat-0")
