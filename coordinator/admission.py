@@ -33,11 +33,12 @@ class AdmissionControl:
         banned: Iterable[str],
         rules: EntryRules,
         wall_ms: Callable[[], int],
+        rejected: Counter[Rejected],
     ) -> None:
         self._ledger = ledger
         self._limits = ledger.genesis.limits
         self._uploaded_bytes: Counter[int] = Counter()
-        self.rejected: Counter[Rejected] = Counter()
+        self.rejected = rejected
         self.gate = Gate(ledger, token, banned, rules, wall_ms, self.rejected)
 
     def refused(self, reason: Rejected, error: E) -> E:

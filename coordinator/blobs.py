@@ -76,7 +76,7 @@ class BlobStore:
         self._path = path
         self.reserved_bytes = 0
         self._blobs: dict[bytes, _Blob] = {}
-        # By round; rounds are marked in ascending order, so the oldest stand first.
+        # By round, the oldest first.
         self._offered: dict[int, set[bytes]] = {}
         self._counted: dict[int, set[bytes]] = {}
         self._asides = count()
@@ -204,7 +204,12 @@ def _move(index: dict[int, set[bytes]], digest: bytes, old: int | None, new: int
         index[old].discard(digest)
         if not index[old]:
             del index[old]
+    is_late = new not in index and index and new < next(reversed(index))
     index.setdefault(new, set()).add(digest)
+    if is_late:  # seldom: a payload came long after its round
+        in_order = sorted(index.items())
+        index.clear()
+        index.update(in_order)
 
 
 def _up_to(index: dict[int, set[bytes]], round_: int) -> list[int]:

@@ -17,8 +17,9 @@ from .ledger import Ledger
 from .observe.page_history import PageHistory
 from .observe.peer_sizes import PeerSizes
 from .observe.run_statistics import RunStatistics
-from .protocol.messages import Commit, CommitBody, Rejected
+from .protocol.messages import AccessEntry, Commit, CommitBody, CommitteeEntry, Rejected
 from .protocol.settings import Course, Keep
+from .protocol.trust.governing import Governing
 from .protocol.trust.standing import Standing
 from .reports import Reports
 from .retention import PayloadRetention
@@ -45,7 +46,11 @@ class Recalled:
 
 class DerivedState:
     """Of one run. `course`: as record 0 says; `name`: what a peer is called in the log; `rejected`: counts so
-    far, by reason."""
+    far, by reason.
+
+    Old commits are recalled, then `recalled`; new ones come by `committed`, if this coordinator proposed
+    them, else by `followed`.
+    """
 
     def __init__(
         self,
@@ -62,6 +67,7 @@ class DerivedState:
         n_params = sum(prod(entry.shape) for entry in ledger.genesis.layout)
         self.statistics = RunStatistics(n_params)
         self.page_history = PageHistory(n_params, rejected)
+        self._governing = Governing(ledger.genesis.coordinator)
         self.standing = Standing(ledger.run_id, course.settings.audits)
         self.audits = AuditReports(self.standing, ledger.peer_id, rejected)
         self.peer_sizes = PeerSizes(self.standing.has_worked, self.statistics.has_offered)
@@ -71,26 +77,46 @@ class DerivedState:
         self._last_peers: deque[frozenset[int]] = deque(maxlen=RECALLED_COMMITS)
         self._evaluator: int | None = None
         self._evaluates: int | None = None
+        self.peers: dict[int, str] = {}
+        """Whom the records have admitted: by index, the peer id."""
+        self.committee: CommitteeEntry | None = None
+        """As the newest record has it that names one."""
+        self.recovery = ledger.genesis.recovery
+        """See CommitteeEntry."""
+        self.access: AccessEntry | None = None
+        """As the newest record has it that says who may come in."""
 
     def recall(self, commit: Commit) -> None:
         """The next old commit. Deletes no payload."""
+        self._read(commit)
+        self.retention.recall(commit.body)
+
+    def recalled(self) -> None:
+        """After the last old commit."""
+        for round_, loss in self._ledger.held_out():
+            self.page_history.trend.held_out(round_, loss)
+        self._pin_blobs_of_run()
+        self.retention.recalled(self._ledger.head_round)
+
+    def followed(self, commit: Commit) -> None:
+        """The next new commit, which another coordinator has proposed; payloads that nobody needs any more
+        are deleted."""
+        self._read(commit)
+        self.retention.followed(commit.body)
+
+    def _read(self, commit: Commit) -> None:
         body = commit.body
         self._follow(commit)
         self.statistics.committed(body)
         self.page_history.committed(commit)
         self.reports.recall(body, self.course)
-        self.retention.recall(body)
-        if body.offers:
-            self._last_peers.append(frozenset(offer.peer for offer in body.offers))
-        self._evaluates = body.evaluator
-        self._evaluator = self._evaluator if body.evaluator is None else body.evaluator
 
-    def recalled(self) -> Recalled:
-        """After the last old commit. Raises ConfigError if a blob of the run's own is not in the store."""
-        for round_, loss in self._ledger.held_out():
-            self.page_history.trend.held_out(round_, loss)
-        self._pin_blobs_of_run()
-        self.retention.recalled(self._ledger.head_round)
+    def open_round(self) -> Recalled:
+        """What the round after the newest commit needs to know. Raises ConfigError if a blob of the run's own
+        is not in the store."""
+        missing = self._pin_blobs_of_run()
+        if missing:
+            raise ConfigError(f"blob {missing[0].hex()} of the run is missing: put it into the blob store")
         training = frozenset[int]().union(*self._last_peers)
         return Recalled(training, self._evaluator, self._evaluates, has_begun=bool(self._last_peers))
 
@@ -110,12 +136,27 @@ class DerivedState:
         self.reports.committed(body, self.course)
         self.retention.committed(body, present)
 
+    def forget_sessions(self) -> None:
+        """What was said in sessions and is in no record."""
+        self.reports.forget_pending()
+        self.audits.forget_pending()
+        self.retention.nobody_joins()
+
     def _follow(self, commit: Commit) -> None:
         body = commit.body
         self.standing.committed(body, commit.digest)
         self.audits.committed()
+        self.peers.update((admission.index, admission.peer_id) for admission in body.admitted)
+        if body.committee is not None:
+            self.committee = body.committee
+            self.recovery = self.recovery or body.committee.recovery
+        self.access = body.access or self.access
+        if body.offers:
+            self._last_peers.append(frozenset(offer.peer for offer in body.offers))
+        self._evaluates = body.evaluator
+        self._evaluator = self._evaluator if body.evaluator is None else body.evaluator
         self._tell_judged(body)
-        for text in self.course.told(body.changes):
+        for text in (*self._governing.follow(commit), *self.course.told(body.changes)):
             self.page_history.happened(body.time_ms, "changed", f"round {body.round}: {text}")
         self.course = self.course.after(body.changes)
 
@@ -142,12 +183,11 @@ class DerivedState:
         ref = self._ledger.genesis.held_out
         return None if ref is None else self._blobs.open(ref.digest)
 
-    def _pin_blobs_of_run(self) -> None:
+    def _pin_blobs_of_run(self) -> list[bytes]:
+        """Returns those that are not here."""
         genesis = self._ledger.genesis
-        for ref in (genesis.base, genesis.held_out, genesis.corpus):
-            if ref is None:
-                continue
-            if ref.digest not in self._blobs:
-                text = f"blob {ref.digest.hex()} of the run is missing: put it into the blob store"
-                raise ConfigError(text)
-            self._blobs.pin(ref.digest)
+        refs = [ref.digest for ref in (genesis.base, genesis.held_out, genesis.corpus) if ref is not None]
+        for digest in refs:
+            if digest in self._blobs:
+                self._blobs.pin(digest)
+        return [digest for digest in refs if digest not in self._blobs]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt
+from ..compression.errors import ConfigError, LedgerCorrupt
+from .entry.admitted import SCHEMA, Admitted
 from .entry.invited import Invited
-from .protocol.chain import REPAIR_FORK, Chain, Forked
+from .protocol.chain import REPAIR_FORK, Chain, Forked, check_genesis, seats_of
 from .protocol.files import sync_folder
-from .protocol.ledger_copy import work_in
+from .protocol.identity import peer_id_of
+from .protocol.ledger_copy import records_with_committees, work_in
 from .protocol.messages import (
-    MAX_PEERS,
     Admission,
     BadMessage,
     Commit,
@@ -25,14 +26,13 @@ from .protocol.messages import (
     digest_of,
     encode_record,
 )
+from .protocol.trust.seals import Committee, Sealed
 
-MAX_INDEX = 2**16 - 1
-
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE record (
     round INTEGER PRIMARY KEY, record BLOB NOT NULL, signature BLOB NOT NULL, digest BLOB NOT NULL
 );
-CREATE TABLE admission (idx INTEGER PRIMARY KEY, peer_id TEXT NOT NULL UNIQUE);
+{SCHEMA}
 CREATE TABLE held_out (round INTEGER PRIMARY KEY, loss REAL NOT NULL);
 """
 
@@ -40,8 +40,13 @@ _EVALUATION = """
 CREATE TABLE IF NOT EXISTS evaluation (round INTEGER NOT NULL, name TEXT NOT NULL, value REAL NOT NULL)
 """
 
-
 _WORK = "CREATE TABLE IF NOT EXISTS work (digest BLOB PRIMARY KEY, signatures BLOB NOT NULL) WITHOUT ROWID"
+
+_FOUNDED, _BEGUN = 0, 1
+"""`user_version`: whose key was there when the ledger was made: the founder's, or any."""
+
+_SEALED_BYTES = 2**20
+"""Of the records that a seat gets at once, unless a single one is larger."""
 
 
 class Ledger:
@@ -49,44 +54,68 @@ class Ledger:
     commit carries yet, held-out losses and evaluations. Not thread-safe: callers serialise, from any thread.
     """
 
-    def __init__(self, db: sqlite3.Connection, path: Path, public_key: Ed25519PublicKey) -> None:
-        """Use `create` or `open`."""
+    def __init__(self, db: sqlite3.Connection, path: Path, public_key: Ed25519PublicKey | None) -> None:
+        """Use `create`, `begin` or `open`."""
         self._db = db
-        self._path, self._public_key = path, public_key
-        record, self.genesis_signature = self._genesis(public_key)
+        self._path = path
+        record, self.genesis_signature = self._genesis()
         self.genesis_record: bytes = record
         self.genesis: GenesisBody = decode_record(GenesisBody, record)
         self.run_id: bytes = digest_of(record)
-        self._committed: dict[int, str] = {}
-        self.head_round, self.head_digest = self._verify(public_key)
-        self._peer_ids = self._admissions()
-        self.invited = Invited(db)
-        self.invited.recall(self._committed)
-        self._indices = {peer_id: index for index, peer_id in self._peer_ids.items()}
+        self._chain, committed = self._verify()
+        try:
+            self._admitted = Admitted(db, committed)
+        except LedgerCorrupt as e:
+            raise LedgerCorrupt(f"{path}: {e}. {_REPAIR_FILE}") from e
+        if public_key is not None and not self._is_of(public_key):
+            raise self._corrupt(0, "record 0: its signature is not this coordinator's")
+
+    @property
+    def head_round(self) -> int:
+        """The newest round; 0: there is no commit yet."""
+        return self._chain.round
+
+    @property
+    def head_digest(self) -> bytes:
+        """Of the newest record; the run id without any commit."""
+        return self._chain.digest or self.run_id
+
+    @property
+    def committee(self) -> Committee:
+        """That seals the next record."""
+        return self._chain.committee
+
+    @property
+    def invited(self) -> Invited:
+        """By which invitations peers came in."""
+        return self._admitted.invited
 
     @classmethod
     def create(cls, path: Path, genesis: GenesisBody, key: Ed25519PrivateKey) -> Ledger:
-        """A ledger with record 0. Raises ConfigError if the file exists."""
-        if path.exists():
-            raise ConfigError(f"{path} holds a run already: open it, or choose another state directory")
-        aside = path.with_name(f".{path.name}.part")
-        aside.unlink(missing_ok=True)
+        """A ledger with record 0, by the founder's key. Raises ConfigError if the file exists."""
         record = encode_record(genesis)
-        db = sqlite3.connect(aside)
-        db.execute("PRAGMA synchronous = FULL")
-        with db:
-            db.executescript(_SCHEMA)
-            db.execute(
-                "INSERT INTO record VALUES (0, ?, ?, ?)", (record, key.sign(record), digest_of(record))
-            )
-        db.close()
-        aside.rename(path)
-        sync_folder(path.parent)
+        _create(path, record, key.sign(record), _FOUNDED)
         return cls.open(path, key.public_key())
 
     @classmethod
+    def begin(cls, path: Path, record: bytes, signature: bytes) -> Ledger:
+        """A ledger of another seat than the founder, or of one that is going to be one: from record 0, as the
+        founder has signed it. Raises ConfigError if the file exists, LedgerCorrupt if that is no record 0."""
+        check_genesis(record, signature)
+        _create(path, record, signature, _BEGUN)
+        return cls._opened(path, None)
+
+    @classmethod
     def open(cls, path: Path, public_key: Ed25519PublicKey) -> Ledger:
-        """Verifies the whole chain. Raises ConfigError (no file) or LedgerCorrupt naming the bad record."""
+        """Verifies the whole chain. `public_key`: of the founder, or of a seat that a record names; where the
+        ledger was begun from record 0 any.
+
+        Raises ConfigError (no file) or LedgerCorrupt naming the bad record.
+        """
+        return cls._opened(path, public_key)
+
+    @classmethod
+    def _opened(cls, path: Path, public_key: Ed25519PublicKey | None) -> Ledger:
         if not path.exists():
             raise ConfigError(f"{path}: there is no ledger")
         # Serialised by the callers: a link in threads uses one connection under its lock.
@@ -107,70 +136,48 @@ class Ledger:
 
     def append(self, body: CommitBody, key: Ed25519PrivateKey, work: bytes = b"") -> Commit:
         """Signs and stores the next commit; it is on the disk when this returns. `work`: the blob that it
-        names, kept beside it."""
+        names, kept beside it. Raises ConfigError where this key alone does not order the run."""
         if body.round != self.head_round + 1 or body.parent != self.head_digest:
             raise ValueError(f"round {body.round} does not follow round {self.head_round}")
+        if not self.committee.is_only(peer_id_of(key.public_key())):
+            raise ConfigError(_others_order(self.committee, peer_id_of(key.public_key())))
         record = encode_record(body)
         commit = Commit(record=record, signature=key.sign(record))
         with self._db:
-            self._db.execute(
-                "INSERT INTO record VALUES (?, ?, ?, ?)",
-                (body.round, record, commit.signature, commit.digest),
-            )
-            if work:
-                self._db.execute(_WORK)
-                self._db.execute("INSERT OR IGNORE INTO work VALUES (?, ?)", (body.work, work))
-        self.head_round, self.head_digest = body.round, commit.digest
-        self._committed.update((admission.index, admission.invitation) for admission in body.admitted)
+            self._insert(commit, body, work)
+        self._chain.took(commit)
+        self._admitted.committed(body.admitted)
+        return commit
+
+    def take(self, sealed: Sealed) -> Commit:
+        """The next commit, as the run's committee has sealed it, whoever of it proposed it; it is on the disk
+        when this returns. Without `work` where the seat that it comes from has lost it.
+
+        Raises LedgerCorrupt (Forked, if that is it), and stays as it was, for what is not the next commit.
+        """
+        (commit,) = self._follow([sealed], Chain.check)
         return commit
 
     def adopt(self, commits: Sequence[Commit]) -> None:
-        """Takes back the next commits, which this coordinator signed and has lost; all of them, or none.
+        """Takes back the next commits, which a node has and this coordinator has lost; all of them, or none.
 
-        Admissions that no commit carries are forgotten: they may contradict those that did happen. Raises
-        BadMessage (not of this coordinator, not the next ones) or LedgerCorrupt (another chain: a fork).
+        Raises BadMessage (not of this run's coordinators, not the next ones) or LedgerCorrupt (another chain:
+        a fork).
         """
-        chain = Chain(self._public_key, self.head_round, self.head_digest)
-        n_admitted = len(self._committed)
+        self._follow([Sealed(record=c.record, seal=c.signature) for c in commits], _check_given_back)
+
+    def _follow(self, sealed: Sequence[Sealed], check: Callable[[Chain, Commit], None]) -> list[Commit]:
+        """All of them, or none. Pending admissions that contradict them are forgotten."""
+        chain, commits = copy(self._chain), [entry.commit for entry in sealed]
         with self._db:
-            self._db.execute("DELETE FROM admission WHERE idx >= ?", (n_admitted,))
-            self.invited.drop(n_admitted)
-            admitted = dict(self._committed)
-            for commit in commits:
-                self._check_next(chain, commit)
-                self._db.execute(
-                    "INSERT INTO record VALUES (?, ?, ?, ?)",
-                    (chain.round, commit.record, commit.signature, commit.digest),
-                )
-                for admission in commit.body.admitted:
-                    self._readmit(admission, n_admitted, chain.round)
-                    n_admitted += 1
-                    admitted[admission.index] = admission.invitation
-        self.head_round, self.head_digest = chain.round, chain.digest or self.run_id
-        self._committed = admitted
-        self.invited.recall(admitted)
-        self._peer_ids = self._admissions()
-        self._indices = {peer_id: index for index, peer_id in self._peer_ids.items()}
-
-    def _check_next(self, chain: Chain, commit: Commit) -> None:
-        try:
-            chain.check(commit)
-        except Forked:
-            n = chain.round
-            raise LedgerCorrupt(
-                f"round {n + 1} of the node follows another round {n} than the coordinator has. {REPAIR_FORK}"
-            ) from None
-        except LedgerCorrupt as e:
-            raise BadMessage(f"a commit was given back, but {e}") from e
-
-    def _readmit(self, admission: Admission, index: int, round_: int) -> None:
-        try:
-            if admission.index != index:
-                raise ValueError(f"peer {index} would be the next")
-            self._db.execute("INSERT INTO admission VALUES (?, ?)", (index, admission.peer_id))
-        except (ValueError, sqlite3.IntegrityError) as e:
-            text = f"record {round_}: it admits {admission.peer_id} as peer {admission.index}"
-            raise LedgerCorrupt(f"{text}, which does not fit the records before it: {e}") from e
+            for entry, commit in zip(sealed, commits, strict=True):
+                check(chain, commit)
+                _check_work(commit.body, entry.work)
+                self._insert(commit, commit.body, entry.work)
+            committed = self._admitted.write(commit.body for commit in commits)
+        self._chain = chain
+        self._admitted.wrote(committed)
+        return commits
 
     def commits(self, after: int, limit: int) -> list[Commit]:
         """At most `limit` commits from round `after` + 1 on."""
@@ -187,6 +194,23 @@ class Ledger:
             yield from batch
             after += len(batch)
 
+    def sealed(self, after: int, limit: int) -> list[Sealed]:
+        """At most `limit` commits from round `after` + 1 on for a seat that is behind, with the signatures
+        that they name, as far as they are here; fewer than `limit`, if they are large."""
+        found: list[Sealed] = []
+        n_bytes = 0
+        for commit in self.commits(after, limit):
+            work = self.work(commit.body.work) if commit.body.work else None
+            found.append(Sealed(record=commit.record, seal=commit.signature, work=work or b""))
+            n_bytes += len(commit.record) + len(work or b"")
+            if n_bytes > _SEALED_BYTES:
+                break
+        return found if n_bytes <= _SEALED_BYTES or len(found) == 1 else found[:-1]
+
+    def committees(self, up_to: int) -> list[CommitBody]:
+        """The records that name a committee, in order, to that round."""
+        return records_with_committees(self._db, up_to)
+
     def work(self, digest: bytes) -> bytes | None:
         """The signatures of a commit's offers, by the digest in the commit; None: they are not here."""
         return work_in(self._db, digest)
@@ -202,38 +226,23 @@ class Ledger:
 
         Raises Incompatible when no more can be admitted before the next commit, or at all.
         """
-        known = self._indices.get(peer_id)
-        if known is not None:
-            return known
-        index = len(self._peer_ids)
-        if index > MAX_INDEX or len(self.pending_admissions()) >= MAX_PEERS:
-            raise Incompatible("the swarm is full: too many peers have been admitted")
-        with self._db:
-            self._db.execute("INSERT INTO admission VALUES (?, ?)", (index, peer_id))
-            self.invited.stage(index, invitation)
-        self.invited.note(index, invitation)
-        self._peer_ids[index], self._indices[peer_id] = peer_id, index
-        return index
+        return self._admitted.admit(peer_id, invitation)
 
     def pending_admissions(self) -> tuple[Admission, ...]:
         """Admissions that no commit carries yet: they go into the next one."""
-        return tuple(
-            Admission(index=index, peer_id=peer_id, invitation=self.invited.of(index))
-            for index, peer_id in sorted(self._peer_ids.items())
-            if index not in self._committed
-        )
+        return self._admitted.pending()
 
     def index_of(self, peer_id: str) -> int | None:
         """None: the peer was never admitted."""
-        return self._indices.get(peer_id)
+        return self._admitted.index_of(peer_id)
 
     def peers(self) -> dict[int, str]:
         """All that were ever admitted, in order: index -> peer id."""
-        return dict(self._peer_ids)
+        return self._admitted.peers()
 
     def peer_id(self, index: int) -> str:
         """Raises KeyError for an index that nobody has."""
-        return self._peer_ids[index]
+        return self._admitted.peer_id(index)
 
     def note_held_out(self, round_: int, loss: float) -> bool:
         """Keeps the first held-out loss of a round, in nats; False: there was one."""
@@ -282,25 +291,39 @@ class Ledger:
         """The database cannot be used any more."""
         self._db.close()
 
-    def _genesis(self, public_key: Ed25519PublicKey) -> tuple[bytes, bytes]:
+    def _genesis(self) -> tuple[bytes, bytes]:
         row = self._db.execute("SELECT record, signature, digest FROM record WHERE round = 0").fetchone()
         if row is None:
             raise LedgerCorrupt(f"{self._path}: record 0 is missing. {_REPAIR_FILE}")
         record, signature, digest = row
         try:
-            public_key.verify(signature, record)
-            decode_record(GenesisBody, record)
-        except InvalidSignature:
-            raise self._corrupt(0, "record 0: its signature is not this coordinator's") from None
-        except BadMessage as e:
-            raise self._corrupt(0, f"record 0: it is no genesis: {e}") from e
+            check_genesis(record, signature)
+        except LedgerCorrupt as e:
+            raise self._corrupt(0, str(e)) from e
         if digest != digest_of(record):
             raise self._corrupt(0, "record 0: its digest does not fit its bytes")
         return bytes(record), bytes(signature)
 
-    def _verify(self, public_key: Ed25519PublicKey) -> tuple[int, bytes]:
-        """Walks the chain; returns its head."""
-        chain = Chain(public_key, 0, self.run_id)
+    def _is_of(self, public_key: Ed25519PublicKey) -> bool:
+        """Whether who has this key keeps this ledger: a folder with another key is a mistake."""
+        if self._db.execute("PRAGMA user_version").fetchone() == (_BEGUN,):
+            return True
+        named = {seat.peer_id for body in self.committees(self.head_round) for seat in seats_of(body)}
+        return peer_id_of(public_key) in {self.genesis.coordinator} | named
+
+    def _insert(self, commit: Commit, body: CommitBody, work: bytes) -> None:
+        self._db.execute(
+            "INSERT INTO record VALUES (?, ?, ?, ?)",
+            (body.round, commit.record, commit.signature, commit.digest),
+        )
+        if work:
+            self._db.execute(_WORK)
+            self._db.execute("INSERT OR IGNORE INTO work VALUES (?, ?)", (body.work, work))
+
+    def _verify(self) -> tuple[Chain, dict[int, str]]:
+        """Walks the chain. Returns also the invitations of admitted peers, by index."""
+        chain = Chain(self.run_id, self.genesis.coordinator, recovery=self.genesis.recovery)
+        committed: dict[int, str] = {}
         rows = self._db.execute(
             "SELECT round, record, signature, digest FROM record WHERE round != 0 ORDER BY round"
         )
@@ -315,25 +338,16 @@ class Ledger:
                 chain.check(commit)
             except (LedgerCorrupt, ValueError) as e:
                 raise self._corrupt(wanted, str(e)) from e
-            self._admitted(commit.body)
-        return chain.round, self.run_id if chain.digest is None else chain.digest
+            for admission in commit.body.admitted:
+                self._check_admission(wanted, admission)
+                committed[admission.index] = admission.invitation
+        return chain, committed
 
-    def _admitted(self, body: CommitBody) -> None:
+    def _check_admission(self, round_: int, admission: Admission) -> None:
         """Admissions are derived from the records; the table only adds what no commit carries yet."""
-        for admission in body.admitted:
-            known = self._db.execute(
-                "SELECT peer_id FROM admission WHERE idx = ?", (admission.index,)
-            ).fetchone()
-            if known != (admission.peer_id,):
-                text = f"record {body.round}: it admits {admission.peer_id} as peer {admission.index}"
-                raise self._corrupt(body.round, f"{text}, the table of admissions says otherwise")
-            self._committed[admission.index] = admission.invitation
-
-    def _admissions(self) -> dict[int, str]:
-        found = dict(self._db.execute("SELECT idx, peer_id FROM admission ORDER BY idx"))
-        if list(found) != list(range(len(found))):
-            raise LedgerCorrupt(f"{self._path}: admissions are missing. {_REPAIR_FILE}")
-        return found
+        if not Admitted.agrees(self._db, admission):
+            text = f"record {round_}: it admits {admission.peer_id} as peer {admission.index}"
+            raise self._corrupt(round_, f"{text}, the table of admissions says otherwise")
 
     def _corrupt(self, round_: int, what: str) -> LedgerCorrupt:
         repair = _REPAIR_FILE
@@ -346,3 +360,44 @@ class Ledger:
 
 
 _REPAIR_FILE = "Restore the state directory from a copy."
+
+
+def _create(path: Path, record: bytes, signature: bytes, version: int) -> None:
+    """A file with record 0, whole or not at all. Raises ConfigError if it exists."""
+    if path.exists():
+        raise ConfigError(f"{path} holds a run already: open it, or choose another state directory")
+    aside = path.with_name(f".{path.name}.part")
+    aside.unlink(missing_ok=True)
+    db = sqlite3.connect(aside)
+    db.execute("PRAGMA synchronous = FULL")
+    with db:
+        db.executescript(_SCHEMA)
+        db.execute(f"PRAGMA user_version = {version}")
+        db.execute("INSERT INTO record VALUES (0, ?, ?, ?)", (record, signature, digest_of(record)))
+    db.close()
+    aside.rename(path)
+    sync_folder(path.parent)
+
+
+def _check_work(body: CommitBody, work: bytes) -> None:
+    """Seats checked the signatures themselves before they voted; it is enough that these are the same."""
+    if work and digest_of(work) != body.work:
+        raise LedgerCorrupt(f"record {body.round}: the signatures beside it are not those that it names")
+
+
+def _check_given_back(chain: Chain, commit: Commit) -> None:
+    try:
+        chain.check(commit)
+    except Forked:
+        n = chain.round
+        raise LedgerCorrupt(
+            f"round {n + 1} of the node follows another round {n} than the coordinator has. {REPAIR_FORK}"
+        ) from None
+    except LedgerCorrupt as e:
+        raise BadMessage(f"a commit was given back, but {e}") from e
+
+
+def _others_order(committee: Committee, me: str) -> str:
+    if me in committee.seats:
+        return f"a committee of {len(committee.seats)} coordinators orders this run, not this one alone"
+    return "other coordinators order this run: this one has no seat in their committee any more"

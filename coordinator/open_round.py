@@ -18,6 +18,7 @@ from .protocol.messages import BadMessage, Offer, OfferEntry, Rejected
 from .protocol.trust.signed_offers import work_of
 from .retention import PayloadRetention
 from .rounds import (
+    Action,
     BytesArrived,
     Excused,
     OfferKept,
@@ -34,10 +35,10 @@ log = logging.getLogger("thinwire.coordinator")
 
 
 class OpenRound:
-    """Of one run; when a round is committed, the next one is open.
+    """Of one run; when a round's record is sealed, the next one opens.
 
-    `close` is called with what is to be committed, and may not come back here: its round's offers are taken
-    with `offers.entries`, and then cleared.
+    `close` is called with what is to be proposed: its round's offers are taken with `offers.entries`, and
+    then cleared.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class OpenRound:
     def offered(self, peer: int, offer: Offer, now_s: float) -> None:
         """Raises BadMessage for an offer that no node of ours makes."""
         made = self.offers.checked(peer, offer)
-        if offer.digest is not None and made.has_bytes:
+        if offer.digest is not None and self.offers.is_here(offer):
             self._retention.offered(offer.digest, self.rounds.round)
         self.handle(made, now_s, offer)
 
     def blob_arrived(self, digest: bytes, now_s: float) -> None:
-        """The blob is in the store: offers that name it become eligible, if they say its size."""
+        """The blob is in the store: offers that name it become eligible, if they say its size and enough
+        seats hold it."""
         for peer, offer in self.offers.of(digest):
             if self.offers.is_here(offer):
                 self._announce(peer, offer)
@@ -74,11 +76,20 @@ class OpenRound:
                 self._notices.refused_offer(peer, "its blob is of another size than it says")
                 self.handle(Excused(peer, self.rounds.round), now_s)
         self._retention.offered(digest, self.rounds.round)
-        self.handle(BytesArrived(digest), now_s)
+        self.held_arrived(digest, now_s)
+
+    def held_arrived(self, digest: bytes, now_s: float) -> None:
+        """Enough seats may hold the blob by now: then offers that name it become eligible."""
+        if self.offers.is_held(digest):
+            self.handle(BytesArrived(digest), now_s)
 
     def handle(self, event: RoundEvent, now_s: float, offer: Offer | None = None) -> None:
         """`offer`: the one that the event is about."""
-        for action in self.rounds.handle(event, now_s):
+        self.act(self.rounds.handle(event, now_s), now_s, offer)
+
+    def act(self, actions: Iterable[Action], now_s: float, offer: Offer | None = None) -> None:
+        """Does what `Rounds` says."""
+        for action in actions:
             match action:
                 case RoundClosed():
                     self._close(action, now_s)
@@ -107,10 +118,10 @@ class OpenRound:
 
 
 class OpenOffers:
-    """Offers by the index of their peer. Which of them count, `Rounds` decides."""
+    """Offers by the index of their peer. Which of them count, `Rounds` decides. `held`: see `Service`."""
 
-    def __init__(self, blobs: BlobStore, admission: AdmissionControl) -> None:
-        self._blobs, self._admission = blobs, admission
+    def __init__(self, blobs: BlobStore, admission: AdmissionControl, held: Callable[[bytes], bool]) -> None:
+        self._blobs, self._admission, self._held = blobs, admission, held
         self._offers: dict[int, Offer] = {}
 
     def checked(self, peer: int, offer: Offer) -> OfferMade:
@@ -120,7 +131,7 @@ class OpenOffers:
         if stored is not None and stored != offer.n_bytes:
             text = f"a blob of {stored} bytes offered as {offer.n_bytes}"
             raise self._admission.refused("size", BadMessage(text))
-        has_bytes = offer.payload is not None or stored is not None
+        has_bytes = offer.payload is not None or (stored is not None and self._held(digest))
         return OfferMade(peer, offer.round, digest, has_bytes, offer.n_samples)
 
     def keep(self, peer: int, offer: Offer) -> None:
@@ -130,6 +141,10 @@ class OpenOffers:
     def of(self, digest: bytes) -> list[tuple[int, Offer]]:
         """Peers that have offered this payload, and their offers."""
         return [(peer, offer) for peer, offer in self._offers.items() if offer.digest == digest]
+
+    def is_held(self, digest: bytes) -> bool:
+        """Whether the blob is in the store, and enough other seats have it, too."""
+        return digest in self._blobs and self._held(digest)
 
     def is_here(self, offer: Offer) -> bool:
         """Whether the blob that the offer names is in the store, and of the size that it says."""
@@ -149,7 +164,7 @@ class OpenOffers:
         return work_of(self._offers[peer].signature for peer in peers)
 
     def clear(self) -> None:
-        """The round is committed."""
+        """The round has closed."""
         self._offers.clear()
 
 

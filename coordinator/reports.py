@@ -69,6 +69,8 @@ class Reports:
         self._said: dict[int, dict[int, list[Said]]] = {}
         self._pending: dict[tuple[int, int], ReportEntry] = {}
         self._pending_snapshots: dict[tuple[int, int], SnapshotEntry] = {}
+        self._unsealed: list[ReportEntry] = []
+        """Of those that are remembered: in no record yet, though perhaps in one that waits for its seal."""
         self.failed_evaluations = 0
         self.last_failure: tuple[int, str] | None = None
         """The newest evaluation that failed: its round, and why."""
@@ -84,6 +86,17 @@ class Reports:
             self.acknowledged.clear()
         if body.evaluator is not None:
             self._evaluators[body.round] = body.evaluator
+        if self._unsealed:
+            self._unsealed = [entry for entry in self._unsealed if entry not in body.reports]
+
+    def forget_pending(self) -> None:
+        """What no record carries yet is not known any more: nodes say it again to whoever leads."""
+        for entry in self._unsealed:
+            said = self._said.get(entry.round, {}).get(entry.peer, [])
+            if (entry.fingerprint, entry.checked) in said:
+                said.remove((entry.fingerprint, entry.checked))
+        self._unsealed, self._pending, self._pending_snapshots = [], {}, {}
+        self.acknowledged.clear()
 
     def recall(self, body: CommitBody, course: Course) -> None:
         """An old commit, in order: brings back what had been reported."""
@@ -155,7 +168,9 @@ class Reports:
             self._rejected["too_many_reports"] += 1
             return set()
         value, checked = said
-        self._pending[peer, round_] = ReportEntry(peer=peer, round=round_, fingerprint=value, checked=checked)
+        entry = ReportEntry(peer=peer, round=round_, fingerprint=value, checked=checked)
+        self._pending[peer, round_] = entry
+        self._unsealed.append(entry)
         self._remember(peer, round_, said)
         return self._statistics.fingerprint(peer, round_, value)
 

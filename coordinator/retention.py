@@ -26,6 +26,9 @@ LATE_ROUNDS = 4
 """A blob that no commit has counted is kept for this many rounds, and so is every counted one: offers are
 sent again after a break, and nodes may be a few rounds behind."""
 
+MAX_MISSING = 65_536
+"""Payloads that are missed and remembered."""
+
 REMINDER_ROUNDS = 64
 """Between two warnings that payloads pile up."""
 
@@ -50,7 +53,10 @@ class PayloadRetention:
         self.snapshots = Snapshots(snapshot_every, standing)
         self._needs: dict[int, int] = {}
         self._second_newest = 0
-        self._incomplete = 0
+        self._released = 0
+        """The newest round of which payloads were let go, or are given up."""
+        self._missing: dict[bytes, int] = {}
+        """Payloads that a commit names and that are not here, by the newest such round, in order."""
         self._head = 0
         self._n_refused = 0
         self._next_reminder = 0
@@ -60,6 +66,15 @@ class PayloadRetention:
         """The payloads of this round and of all after it are here."""
         return self._incomplete + 1
 
+    @property
+    def _incomplete(self) -> int:
+        return max(self._released, next(reversed(self._missing.values()), 0))
+
+    def missing(self) -> dict[bytes, int]:
+        """Payloads that should be here and are not, by the newest round that counts each; the oldest
+        first."""
+        return dict(self._missing)
+
     def recall(self, body: CommitBody) -> None:
         """An old commit, in order: marks its payloads, as far as they are still here. Deletes nothing."""
         for offer in body.offers:
@@ -67,8 +82,18 @@ class PayloadRetention:
                 continue
             self._blobs.mark_counted(offer.digest, body.round)
             if offer.digest not in self._blobs:
-                self._incomplete = body.round
+                self._missing.pop(offer.digest, None)
+                self._missing[offer.digest] = body.round
         self._look_at(body)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """What nobody needs any more, or is too much to remember, is not missed."""
+        while self._missing:
+            digest, round_ = next(iter(self._missing.items()))
+            if round_ > self._second_newest and len(self._missing) <= MAX_MISSING:
+                return
+            self._released = max(self._released, self._missing.pop(digest))
 
     def recalled(self, head: int) -> None:
         """After the last old commit: the other blobs belong to the round that was open."""
@@ -77,6 +102,14 @@ class PayloadRetention:
     def offered(self, digest: bytes, round_: int) -> None:
         """The blob has arrived, or was here already, for an offer of this round."""
         self._blobs.mark_offered(digest, round_)
+        self.found(digest)
+
+    def found(self, digest: bytes) -> bool:
+        """The blob has arrived; whether a commit names it, and it was missed."""
+        counted = self._missing.pop(digest, None)
+        if counted is not None:
+            self._blobs.mark_counted(digest, counted)
+        return counted is not None
 
     def committed(self, body: CommitBody, present: Collection[int]) -> None:
         """A new commit: deletes what nobody needs any more. `present`: peers that are there or just away."""
@@ -84,11 +117,20 @@ class PayloadRetention:
             if offer.digest is not None:
                 self._blobs.mark_counted(offer.digest, body.round)
         self._look_at(body)
+        self._let_go(present)
+
+    def followed(self, body: CommitBody) -> None:
+        """A new commit that another seat has proposed: as `committed`, and not all of its payloads need be
+        here yet. Nobody joins here."""
+        self.recall(body)
+        self._let_go(())
+
+    def _let_go(self, present: Collection[int]) -> None:
         self._needs = {peer: after for peer, after in self._needs.items() if peer in present}
         floor = 0 if self._keep.is_lazy else self._not_needed()[0]
         self._release(floor, self._head - LATE_ROUNDS)
         self.has_room(0)
-        self._remind(body.round)
+        self._remind(self._head)
 
     def no_room(self, n_bytes: int) -> str | None:
         """Why a payload of this size cannot be stored; None: there is room for it, now at the latest."""
@@ -115,6 +157,10 @@ class PayloadRetention:
     def needs_nothing(self, peer: int) -> None:
         """The peer trains, or leaves."""
         self._needs.pop(peer, None)
+
+    def nobody_joins(self) -> None:
+        """Nobody was promised anything."""
+        self._needs.clear()
 
     def figures(self, connected: Collection[int]) -> dict[str, Any]:
         """JSON-able: the newest attested snapshot and how many connected peers have it, and the payloads."""
@@ -163,7 +209,7 @@ class PayloadRetention:
 
     def _release(self, counted_to: int, offered_to: int) -> None:
         released = self._blobs.release(counted_to=counted_to, offered_to=offered_to)
-        self._incomplete = max(self._incomplete, released)
+        self._released = max(self._released, released)
         for peer, after in self._needs.items():
             if after < released:
                 self._needs[peer] = self._incomplete

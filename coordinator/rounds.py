@@ -120,8 +120,19 @@ class _Past:
     begins_late: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Closing:
+    """`evaluator`: as the record names it; `since_s`: when the round closed."""
+
+    evaluator: int | None
+    since_s: float
+    is_skipped: bool = False
+
+
 class Rounds:
-    """`head`: the newest committed round. `training` and `evaluator` are what a restart recalls. `eval_every`
+    """A round that has closed waits for `sealed`: nobody's offer counts until then.
+
+    `head`: the newest committed round. `training` and `evaluator` are what a restart recalls. `eval_every`
     0: nobody evaluates.
 
     `n_rounds` and `is_paused` are the ledger's; `has_begun`: whether a round has been trained, None: any.
@@ -157,6 +168,8 @@ class Rounds:
         self.times = OfferTimes()
         self.is_held = False
         """While it is set no round closes, whatever comes in."""
+        self._closing: _Closing | None = None
+        """The open round's record is being ordered: nothing counts for it any more."""
         self._condemned: frozenset[int] = frozenset()
         self._opening: frozenset[int] = frozenset()
         self._offers: dict[int, _Kept] = {}
@@ -184,6 +197,16 @@ class Rounds:
         return self.head >= self.n_rounds
 
     @property
+    def is_closing(self) -> bool:
+        """The open round has closed, and its record is not sealed yet: see `sealed`."""
+        return self._closing is not None
+
+    @property
+    def closing_s(self) -> float | None:
+        """When the open round closed; None: it has not."""
+        return None if self._closing is None else self._closing.since_s
+
+    @property
     def is_awaited(self) -> bool:
         """Whether a round is open that somebody works on: its record comes, sooner or later."""
         return self.opened_s is not None and bool(self.expected or self.training & self._offers.keys())
@@ -209,15 +232,25 @@ class Rounds:
         for peer in self._condemned & self._offers.keys():
             del self._offers[peer]
 
-    def skip(self, n_rounds: int, is_paused: bool) -> None:
-        """The open round's record is written already, without an offer, and changes these. Offers that are
-        here came too late. The next round opens with the next event."""
+    def skip(self, n_rounds: int, is_paused: bool, now_s: float) -> None:
+        """The open round closes without an offer, by a record that changes these. Offers that are here came
+        too late. Once that is sealed the next round opens, with the next event."""
         opened_s = self.opened_s or 0.0
         self._pasts[self.round] = _Past(opened_s, frozenset(), frozenset(), self._offers)
         self._pasts.pop(self.round - KEPT_ROUNDS, None)
-        self._offers, self.expected, self.opened_s = {}, set(), None
+        self._offers, self.expected = {}, set()
+        self._next, self._closing = (n_rounds, is_paused), _Closing(None, now_s, is_skipped=True)
+
+    def sealed(self, now_s: float) -> list[Action]:
+        """The record of the round that has closed is a part of the ledger: the next round may open."""
+        closing, self._closing = self._closing, None
+        if closing is None:
+            raise ValueError(f"round {self.round} has not closed")
         self.head += 1
-        self.n_rounds, self.is_paused, self._next = n_rounds, is_paused, None
+        self.opened_s, self.expected = None, set()
+        if self._next is not None:
+            (self.n_rounds, self.is_paused), self._next = self._next, None
+        return [] if closing.is_skipped or not self._may_open else [self._open(closing.evaluator, now_s)]
 
     def missing(self) -> list[int]:
         """Who is awaited right now."""
@@ -243,14 +276,14 @@ class Rounds:
             case TimePassed():
                 pass
         is_ready = self._has_begun or len(self.training) >= self._min_peers
-        if self.opened_s is None and is_ready and self._goes_on:
+        if self.opened_s is None and is_ready and self._goes_on and not self.is_closing:
             actions.append(self._open(None, now_s))
         actions += self._close_if_due(now_s)
         return actions
 
     def wake_s(self) -> float | None:
         """When the open round's limit is reached; None: only an event can change anything."""
-        if self.is_held or self.opened_s is None or not self._worked():
+        if self.is_held or self.is_closing or self.opened_s is None or not self._worked():
             return None
         return self.opened_s + self._limit().after_s
 
@@ -362,7 +395,7 @@ class Rounds:
 
     def _close_if_due(self, now_s: float) -> list[Action]:
         eligible = self._eligible()
-        if self.is_held or self.opened_s is None or not eligible:
+        if self.is_held or self.is_closing or self.opened_s is None or not eligible:
             return []
         missing = self.missing()
         why: Why = "complete"
@@ -390,22 +423,15 @@ class Rounds:
         for peer in missing:
             if peer != self._begins_late:
                 self.times.is_missing(self.round, peer, now_s - opened_s)
-        self._offers, self._has_begun = {}, True
-        self.head += 1
-        if self._next is not None:
-            self.n_rounds, self.is_paused = self._next
-            self._next = None
+        self._offers, self._has_begun, self.expected = {}, True, set()
         evaluator = self._next_evaluator()
-        duration_s = now_s - opened_s
-        closed = RoundClosed(self.head, tuple(eligible), tuple(missing), evaluator, duration_s, why)
-        if not self._may_open:
-            self.opened_s, self.expected = None, set()
-            return [closed]
-        return [closed, self._open(evaluator, now_s)]
+        self._closing = _Closing(evaluator, now_s)
+        return [RoundClosed(self.round, tuple(eligible), tuple(missing), evaluator, now_s - opened_s, why)]
 
     def _next_evaluator(self) -> int | None:
         """Rotates among the training peers, for rounds that are to be evaluated."""
-        if not self._eval_every or (self.head % self._eval_every and not self.is_over):
+        n_rounds = self.n_rounds if self._next is None else self._next[0]
+        if not self._eval_every or (self.round % self._eval_every and self.round < n_rounds):
             return None
         able = sorted(self.training - self._hung - self._condemned - self.attendance.absent)
         if not able:

@@ -21,13 +21,14 @@ from .last_snapshot import LastSnapshot, leaves_room
 from .ledger import Ledger
 from .observe.metrics import with_trust
 from .protocol.addresses import HttpAddress
-from .protocol.identity import load_or_create
+from .protocol.identity import load_or_create, peer_id_of
 from .protocol.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, digest_of
 from .protocol.p2p import start_p2p
 from .protocol.settings import Keep, parse_settings
 from .protocol.streams import BLOB, Meter, Stream
 from .protocol.ticket import Ticket
 from .protocol.transport import Transport
+from .seats.watchers import Watchers, WhoLeads
 from .service import Service
 from .state import StateDir
 from .stream_server import StreamServer, Waits
@@ -90,6 +91,11 @@ class CoordinatorServer:
         self._settings = parse_settings(self.ledger.genesis.config)
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         self.meter = Meter()
+        self.watchers = Watchers(
+            WhoLeads(peer_id_of(self._key.public_key())),
+            lambda: self.ledger.head_round,
+            self._settings.network.heartbeat_s,
+        )
         self._stream_server = StreamServer(
             self.service,
             self.blobs,
@@ -98,6 +104,7 @@ class CoordinatorServer:
             failed=self._fail,
             status=self.status,
             waits=waits,
+            watchers=self.watchers,
         )
         self._door = Door(
             state.path, self._order, self._is_ordered, lambda: self.service.count_rejected("message")

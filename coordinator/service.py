@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, ThinwireError
@@ -38,12 +37,12 @@ from .membership import (
 from .observe.counters import Counters
 from .observe.loss_unit import LossUnit
 from .observe.notices import Notices
-from .observe.peer_names import PeerNames
 from .observe.refusals import Refusals
 from .observe.run_view import RunView
 from .open_round import OpenOffers, OpenRound
 from .peers import Peers
 from .protocol.figures import counted
+from .protocol.identity import peer_id_of
 from .protocol.messages import (
     READER,
     Audit,
@@ -65,6 +64,8 @@ from .protocol.messages import (
 from .protocol.schedule import lr_factor_bits
 from .protocol.settings import KEEP_SNAPSHOTS, Course, Keep
 from .protocol.trust.signed_offers import is_signed
+from .quorum.log import Alone, Log
+from .quorum.recollection import Recollection
 from .rounds import Excused, RoundClosed, Rounds
 from .trust.sentences import Sentences
 
@@ -101,40 +102,46 @@ class Service:
         check_strategy: CheckStrategy = no_strategy,
         loss_unit: str | None = None,
         keep: Keep = KEEP_SNAPSHOTS,
+        log: Log | None = None,
+        recollection: Recollection | None = None,
+        held: Callable[[bytes], bool] = lambda _digest: True,
     ) -> None:
-        """`history`: what the method gave before a restart; `banned`, `rules`: who is not let in, and who is;
-        `check_strategy`: of what the owner wants to change of its options; `loss_unit`: where the run's task
-        is not built in; `keep`: of counted payloads.
+        """`log`: None: this coordinator orders the run alone. `recollection`: what is known of the ledger, up
+        to its head; None: it is read, with `keep` and `history`. `held`: whether enough seats hold a payload
+        that is in the store here, and the same ones all others of the open round that are held, so that they
+        can vote for a record that names these; see `held_arrived`. `history`: what the method gave before a
+        restart; `banned`, `rules`: who is not let in, and who is; `check_strategy`: of what the owner wants
+        to change of its options; `loss_unit`: where the run's task is not built in; `keep`: of counted
+        payloads.
 
         Raises ConfigError for another run's key or a config that it cannot read.
         """
-        self._ledger, self._blobs, self._key = ledger, blobs, key
+        self._ledger, self._blobs = ledger, blobs
+        self._log = Alone(ledger, key) if log is None else log
+        self._log.on_sealed = self._sealed
+        self._proposed: _Proposed | None = None
+        """Waits for its seal."""
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
         self._end = end
         self._settings = Course.of(ledger.genesis.config).settings
         self._pending, self._keep = PendingChanges(check_strategy), keep
-        try:
-            key.public_key().verify(ledger.genesis_signature, ledger.genesis_record)
-        except InvalidSignature:
-            raise ConfigError("this key is not the one that the run was started with") from None
+        self._held = held
+        if peer_id_of(key.public_key()) not in ledger.committee.seats:
+            raise ConfigError("this key is not the one that the run was started with, nor a seat's")
         self._loss_unit = loss_unit or self._settings.task.loss_unit
-        self._admission = AdmissionControl(ledger, token, banned, rules, wall_ms)
+        self._recollection = recollection or Recollection(ledger, blobs, keep, history)
+        rejected = self._recollection.rejected
+        self._admission = AdmissionControl(ledger, token, banned, rules, wall_ms, rejected)
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._counters = Counters()
         self._refusals = Refusals(self._admission.rejected)
-        self._parts = self._recalled(now_s, history)
+        self._parts = self._recalled(now_s)
 
-    def _recalled(self, now_s: float, history: bytes | None) -> _Parts:
-        """Everything that is derived from the ledger, and nothing that sessions have brought."""
-        ledger, course = self._ledger, Course.of(self._ledger.genesis.config)
-        names = PeerNames(ledger.peer_id)
-        derived = DerivedState(ledger, self._blobs, course, names.short, self._admission.rejected, self._keep)
-        for commit in ledger.all_commits():
-            derived.recall(commit)
-        past = derived.recalled()
-        if history is not None:
-            derived.restore(history)
+    def _recalled(self, now_s: float) -> _Parts:
+        """Everything that follows from the ledger, and nothing that sessions have brought."""
+        ledger, derived, names = self._ledger, self._recollection.derived, self._recollection.names
+        past = derived.open_round()
         members = Membership(self._settings.silence_s, past.training, now_s)
         announcer = Announcer(self._send_to, ledger.peer_id)
         notices = Notices(announcer, members, names, derived.page_history, self._wall_ms, now_s)
@@ -143,7 +150,7 @@ class Service:
         rounds.condemn(derived.standing.condemned_in(ledger.head_round + 1))
         open_round = OpenRound(
             rounds,
-            OpenOffers(self._blobs, self._admission),
+            OpenOffers(self._blobs, self._admission, self._held),
             self._admission,
             derived.retention,
             members,
@@ -312,7 +319,10 @@ class Service:
             log.warning("got %s back from a node: round %d is the newest", back, self.head)
             self._admission.new_round()
             self._pending.take()
-            self._parts = self._recalled(now_s, self.history())
+            self._recollection = Recollection(
+                self._ledger, self._blobs, self._keep, self.history(), self._admission.rejected
+            )
+            self._parts = self._recalled(now_s)
 
     # --------------------------------------------------------------------------------------- the owner
 
@@ -327,13 +337,16 @@ class Service:
         rounds = self._parts.rounds
         if self._n_adopted or rounds.is_held:
             raise ConfigError("the coordinator is getting lost rounds back from a node: try again soon")
-        place = Place(rounds.round, not rounds.is_awaited, rounds.is_over)
-        ordered = self._pending.add(order, self.course, place)
-        if place.is_alone:
-            self._commit_changes(now_s)
+        if self._proposed is not None:  # what is proposed cannot change any more
+            place, course = self._place_after(self._proposed.body)
+            ordered = self._pending.add(order, course, place)
         else:
-            course = self._pending.course(self.course)
-            rounds.plan(course.n_rounds, course.is_paused)
+            place = Place(rounds.round, not rounds.is_awaited, rounds.is_over)
+            ordered = self._pending.add(order, self.course, place)
+            if place.is_alone:
+                self._commit_changes(now_s)
+            else:
+                self._plan()
         log.info("round %d: %s", ordered.round, "; ".join(ordered.told))
         return ordered
 
@@ -387,6 +400,11 @@ class Service:
             return
         self._parts.open_round.blob_arrived(digest, now_s)
 
+    def held_arrived(self, digest: bytes, now_s: float) -> None:
+        """What `held` says of the blob may have changed: offers that name it become eligible."""
+        if not self._n_adopted:
+            self._parts.open_round.held_arrived(digest, now_s)
+
     # ---------------------------------------------------------------------------------- time and people
 
     def tick(self, now_s: float) -> float:
@@ -397,7 +415,8 @@ class Service:
         self._parts.open_round.handle(TimePassed(), now_s)
         parts = self._parts
         parts.notices.lines.flush()
-        if self._pending and not parts.rounds.is_held and not parts.rounds.is_awaited:
+        is_free = not (parts.rounds.is_held or parts.rounds.is_awaited or parts.rounds.is_closing)
+        if self._pending and is_free:
             self._commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
         parts.announcer.tell(parts.members.connected(), parts.open_round.offers.fetchable())
         round_s = parts.derived.statistics.round_s
@@ -413,6 +432,11 @@ class Service:
     def finished(self) -> bool:
         """The last round is committed and every training peer has said that it has it, or time is up."""
         return self._parts.finished
+
+    @property
+    def proposed(self) -> int | None:
+        """The round whose record waits for its seal: nobody knows what comes of it if the reign ends now."""
+        return None if self._proposed is None else self._proposed.body.round
 
     @property
     def is_over(self) -> bool:
@@ -486,19 +510,43 @@ class Service:
     # --------------------------------------------------------------------------------------- the commit
 
     def _close(self, closed: RoundClosed, now_s: float) -> None:
-        """Orders the round that has closed: from here to `_committed` no other one does."""
-        work = self._parts.open_round.offers.work(closed.peers)
+        """Orders the round that has closed: from here to `_sealed` no other one does."""
+        offers = self._parts.open_round.offers
+        work = offers.work(closed.peers)
         proposal = self._proposal(closed.round, closed.peers, closed.evaluator, work)
-        commit = self._ledger.append(proposal, self._key, work)
-        self._committed(commit, closed, now_s)
+        offers.clear()
+        self._propose(proposal, work, closed, now_s)
 
     def _commit_changes(self, now_s: float) -> None:
         """A record of its own for what is to change; nobody works on the open round."""
         rounds = self._parts.rounds
-        commit = self._ledger.append(self._proposal(rounds.round, (), None), self._key)
-        course = self.course.after(commit.body.changes)
-        rounds.skip(course.n_rounds, course.is_paused)
-        self._committed(commit, None, now_s)
+        proposal = self._proposal(rounds.round, (), None)
+        course = self.course.after(proposal.changes)
+        rounds.skip(course.n_rounds, course.is_paused, now_s)
+        self._parts.open_round.offers.clear()
+        self._propose(proposal, b"", None, now_s)
+
+    def _propose(self, body: CommitBody, work: bytes, closed: RoundClosed | None, now_s: float) -> None:
+        self._proposed = _Proposed(body, closed)
+        self._log.propose(body, work, now_s)
+
+    def _sealed(self, commit: Commit, now_s: float) -> None:
+        proposed, self._proposed = self._proposed, None
+        if proposed is None:
+            raise ValueError("nothing was proposed")
+        self._committed(commit, proposed.closed, now_s)
+
+    def _place_after(self, body: CommitBody) -> tuple[Place, Course]:
+        """Where an order goes that comes while this record waits for its seal, and what holds then."""
+        course, rounds = self.course.after(body.changes), self._parts.rounds
+        is_over = course.run.is_over(body.round)
+        is_alone = is_over or course.is_paused or not rounds.training
+        return Place(body.round + 1, is_alone, is_over), course
+
+    def _plan(self) -> None:
+        """What the record that closes the open round makes of the run."""
+        course = self._pending.course(self.course)
+        self._parts.rounds.plan(course.n_rounds, course.is_paused)
 
     def _proposal(
         self, round_: int, peers: Sequence[int], evaluator: int | None, work: bytes = b""
@@ -528,18 +576,29 @@ class Service:
         """The record is on the disk: everybody may see it. `closed`: None, if it only brings changes."""
         parts = self._parts
         parts.derived.committed(commit, closed, parts.peers.present())
+        opened = parts.rounds.sealed(now_s)
         parts.rounds.condemn(parts.derived.standing.condemned_in(commit.body.round + 1))
         parts.sentences.committed()
         if closed is not None:
             self._counters.round_closed(closed.why, closed.duration_s)
             parts.notices.missed(closed.missing, parts.derived.statistics)
             parts.notices.closed(closed, parts.rounds.is_over, now_s)
-        parts.open_round.offers.clear()
         self._admission.new_round()
         parts.over_s, parts.finished = (now_s if parts.rounds.is_over else None), False
         if commit.body.changes:
             parts.notices.changed(now_s)
+        parts.open_round.act(opened, now_s)
+        if self._pending:
+            self._plan()
         self._on_commit(commit.body.round)
+
+
+@dataclass(frozen=True, slots=True)
+class _Proposed:
+    """A record on its way into the ledger. `closed`: None, if it closes the open round without an offer."""
+
+    body: CommitBody
+    closed: RoundClosed | None
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from .protocol.messages import Commit, Heartbeat, Members, Message, Notice, Offered, Refused
+from .protocol.messages import Commit, Elsewhere, Heartbeat, Members, Message, Notice, Offered, Refused
 from .protocol.streams import Stream
 
 MAX_QUEUED = 256
@@ -51,7 +51,7 @@ class Session:
         """There is a new commit."""
         self._wake.set()
 
-    def end(self, why: Refused | None = None) -> None:
+    def end(self, why: Refused | Elsewhere | None = None) -> None:
         """Sends what is queued, then the reason; `write` returns then. The first reason stands."""
         if why is not None and not self.is_ending:
             self._queue.append(why)

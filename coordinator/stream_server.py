@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,17 +16,20 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from itertools import count
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
-from ..compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable, ThinwireError
+from ..compression.errors import ConfigError, SwarmUnreachable, ThinwireError
 from .adoption import STALL_S, adopt
 from .blobs import BlobStore, BlobWriter
+from .entry.guarded import guarded
 from .entry.rates import PeerRates
+from .entry.strangers import GOODBYE_S, Strangers, looker, or_refused, receive_hello, tell_status
 from .observe.metrics_requests import ANSWER_TIMEOUT_S, MetricsRequests
 from .observe.quiet_log import QuietLog
 from .protocol.blob_streams import Sink, serve_blobs
 from .protocol.messages import (
     BadMessage,
+    Elsewhere,
     Follow,
     Head,
     Heartbeat,
@@ -41,26 +42,17 @@ from .protocol.messages import (
     State,
     Welcome,
 )
-from .protocol.streams import BLOB, FROM_NODE, SESSION, STATUS, BadFrame, FrameKind, Meter, Stream
+from .protocol.streams import BLOB, FROM_NODE, SESSION, STATUS, BadFrame, Meter, Stream
 from .protocol.transport import StreamHandler, Transport
+from .seats.watchers import Watchers
 from .service import Service
 from .sessions import Session
 
 _log = logging.getLogger("thinwire.coordinator")
 
-T = TypeVar("T")
-
-MAX_STRANGERS = 64
-"""Streams of peers that have not shown the token yet."""
-
-MAX_STRANGE_STREAMS = 8
-"""Of one such peer."""
-
 MAX_BLOB_STREAMS = 8
 """Of one member."""
 
-_GOODBYE_S = 2.0
-_TOKEN_BYTES = 200
 _REPLACED = (
     "another node with this identity has joined: every node needs a --state directory of its own, or none"
 )
@@ -85,6 +77,7 @@ class StreamServer:
     """Open sessions by peer id, and the handlers of all streams. One event loop.
 
     `changed`: the service was told something. `failed`: the run cannot go on. `status`: for people.
+    `watchers`: who wants to hear when another seat leads, and the term by which this one does.
     """
 
     def __init__(
@@ -97,24 +90,30 @@ class StreamServer:
         failed: Callable[[ThinwireError], None],
         status: Callable[[], dict[str, Any]],
         waits: Waits,
+        watchers: Watchers,
     ) -> None:
         self._service, self._blobs, self._meter = service, blobs, meter
         self._changed, self._failed, self._status = changed, failed, status
-        self._waits = waits
+        self._waits, self._watchers = waits, watchers
         self._sessions: dict[str, Session] = {}
         self._metrics_requests = MetricsRequests(self._post, answer_timeout_s=waits.metrics_s)
         self._numbers = count(1)
         self._opening = asyncio.Lock()
         """Held while one node is let in: the others wait for what it may have to give back."""
         self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
-        self._strangers: Counter[str] = Counter()
+        self._strangers = Strangers(service.has_worked)
         self._blob_streams: Counter[str] = Counter()
+
+    @property
+    def handlers(self) -> dict[str, StreamHandler]:
+        """By protocol."""
+        served = {SESSION: self._serve_session, BLOB: self._serve_blobs, STATUS: self._serve_status}
+        return {protocol: self._guarded(serve) for protocol, serve in served.items()}
 
     async def open_on(self, transport: Transport) -> None:
         """From now on peers that dial `transport` are served."""
-        await transport.handle(SESSION, self._guarded(self._serve_session))
-        await transport.handle(BLOB, self._guarded(self._serve_blobs))
-        await transport.handle(STATUS, self._guarded(self._serve_status))
+        for protocol, handler in self.handlers.items():
+            await transport.handle(protocol, handler)
 
     def send(self, peer_id: str, message: Message) -> None:
         """To the peer's current session, if there is one."""
@@ -156,52 +155,32 @@ class StreamServer:
 
     async def close(self, text: str) -> None:
         """Tells every node why its session ends, and waits for a moment until it knows."""
+        await self._say_goodbye(Refused.of(SwarmUnreachable(text)))
+
+    async def step_down(self) -> None:
+        """The same for a seat that leads no more: nodes hear who does, as far as that is known."""
+        await self._say_goodbye(self._watchers.who.now)
+
+    async def _say_goodbye(self, why: Refused | Elsewhere) -> None:
         for session in self._sessions.values():
-            session.end(Refused.of(SwarmUnreachable(text)))
-        deadline_s = time.monotonic() + _GOODBYE_S
+            session.end(why)
+        deadline_s = time.monotonic() + GOODBYE_S
         while self._sessions and time.monotonic() < deadline_s:
             await asyncio.sleep(0.01)
 
     def _guarded(self, serve: Callable[[str, Stream], Awaitable[None]]) -> StreamHandler:
-        """A stream handler that answers for what a peer does wrong, and lets nobody else notice."""
-
-        async def handler(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            stream = Stream(reader, writer, self._meter)
-            try:
-                await serve(peer_id, stream)
-            except BadMessage as e:
-                if isinstance(e, BadFrame):  # what the service refuses it counts itself
-                    self._service.count_rejected(e.reason, peer_id)
-                self._lines.say(logging.INFO, peer_id, "stream", "closed a stream of %s: %s", peer_id, e)
-            except (OSError, EOFError, TimeoutError, SwarmUnreachable) as e:
-                _log.debug("a stream of %s ended: %s", peer_id, e)
-            except sqlite3.Error as e:
-                self._failed(LedgerCorrupt(f"the ledger cannot be written: {e}"))
-            except Exception:  # noqa: BLE001 - the edge: a fault met in serving one peer must not end the run
-                _log.exception("a stream of %s met a fault of ours", peer_id)
-                self._service.count_rejected("internal")
-
-        return handler
-
-    @contextlib.contextmanager
-    def _stranger(self, peer_id: str) -> Iterator[None]:
-        """Limits how many streams may be open, and for how long, without the token having been shown. Those
-        whose work has counted find room among any number of strangers."""
-        is_full = self._strangers.total() >= MAX_STRANGERS and not self._service.has_worked(peer_id)
-        if is_full or self._strangers[peer_id] >= MAX_STRANGE_STREAMS:
-            raise BadFrame("strangers", "too many streams that have not said hello")
-        self._strangers[peer_id] += 1
-        try:
-            yield
-        finally:
-            self._strangers -= Counter((peer_id,))
+        return guarded(serve, self._meter, self._service.count_rejected, self._lines, self._failed)
 
     async def _serve_session(self, peer_id: str, stream: Stream) -> None:
-        with self._stranger(peer_id):
-            hello = await _or_refused(stream, self._receive_hello(peer_id, stream))
+        with self._strangers.one(peer_id):
+            hello = await or_refused(stream, self._receive_hello(peer_id, stream))
         if hello is None:
             return
-        opened = await _or_refused(stream, self._let_in(peer_id, stream, hello))
+        if hello.watches:
+            self._check_rate(peer_id)
+            await self._watchers.serve(peer_id, stream)
+            return
+        opened = await or_refused(stream, self._let_in(peer_id, stream, hello))
         if opened is None:
             return
         number, welcome = opened
@@ -213,7 +192,7 @@ class StreamServer:
             await self._read(session)
         except BadMessage as e:
             session.end(Refused.of(e))
-            await asyncio.wait({writer}, timeout=_GOODBYE_S)
+            await asyncio.wait({writer}, timeout=GOODBYE_S)
             raise
         finally:
             self._leave(session)
@@ -237,17 +216,13 @@ class StreamServer:
             self._metrics_requests.forget(session.peer_id)
 
     async def _receive_hello(self, peer_id: str, stream: Stream) -> Hello:
-        async with asyncio.timeout(self._waits.hello_s):
-            hello = await stream.receive_message(FROM_NODE)
-        if not isinstance(hello, Hello):
-            raise BadFrame("hello", f"a session starts with Hello, not {type(hello).__name__}")
+        hello = await receive_hello(stream, self._waits.hello_s)
         self._service.check(peer_id, hello)
         return hello
 
     async def _let_in(self, peer_id: str, stream: Stream, hello: Hello) -> tuple[int, Welcome]:
         """The session's number, and what to say first. Raises ThinwireError or OSError."""
-        if not self._rates.session(peer_id, time.monotonic()):
-            raise BadFrame("rate", "this peer opens too many sessions")
+        self._check_rate(peer_id)
         async with self._opening:
             if self._service.lacks(hello):
                 try:
@@ -255,7 +230,12 @@ class StreamServer:
                 finally:
                     self._changed()
             number = next(self._numbers)
-            return number, self._service.open(peer_id, number, hello, time.monotonic())
+            welcome = self._service.open(peer_id, number, hello, time.monotonic())
+            return number, welcome.model_copy(update={"term": self._watchers.who.now.term})
+
+    def _check_rate(self, peer_id: str) -> None:
+        if not self._rates.session(peer_id, time.monotonic()):
+            raise BadFrame("rate", "this peer opens too many sessions")
 
     def _end_all(self) -> None:
         """There are adopted commits: every node that is here has to come anew."""
@@ -305,8 +285,8 @@ class StreamServer:
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
         shelf = _Shelf(self._service, self._blobs, peer_id, self._changed)
-        if not self._service.is_member(peer_id):
-            with self._stranger(peer_id):
+        if not self._may_fetch(peer_id):
+            with self._strangers.one(peer_id):
                 async with asyncio.timeout(self._waits.hello_s):
                     await serve_blobs(stream, shelf, "control", lambda: False)
             return
@@ -314,24 +294,20 @@ class StreamServer:
             raise BadFrame("blob_streams", f"more than {MAX_BLOB_STREAMS} blob streams")
         self._blob_streams[peer_id] += 1
         try:
-            await serve_blobs(stream, shelf, "payload", lambda: self._service.is_member(peer_id))
+            await serve_blobs(stream, shelf, "payload", lambda: self._may_fetch(peer_id))
         finally:
             self._blob_streams -= Counter((peer_id,))
 
+    def _may_fetch(self, peer_id: str) -> bool:
+        """Members may, and who watches (a seat that led before may have let it in); they may not store."""
+        return self._service.is_member(peer_id) or peer_id in self._watchers
+
     async def _serve_status(self, peer_id: str, stream: Stream) -> None:
         """Whoever has the token, or an invitation, may ask, again and again."""
-        with self._stranger(peer_id):
-            async with asyncio.timeout(self._waits.hello_s):
-                frame = await stream.receive({FrameKind.ASK: _TOKEN_BYTES})
-            try:
-                self._service.check_looker(frame.body.decode(errors="replace"))
-            except ConfigError as e:
-                await _refuse(stream, e)
+        with self._strangers.one(peer_id):
+            if not await looker(stream, self._service.check_looker, self._waits.hello_s):
                 return
-        while True:
-            await stream.send(FrameKind.STATUS, json.dumps(self._status()).encode())
-            async with asyncio.timeout(self._waits.status_s):
-                await stream.receive({FrameKind.ASK: _TOKEN_BYTES})
+        await tell_status(stream, self._status, self._waits.status_s)
 
 
 class _Shelf:
@@ -393,20 +369,3 @@ def _disk(not_stored: Callable[[], None]) -> Iterator[None]:
         _log.error("a payload cannot be stored: %s", e)
         not_stored()
         raise BadMessage("the coordinator cannot store payloads: its disk is full or broken") from e
-
-
-async def _or_refused(stream: Stream, opening: Awaitable[T]) -> T | None:
-    """What it returns; None: the node was told why it is not let in. A BadMessage is raised after that."""
-    try:
-        return await opening
-    except ThinwireError as e:
-        await _refuse(stream, e)
-        if isinstance(e, BadMessage):
-            raise
-        return None
-
-
-async def _refuse(stream: Stream, error: ThinwireError) -> None:
-    with contextlib.suppress(OSError):
-        await stream.send_message(Refused.of(error))
-        await stream.ended(_GOODBYE_S)

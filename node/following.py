@@ -12,6 +12,7 @@ from ..compression.errors import ReplicaDiverged, SwarmUnreachable
 from ..coordinator.protocol.figures import RoundLines, counted, human_seconds, mean_loss
 from ..coordinator.protocol.messages import Commit, NodeState, OfferEntry
 from ..coordinator.protocol.settings import Course
+from ..coordinator.protocol.trust.governing import told_of_seats
 from .auditing.auditor import Auditor
 from .batches import batches
 from .healing import Healer
@@ -117,6 +118,7 @@ class LedgerFollower:
 
     def _began(self, start: Start, *, is_replay: bool) -> None:
         self._stage = Stage.REPLAYING if is_replay else Stage.CATCHING_UP
+        self._auditor.forget()
         self._catching_up = CatchingUp(self._replica.round)
         self._publisher.began(self._joiner.stored, is_verified=start.is_trusted)
         self._check.began(start)
@@ -178,7 +180,7 @@ class LedgerFollower:
             self._observer.training(True)
         self._stage = Stage.TRAINING
         if self._replica.round == 0:
-            self._report(evaluate=self._run.peer_index == 0 and self._run.config.run.eval_every > 0)
+            self._report(evaluate=self._run.given_index == 0 and self._run.config.run.eval_every > 0)
         if self._replica.course.is_paused:
             log.info("the run is paused after round %d: waiting until it goes on", self._replica.round)
             if evaluates:
@@ -234,6 +236,7 @@ class LedgerFollower:
         """One live commit, or several older ones."""
         began_s, offer = self._clock(), self._proposer.open_offer
         payloads = _Payloads(self._link, self._clock, self._stopped)
+        self._auditor.coming(commits)
         owns = self._replica.apply_batch(
             commits, payloads.fetch, offered=() if offer is None else {offer.round}
         )
@@ -258,6 +261,8 @@ class LedgerFollower:
         if body.changes:
             told = "; ".join(f"{change.key} = {change.value}" for change in body.changes)
             log.info("the run changes after round %d: %s", body.round, told)
+        for text in told_of_seats(body):
+            log.info("after round %d: %s", body.round, text)
         if not body.offers:
             return
         n_rounds = self._replica.course.n_rounds

@@ -42,8 +42,8 @@ class _Doubt:
 
 
 class Healer:
-    """Of one node. `peer_index`: its own; `is_verified`: whether its replica began at a trusted start;
-    `discard`: called with a round: own snapshots after it are not to be trusted."""
+    """Of one node. `me`: its index, -1 until a commit has admitted it; `is_verified`: whether its replica
+    began at a trusted start; `discard`: called with a round: own snapshots after it are not to be trusted."""
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class Healer:
         history: History,
         joiner: Joiner,
         *,
-        peer_index: int,
+        me: Callable[[], int],
         device: torch.device,
         is_verified: Callable[[], bool],
         discard: Callable[[int], None],
     ) -> None:
         self._link, self._replica, self._history, self._joiner = link, replica, history, joiner
-        self._me, self._device = peer_index, device
+        self._me, self._device = me, device
         self._is_verified, self._discard = is_verified, discard
         self._sums: OrderedDict[int, dict[str, int]] = OrderedDict()
         self._checked: set[int] = set()
@@ -85,7 +85,7 @@ class Healer:
         """Rounds that it is this peer's turn to check now, in order. Tells this node's owner who says
         otherwise of those that were checked."""
         self._tell_who_differs()
-        rounds = [r for r in self._history.verdicts.to_check(self._me) if r not in self._checked]
+        rounds = [r for r in self._history.verdicts.to_check(self._me()) if r not in self._checked]
         if not rounds:
             return []
         starts = self._joiner.own_starts(rounds[-1], verified=self._is_verified())
@@ -139,7 +139,7 @@ class Healer:
         self._replica.restore(saved)
         log.info("this replica is right: the ledger says the same")
         self._test_this_machine(rounds[0])
-        others = {other for r in rounds for other in self._history.verdicts.others(self._me, r)}
+        others = {other for r in rounds for other in self._history.verdicts.others(self._me(), r)}
         for other in others:
             n = min(self._n_disproved[other], _DOUBLINGS)
             self._n_disproved[other] += 1
@@ -160,14 +160,14 @@ class Healer:
         """Once for each of them: when it has confirmed its own, or has had the time to heal."""
         verdicts = self._history.verdicts
         for round_, doubt in list(self._watched.items()):
-            others = verdicts.others(self._me, round_)
+            others = verdicts.others(self._me(), round_)
             if not others:
                 del self._watched[round_]
                 continue
             had_time = self._history.round >= doubt.until
             found = {p for p, entry in others.items() if entry.checked or had_time}
             if found - self._told:
-                since = min(verdicts.differs_since(self._me, other) for other in found)
+                since = min(verdicts.differs_since(self._me(), other) for other in found)
                 log.error("%s", _who_differs(self._history.names(found), since, doubt.known))
                 self._told |= found
 
@@ -176,7 +176,7 @@ class Healer:
         sums, round_ = self._replica.sums(), self._replica.round
         found = fingerprint(sums)
         self._link.report(Report(round=round_, fingerprint=found, checked=start.is_trusted))
-        if found == self._history.verdicts.fingerprint(self._me, round_):
+        if found == self._history.verdicts.fingerprint(self._me(), round_):
             return False
         before = self._sums.pop(round_, {})
         names = sorted(name for name in before if before[name] != sums[name])
@@ -201,6 +201,6 @@ def _who_differs(names: str, since: int, known: str) -> str:
     return (
         f"since round {since} the replica of {names} is not what this node has, and {known}. This node "
         f"trains on as it is. To see who is wrong: thinwire ledger TICKET -o FILE, then thinwire replay FILE "
-        f"on this machine and on another one; the run's owner can shut a peer out with thinwire coordinator "
-        f"--ban PEER"
+        f"on this machine and on another one; the run's owner can shut a peer out with thinwire run "
+        f"STATE ban PEER"
     )

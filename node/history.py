@@ -34,6 +34,7 @@ class History:
         self.every = snapshot_every
         self._round_cost_bytes = round_cost_bytes
         self.peers: dict[int, str] = {}
+        self._indices: dict[str, int] = {}
         self.standing = standing or Standing(run_id)
         self.snapshots = Snapshots(snapshot_every, self.standing)
         self.verdicts = Verdicts(self.standing)
@@ -60,6 +61,7 @@ class History:
             return
         assert body.round == self.round + 1, "links give commits in order"
         self.peers.update({a.index: a.peer_id for a in body.admitted})
+        self._indices.update({a.peer_id: a.index for a in body.admitted})
         self.standing.committed(body, commit.digest)
         self.snapshots.committed(body)
         self.verdicts.committed(body)
@@ -69,6 +71,10 @@ class History:
             self._changed.append((body.round, in_order(self._changes)))
         n_bytes = sum(offer.n_bytes for offer in body.offers if offer.digest is not None)
         self._costs.append(self._costs[-1] + (n_bytes and n_bytes + self._round_cost_bytes))
+
+    def index_of(self, peer_id: str) -> int | None:
+        """Of a peer, as a commit has admitted it; None: none has yet."""
+        return self._indices.get(peer_id)
 
     def digest_at(self, round_: int) -> bytes | None:
         """Digest of the record of this round; None: it is not known."""

@@ -96,7 +96,8 @@ class Start:
 class Joiner:
     """Brings a replica to a start. `base`: the run's base weights, None: exact initialisation; `kept_from`:
     the first round whose payloads the coordinator still has; `base_blobs`: where the base weights come from,
-    None: from the coordinator each time; `peer_index`: this node's in commits, None: it reports nothing."""
+    None: from the coordinator each time; `me`: this node's index in commits,
+    -1: it has none yet, or reports nothing."""
 
     def __init__(
         self,
@@ -109,12 +110,12 @@ class Joiner:
         base_blobs: KeptBlobs | None = None,
         kept_from: int,
         stopped: Callable[[], bool],
-        peer_index: int | None = None,
+        me: Callable[[], int] = lambda: -1,
     ) -> None:
         self._link, self._replica, self._store, self._history = link, replica, store, history
         self._base, self._kept_from, self._stopped = base, kept_from, stopped
         self._base_blobs = base_blobs or KeptBlobs(link, None)
-        self._me = -1 if peer_index is None else peer_index
+        self._me = me
         self.stored: Stored | None = None
         """The snapshot on this node's disk that `begin` has begun at; None: the base weights."""
         self._useless: set[tuple[int, bytes]] = set()
@@ -226,7 +227,7 @@ class Joiner:
         stored, verdicts = start.stored, self._history.verdicts
         if stored is None or start.attested is not None:
             return True
-        return verdicts.is_shared(self._me, stored.round, stored.fingerprint)
+        return verdicts.is_shared(self._me(), stored.round, stored.fingerprint)
 
     def _is_on_ledger(self, stored: Stored) -> bool:
         return self._history.digest_at(stored.round) == stored.commit

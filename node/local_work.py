@@ -9,6 +9,7 @@ import inspect
 import time
 from dataclasses import dataclass
 from itertools import count
+from typing import Final
 
 import torch
 
@@ -16,10 +17,14 @@ from ..compression.base import Turn
 from ..compression.errors import ConfigError
 from ..optim.auditing.evidence import Evidence
 from ..optim.base import Allotment, Closure
+from .auditing.earlier import Earlier
 from .phases import Stopwatch, time_compressor
 from .precision import Precision, autocast
-from .replica import Replica, data_seed
+from .replica import Replica, data_seed, shared_seed
 from .tasks.base import Task, device_of
+
+SHARED_BATCHES: Final = 4
+"""Of the run's text, in an audit of an offer that was made from other data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,27 +105,33 @@ class LocalWork:
         self._n_tokens_ahead = self._n_tokens
         return worked
 
-    def audit(self, data: bytes, round_: int, peer_id: str, n_samples: int) -> Evidence | None:
-        """What speaks for a counted offer of another peer, whose work is done again at the weights of now.
+    def audit(
+        self, data: bytes, at: Earlier, peer_id: str, n_samples: int, shared: bytes | None = None
+    ) -> Evidence | None:
+        """What speaks for a counted offer of a peer, whose work is done again at the weights that it had.
 
-        `data`: its payload's bytes; `round_`: the replica's or the one before. None: that cannot be told, as
-        on a node of several ranks. Nothing changes, local state and the global generators included. Raises
-        BadPayload for a payload that was left out.
+        `data`: its payload's bytes; `at`: the offer's round; `shared`: it is compared with batches that are
+        drawn from these bytes, not with the peer's own. None: that cannot be told, as on a node of several
+        ranks. Nothing changes, local state and the global generators included. Raises BadPayload for a
+        payload that was left out.
         """
         replica, model = self._replica, self._replica.model
         if self._split:
             return None
-        turn = replica.turn_of(round_, peer_id)
+        turn = at.turn_of(peer_id)
         payload = replica.decode(data, turn)
-        n_batches = -(-n_samples // self.task.n_samples)
-        seeds = (data_seed(replica.run_id, round_, peer_id, i) for i in count())
+        if shared is None:
+            n_batches = -(-n_samples // self.task.n_samples)
+            seeds = (data_seed(replica.run_id, turn.round, peer_id, i) for i in count())
+        else:
+            n_batches, seeds = SHARED_BATCHES, (shared_seed(shared, i) for i in count())
 
         def draw() -> Closure:
             return self._in_precision(self.task.draw(model, next(seeds)))
 
         model.eval()  # dropout would take from the global generators, norms would count a batch twice
         try:
-            with replica.strategy.replica():
+            with at.in_place():
                 return replica.strategy.audit(payload, draw, turn, n_batches)
         finally:
             self._set_mode()

@@ -33,7 +33,8 @@ log = logging.getLogger("thinwire.node")
 class PreparedRun:
     """A run on this node, and where its replica is on the ledger.
 
-    `peer_index`: this node's in commits; `kept_from`: the first round whose payloads the coordinator still
+    `given_index`: what the coordinator calls this node until a commit has admitted it (another one may lead
+    by then, and call it otherwise); `kept_from`: the first round whose payloads the coordinator still
     had when the link was opened; `workload`: None, every round has all the work; `n_parameters`: of the
     model, over all ranks; `base_blobs`: has the base weights, kept where snapshots do not hold all of it;
     `has_own_data`: trains on what others do not have, so that nobody can do its work again; `spare`: makes a
@@ -43,7 +44,7 @@ class PreparedRun:
     link: Link
     genesis: GenesisBody
     config: RunConfig
-    peer_index: int
+    given_index: int
     kept_from: int
     replica: Replica
     work: LocalWork
@@ -53,6 +54,12 @@ class PreparedRun:
     base_blobs: KeptBlobs
     has_own_data: bool
     spare: Callable[[], Replica]
+
+    @property
+    def peer_index(self) -> int:
+        """This node's in commits; -1, which is nobody's, until a commit has admitted it."""
+        index = self.history.index_of(self.link.peer_id)
+        return -1 if index is None else index
 
     @property
     def is_over(self) -> bool:
@@ -114,7 +121,7 @@ def prepare_run(
         link=link,
         genesis=body,
         config=config,
-        peer_index=welcome.peer_index,
+        given_index=welcome.peer_index,
         kept_from=welcome.kept_from,
         replica=replica,
         work=work,
@@ -152,5 +159,5 @@ def _tell(run: PreparedRun) -> None:
         sum(p.tensor.numel() for p in run.replica.strategy.parameters_in_order()),
         run.config.strategy["name"],
         run.config.run.rounds,
-        run.peer_index,
+        run.given_index,
     )

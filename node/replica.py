@@ -62,6 +62,12 @@ def data_seed(run_id: bytes, round: int, peer_id: str, micro_batch: int) -> int:
     return int.from_bytes(blake3(data).digest(8), "little")
 
 
+def shared_seed(digest: bytes, micro_batch: int) -> int:
+    """The seed of a batch that all auditors of a round's offers from other data have. `digest`: of the commit
+    that counted them, which nobody knew when they were made."""
+    return int.from_bytes(blake3(b"shared" + digest + micro_batch.to_bytes(8, "little")).digest(8), "little")
+
+
 @dataclass(slots=True)
 class _Ahead:
     """Where a replica will be after the commits that were read and not applied yet."""
@@ -124,9 +130,9 @@ class Replica:
         """What the next round fixes for everybody, and this peer's own seed."""
         return self._turn(self.round + 1, self._lr_factor)
 
-    def turn_of(self, round: int, peer_id: str) -> Turn:
-        """A round as that peer has it, but for the learning rate, which is that of now."""
-        return self._turn(round, self._lr_factor, peer_id)
+    def turn_of(self, round: int, peer_id: str, lr_factor: float | None = None) -> Turn:
+        """A round as that peer has it. `lr_factor`: that round's; None: the next one's."""
+        return self._turn(round, self._lr_factor if lr_factor is None else lr_factor, peer_id)
 
     def _turn(self, round: int, lr_factor: float, peer_id: str | None = None) -> Turn:
         own = self.peer_id if peer_id is None else peer_id

@@ -159,7 +159,7 @@ class Runner:
                     publisher,
                     run.spare,
                     self._verify,
-                    peer_index=run.peer_index,
+                    me=lambda: run.peer_index,
                 )
                 with closing(check):
                     yield from self._follower(run, joiner, check, publisher, statistics).follow()
@@ -194,7 +194,7 @@ class Runner:
         """Own snapshots are written and served meanwhile; the replica is written once more in the end."""
         with _folder_or_temporary(self._folder) as folder:
             publisher = SnapshotPublisher(
-                self.link, run.replica, run.history, folder / SNAPSHOTS, peer_index=run.peer_index
+                self.link, run.replica, run.history, folder / SNAPSHOTS, me=lambda: run.peer_index
             )
             try:
                 yield publisher
@@ -214,7 +214,7 @@ class Runner:
             base_blobs=run.base_blobs,
             kept_from=run.kept_from,
             stopped=self.stop.is_set,
-            peer_index=run.peer_index,
+            me=lambda: run.peer_index,
         )
 
     def _follower(
@@ -230,7 +230,7 @@ class Runner:
             run.replica,
             run.history,
             joiner,
-            peer_index=run.peer_index,
+            me=lambda: run.peer_index,
             device=self._device,
             is_verified=lambda: publisher.is_verified,
             discard=publisher.discard,

@@ -22,6 +22,15 @@ ORDER_WITHIN_S: Final = 10.0
 MAX_OWNERS: Final = 16
 """That wait at the same time."""
 
+UNKNOWN: Final = refused(
+    "this coordinator leads no more, and the record with this order was being signed: it may have been "
+    "written or not. Look at thinwire status, then say it again to the coordinator that leads, if need be."
+)
+LOST: Final = refused(
+    "this coordinator leads no more, and the order was in no record yet: say it again to the coordinator "
+    "that leads (thinwire status says which)."
+)
+
 
 class Door:
     """In the server's event loop. `order`: orders it from the service, and raises a ThinwireError for what is
@@ -37,7 +46,7 @@ class Door:
         self._folder = folder
         self._order, self._is_in_ledger, self._count_bad = order, is_in_ledger, count_bad
         self._server: asyncio.Server | None = None
-        self._waiting: dict[asyncio.Future[None], int] = {}
+        self._waiting: dict[asyncio.Future[Answer | None], int] = {}
         self._owners: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -77,6 +86,13 @@ class Door:
             if not done.done():
                 done.set_result(None)
 
+    def reign_ended(self, proposed: int | None) -> None:
+        """This coordinator leads no more; owners who wait hear what that means for them. `proposed`: the
+        round whose record waited for its seal."""
+        for done, wanted in self._waiting.items():
+            if not done.done():
+                done.set_result(UNKNOWN if wanted == proposed else LOST)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -113,21 +129,21 @@ class Door:
             return
         writer.write(frame(Answer(what="planned", round=ordered.round, told=ordered.told)))
         await writer.drain()
-        await self._wait(ordered, reader)
-        writer.write(frame(self._outcome(ordered)))
+        writer.write(frame(await self._wait(ordered, reader) or self._outcome(ordered)))
 
-    async def _wait(self, ordered: Ordered, reader: asyncio.StreamReader) -> None:
-        """For the record; a round may take hours. Raises EOFError: the owner has left before, and must not
-        keep a place."""
+    async def _wait(self, ordered: Ordered, reader: asyncio.StreamReader) -> Answer | None:
+        """For the record; a round may take hours. Returns what the owner hears if it is not known what became
+        of it. Raises EOFError: the owner has left before, and must not keep a place."""
         if self._is_in_ledger(ordered):
-            return
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            return None
+        done: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         left: asyncio.Future[bytes] = asyncio.ensure_future(reader.read(1))
         self._waiting[done] = ordered.round
         try:
             await asyncio.wait((done, left), return_when=asyncio.FIRST_COMPLETED)
             if not done.done():
                 raise EOFError
+            return done.result()
         finally:
             self._waiting.pop(done, None)
             left.cancel()

@@ -103,7 +103,8 @@ class Gate:
     def _signed(self, shown: str) -> Invitation:
         """One of this run's, in time. Raises ConfigError."""
         invitation = Invitation.parse(shown)
-        if not invitation.is_of(self._ledger.run_id, self._ledger.genesis.coordinator):
+        signers = {self._ledger.genesis.coordinator, *self._ledger.committee.seats}
+        if not any(invitation.is_of(self._ledger.run_id, signer) for signer in signers):
             text = "the invitation was not signed by this run's coordinator for this run"
             raise ConfigError(f"{text}: ask for a new one ({ASK})")
         if invitation.is_over(self._wall_ms() / 1000):

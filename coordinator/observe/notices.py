@@ -161,6 +161,10 @@ class Notices:
         self._page_history.happened(self._wall_ms(), kind, text)
 
 
+SIGNED_WITHIN_S: Final = 2.0
+"""Before anybody is told that a record waits for its seal."""
+
+
 @dataclass(frozen=True, slots=True)
 class Awaited:
     """In words; between `what` and `then` stands for how long. `since_s`: monotonic; None: since it was first
@@ -184,20 +188,27 @@ def awaited(
         return None
     if rounds.is_paused:
         return Awaited("the run is paused", f" after round {rounds.head}; it goes on with: {RESUME}")
+    if rounds.closing_s is not None:
+        what = f"round {rounds.round}: waiting for a majority of the coordinators to sign its record"
+        is_late = now_s - rounds.closing_s >= SIGNED_WITHIN_S
+        return Awaited(what, since_s=rounds.closing_s) if is_late else None
     if rounds.opened_s is None:
         n = len(rounds.training)
         more = counted(min_peers - n, "more peer")
         return Awaited(f"waiting for {more}", f": {n} of {min_peers} are training")
-    if now_s - rounds.opened_s < 2 * usual_s:
-        return None
+    is_late = now_s - rounds.opened_s >= 2 * usual_s
+    return _awaited_in_round(rounds, rounds.opened_s, name) if is_late else None
+
+
+def _awaited_in_round(rounds: Rounds, opened_s: float, name: Callable[[int], str]) -> Awaited:
     missing = rounds.missing()
     if not missing:
         what = f"round {rounds.round}: waiting for anybody's offer"
-        return Awaited(what, since_s=rounds.opened_s)
+        return Awaited(what, since_s=opened_s)
     names = ", ".join(map(name, missing[:NAMED_PEERS]))
     names += ", ..." if len(missing) > NAMED_PEERS else ""
     of = f"{len(missing)} of {counted(len(rounds.expected), 'peer')} ({names})"
-    return Awaited(f"round {rounds.round}: waiting for {of}", since_s=rounds.opened_s)
+    return Awaited(f"round {rounds.round}: waiting for {of}", since_s=opened_s)
 
 
 def _kind(became: Became) -> HappeningKind | None:

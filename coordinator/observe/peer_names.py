@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
-_SHORT: Final = 20
-"""Characters of a peer id that is written out."""
+from ..protocol.figures import short
 
 
 class PeerNames:
@@ -17,8 +15,7 @@ class PeerNames:
 
     def short(self, index: int) -> str:
         """For the log and notices: the peer id, or its beginning and its end."""
-        peer_id = self._peer_id(index)
-        return peer_id if len(peer_id) <= _SHORT else f"{peer_id[:8]}..{peer_id[-6:]}"
+        return short(self._peer_id(index))
 
     def on_page(self, index: int) -> str:
         """As the page calls it, where every peer has its index."""

@@ -1,12 +1,23 @@
-"""The checks that make commits a chain: order, parent and signature. Links and the ledger share them."""
+"""The checks that make commits a chain: order, parent and seal. Links, seats and the ledger share them."""
 
 from __future__ import annotations
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from collections.abc import Iterable
 
-from ...compression.errors import LedgerCorrupt
-from .messages import BadMessage, Commit
+from ...compression.errors import ConfigError, LedgerCorrupt
+from .identity import is_signed_by
+from .messages import (
+    BadMessage,
+    Commit,
+    CommitBody,
+    CommitteeEntry,
+    GenesisBody,
+    SeatEntry,
+    decode_record,
+    digest_of,
+)
+from .trust.seals import Committee
+from .trust.signatures import SIGNATURE_BYTES, key_of, verifies_raw
 
 
 class Forked(LedgerCorrupt):
@@ -17,29 +28,100 @@ class Chain:
     """Follows the commits of one run from any round on.
 
     `digest` is that of the record of `round`: the run id for round 0. None: not known, as for a node that
-    starts from a snapshot; then the signature of the first commit vouches for what is before it.
+    starts from a snapshot; then the seal of the first commit vouches for what is before it. `committee` seals
+    the next record; `recovery`: digest of the key that may name another one, b"": there is none.
     """
 
-    def __init__(self, public_key: Ed25519PublicKey, round_: int, digest: bytes | None) -> None:
-        self._public_key = public_key
+    def __init__(
+        self,
+        run_id: bytes,
+        founder: str,
+        round_: int = 0,
+        digest: bytes | None = None,
+        *,
+        recovery: bytes = b"",
+        before: Iterable[CommitBody] = (),
+    ) -> None:
+        """`founder`, `recovery`: as record 0 has them (`GenesisBody.coordinator`, `.recovery`); `before`: of
+        the records up to `round_`, in order, those at least that name a committee."""
+        self._run_id = run_id
         self.round = round_
-        self.digest = digest
+        self.digest = run_id if round_ == 0 else digest
+        self.committee = Committee.founder(founder)
+        self.seats: tuple[SeatEntry, ...] = ()
+        """Of the committee, with their addresses, once a record has named it."""
+        self.recovery = recovery
+        for body in before:
+            if body.committee is not None:
+                self._follow(body.round, body.committee)
 
     def check(self, commit: Commit) -> None:
         """Accepts the next commit, or raises LedgerCorrupt (Forked, if that is it) and stays where it was."""
         wanted = self.round + 1
         try:
-            self._public_key.verify(commit.signature, commit.record)
             body = commit.body
-        except InvalidSignature:
-            raise LedgerCorrupt(f"record {wanted}: its signature is not the coordinator's") from None
         except BadMessage as e:
             raise LedgerCorrupt(f"record {wanted}: it is no commit: {e}") from e
+        self._check_seal(commit, body.committee)
         if body.round != wanted:
             raise LedgerCorrupt(f"record {wanted}: it says that it is round {body.round}")
         if self.digest is not None and body.parent != self.digest:
             raise Forked(f"record {wanted}: it does not follow record {self.round}")
-        self.round, self.digest = wanted, commit.digest
+        if body.committee is not None:
+            self._check_named(body.committee)
+        self.took(commit)
+
+    def took(self, commit: Commit) -> None:
+        """Goes on to the next commit, which is known to be it."""
+        self.round, self.digest = self.round + 1, commit.digest
+        if commit.body.committee is not None:
+            self._follow(self.round, commit.body.committee)
+
+    def _check_seal(self, commit: Commit, named: CommitteeEntry | None) -> None:
+        wanted = self.round + 1
+        if named is not None and named.recovered_with:
+            self._check_recovery(commit, named.recovered_with)
+        elif not self.committee.has_sealed(self._run_id, wanted, commit.record, commit.signature):
+            whose = "the coordinator's" if len(self.committee.seats) == 1 else "a majority's of its committee"
+            raise LedgerCorrupt(f"record {wanted}: its signature is not {whose}")
+
+    def _check_named(self, named: CommitteeEntry) -> None:
+        wanted = self.round + 1
+        if named.recovery and self.recovery:
+            raise LedgerCorrupt(f"record {wanted}: it changes the recovery key, which is set once")
+        for seat in named.seats:
+            if key_of(seat.peer_id) is None:
+                raise LedgerCorrupt(f"record {wanted}: it names a seat without a key, {seat.peer_id!a}")
+
+    def _check_recovery(self, commit: Commit, key: bytes) -> None:
+        wanted = self.round + 1
+        if not self.recovery or digest_of(key) != self.recovery:
+            raise LedgerCorrupt(
+                f"record {wanted}: it is signed with a key that is not the run's recovery key"
+            )
+        if len(commit.signature) != SIGNATURE_BYTES or not verifies_raw(key, commit.signature, commit.record):
+            raise LedgerCorrupt(f"record {wanted}: its signature is not the recovery key's")
+
+    def _follow(self, round_: int, entry: CommitteeEntry) -> None:
+        self.committee, self.seats = Committee.named(round_, entry), entry.seats
+        self.recovery = self.recovery or entry.recovery
+
+
+def check_genesis(record: bytes, signature: bytes) -> GenesisBody:
+    """Record 0, signed by the founder that it names. Raises LedgerCorrupt."""
+    try:
+        body = decode_record(GenesisBody, record)
+        is_signed = is_signed_by(body.coordinator, signature, record)
+    except (BadMessage, ConfigError) as e:
+        raise LedgerCorrupt(f"record 0: it is no genesis: {e}") from e
+    if not is_signed:
+        raise LedgerCorrupt("record 0: its signature is not the coordinator's")
+    return body
+
+
+def seats_of(body: CommitBody) -> tuple[SeatEntry, ...]:
+    """That the record names as the committee; (): it names none."""
+    return () if body.committee is None else body.committee.seats
 
 
 REPAIR_FORK = (

@@ -21,6 +21,15 @@ FIRST_ROUNDS: Final = 20
 TELL_EVERY_S: Final = 10.0
 
 
+_SHORT: Final = 20
+"""Characters of a peer id that is written out."""
+
+
+def short(peer_id: str) -> str:
+    """A peer id where people read of many: its beginning and its end."""
+    return peer_id if len(peer_id) <= _SHORT else f"{peer_id[:8]}..{peer_id[-6:]}"
+
+
 def counted(n: int, what: str) -> str:
     """1, "peer" -> "1 peer"; 2, "peer" -> "2 peers"."""
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"

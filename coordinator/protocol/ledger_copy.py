@@ -11,11 +11,9 @@ import sqlite3
 import threading
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from ...compression.errors import ConfigError, LedgerCorrupt
 from .chain import Chain
-from .messages import BadMessage, Commit, CommitBody, GenesisBody, decode_record
+from .messages import BadMessage, Commit, CommitBody, GenesisBody, SeatEntry, decode_record, digest_of
 from .settings import RUN_KEYS, Course
 
 log = logging.getLogger("thinwire.link")
@@ -38,13 +36,15 @@ class LedgerCopy:
     Any thread may read; one thread appends. While the disk is full, commits are kept in memory.
     """
 
-    def __init__(self, path: Path | None, run_id: bytes, public_key: Ed25519PublicKey) -> None:
-        """Verifies the whole chain; what does not fit is cut off, with a warning that names the record.
+    def __init__(self, path: Path | None, run_id: bytes, founder: str) -> None:
+        """`founder`: the coordinator of record 0, as far as is known; record 0 says it, once it is here.
+        Verifies the whole chain; what does not fit is cut off, with a warning that names the record.
 
         Raises ConfigError: a file that cannot be used, of another run or of none.
         """
         self._path, self._run_id = path, run_id
-        self._chain = Chain(public_key, 0, run_id)
+        self._genesis: tuple[bytes, bytes] | None = None
+        self._chain = Chain(run_id, founder)
         self._lock = threading.RLock()
         self._newest: Commit | None = None
         self._unwritten: list[Commit] = []
@@ -67,9 +67,16 @@ class LedgerCopy:
         """Digest of the newest record; that of record 0, the run id, without any commit."""
         return self._chain.digest or self._run_id
 
+    @property
+    def seats(self) -> tuple[SeatEntry, ...]:
+        """Of the committee that orders the run, once a record has named one."""
+        return self._chain.seats
+
     def keep_genesis(self, record: bytes, signature: bytes) -> None:
         """Record 0, which the caller has verified: with it the copy can be read without a coordinator."""
         with self._lock:
+            if self._genesis is None and self._chain.round == 0:
+                self._begin(record, signature)
             try:
                 with self._db:
                     self._db.execute("INSERT OR IGNORE INTO record VALUES (0, ?, ?)", (record, signature))
@@ -151,9 +158,16 @@ class LedgerCopy:
                 log.info("%s takes commits again", self._path)
             self._unwritten = []
 
+    def _begin(self, record: bytes, signature: bytes) -> None:
+        """From record 0, which says who the founder is. Raises BadMessage."""
+        genesis = decode_record(GenesisBody, record)
+        self._genesis = record, signature
+        self._chain = Chain(self._run_id, genesis.coordinator, recovery=genesis.recovery)
+
     def _load(self) -> None:
         """Walks the chain as far as it holds."""
         try:
+            self._load_genesis()
             why = self._walk()
             if why is not None:
                 self._warn(why)
@@ -163,6 +177,18 @@ class LedgerCopy:
             # Pages of the file are damaged: what was read until here makes a new one.
             self._warn(str(e))
             self._rewrite()
+
+    def _load_genesis(self) -> None:
+        blobs = "CAST(record AS BLOB), CAST(signature AS BLOB)"  # a file may have anything in them
+        row = self._db.execute(f"SELECT {blobs} FROM record WHERE round = 0").fetchone()
+        if row is None:
+            return
+        if digest_of(row[0]) == self._run_id:
+            self._begin(*row)
+            return
+        log.warning("%s: record 0 is damaged: it is fetched again", self._path)
+        with self._db:
+            self._db.execute("DELETE FROM record WHERE round = 0")
 
     def _walk(self) -> str | None:
         """What is wrong with the first record that does not fit; None: all do."""
@@ -193,6 +219,8 @@ class LedgerCopy:
         for suffix in ("", "-wal", "-shm"):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
         self._db = _open(self._path, self._run_id)
+        if self._genesis is not None:
+            good.append((0, *self._genesis))
         with self._db:
             self._db.executemany(_INSERT, good)
 
@@ -209,6 +237,18 @@ def records_with_changes(db: sqlite3.Connection) -> list[CommitBody]:
     )
     bodies = [decode_record(CommitBody, record) for (record,) in rows]
     return [body for body in bodies if body.changes]
+
+
+def records_with_committees(db: sqlite3.Connection, up_to: int) -> list[CommitBody]:
+    """Those that name a committee, to that round, in order; as `records_with_changes`."""
+    # Nothing before the committee's field can be left out: a list of thirteen entries or more.
+    rows = db.execute(
+        "SELECT record FROM record WHERE round > 0 AND round <= ? AND substr(record, 1, 1) >= x'9d' "
+        "ORDER BY round",
+        (up_to,),
+    )
+    bodies = [decode_record(CommitBody, record) for (record,) in rows]
+    return [body for body in bodies if body.committee is not None]
 
 
 def work_in(db: sqlite3.Connection, digest: bytes) -> bytes | None:

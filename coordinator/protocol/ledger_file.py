@@ -1,12 +1,17 @@
 """A whole ledger as one file: record 0, every commit, and the payloads that commits name, each once.
 
-    head     "thinwire ledger\\n" | u32 protocol version
-    item     kind (1 byte) | u64 length | body          kinds: Genesis, Commit, Blob, Absent, End
-    G, C     signature (64 bytes) | record              as signed by the coordinator
+    head     "thinwire ledger\\n" | u32 version of this file
+    item     kind (1 byte) | u64 length | body          kinds: Genesis, Commit, Sealed, Blob, Absent, End
+    G, C     signature (64 bytes) | record              as signed by the only coordinator
+    S        u16 length | seal | record                 a commit, as a committee of several has sealed it
     B        payload                                    after the first commit that names it, in its order
     A        32 bytes digest of a payload               in its place: the coordinator had thrown it away
              Signatures of a commit's offers (`CommitBody.work`) are the last of its payloads.
     E        u32 round | 32 bytes digest of the last record; nothing comes after it
+
+The version is the protocol version that record 0 names. Of a run that began with protocol 2 or 3 it is 4 once
+a record names a committee, a resting seat or who may come in: earlier builds say that they cannot read it.
+Without such a record the file has the bytes that it always had.
 
 All integers are little-endian. Base weights and texts are not in it. Readers check every byte: signatures by
 the key in record 0, the chain of digests, each payload's digest, each peer's signature of its offers. Who
@@ -27,12 +32,12 @@ from typing import BinaryIO, Final
 from blake3 import blake3
 
 from ...compression.errors import ConfigError, Incompatible, LedgerCorrupt
-from .chain import Chain
+from .chain import Chain, check_genesis
 from .files import sync_folder
-from .identity import is_signed_by, public_key_of
 from .messages import (
+    COMMITTEES_SINCE,
+    MAX_SEAL_BYTES,
     PROTOCOL_VERSION,
-    BadMessage,
     Commit,
     CommitBody,
     GenesisBody,
@@ -41,7 +46,7 @@ from .messages import (
     digest_of,
     is_readable,
 )
-from .settings import Course
+from .trust.governing import Changing
 from .trust.signatures import SIGNATURE_BYTES
 from .trust.signed_offers import check_work
 
@@ -49,15 +54,17 @@ MAGIC: Final = b"thinwire ledger\n"
 _HEAD: Final = struct.Struct("<16sI")
 _ITEM: Final = struct.Struct("<cQ")
 _END: Final = struct.Struct("<I32s")
-_GENESIS, _COMMIT, _BLOB, _ABSENT, _LAST = b"G", b"C", b"B", b"A", b"E"
-_MAX_RECORD_BYTES: Final = 16 * 2**20 + SIGNATURE_BYTES
+_SEAL: Final = struct.Struct("<H")
+_GENESIS, _COMMIT, _SEALED, _BLOB, _ABSENT, _LAST = b"G", b"C", b"S", b"B", b"A", b"E"
+_MAX_RECORD_BYTES: Final = 16 * 2**20
 _PIECE_BYTES: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What a verified file holds. `reports`: round -> (peer id, fingerprint); the last one of each peer.
-    `absent_to`: the last round of which a payload is absent, 0: none. `changes`: of settings, in words.
+    `absent_to`: the last round of which a payload is absent, 0: none. `changes`: of settings, of who orders
+    the run and of who may come in, in words.
     `unsigned`: spans of rounds, first and last, with offers that no signature shows to be their peers'."""
 
     run_id: bytes
@@ -79,17 +86,11 @@ class LedgerFile:
         self._at = 0
         self.n_bytes = file.seek(0, os.SEEK_END)
         self._places: dict[bytes, tuple[int, int]] = {}  # digest -> offset, length
-        version = self._read_head()
+        self._version = version = self._read_head()
         self.signature, self.record = self._signed(_GENESIS, 0)
-        try:
-            self.genesis = decode_record(GenesisBody, self.record)
-            is_signed = is_signed_by(self.genesis.coordinator, self.signature, self.record)
-        except (BadMessage, ConfigError) as e:
-            raise LedgerCorrupt(f"record 0: it is no genesis: {e}") from e
-        if not is_signed:
-            raise LedgerCorrupt("record 0: its signature is not the coordinator's")
-        if self.genesis.protocol != version:
-            raise LedgerCorrupt(f"record 0: of protocol {self.genesis.protocol}, in a file of {version}")
+        self.genesis = check_genesis(self.record, self.signature)
+        if version not in (self.genesis.protocol, _version(self.genesis, governs=True)):
+            raise self._of_another_version()
         self.run_id = digest_of(self.record)
         self.peers: dict[int, str] = {}
         self._absent: set[bytes] = set()
@@ -108,12 +109,14 @@ class LedgerFile:
         self._absent.clear()
         self.unsigned.clear()
         self.peers.clear()
-        chain = Chain(public_key_of(self.genesis.coordinator), 0, self.run_id)
-        while self._next_kind(chain.round + 1) != _LAST:
+        governs = False
+        chain = Chain(self.run_id, self.genesis.coordinator, recovery=self.genesis.recovery)
+        while (kind := self._next_kind(chain.round + 1)) != _LAST:
             wanted = chain.round + 1
-            signature, record = self._signed(_COMMIT, wanted)
+            signature, record = self._sealed(wanted) if kind == _SEALED else self._signed(_COMMIT, wanted)
             commit = Commit(record=record, signature=signature)
             chain.check(commit)
+            governs = governs or self._governs(commit.body)
             self._check_peers(commit.body)
             for digest in blobs_of(commit.body):
                 if digest not in self._places and digest not in self._absent:
@@ -123,6 +126,8 @@ class LedgerFile:
             self._check_work(commit.body)
             yield commit
         self._check_end(chain)
+        if self._version != _version(self.genesis, governs):
+            raise self._of_another_version()
 
     def payload(self, offer: OfferEntry) -> bytes:
         """The bytes of an offer in a commit that `commits` has given already. Raises KeyError if absent."""
@@ -133,6 +138,12 @@ class LedgerFile:
         if digest_of(data) != offer.digest:
             raise LedgerCorrupt(f"payload {offer.digest.hex()[:16]} has changed since it was checked")
         return data
+
+    def _governs(self, body: CommitBody) -> bool:
+        if body.governs and self._version < COMMITTEES_SINCE:
+            what = f"it is of protocol {COMMITTEES_SINCE}"
+            raise LedgerCorrupt(f"record {body.round}: {what}, in a file of {self._version}")
+        return body.governs
 
     def _check_work(self, body: CommitBody) -> None:
         place = self._places.get(body.work)
@@ -174,11 +185,26 @@ class LedgerFile:
         return int(n_bytes)
 
     def _signed(self, kind: bytes, record: int) -> tuple[bytes, bytes]:
-        n_bytes = self._item(kind, _MAX_RECORD_BYTES, f"record {record}")
+        data = self._record_item(kind, SIGNATURE_BYTES, record)
+        return data[:SIGNATURE_BYTES], data[SIGNATURE_BYTES:]
+
+    def _sealed(self, record: int) -> tuple[bytes, bytes]:
+        data = self._record_item(_SEALED, _SEAL.size + MAX_SEAL_BYTES, record)
+        end = _SEAL.size + int(_SEAL.unpack_from(data)[0])
+        seal = data[_SEAL.size : end]
+        if not SIGNATURE_BYTES < len(seal) <= MAX_SEAL_BYTES or len(data) < end:
+            raise LedgerCorrupt(f"record {record}: a seal of {end - _SEAL.size} bytes is none")
+        return seal, data[end:]
+
+    def _record_item(self, kind: bytes, n_before: int, record: int) -> bytes:
+        n_bytes = self._item(kind, n_before + _MAX_RECORD_BYTES, f"record {record}")
         data = self._bytes(n_bytes, f"record {record}: the file is cut off inside of it")
         if n_bytes < SIGNATURE_BYTES:
             raise LedgerCorrupt(f"record {record}: it is too short")
-        return data[:SIGNATURE_BYTES], data[SIGNATURE_BYTES:]
+        return data
+
+    def _of_another_version(self) -> LedgerCorrupt:
+        return LedgerCorrupt(f"record 0: of protocol {self.genesis.protocol}, in a file of {self._version}")
 
     def _check_blob(self, digest: bytes, record: int) -> None:
         what = f"record {record}: its payload {digest.hex()[:16]}"
@@ -245,7 +271,7 @@ def check(path: Path) -> Summary:
         reports: dict[int, dict[str, bytes]] = defaultdict(dict)
         for commit in ledger.commits():
             rounds = commit.body.round
-            changes.follow(commit.body)
+            changes.follow(commit)
             for report in commit.body.reports:
                 reports[report.round][ledger.peers[report.peer]] = report.fingerprint
         return Summary(
@@ -258,26 +284,6 @@ def check(path: Path) -> Summary:
             tuple(changes.told),
             tuple(ledger.unsigned),
         )
-
-
-class Changing:
-    """Follows what records change of a run's settings. `told`: in words."""
-
-    def __init__(self, genesis: GenesisBody) -> None:
-        self._config = genesis.config
-        self._course: Course | None = None
-        self.told: list[str] = []
-
-    def follow(self, body: CommitBody) -> None:
-        """The next record. Raises LedgerCorrupt for changes that no run can make."""
-        if not body.changes:
-            return
-        try:
-            course = self._course or Course.of(self._config)
-            self.told += [f"round {body.round}: {text}" for text in course.told(body.changes)]
-            self._course = course.after(body.changes)
-        except ConfigError as e:
-            raise LedgerCorrupt(f"record {body.round}: {e}") from e
 
 
 def write_ledger(
@@ -317,11 +323,13 @@ def _write(
     payload: Callable[[bytes], bytes | None],
 ) -> None:
     round_, digest = 0, digest_of(genesis)
+    body, governs = decode_record(GenesisBody, genesis), False
     written: set[bytes] = set()
-    file.write(_HEAD.pack(MAGIC, decode_record(GenesisBody, genesis).protocol))
+    file.write(_HEAD.pack(MAGIC, body.protocol))
     _put(file, _GENESIS, signature + genesis)
     for commit in commits:
-        _put(file, _COMMIT, commit.signature + commit.record)
+        _put_commit(file, commit)
+        governs = governs or commit.body.governs
         for name in blobs_of(commit.body):
             if name not in written:
                 data = payload(name)
@@ -329,6 +337,21 @@ def _write(
                 written.add(name)
         round_, digest = commit.body.round, commit.digest
     _put(file, _LAST, _END.pack(round_, digest))
+    file.seek(0)
+    file.write(_HEAD.pack(MAGIC, _version(body, governs)))
+
+
+def _version(genesis: GenesisBody, governs: bool) -> int:
+    """Of a file. `governs`: whether a record of it does."""
+    return max(genesis.protocol, COMMITTEES_SINCE) if governs else genesis.protocol
+
+
+def _put_commit(file: BinaryIO, commit: Commit) -> None:
+    seal = commit.signature
+    if len(seal) == SIGNATURE_BYTES:
+        _put(file, _COMMIT, seal + commit.record)
+    else:
+        _put(file, _SEALED, _SEAL.pack(len(seal)) + seal + commit.record)
 
 
 def _put(file: BinaryIO, kind: bytes, body: bytes) -> None:

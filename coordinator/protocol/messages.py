@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from ...compression.errors import ThinwireError, error_name, named_error
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Of sessions, and of the ledgers of new runs."""
 
 OLDEST_LEDGER = 2
@@ -45,6 +45,15 @@ MAX_AUDITS = 256
 MAX_PEERS = 1024
 MAX_ROUND = 2**32 - 1
 
+COMMITTEES_SINCE: Final = 4
+"""The first protocol version in which records name committees, resting seats and who may come in."""
+
+MAX_SEATS: Final = 7
+"""Of a committee."""
+
+MAX_SEAL_BYTES: Final = 8 + 65 * MAX_SEATS
+MAX_WORK_BYTES: Final = 64 * MAX_PEERS
+
 
 class BadMessage(ThinwireError):
     """Bytes from the network that are not a message: the session that sent them is closed."""
@@ -63,6 +72,15 @@ Round = Annotated[int, Field(ge=0, le=MAX_ROUND)]
 Index = Annotated[int, Field(ge=0, lt=2**16)]
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 Signature = Annotated[bytes, Field(min_length=64, max_length=64)]
+SealBytes = Annotated[bytes, Field(min_length=64, max_length=MAX_SEAL_BYTES)]
+"""Why a record is one: the signature of the only seat, 64 bytes, or a seal of several (see `seals`)."""
+
+Work = Annotated[bytes, Field(max_length=MAX_WORK_BYTES)]
+"""Signatures of a record's offers, see `signed_offers.work_of`."""
+
+Term = Annotated[int, Field(ge=0, lt=2**63)]
+"""The ballot by which a seat leads: a later one has a higher one. 0: nobody was elected."""
+
 PeerId = Annotated[str, Field(min_length=1, max_length=100)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Address = Annotated[str, Field(min_length=1, max_length=300)]
@@ -231,15 +249,65 @@ Changes = Annotated[tuple[Change, ...], Field(max_length=MAX_CHANGES), AfterVali
 """In the order of their keys, each one once."""
 
 
+class SeatEntry(Record):
+    """A seat of a committee: a coordinator, known by its key. `addresses`: multiaddrs without the peer id,
+    the most likely to work first."""
+
+    peer_id: PeerId
+    addresses: Annotated[tuple[Address, ...], Field(max_length=8)]
+
+
+class CommitteeEntry(Record):
+    """Who orders the records after this one, and how many of them must sign.
+
+    `recovery`: digest of the public key that may name another committee when a majority is lost for ever;
+    once in a run, and only where record 0 has none. `recovered_with`: that public key, in a record that it
+    has signed itself, instead of the committee before.
+    """
+
+    n_younger = 2
+    seats: Annotated[tuple[SeatEntry, ...], Field(min_length=1, max_length=MAX_SEATS)]
+    need: Annotated[int, Field(ge=1, le=MAX_SEATS)]
+    recovery: Annotated[bytes, Field(max_length=32)] = b""
+    recovered_with: Annotated[bytes, Field(max_length=32)] = b""
+
+    @model_validator(mode="after")
+    def _is_a_majority(self) -> Self:
+        n = len(self.seats)
+        if len({seat.peer_id for seat in self.seats}) != n or not n // 2 < self.need <= n:
+            raise ValueError("a committee has different seats, of which more than half must sign")
+        if not {len(self.recovery), len(self.recovered_with)} <= {0, 32}:
+            raise ValueError("a recovery key has 32 bytes")
+        return self
+
+
+class Reseated(Record):
+    """A seat that lost its votes need not rest any more: it has said this nonce."""
+
+    seat: PeerId
+    nonce: Annotated[bytes, Field(min_length=16, max_length=16)]
+
+
+class AccessEntry(Record):
+    """Who may come in, all of it, from this record on: for all seats alike. `token`: digest of the run's;
+    `mode`, `listed`: see `EntryRules`."""
+
+    token: Digest
+    mode: Annotated[str, Field(pattern="^(open|invited|listed)$")]
+    banned: Annotated[tuple[PeerId, ...], Field(max_length=4 * MAX_PEERS)]
+    listed: Annotated[tuple[PeerId, ...], Field(max_length=4 * MAX_PEERS)]
+
+
 class CommitBody(Record):
     """What closes a round. `lr_factor_bits`: float32 bits of the factor of round + 1.
 
-    Without offers it only brings changes: its round trains nothing. `audits`: in the order of round, target
+    Without offers it only brings changes, of settings, the committee or of who may come in: its round trains
+    nothing. `audits`: in the order of round, target
     and auditor, each once. `work`: digest of the signatures of the offers (see `signed_offers`); empty in
     records that were made before offers were signed, and without offers.
     """
 
-    n_younger = 3
+    n_younger = 6
     round: Annotated[int, Field(ge=1, le=MAX_ROUND)]
     parent: Digest
     offers: Annotated[tuple[OfferEntry, ...], Field(max_length=MAX_PEERS)]
@@ -252,10 +320,18 @@ class CommitBody(Record):
     changes: Changes = ()
     audits: Annotated[tuple[AuditEntry, ...], Field(max_length=MAX_AUDITS)] = ()
     work: Annotated[bytes, Field(max_length=32)] = b""
+    committee: CommitteeEntry | None = None
+    reseat: Annotated[tuple[Reseated, ...], Field(max_length=MAX_SEATS)] = ()
+    access: AccessEntry | None = None
+
+    @property
+    def governs(self) -> bool:
+        """Whether it says who orders the run, or who may come in; since `COMMITTEES_SINCE`."""
+        return self.committee is not None or bool(self.reseat) or self.access is not None
 
     @model_validator(mode="after")
     def _has_a_reason(self) -> Self:
-        if not self.offers and not self.changes:
+        if not (self.offers or self.changes or self.governs):
             raise ValueError("a commit has offers or changes")
         if self.work and (len(self.work) != 32 or not self.offers):
             raise ValueError("work is the digest of the signatures of offers")
@@ -292,8 +368,11 @@ class Limits(Record):
 
 class GenesisBody(Record):
     """Record 0. `config`: the run's configuration as JSON; `base`: None means exact initialisation;
-    `corpus`: the text that nodes train on unless they bring their own, if it is not a built-in one."""
+    `corpus`: the text that nodes train on unless they bring their own, if it is not a built-in one.
+    `coordinator`: the founder, the only seat until a record names a committee; `recovery`: see
+    CommitteeEntry."""
 
+    n_younger = 1
     protocol: int
     config: Annotated[str, Field(max_length=200_000)]
     layout: Annotated[tuple[LayoutEntry, ...], Field(min_length=1, max_length=100_000)]
@@ -304,6 +383,7 @@ class GenesisBody(Record):
     coordinator: PeerId
     lr_factor_bits: Annotated[int, Field(ge=0, lt=2**32)]
     time_ms: Annotated[int, Field(ge=0, lt=2**48)]
+    recovery: Annotated[bytes, Field(max_length=32)] = b""
 
 
 # ------------------------------------------------------------------------------------------- messages
@@ -321,13 +401,15 @@ READER: Final = "thinwire reader"
 class Hello(Message):
     """First frame of a session, from the node. `head_*`: the last commit that it has on disk, if any.
 
-    `device`: what it trains on, in words, for people.
+    `device`: what it trains on, in words, for people. `watches`: this session only wants to hear who leads:
+    it is answered by `Elsewhere`, and again whenever that changes.
 
     A head that the coordinator does not have (restored from an older copy) is answered by `Follow`: the node
     sends the commits that are missing, then comes the Welcome.
     """
 
     tag = 1
+    n_younger = 1
     version: int
     run_id: Digest
     token: Annotated[str, Field(max_length=200)]
@@ -337,13 +419,15 @@ class Hello(Message):
     agent: Annotated[str, Field(max_length=100)]
     """Which program asks: READER only reads, and is no peer to people."""
     device: Annotated[str, Field(max_length=100)] = ""
+    watches: bool = False
 
 
 class Welcome(Message):
     """Record 0 with its signature, and where the ledger stands. Payloads of the rounds from `kept_from` on
-    can be had from the coordinator."""
+    can be had from the coordinator, which leads by that `term`."""
 
     tag = 2
+    n_younger = 1
     genesis: Annotated[bytes, Field(max_length=16 * 2**20)]
     signature: Signature
     head_round: Round
@@ -351,6 +435,7 @@ class Welcome(Message):
     kept_from: Round
     peer_index: Index
     heartbeat_s: Annotated[float, Field(gt=0, le=60)]
+    term: Term = 0
 
     @cached_property
     def body(self) -> GenesisBody:
@@ -376,6 +461,19 @@ class Refused(Message):
         if self.error == BadMessage.__name__:
             return BadMessage(self.text)
         return named_error(self.error, self.text)
+
+
+class Elsewhere(Message):
+    """From a seat that does not lead, instead of a Welcome; or that does not lead any more. `leader`: the one
+    that does, as far as is known, by that `term`; `seats`: of the committee, in its order; `waits_for`: what
+    it takes to go on, in words, if nobody leads."""
+
+    tag = 18
+    n_younger = 1
+    leader: PeerId | None
+    seats: Annotated[tuple[SeatEntry, ...], Field(max_length=MAX_SEATS)]
+    waits_for: Text
+    term: Term = 0
 
 
 class State(Message):
@@ -418,11 +516,12 @@ class Follow(Message):
 
 
 class Commit(Message):
-    """One record of the ledger, as stored: the signed bytes and the coordinator's Ed25519 signature."""
+    """One record of the ledger, as stored: the signed bytes, and why they are a record: the Ed25519 signature
+    of the only seat, or a committee's seal."""
 
     tag = 7
     record: Annotated[bytes, Field(max_length=16 * 2**20)]
-    signature: Signature
+    signature: SealBytes
 
     @cached_property
     def digest(self) -> bytes:
@@ -570,6 +669,7 @@ MESSAGES: dict[int, type[Message]] = {
         Hello,
         Welcome,
         Refused,
+        Elsewhere,
         State,
         Offer,
         Follow,

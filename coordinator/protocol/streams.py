@@ -30,6 +30,7 @@ from .messages import (
 SESSION = "thinwire/1/session"
 BLOB = "thinwire/1/blob"
 STATUS = "thinwire/1/status"
+SEAT = "thinwire/1/seat"
 
 HEADER = struct.Struct(">IB")
 CHUNK_BYTES = 64 * 2**10
@@ -60,6 +61,7 @@ FrameLimits = Mapping[FrameKind, int]
 
 FROM_NODE: FrameLimits = {FrameKind.MESSAGE: 64 * 2**10}
 COMMITS_FROM_NODE: FrameLimits = {FrameKind.MESSAGE: 17 * 2**20}  # the same records as below, given back
+BETWEEN_SEATS: FrameLimits = {FrameKind.MESSAGE: 17 * 2**20}
 FROM_COORDINATOR: FrameLimits = {FrameKind.MESSAGE: 17 * 2**20}  # record 0 and commits have at most 16 MiB
 
 
@@ -185,6 +187,11 @@ class Stream:
             async with asyncio.timeout(timeout_s):
                 while await self._reader.read(_PIECE_BYTES):
                     pass
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether nothing can be sent any more, as far as is known here."""
+        return self._writer.is_closing() or self._reader.at_eof()
 
     def close(self) -> None:
         """Sends what is buffered, and ends both directions: libp2p's daemon knows no half-closed streams."""

@@ -1,6 +1,7 @@
 """The one line that lets a machine join: who the coordinator is, where it is, which run, the access token.
 
-"tw1-" + base64url(msgpack [peer id, addresses, run id, token] + first 4 bytes of its BLAKE3).
+"tw1-" + base64url(msgpack [peer id, addresses, run id, token] + first 4 bytes of its BLAKE3); "tw2-" the same
+with a fifth field, the other seats of a committee, which earlier versions do not know.
 """
 
 from __future__ import annotations
@@ -13,26 +14,47 @@ from pydantic import Field
 
 from ...compression.errors import ConfigError
 from .identity import public_key_of
-from .messages import Address, BadMessage, Digest, PeerId, Record, decode_record, digest_of, encode_record
+from .messages import (
+    MAX_SEATS,
+    Address,
+    BadMessage,
+    Digest,
+    PeerId,
+    Record,
+    SeatEntry,
+    decode_record,
+    digest_of,
+    encode_record,
+)
 
 PREFIX = "tw1-"
+SEATS_PREFIX = "tw2-"
 _CHECKSUM_BYTES = 4
 MAX_CHARS = 16_384
 
 
 class Ticket(Record):
-    """`addresses`: multiaddrs without the peer id, the most likely to work first."""
+    """`addresses`: multiaddrs without the peer id, the most likely to work first; `others`: seats of the
+    committee beside this one."""
 
+    n_younger = 1
     peer_id: PeerId
     addresses: Annotated[tuple[Address, ...], Field(min_length=1, max_length=32)]
     run_id: Digest
     token: Annotated[str, Field(max_length=200)]
+    others: Annotated[tuple[SeatEntry, ...], Field(max_length=MAX_SEATS - 1)] = ()
+
+    @property
+    def seats(self) -> tuple[SeatEntry, ...]:
+        """All that it names, the first one to be tried first."""
+        return (SeatEntry(peer_id=self.peer_id, addresses=self.addresses[:8]), *self.others)
 
     def line(self) -> str:
         """The ticket as people pass it on."""
         packed = encode_record(self)
         data = packed + digest_of(packed)[:_CHECKSUM_BYTES]
-        return PREFIX + base64.urlsafe_b64encode(data).decode().rstrip("=")
+        prefix = SEATS_PREFIX if self.others else PREFIX
+        return prefix + base64.urlsafe_b64encode(data).decode().rstrip("=")
 
     @classmethod
     def parse(cls, line: str) -> Self:
@@ -40,18 +62,22 @@ class Ticket(Record):
         line = "".join(line.split()).strip("\"'`<>")
         if not line:
             raise ConfigError("the ticket is empty: pass the line that `thinwire coordinator` printed")
-        if not line.startswith(PREFIX):
+        prefix = next((p for p in (PREFIX, SEATS_PREFIX) if line.startswith(p)), None)
+        if prefix is None:
             raise ConfigError(f"this is no ticket of this version of thinwire: a ticket starts with {PREFIX}")
         if len(line) > MAX_CHARS:
             raise ConfigError(f"the ticket has {len(line)} characters, at most {MAX_CHARS} are possible")
-        packed = _checked(line.removeprefix(PREFIX))
+        packed = _checked(line.removeprefix(prefix))
         try:
             ticket = decode_record(cls, packed)
         except BadMessage as e:
             raise ConfigError(
                 f"the ticket is not understood ({e}): is this thinwire older than the swarm?"
             ) from e
-        public_key_of(ticket.peer_id)
+        for seat in ticket.seats:
+            public_key_of(seat.peer_id)
+        if bool(ticket.others) != (prefix == SEATS_PREFIX):
+            raise ConfigError("the ticket is damaged: ask for a new one")
         return ticket
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ..protocol.messages import BadMessage, digest_of
-from ..protocol.trust.seals import Committee, vote_bytes
+from ..protocol.trust.seals import Committee
 from .disk import Records, SeatDisk, Signer, VoteState
 from .words import Accepted, Propose, Voted
 
@@ -69,11 +69,14 @@ class Acceptor:
         is_again = accepted is not None and accepted.ballot == proposed.ballot
         if accepted is not None and is_again and accepted.record != proposed.record:
             return "two records"
-        if not self.follows(proposed.record) or not self._records.may_vote(proposed.record):
+        if not self.follows(proposed.record) or not self._records.may_vote(proposed.record, proposed.work):
             return "no vote"
         if not is_again:
-            vote = Accepted(ballot=proposed.ballot, round=proposed.round, record=proposed.record)
+            vote = Accepted(
+                ballot=proposed.ballot, round=proposed.round, record=proposed.record, work=proposed.work
+            )
             self._disk.save_vote(VoteState(self.committee.epoch, proposed.ballot, vote))
         digest = digest_of(proposed.record)
-        signature = self._signer.sign(vote_bytes(self._run_id, proposed.ballot, proposed.round, digest))
+        data = self.committee.signed(self._run_id, proposed.ballot, proposed.round, proposed.record)
+        signature = self._signer.sign(data)
         return Voted(ballot=proposed.ballot, round=proposed.round, digest=digest, signature=signature)

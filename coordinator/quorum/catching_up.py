@@ -35,7 +35,7 @@ class CatchingUp:
         n_bytes = 0
         for sealed in self._disk.after(after, BATCH):
             fit.append(sealed)
-            n_bytes += len(sealed.record)
+            n_bytes += len(sealed.record) + len(sealed.work)
             if n_bytes >= BATCH_BYTES:
                 break
         self._send(seat, Batch(head=self._disk.head, sealed=tuple(fit)))

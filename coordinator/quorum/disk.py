@@ -65,9 +65,9 @@ class Records(Protocol):
         """Its round, and the digest of its parent. Raises BadMessage for what is no record."""
         ...
 
-    def may_vote(self, record: bytes) -> bool:
-        """Whether it follows the head, says nothing wrong, and every payload that it names is here. Asked
-        again later: time to fetch what is not here yet."""
+    def may_vote(self, record: bytes, work: bytes) -> bool:
+        """Whether it follows the head, says nothing wrong, and every payload that it names is here. `work`:
+        the signatures of its offers. Asked again later: time to fetch what is not here yet."""
         ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from ..protocol.messages import digest_of
-from ..protocol.trust.seals import Check, Committee, Seal, Sealed, Vote, vote_bytes
+from ..protocol.trust.seals import Check, Committee, Sealed
 from .words import Propose, Voted
 
 _MOST_RETRIES_S: Final = 8
@@ -37,7 +37,7 @@ class Proposal:
             return
         if seat in self.votes or seat not in committee.seats:
             return
-        data = vote_bytes(run_id, voted.ballot, voted.round, voted.digest)
+        data = committee.signed(run_id, voted.ballot, voted.round, self.record)
         if check is None or check(seat, voted.signature, data):
             self.votes[seat] = voted.signature
 
@@ -45,5 +45,5 @@ class Proposal:
         """The record with its seal, once there are enough votes."""
         if len(self.votes) < committee.need:
             return None
-        votes = tuple(Vote(seat=s, signature=signature) for s, signature in sorted(self.votes.items()))
-        return Sealed(record=self.record, seal=Seal(ballot=self.word.ballot, votes=votes))
+        seal = committee.seal(self.word.ballot, self.votes)
+        return Sealed(record=self.record, seal=seal, work=self.word.work)

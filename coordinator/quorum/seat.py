@@ -93,7 +93,7 @@ class Seat:
         self._early: tuple[str, Propose] | None = None
         """What was proposed upon a record that is on its way: it need not be said again."""
         self._heard_s = self.wake_s = now_s
-        if self._committee.seats != (self.me,):  # who is alone waits for nobody
+        if not self._committee.is_only(self.me):  # who is alone waits for nobody
             self._be_patient(now_s)
 
     @property
@@ -108,18 +108,19 @@ class Seat:
 
     # --------------------------------------------------------------------------------------- the leader
 
-    def propose(self, record: bytes, now_s: float) -> None:
-        """The record of the open round. Raises RuntimeError unless this seat leads and nothing is proposed: a
-        ballot has one record, ever. Raises ValueError for a record that does not follow the head."""
+    def propose(self, record: bytes, now_s: float, work: bytes = b"") -> None:
+        """The record of the open round, and the blob that it names. Raises RuntimeError unless this seat
+        leads and nothing is proposed, for a ballot has one record, ever; ValueError for a record that does
+        not follow the head."""
         if self.role is not Role.LEADING or self._open is not None:
             raise RuntimeError("only a leader proposes, one record at a time")
         if not self._acceptor.follows(record):
             raise ValueError("this record does not follow the head")
         with self._writing(now_s):
-            self._propose(record, now_s)
+            self._propose(record, work, now_s)
 
-    def _propose(self, record: bytes, now_s: float) -> None:
-        word = Propose(ballot=self._ballot, round=self._disk.head + 1, record=record)
+    def _propose(self, record: bytes, work: bytes, now_s: float) -> None:
+        word = Propose(ballot=self._ballot, round=self._disk.head + 1, record=record, work=work)
         self._open = Proposal(word, now_s, self._timing.retry_s)
         self._cast(word)  # the others' disks write while this one does
         self._vote_for(self._open, now_s)
@@ -210,7 +211,8 @@ class Seat:
         self.role = Role.RECOVERING if found else Role.LEADING
         if found:
             # It may have been sealed: it goes first, as it is.
-            self._propose(max(found, key=lambda accepted: accepted.ballot).record, now_s)
+            newest = max(found, key=lambda accepted: accepted.ballot)
+            self._propose(newest.record, newest.work, now_s)
         else:
             self.events.append(Leads())
         if self._reign is not None:
@@ -336,7 +338,8 @@ class Seat:
             if place is not None and place[0] > head + 1:
                 break
             is_next = self._acceptor.follows(sealed.record)
-            if not is_next or not committee.has_sealed(self._run_id, head + 1, sealed, self._signer.check):
+            check, seal = self._signer.check, sealed.seal
+            if not is_next or not committee.has_sealed(self._run_id, head + 1, sealed.record, seal, check):
                 self.events.append(Evidence(seat, "bad seal"))
                 return
             self._append(sealed)

@@ -6,7 +6,21 @@ from typing import Annotated, Final, cast
 
 from pydantic import Field
 
-from ..protocol.messages import BadMessage, Digest, Message, Record, Round, Signature, decode_message
+from ..protocol.messages import (
+    MAX_SEATS,
+    MAX_WORK_BYTES,
+    Address,
+    BadMessage,
+    Count,
+    Digest,
+    Message,
+    Record,
+    Round,
+    Signature,
+    Text,
+    Work,
+    decode_message,
+)
 from ..protocol.trust.seals import Ballot, Sealed
 
 BATCH: Final = 64
@@ -16,7 +30,7 @@ BATCH_BYTES: Final = 2**20
 """No further record once a batch is as long as that. A word is then at most `MAX_WORD_BYTES` long."""
 
 MAX_RECORD_BYTES: Final = 16 * 2**20
-MAX_WORD_BYTES: Final = BATCH_BYTES + MAX_RECORD_BYTES + 2**17
+MAX_WORD_BYTES: Final = BATCH_BYTES + MAX_RECORD_BYTES + MAX_WORK_BYTES + 2**17
 """What a transport has to let pass, and nothing longer: a full batch, one long record, and seals."""
 
 RecordBytes = Annotated[bytes, Field(max_length=MAX_RECORD_BYTES)]
@@ -70,9 +84,11 @@ class Prepare(Word):
 class Accepted(Record):
     """What a seat has voted for last, in the open round."""
 
+    n_younger = 1
     ballot: Ballot
     round: Round
     record: RecordBytes
+    work: Work = b""
 
 
 class Promise(Word):
@@ -93,12 +109,14 @@ class Nack(Word):
 
 
 class Propose(Word):
-    """The record of the open round."""
+    """The record of the open round. `work`: the blob that it names."""
 
     tag = 8
+    n_younger = 1
     ballot: Ballot
     round: Round
     record: RecordBytes
+    work: Work = b""
 
 
 class Voted(Word):
@@ -126,9 +144,87 @@ class Batch(Word):
     sealed: Annotated[tuple[Sealed, ...], Field(min_length=1, max_length=BATCH)]
 
 
+class Enter(Word):
+    """First on a stream between two seats: who dials tells where it is reached, and that it may be here.
+
+    `secret`: of a seat ticket, for an onlooker; a seat of the committee is known by its key. `wants_seat`: an
+    onlooker that is to be named by the next committee record; `lacks`: why it cannot be named yet, in words.
+    `kept_from`: payloads of the rounds from there on can be had from it; `begins`: it has no ledger yet;
+    `n_seats`, `drops`: what its operator wants of the committee: so many seats, that one not among them (0,
+    "": nothing). Both ends say it, and again when something of it changes.
+    """
+
+    tag = 12
+    n_younger = 4
+    run_id: Digest
+    secret: Annotated[bytes, Field(max_length=64)]
+    addresses: Annotated[tuple[Address, ...], Field(max_length=8)]
+    wants_seat: bool
+    lacks: Text
+    kept_from: Round = 0
+    begins: bool = False
+    n_seats: Annotated[int, Field(ge=0, le=MAX_SEATS)] = 0
+    drops: Annotated[str, Field(max_length=100)] = ""
+
+
+class Denied(Word):
+    """The last one on a stream: why whoever dials is not let in."""
+
+    tag = 16
+    why: Text
+
+
+class Founding(Word):
+    """Record 0 and its signature, for who begins."""
+
+    tag = 17
+    record: RecordBytes
+    signature: Signature
+
+
+class Keep(Word):
+    """From a leader: this payload was offered; fetch it (over a blob stream) and say `Keeps`."""
+
+    tag = 13
+    digest: Digest
+    n_bytes: Count
+
+
+class Keeps(Word):
+    """The payload is on the disk of who speaks."""
+
+    tag = 14
+    digest: Digest
+
+
+class Memory(Word):
+    """From a leader, now and then: what only it has seen and its successor wants to know, in JSON."""
+
+    tag = 15
+    packed: Annotated[bytes, Field(max_length=2**20)]
+
+
 _WORDS: Final = {
     word.tag: word
-    for word in (Ping, Pong, Canvass, Aye, Prepare, Promise, Nack, Propose, Voted, Follow, Batch)
+    for word in (
+        Ping,
+        Pong,
+        Canvass,
+        Aye,
+        Prepare,
+        Promise,
+        Nack,
+        Propose,
+        Voted,
+        Follow,
+        Batch,
+        Enter,
+        Keep,
+        Keeps,
+        Memory,
+        Denied,
+        Founding,
+    )
 }
 
 

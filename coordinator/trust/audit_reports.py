@@ -60,6 +60,11 @@ class AuditReports:
         self._pending = {key: self._pending[key] for key in useful[MAX_AUDITS:]}
         return taken
 
+    def forget_pending(self) -> None:
+        """None waits any more: auditors say theirs again to whoever leads."""
+        self._pending.clear()
+        self._unsigned.clear()
+
     def committed(self) -> None:
         """A commit more is known to `Standing`: what is over is forgotten."""
         self._unsigned = {key for key in self._unsigned if self._standing.awaits(*key)}

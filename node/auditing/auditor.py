@@ -4,6 +4,7 @@ and says what it has found. What counts of that is the ledger's matter (see `tru
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 
 from ...compression.base import Payload
@@ -14,6 +15,7 @@ from ...coordinator.protocol.trust.drawing import MIN_AUDITORS, Draw
 from ...optim.auditing.evidence import Evidence
 from ..preparing import PreparedRun
 from ..tracking.observer import Observer
+from .earlier import Earlier
 from .scores import Scores
 
 log = logging.getLogger("thinwire.node")
@@ -30,25 +32,46 @@ class Auditor:
         self._run, self._observer = run, observer
         self._commit: Commit | None = None
         self._due: tuple[Draw, ...] = ()
+        self._earlier: Earlier | None = None
+        self._can_audit = run.replica.strategy.ranks.count == 1 and not run.has_own_data
         self._scores, self._scored = Scores(), 0
         self._has_scores = run.replica.strategy.ranks.count == 1 and _has_audits(run)
 
+    def coming(self, commits: Sequence[Commit]) -> None:
+        """The replica applies these next. If the offers of a single one are to be audited here, the weights
+        that they were made from are kept. Audits that are not done by now never will be."""
+        self._skip(len(self._due))
+        drawn = self._run.history.standing.drawn(commits[-1].body.round)
+        own = [d for d in drawn if self._run.peer_index in d.auditors]
+        due = [d for d in own if not d.for_suspects or self._scores.is_suspect(d.target)]
+        self._due, self._earlier = (), None
+        if not due:
+            return
+        if len(commits) > 1 or not self._can_audit:
+            self._skip(len(due))
+        else:
+            self._due, self._earlier = tuple(due), Earlier(self._run.replica)
+
     def applied(self, commit: Commit) -> None:
-        """The replica is after this commit now, whose offers are audited next. Audits of an earlier one that
-        are not done yet never will be: the weights have moved on."""
-        for _ in self._due:
-            self._observer.audited("skipped")
-        drawn = self._run.history.standing.drawn(commit.body.round)
-        self._due = tuple(draw for draw in drawn if self._run.peer_index in draw.auditors)
+        """The replica is after this commit now, whose offers are audited next."""
         self._commit = commit
+
+    def forget(self) -> None:
+        """The replica was moved to another round: what is due was to be done at weights that may be wrong."""
+        self._skip(len(self._due))
+        self._due, self._earlier = (), None
 
     def audit(self) -> None:
         """All that is due. It takes about the time of a round's local work for each."""
         self._score()
         due, self._due = self._due, ()
         for draw in due:
-            if not draw.for_suspects or self._scores.is_suspect(draw.target):
-                self._audit(draw.target)
+            self._audit(draw.target)
+        self._earlier = None
+
+    def _skip(self, n: int) -> None:
+        for _ in range(n):
+            self._observer.audited("skipped")
 
     def _score(self) -> None:
         """The payloads of the newest commit."""
@@ -79,7 +102,7 @@ class Auditor:
 
     def _verdict(self, offer: OfferEntry, round_: int) -> Verdict | None:
         """None: nothing can be said."""
-        if offer.own_data or self._run.has_own_data:
+        if offer.own_data:
             return None
         try:
             return self._found(offer, round_)
@@ -118,8 +141,9 @@ class Auditor:
 
     def _evidence(self, data: bytes, offer: OfferEntry, round_: int) -> Evidence | None:
         """What speaks for these bytes as the work of the offer's peer."""
+        assert self._earlier is not None
         peer_id = self._run.history.peers[offer.peer]
-        return self._run.work.audit(data, round_, peer_id, offer.n_samples)
+        return self._run.work.audit(data, self._earlier, peer_id, offer.n_samples)
 
     def _twins(self, offer: OfferEntry) -> list[OfferEntry]:
         """Other peers' offers of the very same payload."""

@@ -46,7 +46,7 @@ def save_ledger(ticket: str, output: Path, stop: Stop) -> None:
             summary = write_ledger(
                 output, welcome.genesis, welcome.signature, download.commits(), download.payload
             )
-    log.info("wrote %s: %s", output, _told(summary))
+    _tell_written(output, summary)
 
 
 def save_ledger_of_state(folder: Path, output: Path) -> None:
@@ -56,7 +56,7 @@ def save_ledger_of_state(folder: Path, output: Path) -> None:
 
     with open_state(folder) as state:
         summary = save_ledger_of(state, output)
-    log.info("wrote %s: %s", output, _told(summary))
+    _tell_written(output, summary)
 
 
 def check_ledger(path: Path) -> None:
@@ -71,8 +71,18 @@ def check_ledger(path: Path) -> None:
         _tell_whole(path, save_ledger_of(state, Path(folder) / "ledger"))
 
 
+def _tell_written(output: Path, summary: Summary) -> None:
+    log.info("wrote %s: %s", output, _told(summary))
+    tell_changes(summary)
+
+
 def _tell_whole(path: Path, summary: Summary) -> None:
     log.info("%s is whole: %s", path, _told(summary))
+    tell_changes(summary)
+
+
+def tell_changes(summary: Summary) -> None:
+    """A line for each change of the run that its ledger has."""
     for text in summary.changes:
         log.info("the run was changed: %s", text)
 

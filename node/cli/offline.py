@@ -15,9 +15,10 @@ from ...compression.errors import ConfigError, SwarmUnreachable
 from ...coordinator.observe.loss_unit import LossUnit
 from ...coordinator.observe.peer_trust import in_ledger
 from ...coordinator.observe.run_statistics import RunStatistics
-from ...coordinator.protocol.ledger_file import Changing, Summary, write_ledger
+from ...coordinator.protocol.ledger_file import Summary, write_ledger
 from ...coordinator.protocol.settings import parse_settings
 from ...coordinator.protocol.ticket import Ticket
+from ...coordinator.protocol.trust.governing import Changing
 from ...coordinator.protocol.trust.standing import Standing
 from ..states.opening import RunState, open_state
 from ..states.words import what_is_here
@@ -91,7 +92,7 @@ def status_of(state: RunState) -> dict[str, Any]:
     peers: dict[int, str] = {}
     for commit in state.commits():
         body = commit.body
-        changing.follow(body)
+        changing.follow(commit)
         statistics.committed(body)
         standing.committed(body, commit.digest)
         peers.update((a.index, a.peer_id) for a in body.admitted)

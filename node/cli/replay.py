@@ -22,6 +22,7 @@ from ..states.replica import base_path
 from ..system.every import Every
 from ..tasks.base import Pretrained, Task
 from ..tasks.registry import make_task
+from .ledger_command import tell_changes
 from .offline import as_file
 
 log = logging.getLogger("thinwire.node")
@@ -63,6 +64,7 @@ def replay(
             weights_file = base or base_path(state)
             return replay(file, base=weights_file, import_path=import_path, output=output, stopped=stopped)
     summary = check(path)
+    tell_changes(summary)
     if summary.absent_to:
         raise ConfigError(
             f"{path}: payloads of rounds up to {summary.absent_to} were gone when it was saved: it "

@@ -12,6 +12,7 @@ from ...coordinator.protocol.streams import BLOB, Stream, TrafficKind
 from .base import Lied
 from .blob_client import BlobClient, Holders
 from .coordinator_session import CoordinatorSession
+from .known_seats import KnownSeats
 from .members import MemberList
 
 _DOWNLOADS = 4
@@ -27,11 +28,13 @@ class _Unlisted(SwarmUnreachable):
 class BlobFetcher:
     """The `Sources` of a real network. One event loop; `members` is called from any thread.
 
-    `own`: this node's peer id.
+    `own`: this node's peer id; `seats`: of the run's committee.
     """
 
-    def __init__(self, coordinator: CoordinatorSession, members: MemberList, own: str) -> None:
-        self._coordinator, self._members, self._own = coordinator, members, own
+    def __init__(
+        self, coordinator: CoordinatorSession, members: MemberList, own: str, seats: KnownSeats
+    ) -> None:
+        self._coordinator, self._members, self._own, self._seats = coordinator, members, own, seats
         self._downloads = BlobClient(lambda: coordinator.open_stream(BLOB), _DOWNLOADS)
         self._holders = Holders(self._open_stream_to)
         self._error: ThinwireError | None = None
@@ -51,10 +54,10 @@ class BlobFetcher:
 
     def members_changed(self) -> None:
         """Streams to peers that are no members any more are closed."""
-        self._holders.keep_only(self._members.all())
+        self._holders.keep_only([*self._members.all(), *self._seats.in_order()])
 
     async def fetch(self, digest: Digest, n_bytes: int) -> bytes:
-        """A blob from the coordinator; waits for its return. Raises SwarmUnreachable."""
+        """A blob from the coordinator, or another seat; waits for one's return. Raises SwarmUnreachable."""
         refused = 0
         while True:
             try:
@@ -62,8 +65,14 @@ class BlobFetcher:
             except (NotServed, Lied):
                 refused += 1
                 if refused > 1:  # once is what a session that has just been replaced may answer
+                    found = await self._from_other_seats(digest, n_bytes)
+                    if found is not None:
+                        return found
                     raise
             except SwarmUnreachable:
+                found = await self._from_other_seats(digest, n_bytes)
+                if found is not None:
+                    return found
                 await self.reconnected(None)
             await asyncio.sleep(_RETRY_S)
 
@@ -85,6 +94,18 @@ class BlobFetcher:
     async def from_member(self, holder: str, digest: Digest, n_bytes: int) -> bytes:
         """One attempt to get a payload. Raises SwarmUnreachable."""
         return await self._holders.get(holder, digest, n_bytes, "payload")
+
+    async def _from_other_seats(self, digest: Digest, n_bytes: int) -> bytes | None:
+        """None: none of them has it."""
+        for seat in self._coordinator.other_seats():
+            with contextlib.suppress(SwarmUnreachable):
+                return await self._holders.get(seat, digest, n_bytes, "snapshot")
+        return None
+
+    def holders(self, offerer: str | None) -> list[str]:
+        """Who may have a payload beside the coordinator: the others, then other seats."""
+        others = self.members(offerer)
+        return others + [seat for seat in self._coordinator.other_seats() if seat not in others]
 
     def members(self, first: str | None = None) -> list[str]:
         """The others that are connected: those that answer before those that do not, `first` before all."""
@@ -114,6 +135,8 @@ class BlobFetcher:
 
     async def _open_stream_to(self, holder: str) -> Stream:
         addresses = self._members.addresses(holder)
+        if addresses is None and holder in self._seats:
+            addresses = self._seats.addresses(holder)
         if addresses is None:
             raise _Unlisted(f"{holder} is not connected to the swarm")
         return await self._coordinator.open_stream_to(holder, addresses, BLOB)

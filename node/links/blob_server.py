@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Container
 
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.blob_streams import serve_blobs
@@ -17,8 +18,8 @@ _STREAMS_PER_MEMBER = 8
 
 
 class BlobServer:
-    """Gives members, and the coordinator (`coordinator`: its peer id), what is on the shelf `served`. One
-    event loop. `throttle`: of all that is sent so."""
+    """Gives members, and the `seats` of the run's committee, what is on the shelf `served`. One event loop.
+    `throttle`: of all that is sent so."""
 
     def __init__(
         self,
@@ -26,10 +27,10 @@ class BlobServer:
         members: MemberList,
         meter: Meter,
         throttle: Throttle | None,
-        coordinator: str = "",
+        seats: Container[str] = (),
     ) -> None:
         self._served, self._members, self._meter, self._throttle = served, members, meter, throttle
-        self._coordinator = coordinator
+        self._seats = seats
         self._turns = asyncio.Semaphore(_SERVED_AT_ONCE)
         self._streams_of: Counter[str] = Counter()
 
@@ -49,4 +50,4 @@ class BlobServer:
             self._streams_of -= Counter((peer_id,))
 
     def _may_ask(self, peer_id: str) -> bool:
-        return peer_id == self._coordinator or peer_id in self._members
+        return peer_id in self._seats or peer_id in self._members

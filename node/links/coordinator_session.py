@@ -1,37 +1,41 @@
-"""A node's session with the coordinator, kept alive over breaks. All of it runs in one event loop."""
+"""A node's session with the coordinator, kept alive over breaks. All of it runs in one event loop.
+
+With several coordinators it is with the seat that leads; a watch stream to another seat tells when that is
+not the same any more.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from ...compression.errors import Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
+from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.figures import human_seconds
-from ...coordinator.protocol.identity import is_signed_by
 from ...coordinator.protocol.messages import (
     PROTOCOL_VERSION,
     BadMessage,
-    Commit,
-    Digest,
-    Follow,
-    Heartbeat,
+    Elsewhere,
     Hello,
     Message,
+    PeerId,
     Refused,
     Welcome,
-    digest_of,
-    is_readable,
 )
 from ...coordinator.protocol.patience import Patience
 from ...coordinator.protocol.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream, Throttle
 from ...coordinator.protocol.ticket import Ticket
 from ...coordinator.protocol.transport import Transport
+from .finding import Found, NobodyLeads, find_leader
+from .introducing import ANSWER_TIMEOUT_S, QUICK_ANSWER_S, introduce
+from .known_seats import KnownSeats, short
+from .session_handler import SessionHandler
 from .upload_limit import UploadLimit
+from .watching import Watch
 
 _log = logging.getLogger("thinwire.link")
 
@@ -39,12 +43,18 @@ DIAL_TIMEOUT_S = 10.0
 QUICK_DIAL_S = 2.0
 """For other nodes, once it is known how quickly they answer."""
 
-ANSWER_TIMEOUT_S = 15.0
-"""Without a byte for this long, a coordinator that was just reached counts as not answering."""
+SEAT_DIAL_S = 5.0
+"""Where there are other seats to dial."""
 
 GOODBYE_S = 5.0
 FIRST_RETRY_S, LAST_RETRY_S = 0.25, 4.0
 """A restarted coordinator waits 10 s for the peers that it knew: who tries this often is among them."""
+
+LAST_RETRY_OF_SEVERAL_S = 1.5
+"""Some seat leads after a few seconds."""
+
+MAX_HOPS = 8
+"""So many sessions in a row that soon said who leads instead are followed without a pause."""
 
 OVER_PATIENCE_S = 5.0
 """A coordinator that is gone when the run is over will hardly come back."""
@@ -59,61 +69,10 @@ OpenTransport = Callable[[], Awaitable[Transport]]
 """Opens this node's transport in the network. Raises ConfigError."""
 
 
-class SessionHandler(Protocol):
-    """What a session with the coordinator asks its node, and tells it; all of it in the event loop."""
-
-    def known_head(self) -> tuple[int | None, Digest | None]:
-        """Round and digest of the last commit that the node has, for Hello; None: it has none."""
-        ...
-
-    def over_after(self) -> int | None:
-        """The run's last round, if the node knows that it is committed; None: the run goes on."""
-        ...
-
-    def missing_commits(self, after: int, up_to: int) -> Iterator[Commit]:
-        """Commits after the one round up to the other: for a coordinator that has lost them."""
-        ...
-
-    def connected(self, welcome: Welcome) -> None:
-        """A session begins; the first one, or one after a break."""
-        ...
-
-    def greeting(self) -> list[Message]:
-        """What a new session has to hear: state, what is followed, what was not yet acknowledged."""
-        ...
-
-    async def received(self, message: Message) -> None:
-        """Raises LedgerCorrupt or BadMessage."""
-        ...
-
-    def heartbeat(self) -> Heartbeat: ...
-
-    def last_heard_s(self) -> float:
-        """When other streams last brought bytes from the coordinator, in monotonic seconds; 0: never."""
-        ...
-
-    def tell(self, text: str, warning: bool) -> None:
-        """Something for people to read."""
-        ...
-
-    def refused(self) -> None:
-        """The coordinator has closed the session because of something that this node has sent."""
-        ...
-
-    def failed(self, error: ThinwireError) -> None:
-        """The session is over for good."""
-        ...
-
-    async def serve_blobs(
-        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        """A `StreamHandler` for the blobs that other nodes ask for."""
-        ...
-
-
 class CoordinatorSession:
     """`open` once, then `post`; `close` at the end. Breaks are mended until `patience_s` is over.
 
+    `seats`: of the run's committee, as far as they are known; they may become more.
     `limit`: of what this node sends, None: there is none; `device`: what people are told that it trains on;
     `agent`: see `Hello`.
     """
@@ -121,6 +80,7 @@ class CoordinatorSession:
     def __init__(
         self,
         ticket: Ticket,
+        seats: KnownSeats,
         open_transport: OpenTransport,
         meter: Meter,
         handler: SessionHandler,
@@ -129,7 +89,7 @@ class CoordinatorSession:
         device: str = "",
         agent: str = "thinwire",
     ) -> None:
-        self._ticket, self._open_transport = ticket, open_transport
+        self._ticket, self._seats, self._open_transport = ticket, seats, open_transport
         self._meter, self._handler = meter, handler
         self._control = None if limit is None else limit.control
         self._patience_s, self._device, self._agent = patience_s, device, agent
@@ -139,6 +99,20 @@ class CoordinatorSession:
         self._transport: Transport | None = None
         self._stream: Stream | None = None
         self._keeping: asyncio.Task[None] | None = None
+        self._at: PeerId | None = None
+        """The seat of the open session."""
+        self._was_at = ticket.peer_id
+        self._term, self._n_hops = 0, 0
+        self._stale: set[PeerId] = set()
+        """Seats whose connection may be broken without a word."""
+        self._elsewhere = asyncio.Event()
+        """A seat has said that another one leads."""
+        self._latest: tuple[int, PeerId, PeerId] | None = None
+        """The latest term that a watched seat has announced, who leads by it, and the seat."""
+        self._announced_by: PeerId | None = None
+        """The seat for whose word a session was ended."""
+        self._watch = Watch(seats, self._open_watch, self._hello, lambda: self._at, self._heard_from_watch)
+        self._watching: asyncio.Task[None] | None = None
         self._retry_s = FIRST_RETRY_S
         self._dial_patience = Patience(floor_s=QUICK_DIAL_S, ceiling_s=DIAL_TIMEOUT_S)
         self.is_up, self._is_down = asyncio.Event(), asyncio.Event()
@@ -152,14 +126,14 @@ class CoordinatorSession:
         at once what is wrong with its ticket or network.
         """
         try:
-            stream, welcome = await self._connect()
+            found = await self._connect()
         except SwarmUnreachable as e:
             head_round, _ = self._handler.known_head()
-            if not head_round:
+            if not head_round and not isinstance(e, NobodyLeads):
                 raise
-            stream, welcome = await self._reconnect(str(e))
-        self._keeping = asyncio.create_task(self._keep(stream, welcome))
-        return welcome
+            found = await self._reconnect(str(e))
+        self._keeping = asyncio.create_task(self._keep(found))
+        return found.welcome
 
     def post(self, message: Message) -> None:
         """Queues a message; dropped when there is no session, because its successor hears a greeting."""
@@ -169,10 +143,14 @@ class CoordinatorSession:
 
     async def open_stream(self, protocol: str, throttle: Throttle | None = None) -> Stream:
         """Another stream to the coordinator. Raises SwarmUnreachable."""
-        if self._transport is None or not self.is_up.is_set():
+        if self._transport is None or self._at is None:
             raise SwarmUnreachable("there is no connection to the coordinator")
-        reader, writer = await self._transport.open_stream(self._ticket.peer_id, protocol, DIAL_TIMEOUT_S)
+        reader, writer = await self._transport.open_stream(self._at, protocol, DIAL_TIMEOUT_S)
         return Stream(reader, writer, self._meter, throttle or self._control)
+
+    def other_seats(self) -> list[PeerId]:
+        """Of the committee, beside the one that leads; they have what it has."""
+        return [seat for seat in self._seats.in_order() if seat != self._at and len(self._seats) > 1]
 
     async def open_stream_to(self, peer_id: str, addresses: Sequence[str], protocol: str) -> Stream:
         """A stream to another node. Raises SwarmUnreachable."""
@@ -195,70 +173,77 @@ class CoordinatorSession:
         if say_goodbye and self._stream is not None:
             read, broken = (asyncio.create_task(e.wait()) for e in (self.was_read, self._is_down))
             await asyncio.wait({read, broken}, timeout=GOODBYE_S, return_when=asyncio.FIRST_COMPLETED)
-            for task in (read, broken):
-                task.cancel()
-        if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.gather(self._keeping, return_exceptions=True)
+            for waiting in (read, broken):
+                waiting.cancel()
+        both = (self._keeping, self._watching)
+        tasks: list[asyncio.Task[None]] = [task for task in both if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._transport is not None:
             await self._transport.close()
             self._transport = None
 
     # ------------------------------------------------------------------------------------- connecting
 
-    async def _connect(self) -> tuple[Stream, Welcome]:
-        transport = await self._living_transport()
-        await transport.dial(self._ticket.peer_id, self._ticket.addresses, DIAL_TIMEOUT_S)
-        reader, writer = await transport.open_stream(self._ticket.peer_id, SESSION, DIAL_TIMEOUT_S)
-        stream = Stream(reader, writer, self._meter, self._control)
+    async def _connect(self) -> Found:
+        """With the seat that leads. Raises SwarmUnreachable, BadMessage, or what no retry can mend."""
+        await self._living_transport()
+        found = await find_leader(self._seats, self._approach)
+        if self._announced_by is not None and found.seat != self._seats.leader:
+            self._watch.misled(self._announced_by)
+            self._latest = None
+        self._announced_by, self._seats.leader = None, found.seat
+        if found.seat != self._was_at:
+            self._handler.tell(f"coordinator {short(found.seat)} leads now", False)
+            if self._transport is not None:
+                await self._transport.disconnect(self._was_at)  # what is under way there goes on elsewhere
+        self._was_at = found.seat
+        return found
+
+    async def _approach(self, seat: PeerId) -> tuple[Stream, Welcome | Elsewhere]:
+        """Says Hello to a seat. Raises what `introduce` does."""
+        stream = await self._open_session(seat)
+        wait_s = ANSWER_TIMEOUT_S if len(self._seats) == 1 else QUICK_ANSWER_S
         try:
-            welcome = await self._introduce(stream, transport.addresses)
-        except (OSError, EOFError) as e:
-            stream.abort()
-            raise SwarmUnreachable(f"the coordinator closed the connection at once ({e})") from e
+            answer = await introduce(
+                stream, self._hello(), self._handler.missing_commits, self._handler.tell, wait_s
+            )
         except BaseException:
+            self._stale.add(seat)
             stream.abort()
             raise
-        return stream, welcome
+        if isinstance(answer, Elsewhere):
+            stream.abort()
+        return stream, answer
 
-    async def _introduce(self, stream: Stream, addresses: tuple[str, ...]) -> Welcome:
-        """Says Hello on a new stream, and gives back what the coordinator has lost. `addresses`: own ones."""
-        head_round, head_digest = self._handler.known_head()
-        await stream.send_message(
-            Hello(
-                version=PROTOCOL_VERSION,
-                run_id=self._ticket.run_id,
-                token=self._ticket.token,
-                head_round=head_round,
-                head_digest=head_digest,
-                addresses=addresses,
-                agent=self._agent,
-                device=self._device,
-            )
-        )
-        answer = await _answer(stream)
-        if isinstance(answer, Follow) and head_round is not None:
-            answer = await self._return_commits(stream, answer.after, head_round)
-        return _checked(self._ticket, answer)
-
-    async def _return_commits(self, stream: Stream, after: int, head: int) -> Message:
-        """The coordinator was restored from an older copy: sends what it has lost; returns its answer."""
-        text = (
-            f"the coordinator has lost rounds {after + 1} to {head}: giving them back from this node's copy"
-        )
-        self._handler.tell(text, True)
-
-        async def send() -> None:
-            for commit in self._handler.missing_commits(after, head):
-                await stream.send_message(commit)
-                stream.heard_s = time.monotonic()  # it is silent while it takes what is sent
-
-        sending = asyncio.create_task(send())
+    async def _open_session(self, seat: PeerId) -> Stream:
+        transport, limit_s = self._transport, DIAL_TIMEOUT_S if len(self._seats) == 1 else SEAT_DIAL_S
+        if transport is None or transport.died.is_set():
+            raise SwarmUnreachable("this machine's libp2p has ended")
+        if seat in self._stale:
+            await transport.disconnect(seat)
+            self._stale.discard(seat)
         try:
-            return await _answer(stream)  # a refusal may come before everything is sent
-        finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
+            await transport.dial(seat, self._seats.addresses(seat), limit_s)
+            reader, writer = await transport.open_stream(seat, SESSION, limit_s)
+        except SwarmUnreachable:
+            self._stale.add(seat)
+            raise
+        return Stream(reader, writer, self._meter, self._control)
+
+    def _hello(self) -> Hello:
+        head_round, head_digest = self._handler.known_head()
+        return Hello(
+            version=PROTOCOL_VERSION,
+            run_id=self._ticket.run_id,
+            token=self._ticket.token,
+            head_round=head_round,
+            head_digest=head_digest,
+            addresses=() if self._transport is None else self._transport.addresses,
+            agent=self._agent,
+            device=self._device,
+        )
 
     async def _living_transport(self) -> Transport:
         if self._transport is not None and self._transport.died.is_set():
@@ -272,19 +257,24 @@ class CoordinatorSession:
 
     # -------------------------------------------------------------------------------- keeping it alive
 
-    async def _keep(self, stream: Stream, welcome: Welcome) -> None:
+    async def _keep(self, found: Found) -> None:
+        self._watching = asyncio.create_task(self._watch.keep())
         try:
             while True:
-                why = await self._session(stream, welcome)
+                why = await self._session(found)
                 if self.was_read.is_set():
                     return
-                stream, welcome = await self._reconnect(why)
+                found = await self._reconnect(why)
         except ThinwireError as e:
             self._handler.failed(e)
 
-    async def _session(self, stream: Stream, welcome: Welcome) -> str:
+    async def _session(self, found: Found) -> str:
         """One session from its Welcome to its end; returns why it ended. Raises what no retry can mend."""
-        self._stream = stream
+        self._at, stream, welcome = found
+        self._stream, self._term = stream, welcome.term
+        self._watch.silence_s = max(10.0, 5 * welcome.heartbeat_s)
+        self._elsewhere.clear()
+        self._go_where_it_leads()
         began_s = time.monotonic()
         self._queue.clear()
         self._handler.connected(welcome)
@@ -298,24 +288,28 @@ class CoordinatorSession:
             asyncio.create_task(self._write(stream)),
             asyncio.create_task(self._beat(stream, welcome.heartbeat_s)),
             asyncio.create_task(self._transport.died.wait()),
+            asyncio.create_task(self._elsewhere.wait()),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.is_up.clear()
             self._is_down.set()
-            self._stream = None
+            self._stream, self._at = None, None
+            self._stale.add(found.seat)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             stream.abort()
             if time.monotonic() - began_s > STEADY_S:
-                self._retry_s = FIRST_RETRY_S
+                self._retry_s, self._n_hops = FIRST_RETRY_S, 0
         return self._why_ended(done)
 
     def _why_ended(self, done: Iterable[asyncio.Task[object]]) -> str:
         """In words. `done`: the tasks of the session that have ended. Raises what no retry can mend."""
         error = next((e for task in done if (e := task.exception()) is not None), None)
+        if error is None and self._elsewhere.is_set():
+            return f"coordinator {short(self._seats.leader)} leads now"
         if error is None:
             return "this machine's libp2p has ended"
         if isinstance(error, BadMessage):
@@ -324,7 +318,7 @@ class CoordinatorSession:
             return str(error) or "the connection broke"
         raise error
 
-    async def _reconnect(self, why: str) -> tuple[Stream, Welcome]:
+    async def _reconnect(self, why: str) -> Found:
         """Tries until it works. Raises SwarmUnreachable after `patience_s` (earlier, if the run is over),
         or what no retry can mend."""
         broke_s = time.monotonic()
@@ -337,29 +331,81 @@ class CoordinatorSession:
                 )
             if away_s > self._patience_s:
                 raise SwarmUnreachable(f"the coordinator has not answered for {human_seconds(away_s)}: {why}")
-            pause_s = self._retry_s * self._jitter.uniform(0.7, 1.3)
-            self._handler.tell(
-                f"the coordinator {_silent(away_s)} ({_one_line(why)}); "
-                f"trying again in {human_seconds(pause_s)}; training state is kept",
-                True,
-            )
-            await asyncio.sleep(pause_s)
-            self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
+            await self._pause(why, away_s)
             try:
-                if self._transport is not None and not self._transport.died.is_set():
-                    await self._transport.disconnect(self._ticket.peer_id)
-                stream, welcome = await self._connect()
+                found = await self._connect()
             except (SwarmUnreachable, BadMessage) as e:
                 why = str(e)
                 continue
             self._handler.tell(f"connected again after {time.monotonic() - broke_s:.0f} s", False)
-            return stream, welcome
+            return found
+
+    async def _pause(self, why: str, away_s: float) -> None:
+        """Before another attempt; none when a seat has just said who leads, unless that is all they do."""
+        if self._elsewhere.is_set() and self._n_hops < MAX_HOPS:
+            self._n_hops += 1
+            self._elsewhere.clear()
+            return
+        self._elsewhere.clear()
+        pause_s = self._retry_s * self._jitter.uniform(0.7, 1.3)
+        several = len(self._seats) > 1
+        what = _one_line(why) if several else f"the coordinator {_silent(away_s)} ({_one_line(why)})"
+        self._handler.tell(f"{what}; trying again in {human_seconds(pause_s)}; training state is kept", True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._elsewhere.wait()
+        self._retry_s = min(2 * self._retry_s, LAST_RETRY_OF_SEVERAL_S if several else LAST_RETRY_S)
+
+    # ------------------------------------------------------------------------------------- other seats
+
+    async def _open_watch(self, seat: PeerId) -> Stream:
+        """Raises SwarmUnreachable."""
+        return await self._open_session(seat)
+
+    def _heard_from_watch(self, seat: PeerId, elsewhere: Elsewhere) -> None:
+        """A seat beside the session's says who leads: if by a later term, this node goes there at once."""
+        leader = self._followed(seat, elsewhere)
+        if leader is None:
+            return
+        if self._latest is None or elsewhere.term > self._latest[0]:
+            self._latest = elsewhere.term, leader, seat
+        if self._at is None:
+            self._seats.leader = leader
+            self._elsewhere.set()
+        else:
+            self._go_where_it_leads()
+
+    def _go_where_it_leads(self) -> None:
+        """Ends the session where a later term than its own was announced."""
+        if self._latest is None or self._latest[0] <= self._term:
+            return
+        self._term, leader, seat = self._latest
+        if leader != self._at:
+            self._seats.leader, self._announced_by = leader, seat
+            self._elsewhere.set()
+
+    def _followed(self, seat: PeerId, elsewhere: Elsewhere) -> PeerId | None:
+        """Who leads, by what a seat says; None: nobody that this node goes to."""
+        leader = self._seats.heard(elsewhere)
+        n = self._seats.n_lies
+        if leader is None and elsewhere.leader is not None and n & (n - 1) == 0:  # told ever more rarely
+            self._handler.tell(
+                f"coordinator {short(seat)} says that {short(elsewhere.leader)} leads, which is no seat by "
+                f"the ticket and the ledger: this node does not go there",
+                True,
+            )
+        return leader
 
     async def _read(self, stream: Stream) -> None:
         while True:
             message = await stream.receive_message(FROM_COORDINATOR)
             if isinstance(message, Refused):
                 raise message.as_error()
+            if isinstance(message, Elsewhere):
+                assert self._at is not None
+                self._seats.leader = self._followed(self._at, message) or self._seats.leader
+                self._elsewhere.set()
+                return
             await self._handler.received(message)
 
     async def _write(self, stream: Stream) -> None:
@@ -382,40 +428,6 @@ class CoordinatorSession:
             if silent_s > limit_s:
                 raise SwarmUnreachable(f"silent for {silent_s:.0f} s")
             self.post(self._handler.heartbeat())
-
-
-async def _answer(stream: Stream) -> Message:
-    """The first message; slow ones are waited for as long as bytes keep coming."""
-    task = asyncio.create_task(stream.receive_message(FROM_COORDINATOR))
-    stream.heard_s = time.monotonic()
-    try:
-        while not task.done():
-            await asyncio.wait({task}, timeout=1.0)
-            if not task.done() and time.monotonic() - stream.heard_s > ANSWER_TIMEOUT_S:
-                raise SwarmUnreachable(
-                    f"the coordinator is reached but says nothing for {ANSWER_TIMEOUT_S:g} s"
-                )
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-    return task.result()
-
-
-def _checked(ticket: Ticket, answer: Message) -> Welcome:
-    """A Welcome to the ticket's run, signed by the ticket's coordinator."""
-    if isinstance(answer, Refused):
-        raise answer.as_error()
-    if not isinstance(answer, Welcome):
-        raise BadMessage(f"Welcome is expected, not {type(answer).__name__}")
-    if digest_of(answer.genesis) != ticket.run_id:
-        raise Incompatible("the coordinator serves another run than the ticket's: ask for a new ticket")
-    if not is_signed_by(ticket.peer_id, answer.signature, answer.genesis):
-        raise LedgerCorrupt("record 0: its signature is not the coordinator's")
-    if not is_readable(answer.body.protocol):
-        raise Incompatible(
-            f"the run has protocol version {answer.body.protocol}, this thinwire {PROTOCOL_VERSION}"
-        )
-    return answer
 
 
 def _one_line(text: str) -> str:

@@ -44,6 +44,7 @@ from .blob_fetcher import BlobFetcher
 from .blob_server import BlobServer
 from .commit_feed import CommitFeed
 from .coordinator_session import CoordinatorSession, OpenTransport
+from .known_seats import KnownSeats
 from .mailbox import Mailbox
 from .members import MemberList
 from .offers import OfferSender
@@ -97,19 +98,20 @@ class LinkCore:
         self._mailbox, self._meter, self._limit = mailbox, meter, limit
         self._run_id, self._key = ticket.run_id, key
         self._copy_path, self._metrics, self._about = copy_path, metrics, about
+        self._seats = KnownSeats(ticket, copy.seats)
         coordinator = self._coordinator = CoordinatorSession(
-            ticket, open_transport, meter, self, patience_s, limit, about.device, about.agent
+            ticket, self._seats, open_transport, meter, self, patience_s, limit, about.device, about.agent
         )
         self._members = MemberList()
         self._uploads = BlobClient(
             lambda: coordinator.open_stream(BLOB, None if limit is None else limit.own), 1
         )
-        self.blobs = BlobFetcher(coordinator, self._members, peer_id)
+        self.blobs = BlobFetcher(coordinator, self._members, peer_id, self._seats)
         self._payloads = Payloads(self.blobs, peer_id)
         self.kept = self._payloads.kept
         self.served = Served(self.kept, self._has_time_for)
         throttle = None if limit is None else limit.served
-        self._server = BlobServer(self.served, self._members, meter, throttle, ticket.peer_id)
+        self._server = BlobServer(self.served, self._members, meter, throttle, self._seats)
         self.commits = CommitFeed(copy, self._payloads, mailbox)
         self.offers = OfferSender(coordinator, self._uploads, self._payloads, mailbox)
         self._state = NodeState.JOINING
@@ -199,6 +201,8 @@ class LinkCore:
         match message:
             case Commit():
                 self.commits.append(message)
+                if message.body.committee is not None:
+                    self._seats.name(message.body.committee.seats)
                 self.offers.committed(self.commits.copied_round)
             case Heartbeat(round=round_):
                 self.commits.heard_of(round_)

@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.blobs import BlobStore
@@ -110,8 +110,7 @@ class LocalSwarm:
         self.clock = clock or Monotonic()
         self.changed = threading.Condition(threading.RLock())
         """Guards the service and everything below; notified when something happened."""
-        self.run_id = ledger.run_id
-        self.public_key: Ed25519PublicKey = key.public_key()
+        self.ledger, self.run_id = ledger, ledger.run_id
         self.blobs = blobs
         self.lose, self._is_late = lose, late
         self._late: list[tuple[LocalLink, int, Offer]] = []
@@ -426,7 +425,8 @@ class LocalLink:
 
     def _read(self, after: int, up_to: int) -> Iterator[Commit]:
         """The copy of the ledger that a link has is the swarm's own here."""
-        chain = Chain(self._swarm.public_key, after, self.run_id if after == 0 else None)
+        genesis, before = self._swarm.ledger.genesis, self._swarm.ledger.committees(after)
+        chain = Chain(self.run_id, genesis.coordinator, after, recovery=genesis.recovery, before=before)
         while chain.round < up_to and (batch := self._next_commits(chain.round)):
             for commit in batch[: up_to - chain.round]:
                 if self._is_closed:

@@ -47,8 +47,8 @@ class Sources(Protocol):
         """Raises SwarmUnreachable."""
         ...
 
-    def members(self, offerer: str | None) -> list[str]:
-        """The other members, in the order in which they are to be asked."""
+    def holders(self, offerer: str | None) -> list[str]:
+        """The other members and seats, in the order in which they are to be asked."""
         ...
 
     def rests(self, holder: str) -> bool:
@@ -241,7 +241,7 @@ class Payloads:
             other.cancel()
 
     async def _from_anybody(self, digest: bytes, n_bytes: int, offerer: str | None) -> bytes:
-        """The coordinator, then every member in turn; again while the coordinator may come back."""
+        """The coordinator, then every member and seat; again while the coordinator may come back."""
         refused, pause_s, why = 0, _RETRY_S, ""
         while True:
             try:
@@ -250,7 +250,7 @@ class Payloads:
                 refused, why = refused + 1, str(e)
             except SwarmUnreachable as e:
                 why = str(e)
-            for holder in self._sources.members(offerer):
+            for holder in self._sources.holders(offerer):
                 try:
                     return await self._sources.from_member(holder, digest, n_bytes)
                 except SwarmUnreachable:

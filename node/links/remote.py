@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...compression.errors import SwarmUnreachable
-from ...coordinator.protocol.identity import public_key_of
 from ...coordinator.protocol.ledger_copy import COPY_NAME, LedgerCopy
 from ...coordinator.protocol.messages import (
     MAX_ROUND,
@@ -89,7 +88,7 @@ class RemoteLink:
                 raise SwarmUnreachable(
                     "the link is closed" if self._is_closed else "the link is open already"
                 )
-            copy = self._copy = LedgerCopy(self._copy_path, self.run_id, public_key_of(self._ticket.peer_id))
+            copy = self._copy = LedgerCopy(self._copy_path, self.run_id, self._ticket.peer_id)
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=_run, args=(self._loop,), name="link", daemon=True)
             self._thread.start()

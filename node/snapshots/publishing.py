@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,8 @@ class _Lineage:
 
 
 class SnapshotPublisher:
-    """Of one node in one run; `folder`: holds the store. `close` at the end: it waits for what is written.
+    """Of one node in one run; `folder`: holds the store; `me`: its index. `close` at the end: it waits
+    for what is written.
 
     Trust is inherited: what is written on a start that this node has not verified is not verified either,
     until `confirm`. Until `began` is called nothing is verified. Snapshots are announced once this node's own
@@ -34,9 +36,9 @@ class SnapshotPublisher:
     """
 
     def __init__(
-        self, link: Link, replica: Replica, history: History, folder: Path, *, peer_index: int
+        self, link: Link, replica: Replica, history: History, folder: Path, *, me: Callable[[], int]
     ) -> None:
-        self._link, self._replica, self._history, self._me = link, replica, history, peer_index
+        self._link, self._replica, self._history, self._me = link, replica, history, me
         self._lock = threading.Lock()
         self._lineage = _Lineage(is_verified=False)
         self._written_for: dict[int, _Lineage] = {}
@@ -120,7 +122,7 @@ class SnapshotPublisher:
         self._say(stored, 0)
 
     def _say(self, stored: Stored, n_bytes: int) -> None:
-        if self._history.standing.has_worked(self._me):
+        if self._history.standing.has_worked(self._me()):
             self._link.report(Report(round=stored.round, snapshot=stored.manifest, snapshot_bytes=n_bytes))
 
     def _keep_payloads(self) -> None:

@@ -24,10 +24,21 @@ from typing import Final, Literal
 from urllib.parse import quote
 
 from ...compression.errors import ConfigError, LedgerCorrupt
-from ...coordinator.protocol.chain import Chain
-from ...coordinator.protocol.identity import is_signed_by, public_key_of
-from ...coordinator.protocol.ledger_copy import COPY_NAME, records_with_changes, work_in
-from ...coordinator.protocol.messages import BadMessage, Commit, GenesisBody, decode_record, digest_of
+from ...coordinator.protocol.chain import Chain, check_genesis, seats_of
+from ...coordinator.protocol.ledger_copy import (
+    COPY_NAME,
+    records_with_changes,
+    records_with_committees,
+    work_in,
+)
+from ...coordinator.protocol.messages import (
+    BadMessage,
+    Commit,
+    CommitBody,
+    GenesisBody,
+    SeatEntry,
+    digest_of,
+)
 from ...coordinator.protocol.settings import Course
 from ..system.folder import default_folder
 
@@ -66,12 +77,9 @@ class RunState:
                 f"the coordinator's state folder, or join the run once more with --state {self._given}"
             )
         try:
-            body = decode_record(GenesisBody, self.record)
-            if is_signed_by(body.coordinator, self.signature, self.record):
-                return body
-        except (BadMessage, ConfigError) as e:
-            raise LedgerCorrupt(f"{self.folder}: record 0: it is no genesis: {e}") from e
-        raise LedgerCorrupt(f"{self.folder}: record 0: its signature is not the coordinator's")
+            return check_genesis(self.record, self.signature)
+        except LedgerCorrupt as e:
+            raise LedgerCorrupt(f"{self.folder}: {e}") from e
 
     @property
     def is_over(self) -> bool:
@@ -87,9 +95,17 @@ class RunState:
         except BadMessage as e:
             raise LedgerCorrupt(f"{self.folder}: {e}") from e
 
+    @property
+    def seats(self) -> tuple[SeatEntry, ...]:
+        """Of the committee that orders the run after `head`; (): no record has named one. Raises
+        LedgerCorrupt."""
+        found = self._committees(self.head)
+        return seats_of(found[-1]) if found else ()
+
     def commits(self, after: int = 0) -> Iterator[Commit]:
         """The commits of rounds `after` + 1 to `head`, verified one by one. Raises LedgerCorrupt."""
-        chain = Chain(public_key_of(self.genesis.coordinator), after, self.run_id if after == 0 else None)
+        genesis, before = self.genesis, self._committees(after)
+        chain = Chain(self.run_id, genesis.coordinator, after, recovery=genesis.recovery, before=before)
         while chain.round < self.head:
             rows = self._rows(chain.round)
             if not rows:
@@ -130,6 +146,12 @@ class RunState:
     def _given(self) -> Path:
         """What a node calls its state folder: the run's is in it."""
         return self.folder.parent if self.kind == "node" else self.folder
+
+    def _committees(self, up_to: int) -> list[CommitBody]:
+        try:
+            return records_with_committees(self._db, up_to)
+        except BadMessage as e:
+            raise LedgerCorrupt(f"{self.folder}: {e}") from e
 
     def _rows(self, after: int) -> Sequence[tuple[bytes, bytes]]:
         return self._db.execute(

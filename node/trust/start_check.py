@@ -32,10 +32,10 @@ class StartCheck:
         spare: Callable[[], Replica],
         verify: Verify,
         *,
-        peer_index: int,
+        me: Callable[[], int],
     ) -> None:
         self._link, self._history, self._joiner, self._publisher = link, history, joiner, publisher
-        self._spare, self.verify, self._me = spare, verify, peer_index
+        self._spare, self.verify, self._me = spare, verify, me
         self._running: Verification | None = None
         self._who = ""
 
@@ -55,7 +55,7 @@ class StartCheck:
     def may_leave(self) -> bool:
         """Whether the replica may be left for a snapshot of the swarm's that is nearer to the head. One that
         is verified, of a node whose work has counted, is worth more than the time."""
-        is_new = not self._history.standing.has_worked(self._me)
+        is_new = not self._history.standing.has_worked(self._me())
         return self.verify != "first" and (is_new or not self._publisher.is_verified)
 
     def began(self, start: Start) -> None:
@@ -109,7 +109,7 @@ class StartCheck:
         return (
             f"the snapshot after round {round_} is wrong: a replay of the ledger gave something else. This "
             f"node had taken {self._who} for it. Tell the run's owner, who can shut them out with thinwire "
-            f"coordinator --ban PEER"
+            f"run STATE ban PEER"
         )
 
     def close(self) -> None:

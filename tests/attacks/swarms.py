@@ -10,6 +10,9 @@ from torch import Tensor
 from thinwire.node.bench.attacks.bad_peers import Attack
 from thinwire.node.bench.attacks.swarm import STRATEGIES, Outcome, Plan, trained
 
+UNMEASURED = (("task.held_out_bytes", 1024),)
+"""Settings of a swarm whose loss nobody looks at: half of a short run's work is to measure it."""
+
 
 @cache
 def swarm(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.attacks.swarms import swarm
+from tests.attacks.swarms import UNMEASURED, swarm
 from thinwire.node.bench.attacks.bad_peers import ATTACKS, HONEST
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_core")]
 
-N_ROUNDS = 30
-ALWAYS = (("audits.rate", 1.0),)
+N_ROUNDS = 16
+ALWAYS = (("audits.rate", 1.0), *UNMEASURED)
 """Every offer is audited; by default it is one of hundreds, which takes as many more rounds."""
 
 

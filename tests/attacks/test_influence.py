@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.attacks.swarms import distance, swarm
+from tests.attacks.swarms import UNMEASURED, distance, swarm
 from thinwire.node.bench.attacks.bad_peers import ATTACKS, EMPTY, HONEST, Attack
 from thinwire.node.bench.attacks.swarm import STRATEGIES
 
@@ -35,7 +35,7 @@ def influence(strategy: str, attack: Attack, settings: tuple[tuple[str, float], 
 
     def weights(of: Attack) -> dict[str, object]:
         n_bad = attack.least_bad
-        outcome = swarm(strategy, of, 1, n_honest=3 * n_bad, n_bad=n_bad, settings=settings)
+        outcome = swarm(strategy, of, 1, n_honest=3 * n_bad, n_bad=n_bad, settings=(*settings, *UNMEASURED))
         assert outcome.fingerprint, "every honest replica is finite and like the others"
         return dict(outcome.weights)
 
@@ -77,5 +77,5 @@ def test_without_the_bound_the_same_rows_fail(
 
 def test_what_no_check_lets_pass_is_as_good_as_no_offer() -> None:
     for strategy in STRATEGIES:
-        refused, absent = swarm(strategy, ATTACKS["nan"], 1), swarm(strategy, None, 1)
+        refused, absent = (swarm(strategy, of, 1, settings=UNMEASURED) for of in (ATTACKS["nan"], None))
         assert refused.fingerprint == absent.fingerprint, strategy

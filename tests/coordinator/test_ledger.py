@@ -14,9 +14,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
-from thinwire.coordinator import ledger as ledger_module
+from thinwire.coordinator.entry import admitted as admitted_module
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.chain import Chain
+from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.messages import (
     Admission,
     BadMessage,
@@ -89,7 +90,7 @@ def test_a_new_ledger_holds_record_0(
 
 def test_commits_are_a_signed_chain(path: Path, key: Ed25519PrivateKey) -> None:
     ledger = Ledger.open(path, key.public_key())
-    chain = Chain(key.public_key(), 0, ledger.run_id)
+    chain = Chain(ledger.run_id, peer_id_of(key.public_key()))
     for commit in ledger.commits(0, 100):
         chain.check(commit)
     assert (chain.round, chain.digest) == (5, ledger.head_digest) == (ledger.head_round, ledger.digest_at(5))
@@ -102,18 +103,18 @@ def test_commits_are_a_signed_chain(path: Path, key: Ed25519PrivateKey) -> None:
 def test_a_chain_refuses_what_does_not_follow(path: Path, key: Ed25519PrivateKey) -> None:
     ledger = Ledger.open(path, key.public_key())
     first, second = ledger.commits(0, 2)
-    chain = Chain(key.public_key(), 0, ledger.run_id)
+    chain = Chain(ledger.run_id, peer_id_of(key.public_key()))
     with pytest.raises(LedgerCorrupt, match="record 1: it says that it is round 2"):
         chain.check(second)
     with pytest.raises(LedgerCorrupt, match="record 1: its signature"):
         chain.check(first.model_copy(update={"signature": bytes(64)}))
     with pytest.raises(LedgerCorrupt, match="record 1: it does not follow record 0"):
-        Chain(key.public_key(), 0, bytes(32)).check(first)
+        Chain(bytes(32), peer_id_of(key.public_key())).check(first)
     with pytest.raises(LedgerCorrupt, match="record 1: its signature"):
-        Chain(Ed25519PrivateKey.generate().public_key(), 0, ledger.run_id).check(first)
+        Chain(ledger.run_id, peer_id_of(Ed25519PrivateKey.generate().public_key())).check(first)
     chain.check(first)
     chain.check(second)
-    from_snapshot = Chain(key.public_key(), 1, None)
+    from_snapshot = Chain(ledger.run_id, peer_id_of(key.public_key()), 1)
     from_snapshot.check(second)
     assert from_snapshot.digest == second.digest
     ledger.close()
@@ -237,7 +238,7 @@ def test_admissions_survive_a_restart_before_their_first_commit(path: Path, key:
 def test_admissions_between_two_commits_are_bounded(
     path: Path, key: Ed25519PrivateKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger_module, "MAX_PEERS", 3)
+    monkeypatch.setattr(admitted_module, "MAX_PEERS", 3)
     ledger = Ledger.open(path, key.public_key())
     for name in "xyz":
         ledger.admit(name)
@@ -316,7 +317,7 @@ def test_of_what_cannot_be_adopted_nothing_is(copy: Path, lost: list[Commit], ke
     head = ledger.head_digest
     for wrong, text in (
         ([lost[0], forged], "record 7: its signature"),
-        ([lost[0], cut], "record 7: its signature"),
+        ([lost[0], cut], "record 7: it is no commit"),
         ([lost[0], unreadable], "record 7: it is no commit"),
         (lost[1:], "record 6: it says that it is round 7"),
         ([lost[0], lost[0]], "record 7: it says that it is round 6"),

@@ -19,10 +19,19 @@ from thinwire.coordinator.rounds import (
     PeerStops,
     PeerTrains,
     RoundClosed,
+    RoundEvent,
     RoundOpened,
     Rounds,
     TimePassed,
 )
+
+
+class Prompt(Rounds):
+    """Its records are sealed as soon as its rounds close."""
+
+    def handle(self, event: RoundEvent, now_s: float) -> list[Action]:
+        actions = super().handle(event, now_s)
+        return [*actions, *self.sealed(now_s)] if self.is_closing else actions
 
 
 def new(**changes: Any) -> Rounds:
@@ -35,7 +44,7 @@ def new(**changes: Any) -> Rounds:
         "head": 0,
         "now_s": 0.0,
     }
-    return Rounds(**{**arguments, **changes})
+    return Prompt(**{**arguments, **changes})
 
 
 def started(n: int, **changes: Any) -> Rounds:

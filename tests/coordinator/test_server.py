@@ -21,7 +21,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable
-from thinwire.coordinator import stream_server
+from thinwire.coordinator.entry import strangers
 from thinwire.coordinator.protocol.blob_streams import NotServed, get_blob, put_blob
 from thinwire.coordinator.protocol.files import write_aside
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of, save
@@ -287,7 +287,7 @@ def test_the_status_can_be_asked_again_and_again(make_swarm: Callable[..., Swarm
 def test_who_has_worked_comes_back_among_strangers_that_say_nothing(
     make_swarm: Callable[..., Swarm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_server, "MAX_STRANGERS", 2)
+    monkeypatch.setattr(strangers, "MAX_STRANGERS", 2)
     swarm = make_swarm(min_peers=1, waits=Waits(hello_s=WAIT_S))
     worker = swarm.trainer("worker")
     worker.offer(offer(1, b"work"))

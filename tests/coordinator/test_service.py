@@ -69,7 +69,7 @@ def test_a_new_token_is_for_newcomers(make_world: MakeWorld) -> None:
     [
         ({"token": "wrong"}, ConfigError, "token", "token"),
         ({"token": "sécret"}, ConfigError, "token", "token"),
-        ({"version": 99}, Incompatible, "version 99 here, 3 at", "version"),
+        ({"version": 99}, Incompatible, "version 99 here, 4 at", "version"),
         ({"run_id": bytes(32)}, Incompatible, "is for run 0000000000000000", "run"),
         ({"head_round": 0, "head_digest": bytes(32)}, LedgerCorrupt, "not on", "head"),
         ({"head_round": 9, "head_digest": bytes(32)}, LedgerCorrupt, "older copy", "head"),

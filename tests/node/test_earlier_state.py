@@ -112,7 +112,7 @@ def test_the_ledger_gives_the_same_replica(earlier: Earlier) -> None:
 
 
 def test_a_node_has_its_copy_of_the_ledger_and_its_snapshots(earlier: Earlier) -> None:
-    copy = LedgerCopy(earlier.run_folder / COPY_NAME, earlier.run_id, earlier.key.public_key())
+    copy = LedgerCopy(earlier.run_folder / COPY_NAME, earlier.run_id, peer_id_of(earlier.key.public_key()))
     assert copy.head_round == HEAD
     copy.close()
     commits = earlier.commits()

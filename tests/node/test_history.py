@@ -98,3 +98,10 @@ def test_one_peer_s_word_is_none_while_replicas_differ_or_once_it_was_taken_back
     assert [a.peers for a in history(*alone, said, shared).attested()] == [(0, 1)]
     back = commit(6, snapshots=snapshot(4, 0, n_bytes=0))
     assert history(*alone, said, back).attested() == []
+
+
+def test_an_index_is_a_peer_s_own_once_a_commit_admits_it() -> None:
+    found = History(RUN, EVERY, ROUND_COST)
+    assert found.index_of("peer-1") is None, "another coordinator may give it to another peer"
+    found.add(commit(1))
+    assert (found.index_of("peer-1"), found.index_of("peer-2")) == (1, None)

@@ -65,7 +65,7 @@ class Host:
         self._state = self._new_folder()
         genesis = _genesis(self.key, policy, min_peers, n_rounds, eval_every)
         self.ledger = Ledger.create(self._state / "ledger.db", genesis, self.key)
-        self.oracle = Oracle(self.ledger.run_id, self.key.public_key(), SNAPSHOT_EVERY)
+        self.oracle = Oracle(self.ledger.run_id, peer_id_of(self.key.public_key()), SNAPSHOT_EVERY)
         self.fuse: int | None = None
         """After so many more chances the power is cut."""
         self.half_written: BlobWriter | None = None

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from blake3 import blake3
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.protocol.attested import Attested, Snapshots
@@ -71,8 +70,8 @@ class Tally:
 class Oracle:
     """Follows the ledger from commit to commit. `states`: what replicas are, by the digest of a record."""
 
-    def __init__(self, run_id: bytes, public_key: Ed25519PublicKey, snapshot_every: int) -> None:
-        self.run_id, self._public_key, self._snapshot_every = run_id, public_key, snapshot_every
+    def __init__(self, run_id: bytes, founder: str, snapshot_every: int) -> None:
+        self.run_id, self._founder, self._snapshot_every = run_id, founder, snapshot_every
         self.states: dict[bytes, bytes] = {run_id: first_state(run_id)}
         self.reported: dict[str, set[tuple[int, bytes | None, bytes | None]]] = {}
         self.tally = Tally()
@@ -82,7 +81,7 @@ class Oracle:
         self._rewind([])
 
     def _rewind(self, ledger: list[Commit]) -> None:
-        self._chain = Chain(self._public_key, 0, self.run_id)
+        self._chain = Chain(self.run_id, self._founder)
         self._standing = Standing()
         self._snapshots = Snapshots(self._snapshot_every, self._standing)
         self._names: list[str] = []

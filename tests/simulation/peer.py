@@ -6,8 +6,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 from tests.simulation.oracle import first_state, next_state
 from thinwire.coordinator.protocol.attested import Snapshots
 from thinwire.coordinator.protocol.chain import Chain
@@ -73,7 +71,7 @@ class Peer:
         life: int,
         disk: Disk,
         run_id: bytes,
-        public_key: Ed25519PublicKey,
+        founder: str,
         snapshot_every: int,
         n_rounds: int,
         fetch: Callable[[bytes], bytes | None],
@@ -82,7 +80,7 @@ class Peer:
         self.name, self.life, self.disk, self.run_id = name, life, disk, run_id
         self._snapshot_every, self._n_rounds = snapshot_every, n_rounds
         self._fetch, self._borrow = fetch, borrow
-        self._chain = Chain(public_key, len(disk.copy), disk.copy[-1].digest if disk.copy else run_id)
+        self._chain = Chain(run_id, founder, len(disk.copy), disk.copy[-1].digest if disk.copy else None)
         self.wire: Wire | None = None
         self.index: int | None = None
         self.is_frozen = False

@@ -11,6 +11,7 @@ from tests.simulation.desk import Desk
 from tests.simulation.host import SNAPSHOT_EVERY
 from tests.simulation.peer import Disk, End, Peer, Wire, manifest
 from thinwire.coordinator.adoption import STALL_S
+from thinwire.coordinator.protocol.identity import peer_id_of
 
 
 class World:
@@ -72,7 +73,7 @@ class World:
             life=next(self._lives),
             disk=self.disks.setdefault(name, Disk()),
             run_id=self.host.ledger.run_id,
-            public_key=self.host.key.public_key(),
+            founder=peer_id_of(self.host.key.public_key()),
             snapshot_every=SNAPSHOT_EVERY,
             n_rounds=self.host.n_rounds,
             fetch=self._fetch,

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -240,9 +241,21 @@ def _open_streams(request: Mapping[str, Any]) -> None:
         os.close(opened)
 
 
-if __name__ == "__main__":
+def _load() -> None:
+    """What nodes load before their first round, compiled kernels included."""
+    import torch
+
     for name in HEAVY:
         import_module(name)
     import_module("thinwire.coordinator.protocol.p2p")._hivemind()
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads do not outlive a fork
+    with suppress(Exception):  # every node compares again, and says what is wrong
+        import_module("thinwire.node.doctor.self_test").refuse_wrong_arithmetic(torch.device("cpu"))
+    torch.set_num_threads(n_threads)
     gc.freeze()
+
+
+if __name__ == "__main__":
+    _load()
     _become(_serve())

@@ -1,7 +1,8 @@
 """Invitations: a coordinator's word, signed, that so many identities may come into its run.
 
 An invitation stands in a ticket in the place of the access token, and the coordinator keeps none: it knows
-its own signature again. How often one was used, the ledger says.
+its own signature again, and those of the founder and of the seats of its committee. How often one was used,
+the ledger says.
 
 "inv1-" + base64url(msgpack [name, uses, expiry, nonce, signature]). Signed are the words "thinwire
 invitation", a zero byte, and msgpack [run id, name, uses, expiry, nonce].

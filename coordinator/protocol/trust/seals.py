@@ -1,22 +1,37 @@
 """Seals: a majority of a committee's seats has signed a record, which anybody can check offline.
 
-A seat votes for a record by signing (run, ballot, round, digest of the record). `need` votes
-of the same ballot are the record's seal. A ballot is (epoch, number, seat): the epoch is the round of the
-record that set the committee, and ballots of another epoch are void.
+A seat votes for a record by signing (run, ballot, round, digest of the record). `need` votes of the same
+ballot are the record's seal. A ballot is (epoch, number, seat): the epoch is the round of the record that set
+the committee, and ballots of another epoch are void.
+
+    seal     u64 ballot | vote, vote, ...      in the order of their seats      (big-endian)
+    vote     u8 place of the seat in the committee | 64 bytes signature
+
+A committee of one has no ballots: its seat's signature over the record is the seal, as it always was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Final
 
 from pydantic import Field
 
 from ..identity import is_signed_by
-from ..messages import MAX_ROUND, PeerId, Record, Signature, digest_of
+from ..messages import (
+    MAX_ROUND,
+    MAX_SEATS,
+    BadMessage,
+    Commit,
+    CommitteeEntry,
+    Record,
+    SealBytes,
+    Work,
+    digest_of,
+)
+from .signatures import SIGNATURE_BYTES
 
-MAX_SEATS: Final = 7
 _PLACE_BITS: Final = 3
 _NUMBER_BITS: Final = 28
 MAX_NUMBER: Final = 2**_NUMBER_BITS - 1
@@ -24,30 +39,49 @@ MAX_NUMBER: Final = 2**_NUMBER_BITS - 1
 MAX_BALLOT: Final = (MAX_ROUND << _NUMBER_BITS | MAX_NUMBER) << _PLACE_BITS | MAX_SEATS
 Ballot = Annotated[int, Field(ge=0, le=MAX_BALLOT)]
 
+_BALLOT_BYTES: Final = 8
+_VOTE_BYTES: Final = 1 + SIGNATURE_BYTES
 
 Check = Callable[[str, bytes, bytes], bool]
 """Whether the peer (its id) made this signature over these bytes."""
 
 
-class Vote(Record):
-    """A seat's signature of `vote_bytes`."""
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """`votes`: signatures by the place of their seat, one at least."""
 
-    seat: PeerId
-    signature: Signature
+    ballot: int
+    votes: Mapping[int, bytes]
 
+    def to_bytes(self) -> bytes:
+        """As a commit carries it."""
+        votes = b"".join(bytes([place]) + self.votes[place] for place in sorted(self.votes))
+        return self.ballot.to_bytes(_BALLOT_BYTES, "big") + votes
 
-class Seal(Record):
-    """`votes`: in the order of their seats' names, each one once."""
-
-    ballot: Ballot
-    votes: Annotated[tuple[Vote, ...], Field(min_length=1, max_length=MAX_SEATS)]
+    @classmethod
+    def parse(cls, data: bytes) -> Seal:
+        """Raises BadMessage for what `to_bytes` never gives."""
+        n_votes, rest = divmod(len(data) - _BALLOT_BYTES, _VOTE_BYTES)
+        starts = range(_BALLOT_BYTES, len(data), _VOTE_BYTES)
+        places = [data[start] for start in starts]
+        if rest or not 1 <= n_votes <= MAX_SEATS or places != sorted(set(places)) or places[-1] >= MAX_SEATS:
+            raise BadMessage("this is no seal")
+        votes = {data[start]: data[start + 1 : start + _VOTE_BYTES] for start in starts}
+        return cls(int.from_bytes(data[:_BALLOT_BYTES], "big"), votes)
 
 
 class Sealed(Record):
-    """A record of the ledger and why it is one."""
+    """A record of the ledger and why it is one; with the blob that it names as its `work`."""
 
+    n_younger = 1
     record: Annotated[bytes, Field(max_length=16 * 2**20)]
-    seal: Seal
+    seal: SealBytes
+    work: Work = b""
+
+    @property
+    def commit(self) -> Commit:
+        """As nodes get it."""
+        return Commit(record=self.record, signature=self.seal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +105,20 @@ class Committee:
         """More than half of them must sign."""
         return cls(epoch, seats, len(seats) // 2 + 1)
 
+    @classmethod
+    def founder(cls, peer_id: str) -> Committee:
+        """Of a new run: the coordinator that record 0 names."""
+        return cls(0, (peer_id,), 1)
+
+    @classmethod
+    def named(cls, epoch: int, entry: CommitteeEntry) -> Committee:
+        """By the record of round `epoch`."""
+        return cls(epoch, tuple(seat.peer_id for seat in entry.seats), entry.need)
+
+    def is_only(self, peer_id: str) -> bool:
+        """Whether this seat alone orders the run."""
+        return self.seats == (peer_id,)
+
     def ballot_above(self, ballot: int, seat: str) -> int:
         """The first one of this epoch and seat that is higher than `ballot`. Raises OverflowError."""
         number = 1
@@ -87,15 +135,33 @@ class Committee:
             return None
         return self.seats[place]
 
-    def has_sealed(self, run_id: bytes, round_: int, sealed: Sealed, check: Check = is_signed_by) -> bool:
+    def signed(self, run_id: bytes, ballot: int, round_: int, record: bytes) -> bytes:
+        """What a seat's vote for the record signs."""
+        if len(self.seats) == 1:
+            return record
+        return vote_bytes(run_id, ballot, round_, digest_of(record))
+
+    def seal(self, ballot: int, votes: Mapping[str, bytes]) -> bytes:
+        """Of the signatures of `need` seats or more."""
+        if len(self.seats) == 1:
+            return votes[self.seats[0]]
+        return Seal(ballot, {self.seats.index(seat): vote for seat, vote in votes.items()}).to_bytes()
+
+    def has_sealed(
+        self, run_id: bytes, round_: int, record: bytes, seal: bytes, check: Check = is_signed_by
+    ) -> bool:
         """Whether this committee has sealed the record of that round: enough of its seats, one ballot."""
-        if self.owner(sealed.seal.ballot) is None:
+        if len(self.seats) == 1:
+            return len(seal) == SIGNATURE_BYTES and check(self.seats[0], seal, record)
+        try:
+            parsed = Seal.parse(seal)
+        except BadMessage:
             return False
-        data = vote_bytes(run_id, sealed.seal.ballot, round_, digest_of(sealed.record))
-        seats = [vote.seat for vote in sealed.seal.votes]
-        if seats != sorted(set(seats)) or not set(seats) <= set(self.seats) or len(seats) < self.need:
+        n_seats = len(self.seats)
+        if self.owner(parsed.ballot) is None or len(parsed.votes) < self.need or max(parsed.votes) >= n_seats:
             return False
-        return all(check(vote.seat, vote.signature, data) for vote in sealed.seal.votes)
+        data = vote_bytes(run_id, parsed.ballot, round_, digest_of(record))
+        return all(check(self.seats[place], vote, data) for place, vote in parsed.votes.items())
 
 
 def vote_bytes(run_id: bytes, ballot: int, round_: int, digest: bytes) -> bytes:

@@ -34,3 +34,11 @@ def verifies(key: Ed25519PublicKey, signature: bytes, data: bytes) -> bool:
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+def verifies_raw(key: bytes, signature: bytes, data: bytes) -> bool:
+    """The same of a raw public key, 32 bytes."""
+    try:
+        return verifies(Ed25519PublicKey.from_public_bytes(key), signature, data)
+    except ValueError:
+        return False

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import pytest
 
+from tests.support.records import commit_body
 from tests.support.service_world import MakeWorld, World, blob_offer
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.control.orders import Order, Ordered
-from thinwire.coordinator.protocol.messages import Change, CommitBody, Notice, Report
+from thinwire.coordinator.protocol.figures import short
+from thinwire.coordinator.protocol.identity import peer_id_of
+from thinwire.coordinator.protocol.messages import (
+    AccessEntry,
+    Change,
+    CommitBody,
+    CommitteeEntry,
+    Notice,
+    Report,
+    SeatEntry,
+)
 from thinwire.coordinator.protocol.schedule import lr_factor_bits
 
 
@@ -41,6 +52,33 @@ def test_a_change_comes_with_the_record_that_closes_the_open_round(make_world: M
     assert body(world, 3).changes == ()
     world.restart()
     assert world.service.course.settings == settings
+
+
+def test_records_of_committees_and_entry_are_told_and_train_nothing(make_world: MakeWorld) -> None:
+    world = make_world(rounds=4)
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    seat = SeatEntry(peer_id=peer_id_of(world.key.public_key()), addresses=())
+    access = AccessEntry(token=bytes(32), mode="listed", banned=(), listed=("a", "b"))
+    says = {"committee": CommitteeEntry(seats=(seat,), need=1), "access": access}
+    world.ledger.append(commit_body(2, parent=world.ledger.head_digest, offers=(), **says), world.key)
+    before = world.status()
+    world.restart()
+    name = short(seat.peer_id)
+    assert world.status()["changes"] == [
+        f"round 2: the committee is now {name} (signed by {name})",
+        f"round 2: entry is listed (2 peers) (signed by {name})",
+    ]
+    happenings = world.service.overview(world.now_s)["happenings"]
+    assert [h["text"] for h in happenings if h["kind"] == "changed"] == world.status()["changes"][::-1]
+    same = ("loss", "payload_bytes", "payload_bytes_per_peer_round")
+    assert [world.status()[key] for key in same] == [before[key] for key in same]
+    assert (world.status()["round"], world.service.course.n_rounds) == (2, 4), "a round, as changes are"
+    world.sessions.clear()
+    world.train("a", "b")
+    world.round(3, "a", "b")
+    world.round(4, "a", "b")
+    assert world.status()["state"] == "finished"
 
 
 def test_a_paused_run_opens_no_round_until_it_is_resumed(make_world: MakeWorld) -> None:

@@ -235,3 +235,26 @@ def test_order_and_answer_have_bounds() -> None:
         assert decode_record(Order, encode_record(order)) == order
     with pytest.raises(ValueError, match="less than or equal"):
         Order(what="extend", rounds=2**40)
+
+
+def test_an_owner_hears_that_its_coordinator_leads_no_more(tmp_path: Path) -> None:
+    """The record with one order waited for its seal, the other order was in none."""
+    folder, keeper = folder_of(tmp_path), Keeper()
+
+    async def run() -> list[list[Answer]]:
+        door = keeper.door(folder)
+        await door.open()
+        found = []
+        for proposed in (3, None):
+            asked = asyncio.create_task(answers(folder, frame(EXTEND)))
+            while not door._waiting:
+                await asyncio.sleep(0.01)
+            door.reign_ended(proposed)
+            found.append(await asked)
+        await door.close()
+        return found
+
+    proposed, pending = asyncio.run(run())
+    assert [answer.what for answer in (*proposed, *pending)] == ["planned", "refused"] * 2
+    assert "it may have been written or not. Look at thinwire status" in proposed[-1].text
+    assert "in no record yet: say it again" in pending[-1].text

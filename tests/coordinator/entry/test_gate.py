@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.records import commit_body
 from tests.support.service_world import MakeWorld, World, offer
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.entry.rules import OPEN, EntryRules
 from thinwire.coordinator.entry.tickets import invite
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of, save
+from thinwire.coordinator.protocol.messages import CommitteeEntry, SeatEntry
 from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.coordinator.protocol.trust.invitation import PREFIX, Invitation
 from thinwire.coordinator.state import StateDir
@@ -110,6 +112,33 @@ def test_an_invitation_of_another_run_or_coordinator(make_world: MakeWorld) -> N
         assert "not signed by this run's coordinator" in refused(world, "x", token)
     assert "damaged" in refused(world, "x", PREFIX + "AAAA")
     assert rejected(world) == {"uninvited": 3}
+
+
+def test_every_seat_of_the_present_committee_invites(make_world: MakeWorld) -> None:
+    world = make_world(max_peers=200)
+    keys = [new_key() for _ in range(3)]
+    seats = [SeatEntry(peer_id=peer_id_of(key.public_key()), addresses=()) for key in keys]
+
+    def name(*places: int) -> None:
+        committee = CommitteeEntry(seats=tuple(seats[i] for i in places), need=len(places) // 2 + 1)
+        head = world.ledger.head_round
+        body = commit_body(head + 1, parent=world.ledger.head_digest, offers=(), committee=committee)
+        world.ledger.append(body, keys[0] if head else world.key)
+        world.restart(rules=INVITED)
+
+    tokens = [
+        Invitation.make(key, world.ledger.run_id, "lab", 9, 0, bytes(8)).text() for key in (world.key, *keys)
+    ]
+    assert "not signed by this run's coordinator" in refused(world, "x", tokens[1])
+    name(0)
+    for peer, token in (("a", tokens[0]), ("b", tokens[1])):
+        world.open(peer, token=token)
+    assert "not signed by this run's coordinator" in refused(world, "x", tokens[2])
+    name(1, 2)
+    for peer, token in (("c", tokens[2]), ("d", tokens[3])):
+        world.open(peer, token=token)
+    assert "not signed" in refused(world, "x", tokens[1]), "it has no seat any more"
+    world.open("e", token=tokens[0])
 
 
 def test_an_open_run_takes_tokens_and_an_invited_one_does_not(make_world: MakeWorld) -> None:

@@ -13,6 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.compression.errors import ConfigError, LedgerCorrupt
+from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.ledger_copy import LedgerCopy
 from thinwire.coordinator.protocol.messages import Admission, Commit, CommitBody, OfferEntry, encode_record
 
@@ -48,7 +49,7 @@ COMMITS = chain(20)
 
 
 def opened(path: Path | None, run_id: bytes = RUN_ID) -> LedgerCopy:
-    return LedgerCopy(path, run_id, KEY.public_key())
+    return LedgerCopy(path, run_id, peer_id_of(KEY.public_key()))
 
 
 def filled(path: Path | None, n: int = 20) -> LedgerCopy:

@@ -10,7 +10,7 @@ from tests.coordinator.quorum.stand_ins import RUN, Body, Disk, Fault
 from thinwire.coordinator.protocol.messages import digest_of
 from thinwire.coordinator.protocol.trust.seals import Committee, vote_bytes
 
-_BEFORE_BALLOT: Final = len(vote_bytes(RUN, 0, 0, b"")) - 16
+_VOTE: Final = vote_bytes(RUN, 0, 0, b"")[:-16]
 
 
 class Oracle:
@@ -20,20 +20,19 @@ class Oracle:
         self.sealed: dict[int, bytes] = {}
         """Digests by round, as soon as a majority has signed them."""
         self._committees = {0: committee}
-        self._voters: dict[tuple[int, int, bytes], set[str]] = {}
-        self._votes: dict[tuple[str, int, int], bytes] = {}
+        self._voters: dict[tuple[int | None, int, bytes], set[str]] = {}
+        self._votes: dict[tuple[str, int | None, int], bytes] = {}
 
     def signed(self, seat: str, data: bytes) -> None:
         """A vote: from the moment when there is a signature, somebody may come to have it."""
-        rest = data[_BEFORE_BALLOT:]
-        ballot, round_ = int.from_bytes(rest[:8], "big"), int.from_bytes(rest[8:16], "big")
-        digest = rest[16:]
+        ballot, round_, digest = _parts(data)
         if self._votes.setdefault((seat, ballot, round_), digest) != digest:
             raise Fault(f"{seat} has voted for two records in one ballot of round {round_}")
         voters = self._voters.setdefault((ballot, round_, digest), set())
         voters.add(seat)
         committee = self._committees[max(epoch for epoch in self._committees if epoch < round_)]
-        if committee.owner(ballot) is not None and len(voters & set(committee.seats)) >= committee.need:
+        is_void = ballot is not None and committee.owner(ballot) is None
+        if not is_void and len(voters & set(committee.seats)) >= committee.need:
             self._compare(round_, digest)
 
     def appended(self, body: Body, digest: bytes) -> None:
@@ -54,6 +53,14 @@ class Oracle:
     def _compare(self, round_: int, digest: bytes) -> None:
         if self.sealed.setdefault(round_, digest) != digest:
             raise Fault(f"two records of round {round_} were sealed")
+
+
+def _parts(data: bytes) -> tuple[int | None, int, bytes]:
+    """Ballot, round and digest of what a vote signs; one who is alone signs the record, without a ballot."""
+    if not data.startswith(_VOTE):
+        return None, Body.of(data).round, digest_of(data)
+    rest = data[len(_VOTE) :]
+    return int.from_bytes(rest[:8], "big"), int.from_bytes(rest[8:16], "big"), rest[16:]
 
 
 def is_well(disks: Mapping[str, Disk], head: int) -> bool:

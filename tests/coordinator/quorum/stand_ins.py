@@ -58,7 +58,7 @@ class Records:
             raise BadMessage("no record") from e
         return body.round, body.parent
 
-    def may_vote(self, record: bytes) -> bool:
+    def may_vote(self, record: bytes, work: bytes) -> bool:
         return self._is_here()
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.coordinator.quorum.stand_ins import RUN, Body, Disk, Key, Records
 from tests.coordinator.quorum.world import MILD
-from thinwire.coordinator.protocol.messages import BadMessage, encode_message
-from thinwire.coordinator.protocol.trust.seals import MAX_SEATS, Committee, Seal, Sealed, Vote
+from thinwire.coordinator.protocol.messages import MAX_SEATS, BadMessage, encode_message
+from thinwire.coordinator.protocol.trust.seals import Committee, Seal, Sealed
 from thinwire.coordinator.quorum.catching_up import CatchingUp
 from thinwire.coordinator.quorum.events import (
     DiskFailed,
@@ -109,9 +109,9 @@ def test_three_seats_elect_one_and_seal() -> None:
     sealed = table.disks["seat-2"].records[0]
     committee = Committee.majority(0, NAMES)
     assert sealed.record == record
-    assert committee.has_sealed(RUN, 1, sealed, Key("").check)
-    assert not committee.has_sealed(RUN, 2, sealed, Key("").check)
-    assert not committee.has_sealed(b"another run", 1, sealed, Key("").check)
+    assert committee.has_sealed(RUN, 1, record, sealed.seal, Key("").check)
+    assert not committee.has_sealed(RUN, 2, record, sealed.seal, Key("").check)
+    assert not committee.has_sealed(b"another run", 1, record, sealed.seal, Key("").check)
 
 
 def test_a_record_that_one_seat_has_voted_for_is_proposed_again_by_the_next_leader() -> None:
@@ -157,12 +157,8 @@ def test_what_is_not_sealed_is_not_taken() -> None:
     table = Table()
     seat = table.seats["seat-1"]
     ballot = table.disks["seat-1"].committee.ballot_above(0, "seat-0")
-    vote = Vote(seat="seat-0", signature=bytes(64))
-    seat.receive(
-        "seat-0",
-        Batch(head=1, sealed=(Sealed(record=table.record(1), seal=Seal(ballot=ballot, votes=(vote,))),)),
-        0.0,
-    )
+    seal = Seal(ballot, {0: bytes(64)}).to_bytes()
+    seat.receive("seat-0", Batch(head=1, sealed=(Sealed(record=table.record(1), seal=seal),)), 0.0)
     assert table.events("seat-1") == [Evidence("seat-0", "bad seal")]
     assert table.disks["seat-1"].head == 0
 
@@ -294,7 +290,7 @@ def test_only_a_record_of_the_open_round_is_proposed() -> None:
 
 def test_records_are_asked_for_once_and_come_in_words_that_are_bounded() -> None:
     long_ = bytes(BATCH_BYTES // 2)
-    sealed = Sealed(record=long_, seal=Seal(ballot=0, votes=(Vote(seat="seat-0", signature=bytes(64)),)))
+    sealed = Sealed(record=long_, seal=bytes(64))
     full = Disk(Committee.majority(0, NAMES), records=[sealed] * 5)
     sent: list[Word] = []
     CatchingUp(lambda _seat, word: sent.append(word), full, 1.0).give("seat-1", 1)

@@ -26,7 +26,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "name": "diloco",
         "lr": 3e-3,
         "inner_steps": 3,
-        "outer_momentum": 0.0,  # in so few rounds of so small a model more of it overshoots
         "compressor": {"name": "dense"},
     },
     "spsa": {"name": "spsa", "lr": 1e-3, "eps": 1e-3, "probes": 8},

@@ -282,7 +282,7 @@ def test_metrics_are_served(thinwire: Start, run_file: Path) -> None:
         "thinwire_swarm_round ",
         'thinwire_swarm_peers{state="training"} 1.0',
         "thinwire_coordinator_sent_bytes_total{",
-        'thinwire_build_info{protocol="3"',
+        'thinwire_build_info{protocol="4"',
     ):
         assert name in texts[0], texts[0]
     for name in (

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable
 from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.protocol.identity import save
+from thinwire.coordinator.protocol.identity import peer_id_of, save
 from thinwire.coordinator.protocol.ledger_copy import COPY_NAME, LedgerCopy
 from thinwire.coordinator.protocol.messages import (
     INLINE_BYTES,
@@ -160,7 +160,7 @@ def test_another_run_s_copy_is_refused_before_anybody_is_asked(make_swarm: MakeS
     link = swarm.link("a")
     assert link.run_folder is not None
     path = link.run_folder / COPY_NAME
-    LedgerCopy(path, bytes(32), swarm.key.public_key()).close()
+    LedgerCopy(path, bytes(32), peer_id_of(swarm.key.public_key())).close()
     with pytest.raises(ConfigError, match=str(path)):
         link.open()
     assert swarm.status()["peers"] == []

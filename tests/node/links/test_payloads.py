@@ -54,7 +54,7 @@ class Swarm:
             raise SwarmUnreachable("not here")
         return self.peers[holder][digest]
 
-    def members(self, offerer: str | None) -> list[str]:
+    def holders(self, offerer: str | None) -> list[str]:
         return sorted(self.peers, key=lambda peer_id: peer_id != offerer)
 
     def rests(self, holder: str) -> bool:

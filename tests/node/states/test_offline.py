@@ -43,8 +43,7 @@ def node(tmp_path: Path) -> Path:
     with open_state(STATE / "coordinator") as state:
         assert state.record is not None
         assert state.signature is not None
-        key = public_key_of(state.genesis.coordinator)
-        copy = LedgerCopy(run_folder(folder) / COPY_NAME, state.run_id, key)
+        copy = LedgerCopy(run_folder(folder) / COPY_NAME, state.run_id, state.genesis.coordinator)
         copy.keep_genesis(state.record, state.signature)
         copy.close()
     return folder

@@ -88,11 +88,10 @@ def passes(auditor: Replica, peer: Replica, payload: Payload, round_: int) -> bo
     return evidence.passed
 
 
-def repacked(replica: Replica, round_: int, change: Callable[[Tensor], Tensor]) -> Payload:
+def repacked(replica: Replica, payload: Payload, round_: int, change: Callable[[Tensor], Tensor]) -> Payload:
     """A payload with other values, made as an honest one: packed again."""
     strategy: Any = replica.strategy
     turn = replica.turn(round_)
-    payload = replica.decode(replica.offer(round_), round_)
     if CODES in payload:
         g = torch.tensor([byte_code.decode(code) for code in payload[CODES][0].tolist()])
         codes = [byte_code.encode(x, 0) for x in change(g).tolist()]
@@ -119,9 +118,9 @@ def test_honest_offers_pass_early_and_late(name: str) -> None:
     """Nobody is accused whose offer is no worse than what the auditor's own comes to, or nearly so."""
     swarm = swarm_of(STRATEGIES[name])
     n_passed = n_accused = 0
-    for round_ in range(1, 31):
+    for round_ in range(1, 21):
         counted = run_round(swarm, round_)
-        if round_ <= 5 or round_ > 25:
+        if round_ <= 5 or round_ > 15:
             found = [
                 audited(swarm[0], peer, swarm[0].decode(data, round_), round_)
                 for peer, (_, data) in zip(swarm, counted, strict=True)
@@ -134,25 +133,32 @@ def test_honest_offers_pass_early_and_late(name: str) -> None:
     assert n_accused <= 1, "one auditor alone fails nobody"
 
 
+ATTACKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "turned": lambda x: -x,
+    "turned and scaled": lambda x: -1000 * x,
+    "empty": torch.zeros_like,
+    "noise": noise,
+}
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
-@pytest.mark.parametrize("attack", ["turned", "turned and scaled", "empty", "noise"])
-def test_other_payloads_fail(name: str, attack: str) -> None:
-    changes: dict[str, Callable[[Tensor], Tensor]] = {
-        "turned": lambda x: -x,
-        "turned and scaled": lambda x: -1000 * x,
-        "empty": torch.zeros_like,
-        "noise": noise,
-    }
+def test_other_payloads_fail(name: str) -> None:
     swarm = swarm_of(STRATEGIES[name])
-    n_accused = 0
+    n_accused = dict.fromkeys(ATTACKS, 0)
+    # Some strategies overshoot here, and then nobody knows: 4 rounds of 12 are asked for.
     for round_ in range(1, 13):
-        payload = repacked(swarm[1], round_, changes[attack])
-        counted = run_round(swarm, round_)
-        own = audited(swarm[0], swarm[0], swarm[0].decode(counted[0][1], round_), round_)
+        (_, own_data), (_, data), _ = run_round(swarm, round_)
+        own = audited(swarm[0], swarm[0], swarm[0].decode(own_data, round_), round_)
         assert own is not None
-        n_accused += own.is_clear and not passes(swarm[0], swarm[1], payload, round_)
-    # Some strategies overshoot here, and then nobody knows.
-    assert n_accused >= 4
+        if not own.is_clear:
+            continue
+        honest = swarm[0].decode(data, round_)
+        for attack, change in ATTACKS.items():
+            payload = repacked(swarm[1], honest, round_, change)
+            n_accused[attack] += not passes(swarm[0], swarm[1], payload, round_)
+        if min(n_accused.values()) >= 4:
+            return
+    raise AssertionError(n_accused)
 
 
 @pytest.mark.parametrize("name", ["decoupled", "diloco", "spsa"])

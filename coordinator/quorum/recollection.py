@@ -1,0 +1,81 @@
+"""What a seat knows of its run from the ledger, kept up to date commit by commit while another seat leads.
+
+So a seat that is to lead does not read the ledger again: its service begins with this, and goes on with it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..blobs import BlobStore
+from ..derived_state import DerivedState
+from ..ledger import Ledger
+from ..observe.peer_names import PeerNames
+from ..protocol.messages import Commit, Rejected
+from ..protocol.settings import KEEP_SNAPSHOTS, Course, Keep
+
+
+class Recollection:
+    """Of one seat's ledger; reads it once. While a service has it, that feeds it; else `feed` does, with
+    every commit that is new in the ledger.
+
+    Raises ConfigError for a config that it cannot read.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        blobs: BlobStore,
+        keep: Keep = KEEP_SNAPSHOTS,
+        history: bytes | None = None,
+        rejected: Counter[Rejected] | None = None,
+    ) -> None:
+        """`history`: what only this seat's last process has seen, see `DerivedState.history`; `rejected`:
+        counts so far, which go on."""
+        self.rejected: Counter[Rejected] = Counter() if rejected is None else rejected
+        self.names = PeerNames(ledger.peer_id)
+        course = Course.of(ledger.genesis.config)
+        self.derived = DerivedState(ledger, blobs, course, self.names.short, self.rejected, keep)
+        self._ledger = ledger
+        for commit in ledger.all_commits():
+            self.derived.recall(commit)
+        self.derived.recalled()
+        if history is not None:
+            self.derived.restore(history)
+
+    @property
+    def head(self) -> int:
+        """The newest commit that it knows."""
+        return self.derived.standing.round
+
+    def feed(self, commit: Commit) -> None:
+        """The next new commit, which is in the ledger; another seat has proposed it, or nobody knows who."""
+        self.derived.followed(commit)
+
+    def catch_up(self) -> None:
+        """Feeds what the ledger has and this does not know."""
+        while batch := self._ledger.commits(self.head, 256):
+            for commit in batch:
+                self.feed(commit)
+
+    # ---------------------------------------------------------------------------------------- payloads
+
+    def payload_arrived(self, digest: bytes) -> None:
+        """A payload is in the store now: of the open round, or one that was missing."""
+        retention = self.derived.retention
+        if not retention.found(digest):
+            retention.offered(digest, self.head + 1)
+
+    def missing_payloads(self) -> dict[bytes, int]:
+        """Payloads that the ledger names, that are still needed and not in the store, by the newest round
+        that counts each; the oldest first."""
+        return self.derived.retention.missing()
+
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether so many bytes more fit into what the run may take of the disk."""
+        return self.derived.retention.has_room(n_bytes)
+
+    def reign_ended(self) -> None:
+        """The service that had this is gone: what sessions have told it, and no record has, is forgotten.
+        Nodes say it again to whoever leads."""
+        self.derived.forget_sessions()

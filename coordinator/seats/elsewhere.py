@@ -1,0 +1,153 @@
+"""The streams of a seat that does not lead: it says who does, serves blobs, and tells how it is.
+
+`WhoLeads` is what it goes by: whoever drives the seat tells it when leader, seats or what is waited for
+change. Who leads serves with `StreamServer` instead; a process that changes its role hands both the same
+`Watchers`, so that those who watch hear of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any, BinaryIO
+
+from ...compression.errors import ThinwireError
+from ..admission import AdmissionControl
+from ..blobs import BlobStore
+from ..entry.guarded import guarded
+from ..entry.rates import PeerRates
+from ..entry.strangers import GOODBYE_S, Strangers, looker, or_refused, receive_hello, tell_status
+from ..ledger import Ledger
+from ..observe.quiet_log import QuietLog
+from ..protocol.blob_streams import Sink, serve_blobs
+from ..protocol.messages import BadMessage, Hello, Rejected
+from ..protocol.streams import BLOB, SESSION, STATUS, BadFrame, Meter, Stream
+from ..protocol.transport import StreamHandler, Transport
+from ..stream_server import MAX_BLOB_STREAMS, Waits
+from .watchers import Watchers
+
+_log = logging.getLogger("thinwire.coordinator")
+
+
+class ElsewhereServer:
+    """Handlers of all streams but those between seats. One event loop.
+
+    `admission`: who may come in, by this seat's copy of the ledger; `status`: for people; `failed`: this seat
+    cannot go on.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        blobs: BlobStore,
+        admission: AdmissionControl,
+        watchers: Watchers,
+        meter: Meter,
+        *,
+        status: Callable[[], dict[str, Any]],
+        failed: Callable[[ThinwireError], object],
+        waits: Waits,
+    ) -> None:
+        self._ledger, self._admission, self._watchers = ledger, admission, watchers
+        self._meter, self._status, self._failed, self._waits = meter, status, failed, waits
+        self._shelf = _Shelf(ledger, blobs)
+        self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
+        self._strangers = Strangers(self._is_known)
+        self._blob_streams: Counter[str] = Counter()
+
+    @property
+    def handlers(self) -> dict[str, StreamHandler]:
+        """By protocol."""
+        served = {SESSION: self._serve_session, BLOB: self._serve_blobs, STATUS: self._serve_status}
+        return {
+            protocol: guarded(serve, self._meter, self._count, self._lines, self._failed)
+            for protocol, serve in served.items()
+        }
+
+    async def open_on(self, transport: Transport) -> None:
+        """From now on peers that dial `transport` are served."""
+        for protocol, handler in self.handlers.items():
+            await transport.handle(protocol, handler)
+
+    def _count(self, reason: Rejected, peer_id: str | None = None) -> None:
+        self._admission.rejected[reason] += 1
+
+    def _is_known(self, peer_id: str) -> bool:
+        """Whether the ledger has let it in, and nobody has shut it out since."""
+        gate = self._admission.gate
+        return self._ledger.index_of(peer_id) is not None and peer_id not in gate.banned
+
+    async def _serve_session(self, peer_id: str, stream: Stream) -> None:
+        with self._strangers.one(peer_id):
+            hello = await or_refused(stream, self._receive_hello(peer_id, stream))
+        if hello is None:
+            return
+        if not self._rates.session(peer_id, time.monotonic()):
+            raise BadFrame("rate", "this peer opens too many sessions")
+        if hello.watches:
+            await self._watchers.serve(peer_id, stream)
+            return
+        await stream.send_message(self._watchers.who.now)
+        await stream.ended(GOODBYE_S)
+
+    async def _receive_hello(self, peer_id: str, stream: Stream) -> Hello:
+        hello = await receive_hello(stream, self._waits.hello_s)
+        self._admission.check_hello(peer_id, hello)
+        return hello
+
+    async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
+        """To whom the ledger knows, to those who watch here, and to seats."""
+        if not self._may_fetch(peer_id):
+            with self._strangers.one(peer_id):
+                async with asyncio.timeout(self._waits.hello_s):
+                    await serve_blobs(stream, self._shelf, "control", lambda: False)
+            return
+        if self._blob_streams[peer_id] >= MAX_BLOB_STREAMS:
+            raise BadFrame("blob_streams", f"more than {MAX_BLOB_STREAMS} blob streams")
+        self._blob_streams[peer_id] += 1
+        try:
+            await serve_blobs(stream, self._shelf, "payload", lambda: self._may_fetch(peer_id))
+        finally:
+            self._blob_streams -= Counter((peer_id,))
+
+    def _may_fetch(self, peer_id: str) -> bool:
+        return (
+            self._is_known(peer_id)
+            or peer_id in self._watchers
+            or any(seat.peer_id == peer_id for seat in self._watchers.who.now.seats)
+        )
+
+    async def _serve_status(self, peer_id: str, stream: Stream) -> None:
+        """Whoever has the token, or an invitation, may ask, again and again."""
+        with self._strangers.one(peer_id):
+            if not await looker(stream, self._admission.gate.check_looker, self._waits.hello_s):
+                return
+        await tell_status(stream, self._status, self._waits.status_s)
+
+
+class _Shelf:
+    """What is in the store, and the signatures of offers; nothing is stored here for nodes."""
+
+    def __init__(self, ledger: Ledger, blobs: BlobStore) -> None:
+        self._ledger, self._blobs = ledger, blobs
+
+    def open(self, digest: bytes) -> tuple[BinaryIO, int]:
+        """The blob and its size in bytes. Raises KeyError."""
+        n_bytes = self._blobs.size(digest)
+        if n_bytes is not None:
+            return self._blobs.open(digest), n_bytes
+        work = self._ledger.work(digest)
+        if work is None:
+            raise KeyError(digest.hex())
+        return BytesIO(work), len(work)
+
+    def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
+        """Raises BadMessage, always."""
+        raise BadMessage("another seat leads: blobs are stored there")
+
+    def stored(self, digest: bytes) -> None:
+        raise AssertionError("nothing is ever stored here")

@@ -1,0 +1,81 @@
+"""One stream between two seats: what waits to be sent on it, and how much the other end may say."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from typing import Final
+
+from ..entry.rates import Bucket, Rate
+from ..protocol.messages import BadMessage, encode_message
+from ..protocol.streams import BETWEEN_SEATS, BadFrame, FrameKind, Stream
+from ..quorum.words import Canvass, Enter, Memory, Nack, Ping, Pong, Word, decode_word
+
+MAX_QUEUED: Final = 256
+MAX_QUEUED_BYTES: Final = 64 * 2**20
+"""A seat that does not read loses the oldest words: seats say again what matters."""
+
+WORDS: Final = Rate(500.0, 4000.0)
+"""Rounds of the smallest models take milliseconds, and have three words each."""
+
+WORD_BYTES: Final = Rate(64.0 * 2**20, 512.0 * 2**20)
+
+_LAST_COUNTS: Final = (Ping, Pong, Canvass, Nack, Memory, Enter)
+"""Of these only the newest one matters."""
+
+
+class Link:
+    """Belongs to the event loop. `enter`: what the other end said last of itself; `is_ours`: this seat has
+    dialled; `heard_s`: when a word came last, in monotonic seconds."""
+
+    def __init__(self, seat: str, stream: Stream, enter: Enter, *, is_ours: bool) -> None:
+        self.seat, self.stream, self.enter, self.is_ours = seat, stream, enter, is_ours
+        self.began_s = self.heard_s = time.monotonic()
+        self.n_dropped = 0
+        self._queue: deque[tuple[type[Word], bytes]] = deque()
+        self._n_bytes = 0
+        self._wake = asyncio.Event()
+        self._words, self._word_bytes = Bucket(WORDS, self.began_s), Bucket(WORD_BYTES, self.began_s)
+
+    def send(self, word: Word) -> None:
+        """Queues it; of too many the oldest ones are dropped."""
+        kind, packed = type(word), encode_message(word)
+        if kind in _LAST_COUNTS:
+            old = next((entry for entry in self._queue if entry[0] is kind), None)
+            if old is not None:
+                self._queue.remove(old)
+                self._n_bytes -= len(old[1])
+        self._queue.append((kind, packed))
+        self._n_bytes += len(packed)
+        while len(self._queue) > MAX_QUEUED or (self._n_bytes > MAX_QUEUED_BYTES and len(self._queue) > 1):
+            self._n_bytes -= len(self._queue.popleft()[1])
+            self.n_dropped += 1
+        self._wake.set()
+
+    async def write(self) -> None:
+        """Until the stream breaks. Raises OSError."""
+        while True:
+            self._wake.clear()
+            while self._queue:
+                _, packed = self._queue.popleft()
+                self._n_bytes -= len(packed)
+                await self.stream.send(FrameKind.MESSAGE, packed)
+            await self._wake.wait()
+
+    async def read(self) -> Word:
+        """The next word. Raises BadFrame for what is none or too much, EOFError or OSError."""
+        word, n_bytes = await read_word(self.stream)
+        self.heard_s = now_s = time.monotonic()
+        if not self._words.take(1, now_s) or not self._word_bytes.take(n_bytes, now_s):
+            raise BadFrame("rate", "it says too much")
+        return word
+
+
+async def read_word(stream: Stream) -> tuple[Word, int]:
+    """The next word, and its bytes. Raises BadFrame, EOFError or OSError."""
+    frame = await stream.receive(BETWEEN_SEATS)
+    try:
+        return decode_word(frame.body), len(frame.body)
+    except BadMessage as e:
+        raise BadFrame("message", str(e)) from e

@@ -1,0 +1,128 @@
+"""The seat that leads, found among all that a node knows: an unreachable one costs little."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple
+
+from ...compression.errors import SwarmUnreachable, ThinwireError
+from ...coordinator.protocol.messages import BadMessage, Elsewhere, PeerId, Welcome
+from ...coordinator.protocol.streams import Stream
+from .known_seats import KnownSeats, short
+
+HEAD_START_S: Final = 1.0
+"""A seat that has not answered for so long is not waited for any more before the next one is tried."""
+
+
+class NobodyLeads(SwarmUnreachable):
+    """Seats answer, and none of them leads."""
+
+
+class Found(NamedTuple):
+    """An open session."""
+
+    seat: PeerId
+    stream: Stream
+    welcome: Welcome
+
+
+Approach = Callable[[PeerId], Awaitable[tuple[Stream, Welcome | Elsewhere]]]
+"""Says Hello to a seat. Raises ThinwireError; the stream of an Elsewhere is closed."""
+
+
+async def find_leader(seats: KnownSeats, approach: Approach) -> Found:
+    """Each seat is tried once at most, in their order; whom one names as the leader goes first. Raises
+    NobodyLeads or SwarmUnreachable, or what the leader, or every seat that answers, refuses with."""
+    return await _Search(seats, approach).run()
+
+
+class _Search:
+    def __init__(self, seats: KnownSeats, approach: Approach) -> None:
+        self._seats, self._approach = seats, approach
+        self._untried = seats.in_order()
+        self._under_way: dict[asyncio.Task[tuple[Stream, Welcome | Elsewhere]], PeerId] = {}
+        self._elsewhere: dict[PeerId, Elsewhere] = {}
+        self._refused: dict[PeerId, ThinwireError] = {}
+        self._failed: dict[PeerId, ThinwireError] = {}
+
+    async def run(self) -> Found:
+        try:
+            while self._untried or self._under_way:
+                self._try_next()
+                wait_s = HEAD_START_S if self._untried else None
+                done, _ = await asyncio.wait(
+                    self._under_way, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    if (found := self._ended(task)) is not None:
+                        return found
+        finally:
+            await self._drop()
+        raise self._why()
+
+    def _try_next(self) -> None:
+        if self._untried:
+            seat = self._untried.pop(0)
+            self._under_way[asyncio.ensure_future(self._approach(seat))] = seat
+
+    def _ended(self, task: asyncio.Task[tuple[Stream, Welcome | Elsewhere]]) -> Found | None:
+        seat = self._under_way.pop(task)
+        try:
+            stream, answer = task.result()
+        except (SwarmUnreachable, BadMessage) as e:
+            self._failed[seat] = e
+        except ThinwireError as e:
+            self._refused[seat] = e
+        else:
+            if isinstance(answer, Welcome):
+                return Found(seat, stream, answer)
+            self._elsewhere[seat] = answer
+            self._go_to(self._seats.heard(answer))
+        return None
+
+    def _go_to(self, leader: PeerId | None) -> None:
+        """Next, unless it was tried."""
+        if leader in self._untried:
+            self._untried.sort(key=lambda seat: seat != leader)
+
+    async def _drop(self) -> None:
+        """Two may say Welcome while one has not noticed yet that it leads no more: the first is taken."""
+        for task in self._under_way:
+            task.cancel()
+        for task in self._under_way:
+            with contextlib.suppress(ThinwireError, asyncio.CancelledError):
+                stream, _ = await task
+                stream.abort()
+        self._under_way.clear()
+
+    def _why(self) -> ThinwireError:
+        """Nobody said Welcome."""
+        leaders = {answer.leader for answer in self._elsewhere.values()}
+        by_leader = next((e for seat, e in self._refused.items() if seat in leaders), None)
+        if by_leader is not None:
+            return by_leader
+        if self._elsewhere:
+            return NobodyLeads(self._in_words(leaders))
+        if self._refused:
+            return next(iter(self._refused.values()))
+        if len(self._seats) == 1:
+            return next(iter(self._failed.values()))
+        listing = "\n".join(f"  {short(seat)}: {_one_line(e)}" for seat, e in self._failed.items())
+        return SwarmUnreachable(f"none of {len(self._seats)} coordinators is reachable:\n{listing}")
+
+    def _in_words(self, leaders: set[PeerId | None]) -> str:
+        """With what is waited for, as the seat says that knows of the latest leader."""
+        n_there = len(self._elsewhere) + len(self._refused)
+        newest = max(self._elsewhere.values(), key=lambda answer: (answer.term, bool(answer.waits_for)))
+        waits_for = newest.waits_for or "they have not agreed yet who of them leads"
+        gone = [seat for seat in self._failed if seat in leaders]
+        if gone and not newest.waits_for:
+            waits_for = f"{short(gone[0])}, which led, does not answer ({_one_line(self._failed[gone[0]])})"
+        return f"{n_there} of {len(self._seats)} coordinators reachable; training waits: {waits_for}"
+
+
+def _one_line(error: ThinwireError) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines[1:] if len(lines) > 1 and lines[0].endswith(":") else lines)

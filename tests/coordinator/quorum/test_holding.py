@@ -1,0 +1,62 @@
+"""Which payloads a record may name: those that the same seats hold, enough of them."""
+
+from __future__ import annotations
+
+from thinwire.coordinator.quorum.holding import Holding
+
+A, B, C = (bytes([i]) * 32 for i in range(3))
+
+
+def holding(n_seats: int, *announced: bytes) -> Holding:
+    found = Holding([f"seat-{i}" for i in range(1, n_seats)], n_seats // 2 + 1)
+    for digest in announced:
+        found.announce(digest)
+    return found
+
+
+def test_alone_everything_is_held() -> None:
+    assert holding(1, A).is_held(B)
+
+
+def test_one_other_seat_of_three_is_enough() -> None:
+    seats = holding(3, A)
+    assert not seats.is_held(A)
+    assert seats.keeps("seat-2", A) == [A]
+    assert seats.keeps("seat-1", A) == []
+    assert seats.is_held(A)
+
+
+def test_two_payloads_are_held_by_the_same_seats() -> None:
+    """Else neither of the two could vote for a record that names both."""
+    seats = holding(3, A, B)
+    assert seats.keeps("seat-1", A) == [A]
+    assert seats.keeps("seat-2", B) == []
+    assert seats.keeps("seat-2", A) == [B]
+
+
+def test_two_other_seats_of_five() -> None:
+    seats = holding(5, A, B)
+    assert seats.keeps("seat-1", B) == []
+    assert seats.keeps("seat-1", A) == []
+    assert seats.keeps("seat-2", A) == [A]
+    assert seats.keeps("seat-3", B) == []
+    assert seats.keeps("seat-2", B) == [B]
+
+
+def test_what_nobody_asked_for_changes_nothing() -> None:
+    seats = holding(3, A)
+    assert seats.keeps("seat-1", B) == []
+    assert seats.keeps("somebody", A) == []
+    assert not seats.is_held(B)
+    seats.forget(A)
+    assert seats.keeps("seat-1", A) == []
+
+
+def test_a_seal_settles_what_was_held() -> None:
+    seats = holding(3, A)
+    seats.keeps("seat-1", A)
+    seats.announce(B)
+    assert seats.keeps("seat-2", B) == []
+    seats.sealed()
+    assert not seats.is_held(A)
+    assert seats.keeps("seat-2", B) == [B]

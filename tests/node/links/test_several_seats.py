@@ -1,0 +1,306 @@
+"""Nodes of a run with several coordinators: who leads is found, followed when it changes, and never anybody
+that neither the ticket nor the ledger names.
+
+The seat that does not lead has its real stream server; the one that leads orders the run alone, and the same
+service is reached under a second identity, as another seat that leads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from tests.support.waiting import wait_until
+from thinwire.compression.errors import ConfigError, SwarmUnreachable
+from thinwire.coordinator.admission import AdmissionControl
+from thinwire.coordinator.blobs import BlobStore
+from thinwire.coordinator.entry.rules import OPEN
+from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.protocol.identity import new_key, peer_id_of, save
+from thinwire.coordinator.protocol.messages import (
+    Elsewhere,
+    GenesisBody,
+    NodeState,
+    Offer,
+    SeatEntry,
+    Welcome,
+    digest_of,
+)
+from thinwire.coordinator.protocol.p2p import P2PTransport, start_p2p
+from thinwire.coordinator.protocol.streams import Meter, Stream
+from thinwire.coordinator.protocol.ticket import Ticket
+from thinwire.coordinator.seats.elsewhere import ElsewhereServer
+from thinwire.coordinator.seats.watchers import Watchers, WhoLeads
+from thinwire.coordinator.server_thread import ServerThread
+from thinwire.coordinator.stream_server import Waits
+from thinwire.node.links import finding
+from thinwire.node.links.finding import NobodyLeads, find_leader
+from thinwire.node.links.hivemind import HivemindLink
+from thinwire.node.links.known_seats import KnownSeats
+
+WAIT_S = 30.0
+A, B, C, STRANGER = (peer_id_of(new_key().public_key()) for _ in range(4))
+BASE = b"what only one seat has" * 100
+
+
+class Swarm:
+    """A coordinator that leads, and a seat that does not: `follower` by peer id and addresses."""
+
+    def __init__(self, folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey, stack: ExitStack) -> None:
+        self._folder, self._stack = folder, stack
+        state = folder / "leads"
+        state.mkdir()
+        save(key, state / "key")
+        self.leads = stack.enter_context(ServerThread(state, genesis))
+        (folder / "follows").mkdir()
+        self.ledger = Ledger.create(folder / "follows" / "ledger.db", genesis, key)  # record 0, the same
+        stack.callback(self.ledger.close)
+        self.blobs = BlobStore(folder / "follows" / "blobs")
+        self.leader = _entry(self.leads.ticket)
+        self.watchers = Watchers(WhoLeads(), lambda: self.ledger.head_round, 0.2)
+        self.all_watchers = (self.watchers, self.leads.server.watchers)
+        self.follower = self.call(self._follow())
+        self.ticket = Ticket(
+            peer_id=self.follower.peer_id,
+            addresses=self.follower.addresses,
+            run_id=self.ledger.run_id,
+            token=self.leads.ticket.token,
+            others=(self.leader,),
+        )
+        self.call(self._say(self.leader.peer_id))
+
+    async def _follow(self) -> SeatEntry:
+        transport = await self.transport()
+        admission = AdmissionControl(self.ledger, self.leads.ticket.token, (), OPEN, lambda: 0)
+        self.admission = admission
+        server = ElsewhereServer(
+            self.ledger,
+            self.blobs,
+            admission,
+            self.watchers,
+            Meter(),
+            status=lambda: {"role": "follows"},
+            failed=lambda error: None,
+            waits=Waits(),
+        )
+        await server.open_on(transport)
+        return SeatEntry(peer_id=transport.peer_id, addresses=transport.addresses[:8])
+
+    async def transport(self) -> P2PTransport:
+        transport = await start_p2p(new_key())
+        self._stack.callback(lambda: self.call(transport.close()))
+        return transport
+
+    async def _say(self, leader: str | None, waits_for: str = "", term: int = 0) -> None:
+        for watchers in self.all_watchers:
+            watchers.who.tell(leader, (self.follower, self.leader), waits_for, term)
+
+    def say(self, leader: str | None, waits_for: str = "", term: int = 0) -> None:
+        """What seats tell nodes from now on."""
+        self.call(self._say(leader, waits_for, term))
+
+    def call(self, work: Any) -> Any:
+        """In the coordinator's event loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.leads.loop).result()
+
+    async def _lead_as_another(self) -> SeatEntry:
+        transport = await self.transport()
+        await self.leads.server._stream_server.open_on(transport)
+        return SeatEntry(peer_id=transport.peer_id, addresses=transport.addresses[:8])
+
+    def another_leader(self) -> SeatEntry:
+        return self.call(self._lead_as_another())
+
+    def wait_for_watch(self, link: HivemindLink) -> None:
+        wait_until(
+            lambda: any(link.peer_id in watchers for watchers in self.all_watchers),
+            WAIT_S,
+            lambda: "no watch session",
+        )
+
+    def link(self, name: str, ticket: Ticket | None = None) -> HivemindLink:
+        link = HivemindLink(ticket or self.ticket, state=self._folder / name, host="127.0.0.1", patience_s=60)
+        self._stack.callback(link.close)
+        return link
+
+
+@pytest.fixture
+def swarm(
+    tmp_path: Path, make_genesis: Callable[..., GenesisBody], key: Ed25519PrivateKey
+) -> Iterator[Swarm]:
+    with ExitStack() as stack:
+        yield Swarm(tmp_path, make_genesis(min_peers=1), key, stack)
+
+
+def _entry(ticket: Ticket) -> SeatEntry:
+    return SeatEntry(peer_id=ticket.peer_id, addresses=ticket.addresses[:8])
+
+
+def train(link: HivemindLink, round_: int, payload: bytes = b"work") -> bytes:
+    """One round of one peer; the digest of its record."""
+    link.offer(
+        Offer(
+            round=round_,
+            n_samples=1,
+            n_tokens=1,
+            loss=1.0,
+            n_bytes=len(payload),
+            payload=payload,
+            digest=None,
+        )
+    )
+    (commit,) = islice(link.commits(round_ - 1), 1)
+    return commit.digest
+
+
+def at(link: HivemindLink) -> str | None:
+    """The seat of the link's session."""
+    assert link._core is not None
+    return link._core._coordinator._at
+
+
+def waits_for_session_at(link: HivemindLink, seat: SeatEntry) -> None:
+    wait_until(lambda: at(link) == seat.peer_id, WAIT_S, lambda: f"the session is at {at(link)}")
+
+
+@pytest.mark.swarm
+def test_a_node_goes_where_a_seat_leads_that_ticket_or_ledger_name(swarm: Swarm) -> None:
+    other = swarm.another_leader()
+    link = swarm.link("a", swarm.ticket.model_copy(update={"others": (swarm.leader, other)}))
+    link.open()
+    link.state(NodeState.TRAINING)
+    assert at(link) == swarm.leader.peer_id, "the seat that was dialled first has said who leads"
+    digests = [train(link, 1)]
+    swarm.wait_for_watch(link)
+
+    swarm.say(other.peer_id, term=1)  # as when the other one hangs, with its connections open
+    waits_for_session_at(link, other)
+    digests.append(train(link, 2))
+
+    swarm.say(STRANGER, term=2)
+    core = link._core
+    assert core is not None
+    wait_until(lambda: core._seats.n_lies == 1, WAIT_S, lambda: "the lie was not heard")
+    digests.append(train(link, 3))
+    assert at(link) == other.peer_id
+    swarm.say(swarm.leader.peer_id, term=1)  # an old word: it is not gone back to
+    digests.append(train(link, 4))
+    assert at(link) == other.peer_id
+
+    swarm.blobs.put(digest_of(BASE), BASE)  # the one that leads does not have it
+    assert link.fetch(digest_of(BASE), len(BASE)) == BASE
+
+    ledger = swarm.leads.call(lambda server: [commit.digest for commit in server.ledger.all_commits()])
+    assert digests == ledger
+    link.close()
+    told = "\n".join(event.text for event in link.events())
+    for text in (f"{swarm.leader.peer_id[-6:]} leads now", f"{other.peer_id[-6:]} leads now", "is no seat"):
+        assert text in told, told
+    assert swarm.leads.status()["rejected"] == {}
+    assert not swarm.admission.rejected
+
+
+@pytest.mark.swarm
+def test_the_gate_of_a_seat_that_does_not_lead_is_the_run_s(swarm: Swarm) -> None:
+    lost = swarm.ticket.model_copy(update={"others": (_unreachable(B),)})
+    with pytest.raises(ConfigError, match="token is wrong"):
+        swarm.link("a", lost.model_copy(update={"token": "wrong"})).open()
+    assert swarm.admission.rejected == {"token": 1}
+
+
+def _unreachable(peer_id: str) -> SeatEntry:
+    return SeatEntry(peer_id=peer_id, addresses=("/ip4/127.0.0.1/tcp/1",))
+
+
+# --------------------------------------------------------------------------- who leads, without a network
+
+
+Answer = Elsewhere | Exception | float | str
+"""Of a seat: as it stands; for so many seconds nothing; or, in a word, that it leads."""
+
+
+def known(leader: str = A) -> KnownSeats:
+    a, *others = (_unreachable(peer_id) for peer_id in (A, B, C))
+    seats = KnownSeats(
+        Ticket(peer_id=A, addresses=a.addresses, run_id=digest_of(b""), token="t", others=tuple(others))
+    )
+    seats.leader = leader
+    return seats
+
+
+def elsewhere(leader: str | None, waits_for: str = "") -> Elsewhere:
+    return Elsewhere(leader=leader, seats=(), waits_for=waits_for)
+
+
+def search(seats: KnownSeats, answers: dict[str, Answer]) -> tuple[str, list[str]]:
+    """Who is found, and whom this node has asked."""
+    asked: list[str] = []
+    stream = cast(Stream, None)
+    welcome = Welcome.model_construct()
+
+    async def approach(seat: str) -> tuple[Stream, Welcome | Elsewhere]:
+        asked.append(seat)
+        answer = answers[seat]
+        if isinstance(answer, float):
+            await asyncio.sleep(answer)
+            raise SwarmUnreachable("no answer")
+        if isinstance(answer, Exception):
+            raise answer
+        return stream, answer if isinstance(answer, Elsewhere) else welcome
+
+    found = asyncio.run(find_leader(seats, approach))
+    return found.seat, asked
+
+
+def test_who_is_said_to_lead_is_asked_next() -> None:
+    assert search(known(), {A: elsewhere(C), C: "leads"}) == (C, [A, C])
+    gone = SwarmUnreachable("connection refused")
+    assert search(known(C), {C: gone, A: elsewhere(C), B: "leads"}) == (B, [C, A, B])
+
+
+def test_a_seat_that_says_nothing_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finding, "HEAD_START_S", 0.01)
+    assert search(known(), {A: 60.0, B: elsewhere(A), C: "leads"}) == (C, [A, B, C])
+
+
+def test_nobody_goes_to_a_stranger_and_the_lie_is_counted() -> None:
+    seats = known()
+    lie = Elsewhere(leader=STRANGER, seats=(_unreachable(STRANGER),), waits_for="")
+    with pytest.raises(NobodyLeads):
+        search(seats, dict.fromkeys((A, B, C), lie))
+    assert (seats.n_lies, STRANGER in seats, seats.addresses(STRANGER)) == (3, False, ())
+
+
+def test_people_are_told_what_training_waits_for() -> None:
+    gone = SwarmUnreachable("cannot reach it:\n  /ip4/1.2.3.4/tcp/1: connection refused")
+    waits = "one more of B and C"
+    with pytest.raises(NobodyLeads, match=f"^1 of 3 coordinators reachable; training waits: {waits}$"):
+        search(known(), {A: elsewhere(None, waits), B: gone, C: gone})
+    with pytest.raises(NobodyLeads, match=r"2 of 3 .* which led, does not answer \(.*connection refused\)$"):
+        search(known(), {A: gone, B: elsewhere(A), C: elsewhere(A)})
+    with pytest.raises(SwarmUnreachable, match="none of 3 coordinators is reachable"):
+        search(known(), dict.fromkeys((A, B, C), gone))
+
+
+def test_what_the_leader_refuses_is_final_and_what_another_refuses_is_not() -> None:
+    banned = ConfigError("banned")
+    with pytest.raises(ConfigError, match="banned"):
+        search(known(), {A: elsewhere(B), B: banned, C: elsewhere(B)})
+    assert search(known(), {A: banned, B: elsewhere(C), C: "leads"})[0] == C
+    with pytest.raises(ConfigError, match="banned"):
+        search(known(), {A: banned, B: SwarmUnreachable("gone"), C: banned})
+
+
+def test_a_sealed_record_names_seats_and_their_addresses() -> None:
+    seats = known()
+    seats.name((_unreachable(STRANGER), SeatEntry(peer_id=C, addresses=("/ip4/127.0.0.1/tcp/2",))))
+    assert seats.in_order() == [A, STRANGER, C, B], "who led, the committee, and what else the ticket has"
+    assert seats.heard(elsewhere(STRANGER)) == STRANGER
+    assert seats.addresses(C) == ("/ip4/127.0.0.1/tcp/2", "/ip4/127.0.0.1/tcp/1")
