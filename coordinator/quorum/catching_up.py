@@ -34,8 +34,8 @@ class CatchingUp:
         fit: list[Sealed] = []
         n_bytes = 0
         for sealed in self._disk.after(after, BATCH):
-            fit.append(sealed)
             n_bytes += len(sealed.record) + len(sealed.work)
-            if n_bytes >= BATCH_BYTES:
+            if fit and n_bytes > BATCH_BYTES:
                 break
+            fit.append(sealed)
         self._send(seat, Batch(head=self._disk.head, sealed=tuple(fit)))

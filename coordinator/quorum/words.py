@@ -8,7 +8,6 @@ from pydantic import Field
 
 from ..protocol.messages import (
     MAX_SEATS,
-    MAX_WORK_BYTES,
     Address,
     BadMessage,
     Count,
@@ -27,11 +26,11 @@ BATCH: Final = 64
 """Sealed records in one message, at most."""
 
 BATCH_BYTES: Final = 2**20
-"""No further record once a batch is as long as that. A word is then at most `MAX_WORD_BYTES` long."""
+"""Of the records in one message, unless the first alone is longer."""
 
 MAX_RECORD_BYTES: Final = 16 * 2**20
-MAX_WORD_BYTES: Final = BATCH_BYTES + MAX_RECORD_BYTES + MAX_WORK_BYTES + 2**17
-"""What a transport has to let pass, and nothing longer: a full batch, one long record, and seals."""
+MAX_WORD_BYTES: Final = MAX_RECORD_BYTES + 2**20
+"""What a transport has to let pass, and nothing longer: one record, its signatures, and seals."""
 
 RecordBytes = Annotated[bytes, Field(max_length=MAX_RECORD_BYTES)]
 Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]

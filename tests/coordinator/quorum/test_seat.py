@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from tests.coordinator.quorum.stand_ins import RUN, Body, Disk, Key, Records
 from tests.coordinator.quorum.world import MILD
-from thinwire.coordinator.protocol.messages import MAX_SEATS, BadMessage, encode_message
+from thinwire.coordinator.protocol.messages import (
+    MAX_SEAL_BYTES,
+    MAX_SEATS,
+    MAX_WORK_BYTES,
+    BadMessage,
+    encode_message,
+)
 from thinwire.coordinator.protocol.trust.seals import Committee, Seal, Sealed
 from thinwire.coordinator.quorum.catching_up import CatchingUp
 from thinwire.coordinator.quorum.events import (
@@ -28,7 +34,9 @@ from thinwire.coordinator.quorum.patience import Patience
 from thinwire.coordinator.quorum.proposal import Proposal
 from thinwire.coordinator.quorum.seat import Seat
 from thinwire.coordinator.quorum.words import (
+    BATCH,
     BATCH_BYTES,
+    MAX_RECORD_BYTES,
     MAX_WORD_BYTES,
     Accepted,
     Aye,
@@ -296,7 +304,14 @@ def test_records_are_asked_for_once_and_come_in_words_that_are_bounded() -> None
     CatchingUp(lambda _seat, word: sent.append(word), full, 1.0).give("seat-1", 1)
     batch = Batch(head=5, sealed=(sealed, sealed))
     assert sent == [batch]
-    assert len(encode_message(batch)) < MAX_WORD_BYTES
+
+    longest = Sealed(record=bytes(MAX_RECORD_BYTES), seal=bytes(MAX_SEAL_BYTES), work=bytes(MAX_WORK_BYTES))
+    full.records[0] = longest
+    CatchingUp(lambda _seat, word: sent.append(word), full, 1.0).give("seat-1", 0)
+    assert sent[1] == Batch(head=5, sealed=(longest,))
+    assert len(encode_message(sent[1])) < MAX_WORD_BYTES
+    many = Sealed(record=bytes(BATCH_BYTES // BATCH), seal=bytes(MAX_SEAL_BYTES))
+    assert len(encode_message(Batch(head=5, sealed=(many,) * BATCH))) < MAX_WORD_BYTES
 
     asked: list[Word] = []
     empty = Disk(Committee.majority(0, NAMES))
