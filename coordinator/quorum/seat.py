@@ -144,10 +144,14 @@ class Seat:
         epoch, others = self._committee.epoch, self._others
         self._open = None
         self._append(sealed)
-        for other in others:
+        for other in dict.fromkeys([*others, *self._others]):
             self._send(other, Batch(head=self._disk.head, sealed=(sealed,)))
         if self._committee.epoch != epoch:
             self._step_down(now_s, "the committee has changed")
+            if (
+                self._acceptor.may_vote
+            ):  # nobody else need wait for silence: it tries to lead the new one, too
+                self.wake_s = now_s + self._timing.beat_s
         elif self.role is Role.RECOVERING:
             self.role = Role.LEADING
             self.events.append(Leads())
@@ -361,7 +365,10 @@ class Seat:
         return [seat for seat in self._committee.seats if seat != self.me]
 
     def _append(self, sealed: Sealed) -> None:
+        epoch = self._committee.epoch
         self._disk.append(sealed)
+        if self._committee.epoch != epoch:
+            self.leader = None  # of another committee
         self.events.append(NewRecord(self._disk.head))
 
     def _cast(self, word: Word) -> None:

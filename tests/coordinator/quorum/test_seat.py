@@ -58,9 +58,9 @@ NAMES = ("seat-0", "seat-1", "seat-2")
 class Table:
     """Seats whose messages are delivered one by one."""
 
-    def __init__(self, n: int = 3) -> None:
+    def __init__(self, n: int = 3, n_onlookers: int = 0) -> None:
         committee = Committee.majority(0, NAMES[:n])
-        self.disks = {name: Disk(committee, me=name) for name in NAMES[:n]}
+        self.disks = {name: Disk(committee, me=name) for name in NAMES[: n + n_onlookers]}
         self.queue: list[tuple[str, str, Word]] = []
         self.now_s = 0.0
         self.is_here = dict.fromkeys(NAMES, True)
@@ -256,6 +256,20 @@ def test_a_proposal_may_overtake_the_record_before_it() -> None:
     table.seats["seat-2"].receive("seat-0", late[0], table.now_s)
     table.deliver(lambda _sender, to, _word: to != "seat-1")
     assert [disk.head for disk in table.disks.values()] == [2, 0, 2]
+
+
+def test_one_record_makes_a_committee_of_three_which_is_led_at_once() -> None:
+    table = Table(1, n_onlookers=2)
+    table.wakes("seat-0")
+    table.seats["seat-0"].propose(Body(1, RUN, 1, seats=NAMES).packed(), table.now_s)
+    assert table.events("seat-0") == [Leads(), NewRecord(1), StepsDown("the committee has changed")]
+    table.deliver()
+    assert [disk.committee.epoch for disk in table.disks.values()] == [1, 1, 1]
+    sealed_s = table.now_s
+    table.wakes("seat-0")
+    table.deliver()
+    assert table.events("seat-0") == [Leads()]
+    assert table.now_s == sealed_s + MILD.beat_s
 
 
 def test_a_disk_that_fails_makes_a_seat_follow_and_say_nothing() -> None:
