@@ -9,7 +9,7 @@ PIP    := $(BIN)/pip install --disable-pip-version-check --progress-bar on -c co
 PACKAGES := compression optim coordinator node
 JOBS   ?= $(shell nproc)
 
-.PHONY: help setup demo test test-fast soak learning lint bench publish findings clean
+.PHONY: help setup demo test test-fast simulate soak learning lint bench publish findings clean
 .DEFAULT_GOAL := help
 
 help:            ## show this list
@@ -43,6 +43,12 @@ test: setup      ## every test that this machine can run; says what it skipped a
 
 test-fast: setup ## the quick ones: no swarms of processes, no long computations
 	$(BIN)/python -m pytest -n 2 -m "not swarm and not slow"
+
+N       ?= 10000
+FIRST   ?= 1000
+
+simulate: setup  ## N=10000 generated schedules of a committee's seats from seed FIRST=1000 on, on all cores
+	$(BIN)/python -m tests.coordinator.quorum.schedules $(N) --first $(FIRST) --jobs $(JOBS)
 
 SECONDS ?= 120
 PEERS   ?= 4

@@ -9,9 +9,14 @@ from ..protocol.trust.seals import Committee
 from .disk import Records, SeatDisk, Signer, VoteState
 from .words import Accepted, Propose, Voted
 
+Refusal = Literal["outbid", "two records", "no vote"]
+"""Why there is no vote: a promise, or it is not of the open round; its leader lies; what the record says, or
+names and is not here (yet)."""
+
 
 class Acceptor:
-    """Of one seat. Everything is on the disk before anybody hears of it."""
+    """Of one seat. Everything is on the disk before anybody hears of it: its methods raise OSError, and then
+    nothing was promised or voted for, whatever the disk says."""
 
     def __init__(self, run_id: bytes, signer: Signer, disk: SeatDisk, records: Records) -> None:
         self._run_id, self._signer, self._disk, self._records = run_id, signer, disk, records
@@ -45,22 +50,27 @@ class Acceptor:
         except BadMessage:
             return None
 
-    def promise(self, ballot: int) -> None:
-        """The caller has seen that it is higher than what was promised."""
-        self._disk.save_vote(VoteState(self.committee.epoch, ballot, self.accepted))
+    def follows(self, record: bytes) -> bool:
+        """Whether it is a record of the open round, upon the head."""
+        return self.place(record) == (self._disk.head + 1, self._disk.head_digest)
 
-    def accept(self, proposed: Propose) -> Voted | Literal["two records"] | None:
-        """A vote, which is on the disk; None: it may not. Two records of one ballot: the leader lies."""
-        accepted, head = self.accepted, self._disk.head
-        if not self.may_vote or proposed.ballot < self.promised or proposed.round != head + 1:
-            return None
+    def promise(self, ballot: int) -> bool:
+        """Whether it has: only a ballot that is higher than what was promised, and it may vote."""
+        if not self.may_vote or ballot <= self.promised:
+            return False
+        self._disk.save_vote(VoteState(self.committee.epoch, ballot, self.accepted))
+        return True
+
+    def accept(self, proposed: Propose) -> Voted | Refusal:
+        """A vote, which is on the disk, or why not."""
+        accepted = self.accepted
+        if not self.may_vote or proposed.ballot < self.promised or proposed.round != self._disk.head + 1:
+            return "outbid"
         is_again = accepted is not None and accepted.ballot == proposed.ballot
         if accepted is not None and is_again and accepted.record != proposed.record:
             return "two records"
-        if self.place(proposed.record) != (head + 1, self._disk.head_digest):
-            return None
-        if not self._records.may_vote(proposed.record, proposed.work):
-            return None
+        if not self.follows(proposed.record) or not self._records.may_vote(proposed.record, proposed.work):
+            return "no vote"
         if not is_again:
             vote = Accepted(
                 ballot=proposed.ballot, round=proposed.round, record=proposed.record, work=proposed.work

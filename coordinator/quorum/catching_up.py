@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..protocol.trust.seals import Sealed
 from .disk import SeatDisk
-from .words import BATCH, Batch, Follow, Word
+from .words import BATCH, BATCH_BYTES, Batch, Follow, Word
 
 
 class CatchingUp:
-    """A question for every message from ahead, answered by many records each, would multiply without end."""
+    """A question for every message from ahead, answered by many records each, would multiply without end; so
+    would records that nobody asked for. Only the record that was sealed just now comes unasked."""
 
     def __init__(self, send: Callable[[str, Word], None], disk: SeatDisk, retry_s: float) -> None:
         self._send, self._disk, self._retry_s = send, disk, retry_s
@@ -19,21 +21,21 @@ class CatchingUp:
 
     def heard_of(self, seat: str, head: int, now_s: float) -> None:
         """Somebody has the record of that round."""
-        if head > self._disk.head:
-            self._ask(seat, now_s)
-
-    def took(self, seat: str, n: int, now_s: float) -> None:
-        """So many came at once; after as many as go into a message there may be more."""
-        if n == BATCH:
-            self._ask(seat, now_s)
-
-    def give(self, seat: str, after: int) -> None:
-        """What is here after that round, if there is any."""
-        if after < self._disk.head:
-            self._send(seat, Batch(sealed=tuple(self._disk.after(after, BATCH))))
-
-    def _ask(self, seat: str, now_s: float) -> None:
         is_answered = self._disk.head > self._asked_at
-        if is_answered or self._asked_s is None or now_s >= self._asked_s + self._retry_s:
+        is_due = self._asked_s is None or now_s >= self._asked_s + self._retry_s
+        if head > self._disk.head and (is_answered or is_due):
             self._asked_s, self._asked_at = now_s, self._disk.head
             self._send(seat, Follow(after=self._disk.head))
+
+    def give(self, seat: str, after: int) -> None:
+        """What is here after that round and fits into a message, if there is any."""
+        if after >= self._disk.head:
+            return
+        fit: list[Sealed] = []
+        n_bytes = 0
+        for sealed in self._disk.after(after, BATCH):
+            n_bytes += len(sealed.record) + len(sealed.work)
+            if fit and n_bytes > BATCH_BYTES:
+                break
+            fit.append(sealed)
+        self._send(seat, Batch(head=self._disk.head, sealed=tuple(fit)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +20,8 @@ class VoteState:
 
 
 class SeatDisk(Protocol):
-    """Of one seat. What is written is durable when a method returns."""
+    """Of one seat. What is written is durable when a method returns; where one raises OSError, all of it or
+    nothing is written. A copy of an older state must not come back as if it were this one: see `rests`."""
 
     @property
     def head(self) -> int:
@@ -51,8 +53,8 @@ class SeatDisk(Protocol):
         """The record after the head, which was checked; with what it says of committee and resting seats."""
         ...
 
-    def after(self, round_: int, limit: int) -> list[Sealed]:
-        """At most so many from that round + 1 on."""
+    def after(self, round_: int, limit: int) -> Iterable[Sealed]:
+        """At most so many from that round + 1 on; better read one by one: who asks takes what fits."""
         ...
 
 
@@ -65,7 +67,7 @@ class Records(Protocol):
 
     def may_vote(self, record: bytes, work: bytes) -> bool:
         """Whether it follows the head, says nothing wrong, and every payload that it names is here. `work`:
-        the signatures of its offers."""
+        the signatures of its offers. Asked again later: time to fetch what is not here yet."""
         ...
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from ..ledger import Ledger
 from ..protocol.messages import CommitBody, encode_record
 from .checking import RecordChecks
+from .events import Role
 from .log import OnSealed
-from .seat import Role, Seat
+from .seat import Seat
 
 
 class Replicated:

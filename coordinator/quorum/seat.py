@@ -11,16 +11,29 @@ not outvoted.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum, auto
-from typing import ClassVar, Final, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Final
 
-from ..protocol.messages import digest_of
 from ..protocol.trust.seals import Committee, Sealed
 from .acceptor import Acceptor
 from .catching_up import CatchingUp
 from .disk import Records, SeatDisk, Signer
+from .events import (
+    DEFAULT_TIMING,
+    DiskFailed,
+    Evidence,
+    Leads,
+    NewRecord,
+    Role,
+    SeatEvent,
+    StepsDown,
+    Timing,
+    Why,
+)
+from .patience import Patience
+from .proposal import Proposal
+from .reign import Reign
 from .words import (
     Accepted,
     Aye,
@@ -37,59 +50,8 @@ from .words import (
     Word,
 )
 
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """In seconds. `beat_s`: between two pings of a leader; `patience_s`: without a word, until another may
-    lead; `retry_s`: until something is said again."""
-
-    beat_s: float = 0.5
-    patience_s: float = 3.0
-    retry_s: float = 1.0
-
-
-class Role(Enum):
-    FOLLOWING = auto()
-    CANVASSING = auto()
-    """Asks whether anybody would follow: nothing is promised yet."""
-    PREPARING = auto()
-    """Collects promises."""
-    RECOVERING = auto()
-    """Leads, and first proposes again what may have been sealed before."""
-    LEADING = auto()
-
-
-LEADS: Final = (Role.RECOVERING, Role.LEADING)
-
-
-@dataclass(frozen=True, slots=True)
-class Leads:
-    """This seat may propose the record after its head."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepsDown:
-    """It may not any more; what became of an open proposal is not known."""
-
-    why: Literal["another leads", "behind", "no majority", "outbid", "the committee has changed"]
-
-
-@dataclass(frozen=True, slots=True)
-class NewRecord:
-    """The record of this round is sealed, and on the disk."""
-
-    round: int
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """A seat did what no seat of ours does: two records for one ballot, or a seal that is none."""
-
-    seat: str
-    what: Literal["two records", "bad seal"]
-
-
-SeatEvent = Leads | StepsDown | NewRecord | Evidence
+_ELECTION: Final = 0.5
+"""Of the patience: an election that nobody has won is tried again sooner than a silent leader is given up."""
 
 
 class Seat:
@@ -108,146 +70,166 @@ class Seat:
         now_s: float,
         *,
         rng: random.Random,
-        timing: Timing = Timing(),
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        self._run_id, self._signer, self._disk, self._records = run_id, signer, disk, records
+        self._run_id, self._signer, self._disk = run_id, signer, disk
         self._acceptor = self.acceptor(run_id, signer, disk, records)
         self._send, self._rng, self._timing = send, rng, timing
+        self._patience = Patience(timing)
+        self._catching_up = CatchingUp(send, disk, timing.retry_s)
         self.me = signer.seat
         self.role = Role.FOLLOWING
         self.leader: str | None = None
         """The seat that leads, as far as is known here."""
-        self.resting: dict[str, bytes] = {}
-        """Of a leader: seats that are up to date and rest, and the nonce that a record would have to name."""
         self.events: list[SeatEvent] = []
-        self.proposal: bytes | None = None
-        """Of a leader: the record that waits for its seal."""
-        self._work = b""
-        self._heard_s = now_s
+        self._reign: Reign | None = None
+        self._open: Proposal | None = None
         self._ballot = 0
-        self._highest = disk.vote.promised
+        """Of this seat: it asks for promises, or leads."""
+        self._highest = 0
+        """That was heard of."""
         self._ayes: set[str] = set()
         self._promises: dict[str, Accepted | None] = {}
-        self._votes: dict[str, bytes] = {}
-        self._pongs_s: dict[str, float] = {}
-        self._led_s = self._proposed_s = now_s
-        self._catching_up = CatchingUp(send, disk, timing.retry_s)
-        self.wake_s = 0.0
-        self._be_patient(now_s)
+        self._early: tuple[str, Propose] | None = None
+        """What was proposed upon a record that is on its way: it need not be said again."""
+        self._heard_s = self.wake_s = now_s
+        if not self._committee.is_only(self.me):  # who is alone waits for nobody
+            self._be_patient(now_s)
+
+    @property
+    def proposal(self) -> bytes | None:
+        """Of a leader: the record that waits for its seal."""
+        return None if self._open is None else self._open.record
+
+    @property
+    def resting(self) -> dict[str, bytes]:
+        """Of a leader: seats that rest, and the nonce that a record would have to name."""
+        return {} if self._reign is None else self._reign.resting
 
     # --------------------------------------------------------------------------------------- the leader
 
     def propose(self, record: bytes, now_s: float, work: bytes = b"") -> None:
         """The record of the open round, and the blob that it names. Raises RuntimeError unless this seat
-        leads and nothing is proposed: a ballot has one record, ever."""
-        if self.role is not Role.LEADING or self.proposal is not None:
+        leads and nothing is proposed, for a ballot has one record, ever; ValueError for a record that does
+        not follow the head."""
+        if self.role is not Role.LEADING or self._open is not None:
             raise RuntimeError("only a leader proposes, one record at a time")
-        self._propose(record, work, now_s)
+        if not self._acceptor.follows(record):
+            raise ValueError("this record does not follow the head")
+        with self._writing(now_s):
+            self._propose(record, work, now_s)
 
     def _propose(self, record: bytes, work: bytes, now_s: float) -> None:
-        self.proposal, self._work, self._votes, self._proposed_s = record, work, {}, now_s
-        proposed = Propose(ballot=self._ballot, round=self._disk.head + 1, record=record, work=work)
-        self._cast(proposed)  # the others' disks write while this one does
-        voted = self._acceptor.accept(proposed)
+        word = Propose(ballot=self._ballot, round=self._disk.head + 1, record=record, work=work)
+        self._open = Proposal(word, now_s, self._timing.retry_s)
+        self._cast(word)  # the others' disks write while this one does
+        self._vote_for(self._open, now_s)
+
+    def _vote_for(self, proposal: Proposal, now_s: float) -> None:
+        """The leader's own vote. One who recovers a record may lack what it names: others vote meanwhile."""
+        voted = self._acceptor.accept(proposal.word)
         if isinstance(voted, Voted):
             self._count_vote(self.me, voted, now_s)
-        else:
+        elif voted != "no vote":
             self._step_down(now_s, "outbid")
+
+    def _count_vote(self, seat: str, voted: Voted, now_s: float) -> None:
+        if self._open is None:
+            return
+        check = None if seat == self.me else self._signer.check
+        self._open.add(self._run_id, self._committee, seat, voted, check)
+        sealed = self._open.sealed(self._committee)
+        if sealed is None:
+            return
+        epoch, others = self._committee.epoch, self._others
+        self._open = None
+        self._append(sealed)
+        for other in dict.fromkeys([*others, *self._others]):
+            self._send(other, Batch(head=self._disk.head, sealed=(sealed,)))
+        if self._committee.epoch != epoch:
+            self._step_down(now_s, "the committee has changed")
+            if (
+                self._acceptor.may_vote
+            ):  # nobody else need wait for silence: it tries to lead the new one, too
+                self.wake_s = now_s + self._timing.beat_s
+        elif self.role is Role.RECOVERING:
+            self.role = Role.LEADING
+            self.events.append(Leads())
 
     # ---------------------------------------------------------------------------------------------- time
 
     def tick(self, now_s: float) -> None:
         """Lets time pass."""
-        if now_s < self.wake_s:
+        if now_s >= self.wake_s:
+            with self._writing(now_s):
+                self._wake(now_s)
+
+    def _wake(self, now_s: float) -> None:
+        if self._reign is not None:
+            self._beat(self._reign, now_s)
             return
-        if not self._acceptor.may_vote:
-            self._be_patient(now_s)
-            self._cast(self._canvass)  # how an onlooker learns what is new
-        elif self.role in LEADS:
-            self._beat(now_s)
-        else:
+        self._cast(Canvass(highest=self._highest, head=self._disk.head))
+        may_vote = self._acceptor.may_vote  # else it only asks for what is new
+        self._be_patient(now_s, _ELECTION if may_vote else 1)
+        if may_vote:
             self.role, self.leader, self._ayes = Role.CANVASSING, None, {self.me}
-            self._be_patient(now_s)
-            self._cast(self._canvass)
             self._count_ayes(now_s)
 
-    def _beat(self, now_s: float) -> None:
-        patience_s = self._timing.patience_s
-        n_alive = 1 + sum(now_s - heard_s <= patience_s for heard_s in self._pongs_s.values())
-        if n_alive < self._committee.need and now_s - self._led_s > patience_s:
+    def _beat(self, reign: Reign, now_s: float) -> None:
+        if not reign.is_carried(self._committee.need, self._patience.s, now_s):
             self._step_down(now_s, "no majority")
             return
         self.wake_s = now_s + self._timing.beat_s
         self._cast(Ping(ballot=self._ballot, head=self._disk.head))
-        if self.proposal is not None and now_s - self._proposed_s > self._timing.retry_s:
-            self._proposed_s = now_s
-            round_, record = self._disk.head + 1, self.proposal
-            again = Propose(ballot=self._ballot, round=round_, record=record, work=self._work)
+        proposal = self._open
+        if proposal is not None and proposal.is_due(now_s):
             for seat in self._others:
-                if seat not in self._votes:
-                    self._send(seat, again)
-
-    @property
-    def _canvass(self) -> Canvass:
-        return Canvass(highest=self._highest, head=self._disk.head)
+                if seat not in proposal.votes:
+                    self._send(seat, proposal.word)
+            if self.me not in proposal.votes:
+                self._vote_for(proposal, now_s)
 
     # ----------------------------------------------------------------------------------------- elections
 
     def _count_ayes(self, now_s: float) -> None:
         if self.role is not Role.CANVASSING or len(self._ayes) < self._committee.need:
             return
-        self._ballot = self._highest = self._committee.ballot_above(self._highest, self.me)
-        self._acceptor.promise(self._ballot)
+        try:
+            ballot = self._committee.ballot_above(max(self._highest, self._acceptor.promised), self.me)
+        except OverflowError:  # somebody lies: honest seats do not come so far
+            return
+        if not self._acceptor.promise(ballot):
+            return
+        self._ballot = self._highest = ballot
         self.role, self._promises = Role.PREPARING, {self.me: self._acceptor.accepted}
-        self._be_patient(now_s)
-        self._cast(Prepare(ballot=self._ballot, head=self._disk.head))
+        self._be_patient(now_s, _ELECTION)
+        self._cast(Prepare(ballot=ballot, head=self._disk.head))
         self._count_promises(now_s)
 
     def _count_promises(self, now_s: float) -> None:
         if self.role is not Role.PREPARING or len(self._promises) < self._committee.need:
             return
-        self.leader, self._led_s, self.wake_s = self.me, now_s, now_s
-        self._pongs_s = {seat: now_s for seat in self._promises if seat != self.me}
+        self.leader = self.me
+        self._reign = Reign(self._ballot, self._promises.keys() - {self.me}, now_s)
         found = [accepted for accepted in self._promises.values() if accepted is not None]
+        self.role = Role.RECOVERING if found else Role.LEADING
         if found:
             # It may have been sealed: it goes first, as it is.
-            self.role = Role.RECOVERING
             newest = max(found, key=lambda accepted: accepted.ballot)
             self._propose(newest.record, newest.work, now_s)
         else:
-            self.role = Role.LEADING
             self.events.append(Leads())
-        self.tick(now_s)
-
-    def _count_vote(self, seat: str, voted: Voted, now_s: float) -> None:
-        record, round_ = self.proposal, self._disk.head + 1
-        if record is None or (voted.ballot, voted.round) != (self._ballot, round_):
-            return
-        if seat in self._votes or seat not in self._committee.seats or voted.digest != digest_of(record):
-            return
-        data = self._committee.signed(self._run_id, voted.ballot, round_, record)
-        if seat != self.me and not self._signer.check(seat, voted.signature, data):
-            return
-        self._votes[seat] = voted.signature
-        if len(self._votes) < self._committee.need:
-            return
-        seal = self._committee.seal(self._ballot, self._votes)
-        sealed = Sealed(record=record, seal=seal, work=self._work)
-        epoch, seats = self._committee.epoch, self._others
-        self.proposal, self._votes = None, {}
-        self._append(sealed)
-        for other in seats:
-            self._send(other, Batch(sealed=(sealed,)))
-        if self._committee.epoch != epoch:
-            self._step_down(now_s, "the committee has changed")
-        elif self.role is Role.RECOVERING:
-            self.role = Role.LEADING
-            self.events.append(Leads())
+        if self._reign is not None:
+            self._beat(self._reign, now_s)
 
     # ------------------------------------------------------------------------------------------ messages
 
     def receive(self, seat: str, word: Word, now_s: float) -> None:
         """From a seat or an onlooker, as the transport has proved it."""
+        with self._writing(now_s):
+            self._receive(seat, word, now_s)
+
+    def _receive(self, seat: str, word: Word, now_s: float) -> None:
         match word:
             case Ping():
                 self._pinged(seat, word, now_s)
@@ -255,95 +237,100 @@ class Seat:
                 self._proposed_to(seat, word, now_s)
             case Voted():
                 self._count_vote(seat, word, now_s)
-            case Pong():
-                self._ponged(seat, word, now_s)
+            case Pong(ballot=ballot):
+                if self._reign is not None and ballot == self._ballot and seat in self._committee.seats:
+                    self._reign.heard(seat, word, now_s)
+                self._catching_up.heard_of(seat, word.head, now_s)
             case Batch():
                 self._take(seat, word, now_s)
             case Follow(after=after):
                 self._catching_up.give(seat, after)
-            case _:
-                self._elect(seat, word, now_s)
-
-    def _elect(self, seat: str, word: Word, now_s: float) -> None:
-        is_seat = seat in self._committee.seats
-        match word:
+            case Nack():
+                self._nacked(seat, word, now_s)
             case Canvass():
                 self._canvassed(seat, word, now_s)
             case Prepare():
                 self._asked_to_promise(seat, word, now_s)
+            case _ if seat in self._committee.seats:
+                self._elected_by(seat, word, now_s)
+            case _:
+                pass
+
+    def _elected_by(self, seat: str, word: Word, now_s: float) -> None:
+        match word:
             case Aye(highest=highest):
-                self._highest = max(self._highest, highest)
-                if self.role is Role.CANVASSING and is_seat:
-                    self._ayes.add(seat)
-                    self._count_ayes(now_s)
-            case Promise(ballot=ballot, head=head):
-                is_current = (ballot, head) == (self._ballot, self._disk.head)
-                if self.role is Role.PREPARING and is_current and is_seat:
-                    self._promises[seat] = word.accepted
-                    self._count_promises(now_s)
-            case Nack():
-                self._highest = max(self._highest, word.promised)
-                if word.promised > self._ballot and self.role is not Role.FOLLOWING:
-                    self._step_down(now_s, "outbid")
-                self._catching_up.heard_of(seat, word.head, now_s)
+                self._saw(highest)
+                self._ayes.add(seat)
+                self._count_ayes(now_s)
+            case Promise(ballot=ballot, head=head, accepted=accepted):
+                if self.role is not Role.PREPARING or (ballot, head) != (self._ballot, self._disk.head):
+                    return
+                if accepted is not None and not self._may_be_a_vote(accepted):
+                    self.events.append(Evidence(seat, "bad promise"))
+                    return
+                self._promises[seat] = accepted
+                self._count_promises(now_s)
+            case _:
+                pass
+
+    def _may_be_a_vote(self, accepted: Accepted) -> bool:
+        is_older = accepted.ballot < self._ballot and self._committee.owner(accepted.ballot) is not None
+        return is_older and accepted.round == self._disk.head + 1 and self._acceptor.follows(accepted.record)
+
+    def _nacked(self, seat: str, nack: Nack, now_s: float) -> None:
+        is_void = seat not in self._committee.seats or not self._saw(nack.promised)
+        if not is_void and nack.promised > self._ballot and self.role is not Role.FOLLOWING:
+            self._step_down(now_s, "outbid")
+        self._catching_up.heard_of(seat, nack.head, now_s)
+
+    def _refuse(self, seat: str) -> None:
+        self._send(seat, Nack(promised=self._acceptor.promised, head=self._disk.head))
 
     def _pinged(self, seat: str, ping: Ping, now_s: float) -> None:
-        if self._committee.owner(ping.ballot) != seat or ping.ballot < self._acceptor.promised:
-            self._send(seat, Nack(promised=self._acceptor.promised, head=self._disk.head))
-        else:
-            self._led_by(seat, ping.ballot, now_s)
+        if self._committee.owner(ping.ballot) == seat:
+            self._patience.heard(ping.ballot, now_s)
+        if self._is_led_by(seat, ping.ballot, now_s):
             self._send(seat, Pong(ballot=ping.ballot, head=self._disk.head, nonce=self._disk.rests))
+        else:
+            self._refuse(seat)
         self._catching_up.heard_of(seat, ping.head, now_s)
 
-    def _ponged(self, seat: str, pong: Pong, now_s: float) -> None:
-        if self.role not in LEADS or pong.ballot != self._ballot or seat not in self._committee.seats:
-            return
-        self._pongs_s[seat] = now_s
-        if pong.nonce is None:
-            self.resting.pop(seat, None)
-        elif pong.head == self._disk.head:
-            self.resting[seat] = pong.nonce
-        if pong.head < self._disk.head:
-            self._catching_up.give(seat, pong.head)
-        self._catching_up.heard_of(seat, pong.head, now_s)
-
     def _canvassed(self, seat: str, canvass: Canvass, now_s: float) -> None:
-        if seat not in self._committee.seats or canvass.head < self._disk.head:
-            self._catching_up.give(seat, canvass.head)  # also how one that was dropped learns of it
-            return
-        is_led = self.leader is not None and now_s - self._heard_s <= self._timing.patience_s
-        if self._acceptor.may_vote and self.role not in LEADS and not is_led:
-            self._send(seat, Aye(highest=self._highest))
+        self._catching_up.heard_of(seat, canvass.head, now_s)
+        is_led = self.leader is not None and now_s - self._heard_s <= self._patience.s
+        if canvass.head < self._disk.head:
+            self._refuse(seat)  # also how one that was dropped, or is newly named, learns of it
+        elif seat in self._committee.seats and self._acceptor.may_vote and self._reign is None and not is_led:
+            self._saw(canvass.highest)
+            self._send(seat, Aye(highest=max(self._highest, self._acceptor.promised)))
 
     def _asked_to_promise(self, seat: str, prepare: Prepare, now_s: float) -> None:
         head = self._disk.head
-        if prepare.head != head:
-            self._catching_up.give(seat, prepare.head)
-            self._catching_up.heard_of(seat, prepare.head, now_s)
-        elif not self._acceptor.may_vote:
+        self._catching_up.heard_of(seat, prepare.head, now_s)
+        if prepare.head > head or not self._acceptor.may_vote:
             return
-        elif self._committee.owner(prepare.ballot) != seat or prepare.ballot <= self._acceptor.promised:
-            self._send(seat, Nack(promised=self._acceptor.promised, head=head))
-        else:
-            self._acceptor.promise(prepare.ballot)
-            self._highest = max(self._highest, prepare.ballot)
-            self._step_down(now_s, "outbid")
-            self._send(seat, Promise(ballot=prepare.ballot, head=head, accepted=self._acceptor.accepted))
+        is_owner = self._committee.owner(prepare.ballot) == seat
+        if prepare.head < head or not is_owner or not self._acceptor.promise(prepare.ballot):
+            self._refuse(seat)
+            return
+        self._saw(prepare.ballot)
+        self._step_down(now_s, "outbid")
+        self._send(seat, Promise(ballot=prepare.ballot, head=head, accepted=self._acceptor.accepted))
 
     def _proposed_to(self, seat: str, proposed: Propose, now_s: float) -> None:
-        head = self._disk.head
-        if proposed.round != head + 1:
-            self._catching_up.give(seat, proposed.round - 1)
-            self._catching_up.heard_of(seat, proposed.round - 1, now_s)
-        elif self._committee.owner(proposed.ballot) != seat or proposed.ballot < self._acceptor.promised:
-            self._send(seat, Nack(promised=self._acceptor.promised, head=head))
-        else:
-            self._led_by(seat, proposed.ballot, now_s)
-            voted = self._acceptor.accept(proposed)
-            if isinstance(voted, Voted):
-                self._send(seat, voted)
-            elif voted == "two records":
-                self.events.append(Evidence(seat, voted))
+        self._catching_up.heard_of(seat, proposed.round - 1, now_s)
+        if proposed.round > self._disk.head + 1:
+            if self._committee.owner(proposed.ballot) == seat:
+                self._early = seat, proposed
+            return
+        if proposed.round <= self._disk.head or not self._is_led_by(seat, proposed.ballot, now_s):
+            self._refuse(seat)
+            return
+        voted = self._acceptor.accept(proposed)
+        if isinstance(voted, Voted):
+            self._send(seat, voted)
+        elif voted == "two records":
+            self.events.append(Evidence(seat, voted))
 
     def _take(self, seat: str, batch: Batch, now_s: float) -> None:
         """Seals speak for themselves: whoever brings them."""
@@ -353,18 +340,19 @@ class Seat:
             if place is not None and place[0] <= head:
                 continue
             if place is not None and place[0] > head + 1:
-                self._catching_up.heard_of(seat, place[0], now_s)
-                return
-            is_next = place == (head + 1, self._disk.head_digest)
-            is_sealed = committee.has_sealed(
-                self._run_id, head + 1, sealed.record, sealed.seal, self._signer.check
-            )
-            if not is_next or not is_sealed:
+                break
+            is_next = self._acceptor.follows(sealed.record)
+            check, seal = self._signer.check, sealed.seal
+            if not is_next or not committee.has_sealed(self._run_id, head + 1, sealed.record, seal, check):
                 self.events.append(Evidence(seat, "bad seal"))
                 return
             self._append(sealed)
             self._step_down(now_s, "behind")
-        self._catching_up.took(seat, len(batch.sealed), now_s)
+        self._catching_up.heard_of(seat, batch.head, now_s)
+        early = self._early
+        if early is not None and early[1].round <= self._disk.head + 1:
+            self._early = None
+            self._proposed_to(*early, now_s)
 
     # -------------------------------------------------------------------------------------- small things
 
@@ -377,28 +365,51 @@ class Seat:
         return [seat for seat in self._committee.seats if seat != self.me]
 
     def _append(self, sealed: Sealed) -> None:
+        epoch = self._committee.epoch
         self._disk.append(sealed)
-        self.resting = {}
+        if self._committee.epoch != epoch:
+            self.leader = None  # of another committee
         self.events.append(NewRecord(self._disk.head))
 
     def _cast(self, word: Word) -> None:
         for seat in self._others:
             self._send(seat, word)
 
-    def _be_patient(self, now_s: float) -> None:
-        self.wake_s = now_s + self._timing.patience_s * self._rng.uniform(1, 2)
+    def _be_patient(self, now_s: float, share: float = 1) -> None:
+        self.wake_s = now_s + share * self._patience.s * self._rng.uniform(1, 2)
 
-    def _led_by(self, seat: str, ballot: int, now_s: float) -> None:
+    def _saw(self, ballot: int) -> bool:
+        """Whether it is a ballot of this epoch: others are void."""
+        if self._committee.owner(ballot) is None:
+            return False
         self._highest = max(self._highest, ballot)
+        return True
+
+    def _is_led_by(self, seat: str, ballot: int, now_s: float) -> bool:
+        """Follows whoever leads by that ballot; False: it is void, or another was promised more."""
+        if self._committee.owner(ballot) != seat or ballot < self._acceptor.promised:
+            return False
+        self._saw(ballot)
         if seat != self.me:
             self._step_down(now_s, "another leads")
         self.leader, self._heard_s = seat, now_s
+        return True
 
-    def _step_down(self, now_s: float, why: str) -> None:
+    def _step_down(self, now_s: float, why: Why) -> None:
         """Follows; nobody in particular, until a leader is heard."""
         if self.role is not Role.FOLLOWING:
-            if self.role in LEADS:
-                self.events.append(StepsDown(why))  # type: ignore[arg-type]
+            if self._reign is not None:
+                self.events.append(StepsDown(why))
             self.role, self.leader = Role.FOLLOWING, None
-            self.proposal, self._votes, self._ayes, self._promises = None, {}, set(), {}
+            self._reign, self._open = None, None
+            self._ayes, self._promises = set(), {}
         self._be_patient(now_s)
+
+    @contextmanager
+    def _writing(self, now_s: float) -> Iterator[None]:
+        """A disk that fails: nobody has heard of what could not be written."""
+        try:
+            yield
+        except OSError as e:
+            self.events.append(DiskFailed(str(e)))
+            self._step_down(now_s, "disk")

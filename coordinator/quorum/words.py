@@ -9,6 +9,7 @@ from pydantic import Field
 from ..protocol.messages import (
     MAX_SEATS,
     Address,
+    BadMessage,
     Count,
     Digest,
     Message,
@@ -24,7 +25,14 @@ from ..protocol.trust.seals import Ballot, Sealed
 BATCH: Final = 64
 """Sealed records in one message, at most."""
 
-RecordBytes = Annotated[bytes, Field(max_length=16 * 2**20)]
+BATCH_BYTES: Final = 2**20
+"""Of the records in one message, unless the first alone is longer."""
+
+MAX_RECORD_BYTES: Final = 16 * 2**20
+MAX_WORD_BYTES: Final = MAX_RECORD_BYTES + 2**20
+"""What a transport has to let pass, and nothing longer: one record, its signatures, and seals."""
+
+RecordBytes = Annotated[bytes, Field(max_length=MAX_RECORD_BYTES)]
 Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
 
 
@@ -92,7 +100,7 @@ class Promise(Word):
 
 
 class Nack(Word):
-    """A higher ballot was promised."""
+    """A higher ballot was promised, or who asked is behind."""
 
     tag = 7
     promised: Ballot
@@ -121,16 +129,17 @@ class Voted(Word):
 
 
 class Follow(Word):
-    """Send me sealed records after this round."""
+    """Send me sealed records after this round. The only word that is answered with records."""
 
     tag = 10
     after: Round
 
 
 class Batch(Word):
-    """Sealed records in order, without a gap."""
+    """Sealed records in order, without a gap. There are more where `head` is higher."""
 
     tag = 11
+    head: Round
     sealed: Annotated[tuple[Sealed, ...], Field(min_length=1, max_length=BATCH)]
 
 
@@ -219,5 +228,8 @@ _WORDS: Final = {
 
 
 def decode_word(data: bytes) -> Word:
-    """What `encode_message` made of a word. Raises BadMessage for anything but exactly one known word."""
+    """What `encode_message` made of a word. Raises BadMessage for anything but exactly one known word, and
+    for what is longer than any."""
+    if len(data) > MAX_WORD_BYTES:
+        raise BadMessage("a word that is too long")
     return cast("Word", decode_message(data, _WORDS))

@@ -9,14 +9,41 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.coordinator.quorum.world import MILD, RUN, Body, Disk, Key, Records
-from thinwire.coordinator.protocol.messages import MAX_SEATS, BadMessage, encode_message
+from tests.coordinator.quorum.stand_ins import RUN, Body, Disk, Key, Records
+from tests.coordinator.quorum.world import MILD
+from thinwire.coordinator.protocol.messages import (
+    MAX_SEAL_BYTES,
+    MAX_SEATS,
+    MAX_WORK_BYTES,
+    BadMessage,
+    encode_message,
+)
 from thinwire.coordinator.protocol.trust.seals import Committee, Seal, Sealed
-from thinwire.coordinator.quorum.seat import Evidence, Leads, NewRecord, Role, Seat, SeatEvent, StepsDown
+from thinwire.coordinator.quorum.catching_up import CatchingUp
+from thinwire.coordinator.quorum.events import (
+    DiskFailed,
+    Evidence,
+    Leads,
+    NewRecord,
+    Role,
+    SeatEvent,
+    StepsDown,
+    Timing,
+)
+from thinwire.coordinator.quorum.patience import Patience
+from thinwire.coordinator.quorum.proposal import Proposal
+from thinwire.coordinator.quorum.seat import Seat
 from thinwire.coordinator.quorum.words import (
+    BATCH,
+    BATCH_BYTES,
+    MAX_RECORD_BYTES,
+    MAX_WORD_BYTES,
     Accepted,
+    Aye,
     Batch,
     Canvass,
+    Follow,
+    Nack,
     Ping,
     Prepare,
     Promise,
@@ -31,11 +58,13 @@ NAMES = ("seat-0", "seat-1", "seat-2")
 class Table:
     """Seats whose messages are delivered one by one."""
 
-    def __init__(self, n: int = 3) -> None:
+    def __init__(self, n: int = 3, n_onlookers: int = 0) -> None:
         committee = Committee.majority(0, NAMES[:n])
-        self.disks = {name: Disk(committee, me=name) for name in NAMES[:n]}
+        self.disks = {name: Disk(committee, me=name) for name in NAMES[: n + n_onlookers]}
         self.queue: list[tuple[str, str, Word]] = []
         self.now_s = 0.0
+        self.is_here = dict.fromkeys(NAMES, True)
+        """Whether a seat has what records name."""
         self.seats = {name: self._seat(name) for name in self.disks}
 
     def _seat(self, name: str) -> Seat:
@@ -43,7 +72,8 @@ class Table:
             self.queue.append((name, to, word))
 
         rng = random.Random(name)
-        return Seat(RUN, Key(name), self.disks[name], Records(), send, self.now_s, rng=rng, timing=MILD)
+        records = Records(lambda: self.is_here[name])
+        return Seat(RUN, Key(name), self.disks[name], records, send, self.now_s, rng=rng, timing=MILD)
 
     def wakes(self, name: str) -> None:
         self.now_s = max(self.now_s, self.seats[name].wake_s)
@@ -136,7 +166,7 @@ def test_what_is_not_sealed_is_not_taken() -> None:
     seat = table.seats["seat-1"]
     ballot = table.disks["seat-1"].committee.ballot_above(0, "seat-0")
     seal = Seal(ballot, {0: bytes(64)}).to_bytes()
-    seat.receive("seat-0", Batch(sealed=(Sealed(record=table.record(1), seal=seal),)), 0.0)
+    seat.receive("seat-0", Batch(head=1, sealed=(Sealed(record=table.record(1), seal=seal),)), 0.0)
     assert table.events("seat-1") == [Evidence("seat-0", "bad seal")]
     assert table.disks["seat-1"].head == 0
 
@@ -163,6 +193,170 @@ def test_nobody_follows_a_ballot_of_another_seat_or_epoch() -> None:
         seat.receive("seat-0", Prepare(ballot=ballot, head=0), 0.0)
     assert seat.leader is None
     assert not any(isinstance(word, Promise) for _, _, word in table.queue)
+
+
+def test_a_seat_that_rests_is_known_however_quickly_records_follow() -> None:
+    table = Table()
+    table.disks["seat-2"].rests = bytes(16)
+    table.wakes("seat-0")
+    table.deliver()
+    for number in range(3):
+        table.seats["seat-0"].propose(table.record(number), table.now_s)
+        table.deliver(lambda _sender, to, _word: to != "seat-2")
+        assert table.seats["seat-0"].resting == {"seat-2": bytes(16)}
+
+
+def test_a_leader_that_lacks_what_an_open_record_names_has_the_others_vote() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver()
+    table.seats["seat-0"].propose(table.record(1), table.now_s)
+    table.deliver(lambda _sender, to, word: isinstance(word, Propose) and to == "seat-1")
+    table.is_here["seat-2"] = False
+    table.wakes("seat-2")
+    table.deliver(lambda sender, to, _word: "seat-0" not in (sender, to))
+    assert table.seats["seat-2"].role is Role.RECOVERING
+    assert table.disks["seat-2"].head == 0
+    table.is_here["seat-2"] = True
+    table.now_s += 1.01 * MILD.retry_s
+    table.wakes("seat-2")
+    assert table.events("seat-2") == [NewRecord(1), Leads()]
+
+
+def test_a_seat_that_is_behind_never_promises_less_than_before() -> None:
+    """A word of a later epoch, which is void here, is no reason to begin with the first ballot again."""
+    table = Table()
+    seat, disk = table.seats["seat-1"], table.disks["seat-1"]
+    ballot = disk.committee.ballot_above(disk.committee.ballot_above(0, "seat-0"), "seat-0")
+    seat.receive("seat-0", Prepare(ballot=ballot, head=0), 0.0)
+    later = Committee.majority(5, NAMES).ballot_above(0, "seat-2")
+    seat.receive("seat-2", Nack(promised=later, head=5), 0.0)
+    table.wakes("seat-1")
+    seat.receive("seat-0", Aye(highest=later), table.now_s)
+    assert seat.role is Role.PREPARING
+    assert disk.vote.promised > ballot
+
+
+def test_a_proposal_may_overtake_the_record_before_it() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver()
+    table.seats["seat-0"].propose(table.record(1), table.now_s)
+    late: list[Word] = []
+
+    def is_early(_sender: str, to: str, word: Word) -> bool:
+        if isinstance(word, Batch) and to == "seat-2":
+            late.append(word)
+        return to != "seat-1" and not isinstance(word, Batch | Follow)
+
+    table.deliver(is_early)
+    table.seats["seat-0"].propose(table.record(2), table.now_s)
+    table.deliver(is_early)
+    assert [disk.head for disk in table.disks.values()] == [1, 0, 0]
+    table.seats["seat-2"].receive("seat-0", late[0], table.now_s)
+    table.deliver(lambda _sender, to, _word: to != "seat-1")
+    assert [disk.head for disk in table.disks.values()] == [2, 0, 2]
+
+
+def test_one_record_makes_a_committee_of_three_which_is_led_at_once() -> None:
+    table = Table(1, n_onlookers=2)
+    table.wakes("seat-0")
+    table.seats["seat-0"].propose(Body(1, RUN, 1, seats=NAMES).packed(), table.now_s)
+    assert table.events("seat-0") == [Leads(), NewRecord(1), StepsDown("the committee has changed")]
+    table.deliver()
+    assert [disk.committee.epoch for disk in table.disks.values()] == [1, 1, 1]
+    sealed_s = table.now_s
+    table.wakes("seat-0")
+    table.deliver()
+    assert table.events("seat-0") == [Leads()]
+    assert table.now_s == sealed_s + MILD.beat_s
+
+
+def test_a_disk_that_fails_makes_a_seat_follow_and_say_nothing() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver()
+    table.events("seat-0")
+    full = OSError("no space left on device")
+    table.disks["seat-0"].fate = table.disks["seat-1"].fate = lambda when: full if when == "before" else None
+    table.seats["seat-0"].propose(table.record(1), table.now_s)
+    assert table.events("seat-0") == [DiskFailed(str(full)), StepsDown("disk")]
+    table.queue = [(sender, to, word) for sender, to, word in table.queue if to == "seat-1"]
+    table.seats["seat-1"].receive(*table.queue.pop()[::2], table.now_s)
+    assert table.events("seat-1") == [DiskFailed(str(full))]
+    assert table.queue == []
+    table.disks["seat-1"].fate = lambda _when: None
+    table.wakes("seat-2")
+    table.deliver()
+    assert table.seats["seat-2"].role is Role.LEADING
+
+
+def test_a_vote_that_nobody_can_have_given_is_evidence() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver(lambda _sender, _to, word: not isinstance(word, Promise))
+    seat, disk = table.seats["seat-0"], table.disks["seat-0"]
+    ballot = disk.vote.promised
+    vote = Accepted(ballot=disk.committee.ballot_above(ballot, "seat-2"), round=1, record=table.record(1))
+    seat.receive("seat-2", Promise(ballot=ballot, head=0, accepted=vote), table.now_s)
+    assert table.events("seat-0") == [Evidence("seat-2", "bad promise")]
+    assert seat.role is Role.PREPARING
+
+
+def test_only_a_record_of_the_open_round_is_proposed() -> None:
+    table = Table(1)
+    table.wakes("seat-0")
+    with pytest.raises(ValueError, match="does not follow the head"):
+        table.seats["seat-0"].propose(Body(2, RUN, 1).packed(), table.now_s)
+
+
+def test_records_are_asked_for_once_and_come_in_words_that_are_bounded() -> None:
+    long_ = bytes(BATCH_BYTES // 2)
+    sealed = Sealed(record=long_, seal=bytes(64))
+    full = Disk(Committee.majority(0, NAMES), records=[sealed] * 5)
+    sent: list[Word] = []
+    CatchingUp(lambda _seat, word: sent.append(word), full, 1.0).give("seat-1", 1)
+    batch = Batch(head=5, sealed=(sealed, sealed))
+    assert sent == [batch]
+
+    longest = Sealed(record=bytes(MAX_RECORD_BYTES), seal=bytes(MAX_SEAL_BYTES), work=bytes(MAX_WORK_BYTES))
+    full.records[0] = longest
+    CatchingUp(lambda _seat, word: sent.append(word), full, 1.0).give("seat-1", 0)
+    assert sent[1] == Batch(head=5, sealed=(longest,))
+    assert len(encode_message(sent[1])) < MAX_WORD_BYTES
+    many = Sealed(record=bytes(BATCH_BYTES // BATCH), seal=bytes(MAX_SEAL_BYTES))
+    assert len(encode_message(Batch(head=5, sealed=(many,) * BATCH))) < MAX_WORD_BYTES
+
+    asked: list[Word] = []
+    empty = Disk(Committee.majority(0, NAMES))
+    behind = CatchingUp(lambda _seat, word: asked.append(word), empty, 1.0)
+    for now_s in (10.0, 10.5, 10.9):
+        behind.heard_of("seat-0", 5, now_s)
+    assert asked == [Follow(after=0)]
+    behind.heard_of("seat-0", 5, 11.0)
+    empty.records.append(sealed)
+    behind.heard_of("seat-0", 5, 11.1)
+    assert asked[1:] == [Follow(after=0), Follow(after=1)]
+
+
+def test_a_proposal_is_said_again_at_longer_and_longer_intervals() -> None:
+    proposal = Proposal(Propose(ballot=1, round=1, record=b""), 0.0, 1.0)
+    said_s = [tenth / 10 for tenth in range(400) if proposal.is_due(tenth / 10)]
+    assert said_s == [1.1, 3.2, 7.3, 15.4, 23.5, 31.6, 39.7]
+
+
+def test_patience_grows_with_what_is_usual_and_comes_back() -> None:
+    patience = Patience(Timing(0.5, 3.0, 1.0))
+    patience.heard(1, 0.0)
+    patience.heard(1, 0.6)
+    assert patience.s == 3.0
+    patience.heard(2, 100.0)  # another leader: what was between them says nothing
+    assert patience.s == 3.0
+    patience.heard(1, 102.8)  # one who was given up speaks again
+    assert patience.s == 9.0
+    for beat in range(400):
+        patience.heard(2, 100.5 + beat / 2)
+    assert patience.s == 3.0
 
 
 @given(st.binary(max_size=300))
