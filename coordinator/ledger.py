@@ -22,6 +22,7 @@ from .protocol.messages import (
     Commit,
     CommitBody,
     GenesisBody,
+    SeatEntry,
     decode_record,
     digest_of,
     encode_record,
@@ -92,6 +93,11 @@ class Ledger:
     def recovery(self) -> bytes:
         """Digest of the key that may name another committee; b"": there is none."""
         return self._chain.recovery
+
+    @property
+    def seats(self) -> tuple[SeatEntry, ...]:
+        """Of the committee, with their addresses, once a record has named it."""
+        return self._chain.seats
 
     @property
     def invited(self) -> Invited:

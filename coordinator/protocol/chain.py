@@ -81,9 +81,10 @@ class Chain:
         wanted = self.round + 1
         if named is not None and named.recovered_with:
             self._check_recovery(commit, named.recovered_with)
-        elif not self.committee.has_sealed(self._run_id, wanted, commit.record, commit.signature):
-            whose = "the coordinator's" if len(self.committee.seats) == 1 else "a majority's of its committee"
-            raise LedgerCorrupt(f"record {wanted}: its signature is not {whose}")
+            return
+        why = self.committee.why_not_sealed(self._run_id, wanted, commit.record, commit.signature)
+        if why is not None:
+            raise LedgerCorrupt(f"record {wanted}: {why}")
 
     def _check_named(self, named: CommitteeEntry) -> None:
         wanted = self.round + 1

@@ -115,7 +115,8 @@ class Record(BaseModel):
         names = list(cls.model_fields)
         n_older = len(names) - cls.n_younger
         if not n_older <= len(value) <= len(names):
-            raise ValueError(f"{cls.__name__} has {len(names)} fields, not {len(value)}")
+            newer = ": it is of a newer thinwire" if len(value) > len(names) else ""
+            raise ValueError(f"{cls.__name__} has {len(names)} fields, not {len(value)}{newer}")
         if len(value) > n_older and not value[-1]:
             raise ValueError(f"an empty {names[len(value) - 1]} is left out")
         return dict(zip(names, value, strict=False))

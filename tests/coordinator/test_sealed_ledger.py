@@ -48,6 +48,7 @@ def admits(run: Sealing, *admissions: Admission) -> Sealed:
 
 def test_a_seat_catches_up_from_record_0(tmp_path: Path, run: Sealing, ledger: Ledger) -> None:
     assert (ledger.head_round, ledger.committee.seats) == (2, SEATS[:3])
+    assert ledger.seats == entry([0, 1, 2]).seats
     assert ledger.sealed(0, 10) == run.sealed
     assert ledger.sealed(1, 10) == run.sealed[1:]
     assert ledger.sealed(0, 1) == run.sealed[:1]
@@ -57,6 +58,7 @@ def test_a_seat_catches_up_from_record_0(tmp_path: Path, run: Sealing, ledger: L
     for key in KEYS:  # this seat may be named later, by any key
         again = Ledger.open(tmp_path / "ledger.db", key.public_key())
         assert (again.head_round, again.committee, again.peers()) == (2, run.chain.committee, {0: "a"})
+        assert again.seats == ledger.seats
         again.close()
     with pytest.raises(ConfigError, match="holds a run already"):
         Ledger.begin(tmp_path / "ledger.db", run.genesis_record, run.genesis_signature)

@@ -18,6 +18,7 @@ from typing import Annotated, Final
 
 from pydantic import Field
 
+from ..figures import counted, short
 from ..identity import is_signed_by
 from ..messages import (
     MAX_ROUND,
@@ -64,8 +65,10 @@ class Seal:
         n_votes, rest = divmod(len(data) - _BALLOT_BYTES, _VOTE_BYTES)
         starts = range(_BALLOT_BYTES, len(data), _VOTE_BYTES)
         places = [data[start] for start in starts]
-        if rest or not 1 <= n_votes <= MAX_SEATS or places != sorted(set(places)) or places[-1] >= MAX_SEATS:
-            raise BadMessage("this is no seal")
+        if rest or not 1 <= n_votes <= MAX_SEATS or max(places) >= MAX_SEATS:
+            raise BadMessage("these bytes are no seal")
+        if places != sorted(set(places)):
+            raise BadMessage("each seat has one vote, in the order of the seats")
         votes = {data[start]: data[start + 1 : start + _VOTE_BYTES] for start in starts}
         return cls(int.from_bytes(data[:_BALLOT_BYTES], "big"), votes)
 
@@ -151,17 +154,34 @@ class Committee:
         self, run_id: bytes, round_: int, record: bytes, seal: bytes, check: Check = is_signed_by
     ) -> bool:
         """Whether this committee has sealed the record of that round: enough of its seats, one ballot."""
+        return self.why_not_sealed(run_id, round_, record, seal, check) is None
+
+    def why_not_sealed(
+        self, run_id: bytes, round_: int, record: bytes, seal: bytes, check: Check = is_signed_by
+    ) -> str | None:
+        """What is wrong with the seal; None: nothing, `has_sealed`."""
         if len(self.seats) == 1:
-            return len(seal) == SIGNATURE_BYTES and check(self.seats[0], seal, record)
+            is_signed = len(seal) == SIGNATURE_BYTES and check(self.seats[0], seal, record)
+            return None if is_signed else "its signature is not the coordinator's"
         try:
-            parsed = Seal.parse(seal)
-        except BadMessage:
-            return False
+            why = self._why_not(run_id, round_, record, Seal.parse(seal), check)
+        except BadMessage as e:
+            why = str(e)
+        return why and f"its signature is not a majority's of its committee: {why}"
+
+    def _why_not(self, run_id: bytes, round_: int, record: bytes, seal: Seal, check: Check) -> str | None:
         n_seats = len(self.seats)
-        if self.owner(parsed.ballot) is None or len(parsed.votes) < self.need or max(parsed.votes) >= n_seats:
-            return False
-        data = vote_bytes(run_id, parsed.ballot, round_, digest_of(record))
-        return all(check(self.seats[place], vote, data) for place, vote in parsed.votes.items())
+        if self.owner(seal.ballot) is None:
+            return f"its ballot is void since record {self.epoch} named that"
+        if len(seal.votes) < self.need:
+            return f"it has {counted(len(seal.votes), 'vote')} of {self.need} that are needed"
+        if max(seal.votes) >= n_seats:
+            return f"it has a vote of seat {max(seal.votes) + 1} of {n_seats}"
+        data = vote_bytes(run_id, seal.ballot, round_, digest_of(record))
+        for place, vote in seal.votes.items():
+            if not check(self.seats[place], vote, data):
+                return f"the vote of {short(self.seats[place])} is not its own for this record"
+        return None
 
 
 def vote_bytes(run_id: bytes, ballot: int, round_: int, digest: bytes) -> bytes:

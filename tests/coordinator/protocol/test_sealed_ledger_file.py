@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.support.committee import RECOVERY_KEY, SEATS, Sealing, entry, raw_public
 from thinwire.compression.errors import Incompatible, LedgerCorrupt
@@ -96,6 +99,47 @@ def test_every_altered_bit_and_every_end_is_noticed(tmp_path: Path, genesis: Gen
             read(bytes(altered))
         with pytest.raises(LedgerCorrupt, match=r"^record \d"):
             read(data[:i])
+
+
+@given(st.data())
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_mixed_up_file_is_refused(run: Sealing, tmp_path: Path, data: st.DataObject) -> None:
+    """Items left out, doubled, moved, of other lengths; bytes changed between them."""
+    if not _GOOD:
+        _GOOD.append(write(tmp_path / "good", run))
+    whole = bytearray(_GOOD[0])
+    match data.draw(st.sampled_from(["swap", "length", "junk", "drop", "double"])):
+        case "length":
+            at = data.draw(st.sampled_from(items(whole)))
+            whole[at + 1 : at + 9] = data.draw(st.integers(0, 2**64 - 1)).to_bytes(8, "little")
+        case "junk":
+            at = data.draw(st.integers(20, len(whole)))
+            whole[at:at] = data.draw(st.binary(min_size=1, max_size=100))
+        case how:
+            places = [*items(whole), len(whole)]
+            parts = [bytes(whole[a:b]) for a, b in pairwise(places)]
+            i, j = (data.draw(st.integers(1, len(parts) - 2)) for _ in range(2))
+            if how == "swap":
+                parts[i], parts[j] = parts[j], parts[i]
+            else:
+                parts[i : i + 1] = [] if how == "drop" else [parts[i], parts[i]]
+            whole[20:] = b"".join(parts)
+    if whole != _GOOD[0]:
+        with pytest.raises((LedgerCorrupt, Incompatible), match=r"^record \d"):
+            read(bytes(whole))
+
+
+_GOOD: list[bytes] = []
+
+
+def items(data: bytes) -> list[int]:
+    """Offsets of all items."""
+    offsets = [len(MAGIC) + 4]
+    while (end := offsets[-1] + 9 + int.from_bytes(data[offsets[-1] + 1 : offsets[-1] + 9], "little")) < len(
+        data
+    ):
+        offsets.append(end)
+    return offsets
 
 
 def item_of(seal: bytes, record: bytes, n: int | None = None) -> bytes:
