@@ -63,7 +63,7 @@ class Host:
         self._folder, self._versions = folder, count()
         self._post, self._ended = post, ended
         self._state = self._new_folder()
-        genesis = _genesis(self.key, policy, min_peers, n_rounds, eval_every)
+        genesis = genesis_of(self.key, policy, min_peers, n_rounds, eval_every)
         self.ledger = Ledger.create(self._state / "ledger.db", genesis, self.key)
         self.oracle = Oracle(self.ledger.run_id, peer_id_of(self.key.public_key()), SNAPSHOT_EVERY)
         self.fuse: int | None = None
@@ -242,7 +242,7 @@ class Host:
         assert not gone & expected, f"{gone & expected} are gone and awaited"
 
 
-def _genesis(
+def genesis_of(
     key: Ed25519PrivateKey, policy: str, min_peers: int, n_rounds: int, eval_every: int
 ) -> GenesisBody:
     config = {

@@ -80,7 +80,9 @@ class Peer:
         self.name, self.life, self.disk, self.run_id = name, life, disk, run_id
         self._snapshot_every, self._n_rounds = snapshot_every, n_rounds
         self._fetch, self._borrow = fetch, borrow
-        self._chain = Chain(run_id, founder, len(disk.copy), disk.copy[-1].digest if disk.copy else None)
+        head = disk.copy[-1].digest if disk.copy else None
+        bodies = (commit.body for commit in disk.copy)
+        self._chain = Chain(run_id, founder, len(disk.copy), head, before=bodies)
         self.wire: Wire | None = None
         self.index: int | None = None
         self.is_frozen = False
