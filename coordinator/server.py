@@ -26,7 +26,7 @@ from .ledger import Ledger
 from .observe.metrics import with_trust
 from .protocol.addresses import HttpAddress
 from .protocol.identity import load_or_create, peer_id_of
-from .protocol.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, digest_of
+from .protocol.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, SeatEntry, digest_of
 from .protocol.p2p import start_p2p
 from .protocol.settings import Keep, parse_settings
 from .protocol.streams import BLOB, Meter, Stream
@@ -295,13 +295,20 @@ class CoordinatorServer:
     def ticket(self) -> Ticket:
         """What nodes need to join; valid once started, and after every restart on this state directory."""
         assert self._transport is not None, "the server is not started"
+        ours = SeatEntry(peer_id=self._transport.peer_id, addresses=self._transport.addresses)
+        first, *others = (ours,) if self._seat is None else self._seat.places(ours)
         return Ticket(
-            peer_id=self._transport.peer_id,
-            addresses=self._transport.addresses,
+            peer_id=first.peer_id,
+            addresses=first.addresses,
             run_id=self.ledger.run_id,
             token=self._token,
-            others=() if self._seat is None else self._seat.others(),
+            others=tuple(others),
         )
+
+    @property
+    def is_seat(self) -> bool:
+        """Of the committee, or alone; else it looks on."""
+        return self._seat is None or self._seat.council.is_seat
 
     @property
     def seat_ticket(self) -> Path | None:

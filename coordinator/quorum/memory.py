@@ -27,6 +27,7 @@ MAX_TIME_S: Final = 86_400.0
 """Of one offer: nobody waits for a longer one."""
 
 _Round = Annotated[int, Field(ge=1, le=MAX_ROUND)]
+_RoundOrBegin = Annotated[int, Field(ge=0, le=MAX_ROUND)]
 _Index = Annotated[int, Field(ge=0, lt=2**16)]
 _Seconds = Annotated[float, Field(ge=0, le=MAX_TIME_S)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -61,7 +62,7 @@ class Memory(BaseModel):
     unkept: Annotated[tuple[tuple[_Index, _Round], ...], Field(max_length=MAX_PEERS)] = ()
     durations_s: Annotated[tuple[_Number, ...], Field(max_length=KEPT_ROUNDS)] = ()
     timed: tuple[Annotated[int, Field(ge=0, le=MAX_ROUND)], Annotated[float, Field(ge=0, le=1e12)]] = (0, 0.0)
-    held_out: Annotated[tuple[tuple[_Round, _Number], ...], Field(max_length=MAX_HELD_OUT)] = ()
+    held_out: Annotated[tuple[tuple[_RoundOrBegin, _Number], ...], Field(max_length=MAX_HELD_OUT)] = ()
     evaluations: Annotated[tuple[tuple[_Round, _Figures], ...], Field(max_length=MAX_EVALUATIONS)] = ()
     history: Annotated[str, Field(max_length=MAX_SAVED_BYTES)] = ""
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import random
@@ -27,7 +28,7 @@ from ..protocol.transport import Transport
 from ..protocol.trust.seals import Sealed
 from ..quorum.disk import Records
 from ..quorum.seat import Evidence, Leads, NewRecord, Role, Seat, SeatEvent, StepsDown
-from ..quorum.words import Batch, Enter, Founding, Keep, Keeps, Memory, Ping, Propose, Word
+from ..quorum.words import Batch, Enter, Follow, Founding, Keep, Keeps, Memory, Ping, Propose, Word
 from .directory import Directory
 from .disk import KeySigner, StateDisk
 from .link import Link
@@ -159,6 +160,8 @@ class Council:
         """When somebody led last."""
         self._named: CommitteeEntry | None = None
         self._verifying: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._awaited = (0, 0)
         self._said: Enter | None = None
         self._known: tuple[object, ...] = ()
         """What nodes have to hear at once, when it changes."""
@@ -243,7 +246,7 @@ class Council:
     def wish(self, wish: Wish) -> None:
         """The operator wants the committee to be another one."""
         self.plan = replace(self.plan, wish=wish)
-        self._look()
+        self._changed.set()
 
     def adopted(self) -> None:
         """Records have come into the ledger by another way: nodes had them. A reign is over."""
@@ -361,7 +364,7 @@ class Council:
         """See `streams.Host`, here and below."""
         return Enter(
             run_id=self._ledger.run_id,
-            secret=b"" if self.is_seat else self.plan.secret,
+            secret=self.plan.secret,  # a newly named seat is not known to all as one yet
             addresses=self.addresses(),
             wants_seat=self.plan.wants_seat and not self.is_seat,
             lacks=self._lacks(),
@@ -396,7 +399,7 @@ class Council:
             link.send(Founding(record=self._ledger.genesis_record, signature=self._ledger.genesis_signature))
         if not self.leads:
             self.provisions.want_all()
-        self._look()
+        self._changed.set()
 
     def down(self, seat: str) -> None:
         log.info("seat %s is not connected any more", seat)
@@ -408,6 +411,8 @@ class Council:
         if isinstance(head, int) and is_seat:
             self.seen_head = max(self.seen_head, head)
         match word:
+            case Keep() if not is_seat:
+                return  # who looks on has not heard of this seat yet
             case Keep():
                 if (why := self.provisions.keep(seat, word)) is not None:
                     self.counts[why] += 1
@@ -481,13 +486,19 @@ class Council:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(LOOK_EVERY_S)
-            self._look()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_EVERY_S):
+                    await self._changed.wait()
+            self._changed.clear()
+            try:
+                self._look()
+            except Exception:
+                log.exception("a coordinator's seat met a fault of ours")
+                self.counts["internal"] += 1
+                await asyncio.sleep(LOOK_EVERY_S)
 
     def _look(self) -> None:
         """What depends on time, or on many things at once."""
-        if self._is_closed:
-            return
         said = self.enter("")
         if said != self._said:
             self._said = said
@@ -496,8 +507,16 @@ class Council:
             self.provisions.remind()
             self._name()
             self._send_memory()
+        elif not self.is_seat:
+            self._ask()
         self.provisions.drop_released()
         self._tell()
+
+    def _ask(self) -> None:
+        """Who looks on asks also those that its ledger does not know as seats yet: theirs may all be gone."""
+        others = [seat for seat in self.streams.links if seat not in self.disk.committee.seats]
+        if others:
+            self._send(self._rng.choice(others), Follow(after=self.disk.head))
 
     def _name(self) -> None:
         """The next committee, once it is wanted and everybody in it is ready."""
@@ -507,11 +526,19 @@ class Council:
         wish = self.wishes()
         seats = next_seats(committee.seats, [link.seat for link in ready], wish.n_seats, wish.all_drops)
         if seats is None:
+            self._tell_awaited(wish.n_seats - len(committee.seats), len(ready))
             return
         entry = entry_of(seats, self._directory.addresses(), self._owner.recovery())
         if entry != self._named:
             self._named = entry
             self._owner.name_committee(entry)
+
+    def _tell_awaited(self, n_missing: int, n_ready: int) -> None:
+        """Once for each number."""
+        if n_missing > 0 and self._awaited != (n_missing, n_ready):
+            self._awaited = n_missing, n_ready
+            text = "%d more coordinators are to be named, %d are up to date: this one goes on meanwhile"
+            log.info(text, n_missing, n_ready)
 
     def wishes(self) -> Wish:
         """What the operators of all seats want; one who looks on may say whose place it is to take."""

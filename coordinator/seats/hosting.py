@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -197,11 +197,12 @@ class Hosting:
         """This seat, as a record names it."""
         return SeatEntry(peer_id=self.council.me, addresses=self.council.addresses())
 
-    def others(self) -> tuple[SeatEntry, ...]:
-        """The other seats of the committee, as a ticket names them; (): this one is alone, or looks on."""
-        if not self.council.is_seat:
-            return ()
-        return tuple(seat for seat in self.council.seats() if seat.peer_id != self.council.me)
+    def places(self, ours: SeatEntry) -> Sequence[SeatEntry]:
+        """The seats of the committee as a ticket names them: `ours` first, or whoever leads."""
+        seats = [seat for seat in self.council.seats() if seat.addresses]
+        first = ours.peer_id if self.council.is_seat else self.council.seat.leader
+        seats.sort(key=lambda seat: seat.peer_id != first)
+        return [ours, *seats[1:]] if self.council.is_seat else seats or [ours]
 
     @property
     def is_over(self) -> bool:

@@ -32,6 +32,9 @@ GOODBYE_S: Final = 2.0
 FIRST_RETRY_S: Final = 0.25
 LAST_RETRY_S: Final = 4.0
 
+STEADY_S: Final = 10.0
+"""A link that lasts for so long makes the next retries quick again."""
+
 SAME_TIME_S: Final = 10.0
 """Two streams of a pair that began within this time were dialled by both ends at once."""
 
@@ -81,7 +84,8 @@ class SeatStreams:
         """Seats that this one has reached and waits to be let in by."""
         self._places: dict[str, Addresses] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
-        self._n_strangers = 0
+        self._waiting: Counter[str] = Counter()
+        """Streams whose other end has not said who it is."""
 
     @property
     def links(self) -> Mapping[str, Link]:
@@ -133,22 +137,23 @@ class SeatStreams:
 
     async def _keep(self, seat: str) -> None:
         """Dials a seat whenever there is no link to it."""
-        retry_s, has_failed = FIRST_RETRY_S, False
+        retry_s = FIRST_RETRY_S
         while True:
             await self._without(seat)
+            began_s = time.monotonic()
             try:
-                await self._dial(seat, is_again=has_failed)
-                retry_s, has_failed = FIRST_RETRY_S, False
-                continue
+                await self._dial(seat)
             except (SwarmUnreachable, BadMessage, OSError, EOFError, TimeoutError) as e:
                 if isinstance(e, BadMessage):
                     self.rejected[e.reason if isinstance(e, BadFrame) else "message"] += 1
-                has_failed = seat not in self._links
-                if has_failed:
+                log.debug("the stream to seat %s ended: %s", seat, e)
+                if seat not in self._links:
                     self._tell(seat, str(e) or type(e).__name__)
             except Exception:
                 log.exception("a stream to seat %s met a fault of ours", seat)
                 self.rejected["internal"] += 1
+            if time.monotonic() - began_s > STEADY_S:
+                retry_s = FIRST_RETRY_S
             await asyncio.sleep(retry_s * self._rng.uniform(0.7, 1.3))
             retry_s = min(2 * retry_s, LAST_RETRY_S)
 
@@ -159,16 +164,18 @@ class SeatStreams:
             freed.clear()
             await freed.wait()
 
-    async def _dial(self, seat: str, *, is_again: bool) -> None:
-        """Returns when a link that was made is over."""
+    async def _dial(self, seat: str) -> None:
+        """Until a link that was made is over. Raises SwarmUnreachable, BadFrame, EOFError or OSError."""
         transport = self._transport
         if transport is None or transport.died.is_set():
             raise SwarmUnreachable("this machine's libp2p is not there")
-        if is_again:
-            await transport.disconnect(seat)
-        await transport.dial(seat, self._places.get(seat, ()), DIAL_S)
-        reader, writer = await transport.open_stream(seat, SEAT, DIAL_S)
-        stream = Stream(reader, writer, self._meter)
+        try:
+            await transport.dial(seat, self._places.get(seat, ()), DIAL_S)
+            stream = Stream(*await transport.open_stream(seat, SEAT, DIAL_S), self._meter)
+        except SwarmUnreachable:
+            if seat not in self._links and seat not in self._waiting:
+                await transport.disconnect(seat)  # what libp2p has may be a connection that is dead
+            raise
         self._entering.add(seat)
         try:
             async with asyncio.timeout(ENTER_S):
@@ -213,14 +220,14 @@ class SeatStreams:
     async def _let_in(self, seat: str, stream: Stream) -> Link | None:
         """None: it was told why not, or both ends have dialled at once. Raises BadFrame, EOFError, OSError or
         TimeoutError."""
-        if self._n_strangers >= MAX_STRANGERS:
+        if self._waiting.total() >= MAX_STRANGERS:
             raise BadFrame("strangers", "too many streams that have not said who they are")
-        self._n_strangers += 1
+        self._waiting[seat] += 1
         try:
             async with asyncio.timeout(ENTER_S):
                 enter, _ = await read_word(stream)
         finally:
-            self._n_strangers -= 1
+            self._waiting -= Counter((seat,))
         if not isinstance(enter, Enter):
             raise BadFrame("hello", f"a stream between seats begins with Enter, not {type(enter).__name__}")
         why = self._host.refuses(seat, enter)

@@ -263,9 +263,12 @@ class _Serving:
                 await server.start()
                 if self._recovery is not None:
                     await self._unless_stopped(server.recover(*self._recovery), math.inf)
-                self._tell_ticket(ticket_file)
                 server.on_new_ticket = lambda: self._tell_ticket(ticket_file)
-                log.info("the line above is the ticket. On any machine: thinwire join TICKET")
+                if server.is_seat:
+                    self._tell_ticket(ticket_file)
+                    log.info("the line above is the ticket. On any machine: thinwire join TICKET")
+                else:
+                    log.info("this coordinator looks on until it is up to date and the others name it")
                 if server.seat_ticket is not None:
                     log.info(
                         "for another coordinator: carry the secret file %s to its machine; there: thinwire "
