@@ -223,7 +223,6 @@ class CoordinatorServer:
         compares before it joins."""
         traffic = {"sent_bytes": dict(self.meter.sent), "received_bytes": dict(self.meter.received)}
         here = {
-            "seat": self.watchers.who.figures(peer_id_of(self._key.public_key()), self.ledger.head_round, 0),
             "protocol": PROTOCOL_VERSION,
             "time_ms": time.time_ns() // 10**6,
             "coordinator": traffic,
