@@ -44,6 +44,8 @@ MAX_AUDITS = 256
 
 MAX_PEERS = 1024
 MAX_ROUND = 2**32 - 1
+MAX_LISTED: Final = 4 * MAX_PEERS
+"""Peers that are banned, or let in by name."""
 
 COMMITTEES_SINCE: Final = 4
 """The first protocol version in which records name committees, resting seats and who may come in."""
@@ -294,8 +296,8 @@ class AccessEntry(Record):
 
     token: Digest
     mode: Annotated[str, Field(pattern="^(open|invited|listed)$")]
-    banned: Annotated[tuple[PeerId, ...], Field(max_length=4 * MAX_PEERS)]
-    listed: Annotated[tuple[PeerId, ...], Field(max_length=4 * MAX_PEERS)]
+    banned: Annotated[tuple[PeerId, ...], Field(max_length=MAX_LISTED)]
+    listed: Annotated[tuple[PeerId, ...], Field(max_length=MAX_LISTED)]
 
 
 class CommitBody(Record):

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from ...compression.errors import ThinwireError
 from ..admission import AdmissionControl
+from ..adoption import Adopter, adopt
 from ..blobs import BlobStore
 from ..entry.guarded import guarded
 from ..entry.rates import PeerRates
@@ -38,7 +39,7 @@ class ElsewhereServer:
     """Handlers of all streams but those between seats. One event loop.
 
     `admission`: who may come in, by this seat's copy of the ledger; `status`: for people; `failed`: this seat
-    cannot go on; `kept_from`: payloads of the rounds from there on are here.
+    cannot go on; `kept_from`: payloads of the rounds from there on are here; `is_seat`: of the same run.
     """
 
     def __init__(
@@ -51,11 +52,16 @@ class ElsewhereServer:
         *,
         status: Callable[[], dict[str, Any]],
         failed: Callable[[ThinwireError], object],
-        kept_from: Callable[[], int] = lambda: 1,
+        kept_from: Callable[[], int],
         waits: Waits,
+        is_seat: Callable[[str], bool],
     ) -> None:
         self._ledger, self._admission, self._watchers = ledger, admission, watchers
         self._meter, self._status, self._failed, self._waits = meter, status, failed, waits
+        self._is_seat = is_seat
+        self.returns: Adopter | None = None
+        """Takes what nodes have and this seat has lost, while the run is recovered."""
+        self._returning = asyncio.Lock()
         self._shelf = _Shelf(ledger, blobs)
         self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
         self._strangers = Strangers(self._is_known)
@@ -94,6 +100,9 @@ class ElsewhereServer:
         if hello.watches:
             await self._watchers.serve(peer_id, stream)
             return
+        if self.returns is not None and self.returns.lacks(hello):
+            async with self._returning:
+                await or_refused(stream, adopt(self.returns, stream, hello, lambda: None))
         if hello.agent == READER:
             await self._readers.serve(peer_id, stream)
             return
@@ -121,12 +130,8 @@ class ElsewhereServer:
             self._blob_streams -= Counter((peer_id,))
 
     def _may_fetch(self, peer_id: str) -> bool:
-        return (
-            self._is_known(peer_id)
-            or peer_id in self._watchers
-            or peer_id in self._readers
-            or any(seat.peer_id == peer_id for seat in self._watchers.who.now.seats)
-        )
+        is_guest = peer_id in self._watchers or peer_id in self._readers
+        return self._is_known(peer_id) or is_guest or self._is_seat(peer_id)
 
     async def _serve_status(self, peer_id: str, stream: Stream) -> None:
         """Whoever has the token, or an invitation, may ask, again and again."""

@@ -101,6 +101,8 @@ class Swarm:
                 }
             },
             failed=lambda error: None,
+            kept_from=lambda: 1,
+            is_seat=lambda peer_id: False,
             waits=Waits(),
         )
         await server.open_on(transport)
