@@ -21,7 +21,6 @@ from ..adoption import Adopter, adopt
 from ..blobs import BlobStore
 from ..entry.guarded import guarded
 from ..entry.rates import PeerRates
-from ..entry.reading import Readers
 from ..entry.strangers import GOODBYE_S, Strangers, looker, or_refused, receive_hello, tell_status
 from ..ledger import Ledger
 from ..observe.quiet_log import QuietLog
@@ -30,6 +29,7 @@ from ..protocol.messages import READER, BadMessage, Hello, Rejected
 from ..protocol.streams import BLOB, SESSION, STATUS, BadFrame, Meter, Stream
 from ..protocol.transport import StreamHandler, Transport
 from ..stream_server import MAX_BLOB_STREAMS, Waits
+from .reading import Readers
 from .watchers import Watchers
 
 _log = logging.getLogger("thinwire.coordinator")
@@ -39,7 +39,7 @@ class ElsewhereServer:
     """Handlers of all streams but those between seats. One event loop.
 
     `admission`: who may come in, by this seat's copy of the ledger; `status`: for people; `failed`: this seat
-    cannot go on; `kept_from`: payloads of the rounds from there on are here; `is_seat`: of the same run.
+    cannot go on; `is_seat`: of the same run; `kept_from`: payloads of the rounds from there on are here.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ElsewhereServer:
         *,
         status: Callable[[], dict[str, Any]],
         failed: Callable[[ThinwireError], object],
-        kept_from: Callable[[], int],
+        kept_from: Callable[[], int] = lambda: 1,
         waits: Waits,
         is_seat: Callable[[str], bool],
     ) -> None:
@@ -100,12 +100,12 @@ class ElsewhereServer:
         if hello.watches:
             await self._watchers.serve(peer_id, stream)
             return
-        if self.returns is not None and self.returns.lacks(hello):
-            async with self._returning:
-                await or_refused(stream, adopt(self.returns, stream, hello, lambda: None))
         if hello.agent == READER:
             await self._readers.serve(peer_id, stream)
             return
+        if self.returns is not None and self.returns.lacks(hello):
+            async with self._returning:
+                await or_refused(stream, adopt(self.returns, stream, hello, lambda: None))
         await stream.send_message(self._watchers.who.now)
         await stream.ended(GOODBYE_S)
 
@@ -130,8 +130,12 @@ class ElsewhereServer:
             self._blob_streams -= Counter((peer_id,))
 
     def _may_fetch(self, peer_id: str) -> bool:
-        is_guest = peer_id in self._watchers or peer_id in self._readers
-        return self._is_known(peer_id) or is_guest or self._is_seat(peer_id)
+        return (
+            self._is_known(peer_id)
+            or peer_id in self._watchers
+            or peer_id in self._readers
+            or self._is_seat(peer_id)
+        )
 
     async def _serve_status(self, peer_id: str, stream: Stream) -> None:
         """Whoever has the token, or an invitation, may ask, again and again."""
