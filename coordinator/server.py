@@ -247,6 +247,7 @@ class CoordinatorServer:
             self.meter,
             status=self.status,
             failed=self._fail,
+            kept_from=self._seat.kept_from,
             waits=self._waits,
             is_seat=self._seat.council.knows,
         )
@@ -387,7 +388,6 @@ class CoordinatorServer:
         compares before it joins."""
         traffic = {"sent_bytes": dict(self.meter.sent), "received_bytes": dict(self.meter.received)}
         here = {
-            "seat": self.watchers.who.figures(peer_id_of(self._key.public_key()), self.ledger.head_round, 0),
             "protocol": PROTOCOL_VERSION,
             "time_ms": _wall_ms(),
             "coordinator": traffic,

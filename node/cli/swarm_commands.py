@@ -171,8 +171,9 @@ class Join:
     The run's configuration, model and base weights come from the swarm. Ctrl-C leaves cleanly.
     """
 
-    ticket: Annotated[Positional[str], arg(metavar="TICKET")]
-    """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
+    ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
+    """The line that the coordinator printed; - reads it from standard input, @FILE from a file. Without one a
+    node that was in a run with several coordinators finds them in its --state."""
     data: Annotated[Path | None, arg(metavar="FILE")] = None
     """Train on your own text (a file or a folder) instead of the run's. It stays on this machine."""
     task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
@@ -236,7 +237,7 @@ class Join:
         with stop_on_signals() as stop:
             result = join(
                 Options(
-                    ticket=read_ticket(self.ticket),
+                    ticket=self._ticket(),
                     data=self.data,
                     import_path=self.task,
                     state=self.state,
@@ -265,6 +266,15 @@ class Join:
         if self.json:
             to_stdout(json.dumps(dataclasses.asdict(result)))
         return 0
+
+    def _ticket(self) -> str:
+        from ..states.rejoining import ticket_in
+
+        if self.ticket is not None:
+            return read_ticket(self.ticket)
+        if self.state is None:
+            raise ConfigError("which run? thinwire join TICKET, or thinwire join --state DIR to come back")
+        return ticket_in(self.state).line()
 
 
 @dataclass

@@ -211,7 +211,8 @@ async def _seat(host: P2PTransport, ticket: Ticket, seats: KnownSeats, seat: Pee
     if silent:
         detail += f" (not at {'; '.join(f'{a}: {why}' for a, why in silent.items())})"
     figures = {**tried, "round_trip_s": round(best.round_trip_s, 6)}
-    if isinstance(said := status.get("seat"), dict) and len(seats) > 1:
+    if len(seats) > 1:
+        said = status.get("seat") or {"role": "leads", "head": status.get("round"), "lag": 0}
         detail += f"; {role_in_words(said)}"
         figures |= {name: said.get(name) for name in ("role", "head", "lag", "leader", "waits_for")}
     return _Answer(seat, ok("coordinator", detail, **figures), status, asked)

@@ -59,6 +59,9 @@ LAST_RETRY_OF_SEVERAL_S = 1.5
 READ_AGAIN_S = 60.0
 """A seat whose ledger was read for who the seats are is not read again for so long."""
 
+TELL_AGAIN_S = 10.0
+"""The same words are not told again before."""
+
 MAX_HOPS = 8
 """So many sessions in a row that soon said who leads instead are followed without a pause."""
 
@@ -121,6 +124,7 @@ class CoordinatorSession:
         self._watch = Watch(seats, self._open_watch, self._hello, lambda: self._at, self._heard_from_watch)
         self._watching: asyncio.Task[None] | None = None
         self._retry_s = FIRST_RETRY_S
+        self._told = "", 0.0
         self._dial_patience = Patience(floor_s=QUICK_DIAL_S, ceiling_s=DIAL_TIMEOUT_S)
         self.is_up, self._is_down = asyncio.Event(), asyncio.Event()
         self.was_read = asyncio.Event()
@@ -398,7 +402,10 @@ class CoordinatorSession:
         pause_s = self._retry_s * self._jitter.uniform(0.7, 1.3)
         several = len(self._seats) > 1
         what = _one_line(why) if several else f"the coordinator {_silent(away_s)} ({_one_line(why)})"
-        self._handler.tell(f"{what}; trying again in {human_seconds(pause_s)}; training state is kept", True)
+        if what != self._told[0] or time.monotonic() - self._told[1] > TELL_AGAIN_S:
+            self._told = what, time.monotonic()
+            again = f"trying again in {human_seconds(pause_s)}; training state is kept"
+            self._handler.tell(f"{what}; {again}", True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause_s):
                 await self._elsewhere.wait()

@@ -138,9 +138,11 @@ class _Search:
         """With what is waited for, as the seat says that knows of the latest leader."""
         n_there = len(self._elsewhere) + len(self._refused)
         newest = max(self._elsewhere.values(), key=lambda answer: (answer.term, bool(answer.waits_for)))
-        waits_for = newest.waits_for or "they have not agreed yet who of them leads"
+        if newest.waits_for:
+            return f"no coordinator leads ({n_there} of {len(self._seats)} answer here): {newest.waits_for}"
+        waits_for = "they have not agreed yet who of them leads"
         gone = [seat for seat in self._failed if seat in leaders]
-        if gone and not newest.waits_for:
+        if gone:
             waits_for = f"{short(gone[0])}, which led, does not answer ({_one_line(self._failed[gone[0]])})"
         return f"{n_there} of {len(self._seats)} coordinators reachable; training waits: {waits_for}"
 

@@ -8,6 +8,7 @@ service is reached under a second identity, as another seat that leads.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -50,6 +51,7 @@ from thinwire.node.links.core import About
 from thinwire.node.links.finding import NobodyLeads, find_leader
 from thinwire.node.links.hivemind import HivemindLink
 from thinwire.node.links.known_seats import KnownSeats
+from thinwire.node.states.rejoining import ticket_in
 
 WAIT_S = 30.0
 A, B, C, STRANGER = (peer_id_of(new_key().public_key()) for _ in range(4))
@@ -60,7 +62,7 @@ class Swarm:
     """A coordinator that leads, and a seat that does not: `follower` by peer id and addresses."""
 
     def __init__(self, folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey, stack: ExitStack) -> None:
-        self._folder, self._stack, self.key = folder, stack, key
+        self.folder, self._stack, self.key = folder, stack, key
         state = folder / "leads"
         state.mkdir()
         save(key, state / "key")
@@ -84,7 +86,7 @@ class Swarm:
 
     async def _follow(self) -> SeatEntry:
         transport = await self.transport()
-        admission = AdmissionControl(self.ledger, self.leads.ticket.token, (), OPEN, lambda: 0)
+        admission = AdmissionControl(self.ledger, self.leads.ticket.token, (), OPEN, lambda: 0, Counter())
         self.admission = admission
         server = ElsewhereServer(
             self.ledger,
@@ -92,8 +94,15 @@ class Swarm:
             admission,
             self.watchers,
             Meter(),
-            status=lambda: {"seat": self.watchers.who.figures(transport.peer_id, 3, 2)},
+            status=lambda: {
+                "seat": {
+                    **{"me": transport.peer_id, "role": "follows", "head": 3, "lag": 2},
+                    "leader": self.watchers.who.now.leader,
+                }
+            },
             failed=lambda error: None,
+            kept_from=lambda: 1,
+            is_seat=lambda peer_id: False,
             waits=Waits(),
         )
         await server.open_on(transport)
@@ -133,7 +142,7 @@ class Swarm:
 
     def link(self, name: str, ticket: Ticket | None = None, **options: Any) -> HivemindLink:
         link = HivemindLink(
-            ticket or self.ticket, state=self._folder / name, host="127.0.0.1", patience_s=60, **options
+            ticket or self.ticket, state=self.folder / name, host="127.0.0.1", patience_s=60, **options
         )
         self._stack.callback(link.close)
         return link
@@ -228,6 +237,9 @@ def test_an_old_ticket_leads_to_the_committee_that_the_ledger_names(swarm: Swarm
     assert welcome.head_round == 1, "a coordinator without the record got it back from this node"
     link.close()
     assert not swarm.admission.rejected
+    again = ticket_in(swarm.folder / "a")
+    assert [seat.peer_id for seat in again.seats] == [swarm.leader.peer_id, other.peer_id]
+    assert (again.run_id, again.token) == (swarm.ticket.run_id, "")
 
     swarm.say(None, "a majority is gone")
     reader = swarm.link("r", swarm.ticket.model_copy(update={"others": ()}), about=About(agent=READER))
@@ -326,7 +338,7 @@ def test_nobody_goes_to_a_stranger_and_the_lie_is_counted() -> None:
 def test_people_are_told_what_training_waits_for() -> None:
     gone = SwarmUnreachable("cannot reach it:\n  /ip4/1.2.3.4/tcp/1: connection refused")
     waits = "one more of B and C"
-    with pytest.raises(NobodyLeads, match=f"^1 of 3 coordinators reachable; training waits: {waits}$"):
+    with pytest.raises(NobodyLeads, match=rf"^no coordinator leads \(1 of 3 answer here\): {waits}$"):
         search(known(), {A: elsewhere(None, waits), B: gone, C: gone})
     with pytest.raises(NobodyLeads, match=r"2 of 3 .* which led, does not answer \(.*connection refused\)$"):
         search(known(), {A: gone, B: elsewhere(A), C: elsewhere(A)})

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from ..entry.rates import PeerRates
 from ..ledger import Ledger
 from ..protocol.messages import Follow, Head, Heartbeat, NodeState, State, Welcome
 from ..protocol.streams import FROM_NODE, BadFrame, Stream
 from ..sessions import Session
+from .rates import PeerRates
 
 MAX_READERS: Final = 32
 
