@@ -27,7 +27,8 @@ from ..protocol.streams import BLOB, Meter, Stream
 from ..protocol.transport import Transport
 from ..protocol.trust.seals import Sealed
 from ..quorum.disk import Records
-from ..quorum.seat import Evidence, Leads, NewRecord, Role, Seat, SeatEvent, StepsDown
+from ..quorum.events import DiskFailed, Evidence, Leads, NewRecord, Role, SeatEvent, StepsDown
+from ..quorum.seat import Seat
 from ..quorum.words import Batch, Enter, Follow, Founding, Keep, Keeps, Memory, Ping, Propose, Word
 from .directory import Directory
 from .disk import KeySigner, StateDisk
@@ -332,6 +333,9 @@ class Council:
             case Evidence(seat=seat, what=what):
                 self.counts[what] += 1
                 log.error("seat %s has lied or is broken: %s", seat, what)
+            case DiskFailed(error=error):
+                self.counts["disk"] += 1
+                log.error("this coordinator cannot write its votes, so it gives none: %s", error)
 
     def _recorded(self, body: CommitBody) -> None:
         self.provisions.recorded(body)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..protocol.messages import SeatEntry
-from ..quorum.seat import Timing
+from ..quorum.events import Timing
 from .naming import Wish
 from .ticket import kept_ticket, new_secret
 

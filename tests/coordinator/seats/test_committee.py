@@ -26,9 +26,6 @@ def play(tmp_path: Path, make_genesis: Callable[..., GenesisBody]) -> Play:
             world = SeatWorld(tmp_path, make_genesis(rounds=10_000))
             try:
                 await scene(world)
-            except TimeoutError:
-                print({n: server.status()["seat"] for n, server in world.servers.items()})
-                raise
             finally:
                 await world.close()
 
