@@ -142,8 +142,11 @@ def test_what_is_left_over_is_sent_in_the_end(compressor: Compressor, shape: tup
         y = decoded(compressor, [compressor.pack(left, part, turn(i))], [1.0], part, turn(i))
         left -= y
         received += y
+        if float(left.abs().max()) < 0.1 * float(x.abs().max()):
+            break
+    else:
+        pytest.fail(f"there is {float(left.abs().max())} of {float(x.abs().max())} left")
     assert torch.allclose(left + received, x, atol=1e-4)
-    assert float(left.abs().max()) < 0.1 * float(x.abs().max())
 
 
 def test_zeros(compressor: Compressor) -> None:
