@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CORE   := $(VENV)/.core
+COMPILED := $(VENV)/.compiled
 STAMP  := $(VENV)/.installed
 # It says what it fetches, so that minutes of it do not look like a hang.
 PIP    := $(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt
@@ -15,7 +16,7 @@ JOBS   ?= $(shell nproc)
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
-setup: $(STAMP)  ## make .venv with everything in it: command, extras, tools for tests and lint
+setup: $(STAMP) $(COMPILED)  ## make .venv with everything in it: command, extras, tools for tests and lint
 
 # What the demo needs: thinwire itself, and its CPU kernels compiled.
 $(CORE): pyproject.toml constraints.txt
@@ -24,6 +25,10 @@ $(CORE): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing thinwire into $(VENV): some 60 packages, about 1.5 GB, a minute or two on a fast connection."
 	$(PIP) -e '.[cpu]'
+	touch $@
+
+# Again when a kernel has changed: every worker of the tests would compile it for itself.
+$(COMPILED): $(CORE) $(wildcard compression/*/*_cpu.py optim/*/*_cpu.py)
 	$(BIN)/python -m thinwire.node.doctor.compiling
 	touch $@
 
@@ -35,8 +40,11 @@ $(STAMP): $(CORE)
 	ln -s $(addprefix $(CURDIR)/,$(PACKAGES)) $(VENV)/lint/thinwire
 	touch $@
 
-demo: $(CORE)    ## a coordinator and 4 nodes on this machine, real text, live table (a minute)
+demo: $(COMPILED)    ## a coordinator and 4 nodes on this machine, real text, live table (a minute)
 	$(BIN)/thinwire demo
+
+# Where the environment forbids it, every process of the tests would compile all that it imports.
+test test-fast: export PYTHONDONTWRITEBYTECODE =
 
 test: setup      ## every test that this machine can run; says what it skipped and why
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -186,26 +186,25 @@ Start = Callable[..., Program]
 def thinwire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Starts `thinwire ARGS` as a process. At the end all are killed, and none of their children may be left.
 
-    `before`: a command in front of it (a network namespace), `line`: given to its standard input; `afresh`:
-    it loads everything itself, see `zygote`. Coordinators end with their runs, unless `--linger` says
+    `host`: the network namespace that it is in, `line`: given to its standard input; `afresh`: it loads
+    everything itself, see `zygote`. Coordinators end with their runs, unless `--linger` says
     otherwise.
     """
     started: list[Program] = []
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "home"))  # runs of one name in several tests
 
-    def start(
-        *args: str, before: Sequence[str] = (), line: str | None = None, afresh: bool = False
-    ) -> Program:
+    def start(*args: str, host: str | None = None, line: str | None = None, afresh: bool = False) -> Program:
         if args[:1] == ("coordinator",) and "--linger" not in args:
             args = (*args, "--linger", "0")
         stem = tmp_path / f"process-{len(started)}"
         out, err = stem.with_suffix(".out"), stem.with_suffix(".err")
-        forker = None if before or afresh else zygote()
+        forker = None if afresh else zygote()
         if forker is not None:
-            process = forker.start(args, cwd=tmp_path, env=os.environ, out=out, err=err, line=line)
+            process = forker.start(args, cwd=tmp_path, env=os.environ, out=out, err=err, line=line, host=host)
             started.append(Program(process, out, err))
             return started[-1]
         with out.open("wb") as out_file, err.open("wb") as err_file:
+            before = ["ip", "netns", "exec", host] if host else []
             loading = subprocess.Popen(
                 [*before, sys.executable, "-m", "thinwire.node.cli.main", *args],
                 stdin=subprocess.DEVNULL if line is None else subprocess.PIPE,

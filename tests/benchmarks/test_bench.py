@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from thinwire.compression.errors import ConfigError
+from thinwire.node.bench import join
 from thinwire.node.bench.command import (
     BENCHES,
     bench_command,
@@ -210,9 +211,11 @@ def test_a_picture_that_cannot_be_is_refused_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.swarm
-def test_join_reports_what_a_node_waits_for() -> None:
+def test_join_reports_what_a_node_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(join, "ROUNDS", 10)
     result = run_bench("join", None, n_repeats=1)
     assert result["model_n_bytes"] > 100_000
+    assert result["rounds_behind"] == 10
     for key in ("process_to_first_offer", "open_and_download", "catch_up"):
         assert 0 < result[key]["min_s"] <= result[key]["median_s"] <= result[key]["max_s"]
     per_round_s = result["catch_up"]["median_s"] / result["rounds_behind"]

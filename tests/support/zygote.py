@@ -11,6 +11,7 @@ This file is the program of that process, too, which knows nothing of `tests`.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import json
 import os
@@ -105,12 +106,14 @@ class Zygote:
         script: Path | None = None,
         module: str = MODULE,
         session: bool = False,
+        host: str | None = None,
     ) -> Forked:
         """Runs `thinwire ARGS`, or a Python script or another module with them. `out` begins anew, `err` is
-        appended to; `line` is all of its standard input. `session`: it leads one of its own."""
+        appended to; `line` is all of its standard input. `session`: it leads one of its own. `host`: the
+        network namespace that it is in, as `ip netns` names it."""
         files = {"out": str(out), "err": str(err), "line": line, "cwd": str(cwd)}
         what = {"args": list(args), "script": script and str(script), "module": module}
-        request = {**what, **files, "env": dict(env), "session": session}
+        request = {**what, **files, "env": dict(env), "session": session, "host": host}
         out.write_bytes(b"")
         err.touch()
         assert self._process.stdin is not None
@@ -209,6 +212,8 @@ def _kill(running: set[int]) -> NoReturn:
 
 def _become(request: Mapping[str, Any]) -> None:
     """Runs it. Raises SystemExit with its code."""
+    if request["host"]:
+        _enter(request["host"])
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
@@ -225,6 +230,14 @@ def _become(request: Mapping[str, Any]) -> None:
     else:
         sys.argv = [request["module"], *request["args"]]
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+
+
+def _enter(host: str) -> None:
+    """What `ip netns exec` does to the network; os.setns is younger than Python 3.11."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{host}", "rb") as namespace:
+        if libc.setns(namespace.fileno(), 0x40000000):  # CLONE_NEWNET
+            raise OSError(ctypes.get_errno(), f"setns to {host}")
 
 
 def _open_streams(request: Mapping[str, Any]) -> None:

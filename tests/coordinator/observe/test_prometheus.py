@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.paths import ROOT
 from tests.support.prometheus import Tools, check_conventions, find_tools, queries, value
-from tests.support.small_run import TASK
 from tests.support.waiting import wait_until
 from thinwire.compression.errors import ConfigError
 from thinwire.node.cli.monitor import monitor
@@ -30,13 +30,17 @@ pytestmark = [pytest.mark.swarm, pytest.mark.timeout(500)]
 
 Start = Callable[..., Any]
 
-RUN = f"""
+RUN = """
 [run]
 name = "watched"
 rounds = 100000
 min_peers = 3
 keep = "1GB"
-{TASK}[strategy]
+[task]
+name = "custom"
+layers = 4
+width = 16
+[strategy]
 name = "decoupled"
 lr = 1e-2
 [network]
@@ -131,18 +135,20 @@ def in_a_hurry(folder: Path) -> None:
     alerts.write_text(re.sub(r"for: \d+m", "for: 0s", alerts.read_text()))
 
 
-def test_a_swarm_as_prometheus_sees_it(tools: Tools, thinwire: Start, tmp_path: Path) -> None:
+def test_a_swarm_as_prometheus_sees_it(
+    tools: Tools, thinwire: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No node has a port for metrics; one of them is killed in the end, and the alert fires."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests/chaos"))
+    monkeypatch.setenv("CHAOS_WORK_S", "0.2")  # and leaves the cores to Prometheus
+    task = ("--task", "light_task:make")
     (tmp_path / "run.toml").write_text(RUN)
     port = free_port()
     http = ("--http", f"127.0.0.1:{port}", "--http-token", TOKEN)
-    ticket = thinwire("coordinator", "run.toml", "--host", "127.0.0.1", *http).first_line()
-    join = ("join", ticket, "--threads", "1", "--host", "127.0.0.1")
+    ticket = thinwire("coordinator", "run.toml", "--host", "127.0.0.1", *task, *http).first_line()
+    join = ("join", ticket, *task, "--threads", "1", "--host", "127.0.0.1")
     tracked: dict[int, tuple[str, ...]] = {1: ("--track", "tensorboard")} if find_spec("tensorboard") else {}
-    nodes = [
-        thinwire(*join, "--state", f"node-{i}", *tracked.get(i, ()), before=("nice", "-n", "10"))
-        for i in range(3)
-    ]
+    nodes = [thinwire(*join, "--state", f"node-{i}", *tracked.get(i, ())) for i in range(3)]
     assert fetch(f"http://127.0.0.1:{port}/readyz") == "ready\n"
     with pytest.raises(ConfigError, match="asks for a token"):
         monitor(ticket, None, tmp_path / "watch", None, force=False)

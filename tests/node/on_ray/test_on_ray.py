@@ -35,7 +35,7 @@ from thinwire.node.links.local import local_swarm
 from thinwire.node.on_ray.cluster import NoRoom, PeerGroup, parse_group
 from thinwire.node.runner import Runner
 
-ROUNDS = 30
+ROUNDS = 12
 DECOUPLED = {
     "name": "decoupled",
     "lr": 1e-2,
@@ -65,7 +65,7 @@ def one_thread() -> Iterator[None]:
 
 def run_of(strategy: Mapping[str, Any], **run: Any) -> dict[str, Any]:
     return {
-        "run": {"name": "test", "rounds": ROUNDS, "min_peers": 4, "eval_every": 1000, **run},
+        "run": {"name": "test", "rounds": ROUNDS, "min_peers": 2, "eval_every": 1000, **run},
         "task": {"layers": 1, "width": 16, "heads": 2, "context": 16, "batch": 2, "held_out_bytes": 2048},
         "strategy": dict(strategy),
         "schedule": {"name": "linear", "warmup_rounds": 2, "final_factor": 0.5},
@@ -137,20 +137,18 @@ def train_locally(folder: Path, state: Path) -> tuple[set[str], list[list[tuple[
 
 @pytest.mark.swarm
 @pytest.mark.parametrize("strategy", [DECOUPLED, SPSA], ids=["decoupled", "spsa"])
-def test_four_actors_train_as_four_threads_do(
-    tmp_path: Path, cluster: Any, strategy: Mapping[str, Any]
-) -> None:
+def test_actors_train_as_threads_do(tmp_path: Path, cluster: Any, strategy: Mapping[str, Any]) -> None:
     seen: list[int] = []
     result = train_on_ray(
-        tmp_path, run_of(strategy), num_peers=4, on_status=lambda s, _last: seen.append(s["round"])
+        tmp_path, run_of(strategy), num_peers=2, on_status=lambda s, _last: seen.append(s["round"])
     )
     metrics = result.metrics
     fingerprints = set(metrics["fingerprints"].values())
     assert metrics["rounds"] == ROUNDS == seen[-1]
     assert metrics["strategy"] == strategy["name"]
-    assert metrics["ranks"] == [1, 1, 1, 1]
+    assert metrics["ranks"] == [1, 1]
     assert metrics["faults"] == []
-    assert sorted(metrics["fingerprints"]) == [f"peer-{i}" for i in range(4)]
+    assert sorted(metrics["fingerprints"]) == [f"peer-{i}" for i in range(2)]
     assert len(fingerprints) == 1
     _, _, offers = what_counted(tmp_path / "state")
     is_inline = strategy["name"] == "spsa"
@@ -301,7 +299,7 @@ def test_groups_of_peers_as_they_are_written() -> None:
 
 def test_a_run_that_could_never_begin_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="waits for 4 peers"):
-        train_on_ray(tmp_path, run_of(SPSA), num_peers=3)
+        train_on_ray(tmp_path, run_of(SPSA, min_peers=4), num_peers=3)
     with pytest.raises(ConfigError, match="max_peers"):
         train_on_ray(tmp_path, run_of(SPSA), num_peers=65)
     with pytest.raises(ConfigError, match="job"):
