@@ -56,9 +56,11 @@ class SealsAtOnce:
     seats."""
 
     on_sealed: OnSealed
+    is_over = False
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        self.resting: dict[str, bytes] = {}
 
     def propose(self, body: CommitBody, work: bytes, now_s: float) -> None:
         record, ledger = encode_record(body), self._ledger
