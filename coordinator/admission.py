@@ -14,7 +14,16 @@ from .entry.gate import Gate
 from .entry.rules import EntryRules
 from .ledger import Ledger
 from .protocol.chain import REPAIR_FORK
-from .protocol.messages import INLINE_BYTES, PROTOCOL_VERSION, BadMessage, Hello, Offer, Rejected, digest_of
+from .protocol.messages import (
+    INLINE_BYTES,
+    PROTOCOL_VERSION,
+    AccessEntry,
+    BadMessage,
+    Hello,
+    Offer,
+    Rejected,
+    digest_of,
+)
 
 UPLOADS_PER_ROUND = 4
 """Times `max_payload_bytes` that a peer may upload between two commits (offers are uploaded again after a
@@ -24,7 +33,8 @@ E = TypeVar("E", bound=Exception)
 
 
 class AdmissionControl:
-    """Of one run. `token`: that of its tickets; `banned`: peer ids. `rejected` counts by reason."""
+    """Of one run. `token`: that of its tickets; `banned`: peer ids. `rejected` counts by reason;
+    `access`: see `Gate`."""
 
     def __init__(
         self,
@@ -34,12 +44,13 @@ class AdmissionControl:
         rules: EntryRules,
         wall_ms: Callable[[], int],
         rejected: Counter[Rejected],
+        access: AccessEntry | None = None,
     ) -> None:
         self._ledger = ledger
         self._limits = ledger.genesis.limits
         self._uploaded_bytes: Counter[int] = Counter()
         self.rejected = rejected
-        self.gate = Gate(ledger, token, banned, rules, wall_ms, self.rejected)
+        self.gate = Gate(ledger, token, banned, rules, wall_ms, self.rejected, access)
 
     def refused(self, reason: Rejected, error: E) -> E:
         """Counts the reason; the caller raises what it gets back."""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from ..compression.errors import SwarmUnreachable
 from .protocol.messages import Commit, Follow, Hello
 from .protocol.streams import COMMITS_FROM_NODE, BadFrame, Stream
-from .service import Service
 
 STALL_S = 10.0
 """A node that sends nothing for this long is not waited for any longer."""
@@ -24,8 +24,19 @@ _AT_ONCE = 64
 _BYTES_AT_ONCE = 16 * 2**20
 
 
+class Adopter(Protocol):
+    """A service, or a seat that waits for lost records: see the methods of `Service`."""
+
+    @property
+    def head(self) -> int: ...
+    def lacks(self, hello: Hello) -> bool: ...
+    def hold(self) -> None: ...
+    def adopt(self, commits: Sequence[Commit]) -> None: ...
+    def go_on(self, now_s: float) -> None: ...
+
+
 async def adopt(
-    service: Service, stream: Stream, hello: Hello, adopted: Callable[[], None], stall_s: float = STALL_S
+    service: Adopter, stream: Stream, hello: Hello, adopted: Callable[[], None], stall_s: float = STALL_S
 ) -> None:
     """Returns when the service has what the node said that it has. One adoption at a time.
 

@@ -169,6 +169,12 @@ class DerivedState:
         for peer in back:
             self.page_history.happened(body.time_ms, "joined", f"{self._name(peer)} again, after its term")
 
+    @property
+    def last_ms(self) -> int:
+        """When the newest record was made, by the clock of whoever proposed it: no later one says less."""
+        last_ms = self.statistics.last_commit_ms
+        return self._ledger.genesis.time_ms if last_ms is None else last_ms
+
     def history(self) -> bytes:
         """What only this process has seen of the run; small."""
         return self.page_history.saved(self._ledger.run_id.hex(), self.statistics.saved_traffic())

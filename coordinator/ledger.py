@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 
@@ -39,6 +39,9 @@ CREATE TABLE held_out (round INTEGER PRIMARY KEY, loss REAL NOT NULL);
 _EVALUATION = """
 CREATE TABLE IF NOT EXISTS evaluation (round INTEGER NOT NULL, name TEXT NOT NULL, value REAL NOT NULL)
 """
+
+MAX_NOTED = 1000
+"""Evaluations that are looked through for one that is known; `note_evaluation` knows all."""
 
 _WORK = "CREATE TABLE IF NOT EXISTS work (digest BLOB PRIMARY KEY, signatures BLOB NOT NULL) WITHOUT ROWID"
 
@@ -84,6 +87,11 @@ class Ledger:
     def committee(self) -> Committee:
         """That seals the next record."""
         return self._chain.committee
+
+    @property
+    def recovery(self) -> bytes:
+        """Digest of the key that may name another committee; b"": there is none."""
+        return self._chain.recovery
 
     @property
     def invited(self) -> Invited:
@@ -256,6 +264,21 @@ class Ledger:
         if most is None or len(found) <= most:
             return found
         return [found[i * (len(found) - 1) // (most - 1)] for i in range(most)]
+
+    def note_measured(
+        self, held_out: Iterable[tuple[int, float]], evaluations: Iterable[tuple[int, Mapping[str, float]]]
+    ) -> dict[int, float]:
+        """What another coordinator has noted, at once; the first of a round stands. Returns the held-out
+        losses that are new."""
+        losses = dict(held_out)
+        new = {round_: losses[round_] for round_ in losses.keys() - dict(self.held_out())}
+        if new:
+            with self._db:
+                self._db.executemany("INSERT OR IGNORE INTO held_out VALUES (?, ?)", sorted(new.items()))
+        found = dict(evaluations)
+        for round_ in found.keys() - dict(self.evaluations(MAX_NOTED) if found else ()):
+            self.note_evaluation(round_, found[round_])
+        return new
 
     def note_evaluation(self, round_: int, figures: Mapping[str, float]) -> bool:
         """Keeps the first evaluation of a round; False: there was one."""

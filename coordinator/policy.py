@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Literal
@@ -60,6 +60,23 @@ class OfferTimes:
     def __init__(self) -> None:
         self._by_round: dict[int, dict[int, Measured]] = {}
         self._late_s: deque[float] = deque(maxlen=EVALUATIONS)
+
+    @property
+    def late_s(self) -> tuple[float, ...]:
+        """How much later those offered that had to evaluate, the last ones."""
+        return tuple(self._late_s)
+
+    def measured(self) -> Iterator[tuple[int, int, Measured]]:
+        """All of it: round, peer and what was measured, in the order of rounds."""
+        for round_, by_peer in sorted(self._by_round.items()):
+            for peer, measured in by_peer.items():
+                yield round_, peer, measured
+
+    def restore(self, measured: Iterable[tuple[int, int, Measured]], late_s: Iterable[float]) -> None:
+        """What `measured` and `late_s` gave, perhaps of another coordinator's rounds."""
+        for round_, peer, one in measured:
+            self._note(round_, peer, one)
+        self._late_s.extend(late_s)
 
     def record(self, round_: int, peer: int, time_s: float, n_samples: int = 1) -> None:
         """The offer was eligible `time_s` seconds after its round had opened."""

@@ -127,6 +127,10 @@ class Reports:
             self.acknowledged.add(peer)
         return differ
 
+    def has_evaluator(self, round_: int) -> bool:
+        """Whether a peer was named to evaluate the weights after that round."""
+        return round_ in self._evaluators
+
     def note_evaluation(self, evaluation: Evaluation) -> None:
         """Takes what an evaluation of a committed round's weights has given, or why it failed."""
         round_, figures = evaluation.round, {f.name: f.value for f in evaluation.figures}

@@ -71,8 +71,7 @@ class PayloadRetention:
         return max(self._released, next(reversed(self._missing.values()), 0))
 
     def missing(self) -> dict[bytes, int]:
-        """Payloads that should be here and are not, by the newest round that counts each; the oldest
-        first."""
+        """Payloads that should be here and are not, by the newest round that counts each, in order."""
         return dict(self._missing)
 
     def recall(self, body: CommitBody) -> None:

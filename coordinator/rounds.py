@@ -135,7 +135,8 @@ class Rounds:
     `head`: the newest committed round. `training` and `evaluator` are what a restart recalls. `eval_every`
     0: nobody evaluates.
 
-    `n_rounds` and `is_paused` are the ledger's; `has_begun`: whether a round has been trained, None: any.
+    `times`, `attendance`: of rounds before, as another coordinator saw them. `n_rounds` and `is_paused` are
+    the ledger's; `has_begun`: whether a round has been trained, None: any.
     """
 
     def __init__(
@@ -152,6 +153,8 @@ class Rounds:
         training: Iterable[int] = (),
         evaluator: int | None = None,
         evaluates: int | None = None,
+        times: OfferTimes | None = None,
+        attendance: Attendance | None = None,
         now_s: float,
     ) -> None:
         self._min_peers, self._eval_every = min_peers, eval_every
@@ -165,7 +168,7 @@ class Rounds:
         self.training = set(training)
         self.expected: set[int] = set()
         self.opened_s: float | None = None
-        self.times = OfferTimes()
+        self.times = times or OfferTimes()
         self.is_held = False
         """While it is set no round closes, whatever comes in."""
         self._closing: _Closing | None = None
@@ -174,7 +177,7 @@ class Rounds:
         self._opening: frozenset[int] = frozenset()
         self._offers: dict[int, _Kept] = {}
         self._hung: set[int] = set()
-        self.attendance = Attendance()
+        self.attendance = attendance or Attendance()
         self._pasts: dict[int, _Past] = {}
         self._goal: Limit | None = None
         """What `fastest` has chosen for the open round."""

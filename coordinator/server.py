@@ -8,16 +8,20 @@ import shutil
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..compression.errors import LedgerCorrupt, ThinwireError
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from ..compression.errors import ConfigError, LedgerCorrupt, ThinwireError
+from .admission import AdmissionControl
 from .blobs import BlobStore
 from .control.door import Door
 from .control.orders import CheckStrategy, Order, Ordered, no_strategy
 from .entry.guard import guard, save_address
-from .last_snapshot import LastSnapshot, leaves_room
+from .last_snapshot import LastSnapshot, Wanted, leaves_room
 from .ledger import Ledger
 from .observe.metrics import with_trust
 from .protocol.addresses import HttpAddress
@@ -28,6 +32,14 @@ from .protocol.settings import Keep, parse_settings
 from .protocol.streams import BLOB, Meter, Stream
 from .protocol.ticket import Ticket
 from .protocol.transport import Transport
+from .quorum.log import Log
+from .quorum.recollection import Recollection
+from .seats.elsewhere import ElsewhereServer
+from .seats.hosting import Hosting
+from .seats.plan import SeatPlan
+from .seats.reception import Reception
+from .seats.recovering import Returns, check_key, recovery_record
+from .seats.ticket import FILE_NAME, keep_ticket
 from .seats.watchers import Watchers, WhoLeads
 from .service import Service
 from .state import StateDir
@@ -39,6 +51,7 @@ SILENT_SESSION_S = 30.0
 """A session without a byte for this long, and for three times the run's own limit, is closed."""
 
 HISTORY_EVERY_S = 10.0
+LOOK_EVERY_S = 1.0
 OPEN_TIMEOUT_S = 10.0
 
 
@@ -68,9 +81,11 @@ class CoordinatorServer:
         check_strategy: CheckStrategy = no_strategy,
         keeps_last_snapshot: bool = False,
         loss_unit: str | None = None,
+        seats: SeatPlan | None = None,
     ) -> None:
         """`keep`: None: what the state folder says. `check_strategy`: of what the run's owner changes;
         `keeps_last_snapshot`: for those who join or export when the run is over and its nodes are gone.
+        `seats`: this coordinator is one seat of several, or is to be; None: it orders the run alone.
 
         Raises ConfigError or LedgerCorrupt."""
         self._state, self._host_ip, self._port, self._announce = state, host, port, tuple(announce)
@@ -86,31 +101,34 @@ class CoordinatorServer:
             self.ledger = Ledger.open(state.ledger_path, self._key.public_key())
         else:
             self.ledger = Ledger.create(state.ledger_path, genesis, self._key)
-        self.service = self._new_service()
         self._history = _History(state)
         self._settings = parse_settings(self.ledger.genesis.config)
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         self.meter = Meter()
+        me = peer_id_of(self._key.public_key())
         self.watchers = Watchers(
-            WhoLeads(peer_id_of(self._key.public_key())),
-            lambda: self.ledger.head_round,
-            self._settings.network.heartbeat_s,
+            WhoLeads(me), lambda: self.ledger.head_round, self._settings.network.heartbeat_s
         )
-        self._stream_server = StreamServer(
-            self.service,
-            self.blobs,
-            meter=self.meter,
-            changed=self._soon,
-            failed=self._fail,
-            status=self.status,
-            waits=waits,
-            watchers=self.watchers,
-        )
-        self._door = Door(
-            state.path, self._order, self._is_ordered, lambda: self.service.count_rejected("message")
-        )
+        self._waits = waits
+        self._reception = Reception()
+        self._reign: Service | None = None
+        self._stream_server: StreamServer | None = None
+        self._farewells: set[asyncio.Task[None]] = set()
+        self._seat: Hosting | None = None
+        self._returns: Returns | None = None
+        if seats is None and not self.ledger.committee.is_only(me):
+            seats = SeatPlan.of(state.path)
+        if seats is None:
+            self._serve_run(self._new_service(), lambda _peer_id: False)
+        else:
+            who = self.watchers.who
+            self._seat = Hosting(
+                self, state, self.ledger, self._key, self.blobs, who, self.meter, seats, self._keep
+            )
+            self._serve_elsewhere()
+        self._door = Door(state.path, self._order, self._is_ordered, self._count_bad_order)
         self._last_snapshot = LastSnapshot(
-            self.blobs, self.service.last_snapshot, self._open_stream_to, self._has_room
+            self.blobs, self._wanted_snapshot, self._open_stream_to, self._has_room
         )
         self._keeps_last_snapshot = keeps_last_snapshot
         self._done: asyncio.Future[None] | None = None
@@ -125,8 +143,118 @@ class CoordinatorServer:
         self.http: HttpAddress | None = None
         """Where this coordinator is served over HTTP, too: told to those who ask for the status."""
 
-    def _new_service(self) -> Service:
-        """Raises ConfigError."""
+    @property
+    def reign(self) -> Service | None:
+        """See `hosting.Reigns`, also for the two below. None: another seat leads."""
+        return self._reign
+
+    @property
+    def service(self) -> Service:
+        """Of who leads. Raises ConfigError: another seat does."""
+        if self._reign is None:
+            leader = self.watchers.who.now.leader
+            who = f"coordinator {leader} leads" if leader is not None else "no coordinator leads now"
+            raise ConfigError(f"{who}: ask there, this one follows")
+        return self._reign
+
+    def begin_reign(self, log: Log, recollection: Recollection, held: Callable[[bytes], bool]) -> None:
+        assert self._seat is not None
+        service = self._new_service(log=log, recollection=recollection, held=held)
+        self._serve_run(service, self._seat.council.knows)
+        self._soon()
+
+    def end_reign(self, why: str) -> None:
+        service, stream_server = self._reign, self._stream_server
+        self._reign = self._stream_server = None
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
+        self._serve_elsewhere()
+        if service is not None:
+            self._door.reign_ended(service.proposed)
+        if stream_server is not None:
+            farewell = asyncio.create_task(stream_server.step_down())
+            self._farewells.add(farewell)
+            farewell.add_done_callback(self._farewells.discard)
+
+    def followed(self, round_: int) -> None:
+        """See `hosting.Reigns`."""
+        self._door.committed(round_)
+        self._last_snapshot.wake()
+
+    def renewed(self) -> None:
+        """See `hosting.Reigns`."""
+        if self._transport is not None:
+            self._save_tickets()
+            self.on_new_ticket()
+        if self._reign is None:
+            self._serve_elsewhere()
+
+    async def recover(self, key: Ed25519PrivateKey, wait_s: float) -> None:
+        """Goes on alone, by a record that the run's recovery key signs, upon the newest round that this seat,
+        others or nodes have, which are waited for. Raises ConfigError: that is not the key, or nothing is to
+        be recovered."""
+        seat = self._seat
+        if seat is None or self.ledger.committee.is_only(seat.council.me):
+            _log.info("nothing is to be recovered: this coordinator orders the run alone")
+            return
+        check_key(self.ledger, key)
+        self._returns = Returns(self.ledger, self._adopted)
+        if self._reign is None:
+            self._serve_elsewhere()
+        _log.warning(
+            "asking nodes and other coordinators for newer rounds than %d, for %.0f s", self.head, wait_s
+        )
+        await asyncio.sleep(wait_s)
+        self._returns = None
+        leader = seat.council.seat.leader
+        if leader is not None:
+            raise ConfigError(f"nothing is to be recovered: coordinator {leader} leads, with a majority")
+        seat.council.recover(recovery_record(self.ledger, key, [seat.here]))
+
+    def _adopted(self) -> None:
+        """Nodes have given rounds back."""
+        assert self._seat is not None
+        _log.info("got rounds back from a node: round %d is the newest", self.head)
+        self._seat.adopted()
+
+    def _serve_run(self, service: Service, is_seat: Callable[[str], bool]) -> None:
+        self._reign = service
+        self._stream_server = StreamServer(
+            service,
+            self.blobs,
+            meter=self.meter,
+            changed=self._soon,
+            failed=self._fail,
+            status=self.status,
+            waits=self._waits,
+            watchers=self.watchers,
+            is_seat=is_seat,
+        )
+        self._reception.hand_to(self._stream_server.handlers)
+
+    def _serve_elsewhere(self) -> None:
+        """Another seat leads, or none."""
+        assert self._seat is not None
+        state = self._state
+        admission = AdmissionControl(
+            self.ledger, self._token, state.banned(), state.rules(), _wall_ms, Counter()
+        )
+        elsewhere = ElsewhereServer(
+            self.ledger,
+            self.blobs,
+            admission,
+            self.watchers,
+            self.meter,
+            status=self.status,
+            failed=self._fail,
+            waits=self._waits,
+            is_seat=self._seat.council.knows,
+        )
+        elsewhere.returns = self._returns
+        self._reception.hand_to(elsewhere.handlers)
+
+    def _new_service(self, **order: Any) -> Service:
+        """`order`: how its records are ordered; nothing: alone. Raises ConfigError."""
         return Service(
             ledger=self.ledger,
             blobs=self.blobs,
@@ -136,13 +264,14 @@ class CoordinatorServer:
             on_commit=self._committed,
             end=self._end,
             now_s=time.monotonic(),
-            wall_ms=lambda: time.time_ns() // 10**6,
+            wall_ms=_wall_ms,
             history=self._state.history(),
             banned=self._state.banned(),
             rules=self._state.rules(),
             check_strategy=self._check_strategy,
             loss_unit=self._loss_unit,
             keep=self._keep,
+            **order,
         )
 
     # ------------------------------------------------------------------------------------ start and stop
@@ -158,6 +287,8 @@ class CoordinatorServer:
         self._tasks = [asyncio.create_task(one) for one in work]
         if self._keeps_last_snapshot:
             self._tasks.append(asyncio.create_task(self._last_snapshot.keep()))
+        if self._seat is not None:
+            self._tasks.append(asyncio.create_task(self._await_the_end(self._seat)))
         self._tick()
 
     @property
@@ -169,13 +300,35 @@ class CoordinatorServer:
             addresses=self._transport.addresses,
             run_id=self.ledger.run_id,
             token=self._token,
+            others=() if self._seat is None else self._seat.others(),
         )
+
+    @property
+    def seat_ticket(self) -> Path | None:
+        """Where the secret ticket for other seats is kept; None: this coordinator is alone."""
+        return None if self._seat is None else self._state.path / FILE_NAME
+
+    @property
+    def head(self) -> int:
+        """The newest round."""
+        return self.ledger.head_round
+
+    @property
+    def is_over(self) -> bool:
+        """The last round is committed."""
+        if self._reign is not None:
+            return self._reign.is_over
+        return self._seat is not None and self._seat.is_over
+
+    @property
+    def _is_finished(self) -> bool:
+        return self._reign.finished if self._reign is not None else self.is_over
 
     async def run_until_finished(self) -> None:
         """Returns when the last round is acknowledged. Raises what made the server fail. May be called again:
         a run that was made longer ends once more."""
         assert self._done is not None, "the server is not started"
-        if self._done.done() and self._done.exception() is None and not self.service.finished:
+        if self._done.done() and self._done.exception() is None and not self._is_finished:
             self._done = asyncio.get_running_loop().create_future()
         await asyncio.shield(self._done)
 
@@ -186,15 +339,19 @@ class CoordinatorServer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._is_stopped = True
         await self._door.close()
-        await self._stream_server.close(
-            over_text(self.service.head) if self.service.is_over else "the coordinator was stopped"
-        )
+        if self._stream_server is not None:
+            await self._stream_server.close(
+                over_text(self.head) if self.is_over else "the coordinator was stopped"
+            )
+        if self._seat is not None:
+            await self._seat.council.close()
+        await asyncio.gather(*self._farewells)
         if self._transport is not None:
             await self._transport.close()
             self._transport = None
         if self._tick_timer is not None:
             self._tick_timer.cancel()
-        self._history.save(self.service.history())
+        self._save_history()
         self.ledger.close()
         if self._done is not None:
             self._done.cancel()
@@ -206,13 +363,13 @@ class CoordinatorServer:
 
     def scraped(self) -> list[str]:
         """Peers whose metrics are to be asked for."""
-        return self.service.scraped(time.monotonic())
+        return [] if self._reign is None else self._reign.scraped(time.monotonic())
 
     async def metrics_of(self, peer_id: str) -> bytes:
         """A node's metrics and what is known of it here, in Prometheus' text format. Raises KeyError for
         somebody who was never admitted, `metrics_requests.Unanswered` for a peer that is not there or does
         not answer."""
-        if not self.service.is_admitted(peer_id):
+        if self._stream_server is None or not self.service.is_admitted(peer_id):
             raise KeyError(peer_id)
         said = await self._stream_server.metrics_of(peer_id)
         peer = self.service.peer(peer_id, time.monotonic())
@@ -223,29 +380,53 @@ class CoordinatorServer:
         compares before it joins."""
         traffic = {"sent_bytes": dict(self.meter.sent), "received_bytes": dict(self.meter.received)}
         here = {
+            "seat": self.watchers.who.figures(peer_id_of(self._key.public_key()), self.ledger.head_round, 0),
             "protocol": PROTOCOL_VERSION,
-            "time_ms": time.time_ns() // 10**6,
+            "time_ms": _wall_ms(),
             "coordinator": traffic,
             "disk_free_bytes": _free_bytes(self._state.path),
             "http": None if self.http is None else _told(self.http),
         }
-        return {**self.service.status(time.monotonic()), **here}
+        if self._seat is None:
+            return {**self.service.status(time.monotonic()), **here}
+        run = self._seat.view() if self._reign is None else self._reign
+        return {**run.status(time.monotonic()), **here, "seat": self._seat.status()}
 
     def _has_room(self, n_bytes: int) -> bool:
         """For the last snapshot: in the quota, and on the disk."""
-        return self.service.has_room(n_bytes) and leaves_room(n_bytes, _free_bytes(self._state.path))
+        return (
+            self._reign is not None
+            and self._reign.has_room(n_bytes)
+            and leaves_room(n_bytes, _free_bytes(self._state.path))
+        )
 
     def look(self, since: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """For the page: how things are, and the points of its charts that have changed since that stamp."""
-        return self.service.overview(time.monotonic()), self.service.trend(since)
+        run = self._seat.view() if self._seat is not None and self._reign is None else self.service
+        return run.overview(time.monotonic()), run.trend(since)
+
+    def _wanted_snapshot(self) -> Wanted | None:
+        return None if self._reign is None else self._reign.last_snapshot()
+
+    def _count_bad_order(self) -> None:
+        if self._reign is not None:
+            self._reign.count_rejected("message")
 
     async def _listen(self) -> None:
         self._transport = await self._start_transport(
             self._key, host=self._host_ip, port=self._port, announce=self._announce
         )
         self._port = self._transport.port
+        await self._reception.open_on(self._transport)
+        if self._seat is not None:
+            await self._seat.council.open_on(self._transport)
+        self._save_tickets()
+
+    def _save_tickets(self) -> None:
+        """Those that are made from the state folder need to know where this coordinator is reached."""
         save_address(self._state, self.ticket)
-        await self._stream_server.open_on(self._transport)
+        if self._seat is not None:
+            keep_ticket(self._state.path, self._seat.ticket(self._token))
 
     async def _open_stream_to(self, peer_id: str) -> Stream:
         """For blobs, to a connected peer. Raises SwarmUnreachable."""
@@ -274,55 +455,63 @@ class CoordinatorServer:
     # ------------------------------------------------------------------------------------- the service's side
 
     def _committed(self, round_: int) -> None:
-        self._stream_server.wake()
+        if self._stream_server is not None:
+            self._stream_server.wake()
         self._door.committed(round_)
         self._last_snapshot.wake()
 
     def _order(self, order: Order) -> Ordered:
         """Raises ConfigError or LedgerCorrupt."""
+        service = self.service
         if order.is_guarding:
             return self._guard(order)
         try:
-            ordered = self.service.order(order, time.monotonic())
+            ordered = service.order(order, time.monotonic())
         except sqlite3.Error as e:
             raise LedgerCorrupt(f"the ledger cannot be written: {e}") from e
-        if self._done is not None and _is_result(self._done) and not self.service.finished:
+        if self._done is not None and _is_result(self._done) and not service.finished:
             self._done = asyncio.get_running_loop().create_future()  # it goes on
         self._soon()
         return ordered
 
     def _guard(self, order: Order) -> Ordered:
         """Who may come in: holds at once. Raises ConfigError."""
-        told = guard(self._state, order)
+        told = guard(self._state, order, self.service.access)
         self._token = self._state.token()
-        self.service.guard(self._state.banned(), self._token, told, time.monotonic())
+        ordered = self.service.guard(self._state.banned(), self._token, told, time.monotonic())
         if order.what == "rotate-token":
             self.on_new_ticket()
         self._soon()
-        return Ordered(0, told, (), is_done=True)
+        return ordered
 
     def _is_ordered(self, ordered: Ordered) -> bool:
         """Whether the record that was to carry the changes does so."""
-        commit = next(iter(self.service.commits(ordered.round - 1, 1)), None)
-        return commit is not None and set(ordered.changes) <= set(commit.body.changes)
+        commit = next(iter(self.ledger.commits(ordered.round - 1, 1)), None)
+        return commit is not None and ordered.is_in(commit.body)
 
     def _send(self, peer_id: str, message: Message) -> None:
-        self._stream_server.send(peer_id, message)
+        if self._stream_server is not None:
+            self._stream_server.send(peer_id, message)
 
     def _end(self, peer_id: str, why: ThinwireError) -> None:
-        self._stream_server.end(peer_id, why)
+        if self._stream_server is not None:
+            self._stream_server.end(peer_id, why)
 
     def _tick(self) -> None:
         """Lets the service's time pass, now and when it wants it again."""
         if self._tick_timer is not None:
             self._tick_timer.cancel()
-        now_s = time.monotonic()
+        service, now_s = self._reign, time.monotonic()
+        if service is None:
+            return
         try:
-            again_s = self.service.tick(now_s)
+            again_s = service.tick(now_s)
         except sqlite3.Error as e:
             self._fail(LedgerCorrupt(f"the ledger cannot be written: {e}"))
             return
-        if self.service.finished and self._done is not None and not self._done.done():
+        if self._seat is not None and not self._seat.settled():
+            return
+        if service.finished and self._done is not None and not self._done.done():
             self._done.set_result(None)
         loop = asyncio.get_running_loop()
         self._tick_timer = loop.call_later(max(0.001, again_s - now_s), self._tick)
@@ -335,24 +524,42 @@ class CoordinatorServer:
             self._tick_timer.cancel()
         self._tick_timer = asyncio.get_running_loop().call_later(0, self._tick)
 
+    def _save_history(self) -> None:
+        if self._reign is not None:
+            self._history.save(self._reign.history())
+
+    async def _await_the_end(self, seat: Hosting) -> None:
+        """Of a run that another seat leads: once that one has nobody to wait for any more."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if self._reign is None and seat.may_go and self._done is not None and not self._done.done():
+                self._done.set_result(None)
+
     async def _keep_history(self) -> None:
         """What the page shows outlives this process, but for the last seconds before a crash."""
         while True:
             await asyncio.sleep(HISTORY_EVERY_S)
-            await asyncio.to_thread(self._history.save, self.service.history())
+            if self._reign is not None:
+                await asyncio.to_thread(self._history.save, self._reign.history())
 
     async def _beat(self) -> None:
         """Heartbeats to every node."""
         while True:
             await asyncio.sleep(self._settings.network.heartbeat_s)
             sent, received = self.meter.totals()
+            if self._stream_server is None:
+                continue
             beat = Heartbeat(
-                round=self.service.head,
+                round=self.head,
                 sent_bytes=sent,
                 received_bytes=received,
                 payload_bytes=self.meter.received["payload"],
             )
             self._stream_server.beat(beat, self._silence_limit_s)
+
+
+def _wall_ms() -> int:
+    return time.time_ns() // 10**6
 
 
 def _free_bytes(folder: Path) -> int | None:

@@ -21,6 +21,7 @@ from .blobs import BlobStore
 from .control.orders import CheckStrategy, Order, Ordered, Place, no_strategy
 from .control.pending import PendingChanges
 from .derived_state import DerivedState, Recalled
+from .entry.attendance import Attendance
 from .entry.gate import BANNED
 from .entry.rules import OPEN, EntryRules
 from .last_snapshot import Wanted
@@ -44,11 +45,14 @@ from .peers import Peers
 from .protocol.figures import counted
 from .protocol.identity import peer_id_of
 from .protocol.messages import (
+    MAX_LISTED,
     READER,
+    AccessEntry,
     Audit,
     BadMessage,
     Commit,
     CommitBody,
+    CommitteeEntry,
     Evaluation,
     Heartbeat,
     Hello,
@@ -65,6 +69,8 @@ from .protocol.schedule import lr_factor_bits
 from .protocol.settings import KEEP_SNAPSHOTS, Course, Keep
 from .protocol.trust.signed_offers import is_signed
 from .quorum.log import Alone, Log
+from .quorum.memory import Memory, memory_of
+from .quorum.naming import check_committee
 from .quorum.recollection import Recollection
 from .rounds import Excused, RoundClosed, Rounds
 from .trust.sentences import Sentences
@@ -126,12 +132,13 @@ class Service:
         self._settings = Course.of(ledger.genesis.config).settings
         self._pending, self._keep = PendingChanges(check_strategy), keep
         self._held = held
-        if peer_id_of(key.public_key()) not in ledger.committee.seats:
+        if peer_id_of(key.public_key()) not in (ledger.genesis.coordinator, *ledger.committee.seats):
             raise ConfigError("this key is not the one that the run was started with, nor a seat's")
         self._loss_unit = loss_unit or self._settings.task.loss_unit
         self._recollection = recollection or Recollection(ledger, blobs, keep, history)
         rejected = self._recollection.rejected
-        self._admission = AdmissionControl(ledger, token, banned, rules, wall_ms, rejected)
+        access = self._recollection.derived.access
+        self._admission = AdmissionControl(ledger, token, banned, rules, wall_ms, rejected, access)
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._counters = Counters()
@@ -146,7 +153,8 @@ class Service:
         announcer = Announcer(self._send_to, ledger.peer_id)
         notices = Notices(announcer, members, names, derived.page_history, self._wall_ms, now_s)
         sentences = Sentences(derived.standing, announcer, names)
-        rounds = _rounds(derived.course, ledger, past, now_s)
+        rounds = open_rounds(derived.course, ledger, past, self._recollection.take_memory(), now_s)
+        rounds.is_held = self._log.is_over
         rounds.condemn(derived.standing.condemned_in(ledger.head_round + 1))
         open_round = OpenRound(
             rounds,
@@ -313,12 +321,12 @@ class Service:
     def go_on(self, now_s: float) -> None:
         """Rounds close again. If there are adopted commits, it is as after a restart."""
         n_adopted, self._n_adopted = self._n_adopted, 0
-        self._parts.rounds.is_held = False
+        self._parts.rounds.is_held = self._log.is_over
         if n_adopted:
             back = counted(n_adopted, "commit")
             log.warning("got %s back from a node: round %d is the newest", back, self.head)
             self._admission.new_round()
-            self._pending.take()
+            self._pending.take(None)
             self._recollection = Recollection(
                 self._ledger, self._blobs, self._keep, self.history(), self._admission.rejected
             )
@@ -334,28 +342,88 @@ class Service:
     def order(self, order: Order, now_s: float) -> Ordered:
         """Changes the run for everybody: with the record that closes the open round, or, where nobody works
         on one, with a record of its own at once. Raises ConfigError for what is refused."""
-        rounds = self._parts.rounds
-        if self._n_adopted or rounds.is_held:
-            raise ConfigError("the coordinator is getting lost rounds back from a node: try again soon")
-        if self._proposed is not None:  # what is proposed cannot change any more
-            place, course = self._place_after(self._proposed.body)
-            ordered = self._pending.add(order, course, place)
-        else:
-            place = Place(rounds.round, not rounds.is_awaited, rounds.is_over)
-            ordered = self._pending.add(order, self.course, place)
-            if place.is_alone:
-                self._commit_changes(now_s)
-            else:
-                self._plan()
+        place, course = self._place()
+        ordered = self._pending.add(order, course, place)
+        self._go(place, now_s)
         log.info("round %d: %s", ordered.round, "; ".join(ordered.told))
         return ordered
 
-    def guard(self, banned: frozenset[str], token: str, told: Sequence[str], now_s: float) -> None:
+    def _place(self) -> tuple[Place, Course]:
+        """Where an order goes that comes now, and what holds then. Raises ConfigError."""
+        if self._log.is_over:
+            raise ConfigError("this coordinator does not lead any more: say it to the one that does")
+        if self._n_adopted or self._parts.rounds.is_held:
+            raise ConfigError("the coordinator is getting lost rounds back from a node: try again soon")
+        rounds = self._parts.rounds
+        if self._proposed is not None:  # what is proposed cannot change any more
+            return self._place_after(self._proposed.body)
+        return Place(rounds.round, not rounds.is_awaited, rounds.is_over), self.course
+
+    def _go(self, place: Place, now_s: float) -> None:
+        """What waits goes into its record, now or when the open round closes."""
+        if self._proposed is None and place.is_alone:
+            self._commit_changes(now_s)
+        elif self._proposed is None:
+            self._plan()
+
+    def name_committee(self, entry: CommitteeEntry, now_s: float) -> Ordered:
+        """Who orders the run from the next round on, by the next record. If that are others, too, this reign
+        ends with it. The first one also says who may come in, so that all seats know. Raises ConfigError."""
+        derived = self._parts.derived
+        check_committee(entry, self._ledger.committee, derived.recovery)
+        place, _ = self._place()
+        self._pending.committee = entry
+        if derived.access is None:
+            self._pending.access = self._admission.gate.access
+        self._go(place, now_s)
+        names = ", ".join(seat.peer_id for seat in entry.seats)
+        told = (f"the coordinators are {names}; {entry.need} of {len(entry.seats)} must sign",)
+        return Ordered(place.round, told, (), committee=entry)
+
+    def reseat(self, seat: str, nonce: bytes, now_s: float) -> None:
+        """A seat that has lost its votes, and is up to date, need not rest any more; see `Log.resting`, whose
+        seats are named without being asked for. Raises ConfigError."""
+        place, _ = self._place()
+        if self._parts.derived.committee is None or seat not in self._ledger.committee.seats:
+            raise ConfigError(f"{seat} is no seat of the committee")
+        self._pending.reseat[seat] = nonce
+        self._go(place, now_s)
+
+    @property
+    def access(self) -> AccessEntry | None:
+        """Who may come in, as the ledger or the next record has it; None: it is this seat's own matter."""
+        proposed = None if self._proposed is None else self._proposed.body.access
+        return self._pending.access or proposed or self._parts.derived.access
+
+    def guard(
+        self,
+        banned: frozenset[str],
+        token: str,
+        told: Sequence[str],
+        now_s: float,
+        rules: EntryRules | None = None,
+    ) -> Ordered:
         """Who may come in has changed, in these words. Sessions of those who are banned now end, and nobody
-        waits for them."""
+        waits for them. Where the ledger tells who may come in, the next record does. Raises ConfigError, with
+        nothing changed."""
         gate = self._admission.gate
+        is_shared = self.access is not None
+        if is_shared and len(banned) > MAX_LISTED:
+            raise ConfigError(f"{len(banned)} peers would be banned, a record has room for {MAX_LISTED}")
+        place = self._place()[0] if is_shared else None
         new, gate.banned = banned - gate.banned, banned
         gate.change_token(token)
+        if rules is not None:
+            gate.change_rules(rules)
+        self._guarded(new, told, now_s)
+        if place is None:
+            return Ordered(0, tuple(told), (), is_done=True)
+        self._pending.access = gate.access
+        self._go(place, now_s)
+        return Ordered(place.round, tuple(told), (), access=gate.access)
+
+    def _guarded(self, new: frozenset[str], told: Sequence[str], now_s: float) -> None:
+        """`new`: who is banned from now on."""
         for text in told:
             self._parts.notices.guarded(text)
         for peer_id in sorted(new):
@@ -415,7 +483,10 @@ class Service:
         self._parts.open_round.handle(TimePassed(), now_s)
         parts = self._parts
         parts.notices.lines.flush()
-        is_free = not (parts.rounds.is_held or parts.rounds.is_awaited or parts.rounds.is_closing)
+        rounds = parts.rounds
+        if self._log.resting and not (rounds.is_held or rounds.is_closing or rounds.is_over):
+            self._pending.reseat.update(self._log.resting)
+        is_free = not (rounds.is_held or rounds.is_awaited or rounds.is_closing)
         if self._pending and is_free:
             self._commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
         parts.announcer.tell(parts.members.connected(), parts.open_round.offers.fetchable())
@@ -490,6 +561,11 @@ class Service:
         """What only this process has seen of the run, to be kept over a restart; small."""
         return self._parts.view.history()
 
+    def memory(self) -> bytes:
+        """What only a leader has seen and its successor wants to know, see `Recollection.remember`; some 100
+        kB, at most MAX_MEMORY_BYTES."""
+        return memory_of(self._ledger, self._parts.derived, self._parts.rounds)
+
     # ---------------------------------------------------------------------------------------- the parts
 
     def _handle_member(self, event: MembershipEvent, now_s: float) -> None:
@@ -553,9 +629,9 @@ class Service:
     ) -> CommitBody:
         """The next record. Takes out the reports and the changes that it carries. `work`: the signatures of
         the peers' offers."""
-        changes = self._pending.take()
-        course = self.course.after(changes)
         derived = self._parts.derived
+        taken = self._pending.take(derived.committee)
+        course = self.course.after(taken.changes)
         reports, snapshots = derived.reports.take()
         return CommitBody(
             round=round_,
@@ -566,10 +642,13 @@ class Service:
             reports=reports,
             snapshots=snapshots,
             evaluator=evaluator,
-            time_ms=self._wall_ms(),
-            changes=changes,
+            time_ms=max(self._wall_ms(), derived.last_ms),
+            changes=taken.changes,
             audits=derived.audits.take(),
             work=digest_of(work) if work else b"",
+            committee=taken.committee,
+            reseat=taken.reseat,
+            access=taken.access,
         )
 
     def _committed(self, commit: Commit, closed: RoundClosed | None, now_s: float) -> None:
@@ -587,6 +666,10 @@ class Service:
         parts.over_s, parts.finished = (now_s if parts.rounds.is_over else None), False
         if commit.body.changes:
             parts.notices.changed(now_s)
+        if commit.body.access is not None and self._pending.access is None:
+            self._admission.gate.follow(commit.body.access)
+        if self._log.is_over:
+            self.hold()
         parts.open_round.act(opened, now_s)
         if self._pending:
             self._plan()
@@ -625,7 +708,10 @@ class _Parts:
         self.finished = not awaited or now_s >= self.over_s + FAREWELL_S
 
 
-def _rounds(course: Course, ledger: Ledger, past: Recalled, now_s: float) -> Rounds:
+def open_rounds(
+    course: Course, ledger: Ledger, past: Recalled, memory: Memory | None, now_s: float
+) -> Rounds:
+    """As they are after the ledger's newest record. `memory`: what another leader has seen."""
     settings = course.settings
     return Rounds(
         n_rounds=settings.run.rounds,
@@ -639,5 +725,7 @@ def _rounds(course: Course, ledger: Ledger, past: Recalled, now_s: float) -> Rou
         training=past.training,
         evaluator=past.evaluator,
         evaluates=past.evaluates,
+        times=None if memory is None else memory.offer_times(ledger.head_round),
+        attendance=None if memory is None else Attendance(dict(memory.unkept)),
         now_s=now_s,
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from ..compression.errors import ConfigError
 from .entry.rules import MAX_BYTES as MAX_RULES_BYTES
@@ -16,6 +16,9 @@ from .observe.page_history import MAX_SAVED_BYTES
 from .protocol.files import FolderLock, write_aside
 from .protocol.identity import public_key_of
 from .protocol.settings import KEEP_SNAPSHOTS, MAX_KEEP_CHARS, Keep
+
+VOTE_NAME: Final = "vote"
+"""Of the file with a seat's votes: the one thing that is not to be copied."""
 
 
 class StateDir:
@@ -27,6 +30,8 @@ class StateDir:
         self.ledger_path = path / "ledger.db"
         self.blobs_path = path / "blobs"
         self.key_path = path / "key"
+        self.is_new = not self.key_path.exists()
+        """Nobody has ever voted with what is here: the key is made from now on."""
         self.history_path = path / "history.json"
         self._banned_path, self._keep_path = path / "banned", path / "keep"
         self._rules_path = path / "admission"
@@ -38,6 +43,14 @@ class StateDir:
             write_aside(path, secrets.token_urlsafe(24).encode(), 0o600)
         return path.read_text("ascii").strip()
 
+    def save_token(self, token: str) -> None:
+        """That of a run that another coordinator has begun. Raises OSError."""
+        write_aside(self.path / "token", token.encode(), 0o600)
+
+    def forget_votes(self) -> None:
+        """This folder is an older copy of itself: what its seat has voted for since, nobody knows."""
+        (self.path / VOTE_NAME).unlink(missing_ok=True)
+
     def rotate_token(self) -> None:
         """Tickets given out so far let no newcomer in any more; who was let in before stays."""
         (self.path / "token").unlink(missing_ok=True)
@@ -46,13 +59,14 @@ class StateDir:
         """Added to those that are banned already. Raises ConfigError for what is no peer id."""
         for peer_id in peer_ids:
             public_key_of(peer_id)
-        self._save_banned(self.banned().union(peer_ids))
+        self.save_banned(self.banned().union(peer_ids))
 
     def unban(self, peer_ids: Sequence[str]) -> None:
         """They are let in again."""
-        self._save_banned(self.banned().difference(peer_ids))
+        self.save_banned(self.banned().difference(peer_ids))
 
-    def _save_banned(self, peer_ids: frozenset[str]) -> None:
+    def save_banned(self, peer_ids: Iterable[str]) -> None:
+        """In the place of those that were. Raises OSError."""
         lines = "".join(f"{peer_id}\n" for peer_id in sorted(peer_ids))
         write_aside(self._banned_path, lines.encode())
 

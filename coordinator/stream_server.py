@@ -77,7 +77,8 @@ class StreamServer:
     """Open sessions by peer id, and the handlers of all streams. One event loop.
 
     `changed`: the service was told something. `failed`: the run cannot go on. `status`: for people.
-    `watchers`: who wants to hear when another seat leads, and the term by which this one does.
+    `watchers`: who wants to hear when another seat leads, and the term by which this one does. `is_seat`: of
+    the same run, which gets blobs as members do.
     """
 
     def __init__(
@@ -91,10 +92,11 @@ class StreamServer:
         status: Callable[[], dict[str, Any]],
         waits: Waits,
         watchers: Watchers,
+        is_seat: Callable[[str], bool] = lambda _peer_id: False,
     ) -> None:
         self._service, self._blobs, self._meter = service, blobs, meter
         self._changed, self._failed, self._status = changed, failed, status
-        self._waits, self._watchers = waits, watchers
+        self._waits, self._watchers, self._is_seat = waits, watchers, is_seat
         self._sessions: dict[str, Session] = {}
         self._metrics_requests = MetricsRequests(self._post, answer_timeout_s=waits.metrics_s)
         self._numbers = count(1)
@@ -299,8 +301,9 @@ class StreamServer:
             self._blob_streams -= Counter((peer_id,))
 
     def _may_fetch(self, peer_id: str) -> bool:
-        """Members may, and who watches (a seat that led before may have let it in); they may not store."""
-        return self._service.is_member(peer_id) or peer_id in self._watchers
+        """Members may, other seats, and who watches (a seat that led before may have let it in); they may not
+        store."""
+        return self._service.is_member(peer_id) or peer_id in self._watchers or self._is_seat(peer_id)
 
     async def _serve_status(self, peer_id: str, stream: Stream) -> None:
         """Whoever has the token, or an invitation, may ask, again and again."""

@@ -49,8 +49,11 @@ class Genesis:
     blobs: tuple[bytes, ...]
 
 
-def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) -> Genesis:
-    """`coordinator`: its peer id. Builds the model on the meta device only. Raises ConfigError."""
+def make_genesis(
+    config: RunConfig, task: Task, coordinator: str, time_ms: int, recovery: bytes = b""
+) -> Genesis:
+    """`coordinator`: its peer id; `recovery`: see `GenesisBody`. Builds the model on the meta device only.
+    Raises ConfigError."""
     with shapes_only():
         made = task.model()
     refuse_unlikely(config.strategy)
@@ -75,6 +78,7 @@ def make_genesis(config: RunConfig, task: Task, coordinator: str, time_ms: int) 
         coordinator=coordinator,
         lr_factor_bits=lr_factor_bits(parse_settings(text).schedule, 1, config.run.rounds),
         time_ms=time_ms,
+        recovery=recovery,
     )
     if not isinstance(task, Pretrained):
         Trial(

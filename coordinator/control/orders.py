@@ -12,7 +12,17 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field
 
 from ...compression.errors import ConfigError
-from ..protocol.messages import MAX_CHANGES, MAX_ROUND, Change, Changes, PeerId, Record
+from ..protocol.messages import (
+    MAX_CHANGES,
+    MAX_ROUND,
+    AccessEntry,
+    Change,
+    Changes,
+    CommitBody,
+    CommitteeEntry,
+    PeerId,
+    Record,
+)
 from ..protocol.settings import RUN_KEYS, Course, in_order, strategy_options
 
 CheckStrategy = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
@@ -55,12 +65,20 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Ordered:
     """`round`: whose record has the changes, and after which they hold; `told`: they in words. `is_done`: it
-    holds already, and no record tells of it."""
+    holds already, and no record tells of it. `committee`, `access`: what else the record has for it."""
 
     round: int
     told: tuple[str, ...]
     changes: Changes
     is_done: bool = False
+    committee: CommitteeEntry | None = None
+    access: AccessEntry | None = None
+
+    def is_in(self, body: CommitBody) -> bool:
+        """Whether the record of its round has all of it."""
+        has_changes = set(self.changes) <= set(body.changes)
+        has_committee = self.committee is None or self.committee == body.committee
+        return has_changes and has_committee and self.access in (None, body.access)
 
 
 def no_strategy(_table: Mapping[str, Any], options: Mapping[str, Any]) -> None:

@@ -9,15 +9,16 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from ...compression.errors import ConfigError, SwarmUnreachable
 from ..entry.guard import guard
 from ..ledger import Ledger
 from ..protocol.files import FolderInUse
-from ..protocol.identity import load_or_create
-from ..protocol.messages import BadMessage, CommitBody, decode_record
+from ..protocol.identity import load_or_create, peer_id_of
+from ..protocol.messages import AccessEntry, BadMessage, CommitBody, decode_record, digest_of
 from ..protocol.schedule import lr_factor_bits
 from ..protocol.settings import Course
 from ..state import StateDir
@@ -61,22 +62,52 @@ def write_order(folder: Path, order: Order, check: CheckStrategy) -> Answer:
     """Signs and appends a record without a coordinator; of a guarding order, writes what the next one reads.
     Raises as `give_order` does."""
     with StateDir(folder) as state:
-        if order.is_guarding:
-            return Answer(what="done", told=guard(state, order))
         key = load_or_create(state.key_path)
         ledger = Ledger.open(state.ledger_path, key.public_key())
         try:
-            bodies = (commit.body for commit in ledger.all_commits())
-            course = Course.of(ledger.genesis.config).after_all(bodies)
-            place = Place(ledger.head_round + 1, True, course.run.is_over(ledger.head_round))
-            ordered = plan(order, course, place, check)
-            ledger.append(_record(ledger, course, ordered), key)
+            last = _Last.of(ledger)
+            place = Place(ledger.head_round + 1, True, last.course.run.is_over(ledger.head_round))
+            if not order.is_guarding:
+                ordered = plan(order, last.course, place, check)
+            elif last.access is None:
+                return Answer(what="done", told=guard(state, order))
+            else:
+                ordered = _guarded(state, ledger, order, last.access)
+            ledger.append(_record(ledger, last, ordered), key)
         finally:
             ledger.close()
     return Answer(what="done", round=ordered.round, told=ordered.told)
 
 
-def _record(ledger: Ledger, course: Course, ordered: Ordered) -> CommitBody:
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """After the newest record. `access`, `time_ms`: as the newest one has it that tells."""
+
+    course: Course
+    access: AccessEntry | None
+    time_ms: int
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> Self:
+        course, access, time_ms = Course.of(ledger.genesis.config), None, ledger.genesis.time_ms
+        for commit in ledger.all_commits():
+            course, time_ms = course.after(commit.body.changes), commit.body.time_ms
+            access = commit.body.access or access
+        return cls(course, access, time_ms)
+
+
+def _guarded(state: StateDir, ledger: Ledger, order: Order, access: AccessEntry) -> Ordered:
+    """Where the ledger tells who may come in, a record says what changes. Raises ConfigError."""
+    if not ledger.committee.is_only(peer_id_of(load_or_create(state.key_path).public_key())):
+        raise ConfigError("several coordinators order this run: start them, and say it to the one that leads")
+    told = guard(state, order, access)
+    token = digest_of(state.token().encode()) if order.what == "rotate-token" else access.token
+    changed = access.model_copy(update={"token": token, "banned": tuple(sorted(state.banned()))})
+    return Ordered(ledger.head_round + 1, told, (), access=changed)
+
+
+def _record(ledger: Ledger, last: _Last, ordered: Ordered) -> CommitBody:
+    course = last.course
     after = course.after(ordered.changes)
     return CommitBody(
         round=ordered.round,
@@ -87,8 +118,9 @@ def _record(ledger: Ledger, course: Course, ordered: Ordered) -> CommitBody:
         reports=(),
         snapshots=(),
         evaluator=None,
-        time_ms=time.time_ns() // 10**6,
+        time_ms=max(time.time_ns() // 10**6, last.time_ms),
         changes=ordered.changes,
+        access=ordered.access,
     )
 
 

@@ -8,7 +8,7 @@ policy says. Coming back is none: only work counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 UNKEPT: Final = 2
@@ -18,8 +18,13 @@ UNKEPT: Final = 2
 class Attendance:
     """Peers by their index."""
 
-    def __init__(self) -> None:
-        self._unkept: dict[int, int] = {}
+    def __init__(self, unkept: Mapping[int, int] | None = None) -> None:
+        """`unkept`: what it gave elsewhere."""
+        self._unkept: dict[int, int] = dict(unkept or {})
+
+    def unkept(self) -> dict[int, int]:
+        """By peer: how many rounds in a row."""
+        return dict(self._unkept)
 
     def offered(self, peer: int) -> None:
         """An offer of the peer's has come, for the open round or one that is remembered."""

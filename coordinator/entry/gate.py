@@ -5,14 +5,14 @@ from __future__ import annotations
 import hmac
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Final
+from typing import Final, cast
 
 from ...compression.errors import ConfigError
 from ..ledger import Ledger
-from ..protocol.messages import Rejected
+from ..protocol.messages import AccessEntry, Rejected, digest_of
 from ..protocol.trust.invitation import Invitation, is_invitation
 from .rates import Bucket, Rate
-from .rules import EntryRules
+from .rules import EntryRules, Mode
 
 ASK = "thinwire invite STATE --name NAME makes one, on the coordinator's machine"
 NEWCOMERS: Final = Rate(0.5, 1024.0)
@@ -24,7 +24,8 @@ BANNED = "this peer was banned from the run: ask whoever runs the coordinator"
 
 class Gate:
     """`token`: of the run's tickets; `banned`: peer ids; `wall_ms`: the time by which invitations end;
-    `rejected` counts by reason."""
+    `rejected` counts by reason. `access`: as the ledger has it, where a record tells: then it is that, for
+    all seats alike, and the others count for nothing."""
 
     def __init__(
         self,
@@ -34,11 +35,14 @@ class Gate:
         rules: EntryRules,
         wall_ms: Callable[[], int],
         rejected: Counter[Rejected],
+        access: AccessEntry | None = None,
     ) -> None:
         self._ledger, self._rules, self._wall_ms, self._rejected = ledger, rules, wall_ms, rejected
-        self._token = _bytes(token)
+        self._token = digest_of(_bytes(token))
         self._newcomers = Bucket(NEWCOMERS, wall_ms() / 1000)
         self.banned = frozenset(banned)
+        if access is not None:
+            self.follow(access)
 
     @property
     def mode(self) -> str:
@@ -47,7 +51,23 @@ class Gate:
 
     def change_token(self, token: str) -> None:
         """The one before lets nobody in any more who is not in already."""
-        self._token = _bytes(token)
+        self._token = digest_of(_bytes(token))
+
+    def change_rules(self, rules: EntryRules) -> None:
+        """Who is in already stays."""
+        self._rules = rules
+
+    @property
+    def access(self) -> AccessEntry:
+        """All of this, as a record has it."""
+        listed = tuple(sorted(self._rules.peers))
+        banned = tuple(sorted(self.banned))
+        return AccessEntry(token=self._token, mode=self._rules.mode, banned=banned, listed=listed)
+
+    def follow(self, access: AccessEntry) -> None:
+        """What a record says."""
+        self._token, self.banned = access.token, frozenset(access.banned)
+        self._rules = EntryRules(cast("Mode", access.mode), frozenset(access.listed))
 
     def check(self, peer_id: str, shown: str) -> str:
         """`shown`: from the peer's ticket. Returns the invitation, as admissions name it; "": it needs none.
@@ -85,7 +105,7 @@ class Gate:
             raise self._refused("token", WRONG_TOKEN)
 
     def _is_token(self, shown: str) -> bool:
-        return hmac.compare_digest(_bytes(shown), self._token)
+        return hmac.compare_digest(digest_of(_bytes(shown)), self._token)
 
     def _by_invitation(self, shown: str) -> str:
         invitation = self._in_time(shown)

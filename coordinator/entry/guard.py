@@ -6,15 +6,19 @@ import logging
 
 from ...compression.errors import ConfigError
 from ..control.orders import Order
+from ..protocol.messages import AccessEntry
 from ..protocol.ticket import Ticket
 from ..state import StateDir
 
 log = logging.getLogger("thinwire.coordinator")
 
 
-def guard(state: StateDir, order: Order) -> tuple[str, ...]:
-    """Does it, and says so. Raises ConfigError for what is refused, with nothing done, or not written."""
+def guard(state: StateDir, order: Order, access: AccessEntry | None = None) -> tuple[str, ...]:
+    """Does it, and says so. `access`: as the ledger has it, if it does: then that is changed, whatever this
+    folder says. Raises ConfigError for what is refused, with nothing done, or not written."""
     try:
+        if access is not None:
+            state.save_banned(access.banned)
         return _done(state, order)
     except OSError as e:
         raise ConfigError(f"{state.path} cannot be written: {e.strerror}") from e

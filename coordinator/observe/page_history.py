@@ -215,7 +215,8 @@ class PageHistory:
         for entry in self.entries:
             entry.why, entry.duration_s = closed.get((entry.round, entry.digest), (None, None))
         # What the ledger says stands there already.
-        in_order = sorted([*self.happenings, *happenings], key=lambda h: h.time_ms)
+        known = {(h.time_ms, h.kind, h.text): h for h in (*self.happenings, *happenings)}
+        in_order = sorted(known.values(), key=lambda h: h.time_ms)
         self.happenings = deque(in_order, maxlen=KEPT_HAPPENINGS)
         self.devices.update(devices)
         return traffic

@@ -97,6 +97,12 @@ class RunStatistics:
             self.peer(index).offers_missed += 1
             self.peer(index).missed_in_a_row += 1
 
+    def restore_durations(self, recent_s: Iterable[float], n_rounds: int, total_s: float) -> None:
+        """Of rounds that another coordinator closed, in the place of those known here."""
+        self.durations_s.clear()
+        self.durations_s.extend(recent_s)
+        self.n_durations, self.total_duration_s = n_rounds, total_s
+
     def figures(self) -> dict[str, Any]:
         """JSON-able, of the run as a whole; each peer has its own."""
         return {

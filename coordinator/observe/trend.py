@@ -108,7 +108,8 @@ class Trend:
         return {"width": self.width, **columns}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Takes back what `saved` gave, once the ledger was read; of rounds that the ledger lacks, nothing.
+        """Takes back what `saved` gave, in the place of what was measured here, once the ledger was read; of
+        rounds that the ledger lacks, nothing.
 
         Raises KeyError, TypeError or ValueError for what is nothing of the kind.
         """
@@ -116,9 +117,12 @@ class Trend:
         rows = list(zip(*columns, strict=True))
         if not isinstance(width, int) or width < 1 or len(rows) > self._max_points:
             raise ValueError("a width and columns are expected")
-        for i, row in enumerate(rows):
+        for row in rows:
             if not all(isinstance(x, int | float) and 0 <= x < math.inf for x in row):
                 raise ValueError("numbers are expected")
+        for known in self._rows:
+            known[_AT[MEASURED[0]] :] = [0] * len(MEASURED)
+        for i, row in enumerate(rows):
             if i * width <= self.head and any(row):
                 self._add(i * width, **dict(zip(MEASURED, row, strict=True)))
 

@@ -96,6 +96,28 @@ async def get_blob(
     return data
 
 
+async def get_blob_into(
+    stream: Stream, digest: bytes, max_bytes: int, purpose: TrafficKind, open_sink: Callable[[int], Sink]
+) -> None:
+    """As `get_blob`, for what is larger than memory: piece by piece. `open_sink` takes its size; of what does
+    not come whole nothing is left. Raises also what the sink raises."""
+    await stream.send(FrameKind.GET, digest)
+    answer = await _next(stream, _ANSWER_GET)
+    if answer.kind is FrameKind.NO:
+        raise NotServed(answer.body.decode(errors="replace"))
+    n_bytes = _size(answer.body)
+    if n_bytes > max_bytes:
+        raise BadFrame("frame_size", f"a blob of {n_bytes} bytes, at most {max_bytes} are expected")
+    sink = open_sink(n_bytes)
+    try:
+        async for chunk in _chunks(stream, digest, n_bytes, purpose):
+            sink.write(chunk)
+        sink.finish()
+    except BaseException:
+        sink.abort()
+        raise
+
+
 async def put_blob(stream: Stream, digest: bytes, data: bytes, purpose: TrafficKind) -> None:
     """Returns when the other end has the blob on its disk. Raises like `get_blob`."""
     await stream.send(FrameKind.PUT, digest + _SIZE.pack(len(data)))

@@ -139,6 +139,11 @@ class LedgerFile:
             raise LedgerCorrupt(f"payload {offer.digest.hex()[:16]} has changed since it was checked")
         return data
 
+    def work(self, body: CommitBody) -> bytes | None:
+        """The signatures of the offers of such a commit; None: it names none, or nobody had them any more."""
+        place = self._places.get(body.work)
+        return None if place is None else self._at_place(*place)
+
     def _governs(self, body: CommitBody) -> bool:
         if body.governs and self._version < COMMITTEES_SINCE:
             what = f"it is of protocol {COMMITTEES_SINCE}"
@@ -146,9 +151,7 @@ class LedgerFile:
         return body.governs
 
     def _check_work(self, body: CommitBody) -> None:
-        place = self._places.get(body.work)
-        work = None if place is None else self._at_place(*place)
-        if not check_work(self.run_id, body, work, self.peers):
+        if not check_work(self.run_id, body, self.work(body), self.peers):
             return
         first = body.round
         if self.unsigned and self.unsigned[-1][1] == body.round - 1:

@@ -44,6 +44,8 @@ MAX_AUDITS = 256
 
 MAX_PEERS = 1024
 MAX_ROUND = 2**32 - 1
+MAX_LISTED: Final = 4 * MAX_PEERS
+"""Peers that are banned, or let in by name."""
 
 COMMITTEES_SINCE: Final = 4
 """The first protocol version in which records name committees, resting seats and who may come in."""
@@ -294,8 +296,8 @@ class AccessEntry(Record):
 
     token: Digest
     mode: Annotated[str, Field(pattern="^(open|invited|listed)$")]
-    banned: Annotated[tuple[PeerId, ...], Field(max_length=4 * MAX_PEERS)]
-    listed: Annotated[tuple[PeerId, ...], Field(max_length=4 * MAX_PEERS)]
+    banned: Annotated[tuple[PeerId, ...], Field(max_length=MAX_LISTED)]
+    listed: Annotated[tuple[PeerId, ...], Field(max_length=MAX_LISTED)]
 
 
 class CommitBody(Record):
@@ -424,10 +426,11 @@ class Hello(Message):
 
 class Welcome(Message):
     """Record 0 with its signature, and where the ledger stands. Payloads of the rounds from `kept_from` on
-    can be had from the coordinator, which leads by that `term`."""
+    can be had from the coordinator, which leads by that `term`. `is_copy`: to a reader, from a seat that does
+    not lead, and may be behind."""
 
     tag = 2
-    n_younger = 1
+    n_younger = 2
     genesis: Annotated[bytes, Field(max_length=16 * 2**20)]
     signature: Signature
     head_round: Round
@@ -436,6 +439,7 @@ class Welcome(Message):
     peer_index: Index
     heartbeat_s: Annotated[float, Field(gt=0, le=60)]
     term: Term = 0
+    is_copy: bool = False
 
     @cached_property
     def body(self) -> GenesisBody:

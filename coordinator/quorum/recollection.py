@@ -13,6 +13,7 @@ from ..ledger import Ledger
 from ..observe.peer_names import PeerNames
 from ..protocol.messages import Commit, Rejected
 from ..protocol.settings import KEEP_SNAPSHOTS, Course, Keep
+from .memory import Memory
 
 
 class Recollection:
@@ -40,6 +41,8 @@ class Recollection:
         for commit in ledger.all_commits():
             self.derived.recall(commit)
         self.derived.recalled()
+        self.memory: Memory | None = None
+        """The newest that a leader has told, or this seat as a leader."""
         if history is not None:
             self.derived.restore(history)
 
@@ -75,7 +78,32 @@ class Recollection:
         """Whether so many bytes more fit into what the run may take of the disk."""
         return self.derived.retention.has_room(n_bytes)
 
-    def reign_ended(self) -> None:
+    # --------------------------------------------------------------------------------- what leaders know
+
+    def remember(self, packed: bytes) -> None:
+        """What the leader sends now and then, see `Service.memory`. The last one is kept for this seat's own
+        reign; losses and evaluations go into its ledger now. Raises BadMessage, with nothing changed."""
+        memory = self.memory = Memory.parse(packed, self._ledger.run_id)
+        has_evaluator, head = self.derived.reports.has_evaluator, self.head
+        losses = [entry for entry in memory.held_out if entry[0] <= head and has_evaluator(entry[0])]
+        has_eval = self.derived.course.settings.eval is not None
+        evaluations = [
+            (r, figures) for r, figures in memory.evaluations if has_eval and r <= head and figures
+        ]
+        for round_, loss in self._ledger.note_measured(losses, evaluations).items():
+            self.derived.page_history.trend.held_out(round_, loss)
+
+    def take_memory(self) -> Memory | None:
+        """For the service that begins: what is shown goes on with it; the rest is for its rounds."""
+        memory, self.memory = self.memory, None
+        if memory is not None:
+            if memory.history:
+                self.derived.restore(memory.history.encode())
+            self.derived.statistics.restore_durations(memory.durations_s, *memory.timed)
+        return memory
+
+    def reign_ended(self, memory: bytes) -> None:
         """The service that had this is gone: what sessions have told it, and no record has, is forgotten.
-        Nodes say it again to whoever leads."""
+        Nodes say it again to whoever leads. `memory`: its own."""
         self.derived.forget_sessions()
+        self.remember(memory)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..ledger import Ledger
 from ..protocol.messages import CommitBody, encode_record
+from .checking import RecordChecks
 from .events import Role
 from .log import OnSealed
 from .seat import Seat
@@ -15,14 +18,26 @@ class Replicated:
 
     on_sealed: OnSealed
 
-    def __init__(self, seat: Seat, ledger: Ledger) -> None:
-        self._seat, self._ledger = seat, ledger
+    def __init__(self, seat: Seat, ledger: Ledger, checks: RecordChecks) -> None:
+        self._seat, self._ledger, self._checks = seat, ledger, checks
+
+    @property
+    def is_over(self) -> bool:
+        """See `Log.is_over`."""
+        return self._seat.role is not Role.LEADING
+
+    @property
+    def resting(self) -> Mapping[str, bytes]:
+        """See `Log.resting`."""
+        return self._seat.resting
 
     def propose(self, body: CommitBody, work: bytes, now_s: float) -> None:
         """See `Log.propose`. If the reign is over already, which its service is about to hear, the record is
         never heard of."""
-        if self._seat.role is Role.LEADING:
-            self._seat.propose(encode_record(body), now_s, work)
+        if not self.is_over:
+            record = encode_record(body)
+            self._checks.trust(record, work)
+            self._seat.propose(record, now_s, work)
 
     def new_record(self, round_: int, now_s: float) -> None:
         """The record of this round, which was proposed here, is sealed and on the disk."""

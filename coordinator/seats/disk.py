@@ -16,7 +16,8 @@ from ..protocol.identity import is_signed_by, peer_id_of
 from ..protocol.messages import SeatEntry
 from ..protocol.trust.seals import Committee, Sealed
 from ..quorum.disk import VoteState
-from .votes import VOTE_NAME, Votes
+from ..state import VOTE_NAME
+from .votes import Votes
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -32,6 +33,8 @@ class StateDisk:
 
     def __init__(self, folder: Path, ledger: Ledger, seat: str, *, is_new: bool) -> None:
         self._ledger, self._seat = ledger, seat
+        self._seats: tuple[SeatEntry, ...] = ()
+        self._seats_of = -1
         self._votes = Votes(folder / VOTE_NAME, ledger.run_id, seat)
         if self._is_alone or (is_new and not self._votes.is_known):
             self._votes.wake()
@@ -66,7 +69,11 @@ class StateDisk:
     @property
     def seats(self) -> tuple[SeatEntry, ...]:
         """Of the committee, as the record that named it says; (): none has."""
-        return next((seats_of(body) for body in self._ledger.committees(self.committee.epoch)[-1:]), ())
+        epoch = self.committee.epoch
+        if self._seats_of != epoch:
+            named = self._ledger.committees(epoch)[-1:]
+            self._seats_of, self._seats = epoch, seats_of(named[0]) if named else ()
+        return self._seats
 
     def append(self, sealed: Sealed) -> None:
         """Raises LedgerCorrupt for what is not the next record, sealed or signed by the recovery key."""
@@ -82,7 +89,7 @@ class StateDisk:
         except sqlite3.Error as e:
             raise OSError(f"the ledger cannot be written: {e}") from e
         named = {reseated.seat: reseated.nonce for reseated in sealed.commit.body.reseat}
-        if self._votes.rests is not None and named.get(self._seat) == self._votes.rests:
+        if self._votes.rests is not None and (self._is_alone or named.get(self._seat) == self._votes.rests):
             self._votes.wake()
 
     def after(self, round_: int, limit: int) -> list[Sealed]:

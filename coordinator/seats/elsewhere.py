@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from ...compression.errors import ThinwireError
 from ..admission import AdmissionControl
+from ..adoption import Adopter, adopt
 from ..blobs import BlobStore
 from ..entry.guarded import guarded
 from ..entry.rates import PeerRates
@@ -24,10 +25,11 @@ from ..entry.strangers import GOODBYE_S, Strangers, looker, or_refused, receive_
 from ..ledger import Ledger
 from ..observe.quiet_log import QuietLog
 from ..protocol.blob_streams import Sink, serve_blobs
-from ..protocol.messages import BadMessage, Hello, Rejected
+from ..protocol.messages import READER, BadMessage, Hello, Rejected
 from ..protocol.streams import BLOB, SESSION, STATUS, BadFrame, Meter, Stream
 from ..protocol.transport import StreamHandler, Transport
 from ..stream_server import MAX_BLOB_STREAMS, Waits
+from .reading import Readers
 from .watchers import Watchers
 
 _log = logging.getLogger("thinwire.coordinator")
@@ -37,7 +39,7 @@ class ElsewhereServer:
     """Handlers of all streams but those between seats. One event loop.
 
     `admission`: who may come in, by this seat's copy of the ledger; `status`: for people; `failed`: this seat
-    cannot go on.
+    cannot go on; `is_seat`: of the same run; `kept_from`: payloads of the rounds from there on are here.
     """
 
     def __init__(
@@ -50,13 +52,20 @@ class ElsewhereServer:
         *,
         status: Callable[[], dict[str, Any]],
         failed: Callable[[ThinwireError], object],
+        kept_from: Callable[[], int] = lambda: 1,
         waits: Waits,
+        is_seat: Callable[[str], bool],
     ) -> None:
         self._ledger, self._admission, self._watchers = ledger, admission, watchers
         self._meter, self._status, self._failed, self._waits = meter, status, failed, waits
+        self._is_seat = is_seat
+        self.returns: Adopter | None = None
+        """Takes what nodes have and this seat has lost, while the run is recovered."""
+        self._returning = asyncio.Lock()
         self._shelf = _Shelf(ledger, blobs)
         self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
         self._strangers = Strangers(self._is_known)
+        self._readers = Readers(ledger, self._rates, kept_from, watchers.beat_s)
         self._blob_streams: Counter[str] = Counter()
 
     @property
@@ -91,6 +100,12 @@ class ElsewhereServer:
         if hello.watches:
             await self._watchers.serve(peer_id, stream)
             return
+        if hello.agent == READER:
+            await self._readers.serve(peer_id, stream)
+            return
+        if self.returns is not None and self.returns.lacks(hello):
+            async with self._returning:
+                await or_refused(stream, adopt(self.returns, stream, hello, lambda: None))
         await stream.send_message(self._watchers.who.now)
         await stream.ended(GOODBYE_S)
 
@@ -100,7 +115,7 @@ class ElsewhereServer:
         return hello
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
-        """To whom the ledger knows, to those who watch here, and to seats."""
+        """To whom the ledger knows, to those who watch or read here, and to seats."""
         if not self._may_fetch(peer_id):
             with self._strangers.one(peer_id):
                 async with asyncio.timeout(self._waits.hello_s):
@@ -118,7 +133,8 @@ class ElsewhereServer:
         return (
             self._is_known(peer_id)
             or peer_id in self._watchers
-            or any(seat.peer_id == peer_id for seat in self._watchers.who.now.seats)
+            or peer_id in self._readers
+            or self._is_seat(peer_id)
         )
 
     async def _serve_status(self, peer_id: str, stream: Stream) -> None:

@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 from ..protocol.messages import Address, CommitteeEntry, SeatEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Of an operator. `n_seats`: how many seats there are to be, 0: as many as there are; `drops`: one that
+    is to go, "": nobody."""
+
+    n_seats: int = 0
+    drops: str = ""
+    others: frozenset[str] = frozenset()
+    """That are to go, too: of several wishes."""
+
+    @property
+    def all_drops(self) -> frozenset[str]:
+        return self.others | ({self.drops} if self.drops else set())
+
+    @classmethod
+    def all_of(cls, wishes: Sequence[Self]) -> Self:
+        """The largest number of seats that anybody wants, and without all who are to go."""
+        gone = frozenset().union(*(wish.all_drops for wish in wishes))
+        return cls(max((wish.n_seats for wish in wishes), default=0), others=gone)
 
 
 def next_seats(
@@ -13,26 +36,20 @@ def next_seats(
     """The seats as they are wanted. None: as they are, or not yet: who is to come is not ready.
 
     `ready`: onlookers that have all that a seat must have, in the order in which they came; `n_seats`: how
-    many there are to be, 0: as many as there are; `drops`: those that are to go. A new one takes the place of
-    one that goes, unless there are to be fewer.
+    many there are to be, 0: as many as there are; `drops`: those that are to go. One step at a time: a new
+    one takes the place of one that goes, unless there are to be fewer; only then others come.
     """
     waiting = [seat for seat in ready if seat not in seats]
-    wanted: list[str] = []
-    n_wanted = n_seats or len(seats)
-    n_too_many = max(0, len(seats) - n_wanted)
-    for seat in seats:
-        if seat not in drops:
-            wanted.append(seat)
-        elif n_too_many:
-            n_too_many -= 1
-        elif waiting:
-            wanted.append(waiting.pop(0))
-        else:
-            wanted.append(seat)
-    n_missing = n_wanted - len(wanted)
+    gone = [seat for seat in seats if seat in drops]
+    n_missing = (n_seats or len(seats)) - len(seats)
+    if gone and n_missing < 0:
+        left = [seat for seat in seats if seat not in gone[:-n_missing]]
+        return tuple(left) if left else None
+    if gone and waiting:
+        return tuple(waiting[0] if seat == gone[0] else seat for seat in seats)
     if 0 < n_missing <= len(waiting):
-        wanted += waiting[:n_missing]
-    return tuple(wanted) if wanted and tuple(wanted) != tuple(seats) else None
+        return (*seats, *waiting[:n_missing])
+    return None
 
 
 def entry_of(

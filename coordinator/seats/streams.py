@@ -52,8 +52,9 @@ class Host(Protocol):
         """Why one that dials is not let in, in words; None: it is."""
         ...
 
-    def up(self, link: Link) -> None:
-        """A link is there, and what its other end says of itself: now, and whenever that changes."""
+    def up(self, link: Link, *, is_new: bool) -> None:
+        """A link is there, and what its other end says of itself: when it is new, and whenever that
+        changes."""
         ...
 
     def down(self, seat: str) -> None:
@@ -140,6 +141,8 @@ class SeatStreams:
                 retry_s, has_failed = FIRST_RETRY_S, False
                 continue
             except (SwarmUnreachable, BadMessage, OSError, EOFError, TimeoutError) as e:
+                if isinstance(e, BadMessage):
+                    self.rejected[e.reason if isinstance(e, BadFrame) else "message"] += 1
                 has_failed = seat not in self._links
                 if has_failed:
                     self._tell(seat, str(e) or type(e).__name__)
@@ -248,14 +251,14 @@ class SeatStreams:
         self.failed.pop(link.seat, None)
         writer = asyncio.create_task(self._write(link))
         try:
-            self._host.up(link)
+            self._host.up(link, is_new=True)
             while True:
                 word = await link.read()
                 if self._links.get(link.seat) is not link:
                     return
                 if isinstance(word, Enter):
                     link.enter = word
-                    self._host.up(link)
+                    self._host.up(link, is_new=False)
                 else:
                     self._host.heard(link.seat, word)
         finally:

@@ -31,7 +31,6 @@ from ..quorum.words import Accepted
 
 log = logging.getLogger("thinwire.coordinator")
 
-VOTE_NAME: Final = "vote"
 NONCE_BYTES: Final = 16
 MAX_VOTE_BYTES: Final = 16 * 2**20 + MAX_WORK_BYTES + 2**12
 

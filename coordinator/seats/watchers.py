@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from ..protocol.messages import MAX_PEERS, Elsewhere, Heartbeat, SeatEntry, as_text
 from ..protocol.streams import BadFrame, Stream
@@ -39,6 +39,16 @@ class WhoLeads:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def figures(self, me: str, head: int, lag: int | None) -> dict[str, Any]:
+        """JSON-able, as `seat` of a status: what readers go by. `me`: this seat; `head`: the newest round
+        here; `lag`: rounds that it is known to be behind, None: nobody has said."""
+        role = "leads" if self.now.leader == me else "follows"
+        seats = [seat.peer_id for seat in self.now.seats]
+        if seats and me not in seats:
+            role = "looks on"
+        said = {"leader": self.now.leader, "seats": seats, "waits_for": self.now.waits_for}
+        return {"peer_id": me, "role": role, "head": head, "lag": lag, "term": self.now.term, **said}
+
     async def changes_from(self, known: Elsewhere, timeout_s: float) -> None:
         """Returns when it is not `known` any more, or time is up."""
         with contextlib.suppress(TimeoutError):
@@ -54,7 +64,7 @@ class Watchers:
     """
 
     def __init__(self, who: WhoLeads, head: Callable[[], int], beat_s: float) -> None:
-        self.who, self._head, self._beat_s = who, head, beat_s
+        self.who, self._head, self.beat_s = who, head, beat_s
         self._streams: dict[str, Stream] = {}
 
     def __len__(self) -> int:
@@ -89,7 +99,7 @@ class Watchers:
                 else:
                     await stream.send_message(self._heartbeat())
             said = now
-            await self.who.changes_from(now, self._beat_s)
+            await self.who.changes_from(now, self.beat_s)
 
     def _heartbeat(self) -> Heartbeat:
         return Heartbeat(round=self._head(), sent_bytes=0, received_bytes=0, payload_bytes=0)

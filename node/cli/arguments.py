@@ -50,7 +50,7 @@ def with_whole_tickets(args: Sequence[str]) -> list[str]:
     whole: list[str] = []
     for arg in args:
         is_piece = re.fullmatch(r"[\w-]+", arg) is not None and not arg.startswith("--")
-        if is_piece and whole and whole[-1].startswith("tw1-") and not is_ticket(whole[-1]):
+        if is_piece and whole and whole[-1].startswith(("tw1-", "tw2-")) and not is_ticket(whole[-1]):
             whole[-1] += arg
         else:
             whole.append(arg)

@@ -9,14 +9,24 @@ import math
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...compression.errors import ConfigError
 from ...coordinator.entry.rules import EntryRules
 from ...coordinator.protocol.addresses import HttpAddress, host_of
 from ...coordinator.protocol.files import write_aside
-from ...coordinator.protocol.identity import load_or_create, peer_id_of
+from ...coordinator.protocol.identity import load_or_create, peer_id_of, public_key_of
+from ...coordinator.protocol.messages import MAX_SEATS
+from ...coordinator.protocol.p2p import start_p2p
+from ...coordinator.seats.beginning import begin
+from ...coordinator.seats.naming import Wish
+from ...coordinator.seats.plan import SeatPlan
+from ...coordinator.seats.recovery import KEY_NAME, recovery_digest
+from ...coordinator.seats.ticket import SeatTicket, keep_ticket
 from ...coordinator.server import CoordinatorServer
 from ...coordinator.state import StateDir
 from ...optim.registry import check_changes
@@ -37,9 +47,45 @@ log = logging.getLogger("thinwire.coordinator")
 LOOK_EVERY_S = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class SeatOptions:
+    """Of a coordinator that is one of several, as on the command line."""
+
+    n_seats: int | None = None
+    replica: str | None = None
+    replace: str | None = None
+    restored: bool = False
+    recover: bool = False
+    recovery_key: Path | None = None
+    recover_wait_s: float = 30.0
+
+    def refuse(self) -> None:
+        """Raises ConfigError for what cannot be meant."""
+        if self.n_seats is not None and not 1 <= self.n_seats <= MAX_SEATS:
+            raise ConfigError(f"--seats: between 1 and {MAX_SEATS}")
+        if self.replace is not None:
+            public_key_of(self.replace)
+        if self.n_seats is not None and self.n_seats % 2 == 0:
+            log.warning(
+                "--seats %d: an even number is no better than one less%s",
+                self.n_seats,
+                ": with two, the loss of either stops the run. Take 3" if self.n_seats == 2 else "",
+            )
+
+    @property
+    def wish(self) -> Wish:
+        """Of the committee."""
+        return Wish(self.n_seats or 0, self.replace or "")
+
+    @property
+    def is_seat(self) -> bool:
+        """Whether this coordinator is to be one of several; else its folder says so."""
+        return self.replica is not None or self.replace is not None or (self.n_seats or 0) > 1
+
+
 def coordinate(
     *,
-    run_file: Path,
+    run_file: Path | None,
     state: Path | None,
     host: str,
     port: int,
@@ -52,36 +98,103 @@ def coordinate(
     http: HttpAddress | None,
     stop: Stop,
     linger_s: float = 0.0,
+    seats: SeatOptions = SeatOptions(),
 ) -> bool:
     """Serves until `linger_s` after the last round is acknowledged, or until `stop` is set; True: the run was
-    over. Prints the ticket on stdout.
+    over. Prints the ticket on stdout. `run_file`: None for a replica, and for a run that `state` has.
 
     Raises ConfigError (configuration, taken port, a state directory in use or of another run), LedgerCorrupt.
     """
-    config = load_config(run_file, overrides)
+    seats.refuse()
+    config = None if run_file is None else load_config(run_file, overrides)
+    ticket = None if seats.replica is None else SeatTicket.read(seats.replica)
     refuse_file("--ticket-file", ticket_file)
     refuse_address(host, port, announce)
     refuse_http(http)
-    folder = state or folder_of_run(config.run.name, "coordinator")
+    folder = state or _default_folder(config, ticket)
     refuse_folder("--state", folder)
-    task = make_task(config.task, import_path, None)
+    task = None if config is None else make_task(config.task, import_path, None)
     with StateDir(folder) as state_dir:
+        if seats.restored:
+            state_dir.forget_votes()
+        if ticket is not None:
+            port = _begin(state_dir, ticket, host, port, announce, stop) or port
+            if stop.is_set():
+                return False
         if rotate_token:
             state_dir.rotate_token()
         if ban:
             state_dir.ban(ban)
-        server = open_server(
-            state_dir,
-            config,
-            task,
-            host=host,
-            port=port,
-            announce=announce,
-            keeps_last_snapshot=linger_s > 0,
-        )
+        where: dict[str, Any] = {"host": host, "port": port, "announce": announce}
+        where["keeps_last_snapshot"] = linger_s > 0
+        if seats.is_seat:
+            where["seats"] = SeatPlan.of(folder, seats.wish)
+        if config is None or task is None:
+            server = _open_folder(state_dir, **where)
+        else:
+            server = open_server(state_dir, config, task, **where)
         if http is not None:  # by what others reach this machine they may ask for its page, too
             http = http._replace(names=(*http.names, *(host_of(text, port) for text in announce)))
-        return asyncio.run(_Serving(server, folder, linger_s).serve(ticket_file, http, stop))
+        recovery = None
+        if seats.recover:
+            recovery = _recovery_key(seats.recovery_key or folder / KEY_NAME), seats.recover_wait_s
+        return asyncio.run(_Serving(server, folder, linger_s, recovery).serve(ticket_file, http, stop))
+
+
+def _default_folder(config: RunConfig | None, ticket: SeatTicket | None) -> Path:
+    if config is not None:
+        return folder_of_run(config.run.name, "coordinator")
+    if ticket is not None:
+        return folder_of_run(f"run-{ticket.run_id.hex()[:12]}", "coordinator")
+    raise ConfigError("name a run file, --state with the folder of a run, or --replica with a seat ticket")
+
+
+def _begin(
+    state: StateDir, ticket: SeatTicket, host: str, port: int, announce: Sequence[str], stop: Stop
+) -> int | None:
+    """A folder of a seat that has nothing yet; returns the port that it listened on."""
+    if state.ledger_path.exists():
+        return None
+    key = load_or_create(state.key_path)
+    state.save_token(ticket.token)
+    keep_ticket(state.path, ticket)
+
+    async def begin_unless_stopped() -> int | None:
+        loop, leave = asyncio.get_running_loop(), asyncio.Event()
+        stop.on_stop.append(lambda: loop.call_soon_threadsafe(leave.set))
+        work = asyncio.create_task(
+            begin(state.ledger_path, ticket, key, start_p2p, host=host, port=port, announce=announce)
+        )
+        stopped = asyncio.create_task(leave.wait())
+        if stop.is_set():
+            leave.set()
+        await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if work.done():
+            return work.result()
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        return None
+
+    return asyncio.run(begin_unless_stopped())
+
+
+def _recovery_key(path: Path) -> Ed25519PrivateKey:
+    if not path.exists():
+        raise ConfigError(
+            f"{path}: the recovery key is not there. The run's first coordinator wrote it into its state "
+            f"folder; name the file with --recovery-key"
+        )
+    return load_or_create(path)
+
+
+def _open_folder(state: StateDir, **where: Any) -> CoordinatorServer:
+    """The run that is there, whatever its configuration. Raises ConfigError."""
+    if not state.ledger_path.exists():
+        raise ConfigError(f"{state.path} has no run yet: name its run file, or a seat ticket with --replica")
+    server = CoordinatorServer(state, check_strategy=check_changes, **where)
+    log.info("going on after round %d of the run in %s", server.ledger.head_round, state.path)
+    return server
 
 
 def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) -> CoordinatorServer:
@@ -91,7 +204,8 @@ def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) ->
     state.save_rules(EntryRules.of(config.admission.mode, config.admission.peers))
     if not state.ledger_path.exists():
         coordinator = peer_id_of(load_or_create(state.key_path).public_key())
-        genesis = make_genesis(config, task, coordinator, time.time_ns() // 10**6)
+        recovery = recovery_digest(state.path)
+        genesis = make_genesis(config, task, coordinator, time.time_ns() // 10**6, recovery)
         log.info("new run %s, kept in %s", config.run.name, state.path)
         return CoordinatorServer(state, genesis=genesis.body, blobs=genesis.blobs, **where)
     server = CoordinatorServer(state, **where)
@@ -122,10 +236,17 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str 
 
 
 class _Serving:
-    """A coordinator that is served, until some time after its run's end. `folder`: its state."""
+    """A coordinator that is served, until some time after its run's end. `folder`: its state; `recovery`: the
+    run's recovery key, and for how long to look for newer rounds before it is used."""
 
-    def __init__(self, server: CoordinatorServer, folder: Path, linger_s: float) -> None:
-        self._server, self._folder, self._linger_s = server, folder, linger_s
+    def __init__(
+        self,
+        server: CoordinatorServer,
+        folder: Path,
+        linger_s: float,
+        recovery: tuple[Ed25519PrivateKey, float] | None = None,
+    ) -> None:
+        self._server, self._folder, self._linger_s, self._recovery = server, folder, linger_s, recovery
         self._page: Page | None = None
         self._stopped = asyncio.Event()
 
@@ -140,16 +261,29 @@ class _Serving:
                 if http is not None:
                     self._serve_page(stack, http)
                 await server.start()
-                if ticket_file is not None:
-                    write_ticket(ticket_file, server.ticket.line())
-                    server.on_new_ticket = lambda: write_ticket(ticket_file, server.ticket.line())
-                to_stdout(server.ticket.line())
+                if self._recovery is not None:
+                    await self._unless_stopped(server.recover(*self._recovery), math.inf)
+                self._tell_ticket(ticket_file)
+                server.on_new_ticket = lambda: self._tell_ticket(ticket_file)
                 log.info("the line above is the ticket. On any machine: thinwire join TICKET")
-                if server.service.is_over:
-                    log.info("this run is over already, since round %d", server.service.head)
+                if server.seat_ticket is not None:
+                    log.info(
+                        "for another coordinator: carry the secret file %s to its machine; there: thinwire "
+                        "coordinator --replica FILE",
+                        server.seat_ticket,
+                    )
+                if server.is_over:
+                    log.info("this run is over already, since round %d", server.head)
                 return await self._until_the_end()
             finally:
                 await server.stop()
+
+    def _tell_ticket(self, ticket_file: Path | None) -> None:
+        """Now, and when it is another one: all coordinators stand in it."""
+        line = self._server.ticket.line()
+        if ticket_file is not None:
+            write_ticket(ticket_file, line)
+        to_stdout(line)
 
     def _serve_page(self, stack: ExitStack, http: HttpAddress) -> None:
         from ...coordinator.observe.page import serve_coordinator
@@ -168,10 +302,10 @@ class _Serving:
                 if self._page is not None:
                     self._page.farewell()
                 break
-        if not self._server.service.is_over:
+        if not self._server.is_over:
             head = self._server.ledger.head_round
             log.info("stopped after round %d: the same command goes on from there, nodes wait for it", head)
-        return self._server.service.is_over
+        return self._server.is_over
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, None], at_most_s: float) -> bool:
         """False: it was stopped, or time was up before. Raises what the work raises."""
@@ -187,7 +321,7 @@ class _Serving:
 
     async def _until_longer(self) -> None:
         """Somebody may give a finished run more rounds. Raises what makes the server fail."""
-        while self._server.service.is_over:
+        while self._server.is_over:
             if self._server.failure is not None:
                 raise self._server.failure
             await asyncio.sleep(LOOK_EVERY_S)

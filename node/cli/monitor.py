@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from ...compression.errors import ConfigError
 from ...coordinator.protocol.files import write_aside
 from ...coordinator.protocol.ticket import Ticket
-from .status import fetch_status
+from .status import StatusClient
 
 log = logging.getLogger("thinwire.monitor")
 
@@ -84,7 +84,8 @@ def monitor(
 
 def of_ticket(ticket: Ticket, token: str | None) -> tuple[Address, str]:
     """Where the coordinator is reached from here, and what its run is called."""
-    status = fetch_status(ticket)
+    with StatusClient(ticket) as client:
+        status = client.fetch()
     http = status.get("http")
     if http is None:
         raise ConfigError(
@@ -93,7 +94,7 @@ def of_ticket(ticket: Ticket, token: str | None) -> tuple[Address, str]:
         )
     known = {peer["peer_id"] for peer in status["peers"]}
     why = []
-    for address in _candidates(http["host"], http["port"], ticket.addresses):
+    for address in _candidates(http["host"], http["port"], client.addresses):
         try:
             if ask(address, token) <= known:
                 return address, status["run"]

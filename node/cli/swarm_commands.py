@@ -74,9 +74,31 @@ class Coordinator:
 
     Give the ticket to everybody who is to join. Stop it with Ctrl-C and start it again with the same
     command: nodes wait, reconnect and go on. After the last round it serves for a while (--linger).
+
+    Several coordinators on several machines (--seats 3, then --replica there) go on when one of them is lost.
     """
 
-    run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
+    run_file: Annotated[Positional[Path | None], arg(metavar="RUN.toml")] = None
+    """Not needed where --state has a run already, nor for a --replica."""
+    seats: Annotated[int | None, arg(metavar="N")] = None
+    """How many coordinators are to order the run: 3 go on when one is lost, 5 when two are. This one writes a
+    seat ticket into its state folder, goes on alone, and names the others once so many are up to date."""
+    replica: Annotated[str | None, arg(metavar="SEAT_TICKET")] = None
+    """Become one of a run's coordinators: the seat ticket of another one, as a file or the line itself. It is
+    secret: a ticket to join does not suffice."""
+    replace: Annotated[str | None, arg(metavar="PEER")] = None
+    """The coordinator that is lost, or whose key is not safe any more, is to go: a replica that is up to date
+    takes its place. With --seats one less than there are it goes without a successor."""
+    restored: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """This state folder is an older copy of itself: what this coordinator has voted for since is not in it,
+    so it votes again once the others have let it in. Backups leave the file DIR/vote out, then this is not
+    needed."""
+    recover: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Most coordinators are lost for ever: go on alone from here, with the run's recovery key. Nodes and
+    coordinators that are still there are asked for the newest round first (--recover-wait)."""
+    recovery_key: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Default: DIR/recovery-key, where the run's first coordinator wrote it."""
+    recover_wait: Annotated[str, arg(metavar="TIME")] = "30s"
     state: Annotated[Path | None, arg(metavar="DIR")] = None
     """Where ledger, key, token and payloads are kept. Default:
     ~/.local/state/thinwire/NAME-coordinator"""
@@ -112,7 +134,7 @@ class Coordinator:
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
-        from .coordinator import coordinate
+        from .coordinator import SeatOptions, coordinate
 
         with stop_on_signals() as stop:
             is_over = coordinate(
@@ -129,6 +151,15 @@ class Coordinator:
                 http=http_address(self.http, self.http_token, self.http_host),
                 stop=stop,
                 linger_s=seconds_of(self.linger, "--linger"),
+                seats=SeatOptions(
+                    n_seats=self.seats,
+                    replica=self.replica,
+                    replace=self.replace,
+                    restored=self.restored,
+                    recover=self.recover,
+                    recovery_key=self.recovery_key,
+                    recover_wait_s=seconds_of(self.recover_wait, "--recover-wait"),
+                ),
             )
         return 128 + stop.signal if stop.signal and not is_over else 0
 

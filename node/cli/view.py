@@ -19,7 +19,7 @@ from ..states.opening import open_state
 from ..system.output import UNBOUNDED, make_console, shown, to_stdout
 from ..units import bytes_beside_ddp, human_bytes, human_loss
 from .offline import state_folder, status_of, telling_what_is_here
-from .status import StatusClient
+from .status import StatusClient, seat_in_words
 
 WATCH_EVERY_S = 1.0
 CHANGES_SHOWN = 4
@@ -63,12 +63,16 @@ def headline(status: Mapping[str, Any]) -> str:
 
 
 def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
-    """`notes`: lines below the table (what the demo did to somebody)."""
+    """`notes`: lines below the table (what the demo did to somebody). A seat that does not lead may know no
+    more than who does."""
+    whose = seat_in_words(status)
+    if whose is not None and "peers" not in status:
+        return Group(Text(shown(whose), style="yellow"), *(Text(note, style="yellow") for note in notes))
     lines: list[RenderableType] = [Text(shown(headline(status))), _PeerTable(status)]
     lines += [Text(shown(f"changed: {text}")) for text in status.get("changes", [])[-CHANGES_SHOWN:]]
     lines += [Text(shown(line)) for line in evaluations_in_words(status)]
     lines += [Text(shown(line), style="bold red") for line in trust_in_words(status)]
-    lines += [Text(note, style="yellow") for note in notes]
+    lines += [Text(shown(note), style="yellow") for note in (whose, *notes) if note is not None]
     for error in status.get("errors", [])[-3:]:
         lines.append(Text(shown(f"stopped with an error: {error}"), style="bold red"))
     if status["mismatches"]:
@@ -240,7 +244,7 @@ def show_status(ticket: str, *, as_json: bool, watch: bool, stopped: Callable[[]
         if as_json:
             while True:
                 to_stdout(json.dumps(status))
-                if not watch or stopped() or status["state"] == "finished":
+                if not watch or stopped() or status.get("state") == "finished":
                     return
                 time.sleep(WATCH_EVERY_S)
                 status = client.fetch()
@@ -248,13 +252,13 @@ def show_status(ticket: str, *, as_json: bool, watch: bool, stopped: Callable[[]
             console.print(swarm_table(status))
             return
         with Live(swarm_table(status), console=console) as live:
-            while not stopped() and status["state"] != "finished":
+            while not stopped() and status.get("state") != "finished":
                 time.sleep(WATCH_EVERY_S)
                 try:
                     status = client.fetch()
                     live.update(swarm_table(status))
                 except SwarmUnreachable:
-                    note = "the coordinator does not answer; trying again (Ctrl-C to stop)"
+                    note = "no coordinator answers; trying again (Ctrl-C to stop)"
                     live.update(swarm_table(status, [note]))
 
 

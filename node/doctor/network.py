@@ -10,17 +10,18 @@ import asyncio
 import ipaddress
 import time
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...compression.errors import ConfigError, SwarmUnreachable
 from ...coordinator.protocol.addresses import announced, knock, knock_everywhere, listen_address
 from ...coordinator.protocol.identity import new_key
-from ...coordinator.protocol.messages import PROTOCOL_VERSION, BadMessage
+from ...coordinator.protocol.messages import PROTOCOL_VERSION, BadMessage, PeerId
 from ...coordinator.protocol.p2p import P2PTransport, start_p2p
 from ...coordinator.protocol.streams import STATUS, Meter, Stream
 from ...coordinator.protocol.ticket import Ticket
-from ..cli.status import ask
+from ..cli.status import ask, leads, role_in_words
+from ..links.known_seats import KnownSeats, short
 from ..units import human_bytes
 from .findings import Finding, Stopped, failed, ok, skipped, warning
 from .machine import available_bytes
@@ -144,34 +145,76 @@ async def _reachable(plan: NetworkPlan, host: P2PTransport) -> Finding:
 
 
 async def _coordinator(host: P2PTransport, ticket: Ticket, found: list[Finding]) -> None:
-    silent = await knock_everywhere(ticket.addresses, KNOCK_S)
-    tried = {"tried": {address: silent.get(address) for address in ticket.addresses}}
-    if len(silent) == len(ticket.addresses):
+    """Each that the ticket names is asked for itself."""
+    seats = KnownSeats(ticket)
+    several = len(seats) > 1
+    answers = await asyncio.gather(*(_seat(host, ticket, seats, seat) for seat in seats.in_order()))
+    there = [answer for answer in answers if answer.asked]
+    is_majority = 2 * len(there) > len(answers)
+    for answer in answers:
+        finding = answer.finding
+        if several and is_majority and finding.status == "failed":
+            finding = replace(finding, status="warning")
+        found.append(replace(finding, name=f"coordinator {short(answer.seat)}") if several else finding)
+    if several:
+        found.append(_majority(len(there), len(answers)))
+    if there:
+        best = max(there, key=lambda answer: (leads(answer.status), "run" in answer.status))
+        found.append(_clock(min(best.asked, key=lambda each: each.round_trip_s)))
+        if "run" in best.status:
+            found.append(_run(ticket, best.status))
+
+
+def _majority(n_there: int, n: int) -> Finding:
+    detail = f"{n_there} of {n} coordinators reachable from here"
+    if 2 * n_there > n:
+        return ok("coordinators", detail, reachable=n_there, seats=n)
+    remedy = "rounds go on once a majority of them is: start those that are down, or open their ports"
+    return failed("coordinators", detail, remedy, reachable=n_there, seats=n)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """Of one coordinator. `asked`: empty, it did not answer."""
+
+    seat: PeerId
+    finding: Finding
+    status: dict[str, Any]
+    asked: Sequence[Asked]
+
+
+async def _seat(host: P2PTransport, ticket: Ticket, seats: KnownSeats, seat: PeerId) -> _Answer:
+    addresses = seats.addresses(seat)
+    silent = await knock_everywhere(addresses, KNOCK_S)
+    tried = {"tried": {address: silent.get(address) for address in addresses}}
+
+    def no(detail: str, remedy: str) -> _Answer:
+        return _Answer(seat, failed("coordinator", detail, remedy, **tried), {}, ())
+
+    if len(silent) == len(addresses):
         listing = "; ".join(f"{address}: {why}" for address, why in silent.items())
-        remedy = (
+        return no(
+            f"no address answers: {listing}",
             "is it running, and its port open (TCP)? From another network it needs --announce; after a move, "
-            "a new ticket"
+            "a new ticket",
         )
-        found.append(failed("coordinator", f"no address answers: {listing}", remedy, **tried))
-        return
     try:
-        status, asked = await _asked(host, ticket)
+        status, asked = await _asked(host, ticket, seat, addresses)
     except ConfigError as e:  # the token
-        found.append(failed("coordinator", str(e), "ask who runs it for a new ticket", **tried))
-        return
+        return no(str(e), "ask who runs it for a new ticket")
     except (SwarmUnreachable, BadMessage, OSError, EOFError, TimeoutError) as e:
         text = str(e) or f"no answer within {KNOCK_S:g} s"
-        remedy = "an old ticket, another program on that port, or a clock that is hours off?"
-        found.append(failed("coordinator", text, remedy, **tried))
-        return
+        return no(text, "an old ticket, another program on that port, or a clock that is hours off?")
     best = min(asked, key=lambda each: each.round_trip_s)
-    answering = [a for a in ticket.addresses if a not in silent]
+    answering = [a for a in addresses if a not in silent]
     detail = f"answers at {', '.join(answering)} in {best.round_trip_s * 1000:.1f} ms"
     if silent:
         detail += f" (not at {'; '.join(f'{a}: {why}' for a, why in silent.items())})"
     figures = {**tried, "round_trip_s": round(best.round_trip_s, 6)}
-    found += [ok("coordinator", detail, **figures), _clock(best)]
-    found.append(_run(ticket, status))
+    if isinstance(said := status.get("seat"), dict) and len(seats) > 1:
+        detail += f"; {role_in_words(said)}"
+        figures |= {name: said.get(name) for name in ("role", "head", "lag", "leader", "waits_for")}
+    return _Answer(seat, ok("coordinator", detail, **figures), status, asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +225,12 @@ class Asked:
     skew_s: float | None
 
 
-async def _asked(host: P2PTransport, ticket: Ticket) -> tuple[dict[str, Any], Sequence[Asked]]:
+async def _asked(
+    host: P2PTransport, ticket: Ticket, seat: PeerId, addresses: Sequence[str]
+) -> tuple[dict[str, Any], Sequence[Asked]]:
     """The status, and how asking went each time. Raises what the network raises, and ConfigError."""
-    await host.dial(ticket.peer_id, ticket.addresses, KNOCK_S)
-    reader, writer = await host.open_stream(ticket.peer_id, STATUS, KNOCK_S)
+    await host.dial(seat, addresses, KNOCK_S)
+    reader, writer = await host.open_stream(seat, STATUS, KNOCK_S)
     stream, asked = Stream(reader, writer, Meter()), []
     status: dict[str, Any] = {}
     try:

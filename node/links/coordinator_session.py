@@ -18,8 +18,11 @@ from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.figures import human_seconds
 from ...coordinator.protocol.messages import (
     PROTOCOL_VERSION,
+    READER,
     BadMessage,
+    Commit,
     Elsewhere,
+    Follow,
     Hello,
     Message,
     PeerId,
@@ -52,6 +55,9 @@ FIRST_RETRY_S, LAST_RETRY_S = 0.25, 4.0
 
 LAST_RETRY_OF_SEVERAL_S = 1.5
 """Some seat leads after a few seconds."""
+
+READ_AGAIN_S = 60.0
+"""A seat whose ledger was read for who the seats are is not read again for so long."""
 
 MAX_HOPS = 8
 """So many sessions in a row that soon said who leads instead are followed without a pause."""
@@ -107,6 +113,7 @@ class CoordinatorSession:
         """Seats whose connection may be broken without a word."""
         self._elsewhere = asyncio.Event()
         """A seat has said that another one leads."""
+        self._read_again_s: dict[PeerId, float] = {}
         self._latest: tuple[int, PeerId, PeerId] | None = None
         """The latest term that a watched seat has announced, who leads by it, and the seat."""
         self._announced_by: PeerId | None = None
@@ -189,7 +196,12 @@ class CoordinatorSession:
     async def _connect(self) -> Found:
         """With the seat that leads. Raises SwarmUnreachable, BadMessage, or what no retry can mend."""
         await self._living_transport()
-        found = await find_leader(self._seats, self._approach)
+        try:
+            found = await find_leader(self._seats, self._approach)
+        except NobodyLeads as e:
+            if not await self._learn_seats(e.strange):
+                raise
+            found = await find_leader(self._seats, self._approach)
         if self._announced_by is not None and found.seat != self._seats.leader:
             self._watch.misled(self._announced_by)
             self._latest = None
@@ -200,6 +212,42 @@ class CoordinatorSession:
                 await self._transport.disconnect(self._was_at)  # what is under way there goes on elsewhere
         self._was_at = found.seat
         return found
+
+    async def _learn_seats(self, strange: Sequence[PeerId]) -> bool:
+        """Reads the ledger where somebody is said to lead whom this node does not know as a seat: a record
+        that it has not seen yet may name the seat. True: there are others than before."""
+        known = self._seats.in_order()
+        for seat in strange:
+            if time.monotonic() < self._read_again_s.get(seat, 0.0):
+                continue
+            self._read_again_s[seat] = time.monotonic() + READ_AGAIN_S
+            try:
+                await self._read_ledger_of(seat)
+            except (ThinwireError, OSError, EOFError, TimeoutError) as e:
+                _log.info("the ledger of coordinator %s cannot be read: %s", short(seat), e)
+            if self._seats.in_order() != known:
+                return True
+        return False
+
+    async def _read_ledger_of(self, seat: PeerId) -> None:
+        """Up to its head, every record verified. Raises ThinwireError, OSError, EOFError or TimeoutError."""
+        stream = await self._open_session(seat)
+        try:
+            hello = self._hello().model_copy(update={"agent": READER})
+            welcome = await introduce(stream, hello, self._handler.missing_commits, self._handler.tell)
+            if isinstance(welcome, Elsewhere) or not welcome.is_copy:
+                return
+            self._handler.keep_record_0(welcome)
+            head, _ = self._handler.known_head()
+            await stream.send_message(Follow(after=head or 0))
+            while (head or 0) < welcome.head_round:
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    message = await stream.receive_message(FROM_COORDINATOR)
+                if isinstance(message, Commit):
+                    await self._handler.received(message)
+                    head, _ = self._handler.known_head()
+        finally:
+            stream.abort()
 
     async def _approach(self, seat: PeerId) -> tuple[Stream, Welcome | Elsewhere]:
         """Says Hello to a seat. Raises what `introduce` does."""

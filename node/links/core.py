@@ -126,7 +126,7 @@ class LinkCore:
             welcome = await self._coordinator.open()
         except LedgerCorrupt as e:
             raise self._with_command(e) from e
-        self.commits.keep_genesis(welcome.genesis, welcome.signature)
+        self.keep_record_0(welcome)
         self.commits.heard_of(welcome.head_round)
         limits = welcome.body.limits
         self._payloads.max_offers, self._payloads.max_bytes = limits.max_peers, limits.max_payload_bytes
@@ -170,6 +170,9 @@ class LinkCore:
 
     def missing_commits(self, after: int, up_to: int) -> Iterator[Commit]:
         return self.commits.missing(after, up_to)
+
+    def keep_record_0(self, welcome: Welcome) -> None:
+        self.commits.keep_genesis(welcome.genesis, welcome.signature)
 
     def connected(self, welcome: Welcome) -> None:
         self.commits.heard_of(welcome.head_round)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple
 
 from ...compression.errors import SwarmUnreachable, ThinwireError
@@ -17,7 +17,12 @@ HEAD_START_S: Final = 1.0
 
 
 class NobodyLeads(SwarmUnreachable):
-    """Seats answer, and none of them leads."""
+    """Seats answer, and none of them leads. `strange`: seats that say that somebody leads who is no seat, as
+    far as this node knows."""
+
+    def __init__(self, text: str, strange: Sequence[PeerId] = ()) -> None:
+        super().__init__(text)
+        self.strange = tuple(strange)
 
 
 class Found(NamedTuple):
@@ -33,7 +38,8 @@ Approach = Callable[[PeerId], Awaitable[tuple[Stream, Welcome | Elsewhere]]]
 
 
 async def find_leader(seats: KnownSeats, approach: Approach) -> Found:
-    """Each seat is tried once at most, in their order; whom one names as the leader goes first. Raises
+    """Each seat is tried once at most, in their order; whom one names as the leader goes first. A reader,
+    whom every seat says Welcome, gets who leads before a copy. Raises
     NobodyLeads or SwarmUnreachable, or what the leader, or every seat that answers, refuses with."""
     return await _Search(seats, approach).run()
 
@@ -46,6 +52,7 @@ class _Search:
         self._elsewhere: dict[PeerId, Elsewhere] = {}
         self._refused: dict[PeerId, ThinwireError] = {}
         self._failed: dict[PeerId, ThinwireError] = {}
+        self._copy: Found | None = None
 
     async def run(self) -> Found:
         try:
@@ -57,10 +64,13 @@ class _Search:
                 )
                 for task in done:
                     if (found := self._ended(task)) is not None:
+                        self._give_up_copy()
                         return found
         finally:
             await self._drop()
-        raise self._why()
+        if self._copy is None:
+            raise self._why()
+        return self._copy
 
     def _try_next(self) -> None:
         if self._untried:
@@ -77,7 +87,12 @@ class _Search:
             self._refused[seat] = e
         else:
             if isinstance(answer, Welcome):
-                return Found(seat, stream, answer)
+                found = Found(seat, stream, answer)
+                if not answer.is_copy:
+                    return found
+                self._give_up_copy()
+                self._copy = found
+                return None
             self._elsewhere[seat] = answer
             self._go_to(self._seats.heard(answer))
         return None
@@ -86,6 +101,10 @@ class _Search:
         """Next, unless it was tried."""
         if leader in self._untried:
             self._untried.sort(key=lambda seat: seat != leader)
+
+    def _give_up_copy(self) -> None:
+        if self._copy is not None:
+            self._copy.stream.abort()
 
     async def _drop(self) -> None:
         """Two may say Welcome while one has not noticed yet that it leads no more: the first is taken."""
@@ -104,7 +123,10 @@ class _Search:
         if by_leader is not None:
             return by_leader
         if self._elsewhere:
-            return NobodyLeads(self._in_words(leaders))
+            strange = [
+                s for s, said in self._elsewhere.items() if said.leader not in (None, *self._seats.in_order())
+            ]
+            return NobodyLeads(self._in_words(leaders), strange)
         if self._refused:
             return next(iter(self._refused.values()))
         if len(self._seats) == 1:

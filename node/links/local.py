@@ -46,6 +46,7 @@ from ...coordinator.protocol.messages import (
     encode_message,
 )
 from ...coordinator.protocol.trust.audits import sign_audit
+from ...coordinator.quorum.log import Log
 from ...coordinator.service import Service
 from ...optim.registry import check_changes
 from .base import Lied, LinkEvent, Shelf, Traffic
@@ -106,6 +107,7 @@ class LocalSwarm:
         late: Script = lambda _peer, _round: False,
         clock: Clock | None = None,
         check_strategy: CheckStrategy = check_changes,
+        log: Log | None = None,
     ) -> None:
         self.clock = clock or Monotonic()
         self.changed = threading.Condition(threading.RLock())
@@ -129,6 +131,7 @@ class LocalSwarm:
             now_s=self.clock.now_s(),
             wall_ms=lambda: time.time_ns() // 1_000_000,
             check_strategy=check_strategy,
+            log=log,
         )
         self._pump = threading.Thread(target=self._keep_time, name="local-swarm", daemon=True)
         self._pump.start()
@@ -498,14 +501,17 @@ def local_swarm(
     lose: Script = lambda _peer, _round: False,
     late: Script = lambda _peer, _round: False,
     clock: Clock | None = None,
+    log: Callable[[Ledger], Log] | None = None,
 ) -> Iterator[LocalSwarm]:
-    """A new run in an empty folder, or the one that is in it. `blobs`: base weights and texts of the run."""
+    """A new run in an empty folder, or the one that is in it. `blobs`: base weights and texts of the run;
+    `log`: None: its coordinator orders it alone."""
     path = folder / "ledger.db"
     ledger = Ledger.open(path, key.public_key()) if path.exists() else Ledger.create(path, genesis, key)
     store = BlobStore(folder / "blobs")
     for blob in blobs:
         store.put(digest_of(blob), blob)
-    swarm = LocalSwarm(ledger, store, key, lose=lose, late=late, clock=clock)
+    ordered = None if log is None else log(ledger)
+    swarm = LocalSwarm(ledger, store, key, lose=lose, late=late, clock=clock, log=ordered)
     try:
         yield swarm
     finally:

@@ -25,6 +25,10 @@ class SessionHandler(Protocol):
         """Commits after the one round up to the other: for a coordinator that has lost them."""
         ...
 
+    def keep_record_0(self, welcome: Welcome) -> None:
+        """It was verified; the ledger that follows it may be read before a session begins."""
+        ...
+
     def connected(self, welcome: Welcome) -> None:
         """A session begins; the first one, or one after a break."""
         ...

@@ -5,32 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tests.support.service_world import MakeWorld, World, offer
+from tests.support.slow_log import SlowLog
 from thinwire.coordinator.control.orders import Order
-from thinwire.coordinator.protocol.messages import Change, CommitBody, NodeState, Notice, State
-from thinwire.coordinator.quorum.log import Alone, OnSealed
+from thinwire.coordinator.protocol.messages import Change, NodeState, Notice, State
 
 
-class Slow:
-    """Alone, but records are sealed when the test says so."""
-
-    on_sealed: OnSealed
-
-    def __init__(self, world: World) -> None:
-        self._alone = Alone(world.ledger, world.key)
-        self.proposed: list[tuple[CommitBody, bytes]] = []
-
-    def propose(self, body: CommitBody, work: bytes, now_s: float) -> None:
-        self.proposed.append((body, work))
-
-    def seal(self, now_s: float) -> None:
-        (body, work), self.proposed = self.proposed[0], self.proposed[1:]
-        self._alone.on_sealed = self.on_sealed
-        self._alone.propose(body, work, now_s)
-
-
-def slow(make_world: MakeWorld, **config: int) -> tuple[World, Slow]:
+def slow(make_world: MakeWorld, **config: int) -> tuple[World, SlowLog]:
     world = make_world(**config)
-    log = Slow(world)
+    log = SlowLog(world)
     world.start(log=log)
     world.train("a", "b")
     world.round(1, "a", "b")

@@ -226,10 +226,14 @@ def test_wrong_tickets_are_told_apart(make_swarm: Callable[..., Swarm]) -> None:
     assert take(honest, 0, 1)[0].body.round == 1
 
 
-def test_a_taken_port_is_an_error(make_swarm: Callable[..., Swarm], make_genesis: MakeGenesis) -> None:
+def test_a_taken_port_is_an_error(
+    make_swarm: Callable[..., Swarm], make_genesis: MakeGenesis, key: Ed25519PrivateKey
+) -> None:
     swarm = make_swarm()
     other = swarm.folder / "other"
     port = int(swarm.ticket.addresses[0].rsplit("/", 1)[1])
+    other.mkdir()
+    save(key, other / "key")
     genesis = make_genesis()
     with pytest.raises(ConfigError, match=f"port {port} is taken"), ServerThread(other, genesis, port=port):
         pass

@@ -1,9 +1,12 @@
 """State folders that an earlier build has written are opened and gone on with.
 
-`tests/golden/state` was written by the build of 28 November 2026 (commit 227d217): a coordinator and two
-nodes of `run.toml`, stopped after round 6 of 12. `coordinator` and `node` are the folders that they left, but
-for locks and the port; `expected.json` has the fingerprints that the same build had after each round. Nobody
-writes them anew: a build that cannot open them cannot go on with the runs of its users.
+`tests/golden/state` was written by the build of 28 November 2026 (commit 227d217, protocol 2): a coordinator
+and two nodes of `run.toml`, stopped after round 6 of 12. `coordinator` and `node` are the folders that they
+left, but for locks and the port; `expected.json` has the fingerprints that the same build had after each
+round. `tests/golden/state_3` is the same of 29 November (commit d4bc160, protocol 3), stopped after round 14
+of 40: offers are signed, an invitation was used, a record changes the learning rate; and `ledger` is the file
+that this build made of it. Nobody writes them anew: a build that cannot open them cannot go on with the runs
+of its users.
 """
 
 from __future__ import annotations
@@ -15,32 +18,41 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.committee import KEYS, RECOVERY_KEY, SealsAtOnce, entry, raw_public
 from tests.support.local_nodes import run_all
+from tests.support.records import commit_body
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.observe.overview import ENTRIES_SHOWN
 from thinwire.coordinator.protocol.identity import load_or_create, peer_id_of
 from thinwire.coordinator.protocol.ledger_copy import COPY_NAME, LedgerCopy
-from thinwire.coordinator.protocol.messages import Commit, OfferEntry
+from thinwire.coordinator.protocol.ledger_file import MAGIC
+from thinwire.coordinator.protocol.messages import Change, Commit, OfferEntry, digest_of
 from thinwire.coordinator.service import Service
 from thinwire.coordinator.state import StateDir
+from thinwire.node.cli.ledger_command import save_ledger_of_state
+from thinwire.node.cli.replay import replay
 from thinwire.node.config import parse_config
 from thinwire.node.links.local import local_swarm
 from thinwire.node.replica import Replica, build_replica
 from thinwire.node.runner import Runner
 from thinwire.node.snapshots.store import SnapshotStore
+from thinwire.node.states.opening import open_state
 from thinwire.node.system.folder import IDENTITY_NAME
 from thinwire.node.tasks.registry import make_task
 
-STATE = Path(__file__).parents[1] / "golden" / "state"
-HEAD, ROUNDS = 6, 12
-FINGERPRINTS: list[str] = json.loads((STATE / "expected.json").read_text())["fingerprints"]
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 class Earlier:
-    """A copy of the folders, which may be written to."""
+    """A copy of the folders, which may be written to. `head`: where they end; `snapshots`: rounds of those
+    that the node has."""
 
-    def __init__(self, folder: Path) -> None:
-        shutil.copytree(STATE, folder)
+    def __init__(self, name: str, folder: Path, snapshots: list[int]) -> None:
+        shutil.copytree(GOLDEN / name, folder)
+        self.folder, self.snapshots = folder, snapshots
+        self.fingerprints: list[str] = json.loads((folder / "expected.json").read_text())["fingerprints"]
+        self.head = len(self.fingerprints)
         self.coordinator, self.node = folder / "coordinator", folder / "node"
         for key in (self.coordinator / "key", self.coordinator / "token", self.node / IDENTITY_NAME):
             key.chmod(0o600)  # which git does not keep
@@ -71,9 +83,10 @@ class Earlier:
         return build_replica(self.run_id, self.genesis, task)
 
 
-@pytest.fixture
-def earlier(tmp_path: Path) -> Earlier:
-    return Earlier(tmp_path / "state")
+@pytest.fixture(params=[("state", [4, 5]), ("state_3", [12, 14])], ids=["protocol 2", "protocol 3"])
+def earlier(request: pytest.FixtureRequest, tmp_path: Path) -> Earlier:
+    name, snapshots = request.param
+    return Earlier(name, tmp_path / "state", snapshots)
 
 
 def test_a_coordinator_goes_on(earlier: Earlier) -> None:
@@ -92,11 +105,13 @@ def test_a_coordinator_goes_on(earlier: Earlier) -> None:
         )
         status, overview = service.status(0.0), service.overview(0.0)
         ledger.close()
-    assert (status["round"], status["state"], status["mismatches"]) == (HEAD, "training", 0)
+    assert (status["round"], status["state"], status["mismatches"]) == (earlier.head, "training", 0)
     assert earlier.peer_id in [peer["peer_id"] for peer in status["peers"]]
     assert status["held_out"]
-    assert status["snapshot"]["round"] == 4
-    assert [entry["round"] for entry in overview["entries"]] == list(range(HEAD, 0, -1))
+    assert status["snapshot"]["round"] == earlier.snapshots[0]
+    assert [entry["round"] for entry in overview["entries"]] == list(range(earlier.head, 0, -1))[
+        :ENTRIES_SHOWN
+    ]
     assert all(entry["why"] for entry in overview["entries"]), "history.json has it"
     assert "joined" in [happening["kind"] for happening in overview["happenings"]]
 
@@ -108,38 +123,78 @@ def test_the_ledger_gives_the_same_replica(earlier: Earlier) -> None:
     for commit in earlier.commits():
         replica.apply(commit, earlier.payload, offered=False)
         found.append(replica.fingerprint().hex())
-    assert found == FINGERPRINTS
+    assert found == earlier.fingerprints
 
 
 def test_a_node_has_its_copy_of_the_ledger_and_its_snapshots(earlier: Earlier) -> None:
     copy = LedgerCopy(earlier.run_folder / COPY_NAME, earlier.run_id, peer_id_of(earlier.key.public_key()))
-    assert copy.head_round == HEAD
+    assert copy.head_round == earlier.head
     copy.close()
     commits = earlier.commits()
     store = SnapshotStore(earlier.run_folder / "snapshots", earlier.run_id)
-    assert [stored.round for stored in store.stored()] == [4, 5]
+    assert [stored.round for stored in store.stored()] == earlier.snapshots
     for stored in store.stored():
         replica = earlier.replica()
         replica.take(store, stored, commits[stored.round - 1])
         replica.peers = dict(copy.peers)
         assert replica.take_local_state(store.folder_of(stored))
+        for commit in commits[: stored.round]:
+            replica.condemned(commit)
         for commit in commits[stored.round :]:
             replica.apply(commit, earlier.payload, offered=False)
-        assert replica.fingerprint().hex() == FINGERPRINTS[-1]
+        assert replica.fingerprint().hex() == earlier.fingerprints[-1]
+
+
+def test_a_file_of_the_ledger_has_the_bytes_that_it_always_had(tmp_path: Path) -> None:
+    earlier = Earlier("state_3", tmp_path / "state", [])
+    save_ledger_of_state(earlier.coordinator, tmp_path / "ledger")
+    assert (tmp_path / "ledger").read_bytes() == (earlier.folder / "ledger").read_bytes()
 
 
 def test_the_run_goes_on_to_its_end(earlier: Earlier, caplog: pytest.LogCaptureFixture) -> None:
+    """Ordered by a committee of three from now on, and shorter than it was going to be."""
     caplog.set_level(logging.INFO, logger="thinwire.node")
-    with local_swarm(earlier.coordinator, earlier.genesis, earlier.key) as swarm:
+    n_rounds = earlier.head + 4
+    ledger = Ledger.open(earlier.coordinator / "ledger.db", earlier.key.public_key())
+    committee = entry([0, 1, 2], recovery=digest_of(raw_public(RECOVERY_KEY)))
+    body = ledger.commits(earlier.head - 1, 1)[0].body
+    named = commit_body(
+        earlier.head + 1,
+        parent=ledger.head_digest,
+        offers=(),
+        changes=(Change(key="run.rounds", value=n_rounds),),
+        committee=committee,
+        lr_factor_bits=body.lr_factor_bits,
+        time_ms=body.time_ms,
+    )
+    ledger.append(named, earlier.key)
+    ledger.close()
+    with local_swarm(earlier.coordinator, earlier.genesis, earlier.key, log=SealsAtOnce) as swarm:
         runners = [
             Runner(swarm.link(earlier.peer_id), folder=earlier.run_folder),
             Runner(swarm.link("a new peer")),
         ]
         results = run_all(runners)
         status = swarm.call(lambda service, now_s: service.status(now_s))
-    assert "took the replica after round 5 from this node's disk" in caplog.text
-    assert [result.rounds for result in results] == [ROUNDS, ROUNDS]
+    newest = earlier.snapshots[-1]
+    assert f"took the replica after round {newest} from this node's disk" in caplog.text
+    assert f"after round {earlier.head + 1}: the committee is now " in caplog.text
+    assert [result.rounds for result in results] == [n_rounds, n_rounds]
     assert len({result.fingerprint for result in results}) == 1, (
         "one was in a snapshot of the earlier build's"
     )
-    assert (status["round"], status["state"], status["mismatches"]) == (ROUNDS, "finished", 0)
+    assert (status["round"], status["state"], status["mismatches"]) == (n_rounds, "finished", 0)
+    path = earlier.folder / "after"
+    save_ledger_of_state(earlier.coordinator, path)
+    assert path.read_bytes().startswith(MAGIC + (4).to_bytes(4, "little"))
+    if earlier.genesis.protocol == 3:  # whose payloads are in its records
+        found = replay(path)
+        assert found is not None
+        assert (found.rounds, found.fingerprint) == (n_rounds, results[0].fingerprint)
+    with open_state(earlier.coordinator) as state:
+        assert state.seats == committee.seats
+        after = list(state.commits(after=n_rounds - 2))
+    assert [len(commit.signature) for commit in after] == [8 + 2 * 65] * 2
+    again = Ledger.open(earlier.coordinator / "ledger.db", KEYS[2].public_key())
+    assert again.head_round == n_rounds
+    again.close()

@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.support.records import commit_body
+from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.chain import Chain
 from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.messages import (
@@ -20,6 +21,7 @@ from thinwire.coordinator.protocol.messages import (
     encode_record,
 )
 from thinwire.coordinator.protocol.trust.seals import Committee, Sealed
+from thinwire.coordinator.quorum.log import OnSealed
 
 KEYS = tuple(Ed25519PrivateKey.from_private_bytes(bytes([n] * 32)) for n in range(1, 8))
 """Of seats; the first one is the founder's."""
@@ -47,6 +49,21 @@ def seal_of(
     ballot = committee.ballot_above(0, voters[0])
     data = committee.signed(run_id, ballot, round_, record)
     return committee.seal(ballot, {seat: KEY_OF[seat].sign(data) for seat in voters})
+
+
+class SealsAtOnce:
+    """A `Log` for a committee, all of whose keys are here: what is proposed is sealed, without a word between
+    seats."""
+
+    on_sealed: OnSealed
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def propose(self, body: CommitBody, work: bytes, now_s: float) -> None:
+        record, ledger = encode_record(body), self._ledger
+        seal = seal_of(ledger.committee, ledger.run_id, body.round, record)
+        self.on_sealed(ledger.take(Sealed(record=record, seal=seal, work=work)), now_s)
 
 
 class Sealing:

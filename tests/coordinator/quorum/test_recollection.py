@@ -108,7 +108,7 @@ def test_what_no_record_has_is_forgotten_with_the_reign(make_world: MakeWorld) -
     report = Report(round=1, fingerprint=b"f" * 8)
     world.say("a", report)
     recollection.derived.reports.take()  # into a record that nobody has sealed
-    recollection.reign_ended()
+    recollection.reign_ended(world.service.memory())
     world.start(recollection=recollection)
     world.open("a", "b")
     world.train("a", "b")

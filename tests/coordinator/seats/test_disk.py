@@ -13,7 +13,7 @@ from thinwire.coordinator.protocol.messages import GenesisBody, Reseated
 from thinwire.coordinator.quorum.disk import VoteState
 from thinwire.coordinator.quorum.words import Accepted
 from thinwire.coordinator.seats.disk import StateDisk
-from thinwire.coordinator.seats.votes import VOTE_NAME
+from thinwire.coordinator.state import VOTE_NAME
 
 VOTE = VoteState(1, 42, Accepted(ballot=41, round=2, record=b"r", work=b"w"))
 

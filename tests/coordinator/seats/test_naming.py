@@ -24,7 +24,10 @@ from thinwire.coordinator.seats.naming import next_seats, told
         ("abc", "de", 5, "", "abcde"),
         ("abcde", "", 3, "", None),  # whom to drop nobody has said
         ("abcde", "", 3, "de", "abc"),
-        ("abcde", "f", 4, "de", "abcf"),
+        ("abcde", "f", 4, "de", "abce"),
+        ("abce", "f", 4, "de", "abcf"),
+        ("a", "b", 0, "a", "b"),
+        ("a", "", 0, "a", None),
         ("abc", "d", 0, "x", None),
     ],
 )

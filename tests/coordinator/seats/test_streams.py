@@ -43,7 +43,7 @@ class Seat:
     def refuses(self, seat: str, enter: Enter) -> str | None:
         return self.denies
 
-    def up(self, link: Link) -> None:
+    def up(self, link: Link, *, is_new: bool) -> None:
         self.n_up += 1
 
     def down(self, seat: str) -> None:

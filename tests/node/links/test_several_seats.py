@@ -17,6 +17,7 @@ from typing import Any, cast
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.support.records import commit_body
 from tests.support.waiting import wait_until
 from thinwire.compression.errors import ConfigError, SwarmUnreachable
 from thinwire.coordinator.admission import AdmissionControl
@@ -25,6 +26,8 @@ from thinwire.coordinator.entry.rules import OPEN
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of, save
 from thinwire.coordinator.protocol.messages import (
+    READER,
+    CommitteeEntry,
     Elsewhere,
     GenesisBody,
     NodeState,
@@ -40,7 +43,10 @@ from thinwire.coordinator.seats.elsewhere import ElsewhereServer
 from thinwire.coordinator.seats.watchers import Watchers, WhoLeads
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.stream_server import Waits
+from thinwire.node.cli.status import fetch_status, seat_in_words
+from thinwire.node.doctor.network import NetworkPlan, check_network
 from thinwire.node.links import finding
+from thinwire.node.links.core import About
 from thinwire.node.links.finding import NobodyLeads, find_leader
 from thinwire.node.links.hivemind import HivemindLink
 from thinwire.node.links.known_seats import KnownSeats
@@ -54,7 +60,7 @@ class Swarm:
     """A coordinator that leads, and a seat that does not: `follower` by peer id and addresses."""
 
     def __init__(self, folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey, stack: ExitStack) -> None:
-        self._folder, self._stack = folder, stack
+        self._folder, self._stack, self.key = folder, stack, key
         state = folder / "leads"
         state.mkdir()
         save(key, state / "key")
@@ -86,7 +92,7 @@ class Swarm:
             admission,
             self.watchers,
             Meter(),
-            status=lambda: {"role": "follows"},
+            status=lambda: {"seat": self.watchers.who.figures(transport.peer_id, 3, 2)},
             failed=lambda error: None,
             waits=Waits(),
         )
@@ -125,8 +131,10 @@ class Swarm:
             lambda: "no watch session",
         )
 
-    def link(self, name: str, ticket: Ticket | None = None) -> HivemindLink:
-        link = HivemindLink(ticket or self.ticket, state=self._folder / name, host="127.0.0.1", patience_s=60)
+    def link(self, name: str, ticket: Ticket | None = None, **options: Any) -> HivemindLink:
+        link = HivemindLink(
+            ticket or self.ticket, state=self._folder / name, host="127.0.0.1", patience_s=60, **options
+        )
         self._stack.callback(link.close)
         return link
 
@@ -208,11 +216,48 @@ def test_a_node_goes_where_a_seat_leads_that_ticket_or_ledger_name(swarm: Swarm)
 
 
 @pytest.mark.swarm
-def test_the_gate_of_a_seat_that_does_not_lead_is_the_run_s(swarm: Swarm) -> None:
+def test_an_old_ticket_leads_to_the_committee_that_the_ledger_names(swarm: Swarm) -> None:
+    other = swarm.another_leader()
+    entry = CommitteeEntry(seats=(swarm.leader, other), need=2)
+    body = commit_body(1, parent=swarm.ledger.run_id, offers=(), committee=entry)
+    swarm.ledger.append(body, swarm.key)
+    swarm.say(other.peer_id, term=1)
+    link = swarm.link("a", swarm.ticket.model_copy(update={"others": ()}))
+    welcome = link.open()
+    assert at(link) == other.peer_id, "named by a record, not by the ticket"
+    assert welcome.head_round == 1, "a coordinator without the record got it back from this node"
+    link.close()
+    assert not swarm.admission.rejected
+
+    swarm.say(None, "a majority is gone")
+    reader = swarm.link("r", swarm.ticket.model_copy(update={"others": ()}), about=About(agent=READER))
+    assert reader.open().is_copy, "with nobody who leads the ledger can be read all the same"
+    (commit,) = reader.records(0)
+    assert commit.body.committee == entry
+
+
+@pytest.mark.swarm
+def test_readers_take_the_answer_of_who_leads_or_of_whoever_is_there(swarm: Swarm) -> None:
     lost = swarm.ticket.model_copy(update={"others": (_unreachable(B),)})
     with pytest.raises(ConfigError, match="token is wrong"):
         swarm.link("a", lost.model_copy(update={"token": "wrong"})).open()
     assert swarm.admission.rejected == {"token": 1}
+    assert fetch_status(swarm.ticket)["state"] == "waiting", "the one that leads has answered"
+    whose = seat_in_words(fetch_status(lost))
+    assert whose is not None
+    assert "follows, at round 3, 2 behind" in whose
+    assert f"{swarm.leader.peer_id[-6:]} leads" in whose
+
+    three = swarm.ticket.model_copy(update={"others": (swarm.leader, _unreachable(B))})
+    found = list(check_network(NetworkPlan("127.0.0.1", 0, (), three), lambda: False))
+    seats = {finding.name[-6:]: finding for finding in found if finding.name.startswith("coordinator ")}
+    follower, leader, gone = (seats[s.peer_id[-6:]] for s in (swarm.follower, swarm.leader, _unreachable(B)))
+    assert [follower.figures[name] for name in ("role", "head", "lag")] == ["follows", 3, 2]
+    assert (leader.figures["role"], leader.status) == ("leads", "ok")
+    assert (gone.status, "connection refused" in gone.detail) == ("warning", True)
+    by_name = {finding.name: finding for finding in found}
+    assert by_name["coordinators"].detail == "2 of 3 coordinators reachable from here"
+    assert by_name["run"].status == "ok"
 
 
 def _unreachable(peer_id: str) -> SeatEntry:

@@ -1,0 +1,166 @@
+"""The blobs that a seat must have before it votes, or is named: fetched from other seats, a few at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from ...compression.errors import SwarmUnreachable
+from ..blobs import BlobStore
+from ..protocol.blob_streams import NotServed, get_blob_into
+from ..protocol.messages import BadMessage
+from ..protocol.streams import Stream
+
+log = logging.getLogger("thinwire.coordinator")
+
+AT_ONCE: Final = 4
+RETRY_S: Final = 2.0
+MAX_WANTED: Final = 2**17
+
+OpenStream = Callable[[str], Awaitable[Stream]]
+"""A stream for blobs to a connected seat. Raises SwarmUnreachable."""
+
+
+@dataclass(slots=True)
+class _Wanted:
+    max_bytes: int
+    not_at: set[str] = field(default_factory=set)
+    """Seats that have said that it is not there, since it was asked for last."""
+
+
+class Fetcher:
+    """In one event loop. `sources`: seats that may have blobs, the likeliest first; `arrived`: is told of a
+    blob that is in the store."""
+
+    def __init__(
+        self,
+        blobs: BlobStore,
+        open_stream: OpenStream,
+        sources: Callable[[], Sequence[str]],
+        arrived: Callable[[bytes], None],
+    ) -> None:
+        self._blobs, self._open_stream, self._sources, self._arrived = blobs, open_stream, sources, arrived
+        self._wanted: dict[bytes, _Wanted] = {}
+        self._taken: set[bytes] = set()
+        self._streams: dict[str, list[Stream]] = {}
+        self._wake = asyncio.Event()
+        self._workers: list[asyncio.Task[None]] = []
+        self.trouble = ""
+        """Why the last one could not be stored, in words."""
+
+    @property
+    def n_wanted(self) -> int:
+        return len(self._wanted)
+
+    def want(self, digest: bytes, max_bytes: int) -> bool:
+        """False: the blob is here."""
+        if digest in self._blobs:
+            return False
+        wanted = self._wanted.get(digest)
+        if wanted is not None:
+            wanted.not_at.clear()
+        elif len(self._wanted) < MAX_WANTED:
+            self._wanted[digest] = _Wanted(max_bytes)
+        self._wake.set()
+        if not self._workers:
+            self._workers = [asyncio.create_task(self._work()) for _ in range(AT_ONCE)]
+        return True
+
+    def wants(self, digest: bytes) -> bool:
+        """Whether it is on its way."""
+        return digest in self._wanted
+
+    def forget(self, digests: Collection[bytes]) -> None:
+        """They are not wanted any more."""
+        for digest in digests:
+            self._wanted.pop(digest, None)
+
+    def look_again(self) -> None:
+        """There may be new sources."""
+        for wanted in self._wanted.values():
+            wanted.not_at.clear()
+        self._wake.set()
+
+    async def close(self) -> None:
+        workers, self._workers = self._workers, []
+        for task in workers:
+            task.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        for streams in self._streams.values():
+            for stream in streams:
+                stream.abort()
+        self._streams.clear()
+
+    async def _work(self) -> None:
+        while True:
+            found = self._next()
+            if found is None:
+                self._wake.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(RETRY_S if self._wanted else None):
+                        await self._wake.wait()
+                if not self._wake.is_set():
+                    self.look_again()
+                continue
+            digest, source = found
+            self._taken.add(digest)
+            try:
+                await self._fetch(digest, self._wanted[digest], source)
+            except Exception:
+                log.exception("a blob from seat %s met a fault of ours", source)
+                await asyncio.sleep(RETRY_S)
+            finally:
+                self._taken.discard(digest)
+
+    def _next(self) -> tuple[bytes, str] | None:
+        """A blob, and a seat that may have it."""
+        sources = self._sources()
+        for digest, wanted in self._wanted.items():
+            if digest in self._taken:
+                continue
+            source = next((seat for seat in sources if seat not in wanted.not_at), None)
+            if source is not None:
+                return digest, source
+        return None
+
+    async def _fetch(self, digest: bytes, wanted: _Wanted, source: str) -> None:
+        try:
+            stream = await self._stream(source)
+        except SwarmUnreachable:
+            wanted.not_at.add(source)
+            return
+        try:
+            await get_blob_into(
+                stream, digest, wanted.max_bytes, "payload", lambda n: self._blobs.writer(digest, n)
+            )
+        except NotServed:
+            wanted.not_at.add(source)
+            self._streams.setdefault(source, []).append(stream)
+            return
+        except (SwarmUnreachable, BadMessage, EOFError, OSError) as e:
+            stream.abort()
+            wanted.not_at.add(source)
+            self._tell(f"a blob does not come whole from seat {source}: {e or type(e).__name__}")
+            return
+        self._streams.setdefault(source, []).append(stream)
+        self._wanted.pop(digest, None)
+        self.trouble = ""
+        self._arrived(digest)
+
+    async def _stream(self, source: str) -> Stream:
+        """One that waits for its next request, or a new one. Raises SwarmUnreachable."""
+        free = self._streams.get(source)
+        while free:
+            stream = free.pop()
+            if not stream.is_closing:
+                return stream
+        return await self._open_stream(source)
+
+    def _tell(self, why: str) -> None:
+        if why != self.trouble:
+            self.trouble = why
+            log.info("%s", why)

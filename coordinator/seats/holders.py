@@ -1,0 +1,81 @@
+"""What a leader tells the others of payloads that nodes have brought, and which seats hold them since."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Final
+
+from ..blobs import BlobStore
+from ..protocol.trust.seals import Committee
+from ..quorum.holding import Holding
+from ..quorum.words import Keep, Word
+
+KEPT_ROUNDS: Final = 2
+"""A payload that comes late may be offered again in the next round."""
+
+MAX_BLOBS: Final = 2**14
+
+
+class Holders:
+    """`send`: to a seat; `others`: all that are connected, onlookers among them."""
+
+    def __init__(
+        self,
+        me: str,
+        blobs: BlobStore,
+        send: Callable[[str, Word], None],
+        others: Callable[[], Collection[str]],
+    ) -> None:
+        self._me, self._blobs, self._send, self._others = me, blobs, send, others
+        self._holding = Holding((), 1)
+        self._at: dict[bytes, set[str]] = {}
+        self._announced: dict[bytes, tuple[int, int]] = {}
+        """(round in which it came, bytes) by digest."""
+
+    def new_reign(self, committee: Committee) -> None:
+        """This seat leads that committee from now on."""
+        self._holding = Holding([seat for seat in committee.seats if seat != self._me], committee.need)
+        self._at.clear()
+        self._announced.clear()
+
+    def announce(self, digest: bytes, round_: int) -> None:
+        """It has come here, for an offer of this round: the others are to fetch it."""
+        n_bytes = self._blobs.size(digest)
+        if n_bytes is None or digest in self._announced:
+            return
+        if len(self._announced) >= MAX_BLOBS:
+            self._forget(next(iter(self._announced)))
+        self._announced[digest] = round_, n_bytes
+        self._holding.announce(digest)
+        for seat in self._others():
+            self._send(seat, Keep(digest=digest, n_bytes=n_bytes))
+
+    def remind(self, seat: str | None = None) -> None:
+        """Says again what is not known to be there, to this seat or to all: words may be lost."""
+        for digest, (_, n_bytes) in self._announced.items():
+            for other in self._others() if seat is None else (seat,):
+                if other not in self._at.get(digest, ()):
+                    self._send(other, Keep(digest=digest, n_bytes=n_bytes))
+
+    def keeps(self, seat: str, digest: bytes) -> list[bytes]:
+        """A seat says that it has it. Returns those that enough seats hold from now on."""
+        if digest not in self._announced:
+            return []
+        self._at.setdefault(digest, set()).add(seat)
+        return self._holding.keeps(seat, digest)
+
+    def held(self, digest: bytes, round_: int) -> bool:
+        """Whether enough seats hold it. What nobody has been told of yet is announced."""
+        self.announce(digest, round_)
+        return digest in self._blobs and self._holding.is_held(digest)
+
+    def sealed(self, round_: int) -> None:
+        """The record of this round: what came for those before it is of no interest any more."""
+        self._holding.sealed()
+        for digest in [d for d, (came, _) in self._announced.items() if came + KEPT_ROUNDS <= round_]:
+            self._forget(digest)
+
+    def _forget(self, digest: bytes) -> None:
+        del self._announced[digest]
+        self._at.pop(digest, None)
+        self._holding.forget(digest)

@@ -1,0 +1,158 @@
+"""The blobs that a seat must have: what the run needs, what is offered, and what records name.
+
+A leader announces what nodes bring (`Keep`); the others fetch it and say so (`Keeps`). Who follows, or looks
+on, also fetches what records name that it has not got.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from ..blobs import BlobStore
+from ..ledger import Ledger
+from ..protocol.messages import BadMessage, CommitBody, decode_record
+from ..quorum.words import Keep, Keeps, Word
+from .disk import StateDisk
+from .fetching import Fetcher, OpenStream
+from .holders import Holders
+from .link import Link
+
+
+class Shelf(Protocol):
+    """What becomes of blobs that come from other seats, and which of the ledger's payloads are not here."""
+
+    def arrived(self, digest: bytes) -> None:
+        """It is in the store."""
+        ...
+
+    def missing(self) -> Mapping[bytes, int]:
+        """Payloads that are still needed, by the newest round that counts each."""
+        ...
+
+    def has_room(self, n_bytes: int) -> bool: ...
+
+
+class Provisions:
+    """Of one seat. `links`: to other seats; `leader`: who leads, as far as is known; `on_held`: is told of a
+    payload that enough seats hold now."""
+
+    def __init__(
+        self,
+        me: str,
+        ledger: Ledger,
+        blobs: BlobStore,
+        disk: StateDisk,
+        links: Mapping[str, Link],
+        send: Callable[[str, Word], None],
+        open_stream: OpenStream,
+        leader: Callable[[], str | None],
+        shelf: Shelf,
+        on_held: Callable[[bytes], None],
+    ) -> None:
+        self._ledger, self._blobs, self._disk = ledger, blobs, disk
+        self._links, self._send, self._leader = links, send, leader
+        self._shelf, self._on_held = shelf, on_held
+        self.fetcher = Fetcher(blobs, open_stream, self._sources, self._arrived)
+        self._holders = Holders(me, blobs, send, lambda: list(links))
+        self._rounds: dict[bytes, int] = {}
+        """Of payloads that are fetched."""
+        self._max_bytes = ledger.genesis.limits.max_payload_bytes
+
+    # --------------------------------------------------------------------------------------- who leads
+
+    def new_reign(self) -> None:
+        """This seat leads from now on."""
+        self._holders.new_reign(self._disk.committee)
+
+    def stored(self, digest: bytes) -> None:
+        """A node has brought a payload: the others are to have it, too."""
+        self._holders.announce(digest, self._disk.head + 1)
+
+    def held(self, digest: bytes) -> bool:
+        """Whether enough seats hold it."""
+        return self._holders.held(digest, self._disk.head + 1)
+
+    def remind(self, seat: str | None = None) -> None:
+        """Says again what this seat, or any, is not known to hold."""
+        self._holders.remind(seat)
+
+    # --------------------------------------------------------------------------------------- words
+
+    def keep(self, seat: str, word: Keep) -> str | None:
+        """From who leads. Why it is not heard, in a word."""
+        if seat not in self._disk.committee.seats:
+            return "keep"
+        if word.n_bytes > self._max_bytes:
+            return "oversized"
+        if word.digest in self._blobs:
+            self._shelf.arrived(word.digest)
+            self._send(seat, Keeps(digest=word.digest))
+        elif not self._shelf.has_room(word.n_bytes):
+            return "quota"
+        else:
+            self.fetcher.want(word.digest, word.n_bytes)
+        return None
+
+    def keeps(self, seat: str, word: Keeps) -> None:
+        """A seat has it."""
+        for digest in self._holders.keeps(seat, word.digest):
+            self._on_held(digest)
+
+    def proposed(self, record: bytes) -> None:
+        """What a record names is needed for a vote."""
+        with contextlib.suppress(BadMessage):
+            body = decode_record(CommitBody, record)
+            if body.round == self._disk.head + 1:
+                self._want(body)
+
+    # --------------------------------------------------------------------------------------- records
+
+    def recorded(self, body: CommitBody) -> None:
+        """The newest record."""
+        self._holders.sealed(body.round)
+        self._want(body)
+
+    def want_all(self) -> None:
+        """What the run needs, and the payloads of records that are not here and that others have."""
+        genesis = self._ledger.genesis
+        for blob in (genesis.base, genesis.held_out, genesis.corpus):
+            if blob is not None:
+                self.fetcher.want(blob.digest, blob.n_bytes)
+        kept_from = self.kept_from() or 0
+        for digest, round_ in self._shelf.missing().items():
+            if round_ >= kept_from:
+                self._rounds[digest] = round_
+                self.fetcher.want(digest, self._max_bytes)
+
+    def kept_from(self) -> int | None:
+        """The oldest round whose payloads other seats have; None: none of them is here to say."""
+        seats = self._disk.committee.seats
+        said = [link.enter.kept_from for link in self._links.values() if link.seat in seats]
+        return min(said, default=None)
+
+    def drop_released(self) -> None:
+        """Payloads that nobody has any more are not wanted."""
+        kept_from = self.kept_from() or 0
+        gone = [digest for digest, round_ in self._rounds.items() if round_ < kept_from]
+        for digest in gone:
+            del self._rounds[digest]
+        self.fetcher.forget(gone)
+
+    def _want(self, body: CommitBody) -> None:
+        for offer in body.offers:
+            if offer.digest is not None and offer.digest not in self._blobs:
+                self._rounds[offer.digest] = body.round
+                self.fetcher.want(offer.digest, self._max_bytes)
+
+    def _arrived(self, digest: bytes) -> None:
+        self._rounds.pop(digest, None)
+        self._shelf.arrived(digest)
+        for seat in self._disk.committee.seats:
+            self._send(seat, Keeps(digest=digest))
+
+    def _sources(self) -> list[str]:
+        """Who leads first; who looks on has less."""
+        leader, seats = self._leader(), self._disk.committee.seats
+        return sorted(self._links, key=lambda seat: (seat != leader, seat not in seats))

@@ -1,0 +1,94 @@
+"""Coordinators that are seats of a committee: whole servers, with real disks, over streams in one process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.committee import SEATS
+from tests.support.seat_world import Peer, SeatWorld, until
+from thinwire.coordinator.protocol.messages import GenesisBody
+from thinwire.coordinator.protocol.ticket import Ticket
+from thinwire.coordinator.seats.naming import Wish
+
+Scene = Callable[[SeatWorld], Coroutine[Any, Any, None]]
+Play = Callable[[Scene], None]
+
+
+@pytest.fixture
+def play(tmp_path: Path, make_genesis: Callable[..., GenesisBody]) -> Play:
+    def run(scene: Scene) -> None:
+        async def whole() -> None:
+            world = SeatWorld(tmp_path, make_genesis(rounds=10_000))
+            try:
+                await scene(world)
+            finally:
+                await world.close()
+
+        asyncio.run(whole())
+
+    return run
+
+
+@pytest.mark.parametrize("payload_bytes", [10, 10_000])
+def test_a_killed_leader_is_followed_by_another_and_all_ledgers_are_one(
+    play: Play, payload_bytes: int
+) -> None:
+    async def scene(world: SeatWorld) -> None:
+        world.named(0, 1, 2)
+        for n in range(3):
+            await world.start(n)
+        async with Peer(world, payload_bytes) as a, Peer(world, payload_bytes) as b:
+            for _ in range(2):
+                leader = await world.led()
+                head = max(world.heads())
+                await until(lambda: len(a.commits) > head + 3)  # noqa: B023
+                await world.kill(leader)
+                await until(lambda: world.leader not in (None, leader))  # noqa: B023
+                await until(lambda: len(b.commits) > max(head + 5, len(a.commits) - 2))  # noqa: B023
+                await world.start(leader)
+                await until(lambda: len(world.heads()) == 3 and min(world.heads()) > head + 5)  # noqa: B023
+            n = min(len(a.commits), len(b.commits))
+            assert [c.digest for c in a.commits[:n]] == [c.digest for c in b.commits[:n]]
+            seen = [c.digest for c in a.commits]
+        await until(lambda: min(world.heads()) == max(world.heads()))
+        ledgers = [world.records(n) for n in world.servers]
+        assert ledgers[0] == ledgers[1] == ledgers[2]
+        assert ledgers[0][: len(seen)] == seen
+        assert a.told, "a seat that does not lead says who does"
+        assert not any(c.body.round != i for i, c in enumerate(a.commits, 1))
+
+    play(scene)
+
+
+def test_one_coordinator_becomes_three_while_nodes_train_then_one_is_replaced(play: Play) -> None:
+    async def scene(world: SeatWorld) -> None:
+        await world.found(n_seats=3)
+        async with Peer(world, 10_000) as a, Peer(world, 10) as b:
+            await until(lambda: len(a.commits) > 3)
+            await world.join(1)
+            assert world.servers[0].status()["seat"]["role"] == "leads"
+            await until(lambda: len(a.commits) > 6)
+            assert world.servers[0].ledger.committee.seats == SEATS[:1], "two would be worse than one"
+            await world.join(2)
+            await until(lambda: world.servers[0].ledger.committee.seats == SEATS[:3])
+            head = max(world.heads())
+            await until(lambda: min(len(a.commits), len(b.commits)) > head + 3)
+            ticket = Ticket.parse(world.servers[1].ticket.line())
+            assert {seat.peer_id for seat in ticket.seats} == set(SEATS[:3])
+            assert ticket.token == "secret"
+            lost = next(n for n in range(3) if world.servers[n].reign is None)
+            await world.kill(lost)
+            await world.join(3, wish=Wish(drops=SEATS[lost]))
+            others = set(SEATS[:4]) - {SEATS[lost]}
+            await until(lambda: set(world.servers[3].ledger.committee.seats) == others)
+            head = max(world.heads())
+            await until(lambda: min(len(a.commits), len(b.commits)) > head + 3)
+        await until(lambda: min(world.heads()) == max(world.heads()))
+        assert len({tuple(world.records(n)) for n in world.servers}) == 1
+
+    play(scene)
