@@ -411,5 +411,5 @@ class Seat:
         try:
             yield
         except OSError as e:
-            self.events.append(DiskFailed(str(e)))
             self._step_down(now_s, "disk")
+            self.events.append(DiskFailed(str(e)))

@@ -29,7 +29,7 @@ from ..protocol.trust.seals import Sealed
 from ..quorum.disk import Records
 from ..quorum.events import DiskFailed, Evidence, Leads, NewRecord, Role, SeatEvent, StepsDown
 from ..quorum.seat import Seat
-from ..quorum.words import Batch, Enter, Follow, Founding, Keep, Keeps, Memory, Ping, Propose, Word
+from ..quorum.words import Batch, Enter, Founding, Keep, Keeps, Memory, Ping, Propose, Word
 from .directory import Directory
 from .disk import KeySigner, StateDisk
 from .link import Link
@@ -330,6 +330,8 @@ class Council:
                 self.trouble = ""
                 self._owner.recorded(round_)
                 self._recorded(self._ledger.commits(round_ - 1, 1)[0].body)
+            case DiskFailed(error=error):
+                self.stand_still(OSError(error))
             case Evidence(seat=seat, what=what):
                 self.counts[what] += 1
                 log.error("seat %s has lied or is broken: %s", seat, what)

@@ -32,7 +32,7 @@ from thinwire.coordinator.protocol.messages import (
 )
 from thinwire.coordinator.protocol.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream
 from thinwire.coordinator.protocol.trust.signed_offers import signed
-from thinwire.coordinator.quorum.seat import Timing
+from thinwire.coordinator.quorum.events import Timing
 from thinwire.coordinator.seats.beginning import begin
 from thinwire.coordinator.seats.naming import Wish
 from thinwire.coordinator.seats.plan import SeatPlan

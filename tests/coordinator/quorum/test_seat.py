@@ -280,7 +280,7 @@ def test_a_disk_that_fails_makes_a_seat_follow_and_say_nothing() -> None:
     full = OSError("no space left on device")
     table.disks["seat-0"].fate = table.disks["seat-1"].fate = lambda when: full if when == "before" else None
     table.seats["seat-0"].propose(table.record(1), table.now_s)
-    assert table.events("seat-0") == [DiskFailed(str(full)), StepsDown("disk")]
+    assert table.events("seat-0") == [StepsDown("disk"), DiskFailed(str(full))]
     table.queue = [(sender, to, word) for sender, to, word in table.queue if to == "seat-1"]
     table.seats["seat-1"].receive(*table.queue.pop()[::2], table.now_s)
     assert table.events("seat-1") == [DiskFailed(str(full))]
