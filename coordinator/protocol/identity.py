@@ -8,6 +8,7 @@ Source: https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -53,7 +54,7 @@ def save(key: Ed25519PrivateKey, path: Path) -> None:
 
 def peer_id_of(key: Ed25519PublicKey) -> str:
     """The peer id (12D3Koo...) that belongs to a public key."""
-    return _base58(_MULTIHASH_PREFIX + _PUBLIC_PREFIX + _raw_public(key))
+    return _peer_id(_raw_public(key))
 
 
 def public_key_of(peer_id: str) -> Ed25519PublicKey:
@@ -72,6 +73,11 @@ def is_signed_by(peer_id: str, signature: bytes, data: bytes) -> bool:
     except InvalidSignature:
         return False
     return True
+
+
+@lru_cache(maxsize=256)
+def _peer_id(raw: bytes) -> str:
+    return _base58(_MULTIHASH_PREFIX + _PUBLIC_PREFIX + raw)
 
 
 def _raw_public(key: Ed25519PublicKey) -> bytes:

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from tests.simulation.oracle import first_state, next_state
 from thinwire.coordinator.protocol.attested import Snapshots
 from thinwire.coordinator.protocol.chain import Chain
@@ -25,6 +27,7 @@ from thinwire.coordinator.protocol.messages import (
     Welcome,
     digest_of,
 )
+from thinwire.coordinator.protocol.trust.signed_offers import signed
 from thinwire.coordinator.protocol.trust.standing import Standing
 
 KEPT_REPORTS = 4
@@ -63,7 +66,8 @@ class Disk:
 
 class Peer:
     """One life of a node. `fetch`: a payload from whoever has it; `borrow`: the state of an attested
-    snapshot from a peer that holds it; None: nobody."""
+    snapshot from a peer that holds it; None: nobody. `key`: of one whose name is its peer id, and which
+    signs its offers."""
 
     def __init__(
         self,
@@ -76,10 +80,11 @@ class Peer:
         n_rounds: int,
         fetch: Callable[[bytes], bytes | None],
         borrow: Callable[[int, bytes], bytes | None],
+        key: Ed25519PrivateKey | None = None,
     ) -> None:
         self.name, self.life, self.disk, self.run_id = name, life, disk, run_id
         self._snapshot_every, self._n_rounds = snapshot_every, n_rounds
-        self._fetch, self._borrow = fetch, borrow
+        self._fetch, self._borrow, self._key = fetch, borrow, key
         head = disk.copy[-1].digest if disk.copy else None
         bodies = (commit.body for commit in disk.copy)
         self._chain = Chain(run_id, founder, len(disk.copy), head, before=bodies)
@@ -242,6 +247,8 @@ class Peer:
             payload=payload if inline else None,
             digest=None if inline else digest_of(payload),
         )
+        if self._key is not None:
+            offer = signed(offer, self.run_id, self._key)
         self._offer = offer, payload
         self._send_offer(offer, payload)
 

@@ -30,6 +30,7 @@ from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.control.orders import Order
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.chain import Chain
+from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.messages import (
     Change,
     Commit,
@@ -86,7 +87,9 @@ class World:
         self.peers: dict[str, Peer] = {}
         self._lives = 0
         self._beat_s = 0.0
-        for name in ("ann", "bob", "cyd")[: self.rng.randint(2, 3)]:
+        signers = [Ed25519PrivateKey.from_private_bytes(bytes([i + 60] * 32)) for i in range(3)]
+        self._signers = {peer_id_of(key.public_key()): key for key in signers[: self.rng.randint(2, 3)]}
+        for name in self._signers:
             self.start_peer(name)
 
     def _host(self, folder: Path, i: int, key: Ed25519PrivateKey) -> SeatHost:
@@ -136,12 +139,13 @@ class World:
             assert self.ledger[round_ - 1].digest == commit.digest, f"two records of round {round_}"
             return
         self._chain.check(commit)
-        self._check_record(commit)
+        self._check_record(host, commit)
         self.ledger.append(commit)
         self.happened["sealed"] += 1
 
-    def _check_record(self, commit: Commit) -> None:
+    def _check_record(self, host: SeatHost, commit: Commit) -> None:
         body = commit.body
+        assert len(host.ledger.work(body.work) or b"") == 64 * len(body.offers), "signatures are lost"
         assert not self.ledger or body.time_ms >= self.ledger[-1].body.time_ms, "time runs backwards"
         payloads = []
         need = self._chain.committee.need if body.committee is None else 1
@@ -174,6 +178,7 @@ class World:
             n_rounds=10_000,
             fetch=self._fetch,
             borrow=self._borrow,
+            key=self._signers[name],
         )
 
     def _fetch(self, digest: bytes) -> bytes | None:
