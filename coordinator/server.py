@@ -36,6 +36,7 @@ from .quorum.log import Log
 from .quorum.recollection import Recollection
 from .seats.elsewhere import ElsewhereServer
 from .seats.hosting import Hosting
+from .seats.naming import Wish
 from .seats.plan import SeatPlan
 from .seats.reception import Reception
 from .seats.recovering import Returns, check_key, recovery_record
@@ -210,6 +211,12 @@ class CoordinatorServer:
         if leader is not None:
             raise ConfigError(f"nothing is to be recovered: coordinator {leader} leads, with a majority")
         seat.council.recover(recovery_record(self.ledger, key, [seat.here]))
+
+    def wish(self, wish: Wish) -> None:
+        """The owner wants the committee to be another one. Raises ConfigError: this coordinator is alone."""
+        if self._seat is None:
+            raise ConfigError("this coordinator was started without --seats: start it again with it")
+        self._seat.council.wish(wish)
 
     def _adopted(self) -> None:
         """Nodes have given rounds back."""
