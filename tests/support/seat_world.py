@@ -35,7 +35,6 @@ from thinwire.coordinator.protocol.streams import BLOB, FROM_COORDINATOR, SESSIO
 from thinwire.coordinator.protocol.trust.signed_offers import signed
 from thinwire.coordinator.quorum.seat import Timing
 from thinwire.coordinator.seats.beginning import begin
-from thinwire.coordinator.seats.naming import Wish
 from thinwire.coordinator.seats.plan import SeatPlan
 from thinwire.coordinator.seats.ticket import SeatTicket, keep_ticket
 from thinwire.coordinator.seats.votes import Votes
@@ -78,16 +77,20 @@ class SeatWorld:
             )
             keep_ticket(folder, ticket)
 
-    async def found(self, n_seats: int = 3) -> None:
-        """The run begins: the founder is alone, and waits for so many seats in all."""
+    async def found(self) -> None:
+        """The run begins: the founder orders it alone."""
         folder = self.folder(0)
         Ledger.create(folder / "ledger.db", self.genesis, KEYS[0]).close()
-        await self.start(0, wish=Wish(n_seats))
+        self._states[0] = StateDir(folder)
+        server = CoordinatorServer(self._states[0], port=4001, start_transport=self.network.start)
+        self.servers[0] = server
+        await server.start()
 
     async def join(self, n: int, **plan: Any) -> None:
         """A seat begins with nothing but the seat ticket that some other one has written."""
-        ticket = next(server.seat_ticket for server in self.servers.values())
-        assert ticket is not None
+        tickets = (server.seat_ticket for server in self.servers.values())
+        ticket = next(path for path in tickets if path is not None)
+        await until(ticket.exists)
         with StateDir(self.path / str(n)) as state:
             key = KEYS[n]
             state.save_token("secret")

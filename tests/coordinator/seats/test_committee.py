@@ -74,12 +74,15 @@ def test_a_killed_leader_is_followed_by_another_and_all_ledgers_are_one(
 
 def test_one_coordinator_becomes_three_while_nodes_train_then_one_is_replaced(play: Play) -> None:
     async def scene(world: SeatWorld) -> None:
-        await world.found(n_seats=3)
+        await world.found()
         async with Peer(world, 10_000) as a, Peer(world, 10) as b:
             await until(lambda: len(a.commits) > 3)
+            assert world.servers[0].seat_ticket is None, "it orders the run alone, as ever"
+            world.servers[0].wish(Wish(n_seats=3))
             await world.join(1)
             assert world.servers[0].status()["seat"]["role"] == "leads"
-            await until(lambda: len(a.commits) > 6)
+            head = world.servers[0].head
+            await until(lambda: len(a.commits) > head + 3)
             assert world.servers[0].ledger.committee.seats == SEATS[:1], "two would be worse than one"
             await world.join(2)
             await until(lambda: world.servers[0].ledger.committee.seats == SEATS[:3])
