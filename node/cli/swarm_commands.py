@@ -91,7 +91,8 @@ class Coordinator:
     takes its place. With --seats one less than there are it goes without a successor."""
     blobs: Literal["seats", "leader"] = "seats"
     """seats: an offer counts once a majority of the coordinators holds its payload. leader: once the leading
-    one does; the loss of its disk then loses the payloads of the last rounds. The same for all coordinators."""
+    one does; the loss of its disk then loses the payloads of the last rounds. The same for all of
+    them."""
     restored: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """This state folder is an older copy of itself: what this coordinator has voted for since is not in it,
     so it votes again once the others have let it in. Backups leave the file DIR/vote out, then this is not
