@@ -36,6 +36,7 @@ from .quorum.log import Log
 from .quorum.recollection import Recollection
 from .seats.elsewhere import ElsewhereServer
 from .seats.hosting import Hosting
+from .seats.naming import Wish, wish_of
 from .seats.plan import SeatPlan
 from .seats.reception import Reception
 from .seats.recovering import Returns, check_key, recovery_record
@@ -121,10 +122,7 @@ class CoordinatorServer:
         if seats is None:
             self._serve_run(self._new_service(), lambda _peer_id: False)
         else:
-            who = self.watchers.who
-            self._seat = Hosting(
-                self, state, self.ledger, self._key, self.blobs, who, self.meter, seats, self._keep
-            )
+            self._seat = self._hosting(seats)
             self._serve_elsewhere()
         self._door = Door(state.path, self._order, self._is_ordered, self._count_bad_order)
         self._last_snapshot = LastSnapshot(
@@ -211,6 +209,26 @@ class CoordinatorServer:
             raise ConfigError(f"nothing is to be recovered: coordinator {leader} leads, with a majority")
         seat.council.recover(recovery_record(self.ledger, key, [seat.here]))
 
+    def wish(self, wish: Wish) -> tuple[str, ...]:
+        """The owner wants the committee to be another one: says what it waits for. A coordinator that was
+        alone becomes one seat of several, with a new reign."""
+        seat = self._seat
+        if seat is None:
+            seat = self._seat = self._hosting(SeatPlan.of(self._state.path, wish))
+            self._save_history()
+            self.end_reign("it becomes one of several")
+            self._tasks.append(asyncio.create_task(self._take_a_seat(seat)))
+        else:
+            seat.council.wish(wish)
+        path = self._state.path / FILE_NAME
+        return (f"noted; it comes once they are ready: thinwire coordinator --replica FILE, with {path}",)
+
+    async def _take_a_seat(self, seat: Hosting) -> None:
+        if self._transport is not None:
+            await seat.council.open_on(self._transport)
+        self._save_tickets()
+        await self._await_the_end(seat)
+
     def _adopted(self) -> None:
         """Nodes have given rounds back."""
         assert self._seat is not None
@@ -231,6 +249,10 @@ class CoordinatorServer:
             is_seat=is_seat,
         )
         self._reception.hand_to(self._stream_server.handlers)
+
+    def _hosting(self, plan: SeatPlan) -> Hosting:
+        who, meter = self.watchers.who, self.meter
+        return Hosting(self, self._state, self.ledger, self._key, self.blobs, who, meter, plan, self._keep)
 
     def _serve_elsewhere(self) -> None:
         """Another seat leads, or none."""
@@ -469,6 +491,9 @@ class CoordinatorServer:
 
     def _order(self, order: Order) -> Ordered:
         """Raises ConfigError or LedgerCorrupt."""
+        if order.is_seating:
+            told = self.wish(wish_of(order, self.ledger.committee.seats))
+            return Ordered(0, told, (), is_done=True)
         service = self.service
         if order.is_guarding:
             return self._guard(order)

@@ -36,12 +36,28 @@ MAX_BANS: Final = 32
 """Of one order."""
 
 
+SEATING: Final = ("seats", "replace", "remove")
+"""Orders about which coordinators there are to be: they take effect once those who are to come are ready."""
+
+
 class Order(Record):
-    """`rounds`: more of them, for `extend`; `changes`: in any order, for `set` and beside `extend`; `peers`:
-    for `ban` and `unban`."""
+    """`rounds`: more of them, for `extend`; how many coordinators, for `seats`; `changes`: in any order, for
+    `set` and beside `extend`; `peers`: for `ban` and `unban`, and one for `replace` and `remove`."""
 
     n_younger = 1
-    what: Literal["set", "extend", "pause", "resume", "stop", "ban", "unban", "rotate-token"]
+    what: Literal[
+        "set",
+        "extend",
+        "pause",
+        "resume",
+        "stop",
+        "ban",
+        "unban",
+        "rotate-token",
+        "seats",
+        "replace",
+        "remove",
+    ]
     rounds: Annotated[int, Field(ge=0, le=MAX_ROUND)] = 0
     changes: Annotated[tuple[Change, ...], Field(max_length=MAX_CHANGES)] = ()
     peers: Annotated[tuple[PeerId, ...], Field(max_length=MAX_BANS)] = ()
@@ -50,6 +66,11 @@ class Order(Record):
     def is_guarding(self) -> bool:
         """See GUARDING."""
         return self.what in GUARDING
+
+    @property
+    def is_seating(self) -> bool:
+        """See SEATING."""
+        return self.what in SEATING
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +119,8 @@ def plan(order: Order, course: Course, place: Place, check: CheckStrategy) -> Or
 
 
 def _wanted(order: Order, course: Course, place: Place) -> list[Change]:
-    if order.is_guarding:
-        raise ConfigError(f"{order.what} is not for the ledger")
+    if order.is_guarding or order.is_seating:
+        raise ConfigError(f"{order.what} is for a coordinator that runs: start it first")
     if place.is_over and order.what in ("pause", "resume", "stop"):
         raise ConfigError(f"the run is over after round {place.round - 1}: there is nothing to {order.what}")
     match order.what:

@@ -335,9 +335,6 @@ class Council:
             case Evidence(seat=seat, what=what):
                 self.counts[what] += 1
                 log.error("seat %s has lied or is broken: %s", seat, what)
-            case DiskFailed(error=error):
-                self.counts["disk"] += 1
-                log.error("this coordinator cannot write its votes, so it gives none: %s", error)
 
     def _recorded(self, body: CommitBody) -> None:
         self.provisions.recorded(body)

@@ -6,7 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from ..protocol.messages import Address, CommitteeEntry, SeatEntry
+from ...compression.errors import ConfigError
+from ..control.orders import Order
+from ..protocol.messages import MAX_SEATS, Address, CommitteeEntry, SeatEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,19 @@ class Wish:
         """The largest number of seats that anybody wants, and without all who are to go."""
         gone = frozenset().union(*(wish.all_drops for wish in wishes))
         return cls(max((wish.n_seats for wish in wishes), default=0), others=gone)
+
+
+def wish_of(order: Order, seats: Sequence[str]) -> Wish:
+    """What an order about seats asks for; `seats`: as they are. Raises ConfigError."""
+    if order.what == "seats":
+        if not 1 <= order.rounds <= MAX_SEATS:
+            raise ConfigError(f"seats: between 1 and {MAX_SEATS}: thinwire run STATE seats 3")
+        return Wish(order.rounds)
+    if len(order.peers) != 1 or order.peers[0] not in seats:
+        raise ConfigError(f"{order.what} whom? One of the coordinators: {', '.join(seats)}")
+    if order.what == "remove" and len(seats) == 1:
+        raise ConfigError("it is the only coordinator")
+    return Wish(len(seats) - 1 if order.what == "remove" else 0, order.peers[0])
 
 
 def next_seats(

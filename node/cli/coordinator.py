@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class SeatOptions:
     n_seats: int | None = None
     replica: str | None = None
     replace: str | None = None
+    keeps_payloads: bool = True
     restored: bool = False
     recover: bool = False
     recovery_key: Path | None = None
@@ -65,6 +66,11 @@ class SeatOptions:
             raise ConfigError(f"--seats: between 1 and {MAX_SEATS}")
         if self.replace is not None:
             public_key_of(self.replace)
+        if not self.keeps_payloads:
+            log.warning(
+                "--blobs leader: the payloads of the last rounds are lost with the disk of the coordinator "
+                "that leads; who joins then needs a snapshot of the swarm's"
+            )
         if self.n_seats is not None and self.n_seats % 2 == 0:
             log.warning(
                 "--seats %d: an even number is no better than one less%s",
@@ -80,7 +86,8 @@ class SeatOptions:
     @property
     def is_seat(self) -> bool:
         """Whether this coordinator is to be one of several; else its folder says so."""
-        return self.replica is not None or self.replace is not None or (self.n_seats or 0) > 1
+        is_asked = self.replica is not None or self.replace is not None or not self.keeps_payloads
+        return is_asked or (self.n_seats or 0) > 1
 
 
 def coordinate(
@@ -128,7 +135,8 @@ def coordinate(
         where: dict[str, Any] = {"host": host, "port": port, "announce": announce}
         where["keeps_last_snapshot"] = linger_s > 0
         if seats.is_seat:
-            where["seats"] = SeatPlan.of(folder, seats.wish)
+            plan = SeatPlan.of(folder, seats.wish)
+            where["seats"] = replace(plan, waits_for_payloads=seats.keeps_payloads)
         if config is None or task is None:
             server = _open_folder(state_dir, **where)
         else:

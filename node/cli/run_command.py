@@ -21,6 +21,7 @@ log = logging.getLogger("thinwire.coordinator")
 
 What = Literal["set", "extend", "pause", "resume", "stop"]
 Guard = Literal["ban", "unban", "rotate-token"]
+Seating = Literal["seats", "replace", "remove"]
 
 
 def change_run(state: Path, what: What, rounds: int | None, settings: Mapping[str, Any], stop: Stop) -> str:
@@ -41,6 +42,21 @@ def guard_run(state: Path, what: Guard, peers: Sequence[str], stop: Stop) -> str
         return "; ".join(answer.told)
     log.info("%s. The new ticket:", "; ".join(answer.told))
     return ticket_with(state, (state / "token").read_text("ascii").strip()).line()
+
+
+def seat_run(state: Path, what: Seating, words: Sequence[str], stop: Stop) -> str:
+    """What is to become of the run's coordinators, in words. Raises as `change_run` does."""
+    if len(words) != 1:
+        raise ConfigError(
+            f"{what} takes one word: thinwire run STATE seats 3, or replace | remove 12D3Koo..."
+        )
+    if what != "seats":
+        order = Order(what=what, peers=(words[0],))
+    elif words[0].isdigit() and len(words[0]) < 3:
+        order = Order(what=what, rounds=int(words[0]))
+    else:
+        raise ConfigError(f"seats {words[0]}: how many coordinators are there to be?")
+    return "; ".join(give_order(state, order, _check_changes, _tell, stop.is_set).told)
 
 
 def _order(what: What, rounds: int | None, settings: Mapping[str, Any]) -> Order:

@@ -89,6 +89,10 @@ class Coordinator:
     replace: Annotated[str | None, arg(metavar="PEER")] = None
     """The coordinator that is lost, or whose key is not safe any more, is to go: a replica that is up to date
     takes its place. With --seats one less than there are it goes without a successor."""
+    blobs: Literal["seats", "leader"] = "seats"
+    """seats: an offer counts once a majority of the coordinators holds its payload. leader: once the leading
+    one does; the loss of its disk then loses the payloads of the last rounds. The same for all of
+    them."""
     restored: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """This state folder is an older copy of itself: what this coordinator has voted for since is not in it,
     so it votes again once the others have let it in. Backups leave the file DIR/vote out, then this is not
@@ -155,6 +159,7 @@ class Coordinator:
                     n_seats=self.seats,
                     replica=self.replica,
                     replace=self.replace,
+                    keeps_payloads=self.blobs == "seats",
                     restored=self.restored,
                     recover=self.recover,
                     recovery_key=self.recovery_key,

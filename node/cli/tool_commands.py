@@ -146,7 +146,9 @@ class Export:
         return 128 + stop.signal if stop.signal else 0
 
 
-_What = Literal["set", "extend", "pause", "resume", "stop", "ban", "unban", "rotate-token"]
+_What = Literal[
+    "set", "extend", "pause", "resume", "stop", "ban", "unban", "rotate-token", "seats", "replace", "remove"
+]
 
 
 @dataclass
@@ -158,6 +160,8 @@ class Run:
       thinwire run STATE pause | resume | stop
       thinwire run STATE ban | unban 12D3Koo...              by its peer id, of thinwire status --json
       thinwire run STATE rotate-token                        a new ticket; older ones let nobody new in
+      thinwire run STATE seats 3                             so many coordinators, see coordinator --replica
+      thinwire run STATE replace | remove 12D3Koo...         one of its coordinators
 
     It needs the coordinator's state folder (the key in it), on its machine; a ticket does not suffice.
     Without a running coordinator the record is written at once, and holds when it is started again. Bans and
@@ -168,7 +172,7 @@ class Run:
     """The coordinator's state folder."""
     what: Annotated[Positional[_What], arg(metavar="WHAT")]
     """set KEY=VALUE ..., extend --rounds N, resume, and after the open round: pause, stop; ban PEER ...,
-    unban PEER ..., rotate-token."""
+    unban PEER ..., rotate-token; seats N, replace PEER, remove PEER."""
     settings: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE|PEER")] = ()
     """run.rounds, schedule.name, schedule.warmup_rounds, schedule.final_factor, and of the strategy its lr,
     weight_decay and what else acts in a round only."""
@@ -187,8 +191,12 @@ class Run:
         return 128 + stop.signal if stop.signal else 0
 
     def _done(self, stop: Stop) -> str:
-        from .run_command import change_run, guard_run
+        from .run_command import change_run, guard_run, seat_run
 
+        if self.what == "seats" or self.what == "replace" or self.what == "remove":  # noqa: PLR1714 - narrows
+            if self.rounds is not None or self.set:
+                raise ConfigError(f"{self.what} takes neither --rounds nor --set")
+            return seat_run(self.state, self.what, self.settings, stop)
         if self.what == "ban" or self.what == "unban" or self.what == "rotate-token":  # noqa: PLR1714 - narrows
             if self.rounds is not None or self.set:
                 raise ConfigError(f"{self.what} takes neither --rounds nor --set")

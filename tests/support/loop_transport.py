@@ -37,6 +37,11 @@ class Network:
                     self._cut.add(frozenset((one, other)))
                     self.transports[one].drop(other)
 
+    def cut_pair(self, one: str, other: str) -> None:
+        """These two are cut off from each other."""
+        self._cut.add(frozenset((one, other)))
+        self.transports[one].drop(other)
+
     def mend(self) -> None:
         self._cut.clear()
 

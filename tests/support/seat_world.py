@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from tests.support.committee import KEYS, SEATS, Sealing, entry
+from tests.support.committee import KEYS, RECOVERY_KEY, SEATS, Sealing, entry, raw_public
 from tests.support.loop_transport import LoopTransport, Network
 from thinwire.compression.errors import SwarmUnreachable
 from thinwire.coordinator.ledger import Ledger
@@ -34,7 +35,6 @@ from thinwire.coordinator.protocol.streams import BLOB, FROM_COORDINATOR, SESSIO
 from thinwire.coordinator.protocol.trust.signed_offers import signed
 from thinwire.coordinator.quorum.events import Timing
 from thinwire.coordinator.seats.beginning import begin
-from thinwire.coordinator.seats.naming import Wish
 from thinwire.coordinator.seats.plan import SeatPlan
 from thinwire.coordinator.seats.ticket import SeatTicket, keep_ticket
 from thinwire.coordinator.seats.votes import Votes
@@ -55,7 +55,8 @@ class SeatWorld:
 
     def __init__(self, path: Path, genesis: GenesisBody) -> None:
         self.path, self.network = path, Network()
-        self.genesis = genesis.model_copy(update={"coordinator": SEATS[0]})
+        recovery = digest_of(raw_public(RECOVERY_KEY))
+        self.genesis = genesis.model_copy(update={"coordinator": SEATS[0], "recovery": recovery})
         self.sealing = Sealing(self.genesis)
         self.servers: dict[int, CoordinatorServer] = {}
         self._states: dict[int, StateDir] = {}
@@ -71,17 +72,25 @@ class SeatWorld:
             ledger.take(sealed)
             ledger.close()
             Votes(folder / VOTE_NAME, self.sealing.run_id, SEATS[n]).wake()
+            ticket = SeatTicket(
+                run_id=self.sealing.run_id, secret=b"s" * 32, token="secret", seats=entry(numbers).seats
+            )
+            keep_ticket(folder, ticket)
 
-    async def found(self, n_seats: int = 3) -> None:
-        """The run begins: the founder is alone, and waits for so many seats in all."""
+    async def found(self) -> None:
+        """The run begins: the founder orders it alone."""
         folder = self.folder(0)
         Ledger.create(folder / "ledger.db", self.genesis, KEYS[0]).close()
-        await self.start(0, wish=Wish(n_seats))
+        self._states[0] = StateDir(folder)
+        server = CoordinatorServer(self._states[0], port=4001, start_transport=self.network.start)
+        self.servers[0] = server
+        await server.start()
 
     async def join(self, n: int, **plan: Any) -> None:
         """A seat begins with nothing but the seat ticket that some other one has written."""
-        ticket = next(server.seat_ticket for server in self.servers.values())
-        assert ticket is not None
+        tickets = (server.seat_ticket for server in self.servers.values())
+        ticket = next(path for path in tickets if path is not None)
+        await until(ticket.exists)
         with StateDir(self.path / str(n)) as state:
             key = KEYS[n]
             state.save_token("secret")
@@ -174,14 +183,15 @@ class Peer:
         await self._transport.close()
 
     async def _run(self) -> None:
-        leader: str | None = SEATS[0]
-        while True:
-            with contextlib.suppress(OSError, EOFError, SwarmUnreachable, TimeoutError):
-                leader = await self._session(leader or SEATS[0]) or leader
-            await asyncio.sleep(0.1)
+        leader: str | None = None
+        for i in count():
             known = [SEATS[n] for n in self.world.servers]
-            if leader not in known and known:
-                leader = known[0]
+            seat = leader if leader in known else known[i % len(known)] if known else None
+            leader = None
+            if seat is not None:
+                with contextlib.suppress(OSError, EOFError, SwarmUnreachable, TimeoutError):
+                    leader = await self._session(seat)
+            await asyncio.sleep(0.1)
 
     async def _session(self, seat: str) -> str | None:
         """Until it breaks; returns who leads, if this one does not."""
@@ -190,6 +200,10 @@ class Peer:
         try:
             await stream.send_message(self._hello())
             answer = await stream.receive_message(FROM_COORDINATOR)
+            if isinstance(answer, Follow):
+                for commit in self.commits[answer.after :]:
+                    await stream.send_message(commit)
+                answer = await stream.receive_message(FROM_COORDINATOR)
             if isinstance(answer, Elsewhere):
                 self.told.append(answer)
                 return answer.leader
