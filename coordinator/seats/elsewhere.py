@@ -21,6 +21,7 @@ from ..adoption import Adopter, adopt
 from ..blobs import BlobStore
 from ..entry.guarded import guarded
 from ..entry.rates import PeerRates
+from ..entry.reading import Readers
 from ..entry.strangers import GOODBYE_S, Strangers, looker, or_refused, receive_hello, tell_status
 from ..ledger import Ledger
 from ..observe.quiet_log import QuietLog
@@ -29,7 +30,6 @@ from ..protocol.messages import READER, BadMessage, Hello, Rejected
 from ..protocol.streams import BLOB, SESSION, STATUS, BadFrame, Meter, Stream
 from ..protocol.transport import StreamHandler, Transport
 from ..stream_server import MAX_BLOB_STREAMS, Waits
-from .reading import Readers
 from .watchers import Watchers
 
 _log = logging.getLogger("thinwire.coordinator")
