@@ -408,7 +408,7 @@ class CoordinatorSession:
             self._handler.tell(f"{what}; {again}", True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause_s):
-                await self._elsewhere.wait()
+                await (self._elsewhere.wait() if self._n_hops < MAX_HOPS else asyncio.sleep(pause_s))
         self._retry_s = min(2 * self._retry_s, LAST_RETRY_OF_SEVERAL_S if several else LAST_RETRY_S)
 
     # ------------------------------------------------------------------------------------- other seats

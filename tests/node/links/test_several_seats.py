@@ -113,6 +113,10 @@ class Swarm:
         self._stack.callback(lambda: self.call(transport.close()))
         return transport
 
+    async def admit(self, peer_id: str) -> None:
+        """The seat that does not lead hears of the peer, as from a commit."""
+        self.ledger.admit(peer_id)
+
     async def _say(self, leader: str | None, waits_for: str = "", term: int = 0) -> None:
         for watchers in self.all_watchers:
             watchers.who.tell(leader, (self.follower, self.leader), waits_for, term)
@@ -211,6 +215,11 @@ def test_a_node_goes_where_a_seat_leads_that_ticket_or_ledger_name(swarm: Swarm)
     digests.append(train(link, 4))
     assert at(link) == other.peer_id
 
+    swarm.say(swarm.follower.peer_id, term=9)  # a seat by the ticket, but it does not lead
+    digests.append(train(link, 5))
+    wait_until(lambda: bool(core._coordinator._watch._misled), WAIT_S, lambda: "the node did not look")
+
+    swarm.call(swarm.admit(link.peer_id))
     swarm.blobs.put(digest_of(BASE), BASE)  # the one that leads does not have it
     assert link.fetch(digest_of(BASE), len(BASE)) == BASE
 
