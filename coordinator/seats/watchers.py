@@ -46,7 +46,11 @@ class WhoLeads:
         seats = [seat.peer_id for seat in self.now.seats]
         if seats and me not in seats:
             role = "looks on"
-        said = {"leader": self.now.leader, "seats": seats, "waits_for": self.now.waits_for}
+        said = {
+            "leader": self.now.leader,
+            "seats": [{"peer_id": seat} for seat in seats],
+            "waits_for": self.now.waits_for,
+        }
         return {"peer_id": me, "role": role, "head": head, "lag": lag, "term": self.now.term, **said}
 
     async def changes_from(self, known: Elsewhere, timeout_s: float) -> None:

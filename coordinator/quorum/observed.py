@@ -81,21 +81,3 @@ class Observed:
             }
 
         return [told(seat) for seat in seats]
-
-
-def alone(me: str, head: int) -> dict[str, Any]:
-    """JSON-able: the same of a coordinator that orders its run alone."""
-    only = {"peer_id": me, "role": "leads", "reachable": True, "head": head, "lag": 0}
-    return {
-        "peer_id": me,
-        "role": "leads",
-        "leader": me,
-        "term": 0,
-        "head": head,
-        "lag": 0,
-        "need": 1,
-        "wanted": 0,
-        "waits_for": "",
-        "seats": [only],
-        "onlookers": [],
-    }
