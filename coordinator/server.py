@@ -41,6 +41,7 @@ from .seats.plan import SeatPlan
 from .seats.reception import Reception
 from .seats.recovering import Returns, check_key, recovery_record
 from .seats.ticket import FILE_NAME, keep_ticket
+from .seats.view import for_the_page, status_alone
 from .seats.watchers import Watchers, WhoLeads
 from .service import Service
 from .state import StateDir
@@ -107,6 +108,7 @@ class CoordinatorServer:
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         self.meter = Meter()
         me = peer_id_of(self._key.public_key())
+        self._since_ms = _wall_ms()
         self.watchers = Watchers(
             WhoLeads(me), lambda: self.ledger.head_round, self._settings.network.heartbeat_s
         )
@@ -417,7 +419,8 @@ class CoordinatorServer:
             "http": None if self.http is None else _told(self.http),
         }
         if self._seat is None:
-            return {**self.service.status(time.monotonic()), **here}
+            seat = status_alone(peer_id_of(self._key.public_key()), self._since_ms, self.head)
+            return {**self.service.status(time.monotonic()), **here, "seat": seat}
         run = self._seat.view() if self._reign is None else self._reign
         return {**run.status(time.monotonic()), **here, "seat": self._seat.status()}
 
@@ -432,7 +435,8 @@ class CoordinatorServer:
     def look(self, since: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """For the page: how things are, and the points of its charts that have changed since that stamp."""
         run = self._seat.view() if self._seat is not None and self._reign is None else self.service
-        return run.overview(time.monotonic()), run.trend(since)
+        seat = None if self._seat is None else for_the_page(self._seat.status())
+        return {**run.overview(time.monotonic()), "seat": seat}, run.trend(since)
 
     def _wanted_snapshot(self) -> Wanted | None:
         return None if self._reign is None else self._reign.last_snapshot()

@@ -20,6 +20,8 @@ class Replicated:
 
     def __init__(self, seat: Seat, ledger: Ledger, checks: RecordChecks) -> None:
         self._seat, self._ledger, self._checks = seat, ledger, checks
+        self.proposed_s = 0.0
+        """When the record that is proposed was."""
 
     @property
     def is_over(self) -> bool:
@@ -35,7 +37,7 @@ class Replicated:
         """See `Log.propose`. If the reign is over already, which its service is about to hear, the record is
         never heard of."""
         if not self.is_over:
-            record = encode_record(body)
+            record, self.proposed_s = encode_record(body), now_s
             self._checks.trust(record, work)
             self._seat.propose(record, now_s, work)
 

@@ -28,8 +28,9 @@ from ..protocol.transport import Transport
 from ..protocol.trust.seals import Sealed
 from ..quorum.disk import Records
 from ..quorum.events import DiskFailed, Evidence, Leads, NewRecord, Role, SeatEvent, StepsDown
+from ..quorum.observed import Observed
 from ..quorum.seat import Seat
-from ..quorum.words import Batch, Enter, Founding, Keep, Keeps, Memory, Ping, Propose, Word
+from ..quorum.words import Batch, Enter, Follow, Founding, Keep, Keeps, Memory, Ping, Propose, Word
 from .directory import Directory
 from .disk import KeySigner, StateDisk
 from .link import Link
@@ -130,6 +131,7 @@ class Council:
         self.me = self._signer.seat
         self.disk = StateDisk(folder, ledger, self.me, is_new=is_new)
         self.seat = self._new_seat(time.monotonic())
+        self.observed = Observed(self.me, time.monotonic())
         self.streams = SeatStreams(self.me, self, meter, rng)
         self._directory = Directory(self.me, self.disk, plan.places, self._ours)
         self.provisions = Provisions(
@@ -413,6 +415,7 @@ class Council:
         head = getattr(word, "head", None)
         if isinstance(head, int) and is_seat:
             self.seen_head = max(self.seen_head, head)
+            self.observed.heard(seat, head)
         match word:
             case Keep() if not is_seat:
                 return  # who looks on has not heard of this seat yet
@@ -566,6 +569,7 @@ class Council:
         """Nodes hear who leads."""
         if self.seat.leader is not None:
             self._led_s = time.monotonic()
+        self.observed.led(self.seat.leader, self.term, time.monotonic(), time.time_ns() // 10**6)
         self._who.tell(self.seat.leader, self.seats(), self.waits_for(), self.term)
 
     def _lacks(self) -> str:

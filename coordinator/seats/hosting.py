@@ -140,7 +140,9 @@ class Hosting:
 
     def recorded(self, round_: int) -> None:
         if self._log is not None:
-            self._log.new_record(round_, time.monotonic())
+            now_s = time.monotonic()
+            self.council.observed.sealed(now_s - self._log.proposed_s)
+            self._log.new_record(round_, now_s)
             return
         if self._recollection is not None:
             self._recollection.catch_up()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 from ..admission import AdmissionControl
 from ..blobs import BlobStore
 from ..ledger import Ledger
-from ..membership import Membership
+from ..membership import Membership, PeerState
 from ..observe.counters import Counters
 from ..observe.loss_unit import LossUnit
 from ..observe.refusals import Refusals
 from ..observe.run_view import RunView
+from ..observe.trend import Trend
 from ..protocol.settings import parse_settings
+from ..quorum.observed import Observed
 from ..quorum.recollection import Recollection
 from ..service import open_rounds
 from ..state import StateDir
@@ -40,6 +43,11 @@ def view_of(ledger: Ledger, blobs: BlobStore, recollection: Recollection, state:
     )
 
 
+_NOT_KNOWN: Final = (
+    "n_params", "left_s", "loss", "round_s", "payload_bytes", "sent_bytes", "ddp_bytes", "last_commit_ms"
+)  # fmt: skip
+
+
 class Beginning:
     """Of a seat that has not got what the run needs."""
 
@@ -59,41 +67,78 @@ class Beginning:
         }
 
     def overview(self, now_s: float) -> dict[str, Any]:
-        """JSON-able: nothing to see yet."""
-        return self.status(now_s)
+        """JSON-able: as `RunView.overview`, of a run of which nothing is known yet."""
+        nothing = dict.fromkeys(_NOT_KNOWN)
+        counts = {"waits_for": 0, "missing": 0, "mismatches": 0, "n_peers": dict.fromkeys(PeerState, 0)}
+        lists: dict[str, list[Any]] = {name: [] for name in ("peers", "evaluations", "entries", "happenings")}
+        return {**nothing, **counts, **lists, "strategy": "", **self.status(now_s)}
 
     def trend(self, since: int) -> dict[str, Any]:
-        """JSON-able: nothing to see yet."""
-        return {"stamp": 0}
+        """JSON-able: no points yet."""
+        return {"stamp": 0, **Trend(1).points(since)}
 
 
 def status_of(council: Council) -> dict[str, Any]:
     """JSON-able: the seat, and what it knows of the others. `lag`: rounds; `wanted`: how many seats there are
     to be, 0: nobody said."""
-    disk, links = council.disk, council.streams.links
+    disk, links, observed = council.disk, council.streams.links, council.observed
     seats, wish = disk.committee.seats, council.wishes()
     rejected: Counter[str] = council.streams.rejected + council.counts
+    role = council.role
     return {
-        "role": council.role,
-        "me": council.me,
-        "leader": council.seat.leader,
+        "peer_id": council.me,
+        "role": role,
         "term": council.term,
         "head": disk.head,
         "lag": max(0, council.seen_head - disk.head),
         "need": disk.committee.need,
         "epoch": disk.committee.epoch,
         "wanted": wish.n_seats,
-        "seats": [{"seat": seat, "connected": seat == council.me or seat in links} for seat in seats],
+        "seats": observed.seats(seats, links.keys(), council.seat.resting, disk.head, role),
         "onlookers": [
-            {"seat": seat, "lacks": link.enter.lacks, "wants_seat": link.enter.wants_seat}
+            {"peer_id": seat, "lacks": link.enter.lacks, "wants_seat": link.enter.wants_seat}
             for seat, link in links.items()
             if seat not in seats
         ],
         "waits_for": council.waits_for(),
+        "trouble": council.trouble,
         "payloads_missing": council.provisions.fetcher.n_wanted,
         "rejected": dict(rejected),
+        **observed.figures(time.monotonic()),
+        "leader": council.seat.leader,
+    }
+
+
+def status_alone(me: str, since_ms: int, head: int) -> dict[str, Any]:
+    """JSON-able: the same of a coordinator that orders its run alone, since then."""
+    now_s = time.monotonic()
+    observed = Observed(me, now_s)
+    observed.led(me, 0, now_s, since_ms)
+    return {
+        "peer_id": me,
+        "role": "leads",
+        "term": 0,
+        "head": head,
+        "lag": 0,
+        "need": 1,
+        "wanted": 0,
+        "seats": observed.seats((me,), (), (), head, "leads"),
+        "onlookers": [],
+        "waits_for": "",
+        "payloads_missing": 0,
+        **observed.figures(now_s),
     }
 
 
 def _wall_ms() -> int:
     return time.time_ns() // 10**6
+
+
+def for_the_page(seat: Mapping[str, Any]) -> dict[str, Any] | None:
+    """JSON-able, of a status's `seat`: what the page shows; nothing in it changes by time alone. None: this
+    coordinator orders the run alone, and is to."""
+    if len(seat["seats"]) < 2 and not seat["wanted"] and seat["role"] == "leads":
+        return None
+    kept = ("peer_id", "role", "leader", "since_ms", "elections", "need", "wanted", "waits_for", "seats")
+    onlookers = [{"id": each["peer_id"][-6:], "lacks": each["lacks"]} for each in seat["onlookers"]]
+    return {name: seat[name] for name in kept} | {"onlookers": onlookers}

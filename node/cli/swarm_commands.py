@@ -34,8 +34,10 @@ class Demo:
     """Rounds to train. Default: 150 (decoupled), 55 (spsa)."""
     ranks: Annotated[str, arg(metavar="N,M,...")] = "1"
     """Ranks of the nodes, over and over: with 1,2 every other node shards its model over two processes."""
+    coordinators: Annotated[int, arg(metavar="N")] = 1
+    """How many order the run: of 3 the one that leads is killed on the way, too, and the others go on."""
     faults: bool = True
-    """Kill one node on the way and start it again."""
+    """Kill one node on the way and start it again; of several coordinators the one that leads, too."""
     http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
     """Serve the swarm's own page here while it runs; and /metrics, /sd and /healthz for Prometheus. Port 0: a
     free one."""
@@ -49,17 +51,21 @@ class Demo:
     """One JSON object with the results on stdout."""
 
     def run(self) -> int:
-        from .demo import DemoPlan, run_demo
+        from ..demo.command import run_demo
+        from ..demo.plan import DemoPlan
 
         if not 1 <= self.peers <= 32:
             raise ConfigError("--peers: between 1 and 32 on one machine")
+        if self.coordinators not in (1, 3, 5):
+            raise ConfigError("--coordinators: 1, 3 (go on when one is lost) or 5 (when two are)")
         if self.rounds is not None and self.rounds < 5:
             raise ConfigError("--rounds: at least 5, or there is nothing to see")
         rounds = self.rounds or {"decoupled": 150, "spsa": 55}[self.strategy]
         http = http_address(self.http, self.http_token, self.http_host)
         refuse_http(http)
         with stop_on_signals() as stop:
-            plan = DemoPlan(self.strategy, self.peers, rounds, self.faults, _ranks(self.ranks), http)
+            ranks = _ranks(self.ranks)
+            plan = DemoPlan(self.strategy, self.peers, rounds, self.faults, ranks, http, self.coordinators)
             result = run_demo(plan, stop.is_set)
         if stop.signal:
             return 128 + stop.signal

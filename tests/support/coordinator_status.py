@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 from thinwire.coordinator.observe.counters import Counters
 from thinwire.coordinator.observe.metrics import register
 from thinwire.coordinator.protocol.exposition import text_of
+from thinwire.coordinator.quorum.observed import Observed
 
 
 def status_of(n_peers: int = 3, **changes: Any) -> dict[str, Any]:
@@ -58,6 +59,34 @@ def status_of(n_peers: int = 3, **changes: Any) -> dict[str, Any]:
             "sent_bytes": {"payload": 1, "control": 2},
             "received_bytes": {"payload": 30, "control": 4},
         },
+        "seat": seat_of(),
+        **changes,
+    }
+
+
+def seat_of(role: str = "leads", *, seats: int = 3, reachable: int = 2, **changes: Any) -> dict[str, Any]:
+    """As its `seat` of several, of the first of them."""
+    ids = [f"12D3KooWseat{i}" for i in range(seats)]
+    observed = Observed(ids[0], 0.0)
+    observed.led(None, 0, 1.5, 0)
+    observed.led(ids[0] if role == "leads" else ids[1], 7, 2.0, 1_700_000_000_000)
+    observed.heard(ids[1], 7 if role == "leads" else 9)
+    for took_s in (0.02, 0.02, 1000.0):
+        observed.sealed(took_s)
+    head = 9 if role == "leads" else 7
+    return {
+        "peer_id": ids[0],
+        "role": role,
+        "term": 7,
+        "head": head,
+        "lag": 9 - head,
+        "need": seats // 2 + 1,
+        "wanted": seats,
+        "seats": observed.seats(ids, set(ids[1:reachable]), (), head, role),
+        "onlookers": [],
+        "waits_for": "",
+        "payloads_missing": 4,
+        **observed.figures(10.0),
         **changes,
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.support.coordinator_status import scrape, status_of
+from tests.support.coordinator_status import scrape, seat_of, status_of
 from tests.support.prometheus import check_conventions, series, value
 from thinwire.coordinator.observe.metrics import with_trust
 
@@ -93,3 +93,36 @@ def test_a_run_that_has_not_begun_shows_what_there_is() -> None:
 
 def test_the_number_of_peers_does_not_change_the_series() -> None:
     assert series(scrape(status_of(200))) == series(scrape(status_of(3)))
+
+
+def test_a_seat_among_several() -> None:
+    text = scrape(status_of())
+    check_conventions(text)
+    roles = {"leads": 1, "follows": 0, "looks_on": 0, "rests": 0}
+    assert {role: value(text, "thinwire_seat_role", state=role) for role in roles} == roles
+    assert value(text, "thinwire_seat_committee_seats") == 3
+    assert value(text, "thinwire_seat_needed_seats") == 2
+    assert value(text, "thinwire_seat_reachable_seats") == 2
+    assert value(text, "thinwire_seat_lag_rounds") == 0
+    assert value(text, "thinwire_seat_farthest_lag_rounds") == 2
+    assert value(text, "thinwire_seat_missing_payloads") == 4
+    assert value(text, "thinwire_seat_elections_total") == 1
+    assert value(text, "thinwire_seat_leaderless_seconds_total") == 2
+    name = "thinwire_seat_seal_duration_seconds"
+    assert value(text, f"{name}_bucket", le="0.025") == 2
+    assert value(text, f"{name}_count") == 3
+
+
+def test_what_only_the_leader_knows_is_not_counted_twice() -> None:
+    """Sums over all coordinators are those of the run; a seat that has nothing yet says so, and no more."""
+    text = scrape(status_of(seat=seat_of("follows")))
+    check_conventions(text)
+    assert value(text, "thinwire_seat_role", state="follows") == 1
+    assert value(text, "thinwire_seat_lag_rounds") == 2
+    assert value(text, "thinwire_swarm_round") == 7
+    once = ("thinwire_swarm_peers", "thinwire_swarm_offers", "thinwire_swarm_joins", "thinwire_swarm_payload")
+    assert not any(f"# TYPE {name}" in text for name in once)
+    beginning = {"run": "r", "round": 0, "rounds": 9, "state": "catching up", "peers": []}
+    text = scrape({**beginning, "seat": seat_of("looks on", lag=9)})
+    assert value(text, "thinwire_seat_lag_rounds") == 9
+    assert "thinwire_swarm" not in text
