@@ -169,14 +169,21 @@ def _begin(
 
     async def begin_unless_stopped() -> int | None:
         loop, leave = asyncio.get_running_loop(), asyncio.Event()
-        stop.on_stop.append(lambda: loop.call_soon_threadsafe(leave.set))
         work = asyncio.create_task(
             begin(state.ledger_path, ticket, key, start_p2p, host=host, port=port, announce=announce)
         )
         stopped = asyncio.create_task(leave.wait())
-        if stop.is_set():
-            leave.set()
-        await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(leave.set)
+
+        stop.on_stop.append(tell)
+        try:
+            if stop.is_set():
+                leave.set()
+            await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.on_stop.remove(tell)  # the loop ends
         stopped.cancel()
         if work.done():
             return work.result()
