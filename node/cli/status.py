@@ -165,11 +165,16 @@ def seat_in_words(status: Mapping[str, Any]) -> str | None:
     if leads(status):
         return None
     seat = _seat(status)
-    said = f"coordinator {short(str(seat.get('me')))} {role_in_words(seat)}"
+    said = f"coordinator {short(str(seat.get('peer_id')))} {role_in_words(seat)}"
     if seat.get("waits_for"):
         return f"{said}; nobody leads: {seat['waits_for']}"
     leader = seat.get("leader")
     return f"{said}; {'nobody leads yet' if leader is None else f'{short(str(leader))} leads'}"
+
+
+def waits_in_words(waits_for: str) -> str:
+    """Why no round closes, as a seat says it: it may have said already that training waits."""
+    return waits_for if "training waits" in waits_for else f"training waits: {waits_for}"
 
 
 def role_in_words(seat: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from ..states.opening import open_state
 from ..system.output import UNBOUNDED, make_console, shown, to_stdout
 from ..units import bytes_beside_ddp, human_bytes, human_loss
 from .offline import state_folder, status_of, telling_what_is_here
+from .seats_view import headline_of, seats_shown
 from .status import StatusClient, seat_in_words
 
 WATCH_EVERY_S = 1.0
@@ -46,6 +47,10 @@ def headline(status: Mapping[str, Any]) -> str:
     if waits_for := status.get("waits_for"):
         state = f"waiting for {counted(waits_for, 'more peer')}"
     parts = [f"{status['run']}: round {status['round']}/{status['rounds']} ({state})"]
+    if "loss" not in status:  # a coordinator that has not got what the run needs
+        return " · ".join(parts)
+    if (leads := headline_of(status)) is not None:
+        parts.append(leads)
     if status["loss"] is not None:
         parts.append(f"loss {status['loss']:.3f}")
     if status["held_out"]:
@@ -65,10 +70,11 @@ def headline(status: Mapping[str, Any]) -> str:
 def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
     """`notes`: lines below the table (what the demo did to somebody). A seat that does not lead may know no
     more than who does."""
-    whose = seat_in_words(status)
-    if whose is not None and "peers" not in status:
-        return Group(Text(shown(whose), style="yellow"), *(Text(note, style="yellow") for note in notes))
-    lines: list[RenderableType] = [Text(shown(headline(status))), _PeerTable(status)]
+    seats, whose = seats_shown(status), seat_in_words(status)
+    if whose is not None and "mismatches" not in status:
+        said = [Text(shown(whose), style="yellow"), *(Text(note, style="yellow") for note in notes)]
+        return Group(*seats, *said)
+    lines: list[RenderableType] = [Text(shown(headline(status))), *seats, _PeerTable(status)]
     lines += [Text(shown(f"changed: {text}")) for text in status.get("changes", [])[-CHANGES_SHOWN:]]
     lines += [Text(shown(line)) for line in evaluations_in_words(status)]
     lines += [Text(shown(line), style="bold red") for line in trust_in_words(status)]

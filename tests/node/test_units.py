@@ -127,3 +127,59 @@ def test_a_state_folder_does_not_know_what_was_sent() -> None:
     with console.capture() as shown:
         console.print(swarm_table({**STATUS, "peers": [PEER], "mismatches": 0, "folder": "x"}))
     assert "123.4 MB" not in shown.get()
+
+
+A, B, C = (f"12D3KooW{name}" for name in ("abcdefghijklmn", "bcdefghijklmno", "cdefghijklmnop"))
+
+
+def seats_of(leader: str | None, **changes: Any) -> str:
+    """What a terminal shows where A says how three coordinators are."""
+    seats = [
+        {"peer_id": A, "role": "leads" if leader == A else "follows", "reachable": True, "head": 9, "lag": 0},
+        {"peer_id": B, "role": "follows", "reachable": True, "head": 7, "lag": 2},
+        {"peer_id": C, "role": "not reachable", "reachable": False, "head": None, "lag": None},
+    ]
+    seat = {
+        "peer_id": A,
+        "role": seats[0]["role"],
+        "leader": leader,
+        "since_ms": 1_700_000_000_000,
+        "head": 9,
+    }
+    seat |= {"lag": 0, "waits_for": "", "seats": seats, "elections": 3, "wanted": 3, "onlookers": []}
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(swarm_table({**STATUS, "peers": [PEER], "mismatches": 0, "seat": seat | changes}))
+    return shown.get()
+
+
+def test_of_several_coordinators_it_is_shown_who_leads_and_how_far_the_others_are() -> None:
+    told = seats_of(A)
+    assert "coordinator …ijklmn leads, 2 of 3 reachable" in told.splitlines()[0]
+    assert "12D3KooWabcdefghijklmn leads since 2023-11-1" in told.replace("12D3KooW..ijklmn", A)
+    assert "3 elections since" in told
+    rows = [line.split() for line in told.splitlines() if line.startswith("12D3KooW")]
+    assert [row[1:] for row in rows] == [
+        ["leads", "9", "0"],
+        ["follows", "7", "2"],
+        ["not", "reachable", "-", "-"],
+    ]
+    onlooker = {"peer_id": C, "lacks": "3 payloads", "wants_seat": True}
+    assert "looks on, lacks 3 payloads" in seats_of(A, onlookers=[onlooker])
+    assert "5 are wanted, 2 more to come" in seats_of(A, wanted=5)
+
+
+def test_without_a_majority_a_banner_says_what_training_waits_for() -> None:
+    why = "1 of 3 coordinators reachable; training waits until 2 are. Missing: B, C"
+    told = seats_of(None, waits_for=why)
+    assert why in told
+    assert "nobody leads" in told
+    assert "training waits: the coordinators elect who leads" in seats_of(
+        None, waits_for="the coordinators elect who leads"
+    )
+
+
+def test_a_single_coordinator_is_not_made_much_of() -> None:
+    only = [{"peer_id": A, "role": "leads", "reachable": True, "head": 9, "lag": 0}]
+    told = seats_of(A, seats=only, wanted=0)
+    assert "coordinator" not in told

@@ -367,6 +367,34 @@ function eventRow(event) {
     make("span", { text: event.n > 1 ? `${text} (${whole(event.n)} times)` : text }), since(event.time_ms, "time"));
 }
 
+// Where several coordinators order the run: who leads since when, how far each is, and why training waits if it does.
+function showSeats(seat) {
+  $("seats").hidden = !seat;
+  const waits = seat?.waits_for ?? "";
+  $("waits").hidden = !waits;
+  put("waits", waits && !waits.includes("training waits") ? `Training waits: ${waits}` : waits);
+  if (!seat) return;
+  const n = seat.seats.length;
+  const more = [
+    `${whole(seat.seats.filter((each) => each.reachable).length)} of ${whole(n)} reachable, ${whole(seat.need)} must sign`,
+    seat.wanted > n ? `${whole(seat.wanted - n)} more to come` : "",
+    seat.elections ? plural(seat.elections, "election") : "",
+    n === 2 ? "with two the loss of either stops the run" : "",
+  ].filter(Boolean).join(" · ");
+  put("seats-more", more);
+  const rows = seat.seats.map((each) => {
+    const dot = each.role === "leads" ? "training" : each.role === "follows" ? "" : each.reachable ? "joining" : "gone";
+    const says = [isNumber(each.head) ? `round ${whole(each.head)}` : "", each.lag ? `${plural(each.lag, "round")} behind` : ""];
+    if (each.peer_id === seat.peer_id) says.push("this page's");
+    const dd = make("dd", {}, make("span", { class: `dot ${dot}`, text: [each.role, ...says.filter(Boolean)].join(", ") }));
+    if (each.peer_id === seat.leader && isNumber(seat.since_ms)) dd.append(" since ", since(seat.since_ms));
+    return [make("dt", { class: "mono", text: `…${each.peer_id.slice(-6)}`, title: each.peer_id }), dd];
+  });
+  const others = seat.onlookers.map((each) => [make("dt", { class: "mono", text: `…${each.id}` }),
+    make("dd", {}, make("span", { class: "dot joining", text: each.lacks ? `looks on, lacks ${each.lacks}` : "looks on, up to date" }))]);
+  $("seat-rows").replaceChildren(...[...rows, ...others].flat());
+}
+
 const shown = {};
 function onlyNew(name, value, draw) {
   const text = JSON.stringify(value);
@@ -381,6 +409,7 @@ function show() {
   onlyNew("peers", [told.peers, told.state, isAway()], ([peers]) => refill("peer-rows", "no-peers", peers.map(peerRow)));
   const all = Object.values(told.n_peers).reduce((a, b) => a + b, 0);
   put("peers-title", all > told.peers.length ? `Peers (${told.peers.length} of ${whole(all)})` : "Peers");
+  onlyNew("seats", told.seat ?? null, showSeats);
   onlyNew("evaluations", told.evaluations ?? [], (found) => {
     $("evaluations").hidden = !found.length;
     $("evaluation-rows").replaceChildren(...found.flatMap(([round, words]) => [make("dt", { text: `Round ${whole(round)}` }), make("dd", { text: words })]));

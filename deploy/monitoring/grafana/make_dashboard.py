@@ -501,6 +501,61 @@ def peers() -> list[Json]:
     )
 
 
+def coordinators() -> list[Json]:
+    role = 'label_replace(thinwire_seat_role{state="leads"}, "coordinator", "$1", "instance", "(.*)")'
+    seal = "thinwire_seat_seal_duration_seconds_bucket"
+    return row(
+        "Coordinators",
+        lines(
+            "Who leads",
+            "1 for the coordinator that leads; nobody for longer than a minute is an alert.",
+            (role, "{{coordinator}}"),
+            unit="none",
+            least=0,
+            most=1,
+            wide=6,
+            high=7,
+        ),
+        lines(
+            "Reachable",
+            "Coordinators that the one that leads reaches, with itself; below the dashes no round closes.",
+            ("max(thinwire_seat_reachable_seats)", "reachable"),
+            ("max(thinwire_seat_committee_seats)", "all"),
+            ("max(thinwire_seat_needed_seats)", "needed"),
+            unit="none",
+            least=0,
+            wide=6,
+            high=7,
+            overrides=[
+                named("needed", color=color(RED), custom__lineStyle={"fill": "dash", "dash": [8, 8]}),
+            ],
+        ),
+        lines(
+            "Behind",
+            "Rounds, and payloads, that a coordinator lacks. More than 10 rounds for long are an alert.",
+            ("thinwire_seat_lag_rounds", "{{instance}}"),
+            ("thinwire_seat_missing_payloads", "{{instance}} payloads"),
+            unit="none",
+            least=0,
+            wide=6,
+            high=7,
+        ),
+        lines(
+            "Seals and elections",
+            "How long a record takes from its proposal until a majority has signed it; elections, and "
+            "seconds without a leader, each minute.",
+            (f"histogram_quantile(0.5, sum by (le) (rate({seal}{RATE})))", "seal, median"),
+            (f"histogram_quantile(0.99, sum by (le) (rate({seal}{RATE})))", "seal, p99"),
+            (f"60 * max(rate(thinwire_seat_elections_total{RATE}))", "elections/min"),
+            (f"60 * max(rate(thinwire_seat_leaderless_seconds_total{RATE}))", "s without a leader/min"),
+            unit="none",
+            least=0,
+            wide=6,
+            high=7,
+        ),
+    )
+
+
 def trust() -> list[Json]:
     every = f"{{{NODES}}}"
     empty, offers = (
@@ -689,7 +744,7 @@ def placed(panels: list[Json]) -> list[Json]:
 
 
 def dashboard() -> Json:
-    groups = (the_run, learning, traffic, time, peers, trust, faults, machines)
+    groups = (the_run, learning, traffic, time, peers, coordinators, trust, faults, machines)
     return {
         "uid": "thinwire",
         "title": "thinwire",

@@ -96,7 +96,7 @@ class Swarm:
             Meter(),
             status=lambda: {
                 "seat": {
-                    **{"me": transport.peer_id, "role": "follows", "head": 3, "lag": 2},
+                    **{"peer_id": transport.peer_id, "role": "follows", "head": 3, "lag": 2},
                     "leader": self.watchers.who.now.leader,
                 }
             },
