@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 
 from ...compression.errors import ThinwireError
-from ..system.logs import log_to_stderr
+from ..system.logs import PREFIX_VARIABLE, log_to_stderr
 from ..system.output import to_stderr, until_the_pipe_is_closed
 from ..system.processes import end_with_parent
 from .admission_commands import Identity, Invite
@@ -74,11 +74,12 @@ def _run(argv: Sequence[str]) -> int:
     end_with_parent()
     tells_itself = isinstance(command, Bench | Compare | Demo | Doctor | Status)  # shown, not logged
     chatty = logging.DEBUG if getattr(command, "verbose", False) else logging.INFO
-    log_to_stderr(logging.WARNING if tells_itself else chatty)
+    prefix = os.environ.pop(PREFIX_VARIABLE, "")
+    log_to_stderr(logging.WARNING if tells_itself else chatty, prefix)
     try:
         code: int = command.run_with(Command) if isinstance(command, Completion) else command.run()
     except ThinwireError as e:
-        to_stderr(f"thinwire: {e}")
+        to_stderr(f"{prefix}thinwire: {e}")
         return e.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

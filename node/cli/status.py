@@ -89,7 +89,13 @@ class StatusClient:
         try:
             if self._stream is None:
                 return await self._ask_all(host)
-            status = await ask(self._stream, self._ticket.token)
+            try:
+                status = await ask(self._stream, self._ticket.token)
+            except (OSError, EOFError):
+                if len(self._seats) == 1:
+                    raise
+                self._drop()
+                return await self._ask_all(host)
             if not leads(status):
                 self._drop()  # the next question goes to who does
             return status

@@ -235,6 +235,13 @@ class Join:
     """Of a snapshot of the swarm's: background: train on it, and replay the ledger up to it meanwhile, at low
     priority, where the payloads still exist; that takes the model's memory once more. first: begin only where
     nobody's word is taken, at the base weights or at what this node has verified. off: take it as it is."""
+    coordinate: Annotated[str | None, arg(metavar="SEAT_TICKET")] = None
+    """Be one of the run's coordinators, too, in a process beside the node: the seat ticket of another one, as
+    a file or the line itself. Its state is in DIR-seat; default: ~/.local/state/thinwire/seat"""
+    coordinate_port: Annotated[int, arg(metavar="PORT")] = 0
+    """TCP port of that coordinator; 0 picks a free one at the first start and keeps it."""
+    coordinate_announce: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="ADDRESS")] = ()
+    """An address that others reach that coordinator by; may be repeated."""
     save: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the trained weights here (safetensors) after the last round."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -242,9 +249,15 @@ class Join:
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
+        from ..beside.seat import Coordinate
         from ..ranks.join import join
         from ..run_node import Options
 
+        seat = None
+        if self.coordinate is not None:
+            seat = Coordinate(self.coordinate, self.host, self.coordinate_port, self.coordinate_announce)
+        elif self.coordinate_port or self.coordinate_announce:
+            raise ConfigError("--coordinate-port, --coordinate-announce: of a coordinator, --coordinate")
         with stop_on_signals() as stop:
             result = join(
                 Options(
@@ -271,6 +284,7 @@ class Join:
                     verify=self.verify,
                 ),
                 stop,
+                seat,
             )
         if stop.signal or result is None:
             return 128 + stop.signal

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from ...compression.errors import ConfigError
 from ...coordinator.protocol.ticket import Ticket
+from ..beside.seat import Coordinate, seat_beside, seat_command
 from ..evaluation.supervising import refuse_function
 from ..links.upload_limit import parse_rate
 from ..run_node import Options, run_node
@@ -21,9 +22,21 @@ if TYPE_CHECKING:
 MAX_RANKS: Final = 64
 
 
-def join(options: Options, stop: Stop) -> Result | None:
-    """Trains until the run ends; None: `stop` was set before. Raises what `Runner.run` raises."""
+def join(options: Options, stop: Stop, coordinate: Coordinate | None = None) -> Result | None:
+    """Trains until the run ends; None: `stop` was set before. Raises what `Runner.run` raises. `coordinate`:
+    with a seat of the run's committee beside the node."""
     refuse(options)
+    if coordinate is None:
+        return _train(options, stop)
+    command = seat_command(Ticket.parse(options.ticket), coordinate, options.state)
+    with seat_beside(command) as seat:
+        result = _train(options, stop)
+        if result is not None:
+            seat.see_off(stop)
+        return result
+
+
+def _train(options: Options, stop: Stop) -> Result | None:
     options = replace(options, device=_device(options))
     ranks = _number_of_ranks(options)
     options = replace(options, ranks=ranks)

@@ -8,6 +8,9 @@ import sys
 from .command_name import as_typed
 from .output import shown
 
+PREFIX_VARIABLE = "THINWIRE_LOG_PREFIX"
+"""Of a child's environment: what its lines begin with, so that they are told apart from its parent's."""
+
 
 class _Hinting(logging.Formatter):
     """Commands that a line names are those of this user; nothing in it moves the cursor."""
