@@ -26,12 +26,12 @@ from tests.support.paths import ROOT
 from thinwire.node.cli.swarm_commands import Coordinator
 
 DEPLOY = ROOT / "deploy"
-KUSTOMIZATIONS = ("base", "gpu", "monitoring")
+KUSTOMIZATIONS = ("base", "gpu", "three", "monitoring")
 
 SCHEMA = "1.33"
 """Kubernetes' version."""
 
-MADE_BY_HAND = {"ticket", "grafana", "coordinator-http"}
+MADE_BY_HAND = {"ticket", "seat-ticket", "grafana", "coordinator-http"}
 """Secrets that users make, as the comments say; the last one may be absent."""
 
 
@@ -76,10 +76,11 @@ def test_the_image_is_built_from_every_package() -> None:
 # --------------------------------------------------------------------------------------------------- compose
 
 
-def compose(*profiles: str) -> dict[str, Any]:
-    """The file as compose understands it."""
+def compose(*profiles: str, files: tuple[str, ...] = ("compose.yaml",)) -> dict[str, Any]:
+    """The files as compose understands them."""
     named = [word for profile in profiles for word in ("--profile", profile)]
-    shown = said_by(tool("docker-compose"), "--file", "compose.yaml", *named, "config", "--format=json")
+    named += [f"--file={file}" for file in files]
+    shown = said_by(tool("docker-compose"), *named, "config", "--format=json")
     model: dict[str, Any] = json.loads(shown)
     return model
 
@@ -102,6 +103,25 @@ def test_compose_takes_the_file_with_every_profile() -> None:
     mounted = {v["target"]: v["source"] for v in services["coordinator"]["volumes"]}
     assert (mounted["/runs"] / coordinator.run_file.relative_to("/runs")).exists()
     assert f"coordinator:{coordinator.port}" in coordinator.announce
+
+
+def test_three_coordinators_of_compose_find_each_other() -> None:
+    alone = compose("cpu")["services"]["coordinator"]
+    services = compose("cpu", files=("compose.yaml", "compose.three.yaml"))["services"]
+    assert set(services) == {"coordinator", "coordinator-2", "coordinator-3", "node"}
+    first = parsed(services["coordinator"]["command"])
+    assert first.seats == 3
+    only = [word for word in services["coordinator"]["command"] if "seat" not in word]
+    assert only == alone["command"], "a run that one coordinator has begun is gone on with"
+    targets = {volume["target"] for volume in services["coordinator"]["volumes"]}
+    assert targets >= {volume["target"] for volume in alone["volumes"]}
+    for name in ("coordinator-2", "coordinator-3"):
+        seat = parsed(services[name]["command"])
+        assert seat.replica == str(first.seat_ticket_file)
+        assert f"{name}:{seat.port}" in seat.announce
+        mounted = {volume["target"]: volume["source"] for volume in services[name]["volumes"]}
+        assert mounted[str(first.seat_ticket_file.parent)] == "seats"
+        assert mounted["/var/lib/thinwire"] == name, "each has a disk of its own"
 
 
 # ------------------------------------------------------------------------------------------------ Kubernetes
@@ -196,6 +216,21 @@ def test_the_gpu_overlay_gives_its_nodes_a_gpu() -> None:
     assert node["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
+def test_three_coordinators_of_kubernetes_have_disks_and_names_of_their_own() -> None:
+    objects = kustomized("three")
+    sets = {found["metadata"]["name"]: found["spec"] for found in objects if found["kind"] == "StatefulSet"}
+    assert sets["coordinator"]["replicas"] + sets["seat"]["replicas"] == 3
+    assert sets["seat"]["volumeClaimTemplates"]
+    first, seat = (
+        parsed([arg.replace("$(POD_NAME)", "seat-0") for arg in container["args"]])
+        for container, spec in containers(objects)
+        if container["name"] in ("coordinator", "seat")
+    )
+    assert first.seats == 3
+    assert Path(seat.replica).name == first.seat_ticket_file.name
+    assert seat.announce == (f"seat-0.{sets['seat']['serviceName']}:4001",)
+
+
 def test_kubernetes_and_compose_get_the_same_monitoring_files() -> None:
     """One that is not in the list would be missing in the cluster alone."""
     folder = DEPLOY / "monitoring"
@@ -214,13 +249,17 @@ def test_kubernetes_and_compose_get_the_same_monitoring_files() -> None:
 # ------------------------------------------------------------------------------------- systemd and SkyPilot
 
 
-@pytest.mark.parametrize("unit", ["thinwire-coordinator.service", "thinwire-node@.service"])
+@pytest.mark.parametrize(
+    "unit", ["thinwire-coordinator.service", "thinwire-seat.service", "thinwire-node@.service"]
+)
 def test_systemd_verifies_the_units(unit: str, tmp_path: Path) -> None:
     """With a program that exists in the place of the installed one."""
     text = (DEPLOY / "systemd" / unit).read_text()
     installed = "/opt/thinwire/bin/thinwire"
     (line,) = re.findall(r"^ExecStart=(.+)$", text, flags=re.M)
-    program, *args = shlex.split(line.replace("$THINWIRE_ARGS", "").replace("%S", "/var/lib"))
+    program, *args = shlex.split(
+        line.replace("$THINWIRE_ARGS", "").replace("%S", "/var/lib").replace("%d", "/run")
+    )
     assert program == installed
     assert parsed(args) is not None
     copy = tmp_path / unit.replace("@", "@x")

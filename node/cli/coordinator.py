@@ -59,6 +59,8 @@ class SeatOptions:
     recover: bool = False
     recovery_key: Path | None = None
     recover_wait_s: float = 30.0
+    ticket_file: Path | None = None
+    """Where the seat ticket is written, too."""
 
     def refuse(self) -> None:
         """Raises ConfigError for what cannot be meant."""
@@ -116,6 +118,7 @@ def coordinate(
     config = None if run_file is None else load_config(run_file, overrides)
     ticket = None if seats.replica is None else SeatTicket.read(seats.replica)
     refuse_file("--ticket-file", ticket_file)
+    refuse_file("--seat-ticket-file", seats.ticket_file)
     refuse_address(host, port, announce)
     refuse_http(http)
     folder = state or _default_folder(config, ticket)
@@ -146,7 +149,8 @@ def coordinate(
         recovery = None
         if seats.recover:
             recovery = _recovery_key(seats.recovery_key or folder / KEY_NAME), seats.recover_wait_s
-        return asyncio.run(_Serving(server, folder, linger_s, recovery).serve(ticket_file, http, stop))
+        serving = _Serving(server, folder, linger_s, recovery, seats.ticket_file)
+        return asyncio.run(serving.serve(ticket_file, http, stop))
 
 
 def _default_folder(config: RunConfig | None, ticket: SeatTicket | None) -> Path:
@@ -260,8 +264,10 @@ class _Serving:
         folder: Path,
         linger_s: float,
         recovery: tuple[Ed25519PrivateKey, float] | None = None,
+        seat_ticket_file: Path | None = None,
     ) -> None:
         self._server, self._folder, self._linger_s, self._recovery = server, folder, linger_s, recovery
+        self._seat_ticket_file = seat_ticket_file
         self._page: Page | None = None
         self._stopped = asyncio.Event()
 
@@ -301,6 +307,9 @@ class _Serving:
         line = self._server.ticket.line()
         if ticket_file is not None:
             write_ticket(ticket_file, line)
+        kept = self._server.seat_ticket
+        if self._seat_ticket_file is not None and kept is not None:
+            write_ticket(self._seat_ticket_file, kept.read_text().strip(), "--seat-ticket-file")
         to_stdout(line)
 
     def _serve_page(self, stack: ExitStack, http: HttpAddress) -> None:
@@ -364,9 +373,9 @@ class _Serving:
         )
 
 
-def write_ticket(path: Path, line: str) -> None:
+def write_ticket(path: Path, line: str, option: str = "--ticket-file") -> None:
     """Readable by this user alone. Raises ConfigError."""
     try:
         write_aside(path, f"{line}\n".encode(), 0o600)
     except OSError as e:
-        raise ConfigError(f"--ticket-file {path}: {e.strerror}") from e
+        raise ConfigError(f"{option} {path}: {e.strerror}") from e

@@ -123,6 +123,8 @@ class Coordinator:
     """A task of your own, importable here; nodes need the same."""
     ticket_file: Annotated[Path | None, arg(metavar="FILE")] = None
     """Write the ticket here, too, readable by this user alone: nodes on the same disk join @FILE."""
+    seat_ticket_file: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write the secret seat ticket here, too, readable by this user alone: for --replica on the same disk."""
     ban: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PEER")] = ()
     """Never let this peer in again (its id is in thinwire status); may be repeated. Kept in DIR/banned."""
     linger: Annotated[str, arg(metavar="TIME")] = "10m"
@@ -170,6 +172,7 @@ class Coordinator:
                     recover=self.recover,
                     recovery_key=self.recovery_key,
                     recover_wait_s=seconds_of(self.recover_wait, "--recover-wait"),
+                    ticket_file=self.seat_ticket_file,
                 ),
             )
         return 128 + stop.signal if stop.signal and not is_over else 0
