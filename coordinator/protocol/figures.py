@@ -30,6 +30,15 @@ def short(peer_id: str) -> str:
     return peer_id if len(peer_id) <= _SHORT else f"{peer_id[:8]}..{peer_id[-6:]}"
 
 
+def one_line(text: str, *, heading: bool = True) -> str:
+    """Of an error with a list: "cannot reach it: A; B", or without its heading "A; B"."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        items = "; ".join(lines[1:])
+        return f"{lines[0]} {items}" if heading else items
+    return "; ".join(lines)
+
+
 def counted(n: int, what: str) -> str:
     """1, "peer" -> "1 peer"; 2, "peer" -> "2 peers"."""
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"

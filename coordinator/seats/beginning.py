@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...compression.errors import ConfigError, Incompatible, SwarmUnreachable
 from ..ledger import Ledger
+from ..protocol.figures import one_line, short
 from ..protocol.messages import BadMessage, SeatEntry, digest_of, is_readable
 from ..protocol.streams import SEAT, Meter, Stream
 from ..protocol.transport import Transport
@@ -92,7 +93,8 @@ async def _ask(transport: Transport, ticket: SeatTicket, seat: SeatEntry) -> Fou
             with contextlib.suppress(SwarmUnreachable):
                 await transport.disconnect(seat.peer_id)
     except (SwarmUnreachable, BadMessage, OSError, EOFError, TimeoutError) as e:
-        log.warning("coordinator %s: %s", seat.peer_id, "; ".join(str(e).splitlines()) or type(e).__name__)
+        why = one_line(str(e), heading=False) or type(e).__name__
+        log.warning("coordinator %s: %s", short(seat.peer_id), why)
         return None
 
 

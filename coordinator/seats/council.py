@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ...compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable
 from ..blobs import BlobStore
 from ..ledger import Ledger
+from ..protocol.figures import short
 from ..protocol.messages import BadMessage, CommitBody, CommitteeEntry, SeatEntry, decode_record
 from ..protocol.streams import BLOB, Meter, Stream
 from ..protocol.transport import Transport
@@ -161,11 +162,17 @@ class Council:
         self._is_settling = self._is_closed = False
         self._led_s = time.monotonic()
         """When somebody led last."""
+        self._majority_s = self._led_s
+        """When a majority was connected last."""
         self._named: CommitteeEntry | None = None
         self._verifying: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._awaited = (0, 0)
         self._said: Enter | None = None
+        self._connected: set[str] = set()
+        """Of whom it was told."""
+        self._lost = ""
+        """What was said of a majority that is lost; "": one is there."""
         self._known: tuple[object, ...] = ()
         """What nodes have to hear at once, when it changes."""
         self._memory_s = self._stands_still_to_s = 0.0
@@ -236,11 +243,15 @@ class Council:
         """Why nobody leads, in words; "": somebody does, or is about to."""
         if self.trouble:
             return self.trouble
-        is_soon = time.monotonic() - self._led_s < self.plan.timing.patience_s
-        if self.seat.leader is not None or is_soon:
-            return ""
-        why = told(self.disk.committee.seats, self.streams.links.keys(), self.me, str(self._folder))
-        return why or "the coordinators elect who leads"
+        now_s, patience_s = time.monotonic(), self.plan.timing.patience_s
+        if now_s - self._majority_s >= patience_s and (lost := self._lost_majority()):
+            return lost
+        is_soon = now_s - self._led_s < patience_s
+        return "" if self.seat.leader is not None or is_soon else "the coordinators elect who leads"
+
+    def _lost_majority(self) -> str:
+        """In words; "": it is there."""
+        return told(self.disk.committee.seats, self.streams.links.keys(), self.me, str(self._folder))
 
     def held(self, digest: bytes) -> bool:
         """Whether enough seats hold a payload for a vote."""
@@ -336,15 +347,14 @@ class Council:
                 self.stand_still(OSError(error))
             case Evidence(seat=seat, what=what):
                 self.counts[what] += 1
-                log.error("seat %s has lied or is broken: %s", seat, what)
+                log.error("seat %s has lied or is broken: %s", short(seat), what)
 
     def _recorded(self, body: CommitBody) -> None:
         self.provisions.recorded(body)
         if body.committee is not None:
             self._named = None
-            log.info(
-                "round %d: the coordinators are now %s", body.round, ", ".join(self.disk.committee.seats)
-            )
+            seats = ", ".join(short(seat) for seat in self.disk.committee.seats)
+            log.info("round %d: the coordinators are now %s", body.round, seats)
             self.streams.keep(self._directory.to_dial())
         if body.committee is not None or body.access is not None:
             self._owner.renewed()
@@ -395,9 +405,10 @@ class Council:
         if self._directory.told(seat, enter.addresses):
             self.streams.keep(self._directory.to_dial())
         if is_new:
-            log.info(
-                "seat %s is connected%s", seat, "" if seat in self.disk.committee.seats else ": it looks on"
-            )
+            if seat not in self._connected:
+                self._connected.add(seat)
+                looks_on = "" if seat in self.disk.committee.seats else ": it looks on"
+                log.info("seat %s is connected%s", short(seat), looks_on)
             self.provisions.fetcher.look_again()
             self.provisions.remind(seat)
         if enter.begins:
@@ -407,7 +418,8 @@ class Council:
         self._changed.set()
 
     def down(self, seat: str) -> None:
-        log.info("seat %s is not connected any more", seat)
+        self._connected.discard(seat)
+        log.info("seat %s is not connected any more", short(seat))
         self._tell()
 
     def heard(self, seat: str, word: Word) -> None:
@@ -472,7 +484,7 @@ class Council:
             try:
                 self.recover(sealed)
             except LedgerCorrupt as e:
-                log.error("seat %s sent a recovery that is none: %s", seat, e)
+                log.error("seat %s sent a recovery that is none: %s", short(seat), e)
                 self.counts["bad recovery"] += 1
                 return
 
@@ -570,7 +582,21 @@ class Council:
         if self.seat.leader is not None:
             self._led_s = time.monotonic()
         self.observed.led(self.seat.leader, self.term, time.monotonic(), time.time_ns() // 10**6)
-        self._who.tell(self.seat.leader, self.seats(), self.waits_for(), self.term)
+        if not self._lost_majority():
+            self._majority_s = time.monotonic()
+        waits_for = self.waits_for()
+        self._who.tell(self.seat.leader, self.seats(), waits_for, self.term)
+        self._tell_lost("" if not waits_for or self.trouble else self._lost_majority())
+
+    def _tell_lost(self, lost: str) -> None:
+        """Here, where the operator looks: once for each that is missing."""
+        if lost == self._lost or not self.is_seat:
+            return
+        if lost:
+            log.warning("%s", lost)
+        else:
+            log.info("a majority of the coordinators is there again")
+        self._lost = lost
 
     def _lacks(self) -> str:
         """Why this seat cannot be named yet."""

@@ -8,6 +8,7 @@ from typing import Self
 
 from ...compression.errors import ConfigError
 from ..control.orders import Order
+from ..protocol.figures import short
 from ..protocol.messages import MAX_SEATS, Address, CommitteeEntry, SeatEntry
 
 
@@ -84,7 +85,7 @@ def told(seats: Sequence[str], reachable: Collection[str], me: str, state: str) 
     need = len(seats) // 2 + 1
     if len(here) >= need:
         return ""
-    missing = ", ".join(seat for seat in seats if seat not in here)
+    missing = ", ".join(short(seat) for seat in seats if seat not in here)
     return (
         f"{len(here)} of {len(seats)} coordinators can reach each other, and {need} must. Missing: "
         f"{missing}. Start them again (thinwire coordinator, as before); where they are lost for ever: "

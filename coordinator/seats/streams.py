@@ -18,6 +18,7 @@ from typing import Final, Protocol
 
 from ...compression.errors import SwarmUnreachable
 from ..observe.quiet_log import QuietLog
+from ..protocol.figures import one_line, short
 from ..protocol.messages import Address, BadMessage
 from ..protocol.streams import SEAT, BadFrame, Meter, Stream
 from ..protocol.transport import Transport
@@ -120,7 +121,7 @@ class SeatStreams:
         """Ends the link, if there is one."""
         link = self._links.get(seat)
         if link is not None:
-            log.info("the stream to seat %s is closed: %s", seat, why)
+            log.info("the stream to seat %s is closed: %s", short(seat), why)
             link.stream.abort()
 
     async def close(self) -> None:
@@ -137,7 +138,7 @@ class SeatStreams:
 
     async def _keep(self, seat: str) -> None:
         """Dials a seat whenever there is no link to it."""
-        retry_s = FIRST_RETRY_S
+        retry_s, is_again = FIRST_RETRY_S, False
         while True:
             await self._without(seat)
             began_s = time.monotonic()
@@ -147,12 +148,13 @@ class SeatStreams:
                 if isinstance(e, BadMessage):
                     self.rejected[e.reason if isinstance(e, BadFrame) else "message"] += 1
                 log.debug("the stream to seat %s ended: %s", seat, e)
-                if seat not in self._links:
+                if seat not in self._links and is_again:  # the first one says how a link has ended
                     self._tell(seat, str(e) or type(e).__name__)
             except Exception:
                 log.exception("a stream to seat %s met a fault of ours", seat)
                 self.rejected["internal"] += 1
-            if time.monotonic() - began_s > STEADY_S:
+            is_again = time.monotonic() - began_s <= STEADY_S
+            if not is_again:
                 retry_s = FIRST_RETRY_S
             await asyncio.sleep(retry_s * self._rng.uniform(0.7, 1.3))
             retry_s = min(2 * retry_s, LAST_RETRY_S)
@@ -198,7 +200,7 @@ class SeatStreams:
         """Once for each reason."""
         if self.failed.get(seat) != why:
             self.failed[seat] = why
-            log.info("seat %s cannot be reached: %s", seat, "; ".join(why.splitlines()))
+            log.info("seat %s cannot be reached: %s", short(seat), one_line(why, heading=False))
 
     # ------------------------------------------------------------------------------------------- serving
 
@@ -210,7 +212,7 @@ class SeatStreams:
                 await self._run(link)
         except BadMessage as e:
             self.rejected[e.reason if isinstance(e, BadFrame) else "message"] += 1
-            self._lines.say(logging.INFO, seat, "seat", "closed a stream of seat %s: %s", seat, e)
+            self._lines.say(logging.INFO, seat, "seat", "closed a stream of seat %s: %s", short(seat), e)
         except (OSError, EOFError, TimeoutError, SwarmUnreachable) as e:
             log.debug("a stream of seat %s ended: %s", seat, e)
         except Exception:
@@ -233,7 +235,7 @@ class SeatStreams:
         why = self._host.refuses(seat, enter)
         if why is not None:
             self.rejected["denied"] += 1
-            self._lines.say(logging.WARNING, seat, "denied", "seat %s is not let in: %s", seat, why)
+            self._lines.say(logging.WARNING, seat, "denied", "seat %s is not let in: %s", short(seat), why)
             await stream.send_message(Denied(why=why))
             await stream.ended(GOODBYE_S)
             return None

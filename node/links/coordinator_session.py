@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from ...compression.errors import SwarmUnreachable, ThinwireError
-from ...coordinator.protocol.figures import human_seconds
+from ...coordinator.protocol.figures import human_seconds, one_line
 from ...coordinator.protocol.messages import (
     PROTOCOL_VERSION,
     READER,
@@ -59,7 +59,7 @@ LAST_RETRY_OF_SEVERAL_S = 1.5
 READ_AGAIN_S = 60.0
 """A seat whose ledger was read for who the seats are is not read again for so long."""
 
-TELL_AGAIN_S = 10.0
+TELL_AGAIN_S = 30.0
 """The same words are not told again before."""
 
 MAX_HOPS = 8
@@ -124,7 +124,8 @@ class CoordinatorSession:
         self._watch = Watch(seats, self._open_watch, self._hello, lambda: self._at, self._heard_from_watch)
         self._watching: asyncio.Task[None] | None = None
         self._retry_s = FIRST_RETRY_S
-        self._told = "", 0.0
+        self._told: dict[str, float] = {}
+        """When: what people have been told of late."""
         self._dial_patience = Patience(floor_s=QUICK_DIAL_S, ceiling_s=DIAL_TIMEOUT_S)
         self.is_up, self._is_down = asyncio.Event(), asyncio.Event()
         self.was_read = asyncio.Event()
@@ -401,9 +402,11 @@ class CoordinatorSession:
         self._elsewhere.clear()
         pause_s = self._retry_s * self._jitter.uniform(0.7, 1.3)
         several = len(self._seats) > 1
-        what = _one_line(why) if several else f"the coordinator {_silent(away_s)} ({_one_line(why)})"
-        if what != self._told[0] or time.monotonic() - self._told[1] > TELL_AGAIN_S:
-            self._told = what, time.monotonic()
+        what = one_line(why) if several else f"the coordinator {_silent(away_s)} ({one_line(why)})"
+        now_s = time.monotonic()
+        self._told = {text: told_s for text, told_s in self._told.items() if now_s - told_s < TELL_AGAIN_S}
+        if what not in self._told:
+            self._told[what] = now_s
             again = f"trying again in {human_seconds(pause_s)}; training state is kept"
             self._handler.tell(f"{what}; {again}", True)
         with contextlib.suppress(TimeoutError):
@@ -483,14 +486,6 @@ class CoordinatorSession:
             if silent_s > limit_s:
                 raise SwarmUnreachable(f"silent for {silent_s:.0f} s")
             self.post(self._handler.heartbeat())
-
-
-def _one_line(text: str) -> str:
-    """A heading is followed by its list: "cannot reach it: A; B"."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(":"):
-        return f"{lines[0]} {'; '.join(lines[1:])}"
-    return "; ".join(lines)
 
 
 def _silent(seconds: float) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple
 
 from ...compression.errors import SwarmUnreachable, ThinwireError
+from ...coordinator.protocol.figures import one_line
 from ...coordinator.protocol.messages import BadMessage, Elsewhere, PeerId, Welcome
 from ...coordinator.protocol.streams import Stream
 from .known_seats import KnownSeats, short
@@ -131,22 +132,19 @@ class _Search:
             return next(iter(self._refused.values()))
         if len(self._seats) == 1:
             return next(iter(self._failed.values()))
-        listing = "\n".join(f"  {short(seat)}: {_one_line(e)}" for seat, e in self._failed.items())
+        told = {seat: one_line(str(e), heading=False) for seat, e in self._failed.items()}
+        listing = "\n".join(f"  {short(seat)}: {why}" for seat, why in told.items())
         return SwarmUnreachable(f"none of {len(self._seats)} coordinators is reachable:\n{listing}")
 
     def _in_words(self, leaders: set[PeerId | None]) -> str:
         """With what is waited for, as the seat says that knows of the latest leader."""
-        n_there = len(self._elsewhere) + len(self._refused)
         newest = max(self._elsewhere.values(), key=lambda answer: (answer.term, bool(answer.waits_for)))
         if newest.waits_for:
-            return f"no coordinator leads ({n_there} of {len(self._seats)} answer here): {newest.waits_for}"
+            return f"no coordinator leads: {newest.waits_for}"
         waits_for = "they have not agreed yet who of them leads"
         gone = [seat for seat in self._failed if seat in leaders]
         if gone:
-            waits_for = f"{short(gone[0])}, which led, does not answer ({_one_line(self._failed[gone[0]])})"
+            why = one_line(str(self._failed[gone[0]]), heading=False)
+            waits_for = f"{short(gone[0])}, which led, does not answer ({why})"
+        n_there = len(self._elsewhere) + len(self._refused)
         return f"{n_there} of {len(self._seats)} coordinators reachable; training waits: {waits_for}"
-
-
-def _one_line(error: ThinwireError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[1:] if len(lines) > 1 and lines[0].endswith(":") else lines)

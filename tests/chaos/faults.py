@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.doomed import EDGES, PHASES
-from tests.chaos.harness import Node, Swarm
+from tests.chaos.harness import Swarm
+from tests.chaos.program import Node
 from tests.chaos.proxy import MBIT_BYTES_PER_S
 
 Until = Callable[[], bool]

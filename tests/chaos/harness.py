@@ -9,11 +9,7 @@ import json
 import os
 import random
 import shutil
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,9 +20,9 @@ from typing import Any, Self
 import psutil
 
 from tests.chaos.book import Book
+from tests.chaos.coordinators import Coordinator, Coordinators
+from tests.chaos.program import Node, Program
 from tests.chaos.proxy import Proxy
-from tests.support.zygote import Forked, zygote
-from thinwire.coordinator.protocol.identity import load_or_create, peer_id_of
 from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.node.system.processes import PARENT_VARIABLE
 
@@ -49,138 +45,13 @@ SETTINGS: dict[str, Any] = {
 """What every run file begins with; 33,280 parameters, payloads of some 5 kB."""
 
 
-class Program:
-    """A `thinwire` command as a process. Its log goes on over restarts; `text` is the part since the last."""
-
-    def __init__(self, name: str, folder: Path, env: Mapping[str, str]) -> None:
-        self.name, self.folder = name, folder
-        self.log, self.out = folder / f"{name}.log", folder / f"{name}.out"
-        self._env = env
-        self._process: subprocess.Popen[bytes] | Forked | None = None
-        self._began_at = 0
-        self.is_frozen = False
-
-    def start(self, args: Sequence[str], line: str | None = None, script: Path | None = None) -> None:
-        """`line` is given to its standard input. `script`: what begins in the place of `thinwire`."""
-        assert not self.is_running, f"{self.name} runs already"
-        self._began_at = self.log.stat().st_size if self.log.exists() else 0
-        if (forker := zygote()) is not None:
-            env = {**self._env, PARENT_VARIABLE: str(forker.pid)}
-            self._process = forker.start(
-                args,
-                cwd=self.folder,
-                env=env,
-                out=self.out,
-                err=self.log,
-                line=line,
-                script=script,
-                session=True,
-            )
-        else:
-            self._load(args, line, script)
-
-    def _load(self, args: Sequence[str], line: str | None, script: Path | None) -> None:
-        """As users start it: it loads everything itself."""
-        launcher = ["-m", "thinwire.node.cli.main"] if script is None else [str(script)]
-        with self.log.open("ab") as err, self.out.open("wb") as out:
-            self._process = subprocess.Popen(
-                [sys.executable, *launcher, *args],
-                stdin=subprocess.PIPE if line is not None else subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                cwd=self.folder,
-                env=self._env,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which ends them
-            )
-        if line is not None and self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.write(line.encode() + b"\n")
-                self._process.stdin.close()
-
-    @property
-    def is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    @property
-    def code(self) -> int | None:
-        """Its exit code; negative: the signal that ended it."""
-        return None if self._process is None else self._process.poll()
-
-    def kill(self) -> None:
-        """SIGKILL, and waits for its end; its libp2p daemon follows it."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self.is_frozen = False
-
-    def freeze(self) -> None:
-        """SIGSTOP, as a machine that hangs: its libp2p daemon answers no more either."""
-        self.is_frozen = True
-        self._signal_all(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        self._signal_all(signal.SIGCONT)
-        self.is_frozen = False
-
-    def text(self, *, whole: bool = False) -> str:
-        """What it logged since its last start."""
-        with self.log.open("rb") as file:
-            file.seek(0 if whole else self._began_at)
-            return file.read().decode(errors="replace")
-
-    def stdout(self) -> str:
-        return self.out.read_text()
-
-    def _signal_all(self, number: signal.Signals) -> None:
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(number)
-
-    def processes(self) -> list[psutil.Process]:
-        """It and its daemon; not the small shell that cleans up behind both."""
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            below = process.children(recursive=True)
-            return [process, *(p for p in below if p.name() == "p2pd")]
-        return []
-
-
-class Node(Program):
-    """A node of the swarm. `orders`: a file for `doomed.py`, if it was started with strings attached."""
-
-    def __init__(self, number: int, folder: Path, env: Mapping[str, str]) -> None:
-        super().__init__(f"node{number}", folder, env)
-        self.number = number
-        self.state = folder / f"node{number}"
-        self.orders = folder / f"node{number}.orders"
-        self.proxy: Proxy | None = None
-
-    @property
-    def peer_id(self) -> str:
-        return peer_id_of(load_or_create(self.state / "identity.key").public_key())
-
-    def order(self, **what: Any) -> None:
-        """See `doomed.Orders`. Replaces an order that was not carried out yet."""
-        aside = self.orders.with_suffix(".part")
-        aside.write_text(json.dumps(what))
-        aside.rename(self.orders)
-
-    @property
-    def was_obeyed(self) -> bool:
-        return not self.orders.exists()
-
-
 class Swarm:
     """Use as a context manager: at its end no process, socket, port or temporary folder of it is left.
 
     `settings`: dotted key -> value, over SETTINGS. `seed` gives `rng`, for whoever chooses what to break.
     `proxied`: each node reaches the coordinator through a proxy of its own. `strings`: nodes take orders.
-    `work_s`: of a batch; a list is dealt out to the nodes in turn.
+    `work_s`: of a batch; a list is dealt out to the nodes in turn. `n_seats`: coordinators; of several each
+    is reached through a proxy of its own, if `proxied`, and nodes have none.
     """
 
     def __init__(
@@ -193,6 +64,7 @@ class Swarm:
         proxied: bool = False,
         strings: bool = False,
         work_s: float | Sequence[float] = 0.05,
+        n_seats: int = 1,
     ) -> None:
         self.folder, self.proxied, self.strings = folder, proxied, strings
         self.rng = random.Random(seed)
@@ -207,17 +79,20 @@ class Swarm:
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "torch"),
             PARENT_VARIABLE: str(os.getpid()),
         }
-        self.coordinator = Program("coordinator", folder, self._env)
-        self.coordinator_state = folder / "state"
+        doors = proxied and n_seats > 1
+        self.coordinators = Coordinators(folder, self._env, n_seats, through_doors=doors)
+        self.coordinator = self.coordinators.first
+        self.coordinator_state = self.coordinator.state
         self._work_s = [work_s] if isinstance(work_s, float) else list(work_s)
         self.nodes = [self._node(i) for i in range(n_peers)]
-        self.book = Book(self.coordinator_state / "ledger.db")
-        self.port = _free_port()
+        self.book = self.coordinators.book
+        self.port = self.coordinator.port
         self.ticket = ""
 
     def __enter__(self) -> Self:
         try:
             self.start_coordinator()
+            self._start_replicas()
             for node in self.nodes:
                 self.start(node)
             self.wait_counted(self.nodes, 90)
@@ -233,8 +108,9 @@ class Swarm:
 
     def end(self) -> None:
         """Kills everything and asserts that nothing is left behind."""
-        for program in (*self.nodes, self.coordinator):
+        for program in (*self.nodes, *self.coordinators.all):
             program.kill()
+        self.coordinators.close()
         for node in self.nodes:
             if node.proxy is not None:
                 node.proxy.close()
@@ -250,13 +126,12 @@ class Swarm:
         """For the first time or again. `wait`: for its ticket."""
         run_file = self.folder / "run.toml"
         run_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in self.settings.items()))
-        self.coordinator.start(
-            [
-                *("coordinator", str(run_file), *self._task, "--linger", "0"),
-                *("--state", str(self.coordinator_state), "--host", "127.0.0.1", "--port", str(self.port)),
-            ],
-            script=HERE / "hidden.py" if self.proxied else None,
-        )
+        several = len(self.coordinators.all)
+        if several == 1:
+            self.coordinator.begin([str(run_file), *self._task])
+        else:
+            tickets = ["--ticket-file", str(self.coordinators.ticket_file)]
+            self.coordinator.begin([str(run_file), *self._task, "--seats", str(several), *tickets])
         if not wait:
             return
         self.wait(
@@ -264,10 +139,22 @@ class Swarm:
             60,
             "the coordinator's ticket",
         )
-        ticket = self.coordinator.stdout().strip()
+        ticket = self.coordinator.stdout().partition("\n")[0]
         assert ticket, f"no ticket:\n{self.coordinator.text()}"
-        assert self.ticket in ("", ticket), "the same ticket for ever"
+        assert several > 1 or self.ticket in ("", ticket), "the same ticket for ever"
         self.ticket = ticket
+
+    def _start_replicas(self) -> None:
+        """Returns when the committee is named."""
+        n = len(self.coordinators.all)
+        for one in self.coordinators.all[1:]:
+            self.coordinators.replica(one)
+        if n > 1:
+            self.wait(self._has_all_seats, 90, f"a committee of {n} coordinators")
+
+    def _has_all_seats(self) -> bool:
+        self.ticket = self.coordinators.ticket_file.read_text().strip()
+        return len(Ticket.parse(self.ticket).seats) == len(self.coordinators.all)
 
     def add(self) -> Node:
         """One more node; to be started."""
@@ -299,7 +186,7 @@ class Swarm:
         return ("--task", "light_task:make") if self.settings["task.name"] == "custom" else ()
 
     def _ticket_for(self, node: Node) -> str:
-        if not self.proxied:
+        if not self.proxied or len(self.coordinators.all) > 1:
             return self.ticket
         if node.proxy is None:
             node.proxy = Proxy(self.port)
@@ -307,32 +194,15 @@ class Swarm:
         address = f"/ip4/127.0.0.1/tcp/{node.proxy.port}"
         return ticket.model_copy(update={"addresses": (address,)}).line()
 
-    def copy_coordinator(self, to: Path) -> int:
-        """Its state directory as a careful owner saves it while it runs; returns the copy's head."""
-        shutil.copytree(
-            self.coordinator_state,
-            to,
-            ignore=lambda _, names: [n for n in names if n.startswith("ledger.db") or n.endswith(".sock")],
-        )
-        source = self.coordinator_state / "ledger.db"
-        with (
-            contextlib.closing(sqlite3.connect(source)) as db,
-            contextlib.closing(sqlite3.connect(to / "ledger.db")) as copy,
-        ):
-            db.backup(copy)
-        return Book(to / "ledger.db").read()
-
-    def put_back(self, copy: Path) -> None:
-        """Replaces the state directory of a coordinator that does not run."""
-        assert not self.coordinator.is_running
-        shutil.rmtree(self.coordinator_state)
-        shutil.copytree(copy, self.coordinator_state)
-
     # ------------------------------------------------------------------------------------------- looking
 
     def head(self) -> int:
         """The newest round on the coordinator's ledger."""
         return self.book.read()
+
+    def head_of(self, one: Coordinator) -> int:
+        """The newest round on this coordinator's own ledger."""
+        return Book(one.ledger).read()
 
     def index(self, node: Node) -> int | None:
         """The node's index in commits; None: it was never admitted."""
@@ -361,7 +231,7 @@ class Swarm:
     def seen(self, n_lines: int = 12) -> str:
         """What there is to see, for the message of a failed wait."""
         lines = [f"round {self.head()}"]
-        for program in (self.coordinator, *self.nodes):
+        for program in (*self.coordinators.all, *self.nodes):
             state = (
                 "frozen" if program.is_frozen else "runs" if program.is_running else f"ended {program.code}"
             )
@@ -433,10 +303,3 @@ def _running_in(folder: Path) -> list[str]:
             if process.pid != os.getpid() and Path(process.cwd()) == folder:
                 found.append(" ".join(process.info["cmdline"] or ["?"]))
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -29,7 +29,8 @@ from typing import Any
 import psutil
 
 from tests.chaos.faults import EDGE_KINDS, KINDS, Course, Kind, NotHarmed, Until
-from tests.chaos.harness import Node, Swarm
+from tests.chaos.harness import Swarm
+from tests.chaos.program import Node
 
 SETTINGS = {"strategy.compressor.name": "dct_topk", "strategy.compressor.k": 512}
 """Payloads of 7.5 kB: they travel as blobs, from node to node."""

@@ -23,7 +23,7 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
 def older(swarm: Swarm) -> tuple[Path, int]:
     """A copy of the coordinator's state directory, and its head."""
     copy = swarm.folder / "older"
-    return copy, swarm.copy_coordinator(copy)
+    return copy, swarm.coordinator.copy(copy)
 
 
 def test_restored_from_an_older_copy_it_gets_the_missing_commits_back(
@@ -34,7 +34,7 @@ def test_restored_from_an_older_copy_it_gets_the_missing_commits_back(
     swarm.coordinator.kill()
     head, digests = swarm.head(), list(swarm.book.digests)
     assert head > old_head + 10
-    swarm.put_back(copy)
+    swarm.coordinator.put_back(copy)
     assert swarm.head() == old_head
     swarm.start_coordinator()
     swarm.wait(lambda: swarm.head() > head, 40, f"a round after {head}")
@@ -51,7 +51,7 @@ def test_a_fork_of_the_ledger_is_refused_and_nothing_is_overwritten(
     for program in (swarm.coordinator, *swarm.nodes):
         program.kill()
     before = [swarm.own_records(node) for node in swarm.nodes]
-    swarm.put_back(copy)
+    swarm.coordinator.put_back(copy)
     swarm.start_coordinator()
     stranger = swarm.add()
     swarm.start(stranger)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.chaos.faults import HEALED
-from tests.chaos.harness import Node, Swarm
+from tests.chaos.harness import Swarm
+from tests.chaos.program import Node
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
 

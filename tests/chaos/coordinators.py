@@ -1,0 +1,130 @@
+"""The coordinators of a swarm as processes: one, or the seats of a committee."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.chaos.book import Book
+from tests.chaos.program import Program, free_port
+from tests.chaos.proxy import Proxy
+from thinwire.coordinator.protocol.identity import load_or_create, peer_id_of
+from thinwire.coordinator.seats.ticket import FILE_NAME
+from thinwire.coordinator.state import VOTE_NAME
+
+HERE = Path(__file__).parent
+
+
+class Coordinator(Program):
+    """Number 0 has founded the run. `door`: everybody reaches it through this proxy, if there is one."""
+
+    def __init__(self, number: int, folder: Path, env: Mapping[str, str]) -> None:
+        super().__init__(f"coordinator{number or ''}", folder, env)
+        self.number = number
+        self.state = folder / f"state{number or ''}"
+        self.port = free_port()
+        self.door: Proxy | None = None
+
+    @property
+    def peer_id(self) -> str:
+        return peer_id_of(load_or_create(self.state / "key").public_key())
+
+    @property
+    def ledger(self) -> Path:
+        return self.state / "ledger.db"
+
+    def begin(self, args: Sequence[str]) -> None:
+        """Starts `thinwire coordinator` with these beside what it always has."""
+        where = ["--state", str(self.state), "--host", "127.0.0.1", "--port", str(self.port)]
+        if self.door is not None:
+            where += ["--announce", f"/ip4/127.0.0.1/tcp/{self.door.port}"]
+        script = HERE / "hidden.py" if self.door is not None else None
+        self.start(["coordinator", *args, "--linger", "0", *where], script=script)
+
+    def begin_again(self, *args: str) -> None:
+        """From its folder alone."""
+        self.begin(args)
+
+    def copy(self, to: Path, *, votes: bool = True) -> int:
+        """Its state directory as a careful owner saves it while it runs; returns the copy's head. `votes`:
+        the whole of it, as an image of the disk has it."""
+
+        def left_out(_: str, names: list[str]) -> list[str]:
+            return [
+                name
+                for name in names
+                if name.startswith("ledger.db") or name.endswith(".sock") or (name == VOTE_NAME and not votes)
+            ]
+
+        shutil.copytree(self.state, to, ignore=left_out)
+        with (
+            contextlib.closing(sqlite3.connect(self.ledger)) as db,
+            contextlib.closing(sqlite3.connect(to / "ledger.db")) as copy,
+        ):
+            db.backup(copy)
+        return Book(to / "ledger.db").read()
+
+    def put_back(self, copy: Path) -> None:
+        """Replaces the state directory while it does not run."""
+        assert not self.is_running
+        shutil.rmtree(self.state)
+        shutil.copytree(copy, self.state)
+
+
+class Coordinators:
+    """`through_doors`: each is reached through a proxy of its own."""
+
+    def __init__(self, folder: Path, env: Mapping[str, str], n: int, *, through_doors: bool = False) -> None:
+        self._folder, self._env, self._through_doors = folder, env, through_doors
+        self.all: list[Coordinator] = []
+        self.book = Book()
+        for _ in range(n):
+            self.add()
+
+    @property
+    def first(self) -> Coordinator:
+        return self.all[0]
+
+    @property
+    def seat_ticket(self) -> str:
+        return str(self.first.state / FILE_NAME)
+
+    @property
+    def ticket_file(self) -> Path:
+        """Written by the first one, whenever the committee changes."""
+        return self._folder / "ticket"
+
+    def add(self) -> Coordinator:
+        """One more; to be begun with `replica`."""
+        one = Coordinator(len(self.all), self._folder, self._env)
+        if self._through_doors:
+            one.door = Proxy(one.port)
+        self.all.append(one)
+        self.book.paths.append(one.ledger)
+        return one
+
+    def replica(self, one: Coordinator, *args: str) -> None:
+        """Begins it, or begins it again."""
+        one.begin(["--replica", self.seat_ticket, *args])
+
+    def leader(self) -> Coordinator:
+        """Who had the newest record sealed; the first one where nobody else could."""
+        sealer = self.book.sealer
+        named = [one for one in self.all if (one.state / "key").exists() and one.peer_id == sealer]
+        return named[0] if named else self.first
+
+    def seats(self) -> list[Coordinator]:
+        """Of the committee, by the newest record."""
+        committee = self.book.committee
+        if committee is None:
+            return [self.first]
+        return [o for o in self.all if (o.state / "key").exists() and o.peer_id in committee.seats]
+
+    def close(self) -> None:
+        """The proxies."""
+        for one in self.all:
+            if one.door is not None:
+                one.door.close()
