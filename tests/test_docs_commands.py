@@ -35,6 +35,10 @@ ELSEWHERE = {
     "--task": "tests/node/cli",
     "--data": "tests/node/cli",
     "--base": "tests/node/cli/test_replay.py",
+    **dict.fromkeys(
+        ("seats", "replace", "remove", "--seats", "--replica", "--recover", "--restored"),
+        "tests/node/cli/test_seats.py",
+    ),
 }
 """A word of a command -> where such commands are run: on a cluster, for longer, with code of one's own."""
 
