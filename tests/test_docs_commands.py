@@ -32,6 +32,16 @@ ELSEWHERE = {
     "bench": "tests/node/bench",
     "monitor": "tests/node/cli/test_monitor.py",
     "--evaluate": "tests/node/evaluation",
+    "seats": "tests/coordinator/seats",
+    "replace": "tests/coordinator/seats",
+    "remove": "tests/coordinator/seats",
+    "--seats": "tests/node/beside",
+    "--replica": "tests/node/beside",
+    "--coordinate": "tests/node/beside",
+    "--replace": "tests/coordinator/seats",
+    "--recover": "tests/coordinator/seats",
+    "--restored": "tests/coordinator/seats",
+    "--blobs": "tests/coordinator/seats",
     "--task": "tests/node/cli",
     "--data": "tests/node/cli",
     "--base": "tests/node/cli/test_replay.py",
@@ -162,6 +172,10 @@ def test_every_command(reader: Reader) -> None:
         reader.run(command)
     state.send_signal(signal.SIGINT)
     assert state.wait(30) == 0, reader.logs()
+    again = reader.start("thinwire coordinator --state STATE")
+    wait_until(lambda: "is over already" in reader.logs() or again.poll() is not None, 60, reader.logs)
+    again.send_signal(signal.SIGINT)
+    assert again.wait(30) == 0, reader.logs()
     reader.run("thinwire runs --clean", "--yes")
     for command in ("thinwire config --reference", "thinwire completion bash"):
         reader.run(command)
