@@ -77,7 +77,8 @@ class RecordChecks:
         self._needs_payloads = needs_payloads
         self.refused: Counter[Reason] = Counter()
         """Votes that were not given, by their reason; each record counts once for each."""
-        self._told: dict[tuple[bytes, Reason], None] = {}
+        self._told: dict[tuple[bytes, Reason], int] = {}
+        """How often, by record."""
         self._work: dict[bytes, str] = {}
         """What is wrong with the signatures of a record, by the digest of both; "": nothing."""
 
@@ -274,15 +275,15 @@ class RecordChecks:
                 _refuse("payload", not is_here, f"the payload of peer {offer.peer} is not here")
 
     def _note(self, record: bytes, no: _NoVote) -> None:
-        if (record, no.reason) in self._told:
-            return
-        self._told[record, no.reason] = None
+        n = self._told[record, no.reason] = self._told.get((record, no.reason), 0) + 1
         while len(self._told) > _KEPT:
             del self._told[next(iter(self._told))]
-        self.refused[no.reason] += 1
-        level = logging.INFO if no.reason == "payload" else logging.WARNING
-        round_ = self._ledger.head_round + 1
-        log.log(level, "no vote for a record of round %d (%s): %s", round_, no.reason, no)
+        self.refused[no.reason] += n == 1
+        # A payload is usually on its way: it is late when the leader asks for the vote once more.
+        level, is_told = (logging.INFO, n == 2) if no.reason == "payload" else (logging.WARNING, n == 1)
+        if is_told:
+            round_ = self._ledger.head_round + 1
+            log.log(level, "no vote for a record of round %d (%s): %s", round_, no.reason, no)
 
 
 def check_access(entry: AccessEntry) -> None:

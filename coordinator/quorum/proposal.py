@@ -18,7 +18,7 @@ class Proposal:
     def __init__(self, word: Propose, now_s: float, retry_s: float) -> None:
         self.word, self.record = word, word.record
         self.votes: dict[str, bytes] = {}
-        self._digest = digest_of(word.record)
+        self.digest = digest_of(word.record)
         self._wait_s, self._most_s = retry_s, _MOST_RETRIES_S * retry_s
         self._again_s = now_s + retry_s
 
@@ -33,7 +33,7 @@ class Proposal:
     def add(self, run_id: bytes, committee: Committee, seat: str, voted: Voted, check: Check | None) -> None:
         """A seat's vote, if it is one for this record; None: its signature is our own."""
         what = (voted.ballot, voted.round, voted.digest)
-        if what != (self.word.ballot, self.word.round, self._digest):
+        if what != (self.word.ballot, self.word.round, self.digest):
             return
         if seat in self.votes or seat not in committee.seats:
             return

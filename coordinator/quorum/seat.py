@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar, Final
 
+from ..protocol.messages import digest_of
 from ..protocol.trust.seals import Committee, Sealed
 from .acceptor import Acceptor
 from .catching_up import CatchingUp
@@ -46,6 +47,7 @@ from .words import (
     Prepare,
     Promise,
     Propose,
+    Sealing,
     Voted,
     Word,
 )
@@ -92,6 +94,8 @@ class Seat:
         self._promises: dict[str, Accepted | None] = {}
         self._early: tuple[str, Propose] | None = None
         """What was proposed upon a record that is on its way: it need not be said again."""
+        self._unvoted: tuple[str, Propose] | None = None
+        """What was proposed in the open round, and has no vote of this seat's yet."""
         self._heard_s = self.wake_s = now_s
         if not self._committee.is_only(self.me):  # who is alone waits for nobody
             self._be_patient(now_s)
@@ -105,6 +109,15 @@ class Seat:
     def resting(self) -> dict[str, bytes]:
         """Of a leader: seats that rest, and the nonce that a record would have to name."""
         return {} if self._reign is None else self._reign.resting
+
+    @property
+    def unvoted(self) -> bytes | None:
+        """The record of the open round, if this seat was asked for its vote and has not given it; see
+        `vote_again`."""
+        if self._open is not None:
+            return None if self.me in self._open.votes else self._open.record
+        unvoted = None if self._unvoted is None else self._unvoted[1]
+        return unvoted.record if unvoted is not None and unvoted.round == self._disk.head + 1 else None
 
     # --------------------------------------------------------------------------------------- the leader
 
@@ -142,10 +155,13 @@ class Seat:
         if sealed is None:
             return
         epoch, others = self._committee.epoch, self._others
-        self._open = None
+        digest, self._open = self._open.digest, None
         self._append(sealed)
-        for other in dict.fromkeys([*others, *self._others]):
-            self._send(other, Batch(head=self._disk.head, sealed=(sealed,)))
+        for other in others:  # they have the record, or it is on the way to them
+            self._send(other, Sealing(head=self._disk.head, digest=digest, seal=sealed.seal))
+        for other in self._others:
+            if other not in others:
+                self._send(other, Batch(head=self._disk.head, sealed=(sealed,)))
         if self._committee.epoch != epoch:
             self._step_down(now_s, "the committee has changed")
             if (
@@ -243,10 +259,17 @@ class Seat:
                 self._catching_up.heard_of(seat, word.head, now_s)
             case Batch():
                 self._take(seat, word, now_s)
+            case Sealing():
+                self._told_of_seal(seat, word, now_s)
             case Follow(after=after):
                 self._catching_up.give(seat, after)
             case Nack():
                 self._nacked(seat, word, now_s)
+            case _:
+                self._receive_of_election(seat, word, now_s)
+
+    def _receive_of_election(self, seat: str, word: Word, now_s: float) -> None:
+        match word:
             case Canvass():
                 self._canvassed(seat, word, now_s)
             case Prepare():
@@ -326,11 +349,40 @@ class Seat:
         if proposed.round <= self._disk.head or not self._is_led_by(seat, proposed.ballot, now_s):
             self._refuse(seat)
             return
+        self._vote(seat, proposed)
+
+    def _vote(self, seat: str, proposed: Propose) -> None:
         voted = self._acceptor.accept(proposed)
+        self._unvoted = (seat, proposed) if voted == "no vote" else None
         if isinstance(voted, Voted):
             self._send(seat, voted)
         elif voted == "two records":
             self.events.append(Evidence(seat, voted))
+
+    def hold(self, seat: str, proposed: Propose) -> None:
+        """The word is being looked at, and comes by `receive` later. Its seal may be there before."""
+        if proposed.round == self._disk.head + 1 and self._committee.owner(proposed.ballot) == seat:
+            self._unvoted = seat, proposed
+
+    def vote_again(self, now_s: float) -> None:
+        """All that the record of the open round names may be here by now: the vote that could not be given
+        before, without waiting for its leader to ask again. It follows nobody by that."""
+        with self._writing(now_s):
+            if self._open is not None:
+                if self.me not in self._open.votes:
+                    self._vote_for(self._open, now_s)
+            elif self._unvoted is not None:
+                self._vote(*self._unvoted)
+
+    def _told_of_seal(self, seat: str, word: Sealing, now_s: float) -> None:
+        """Takes the record if it is here, and asks for it if not."""
+        known = [self._acceptor.accepted, self._unvoted and self._unvoted[1]]
+        for one in known:
+            if one is not None and one.round == word.head and digest_of(one.record) == word.digest:
+                sealed = Sealed(record=one.record, seal=word.seal, work=one.work)
+                self._take(seat, Batch(head=word.head, sealed=(sealed,)), now_s)
+                return
+        self._catching_up.heard_of(seat, word.head, now_s)
 
     def _take(self, seat: str, batch: Batch, now_s: float) -> None:
         """Seals speak for themselves: whoever brings them."""

@@ -15,6 +15,7 @@ from ..protocol.messages import (
     Message,
     Record,
     Round,
+    SealBytes,
     Signature,
     Text,
     Work,
@@ -143,6 +144,16 @@ class Batch(Word):
     sealed: Annotated[tuple[Sealed, ...], Field(min_length=1, max_length=BATCH)]
 
 
+class Sealing(Word):
+    """To a seat that the record was proposed to: the seal, by round (`head`) and digest. Who has not got the
+    record asks for it."""
+
+    tag = 18
+    head: Round
+    digest: Digest
+    seal: SealBytes
+
+
 class Enter(Word):
     """First on a stream between two seats: who dials tells where it is reached, and that it may be here.
 
@@ -217,6 +228,7 @@ _WORDS: Final = {
         Voted,
         Follow,
         Batch,
+        Sealing,
         Enter,
         Keep,
         Keeps,

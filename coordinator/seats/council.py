@@ -146,7 +146,10 @@ class Council:
             lambda: self.seat.leader,
             owner,
             owner.held,
+            lambda: self._do(self.seat.vote_again),
         )
+        self._unvoted: bytes | None = None
+        """The record that this seat would vote for, if it had all that it names."""
         self._memory = b""
         """That was sent last."""
         self.trouble = ""
@@ -292,6 +295,9 @@ class Council:
                 self._happened(self._next_event())
         finally:
             self._is_settling = False
+        if (unvoted := self.seat.unvoted) is not self._unvoted:
+            self._unvoted = unvoted
+            self.provisions.waits_for(unvoted)
         self._set_timer()
         known = (self.seat.leader, self.term, self.disk.committee.epoch, self.trouble)
         if known != self._known:
@@ -448,6 +454,7 @@ class Council:
                 self.provisions.proposed(record)
                 verifying = self._owner.verify(record, work)
                 if verifying is not None:
+                    self.seat.hold(seat, word)
                     if self._verifying is None or self._verifying.done():
                         self._verifying = asyncio.create_task(self._receive_verified(seat, word, verifying))
                     return

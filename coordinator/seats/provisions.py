@@ -36,7 +36,8 @@ class Shelf(Protocol):
 
 class Provisions:
     """Of one seat. `links`: to other seats; `leader`: who leads, as far as is known; `on_held`: is told of a
-    payload that enough seats hold now."""
+    payload that enough seats hold now; `on_whole`: when the last payload is here that `waits_for` was told
+    of."""
 
     def __init__(
         self,
@@ -50,10 +51,13 @@ class Provisions:
         leader: Callable[[], str | None],
         shelf: Shelf,
         on_held: Callable[[bytes], None],
+        on_whole: Callable[[], None],
     ) -> None:
         self._ledger, self._blobs, self._disk = ledger, blobs, disk
         self._links, self._send, self._leader = links, send, leader
-        self._shelf, self._on_held = shelf, on_held
+        self._shelf, self._on_held, self._on_whole = shelf, on_held, on_whole
+        self._awaited: set[bytes] = set()
+        """Payloads without which this seat does not vote for the record that is open."""
         self.fetcher = Fetcher(blobs, open_stream, self._sources, self._arrived)
         self._holders = Holders(me, blobs, send, lambda: list(links))
         self._rounds: dict[bytes, int] = {}
@@ -107,6 +111,15 @@ class Provisions:
             if body.round == self._disk.head + 1:
                 self._want(body)
 
+    def waits_for(self, record: bytes | None) -> None:
+        """This seat was asked for its vote for that record, and could not give it; None: for none."""
+        self._awaited.clear()
+        if record is not None:
+            with contextlib.suppress(BadMessage):
+                body = decode_record(CommitBody, record)
+                self._want(body)
+                self._awaited = {digest for digest in _named(body) if digest not in self._blobs}
+
     # --------------------------------------------------------------------------------------- records
 
     def recorded(self, body: CommitBody) -> None:
@@ -141,18 +154,27 @@ class Provisions:
         self.fetcher.forget(gone)
 
     def _want(self, body: CommitBody) -> None:
-        for offer in body.offers:
-            if offer.digest is not None and offer.digest not in self._blobs:
-                self._rounds[offer.digest] = body.round
-                self.fetcher.want(offer.digest, self._max_bytes)
+        for digest in _named(body):
+            if digest not in self._blobs:
+                self._rounds[digest] = body.round
+                self.fetcher.want(digest, self._max_bytes)
 
     def _arrived(self, digest: bytes) -> None:
         self._rounds.pop(digest, None)
         self._shelf.arrived(digest)
         for seat in self._disk.committee.seats:
             self._send(seat, Keeps(digest=digest))
+        if digest in self._awaited:
+            self._awaited.discard(digest)
+            if not self._awaited:
+                self._on_whole()
 
     def _sources(self) -> list[str]:
         """Who leads first; who looks on has less."""
         leader, seats = self._leader(), self._disk.committee.seats
         return sorted(self._links, key=lambda seat: (seat != leader, seat not in seats))
+
+
+def _named(body: CommitBody) -> list[bytes]:
+    """Payloads that the record names, and does not hold itself."""
+    return [offer.digest for offer in body.offers if offer.digest is not None]

@@ -239,6 +239,7 @@ class SeatHost:
             self.blobs.put(digest, payload)
         self.spark()
         self.recollection.payload_arrived(digest)
+        self.seat.vote_again(self.world.now_s)
         if self.seat.leader is not None:
             self._send_word(self.seat.leader, Keeps(digest=digest))
 

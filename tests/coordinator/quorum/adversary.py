@@ -22,12 +22,13 @@ from thinwire.coordinator.quorum.words import (
     Prepare,
     Promise,
     Propose,
+    Sealing,
     Voted,
     Word,
 )
 
 _ELECTING: Final = (Canvass, Aye, Prepare, Promise)
-_KINDS: Final = (Ping, Pong, Canvass, Prepare, Promise, Nack, Propose, Voted, Follow, Batch)
+_KINDS: Final = (Ping, Pong, Canvass, Prepare, Promise, Nack, Propose, Voted, Follow, Batch, Sealing)
 _STEPS: Final = 700
 _SLOW: Final = 0.04
 
@@ -43,7 +44,7 @@ class Adversary:
         names = world.names
         self._slow_kinds = {kind for kind in _KINDS if rng.random() < 0.25}
         if rng.random() < 0.6:
-            self._slow_kinds |= {Batch, Nack, Ping}
+            self._slow_kinds |= {Batch, Sealing, Nack, Ping}
         self._slow_links = {(a, b) for a in names for b in names if a != b and rng.random() < 0.15}
         self._loss = rng.choice([0.0, 0.02, 0.2])
         self._reboots = rng.choice([0.0, 0.02, 0.1])

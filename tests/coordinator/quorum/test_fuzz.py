@@ -32,6 +32,7 @@ from thinwire.coordinator.quorum.words import (
     Prepare,
     Promise,
     Propose,
+    Sealing,
     Voted,
     Word,
     decode_word,
@@ -89,6 +90,10 @@ def _voted(seat: str, ballot: int, round_: int, record: bytes) -> Voted:
     return Voted(ballot=ballot, round=round_, digest=digest, signature=signature)
 
 
+def _sealing(sealed: Sealed, head: int) -> Sealing:
+    return Sealing(head=head, digest=digest_of(sealed.record), seal=sealed.seal)
+
+
 words: SearchStrategy[Word] = st.one_of(
     st.builds(Ping, ballot=ballots, head=heads),
     st.builds(Pong, ballot=ballots, head=heads, nonce=nonces),
@@ -103,6 +108,7 @@ words: SearchStrategy[Word] = st.one_of(
     st.builds(_voted, st.sampled_from(NAMES), ballots, heads, records),
     st.builds(Follow, after=heads),
     st.builds(Batch, head=heads, sealed=st.lists(seals, min_size=1, max_size=3).map(tuple)),
+    st.builds(_sealing, seals, heads),
 )
 senders = st.sampled_from([None, None, "seat-0", "seat-2", "nobody"])
 """None: the seat whose ballot it is."""
@@ -134,6 +140,7 @@ def test_a_seat_bears_all_that_is_said(
         owner = COMMITTEE.owner(getattr(word, "ballot", 0))
         seat.receive(sender or owner or "nobody", word, now_s)
         seat.tick(now_s)
+        seat.vote_again(now_s)
         if seat.role is Role.LEADING and seat.proposal is None:
             seat.propose(Body(disk.head + 1, disk.head_digest, 7).packed(), now_s)
         assert disk.vote.promised >= promised

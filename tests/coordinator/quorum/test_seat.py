@@ -16,6 +16,7 @@ from thinwire.coordinator.protocol.messages import (
     MAX_SEATS,
     MAX_WORK_BYTES,
     BadMessage,
+    digest_of,
     encode_message,
 )
 from thinwire.coordinator.protocol.trust.seals import Committee, Seal, Sealed
@@ -48,6 +49,8 @@ from thinwire.coordinator.quorum.words import (
     Prepare,
     Promise,
     Propose,
+    Sealing,
+    Voted,
     Word,
     decode_word,
 )
@@ -245,9 +248,9 @@ def test_a_proposal_may_overtake_the_record_before_it() -> None:
     late: list[Word] = []
 
     def is_early(_sender: str, to: str, word: Word) -> bool:
-        if isinstance(word, Batch) and to == "seat-2":
+        if isinstance(word, Sealing) and to == "seat-2":
             late.append(word)
-        return to != "seat-1" and not isinstance(word, Batch | Follow)
+        return to != "seat-1" and not isinstance(word, Sealing | Follow)
 
     table.deliver(is_early)
     table.seats["seat-0"].propose(table.record(2), table.now_s)
@@ -256,6 +259,109 @@ def test_a_proposal_may_overtake_the_record_before_it() -> None:
     table.seats["seat-2"].receive("seat-0", late[0], table.now_s)
     table.deliver(lambda _sender, to, _word: to != "seat-1")
     assert [disk.head for disk in table.disks.values()] == [2, 0, 2]
+
+
+def test_who_was_asked_is_told_of_the_seal_without_the_record() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver()
+    table.is_here["seat-2"] = False  # it could not vote, and takes the record all the same
+    table.seats["seat-0"].propose(table.record(1), table.now_s)
+    said: list[type[Word]] = []
+
+    def note(_sender: str, _to: str, word: Word) -> bool:
+        said.append(type(word))
+        return True
+
+    table.deliver(note)
+    assert [disk.head for disk in table.disks.values()] == [1, 1, 1]
+    assert said == [Propose, Propose, Voted, Sealing, Sealing]
+    assert table.disks["seat-2"].records == table.disks["seat-0"].records
+
+
+def test_who_has_not_got_the_record_of_a_seal_asks_for_it() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver()
+    table.seats["seat-0"].propose(table.record(1), table.now_s)
+    said: list[type[Word]] = []
+
+    def note(_sender: str, to: str, word: Word) -> bool:
+        said.append(type(word))
+        return not (isinstance(word, Propose) and to == "seat-2")
+
+    table.deliver(note)
+    assert [disk.head for disk in table.disks.values()] == [1, 1, 1]
+    assert said == [Propose, Propose, Voted, Sealing, Sealing, Follow, Batch]
+    forged = Sealing(head=2, digest=bytes(32), seal=bytes(64))
+    table.seats["seat-2"].receive("seat-0", forged, table.now_s)
+    assert table.disks["seat-2"].head == 1
+    assert table.events("seat-2") == [NewRecord(1)], "of what is not here nothing is known"
+
+
+def test_a_seal_that_does_not_hold_is_evidence_however_it_comes() -> None:
+    table = Table()
+    seat, record = table.seats["seat-1"], table.record(1)
+    ballot = table.disks["seat-1"].committee.ballot_above(0, "seat-0")
+    seat.receive("seat-0", Propose(ballot=ballot, round=1, record=record), 0.0)
+    seal = Seal(ballot, {0: bytes(64)}).to_bytes()
+    seat.receive("seat-0", Sealing(head=1, digest=digest_of(record), seal=seal), 0.0)
+    assert table.events("seat-1") == [Evidence("seat-0", "bad seal")]
+    assert table.disks["seat-1"].head == 0
+
+
+def test_a_vote_is_given_as_soon_as_all_is_here() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver()
+    table.events("seat-0")
+    table.is_here.update({"seat-1": False, "seat-2": False})
+    record, seat = table.record(1), table.seats["seat-1"]
+    table.seats["seat-0"].propose(record, table.now_s)
+    table.deliver()
+    assert seat.unvoted == record
+    seat.vote_again(table.now_s)
+    assert (seat.unvoted, table.queue) == (record, [])
+    table.is_here["seat-1"] = True
+    seat.vote_again(table.now_s)
+    table.deliver()
+    assert table.events("seat-0") == [NewRecord(1)], "nobody has waited, and the leader has not asked again"
+    assert seat.unvoted is None
+    assert table.seats["seat-2"].unvoted is None, "it is sealed without its vote"
+
+
+def test_what_is_kept_for_later_gets_no_vote_after_another_ballot() -> None:
+    table = Table()
+    seat, disk = table.seats["seat-1"], table.disks["seat-1"]
+    table.is_here["seat-1"] = False
+    ballot = disk.committee.ballot_above(0, "seat-0")
+    seat.receive("seat-0", Propose(ballot=ballot, round=1, record=table.record(1)), 0.0)
+    seat.receive("seat-2", Prepare(ballot=disk.committee.ballot_above(ballot, "seat-2"), head=0), 0.0)
+    table.is_here["seat-1"] = True
+    table.queue.clear()
+    seat.vote_again(0.0)
+    assert (table.queue, seat.unvoted, disk.vote.accepted) == ([], None, None)
+
+
+def test_the_seal_of_a_record_that_is_being_looked_at_is_not_asked_for() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver()
+    table.seats["seat-0"].propose(table.record(1), table.now_s)
+    held: list[tuple[str, Word]] = []
+
+    def holds(sender: str, to: str, word: Word) -> bool:
+        is_held = to == "seat-2" and isinstance(word, Propose)
+        if is_held:
+            table.seats["seat-2"].hold(sender, word)
+            held.append((sender, word))
+        return not (is_held or isinstance(word, Follow))
+
+    table.deliver(holds)
+    assert table.disks["seat-2"].head == 1
+    table.seats["seat-2"].receive(*held[0], table.now_s)
+    table.deliver()
+    assert table.seats["seat-0"].role is Role.LEADING
 
 
 def test_one_record_makes_a_committee_of_three_which_is_led_at_once() -> None:

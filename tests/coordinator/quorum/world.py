@@ -125,6 +125,8 @@ class World:
                 raise Fault("a word is not what was sent")
         seat = self.seats[flying.to]
         self._call(flying.to, lambda now_s: seat.receive(flying.sender, word, now_s))
+        if self.seats.get(flying.to) is seat and seat.unvoted is not None and self.rng.random() < 0.3:
+            self._call(flying.to, seat.vote_again)
 
     def propose(self, name: str) -> None:
         """What the coordinator of a leader does."""

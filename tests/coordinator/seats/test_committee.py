@@ -202,8 +202,8 @@ def test_three_become_five_and_one_goes(play: Play) -> None:
             await until(lambda: len(a.commits) > head + 2)
             gone = world.leader
             assert gone is not None
-            world.servers[gone].wish(Wish(n_seats=4, drops=SEATS[gone]))
             world.servers[1].wish(Wish())
+            world.servers[gone].wish(Wish(n_seats=4, drops=SEATS[gone]))
             others = [n for n in range(5) if n != gone]
             await until(lambda: len(world.servers[others[0]].ledger.committee.seats) == 4)
             head = max(world.heads())
