@@ -87,7 +87,7 @@ def told(seats: Sequence[str], reachable: Collection[str], me: str, state: str) 
         return ""
     missing = ", ".join(short(seat) for seat in seats if seat not in here)
     return (
-        f"{len(here)} of {len(seats)} coordinators can reach each other, and {need} must. Missing: "
-        f"{missing}. Start them again (thinwire coordinator, as before); where they are lost for ever: "
+        f"{len(here)} of {len(seats)} coordinators reachable; training waits until {need} are. Missing: "
+        f"{missing}: start them again (thinwire coordinator, as before). If they are lost for ever: "
         f"thinwire coordinator --state {state} --recover, with the run's recovery key"
     )

@@ -62,6 +62,12 @@ def _round() -> Bench:
     return bench_round
 
 
+def _seats(n_seats: int) -> Bench:
+    from .committee import bench_seats
+
+    return lambda _n_params, n_repeats, _device: bench_seats(n_seats, n_repeats)
+
+
 def _join() -> Bench:
     from .join import bench_join
 
@@ -121,8 +127,10 @@ def bench_command(
     picture: Path | None = None,
     device: str = "cpu",
     against: Path | None = None,
+    n_seats: int | None = None,
 ) -> None:
-    """Runs one benchmark, or all, for every size: tables on stdout, or one JSON object; and a PNG."""
+    """Runs one benchmark, or all, for every size: tables on stdout, or one JSON object; and a PNG. `n_seats`:
+    of `round`, with so many coordinators."""
     from .against import load, print_compared
     from .view import check_picture, print_bench, save_picture
 
@@ -130,7 +138,7 @@ def bench_command(
     if picture is not None:
         check_picture(picture)
     then = None if against is None else load(against)
-    results = {each: run_sizes(each, sizes, n_repeats, device) for each in names}
+    results = {each: run_sizes(each, sizes, n_repeats, device, n_seats=n_seats) for each in names}
     if as_json:
         printed = {each: _plain(result) for each, result in results.items()}
         to_stdout(json.dumps(printed.get(name, printed), indent=1))
@@ -167,12 +175,16 @@ def run_sizes(
     n_repeats: int,
     device: str = "cpu",
     free_bytes: Callable[[str], int] = free_bytes,
+    n_seats: int | None = None,
 ) -> list[dict[str, Any]]:
     """A result for each size that the memory has room for; one for a benchmark that no size has an influence
-    on. `free_bytes`: how much memory a device has left. Raises ConfigError: there is room for none."""
+    on. `free_bytes`: how much memory a device has left; `n_seats`: of `round`, with so many coordinators.
+    Raises ConfigError: there is room for none."""
+    if n_seats is not None and name != "round":
+        raise ConfigError("--seats: of `bench round` only")
     if sizes is None or name in SIZELESS:
         sizes = None if not sizes else sizes[:1]
-        return [run_bench(name, None if sizes is None else sizes[0], n_repeats, device)]
+        return [run_bench(name, None if sizes is None else sizes[0], n_repeats, device, n_seats)]
     for n_params in sizes:  # all of them, before the first takes its time
         _check_arguments(name, n_params, n_repeats, device)
     fitting = [n for n in sizes if n * ON_DEVICE.get(name, 0) <= free_bytes(device)]
@@ -185,13 +197,15 @@ def run_sizes(
     return [run_bench(name, n_params, n_repeats, device) for n_params in fitting]
 
 
-def run_bench(name: str, n_params: int | None, n_repeats: int, device: str = "cpu") -> dict[str, Any]:
+def run_bench(
+    name: str, n_params: int | None, n_repeats: int, device: str = "cpu", n_seats: int | None = None
+) -> dict[str, Any]:
     """Results of one benchmark, with the machine that it ran on. Raises ConfigError for a wrong argument.
 
     Those that measure no device run on the CPU, whatever `device` is.
     """
     _check_arguments(name, n_params, n_repeats, device)
-    bench = BENCHES[name]()
+    bench = BENCHES[name]() if n_seats is None else _seats(n_seats)
     device = device if name in ON_DEVICE else "cpu"
     return {
         "bench": name,

@@ -171,11 +171,10 @@ def seat_in_words(status: Mapping[str, Any]) -> str | None:
     if leads(status):
         return None
     seat = _seat(status)
-    said = f"coordinator {short(str(seat.get('peer_id')))} {role_in_words(seat)}"
-    if seat.get("waits_for"):
-        return f"{said}; nobody leads: {seat['waits_for']}"
     leader = seat.get("leader")
-    return f"{said}; {'nobody leads yet' if leader is None else f'{short(str(leader))} leads'}"
+    who = "nobody leads" if leader is None else f"{short(str(leader))} leads"
+    me = short(str(seat.get("peer_id")))
+    return f"coordinator {me} {role_in_words(seat)}; {who}. It knows the ledger, and not who is connected"
 
 
 def waits_in_words(waits_for: str) -> str:

@@ -359,6 +359,8 @@ class Bench:
     """Where noise, decoupled, diloco and peers run."""
     against: Annotated[Path | None, arg(metavar="FILE")] = None
     """What --json printed before: its figures beside the new ones, and which got worse than their noise."""
+    seats: Annotated[int | None, arg(metavar="N")] = None
+    """round: with so many coordinators, 1 or 3, over links of 0, 50 and 150 ms, inline and 1 MB payloads."""
     strategies: Annotated[str | None, arg(metavar="NAME,...")] = None
     """attacks: which rows, e.g. decoupled,spsa. Default: all."""
     attacks: Annotated[str | None, arg(metavar="NAME,...")] = None
@@ -383,7 +385,9 @@ class Bench:
             return 0
         sizes = None if self.params is None else parse_sizes(self.params)
         refuse_below("--repeats", self.repeats, 1, "how often each is measured, e.g. 5")
-        bench_command(self.name, sizes, self.repeats, self.json, self.output, self.device, self.against)
+        bench_command(
+            self.name, sizes, self.repeats, self.json, self.output, self.device, self.against, self.seats
+        )
         return 0
 
     def _run_attacks(self) -> None:

@@ -20,7 +20,7 @@ from ..system.output import UNBOUNDED, make_console, shown, to_stdout
 from ..units import bytes_beside_ddp, human_bytes, human_loss
 from .offline import state_folder, status_of, telling_what_is_here
 from .seats_view import headline_of, seats_shown
-from .status import StatusClient, seat_in_words
+from .status import StatusClient, leads, seat_in_words
 
 WATCH_EVERY_S = 1.0
 CHANGES_SHOWN = 4
@@ -90,7 +90,10 @@ class _PeerTable:
     """A row for each peer. Where the terminal is narrow, it does without the columns that matter least."""
 
     def __init__(self, status: Mapping[str, Any]) -> None:
-        self._rows = [_cells(peer, is_live="folder" not in status) for peer in status["peers"]]
+        is_asked = "folder" not in status
+        self._rows = [_cells(peer, is_live=is_asked and leads(status)) for peer in status["peers"]]
+        if is_asked and not leads(status):
+            self._rows = [{**row, "state": Text("-")} for row in self._rows]
         told = {column for column in ON_DEMAND if any(row[column].plain != "-" for row in self._rows)}
         self._columns = [column for column in COLUMNS if column in told or column not in ON_DEMAND]
 

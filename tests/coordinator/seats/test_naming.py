@@ -39,5 +39,5 @@ def test_the_next_committee(seats: str, ready: str, n_seats: int, drops: str, wa
 def test_people_hear_what_is_missing_and_which_command_helps() -> None:
     assert told("abc", "b", "a", "D") == ""
     text = told("abc", "", "a", "D")
-    assert "1 of 3 coordinators can reach each other, and 2 must. Missing: b, c" in text
+    assert "1 of 3 coordinators reachable; training waits until 2 are. Missing: b, c" in text
     assert "thinwire coordinator --state D --recover" in text

@@ -1,0 +1,95 @@
+"""Links of a chosen delay on this machine: TCP through a pipe in user space that holds every byte back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+_PIECE_BYTES = 64 * 1024
+_QUEUED = 1024
+"""Pieces under way: 64 MiB, more than a connection keeps in flight."""
+
+
+class Delays:
+    """Doors to ports of 127.0.0.1, each way `one_way_s` long. Use as a context manager; `door` is called from
+    any thread."""
+
+    def __init__(self, one_way_s: float) -> None:
+        self._one_way_s = one_way_s
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="delays", daemon=True)
+        self._servers: list[asyncio.Server] = []
+        self._pipes: set[asyncio.Task[None]] = set()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def door(self, port: int) -> int:
+        """A port that leads to that one."""
+        return asyncio.run_coroutine_threadsafe(self._open(port), self._loop).result()
+
+    async def _open(self, port: int) -> int:
+        async def serve(near: asyncio.StreamReader, to_near: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            self._pipes.add(task)
+            try:
+                far, to_far = await asyncio.open_connection("127.0.0.1", port)
+                with contextlib.suppress(OSError):
+                    await asyncio.gather(self._pass(near, to_far), self._pass(far, to_near))
+                to_far.close()
+            except (OSError, asyncio.CancelledError):
+                pass  # one end is gone, or all is over
+            finally:
+                to_near.close()
+                self._pipes.discard(task)
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        self._servers.append(server)
+        found: int = server.sockets[0].getsockname()[1]
+        return found
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One direction, until its end. The delay is a queue, and costs no throughput."""
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_QUEUED)
+        feeder = asyncio.create_task(self._feed(reader, queue))
+        try:
+            while True:
+                due_s, data = await queue.get()
+                if (wait_s := due_s - time.monotonic()) > 0:
+                    await asyncio.sleep(wait_s)
+                if not data:
+                    raise ConnectionResetError("closed by its other end")
+                writer.write(data)
+                await writer.drain()
+        finally:
+            feeder.cancel()
+
+    async def _feed(self, reader: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
+        data = b"x"
+        while data:
+            try:
+                data = await reader.read(_PIECE_BYTES)
+            except OSError:
+                data = b""
+            await queue.put((time.monotonic() + self._one_way_s, data))
+
+    async def _end(self) -> None:
+        for server in self._servers:
+            server.close()
+        for task in self._pipes:
+            task.cancel()
+        await asyncio.gather(*self._pipes, return_exceptions=True)
