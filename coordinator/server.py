@@ -19,8 +19,8 @@ from ..compression.errors import ConfigError, LedgerCorrupt, ThinwireError
 from .admission import AdmissionControl
 from .blobs import BlobStore
 from .control.door import Door
-from .control.orders import CheckStrategy, Order, Ordered, no_strategy
-from .entry.guard import guard, save_address
+from .control.orders import MODES, CheckStrategy, Order, Ordered, no_strategy
+from .entry.guard import guard, rules_of, save_address
 from .last_snapshot import LastSnapshot, Wanted, leaves_room
 from .ledger import Ledger
 from .observe.metrics import with_trust
@@ -514,7 +514,8 @@ class CoordinatorServer:
         """Who may come in: holds at once. Raises ConfigError."""
         told = guard(self._state, order, self.service.access)
         self._token = self._state.token()
-        ordered = self.service.guard(self._state.banned(), self._token, told, time.monotonic())
+        rules = rules_of(order) if order.what in MODES else None
+        ordered = self.service.guard(self._state.banned(), self._token, told, time.monotonic(), rules)
         if order.what == "rotate-token":
             self.on_new_ticket()
         self._soon()

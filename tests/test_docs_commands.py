@@ -168,6 +168,7 @@ def test_every_command(reader: Reader) -> None:
         "thinwire run STATE ban 12D3Koo...",
         "thinwire run STATE unban 12D3Koo...",
         "thinwire run STATE rotate-token",
+        "thinwire run STATE open",
     ):
         reader.run(command)
     state.send_signal(signal.SIGINT)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...compression.errors import ConfigError
 from ..protocol.messages import (
@@ -29,11 +29,16 @@ CheckStrategy = Callable[[Mapping[str, Any], Mapping[str, Any]], None]
 """Takes the strategy's table as it is, and the options that are to change. Raises ConfigError."""
 
 
-GUARDING: Final = ("ban", "unban", "rotate-token")
-"""Orders about who may come in: they hold at once, and stand in the state folder instead of the ledger."""
+MODES: Final = ("open", "invited", "listed")
+"""See `EntryRules`."""
+
+GUARDING: Final = ("ban", "unban", "rotate-token", *MODES)
+"""Orders about who may come in: they hold at once. They stand in the state folder instead of the ledger,
+unless the ledger tells who may come in: then in both."""
 
 MAX_BANS: Final = 32
-"""Of one order."""
+MAX_NAMED: Final = 1000
+"""Peers of one order: banned ones, listed ones."""
 
 
 SEATING: Final = ("seats", "replace", "remove")
@@ -42,7 +47,7 @@ SEATING: Final = ("seats", "replace", "remove")
 
 class Order(Record):
     """`rounds`: more of them, for `extend`; how many coordinators, for `seats`; `changes`: in any order, for
-    `set` and beside `extend`; `peers`: for `ban` and `unban`, and one for `replace` and `remove`."""
+    `set` and beside `extend`; `peers`: for `ban`, `unban`, `listed`, and one for `replace`, `remove`."""
 
     n_younger = 1
     what: Literal[
@@ -54,13 +59,22 @@ class Order(Record):
         "ban",
         "unban",
         "rotate-token",
+        "open",
+        "invited",
+        "listed",
         "seats",
         "replace",
         "remove",
     ]
     rounds: Annotated[int, Field(ge=0, le=MAX_ROUND)] = 0
     changes: Annotated[tuple[Change, ...], Field(max_length=MAX_CHANGES)] = ()
-    peers: Annotated[tuple[PeerId, ...], Field(max_length=MAX_BANS)] = ()
+    peers: Annotated[tuple[PeerId, ...], Field(max_length=MAX_NAMED)] = ()
+
+    @model_validator(mode="after")
+    def _names_few(self) -> Self:
+        if self.what != "listed" and len(self.peers) > MAX_BANS:
+            raise ValueError(f"at most {MAX_BANS} peers at a time")
+        return self
 
     @property
     def is_guarding(self) -> bool:

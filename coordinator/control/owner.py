@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from ...compression.errors import ConfigError, SwarmUnreachable
-from ..entry.guard import guard
+from ..entry.guard import guard, rules_of
 from ..ledger import Ledger
 from ..protocol.files import FolderInUse
 from ..protocol.identity import load_or_create, peer_id_of
@@ -22,7 +22,7 @@ from ..protocol.messages import AccessEntry, BadMessage, CommitBody, decode_reco
 from ..protocol.schedule import lr_factor_bits
 from ..protocol.settings import Course
 from ..state import StateDir
-from .orders import CheckStrategy, Order, Ordered, Place, plan
+from .orders import MODES, CheckStrategy, Order, Ordered, Place, plan
 from .wire import HEAD, Answer, frame, length, socket_path
 
 CONNECT_S: Final = 5.0
@@ -103,6 +103,9 @@ def _guarded(state: StateDir, ledger: Ledger, order: Order, access: AccessEntry)
     told = guard(state, order, access)
     token = digest_of(state.token().encode()) if order.what == "rotate-token" else access.token
     changed = access.model_copy(update={"token": token, "banned": tuple(sorted(state.banned()))})
+    if order.what in MODES:
+        rules = rules_of(order)
+        changed = changed.model_copy(update={"mode": rules.mode, "listed": tuple(sorted(rules.peers))})
     return Ordered(ledger.head_round + 1, told, (), access=changed)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 
 from ...compression.errors import ConfigError
-from ..control.orders import Order
+from ..control.orders import MODES, Order
+from ..protocol.figures import counted
 from ..protocol.messages import AccessEntry
 from ..protocol.ticket import Ticket
 from ..state import StateDir
+from .rules import EntryRules
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -39,6 +41,10 @@ def _done(state: StateDir, order: Order) -> tuple[str, ...]:
         return (
             "a new token: tickets given out so far let no newcomer in; invitations do, and who is in stays",
         )
+    if order.what in MODES:
+        rules = rules_of(order)
+        state.save_rules(rules)
+        return (_told(rules),)
     if not order.peers:
         raise ConfigError(f"{order.what} whom? A peer id, as thinwire status shows it: 12D3Koo...")
     if order.what == "ban":
@@ -49,3 +55,21 @@ def _done(state: StateDir, order: Order) -> tuple[str, ...]:
         raise ConfigError(f"{strange[0]} is not banned; who is stands in {state.path / 'banned'}")
     state.unban(order.peers)
     return tuple(f"{peer_id} may come in again" for peer_id in order.peers)
+
+
+def rules_of(order: Order) -> EntryRules:
+    """What an order of `MODES` says. Raises ConfigError."""
+    if (order.what == "listed") != bool(order.peers):
+        raise ConfigError(
+            "listed takes the peer ids (12D3Koo...) of all who may come in; open and invited take none"
+        )
+    return EntryRules.of(order.what, order.peers)
+
+
+def _told(rules: EntryRules) -> str:
+    who = {
+        "open": "who shows the run's ticket, or an invitation",
+        "invited": "who has an invitation",
+        "listed": f"{counted(len(rules.peers), 'listed peer')}, and nobody else",
+    }
+    return f"from now on comes in: {who[rules.mode]}; sessions go on"

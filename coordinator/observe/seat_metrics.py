@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from prometheus_client import Metric
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from .families import counter, gauge, histogram, labelled
+from ..quorum.checking import Reason
+from .families import complete, counter, gauge, histogram, labelled
 
 ROLES: Final = ("leads", "follows", "looks on", "rests")
 
@@ -36,5 +37,8 @@ def seat_metrics(seat: Mapping[str, Any]) -> Iterator[Metric]:
     yield counter("seat_elections", "Elections since it was started, as it has seen them", seat["elections"])
     words = "Seconds since it was started in which it knew of nobody who leads"
     yield counter("seat_leaderless_seconds", words, seat["leaderless_s"])
+    refused = complete(seat["refused"], get_args(Reason))
+    words = "Votes that it has not given, or not at once, each record once: payload is usual, the rest is not"
+    yield labelled(CounterMetricFamily, "seat_refused_votes", words, "reason", refused)
     words = "From the proposal of a record to its seal, of those that this one has proposed"
     yield histogram("seat_seal_duration_seconds", words, seat["seals"], seat["seals_s"])

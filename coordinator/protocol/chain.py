@@ -69,6 +69,8 @@ class Chain:
             raise Forked(f"record {wanted}: it does not follow record {self.round}")
         if body.committee is not None:
             self._check_named(body.committee)
+            if body.committee.recovered_with and body.offers:
+                raise LedgerCorrupt(f"record {wanted}: a record of the recovery key counts no offers")
         self.took(commit)
 
     def took(self, commit: Commit) -> None:

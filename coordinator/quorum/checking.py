@@ -38,10 +38,14 @@ from .recollection import Recollection
 log = logging.getLogger("thinwire.coordinator")
 
 Reason = Literal[
-    "access", "admissions", "audits", "behind", "changes", "committee", "condemned", "evaluator", "limits",
-    "lr_factor", "offers", "parent", "payload", "record", "reports", "reseat", "time", "work",
+    "access", "admissions", "audits", "behind", "changes", "clock", "committee", "condemned", "evaluator",
+    "limits", "lr_factor", "offers", "parent", "payload", "record", "reports", "reseat", "time", "work",
 ]  # fmt: skip
 """Why there is no vote. "payload" is usual: it is on its way."""
+
+MAX_AHEAD_MS: Final = 10 * 60 * 1000
+"""A record's time may be so far ahead of this machine's clock: clocks are wrong by minutes. The run's time
+never runs back, so that one record from a leader that lies would move it for good."""
 
 SLOW_OFFERS: Final = 16
 """The signatures of more offers than these, 0.1 ms each, are worth a thread: see `RecordChecks.verify`."""
@@ -67,14 +71,21 @@ class RecordChecks:
     """The `Records` of one seat (see `quorum.disk`): `recollection` is fed with each new commit of `ledger`
     before anything is proposed to follow it.
 
-    `needs_payloads`: False: the leader alone keeps payloads, and a vote says nothing about them.
+    `wall_ms`: this machine's clock; `needs_payloads`: False: the leader alone keeps payloads, and a vote says
+    nothing about them.
     """
 
     def __init__(
-        self, ledger: Ledger, blobs: BlobStore, recollection: Recollection, *, needs_payloads: bool = True
+        self,
+        ledger: Ledger,
+        blobs: BlobStore,
+        recollection: Recollection,
+        wall_ms: Callable[[], int],
+        *,
+        needs_payloads: bool = True,
     ) -> None:
         self._ledger, self._blobs, self._recollection = ledger, blobs, recollection
-        self._needs_payloads = needs_payloads
+        self._wall_ms, self._needs_payloads = wall_ms, needs_payloads
         self.refused: Counter[Reason] = Counter()
         """Votes that were not given, by their reason; each record counts once for each."""
         self._told: dict[tuple[bytes, Reason], int] = {}
@@ -184,6 +195,10 @@ class RecordChecks:
         _refuse(
             "time", body.time_ms < last_ms, f"its time is {last_ms - body.time_ms} ms before the last one"
         )
+        ahead_ms = body.time_ms - self._wall_ms()
+        is_ahead = ahead_ms > MAX_AHEAD_MS and body.time_ms > last_ms  # as it is, time stands still
+        text = f"its time is {ahead_ms / 1000:.0f} s ahead of this machine's clock: one of the two is wrong"
+        _refuse("clock", is_ahead, text)
 
     def _check_admissions(self, place: _Place) -> None:
         known, first = set(self._derived.peers.values()), len(self._derived.peers)

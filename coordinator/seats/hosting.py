@@ -28,7 +28,7 @@ from .council import Council
 from .plan import SeatPlan
 from .recovery import recovery_digest
 from .ticket import SeatTicket
-from .view import Beginning, status_of, view_of
+from .view import Beginning, status_of, view_of, wall_ms
 from .watchers import WhoLeads
 
 log = logging.getLogger("thinwire.coordinator")
@@ -238,7 +238,8 @@ class Hosting:
 
     def status(self) -> dict[str, Any]:
         """JSON-able."""
-        return status_of(self.council)
+        refused = {} if self._checks is None else dict(self._checks.refused)
+        return {**status_of(self.council), "refused": refused}
 
     def ticket(self, token: str) -> SeatTicket:
         """For another machine that is to be a seat."""
@@ -262,5 +263,5 @@ class Hosting:
             history = self._state.history()
             self._recollection = Recollection(self._ledger, self._blobs, self._keep, history)
             self._checks = RecordChecks(
-                self._ledger, self._blobs, self._recollection, needs_payloads=self._needs_payloads
+                self._ledger, self._blobs, self._recollection, wall_ms, needs_payloads=self._needs_payloads
             )

@@ -28,7 +28,7 @@ def view_of(ledger: Ledger, blobs: BlobStore, recollection: Recollection, state:
     """As the ledger tells it: who is connected now only the leader knows."""
     derived, now_s = recollection.derived, time.monotonic()
     settings, rejected = parse_settings(ledger.genesis.config), recollection.rejected
-    admission = AdmissionControl(ledger, state.token(), state.banned(), state.rules(), _wall_ms, rejected)
+    admission = AdmissionControl(ledger, state.token(), state.banned(), state.rules(), wall_ms, rejected)
     return RunView(
         ledger,
         open_rounds(derived.course, ledger, derived.open_round(), None, now_s),
@@ -37,7 +37,7 @@ def view_of(ledger: Ledger, blobs: BlobStore, recollection: Recollection, state:
         Counters(),
         rejected,
         Refusals(rejected),
-        _wall_ms,
+        wall_ms,
         LossUnit(settings.task.loss_unit, derived.held_out_file()),
         admission.gate,
     )
@@ -126,11 +126,13 @@ def status_alone(me: str, since_ms: int, head: int) -> dict[str, Any]:
         "onlookers": [],
         "waits_for": "",
         "payloads_missing": 0,
+        "refused": {},
         **observed.figures(now_s),
     }
 
 
-def _wall_ms() -> int:
+def wall_ms() -> int:
+    """By this machine's clock."""
     return time.time_ns() // 10**6
 
 

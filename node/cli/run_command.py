@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ...compression.errors import ConfigError
-from ...coordinator.control.orders import MAX_BANS, Order
+from ...coordinator.control.orders import MAX_BANS, MAX_NAMED, Order
 from ...coordinator.control.owner import give_order
 from ...coordinator.control.wire import Answer
 from ...coordinator.entry.tickets import ticket_with
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("thinwire.coordinator")
 
 What = Literal["set", "extend", "pause", "resume", "stop"]
-Guard = Literal["ban", "unban", "rotate-token"]
+Guard = Literal["ban", "unban", "rotate-token", "open", "invited", "listed"]
 Seating = Literal["seats", "replace", "remove"]
 
 
@@ -35,8 +35,9 @@ def guard_run(state: Path, what: Guard, peers: Sequence[str], stop: Stop) -> str
     """What has been done about who may come in, in words, or the new ticket. Raises as `change_run` does."""
     if what == "rotate-token" and peers:
         raise ConfigError("rotate-token takes nothing else: thinwire run STATE rotate-token")
-    if len(peers) > MAX_BANS or any(not 1 <= len(peer) <= 100 for peer in peers):
-        raise ConfigError(f"{what} takes peer ids (12D3Koo...), at most {MAX_BANS} at a time")
+    most = MAX_NAMED if what == "listed" else MAX_BANS
+    if len(peers) > most or any(not 1 <= len(peer) <= 100 for peer in peers):
+        raise ConfigError(f"{what} takes peer ids (12D3Koo...), at most {most} at a time")
     answer = give_order(state, Order(what=what, peers=tuple(peers)), _check_changes, _tell, stop.is_set)
     if what != "rotate-token":
         return "; ".join(answer.told)

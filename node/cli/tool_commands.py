@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
@@ -17,6 +17,9 @@ from ..system.output import to_stdout
 from ..system.places import refuse_below, refuse_file, refuse_folder
 from ..system.stopping import Stop, stop_on_signals
 from .arguments import overrides_of, read_ticket
+
+if TYPE_CHECKING:
+    from .run_command import Guard, What
 
 
 @dataclass
@@ -147,8 +150,10 @@ class Export:
 
 
 _What = Literal[
-    "set", "extend", "pause", "resume", "stop", "ban", "unban", "rotate-token", "seats", "replace", "remove"
-]
+    "set", "extend", "pause", "resume", "stop", "ban", "unban", "rotate-token", "open", "invited", "listed",
+    "seats", "replace", "remove",
+]  # fmt: skip
+_GUARDING = ("ban", "unban", "rotate-token", "open", "invited", "listed")
 
 
 @dataclass
@@ -160,6 +165,7 @@ class Run:
       thinwire run STATE pause | resume | stop
       thinwire run STATE ban | unban 12D3Koo...              by its peer id, of thinwire status --json
       thinwire run STATE rotate-token                        a new ticket; older ones let nobody new in
+      thinwire run STATE open | invited | listed PEER ...    who comes in from now on, as [admission] says
       thinwire run STATE seats 3                             so many coordinators, see coordinator --replica
       thinwire run STATE replace | remove 12D3Koo...         one of its coordinators
 
@@ -172,7 +178,7 @@ class Run:
     """The coordinator's state folder."""
     what: Annotated[Positional[_What], arg(metavar="WHAT")]
     """set KEY=VALUE ..., extend --rounds N, resume, and after the open round: pause, stop; ban PEER ...,
-    unban PEER ..., rotate-token; seats N, replace PEER, remove PEER."""
+    unban PEER ..., rotate-token; open, invited, listed PEER ...; seats N, replace PEER, remove PEER."""
     settings: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE|PEER")] = ()
     """run.rounds, schedule.name, schedule.warmup_rounds, schedule.final_factor, and of the strategy its lr,
     weight_decay and what else acts in a round only."""
@@ -197,12 +203,12 @@ class Run:
             if self.rounds is not None or self.set:
                 raise ConfigError(f"{self.what} takes neither --rounds nor --set")
             return seat_run(self.state, self.what, self.settings, stop)
-        if self.what == "ban" or self.what == "unban" or self.what == "rotate-token":  # noqa: PLR1714 - narrows
+        if self.what in _GUARDING:
             if self.rounds is not None or self.set:
                 raise ConfigError(f"{self.what} takes neither --rounds nor --set")
-            return guard_run(self.state, self.what, self.settings, stop)
+            return guard_run(self.state, cast("Guard", self.what), self.settings, stop)
         settings = overrides_of((*self.settings, *self.set))
-        return change_run(self.state, self.what, self.rounds, settings, stop)
+        return change_run(self.state, cast("What", self.what), self.rounds, settings, stop)
 
 
 @dataclass

@@ -102,7 +102,9 @@ class SeatHost:
         self.blobs = BlobStore(self.folder / "blobs")
         self.recollection = Recollection(self.ledger, self.blobs)
         needs_payloads = self.bug != "votes_blindly"
-        self.checks = RecordChecks(self.ledger, self.blobs, self.recollection, needs_payloads=needs_payloads)
+        self.checks = RecordChecks(
+            self.ledger, self.blobs, self.recollection, self._wall_ms, needs_payloads=needs_payloads
+        )
         self.disk = SparkingDisk(self.folder, self.ledger, self.name, is_new=not self._has_run)
         self.disk.spark = self.spark
         self._has_run = True
@@ -122,6 +124,9 @@ class SeatHost:
             timing=TIMING,
         )
         self.is_up, self.is_frozen, self.fuse = True, False, None
+
+    def _wall_ms(self) -> int:
+        return max(1, int(self.world.now_s * 1000) + self._skew_ms)
 
     def crash(self) -> None:
         """What it has sent is still on its way."""
@@ -183,7 +188,7 @@ class SeatHost:
             send=self._send,
             on_commit=lambda _round: self.spark(),
             now_s=self.world.now_s,
-            wall_ms=lambda: max(1, int(self.world.now_s * 1000) + self._skew_ms),
+            wall_ms=self._wall_ms,
             log=self.log,
             recollection=self.recollection,
             held=(lambda _digest: True) if self.bug == "votes_blindly" else self.holding.is_held,

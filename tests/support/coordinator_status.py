@@ -86,6 +86,7 @@ def seat_of(role: str = "leads", *, seats: int = 3, reachable: int = 2, **change
         "onlookers": [],
         "waits_for": "",
         "payloads_missing": 4,
+        "refused": {"payload": 3, "work": 1},
         **observed.figures(10.0),
         **changes,
     }

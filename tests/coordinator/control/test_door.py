@@ -16,9 +16,9 @@ import pytest
 from thinwire.compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable
 from thinwire.coordinator.control import door as doors
 from thinwire.coordinator.control.door import Door
-from thinwire.coordinator.control.orders import Order, Ordered, no_strategy
+from thinwire.coordinator.control.orders import MAX_NAMED, Order, Ordered, no_strategy
 from thinwire.coordinator.control.owner import give_order, write_order
-from thinwire.coordinator.control.wire import HEAD, SOCKET_NAME, Answer, frame, socket_path
+from thinwire.coordinator.control.wire import HEAD, MAX_FRAME, SOCKET_NAME, Answer, frame, socket_path
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.files import FolderLock
 from thinwire.coordinator.protocol.identity import load_or_create, peer_id_of
@@ -235,6 +235,10 @@ def test_order_and_answer_have_bounds() -> None:
         assert decode_record(Order, encode_record(order)) == order
     with pytest.raises(ValueError, match="less than or equal"):
         Order(what="extend", rounds=2**40)
+    most = Order(what="listed", peers=("p" * 52,) * MAX_NAMED)
+    assert len(frame(most)) < MAX_FRAME
+    with pytest.raises(ValueError, match="at most 32 peers"):
+        Order(what="ban", peers=most.peers[:33])
 
 
 def test_an_owner_hears_that_its_coordinator_leads_no_more(tmp_path: Path) -> None:

@@ -155,4 +155,10 @@ def test_an_order_without_a_coordinator_goes_where_the_ledger_tells(
         assert [a is not None and a.banned for a in accesses] == [(), (BANNED,), (BANNED,)]
         assert accesses[-1] is not None
         assert accesses[-1].token == digest_of(state.token().encode())
+    world.ledger.close()
+    write_order(folder, Order(what="listed", peers=(OTHER,)), no_strategy)
+    with StateDir(folder) as state:
+        world.ledger = Ledger.open(state.ledger_path, key.public_key())
+        (listed,) = world.ledger.commits(3, 9)
+        assert listed.body.access == accesses[-1].model_copy(update={"mode": "listed", "listed": (OTHER,)})
     assert world.ledger.committee.is_only(world.ledger.genesis.coordinator)

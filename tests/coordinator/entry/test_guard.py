@@ -17,6 +17,7 @@ from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.control.orders import Order, no_strategy
 from thinwire.coordinator.control.owner import give_order, write_order
 from thinwire.coordinator.control.wire import Answer
+from thinwire.coordinator.entry.rules import OPEN, EntryRules
 from thinwire.coordinator.entry.tickets import invite, ticket_with
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of, save
@@ -77,8 +78,10 @@ def test_bans_and_tokens_of_a_coordinator_that_does_not_run(
         with pytest.raises(ConfigError, match="in use"):
             write_order(folder, Order(what="unban", peers=(PEER,)), no_strategy)
     give(folder, "unban", PEER)
+    told = give(folder, "listed", PEER).told
+    assert told == ("from now on comes in: 1 listed peer, and nobody else; sessions go on",)
     with StateDir(folder) as state:
-        assert state.banned() == frozenset()
+        assert (state.banned(), state.rules()) == (frozenset(), EntryRules.of("listed", [PEER]))
 
 
 @pytest.mark.parametrize(
@@ -88,6 +91,9 @@ def test_bans_and_tokens_of_a_coordinator_that_does_not_run(
         ("unban", (), "unban whom"),
         ("ban", ("lab-7",), "is not the peer id"),
         ("unban", ("lab-7",), "lab-7 is not banned"),
+        ("listed", (), "listed takes the peer ids"),
+        ("listed", ("lab-7",), "is not the peer id"),
+        ("open", (PEER,), "open and invited take none"),
     ],
 )
 def test_what_is_no_peer_is_refused(
@@ -102,7 +108,7 @@ def test_what_is_no_peer_is_refused(
     with pytest.raises(ConfigError, match=text):
         give(folder, what, *peers)
     with StateDir(folder) as state:
-        assert state.banned() == frozenset()
+        assert (state.banned(), state.rules()) == (frozenset(), OPEN)
 
 
 # ------------------------------------------------------------------------------------------- while it runs
@@ -178,6 +184,12 @@ def test_a_ban_ends_a_session_at_once_and_a_new_token_shuts_out_newcomers(
     assert fetch_status(invited)["rejected"] == {"banned": 1, "token": 2, "uninvited": 1}
     give(folder, "unban", bad.peer_id)
     link("bad", new).open()
+    give(folder, "invited")
+    with pytest.raises(ConfigError, match="takes invited peers only"):
+        link("fifth", new).open()
+    give(folder, "open")
+    link("fifth", new).open()
+    assert first.peer_id in _training(coordinator), "nothing of this ends a session"
 
 
 def _training(coordinator: ServerThread) -> set[str]:

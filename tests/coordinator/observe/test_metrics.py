@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from tests.support.coordinator_status import scrape, seat_of, status_of
 from tests.support.prometheus import check_conventions, series, value
 from thinwire.coordinator.observe.metrics import with_trust
+from thinwire.coordinator.quorum.checking import Reason
 
 
 def test_a_scrape_shows_the_status() -> None:
@@ -108,6 +111,9 @@ def test_a_seat_among_several() -> None:
     assert value(text, "thinwire_seat_missing_payloads") == 4
     assert value(text, "thinwire_seat_elections_total") == 1
     assert value(text, "thinwire_seat_leaderless_seconds_total") == 2
+    name = "thinwire_seat_refused_votes_total"
+    refused = {reason: value(text, name, reason=reason) for reason in get_args(Reason)}
+    assert {reason: n for reason, n in refused.items() if n} == {"payload": 3, "work": 1}
     name = "thinwire_seat_seal_duration_seconds"
     assert value(text, f"{name}_bucket", le="0.025") == 2
     assert value(text, f"{name}_count") == 3

@@ -34,7 +34,7 @@ from thinwire.coordinator.protocol.messages import (
     encode_record,
 )
 from thinwire.coordinator.protocol.trust.signed_offers import signed
-from thinwire.coordinator.quorum.checking import Reason, RecordChecks
+from thinwire.coordinator.quorum.checking import MAX_AHEAD_MS, Reason, RecordChecks
 from thinwire.coordinator.quorum.recollection import Recollection
 
 BLOB = bytes(5000)
@@ -54,7 +54,9 @@ class Voting:
         world.start(log=self.log)
         self.blobs = BlobStore(folder / "follower")
         recollection = Recollection(world.ledger, self.blobs)
-        self.checks = RecordChecks(world.ledger, self.blobs, recollection)
+        self.wall_ms = 0
+        """Of the seat that votes: its clock is behind the leader's."""
+        self.checks = RecordChecks(world.ledger, self.blobs, recollection, lambda: self.wall_ms)
         world.train(ANN, BOB)
         for round_ in (1, 2):
             self.offer(round_)
@@ -110,7 +112,7 @@ def test_what_a_service_proposes_gets_the_vote(voting: Voting) -> None:
     assert voting.asked(evaluator=None) is True, "who evaluates is not known here"
     assert voting.asked(access=access(banned=(CYD,))) is True
     assert voting.asked(committee=named(voting, 1, 2)) is True
-    assert voting.asked(time_ms=10**12) is True
+    assert voting.asked(time_ms=MAX_AHEAD_MS) is True
     assert not voting.checks.refused
 
 
@@ -139,6 +141,7 @@ CASES: dict[str, tuple[Reason, Callable[[Voting], dict[str, Any]]]] = {
     "of another chain": ("parent", lambda v: {"parent": bytes(32)}),
     "a factor that the schedule does not give": ("lr_factor", lambda v: {"lr_factor_bits": 1}),
     "before the last one": ("time", lambda v: {"time_ms": 122}),
+    "a time to come": ("clock", lambda v: {"time_ms": v.wall_ms + MAX_AHEAD_MS + 1}),
     "a change of what cannot change": (
         "changes",
         lambda v: {"changes": (Change(key="run.name", value="x"),)},
@@ -196,6 +199,12 @@ def test_what_breaks_a_rule_gets_no_vote(voting: Voting) -> None:
     assert voting.asked() is True, "bad records do not spoil the next"
 
 
+def test_time_may_stand_still_where_the_last_record_was_ahead(voting: Voting) -> None:
+    voting.wall_ms = -2 * MAX_AHEAD_MS
+    assert voting.asked() is True, "the run's clock is ahead of this one, and does not run back"
+    assert voting.asked(time_ms=124) == "clock"
+
+
 def test_a_vote_waits_for_the_payloads(voting: Voting, caplog: pytest.LogCaptureFixture) -> None:
     voting.blobs.release(counted_to=0, offered_to=0)
     empty = BlobStore(voting.world.path / "empty")
@@ -215,7 +224,8 @@ def test_a_vote_waits_for_the_payloads(voting: Voting, caplog: pytest.LogCapture
 def test_the_leader_alone_may_keep_the_payloads(voting: Voting) -> None:
     world = voting.world
     empty = BlobStore(world.path / "empty")
-    checks = RecordChecks(world.ledger, empty, Recollection(world.ledger, empty), needs_payloads=False)
+    recollection = Recollection(world.ledger, empty)
+    checks = RecordChecks(world.ledger, empty, recollection, lambda: 123, needs_payloads=False)
     assert checks.may_vote(encode_record(voting.body), voting.log.proposed[0][1])
 
 

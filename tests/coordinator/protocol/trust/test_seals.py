@@ -170,6 +170,12 @@ def of_another_head(run: Sealing) -> Commit:
     return Commit(record=encode_record(body), signature=RECOVERY_KEY.sign(encode_record(body)))
 
 
+def with_offers(run: Sealing) -> Commit:
+    named = entry([3, 4], recovered_with=raw_public(RECOVERY_KEY))
+    record = encode_record(run.body(committee=named))
+    return Commit(record=record, signature=RECOVERY_KEY.sign(record))
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
@@ -191,6 +197,7 @@ def of_another_head(run: Sealing) -> Commit:
             "it changes the recovery key, which is set once",
         ),
         (of_another_head, "it does not follow record 2"),
+        (with_offers, "a record of the recovery key counts no offers"),
     ],
 )
 def test_a_forged_recovery_is_refused_with_its_reason(
