@@ -67,8 +67,8 @@ def seat_command(ticket: Ticket, asked: Coordinate, node_state: Path | None) -> 
     if seat_ticket.run_id != ticket.run_id:
         raise ConfigError("--coordinate: this seat ticket is of another run than the ticket")
     refuse_address(asked.host, asked.port, asked.announce)
-    home = default_folder(os.environ) / "seat" if node_state is None else _beside(node_state)
-    folder = home / ticket.run_id.hex()[:16]
+    home = default_folder(os.environ) if node_state is None else _beside(node_state)
+    folder = home / f"run-{ticket.run_id.hex()[:12]}-coordinator"
     if not (folder / "ledger.db").exists():
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ log = logging.getLogger("thinwire.monitor")
 KEPT: Final = "alertmanager.yml"
 """Where people say whom to tell: never written over."""
 
+MAIN: Final = "prometheus.yml"
 TOKEN: Final = "http-token"
 DATA: Final = ("data/prometheus", "data/alertmanager", "data/grafana")
 _DASHBOARDS: Final = "/etc/grafana/dashboards"
@@ -62,9 +63,16 @@ class Address:
 
 
 def monitor(
-    ticket: str | None, coordinator: str | None, folder: Path | None, token: str | None, *, force: bool
+    ticket: str | None,
+    coordinator: str | None,
+    folder: Path | None,
+    token: str | None,
+    *,
+    force: bool,
+    others: Sequence[str] = (),
 ) -> tuple[Path, Address]:
-    """Writes the folder. Raises ConfigError (nothing is written then) and SwarmUnreachable."""
+    """Writes the folder. `others`: further coordinators of the run; which one leads changes. Raises
+    ConfigError (nothing is written then) and SwarmUnreachable."""
     if ticket is None and coordinator is None:
         raise ConfigError("whom to watch? thinwire monitor TICKET, or thinwire monitor --coordinator URL")
     name = "thinwire"
@@ -77,8 +85,11 @@ def monitor(
     else:
         assert ticket is not None
         address, name = of_ticket(Ticket.parse(ticket), token)
+    beside = [Address.parse(text) for text in others]
+    if any(other.scheme != address.scheme for other in beside):
+        raise ConfigError("--coordinator: either all by http or all by https")
     folder = (folder or Path(f"{_plain(name)}-monitoring")).absolute()
-    write(folder, address, token, force=force)
+    write(folder, address, token, force=force, others=beside)
     return folder, address
 
 
@@ -141,9 +152,12 @@ def ask(address: Address, token: str | None) -> set[str]:
         raise Silent(f"{address} does not answer: {getattr(e, 'reason', e)}") from e
 
 
-def write(folder: Path, address: Address, token: str | None, *, force: bool) -> None:
+def write(
+    folder: Path, address: Address, token: str | None, *, force: bool, others: Sequence[Address] = ()
+) -> None:
     """All files, none half-written. Raises ConfigError if one is there already and `force` is not given."""
     files = contents(folder, address)
+    files[MAIN] = _with_others(files[MAIN], address, others)
     there = [name for name in (*files, TOKEN) if (folder / name).exists()]
     if there and not force:
         raise ConfigError(
@@ -176,6 +190,14 @@ def contents(folder: Path, address: Address) -> dict[str, str]:
     }
     paths = [*source.glob("*.yml"), *source.glob("rules/*.yml"), *source.glob("grafana/**/*.[jy][sm][ol]*")]
     return {str(p.relative_to(source)): _replace(p.read_text("utf-8"), replaced) for p in sorted(paths)}
+
+
+def _with_others(text: str, address: Address, others: Sequence[Address]) -> str:
+    """Prometheus asks these, too: how they are, and for nodes, which only the one that leads knows."""
+    hosts = [address.host, *(other.host for other in others)]
+    text = text.replace(json.dumps([address.host]), json.dumps(hosts))
+    at = text.index(f"      - url: {address}/sd")
+    return text + "".join(text[at:].replace(str(address), str(other)) for other in others)
 
 
 def source_folder() -> Path:

@@ -240,7 +240,8 @@ class Join:
     nobody's word is taken, at the base weights or at what this node has verified. off: take it as it is."""
     coordinate: Annotated[str | None, arg(metavar="SEAT_TICKET")] = None
     """Be one of the run's coordinators, too, in a process beside the node: the seat ticket of another one, as
-    a file or the line itself. Its state is in DIR-seat; default: ~/.local/state/thinwire/seat"""
+    a file or the line itself. Its state is in DIR-seat; without --state in
+    ~/.local/state/thinwire/run-...-coordinator"""
     coordinate_port: Annotated[int, arg(metavar="PORT")] = 0
     """TCP port of that coordinator; 0 picks a free one at the first start and keeps it."""
     coordinate_announce: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="ADDRESS")] = ()

@@ -264,8 +264,8 @@ class Monitor:
     """The line that the coordinator printed; - reads it from standard input. Left out with --coordinator."""
     folder: Annotated[Positional[Path | None], arg(metavar="FOLDER")] = None
     """Default: ./NAME-monitoring"""
-    coordinator: Annotated[str | None, arg(metavar="URL")] = None
-    """Where the coordinator's HTTP is reached from here."""
+    coordinator: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="URL")] = ()
+    """Where the coordinator's HTTP is reached from here; may be repeated: of several name all."""
     http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
     """What the coordinator's --http-token says. Default: $THINWIRE_HTTP_TOKEN, or none"""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -275,12 +275,13 @@ class Monitor:
         from .monitor import how_to_start, monitor
 
         ticket, folder = self.ticket, self.folder
-        if self.coordinator is not None and folder is None and ticket is not None:
+        if self.coordinator and folder is None and ticket is not None:
             folder, ticket = Path(ticket), None
+        first, others = (*self.coordinator, None)[0], self.coordinator[1:]
         token = self.http_token or os.environ.get("THINWIRE_HTTP_TOKEN") or None
         ticket = None if ticket is None else read_ticket(ticket)
         with stop_on_signals() as stop:
-            written, address = monitor(ticket, self.coordinator, folder, token, force=self.force)
+            written, address = monitor(ticket, first, folder, token, force=self.force, others=others)
         to_stdout(how_to_start(written, address))
         return 128 + stop.signal if stop.signal else 0
 

@@ -256,8 +256,10 @@ const LOST = { joined: ["fine", "✓", "trains"], left: ["", "–", "left"], los
 function showHead(told) {
   document.title = `${told.run} · round ${told.round} · thinwire`;
   put("run", told.run);
-  put("state", told.state === "waiting" ? `waiting for ${plural(told.waits_for, "more peer")}` : told.state);
-  $("state").className = `pill ${told.state}`;
+  const standsStill = Boolean(told.seat?.waits_for) && told.state !== "finished";
+  const words = told.state === "waiting" ? `waiting for ${plural(told.waits_for, "more peer")}` : told.state;
+  put("state", standsStill ? "waiting for coordinators" : words);
+  $("state").className = `pill ${standsStill ? "waiting" : told.state}`;
   put("round", `Round ${whole(told.round)} of ${whole(told.rounds)}${isNumber(told.left_s) ? `, about ${span(told.left_s)} left` : ""}`);
   put("about", [told.strategy, `${count(told.n_params)} parameters`].filter(Boolean).join(" · "));
   $("bar").setAttribute("aria-valuemax", told.rounds);

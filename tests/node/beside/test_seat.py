@@ -15,12 +15,14 @@ import pytest
 
 from tests.support.small_run import TASK
 from tests.support.waiting import wait_until
+from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.identity import load_or_create, new_key, peer_id_of
 from thinwire.coordinator.protocol.messages import SeatEntry
 from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.coordinator.seats.ticket import SeatTicket
 from thinwire.node.beside.seat import Beside, Coordinate, seat_command
 from thinwire.node.cli.status import StatusClient
+from thinwire.node.local_runs.finding import local_runs
 from thinwire.node.system.stopping import Stop
 
 Start = Callable[..., Any]
@@ -98,7 +100,7 @@ def test_its_folder_is_beside_the_nodes_one_for_each_run(tmp_path: Path) -> None
     ticket = Ticket(peer_id=where.peer_id, addresses=where.addresses, run_id=run_id, token="t")
     line = SeatTicket(run_id=run_id, secret=bytes(32), token="t", seats=(where,)).line()
     args = seat_command(ticket, Coordinate(line, "127.0.0.1", 4001, ("example.org:1",)), tmp_path / "node")
-    folder = tmp_path / "node-seat" / run_id.hex()[:16]
+    folder = tmp_path / "node-seat" / f"run-{run_id.hex()[:12]}-coordinator"
     kept = folder / "seat-ticket"
     assert kept.read_text().strip() == line
     assert kept.stat().st_mode & 0o777 == 0o600
@@ -106,7 +108,7 @@ def test_its_folder_is_beside_the_nodes_one_for_each_run(tmp_path: Path) -> None
     assert args[:5] == ["coordinator", "--replica", str(kept), "--state", str(folder)]
     assert args[-1] == "--announce=example.org:1"
     of_another = ticket.model_copy(update={"run_id": other})
-    with pytest.raises(Exception, match="of another run"):
+    with pytest.raises(ConfigError, match="of another run"):
         seat_command(of_another, Coordinate(str(kept)), tmp_path / "node")
 
 
@@ -137,6 +139,7 @@ def test_a_run_goes_on_without_any_coordinator_but_those_beside_its_nodes(
         leader = client.fetch()["seat"]["leader"]
     folders = [folder for folder in tmp_path.glob("node-*-seat/*") if (folder / "key").exists()]
     (leads,) = [f for f in folders if peer_id_of(load_or_create(f / "key").public_key()) == leader]
+    assert [(run.kind, run.is_running) for run in local_runs(folders)] == [("coordinator", True)] * 2
     assert here("run", str(leads), "stop")[0] == 0
     results = [node.wait(WAIT_S) for node in nodes]
     assert results == [0, 0], nodes[0].stderr()[-2000:] + nodes[1].stderr()[-2000:]

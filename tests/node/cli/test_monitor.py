@@ -112,6 +112,19 @@ def test_rules(tools: Tools) -> None:
     assert len({alert["alert"] for alert in alerts}) == len(alerts) > 15
 
 
+def test_of_several_coordinators_all_are_asked(tmp_path: Path) -> None:
+    """Only the one that leads knows the nodes; which one that is changes."""
+    hosts = ["127.0.0.1:1", "b.example:9100", "c.example:9100"]
+    folder, _ = monitor(None, f"http://{hosts[0]}", tmp_path / "w", None, force=False, others=hosts[1:])
+    own, nodes = yaml.safe_load((folder / "prometheus.yml").read_text())["scrape_configs"]
+    assert own["static_configs"] == [{"targets": hosts}]
+    found = nodes["http_sd_configs"]
+    assert [each["url"] for each in found] == [f"http://{host}/sd" for host in hosts]
+    assert found[0] == {**found[2], "url": found[0]["url"]}
+    with pytest.raises(ConfigError, match="all by http"):
+        monitor(None, hosts[0], tmp_path / "x", None, force=False, others=["https://b.example:1"])
+
+
 @pytest.mark.swarm
 def test_what_is_written(tmp_path: Path, coordinator: str, tools: Tools) -> None:
     folder, address = monitor(None, coordinator, tmp_path / "a folder", "secret", force=False)
