@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -18,11 +17,7 @@ from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, Thinw
 from .admission import AdmissionControl
 from .announcer import Announcer
 from .blobs import BlobStore
-from .control.orders import CheckStrategy, Order, Ordered, Place, no_strategy
-from .control.pending import PendingChanges
-from .derived_state import DerivedState, Recalled
-from .entry.attendance import Attendance
-from .entry.gate import BANNED
+from .control.orders import CheckStrategy, Order, Ordered, no_strategy
 from .entry.rules import OPEN, EntryRules
 from .last_snapshot import Wanted
 from .ledger import Ledger
@@ -45,13 +40,11 @@ from .peers import Peers
 from .protocol.figures import counted
 from .protocol.identity import peer_id_of
 from .protocol.messages import (
-    MAX_LISTED,
     READER,
     AccessEntry,
     Audit,
     BadMessage,
     Commit,
-    CommitBody,
     CommitteeEntry,
     Evaluation,
     Heartbeat,
@@ -63,22 +56,19 @@ from .protocol.messages import (
     Report,
     State,
     Welcome,
-    digest_of,
 )
-from .protocol.schedule import lr_factor_bits
 from .protocol.settings import KEEP_SNAPSHOTS, Course, Keep
 from .protocol.trust.signed_offers import is_signed
 from .quorum.log import Alone, Log
-from .quorum.memory import Memory, memory_of
-from .quorum.naming import check_committee
+from .quorum.memory import memory_of
 from .quorum.recollection import Recollection
-from .rounds import Excused, RoundClosed, Rounds
+from .rounds import Excused, RoundClosed
+from .serving.guarding import Guarding
+from .serving.ordering import Ordering
+from .serving.parts import FAREWELL_S, Parts, open_rounds
 from .trust.sentences import Sentences
 
 log = logging.getLogger("thinwire.coordinator")
-
-FAREWELL_S = 60.0
-"""After the last round the coordinator serves for at most this long."""
 
 
 class Service:
@@ -124,13 +114,9 @@ class Service:
         """
         self._ledger, self._blobs = ledger, blobs
         self._log = Alone(ledger, key) if log is None else log
-        self._log.on_sealed = self._sealed
-        self._proposed: _Proposed | None = None
-        """Waits for its seal."""
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
-        self._end = end
         self._settings = Course.of(ledger.genesis.config).settings
-        self._pending, self._keep = PendingChanges(check_strategy), keep
+        self._end, self._keep = end, keep
         self._held = held
         if peer_id_of(key.public_key()) not in (ledger.genesis.coordinator, *ledger.committee.seats):
             raise ConfigError("this key is not the one that the run was started with, nor a seat's")
@@ -143,9 +129,14 @@ class Service:
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
         self._counters = Counters()
         self._refusals = Refusals(self._admission.rejected)
+        gate = self._admission.gate
+        self._ordering = Ordering(
+            ledger, self._log, gate, check_strategy, wall_ms, lambda: self._parts, self._committed
+        )
+        self._guarding = Guarding(gate, self._ordering, lambda: self._parts, end, self._leaves)
         self._parts = self._recalled(now_s)
 
-    def _recalled(self, now_s: float) -> _Parts:
+    def _recalled(self, now_s: float) -> Parts:
         """Everything that follows from the ledger, and nothing that sessions have brought."""
         ledger, derived, names = self._ledger, self._recollection.derived, self._recollection.names
         past = derived.open_round()
@@ -165,10 +156,10 @@ class Service:
             announcer,
             notices,
             sentences,
-            self._close,
+            self._ordering.close,
         )
         counters, rejected = self._counters, self._admission.rejected
-        return _Parts(
+        return Parts(
             derived=derived,
             members=members,
             announcer=announcer,
@@ -326,7 +317,7 @@ class Service:
             back = counted(n_adopted, "commit")
             log.warning("got %s back from a node: round %d is the newest", back, self.head)
             self._admission.new_round()
-            self._pending.take(None)
+            self._ordering.pending.take(None)
             self._recollection = Recollection(
                 self._ledger, self._blobs, self._keep, self.history(), self._admission.rejected
             )
@@ -337,63 +328,27 @@ class Service:
     @property
     def course(self) -> Course:
         """What holds after the newest record."""
-        return self._parts.derived.course
+        return self._ordering.course
 
     def order(self, order: Order, now_s: float) -> Ordered:
         """Changes the run for everybody: with the record that closes the open round, or, where nobody works
         on one, with a record of its own at once. Raises ConfigError for what is refused."""
-        place, course = self._place()
-        ordered = self._pending.add(order, course, place)
-        self._go(place, now_s)
-        log.info("round %d: %s", ordered.round, "; ".join(ordered.told))
-        return ordered
-
-    def _place(self) -> tuple[Place, Course]:
-        """Where an order goes that comes now, and what holds then. Raises ConfigError."""
-        if self._log.is_over:
-            raise ConfigError("this coordinator does not lead any more: say it to the one that does")
-        if self._n_adopted or self._parts.rounds.is_held:
-            raise ConfigError("the coordinator is getting lost rounds back from a node: try again soon")
-        rounds = self._parts.rounds
-        if self._proposed is not None:  # what is proposed cannot change any more
-            return self._place_after(self._proposed.body)
-        return Place(rounds.round, not rounds.is_awaited, rounds.is_over), self.course
-
-    def _go(self, place: Place, now_s: float) -> None:
-        """What waits goes into its record, now or when the open round closes."""
-        if self._proposed is None and place.is_alone:
-            self._commit_changes(now_s)
-        elif self._proposed is None:
-            self._plan()
+        return self._ordering.order(order, now_s)
 
     def name_committee(self, entry: CommitteeEntry, now_s: float) -> Ordered:
         """Who orders the run from the next round on, by the next record. If that are others, too, this reign
         ends with it. The first one also says who may come in, so that all seats know. Raises ConfigError."""
-        derived = self._parts.derived
-        check_committee(entry, self._ledger.committee, derived.recovery)
-        place, _ = self._place()
-        self._pending.committee = entry
-        if derived.access is None:
-            self._pending.access = self._admission.gate.access
-        self._go(place, now_s)
-        names = ", ".join(seat.peer_id for seat in entry.seats)
-        told = (f"the coordinators are {names}; {entry.need} of {len(entry.seats)} must sign",)
-        return Ordered(place.round, told, (), committee=entry)
+        return self._ordering.name_committee(entry, now_s)
 
     def reseat(self, seat: str, nonce: bytes, now_s: float) -> None:
         """A seat that has lost its votes, and is up to date, need not rest any more; see `Log.resting`, whose
         seats are named without being asked for. Raises ConfigError."""
-        place, _ = self._place()
-        if self._parts.derived.committee is None or seat not in self._ledger.committee.seats:
-            raise ConfigError(f"{seat} is no seat of the committee")
-        self._pending.reseat[seat] = nonce
-        self._go(place, now_s)
+        self._ordering.reseat(seat, nonce, now_s)
 
     @property
     def access(self) -> AccessEntry | None:
         """Who may come in, as the ledger or the next record has it; None: it is this seat's own matter."""
-        proposed = None if self._proposed is None else self._proposed.body.access
-        return self._pending.access or proposed or self._parts.derived.access
+        return self._ordering.access
 
     def guard(
         self,
@@ -405,32 +360,8 @@ class Service:
     ) -> Ordered:
         """Who may come in has changed, in these words. Sessions of those who are banned now end, and nobody
         waits for them. Where the ledger tells who may come in, the next record does. Raises ConfigError, with
-        nothing changed."""
-        gate = self._admission.gate
-        is_shared = self.access is not None
-        if is_shared and len(banned) > MAX_LISTED:
-            raise ConfigError(f"{len(banned)} peers would be banned, a record has room for {MAX_LISTED}")
-        place = self._place()[0] if is_shared else None
-        new, gate.banned = banned - gate.banned, banned
-        gate.change_token(token)
-        if rules is not None:
-            gate.change_rules(rules)
-        self._guarded(new, told, now_s)
-        if place is None:
-            return Ordered(0, tuple(told), (), is_done=True)
-        self._pending.access = gate.access
-        self._go(place, now_s)
-        return Ordered(place.round, tuple(told), (), access=gate.access)
-
-    def _guarded(self, new: frozenset[str], told: Sequence[str], now_s: float) -> None:
-        """`new`: who is banned from now on."""
-        for text in told:
-            self._parts.notices.guarded(text)
-        for peer_id in sorted(new):
-            self._end(peer_id, ConfigError(BANNED))
-            index = self._parts.peers.index(peer_id)
-            if index is not None and self._parts.peers.is_member(peer_id) and not self._n_adopted:
-                self._handle_member(StateSaid(index, NodeState.LEAVING), now_s)
+        nothing changed, or, where this reign has ended by it, changed here alone."""
+        return self._guarding.guard(banned, token, told, now_s, rules)
 
     # ------------------------------------------------------------------------------------------- blobs
 
@@ -485,10 +416,10 @@ class Service:
         parts.notices.lines.flush()
         rounds = parts.rounds
         if self._log.resting and not (rounds.is_held or rounds.is_closing or rounds.is_over):
-            self._pending.reseat.update(self._log.resting)
+            self._ordering.pending.reseat.update(self._log.resting)
         is_free = not (rounds.is_held or rounds.is_awaited or rounds.is_closing)
-        if self._pending and is_free:
-            self._commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
+        if self._ordering.pending and is_free:
+            self._ordering.commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
         parts.announcer.tell(parts.members.connected(), parts.open_round.offers.fetchable())
         round_s = parts.derived.statistics.round_s
         parts.notices.awaited(parts.rounds, self._settings.run.min_peers, round_s, now_s)
@@ -507,7 +438,7 @@ class Service:
     @property
     def proposed(self) -> int | None:
         """The round whose record waits for its seal: nobody knows what comes of it if the reign ends now."""
-        return None if self._proposed is None else self._proposed.body.round
+        return self._ordering.proposed
 
     @property
     def is_over(self) -> bool:
@@ -568,6 +499,10 @@ class Service:
 
     # ---------------------------------------------------------------------------------------- the parts
 
+    def _leaves(self, index: int, now_s: float) -> None:
+        if not self._n_adopted:
+            self._handle_member(StateSaid(index, NodeState.LEAVING), now_s)
+
     def _handle_member(self, event: MembershipEvent, now_s: float) -> None:
         for change in self._parts.peers.handle(event, now_s):
             self._parts.open_round.handle(change, now_s)
@@ -585,72 +520,6 @@ class Service:
 
     # --------------------------------------------------------------------------------------- the commit
 
-    def _close(self, closed: RoundClosed, now_s: float) -> None:
-        """Orders the round that has closed: from here to `_sealed` no other one does."""
-        offers = self._parts.open_round.offers
-        work = offers.work(closed.peers)
-        proposal = self._proposal(closed.round, closed.peers, closed.evaluator, work)
-        offers.clear()
-        self._propose(proposal, work, closed, now_s)
-
-    def _commit_changes(self, now_s: float) -> None:
-        """A record of its own for what is to change; nobody works on the open round."""
-        rounds = self._parts.rounds
-        proposal = self._proposal(rounds.round, (), None)
-        course = self.course.after(proposal.changes)
-        rounds.skip(course.n_rounds, course.is_paused, now_s)
-        self._parts.open_round.offers.clear()
-        self._propose(proposal, b"", None, now_s)
-
-    def _propose(self, body: CommitBody, work: bytes, closed: RoundClosed | None, now_s: float) -> None:
-        self._proposed = _Proposed(body, closed)
-        self._log.propose(body, work, now_s)
-
-    def _sealed(self, commit: Commit, now_s: float) -> None:
-        proposed, self._proposed = self._proposed, None
-        if proposed is None:
-            raise ValueError("nothing was proposed")
-        self._committed(commit, proposed.closed, now_s)
-
-    def _place_after(self, body: CommitBody) -> tuple[Place, Course]:
-        """Where an order goes that comes while this record waits for its seal, and what holds then."""
-        course, rounds = self.course.after(body.changes), self._parts.rounds
-        is_over = course.run.is_over(body.round)
-        is_alone = is_over or course.is_paused or not rounds.training
-        return Place(body.round + 1, is_alone, is_over), course
-
-    def _plan(self) -> None:
-        """What the record that closes the open round makes of the run."""
-        course = self._pending.course(self.course)
-        self._parts.rounds.plan(course.n_rounds, course.is_paused)
-
-    def _proposal(
-        self, round_: int, peers: Sequence[int], evaluator: int | None, work: bytes = b""
-    ) -> CommitBody:
-        """The next record. Takes out the reports and the changes that it carries. `work`: the signatures of
-        the peers' offers."""
-        derived = self._parts.derived
-        taken = self._pending.take(derived.committee)
-        course = self.course.after(taken.changes)
-        reports, snapshots = derived.reports.take()
-        return CommitBody(
-            round=round_,
-            parent=self._ledger.head_digest,
-            offers=self._parts.open_round.offers.entries(peers),
-            admitted=self._ledger.pending_admissions(),
-            lr_factor_bits=lr_factor_bits(course.settings.schedule, round_ + 1, course.n_rounds),
-            reports=reports,
-            snapshots=snapshots,
-            evaluator=evaluator,
-            time_ms=max(self._wall_ms(), derived.last_ms),
-            changes=taken.changes,
-            audits=derived.audits.take(),
-            work=digest_of(work) if work else b"",
-            committee=taken.committee,
-            reseat=taken.reseat,
-            access=taken.access,
-        )
-
     def _committed(self, commit: Commit, closed: RoundClosed | None, now_s: float) -> None:
         """The record is on the disk: everybody may see it. `closed`: None, if it only brings changes."""
         parts = self._parts
@@ -666,66 +535,11 @@ class Service:
         parts.over_s, parts.finished = (now_s if parts.rounds.is_over else None), False
         if commit.body.changes:
             parts.notices.changed(now_s)
-        if commit.body.access is not None and self._pending.access is None:
+        if commit.body.access is not None and self._ordering.pending.access is None:
             self._admission.gate.follow(commit.body.access)
         if self._log.is_over:
             self.hold()
         parts.open_round.act(opened, now_s)
-        if self._pending:
-            self._plan()
+        if self._ordering.pending:
+            self._ordering.plan()
         self._on_commit(commit.body.round)
-
-
-@dataclass(frozen=True, slots=True)
-class _Proposed:
-    """A record on its way into the ledger. `closed`: None, if it closes the open round without an offer."""
-
-    body: CommitBody
-    closed: RoundClosed | None
-
-
-@dataclass(slots=True)
-class _Parts:
-    """What a restart makes anew. `over_s`: when the last round was committed, in monotonic seconds."""
-
-    derived: DerivedState
-    members: Membership
-    announcer: Announcer
-    notices: Notices
-    sentences: Sentences
-    rounds: Rounds
-    open_round: OpenRound
-    peers: Peers
-    view: RunView
-    over_s: float | None
-    finished: bool = False
-
-    def update_finished(self, now_s: float) -> None:
-        """Once the run is over: whether nobody is waited for any more."""
-        if self.over_s is None or self.finished:
-            return
-        awaited = set(self.members.training()) - self.derived.reports.acknowledged
-        self.finished = not awaited or now_s >= self.over_s + FAREWELL_S
-
-
-def open_rounds(
-    course: Course, ledger: Ledger, past: Recalled, memory: Memory | None, now_s: float
-) -> Rounds:
-    """As they are after the ledger's newest record. `memory`: what another leader has seen."""
-    settings = course.settings
-    return Rounds(
-        n_rounds=settings.run.rounds,
-        min_peers=settings.run.min_peers,
-        eval_every=settings.run.eval_every,
-        policy=settings.policy.name,
-        max_offers=ledger.genesis.limits.max_peers,
-        head=ledger.head_round,
-        is_paused=course.is_paused,
-        has_begun=past.has_begun,
-        training=past.training,
-        evaluator=past.evaluator,
-        evaluates=past.evaluates,
-        times=None if memory is None else memory.offer_times(ledger.head_round),
-        attendance=None if memory is None else Attendance(dict(memory.unkept)),
-        now_s=now_s,
-    )

@@ -22,7 +22,8 @@ from ..quorum.checking import RecordChecks
 from ..quorum.log import Log
 from ..quorum.recollection import Recollection
 from ..quorum.replicated import Replicated
-from ..service import FAREWELL_S, Service
+from ..service import Service
+from ..serving.parts import FAREWELL_S
 from ..state import StateDir
 from .council import Council
 from .plan import SeatPlan

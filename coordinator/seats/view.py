@@ -19,7 +19,7 @@ from ..observe.trend import Trend
 from ..protocol.settings import parse_settings
 from ..quorum.observed import Observed
 from ..quorum.recollection import Recollection
-from ..service import open_rounds
+from ..serving.parts import open_rounds
 from ..state import StateDir
 from .council import Council
 

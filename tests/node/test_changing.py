@@ -180,7 +180,7 @@ def test_pause_resume_stop_and_extend_with_nodes(tmp_path: Path) -> None:
 def test_a_record_that_changes_what_cannot_be_changed_stops_the_replica(tmp_path: Path) -> None:
     config = config_of(DECOUPLED, min_peers=1, rounds=3)
     with swarm_of(tmp_path, config) as swarm:
-        swarm.service._pending._check = lambda _table, _options: None
+        swarm.service._ordering.pending._check = lambda _table, _options: None
         give(swarm, "set", 0, {"strategy.beta": 0.5})
         with pytest.raises(ReplicaDiverged, match="beta cannot change: lr, weight_decay"):
             replayed(swarm, "reader", in_batches=True)

@@ -21,6 +21,7 @@ from tests.support.local_nodes import (
     wait_for,
 )
 from tests.support.prometheus import value
+from thinwire.coordinator.protocol.messages import Welcome
 from thinwire.node.joining import NoStart
 from thinwire.node.runner import Runner
 
@@ -89,6 +90,36 @@ def test_a_late_joiner_takes_the_cheaper_way_and_ends_equal(
         assert late.link.traffic().received["snapshot"] > 1000
     else:
         assert late.link.traffic().received["snapshot"] == config.task.held_out_bytes
+
+
+def test_a_node_goes_by_the_index_that_a_record_gives_it(tmp_path: Path) -> None:
+    """Each was let in under the other's index by a leader that fell before a record said so."""
+    config = config_of(STRATEGIES["decoupled"], min_peers=2, eval_every=100)
+    given: dict[str, int] = {}
+
+    def runner(name: str) -> Runner:
+        link = swarm.link(name)
+        enter = link.open
+
+        def entered() -> Welcome:
+            welcome = enter()
+            given[name] = 1 - welcome.peer_index
+            return welcome.model_copy(update={"peer_index": given[name]})
+
+        link.open = entered  # type: ignore[method-assign]
+        return Runner(link)
+
+    with swarm_of(tmp_path, config) as swarm:
+        runners = [runner("peer-0"), runner("peer-1")]
+        results = run_all(runners)
+        status = swarm.call(lambda service, now_s: service.status(now_s))
+    assert given == {peer["peer_id"]: 1 - i for i, peer in enumerate(status["peers"])}
+    assert [r.counted for r in results] == [
+        next(peer["offers_counted"] for peer in status["peers"] if peer["peer_id"] == r.link.peer_id)
+        for r in runners
+    ]
+    assert len({r.fingerprint for r in results}) == 1
+    assert all(r.missed == 0 for r in results)
 
 
 def test_a_node_goes_on_from_its_own_disk_with_its_momentum(

@@ -8,6 +8,7 @@ service is reached under a second identity, as another seat that leads.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -31,11 +32,13 @@ from thinwire.coordinator.protocol.messages import (
     CommitteeEntry,
     Elsewhere,
     GenesisBody,
+    Message,
     NodeState,
     Offer,
     SeatEntry,
     Welcome,
     digest_of,
+    encode_message,
 )
 from thinwire.coordinator.protocol.p2p import P2PTransport, start_p2p
 from thinwire.coordinator.protocol.streams import Meter, Stream
@@ -164,19 +167,21 @@ def _entry(ticket: Ticket) -> SeatEntry:
     return SeatEntry(peer_id=ticket.peer_id, addresses=ticket.addresses[:8])
 
 
+def offer_of(payload: bytes, round_: int = 1) -> Offer:
+    return Offer(
+        round=round_,
+        n_samples=1,
+        n_tokens=1,
+        loss=1.0,
+        n_bytes=len(payload),
+        payload=payload,
+        digest=None,
+    )
+
+
 def train(link: HivemindLink, round_: int, payload: bytes = b"work") -> bytes:
     """One round of one peer; the digest of its record."""
-    link.offer(
-        Offer(
-            round=round_,
-            n_samples=1,
-            n_tokens=1,
-            loss=1.0,
-            n_bytes=len(payload),
-            payload=payload,
-            digest=None,
-        )
-    )
+    link.offer(offer_of(payload, round_))
     (commit,) = islice(link.commits(round_ - 1), 1)
     return commit.digest
 
@@ -231,6 +236,40 @@ def test_a_node_goes_where_a_seat_leads_that_ticket_or_ledger_name(swarm: Swarm)
         assert text in told, told
     assert swarm.leads.status()["rejected"] == {}
     assert not swarm.admission.rejected
+
+
+@pytest.mark.swarm
+def test_the_next_leader_gets_the_same_offer_to_the_last_bit(swarm: Swarm) -> None:
+    service, heard = swarm.leads.server.service, list[bytes]()
+    receive = service.receive
+
+    def listen(peer_id: str, session: int, message: Message, now_s: float) -> None:
+        if isinstance(message, Offer):
+            heard.append(encode_message(message))
+        receive(peer_id, session, message, now_s)
+
+    service.receive = listen  # type: ignore[method-assign]
+    other = swarm.another_leader()
+    ticket = swarm.ticket.model_copy(update={"others": (swarm.leader, other)})
+    link = swarm.link("a", ticket)
+    link.open()
+    link.state(NodeState.TRAINING)
+    swarm.leads.call(lambda server: server.service.hold())  # the round stays open
+    payload = bytes(range(256)) * 40  # it goes as a blob of its own
+    link.offer(offer_of(payload))
+    wait_until(lambda: len(heard) == 1, WAIT_S, str)
+    swarm.say(other.peer_id, term=1)
+    waits_for_session_at(link, other)
+    wait_until(lambda: len(heard) == 2, WAIT_S, lambda: "the offer was not made to the next leader")
+    swarm.leads.call(lambda server: server.service.go_on(time.monotonic()))
+    (commit,) = islice(link.commits(0), 1)
+    first, second = heard
+    assert first == second, "with the signature that it had before"
+    (entry,) = commit.body.offers
+    assert entry.digest == digest_of(payload)
+    work = swarm.leads.call(lambda server: server.ledger.work(commit.body.work))
+    assert len(work) == 64
+    assert work in first
 
 
 @pytest.mark.swarm
