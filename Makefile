@@ -62,9 +62,10 @@ SECONDS ?= 120
 PEERS   ?= 4
 EVERY   ?= 10
 SEED    ?= 1
+SEATS   ?= 1
 
-soak: setup      ## faults in a swarm of real processes: SECONDS=120 PEERS=4 EVERY=10 SEED=1 are the defaults
-	$(BIN)/python -m tests.chaos.soak --seconds $(SECONDS) --peers $(PEERS) --every $(EVERY) --seed $(SEED)
+soak: setup      ## faults in a swarm of real processes: SECONDS=120 PEERS=4 EVERY=10 SEED=1 SEATS=1 are the defaults
+	$(BIN)/python -m tests.chaos.soak --seconds $(SECONDS) --peers $(PEERS) --every $(EVERY) --seed $(SEED) --seats $(SEATS)
 
 learning: setup  ## long runs of what the methods are claimed to learn, an hour: losses, and claims that do not hold
 	$(BIN)/python -m tests.learning

@@ -8,6 +8,8 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from tests.chaos.book import Book
 from tests.chaos.program import Program, free_port
 from tests.chaos.proxy import Proxy
@@ -70,8 +72,12 @@ class Coordinator(Program):
     def put_back(self, copy: Path) -> None:
         """Replaces the state directory while it does not run."""
         assert not self.is_running
-        shutil.rmtree(self.state)
-        shutil.copytree(copy, self.state)
+        for entry in self.state.iterdir():  # the folder itself may be a disk of its own
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        shutil.copytree(copy, self.state, dirs_exist_ok=True)
 
 
 class Coordinators:
@@ -80,6 +86,9 @@ class Coordinators:
     def __init__(self, folder: Path, env: Mapping[str, str], n: int, *, through_doors: bool = False) -> None:
         self._folder, self._env, self._through_doors = folder, env, through_doors
         self.all: list[Coordinator] = []
+        self.gone: list[Coordinator] = []
+        """That were replaced or removed."""
+        self._n = 0
         self.book = Book()
         for _ in range(n):
             self.add()
@@ -99,7 +108,8 @@ class Coordinators:
 
     def add(self) -> Coordinator:
         """One more; to be begun with `replica`."""
-        one = Coordinator(len(self.all), self._folder, self._env)
+        one = Coordinator(self._n, self._folder, self._env)
+        self._n += 1
         if self._through_doors:
             one.door = Proxy(one.port)
         self.all.append(one)
@@ -110,11 +120,42 @@ class Coordinators:
         """Begins it, or begins it again."""
         one.begin(["--replica", self.seat_ticket, *args])
 
+    def retire(self, one: Coordinator) -> None:
+        """It was replaced or removed; its ledger is compared with the others all the same."""
+        one.kill()
+        self.all.remove(one)
+        self.gone.append(one)
+
+    def cut_one_way(self, one: Coordinator, *, hears: bool) -> None:
+        """It hears everybody and is heard by nobody, or the other way round; by `heal` again."""
+        ports: dict[int, bool] = {}
+
+        def is_from(source: int) -> bool:
+            if source not in ports:
+                ports[source] = source in _ports_of(one)
+            return ports[source]
+
+        for other in self.all:
+            assert other.door is not None
+            if other is one:
+                other.door.cut_one_way(lambda _source, up: up is not hears)
+            else:
+                other.door.cut_one_way(lambda source, up: up is hears and is_from(source))
+
+    def heal(self) -> None:
+        for one in self.all:
+            if one.door is not None:
+                one.door.restore()
+
     def leader(self) -> Coordinator:
         """Who had the newest record sealed; the first one where nobody else could."""
         sealer = self.book.sealer
         named = [one for one in self.all if (one.state / "key").exists() and one.peer_id == sealer]
         return named[0] if named else self.first
+
+    def named(self, peer_id: str) -> bool:
+        """Whether that is a seat, by the newest record."""
+        return self.book.committee is not None and peer_id in self.book.committee.seats
 
     def seats(self) -> list[Coordinator]:
         """Of the committee, by the newest record."""
@@ -125,6 +166,15 @@ class Coordinators:
 
     def close(self) -> None:
         """The proxies."""
-        for one in self.all:
+        for one in (*self.all, *self.gone):
             if one.door is not None:
                 one.door.close()
+
+
+def _ports_of(program: Program) -> set[int]:
+    """Local ones of its connections."""
+    found = set()
+    for process in program.processes():
+        with contextlib.suppress(psutil.Error):
+            found |= {c.laddr.port for c in process.net_connections("tcp") if c.laddr}
+    return found

@@ -37,12 +37,15 @@ class NotHarmed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`hits`: a node, or the coordinator. `is_lethal`: the node's process dies of it."""
+    """`hits_node`: else a coordinator. `is_lethal`: the node's process dies of it; `takes_node`: nodes may
+    die beside a coordinator; `is_total`: no coordinator is left that could go on."""
 
     name: str
     course: Callable[[Swarm, Node], Course]
     hits_node: bool = True
     is_lethal: bool = False
+    takes_node: bool = False
+    is_total: bool = False
 
 
 def for_s(seconds: float) -> Until:

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import sqlite3
 import tempfile
 import time
@@ -21,6 +22,7 @@ import psutil
 
 from tests.chaos.book import Book
 from tests.chaos.coordinators import Coordinator, Coordinators
+from tests.chaos.disk import Disk
 from tests.chaos.program import Node, Program
 from tests.chaos.proxy import Proxy
 from thinwire.coordinator.protocol.ticket import Ticket
@@ -81,6 +83,7 @@ class Swarm:
         }
         doors = proxied and n_seats > 1
         self.coordinators = Coordinators(folder, self._env, n_seats, through_doors=doors)
+        self._orders: list[Program] = []
         self.coordinator = self.coordinators.first
         self.coordinator_state = self.coordinator.state
         self._work_s = [work_s] if isinstance(work_s, float) else list(work_s)
@@ -88,6 +91,10 @@ class Swarm:
         self.book = self.coordinators.book
         self.port = self.coordinator.port
         self.ticket = ""
+        self.disks: dict[int, Disk] = {}
+        """Small ones, of coordinators by their number: a fault may fill them."""
+        self.struck: tuple[float, int] | None = None
+        """When a coordinator was harmed, and the newest round then; taken by whoever measures."""
 
     def __enter__(self) -> Self:
         try:
@@ -108,17 +115,24 @@ class Swarm:
 
     def end(self) -> None:
         """Kills everything and asserts that nothing is left behind."""
-        for program in (*self.nodes, *self.coordinators.all):
+        coordinators = [*self.coordinators.all, *self.coordinators.gone]
+        for program in (*self.nodes, *coordinators, *self._orders):
             program.kill()
         self.coordinators.close()
         for node in self.nodes:
             if node.proxy is not None:
                 node.proxy.close()
         deadline_s = time.monotonic() + 10
-        while (left := [*_running_in(self.folder), *self._temp.iterdir()]) and time.monotonic() < deadline_s:
+        ports = [one.port for one in coordinators]
+        while (left := self._left(ports)) and time.monotonic() < deadline_s:
             time.sleep(0.05)
         shutil.rmtree(self._temp)
         assert not left, f"left behind: {left}"
+
+    def _left(self, ports: Sequence[int]) -> list[str]:
+        """Processes, files of theirs (sockets, too) and ports."""
+        files = [str(path) for path in self._temp.iterdir()]
+        return [*_running_in(self.folder), *files, *(f"port {port}" for port in ports if _is_open(port))]
 
     # -------------------------------------------------------------------------------- starting and adding
 
@@ -143,6 +157,16 @@ class Swarm:
         assert ticket, f"no ticket:\n{self.coordinator.text()}"
         assert several > 1 or self.ticket in ("", ticket), "the same ticket for ever"
         self.ticket = ticket
+
+    def strike(self) -> None:
+        """Harm has just been done to a coordinator."""
+        self.struck = time.monotonic(), self.head()
+
+    def order(self, one: Coordinator, *what: str) -> None:
+        """`thinwire run STATE ...` on its machine, whatever comes of it."""
+        program = Program(f"order{time.monotonic_ns()}", self.folder, self._env)
+        program.start(["run", str(one.state), *what])
+        self._orders.append(program)
 
     def _start_replicas(self) -> None:
         """Returns when the committee is named."""
@@ -303,3 +327,8 @@ def _running_in(folder: Path) -> list[str]:
             if process.pid != os.getpid() and Path(process.cwd()) == folder:
                 found.append(" ".join(process.info["cmdline"] or ["?"]))
     return found
+
+
+def _is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -11,13 +11,17 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self
 
 MBIT_BYTES_PER_S = 125_000
 """1 Mbit/s."""
 
+Blocks = Callable[[int, bool], bool]
+"""(source port of a connection, towards the target?) -> whether its bytes are held back."""
+
+_LOOK_S = 0.05
 _BACKLOG = 4
 _QUEUED_BYTES = 256 * 1024
 _PIECE_BYTES = 16 * 1024
@@ -36,6 +40,7 @@ class Proxy:
         self.sent_bytes = self.received_bytes = self.accepted = self.resets = 0
         self.delay_s = 0.0
         self.rate_bytes_per_s: float | None = None
+        self._blocks: Blocks | None = None
         self._cut_at_bytes: int | None = None
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1", 0))
@@ -69,10 +74,14 @@ class Proxy:
         """Every byte comes later by `delay_s`, and no more than this many a second in each direction."""
         self.delay_s, self.rate_bytes_per_s = delay_s, rate_bytes_per_s
 
+    def cut_one_way(self, blocks: Blocks) -> None:
+        """From now on bytes of some connections do not pass in one direction; no end sees it closed."""
+        self._blocks = blocks
+
     def restore(self) -> None:
         """Ends all faults. What a black hole has kept back is passed on, as TCP would send it again."""
         self.slow()
-        self._cut_at_bytes = None
+        self._cut_at_bytes = self._blocks = None
         self._call(self._open_gate())
 
     def close(self) -> None:
@@ -154,6 +163,7 @@ class Proxy:
 
     async def _serve(self, sock: socket.socket) -> None:
         """One connection, until either end closes it."""
+        source = sock.getpeername()[1]
         near_reader, near = await asyncio.open_connection(sock=sock)
         self._writers.add(near)
         try:
@@ -164,7 +174,9 @@ class Proxy:
             return
         self._writers.add(far)
         try:
-            await asyncio.gather(self._pipe(near_reader, far, True), self._pipe(far_reader, near, False))
+            await asyncio.gather(
+                self._pipe(near_reader, far, True, source), self._pipe(far_reader, near, False, source)
+            )
         except OSError:
             pass  # one end is gone: so is the other
         finally:
@@ -172,7 +184,9 @@ class Proxy:
                 _abort(writer)
                 self._writers.discard(writer)
 
-    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up: bool) -> None:
+    async def _pipe(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up: bool, source: int
+    ) -> None:
         """One direction; the delay is a queue in between, so that it costs no throughput."""
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_QUEUED_BYTES // _PIECE_BYTES)
         feeder = asyncio.create_task(self._feed(reader, queue))
@@ -183,6 +197,8 @@ class Proxy:
                 if self.rate_bytes_per_s is not None:
                     await asyncio.sleep(len(data) / self.rate_bytes_per_s)
                 await self._gate.wait()
+                while self._blocks is not None and self._blocks(source, up):
+                    await asyncio.sleep(_LOOK_S)
                 if not data:
                     raise ConnectionResetError("closed by its other end")
                 writer.write(data)

@@ -1,9 +1,13 @@
-"""`make soak SECONDS=120 PEERS=4 EVERY=10 SEED=1`: a swarm of real processes, and a fault every so often.
+"""`make soak SECONDS=120 PEERS=4 EVERY=10 SEED=1 SEATS=1`: real processes, and a fault every so often.
 
 A fifth of the time (10 to 60 s) passes without faults, to have something to compare with; then the seed
 chooses. Node 0 is never killed, so that one process lives from the beginning to the end; all else happens to
 it. Recovery is measured from the moment that what was broken is there again (the process started, the link
 restored) until an offer of the hit peer counts; for a coordinator until the next commit.
+
+With SEATS=3 two of three faults hit the coordinators, mostly the one that leads. What counts then is how long
+after the harm the next commit came (`next_commit_*_s`; where all were killed: after they were started again),
+and that all ledgers are one (`forks`).
 
 The last line on stdout is one JSON object. `hangs`: no commit for 30 s, or a peer that never
 recovered; `ended`: processes that gave up by themselves. Exit 1 if there was any of these, or a mismatch.
@@ -21,16 +25,25 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import psutil
+import pytest
 
+from tests.chaos.disk import small_disk
 from tests.chaos.faults import EDGE_KINDS, KINDS, Course, Kind, NotHarmed, Until
 from tests.chaos.harness import Swarm
 from tests.chaos.program import Node
+from tests.chaos.seat_faults import LEADER_KILLED, SEAT_KINDS
+
+_BESIDE_SEATS = (*[kind for kind in KINDS if kind.name in ("killed", "frozen", "bit flipped")], *EDGE_KINDS)
+"""Nodes have no proxies of their own there."""
+
+DISK_BYTES = 64 * 2**20
 
 SETTINGS = {"strategy.compressor.name": "dct_topk", "strategy.compressor.k": 512}
 """Payloads of 7.5 kB: they travel as blobs, from node to node."""
@@ -57,6 +70,10 @@ class Fault:
     recovered_s: float | None = None
     also: Until | None = None
     after: int = 0
+    struck: tuple[float, int] | None = None
+    """When a coordinator was harmed, and the newest round then."""
+    next_commit_s: float | None = None
+    """After that."""
 
     @property
     def name(self) -> str:
@@ -91,6 +108,7 @@ class Soak:
     """`seconds`: reference and faults together; starting, and settling in the end, come on top."""
 
     def __init__(self, swarm: Swarm, seconds: float, every_s: float) -> None:
+        self.has_seats = len(swarm.coordinators.all) > 1
         self.swarm, self.seconds, self.every_s = swarm, seconds, every_s
         self.faults: list[Fault] = []
         self.hangs = self.ended = 0
@@ -128,15 +146,17 @@ class Soak:
 
     def _break_something(self) -> None:
         """The next kind, on a node that has nothing to recover from."""
-        swarm = self.swarm
+        swarm, open_ = self.swarm, [f for f in self.faults if f.recovered_s is None]
         busy = {f.node.number for f in self.faults if f.recovered_s is None and f.kind.hits_node}
-        if any(f.recovered_s is None for f in self.faults if not f.kind.hits_node):
+        if any(not f.kind.hits_node for f in open_):
             return
         healthy = [node for node in swarm.nodes if node.number not in busy]
         if len(healthy) < 2:
             self._say("everybody is still recovering: nothing more is broken now")
             return
         kind = self._draw()
+        if not self._fits(kind):
+            return
         victims = [node for node in healthy if node.number > 0 or not kind.is_lethal]
         if not victims:
             return
@@ -149,12 +169,22 @@ class Soak:
     def _draw(self) -> Kind:
         """A phase edge every other time; each kind once before any comes again."""
         self._n_drawn += 1
-        which = self._n_drawn % 2
+        if self.has_seats:
+            which, kinds = int(self._n_drawn % 3 > 0), (_BESIDE_SEATS, SEAT_KINDS)
+        else:
+            which, kinds = self._n_drawn % 2, (EDGE_KINDS, KINDS)
         bag = self._bags[which]
         if not bag:
-            bag += (EDGE_KINDS, KINDS)[which]
+            bag += kinds[which]
             self.swarm.rng.shuffle(bag)
         return bag.pop()
+
+    def _fits(self, kind: Kind) -> bool:
+        """One that takes nodes waits until all are well; it comes again."""
+        if kind.takes_node and any(f.recovered_s is None for f in self.faults):
+            self._bags[1].insert(0, kind)
+            return False
+        return True
 
     def _advance(self, fault: Fault) -> None:
         """Goes on with a fault as far as it can."""
@@ -165,16 +195,29 @@ class Soak:
             fault.over_s, fault.also = time.monotonic(), stop.value
             fault.after = self.swarm.head()
         except NotHarmed as e:
+            self.swarm.struck = None
             self.not_harmed[fault.kind.name] += 1
             self.faults.remove(fault)
             self._say(f"no harm done by {fault.name}: {e}")
+        if self.swarm.struck is not None:
+            fault.struck, self.swarm.struck = self.swarm.struck, None
+
+    def _look_for_next_commit(self, fault: Fault) -> None:
+        """Of a committee that was harmed."""
+        if fault.struck is None or fault.next_commit_s is not None:
+            return
+        struck_s, head = fault.struck
+        if self.swarm.book.head > head:
+            from_s = fault.over_s if fault.kind.is_total and fault.over_s is not None else struck_s
+            fault.next_commit_s = time.monotonic() - from_s
+            self._say(f"the next commit came {fault.next_commit_s:.1f} s after {fault.name}")
 
     def _look_for_recovery(self, fault: Fault) -> None:
         book = self.swarm.book
         if fault.kind.hits_node:
             done = self.swarm.is_counted(fault.node, fault.after)
         else:
-            done = book.head > fault.after
+            done = book.head > (fault.after if fault.struck is None else fault.struck[1])
         if done and (fault.also is None or fault.also()):
             fault.recovered_s = time.monotonic()
             self._say(f"recovered in {fault.recovery_s:.1f} s from {fault.name}")
@@ -191,6 +234,7 @@ class Soak:
         if self.swarm.head() > head:
             self._committed_s = time.monotonic()
         for fault in list(self.faults):
+            self._look_for_next_commit(fault)
             if fault.over_s is None:
                 self._advance(fault)
             elif fault.recovered_s is None:
@@ -207,24 +251,32 @@ class Soak:
 
     def _look_for_deaths(self) -> None:
         """A program that ended although nobody has killed it is told of, and started again."""
+        broken = [f.kind for f in self.faults if f.over_s is None]
+        if any(kind.takes_node for kind in broken):
+            return
         meant = {f.node.number for f in self.faults if f.over_s is None and f.kind.hits_node}
         for node in self.swarm.nodes:
             if not node.is_running and node.number not in meant:
                 self.ended += 1
                 self._say(f"{node.name} ENDED by itself with {node.code}:\n{_tail(node.text())}")
                 self.swarm.start(node)
-        is_meant = any(f.over_s is None for f in self.faults if not f.kind.hits_node)
-        if not self.swarm.coordinator.is_running and not is_meant:
-            self.ended += 1
-            self._say(f"the coordinator ENDED by itself:\n{_tail(self.swarm.coordinator.text())}")
-            self.swarm.start_coordinator(wait=False)
+        if any(not kind.hits_node for kind in broken):
+            return
+        for one in self.swarm.coordinators.all:
+            if not one.is_running:
+                self.ended += 1
+                self._say(f"{one.name} ENDED by itself:\n{_tail(one.text())}")
+                if self.has_seats:
+                    one.begin_again()
+                else:
+                    self.swarm.start_coordinator(wait=False)
 
     def _sample(self) -> None:
         now_s = time.monotonic()
         if now_s - self._sampled_s < SAMPLE_S:
             return
         self._sampled_s = now_s
-        for program in (self.swarm.coordinator, *self.swarm.nodes):
+        for program in (*self.swarm.coordinators.all, *self.swarm.nodes):
             for process in program.processes() if program.is_running else ():
                 try:
                     sample = (now_s, process.memory_info().rss, process.num_fds())
@@ -243,11 +295,14 @@ class Soak:
         for fault in self.faults:
             if fault.recovered_s is None:
                 self.hangs += 1
-                self._say(f"NEVER RECOVERED from {fault.name}:\n{_tail(fault.node.text())}")
+                told = _tail(fault.node.text()) if fault.kind.hits_node else self.swarm.seen(20)
+                self._say(f"NEVER RECOVERED from {fault.name}:\n{told}")
         after = self.swarm.head()
         while time.monotonic() < end_s + SETTLE_S and not self.is_settled:
             self._watch_until(time.monotonic() + 0.2)
             self.is_settled = self.swarm.agreed_round(self.swarm.nodes, after) is not None
+        heads = self.swarm.book.compare()
+        self._say(f"ledgers end at rounds {', '.join(map(str, heads))}")
         if not self.is_settled:
             self._say(f"NOT EVERYBODY agrees in the end\n{self.swarm.seen(8)}")
 
@@ -260,11 +315,14 @@ class Soak:
         for round_, reports in mismatches:
             said = {peer: value.hex() for peer, value in reports.items()}
             self._say(f"MISMATCH after round {round_}: {said}")
+        for round_, path in sorted(self.swarm.book.forks):
+            self._say(f"FORK at round {round_} in {path}")
         long_lived = [w for w in self._watched.values() if w.is_long_lived]
         return {
             "faults": len(self.faults),
             "rounds": self.last_round - self.first_round,
             "mismatches": len(mismatches),
+            "forks": len(self.swarm.book.forks),
             "hangs": self.hangs,
             "ended": self.ended,
             "recovery_p50_s": _quantile(times_s, 0.5),
@@ -274,7 +332,22 @@ class Soak:
             "rss_growth_ratio": round(max((w.growth(1) for w in long_lived), default=1.0), 3),
             "fd_growth_ratio": round(max((w.growth(2) for w in long_lived), default=1.0), 3),
             "peers": len(self.swarm.nodes),
+            **self._committee_figures(),
             "agreed_in_the_end": self.is_settled,
+        }
+
+    def _committee_figures(self) -> dict[str, Any]:
+        """Of faults of several coordinators. `never`: after which no commit came."""
+        if not self.has_seats:
+            return {}
+        struck = [fault for fault in self.faults if fault.struck is not None]
+        leaders = [fault for fault in struck if fault.kind is LEADER_KILLED]
+        return {
+            "seats": len(self.swarm.coordinators.all),
+            "leader_kills": len(leaders),
+            **_next_commit_figures("next_commit_after_kill", leaders),
+            **_next_commit_figures("next_commit", struck),
+            "never": sum(fault.next_commit_s is None for fault in struck),
         }
 
     def table(self) -> Iterator[str]:
@@ -284,6 +357,12 @@ class Soak:
             of_kind = [f for f in self.faults if f.kind.name == name]
             yield _row(name, of_kind)
         yield _row("all", self.faults)
+        if self.has_seats:
+            yield f"{'next commit after':<28}{'times':>6}{'came':>6}{'p50 s':>8}{'p99 s':>8}{'max s':>8}"
+            struck = [fault for fault in self.faults if fault.struck is not None]
+            for name in sorted({f.kind.name for f in struck}):
+                yield _next_row(name, [f for f in struck if f.kind.name == name])
+            yield _next_row("all", struck)
         result = self.result()
         yield f"rounds committed   {result['rounds']}"
         yield f"goodput            {self.rate:.1f} offers/s, {self.reference_rate:.1f} without faults"
@@ -295,6 +374,7 @@ class Soak:
                     f"{first[2]} -> {last[2]} open files in {last[0] - first[0]:.0f} s"
                 )
         yield f"mismatches         {result['mismatches']}"
+        yield f"forks              {result['forks']}"
         yield f"hangs              {self.hangs}"
         yield f"ended by itself    {self.ended}"
         for name, n in sorted(self.not_harmed.items()):
@@ -306,11 +386,24 @@ class Soak:
         sys.stderr.flush()
 
 
+def _next_commit_figures(name: str, faults: list[Fault]) -> dict[str, float | None]:
+    times_s = sorted(f.next_commit_s for f in faults if f.next_commit_s is not None)
+    return {f"{name}_{q}_s": _quantile(times_s, at) for q, at in (("p50", 0.5), ("p99", 0.99), ("max", 1.0))}
+
+
 def _row(name: str, faults: list[Fault]) -> str:
-    times_s = sorted(f.recovery_s for f in faults if f.recovery_s is not None)
+    return _times_row(name, len(faults), [f.recovery_s for f in faults])
+
+
+def _next_row(name: str, faults: list[Fault]) -> str:
+    return _times_row(name, len(faults), [f.next_commit_s for f in faults])
+
+
+def _times_row(name: str, n: int, found_s: list[float | None]) -> str:
+    times_s = sorted(time_s for time_s in found_s if time_s is not None)
     quantiles = [_quantile(times_s, q) for q in (0.5, 0.99, 1.0)]
     shown = "".join(f"{'-' if q is None else f'{q:.1f}':>8}" for q in quantiles)
-    return f"{name:<28}{len(faults):>6}{len(times_s):>6}{shown}"
+    return f"{name:<28}{n:>6}{len(times_s):>6}{shown}"
 
 
 def _quantile(values: list[float], q: float) -> float | None:
@@ -330,9 +423,10 @@ def main() -> int:
     parser.add_argument("--peers", type=int, default=4, help="nodes (default 4)")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between faults (default 10)")
     parser.add_argument("--seed", type=int, default=1, help="chooses the faults (default 1)")
+    parser.add_argument("--seats", type=int, default=1, help="coordinators (default 1)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder, ExitStack() as stack:
         swarm = Swarm(
             Path(folder),
             options.peers,
@@ -341,7 +435,10 @@ def main() -> int:
             proxied=True,
             strings=True,
             work_s=WORK_S,
+            n_seats=options.seats,
         )
+        if options.seats > 1:
+            _make_disks(swarm, stack)
         sys.stderr.write(f"starting {options.peers} peers\n")
         with swarm:
             soak = Soak(swarm, options.seconds, options.every)
@@ -352,7 +449,17 @@ def main() -> int:
             sys.stderr.write("\n".join(soak.table()) + "\n")
             result = soak.result()
     sys.stdout.write(json.dumps(result) + "\n")
-    return int(any(result[what] for what in ("mismatches", "hangs", "ended")))
+    return int(any(result.get(what) for what in ("mismatches", "forks", "hangs", "ended", "never")))
+
+
+def _make_disks(swarm: Swarm, stack: ExitStack) -> None:
+    """For each coordinator, where this user may mount one."""
+    for one in swarm.coordinators.all:
+        try:
+            swarm.disks[one.number] = stack.enter_context(small_disk(one.state, DISK_BYTES))
+        except pytest.skip.Exception as e:
+            sys.stderr.write(f"no full disks: {e}\n")
+            return
 
 
 if __name__ == "__main__":
