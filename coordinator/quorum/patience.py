@@ -37,5 +37,8 @@ class Patience:
         self._heard_s[ballot] = now_s
         if len(self._heard_s) > _LEADERS:
             del self._heard_s[next(iter(self._heard_s))]
-        silence_s = min(now_s - last_s, _MOST * self._least_s / _TIMES)
+        silence_s = now_s - last_s
+        if silence_s > _MOST * self._least_s:
+            return  # of a machine that stood still or was cut off: no patience would have borne that
+        silence_s = min(silence_s, _MOST * self._least_s / _TIMES)
         self._longest_s = max(silence_s, _KEPT * self._longest_s)

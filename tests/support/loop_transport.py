@@ -112,8 +112,8 @@ class LoopTransport:
         reader, writer = await asyncio.open_connection(sock=sock)
         self._writers.append((peer_id, writer))
         handler = self._handlers.get(protocol)
-        if handler is None:
-            writer.transport.abort()
+        if handler is None or self._network.transports.get(self.peer_id) is not self:
+            writer.transport.abort()  # it may have been closed meanwhile: nobody would end the handler
             raise SwarmUnreachable(f"{self.peer_id} does not serve {protocol}")
         task = asyncio.create_task(self._serve(handler, peer_id, reader, writer))
         self._tasks.add(task)

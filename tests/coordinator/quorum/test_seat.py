@@ -456,9 +456,11 @@ def test_patience_grows_with_what_is_usual_and_comes_back() -> None:
     patience.heard(1, 0.0)
     patience.heard(1, 0.6)
     assert patience.s == 3.0
-    patience.heard(2, 100.0)  # another leader: what was between them says nothing
+    patience.heard(2, 92.0)  # another leader: what was between them says nothing
     assert patience.s == 3.0
-    patience.heard(1, 102.8)  # one who was given up speaks again
+    patience.heard(1, 100.0)  # one who stood still for longer than any patience: it says nothing either
+    assert patience.s == 3.0
+    patience.heard(2, 100.5)  # one who was given up speaks again
     assert patience.s == 9.0
     for beat in range(400):
         patience.heard(2, 100.5 + beat / 2)
