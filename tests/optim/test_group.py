@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,11 +26,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def run(scenario: str, world_size: int, folder: Path) -> list[Any]:
-    """What the ranks print, by rank."""
-    return run_ranks("tests.support.group_ranks", world_size, scenario, str(folder))
 
 
 def swarm_prints(name: str, world_size: int, steps: range) -> list[str]:
@@ -72,19 +66,22 @@ def local_work(strategy: Any, model: Any, turn: Any, rank: int, step: int) -> Pa
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, list[Any]]]:
-    folders = {n: tmp_path_factory.mktemp(f"ranks-{n}") for n in (2, 4)}
-    return {n: (folder, run("train", n, folder)) for n, folder in folders.items()}
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What came of the scenarios, by rank of four and by name; some are those of ranks 0 and 2 alone."""
+    return run_ranks("tests.support.group_ranks", [4], tmp_path_factory.mktemp("ranks"))[4]
+
+
+def of_group(results: list[dict[str, Any]], scenario: str) -> list[Any]:
+    """By rank of the group that went through it."""
+    return [result[scenario] for result in results if scenario in result]
 
 
 @pytest.mark.swarm
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_do_what_a_swarm_does(
-    name: str, world_size: int, trained: dict[int, tuple[Path, list[Any]]]
-) -> None:
-    by_rank = [result[name] for result in trained[world_size][1]]
-    assert all(prints == by_rank[0] for prints in by_rank)
+def test_ranks_do_what_a_swarm_does(name: str, world_size: int, results: list[dict[str, Any]]) -> None:
+    by_rank = [found[name] for found in of_group(results, f"train {world_size}")]
+    assert by_rank == [by_rank[0]] * world_size
     assert by_rank[0] == swarm_prints(name, world_size, range(1, 7))
     assert by_rank[0][-1] != by_rank[0][0]
 
@@ -92,19 +89,19 @@ def test_ranks_do_what_a_swarm_does(
 @pytest.mark.swarm
 @pytest.mark.parametrize(("saved_by", "loaded_by"), [(4, 2), (2, 4)])
 def test_a_state_goes_on_in_a_group_of_another_size(
-    saved_by: int, loaded_by: int, trained: dict[int, tuple[Path, list[Any]]]
+    saved_by: int, loaded_by: int, results: list[dict[str, Any]]
 ) -> None:
-    folder, before = trained[saved_by]
-    after = run("resume", loaded_by, folder)
+    before, after = of_group(results, f"train {saved_by}"), of_group(results, f"resume {loaded_by}")
+    assert len(after) == loaded_by
     for name in NAMES:
-        assert all(result[name] == after[0][name] for result in after)
+        assert all(found[name] == after[0][name] for found in after)
         assert after[0][name][0] == before[0][name][-1]
         assert after[0][name][-1] != after[0][name][0]
 
 
 @pytest.mark.swarm
-def test_a_loop_with_all_that_loops_do(tmp_path: Path) -> None:
-    first, second = run("loop", 2, tmp_path)
+def test_a_loop_with_all_that_loops_do(results: list[dict[str, Any]]) -> None:
+    first, second = of_group(results, "loop")
     assert first == second
     assert first["rates"] == pytest.approx([3e-3, 3e-3, 1.5e-3, 1.5e-3, 7.5e-4, 7.5e-4])
     assert len(set(first["prints"])) == 6
@@ -112,8 +109,8 @@ def test_a_loop_with_all_that_loops_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.swarm
-def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
-    first, second = run("refuse", 2, tmp_path)
+def test_what_cannot_work_is_refused_by_name(results: list[dict[str, Any]]) -> None:
+    first, second = (dict(said) for said in of_group(results, "refuse"))
     assert first.pop("rate").startswith("rank 1 has other parameters or options (is its learning rate the")
     assert second.pop("rate").startswith("rank 0 has other parameters or options (is its learning rate the")
     assert first == second
@@ -126,10 +123,10 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.swarm
-def test_groups_within_the_world_and_payloads_that_check_refuses(tmp_path: Path) -> None:
-    results = run("subgroup", 4, tmp_path)
-    assert results[0] == results[2] != results[1] == results[3]
-    assert [r["bad"] for r in results] == [0, 2, 0, 2]
+def test_groups_within_the_world_and_payloads_that_check_refuses(results: list[dict[str, Any]]) -> None:
+    of_pairs = of_group(results, "pairs")
+    assert of_pairs[0] == of_pairs[2] != of_pairs[1] == of_pairs[3]
+    assert [r["bad"] for r in of_pairs] == [0, 2, 0, 2]
 
 
 def test_without_a_process_group_it_says_what_to_do() -> None:

@@ -1,13 +1,12 @@
 """One rank of a node for parts/test_sharded.py: the same rounds on parameters that are sharded over ranks.
 
-python -m tests.shard_ranks RANK WORLD_SIZE FOLDER: reads FOLDER/rounds.json, prints what it did as JSON. With
-one rank nothing is sharded, and no process group is needed: that is what the others are compared with.
+See `rank_processes`. With one rank nothing is sharded, and no process group is needed: that is what the
+others are compared with.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -17,14 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
-from tests.support.rank_processes import join, leave
 from thinwire.compression import wire
 from thinwire.compression.base import Turn
 from thinwire.compression.fingerprint import fingerprint, parameter_sum
@@ -80,7 +72,7 @@ COMPRESSORS: dict[str, dict[str, Any]] = {
     "slicing": {"name": "slicing", "rate": 0.25, "bits": 16},
     "random_k": {"name": "random_k", "rate": 0.25},
 }
-N_ROUNDS = 5
+N_ROUNDS = 4
 LAYOUT = wire.layout_hash(b"sharded")
 ROWS, TOKENS, WORDS = 6, 5, 13
 
@@ -231,6 +223,8 @@ def train(name: str, rounds: list[list[str]], rank: int, world_size: int) -> dic
 
 def moved(strategy: Strategy, config: dict[str, Any], model: nn.Module) -> Strategy:
     """Another one that goes on from its state, which torch's own tools have moved."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
     successor = build_strategy(config, model.named_parameters())
     successor.load_state_dict(strategy.state_dict())
     last = build_strategy(config, model.named_parameters())
@@ -242,6 +236,13 @@ def moved(strategy: Strategy, config: dict[str, Any], model: nn.Module) -> Strat
 def through_tools(folder: Path, rank: int, world_size: int) -> dict[str, bool]:
     """Whether a strategy's state is the same on this rank when a distributed checkpoint has held it, and when
     rank after rank has had the whole of it."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
     model = built(world_size)
     strategy = build_strategy(STRATEGIES["adamw"], model.named_parameters())
     turn = turn_of(1)
@@ -312,12 +313,17 @@ def collectives(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def main(rank: int, world_size: int, folder: Path) -> None:
-    join(folder / "store", rank, world_size)
-    found = results(json.loads((folder / "rounds.json").read_text()), rank, world_size)
-    found |= {"collectives": collectives(GroupRanks()), "tools": through_tools(folder, rank, world_size)}
-    leave(found, folder / "ends", rank, world_size)
+def load() -> dict[str, list[list[str]]]:
+    """The rounds that all go through."""
+    import torch.distributed.checkpoint.state_dict
+    import torch.distributed.fsdp  # noqa: F401
+
+    return {name: recorded(name) for name in STRATEGIES}
 
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+def work(rounds: dict[str, list[list[str]]], rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    found = results(rounds, rank, world_size)
+    if world_size > 1:
+        tools = through_tools(folder / f"tools-{world_size}", rank, world_size)
+        found |= {"collectives": collectives(GroupRanks()), "tools": tools}
+    return found

@@ -3,8 +3,6 @@ many there are, but for the rounding of its gradients."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,37 +19,25 @@ from thinwire.optim.parts.ranks import ALONE, local_of, parts_of, ranks_of, refu
 
 STRATEGIES, COMPRESSORS = list(ranks.STRATEGIES), list(ranks.COMPRESSORS)
 CHECKSUM_BYTES = 8
+pytestmark = pytest.mark.timeout(240)  # one test waits for all ranks
 
 
 @pytest.fixture(scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What the ranks of a node did, by how many they are and by rank."""
+    return run_ranks("tests.support.shard_ranks", [1, 2, 3], tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.fixture(scope="module")
-def rounds(_one_thread: None) -> dict[str, list[list[str]]]:
-    return {name: ranks.recorded(name) for name in STRATEGIES}
+@pytest.fixture
+def unsharded(worlds: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    return worlds[1][0]
 
 
-@pytest.fixture(scope="module")
-def unsharded(rounds: dict[str, list[list[str]]]) -> dict[str, Any]:
-    found: dict[str, Any] = ranks.results(rounds, 0, 1)
+@pytest.fixture(params=[2, 3])
+def sharded(request: pytest.FixtureRequest, worlds: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    found = worlds[request.param]
+    assert len(found) == request.param
     return found
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def sharded(
-    request: pytest.FixtureRequest,
-    rounds: dict[str, list[list[str]]],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> list[dict[str, Any]]:
-    """What the ranks of a node did, by rank."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "rounds.json").write_text(json.dumps(rounds))
-    return run_ranks("tests.support.shard_ranks", request.param, str(folder))
 
 
 @pytest.mark.swarm
