@@ -13,7 +13,7 @@ from tests.chaos.harness import Swarm
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
 
-ROUNDS = 300
+ROUNDS = 200
 SETTINGS = {
     "run.rounds": ROUNDS,
     # The built-in task this time: the text that comes with Python, and a small transformer.

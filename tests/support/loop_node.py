@@ -21,6 +21,7 @@ from thinwire.node.loop.api import join
 
 def main(ticket: str, state: str, batch_s: float) -> None:
     """The same seed on every node, as in most scripts: each of them trains on other batches even so."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = [{name: values[0] for name, values in batch.items()} for batch in examples(1, n=64)]
     loader = DataLoader(rows, batch_size=8, shuffle=True)

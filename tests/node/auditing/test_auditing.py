@@ -101,7 +101,7 @@ def n_audits(runners: Sequence[Runner], result: str) -> int:
 def test_a_peer_that_turns_its_payloads_is_condemned(
     tmp_path: Path, name: str, meddle: Callable[[Runner], object]
 ) -> None:
-    results, runners = trained(tmp_path, audited_config(STRATEGIES[name], 40), meddle)
+    results, runners = trained(tmp_path, audited_config(STRATEGIES[name], 24), meddle)
     standing = runners[0].replica.standing
     passed, failed = zip(*(standing.audited(peer) for peer in range(N_PEERS)), strict=True)
     assert standing.is_condemned(BAD)
@@ -118,7 +118,7 @@ def test_a_peer_that_turns_its_payloads_is_condemned(
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_honest_peers_stay(tmp_path: Path, name: str) -> None:
     """And with audits all replicas have the same bits as without."""
-    config = audited_config(STRATEGIES[name], 20)
+    config = audited_config(STRATEGIES[name], 14)
     results, runners = trained(tmp_path / "audited", config, None)
     standing = runners[0].replica.standing
     assert sum(standing.audited(peer)[0] for peer in range(N_PEERS)) > 0

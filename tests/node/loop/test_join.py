@@ -17,6 +17,7 @@ import torch
 from tests.support.loop_nodes import STRATEGIES, Net, examples, loss_of
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
+from tests.support.zygote import Forked, zygote
 from thinwire.compression.errors import ConfigError, Incompatible
 from thinwire.node.loop.api import host, join, load_weights
 from thinwire.node.system.processes import PARENT_VARIABLE
@@ -27,10 +28,17 @@ class Loop:
 
     def __init__(self, folder: Path, name: str, ticket: str) -> None:
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
-        command = [sys.executable, "-m", "tests.support.loop_node", ticket, str(folder / name), "0.01"]
-        env = {**os.environ, PARENT_VARIABLE: str(os.getpid()), "OMP_NUM_THREADS": "1"}
+        self.process = self._start([ticket, str(folder / name), "0.01"])
+
+    def _start(self, args: list[str]) -> subprocess.Popen[bytes] | Forked:
+        module, forker = "tests.support.loop_node", zygote()
+        if forker is not None:
+            env = {**os.environ, PARENT_VARIABLE: str(forker.pid)}
+            return forker.start(args, cwd=ROOT, env=env, out=self.out, err=self.err, module=module)
+        env = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
         with self.out.open("wb") as out, self.err.open("wb") as err:
-            self.process = subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT, env=env)
+            command = [sys.executable, "-m", module, *args]
+            return subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT, env=env)
 
     @property
     def lines(self) -> list[dict[str, Any]]:

@@ -117,25 +117,27 @@ def test_identities_that_never_worked_change_nobody(tmp_path: Path, caplog: pyte
 def test_a_majority_that_is_wrong_changes_no_honest_node(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Four against three attest snapshots of a wrong replica: the honest nodes go by their own replay."""
-    options = {"min_peers": 7, "verify_every": 2, "snapshot_every": 4, "eval_every": 100}
-    config = config_of(STRATEGIES["decoupled"], rounds=24, **options)
+    """Three against two attest snapshots of a wrong replica: the honest nodes go by their own replay."""
+    options = {"min_peers": 5, "verify_every": 2, "snapshot_every": 4, "eval_every": 100}
+    config = config_of(STRATEGIES["decoupled"], rounds=16, **options)
     with swarm_of(tmp_path / "swarm", config) as swarm:
-        bad = [bad_node(swarm, f"bad-{i}", 5) for i in range(4)]
-        honest = [Runner(swarm.link(f"peer-{i}"), folder=tmp_path / f"peer-{i}") for i in range(3)]
+        bad = [bad_node(swarm, f"bad-{i}", 5) for i in range(3)]
+        honest = [Runner(swarm.link(f"peer-{i}"), folder=tmp_path / f"peer-{i}") for i in range(2)]
         admit(*bad, *honest)
         results = run_all([*bad, *honest])
         attested = honest[0].prepared.history.snapshots.attested()
         bad_peers = {i for i, name in honest[0].prepared.history.peers.items() if name.startswith("bad")}
-    assert [r.rounds for r in results] == [24] * 7
-    wrong, right = {r.fingerprint for r in results[:4]}, {r.fingerprint for r in results[4:]}
+    assert [r.rounds for r in results] == [16] * 5
+    wrong, right = {r.fingerprint for r in results[:3]}, {r.fingerprint for r in results[3:]}
     assert len(wrong) == len(right) == 1
     assert wrong != right
-    assert attested
-    assert all(set(a.peers) == bad_peers for a in attested), "the poisoned ones are those that are attested"
+    assert any(a.round > 5 for a in attested)
+    assert all(set(a.peers) == bad_peers for a in attested if a.round > 5), (
+        "the poisoned ones are those that are attested"
+    )
     assert texts(caplog, "healed by replaying") == []
-    assert len(texts(caplog, "this replica is right")) >= 3
-    assert texts(caplog, "since round 6 the replica of bad-0, bad-1, bad-2, bad-3 is not what this node has")
+    assert len(texts(caplog, "this replica is right")) >= 2
+    assert texts(caplog, "since round 6 the replica of bad-0, bad-1, bad-2 is not what this node has")
 
 
 def poisoned(
@@ -144,15 +146,15 @@ def poisoned(
     until: Callable[[], object],
     other: Callable[[LocalSwarm, str, int, Meddling], Runner] = bad_node,
 ) -> tuple[list[Result], Result]:
-    """Four of seven attest a wrong snapshot after round 16, the only one so far; then one more node joins.
-    The run goes on when it is prepared and `until` is true. The results of the three honest ones, and its
-    own."""
-    options = {"min_peers": 7, "verify_every": 4, "snapshot_every": 16, "eval_every": 100}
-    config = config_of(STRATEGIES["decoupled-dense"], rounds=31, **options)
+    """Three of five attest a wrong snapshot after round 8, the only one so far; then one more node joins.
+    The run goes on when it is prepared and `until` is true. The results of the two honest ones, and its own.
+    """
+    options = {"min_peers": 5, "verify_every": 4, "snapshot_every": 8, "eval_every": 100}
+    config = config_of(STRATEGIES["decoupled-dense"], rounds=15, **options)
     with swarm_of(tmp_path / "swarm", config) as swarm:
-        held = Held(swarm, 16)
-        nodes = [other(swarm, f"bad-{i}", 5, held.meddling(31) if i == 0 else {}) for i in range(4)]
-        honest = [Runner(swarm.link(f"peer-{i}")) for i in range(3)]
+        held = Held(swarm, 8)
+        nodes = [other(swarm, f"bad-{i}", 5, held.meddling(15) if i == 0 else {}) for i in range(3)]
+        honest = [Runner(swarm.link(f"peer-{i}")) for i in range(2)]
         admit(*nodes, *honest)
         thread, results = in_background([*nodes, *honest])
         held.wait()
@@ -171,7 +173,7 @@ def poisoned(
             held.release()
             thread.join(100)
             late_thread.join(100)
-    return results[4:], late_results[0]
+    return results[3:], late_results[0]
 
 
 def test_a_poisoned_snapshot_is_found_out_while_the_node_trains(
@@ -180,7 +182,7 @@ def test_a_poisoned_snapshot_is_found_out_while_the_node_trains(
     honest, late = poisoned(tmp_path, "background", lambda: has_replayed(caplog))
     assert {r.fingerprint for r in honest} == {late.fingerprint}
     (said,) = texts(caplog, "one that this node has not verified")
-    assert "takes the word of bad-0, bad-1, bad-2, bad-3 for it" in said
+    assert "takes the word of bad-0, bad-1, bad-2 for it" in said
     assert len(refuted(caplog)) == 1
 
 
@@ -191,7 +193,7 @@ def has_replayed(caplog: pytest.LogCaptureFixture) -> bool:
 
 
 def refuted(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return texts(caplog, "the snapshot after round 16 is wrong: a replay of the ledger gave something else")
+    return texts(caplog, "the snapshot after round 8 is wrong: a replay of the ledger gave something else")
 
 
 def test_who_verifies_first_never_begins_at_a_poisoned_snapshot(
@@ -207,8 +209,8 @@ def test_an_honest_snapshot_is_verified_and_so_is_what_it_has_led_to(
 ) -> None:
     honest, late = poisoned(tmp_path, "background", lambda: has_replayed(caplog), good_node)
     assert {r.fingerprint for r in honest} == {late.fingerprint}
-    assert len(texts(caplog, "the snapshot after round 16 is verified")) == 1
-    assert marks(tmp_path / "late") == {16: True, 31: True}
+    assert len(texts(caplog, "the snapshot after round 8 is verified")) == 1
+    assert marks(tmp_path / "late") == {8: True, 15: True}
 
 
 def test_what_began_on_others_word_is_not_verified_across_restarts(
