@@ -184,7 +184,9 @@ def test_a_coordinator_that_follows_does_not_say_who_is_connected() -> None:
     assert state in seats_of(A)
     told = seats_of(B)
     assert f" {state} " not in told
-    assert "12D3KooW..ijklmn follows, at round 9; 12D3KooW..jklmno leads. It knows the ledger, and not" in told
+    assert (
+        "12D3KooW..ijklmn follows, at round 9; 12D3KooW..jklmno leads. It knows the ledger, and not" in told
+    )
 
 
 def test_a_single_coordinator_is_not_made_much_of() -> None:
