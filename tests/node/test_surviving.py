@@ -109,17 +109,19 @@ def test_a_node_goes_by_the_index_that_a_record_gives_it(tmp_path: Path) -> None
         link.open = entered  # type: ignore[method-assign]
         return Runner(link)
 
-    with swarm_of(tmp_path, config) as swarm:
+    with swarm_of(tmp_path, config, lose=lambda peer, round: (peer, round) == ("peer-0", 3)) as swarm:
         runners = [runner("peer-0"), runner("peer-1")]
         results = run_all(runners)
         status = swarm.call(lambda service, now_s: service.status(now_s))
-    assert given == {peer["peer_id"]: 1 - i for i, peer in enumerate(status["peers"])}
+    index = {peer["peer_id"]: i for i, peer in enumerate(status["peers"])}
+    assert given == {peer: 1 - i for peer, i in index.items()}
+    assert {r.link.peer_id: r.prepared.peer_index for r in runners} == index
     assert [r.counted for r in results] == [
         next(peer["offers_counted"] for peer in status["peers"] if peer["peer_id"] == r.link.peer_id)
         for r in runners
     ]
     assert len({r.fingerprint for r in results}) == 1
-    assert all(r.missed == 0 for r in results)
+    assert [r.missed for r in results] == [1, 0]
 
 
 def test_a_node_goes_on_from_its_own_disk_with_its_momentum(
