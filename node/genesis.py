@@ -125,7 +125,10 @@ def in_dtype(model: nn.Module, config: RunConfig) -> nn.Module:
 def public_config(config: RunConfig, task: Task, recorded: RunConfig | None = None) -> RunConfig:
     """What goes into record 0: defaults spelled out, and no path of the coordinator's machine. `recorded`:
     of a run that is gone on with, whose record 0 may be older than some options."""
-    strategy = of_new_run(config.strategy, None if recorded is None else recorded.strategy)
+    said = config.strategy
+    if recorded is None and config.admission.mode != "open":
+        said = {"own_data_share": 0.0, **said}  # who comes in is known
+    strategy = of_new_run(said, None if recorded is None else recorded.strategy)
     if isinstance(task, Pretrained):
         options = task.public(config.task)
     else:

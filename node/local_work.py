@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import Final
 
 import torch
 
-from ..compression.base import Turn
+from ..compression.base import Payload, Turn
 from ..compression.errors import ConfigError
 from ..optim.auditing.evidence import Evidence
 from ..optim.base import Allotment, Closure
 from .auditing.earlier import Earlier
 from .phases import Stopwatch, time_compressor
 from .precision import Precision, autocast
-from .replica import Replica, data_seed, shared_seed
+from .replica import Replica, data_seed
 from .tasks.base import Task, device_of
-
-SHARED_BATCHES: Final = 4
-"""Of the run's text, in an audit of an offer that was made from other data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,33 +103,27 @@ class LocalWork:
         return worked
 
     def audit(
-        self, data: bytes, at: Earlier, peer_id: str, n_samples: int, shared: bytes | None = None
-    ) -> Evidence | None:
-        """What speaks for a counted offer of a peer, whose work is done again at the weights that it had.
+        self, payloads: Mapping[str, Payload], at: Earlier, seed: Callable[[int], int], n_batches: int
+    ) -> list[Evidence | None]:
+        """What speaks for payloads of a round, at the weights that they were made from, in their order.
 
-        `data`: its payload's bytes; `at`: the offer's round; `shared`: it is compared with batches that are
-        drawn from these bytes, not with the peer's own. None: that cannot be told, as on a node of several
-        ranks. Nothing changes, local state and the global generators included. Raises BadPayload for a
-        payload that was left out.
+        `payloads`: by the peer whose work each is; `seed`: of the batches that they are compared with, by
+        number; `n_batches`: that are enough. None: that cannot be told, as on a node of several ranks.
+        Nothing changes, local state and the global generators included.
         """
-        replica, model = self._replica, self._replica.model
+        model, strategy = self._replica.model, self._replica.strategy
         if self._split:
-            return None
-        turn = at.turn_of(peer_id)
-        payload = replica.decode(data, turn)
-        if shared is None:
-            n_batches = -(-n_samples // self.task.n_samples)
-            seeds = (data_seed(replica.run_id, turn.round, peer_id, i) for i in count())
-        else:
-            n_batches, seeds = SHARED_BATCHES, (shared_seed(shared, i) for i in count())
+            return [None] * len(payloads)
+        numbers = count()
 
         def draw() -> Closure:
-            return self._in_precision(self.task.draw(model, next(seeds)))
+            return self._in_precision(self.task.draw(model, seed(next(numbers))))
 
+        turns = [at.turn_of(peer_id) for peer_id in payloads]
         model.eval()  # dropout would take from the global generators, norms would count a batch twice
         try:
             with at.in_place():
-                return replica.strategy.audit(payload, draw, turn, n_batches)
+                return strategy.audit(list(payloads.values()), draw, turns, n_batches)
         finally:
             self._set_mode()
 

@@ -366,14 +366,17 @@ class Strategy(torch.optim.Optimizer):
         for r in rounds:
             self.apply(r.shares, r.turn, r.own)
 
-    def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
-        """What speaks for another peer's offer, whose work is done again; None: that cannot be told.
+    def audit(
+        self, payloads: Sequence[Payload], draw: Draw, turns: Sequence[Turn], n_batches: int
+    ) -> list[Evidence | None]:
+        """What speaks for offers of one round when their work is done again; None: that cannot be told.
 
-        `payload`: as it came through `check`; `draw`: takes that peer's batches of the round, `n_batches` of
-        which it says it had; `turn`: of the round, with that peer's own seed. The model is in eval mode, with
-        the parameters as they were before or after that round. Changes nothing, local state included.
+        `payloads`: as they came through `check`, all compared with the same work where that can be; `draw`:
+        takes batches, of which `n_batches` are enough; `turns`: of the round, with the seeds of the payloads'
+        peers. The model is in eval mode, with the parameters as they were before that round. Changes nothing,
+        local state included.
         """
-        return None
+        return [None] * len(payloads)
 
     def scores(self, payloads: Sequence[Payload], turn: Turn) -> list[float] | None:
         """How far each of a round's payloads points where the others do, from -1 to 1; they came through

@@ -42,7 +42,7 @@ from .parts.residual import Residual, refuse_other_packing
 from .parts.sender_mean import decode_sender_mean
 from .parts.updating import updating
 from .robust.means import BY_COORDINATE, decode_mean
-from .robust.options import BoundedOptions
+from .robust.options import NEW_RUNS, BoundedOptions
 from .robust.weights import weighed
 
 
@@ -121,7 +121,7 @@ class Decoupled(Strategy):
         batches=("accumulate", "replicate_every"),
         batches_per_step=("accumulate",),
         changeable=("lr", "weight_decay", "max_grad_norm", "clip", "bound", "own_data_share"),
-        in_runs={"bound": 2.0},
+        in_runs=NEW_RUNS,
         small_model={"lr": 3e-3, "beta": 0.95},
         known_updates={
             "sign update": KnownUpdate(TESTED, 0x8EDBFF4D3FB665AA),
@@ -270,9 +270,11 @@ class Decoupled(Strategy):
             factor *= self.option("beta")
         return factor
 
-    def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
+    def audit(
+        self, payloads: Sequence[Payload], draw: Draw, turns: Sequence[Turn], n_batches: int
+    ) -> list[Evidence | None]:
         """Against the gradient: of a momentum its fast part is sent, and that is mostly what is new."""
-        return gradient_evidence(self, self.compressor, payload, draw, turn, n_batches)
+        return gradient_evidence(self, self.compressor, payloads, draw, turns[0], n_batches)
 
     def scores(self, payloads: Sequence[Payload], turn: Turn) -> list[float] | None:
         return mean_cosines(self.compressor, self.parameters_in_order(), payloads, turn, turn.round)

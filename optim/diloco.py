@@ -39,7 +39,7 @@ from ..compression.base import Compressor, Fields, Payload, Turn
 from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.kernels import use_numba
-from .auditing.evidence import Evidence
+from .auditing.evidence import Evidence, excused
 from .auditing.gradients import compared, no_gradients
 from .auditing.scores import mean_cosines
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
@@ -53,7 +53,7 @@ from .parts.packing import pack_all
 from .parts.residual import Residual, refuse_other_packing
 from .parts.updating import updating
 from .robust.means import decode_mean
-from .robust.options import BoundedOptions
+from .robust.options import NEW_RUNS, BoundedOptions
 from .robust.weights import weighed
 
 INNER: Final[dict[str, Any]] = {"name": "AdamW", "betas": [0.9, 0.95]}
@@ -139,7 +139,7 @@ class Diloco(Strategy):
         fitted="inner_steps",
         seconds="max_seconds",
         changeable=("lr", "weight_decay", "max_grad_norm", "outer_lr", "clip", "bound", "own_data_share"),
-        in_runs={"bound": 2.0},
+        in_runs=NEW_RUNS,
         small_model={"lr": 1e-3},
         # The first inner optimizer of torch's, made to check its options, takes a second to load.
         known_updates={
@@ -330,19 +330,35 @@ class Diloco(Strategy):
             factor *= self.option("feedback_decay")
         return factor
 
-    def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
+    def audit(
+        self, payloads: Sequence[Payload], draw: Draw, turns: Sequence[Turn], n_batches: int
+    ) -> list[Evidence | None]:
         """Against inner steps from the outer parameters, by an inner optimizer that begins: as far as the
-        payload goes, the peer's own that has a past has gone the same way."""
+        payload goes, a peer's own that has a past has gone the same way. It mostly has: where steps overshoot
+        and rounds are short, its past decides. So what does not pass is compared with steps of an inner
+        optimizer that has this replica's past, too, and passes if it passes there."""
         if self._phase.is_inside:
-            return None
+            return [None] * len(payloads)
+        closures = [draw() for _ in range(max(1, min(n_batches, self.most_batches)))]
+        found = self._compared(payloads, closures, turns[0], with_past=False)
+        if all(e is None or e.passed for e in found):
+            return found
+        again = self._compared(payloads, closures, turns[0], with_past=True)
+        return [excused(*both) for both in zip(found, again, strict=True)]
+
+    def _compared(
+        self, payloads: Sequence[Payload], closures: Sequence[Closure], turn: Turn, with_past: bool
+    ) -> list[Evidence | None]:
+        """With a step for each closure."""
         fragment, its_turn = self._fragment(turn)
-        with no_gradients(self), self._phase.fresh():
-            for _ in range(max(1, min(n_batches, self.most_batches))):
+        with no_gradients(self), self._phase.fresh(with_past):
+            for closure in closures:
                 self.zero_grad(set_to_none=True)
-                self._phase.step(backward(draw(), self.ranks), turn.lr_factor)
-            return compared(
-                self.compressor, fragment, payload, its_turn, lambda p: self._phase.moved(p).clone()
-            )
+                self._phase.step(backward(closure, self.ranks), turn.lr_factor)
+            return [
+                compared(self.compressor, fragment, payload, its_turn, lambda p: self._phase.moved(p).clone())
+                for payload in payloads
+            ]
 
     def scores(self, payloads: Sequence[Payload], turn: Turn) -> list[float] | None:
         fragment, its_turn = self._fragment(turn)

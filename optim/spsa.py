@@ -39,7 +39,7 @@ from .parts.perturb import Direction, NotSubstituted, dry_run, evaluated
 from .parts.subset import selected
 from .parts.updating import updating
 from .robust.means import BY_COORDINATE, statistic
-from .robust.options import BoundedOptions
+from .robust.options import NEW_RUNS, BoundedOptions
 
 CODES = "codes"
 """The one entry of a payload: uint8 codes, in the order of the probes."""
@@ -110,7 +110,7 @@ class Spsa(Strategy):
         batches=("probes",),
         fitted="probes",
         changeable=("lr", "weight_decay", "eps", "clip", "bound", "own_data_share"),
-        in_runs={"bound": 2.0, "clip": 4.0, "max_probes": SameAs("probes")},
+        in_runs={**NEW_RUNS, "clip": 4.0, "max_probes": SameAs("probes")},
         small_model={"lr": 1e-2},
         known_updates={"spsa update": KnownUpdate({"lr": 0.01, "weight_decay": 0.1}, 0x1D9C86B3E81B2A0E)},
     )
@@ -146,8 +146,13 @@ class Spsa(Strategy):
         codes = [byte_code.encode(g, int(word)) for g, word in zip(gradients, words, strict=True)]
         return {CODES: (torch.tensor(codes, dtype=torch.uint8),)}
 
-    def audit(self, payload: Payload, draw: Draw, turn: Turn, n_batches: int) -> Evidence | None:
-        """The same probes once more, as many as a round of this run has."""
+    def audit(
+        self, payloads: Sequence[Payload], draw: Draw, turns: Sequence[Turn], n_batches: int
+    ) -> list[Evidence | None]:
+        """The same probes once more, as many as a round of this run has; each payload has its own."""
+        return [self._evidence(p, draw, turn) for p, turn in zip(payloads, turns, strict=True)]
+
+    def _evidence(self, payload: Payload, draw: Draw, turn: Turn) -> Evidence | None:
         codes = payload[CODES][0].tolist()[: self.most_batches]
         pairs = self._pairs(draw, turn, max(1, len(codes)))
         again = [(plus - minus) / (2 * self.option("eps")) for plus, minus in pairs]
@@ -292,7 +297,8 @@ class Spsa(Strategy):
         middle_S = [clip_limit(sizes, 1.0) for sizes in sizes_S]
         limit = self.option("clip") * lower_median(middle_S, shares)
         n_S = [float(len(sizes)) for sizes in sizes_S]
-        weight_S = work_weights(n_S, shares, self.option("own_data_share"))
+        own_data = self.option("own_data_share"), self.option("own_data_alone")
+        weight_S = work_weights(n_S, shares, *own_data)
         factor_S = [w / n if n else 0.0 for w, n in zip(weight_S, n_S, strict=True)]
         clipped = [p.with_g(min(max(p.g, -limit), limit)) for p in counted]
         norm_S, kept_S = [total(sizes) for sizes in sizes_S], [0.0] * len(shares)

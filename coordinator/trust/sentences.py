@@ -56,6 +56,7 @@ class Sentences:
         last = self._standing.condemned_until(peer)
         return (
             f"other peers have done this node's work again and found that its offers are not what that work "
-            f"gives: up to round {last} they do not count, then they are taken again. Look for other data or "
-            f"another version of the task than the run's, or for broken memory (thinwire doctor)"
+            f"gives, or undo it: up to round {last} they do not count, then they are taken again. Look for "
+            f"other data or another version of the task than the run's, or for broken memory (thinwire "
+            f"doctor)"
         )

@@ -9,13 +9,13 @@ from contextlib import suppress
 
 from ...compression.base import Payload
 from ...compression.errors import BadPayload, SwarmUnreachable
-from ...coordinator.protocol.messages import Commit, OfferEntry, Verdict
+from ...coordinator.protocol.messages import Commit, Verdict
 from ...coordinator.protocol.trust.audits import payload_digest, signed_bytes
 from ...coordinator.protocol.trust.drawing import MIN_AUDITORS, Draw
-from ...optim.auditing.evidence import Evidence
 from ..preparing import PreparedRun
 from ..tracking.observer import Observer
 from .earlier import Earlier
+from .findings import Findings, Found
 from .scores import Scores
 
 log = logging.getLogger("thinwire.node")
@@ -55,6 +55,8 @@ class Auditor:
     def applied(self, commit: Commit) -> None:
         """The replica is after this commit now, whose offers are audited next."""
         self._commit = commit
+        if self._earlier is not None and self._earlier.round != commit.body.round:
+            self.forget()
 
     def forget(self) -> None:
         """The replica was moved to another round: what is due was to be done at weights that may be wrong."""
@@ -65,9 +67,11 @@ class Auditor:
         """All that is due. It takes about the time of a round's local work for each."""
         self._score()
         due, self._due = self._due, ()
-        for draw in due:
-            self._audit(draw.target)
-        self._earlier = None
+        earlier, self._earlier = self._earlier, None
+        if earlier is not None and self._commit is not None:
+            findings = Findings(self._run, self._commit, earlier, self._scores.is_suspect)
+            for draw in due:
+                self._audit(draw, findings)
 
     def _skip(self, n: int) -> None:
         for _ in range(n):
@@ -89,77 +93,34 @@ class Auditor:
             self._has_scores = scores is not None
             self._scores.add(dict(zip(found, scores or (), strict=False)))
 
-    def _audit(self, target: int) -> None:
+    def _audit(self, draw: Draw, findings: Findings) -> None:
         assert self._commit is not None
-        run, round_ = self._run, self._commit.body.round
+        run, round_, target = self._run, self._commit.body.round, draw.target
         offer = next(o for o in self._commit.body.offers if o.peer == target)
-        verdict = self._verdict(offer, round_)
-        self._observer.audited("skipped" if verdict is None else verdict.value)
-        if verdict is not None:
-            target_id = run.history.peers[target]
-            claim = signed_bytes(run.link.run_id, round_, target_id, payload_digest(offer), verdict)
-            run.link.audit(round_, target, verdict, claim)
+        found = _found(findings, draw, round_)
+        self._observer.audited("skipped" if found is None else found.verdict.value)
+        if found is None:
+            return
+        target_id = run.history.peers[target]
+        if found.verdict == Verdict.FAILED:
+            log.warning(
+                "round %d: the offer of %s fails: %s. This node reports that; a peer that fails too often "
+                "weighs nothing any more",
+                *(round_, target_id, found.why),
+            )
+        claim = signed_bytes(run.link.run_id, round_, target_id, payload_digest(offer), found.verdict)
+        run.link.audit(round_, target, found.verdict, claim)
 
-    def _verdict(self, offer: OfferEntry, round_: int) -> Verdict | None:
-        """None: nothing can be said."""
-        if offer.own_data:
-            return None
-        try:
-            return self._found(offer, round_)
-        except BadPayload as e:
-            return self._tell(offer, round_, str(e))
-        except SwarmUnreachable as e:
-            log.info("round %d: no audit of peer %d, its payload cannot be had: %s", round_, offer.peer, e)
-        except Exception:
-            log.exception("round %d: the work of peer %d cannot be done again", round_, offer.peer)
-        return None
 
-    def _found(self, offer: OfferEntry, round_: int) -> Verdict | None:
-        data = self._run.link.payload(offer)
-        evidence = self._evidence(data, offer, round_)
-        if evidence is None:
-            return None
-        if not evidence.passed:
-            if not self._is_clear(round_):
-                return None
-            words = f"agreement {evidence.agreement:.3f}, at least {evidence.limit:.3f} expected"
-            return self._tell(offer, round_, words)
-        for twin in self._twins(offer):
-            theirs = self._evidence(data, twin, round_)
-            if theirs is not None and theirs.agreement > evidence.agreement:
-                return self._tell(offer, round_, f"it is the payload of peer {twin.peer}, whose work it is")
-        return Verdict.PASSED
-
-    def _is_clear(self, round_: int) -> bool:
-        """Whether this node's own offer of that round, which was honest, shows what work comes to."""
-        assert self._commit is not None
-        own = next((o for o in self._commit.body.offers if o.peer == self._run.peer_index), None)
-        if own is None or own.n_samples == 0:
-            return False
-        evidence = self._evidence(self._run.link.payload(own), own, round_)
-        return evidence is not None and evidence.is_clear
-
-    def _evidence(self, data: bytes, offer: OfferEntry, round_: int) -> Evidence | None:
-        """What speaks for these bytes as the work of the offer's peer."""
-        assert self._earlier is not None
-        peer_id = self._run.history.peers[offer.peer]
-        return self._run.work.audit(data, self._earlier, peer_id, offer.n_samples)
-
-    def _twins(self, offer: OfferEntry) -> list[OfferEntry]:
-        """Other peers' offers of the very same payload."""
-        assert self._commit is not None
-        digest = payload_digest(offer)
-        others = [o for o in self._commit.body.offers if o.peer != offer.peer and o.n_samples > 0]
-        return [o for o in others if payload_digest(o) == digest]
-
-    def _tell(self, offer: OfferEntry, round_: int, why: str) -> Verdict:
-        peer_id = self._run.history.peers[offer.peer]
-        log.warning(
-            "round %d: the offer of %s is not what its work comes to when it is done again: %s. This node "
-            "reports that; one that fails too often weighs nothing any more",
-            *(round_, peer_id, why),
-        )
-        return Verdict.FAILED
+def _found(findings: Findings, draw: Draw, round_: int) -> Found | None:
+    """None: nothing can be said."""
+    try:
+        return findings.of(draw)
+    except SwarmUnreachable as e:
+        log.info("round %d: no audit of peer %d, a payload cannot be had: %s", round_, draw.target, e)
+    except Exception:
+        log.exception("round %d: the work of peer %d cannot be done again", round_, draw.target)
+    return None
 
 
 def _has_audits(run: PreparedRun) -> bool:

@@ -341,6 +341,7 @@ class Bench:
                 "memory",
                 "ray",
                 "attacks",
+                "audits",
                 "all",
             ]
         ],
@@ -348,8 +349,8 @@ class Bench:
     ]
     """noise (SPSA), decoupled and diloco (pack, decode, update), peers (1 to 256 payloads), round (8 peers on
     loopback), join (process to first offer, catching up), wire (bits per coefficient), memory (of a rank of a
-    sharded node), ray (round of 4 actors on a Ray cluster of its own), attacks (what bad peers do to a swarm,
-    with options of its own), or all, but for ray and attacks."""
+    sharded node), ray (round of 4 actors on a Ray cluster of its own), attacks (what bad peers do to a
+    swarm), audits (how often honest peers fail theirs), or all, but for the last three."""
     params: Annotated[str | None, arg(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
@@ -362,25 +363,25 @@ class Bench:
     seats: Annotated[int | None, arg(metavar="N")] = None
     """round: with so many coordinators, 1 or 3, over links of 0, 50 and 150 ms, inline and 1 MB payloads."""
     strategies: Annotated[str | None, arg(metavar="NAME,...")] = None
-    """attacks: which rows, e.g. decoupled,spsa. Default: all."""
+    """attacks, audits: which rows, e.g. decoupled,spsa. Default: all."""
     attacks: Annotated[str | None, arg(metavar="NAME,...")] = None
     """attacks: which rows, e.g. flipped,scaled-1e3. Default: all."""
     rounds: Annotated[int, arg(metavar="N")] = 80
-    """attacks: of each swarm."""
+    """attacks, audits: of each swarm."""
     seeds: Annotated[int, arg(metavar="N")] = 1
-    """attacks: swarms of each row, whose losses are averaged."""
+    """attacks, audits: swarms of each row, whose losses are averaged, or audits counted."""
     honest: Annotated[int, arg(metavar="N")] = 3
-    """attacks: honest peers."""
+    """attacks, audits: honest peers with the run's text."""
     bad: Annotated[int, arg(metavar="N")] = 1
-    """attacks: bad peers."""
+    """attacks: bad peers; audits: honest ones, with other data in every second row."""
     set: UseAppendAction[tuple[str, ...]] = ()
-    """attacks: section.key=value of the run, e.g. strategy.bound=0; may be repeated."""
+    """attacks, audits: section.key=value of the run, e.g. strategy.bound=0; may be repeated."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
         from ..bench.command import bench_command, parse_sizes
 
-        if self.name == "attacks":
+        if self.name in ("attacks", "audits"):
             self._run_attacks()
             return 0
         sizes = None if self.params is None else parse_sizes(self.params)
@@ -392,6 +393,7 @@ class Bench:
 
     def _run_attacks(self) -> None:
         from ..bench.attacks.bad_peers import ATTACKS
+        from ..bench.attacks.honest import audits_command
         from ..bench.attacks.swarm import STRATEGIES
         from ..bench.attacks.table import Wanted, attacks_command, names_of
 
@@ -408,7 +410,8 @@ class Bench:
             n_bad=self.bad,
             settings=tuple(overrides_of(self.set).items()),
         )
-        attacks_command(wanted, self.json)
+        command = attacks_command if self.name == "attacks" else audits_command
+        command(wanted, self.json)
 
 
 def _ticket_or_state(text: str) -> str:

@@ -25,6 +25,10 @@ CLEAR: Final = 3.0
 """In limits. Where a learning rate is so large that rounds overshoot, a gradient after the round may point
 away from an honest offer."""
 
+MOMENTUM: Final = 0.5
+"""`Evidence.by_chance` of a payload out of a momentum, which comes late where rounds overshoot: honest ones
+had -0.47 on other batches."""
+
 SPREADS: Final = 6.0
 """The limit of large models, in units of one over the root of the number of parameters: noise has a cosine of
 about 0 +- 1.5 of them."""
@@ -33,13 +37,13 @@ about 0 +- 1.5 of them."""
 def gradient_evidence(
     strategy: Strategy,
     compressor: Compressor,
-    payload: Payload,
+    payloads: Sequence[Payload],
     draw: Draw,
     turn: Turn,
     n_batches: int,
-) -> Evidence | None:
-    """Of all parameters. `n_batches`: that the peer says it had. None: no batch has a finite gradient that is
-    not zero. Gradients that are in place stay there."""
+) -> list[Evidence | None]:
+    """Of all parameters, with one gradient for all payloads. `n_batches`: that the peer says it had. None: no
+    batch has a finite gradient that is not zero. Gradients that are in place stay there."""
     parameters = strategy.parameters_in_order()
     with no_gradients(strategy):
         gradient = MeanGradient(parameters, strategy.ranks)
@@ -52,7 +56,7 @@ def gradient_evidence(
         gradient.add_to(found, parameter.name, 0.0, 1.0)
         return found
 
-    return compared(compressor, parameters, payload, turn, own)
+    return [compared(compressor, parameters, payload, turn, own, MOMENTUM) for payload in payloads]
 
 
 def compared(
@@ -61,6 +65,7 @@ def compared(
     payload: Payload,
     turn: Turn,
     own: Callable[[Parameter], Tensor],
+    by_chance: float = 0.0,
 ) -> Evidence | None:
     """`parameters`: those that the payload is about; `turn`: as the compressor counts rounds; `own`: what the
     work comes to, flat. None: that is zero or not finite."""
@@ -73,7 +78,7 @@ def compared(
         n += sent.numel()
     cosine = agreement.cosine
     limit = min(MOST_LIMIT, SPREADS / max(1.0, n**0.5))
-    return None if cosine is None else Evidence(cosine, limit, CLEAR * limit)
+    return None if cosine is None else Evidence(cosine, limit, CLEAR * limit, agreement.where_sent, by_chance)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from math import isfinite, sqrt
 from typing import Final
 
 import torch
@@ -16,6 +16,9 @@ of 16 probes had 0.98 and more, of 4 probes 0.85. The 16 probes of other peers h
 
 CLEAR: Final = 0.9
 
+CHANCE: Final = 1.25
+"""Over the root of the number of probes: of 4 honest ones 1 in 100 had -0.5 on other batches, none -0.6."""
+
 
 def probe_evidence(sent: Sequence[float], again: Sequence[float]) -> Evidence | None:
     """`sent`: g of the payload's probes, 0 for those without a code; `again`: the auditor's, which may be
@@ -25,4 +28,5 @@ def probe_evidence(sent: Sequence[float], again: Sequence[float]) -> Evidence | 
         return None
     agreement = Agreement()
     agreement.add(*torch.tensor(pairs, dtype=torch.float64).T.contiguous())
-    return None if agreement.cosine is None else Evidence(agreement.cosine, LIMIT, CLEAR)
+    cosine, by_chance = agreement.cosine, CHANCE / sqrt(len(pairs))
+    return None if cosine is None else Evidence(cosine, LIMIT, CLEAR, agreement.where_sent, by_chance)

@@ -105,11 +105,13 @@ def lower_median(sizes: Sequence[float], claims: Sequence[Claim] | None = None) 
     return 0.0
 
 
-def work_weights(work: Sequence[float], claims: Sequence[Claim], own_data_share: float) -> list[float]:
+def work_weights(
+    work: Sequence[float], claims: Sequence[Claim], own_data_share: float, own_data_alone: bool = False
+) -> list[float]:
     """What each offer weighs for its samples or probes: `MOST_WORK` lower medians of them at most.
 
     Copies of a payload share one weight. Peers with their own data have `own_data_share` of all at most,
-    unless it is 0: nothing in a round that has nobody else.
+    unless it is 0. In a round that has nobody else they have nothing, or all if `own_data_alone`.
     """
     limit = MOST_WORK * lower_median(work, claims)
     weights = [min(n, limit) / c.n_copies for n, c in zip(work, claims, strict=True)]
@@ -117,6 +119,8 @@ def work_weights(work: Sequence[float], claims: Sequence[Claim], own_data_share:
         return weights
     own = total(w for w, c in zip(weights, claims, strict=True) if c.own_data)
     others = total(w for w, c in zip(weights, claims, strict=True) if not c.own_data)
+    if own_data_alone and others == 0.0:
+        return weights
     most = own_data_share / (1.0 - own_data_share) * others
     if own <= most:
         return weights
@@ -136,7 +140,12 @@ def relative(norms: Sequence[float], claims: Sequence[Claim]) -> tuple[float, ..
 
 
 def weigh(
-    norms: Sequence[float], claims: Sequence[Claim], by_samples: bool, bound: float, own_data_share: float
+    norms: Sequence[float],
+    claims: Sequence[Claim],
+    by_samples: bool,
+    bound: float,
+    own_data_share: float,
+    own_data_alone: bool = False,
 ) -> Weighing:
     """Of a round whose mean is bounded; see `Weighing`.
 
@@ -144,7 +153,7 @@ def weigh(
     with it.
     """
     work = [float(min(max(c.n_samples, 0), MAX_WEIGHT)) if by_samples else 1.0 for c in claims]
-    whole = [_weight(w) for w in work_weights(work, claims, own_data_share)]
+    whole = [_weight(w) for w in work_weights(work, claims, own_data_share, own_data_alone)]
     kept = bounded(norms, claims, bound)
     weights = [_weight(w * k) for w, k in zip(whole, kept, strict=True)]
     n = total(whole)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from math import isfinite
 from typing import Any
 
@@ -62,12 +63,16 @@ class InnerPhase:
         return any(self.entry(p, "outer") is not None for p in self._strategy.parameters_in_order())
 
     @contextmanager
-    def fresh(self) -> Iterator[None]:
+    def fresh(self, with_past: bool = False) -> Iterator[None]:
         """A phase of its own that leaves nothing behind: from the outer parameters, by an inner optimizer
-        that begins. Everything is as it was in the end. Only outside of a phase."""
+        that begins, or that goes on from a copy of the state that it has. Everything is as it was in the end.
+        Only outside of a phase."""
         parameters = self._strategy.parameters_in_order()
         states = [self._strategy.state[p.tensor] for p in parameters]
         aside = [{k: s.pop(k) for k in ("inner", "live") if k in s} for s in states]
+        if with_past:
+            for state, kept in zip(states, aside, strict=True):
+                state["inner"] = deepcopy(kept.get("inner", {}))
         self.enter()
         try:
             yield

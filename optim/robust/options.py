@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from ...compression.errors import ConfigError
 from ..options import Number, Options
 from .means import Aggregate
+
+NEW_RUNS: Final[Mapping[str, Any]] = {"bound": 2.0, "own_data_share": 0.25, "own_data_alone": True}
+"""`Facts.in_runs` of every strategy; who runs one for peers that are known may say otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,9 @@ class BoundedOptions(Options):
     own_data_share: Annotated[float, Number(at_least=0, below=1)] = 0.0
     """With `bound`: what peers with data of their own weigh together, of a round's weight, at most; 0: as
     much as others."""
+
+    own_data_alone: bool = False
+    """In a round in which nobody else is they weigh as others; else nothing then, as in older runs."""
 
     aggregate: Aggregate = "mean"
     """What is made of the peers' values: their mean, or, in spite of a minority that sends anything, the mean

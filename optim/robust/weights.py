@@ -34,7 +34,8 @@ def weighed(
     equal, bound = strategy.option("weights") == "equal", strategy.option("bound")
     if bound > 0.0:
         norms = _norms(compressor, parameters, shares, turn)
-        w = weigh(norms, shares, not equal, bound, strategy.option("own_data_share"))
+        share, alone = strategy.option("own_data_share"), strategy.option("own_data_alone")
+        w = weigh(norms, shares, not equal, bound, share, alone)
     else:
         clip = strategy.option("clip")
         weights = [1.0] * len(shares) if equal else sample_weights([s.n_samples for s in shares], clip)

@@ -268,3 +268,22 @@ def test_new_runs_have_audits_and_old_ones_stay_what_they_are() -> None:
     assert public_config(old, task, recorded=old) == old
     assert public_config(config, task, recorded=new) == new
     assert Standing(RUN, old.audits).condemned_in(10**6) == frozenset()
+
+
+def test_in_a_new_run_that_anybody_may_join_other_data_is_a_quarter_of_a_round() -> None:
+    config = config_of(None)
+    task = make_task(config.task, None, None)
+
+    def share(config: RunConfig, recorded: RunConfig | None = None) -> tuple[float, bool]:
+        strategy = public_config(config, task, recorded).strategy
+        return strategy["own_data_share"], strategy["own_data_alone"]
+
+    invited = config.model_copy(update={"admission": config.admission.model_copy(update={"mode": "invited"})})
+    said = config.model_copy(update={"strategy": {**config.strategy, "own_data_share": 0.5}})
+    assert share(config) == (0.25, True)
+    assert share(invited) == (0.0, True)
+    assert share(said) == (0.5, True)
+    made = public_config(invited, task)
+    assert share(config, made) == (0.0, True), "the record stands, whoever may come in later"
+    older = {k: v for k, v in made.strategy.items() if k != "own_data_alone"}
+    assert share(config, made.model_copy(update={"strategy": older})) == (0.0, False)

@@ -64,10 +64,12 @@ def test_a_payload_that_several_peers_send_counts_once() -> None:
 
 
 def test_data_of_ones_own_is_what_the_offer_says() -> None:
-    quarter = {**SPSA, "own_data_share": 0.25}
+    as_others = {**SPSA, "own_data_share": 0.0}
     told = [TWO[0], {**TWO[1], "own_data": True}]
-    assert applied(told, quarter).fingerprint() != applied(TWO, quarter).fingerprint()
-    assert applied(told).fingerprint() == applied(TWO).fingerprint()
+    assert applied(told).fingerprint() != applied(TWO).fingerprint()
+    assert applied(told, as_others).fingerprint() == applied(TWO, as_others).fingerprint()
+    everybody = [{**offer, "own_data": True} for offer in TWO]
+    assert applied(everybody).fingerprint() == applied(TWO).fingerprint()
 
 
 def test_new_runs_are_bounded() -> None:

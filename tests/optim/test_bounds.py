@@ -192,7 +192,9 @@ def test_peers_with_their_own_data_are_a_quarter_of_a_round_at_most(name: str) -
     if "dct" not in name:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     only = [apply.share(values[0], own_data=True)]
-    assert not apply(only, own_data_share=0.25).any()
+    assert not apply(only, own_data_share=0.25).any(), "as in older runs"
+    assert torch.equal(apply(only, own_data_share=0.25, own_data_alone=True), apply(only))
+    assert torch.equal(apply(shares, own_data_share=0.25, own_data_alone=True), found)
     assert apply(only).any()
 
 
@@ -303,6 +305,7 @@ def test_own_data_of_probes() -> None:
     found = spsa(shares, own_data_share=0.25)
     torch.testing.assert_close(found, 0.375 * a + 0.375 * b + 0.25 * c, rtol=1e-4, atol=1e-5)
     assert not spsa(shares[2:], own_data_share=0.25).any()
+    assert torch.equal(spsa(shares[2:], own_data_share=0.25, own_data_alone=True), c)
 
 
 # ------------------------------------------------------------------------------------------- options

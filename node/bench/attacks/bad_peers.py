@@ -39,7 +39,7 @@ class Attack:
     """`twist`: what is sent instead of the honest payload; None: that itself. `copies`: it is taken from an
     honest peer, or from the first bad one. `most_samples`: as many are claimed as an offer may carry;
     `own_data`: it is declared to be made from data that others do not have; `inverts`: the work is done to
-    raise the loss.
+    raise the loss; `other_data`: honest work on a text of its own.
 
     `against`: what it is compared with, the same peers sending empty payloads or none that arrive: the former
     where bounds make an attack as good as that, the latter where its peers are left out or found out.
@@ -51,6 +51,7 @@ class Attack:
     most_samples: bool = False
     own_data: bool = False
     inverts: bool = False
+    other_data: bool = False
     against: Literal["empty", "absent"] = "empty"
     strategy: str | None = None
     least_bad: int = 1
@@ -66,6 +67,7 @@ def _most_probes(contents: Contents, _rng: np.random.Generator, replica: Replica
 
 
 HONEST: Final = Attack()
+OTHER_DATA: Final = Attack(other_data=True)
 EMPTY: Final = Attack(twist=_scaled(0.0), against="absent")
 
 ATTACKS: Final[Mapping[str, Attack]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -21,6 +21,7 @@ from ...genesis import make_genesis
 from ...links.base import Link
 from ...links.local import LocalSwarm, local_swarm
 from ...runner import Runner
+from ...tasks.corpora import read_text
 from ...tasks.registry import make_task
 from .bad_peers import Attack, BadPeer, Board, changed_link, invert
 
@@ -88,12 +89,14 @@ class Plan:
 class Outcome:
     """What became of the honest peers. `held_out`: their loss after the last round, infinite: the replica did
     not stay finite. `fingerprint`: of all of their replicas, `weights` by name. `found_after`: so many
-    rounds, then no bad peer's offer weighs anything any more; None: not so far."""
+    rounds, then no bad peer's offer weighs anything any more; None: not so far. `judged`: every audit that
+    was decided: in which round, of which peer's offer, and whether it has failed."""
 
     held_out: float
     fingerprint: bytes
     weights: Mapping[str, Tensor]
     found_after: int | None
+    judged: Sequence[tuple[int, int, bool]] = ()
 
 
 def trained(plan: Plan) -> Outcome:
@@ -108,6 +111,9 @@ class _Swarm:
         self._board = Board()
         self._found: dict[int, int] = {}
         """Peer index -> the last round that it weighed anything in."""
+        self._judged: list[tuple[int, int, bool]] = []
+        self._audited = dict.fromkeys(range(plan.n_peers), (0, 0))
+        """By peer: how many audits have passed and failed."""
         self._errors: list[Exception] = []
 
     def run(self) -> Outcome:
@@ -142,6 +148,10 @@ class _Swarm:
         link: Link = swarm.link(peer_id)
         if attack is None:
             return Runner(link)
+        if attack.other_data:
+            text = self._folder / "other-data.txt"
+            text.write_bytes(read_text("stdlib"))
+            return Runner(link, data=text)
         peer = BadPeer(attack, peer_id, self._board, self._victim(attack, number))
         made: list[Runner] = []
         link = changed_link(link, lambda offer: peer.offer(offer, made[0].replica, made[0].genesis))
@@ -155,9 +165,14 @@ class _Swarm:
 
     def _look(self, runner: Runner) -> None:
         """Who is found out by now: the first honest peer looks before each of its offers."""
+        standing, round_ = runner.prepared.history.standing, runner.replica.round
+        for index, before in self._audited.items():
+            now = self._audited[index] = standing.audited(index)
+            for failed in (False, True):
+                self._judged += [(round_, index, failed)] * (now[failed] - before[failed])
         for index in range(self._plan.n_honest, self._plan.n_peers):
-            if runner.prepared.history.standing.is_condemned(index):
-                self._found.setdefault(index, runner.replica.round)
+            if standing.is_condemned(index):
+                self._found.setdefault(index, round_)
 
     def _train(self, runners: list[Runner]) -> None:
         threads = [threading.Thread(target=self._in_thread, args=(r.run,), daemon=True) for r in runners]
@@ -184,4 +199,6 @@ class _Swarm:
         is_found = len(self._found) == self._plan.n_bad > 0
         found_after = max(self._found.values()) if is_found else None
         first = honest[0]
-        return Outcome(first.work.evaluate(), fingerprints.pop(), first.replica.weights(), found_after)
+        return Outcome(
+            first.work.evaluate(), fingerprints.pop(), first.replica.weights(), found_after, self._judged
+        )

@@ -65,7 +65,7 @@ def names_of(text: str | None, known: Sequence[str], option: str) -> list[str]:
 
 def attacks_command(wanted: Wanted, as_json: bool) -> None:
     """A table on stdout, or a JSON list of rows; how far it is on stderr."""
-    with one_thread(), _without_warnings():
+    with one_thread(), without_warnings():
         rows = list(rows_of(wanted, _Trained(), progress=lambda row: to_stderr(_line(row))))
     if as_json:
         to_stdout(json.dumps([asdict(row) for row in rows], indent=1))
@@ -74,7 +74,7 @@ def attacks_command(wanted: Wanted, as_json: bool) -> None:
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Of payloads that are left out there is one for each node and round."""
     log = logging.getLogger("thinwire")
     before = log.level

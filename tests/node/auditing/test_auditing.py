@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,49 @@ def test_honest_peers_stay(tmp_path: Path, name: str) -> None:
     assert len({r.fingerprint for r in results}) == 1
 
 
-def test_nobody_audits_what_others_do_not_have(tmp_path: Path) -> None:
-    """A node with data of its own neither audits nor is audited: it reports nothing."""
+def of_other_data(runner: Runner) -> None:
+    """The node says from now on that its data are its own."""
+    link: Any = runner.link
+    offer = link.offer
+    link.offer = lambda made: offer(made.model_copy(update={"own_data": True}))
+
+
+def turned_and_of_other_data(runner: Runner) -> None:
+    turned(runner)
+    of_other_data(runner)
+
+
+@pytest.mark.parametrize("name", ["decoupled", "spsa"])
+def test_who_undoes_what_the_text_teaches_and_says_it_has_other_data_is_condemned(
+    tmp_path: Path, name: str
+) -> None:
+    _, runners = trained(tmp_path, audited_config(STRATEGIES[name], 24), turned_and_of_other_data)
+    standing = runners[0].replica.standing
+    assert standing.is_condemned(BAD)
+    assert standing.audited(BAD)[0] == 0
+    assert not any(standing.audited(peer)[1] for peer in range(BAD))
+
+
+def test_who_really_has_other_data_stays(tmp_path: Path) -> None:
+    """Source text, where the others have the reference of the language."""
+    config = audited_config(STRATEGIES["decoupled"], 16)
+    with swarm_of(tmp_path, config) as swarm:
+        runners = [
+            Runner(swarm.link(f"peer-{i}"), data=Path(pydoc.__file__) if i == BAD else None)
+            for i in range(N_PEERS)
+        ]
+        for runner in runners:
+            runner.link.open()
+        run_all(runners)
+    standing = runners[0].replica.standing
+    passed, failed = standing.audited(BAD)
+    assert passed > 0
+    assert failed == 0
+    assert not any(standing.audited(peer)[1] for peer in range(BAD))
+
+
+def test_where_all_have_data_of_their_own_nobody_audits(tmp_path: Path) -> None:
+    """Such a node does not have the run's text at hand: it reports nothing."""
     text = tmp_path / "text"
     text.write_bytes(bytes(range(32, 122)) * 400)
     config = audited_config(STRATEGIES["decoupled"], 12)

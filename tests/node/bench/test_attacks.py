@@ -8,8 +8,9 @@ import pytest
 
 from tests.conftest import Here
 from thinwire.compression.errors import ConfigError
-from thinwire.node.bench.attacks.bad_peers import ATTACKS
-from thinwire.node.bench.attacks.swarm import trained
+from thinwire.node.bench.attacks.bad_peers import ATTACKS, HONEST, OTHER_DATA
+from thinwire.node.bench.attacks.honest import honest_rows
+from thinwire.node.bench.attacks.swarm import STRATEGIES, Outcome, Plan, trained
 from thinwire.node.bench.attacks.table import Wanted, names_of, rows_of
 from thinwire.node.bench.command import BENCHES
 
@@ -53,6 +54,29 @@ def test_colluding_peers_are_two_and_the_honest_ones_as_many_more() -> None:
 def test_unknown_names_are_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match="--attacks fliped: did you mean 'flipped'"):
         names_of("scaled-10,fliped", list(ATTACKS), "--attacks")
+
+
+def test_audits_of_honest_peers_are_counted_by_stage_and_by_data() -> None:
+    """What is judged in the last rounds is seen by none of the next."""
+    seen: list[Plan] = []
+
+    def train(plan: Plan) -> Outcome:
+        seen.append(plan)
+        judged = [(9, 0, False), (10, 2, True), (11, 1, False), (12, 0, True), (12, 0, False)]
+        return Outcome(1.0, b"", {}, None, judged)
+
+    wanted = Wanted(strategies=["spsa"], attacks=[], n_rounds=12, n_seeds=2, n_honest=2, n_bad=1)
+    rows = list(honest_rows(wanted, train, progress=lambda _row: None))
+    assert [(r.data, r.until, r.n_audits, r.n_failed) for r in rows] == [
+        ("text", 10, 4, 2), ("text", 12, 6, 2), ("other", 10, 2, 2), ("other", 12, 0, 0),
+    ]  # fmt: skip
+    assert {plan.attack for plan in seen} == {HONEST, OTHER_DATA}
+    assert all(plan.config().audits.rate == 1.0 for plan in seen)
+
+
+def test_peers_with_other_data_train_on_them() -> None:
+    outcome = trained(Plan(STRATEGIES["spsa"], OTHER_DATA, 2, 1, 2))
+    assert outcome.fingerprint != trained(Plan(STRATEGIES["spsa"], HONEST, 2, 1, 2)).fingerprint
 
 
 def test_it_is_no_measurement_of_this_machine() -> None:

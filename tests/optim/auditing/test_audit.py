@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from tests.support.replicas import Replica, run_round
 from thinwire.compression.base import Payload
-from thinwire.optim.auditing.evidence import Agreement, Evidence
-from thinwire.optim.auditing.probes import CLEAR, LIMIT, probe_evidence
+from thinwire.optim.auditing.evidence import Agreement, Evidence, excused
+from thinwire.optim.auditing.probes import CHANCE, CLEAR, LIMIT, probe_evidence
 from thinwire.optim.base import Closure
 from thinwire.optim.parts import byte_code
 from thinwire.optim.spsa import CODES
@@ -61,12 +61,13 @@ def audited(auditor: Replica, peer: Replica, payload: Payload, round_: int) -> E
     numbers = count(1)
     auditor.model.eval()
     try:
-        return auditor.strategy.audit(
-            payload,
+        (evidence,) = auditor.strategy.audit(
+            [payload],
             lambda: batch(auditor.model, 1000 * round_ + 100 * peer.peer + next(numbers)),
-            peer.turn(round_),
+            [peer.turn(round_)],
             peer.strategy.most_batches,
         )
+        return evidence
     finally:
         auditor.model.train(auditor.strategy.needs_grad)
 
@@ -221,9 +222,29 @@ def test_what_says_nothing_is_no_evidence() -> None:
     assert empty.cosine == 0.0
 
 
+def test_few_values_are_compared_where_they_are() -> None:
+    agreement = Agreement()
+    agreement.add(torch.tensor([0.0, 3.0]), torch.tensor([4.0, 3.0]))
+    agreement.add(torch.tensor([0.0, 0.0]), torch.tensor([7.0, -1.0]))
+    assert agreement.where_sent == 1.0
+    assert agreement.cosine == pytest.approx(3 / 75**0.5)
+    apart = Agreement()
+    apart.add(torch.tensor([0.0, 3.0]), torch.tensor([4.0, 0.0]))
+    assert apart.where_sent == apart.cosine == 0.0
+
+
+def test_a_second_look_excuses_and_says_no_more() -> None:
+    bad, good = Evidence(-0.2, 0.02, 0.06, -0.2), Evidence(0.9, 0.02, 0.06, 0.9)
+    assert excused(bad, good) == Evidence(0.02, 0.02, 0.06, 0.9)
+    assert excused(good, bad) is good
+    assert excused(bad, bad) is bad
+    assert excused(bad, None) is bad
+    assert excused(None, good) is None
+
+
 def test_evidence_of_probes() -> None:
     again = [1.0, -2.0, 0.5, float("nan")]
-    assert probe_evidence([1.0, -2.0, 0.5, 7.0], again) == Evidence(1.0, LIMIT, CLEAR)
-    assert probe_evidence([], again) == Evidence(0.0, LIMIT, CLEAR)
+    assert probe_evidence([1.0, -2.0, 0.5, 7.0], again) == Evidence(1.0, LIMIT, CLEAR, 1.0, CHANCE / 3**0.5)
+    assert probe_evidence([], again) == Evidence(0.0, LIMIT, CLEAR, 0.0, CHANCE / 3**0.5)
     assert probe_evidence([1.0], [float("nan")]) is None
     assert probe_evidence([1.0], [0.0]) is None
