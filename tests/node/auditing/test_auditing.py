@@ -118,7 +118,7 @@ def test_a_peer_that_turns_its_payloads_is_condemned(
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_honest_peers_stay(tmp_path: Path, name: str) -> None:
     """And with audits all replicas have the same bits as without."""
-    config = audited_config(STRATEGIES[name], 14)
+    config = audited_config(STRATEGIES[name], 20)
     results, runners = trained(tmp_path / "audited", config, None)
     standing = runners[0].replica.standing
     assert sum(standing.audited(peer)[0] for peer in range(N_PEERS)) > 0
