@@ -29,6 +29,8 @@ class Coordinator(Program):
         self.state = folder / f"state{number or ''}"
         self.port = free_port()
         self.door: Proxy | None = None
+        self.is_hidden = False
+        """It tells nobody where it listens: who is to go through a proxy finds no other way."""
 
     @property
     def peer_id(self) -> str:
@@ -43,7 +45,7 @@ class Coordinator(Program):
         where = ["--state", str(self.state), "--host", "127.0.0.1", "--port", str(self.port)]
         if self.door is not None:
             where += ["--announce", f"/ip4/127.0.0.1/tcp/{self.door.port}"]
-        script = HERE / "hidden.py" if self.door is not None else None
+        script = HERE / "hidden.py" if self.is_hidden else None
         self.start(["coordinator", *args, "--linger", "0", *where], script=script)
 
     def begin_again(self, *args: str) -> None:
@@ -81,10 +83,13 @@ class Coordinator(Program):
 
 
 class Coordinators:
-    """`through_doors`: each is reached through a proxy of its own."""
+    """`through_doors`: each is reached through a proxy of its own; `hidden`: none says where it listens."""
 
-    def __init__(self, folder: Path, env: Mapping[str, str], n: int, *, through_doors: bool = False) -> None:
-        self._folder, self._env, self._through_doors = folder, env, through_doors
+    def __init__(
+        self, folder: Path, env: Mapping[str, str], n: int, *, through_doors: bool, hidden: bool
+    ) -> None:
+        self._folder, self._env = folder, env
+        self._through_doors, self._hidden = through_doors, hidden
         self.all: list[Coordinator] = []
         self.gone: list[Coordinator] = []
         """That were replaced or removed."""
@@ -110,6 +115,7 @@ class Coordinators:
         """One more; to be begun with `replica`."""
         one = Coordinator(self._n, self._folder, self._env)
         self._n += 1
+        one.is_hidden = self._hidden
         if self._through_doors:
             one.door = Proxy(one.port)
         self.all.append(one)

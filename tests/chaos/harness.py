@@ -82,7 +82,7 @@ class Swarm:
             PARENT_VARIABLE: str(os.getpid()),
         }
         doors = proxied and n_seats > 1
-        self.coordinators = Coordinators(folder, self._env, n_seats, through_doors=doors)
+        self.coordinators = Coordinators(folder, self._env, n_seats, through_doors=doors, hidden=proxied)
         self._orders: list[Program] = []
         self.coordinator = self.coordinators.first
         self.coordinator_state = self.coordinator.state
