@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.cables import wait_running
+
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
 
 PACKET_OVERHEAD_BYTES = 66  # Ethernet 14, IPv4 20, TCP with timestamps 32
@@ -86,6 +88,9 @@ def hosts() -> Iterator[list[Host]]:
                 run(host.command("ip", "link", "set", device, "up"))
                 run(host.command("tc", "qdisc", "add", "dev", device, "root", "tbf",
                                  "rate", "1mbit", "burst", "16kb", "latency", "400ms"))  # fmt: skip
+        for i, node in enumerate(nodes, start=1):
+            wait_running(hub.name, f"{tag}h{i}")
+            wait_running(node.name, node.link)
         yield [hub, *nodes]
 
 

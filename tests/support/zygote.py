@@ -219,6 +219,7 @@ def _become(request: Mapping[str, Any]) -> None:
     os.environ.update(request["env"])
     tempfile.tempdir = None
     _open_streams(request)
+    _renew_threads()
     script = request["script"]
     own = [str(Path(script).parent) if script else request["cwd"]]
     sys.path[:1] = [*own, *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)]
@@ -230,6 +231,14 @@ def _become(request: Mapping[str, Any]) -> None:
     else:
         sys.argv = [request["module"], *request["args"]]
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+
+
+def _renew_threads() -> None:
+    """Torch makes its pool anew at the first use after a fork, and not safely: threads that begin together,
+    as those that read a model's weights, may find none ("Invalid thread pool!", torch 2.13)."""
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def _enter(host: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.cables import wait_running
 from tests.support.paths import ROOT
 from thinwire.node.links.upload_limit import WINDOW_S
 
@@ -90,7 +91,10 @@ def hosts() -> Iterator[list[Host]]:
         stack.callback(subprocess.run, ["ip", "netns", "delete", switch], check=False)
         run(["ip", "-n", switch, "link", "add", "br0", "type", "bridge"])
         run(["ip", "-n", switch, "link", "set", "br0", "up"])
-        yield [Host(tag, number, switch, stack) for number in range(1, 5)]
+        made_hosts = [Host(tag, number, switch, stack) for number in range(1, 5)]
+        for host in made_hosts:
+            wait_running(host.name, host.link)
+        yield made_hosts
 
 
 def run(command: list[str]) -> None:
