@@ -213,7 +213,7 @@ def test_a_node_goes_where_a_seat_leads_that_ticket_or_ledger_name(swarm: Swarm)
     swarm.say(STRANGER, term=2)
     core = link._core
     assert core is not None
-    wait_until(lambda: core._seats.n_lies == 1, WAIT_S, lambda: "the lie was not heard")
+    wait_until(lambda: core._seats.n_lies > 0, WAIT_S, lambda: "the lie was not heard")
     digests.append(train(link, 3))
     assert at(link) == other.peer_id
     swarm.say(swarm.leader.peer_id, term=1)  # an old word: it is not gone back to
