@@ -325,7 +325,7 @@ class _Serving:
         while await self._unless_stopped(self._server.run_until_finished(), math.inf):
             write_aside(self._folder / "result.json", json.dumps(self._server.status()).encode())
             self._tell_the_end()
-            if not await self._unless_stopped(self._until_longer(), self._linger_s):
+            if not await self._unless_stopped(self._until_longer(self._server.head), self._linger_s):
                 if self._page is not None:
                     self._page.farewell()
                 break
@@ -346,9 +346,10 @@ class _Serving:
         task.cancel()
         return False
 
-    async def _until_longer(self) -> None:
-        """Somebody may give a finished run more rounds. Raises what makes the server fail."""
-        while self._server.is_over:
+    async def _until_longer(self, head: int) -> None:
+        """Somebody may give a run that is finished at `head` more rounds; a few may be over at the next look.
+        Raises what makes the server fail."""
+        while self._server.is_over and self._server.head == head:
             if self._server.failure is not None:
                 raise self._server.failure
             await asyncio.sleep(LOOK_EVERY_S)

@@ -57,10 +57,11 @@ class Orders:
     def look(self, phase: str, edge: str, owner: object) -> None:
         if isinstance(owner, Replica):
             self._replica = owner
-        if not self._path.exists():
+        try:
+            order = json.loads(self._path.read_text())
+        except FileNotFoundError:  # none, or somebody else has just taken it
             self._passes = 0
             return
-        order = json.loads(self._path.read_text())
         round_ = 0 if self._replica is None else self._replica.round
         place = (order.get("phase", "apply"), order.get("edge", "before"))
         if place != (phase, edge) or round_ < order.get("round", 0):
