@@ -170,6 +170,7 @@ class CoordinatorServer:
             self._tick_timer.cancel()
         self._serve_elsewhere()
         if service is not None:
+            service.drop()
             self._door.reign_ended(service.proposed)
         if stream_server is not None:
             farewell = asyncio.create_task(stream_server.step_down())

@@ -13,7 +13,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, ThinwireError
+from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
 from .admission import AdmissionControl
 from .announcer import Announcer
 from .blobs import BlobStore
@@ -127,6 +127,7 @@ class Service:
         self._admission = AdmissionControl(ledger, token, banned, rules, wall_ms, rejected, access)
         self._n_adopted = 0
         """Commits that only the ledger knows so far: until `go_on` nothing that sessions say is heard."""
+        self._is_dropped = False
         self._counters = Counters()
         self._refusals = Refusals(self._admission.rejected)
         gate = self._admission.gate
@@ -189,8 +190,10 @@ class Service:
         """Admits the peer; its older session is over. `session` grows with every session of the peer's.
 
         Raises ConfigError (not let in), Incompatible (version, run, full swarm), LedgerCorrupt (a head
-        that is not on the chain) or BadMessage (a session older than the open one).
+        that is not on the chain), BadMessage (a session older than the open one) or SwarmUnreachable (it was
+        dropped).
         """
+        self._check_leads()
         index = self._parts.peers.admit(
             peer_id, session, hello, lambda stranger: self._make_room(stranger, now_s), now_s
         )
@@ -217,7 +220,7 @@ class Service:
 
     def receive(self, peer_id: str, session: int, message: Message, now_s: float) -> None:
         """Raises BadMessage for what a peer must not send; frames of a replaced session are dropped."""
-        if self._n_adopted:
+        if self._is_deaf:
             return
         index = self._parts.peers.index(peer_id)
         if index is None:
@@ -257,12 +260,12 @@ class Service:
     def closed(self, peer_id: str, session: int, now_s: float) -> None:
         """The session's connection is over, for whatever reason."""
         index = self._parts.peers.index(peer_id)
-        if index is not None and not self._n_adopted and self._parts.members.is_current(index, session):
+        if index is not None and not self._is_deaf and self._parts.members.is_current(index, session):
             self._handle_member(SessionClosed(index, session), now_s)
 
     def is_member(self, peer_id: str) -> bool:
         """Whether the peer is admitted and connected: others may serve it blobs."""
-        return self._parts.peers.is_member(peer_id)
+        return not self._is_dropped and self._parts.peers.is_member(peer_id)
 
     def has_worked(self, peer_id: str) -> bool:
         """Whether work of the peer's has counted."""
@@ -299,8 +302,10 @@ class Service:
         """Takes back commits that follow the head; between `hold` and `go_on`. All of them, or none.
 
         All sessions are over from then on: the caller ends them, so that their nodes come back. Raises
-        BadMessage (not this coordinator's, not the next ones) or LedgerCorrupt (a fork).
+        BadMessage (not this coordinator's, not the next ones), LedgerCorrupt (a fork) or SwarmUnreachable
+        (it was dropped).
         """
+        self._check_leads()
         try:
             self._ledger.adopt(commits)
         except LedgerCorrupt as e:
@@ -311,6 +316,8 @@ class Service:
 
     def go_on(self, now_s: float) -> None:
         """Rounds close again. If there are adopted commits, it is as after a restart."""
+        if self._is_dropped:
+            return
         n_adopted, self._n_adopted = self._n_adopted, 0
         self._parts.rounds.is_held = self._log.is_over
         if n_adopted:
@@ -322,6 +329,21 @@ class Service:
                 self._ledger, self._blobs, self._keep, self.history(), self._admission.rejected
             )
             self._parts = self._recalled(now_s)
+
+    # ----------------------------------------------------------------------------------- the reign's end
+
+    def drop(self) -> None:
+        """This reign is over: the ledger goes on without it. Sessions that still end are not heard, and what
+        waits for its turn changes nothing any more."""
+        self._is_dropped = True
+
+    @property
+    def _is_deaf(self) -> bool:
+        return self._is_dropped or self._n_adopted > 0
+
+    def _check_leads(self) -> None:
+        if self._is_dropped:
+            raise SwarmUnreachable("this coordinator does not lead any more: come again")
 
     # --------------------------------------------------------------------------------------- the owner
 
@@ -394,21 +416,22 @@ class Service:
             self._admission.give_back(index, n_bytes)
 
     def blob_arrived(self, peer_id: str, digest: bytes, now_s: float) -> None:
-        """The blob is in the store: offers that name it become eligible."""
-        if self._n_adopted:
-            return
-        self._parts.open_round.blob_arrived(digest, now_s)
+        """The blob is in the store: offers that name it become eligible. Raises SwarmUnreachable (it was
+        dropped): who leads now does not know of it yet."""
+        self._check_leads()
+        if not self._is_deaf:
+            self._parts.open_round.blob_arrived(digest, now_s)
 
     def held_arrived(self, digest: bytes, now_s: float) -> None:
         """What `held` says of the blob may have changed: offers that name it become eligible."""
-        if not self._n_adopted:
+        if not self._is_deaf:
             self._parts.open_round.held_arrived(digest, now_s)
 
     # ---------------------------------------------------------------------------------- time and people
 
     def tick(self, now_s: float) -> float:
         """Lets time pass; returns when it wants to be called again at the latest, in monotonic seconds."""
-        if self._n_adopted:
+        if self._is_deaf:
             return now_s + 1.0
         self._handle_member(TimePassed(), now_s)
         self._parts.open_round.handle(TimePassed(), now_s)
@@ -462,7 +485,7 @@ class Service:
     def excuse(self, peer_id: str, round_: int, now_s: float) -> None:
         """The peer will make no offer in this round: nobody waits for it."""
         index = self._parts.peers.index(peer_id)
-        if index is not None and not self._n_adopted:
+        if index is not None and not self._is_deaf:
             self._parts.open_round.handle(Excused(index, round_), now_s)
 
     def count_rejected(self, reason: Rejected, peer_id: str | None = None) -> None:
@@ -500,7 +523,7 @@ class Service:
     # ---------------------------------------------------------------------------------------- the parts
 
     def _leaves(self, index: int, now_s: float) -> None:
-        if not self._n_adopted:
+        if not self._is_deaf:
             self._handle_member(StateSaid(index, NodeState.LEAVING), now_s)
 
     def _handle_member(self, event: MembershipEvent, now_s: float) -> None:

@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support.service_world import MakeWorld, World, blob_offer, offer
-from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
+from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.peers import SCRAPED_S
@@ -1135,3 +1135,25 @@ def test_a_finished_run_ends_at_once_when_its_peers_do_not_come_back(make_world:
     assert not world.service.finished
     world.wait(10.0)
     assert world.service.finished
+
+
+def test_a_service_whose_reign_is_over_hears_nothing_and_writes_nothing(make_world: MakeWorld) -> None:
+    world = make_world()
+    world.train("a", "b")
+    world.say("a", offer(1))
+    head, said = world.ledger.head_round, len(world.sent)
+    world.service.drop()
+    world.say("b", offer(1, b"of b"))
+    world.say("b", State(state=NodeState.LEAVING))
+    world.service.closed("a", world.sessions["a"], world.now_s)
+    world.service.excuse("b", 1, world.now_s)
+    world.service.go_on(world.now_s)
+    world.wait(1000)
+    assert (world.ledger.head_round, len(world.sent)) == (head, said)
+    assert not world.service.is_member("a")
+    with pytest.raises(SwarmUnreachable, match="does not lead any more"):
+        world.open("c")
+    with pytest.raises(SwarmUnreachable, match="does not lead any more"):
+        world.service.blob_arrived("a", digest_of(b"late"), world.now_s)
+    with pytest.raises(SwarmUnreachable, match="does not lead any more"):
+        world.service.adopt([])
