@@ -60,20 +60,6 @@ class Reigns(Protocol):
         ...
 
 
-class _Log(Replicated):
-    """Of a seat whose disk may fail: the reign ends then."""
-
-    def __init__(self, council: Council, ledger: Ledger, checks: RecordChecks) -> None:
-        super().__init__(council.seat, ledger, checks)
-        self._council = council
-
-    def propose(self, body: CommitBody, work: bytes, now_s: float) -> None:
-        try:
-            super().propose(body, work, now_s)
-        except OSError as e:
-            self._council.stand_still(e)
-
-
 class Hosting:
     """Of one server; see `council.Owner`. `council` drives the seat. Raises ConfigError or OSError."""
 
@@ -128,7 +114,7 @@ class Hosting:
         if self._recollection is None or self._checks is None:
             raise ConfigError("it has not got all that the run needs")
         self._recollection.catch_up()
-        self._log = _Log(self.council, self._ledger, self._checks)
+        self._log = Replicated(self.council.seat, self._ledger, self._checks)
         log.info("this coordinator leads now")
         self._server.begin_reign(self._log, self._recollection, self.council.held)
 
