@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ...compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable
 from ..blobs import BlobStore
 from ..ledger import Ledger
-from ..protocol.figures import short
+from ..protocol.figures import short, wall_ms
 from ..protocol.messages import BadMessage, CommitBody, CommitteeEntry, SeatEntry, decode_record
 from ..protocol.streams import BLOB, Meter, Stream
 from ..protocol.transport import Transport
@@ -581,7 +581,7 @@ class Council:
         """Nodes hear who leads."""
         if self.seat.leader is not None:
             self._led_s = time.monotonic()
-        self.observed.led(self.seat.leader, self.term, time.monotonic(), time.time_ns() // 10**6)
+        self.observed.led(self.seat.leader, self.term, time.monotonic(), wall_ms())
         if not self._lost_majority():
             self._majority_s = time.monotonic()
         waits_for = self.waits_for()

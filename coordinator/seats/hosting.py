@@ -15,6 +15,7 @@ from ...compression.errors import ConfigError
 from ..blobs import BlobStore
 from ..ledger import Ledger
 from ..observe.run_view import RunView
+from ..protocol.figures import wall_ms
 from ..protocol.messages import CommitBody, CommitteeEntry, SeatEntry, decode_record
 from ..protocol.settings import Keep
 from ..protocol.streams import Meter
@@ -29,7 +30,7 @@ from .council import Council
 from .plan import SeatPlan
 from .recovery import recovery_digest
 from .ticket import SeatTicket
-from .view import Beginning, status_of, view_of, wall_ms
+from .view import Beginning, status_of, view_of
 from .watchers import WhoLeads
 
 log = logging.getLogger("thinwire.coordinator")
