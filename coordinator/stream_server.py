@@ -217,7 +217,7 @@ class StreamServer:
         """The session's number, and what to say first. Raises ThinwireError or OSError."""
         self._check_rate(peer_id)
         async with self._opening:
-            if self._service.lacks(hello):
+            if hello.is_ahead_of(self._service.head):  # it has commits that were lost here: they go first
                 try:
                     await adopt(self._service, stream, hello, self._end_all, self._waits.stall_s)
                 finally:

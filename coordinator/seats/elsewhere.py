@@ -97,7 +97,7 @@ class ElsewhereServer:
         if hello.agent == READER:
             await self._readers.serve(peer_id, stream)
             return
-        if self.returns is not None and self.returns.lacks(hello):
+        if self.returns is not None and hello.is_ahead_of(self.returns.head):
             async with self._returning:
                 await or_refused(stream, adopt(self.returns, stream, hello, lambda: None))
         await stream.send_message(self._watchers.who.now)
