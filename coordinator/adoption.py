@@ -29,7 +29,6 @@ class Adopter(Protocol):
 
     @property
     def head(self) -> int: ...
-    def lacks(self, hello: Hello) -> bool: ...
     def hold(self) -> None: ...
     def adopt(self, commits: Sequence[Commit]) -> None: ...
     def go_on(self, now_s: float) -> None: ...
@@ -47,7 +46,7 @@ async def adopt(
     try:
         await stream.send_message(Follow(after=service.head))
         at_most = 1  # the first one proves that there is something to be had
-        while service.lacks(hello):
+        while hello.is_ahead_of(service.head):
             n = min(at_most, (hello.head_round or 0) - service.head)
             service.adopt(await _commits(stream, n, stall_s))
             adopted()

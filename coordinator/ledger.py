@@ -66,6 +66,7 @@ class Ledger:
         self.genesis_record: bytes = record
         self.genesis: GenesisBody = decode_record(GenesisBody, record)
         self.run_id: bytes = digest_of(record)
+        self._newest: Commit | None = None
         self._chain, committed = self._verify()
         self._appends: tuple[Ed25519PrivateKey, str] | None = None
         """The key that appends, and its peer id: a public key takes as long as a signature to work out."""
@@ -165,6 +166,7 @@ class Ledger:
         with self._db:
             self._insert(commit, body, work)
         self._chain.took(commit)
+        self._newest = commit
         self._admitted.committed(body.admitted)
         return commit
 
@@ -195,11 +197,14 @@ class Ledger:
                 self._insert(commit, commit.body, entry.work)
             committed = self._admitted.write(commit.body for commit in commits)
         self._chain = chain
+        self._newest = commits[-1]
         self._admitted.wrote(committed)
         return commits
 
     def commits(self, after: int, limit: int) -> list[Commit]:
-        """At most `limit` commits from round `after` + 1 on."""
+        """At most `limit` commits from round `after` + 1 on; the newest, which many ask for, from memory."""
+        if after == self.head_round - 1 and self._newest is not None:
+            return [self._newest]
         rows = self._db.execute(
             "SELECT record, signature FROM record WHERE round > ? ORDER BY round LIMIT ?",
             (max(after, 0), limit),
@@ -375,6 +380,7 @@ class Ledger:
             for admission in commit.body.admitted:
                 self._check_admission(wanted, admission)
                 committed[admission.index] = admission.invitation
+            self._newest = commit
         return chain, committed
 
     def _check_admission(self, round_: int, admission: Admission) -> None:

@@ -25,6 +25,7 @@ from .last_snapshot import LastSnapshot, Wanted, leaves_room
 from .ledger import Ledger
 from .observe.metrics import with_trust
 from .protocol.addresses import HttpAddress
+from .protocol.figures import wall_ms
 from .protocol.identity import load_or_create, peer_id_of
 from .protocol.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, SeatEntry, digest_of
 from .protocol.p2p import start_p2p
@@ -108,7 +109,7 @@ class CoordinatorServer:
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         self.meter = Meter()
         me = peer_id_of(self._key.public_key())
-        self._since_ms = _wall_ms()
+        self._since_ms = wall_ms()
         self.watchers = Watchers(
             WhoLeads(me), lambda: self.ledger.head_round, self._settings.network.heartbeat_s
         )
@@ -262,7 +263,7 @@ class CoordinatorServer:
         assert self._seat is not None
         state = self._state
         admission = AdmissionControl(
-            self.ledger, self._token, state.banned(), state.rules(), _wall_ms, Counter()
+            self.ledger, self._token, state.banned(), state.rules(), wall_ms, Counter()
         )
         elsewhere = ElsewhereServer(
             self.ledger,
@@ -290,7 +291,7 @@ class CoordinatorServer:
             on_commit=self._committed,
             end=self._end,
             now_s=time.monotonic(),
-            wall_ms=_wall_ms,
+            wall_ms=wall_ms,
             history=self._state.history(),
             banned=self._state.banned(),
             rules=self._state.rules(),
@@ -414,7 +415,7 @@ class CoordinatorServer:
         traffic = {"sent_bytes": dict(self.meter.sent), "received_bytes": dict(self.meter.received)}
         here = {
             "protocol": PROTOCOL_VERSION,
-            "time_ms": _wall_ms(),
+            "time_ms": wall_ms(),
             "coordinator": traffic,
             "disk_free_bytes": _free_bytes(self._state.path),
             "http": None if self.http is None else _told(self.http),
@@ -594,10 +595,6 @@ class CoordinatorServer:
                 payload_bytes=self.meter.received["payload"],
             )
             self._stream_server.beat(beat, self._silence_limit_s)
-
-
-def _wall_ms() -> int:
-    return time.time_ns() // 10**6
 
 
 def _free_bytes(folder: Path) -> int | None:

@@ -289,11 +289,6 @@ class Service:
         """Somebody with this token or invitation asks for the status. Raises ConfigError."""
         self._admission.gate.check_looker(shown)
 
-    def lacks(self, hello: Hello) -> bool:
-        """Whether the node, which was checked, says that it has commits which this coordinator has lost: then
-        they are to be adopted before it is let in."""
-        return hello.head_round is not None and hello.head_round > self._ledger.head_round
-
     def hold(self) -> None:
         """From now on no round closes, until `go_on`: a commit made now might have been made before."""
         self._parts.rounds.is_held = True

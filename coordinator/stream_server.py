@@ -10,23 +10,22 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from itertools import count
 from typing import Any, BinaryIO
 
 from ..compression.errors import ConfigError, SwarmUnreachable, ThinwireError
 from .adoption import STALL_S, adopt
 from .blobs import BlobStore, BlobWriter
+from .entry.fetching import BlobStreams, open_blob
 from .entry.guarded import guarded
 from .entry.rates import PeerRates
 from .entry.strangers import GOODBYE_S, Strangers, looker, or_refused, receive_hello, tell_status
 from .observe.metrics_requests import ANSWER_TIMEOUT_S, MetricsRequests
 from .observe.quiet_log import QuietLog
-from .protocol.blob_streams import Sink, serve_blobs
+from .protocol.blob_streams import Sink
 from .protocol.messages import (
     BadMessage,
     Elsewhere,
@@ -43,15 +42,12 @@ from .protocol.messages import (
     Welcome,
 )
 from .protocol.streams import BLOB, FROM_NODE, SESSION, STATUS, BadFrame, Meter, Stream
-from .protocol.transport import StreamHandler, Transport
+from .protocol.transport import StreamHandler
 from .seats.watchers import Watchers
 from .service import Service
 from .sessions import Session
 
 _log = logging.getLogger("thinwire.coordinator")
-
-MAX_BLOB_STREAMS = 8
-"""Of one member."""
 
 _REPLACED = (
     "another node with this identity has joined: every node needs a --state directory of its own, or none"
@@ -104,18 +100,13 @@ class StreamServer:
         """Held while one node is let in: the others wait for what it may have to give back."""
         self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
         self._strangers = Strangers(service.has_worked)
-        self._blob_streams: Counter[str] = Counter()
+        self._blob_streams = BlobStreams(self._may_fetch, self._strangers, waits.hello_s)
 
     @property
     def handlers(self) -> dict[str, StreamHandler]:
         """By protocol."""
         served = {SESSION: self._serve_session, BLOB: self._serve_blobs, STATUS: self._serve_status}
         return {protocol: self._guarded(serve) for protocol, serve in served.items()}
-
-    async def open_on(self, transport: Transport) -> None:
-        """From now on peers that dial `transport` are served."""
-        for protocol, handler in self.handlers.items():
-            await transport.handle(protocol, handler)
 
     def send(self, peer_id: str, message: Message) -> None:
         """To the peer's current session, if there is one."""
@@ -226,7 +217,7 @@ class StreamServer:
         """The session's number, and what to say first. Raises ThinwireError or OSError."""
         self._check_rate(peer_id)
         async with self._opening:
-            if self._service.lacks(hello):
+            if hello.is_ahead_of(self._service.head):  # it has commits that were lost here: they go first
                 try:
                     await adopt(self._service, stream, hello, self._end_all, self._waits.stall_s)
                 finally:
@@ -287,18 +278,7 @@ class StreamServer:
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
         shelf = _Shelf(self._service, self._blobs, peer_id, self._changed)
-        if not self._may_fetch(peer_id):
-            with self._strangers.one(peer_id):
-                async with asyncio.timeout(self._waits.hello_s):
-                    await serve_blobs(stream, shelf, "control", lambda: False)
-            return
-        if self._blob_streams[peer_id] >= MAX_BLOB_STREAMS:
-            raise BadFrame("blob_streams", f"more than {MAX_BLOB_STREAMS} blob streams")
-        self._blob_streams[peer_id] += 1
-        try:
-            await serve_blobs(stream, shelf, "payload", lambda: self._may_fetch(peer_id))
-        finally:
-            self._blob_streams -= Counter((peer_id,))
+        await self._blob_streams.serve(peer_id, stream, shelf)
 
     def _may_fetch(self, peer_id: str) -> bool:
         """Members may, other seats, and who watches (a seat that led before may have let it in); they may not
@@ -321,13 +301,7 @@ class _Shelf:
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
         """The blob and its size in bytes. Raises KeyError."""
-        n_bytes = self._blobs.size(digest)
-        if n_bytes is None:
-            work = self._service.signatures(digest)
-            if work is None:
-                raise KeyError(digest.hex())
-            return BytesIO(work), len(work)
-        return self._blobs.open(digest), n_bytes
+        return open_blob(self._blobs, self._service.signatures, digest)
 
     def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
         """Where an upload goes; None: the blob is here. Raises BadMessage."""

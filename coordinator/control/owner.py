@@ -9,18 +9,16 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 from ...compression.errors import ConfigError, SwarmUnreachable
 from ..entry.guard import guard, rules_of
 from ..ledger import Ledger
 from ..protocol.files import FolderInUse
 from ..protocol.identity import load_or_create, peer_id_of
-from ..protocol.messages import AccessEntry, BadMessage, CommitBody, decode_record, digest_of
-from ..protocol.schedule import lr_factor_bits
-from ..protocol.settings import Course
+from ..protocol.messages import AccessEntry, BadMessage, decode_record, digest_of
+from ..serving.offerless import Last, offerless
 from ..state import StateDir
 from .orders import MODES, CheckStrategy, Order, Ordered, Place, plan
 from .wire import HEAD, Answer, frame, length, socket_path
@@ -65,7 +63,7 @@ def write_order(folder: Path, order: Order, check: CheckStrategy) -> Answer:
         key = load_or_create(state.key_path)
         ledger = Ledger.open(state.ledger_path, key.public_key())
         try:
-            last = _Last.of(ledger)
+            last = Last.of(ledger)
             place = Place(ledger.head_round + 1, True, last.course.run.is_over(ledger.head_round))
             if not order.is_guarding:
                 ordered = plan(order, last.course, place, check)
@@ -73,27 +71,12 @@ def write_order(folder: Path, order: Order, check: CheckStrategy) -> Answer:
                 return Answer(what="done", told=guard(state, order))
             else:
                 ordered = _guarded(state, ledger, order, last.access)
-            ledger.append(_record(ledger, last, ordered), key)
+            admitted = ledger.pending_admissions()
+            body = offerless(ledger, last, admitted=admitted, changes=ordered.changes, access=ordered.access)
+            ledger.append(body, key)
         finally:
             ledger.close()
     return Answer(what="done", round=ordered.round, told=ordered.told)
-
-
-@dataclass(frozen=True, slots=True)
-class _Last:
-    """After the newest record. `access`, `time_ms`: as the newest one has it that tells."""
-
-    course: Course
-    access: AccessEntry | None
-    time_ms: int
-
-    @classmethod
-    def of(cls, ledger: Ledger) -> Self:
-        course, access, time_ms = Course.of(ledger.genesis.config), None, ledger.genesis.time_ms
-        for commit in ledger.all_commits():
-            course, time_ms = course.after(commit.body.changes), commit.body.time_ms
-            access = commit.body.access or access
-        return cls(course, access, time_ms)
 
 
 def _guarded(state: StateDir, ledger: Ledger, order: Order, access: AccessEntry) -> Ordered:
@@ -107,24 +90,6 @@ def _guarded(state: StateDir, ledger: Ledger, order: Order, access: AccessEntry)
         rules = rules_of(order)
         changed = changed.model_copy(update={"mode": rules.mode, "listed": tuple(sorted(rules.peers))})
     return Ordered(ledger.head_round + 1, told, (), access=changed)
-
-
-def _record(ledger: Ledger, last: _Last, ordered: Ordered) -> CommitBody:
-    course = last.course
-    after = course.after(ordered.changes)
-    return CommitBody(
-        round=ordered.round,
-        parent=ledger.head_digest,
-        offers=(),
-        admitted=ledger.pending_admissions(),
-        lr_factor_bits=lr_factor_bits(after.settings.schedule, ordered.round + 1, after.n_rounds),
-        reports=(),
-        snapshots=(),
-        evaluator=None,
-        time_ms=max(time.time_ns() // 10**6, last.time_ms),
-        changes=ordered.changes,
-        access=ordered.access,
-    )
 
 
 def _connected(folder: Path) -> socket.socket | None:

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import json
 import logging
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
+
+from ..protocol.figures import wall_ms
 
 log = logging.getLogger("thinwire.http")
 
@@ -213,7 +214,7 @@ async def _gone(receive: Receive, watcher: Watcher) -> None:
 
 def _dated(data: Mapping[str, Any]) -> dict[str, Any]:
     """With the time of this machine, in ms: times in `data` are read against it, not the reader's."""
-    return {**data, "time_ms": time.time_ns() // 10**6}
+    return {**data, "time_ms": wall_ms()}
 
 
 def _event(name: str, data: Mapping[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from statistics import fmean
 from typing import BinaryIO, Final
@@ -98,6 +99,11 @@ def mean_loss(body: CommitBody) -> float | None:
 def finite(x: float | None) -> float | None:
     """NaN and infinity are no figures: they read as None."""
     return x if x is not None and math.isfinite(x) else None
+
+
+def wall_ms() -> int:
+    """Since 1970, by this machine's clock."""
+    return time.time_ns() // 10**6
 
 
 def bytes_per_token(file: BinaryIO) -> float | None:

@@ -424,6 +424,10 @@ class Hello(Message):
     device: Annotated[str, Field(max_length=100)] = ""
     watches: bool = False
 
+    def is_ahead_of(self, head: int) -> bool:
+        """Whether the node says that it has later commits."""
+        return self.head_round is not None and self.head_round > head
+
 
 class Welcome(Message):
     """Record 0 with its signature, and where the ledger stands. Payloads of the rounds from `kept_from` on

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Annotated, Self
+from typing import Annotated, Final, Self, TypeVar
 
 from pydantic import Field
 
@@ -27,10 +27,12 @@ from .messages import (
     encode_record,
 )
 
-PREFIX = "tw1-"
-SEATS_PREFIX = "tw2-"
-_CHECKSUM_BYTES = 4
-MAX_CHARS = 16_384
+PREFIX: Final = "tw1-"
+SEATS_PREFIX: Final = "tw2-"
+MAX_CHARS: Final = 16_384
+_CHECKSUM_BYTES: Final = 4
+
+R = TypeVar("R", bound=Record)
 
 
 class Ticket(Record):
@@ -51,29 +53,18 @@ class Ticket(Record):
 
     def line(self) -> str:
         """The ticket as people pass it on."""
-        packed = encode_record(self)
-        data = packed + digest_of(packed)[:_CHECKSUM_BYTES]
-        prefix = SEATS_PREFIX if self.others else PREFIX
-        return prefix + base64.urlsafe_b64encode(data).decode().rstrip("=")
+        return line_of(SEATS_PREFIX if self.others else PREFIX, self)
 
     @classmethod
     def parse(cls, line: str) -> Self:
         """Raises ConfigError that says what is wrong with `line`, which may have been wrapped on its way."""
-        line = "".join(line.split()).strip("\"'`<>")
+        line = unwrapped(line)
         if not line:
             raise ConfigError("the ticket is empty: pass the line that `thinwire coordinator` printed")
         prefix = next((p for p in (PREFIX, SEATS_PREFIX) if line.startswith(p)), None)
         if prefix is None:
             raise ConfigError(f"this is no ticket of this version of thinwire: a ticket starts with {PREFIX}")
-        if len(line) > MAX_CHARS:
-            raise ConfigError(f"the ticket has {len(line)} characters, at most {MAX_CHARS} are possible")
-        packed = _checked(line.removeprefix(prefix))
-        try:
-            ticket = decode_record(cls, packed)
-        except BadMessage as e:
-            raise ConfigError(
-                f"the ticket is not understood ({e}): is this thinwire older than the swarm?"
-            ) from e
+        ticket = read_line(cls, line, prefix, "ticket", MAX_CHARS)
         for seat in ticket.seats:
             public_key_of(seat.peer_id)
         if bool(ticket.others) != (prefix == SEATS_PREFIX):
@@ -81,15 +72,35 @@ class Ticket(Record):
         return ticket
 
 
-def _checked(text: str) -> bytes:
-    """The packed ticket without its checksum."""
+def line_of(prefix: str, ticket: Record) -> str:
+    """What `read_line` reads."""
+    packed = encode_record(ticket)
+    data = packed + digest_of(packed)[:_CHECKSUM_BYTES]
+    return prefix + base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def unwrapped(line: str) -> str:
+    """Without what it may have got on its way."""
+    return "".join(line.split()).strip("\"'`<>")
+
+
+def read_line(kind: type[R], line: str, prefix: str, what: str, max_chars: int) -> R:
+    """What a ticket says, after its prefix. `what`: how people call it. Raises ConfigError."""
+    if len(line) > max_chars:
+        raise ConfigError(f"the {what} has {len(line)} characters, at most {max_chars} are possible")
+    text = line.removeprefix(prefix)
     try:
         data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError) as e:
-        raise ConfigError("the ticket is damaged or cut off: copy the whole line again") from e
+        raise ConfigError(f"the {what} is damaged or cut off: copy the whole line again") from e
     packed, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
     if digest_of(packed)[:_CHECKSUM_BYTES] != checksum:
         raise ConfigError(
-            "the ticket is damaged or cut off (its checksum differs): copy the whole line again"
+            f"the {what} is damaged or cut off (its checksum differs): copy the whole line again"
         )
-    return packed
+    try:
+        return decode_record(kind, packed)
+    except BadMessage as e:
+        raise ConfigError(
+            f"the {what} is not understood ({e}): is this thinwire older than the swarm?"
+        ) from e

@@ -8,8 +8,7 @@ from .words import Pong
 class Reign:
     """Of one leader, who begins with the promises of a majority."""
 
-    def __init__(self, ballot: int, promised: set[str], now_s: float) -> None:
-        self.ballot = ballot
+    def __init__(self, promised: set[str], now_s: float) -> None:
         self.resting: dict[str, bytes] = {}
         """Seats whose votes are lost, and the nonce that a record would have to name: kept from record to
         record, else a seat would rest for ever where they follow quickly."""

@@ -164,9 +164,8 @@ class Seat:
                 self._send(other, Batch(head=self._disk.head, sealed=(sealed,)))
         if self._committee.epoch != epoch:
             self._step_down(now_s, "the committee has changed")
-            if (
-                self._acceptor.may_vote
-            ):  # nobody else need wait for silence: it tries to lead the new one, too
+            if self._acceptor.may_vote:
+                # Nobody else need wait for silence: it tries to lead the new one, too.
                 self.wake_s = now_s + self._timing.beat_s
         elif self.role is Role.RECOVERING:
             self.role = Role.LEADING
@@ -226,7 +225,7 @@ class Seat:
         if self.role is not Role.PREPARING or len(self._promises) < self._committee.need:
             return
         self.leader = self.me
-        self._reign = Reign(self._ballot, self._promises.keys() - {self.me}, now_s)
+        self._reign = Reign(self._promises.keys() - {self.me}, now_s)
         found = [accepted for accepted in self._promises.values() if accepted is not None]
         self.role = Role.RECOVERING if found else Role.LEADING
         if found:

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ...compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable
 from ..blobs import BlobStore
 from ..ledger import Ledger
-from ..protocol.figures import short
+from ..protocol.figures import short, wall_ms
 from ..protocol.messages import BadMessage, CommitBody, CommitteeEntry, SeatEntry, decode_record
 from ..protocol.streams import BLOB, Meter, Stream
 from ..protocol.transport import Transport
@@ -134,7 +134,7 @@ class Council:
         self.seat = self._new_seat(time.monotonic())
         self.observed = Observed(self.me, time.monotonic())
         self.streams = SeatStreams(self.me, self, meter, rng)
-        self._directory = Directory(self.me, self.disk, plan.places, self._ours)
+        self._directory = Directory(self.me, ledger, plan.places, self._ours)
         self.provisions = Provisions(
             self.me,
             ledger,
@@ -194,8 +194,6 @@ class Council:
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch())
             self.provisions.want_all()
-            if self.disk.committee.is_only(self.me):
-                self.seat.wake_s = time.monotonic()  # who is alone waits for nobody
             self.settle()
 
     async def close(self) -> None:
@@ -281,12 +279,9 @@ class Council:
     def _do(self, what: Callable[[float], object]) -> None:
         if self._is_closed:
             return
-        try:
-            if time.monotonic() >= self._stands_still_to_s:
-                what(time.monotonic())
-                self.seat.tick(time.monotonic())
-        except OSError as e:
-            self.stand_still(e)
+        if time.monotonic() >= self._stands_still_to_s:
+            what(time.monotonic())
+            self.seat.tick(time.monotonic())
         if self._is_settling:
             return
         self._is_settling = True
@@ -304,7 +299,7 @@ class Council:
             self._known = known
             self._tell()
 
-    def stand_still(self, error: OSError) -> None:
+    def _stand_still(self, error: str) -> None:
         """Its disk has failed: nobody has heard of what could not be written. It begins anew from it."""
         self.trouble = f"this coordinator's disk is full or broken ({error}): it does not vote"
         log.error("%s", self.trouble)
@@ -316,8 +311,6 @@ class Council:
         """A seat that knows what is on the disk now, and nothing else. A reign is over."""
         old, self.seat = self.seat, self._new_seat(now_s)
         self.seat.events = [event for event in old.events if isinstance(event, NewRecord | Evidence)]
-        if self.disk.committee.is_only(self.me):
-            self.seat.wake_s = now_s  # who is alone waits for nobody
         if old.role in (Role.LEADING, Role.RECOVERING):
             self._owner.steps_down(why)
 
@@ -350,7 +343,7 @@ class Council:
                 self._owner.recorded(round_)
                 self._recorded(self._ledger.commits(round_ - 1, 1)[0].body)
             case DiskFailed(error=error):
-                self.stand_still(OSError(error))
+                self._stand_still(error)
             case Evidence(seat=seat, what=what):
                 self.counts[what] += 1
                 log.error("seat %s has lied or is broken: %s", short(seat), what)
@@ -500,7 +493,7 @@ class Council:
         try:
             self.disk.append(sealed)
         except OSError as e:
-            self.stand_still(e)
+            self._stand_still(str(e))
             return
         log.warning("round %d: the run's recovery key has named another committee", self.disk.head)
         self._begin_anew("the committee has changed", time.monotonic())
@@ -588,7 +581,7 @@ class Council:
         """Nodes hear who leads."""
         if self.seat.leader is not None:
             self._led_s = time.monotonic()
-        self.observed.led(self.seat.leader, self.term, time.monotonic(), time.time_ns() // 10**6)
+        self.observed.led(self.seat.leader, self.term, time.monotonic(), wall_ms())
         if not self._lost_majority():
             self._majority_s = time.monotonic()
         waits_for = self.waits_for()

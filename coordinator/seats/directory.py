@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..ledger import Ledger
 from ..protocol.messages import Address, SeatEntry
-from .disk import StateDisk
 from .streams import Addresses
 
 
@@ -13,10 +13,10 @@ class Directory:
     """`ours`: addresses of this seat."""
 
     def __init__(
-        self, me: str, disk: StateDisk, places: Sequence[SeatEntry], ours: Callable[[], Addresses]
+        self, me: str, ledger: Ledger, places: Sequence[SeatEntry], ours: Callable[[], Addresses]
     ) -> None:
         """`places`: of the seat ticket."""
-        self._me, self._disk, self._places, self._ours = me, disk, tuple(places), ours
+        self._me, self._ledger, self._places, self._ours = me, ledger, tuple(places), ours
         self._told: dict[str, Addresses] = {}
         """By the seats themselves."""
 
@@ -32,7 +32,7 @@ class Directory:
         found: dict[str, list[Address]] = {self._me: list(self._ours())}
         for seat, addresses in self._told.items():
             found.setdefault(seat, []).extend(addresses)
-        for place in (*self._disk.seats, *self._places):
+        for place in (*self._ledger.seats, *self._places):
             found.setdefault(place.peer_id, []).extend(place.addresses)
         return {seat: tuple(dict.fromkeys(addresses)) for seat, addresses in found.items()}
 
@@ -40,12 +40,13 @@ class Directory:
         """Of the committee."""
         known = self.addresses()
         return tuple(
-            SeatEntry(peer_id=seat, addresses=known.get(seat, ())[:8]) for seat in self._disk.committee.seats
+            SeatEntry(peer_id=seat, addresses=known.get(seat, ())[:8])
+            for seat in self._ledger.committee.seats
         )
 
     def to_dial(self) -> dict[str, Addresses]:
         """The committee; who looks on asks also those that its ticket names."""
-        known, wanted = self.addresses(), set(self._disk.committee.seats)
+        known, wanted = self.addresses(), set(self._ledger.committee.seats)
         if self._me not in wanted:
             wanted.update(place.peer_id for place in self._places)
         return {seat: known.get(seat, ()) for seat in wanted if seat != self._me}

@@ -11,9 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...compression.errors import ConfigError
 from ..ledger import Ledger
-from ..protocol.chain import seats_of
 from ..protocol.identity import is_signed_by, peer_id_of
-from ..protocol.messages import SeatEntry
 from ..protocol.trust.seals import Committee, Sealed
 from ..quorum.disk import VoteState
 from ..state import VOTE_NAME
@@ -33,8 +31,6 @@ class StateDisk:
 
     def __init__(self, folder: Path, ledger: Ledger, seat: str, *, is_new: bool) -> None:
         self._ledger, self._seat = ledger, seat
-        self._seats: tuple[SeatEntry, ...] = ()
-        self._seats_of = -1
         self._votes = Votes(folder / VOTE_NAME, ledger.run_id, seat)
         if self._is_alone or (is_new and not self._votes.is_known):
             self._votes.wake()
@@ -65,15 +61,6 @@ class StateDisk:
 
     def save_vote(self, vote: VoteState) -> None:
         self._votes.save(vote)
-
-    @property
-    def seats(self) -> tuple[SeatEntry, ...]:
-        """Of the committee, as the record that named it says; (): none has."""
-        epoch = self.committee.epoch
-        if self._seats_of != epoch:
-            named = self._ledger.committees(epoch)[-1:]
-            self._seats_of, self._seats = epoch, seats_of(named[0]) if named else ()
-        return self._seats
 
     def append(self, sealed: Sealed) -> None:
         """Raises LedgerCorrupt for what is not the next record, sealed or signed by the recovery key."""

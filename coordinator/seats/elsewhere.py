@@ -10,26 +10,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
-from io import BytesIO
 from typing import Any, BinaryIO
 
 from ...compression.errors import ThinwireError
 from ..admission import AdmissionControl
 from ..adoption import Adopter, adopt
 from ..blobs import BlobStore
+from ..entry.fetching import BlobStreams, open_blob
 from ..entry.guarded import guarded
 from ..entry.rates import PeerRates
 from ..entry.reading import Readers
 from ..entry.strangers import GOODBYE_S, Strangers, looker, or_refused, receive_hello, tell_status
 from ..ledger import Ledger
 from ..observe.quiet_log import QuietLog
-from ..protocol.blob_streams import Sink, serve_blobs
+from ..protocol.blob_streams import Sink
 from ..protocol.messages import READER, BadMessage, Hello, Rejected
 from ..protocol.streams import BLOB, SESSION, STATUS, BadFrame, Meter, Stream
-from ..protocol.transport import StreamHandler, Transport
-from ..stream_server import MAX_BLOB_STREAMS, Waits
+from ..protocol.transport import StreamHandler
+from ..stream_server import Waits
 from .watchers import Watchers
 
 _log = logging.getLogger("thinwire.coordinator")
@@ -66,7 +65,7 @@ class ElsewhereServer:
         self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
         self._strangers = Strangers(self._is_known)
         self._readers = Readers(ledger, self._rates, kept_from, watchers.beat_s)
-        self._blob_streams: Counter[str] = Counter()
+        self._blob_streams = BlobStreams(self._may_fetch, self._strangers, waits.hello_s)
 
     @property
     def handlers(self) -> dict[str, StreamHandler]:
@@ -76,11 +75,6 @@ class ElsewhereServer:
             protocol: guarded(serve, self._meter, self._count, self._lines, self._failed)
             for protocol, serve in served.items()
         }
-
-    async def open_on(self, transport: Transport) -> None:
-        """From now on peers that dial `transport` are served."""
-        for protocol, handler in self.handlers.items():
-            await transport.handle(protocol, handler)
 
     def _count(self, reason: Rejected, peer_id: str | None = None) -> None:
         self._admission.rejected[reason] += 1
@@ -103,7 +97,7 @@ class ElsewhereServer:
         if hello.agent == READER:
             await self._readers.serve(peer_id, stream)
             return
-        if self.returns is not None and self.returns.lacks(hello):
+        if self.returns is not None and hello.is_ahead_of(self.returns.head):
             async with self._returning:
                 await or_refused(stream, adopt(self.returns, stream, hello, lambda: None))
         await stream.send_message(self._watchers.who.now)
@@ -116,18 +110,7 @@ class ElsewhereServer:
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
         """To whom the ledger knows, to those who watch or read here, and to seats."""
-        if not self._may_fetch(peer_id):
-            with self._strangers.one(peer_id):
-                async with asyncio.timeout(self._waits.hello_s):
-                    await serve_blobs(stream, self._shelf, "control", lambda: False)
-            return
-        if self._blob_streams[peer_id] >= MAX_BLOB_STREAMS:
-            raise BadFrame("blob_streams", f"more than {MAX_BLOB_STREAMS} blob streams")
-        self._blob_streams[peer_id] += 1
-        try:
-            await serve_blobs(stream, self._shelf, "payload", lambda: self._may_fetch(peer_id))
-        finally:
-            self._blob_streams -= Counter((peer_id,))
+        await self._blob_streams.serve(peer_id, stream, self._shelf)
 
     def _may_fetch(self, peer_id: str) -> bool:
         return (
@@ -153,13 +136,7 @@ class _Shelf:
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
         """The blob and its size in bytes. Raises KeyError."""
-        n_bytes = self._blobs.size(digest)
-        if n_bytes is not None:
-            return self._blobs.open(digest), n_bytes
-        work = self._ledger.work(digest)
-        if work is None:
-            raise KeyError(digest.hex())
-        return BytesIO(work), len(work)
+        return open_blob(self._blobs, self._ledger.work, digest)
 
     def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
         """Raises BadMessage, always."""

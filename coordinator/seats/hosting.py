@@ -15,6 +15,7 @@ from ...compression.errors import ConfigError
 from ..blobs import BlobStore
 from ..ledger import Ledger
 from ..observe.run_view import RunView
+from ..protocol.figures import wall_ms
 from ..protocol.messages import CommitBody, CommitteeEntry, SeatEntry, decode_record
 from ..protocol.settings import Keep
 from ..protocol.streams import Meter
@@ -29,7 +30,7 @@ from .council import Council
 from .plan import SeatPlan
 from .recovery import recovery_digest
 from .ticket import SeatTicket
-from .view import Beginning, status_of, view_of, wall_ms
+from .view import Beginning, status_of, view_of
 from .watchers import WhoLeads
 
 log = logging.getLogger("thinwire.coordinator")
@@ -58,20 +59,6 @@ class Reigns(Protocol):
     def renewed(self) -> None:
         """There is another committee, or who may come in has changed."""
         ...
-
-
-class _Log(Replicated):
-    """Of a seat whose disk may fail: the reign ends then."""
-
-    def __init__(self, council: Council, ledger: Ledger, checks: RecordChecks) -> None:
-        super().__init__(council.seat, ledger, checks)
-        self._council = council
-
-    def propose(self, body: CommitBody, work: bytes, now_s: float) -> None:
-        try:
-            super().propose(body, work, now_s)
-        except OSError as e:
-            self._council.stand_still(e)
 
 
 class Hosting:
@@ -128,7 +115,7 @@ class Hosting:
         if self._recollection is None or self._checks is None:
             raise ConfigError("it has not got all that the run needs")
         self._recollection.catch_up()
-        self._log = _Log(self.council, self._ledger, self._checks)
+        self._log = Replicated(self.council.seat, self._ledger, self._checks)
         log.info("this coordinator leads now")
         self._server.begin_reign(self._log, self._recollection, self.council.held)
 

@@ -3,25 +3,15 @@ from whoever has them, and the recovery key names another committee upon these."
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...compression.errors import ConfigError
 from ..ledger import Ledger
-from ..protocol.messages import (
-    Commit,
-    CommitBody,
-    CommitteeEntry,
-    Hello,
-    SeatEntry,
-    digest_of,
-    encode_record,
-)
-from ..protocol.schedule import lr_factor_bits
-from ..protocol.settings import Course
+from ..protocol.messages import Commit, CommitteeEntry, SeatEntry, digest_of, encode_record
 from ..protocol.trust.seals import Sealed
+from ..serving.offerless import Last, offerless
 from .recovery import raw_public
 
 
@@ -37,10 +27,6 @@ class Returns:
     def head(self) -> int:
         """The newest round here."""
         return self._ledger.head_round
-
-    def lacks(self, hello: Hello) -> bool:
-        """Whether a node says that it has later rounds."""
-        return hello.head_round is not None and hello.head_round > self.head
 
     def hold(self) -> None:
         """No round closes here anyhow."""
@@ -68,22 +54,6 @@ def check_key(ledger: Ledger, key: Ed25519PrivateKey) -> None:
 def recovery_record(ledger: Ledger, key: Ed25519PrivateKey, seats: Sequence[SeatEntry]) -> Sealed:
     """The record after the head: these seats order the run from the next round on. `key`: the recovery
     key."""
-    round_ = ledger.head_round + 1
-    course = Course.of(ledger.genesis.config).after_all(commit.body for commit in ledger.all_commits())
-    last = ledger.commits(round_ - 2, 1) if round_ > 1 else []
-    last_ms = last[0].body.time_ms if last else ledger.genesis.time_ms
     entry = CommitteeEntry(seats=tuple(seats), need=len(seats) // 2 + 1, recovered_with=raw_public(key))
-    body = CommitBody(
-        round=round_,
-        parent=ledger.head_digest,
-        offers=(),
-        admitted=(),
-        lr_factor_bits=lr_factor_bits(course.settings.schedule, round_ + 1, course.n_rounds),
-        reports=(),
-        snapshots=(),
-        evaluator=None,
-        time_ms=max(time.time_ns() // 10**6, last_ms),
-        committee=entry,
-    )
-    record = encode_record(body)
+    record = encode_record(offerless(ledger, Last.of(ledger), committee=entry))
     return Sealed(record=record, seal=key.sign(record))

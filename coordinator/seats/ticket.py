@@ -6,8 +6,6 @@ the run's ledger and payloads and may be named a seat: a ticket to join does not
 
 from __future__ import annotations
 
-import base64
-import binascii
 import secrets
 from pathlib import Path
 from typing import Annotated, Final, Self
@@ -17,21 +15,12 @@ from pydantic import Field
 from ...compression.errors import ConfigError
 from ..protocol.files import write_aside
 from ..protocol.identity import public_key_of
-from ..protocol.messages import (
-    MAX_SEATS,
-    BadMessage,
-    Digest,
-    Record,
-    SeatEntry,
-    decode_record,
-    digest_of,
-    encode_record,
-)
+from ..protocol.messages import MAX_SEATS, Digest, Record, SeatEntry
+from ..protocol.ticket import line_of, read_line, unwrapped
 
 PREFIX: Final = "tws-"
 FILE_NAME: Final = "seat-ticket"
 MAX_CHARS: Final = 32_768
-_CHECKSUM_BYTES: Final = 4
 
 
 class SeatTicket(Record):
@@ -44,33 +33,18 @@ class SeatTicket(Record):
 
     def line(self) -> str:
         """As people carry it to another machine."""
-        packed = encode_record(self)
-        data = packed + digest_of(packed)[:_CHECKSUM_BYTES]
-        return PREFIX + base64.urlsafe_b64encode(data).decode().rstrip("=")
+        return line_of(PREFIX, self)
 
     @classmethod
     def parse(cls, line: str) -> Self:
         """Raises ConfigError that says what is wrong with `line`, which may have been wrapped on its way."""
-        line = "".join(line.split()).strip("\"'`<>")
+        line = unwrapped(line)
         if not line.startswith(PREFIX):
             raise ConfigError(
                 f"this is no seat ticket: one starts with {PREFIX}, and stands in the file {FILE_NAME} of a "
                 f"coordinator's state folder. (A ticket that lets nodes join is another one.)"
             )
-        if len(line) > MAX_CHARS:
-            raise ConfigError(f"the seat ticket has {len(line)} characters, at most {MAX_CHARS} are possible")
-        text = line.removeprefix(PREFIX)
-        try:
-            data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-        except (binascii.Error, ValueError) as e:
-            raise ConfigError("the seat ticket is damaged or cut off: copy the whole line again") from e
-        packed, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
-        if digest_of(packed)[:_CHECKSUM_BYTES] != checksum:
-            raise ConfigError("the seat ticket is damaged or cut off: copy the whole line again")
-        try:
-            ticket = decode_record(cls, packed)
-        except BadMessage as e:
-            raise ConfigError(f"the seat ticket is not understood ({e}): is this thinwire older?") from e
+        ticket = read_line(cls, line, PREFIX, "seat ticket", MAX_CHARS)
         for seat in ticket.seats:
             public_key_of(seat.peer_id)
         return ticket

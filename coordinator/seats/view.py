@@ -16,6 +16,7 @@ from ..observe.loss_unit import LossUnit
 from ..observe.refusals import Refusals
 from ..observe.run_view import RunView
 from ..observe.trend import Trend
+from ..protocol.figures import wall_ms
 from ..protocol.settings import parse_settings
 from ..quorum.observed import Observed
 from ..quorum.recollection import Recollection
@@ -129,11 +130,6 @@ def status_alone(me: str, since_ms: int, head: int) -> dict[str, Any]:
         "refused": {},
         **observed.figures(now_s),
     }
-
-
-def wall_ms() -> int:
-    """By this machine's clock."""
-    return time.time_ns() // 10**6
 
 
 def for_the_page(seat: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
@@ -63,29 +64,15 @@ class Delays:
         return found
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One direction, until its end. The delay is a queue, and costs no throughput."""
-        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_QUEUED)
-        feeder = asyncio.create_task(self._feed(reader, queue))
-        try:
-            while True:
-                due_s, data = await queue.get()
-                if (wait_s := due_s - time.monotonic()) > 0:
-                    await asyncio.sleep(wait_s)
-                if not data:
-                    raise ConnectionResetError("closed by its other end")
-                writer.write(data)
-                await writer.drain()
-        finally:
-            feeder.cancel()
+        """One direction, until its end."""
 
-    async def _feed(self, reader: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
-        data = b"x"
-        while data:
-            try:
-                data = await reader.read(_PIECE_BYTES)
-            except OSError:
-                data = b""
-            await queue.put((time.monotonic() + self._one_way_s, data))
+        async def give(data: bytes) -> None:
+            if not data:
+                raise ConnectionResetError("closed by its other end")
+            writer.write(data)
+            await writer.drain()
+
+        await pass_later(reader, give, lambda: self._one_way_s, _PIECE_BYTES, _QUEUED)
 
     async def _end(self) -> None:
         for server in self._servers:
@@ -93,3 +80,34 @@ class Delays:
         for task in self._pipes:
             task.cancel()
         await asyncio.gather(*self._pipes, return_exceptions=True)
+
+
+async def pass_later(
+    reader: asyncio.StreamReader,
+    give: Callable[[bytes], Awaitable[None]],
+    delay_s: Callable[[], float],
+    piece_bytes: int,
+    n_queued: int,
+) -> None:
+    """Gives what comes, in pieces, each one so much later than it came, and b"" at the end, until `give`
+    raises something. The delay is a queue, and costs no throughput as long as so many pieces suffice."""
+    queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(n_queued)
+
+    async def feed() -> None:
+        data = b"x"
+        while data:
+            try:
+                data = await reader.read(piece_bytes)
+            except OSError:
+                data = b""
+            await queue.put((time.monotonic() + delay_s(), data))
+
+    feeder = asyncio.create_task(feed())
+    try:
+        while True:
+            due_s, data = await queue.get()
+            if (wait_s := due_s - time.monotonic()) > 0:
+                await asyncio.sleep(wait_s)
+            await give(data)
+    finally:
+        feeder.cancel()

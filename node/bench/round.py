@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from ...coordinator.protocol.figures import ddp_bytes
+from ...coordinator.protocol.figures import ddp_bytes, wall_ms
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ...coordinator.protocol.messages import (
     PROTOCOL_VERSION,
@@ -143,5 +143,5 @@ def genesis_of(coordinator: str, n_peers: int, n_rounds: int) -> GenesisBody:
         limits=Limits(),
         coordinator=coordinator,
         lr_factor_bits=float32_bits(1.0),
-        time_ms=time.time_ns() // 10**6,
+        time_ms=wall_ms(),
     )

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ...compression.errors import ConfigError
 from ...coordinator.entry.rules import EntryRules
 from ...coordinator.protocol.addresses import HttpAddress, host_of
+from ...coordinator.protocol.figures import wall_ms
 from ...coordinator.protocol.files import write_aside
 from ...coordinator.protocol.identity import load_or_create, peer_id_of, public_key_of
 from ...coordinator.protocol.messages import MAX_SEATS
@@ -224,7 +225,7 @@ def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) ->
     if not state.ledger_path.exists():
         coordinator = peer_id_of(load_or_create(state.key_path).public_key())
         recovery = recovery_digest(state.path)
-        genesis = make_genesis(config, task, coordinator, time.time_ns() // 10**6, recovery)
+        genesis = make_genesis(config, task, coordinator, wall_ms(), recovery)
         log.info("new run %s, kept in %s", config.run.name, state.path)
         return CoordinatorServer(state, genesis=genesis.body, blobs=genesis.blobs, **where)
     server = CoordinatorServer(state, **where)

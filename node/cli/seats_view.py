@@ -10,8 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...coordinator.protocol.figures import counted
-from ..links.known_seats import short
+from ...coordinator.protocol.figures import counted, short
 from ..system.output import shown
 from .status import waits_in_words
 

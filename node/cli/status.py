@@ -10,12 +10,13 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ...compression.errors import ConfigError, SwarmUnreachable
+from ...coordinator.protocol.figures import short
 from ...coordinator.protocol.identity import new_key
 from ...coordinator.protocol.messages import BadMessage, PeerId, Refused, decode_message
 from ...coordinator.protocol.p2p import P2PTransport, start_p2p
 from ...coordinator.protocol.streams import STATUS, FrameKind, Meter, Stream
 from ...coordinator.protocol.ticket import Ticket
-from ..links.known_seats import KnownSeats, short
+from ..links.known_seats import KnownSeats
 
 T = TypeVar("T")
 

@@ -15,13 +15,14 @@ from typing import Any
 
 from ...compression.errors import ConfigError, SwarmUnreachable
 from ...coordinator.protocol.addresses import announced, knock, knock_everywhere, listen_address
+from ...coordinator.protocol.figures import short
 from ...coordinator.protocol.identity import new_key
 from ...coordinator.protocol.messages import PROTOCOL_VERSION, BadMessage, PeerId
 from ...coordinator.protocol.p2p import P2PTransport, start_p2p
 from ...coordinator.protocol.streams import STATUS, Meter, Stream
 from ...coordinator.protocol.ticket import Ticket
 from ..cli.status import ask, leads, role_in_words
-from ..links.known_seats import KnownSeats, short
+from ..links.known_seats import KnownSeats
 from ..units import human_bytes
 from .findings import Finding, Stopped, failed, ok, skipped, warning
 from .machine import available_bytes

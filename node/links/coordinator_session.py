@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from ...compression.errors import SwarmUnreachable, ThinwireError
-from ...coordinator.protocol.figures import human_seconds, one_line
+from ...coordinator.protocol.figures import human_seconds, one_line, short
 from ...coordinator.protocol.messages import (
     PROTOCOL_VERSION,
     READER,
@@ -35,7 +35,7 @@ from ...coordinator.protocol.ticket import Ticket
 from ...coordinator.protocol.transport import Transport
 from .finding import Found, NobodyLeads, find_leader
 from .introducing import ANSWER_TIMEOUT_S, QUICK_ANSWER_S, introduce
-from .known_seats import KnownSeats, short
+from .known_seats import KnownSeats
 from .session_handler import SessionHandler
 from .upload_limit import UploadLimit
 from .watching import Watch

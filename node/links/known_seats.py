@@ -13,8 +13,6 @@ from ...coordinator.protocol.messages import Elsewhere, PeerId, SeatEntry
 from ...coordinator.protocol.ticket import Ticket
 
 _MAX_ADDRESSES: Final = 32
-_ENDS: Final = 8, 6
-"""Characters of a peer id that people are shown."""
 
 
 class KnownSeats:
@@ -69,9 +67,3 @@ class KnownSeats:
     async def changed(self) -> None:
         """Returns when the committee is another one."""
         await self._changed.wait()
-
-
-def short(peer_id: PeerId) -> str:
-    """A peer id for people."""
-    first, last = _ENDS
-    return peer_id if len(peer_id) <= 20 else f"{peer_id[:first]}..{peer_id[-last:]}"

@@ -22,6 +22,7 @@ from ...coordinator.blobs import BlobStore
 from ...coordinator.control.orders import CheckStrategy
 from ...coordinator.ledger import Ledger
 from ...coordinator.protocol.chain import Chain
+from ...coordinator.protocol.figures import wall_ms
 from ...coordinator.protocol.messages import (
     INLINE_BYTES,
     MAX_ROUND,
@@ -129,7 +130,7 @@ class LocalSwarm:
             send=self._send,
             on_commit=lambda _round: None,
             now_s=self.clock.now_s(),
-            wall_ms=lambda: time.time_ns() // 1_000_000,
+            wall_ms=wall_ms,
             check_strategy=check_strategy,
             log=log,
         )

@@ -14,9 +14,10 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from ...compression.errors import ThinwireError
+from ...coordinator.protocol.figures import short
 from ...coordinator.protocol.messages import BadMessage, Elsewhere, Heartbeat, Hello, PeerId, Refused
 from ...coordinator.protocol.streams import FrameKind, FrameLimits, Stream
-from .known_seats import KnownSeats, short
+from .known_seats import KnownSeats
 
 _log = logging.getLogger("thinwire.link")
 

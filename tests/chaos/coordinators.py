@@ -11,8 +11,9 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.book import Book
-from tests.chaos.program import Program, free_port
+from tests.chaos.program import Program
 from tests.chaos.proxy import Proxy
+from tests.support.ports import free_port
 from thinwire.coordinator.protocol.identity import load_or_create, peer_id_of
 from thinwire.coordinator.seats.ticket import FILE_NAME
 from thinwire.coordinator.state import VOTE_NAME

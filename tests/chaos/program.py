@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -144,11 +143,3 @@ class Node(Program):
     @property
     def was_obeyed(self) -> bool:
         return not self.orders.exists()
-
-
-def free_port() -> int:
-    """Of 127.0.0.1, at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -10,10 +10,11 @@ import contextlib
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self
+
+from thinwire.node.bench.delayed import pass_later
 
 MBIT_BYTES_PER_S = 125_000
 """1 Mbit/s."""
@@ -187,34 +188,21 @@ class Proxy:
     async def _pipe(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up: bool, source: int
     ) -> None:
-        """One direction; the delay is a queue in between, so that it costs no throughput."""
-        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_QUEUED_BYTES // _PIECE_BYTES)
-        feeder = asyncio.create_task(self._feed(reader, queue))
-        try:
-            while True:
-                due_s, data = await queue.get()
-                await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-                if self.rate_bytes_per_s is not None:
-                    await asyncio.sleep(len(data) / self.rate_bytes_per_s)
-                await self._gate.wait()
-                while self._blocks is not None and self._blocks(source, up):
-                    await asyncio.sleep(_LOOK_S)
-                if not data:
-                    raise ConnectionResetError("closed by its other end")
-                writer.write(data)
-                await writer.drain()
-                await self._count(len(data), up)
-        finally:
-            feeder.cancel()
+        """One direction."""
 
-    async def _feed(self, reader: asyncio.StreamReader, queue: asyncio.Queue[tuple[float, bytes]]) -> None:
-        data = b"x"
-        while data:
-            try:
-                data = await reader.read(_PIECE_BYTES)
-            except OSError:
-                data = b""
-            await queue.put((time.monotonic() + self.delay_s, data))
+        async def give(data: bytes) -> None:
+            if self.rate_bytes_per_s is not None:
+                await asyncio.sleep(len(data) / self.rate_bytes_per_s)
+            await self._gate.wait()
+            while self._blocks is not None and self._blocks(source, up):
+                await asyncio.sleep(_LOOK_S)
+            if not data:
+                raise ConnectionResetError("closed by its other end")
+            writer.write(data)
+            await writer.drain()
+            await self._count(len(data), up)
+
+        await pass_later(reader, give, lambda: self.delay_s, _PIECE_BYTES, _QUEUED_BYTES // _PIECE_BYTES)
 
     async def _count(self, n_bytes: int, up: bool) -> None:
         if up:

@@ -903,14 +903,14 @@ def test_a_restored_coordinator_takes_its_commits_back(make_world: MakeWorld) ->
     world, service = restored.world, restored.world.service
     world.open("x")  # its index is the one that the lost commits gave to c
     assert world.peer("x")["index"] == 2
-    assert service.lacks(restored.hello)
+    assert restored.hello.is_ahead_of(service.head)
     service.hold()
     service.adopt(restored.lost[:2])
     world.say("x", State(state=NodeState.TRAINING))  # the session is over
-    assert service.lacks(restored.hello)
+    assert restored.hello.is_ahead_of(service.head)
     service.adopt(restored.lost[2:])
     service.go_on(world.now_s)
-    assert not service.lacks(restored.hello)
+    assert not restored.hello.is_ahead_of(service.head)
     status = world.status()
     for figure in ("round", "mismatches", "loss", "snapshot", "held_out"):
         assert status[figure] == restored.status[figure]

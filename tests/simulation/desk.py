@@ -107,7 +107,7 @@ class Desk:
 
     def _hello(self, wire: Wire, hello: Hello) -> None:
         assert self.host.service is not None
-        if not self.host.service.lacks(hello):
+        if not hello.is_ahead_of(self.host.service.head):
             self._open(wire, hello)
             return
         self.host.service.hold()
@@ -133,7 +133,7 @@ class Desk:
             if not other.is_ending:
                 other.down.extend([Refused.of(SwarmUnreachable("commits came back")), End()])
                 other.is_ending = True
-        if self.host.service is not None and not self.host.service.lacks(hello):
+        if self.host.service is not None and not hello.is_ahead_of(self.host.service.head):
             self._go_on()
             self._open(wire, hello)
 

@@ -286,7 +286,7 @@ class SeatHost:
             self.close(wire)
 
     def _hello(self, wire: Wire, hello: Hello) -> None:
-        if self.service is None or self.service.lacks(hello):
+        if self.service is None or hello.is_ahead_of(self.service.head):
             raise SwarmUnreachable("another seat leads")
         name, number = wire.peer.name, next(self._numbers)
         welcome = self.service.open(name, number, hello, self.world.now_s)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.ports import free_port
 from tests.support.small_run import TASK
 from tests.support.waiting import wait_until
 
@@ -109,12 +108,6 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     finally:
         driver.quit()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 CUT = """[...document.querySelectorAll('.tile *, #peers-title, #peer-rows td')].filter(e => e.offsetParent

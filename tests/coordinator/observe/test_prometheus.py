@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import urllib.error
 import urllib.parse
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.support.paths import ROOT
+from tests.support.ports import free_port
 from tests.support.prometheus import Tools, check_conventions, find_tools, queries, value
 from tests.support.waiting import wait_until
 from thinwire.compression.errors import ConfigError
@@ -53,12 +53,6 @@ TOKEN = "as the coordinator's --http-token says"
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Tools:
     return find_tools(tmp_path_factory.mktemp("prometheus"))
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def fetch(url: str) -> str:

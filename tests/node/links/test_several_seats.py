@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -43,7 +43,9 @@ from thinwire.coordinator.protocol.messages import (
 from thinwire.coordinator.protocol.p2p import P2PTransport, start_p2p
 from thinwire.coordinator.protocol.streams import Meter, Stream
 from thinwire.coordinator.protocol.ticket import Ticket
+from thinwire.coordinator.protocol.transport import StreamHandler
 from thinwire.coordinator.seats.elsewhere import ElsewhereServer
+from thinwire.coordinator.seats.reception import Reception
 from thinwire.coordinator.seats.watchers import Watchers, WhoLeads
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.stream_server import Waits
@@ -108,8 +110,13 @@ class Swarm:
             is_seat=lambda peer_id: False,
             waits=Waits(),
         )
-        await server.open_on(transport)
+        await self._serve(transport, server.handlers)
         return SeatEntry(peer_id=transport.peer_id, addresses=transport.addresses[:8])
+
+    async def _serve(self, transport: P2PTransport, handlers: Mapping[str, StreamHandler]) -> None:
+        reception = Reception()
+        reception.hand_to(handlers)
+        await reception.open_on(transport)
 
     async def transport(self) -> P2PTransport:
         transport = await start_p2p(new_key())
@@ -134,7 +141,7 @@ class Swarm:
 
     async def _lead_as_another(self) -> SeatEntry:
         transport = await self.transport()
-        await self.leads.server._stream_server.open_on(transport)
+        await self._serve(transport, self.leads.server._stream_server.handlers)
         return SeatEntry(peer_id=transport.peer_id, addresses=transport.addresses[:8])
 
     def another_leader(self) -> SeatEntry:
