@@ -287,6 +287,9 @@ class Audits(Section):
     again."""
     window_rounds: Annotated[int, Field(ge=1, le=2**20)] = 1000
     """How long a failure is remembered."""
+    own_data_auditors: bool | None = None
+    """Whether peers with data of their own are drawn as auditors, too, who never report: false in new runs,
+    true in those that are older."""
 
 
 class RunConfig(Section):
@@ -317,8 +320,10 @@ class RunConfig(Section):
 
     def to_json(self) -> str:
         """As record 0 has it: a table that came later and is not used leaves it what it was."""
-        unused = {name for name in ("eval", "audits") if getattr(self, name) is None}
-        return json.dumps(self.model_dump(exclude=unused), sort_keys=True)
+        whole = self.model_dump(exclude={name for name in ("eval", "audits") if getattr(self, name) is None})
+        if self.audits is not None and self.audits.own_data_auditors is None:
+            del whole["audits"]["own_data_auditors"]
+        return json.dumps(whole, sort_keys=True)
 
 
 def load_config(

@@ -134,9 +134,6 @@ def public_config(config: RunConfig, task: Task, recorded: RunConfig | None = No
     else:
         options = config.task.model_copy(update={"corpus": "run"} if task.corpus() is not None else {})
     run: dict[str, Any] = {"base": None}
-    audits = config.audits
-    if audits is None and (recorded is None or recorded.audits is not None):
-        audits = Audits()
     if task.held_out() is None:
         run["eval_every"] = 0
     return config.model_copy(
@@ -144,9 +141,20 @@ def public_config(config: RunConfig, task: Task, recorded: RunConfig | None = No
             "run": config.run.model_copy(update=run),
             "task": options,
             "strategy": complete_config(strategy),
-            "audits": audits,
+            "audits": _audits(config.audits, recorded),
         }
     )
+
+
+def _audits(said: Audits | None, recorded: RunConfig | None) -> Audits | None:
+    """`recorded`: see `public_config`."""
+    if said is None and recorded is not None and recorded.audits is None:
+        return None
+    audits = said or Audits()
+    if audits.own_data_auditors is not None:
+        return audits
+    before = None if recorded is None or recorded.audits is None else recorded.audits.own_data_auditors
+    return audits.model_copy(update={"own_data_auditors": False if recorded is None else before})
 
 
 def layout_of(model: nn.Module, task: Task) -> tuple[LayoutEntry, ...]:

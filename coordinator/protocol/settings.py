@@ -59,6 +59,7 @@ class AuditsSection(_Section):
     rate: Annotated[float, Field(ge=0, le=1)]
     failures: Annotated[int, Field(ge=1)]
     window_rounds: Annotated[int, Field(ge=1, le=2**20)]
+    own_data_auditors: bool = True
 
 
 class TaskSection(_Section):

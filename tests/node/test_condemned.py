@@ -25,6 +25,7 @@ from thinwire.coordinator.protocol.messages import (
     encode_record,
 )
 from thinwire.coordinator.protocol.schedule import float32_bits
+from thinwire.coordinator.protocol.settings import parse_settings
 from thinwire.coordinator.protocol.trust.audits import payload_digest, sign_audit, signed_bytes
 from thinwire.coordinator.protocol.trust.standing import Standing
 from thinwire.node.config import Audits, RunConfig, load_config, parse_config
@@ -260,8 +261,15 @@ def test_new_runs_have_audits_and_old_ones_stay_what_they_are() -> None:
     config = config_of(None)
     task = make_task(config.task, None, None)
     new = public_config(config, task)
-    assert new.audits == Audits()
-    assert json.loads(new.to_json())["audits"] == {"rate": 0.01, "failures": 2, "window_rounds": 1000}
+    assert new.audits == Audits(own_data_auditors=False)
+    before = {"rate": 0.01, "failures": 2, "window_rounds": 1000}
+    assert json.loads(new.to_json())["audits"] == {**before, "own_data_auditors": False}
+    with_all = new.model_copy(update={"audits": Audits()})  # of a run that is older than the option
+    assert json.loads(with_all.to_json())["audits"] == before
+    drawn = parse_settings(with_all.to_json()).audits
+    assert drawn is not None
+    assert drawn.own_data_auditors
+    assert public_config(config, task, recorded=with_all) == with_all
     old = new.model_copy(update={"audits": None})
     assert "audits" not in json.loads(old.to_json())
     assert public_config(config, task, recorded=old).audits is None

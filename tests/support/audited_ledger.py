@@ -33,9 +33,10 @@ class Rules:
     rate: float = 1.0
     failures: int = 2
     window_rounds: int = 100
+    own_data_auditors: bool = True
 
 
-def offer(peer: int, n_samples: int = 1, round_: int = 0) -> OfferEntry:
+def offer(peer: int, n_samples: int = 1, round_: int = 0, own_data: bool = False) -> OfferEntry:
     payload = b"%d of %d" % (round_, peer)
     return OfferEntry(
         peer=peer,
@@ -45,6 +46,7 @@ def offer(peer: int, n_samples: int = 1, round_: int = 0) -> OfferEntry:
         n_bytes=len(payload),
         payload=payload,
         digest=None,
+        own_data=own_data,
     )
 
 

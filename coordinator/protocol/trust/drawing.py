@@ -56,29 +56,42 @@ class Draw:
 
 
 def audits_of(
-    run_id: bytes, digest: bytes, body: CommitBody, standing: Known, rate: float
+    run_id: bytes,
+    digest: bytes,
+    body: CommitBody,
+    standing: Known,
+    rate: float,
+    own_data_auditors: bool = True,
 ) -> tuple[Draw, ...]:
     """The audits of this commit's offers, in their order. `digest`: of the commit; `standing`: after it;
-    `rate`: share of the swarm's work that goes into audits of those who are no suspects, 0 to 1; 0: none."""
-    counted = dict.fromkeys(o.peer for o in body.offers if o.n_samples > 0)
-    able = [peer for peer in counted if standing.has_worked(peer)]
-    n_auditors = min(MAX_AUDITORS, (len(able) - 2) // 2 * 2 + 1)
+    `rate`: share of the swarm's work that goes into audits of those who are no suspects, 0 to 1; 0: none.
+    `own_data_auditors`: peers whose offers were made from data of their own are drawn as auditors, too."""
+    counted = {o.peer: o.own_data for o in body.offers if o.n_samples > 0}
+    targets = [peer for peer in counted if standing.has_worked(peer)]
+    able = dict.fromkeys(peer for peer in targets if own_data_auditors or not counted[peer])
     rate_millionths = round(rate * 1_000_000)
-    if n_auditors < MIN_AUDITORS or rate_millionths == 0:
+    if rate_millionths == 0:
         return ()
-    usual = _threshold(rate_millionths, 1_000_000 * n_auditors)
-    for_suspects = max(usual, _threshold(SUSPECTS_MILLIONTHS, 1_000_000))
     drawn = []
-    for i, number in enumerate(_numbers(_WHAT + run_id + digest, len(able))):
+    for peer, number in zip(targets, _numbers(_WHAT + run_id + digest, len(targets)), strict=True):
+        n_auditors = _n_auditors(len(able) - (peer in able))
+        if n_auditors < MIN_AUDITORS:
+            continue
+        usual = _threshold(rate_millionths, 1_000_000 * n_auditors)
+        for_suspects = max(usual, _threshold(SUSPECTS_MILLIONTHS, 1_000_000))
         if number >= for_suspects:
             continue
-        peer = able[i]
         is_for_suspects = number >= usual and not standing.is_suspect(peer)
         key = _WHAT + run_id + digest + peer.to_bytes(2, "little")
-        others = _some(len(able) - 1, n_auditors, key)
-        auditors = sorted(able[j if j < i else j + 1] for j in others)
+        others = [other for other in able if other != peer]
+        auditors = sorted(others[j] for j in _some(len(others), n_auditors, key))
         drawn.append(Draw(peer, tuple(auditors), is_for_suspects))
     return tuple(drawn)
+
+
+def _n_auditors(n_others: int) -> int:
+    """The largest odd number of them, MAX_AUDITORS at most."""
+    return min(MAX_AUDITORS, (n_others - 1) // 2 * 2 + 1)
 
 
 def _threshold(numerator: int, denominator: int) -> int:

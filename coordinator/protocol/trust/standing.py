@@ -38,6 +38,9 @@ class Rules(Protocol):
     @property
     def window_rounds(self) -> int: ...
 
+    @property
+    def own_data_auditors(self) -> bool: ...
+
 
 @dataclass(slots=True)
 class _Tried:
@@ -211,7 +214,7 @@ class Standing:
         self._ever.append((peer, self.round + 1, tried.last))
 
     def _draw(self, body: CommitBody, digest: bytes, rules: Rules) -> None:
-        draws = audits_of(self._run_id, digest, body, self, rules.rate)
+        draws = audits_of(self._run_id, digest, body, self, rules.rate, rules.own_data_auditors)
         self._drawn.pop(body.round - REPORT_ROUNDS, None)
         if draws:
             self._drawn[body.round] = draws

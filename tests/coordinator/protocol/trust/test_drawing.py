@@ -91,6 +91,19 @@ def test_no_work_no_part_in_audits() -> None:
             assert len(draw.auditors) == 3
 
 
+def test_peers_with_data_of_their_own_are_audited_and_do_not_audit() -> None:
+    body = bare(1, [offer(p, own_data=p in (2, 5)) for p in range(7)])
+    for of_all in (True, False):
+        found = [audits_of(RUN, digest_of(b"%d" % i), body, Known(), 1.0, of_all) for i in range(100)]
+        drawn = [draw for draws in found for draw in draws]
+        assert {draw.target for draw in drawn} == set(range(7))
+        assert any({2, 5} & {*draw.auditors} for draw in drawn) == of_all
+        # Five peers have the run's text: of them four audit a fifth, so three do; all five audit another.
+        sizes = {len(draw.auditors) for draw in drawn if draw.target not in (2, 5)}
+        assert sizes == ({5} if of_all else {3})
+        assert {len(draw.auditors) for draw in drawn if draw.target in (2, 5)} == {5}
+
+
 def test_a_rate_of_nothing_draws_nobody() -> None:
     assert not any(draws(seed, 8, 0.0, Known(suspects={0})) for seed in range(300))
 
