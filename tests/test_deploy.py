@@ -26,7 +26,7 @@ from tests.support.paths import ROOT
 from thinwire.node.cli.swarm_commands import Coordinator
 
 DEPLOY = ROOT / "deploy"
-KUSTOMIZATIONS = ("base", "gpu", "three", "monitoring")
+KUSTOMIZATIONS = ("base", "gpu", "three", "monitoring", "monitoring-three")
 
 SCHEMA = "1.33"
 """Kubernetes' version."""
@@ -122,6 +122,23 @@ def test_three_coordinators_of_compose_find_each_other() -> None:
         mounted = {volume["target"]: volume["source"] for volume in services[name]["volumes"]}
         assert mounted[str(first.seat_ticket_file.parent)] == "seats"
         assert mounted["/var/lib/thinwire"] == name, "each has a disk of its own"
+    watched = compose("monitoring", files=("compose.yaml", "compose.three.yaml"))["services"]["prometheus"]
+    mounted = {volume["target"]: volume["source"] for volume in watched["volumes"]}
+    asked = asks_all_of(Path(mounted["/etc/prometheus/prometheus.yml"]).read_text())
+    assert asked == [f"{name}:9100" for name in services if name != "node"]
+
+
+def asks_all_of(config: str) -> list[str]:
+    """The coordinators that Prometheus asks how they are; fails unless it also asks each for nodes, all else
+    being as it is with one coordinator."""
+    one = yaml.safe_load((DEPLOY / "monitoring/prometheus.yml").read_text())
+    several = yaml.safe_load(config)
+    targets: list[str] = several["scrape_configs"][0]["static_configs"][0]["targets"]
+    one["scrape_configs"][0]["static_configs"][0]["targets"] = targets
+    (sd,) = one["scrape_configs"][1]["http_sd_configs"]
+    one["scrape_configs"][1]["http_sd_configs"] = [{**sd, "url": f"http://{host}/sd"} for host in targets]
+    assert several == one
+    return targets
 
 
 # ------------------------------------------------------------------------------------------------ Kubernetes
@@ -229,6 +246,9 @@ def test_three_coordinators_of_kubernetes_have_disks_and_names_of_their_own() ->
     assert first.seats == 3
     assert Path(seat.replica).name == first.seat_ticket_file.name
     assert seat.announce == (f"seat-0.{sets['seat']['serviceName']}:4001",)
+    maps = [found["data"] for found in kustomized("monitoring-three") if found["kind"] == "ConfigMap"]
+    (prometheus,) = (text for data in maps for text in data.values() if "\nscrape_configs:" in text)
+    assert asks_all_of(prometheus) == ["coordinator:9100", "seat-0.seat:9100", "seat-1.seat:9100"]
 
 
 def test_kubernetes_and_compose_get_the_same_monitoring_files() -> None:
