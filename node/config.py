@@ -290,6 +290,9 @@ class Audits(Section):
     own_data_auditors: bool | None = None
     """Whether peers with data of their own are drawn as auditors, too, who never report: false in new runs,
     true in those that are older."""
+    newcomers_rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the first 20 offers of a peer with the run's data that is audited until an audit has passed:
+    0.5 in new runs, one in ten in those that are older."""
 
 
 class RunConfig(Section):
@@ -321,8 +324,8 @@ class RunConfig(Section):
     def to_json(self) -> str:
         """As record 0 has it: a table that came later and is not used leaves it what it was."""
         whole = self.model_dump(exclude={name for name in ("eval", "audits") if getattr(self, name) is None})
-        if self.audits is not None and self.audits.own_data_auditors is None:
-            del whole["audits"]["own_data_auditors"]
+        if self.audits is not None:
+            whole["audits"] = self.audits.model_dump(exclude_none=True)
         return json.dumps(whole, sort_keys=True)
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgpack
 import torch
@@ -39,6 +39,9 @@ from .tasks.base import Pretrained, Task
 from .tasks.buffers import persistent_buffers
 from .tasks.shapes import shapes_only
 from .tasks.trial import Trial, refuse_shared_memory
+
+NEW_RUNS: Final = Audits(own_data_auditors=False, newcomers_rate=0.5)
+"""What runs have that say nothing of it, if they are not older than these options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +153,9 @@ def _audits(said: Audits | None, recorded: RunConfig | None) -> Audits | None:
     """`recorded`: see `public_config`."""
     if said is None and recorded is not None and recorded.audits is None:
         return None
-    audits = said or Audits()
-    if audits.own_data_auditors is not None:
-        return audits
-    before = None if recorded is None or recorded.audits is None else recorded.audits.own_data_auditors
-    return audits.model_copy(update={"own_data_auditors": False if recorded is None else before})
+    before = NEW_RUNS if recorded is None else recorded.audits
+    known = {} if before is None else before.model_dump(include=set(NEW_RUNS.model_fields_set))
+    return Audits(**{**known, **({} if said is None else said.model_dump(exclude_none=True))})
 
 
 def layout_of(model: nn.Module, task: Task) -> tuple[LayoutEntry, ...]:

@@ -218,7 +218,7 @@ class Replica:
         offers = self.heard(commit)
         if len(offers) < len(body.offers):
             ahead.bad["condemned"] += len(body.offers) - len(offers)
-        shares, own_counted = self._shares(offers, turn, payload_bytes, ahead)
+        shares, own_counted = self._shares(offers, self.newcomers(commit), turn, payload_bytes, ahead)
         own: Own = ("counted" if own_counted else "missed") if body.round in offered else None
         ahead.round, ahead.digest = body.round, commit.digest
         ahead.lr_factor = float32_of_bits(body.lr_factor_bits)
@@ -243,8 +243,18 @@ class Replica:
         except ValueError as e:
             raise ReplicaDiverged(f"round {body.round} cannot be applied: {e}") from e
 
+    def newcomers(self, commit: Commit) -> frozenset[int]:
+        """Those with an offer in the commit, which is known, whose last audit has not passed before it."""
+        body = commit.body
+        return frozenset(o.peer for o in body.offers if self.standing.is_new_in(o.peer, body.round))
+
     def _shares(
-        self, offers: tuple[OfferEntry, ...], turn: Turn, payload_bytes: PayloadBytes, ahead: _Ahead
+        self,
+        offers: tuple[OfferEntry, ...],
+        newcomers: frozenset[int],
+        turn: Turn,
+        payload_bytes: PayloadBytes,
+        ahead: _Ahead,
     ) -> tuple[list[Share], bool]:
         """The counted offers that pass `check`, in the ledger's order, and whether ours is among them."""
         fields = self.strategy.fields(turn)
@@ -264,7 +274,8 @@ class Replica:
                 log.warning("round %d: payload of %s left out: %s", turn.round, peer_id, e)
                 continue
             seed = round_seed(self.run_id, turn.round, peer_id)
-            shares.append(Share(seed, offer.n_samples, payload, own_data=offer.own_data))
+            is_new = offer.peer in newcomers
+            shares.append(Share(seed, offer.n_samples, payload, own_data=offer.own_data, is_new=is_new))
             senders.append(peer_id)
             sent.append(data if offer.digest is None else offer.digest)
             own_counted = own_counted or peer_id == self.peer_id

@@ -55,7 +55,8 @@ class Share:
     """One counted offer, as a strategy sees it. `seed`: that peer's unsigned 64-bit seed of the round.
 
     `own_data`: made from data that others do not have. `n_copies`: how many offers of the round have this
-    very payload, itself among them.
+    very payload, itself among them. `is_new`: the last audit of its peer's offers has not passed, or there
+    was none yet.
     """
 
     seed: int
@@ -63,6 +64,7 @@ class Share:
     payload: Payload
     own_data: bool = False
     n_copies: int = 1
+    is_new: bool = False
 
 
 @dataclass(frozen=True, slots=True)

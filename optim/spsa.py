@@ -298,7 +298,7 @@ class Spsa(Strategy):
         limit = self.option("clip") * lower_median(middle_S, shares)
         n_S = [float(len(sizes)) for sizes in sizes_S]
         own_data = self.option("own_data_share"), self.option("own_data_alone")
-        weight_S = work_weights(n_S, shares, *own_data)
+        weight_S = work_weights(n_S, shares, *own_data, self.option("newcomers"))
         factor_S = [w / n if n else 0.0 for w, n in zip(weight_S, n_S, strict=True)]
         clipped = [p.with_g(min(max(p.g, -limit), limit)) for p in counted]
         norm_S, kept_S = [total(sizes) for sizes in sizes_S], [0.0] * len(shares)

@@ -60,6 +60,7 @@ class AuditsSection(_Section):
     failures: Annotated[int, Field(ge=1)]
     window_rounds: Annotated[int, Field(ge=1, le=2**20)]
     own_data_auditors: bool = True
+    newcomers_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class TaskSection(_Section):

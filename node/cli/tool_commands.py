@@ -375,6 +375,8 @@ class Bench:
     """attacks: which rows, e.g. flipped,scaled-1e3. Default: all."""
     rounds: Annotated[int, arg(metavar="N")] = 80
     """attacks, audits: of each swarm."""
+    after: Annotated[int, arg(metavar="N")] = 0
+    """attacks: so many rounds more, and losses are compared so long after bad peers were found, e.g. 200."""
     seeds: Annotated[int, arg(metavar="N")] = 1
     """attacks, audits: swarms of each row, whose losses are averaged, or audits counted."""
     honest: Annotated[int, arg(metavar="N")] = 3
@@ -405,6 +407,7 @@ class Bench:
         from ..bench.attacks.table import Wanted, attacks_command, names_of
 
         refuse_below("--rounds", self.rounds, 1, "rounds of each swarm, e.g. 80")
+        refuse_below("--after", self.after, 0, "rounds after bad peers were found, e.g. 200")
         refuse_below("--seeds", self.seeds, 1, "swarms of each row, e.g. 3")
         refuse_below("--honest", self.honest, 1, "honest peers of a swarm, e.g. 3")
         refuse_below("--bad", self.bad, 1, "bad peers of a swarm, e.g. 1")
@@ -416,6 +419,7 @@ class Bench:
             n_honest=self.honest,
             n_bad=self.bad,
             settings=tuple(overrides_of(self.set).items()),
+            after=self.after,
         )
         command = attacks_command if self.name == "attacks" else audits_command
         command(wanted, self.json)

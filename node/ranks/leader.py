@@ -129,12 +129,12 @@ class LeaderReplica(Replica):
     ) -> list[Own]:
         """All payloads of the batch are fetched before anything is announced."""
         payloads = [payload_bytes(offer) for commit in commits for offer in self.heard(commit)]
-        condemned = [sorted(self.condemned(commit)) for commit in commits]
+        standing = [(sorted(self.condemned(c)), sorted(self.newcomers(c))) for c in commits]
         own = [commit.body.round for commit in commits if commit.body.round in offered]
         peers = None if self.peers == self._told_peers else list(self.peers.items())
         self._told_peers = dict(self.peers)
         plain = [_plain(commit) for commit in commits]
-        with self._leader.call("apply", plain, payloads, own, peers, condemned):
+        with self._leader.call("apply", plain, payloads, own, peers, standing):
             fetched = iter(payloads)
             owns = super().apply_batch(commits, lambda _offer: next(fetched), own)
         self._told_peers = dict(self.peers)
@@ -198,12 +198,16 @@ class LeaderReplica(Replica):
 
 
 class FollowerReplica(Replica):
-    """Another rank's part. Only rank 0 reads the ledger: it tells who is condemned in the rounds to come."""
+    """Another rank's part. Only rank 0 reads the ledger: it tells who is condemned in the rounds to come, and
+    who is new."""
 
-    told: Mapping[int, frozenset[int]] = {}
+    told: Mapping[int, tuple[frozenset[int], frozenset[int]]] = {}
 
     def condemned(self, commit: Commit) -> frozenset[int]:
-        return self.told[commit.body.round]
+        return self.told[commit.body.round][0]
+
+    def newcomers(self, commit: Commit) -> frozenset[int]:
+        return self.told[commit.body.round][1]
 
 
 class LeaderWork(LocalWork):
@@ -292,12 +296,15 @@ class Follower:
         payloads: list[bytes],
         offered: list[int],
         peers: list[tuple[int, str]] | None,
-        condemned: list[list[int]],
+        standing: list[tuple[list[int], list[int]]],
     ) -> None:
         if peers is not None:
             self._replica.peers = dict(peers)
         commits, fetched = [_commit(c) for c in plain], iter(payloads)
-        self._replica.told = {c.body.round: frozenset(p) for c, p in zip(commits, condemned, strict=True)}
+        self._replica.told = {
+            c.body.round: (frozenset(condemned), frozenset(new))
+            for c, (condemned, new) in zip(commits, standing, strict=True)
+        }
         self._replica.apply_batch(commits, lambda _offer: next(fetched), offered)
 
     def _sums(self) -> None:

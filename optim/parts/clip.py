@@ -34,6 +34,9 @@ class Claim(Protocol):
     @property
     def own_data(self) -> bool: ...
 
+    @property
+    def is_new(self) -> bool: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Weighing:
@@ -106,15 +109,23 @@ def lower_median(sizes: Sequence[float], claims: Sequence[Claim] | None = None) 
 
 
 def work_weights(
-    work: Sequence[float], claims: Sequence[Claim], own_data_share: float, own_data_alone: bool = False
+    work: Sequence[float],
+    claims: Sequence[Claim],
+    own_data_share: float,
+    own_data_alone: bool = False,
+    newcomers: float = 1.0,
 ) -> list[float]:
     """What each offer weighs for its samples or probes: `MOST_WORK` lower medians of them at most.
 
-    Copies of a payload share one weight. Peers with their own data have `own_data_share` of all at most,
-    unless it is 0. In a round that has nobody else they have nothing, or all if `own_data_alone`.
+    Copies of a payload share one weight. New peers have `newcomers` of theirs where the others have half of
+    all at least: so nobody's part of it doubles. Peers with their own data have `own_data_share` of all at
+    most, unless it is 0. In a round that has nobody else they have nothing, or all if `own_data_alone`.
     """
     limit = MOST_WORK * lower_median(work, claims)
     weights = [min(n, limit) / c.n_copies for n, c in zip(work, claims, strict=True)]
+    new = total(w for w, c in zip(weights, claims, strict=True) if c.is_new)
+    if 2.0 * new <= total(weights):
+        weights = [w * newcomers if c.is_new else w for w, c in zip(weights, claims, strict=True)]
     if own_data_share == 0.0:
         return weights
     own = total(w for w, c in zip(weights, claims, strict=True) if c.own_data)
@@ -146,6 +157,7 @@ def weigh(
     bound: float,
     own_data_share: float,
     own_data_alone: bool = False,
+    newcomers: float = 1.0,
 ) -> Weighing:
     """Of a round whose mean is bounded; see `Weighing`.
 
@@ -153,7 +165,7 @@ def weigh(
     with it.
     """
     work = [float(min(max(c.n_samples, 0), MAX_WEIGHT)) if by_samples else 1.0 for c in claims]
-    whole = [_weight(w) for w in work_weights(work, claims, own_data_share, own_data_alone)]
+    whole = [_weight(w) for w in work_weights(work, claims, own_data_share, own_data_alone, newcomers)]
     kept = bounded(norms, claims, bound)
     weights = [_weight(w * k) for w, k in zip(whole, kept, strict=True)]
     n = total(whole)

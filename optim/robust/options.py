@@ -10,7 +10,12 @@ from ...compression.errors import ConfigError
 from ..options import Number, Options
 from .means import Aggregate
 
-NEW_RUNS: Final[Mapping[str, Any]] = {"bound": 2.0, "own_data_share": 0.25, "own_data_alone": True}
+NEW_RUNS: Final[Mapping[str, Any]] = {
+    "bound": 2.0,
+    "own_data_share": 0.25,
+    "own_data_alone": True,
+    "newcomers": 0.25,
+}
 """`Facts.in_runs` of every strategy; who runs one for peers that are known may say otherwise."""
 
 
@@ -28,6 +33,10 @@ class BoundedOptions(Options):
 
     own_data_alone: bool = False
     """In a round in which nobody else is they weigh as others; else nothing then, as in older runs."""
+
+    newcomers: Annotated[float, Number(at_least=0, at_most=1)] = 1.0
+    """With `bound`: what is left of the weight of a peer whose last audit has not passed, or that had none
+    yet, in rounds in which at least half of the weight is of others; 1: all, as in older runs."""
 
     aggregate: Aggregate = "mean"
     """What is made of the peers' values: their mean, or, in spite of a minority that sends anything, the mean

@@ -35,7 +35,7 @@ def weighed(
     if bound > 0.0:
         norms = _norms(compressor, parameters, shares, turn)
         share, alone = strategy.option("own_data_share"), strategy.option("own_data_alone")
-        w = weigh(norms, shares, not equal, bound, share, alone)
+        w = weigh(norms, shares, not equal, bound, share, alone, strategy.option("newcomers"))
     else:
         clip = strategy.option("clip")
         weights = [1.0] * len(shares) if equal else sample_weights([s.n_samples for s in shares], clip)

@@ -146,9 +146,11 @@ def without_the_bad_one() -> Replica:
     for commit in ledger():
         offers = [o for o in commit.body.offers if (o.peer, commit.body.round in out) != (BAD, True)]
         turn = replica.turn()
+        replica.standing.committed(commit.body, commit.digest)
         replica.peers.update({a.index: a.peer_id for a in commit.body.admitted})
         ahead = type("Ahead", (), {"peers": replica.peers, "bad": replica.bad})()
-        shares, _ = replica._shares(tuple(offers), turn, inline, ahead)
+        new = replica.newcomers(commit)
+        shares, _ = replica._shares(tuple(offers), new, turn, inline, ahead)
         replica.strategy.apply(shares, turn, None)
         replica.round += 1
         replica._lr_factor = 1.0
@@ -257,18 +259,38 @@ def test_other_ranks_are_told_who_is_condemned() -> None:
     assert follower._replica.bad == {"condemned": len(terms())}
 
 
+def test_who_is_new_weighs_less_where_others_are_known() -> None:
+    """Until the last audit of its offers has passed, in runs whose record 0 says so."""
+    standing, new = Standing(RUN, parse_config(record_0().config).audits), dict[int, list[bool]]()
+    for commit in ledger():
+        new[commit.body.round] = [standing.is_new_in(peer, commit.body.round) for peer in range(N_PEERS)]
+        standing.committed(commit.body, commit.digest)
+    assert all(new[1])
+    assert new[N_ROUNDS] == [peer == BAD for peer in range(N_PEERS)]
+    assert any(0 < sum(of_round) <= N_PEERS / 2 for of_round in new.values())
+    for round_, of_round in new.items():
+        assert of_round == [standing.is_new_in(peer, round_) for peer in range(N_PEERS)], "later, too"
+    as_others, found = replica_of(), replica_of()
+    for group in as_others.strategy.param_groups:
+        group["newcomers"] = 1.0
+    for replica in (as_others, found):
+        replica.apply_batch(ledger(), inline)
+    assert found.fingerprint() != as_others.fingerprint()
+
+
 def test_new_runs_have_audits_and_old_ones_stay_what_they_are() -> None:
     config = config_of(None)
     task = make_task(config.task, None, None)
     new = public_config(config, task)
-    assert new.audits == Audits(own_data_auditors=False)
+    assert new.audits == Audits(own_data_auditors=False, newcomers_rate=0.5)
     before = {"rate": 0.01, "failures": 2, "window_rounds": 1000}
-    assert json.loads(new.to_json())["audits"] == {**before, "own_data_auditors": False}
+    since = {"own_data_auditors": False, "newcomers_rate": 0.5}
+    assert json.loads(new.to_json())["audits"] == {**before, **since}
     with_all = new.model_copy(update={"audits": Audits()})  # of a run that is older than the option
     assert json.loads(with_all.to_json())["audits"] == before
     drawn = parse_settings(with_all.to_json()).audits
     assert drawn is not None
-    assert drawn.own_data_auditors
+    assert (drawn.own_data_auditors, drawn.newcomers_rate) == (True, 0.0)
     assert public_config(config, task, recorded=with_all) == with_all
     old = new.model_copy(update={"audits": None})
     assert "audits" not in json.loads(old.to_json())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,6 +115,21 @@ def test_own_data_weighs_a_share_of_all_at_most() -> None:
     assert sum(weights[:2]) / sum(weights) == pytest.approx(0.25)
     assert work_weights([1.0] * 5, claims(5, own=(0,)), 0.25) == [1.0] * 5  # a fifth of all
     assert work_weights([1.0, 1.0], claims(2, own=(0, 1)), 0.25) == [0.0, 0.0]  # nobody else is there
+
+
+def test_newcomers_weigh_less_where_half_of_the_weight_is_of_others() -> None:
+    def weights(
+        n: int, new: Sequence[int], copies: Sequence[int] = (), own: Sequence[int] = ()
+    ) -> list[float]:
+        offers = [replace(c, is_new=i in new) for i, c in enumerate(claims(n, copies, own))]
+        return work_weights([1.0] * n, offers, 0.25, newcomers=0.25)
+
+    assert weights(4, new=(3,)) == [1.0, 1.0, 1.0, 0.25]
+    assert weights(4, new=(2, 3)) == [1.0, 1.0, 0.25, 0.25]
+    assert weights(4, new=(1, 2, 3)) == weights(4, new=range(4)) == [1.0] * 4
+    assert weights(6, new=(1, 2, 3, 4), copies=(1, 2, 3, 4)) == [1.0, *[0.0625] * 4, 1.0], "one payload"
+    assert weights(4, new=(3,), own=(3,)) == [1.0, 1.0, 1.0, 0.25]
+    assert work_weights([1.0, 1.0], [replace(c, is_new=c.seed == 1) for c in claims(2)], 0.0) == [1.0, 1.0]
 
 
 # ------------------------------------------------------------------------------------------- vectors

@@ -34,6 +34,7 @@ class Rules:
     failures: int = 2
     window_rounds: int = 100
     own_data_auditors: bool = True
+    newcomers_rate: float = 0.0
 
 
 def offer(peer: int, n_samples: int = 1, round_: int = 0, own_data: bool = False) -> OfferEntry:

@@ -8,7 +8,8 @@ bytes, BLAKE3's of (run, digest of the commit): the i-th counted offer reads the
 little-endian, and is drawn if it is below a threshold. Its auditors come from a stream of the target's own.
 An audit costs each auditor about the work of one round; so that all audits together take the share `rate` of
 the swarm's work, an offer with `a` auditors is drawn with the probability rate / a. Offers of suspects are
-drawn with 1 / 10, beyond that share: of newcomers until one audit has passed, and of who has failed one.
+drawn with 1 / 10, beyond that share: of newcomers until one audit has passed, and of who has failed one. In
+runs that say so the first offers of newcomers are drawn more often: it is the same one audit, only sooner.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Known(Protocol):
 
     def is_suspect(self, peer: int) -> bool: ...
 
+    def is_fresh(self, peer: int) -> bool: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -62,24 +65,29 @@ def audits_of(
     standing: Known,
     rate: float,
     own_data_auditors: bool = True,
+    newcomers_rate: float = 0.0,
 ) -> tuple[Draw, ...]:
     """The audits of this commit's offers, in their order. `digest`: of the commit; `standing`: after it;
     `rate`: share of the swarm's work that goes into audits of those who are no suspects, 0 to 1; 0: none.
-    `own_data_auditors`: peers whose offers were made from data of their own are drawn as auditors, too."""
+    `own_data_auditors`: peers whose offers were made from data of their own are drawn as auditors, too;
+    `newcomers_rate`: share that is audited of the first offers of others, where it is more."""
     counted = {o.peer: o.own_data for o in body.offers if o.n_samples > 0}
     targets = [peer for peer in counted if standing.has_worked(peer)]
     able = dict.fromkeys(peer for peer in targets if own_data_auditors or not counted[peer])
     rate_millionths = round(rate * 1_000_000)
     if rate_millionths == 0:
         return ()
+    for_fresh = _threshold(round(newcomers_rate * 1_000_000), 1_000_000)
     drawn = []
     for peer, number in zip(targets, _numbers(_WHAT + run_id + digest, len(targets)), strict=True):
         n_auditors = _n_auditors(len(able) - (peer in able))
         if n_auditors < MIN_AUDITORS:
             continue
         usual = _threshold(rate_millionths, 1_000_000 * n_auditors)
-        for_suspects = max(usual, _threshold(SUSPECTS_MILLIONTHS, 1_000_000))
-        if number >= for_suspects:
+        most = max(usual, _threshold(SUSPECTS_MILLIONTHS, 1_000_000))
+        if standing.is_fresh(peer) and not counted[peer]:
+            most = max(most, for_fresh)
+        if number >= most:
             continue
         is_for_suspects = number >= usual and not standing.is_suspect(peer)
         key = _WHAT + run_id + digest + peer.to_bytes(2, "little")

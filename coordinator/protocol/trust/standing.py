@@ -8,6 +8,7 @@ as long.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ from .judging import REPORT_ROUNDS, Judged, Judging, OpenAudit
 LAST: Final = 4
 """Times `failures`: so many of a peer's newest audits are looked at. Who was good for long and turns bad is
 out after half as many failures; who is audited often and passes nearly always stays."""
+
+FIRST_OFFERS: Final = 20
+"""Of a newcomer: so many are audited at the rate for newcomers, or until an audit has passed."""
 
 MAX_DOUBLINGS: Final = 20
 """Of a term."""
@@ -41,12 +45,16 @@ class Rules(Protocol):
     @property
     def own_data_auditors(self) -> bool: ...
 
+    @property
+    def newcomers_rate(self) -> float: ...
+
 
 @dataclass(slots=True)
 class _Tried:
     """A peer that was audited. `judged`: round of the offer and whether it failed, of the last ones in the
     window; `passed`, `failed`: ever; `is_vetted`: it has passed one since it was condemned last; `n_terms`:
-    how often it was, the last time until `last`."""
+    how often it was, the last time until `last`; `turns`: the first rounds in which it is new no more, is
+    again, and so on in turn."""
 
     judged: deque[tuple[int, bool]] = field(default_factory=deque)
     passed: int = 0
@@ -54,14 +62,22 @@ class _Tried:
     is_vetted: bool = False
     n_terms: int = 0
     last: int = 0
+    turns: list[int] = field(default_factory=list)
 
-    def note(self, judged: Judged, n_kept: int) -> None:
+    def note(self, judged: Judged, n_kept: int, next_round: int) -> None:
+        """`next_round`: the first one in which it matters."""
+        if judged.failed == self.is_known(next_round):
+            self.turns.append(next_round)
         self.judged.append((judged.round, judged.failed))
         while len(self.judged) > n_kept:
             self.judged.popleft()
         self.passed += not judged.failed
         self.failed += judged.failed
         self.is_vetted |= not judged.failed
+
+    def is_known(self, round_: int) -> bool:
+        """Whether the last audit that was decided before this round has passed."""
+        return bisect_right(self.turns, round_) % 2 == 1
 
     def n_failed(self, after: int) -> int:
         """Of the offers of rounds after this one; what was before is forgotten."""
@@ -136,6 +152,12 @@ class Standing:
             return frozenset(self._terms)
         return frozenset(peer for peer, first, last in self._ever if first <= round_ <= last)
 
+    def is_new_in(self, peer: int, round_: int) -> bool:
+        """Whether the last audit of the peer's offers that was decided before this round, one of those that
+        are known and the next one, has not passed, or there was none."""
+        tried = self._tried.get(peer)
+        return tried is None or not tried.is_known(round_)
+
     def changed(self) -> tuple[list[int], list[int]]:
         """Who is condemned since the newest commit, and whose term is over with it; sorted."""
         before, now = self.condemned_in(self.round), self.condemned_in(self.round + 1)
@@ -152,6 +174,11 @@ class Standing:
         if tried is None or rules is None or not tried.is_vetted:
             return True
         return tried.n_failed(self.round - rules.window_rounds) > 0
+
+    def is_fresh(self, peer: int) -> bool:
+        """Whether the peer has done little so far, and passed no audit."""
+        tried = self._tried.get(peer)
+        return self.work(peer) <= FIRST_OFFERS and (tried is None or not tried.is_vetted)
 
     def audited(self, peer: int) -> tuple[int, int]:
         """How many audits of the peer's offers have passed and failed, ever."""
@@ -201,7 +228,7 @@ class Standing:
             tried = self._tried.setdefault(judged.target, _Tried())
             if judged.round <= tried.last:
                 continue  # of before its term, or while it lasts
-            tried.note(judged, LAST * rules.failures)
+            tried.note(judged, LAST * rules.failures, self.round + 1)
             if tried.is_too_much(rules, after):
                 self._condemn(judged.target, tried, rules)
 
@@ -214,7 +241,8 @@ class Standing:
         self._ever.append((peer, self.round + 1, tried.last))
 
     def _draw(self, body: CommitBody, digest: bytes, rules: Rules) -> None:
-        draws = audits_of(self._run_id, digest, body, self, rules.rate, rules.own_data_auditors)
+        options = rules.rate, rules.own_data_auditors, rules.newcomers_rate
+        draws = audits_of(self._run_id, digest, body, self, *options)
         self._drawn.pop(body.round - REPORT_ROUNDS, None)
         if draws:
             self._drawn[body.round] = draws

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any, Final
@@ -61,7 +61,7 @@ TASK: Final = {"layers": 1, "width": 32, "heads": 2, "context": 32, "batch": 4, 
 class Plan:
     """One swarm to be trained. `attack`: None, the bad peers' offers never arrive. `seed`: of weights and
     batches: runs that differ in their attack only are paired. `settings`: dotted key -> value, over the
-    rest."""
+    rest. `watched_from`: the loss is measured after every round from this one on."""
 
     strategy: Mapping[str, Any]
     attack: Attack | None
@@ -70,6 +70,7 @@ class Plan:
     n_rounds: int
     seed: int = 1
     settings: tuple[tuple[str, Any], ...] = ()
+    watched_from: int | None = None
 
     @property
     def n_peers(self) -> int:
@@ -90,13 +91,19 @@ class Outcome:
     """What became of the honest peers. `held_out`: their loss after the last round, infinite: the replica did
     not stay finite. `fingerprint`: of all of their replicas, `weights` by name. `found_after`: so many
     rounds, then no bad peer's offer weighs anything any more; None: not so far. `judged`: every audit that
-    was decided: in which round, of which peer's offer, and whether it has failed."""
+    was decided: in which round, of which peer's offer, and whether it has failed. `losses`: held-out ones by
+    round, as far as they were watched."""
 
     held_out: float
     fingerprint: bytes
     weights: Mapping[str, Tensor]
     found_after: int | None
     judged: Sequence[tuple[int, int, bool]] = ()
+    losses: Mapping[int, float] = field(default_factory=dict)
+
+    def loss_after(self, round_: int | None) -> float:
+        """None, or a round that was not watched: the last one's."""
+        return self.held_out if round_ is None else self.losses.get(round_, self.held_out)
 
 
 def trained(plan: Plan) -> Outcome:
@@ -112,6 +119,7 @@ class _Swarm:
         self._found: dict[int, int] = {}
         """Peer index -> the last round that it weighed anything in."""
         self._judged: list[tuple[int, int, bool]] = []
+        self._losses: dict[int, float] = {}
         self._audited = dict.fromkeys(range(plan.n_peers), (0, 0))
         """By peer: how many audits have passed and failed."""
         self._errors: list[Exception] = []
@@ -166,6 +174,8 @@ class _Swarm:
     def _look(self, runner: Runner) -> None:
         """Who is found out by now: the first honest peer looks before each of its offers."""
         standing, round_ = runner.prepared.history.standing, runner.replica.round
+        if self._plan.watched_from is not None and round_ >= self._plan.watched_from:
+            self._losses[round_] = runner.work.evaluate()
         for index, before in self._audited.items():
             now = self._audited[index] = standing.audited(index)
             for failed in (False, True):
@@ -199,6 +209,5 @@ class _Swarm:
         is_found = len(self._found) == self._plan.n_bad > 0
         found_after = max(self._found.values()) if is_found else None
         first = honest[0]
-        return Outcome(
-            first.work.evaluate(), fingerprints.pop(), first.replica.weights(), found_after, self._judged
-        )
+        loss, weights = first.work.evaluate(), first.replica.weights()
+        return Outcome(loss, fingerprints.pop(), weights, found_after, self._judged, self._losses)

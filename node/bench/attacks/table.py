@@ -38,7 +38,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Which rows. For attacks that need more bad peers than `n_bad` there are as many times more of both."""
+    """Which rows. For attacks that need more bad peers than `n_bad` there are as many times more of both.
+    `after`: swarms go on for so many rounds, and are compared that long after the bad peers were found."""
 
     strategies: Sequence[str]
     attacks: Sequence[str]
@@ -47,6 +48,13 @@ class Wanted:
     n_honest: int = 3
     n_bad: int = 1
     settings: tuple[tuple[str, Any], ...] = ()
+    after: int = 0
+
+    def compared_after(self, found_after: int | None) -> int | None:
+        """Which round; None: the last one, as bad peers were found too late or not at all."""
+        if self.after == 0 or found_after is None or found_after > self.n_rounds:
+            return None
+        return found_after + self.after
 
 
 Train = Callable[[Plan], Outcome]
@@ -105,13 +113,14 @@ def _row(wanted: Wanted, strategy: str, name: str, attack: Attack, train: Train)
     for seed in range(1, wanted.n_seeds + 1):
 
         def plan(of: Attack | None, seed: int = seed) -> Plan:
-            return Plan(
-                STRATEGIES[strategy], of, n_honest, n_bad, wanted.n_rounds, seed, settings=wanted.settings
-            )
+            n_rounds, watched = wanted.n_rounds + wanted.after, wanted.after or None
+            options = STRATEGIES[strategy]
+            return Plan(options, of, n_honest, n_bad, n_rounds, seed, wanted.settings, watched)
 
-        honest.append(train(plan(baseline)).held_out)
         outcome = train(plan(attack))
-        attacked.append(outcome.held_out)
+        compared = wanted.compared_after(outcome.found_after)
+        honest.append(train(plan(baseline)).loss_after(compared))
+        attacked.append(outcome.loss_after(compared))
         found.append(outcome.found_after)
     mean_honest, mean_attacked = (sum(losses) / len(losses) for losses in (honest, attacked))
     last_found = [after for after in found if after is not None]

@@ -74,6 +74,29 @@ def test_audits_of_honest_peers_are_counted_by_stage_and_by_data() -> None:
     assert all(plan.config().audits.rate == 1.0 for plan in seen)
 
 
+@pytest.mark.parametrize(("found_after", "compared"), [(3, 8), (10, 15), (11, None), (None, None)])
+def test_losses_are_compared_some_rounds_after_bad_peers_were_found(
+    found_after: int | None, compared: int | None
+) -> None:
+    def train(plan: Plan) -> Outcome:
+        assert (plan.n_rounds, plan.watched_from) == (15, 5)
+        is_bad = plan.attack is not None
+        losses = {round_: round_ + 0.5 * is_bad for round_ in range(5, 16)}
+        return Outcome(20.0, b"", {}, found_after if is_bad else None, losses=losses)
+
+    wanted = Wanted(strategies=["spsa"], attacks=["flipped"], n_rounds=10, after=5)
+    (row,) = rows_of(wanted, train, progress=lambda _row: None)
+    assert row.held_out_honest == (compared or 20.0)
+    assert row.held_out_attacked == (20.0 if compared is None else compared + 0.5)
+    assert row.found_after_rounds == found_after
+
+
+def test_losses_are_watched() -> None:
+    outcome = trained(Plan(STRATEGIES["spsa"], None, 2, 1, 3, watched_from=1))
+    assert sorted(outcome.losses) == [1, 2]
+    assert outcome.loss_after(1) != outcome.loss_after(3) == outcome.loss_after(None) == outcome.held_out
+
+
 def test_peers_with_other_data_train_on_them() -> None:
     outcome = trained(Plan(STRATEGIES["spsa"], OTHER_DATA, 2, 1, 2))
     assert outcome.fingerprint != trained(Plan(STRATEGIES["spsa"], HONEST, 2, 1, 2)).fingerprint

@@ -96,6 +96,9 @@ def test_a_bad_peer_is_out_soon() -> None:
     replicas' scores show it."""
     usual = RULES.rate / 3
     assert at_least(48, RULES.failures, SUSPECT) == pytest.approx(0.96, abs=0.005)
+    # In new runs half of the first offers are audited.
+    assert at_least(10, RULES.failures, 0.5) > 0.98
+    assert rounds_until(0.5, 0.5) == pytest.approx(4)
     assert rounds_until(SUSPECT, SUSPECT) == pytest.approx(20)
     assert rounds_until(usual, SUSPECT) == pytest.approx(310)
     assert rounds_until(RULES.rate / 5, SUSPECT) == pytest.approx(510)

@@ -12,7 +12,7 @@ from tests.support.audited_ledger import KEYS, PEERS, RUN, AuditedRun, Rules, ba
 from thinwire.coordinator.protocol.messages import AuditEntry, Verdict, digest_of, encode_record
 from thinwire.coordinator.protocol.trust.drawing import Draw
 from thinwire.coordinator.protocol.trust.judging import REPORT_ROUNDS
-from thinwire.coordinator.protocol.trust.standing import Standing
+from thinwire.coordinator.protocol.trust.standing import FIRST_OFFERS, Standing
 
 PASSED, FAILED = Verdict.PASSED, Verdict.FAILED
 
@@ -173,6 +173,33 @@ def test_newcomers_are_suspect_until_they_pass_and_who_fails_for_a_while() -> No
     for _ in range(30):
         run.commit()
     assert not run.standing.is_suspect(2)
+
+
+def test_a_peer_is_fresh_until_it_passes_or_has_worked() -> None:
+    run = AuditedRun(8)
+    run.commit()
+    assert all(run.standing.is_fresh(peer) for peer in range(8))
+    while run.standing.audited(2) == (0, 0):
+        run.live(1, lambda _auditor, _target: PASSED)
+    assert not run.standing.is_fresh(2)
+    never = AuditedRun(8)
+    never.live(FIRST_OFFERS, lambda _auditor, _target: None)
+    assert never.standing.is_fresh(2)
+    never.commit(absent={3})
+    assert (never.standing.is_fresh(2), never.standing.is_fresh(3)) == (False, True)
+
+
+def test_a_peer_is_new_while_its_last_audit_has_not_passed() -> None:
+    run, turns = AuditedRun(8, Rules(failures=2)), list[int]()
+    for verdicts in ("ppppp", "ppppp", "fffff", "ppppp", "fffff", "fffff"):
+        audit(run, 2, verdicts)
+        turns.append(run.standing.round + 1)
+    first, _, failed, again, last, _ = turns
+    assert run.standing.is_condemned(2)
+    for round_ in range(1, run.standing.round + 2):
+        is_known = first <= round_ < failed or again <= round_ < last
+        assert run.standing.is_new_in(2, round_) == (not is_known)
+    assert run.standing.is_new_in(9, 1), "whoever it is"
 
 
 def test_old_failures_are_forgotten() -> None:

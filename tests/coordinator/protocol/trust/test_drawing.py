@@ -20,12 +20,16 @@ class Known:
 
     idle: set[int] = field(default_factory=set)
     suspects: set[int] = field(default_factory=set)
+    fresh: set[int] = field(default_factory=set)
 
     def has_worked(self, peer: int) -> bool:
         return peer not in self.idle
 
     def is_suspect(self, peer: int) -> bool:
         return peer in self.suspects
+
+    def is_fresh(self, peer: int) -> bool:
+        return peer in self.fresh
 
 
 def draws(seed: int, n_peers: int, rate: float, known: Known | None = None) -> tuple[Draw, ...]:
@@ -79,6 +83,19 @@ def test_suspects_are_drawn_for_one_offer_in_ten() -> None:
     # Who is suspect to the replicas alone is drawn as often, all in all.
     assert always[4] + for_suspects[4] == pytest.approx(n_rounds / 10, rel=0.1)
     assert always[4] == pytest.approx(n_rounds * 0.01 / MAX_AUDITORS, abs=35)
+
+
+def test_first_offers_of_newcomers_are_drawn_as_often_as_the_run_says() -> None:
+    """But not of those with data of their own, whose audits may never say anything."""
+    n_rounds, found = 4000, Counter[int]()
+    body = bare(1, [offer(p, own_data=p == 2) for p in range(8)])
+    known = Known(suspects={2, 3, 4}, fresh={2, 3})
+    for seed in range(n_rounds):
+        drawn = audits_of(RUN, digest_of(b"%d" % seed), body, known, 0.01, newcomers_rate=0.5)
+        found.update(draw.target for draw in drawn if not draw.for_suspects)
+    assert found[3] == pytest.approx(n_rounds / 2, rel=0.1)
+    assert found[2] == pytest.approx(n_rounds / 10, rel=0.2)
+    assert found[4] == pytest.approx(n_rounds / 10, rel=0.2)
 
 
 def test_no_work_no_part_in_audits() -> None:
