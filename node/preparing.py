@@ -161,3 +161,5 @@ def _tell(run: PreparedRun) -> None:
         run.config.run.rounds,
         run.given_index,
     )
+    if (told := run.replica.strategy.told()) is not None:
+        log.info("%s", told)

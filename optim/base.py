@@ -304,6 +304,10 @@ class Strategy(torch.optim.Optimizer):
         for group in self.param_groups:
             group.update(options)
 
+    def told(self) -> str | None:
+        """What the options come to for this model, where they do not say it themselves; None: they do."""
+        return None
+
     def option(self, name: str) -> Any:
         """An option that holds for the whole strategy."""
         return self.param_groups[0][name]

@@ -21,6 +21,7 @@ in its collectives, and has no overlap.
 
 SparseLoCo: compressor topk with 2 bits, the mean over the senders of a coefficient, feedback_decay 0.95,
 outer_lr 1, outer_momentum 0: what new runs have with that compressor (see `rules`).
+MuLoCo (arXiv 2505.23725): inner Muon, see `inner/muon`.
 
 A payload has what the compressor needs for every parameter of the fragment, and 29 bytes of framing.
 """
@@ -45,12 +46,14 @@ from .auditing.gradients import compared, no_gradients
 from .auditing.scores import mean_cosines
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
+from .inner.muon import NAME as MUON
+from .inner.muon import refuse_split, split_in_words
+from .inner.optimizers import check_inner, inner_table
+from .inner.phase import InnerPhase
 from .options import Number, Whole, keywords_of
 from .parts.clip import Weighing
 from .parts.fragments import fragments_of
 from .parts.gradients import backward
-from .parts.inner import check_inner
-from .parts.inner_phase import InnerPhase
 from .parts.packing import pack_all
 from .parts.residual import Residual, refuse_other_packing
 from .parts.updating import updating
@@ -75,8 +78,9 @@ class DilocoOptions(MeanOptions):
     weight_decay: Annotated[float, Number(at_least=0)] = 0.1
     """The inner optimizer's."""
 
-    inner: Mapping[str, Any] = field(default_factory=lambda: dict(INNER))
-    """One of torch's optimizers and its options, but for lr and weight_decay, which stand above."""
+    inner: str | Mapping[str, Any] = field(default_factory=lambda: dict(INNER))
+    """One of torch's optimizers and its options, but for lr and weight_decay, which stand above. "muon": Muon
+    for matrices of numbered blocks, AdamW for the rest; `lr_ratio` is Muon's rate over lr."""
 
     inner_steps: Annotated[int, Whole(1, 2**16)] = 30
     """H, of one micro-batch each, in a round."""
@@ -161,11 +165,23 @@ class Diloco(Strategy):
         self._residual = Residual(self, self.compressor, "leftover", self._kept)
         super().__init__(named_parameters, options)
         self.fragments()  # raises ConfigError for more than there are
+        if self._has_muon:
+            refuse_split(inner_table(self.option("inner")), self.parameters_in_order())
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         refuse_other_packing(state_dict, self.compressor)
         super().load_state_dict(state_dict)
         self._deadline_s = None
+
+    @property
+    def _has_muon(self) -> bool:
+        return bool(inner_table(self.option("inner"))["name"] == MUON)
+
+    def told(self) -> str | None:
+        if not self._has_muon:
+            return None
+        inner = inner_table(self.option("inner"))
+        return split_in_words(inner, self.parameters_in_order(), float(self.option("lr")))
 
     def replicated_state(self, parameter: Parameter) -> dict[str, Tensor]:
         if self.option("outer_momentum") == 0.0:

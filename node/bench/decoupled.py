@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import cos, pi, sqrt
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...compression.base import Part, Payload, Turn
 from ...compression.codecs.dct_topk import DctTopK
@@ -15,9 +12,10 @@ from ...compression.fingerprint import parameter_sum
 from ...compression.kernels import kernels_for
 from ...optim.base import Share
 from ...optim.decoupled import Decoupled
+from .learning.demo import TILE, cosine_basis, decode, select
 from .measure import Timing, copy_bandwidth, fill_gradients, measure, ratios, transformer
 
-N_PEERS, K, TILE = 4, 32, 64
+N_PEERS, K = 4, 32
 LR, BETA = 1e-3, 0.999
 VERIFY_EVERY = 10
 
@@ -157,51 +155,13 @@ class Demo:
     def __init__(self, model: dict[str, torch.nn.Parameter]) -> None:
         self.parameters = list(model.values())
         self.momentum = [torch.zeros_like(p) for p in self.parameters]
-        self.basis = cosine_basis(TILE).to(self.parameters[0].device if self.parameters else "cpu")
 
     @torch.no_grad()
     def step(self) -> None:
         for p, delta in zip(self.parameters, self.momentum, strict=True):
             assert p.grad is not None
             delta.mul_(BETA).add_(p.grad, alpha=LR)
-            index, value = self.select(delta)
-            delta.sub_(self.decode([(index, value)], delta.shape))
-            mean = self.decode([(index, value)] * N_PEERS, delta.shape)
+            sent = select(delta, K)
+            delta.sub_(decode([sent], delta.shape))
+            mean = decode([sent] * N_PEERS, delta.shape)
             p.add_(mean.sign_(), alpha=-LR)
-
-    def select(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 indices and float32 values of the K largest coefficients of every tile."""
-        coefficients = self._tiles(x)
-        flat = coefficients.reshape(*coefficients.shape[: x.ndim], -1)
-        index = flat.abs().topk(min(K, flat.shape[-1]), dim=-1, sorted=False).indices
-        return index, flat.gather(-1, index)
-
-    def decode(self, packs: Sequence[tuple[Tensor, Tensor]], shape: torch.Size) -> Tensor:
-        """The mean of those that sent a coefficient, transformed back."""
-        index = torch.cat([i for i, _ in packs], dim=-1)
-        value = torch.cat([v for _, v in packs], dim=-1)
-        flat = torch.zeros(*index.shape[:-1], TILE ** len(shape), device=value.device)
-        flat.scatter_reduce_(-1, index, value, reduce="mean", include_self=False)
-        return self._untiled(flat, shape)
-
-    def _tiles(self, x: Tensor) -> Tensor:
-        if x.ndim == 1:
-            return torch.einsum("yi,ib->yb", x.view(-1, TILE), self.basis)
-        rows, columns = x.shape
-        tiles = x.view(rows // TILE, TILE, columns // TILE, TILE).permute(0, 2, 1, 3)
-        return torch.einsum("yxij,ib,jd->yxbd", tiles, self.basis, self.basis)
-
-    def _untiled(self, flat: Tensor, shape: torch.Size) -> Tensor:
-        if len(shape) == 1:
-            return torch.einsum("yb,ib->yi", flat, self.basis).reshape(shape)
-        tiles = flat.view(shape[0] // TILE, shape[1] // TILE, TILE, TILE)
-        back = torch.einsum("yxbd,ib,jd->yxij", tiles, self.basis, self.basis)
-        return back.permute(0, 2, 1, 3).reshape(shape)
-
-
-def cosine_basis(n: int) -> Tensor:
-    """The orthonormal DCT-II: column b is the b-th cosine."""
-    rows = [
-        [cos(pi * (i + 0.5) * b / n) * sqrt((1 if b == 0 else 2) / n) for b in range(n)] for i in range(n)
-    ]
-    return torch.tensor(rows)

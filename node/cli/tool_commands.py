@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -349,6 +349,7 @@ class Bench:
                 "ray",
                 "attacks",
                 "audits",
+                "learning",
                 "all",
             ]
         ],
@@ -357,11 +358,12 @@ class Bench:
     """noise (SPSA), decoupled and diloco (pack, decode, update), peers (1 to 256 payloads), round (8 peers on
     loopback), join (process to first offer, catching up), wire (bits per coefficient), memory (of a rank of a
     sharded node), ray (round of 4 actors on a Ray cluster of its own), attacks (what bad peers do to a
-    swarm), audits (how often honest peers fail theirs), or all, but for the last three."""
+    swarm), audits (how often honest peers fail theirs), learning (strategies against references in plain
+    torch, each tuned; an hour on 2 cores), or all, but for the last four."""
     params: Annotated[str | None, arg(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
-    """A picture of the times, or bytes."""
+    """A picture of the times, or bytes. learning: the table as Markdown."""
     repeats: Annotated[int, arg(metavar="N")] = 5
     device: Literal["cpu", "cuda"] = "cpu"
     """Where noise, decoupled, diloco and peers run."""
@@ -370,26 +372,33 @@ class Bench:
     seats: Annotated[int | None, arg(metavar="N")] = None
     """round: with so many coordinators, 1 or 3, over links of 0, 50 and 150 ms, inline and 1 MB payloads."""
     strategies: Annotated[str | None, arg(metavar="NAME,...")] = None
-    """attacks, audits: which rows, e.g. decoupled,spsa. Default: all."""
+    """attacks, audits, learning: which rows, e.g. decoupled,spsa. Default: all."""
     attacks: Annotated[str | None, arg(metavar="NAME,...")] = None
     """attacks: which rows, e.g. flipped,scaled-1e3. Default: all."""
-    rounds: Annotated[int, arg(metavar="N")] = 80
-    """attacks, audits: of each swarm."""
+    rounds: Annotated[int | None, arg(metavar="N")] = None
+    """attacks, audits: of each swarm, default 80. learning: of 15 steps each, default 40."""
     after: Annotated[int, arg(metavar="N")] = 0
     """attacks: so many rounds more, and losses are compared so long after bad peers were found, e.g. 200."""
-    seeds: Annotated[int, arg(metavar="N")] = 1
-    """attacks, audits: swarms of each row, whose losses are averaged, or audits counted."""
+    seeds: Annotated[int | None, arg(metavar="N")] = None
+    """attacks, audits, learning: swarms of each row, whose losses are averaged, or audits counted. Default:
+    1; learning: 3."""
     honest: Annotated[int, arg(metavar="N")] = 3
     """attacks, audits: honest peers with the run's text."""
     bad: Annotated[int, arg(metavar="N")] = 1
     """attacks: bad peers; audits: honest ones, with other data in every second row."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """attacks, audits: section.key=value of the run, e.g. strategy.bound=0; may be repeated."""
+    long: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """learning: ddp, decoupled and muloco, untuned, with 5 million parameters for 2,000 steps."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
         from ..bench.command import bench_command, parse_sizes
 
+        refuse_below("--rounds", self.rounds, 1, "rounds of each swarm, e.g. 80")
+        refuse_below("--seeds", self.seeds, 1, "swarms of each row, e.g. 3")
+        if self.name == "learning":
+            return self._run_learning()
         if self.name in ("attacks", "audits"):
             self._run_attacks()
             return 0
@@ -400,22 +409,36 @@ class Bench:
         )
         return 0
 
+    def _run_learning(self) -> int:
+        from ..bench.attacks.table import names_of
+        from ..bench.learning.methods import IN_LONG, LONG, METHODS, SHAPE
+        from ..bench.learning.table import learning_command
+
+        shape = LONG if self.long else SHAPE
+        known = list(IN_LONG if self.long else METHODS)
+        return learning_command(
+            names_of(self.strategies, known, "--strategies"),
+            replace(shape, n_rounds=self.rounds or shape.n_rounds),
+            self.seeds or (1 if self.long else 3),
+            tuned=not self.long,
+            as_json=self.json,
+            output=self.output,
+        )
+
     def _run_attacks(self) -> None:
         from ..bench.attacks.bad_peers import ATTACKS
         from ..bench.attacks.honest import audits_command
         from ..bench.attacks.swarm import STRATEGIES
         from ..bench.attacks.table import Wanted, attacks_command, names_of
 
-        refuse_below("--rounds", self.rounds, 1, "rounds of each swarm, e.g. 80")
         refuse_below("--after", self.after, 0, "rounds after bad peers were found, e.g. 200")
-        refuse_below("--seeds", self.seeds, 1, "swarms of each row, e.g. 3")
         refuse_below("--honest", self.honest, 1, "honest peers of a swarm, e.g. 3")
         refuse_below("--bad", self.bad, 1, "bad peers of a swarm, e.g. 1")
         wanted = Wanted(
             strategies=names_of(self.strategies, list(STRATEGIES), "--strategies"),
             attacks=names_of(self.attacks, list(ATTACKS), "--attacks"),
-            n_rounds=self.rounds,
-            n_seeds=self.seeds,
+            n_rounds=self.rounds or 80,
+            n_seeds=self.seeds or 1,
             n_honest=self.honest,
             n_bad=self.bad,
             settings=tuple(overrides_of(self.set).items()),

@@ -157,6 +157,7 @@ def told(
     """A column for each strategy; times as median and, in brackets, what was seen."""
     head = f"{config.run.name}: {n_peers} nodes like this machine, each with a link of {human_bytes(rate)}/s."
     lines = [head, "", *_table([("", [e.strategy for e in found]), *_rows(found, config)]), ""]
+    lines += [f"{e.strategy}: {e.told}" for e in found if e.told is not None]
     lines += [f"{name} cannot train this: {why}" for name, why in failed.items()]
     if found:
         first = found[0]

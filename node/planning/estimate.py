@@ -48,7 +48,7 @@ class Span:
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Of one strategy, in a swarm. All bytes are of one node and one round; times in seconds.
-    `link_share`: the part of a round in which the link is what is waited for."""
+    `link_share`: the part of a round in which the link is what is waited for. `told`: see `Strategy.told`."""
 
     strategy: str
     rounds_measured: int
@@ -68,6 +68,7 @@ class Estimate:
     ddp_bytes: float
     ddp_exchange_s: float
     verdict: str
+    told: str | None
 
     @property
     def fits(self) -> bool:
@@ -116,6 +117,7 @@ def estimate(
         ddp_bytes=ddp,
         ddp_exchange_s=ddp / link_bytes_per_s,
         verdict=_verdict(found.memory_bytes, memory_bytes, link_share),
+        told=found.told,
     )
 
 

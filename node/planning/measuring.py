@@ -38,7 +38,7 @@ class Measured:
     """Of one strategy. Of every measured round: `compute_s` of `n_batches` batches, `pack_s`, and `apply_s`
     of the payloads of all peers; `payload_bytes` of one. `most_batches`: that a full round has, and
     `full_bytes` of its payload. `memory_bytes`: of the whole process at its largest, `libraries_bytes` of it
-    before there was a model."""
+    before there was a model. `told`: see `Strategy.told`."""
 
     strategy: str
     n_parameters: int
@@ -53,6 +53,7 @@ class Measured:
     memory_bytes: int
     libraries_bytes: int
     device_bytes: int
+    told: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -115,6 +116,7 @@ def measure(
         memory_bytes=_peak_bytes(),
         libraries_bytes=libraries_bytes,
         device_bytes=torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
+        told=run.told,
     )
 
 
@@ -155,6 +157,7 @@ class _Run:
             self._replica.strategy.most_batches, max(1, body.limits.max_samples // self.task.n_samples)
         )
         self.n_parameters = sum(prod(entry.shape) for entry in body.layout)
+        self.told = self._replica.strategy.told()
 
     def round(self, n_batches: int) -> tuple[float, float, float, int]:
         """Seconds of compute, pack and apply, and the payload's bytes. Raises ConfigError."""

@@ -69,45 +69,6 @@ def decoupled_losses(seed: int, n_rounds: int) -> Losses:
     return losses
 
 
-# ------------------------------------------------------------------------------------------- diloco
-
-INNER_STEPS: Final = 15
-LOCO: Final[dict[str, Any]] = {"feedback_decay": 0.95, "outer_lr": 1.0, "outer_momentum": 0.0}
-DILOCO: Final[dict[str, dict[str, Any]]] = {
-    "DiLoCo": {"compressor": {"name": "dense"}},
-    "SparseLoCo": {**LOCO, "compressor": {"name": "topk", "k": 64, "bits": 8}},
-    "SparseLoCo, 2 bits": {**LOCO, "compressor": {"name": "topk", "k": 64, "bits": 2}},
-    "SparseLoCo without error feedback": {
-        **LOCO,
-        "compressor": {"name": "topk", "k": 64, "bits": 2},
-        "error_feedback": False,
-    },
-}
-
-DILOCO_CLAIMS: Final[list[Better]] = [
-    ("SparseLoCo", "SparseLoCo without error feedback", 0.3),
-    ("SparseLoCo, 2 bits", "SparseLoCo without error feedback", 0.3),
-    ("DiLoCo", "SparseLoCo without error feedback", 0.3),
-]
-"""Whether DiLoCo beats SparseLoCo depends on the number of rounds: clearly after 7, no longer after 20."""
-LONG_DILOCO_CLAIMS: Final[list[Better]] = [
-    *DILOCO_CLAIMS,
-    ("AdamW", "DiLoCo", 0.1),
-    ("AdamW", "SparseLoCo", 0.1),
-]
-
-
-def diloco_losses(seed: int, n_rounds: int) -> Losses:
-    """After `n_rounds` of 15 inner steps."""
-    text, n_steps = Text(TOY, seed), INNER_STEPS * n_rounds
-    adamw = train_data_parallel(text, 2e-3, n_peers=N_WORKERS, n_rounds=n_steps, schedule=linear(n_steps))
-    losses = {"AdamW": text.loss(adamw)}
-    for name, options in DILOCO.items():
-        strategy = {"name": "diloco", "lr": 3e-3, "inner_steps": INNER_STEPS, **options}
-        losses[name] = text.loss(train(text, strategy, n_peers=N_WORKERS, n_rounds=n_rounds))
-    return losses
-
-
 # ------------------------------------------------------------------------------------------- fine-tuning
 
 SMALL: Final = config.Task(layers=1, width=16, heads=2, context=32, batch=4, held_out_bytes=8192)

@@ -10,13 +10,11 @@ import torch
 
 from tests.learning.experiments import (
     DECOUPLED_CLAIMS,
-    DILOCO_CLAIMS,
     ONE_BIT,
     SMALL,
     FineTuning,
     broken,
     decoupled_losses,
-    diloco_losses,
     one_byte,
     share_of_the_fall,
 )
@@ -38,12 +36,6 @@ def test_decoupled_momentum_needs_its_parts() -> None:
     losses = decoupled_losses(seed=1, n_rounds=60)
     assert broken(losses, DECOUPLED_CLAIMS) == []
     assert losses["k 32, 1 bit"] < 1.05 * losses["k 32"]
-
-
-def test_sparse_loco_needs_error_feedback_and_no_more_than_two_bits() -> None:
-    losses = diloco_losses(seed=1, n_rounds=5)
-    assert broken(losses, DILOCO_CLAIMS) == []
-    assert abs(losses["SparseLoCo, 2 bits"] - losses["SparseLoCo"]) < 0.1
 
 
 def test_one_byte_per_probe_fine_tunes_as_float_scalars_do() -> None:

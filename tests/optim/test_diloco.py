@@ -734,7 +734,7 @@ def test_a_loop_goes_on_from_its_state_in_the_middle_of_a_round() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"inner": "AdamW"}, "inner = 'AdamW': write a table"),
+        ({"inner": ["AdamW"]}, "inner = ['AdamW']: write a name, or a table with a name"),
         ({"inner": {"name": "AdmaW"}}, "inner optimizer 'AdmaW': did you mean 'AdamW'?"),
         ({"inner": {"name": "LBFGS"}}, "inner optimizer LBFGS: it evaluates the loss itself"),
         ({"inner": {"name": "AdamW", "lr": 1.0}}, "inner.lr: lr is an option of the strategy itself"),

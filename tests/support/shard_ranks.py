@@ -45,6 +45,10 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "name": "diloco", "inner_steps": 2, "feedback_decay": 0.95, "outer_momentum": 0.0, "lr": 3e-3,
         "compressor": {"name": "random_k", "rate": 0.3},
     },
+    "muloco": {
+        "name": "diloco", "inner": "muon", "inner_steps": 2, "lr": 3e-3,
+        "compressor": {"name": "dense", "bits": 8},
+    },
     "bounded": {
         "name": "decoupled", "compressor": SMALL, "sign": False, "weights": "samples", "bound": 1.0,
     },

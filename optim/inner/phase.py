@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...compression.scratch import scratch
 from ..base import Parameter, Strategy
-from .gradients import local_gradients, norm
-from .inner import build_inner
+from ..parts.gradients import local_gradients, norm
+from .optimizers import inner_step, inner_table
 
 
 def is_finite(x: Tensor) -> bool:
@@ -137,10 +137,10 @@ class InnerPhase:
         for name, local in trained.items():
             local.grad = grads[name]
         states = {trained[p.name]: strategy.state[p.tensor].get("inner", {}) for p in parameters}
-        inner = build_inner(strategy.option("inner"), parameters, trained, lr_factor, states)
-        inner.step()
+        inner = inner_table(strategy.option("inner"))
+        after = inner_step(inner, parameters, trained, lr_factor, states, strategy.ranks)
         for p in parameters:
-            strategy.state[p.tensor]["inner"] = dict(inner.state[trained[p.name]])
+            strategy.state[p.tensor]["inner"] = after[trained[p.name]]
         return True
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """The inner optimizer of local training: any of torch's, as a table in a run's config names it.
 
-For example {"name": "AdamW", "betas": [0.9, 0.95]}; learning rate and weight decay are the strategy's own.
+For example {"name": "AdamW", "betas": [0.9, 0.95]}; learning rate and weight decay are the strategy's own. A
+name alone, "muon", means the table with that name. Muon is two of them, see `muon`.
 """
 
 from __future__ import annotations
@@ -15,20 +16,31 @@ from torch import Tensor
 
 from ...compression.errors import ConfigError, nearest
 from ..base import Parameter
+from ..parts.ranks import Ranks
+from .muon import NAME as MUON
+from .muon import check_muon, is_muons, muon_options, muon_step
 
 REFUSED: Final = {
     "LBFGS": "it evaluates the loss itself",
     "SparseAdam": "it takes sparse gradients only",
-    "Muon": "it takes matrices only",
 }
 
 
+def inner_table(inner: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table that is meant; names alone may be written in any case."""
+    if not isinstance(inner, str):
+        return inner
+    return {"name": {name.lower(): name for name in _known()}.get(inner.lower(), inner)}
+
+
 def check_inner(inner: object, weight_decay: float) -> None:
-    """Raises ConfigError for anything but a table that names an optimizer of torch's and fits it."""
+    """Raises ConfigError for anything but the name of an optimizer of torch's, or a table that names one and
+    fits it."""
+    if isinstance(inner, str):
+        inner = inner_table(inner)
     if not isinstance(inner, Mapping) or "name" not in inner:
-        raise ConfigError(f'inner = {inner!r}: write a table with a name, {{"name": "AdamW"}}')
-    name = inner["name"]
-    known = {n for n, kind in vars(torch.optim).items() if isinstance(kind, type)} - {"Optimizer"}
+        raise ConfigError(f'inner = {inner!r}: write a name, or a table with a name, {{"name": "AdamW"}}')
+    name, known = inner["name"], _known()
     if name not in known:
         raise ConfigError(f"inner optimizer {name!r}: {nearest(name, known - REFUSED.keys())}")
     if name in REFUSED:
@@ -38,22 +50,49 @@ def check_inner(inner: object, weight_decay: float) -> None:
     if weight_decay and not _decays(name):
         raise ConfigError(f"inner optimizer {name} has no weight decay: weight_decay = 0 is needed")
     try:
-        _kind(name)([torch.zeros(2, 2)], lr=0.1, **_options(inner))
+        if name == MUON:
+            check_muon(inner)
+        else:
+            _kind(name)([torch.zeros(2, 2)], lr=0.1, **_options(inner))
     except (TypeError, ValueError, RuntimeError) as e:
         raise ConfigError(f"inner optimizer {name}: {e}") from e
 
 
-def build_inner(
+def inner_step(
+    inner: Mapping[str, Any],
+    parameters: Sequence[Parameter],
+    trained: Mapping[str, Tensor],
+    lr_factor: float,
+    states: Mapping[Tensor, Mapping[str, Any]],
+    ranks: Ranks,
+) -> dict[Tensor, dict[str, Any]]:
+    """One step of `trained` (by parameter name) by their `grad`, going on from `states`, which hold what the
+    optimizer's `state` had before. Returns what it has then.
+
+    The tensors in `states` are used, not copied, where they are on the parameter's device.
+    """
+    if inner["name"] != MUON:
+        optimizer = _build(inner, parameters, trained, lr_factor, states)
+        optimizer.step()
+        return {tensor: dict(optimizer.state[tensor]) for tensor in trained.values()}
+    hidden = [p for p in parameters if is_muons(inner, p)]
+    rest = [p for p in parameters if not is_muons(inner, p)]
+    found = muon_step(inner, hidden, trained, lr_factor, states, ranks)
+    if rest:
+        adamw = {"name": "AdamW", "betas": muon_options(inner)["betas"]}
+        own = {p.name: trained[p.name] for p in rest}
+        kept = {t: states[t] for t in own.values()}
+        found |= inner_step(adamw, rest, own, lr_factor, kept, ranks)
+    return found
+
+
+def _build(
     inner: Mapping[str, Any],
     parameters: Sequence[Parameter],
     trained: Mapping[str, Tensor],
     lr_factor: float,
     states: Mapping[Tensor, Mapping[str, Any]],
 ) -> torch.optim.Optimizer:
-    """Over `trained` (by parameter name), going on from `states`, which hold what its `state` had before.
-
-    The tensors in `states` are used, not copied, where they are on the parameter's device.
-    """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for p in parameters:
         wd = float(p.group["weight_decay"]) if p.decays else 0.0
@@ -77,6 +116,11 @@ def build_inner(
             for entry, value in state.items()
         }
     return optimizer
+
+
+@cache
+def _known() -> frozenset[str]:
+    return frozenset(n for n, kind in vars(torch.optim).items() if isinstance(kind, type)) - {"Optimizer"}
 
 
 def _kind(name: str) -> Any:

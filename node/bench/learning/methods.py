@@ -1,0 +1,221 @@
+"""What `thinwire bench learning` trains: a row for each method, ours and the reference, with the learning
+rates and outer values that are tried for both. Every row may try as many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any, Final
+
+from torch import nn
+
+from ....coordinator.protocol.figures import ddp_bytes
+from ....optim.registry import strategy_class
+from ... import config
+from .demo import train_demo
+from .loco import Loco, train_data_parallel, train_loco
+from .mezo import train_mezo
+from .swarm import Trained, train
+from .text import Text, Weights, linear
+
+K: Final = 64
+"""Of 4096 elements, that SparseLoCo sends."""
+
+PROBES: Final = 4
+POINTS: Final = 20
+"""Of a curve."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How long, how many, on which model. A round is `inner_steps` of every peer."""
+
+    task: config.Task
+    n_peers: int
+    n_rounds: int
+    inner_steps: int
+
+    @property
+    def n_steps(self) -> int:
+        return self.n_rounds * self.inner_steps
+
+
+SHAPE: Final = Shape(
+    config.Task(layers=1, width=64, heads=4, context=32, batch=8, held_out_bytes=16384), 4, 40, 15
+)
+"""84,928 parameters; 600 steps."""
+
+LONG: Final = Shape(
+    config.Task(layers=6, width=256, heads=8, context=128, batch=8, held_out_bytes=32768), 4, 100, 20
+)
+"""4.9 million parameters; 2,000 steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Try:
+    """What is tuned. Methods without outer values leave those alone."""
+
+    lr: float
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.0
+
+
+Train = Callable[[Text, Shape, Try], Trained]
+Reference = Callable[[Text, Shape, Try], nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """`reference`: None, the row is one itself. `tries`: the first is what is taken without tuning.
+    `fine_tunes`: other text, from weights that have learnt one already."""
+
+    ours: Train
+    reference: Reference | None
+    tries: tuple[Try, ...]
+    fine_tunes: bool = False
+
+
+# ------------------------------------------------------------------------------------------- baselines
+
+
+def _adamw(text: Text, shape: Shape, tried: Try, *, alone: bool) -> Trained:
+    n_peers, curve = 1 if alone else shape.n_peers, list[tuple[float, float]]()
+
+    def seen(step: int, model: nn.Module) -> None:
+        if step * POINTS // shape.n_steps > (step - 1) * POINTS // shape.n_steps:
+            n_bytes = 0.0 if alone else step * ddp_bytes(n_peers, sum(p.numel() for p in model.parameters()))
+            curve.append((n_bytes, text.loss(model)))
+            model.train()
+
+    model = train_data_parallel(
+        text, tried.lr, n_peers=n_peers, n_steps=shape.n_steps, schedule=linear(shape.n_steps), seen=seen
+    )
+    return Trained(model, curve[-1][0], tuple(curve))
+
+
+# ------------------------------------------------------------------------------------------- decoupled
+
+
+def _decoupled(text: Text, shape: Shape, tried: Try) -> Trained:
+    strategy = {"name": "decoupled", "lr": tried.lr, "beta": 0.999}
+    return _trained(text, strategy, shape.n_peers, shape.n_steps)
+
+
+def _demo(text: Text, shape: Shape, tried: Try) -> nn.Module:
+    return train_demo(
+        text, lr=tried.lr, n_peers=shape.n_peers, n_steps=shape.n_steps, schedule=linear(shape.n_steps)
+    )
+
+
+# ------------------------------------------------------------------------------------------- diloco
+
+
+def _loco(text: Text, shape: Shape, tried: Try, **options: Any) -> Trained:
+    strategy = {
+        "name": "diloco",
+        "lr": tried.lr,
+        "weight_decay": 0.0,
+        "inner_steps": shape.inner_steps,
+        "outer_lr": tried.outer_lr,
+        "outer_momentum": tried.outer_momentum,
+        **options,
+    }
+    return _trained(text, strategy, shape.n_peers, shape.n_rounds)
+
+
+def _loco_reference(text: Text, shape: Shape, tried: Try, **options: Any) -> nn.Module:
+    loco = Loco(
+        lr=tried.lr,
+        outer_lr=tried.outer_lr,
+        outer_momentum=tried.outer_momentum,
+        inner_steps=shape.inner_steps,
+        **options,
+    )
+    return train_loco(
+        text, loco, n_peers=shape.n_peers, n_rounds=shape.n_rounds, schedule=linear(shape.n_rounds)
+    )
+
+
+DENSE: Final[dict[str, Any]] = {"compressor": {"name": "dense", "bits": "e3m0"}}
+SPARSE: Final[dict[str, Any]] = {
+    "compressor": {"name": "topk", "k": K, "bits": 2, "indices": "rice"},
+    "feedback_decay": 0.95,
+}
+
+# ------------------------------------------------------------------------------------------- spsa
+
+
+def _spsa(text: Text, shape: Shape, tried: Try, *, alone: bool) -> Trained:
+    strategy = {"name": "spsa", "lr": tried.lr, "eps": 1e-3, "probes": PROBES}
+    return _trained(text, strategy, 1 if alone else shape.n_peers, shape.n_rounds)
+
+
+def _mezo(text: Text, shape: Shape, tried: Try) -> nn.Module:
+    return train_mezo(
+        text,
+        lr=tried.lr,
+        n_peers=shape.n_peers,
+        n_rounds=shape.n_rounds,
+        n_probes=PROBES,
+        schedule=linear(shape.n_rounds),
+    )
+
+
+def pretrained(shape: Shape, seed: int) -> Text:
+    """Another text than that which its initial weights have learnt in 60 steps, as in the demo."""
+    first = Text(shape.task, seed)
+    base: Weights = train_data_parallel(
+        first, 3e-3, n_peers=shape.n_peers, n_steps=60, schedule=linear(60)
+    ).state_dict()
+    return Text(shape.task.model_copy(update={"corpus": "stdlib"}), seed, base)
+
+
+def _trained(text: Text, strategy: Mapping[str, Any], n_peers: int, n_rounds: int) -> Trained:
+    return train(
+        text, strategy, n_peers=n_peers, n_rounds=n_rounds, schedule=linear(n_rounds), n_points=POINTS
+    )
+
+
+# ------------------------------------------------------------------------------------------- the rows
+
+_RATES: Final = tuple(map(Try, (4e-3, 2e-3, 6e-3, 1e-2, 1.5e-2, 2e-2)))
+_SIGN_RATES: Final = tuple(map(Try, (5e-3, 2e-3, 1e-2, 1.5e-2, 2e-2, 4e-2)))
+_PROBE_RATES: Final = tuple(map(Try, (1e-2, 1e-3, 3e-3, 5e-3, 2e-2, 3e-2)))
+_OUTER: Final = ((0.7, 0.6), (1.0, 0.0), (0.7, 0.9))
+_OUTER_TRIES: Final = tuple(Try(lr, *outer) for lr, outer in product((4e-3, 1e-2), _OUTER))
+_SPARSE_TRIES: Final = tuple(
+    Try(lr, *outer) for lr, outer in product((4e-3, 1e-2), ((1.0, 0.0), (2.0, 0.0), (0.7, 0.6)))
+)
+
+METHODS: Final[dict[str, Method]] = {
+    "alone": Method(partial(_adamw, alone=True), None, _RATES),
+    "ddp": Method(partial(_adamw, alone=False), None, _RATES),
+    "decoupled": Method(_decoupled, _demo, _SIGN_RATES),
+    "diloco": Method(partial(_loco, **DENSE), _loco_reference, _OUTER_TRIES),
+    "muloco": Method(
+        partial(_loco, **DENSE, inner="muon"), partial(_loco_reference, muon=True), _OUTER_TRIES
+    ),
+    "sparseloco-all": Method(partial(_loco, **SPARSE), partial(_loco_reference, k=K), _SPARSE_TRIES),
+    "spsa-alone": Method(partial(_spsa, alone=True), None, _PROBE_RATES, fine_tunes=True),
+    "spsa": Method(partial(_spsa, alone=False), _mezo, _PROBE_RATES, fine_tunes=True),
+}
+if "mean" in strategy_class("diloco").facts.options.defaults():
+    METHODS["sparseloco"] = Method(
+        partial(_loco, **SPARSE, mean="senders"), partial(_loco_reference, k=K, mean="senders"), _SPARSE_TRIES
+    )
+
+IN_LONG: Final = ("ddp", "decoupled", "muloco")
+
+BETTER: Final = (
+    ("decoupled", "alone"),
+    ("diloco", "alone"),
+    ("muloco", "alone"),
+    ("muloco", "ddp"),
+    ("muloco", "diloco"),
+    ("sparseloco", "alone"),
+    ("sparseloco", "sparseloco-all"),
+    ("spsa", "spsa-alone"),
+)
+"""The first ends at a lower held-out loss than the second, in the mean of the seeds."""

@@ -1,0 +1,64 @@
+"""What is learnt: the built-in text, by a GPT that begins alike for all, from batches by number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ....compression.numerics.noise import initial_values
+from ....coordinator.protocol.schedule import lr_factor
+from ....coordinator.protocol.settings import ScheduleSection
+from ....optim.base import Closure
+from ... import config
+from ...tasks.text import TextTask
+
+Weights = dict[str, Tensor]
+
+Schedule = Callable[[int], float]
+"""The learning-rate factor of a round, or of a step, from 1 on."""
+
+
+class Text:
+    """The built-in task `text`. Batches and initial values are those of `seed`."""
+
+    def __init__(self, options: config.Task, seed: int, base: Weights | None = None) -> None:
+        """`base`: initial values, else the exact ones of the seed."""
+        self.seed, self._base = seed, base
+        self.task = TextTask(options, None)
+        self.task.load(None, self.task.held_out())
+
+    def model(self) -> nn.Module:
+        """A new one, with the initial values, in training mode."""
+        model = self.task.model()
+        if self._base is not None:
+            model.load_state_dict(self._base)
+            return model
+        with torch.no_grad():
+            for i, (name, p) in enumerate(sorted(model.named_parameters())):
+                init = self.task.init(name, tuple(p.shape))
+                if init.rule == "normal":
+                    p.copy_(initial_values(self.seed, i, 0, p.numel(), init.scale).view(p.shape))
+                else:
+                    p.fill_(1.0 if init.rule == "ones" else 0.0)
+        return model
+
+    def batch(self, model: nn.Module, peer: int, number: int) -> Closure:
+        """A peer's batch, from 1 on: the same one whatever is trained with it."""
+        return self.task.draw(model, (self.seed << 40) + (peer << 32) + number)
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module) -> float:
+        """On the held-out text, in nats per byte. Leaves the model in evaluation mode."""
+        return self.task.evaluate(model.eval())
+
+
+def constant(_round: int) -> float:
+    return 1.0
+
+
+def linear(n: int) -> Schedule:
+    """A warm-up of a twentieth of `n` rounds or steps, and down to a tenth."""
+    section = ScheduleSection(name="linear", warmup_rounds=max(1, n // 20), final_factor=0.1)
+    return lambda round: lr_factor(section, round, n)

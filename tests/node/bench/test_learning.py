@@ -1,0 +1,133 @@
+"""`thinwire bench learning`, its small form: strategies against their references, step for step the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from thinwire.node import config
+from thinwire.node.bench.learning.demo import decode, select
+from thinwire.node.bench.learning.loco import Loco, train_loco
+from thinwire.node.bench.learning.methods import METHODS, Shape, Try, pretrained
+from thinwire.node.bench.learning.swarm import train
+from thinwire.node.bench.learning.table import Row, broken, learning_command, markdown, noise, rows_of
+from thinwire.node.bench.learning.text import Text, constant
+
+TASK = config.Task(layers=1, width=16, heads=2, context=16, batch=4, held_out_bytes=1024)
+SHAPE = Shape(TASK, n_peers=2, n_rounds=4, inner_steps=3)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors are small: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def flat(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+@pytest.mark.parametrize("muon", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_diloco_and_muloco_are_their_references_but_for_rounding(muon: bool, momentum: float) -> None:
+    text = Text(TASK, 1)
+    shape = {"n_peers": 2, "n_rounds": 3, "schedule": constant}
+    strategy = {
+        **{"name": "diloco", "lr": 1e-2, "inner_steps": 3, "weight_decay": 0.0, "outer_lr": 0.7},
+        **{"outer_momentum": momentum, "compressor": {"name": "dense", "bits": 32}},
+        **({"inner": "muon"} if muon else {}),
+    }
+    ours = train(text, strategy, **shape)  # type: ignore[arg-type]
+    loco = Loco(lr=1e-2, outer_lr=0.7, outer_momentum=momentum, inner_steps=3, muon=muon)
+    theirs = flat(train_loco(text, loco, **shape))  # type: ignore[arg-type]
+    begun = flat(text.model())
+    moved = (theirs - begun).norm()
+    assert moved > 1.0
+    assert (flat(ours.model) - theirs).norm() < 0.02 * moved
+    assert ours.payload_bytes > 3 * 4 * len(begun)
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.reference is not None])
+def test_every_row_learns_as_its_reference_does(name: str) -> None:
+    method, tried = METHODS[name], Try(1e-2)
+    assert method.reference is not None
+    text = pretrained(SHAPE, 1) if method.fine_tunes else Text(TASK, 1)
+    before = text.loss(text.model())
+    ours = text.loss(method.ours(text, SHAPE, tried).model)
+    reference = text.loss(method.reference(text, SHAPE, tried))
+    assert ours < before
+    assert reference < before
+    # DeMo sends as many of a small tile as of a large one: an eighth of these here.
+    assert before - ours > (0.3 if name == "decoupled" else 0.7) * (before - reference)
+
+
+def test_demos_transform_loses_nothing_if_all_is_sent() -> None:
+    for shape in ((96, 80), (64,), (7, 130)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        assert torch.allclose(decode([select(x, 4096)], x.shape), x, atol=1e-5)
+
+
+def test_every_row_may_try_as_many() -> None:
+    assert len({len(method.tries) for method in METHODS.values()}) == 1
+    assert all(len(set(method.tries)) == len(method.tries) for method in METHODS.values())
+
+
+def test_the_command_writes_rows_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = replace(SHAPE, n_rounds=2)
+    table = tmp_path / "learning.md"
+    names = ["ddp", "muloco"]
+    code = learning_command(names, shape, 2, tuned=False, as_json=True, output=table)
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
+    assert [row["method"] for row in rows] == names
+    for row in rows:
+        assert row["seeds"] == [1, 2]
+        assert row["ours"] == pytest.approx(sum(row["held_out"]["ours"]) / 2)
+        assert row["bytes_per_step"] > 0
+        assert row["n_tries"] == 1
+    assert code == ("does not hold" in captured.err)
+    assert table.read_text().count("\n") == 4
+
+
+def test_what_is_tuned_is_the_best_that_was_tried() -> None:
+    (row,) = rows_of(["alone"], replace(SHAPE, n_rounds=2), 1, True, lambda _row: None)
+    text, method = Text(TASK, 1), METHODS["alone"]
+    losses = [text.loss(method.ours(text, replace(SHAPE, n_rounds=2), tried).model) for tried in method.tries]
+    assert row.ours == pytest.approx(min(losses), abs=1e-4)
+    assert row.tuned["ours"]["lr"] == method.tries[losses.index(min(losses))].lr
+
+
+def row(method: str, ours: list[float], reference: list[float] | None = None) -> Row:
+    held_out = {"ours": ours, **({} if reference is None else {"reference": reference})}
+    return Row(
+        method=method,
+        ours=sum(ours) / len(ours),
+        reference=None if reference is None else sum(reference) / len(reference),
+        seeds=list(range(1, len(ours) + 1)),
+        held_out=held_out,
+        bytes_per_step=10.0,
+        bytes_to_target=None,
+        tuned={"ours": {"lr": 1e-3, "outer_lr": 0.7, "outer_momentum": 0.6}},
+        n_tries=6,
+    )
+
+
+def test_what_does_not_hold_is_said() -> None:
+    good = [row("alone", [2.5, 2.6]), row("ddp", [2.1, 2.2]), row("muloco", [2.0, 2.1], [2.0, 2.12])]
+    assert broken(good) == []
+    assert "| missed | lr 0.001, outer 0.7/0.6 |" in markdown(good)
+    bad = [row("ddp", [1.9, 1.9]), row("muloco", [2.3, 2.3], [2.0, 2.0])]
+    assert broken(bad) == [
+        "muloco 2.300 is within noise of its reference 2.000",
+        "muloco 2.300 is better than ddp 1.900",
+    ]
+    assert noise({"ours": [2.0, 2.6], "reference": [2.0, 2.2]}) == pytest.approx(0.4)
