@@ -170,14 +170,13 @@ class Ledger:
         self._admitted.committed(body.admitted)
         return commit
 
-    def take(self, sealed: Sealed) -> Commit:
-        """The next commit, as the run's committee has sealed it, whoever of it proposed it; it is on the disk
-        when this returns. Without `work` where the seat that it comes from has lost it.
+    def take(self, *sealed: Sealed) -> list[Commit]:
+        """The next commits, as the run's committee has sealed them, whoever of it proposed them; they are on
+        the disk when this returns. Without `work` where the seat that they come from has lost it.
 
-        Raises LedgerCorrupt (Forked, if that is it), and stays as it was, for what is not the next commit.
+        Raises LedgerCorrupt (Forked, if that is it), and stays as it was, for what are not the next commits.
         """
-        (commit,) = self._follow([sealed], Chain.check)
-        return commit
+        return self._follow(sealed, Chain.check)
 
     def adopt(self, commits: Sequence[Commit]) -> None:
         """Takes back the next commits, which a node has and this coordinator has lost; all of them, or none.

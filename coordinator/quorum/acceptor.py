@@ -6,7 +6,7 @@ from typing import Literal
 
 from ..protocol.messages import BadMessage, digest_of
 from ..protocol.trust.seals import Committee
-from .disk import Records, SeatDisk, Signer, VoteState
+from .disk import Place, Records, SeatDisk, Signer, VoteState
 from .words import Accepted, Propose, Voted
 
 Refusal = Literal["outbid", "two records", "no vote"]
@@ -43,8 +43,8 @@ class Acceptor:
         accepted = vote.accepted if vote.epoch == self.committee.epoch else None
         return accepted if accepted is not None and accepted.round == self._disk.head + 1 else None
 
-    def place(self, record: bytes) -> tuple[int, bytes] | None:
-        """Round and parent; None: it is no record."""
+    def place(self, record: bytes) -> Place | None:
+        """None: it is no record."""
         try:
             return self._records.place(record)
         except BadMessage:
@@ -52,7 +52,8 @@ class Acceptor:
 
     def follows(self, record: bytes) -> bool:
         """Whether it is a record of the open round, upon the head."""
-        return self.place(record) == (self._disk.head + 1, self._disk.head_digest)
+        place = self.place(record)
+        return place is not None and place[:2] == (self._disk.head + 1, self._disk.head_digest)
 
     def promise(self, ballot: int) -> bool:
         """Whether it has: only a ballot that is higher than what was promised, and it may vote."""

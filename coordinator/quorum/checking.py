@@ -32,6 +32,7 @@ from ..protocol.settings import Course
 from ..protocol.trust.audits import check_audit
 from ..protocol.trust.signatures import SIGNATURE_BYTES
 from ..protocol.trust.signed_offers import check_work
+from .disk import Place
 from .naming import check_committee, check_reseat
 from .recollection import Recollection
 
@@ -93,10 +94,11 @@ class RecordChecks:
         self._work: dict[bytes, str] = {}
         """What is wrong with the signatures of a record, by the digest of both; "": nothing."""
 
-    def place(self, record: bytes) -> tuple[int, bytes]:
+    @staticmethod
+    def place(record: bytes) -> Place:
         """See `Records.place`."""
         body = decode_record(CommitBody, record)
-        return body.round, body.parent
+        return Place(body.round, body.parent, body.committee is not None)
 
     def may_vote(self, record: bytes, work: bytes) -> bool:
         """See `Records.may_vote`."""

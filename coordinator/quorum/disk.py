@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..protocol.trust.seals import Committee, Sealed
 from .words import Accepted
@@ -49,8 +49,9 @@ class SeatDisk(Protocol):
 
     def save_vote(self, vote: VoteState) -> None: ...
 
-    def append(self, sealed: Sealed) -> None:
-        """The record after the head, which was checked; with what it says of committee and resting seats."""
+    def append(self, *sealed: Sealed) -> None:
+        """The records after the head, which were checked; with what they say of committee and resting seats.
+        Only the last one may name a committee."""
         ...
 
     def after(self, round_: int, limit: int) -> Iterable[Sealed]:
@@ -58,11 +59,19 @@ class SeatDisk(Protocol):
         ...
 
 
+class Place(NamedTuple):
+    """What a record says of itself. `parent`: its digest; `names`: whether it names a committee."""
+
+    round: int
+    parent: bytes
+    names: bool
+
+
 class Records(Protocol):
     """What a seat must know of records that are not sealed yet."""
 
-    def place(self, record: bytes) -> tuple[int, bytes]:
-        """Its round, and the digest of its parent. Raises BadMessage for what is no record."""
+    def place(self, record: bytes) -> Place:
+        """Raises BadMessage for what is no record."""
         ...
 
     def may_vote(self, record: bytes, work: bytes) -> bool:

@@ -11,7 +11,7 @@ not outvoted.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Final
 
@@ -385,25 +385,45 @@ class Seat:
 
     def _take(self, seat: str, batch: Batch, now_s: float) -> None:
         """Seals speak for themselves: whoever brings them."""
-        for sealed in batch.sealed:
-            head, committee = self._disk.head, self._committee
-            place = self._acceptor.place(sealed.record)
-            if place is not None and place[0] <= head:
-                continue
-            if place is not None and place[0] > head + 1:
-                break
-            is_next = self._acceptor.follows(sealed.record)
-            check, seal = self._signer.check, sealed.seal
-            if not is_next or not committee.has_sealed(self._run_id, head + 1, sealed.record, seal, check):
-                self.events.append(Evidence(seat, "bad seal"))
-                return
-            self._append(sealed)
-            self._step_down(now_s, "behind")
+        if not self._take_next(batch.sealed, now_s):
+            self.events.append(Evidence(seat, "bad seal"))
+            return
         self._catching_up.heard_of(seat, batch.head, now_s)
         early = self._early
         if early is not None and early[1].round <= self._disk.head + 1:
             self._early = None
             self._proposed_to(*early, now_s)
+
+    def _take_next(self, batch: Sequence[Sealed], now_s: float) -> bool:
+        """False: one is not what it says; those before it are taken. All that one committee has sealed are
+        written at once."""
+        taken: list[Sealed] = []
+        parent = self._disk.head_digest
+        for sealed in batch:
+            round_, place = self._disk.head + len(taken) + 1, self._acceptor.place(sealed.record)
+            if place is not None and place.round < round_:
+                continue
+            if place is not None and place.round > round_:
+                break
+            if place is None or place.parent != parent or not self._is_sealed(round_, sealed):
+                self._catch_up(taken, now_s)
+                return False
+            taken.append(sealed)
+            parent = digest_of(sealed.record)
+            if place.names:
+                self._catch_up(taken, now_s)
+                taken = []
+        self._catch_up(taken, now_s)
+        return True
+
+    def _is_sealed(self, round_: int, sealed: Sealed) -> bool:
+        check = self._signer.check
+        return self._committee.has_sealed(self._run_id, round_, sealed.record, sealed.seal, check)
+
+    def _catch_up(self, taken: Sequence[Sealed], now_s: float) -> None:
+        if taken:
+            self._append(*taken)
+            self._step_down(now_s, "behind")
 
     # -------------------------------------------------------------------------------------- small things
 
@@ -415,12 +435,12 @@ class Seat:
     def _others(self) -> list[str]:
         return [seat for seat in self._committee.seats if seat != self.me]
 
-    def _append(self, sealed: Sealed) -> None:
-        epoch = self._committee.epoch
-        self._disk.append(sealed)
+    def _append(self, *sealed: Sealed) -> None:
+        epoch, first = self._committee.epoch, self._disk.head + 1
+        self._disk.append(*sealed)
         if self._committee.epoch != epoch:
             self.leader = None  # of another committee
-        self.events.append(NewRecord(self._disk.head))
+        self.events.extend(NewRecord(round_) for round_ in range(first, self._disk.head + 1))
 
     def _cast(self, word: Word) -> None:
         for seat in self._others:

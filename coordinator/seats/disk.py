@@ -62,21 +62,21 @@ class StateDisk:
     def save_vote(self, vote: VoteState) -> None:
         self._votes.save(vote)
 
-    def append(self, sealed: Sealed) -> None:
-        """Raises LedgerCorrupt for what is not the next record, sealed or signed by the recovery key."""
+    def append(self, *sealed: Sealed) -> None:
+        """Raises LedgerCorrupt for what are not the next records, sealed or signed by the recovery key."""
         was_alone, accepted = self._is_alone, self._votes.vote.accepted
-        has_voted = accepted is not None and accepted.record == sealed.record
+        has_voted = accepted is not None and [accepted.record] == [one.record for one in sealed]
         if was_alone and not has_voted:
             # It was alone when its folder was copied, and others have been named since: what it voted for
             # among them is not known here. Before the record, or a crash would let that be forgotten.
             log.warning("%s", _LOST)
             self._votes.rest()
         try:
-            self._ledger.take(sealed)
+            commits = self._ledger.take(*sealed)
         except sqlite3.Error as e:
             raise OSError(f"the ledger cannot be written: {e}") from e
-        named = {reseated.seat: reseated.nonce for reseated in sealed.commit.body.reseat}
-        if self._votes.rests is not None and (self._is_alone or named.get(self._seat) == self._votes.rests):
+        reseated = [each.nonce for c in commits for each in c.body.reseat if each.seat == self._seat]
+        if self._votes.rests is not None and (self._is_alone or self._votes.rests in reseated):
             self._votes.wake()
 
     def after(self, round_: int, limit: int) -> list[Sealed]:

@@ -16,7 +16,7 @@ from ..blobs import BlobStore
 from ..ledger import Ledger
 from ..observe.run_view import RunView
 from ..protocol.figures import wall_ms
-from ..protocol.messages import CommitBody, CommitteeEntry, SeatEntry, decode_record
+from ..protocol.messages import CommitteeEntry, SeatEntry
 from ..protocol.settings import Keep
 from ..protocol.streams import Meter
 from ..quorum.checking import RecordChecks
@@ -99,10 +99,7 @@ class Hosting:
 
     # --------------------------------------------------------------------------------- `quorum.disk.Records`
 
-    def place(self, record: bytes) -> tuple[int, bytes]:
-        """See `quorum.disk.Records`, here and below."""
-        body = decode_record(CommitBody, record)
-        return body.round, body.parent
+    place = staticmethod(RecordChecks.place)
 
     def may_vote(self, record: bytes, work: bytes) -> bool:
         return self._checks is not None and self._checks.may_vote(record, work)

@@ -69,9 +69,9 @@ class SparkingDisk(StateDisk):
         super().save_vote(vote)
         self.spark()
 
-    def append(self, sealed: Sealed) -> None:
+    def append(self, *sealed: Sealed) -> None:
         self.spark()
-        super().append(sealed)
+        super().append(*sealed)
         self.spark()
 
 

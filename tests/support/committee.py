@@ -65,7 +65,8 @@ class SealsAtOnce:
     def propose(self, body: CommitBody, work: bytes, now_s: float) -> None:
         record, ledger = encode_record(body), self._ledger
         seal = seal_of(ledger.committee, ledger.run_id, body.round, record)
-        self.on_sealed(ledger.take(Sealed(record=record, seal=seal, work=work)), now_s)
+        (commit,) = ledger.take(Sealed(record=record, seal=seal, work=work))
+        self.on_sealed(commit, now_s)
 
 
 class Sealing:

@@ -68,9 +68,9 @@ class _ForgetsResting(Seat):
             word = Pong(ballot=word.ballot, head=word.head, nonce=None)
         super()._receive(seat, word, now_s)
 
-    def _append(self, sealed: Sealed) -> None:
+    def _append(self, *sealed: Sealed) -> None:
         self.resting.clear()
-        super()._append(sealed)
+        super()._append(*sealed)
 
 
 def _forget_promise(disk: Disk) -> None:

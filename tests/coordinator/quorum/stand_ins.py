@@ -10,7 +10,7 @@ import msgpack
 
 from thinwire.coordinator.protocol.messages import BadMessage, digest_of
 from thinwire.coordinator.protocol.trust.seals import Committee, Sealed
-from thinwire.coordinator.quorum.disk import VoteState
+from thinwire.coordinator.quorum.disk import Place, VoteState
 
 RUN = b"r" * 32
 
@@ -51,12 +51,12 @@ class Records:
     def __init__(self, is_here: Callable[[], bool] = lambda: True) -> None:
         self._is_here = is_here
 
-    def place(self, record: bytes) -> tuple[int, bytes]:
+    def place(self, record: bytes) -> Place:
         try:
             body = Body.of(record)
         except (ValueError, TypeError, msgpack.UnpackException) as e:
             raise BadMessage("no record") from e
-        return body.round, body.parent
+        return Place(body.round, body.parent, bool(body.seats))
 
     def may_vote(self, record: bytes, work: bytes) -> bool:
         return self._is_here()
@@ -105,18 +105,21 @@ class Disk:
         self.vote_before, self.vote = self.vote, vote
         self._befall("after")
 
-    def append(self, sealed: Sealed) -> None:
-        body = Body.of(sealed.record)
-        if (body.round, body.parent) != (self.head + 1, self.head_digest):
-            raise Fault(f"{self.me} appends a record that does not follow")
+    def append(self, *sealed: Sealed) -> None:
+        bodies, epoch = [Body.of(one.record) for one in sealed], self.committee.epoch
         self._befall("before")
-        self.records.append(sealed)
-        self.head_digest = digest_of(sealed.record)
-        if body.seats:
-            self.committee = Committee.majority(body.round, body.seats)
-        if body.reseated == (self.me, self.rests):
-            self.rests = None
-        self.appended(body, self.head_digest)
+        for body, one in zip(bodies, sealed, strict=True):
+            if (body.round, body.parent) != (self.head + 1, self.head_digest):
+                raise Fault(f"{self.me} appends a record that does not follow")
+            if self.committee.epoch != epoch:
+                raise Fault(f"{self.me} appends what it has not checked: the committee has changed")
+            self.records.append(one)
+            self.head_digest = digest_of(one.record)
+            if body.seats:
+                self.committee = Committee.majority(body.round, body.seats)
+            if body.reseated == (self.me, self.rests):
+                self.rests = None
+            self.appended(body, self.head_digest)
         self._befall("after")
 
     def after(self, round_: int, limit: int) -> list[Sealed]:

@@ -248,7 +248,7 @@ def test_nobody_votes_for_what_is_no_record(voting: Voting) -> None:
     assert not voting.checks.may_vote(b"nothing", b"")
     with pytest.raises(BadMessage):
         voting.checks.place(b"nothing")
-    assert voting.checks.place(encode_record(voting.body)) == (3, voting.body.parent)
+    assert voting.checks.place(encode_record(voting.body)) == (3, voting.body.parent, False)
 
 
 def test_a_seat_that_has_not_looked_at_the_head_does_not_vote(voting: Voting) -> None:

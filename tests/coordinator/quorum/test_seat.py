@@ -310,6 +310,27 @@ def test_a_seal_that_does_not_hold_is_evidence_however_it_comes() -> None:
     assert table.disks["seat-1"].head == 0
 
 
+def test_what_one_committee_has_sealed_is_written_at_once() -> None:
+    table = Table()
+    disk, committee, parent = table.disks["seat-1"], table.disks["seat-1"].committee, RUN
+    batch = []
+    for round_, seats in enumerate([(), (), NAMES[:2], (), ()], 1):
+        record = Body(round_, parent, 1, seats).packed()
+        ballot = committee.ballot_above(0, "seat-0")
+        data = committee.signed(RUN, ballot, round_, record)
+        seal = committee.seal(ballot, {seat: Key(seat).sign(data) for seat in NAMES[:2]})
+        batch.append(Sealed(record=record, seal=seal))
+        committee = Committee.majority(round_, seats) if seats else committee
+        parent = digest_of(record)
+    batch[-1] = batch[-1].model_copy(update={"seal": batch[-2].seal})
+    written: list[tuple[str, int]] = []
+    disk.fate = lambda when: written.append((when, disk.head))
+    table.seats["seat-1"].receive("seat-2", Batch(head=5, sealed=tuple(batch)), 0.0)
+    assert written == [("before", 0), ("after", 3), ("before", 3), ("after", 4)]
+    records = [NewRecord(round_) for round_ in range(1, 5)]
+    assert table.events("seat-1") == [*records, Evidence("seat-2", "bad seal")]
+
+
 def test_a_vote_is_given_as_soon_as_all_is_here() -> None:
     table = Table()
     table.wakes("seat-0")

@@ -106,9 +106,11 @@ def test_who_is_alone_does_not_rest_but_an_old_copy_of_it_does_once_others_are_n
 ) -> None:
     place = at(0)
     assert place.open().rests is None
+    voted = sealing.add(sealing.body())
     named = sealing.add(sealing.governing(committee=entry([0, 1, 2])))
     disk = place.open()
-    disk.append(named)  # it never voted for this record: the copy is older than its vote
+    disk.save_vote(VoteState(0, 8, Accepted(ballot=8, round=1, record=voted.record)))
+    disk.append(voted, named)  # it never voted for the second one: the copy is older than its vote
     assert disk.rests is not None
 
 
