@@ -60,11 +60,11 @@ class SeatDisk(Protocol):
 
 
 class Place(NamedTuple):
-    """What a record says of itself. `parent`: its digest; `names`: whether it names a committee."""
+    """What a record says of itself. `parent`: its digest."""
 
     round: int
     parent: bytes
-    names: bool
+    names_committee: bool
 
 
 class Records(Protocol):

@@ -406,21 +406,21 @@ class Seat:
             if place is not None and place.round > round_:
                 break
             if place is None or place.parent != parent or not self._is_sealed(round_, sealed):
-                self._catch_up(taken, now_s)
+                self._take_all(taken, now_s)
                 return False
             taken.append(sealed)
             parent = digest_of(sealed.record)
-            if place.names:
-                self._catch_up(taken, now_s)
+            if place.names_committee:
+                self._take_all(taken, now_s)
                 taken = []
-        self._catch_up(taken, now_s)
+        self._take_all(taken, now_s)
         return True
 
     def _is_sealed(self, round_: int, sealed: Sealed) -> bool:
         check = self._signer.check
         return self._committee.has_sealed(self._run_id, round_, sealed.record, sealed.seal, check)
 
-    def _catch_up(self, taken: Sequence[Sealed], now_s: float) -> None:
+    def _take_all(self, taken: Sequence[Sealed], now_s: float) -> None:
         if taken:
             self._append(*taken)
             self._step_down(now_s, "behind")
