@@ -38,9 +38,10 @@ class Holders:
         self._at.clear()
         self._announced.clear()
 
-    def announce(self, digest: bytes, round_: int) -> None:
-        """It has come here, for an offer of this round: the others are to fetch it."""
-        n_bytes = self._blobs.size(digest)
+    def announce(self, digest: bytes, round_: int, n_bytes: int | None = None) -> None:
+        """It has come here, for an offer of this round: the others are to fetch it. `n_bytes`: of what is
+        being uploaded, and can be had meanwhile."""
+        n_bytes = self._blobs.size(digest) if n_bytes is None else n_bytes
         if n_bytes is None or digest in self._announced:
             return
         if len(self._announced) >= MAX_BLOBS:
@@ -73,6 +74,11 @@ class Holders:
         """The record of this round: what came for those before it is of no interest any more."""
         self._holding.sealed()
         for digest in [d for d, (came, _) in self._announced.items() if came + KEPT_ROUNDS <= round_]:
+            self._forget(digest)
+
+    def lost(self, digest: bytes) -> None:
+        """Its upload has broken off."""
+        if digest in self._announced and digest not in self._blobs:
             self._forget(digest)
 
     def _forget(self, digest: bytes) -> None:
