@@ -299,7 +299,8 @@ class StreamServer:
         self._blob_streams[peer_id] += 1
         try:
             may_fetch, coming = (lambda: self._may_fetch(peer_id)), self._coming_for(peer_id)
-            await serve_blobs(stream, shelf, "payload", may_fetch, coming=coming)
+            given = partial(self._uploads.given, peer_id)
+            await serve_blobs(stream, shelf, "payload", may_fetch, coming=coming, given=given)
         finally:
             self._blob_streams -= Counter((peer_id,))
 

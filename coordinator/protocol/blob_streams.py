@@ -160,11 +160,12 @@ async def serve_blobs(
     allowed: Callable[[], bool],
     turns: asyncio.Semaphore | None = None,
     coming: Callable[[bytes], Coming | None] = _nothing_comes,
+    given: Callable[[bytes], object] = bool,
 ) -> None:
     """Answers requests until the other end closes the stream or is no longer `allowed` to ask.
 
     `turns`: how many blobs are sent at once over all streams; the others wait. `coming`: what is not on the
-    shelf yet, by its digest.
+    shelf yet, by its digest. `given`: is told of what was sent as a whole.
     Raises BadMessage for a peer that breaks the protocol, after telling it why; OSError if it is gone.
     """
     while True:
@@ -178,7 +179,8 @@ async def serve_blobs(
         counted_as = purpose(body[:_DIGEST_BYTES]) if callable(purpose) else purpose
         async with turns or contextlib.nullcontext():
             if kind is FrameKind.GET:
-                await _serve_get(stream, shelf, body, counted_as, coming)
+                if await _serve_get(stream, shelf, body, counted_as, coming):
+                    given(body)
             else:
                 await _serve_put(stream, shelf, body, counted_as)
 
@@ -189,14 +191,15 @@ async def _serve_get(
     digest: bytes,
     purpose: TrafficKind,
     coming: Callable[[bytes], Coming | None],
-) -> None:
+) -> bool:
+    """Whether it was sent."""
     try:
         file, n_bytes = shelf.open(digest)
     except KeyError:
         source = coming(digest)
         if source is None:
             await _say_no(stream, f"blob {digest.hex()[:16]} is not here")
-            return
+            return False
         await _pass_on(stream, source, purpose)
     else:
         with file:
@@ -204,6 +207,7 @@ async def _serve_get(
             while chunk := file.read(stream.chunk_bytes):
                 await _send(stream, FrameKind.CHUNK, chunk, purpose)
     await _send(stream, FrameKind.END, digest)
+    return True
 
 
 async def _pass_on(stream: Stream, source: Coming, purpose: TrafficKind) -> None:

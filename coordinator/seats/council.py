@@ -425,6 +425,7 @@ class Council:
 
     def down(self, seat: str) -> None:
         self._connected.discard(seat)
+        self.provisions.gone(seat)
         log.info("seat %s is not connected any more", short(seat))
         self._tell()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from typing import Final
 
@@ -63,7 +64,17 @@ class Holders:
         if digest not in self._announced:
             return []
         self._at.setdefault(digest, set()).add(seat)
+        self._holding.answered(seat, digest, time.monotonic())
         return self._holding.keeps(seat, digest)
+
+    def given(self, seat: str, digest: bytes) -> list[bytes]:
+        """All of it has left for that seat. Returns those that count as held from now on."""
+        _, n_bytes = self._announced.get(digest, (0, 0))
+        return self._holding.given(seat, digest, n_bytes, time.monotonic())
+
+    def gone(self, seat: str) -> None:
+        """A seat is not connected any more."""
+        self._holding.gone(seat)
 
     def held(self, digest: bytes, round_: int) -> bool:
         """Whether enough seats hold it. What nobody has been told of yet is announced."""

@@ -95,7 +95,12 @@ class Provisions:
         self._announce_uploads()
 
     def given(self, seat: str, digest: bytes) -> None:
-        pass
+        for held in self._holders.given(seat, digest):
+            self._on_held(held)
+
+    def gone(self, seat: str) -> None:
+        """It is not connected any more."""
+        self._holders.gone(seat)
 
     def _announce_uploads(self) -> None:
         for digest, n_bytes in self._uploads.items():
