@@ -162,7 +162,7 @@ class CoordinatorServer:
         assert self._seat is not None
         service = self._new_service(log=log, recollection=recollection, held=held)
         council = self._seat.council
-        self._serve_run(service, council.knows, council.provisions)
+        self._serve_run(service, council.knows, council.uploads)
         self._soon()
 
     def end_reign(self, why: str) -> None:
