@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
@@ -26,49 +26,79 @@ class _Blob:
 
 
 class BlobWriter:
-    """Takes a blob chunk by chunk, aside; `finish` makes it a blob, `abort` forgets it."""
+    """Takes a blob chunk by chunk, aside; `finish` makes it a blob, `abort` forgets it. `reserved_bytes`: how
+    many are to come, 0 if that is not known."""
 
     def __init__(self, store: BlobStore, digest: bytes, aside: Path, reserved_bytes: int) -> None:
-        self._store, self._digest, self._aside = store, digest, aside
-        self._reserved_bytes = reserved_bytes
+        self._store, self._digest, self._path = store, digest, aside
+        self._reserved_bytes = self.expected_bytes = reserved_bytes
         self._hash = blake3()
         self._file: BinaryIO = aside.open("xb")
         store.reserved_bytes += reserved_bytes
         self.n_bytes = 0
+        self.is_over = self._is_synced = False
+        """It is a blob, or will never be one."""
+        self.watchers: set[Callable[[], None]] = set()
+        """Are told whenever there are more bytes, and when it is over."""
 
     def write(self, chunk: bytes) -> None:
         """The next bytes. Raises OSError."""
         self._file.write(chunk)
+        self._file.flush()  # for who reads it meanwhile
         self._hash.update(chunk)
         self.n_bytes += len(chunk)
+        self._tell()
 
-    def finish(self) -> int:
-        """Durable when it returns the blob's size. Raises BadMessage if the bytes do not fit the digest."""
+    def open(self) -> BinaryIO:
+        """What is there, for reading; stays readable whatever becomes of it."""
+        return self._path.open("rb")
+
+    def sync(self) -> None:
+        """Brings all onto the disk, so that `finish` is quick. In any thread, while nothing else is called.
+        Raises OSError; BadMessage if the bytes do not fit the digest."""
         if self._hash.digest() != self._digest:
-            self.abort()
             raise BadMessage(f"blob {self._digest.hex()[:16]}: its bytes do not fit its digest")
-        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._give_back()
-        self._store.adopt(self._digest, self._aside, self.n_bytes)
+        self._path = self._store.rename(self._path, self._digest)
+        self._is_synced = True
+
+    def finish(self) -> int:
+        """Durable when it returns the blob's size. Raises like `sync`."""
+        try:
+            if not self._is_synced:
+                self.sync()
+            self._store.adopt(self._digest, self.n_bytes)
+        except BaseException:
+            self.abort()
+            raise
+        self._end()
         return self.n_bytes
 
     def abort(self) -> None:
         """Nothing is left of it. Raises OSError."""
-        self._give_back()
+        self._end()
         self._file.close()
-        self._aside.unlink(missing_ok=True)
+        if not (self._is_synced and self._digest in self._store):  # else it has come twice
+            self._path.unlink(missing_ok=True)
 
-    def _give_back(self) -> None:
+    def _end(self) -> None:
         self._store.reserved_bytes -= self._reserved_bytes
         self._reserved_bytes = 0
+        self._store.over(self._digest, self)
+        self.is_over = True
+        self._tell()
+
+    def _tell(self) -> None:
+        for watcher in list(self.watchers):
+            watcher()
 
 
 class BlobStore:
     """Keeps everything until it is released. `reserved_bytes`: of uploads that are under way.
 
-    Not thread-safe: callers serialise. Half-written files of an earlier process are removed.
+    Not thread-safe, but for `BlobWriter.sync`: callers serialise. Half-written files of an earlier process
+    are removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,6 +110,7 @@ class BlobStore:
         self._offered: dict[int, set[bytes]] = {}
         self._counted: dict[int, set[bytes]] = {}
         self._asides = count()
+        self._coming: dict[bytes, BlobWriter] = {}
         self._scan()
         self.n_bytes = sum(blob.n_bytes for blob in self._blobs.values())
         self.pinned_bytes = 0
@@ -97,7 +128,18 @@ class BlobStore:
 
     def writer(self, digest: bytes, n_bytes: int = 0) -> BlobWriter:
         """For bytes that arrive bit by bit, `n_bytes` of them, for which room is reserved."""
-        return BlobWriter(self, digest, self._path / f"{digest.hex()}.{next(self._asides)}.part", n_bytes)
+        aside = self._path / f"{digest.hex()}.{next(self._asides)}.part"
+        writer = self._coming[digest] = BlobWriter(self, digest, aside, n_bytes)
+        return writer
+
+    def coming(self, digest: bytes) -> BlobWriter | None:
+        """By which the blob comes that is not here yet; None: it does not."""
+        return self._coming.get(digest)
+
+    def over(self, digest: bytes, writer: BlobWriter) -> None:
+        """It writes no more."""
+        if self._coming.get(digest) is writer:
+            del self._coming[digest]
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._blobs
@@ -170,13 +212,20 @@ class BlobStore:
         if digest in self._blobs:
             self._delete_if_free(digest)
 
-    def adopt(self, digest: bytes, aside: Path, n_bytes: int) -> None:
-        """A finished, verified file becomes a blob."""
-        if digest in self._blobs:
-            aside.unlink()
-            return
-        aside.rename(self._file(digest))
+    def rename(self, aside: Path, digest: bytes) -> Path:
+        """A verified file that is on the disk gets the blob's name there; one of the same bytes may have it.
+        Returns the new path. In any thread."""
+        path = aside.rename(self._file(digest))
         sync_folder(self._path)
+        return path
+
+    def adopt(self, digest: bytes, n_bytes: int) -> None:
+        """The file that was renamed becomes a blob. Raises BadMessage: it came twice at once, and what came
+        first was released meanwhile."""
+        if digest in self._blobs:
+            return
+        if not self._file(digest).exists():
+            raise BadMessage(f"blob {digest.hex()[:16]} was released while it came again")
         self._blobs[digest] = _Blob(n_bytes)
         self.n_bytes += n_bytes
 

@@ -45,6 +45,7 @@ from .seats.ticket import FILE_NAME, keep_ticket
 from .seats.view import for_the_page, status_alone
 from .seats.watchers import Watchers, WhoLeads
 from .service import Service
+from .serving.passing_on import Nobody, Uploads
 from .state import StateDir
 from .stream_server import StreamServer, Waits
 
@@ -123,7 +124,7 @@ class CoordinatorServer:
         if seats is None and not self.ledger.committee.is_only(me):
             seats = SeatPlan.of(state.path)
         if seats is None:
-            self._serve_run(self._new_service(), lambda _peer_id: False)
+            self._serve_run(self._new_service(), lambda _peer_id: False, Nobody())
         else:
             self._seat = self._hosting(seats)
             self._serve_elsewhere()
@@ -161,7 +162,8 @@ class CoordinatorServer:
     def begin_reign(self, log: Log, recollection: Recollection, held: Callable[[bytes], bool]) -> None:
         assert self._seat is not None
         service = self._new_service(log=log, recollection=recollection, held=held)
-        self._serve_run(service, self._seat.council.knows)
+        council = self._seat.council
+        self._serve_run(service, council.knows, council.uploads)
         self._soon()
 
     def end_reign(self, why: str) -> None:
@@ -239,7 +241,7 @@ class CoordinatorServer:
         _log.info("got rounds back from a node: round %d is the newest", self.head)
         self._seat.adopted()
 
-    def _serve_run(self, service: Service, is_seat: Callable[[str], bool]) -> None:
+    def _serve_run(self, service: Service, is_seat: Callable[[str], bool], uploads: Uploads) -> None:
         self._reign = service
         self._stream_server = StreamServer(
             service,
@@ -251,6 +253,7 @@ class CoordinatorServer:
             waits=self._waits,
             watchers=self.watchers,
             is_seat=is_seat,
+            uploads=uploads,
         )
         self._reception.hand_to(self._stream_server.handlers)
 

@@ -25,7 +25,7 @@ from .entry.rates import PeerRates
 from .entry.strangers import GOODBYE_S, Strangers, looker, or_refused, receive_hello, tell_status
 from .observe.metrics_requests import ANSWER_TIMEOUT_S, MetricsRequests
 from .observe.quiet_log import QuietLog
-from .protocol.blob_streams import Sink
+from .protocol.blob_streams import Coming, Sink
 from .protocol.messages import (
     BadMessage,
     Elsewhere,
@@ -45,6 +45,7 @@ from .protocol.streams import BLOB, FROM_NODE, SESSION, STATUS, BadFrame, Meter,
 from .protocol.transport import StreamHandler
 from .seats.watchers import Watchers
 from .service import Service
+from .serving.passing_on import Nobody, PassedOn, Uploads
 from .sessions import Session
 
 _log = logging.getLogger("thinwire.coordinator")
@@ -74,7 +75,7 @@ class StreamServer:
 
     `changed`: the service was told something. `failed`: the run cannot go on. `status`: for people.
     `watchers`: who wants to hear when another seat leads, and the term by which this one does. `is_seat`: of
-    the same run, which gets blobs as members do.
+    the same run, which gets blobs as members do, also while they are uploaded, of which `uploads` hears.
     """
 
     def __init__(
@@ -89,8 +90,9 @@ class StreamServer:
         waits: Waits,
         watchers: Watchers,
         is_seat: Callable[[str], bool] = lambda _peer_id: False,
+        uploads: Uploads = Nobody(),  # noqa: B008 - has no state
     ) -> None:
-        self._service, self._blobs, self._meter = service, blobs, meter
+        self._service, self._blobs, self._meter, self._uploads = service, blobs, meter, uploads
         self._changed, self._failed, self._status = changed, failed, status
         self._waits, self._watchers, self._is_seat = waits, watchers, is_seat
         self._sessions: dict[str, Session] = {}
@@ -277,8 +279,18 @@ class StreamServer:
             raise BadMessage(f"the offer of round {offer.round} is not signed by its peer")
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
-        shelf = _Shelf(self._service, self._blobs, peer_id, self._changed)
-        await self._blob_streams.serve(peer_id, stream, shelf)
+        shelf = _Shelf(self._service, self._blobs, peer_id, self._changed, self._uploads)
+        coming, given = self._coming_for(peer_id), partial(self._uploads.given, peer_id)
+        await self._blob_streams.serve(peer_id, stream, shelf, coming=coming, given=given)
+
+    def _coming_for(self, peer_id: str) -> Callable[[bytes], Coming | None]:
+        """What is being uploaded, for other seats alone."""
+
+        def coming(digest: bytes) -> Coming | None:
+            writer = self._blobs.coming(digest) if self._is_seat(peer_id) else None
+            return None if writer is None else PassedOn(writer)
+
+        return coming
 
     def _may_fetch(self, peer_id: str) -> bool:
         """Members may, other seats, and who watches (a seat that led before may have let it in); they may not
@@ -296,8 +308,16 @@ class StreamServer:
 class _Shelf:
     """The coordinator's blobs as one peer may use them."""
 
-    def __init__(self, service: Service, blobs: BlobStore, peer_id: str, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        service: Service,
+        blobs: BlobStore,
+        peer_id: str,
+        changed: Callable[[], None],
+        uploads: Uploads,
+    ) -> None:
         self._service, self._blobs, self._peer_id, self._changed = service, blobs, peer_id, changed
+        self._uploads = uploads
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
         """The blob and its size in bytes. Raises KeyError."""
@@ -310,7 +330,9 @@ class _Shelf:
         self._service.may_store(self._peer_id, n_bytes)
         not_stored = partial(self._service.not_stored, self._peer_id, n_bytes)
         with _disk(not_stored):
-            return _Upload(self._blobs.writer(digest, n_bytes), not_stored)
+            writer = self._blobs.writer(digest, n_bytes)
+        self._uploads.begins(digest, n_bytes)
+        return _Upload(writer, not_stored, partial(self._uploads.ends, digest))
 
     def stored(self, digest: bytes) -> None:
         """An upload is complete."""
@@ -321,18 +343,30 @@ class _Shelf:
 class _Upload:
     """A `BlobWriter` whose disk may be full."""
 
-    def __init__(self, writer: BlobWriter, not_stored: Callable[[], None]) -> None:
-        self._writer, self._not_stored = writer, not_stored
+    def __init__(self, writer: BlobWriter, not_stored: Callable[[], None], ends: Callable[..., None]) -> None:
+        self._writer, self._not_stored, self._ends = writer, not_stored, ends
+        self._failed: OSError | None = None
 
     def write(self, chunk: bytes) -> None:
         with _disk(self._not_stored):
             self._writer.write(chunk)
 
+    def sync(self) -> None:
+        try:
+            self._writer.sync()
+        except OSError as e:
+            self._failed = e  # told by `finish`, in the event loop
+
     def finish(self) -> int:
         with _disk(self._not_stored):
-            return self._writer.finish()
+            if self._failed is not None:
+                raise self._failed
+            n_bytes = self._writer.finish()
+        self._ends(is_stored=True)
+        return n_bytes
 
     def abort(self) -> None:
+        self._ends(is_stored=False)
         with contextlib.suppress(OSError):
             self._writer.abort()
 

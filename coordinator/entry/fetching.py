@@ -6,7 +6,7 @@ from asyncio import timeout
 from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 from ..blobs import BlobStore
 from ..protocol.blob_streams import Shelf, serve_blobs
@@ -25,8 +25,9 @@ class BlobStreams:
         self._may_fetch, self._strangers, self._hello_s = may_fetch, strangers, hello_s
         self._open: Counter[str] = Counter()
 
-    async def serve(self, peer_id: str, stream: Stream, shelf: Shelf) -> None:
-        """Until the peer ends the stream. Raises as `serve_blobs` does, or TimeoutError."""
+    async def serve(self, peer_id: str, stream: Stream, shelf: Shelf, **passing_on: Any) -> None:
+        """Until the peer ends the stream. `passing_on`: `coming` and `given` of `serve_blobs`, for who may
+        fetch. Raises as that does, or TimeoutError."""
         if not self._may_fetch(peer_id):
             with self._strangers.one(peer_id):
                 async with timeout(self._hello_s):
@@ -36,7 +37,7 @@ class BlobStreams:
             raise BadFrame("blob_streams", f"more than {MAX_BLOB_STREAMS} blob streams")
         self._open[peer_id] += 1
         try:
-            await serve_blobs(stream, shelf, "payload", lambda: self._may_fetch(peer_id))
+            await serve_blobs(stream, shelf, "payload", lambda: self._may_fetch(peer_id), **passing_on)
         finally:
             self._open -= Counter((peer_id,))
 

@@ -31,6 +31,21 @@ STALL_S = 30.0
 QUICK_STALL_S = 5.0
 """Never earlier than this, however quickly the chunks came before."""
 
+
+class Coming(Protocol):
+    """A blob that is being uploaded, passed on as it comes. `n_bytes`: of the whole."""
+
+    @property
+    def n_bytes(self) -> int: ...
+
+    async def read(self, n_bytes: int) -> bytes:
+        """The next bytes, so many at most, once there are any; b"" after the last one. Raises
+        SwarmUnreachable: it does not come any more."""
+        ...
+
+    def close(self) -> None: ...
+
+
 PurposeOf = Callable[[bytes], TrafficKind]
 """What a blob's bytes are counted as, by its digest."""
 
@@ -46,10 +61,12 @@ class NotServed(SwarmUnreachable):
 
 
 class Sink(Protocol):
-    """Takes an upload, piece by piece. `finish` gives its size in bytes; `abort` forgets it. The others
-    raise BadMessage: the digest does not fit, or the disk does not take it."""
+    """Takes an upload, piece by piece. `sync` is called in a thread, before `finish`, and may wait for the
+    disk; `finish` gives its size in bytes; `abort` forgets it. The others raise BadMessage: the digest does
+    not fit, or the disk does not take it."""
 
     def write(self, chunk: bytes) -> None: ...
+    def sync(self) -> None: ...
     def finish(self) -> int: ...
     def abort(self) -> None: ...
 
@@ -73,6 +90,10 @@ class Shelf(Protocol):
 def stall_patience() -> Patience:
     """For the gaps between the chunks of one peer's blobs: long until some are measured."""
     return Patience(floor_s=QUICK_STALL_S, ceiling_s=STALL_S, k=8.0)
+
+
+def _nothing_comes(_digest: bytes) -> Coming | None:
+    return None
 
 
 async def get_blob(
@@ -112,7 +133,7 @@ async def get_blob_into(
     try:
         async for chunk in _chunks(stream, digest, n_bytes, purpose):
             sink.write(chunk)
-        sink.finish()
+        await _finish(sink)
     except BaseException:
         sink.abort()
         raise
@@ -138,10 +159,13 @@ async def serve_blobs(
     purpose: TrafficKind | PurposeOf,
     allowed: Callable[[], bool],
     turns: asyncio.Semaphore | None = None,
+    coming: Callable[[bytes], Coming | None] = _nothing_comes,
+    given: Callable[[bytes], object] = bool,
 ) -> None:
     """Answers requests until the other end closes the stream or is no longer `allowed` to ask.
 
-    `turns`: how many blobs are sent at once over all streams; the others wait.
+    `turns`: how many blobs are sent at once over all streams; the others wait. `coming`: what is not on the
+    shelf yet, by its digest. `given`: is told of what was sent as a whole.
     Raises BadMessage for a peer that breaks the protocol, after telling it why; OSError if it is gone.
     """
     while True:
@@ -155,22 +179,42 @@ async def serve_blobs(
         counted_as = purpose(body[:_DIGEST_BYTES]) if callable(purpose) else purpose
         async with turns or contextlib.nullcontext():
             if kind is FrameKind.GET:
-                await _serve_get(stream, shelf, body, counted_as)
+                if await _serve_get(stream, shelf, body, counted_as, coming):
+                    given(body)
             else:
                 await _serve_put(stream, shelf, body, counted_as)
 
 
-async def _serve_get(stream: Stream, shelf: Shelf, digest: bytes, purpose: TrafficKind) -> None:
+async def _serve_get(
+    stream: Stream,
+    shelf: Shelf,
+    digest: bytes,
+    purpose: TrafficKind,
+    coming: Callable[[bytes], Coming | None],
+) -> bool:
+    """Whether it was sent."""
     try:
         file, n_bytes = shelf.open(digest)
     except KeyError:
-        await _say_no(stream, f"blob {digest.hex()[:16]} is not here")
-        return
-    with file:
-        await _send(stream, FrameKind.SIZE, _SIZE.pack(n_bytes))
-        while chunk := file.read(stream.chunk_bytes):
-            await _send(stream, FrameKind.CHUNK, chunk, purpose)
+        source = coming(digest)
+        if source is None:
+            await _say_no(stream, f"blob {digest.hex()[:16]} is not here")
+            return False
+        await _pass_on(stream, source, purpose)
+    else:
+        with file:
+            await _send(stream, FrameKind.SIZE, _SIZE.pack(n_bytes))
+            while chunk := file.read(stream.chunk_bytes):
+                await _send(stream, FrameKind.CHUNK, chunk, purpose)
     await _send(stream, FrameKind.END, digest)
+    return True
+
+
+async def _pass_on(stream: Stream, source: Coming, purpose: TrafficKind) -> None:
+    with contextlib.closing(source):
+        await _send(stream, FrameKind.SIZE, _SIZE.pack(source.n_bytes))
+        while chunk := await source.read(stream.chunk_bytes):
+            await _send(stream, FrameKind.CHUNK, chunk, purpose)
 
 
 async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: TrafficKind) -> None:
@@ -183,11 +227,11 @@ async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Traffic
         await _say_no(stream, str(e))
         return
     if sink is not None:
-        await _send(stream, FrameKind.GO)
         try:
+            await _send(stream, FrameKind.GO)
             async for chunk in _chunks(stream, digest, n_bytes, purpose):
                 sink.write(chunk)
-            sink.finish()
+            await _finish(sink)
         except BadMessage as e:
             sink.abort()
             await _say_no(stream, str(e))
@@ -197,6 +241,19 @@ async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Traffic
             raise
     shelf.stored(digest)
     await _send(stream, FrameKind.DONE)
+
+
+async def _finish(sink: Sink) -> None:
+    """The event loop goes on while the disk writes: other blobs come, and heartbeats. Raises what the sink
+    raises."""
+    syncing = asyncio.create_task(asyncio.to_thread(sink.sync))
+    try:
+        await asyncio.shield(syncing)
+    except asyncio.CancelledError:
+        await asyncio.wait({syncing})  # the thread has the file: it cannot be taken away before
+        syncing.cancelled() or syncing.exception()
+        raise
+    sink.finish()
 
 
 async def _chunks(

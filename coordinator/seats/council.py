@@ -32,6 +32,7 @@ from ..quorum.events import DiskFailed, Evidence, Leads, NewRecord, Role, SeatEv
 from ..quorum.observed import Observed
 from ..quorum.seat import Seat
 from ..quorum.words import Batch, Enter, Follow, Founding, Keep, Keeps, Memory, Ping, Propose, Word
+from ..serving.passing_on import Nobody, Uploads
 from .directory import Directory
 from .disk import KeySigner, StateDisk
 from .link import Link
@@ -258,6 +259,11 @@ class Council:
         """Whether enough seats hold a payload for a vote."""
         return digest in self._blobs if not self.plan.waits_for_payloads else self.provisions.held(digest)
 
+    @property
+    def uploads(self) -> Uploads:
+        """Who hears of what nodes upload to this seat: nobody where payloads stay with who leads."""
+        return self.provisions if self.plan.waits_for_payloads else Nobody()
+
     def wish(self, wish: Wish) -> None:
         """The operator wants the committee to be another one."""
         self.plan = replace(self.plan, wish=wish)
@@ -418,6 +424,7 @@ class Council:
 
     def down(self, seat: str) -> None:
         self._connected.discard(seat)
+        self.provisions.gone(seat)
         log.info("seat %s is not connected any more", short(seat))
         self._tell()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,9 @@ from ..protocol.streams import Stream
 
 log = logging.getLogger("thinwire.coordinator")
 
-AT_ONCE: Final = 4
+AT_ONCE: Final = 8
+"""A leader serves no more to one seat."""
+
 RETRY_S: Final = 2.0
 MAX_WANTED: Final = 2**17
 
@@ -100,10 +101,10 @@ class Fetcher:
             found = self._next()
             if found is None:
                 self._wake.clear()
-                with contextlib.suppress(TimeoutError):
+                try:
                     async with asyncio.timeout(RETRY_S if self._wanted else None):
                         await self._wake.wait()
-                if not self._wake.is_set():
+                except TimeoutError:  # whether it is set says nothing: other workers clear it
                     self.look_again()
                 continue
             digest, source = found
@@ -146,6 +147,9 @@ class Fetcher:
             wanted.not_at.add(source)
             self._tell(f"a blob does not come whole from seat {source}: {e or type(e).__name__}")
             return
+        except BaseException:
+            stream.abort()
+            raise
         self._streams.setdefault(source, []).append(stream)
         self._wanted.pop(digest, None)
         self.trouble = ""

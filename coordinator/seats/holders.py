@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from typing import Final
 
@@ -38,9 +39,10 @@ class Holders:
         self._at.clear()
         self._announced.clear()
 
-    def announce(self, digest: bytes, round_: int) -> None:
-        """It has come here, for an offer of this round: the others are to fetch it."""
-        n_bytes = self._blobs.size(digest)
+    def announce(self, digest: bytes, round_: int, n_bytes: int | None = None) -> None:
+        """It has come here, for an offer of this round: the others are to fetch it. `n_bytes`: of what is
+        being uploaded, and can be had meanwhile."""
+        n_bytes = self._blobs.size(digest) if n_bytes is None else n_bytes
         if n_bytes is None or digest in self._announced:
             return
         if len(self._announced) >= MAX_BLOBS:
@@ -62,7 +64,17 @@ class Holders:
         if digest not in self._announced:
             return []
         self._at.setdefault(digest, set()).add(seat)
+        self._holding.answered(seat, digest, time.monotonic())
         return self._holding.keeps(seat, digest)
+
+    def given(self, seat: str, digest: bytes) -> list[bytes]:
+        """All of it has left for that seat. Returns those that count as held from now on."""
+        _, n_bytes = self._announced.get(digest, (0, 0))
+        return self._holding.given(seat, digest, n_bytes, time.monotonic())
+
+    def gone(self, seat: str) -> None:
+        """A seat is not connected any more."""
+        self._holding.gone(seat)
 
     def held(self, digest: bytes, round_: int) -> bool:
         """Whether enough seats hold it. What nobody has been told of yet is announced."""
@@ -73,6 +85,11 @@ class Holders:
         """The record of this round: what came for those before it is of no interest any more."""
         self._holding.sealed()
         for digest in [d for d, (came, _) in self._announced.items() if came + KEPT_ROUNDS <= round_]:
+            self._forget(digest)
+
+    def lost(self, digest: bytes) -> None:
+        """Its upload has broken off."""
+        if digest in self._announced and digest not in self._blobs:
             self._forget(digest)
 
     def _forget(self, digest: bytes) -> None:

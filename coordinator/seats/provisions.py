@@ -1,23 +1,27 @@
 """The blobs that a seat must have: what the run needs, what is offered, and what records name.
 
-A leader announces what nodes bring (`Keep`); the others fetch it and say so (`Keeps`). Who follows, or looks
-on, also fetches what records name that it has not got.
+A leader announces what nodes bring (`Keep`), as soon as it begins to come; the others fetch it meanwhile and
+say so when they have it (`Keeps`). Who follows, or looks on, also fetches what records name that it has not
+got.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 from ..blobs import BlobStore
 from ..ledger import Ledger
 from ..protocol.messages import BadMessage, CommitBody, decode_record
 from ..quorum.words import Keep, Keeps, Word
 from .disk import StateDisk
-from .fetching import Fetcher, OpenStream
-from .holders import Holders
+from .fetching import AT_ONCE, Fetcher, OpenStream
+from .holders import KEPT_ROUNDS, Holders
 from .link import Link
+
+EARLY: Final = AT_ONCE - 2
+"""So many are passed on while they come, and no more: others must not wait for what is slow to come."""
 
 
 class Shelf(Protocol):
@@ -62,6 +66,12 @@ class Provisions:
         self._holders = Holders(me, blobs, send, lambda: list(links))
         self._rounds: dict[bytes, int] = {}
         """Of payloads that are fetched."""
+        self._kept: dict[bytes, int] = {}
+        """The round in which a leader has said of a payload that it is to be kept, which no record names."""
+        self._uploads: dict[bytes, int] = {}
+        """Payloads that nodes upload to this seat, and their bytes, the oldest first."""
+        self._early: set[bytes] = set()
+        """Those of them that others have been told of."""
         self._max_bytes = ledger.genesis.limits.max_payload_bytes
 
     # --------------------------------------------------------------------------------------- who leads
@@ -69,10 +79,36 @@ class Provisions:
     def new_reign(self) -> None:
         """This seat leads from now on."""
         self._holders.new_reign(self._disk.committee)
+        self._uploads.clear()
+        self._early.clear()
 
-    def stored(self, digest: bytes) -> None:
-        """A node has brought a payload: the others are to have it, too."""
-        self._holders.announce(digest, self._disk.head + 1)
+    def begins(self, digest: bytes, n_bytes: int) -> None:
+        """See `Uploads`, here and below."""
+        self._uploads[digest] = n_bytes
+        self._announce_uploads()
+
+    def ends(self, digest: bytes, *, is_stored: bool) -> None:
+        self._uploads.pop(digest, None)
+        self._early.discard(digest)
+        if not is_stored:
+            self._holders.lost(digest)
+        self._announce_uploads()
+
+    def given(self, seat: str, digest: bytes) -> None:
+        for held in self._holders.given(seat, digest):
+            self._on_held(held)
+
+    def gone(self, seat: str) -> None:
+        """It is not connected any more."""
+        self._holders.gone(seat)
+
+    def _announce_uploads(self) -> None:
+        for digest, n_bytes in self._uploads.items():
+            if len(self._early) >= EARLY:
+                return
+            if digest not in self._early:
+                self._early.add(digest)
+                self._holders.announce(digest, self._disk.head + 1, n_bytes)
 
     def held(self, digest: bytes) -> bool:
         """Whether enough seats hold it."""
@@ -97,6 +133,7 @@ class Provisions:
             return "quota"
         else:
             self.fetcher.want(word.digest, word.n_bytes)
+            self._kept[word.digest] = self._disk.head + 1
         return None
 
     def keeps(self, seat: str, word: Keeps) -> None:
@@ -126,6 +163,7 @@ class Provisions:
         """The newest record."""
         self._holders.sealed(body.round)
         self._want(body)
+        self._drop_kept(body.round)
 
     def want_all(self) -> None:
         """What the run needs, and the payloads of records that are not here and that others have."""
@@ -153,6 +191,13 @@ class Provisions:
             del self._rounds[digest]
         self.fetcher.forget(gone)
 
+    def _drop_kept(self, round_: int) -> None:
+        """What was announced and did not come, and no record has named since, is not wanted any more."""
+        old = [digest for digest, came in self._kept.items() if came + KEPT_ROUNDS <= round_]
+        for digest in old:
+            del self._kept[digest]
+        self.fetcher.forget([digest for digest in old if digest not in self._rounds])
+
     def _want(self, body: CommitBody) -> None:
         for digest in _named(body):
             if digest not in self._blobs:
@@ -161,6 +206,7 @@ class Provisions:
 
     def _arrived(self, digest: bytes) -> None:
         self._rounds.pop(digest, None)
+        self._kept.pop(digest, None)
         self._shelf.arrived(digest)
         for seat in self._disk.committee.seats:
             self._send(seat, Keeps(digest=digest))

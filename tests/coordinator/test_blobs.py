@@ -74,6 +74,35 @@ def test_the_same_blob_twice_is_one(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_blob_that_comes_twice_and_is_released_between_is_refused(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    first, second = store.writer(digest_of(blob(2))), store.writer(digest_of(blob(2)))
+    for writer in (first, second):
+        writer.write(blob(2))
+    second.sync()
+    first.finish()
+    store.discard(digest_of(blob(2)))
+    with pytest.raises(BadMessage, match="released"):
+        second.finish()
+    second.abort()
+    assert (store.n_bytes, store.coming(digest_of(blob(2))), list(tmp_path.iterdir())) == (0, None, [])
+
+
+def test_an_upload_that_is_synced_and_given_up_leaves_only_what_came_before(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    writer = store.writer(digest_of(blob(1)), 100)
+    writer.write(blob(1))
+    writer.sync()
+    writer.abort()
+    assert (store.reserved_bytes, list(tmp_path.iterdir())) == (0, [])
+    put(store, blob(2))
+    again = store.writer(digest_of(blob(2)))
+    again.write(blob(2))
+    again.sync()
+    again.abort()
+    assert store.read(digest_of(blob(2))) == blob(2)
+
+
 def test_a_restart_finds_blobs_and_removes_leftovers(tmp_path: Path) -> None:
     digest = put(BlobStore(tmp_path), blob(1))
     (tmp_path / f"{digest.hex()}.0.part").write_bytes(b"half")

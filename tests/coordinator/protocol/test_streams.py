@@ -199,9 +199,11 @@ class MemorySink:
     def write(self, chunk: bytes) -> None:
         self._data += chunk
 
-    def finish(self) -> int:
+    def sync(self) -> None:
         if digest_of(self._data) != self._digest:
             raise BadMessage("its bytes do not fit its digest")
+
+    def finish(self) -> int:
         self._shelf.blobs[self._digest] = self._data
         return len(self._data)
 

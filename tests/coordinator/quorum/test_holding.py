@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thinwire.coordinator.quorum.holding import Holding
+from thinwire.coordinator.quorum.holding import MAX_UNDER_WAY, PROMPT_S, Holding
 
 A, B, C = (bytes([i]) * 32 for i in range(3))
 
@@ -60,3 +60,44 @@ def test_a_seal_settles_what_was_held() -> None:
     seats.sealed()
     assert not seats.is_held(A)
     assert seats.keeps("seat-2", B) == [B]
+
+
+def test_what_has_left_for_a_prompt_seat_is_held() -> None:
+    seats = holding(3, A, B, C)
+    assert seats.given("seat-1", A, 100, now_s=0.0) == []
+    seats.answered("seat-1", A, now_s=0.2)
+    assert seats.keeps("seat-1", A) == [A]
+    assert seats.given("seat-2", B, 100, now_s=0.3) == [], "it has not answered yet"
+    assert seats.given("seat-1", B, 100, now_s=0.3) == [B]
+    seats.answered("seat-1", B, now_s=0.3 + 2 * PROMPT_S)
+    assert seats.given("seat-1", C, 100, now_s=3.0) == [], "it was late"
+
+
+def test_what_does_not_come_soon_is_waited_for() -> None:
+    seats = holding(3, A, B, C)
+    seats.given("seat-1", A, 100, now_s=0.0)
+    seats.answered("seat-1", A, now_s=0.1)
+    seats.keeps("seat-1", A)
+    assert seats.given("seat-1", B, 100, now_s=1.0) == [B]
+    assert seats.given("seat-1", C, 100, now_s=1.1 + PROMPT_S) == [], "the one before is still under way"
+    assert seats.keeps("seat-1", C) == [C]
+
+
+def test_too_much_under_way_is_waited_for() -> None:
+    seats = holding(3, A, B)
+    seats.given("seat-1", A, 100, now_s=0.0)
+    seats.answered("seat-1", A, now_s=0.1)
+    assert seats.given("seat-1", B, MAX_UNDER_WAY + 1, now_s=0.1) == []
+
+
+def test_what_was_under_way_to_a_seat_that_is_gone_is_not_there() -> None:
+    seats = holding(3, A, B, C)
+    seats.given("seat-1", A, 100, now_s=0.0)
+    seats.answered("seat-1", A, now_s=0.1)
+    seats.keeps("seat-1", A)
+    assert seats.given("seat-1", B, 100, now_s=0.1) == [B]
+    seats.gone("seat-1")
+    assert seats.given("seat-1", C, 100, now_s=0.2) == []
+    assert seats.keeps("seat-1", C) == [], "it lacks the one that was held before"
+    assert seats.keeps("seat-1", B) == [C]
+    assert seats.given("somebody", C, 100, now_s=0.2) == []

@@ -1,4 +1,4 @@
-"""The payloads of a record that waits for a seat's vote: they are fetched, and the last one is told of."""
+"""What a seat must have: payloads of a record that waits for its vote, and what nodes bring to another."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import contextlib
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from tests.support.committee import SEATS, Sealing
 from tests.support.records import OFFER
+from thinwire.compression.errors import SwarmUnreachable
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.blob_streams import serve_blobs
 from thinwire.coordinator.protocol.messages import GenesisBody, digest_of, encode_record
 from thinwire.coordinator.protocol.streams import Meter, Stream
-from thinwire.coordinator.quorum.words import Enter, Word
+from thinwire.coordinator.quorum.words import Enter, Keep, Keeps, Word
 from thinwire.coordinator.seats.disk import StateDisk
 from thinwire.coordinator.seats.elsewhere import _Shelf
+from thinwire.coordinator.seats.holders import KEPT_ROUNDS
 from thinwire.coordinator.seats.link import Link
-from thinwire.coordinator.seats.provisions import Provisions
+from thinwire.coordinator.seats.provisions import EARLY, Provisions
 
 PAYLOADS = [bytes([i]) * 5000 for i in range(3)]
 
@@ -101,3 +104,73 @@ def test_the_last_payload_of_a_record_makes_it_whole(
     ledger.close()
     assert whole == [2], "once, with the last one"
     assert set(shelf.came) == {digest_of(payload) for payload in PAYLOADS[1:]}
+
+
+def provisions_of(
+    folder: Path, genesis: GenesisBody, me: int, said: list[tuple[str, Word]]
+) -> tuple[Provisions, BlobStore, Sealing]:
+    """Of seat `me`, which is connected to one more and gets nothing from it."""
+    sealing = Sealing(genesis.model_copy(update={"coordinator": SEATS[0]}))
+    ledger = Ledger.begin(folder / "ledger.db", sealing.genesis_record, sealing.genesis_signature)
+    blobs, other = BlobStore(folder / "blobs"), SEATS[1 - me]
+
+    async def nowhere(_seat: str) -> Stream:
+        raise SwarmUnreachable("nobody is there")
+
+    found = Provisions(
+        SEATS[me],
+        ledger,
+        blobs,
+        StateDisk(folder, ledger, SEATS[me], is_new=True),
+        cast("Any", {other: None}),
+        lambda seat, word: said.append((seat, word)),
+        nowhere,
+        lambda: SEATS[0],
+        Shelf(),
+        lambda _digest: None,
+        lambda: None,
+    )
+    return found, blobs, sealing
+
+
+def test_uploads_are_announced_when_they_begin_a_few_at_a_time(
+    tmp_path: Path, make_genesis: Callable[..., GenesisBody]
+) -> None:
+    """And no more than can be passed on while others wait; one that breaks off is not reminded of."""
+    said: list[tuple[str, Word]] = []
+    provisions, blobs, _ = provisions_of(tmp_path, make_genesis(), 0, said)
+    uploads = [bytes([i]) * 100 for i in range(EARLY + 2)]
+    digests = [digest_of(data) for data in uploads]
+    for digest in digests:
+        provisions.begins(digest, 100)
+    assert said == [(SEATS[1], Keep(digest=digest, n_bytes=100)) for digest in digests[:EARLY]]
+    blobs.put(digests[1], uploads[1])
+    provisions.ends(digests[1], is_stored=True)
+    provisions.ends(digests[2], is_stored=False)
+    assert said[EARLY:] == [(SEATS[1], Keep(digest=digest, n_bytes=100)) for digest in digests[EARLY:]]
+    said.clear()
+    provisions.remind()
+    assert {word.digest for _, word in said if isinstance(word, Keep)} == set(digests) - {digests[2]}
+
+
+def test_what_was_announced_and_never_came_is_not_wanted_for_ever(
+    tmp_path: Path, make_genesis: Callable[..., GenesisBody]
+) -> None:
+    """Else a seat that looks on would say for ever that it lacks a payload."""
+    said: list[tuple[str, Word]] = []
+    provisions, blobs, sealing = provisions_of(tmp_path, make_genesis(), 1, said)
+
+    async def scene() -> None:
+        lost, here = digest_of(PAYLOADS[0]), digest_of(PAYLOADS[1])
+        assert provisions.keep(SEATS[0], Keep(digest=lost, n_bytes=5000)) is None
+        blobs.put(here, PAYLOADS[1])
+        assert provisions.keep(SEATS[0], Keep(digest=here, n_bytes=5000)) is None
+        assert said == [(SEATS[0], Keeps(digest=here))]
+        body = sealing.body()
+        provisions.recorded(body)
+        assert provisions.fetcher.wants(lost)
+        provisions.recorded(body.model_copy(update={"round": body.round + KEPT_ROUNDS}))
+        assert provisions.fetcher.n_wanted == 0
+        await provisions.fetcher.close()
+
+    asyncio.run(scene())
