@@ -389,6 +389,11 @@ class Strategy(torch.optim.Optimizer):
         `check`. None: that cannot be told. Changes nothing."""
         return None
 
+    def cosines(self, payload: Payload, others: Sequence[Payload], turn: Turn) -> list[float] | None:
+        """How far each of the others points where the payload does, from -1 to 1; all of one round, and they
+        came through `check`. None: that cannot be told. Changes nothing."""
+        return None
+
     def known_payload(self, fill: Fill, salt: int) -> Payload:
         """Fixed bits that `check` accepts, for `Facts.known_updates`; another payload for every salt.
 

@@ -29,7 +29,7 @@ from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from .auditing.evidence import Evidence
 from .auditing.gradients import gradient_evidence
-from .auditing.scores import mean_cosines
+from .auditing.scores import cosines, mean_cosines
 from .base import Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
 from .options import Number, Whole, keywords_of
@@ -282,6 +282,9 @@ class Decoupled(Strategy):
 
     def scores(self, payloads: Sequence[Payload], turn: Turn) -> list[float] | None:
         return mean_cosines(self.compressor, self.parameters_in_order(), payloads, turn, turn.round)
+
+    def cosines(self, payload: Payload, others: Sequence[Payload], turn: Turn) -> list[float] | None:
+        return cosines(self.compressor, self.parameters_in_order(), payload, others, turn, turn.round)
 
     # --------------------------------------------------------------------------------- replicated work
 

@@ -43,7 +43,7 @@ from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.kernels import use_numba
 from .auditing.evidence import Evidence, excused
 from .auditing.gradients import compared, no_gradients
-from .auditing.scores import mean_cosines
+from .auditing.scores import cosines, mean_cosines
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
 from .inner.muon import NAME as MUON
@@ -382,6 +382,10 @@ class Diloco(Strategy):
     def scores(self, payloads: Sequence[Payload], turn: Turn) -> list[float] | None:
         fragment, its_turn = self._fragment(turn)
         return mean_cosines(self.compressor, fragment, payloads, its_turn, turn.round)
+
+    def cosines(self, payload: Payload, others: Sequence[Payload], turn: Turn) -> list[float] | None:
+        fragment, its_turn = self._fragment(turn)
+        return cosines(self.compressor, fragment, payload, others, its_turn, turn.round)
 
     # --------------------------------------------------------------------------------- replicated work
 

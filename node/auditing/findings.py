@@ -8,7 +8,7 @@ so are the offers of its auditors, to see how far honest ones get there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +20,7 @@ from ...coordinator.protocol.trust.audits import payload_digest
 from ...coordinator.protocol.trust.drawing import Draw
 from ...coordinator.protocol.trust.judging import MIN_REPORTS
 from ...optim.auditing.evidence import Evidence
+from ...optim.auditing.twins import nearest_twins
 from ...optim.auditing.undoing import undoing
 from ..preparing import PreparedRun
 from ..replica import data_seed, shared_seed
@@ -96,10 +97,20 @@ class Findings:
         return evidence
 
     def _twins(self, offer: OfferEntry) -> list[OfferEntry]:
-        """Other peers' offers of the very same payload, made from the run's text."""
+        """Other peers' offers of the very same payload, or nearly that, made from the run's text."""
         digest = payload_digest(offer)
         others = [o for o in self._offers.values() if o.peer != offer.peer and not o.own_data]
-        return [o for o in others if payload_digest(o) == digest]
+        return [o for o in others if payload_digest(o) == digest] or self._near(offer, others)
+
+    def _near(self, offer: OfferEntry, others: Sequence[OfferEntry]) -> list[OfferEntry]:
+        readable, payloads = list[OfferEntry](), list[Payload]()
+        for other in others:
+            with suppress(BadPayload):
+                payloads.append(self._payload(other))
+                readable.append(other)
+        strategy, turn = self._run.replica.strategy, self._earlier.turn_of(self._peer_id(offer))
+        found = strategy.cosines(self._payload(offer), payloads, turn)
+        return [readable[i] for i in nearest_twins(found or [])]
 
     # ------------------------------------------------------------------------------------- of other data
 

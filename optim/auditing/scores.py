@@ -45,6 +45,27 @@ def mean_cosines(
     return [float(torch.dot(x.double(), (total - x).double())) / n_others for x in directions()]
 
 
+def cosines(
+    compressor: Compressor,
+    parameters: Sequence[Parameter],
+    payload: Payload,
+    others: Sequence[Payload],
+    turn: Turn,
+    round_: int,
+) -> list[float]:
+    """How far each of the others points where the payload does, from -1 to 1; else as in `mean_cosines`."""
+    p = _large(parameters)[round_ % len(_large(parameters))]
+
+    def decoded(packed: Payload) -> Tensor:
+        with exact_arithmetic():
+            found = compressor.decode_on(p.local.device, [packed[p.name]], [1.0], p.part.entire, turn)
+        length = torch.linalg.vector_norm(found := found.double())
+        return found / length if length > 0 else torch.zeros_like(found)
+
+    direction = decoded(payload)
+    return [float(torch.dot(direction, decoded(other))) for other in others]
+
+
 def _large(parameters: Sequence[Parameter]) -> list[Parameter]:
     """Those of at least the mean size: biases and norms say little."""
     total = sum(p.part.n_global for p in parameters)

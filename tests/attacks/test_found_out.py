@@ -14,7 +14,7 @@ ALWAYS = (("audits.rate", 1.0), *UNMEASURED)
 """Every offer is audited; by default it is one of hundreds, which takes as many more rounds."""
 
 
-@pytest.mark.parametrize("attack", ["flipped-1e3", "inverted", "random", "empty"])
+@pytest.mark.parametrize("attack", ["flipped-1e3", "inverted", "random", "empty", "copied-nearly"])
 def test_a_bad_peer_is_found_out(attack: str) -> None:
     outcome = swarm("decoupled", ATTACKS[attack], N_ROUNDS, settings=ALWAYS)
     assert outcome.found_after is not None

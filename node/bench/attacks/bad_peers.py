@@ -37,9 +37,9 @@ Twist = Callable[[Contents, np.random.Generator, Replica], Payload]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attack:
     """`twist`: what is sent instead of the honest payload; None: that itself. `copies`: it is taken from an
-    honest peer, or from the first bad one. `most_samples`: as many are claimed as an offer may carry;
-    `own_data`: it is declared to be made from data that others do not have; `inverts`: the work is done to
-    raise the loss; `other_data`: honest work on a text of its own.
+    honest peer, or from the first bad one, and `altered`: scaled by that before it is sent. `most_samples`:
+    as many are claimed as an offer may carry; `own_data`: it is declared to be made from data that others do
+    not have; `inverts`: the work is done to raise the loss; `other_data`: honest work on a text of its own.
 
     `against`: what it is compared with, the same peers sending empty payloads or none that arrive: the former
     where bounds make an attack as good as that, the latter where its peers are left out or found out.
@@ -49,6 +49,7 @@ class Attack:
 
     twist: Twist | None = None
     copies: Literal["honest", "bad"] | None = None
+    altered: float | None = None
     most_samples: bool = False
     own_data: bool = False
     inverts: bool = False
@@ -73,6 +74,10 @@ def _disjoint(contents: Contents, _rng: np.random.Generator, _replica: Replica) 
     return contents.disjoint(1e3)
 
 
+def _noise(contents: Contents, rng: np.random.Generator, _replica: Replica) -> Payload:
+    return contents.random(1e3, rng)
+
+
 HONEST: Final = Attack()
 OTHER_DATA: Final = Attack(other_data=True)
 EMPTY: Final = Attack(twist=_scaled(0.0), against="absent")
@@ -81,7 +86,7 @@ ATTACKS: Final[Mapping[str, Attack]] = {
     "scaled-10": Attack(twist=_scaled(10.0)),
     "scaled-1e3": Attack(twist=_scaled(1e3)),
     "scaled-1e9": Attack(twist=_scaled(1e9)),
-    "random": Attack(twist=lambda contents, rng, _replica: contents.random(1e3, rng)),
+    "random": Attack(twist=_noise),
     "constant": Attack(twist=lambda contents, _rng, _replica: contents.constant(1e3)),
     "disjoint-coordinates": Attack(twist=_disjoint, where_selected=True),
     "nan": Attack(twist=lambda contents, _rng, _replica: contents.not_finite(), against="absent"),
@@ -91,8 +96,10 @@ ATTACKS: Final[Mapping[str, Attack]] = {
     "flipped-1e3": Attack(twist=_scaled(-1e3), against="absent"),
     "flipped-1e9": Attack(twist=_scaled(-1e9), against="absent"),
     "own-data-flipped": Attack(twist=_scaled(-1.0), own_data=True, against="absent"),
+    "own-data-random": Attack(twist=_noise, own_data=True),
     "inverted": Attack(inverts=True, against="absent"),
     "copied": Attack(copies="honest", against="absent"),
+    "copied-nearly": Attack(copies="honest", altered=1.1, against="absent"),
     "empty": EMPTY,
     "colluding": Attack(twist=_scaled(-1.0), copies="bad", against="absent", least_bad=2),
 }
@@ -145,16 +152,23 @@ class BadPeer:
 
     def _payload(self, honest: bytes, round_: int, replica: Replica, genesis: GenesisBody) -> bytes:
         if self._victim and (copied := self._board.get(self._victim, round_)) is not None:
-            return copied
+            if self._attack.altered is None or not copied:
+                return copied
+            return self._twisted(_scaled(self._attack.altered), copied, round_, replica, genesis)
         if self._attack.twist is None or not honest:
             return honest
+        return self._twisted(self._attack.twist, honest, round_, replica, genesis)
+
+    def _twisted(
+        self, twist: Twist, honest: bytes, round_: int, replica: Replica, genesis: GenesisBody
+    ) -> bytes:
         turn, layout = replica.turn(), layout_hash(genesis)
         fields = replica.strategy.fields(turn)
         payload = wire.decode(honest, fields, round_, layout, genesis.limits.max_payload_bytes)
         contents = contents_of(replica.strategy, turn, payload)
         seed = int.from_bytes(blake3(f"{self._peer_id} {round_}".encode()).digest(8), "little")
         rng = np.random.Generator(np.random.Philox(key=seed))
-        return wire.encode(self._attack.twist(contents, rng, replica), fields, round_, layout)
+        return wire.encode(twist(contents, rng, replica), fields, round_, layout)
 
 
 def changed_link(link: Link, change: Callable[[Offer], Offer]) -> Link:

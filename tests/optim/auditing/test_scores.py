@@ -41,6 +41,11 @@ def test_a_payload_that_is_turned_points_away(config: dict[str, Any]) -> None:
         assert scores is not None
         assert scores == strategy.scores(turned, turn)
         assert scores[-1] < min(scores[:-1])
+        theirs = strategy.cosines(payloads[0], payloads, turn), strategy.cosines(payloads[0], turned, turn)
+        assert theirs[0] is not None
+        assert theirs[0][0] == pytest.approx(1.0)
+        assert max(theirs[0][1:]) < 0.999
+        assert theirs[1] == pytest.approx([*theirs[0][:-1], -theirs[0][-1]])
         seen.add(dict(enumerate(scores)))
         for peer in peers:
             peer.apply(round_, [(q.seed(round_), data) for q, data in zip(peers, offers, strict=True)], None)
@@ -52,6 +57,7 @@ def test_spsa_has_no_scores() -> None:
     model = nn.Linear(16, 4)
     peer = Replica({"name": "spsa", "lr": 1e-3, "probes": 2}, 0, model, batch)
     assert peer.strategy.scores([], peer.turn(1)) is None
+    assert peer.strategy.cosines({}, [], peer.turn(1)) is None
 
 
 def test_who_keeps_pointing_away_is_suspect_and_chance_is_no_reason() -> None:
