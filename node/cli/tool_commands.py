@@ -289,19 +289,29 @@ class Monitor:
 @dataclass
 class Compare:
     """Train a run's model with several strategies, one after another, on the same data for the same number of
-    tokens, and compare: held-out loss, bytes, time. All peers are threads of this process.
+    tokens, and compare: held-out loss, bytes, time. All peers are threads of this process. One peer alone and
+    data-parallel AdamW (ddp) are always trained, too, and a sentence says what to take on the link.
 
     strategies: NAME or NAME:COMPRESSOR, each with options if need be, as in a run file:
-    decoupled:topk(k=8,bits=2), diloco(lr=1e-3,inner_steps=20), spsa(probes=4). ddp is data-parallel AdamW. A
-    FILE.toml has a table for each strategy. The run file's options are those of the strategy that it names.
+    decoupled:topk(k=8,bits=2), diloco(lr=1e-3,inner_steps=20), spsa(probes=4), ddp(lr=1e-3). A FILE.toml has
+    a table for each strategy. The run file's options are those of the strategy that it names.
     """
 
     run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
-    strategies: Annotated[str, arg(metavar="A,B,...")] = "ddp,decoupled,diloco,spsa"
+    strategies: Annotated[str, arg(metavar="A,B,...")] = "decoupled,diloco,spsa"
     rounds: Annotated[int | None, arg(metavar="N")] = None
     """Of the run file's strategy; the others have as many as take the same tokens. Default: the run's."""
     peers: Annotated[int | None, arg(metavar="N")] = None
     """Default: the run's min_peers, but two at least."""
+    link: Annotated[str, arg(metavar="RATE")] = "100Mbit"
+    """What each peer would have in either direction, for the losses at equal time: 10Mbit, 1.5MB/s, ..."""
+    rtt_ms: Annotated[float, arg(metavar="MS")] = 50.0
+    """There and back between a peer and the coordinator, in milliseconds."""
+    tune: Annotated[int, arg(metavar="N")] = 1
+    """Learning rates tried for every row, each three times the last: all for a quarter of the rounds, the
+    better half for twice as long, and so on. 1: the rate as it is."""
+    seeds: Annotated[int, arg(metavar="N")] = 1
+    """Trainings of every row, each from weights and batches of its own; losses are their means."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """section.key=value, instead of what the file says; may be repeated."""
     task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
@@ -316,6 +326,8 @@ class Compare:
 
         refuse_below("--rounds", self.rounds, 1, "rounds of the run's own strategy, e.g. 200")
         refuse_below("--peers", self.peers, 1, "threads of this process that train, e.g. 2")
+        refuse_below("--tune", self.tune, 1, "learning rates of every row, e.g. 3")
+        refuse_below("--seeds", self.seeds, 1, "trainings of every row, e.g. 3")
         with stop_on_signals() as stop:
             code = compare_command(
                 self.run_file,
@@ -327,6 +339,10 @@ class Compare:
                 output=self.output,
                 as_json=self.json,
                 stopped=stop.is_set,
+                link=self.link,
+                rtt_ms=self.rtt_ms,
+                n_rates=self.tune,
+                n_seeds=self.seeds,
             )
         return 128 + stop.signal if stop.signal else code
 

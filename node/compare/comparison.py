@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,10 @@ class Outcome:
 
     @property
     def ddp_ratio(self) -> float:
-        """What data-parallel training would have sent for as many steps, against what was sent."""
-        return self.ddp_bytes_per_step * self.last.steps / self.last.payload_bytes
+        """What data-parallel training would have sent for as many steps, against what was sent; infinite for
+        one peer alone."""
+        ddp = self.ddp_bytes_per_step * self.last.steps
+        return ddp / self.last.payload_bytes if self.last.payload_bytes else inf
 
     def figures(self) -> dict[str, Any]:
         """JSON-able."""
@@ -110,7 +113,7 @@ class Outcome:
             "payload_bytes_per_peer_round": self.payload_bytes_per_peer_round,
             "payload_bytes_per_peer_step": last.payload_bytes / last.steps,
             "all_sent_bytes_per_peer_step": self.all_sent_bytes_per_peer_step,
-            "ddp_ratio": self.ddp_ratio,
+            "ddp_ratio": finite(self.ddp_ratio),
             "phase_s_per_peer_round": self.phases,
             "fingerprint": self.fingerprints[0] if len(set(self.fingerprints)) == 1 else None,
             "seconds": round(self.seconds, 2),
@@ -150,6 +153,15 @@ class Comparison:
         self._blobs: dict[bytes, bytes] = {}
         self._geneses = [self._genesis(plan, task) for plan in plans]
         self.n_params = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+
+    def alike(self, plan: ComparePlan, seed: int) -> Comparison:
+        """Of one plan, from a seed that is so much further than the run's."""
+        seeded = self.run.run.model_copy(update={"seed": self.seed + seed})
+        run = self.run.model_copy(update={"run": seeded})
+        return Comparison(run, [plan], self.n_peers, self.import_path, self._kept_bytes)
+
+    def peers_of(self, plan: ComparePlan) -> int:
+        return 1 if plan.is_alone else self.n_peers
 
     @property
     def samples_per_step(self) -> int:
@@ -194,18 +206,19 @@ class Comparison:
         n_bytes = sum(
             f.n_elements * f.dtype.itemsize for fields in strategy.fields().values() for f in fields
         )
-        every = max(1, self._kept_bytes // (n_bytes * self.n_peers))
+        n_peers = self.peers_of(plan)
+        every = max(1, self._kept_bytes // (n_bytes * n_peers))
         changes: dict[str, dict[str, Any]] = {
             "run": {
                 "rounds": plan.rounds,
-                "min_peers": self.n_peers,
+                "min_peers": n_peers,
                 "eval_every": plan.rounds,
                 "verify_every": min(every, plan.rounds),
                 "snapshot_every": every if every < plan.rounds else 2 * plan.rounds,
             },
             "schedule": {"warmup_rounds": round(run.schedule.warmup_rounds * plan.rounds / run.run.rounds)},
             "policy": {"name": "all"},
-            "limits": {"max_payload_bytes": 2**32, "max_samples": 2**20, "max_peers": self.n_peers + 1},
+            "limits": {"max_payload_bytes": 2**32, "max_samples": 2**20, "max_peers": n_peers + 1},
         }
         sections = {name: getattr(run, name).model_copy(update=u) for name, u in changes.items()}
         no_audits = Audits(rate=0.0)  # they would draw batches that are not the strategies' own
@@ -250,18 +263,18 @@ class _Training:
 
     def _nodes(self, swarm: LocalSwarm) -> tuple[Reader, list[Peer]]:
         """With open links."""
-        comparison = self.comparison
+        comparison, n_peers = self.comparison, self.comparison.peers_of(self.plan)
         reader = Reader(
             swarm.link("reader"),
             self.genesis.body,
             comparison.import_path,
             every=comparison.points_every(self.plan),
-            n_peers=comparison.n_peers,
+            n_peers=n_peers,
             samples_per_step=comparison.samples_per_step,
+            is_alone=self.plan.is_alone,
         )
         peers = [
-            Peer(swarm.link(f"peer-{i}"), comparison.import_path, comparison.seed)
-            for i in range(comparison.n_peers)
+            Peer(swarm.link(f"peer-{i}"), comparison.import_path, comparison.seed) for i in range(n_peers)
         ]
         for link in (reader.link, *(peer.link for peer in peers)):
             link.open()  # admitted in this order: it is the first one that evaluates round 0
@@ -293,8 +306,8 @@ class _Training:
             plan=self.plan,
             curve=tuple(reader.curve),
             phases={phase: typical([peer.stopwatch for peer in peers], phase) for phase in PHASES},
-            sent_bytes=sent["payload"],
-            all_sent_bytes=sent.total(),
+            sent_bytes=0 if self.plan.is_alone else sent["payload"],
+            all_sent_bytes=0 if self.plan.is_alone else sent.total(),
             ddp_bytes_per_step=self.comparison.ddp_bytes_per_step,
             fingerprints=tuple(replica.fingerprint().hex() for replica in replicas),
             seconds=seconds,

@@ -98,12 +98,13 @@ class Reader:
         every: int,
         n_peers: int,
         samples_per_step: int,
+        is_alone: bool = False,
     ) -> None:
-        """`every`: rounds between evaluations."""
+        """`every`: rounds between evaluations; `is_alone`: what the one peer offers goes nowhere."""
         self.link, self.curve = link, list[Point]()
         self._every, self._n_peers, self._samples_per_step = every, n_peers, samples_per_step
         self._samples = self._tokens = self._payload_bytes = 0
-        self._body = body
+        self._body, self._is_alone = body, is_alone
         config = parse_config(body.config)
         self._rounds = config.run.rounds
         self._task = make_task(config.task, import_path, None)
@@ -128,7 +129,7 @@ class Reader:
         self.replica.apply(commit, self.link.payload, offered=False)
         self._samples += sum(offer.n_samples for offer in commit.body.offers)
         self._tokens += sum(offer.n_tokens for offer in commit.body.offers)
-        self._payload_bytes += sum(offer.n_bytes for offer in commit.body.offers)
+        self._payload_bytes += 0 if self._is_alone else sum(offer.n_bytes for offer in commit.body.offers)
         if self.replica.round % self._every == 0 or self.replica.round == self._rounds:
             self._evaluate()
         self._needs_after(self.replica.round)

@@ -5,6 +5,7 @@ decoupled:random_k              with another compressor
 decoupled:dct_topk(k=8, bits=2) with options of the compressor
 spsa(lr=1e-3, probes=4):...     with options of the strategy, written as in TOML
 ddp                             data-parallel AdamW: whole gradients in 32 bits, every step
+alone                           the same AdamW on one peer, which exchanges nothing
 more.toml                       a table per strategy, as in a run file's [strategy]
 """
 
@@ -12,11 +13,11 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, cast
 
 from ...compression.errors import ConfigError, nearest
 from ...compression.registry import COMPRESSORS, complete_compressor
@@ -26,6 +27,8 @@ from ..config import RunConfig, literal
 
 MIN_ROUNDS: Final = 5
 """A fitted strategy has at least so many rounds, where there are as many micro-batches."""
+
+BASELINES: Final = ("alone", "ddp")
 
 DDP_OPTIONS: Final = frozenset(
     ("lr", "weight_decay", "accumulate", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_eps")
@@ -48,12 +51,19 @@ DDP: Final[dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class ComparePlan:
-    """One strategy's training: `options` are complete; `n_batches` micro-batches per peer and round."""
+    """One strategy's training: `options` are complete; `n_batches` micro-batches per peer and round;
+    `baseline`: what it is compared with."""
 
     label: str
     options: dict[str, Any]
     rounds: int
     n_batches: int
+    baseline: Literal["alone", "ddp"] | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """One peer, whatever the others have."""
+        return self.baseline == "alone"
 
 
 def plans(specs: str, run: RunConfig) -> list[ComparePlan]:
@@ -63,12 +73,19 @@ def plans(specs: str, run: RunConfig) -> list[ComparePlan]:
     """
     own = complete_new_run(run.strategy)
     n_total = run.run.rounds * batches_per_round(own)
-    found = [_plan(label, options, own, n_total) for label, options in _strategies(specs, run.strategy)]
+    found = [_plan(*strategy, own, n_total) for strategy in _strategies(specs, run.strategy)]
     labels = [plan.label for plan in found]
     for label in labels:
         if labels.count(label) > 1:
             raise ConfigError(f"--strategies: {label} is named twice")
     return found
+
+
+def with_baselines(found: Sequence[ComparePlan], run: RunConfig) -> list[ComparePlan]:
+    """`alone` and `ddp` in front, those that are not there already."""
+    named = {plan.baseline for plan in found}
+    missing = [name for name in BASELINES if name not in named]
+    return [*(plans(",".join(missing), run) if missing else []), *found]
 
 
 def batches_per_round(options: Mapping[str, Any]) -> int:
@@ -127,7 +144,13 @@ def _bare(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": options["name"], **needed}
 
 
-def _plan(label: str, options: dict[str, Any], own: Mapping[str, Any], n_total: int) -> ComparePlan:
+def _plan(
+    label: str,
+    baseline: Literal["alone", "ddp"] | None,
+    options: dict[str, Any],
+    own: Mapping[str, Any],
+    n_total: int,
+) -> ComparePlan:
     """`own`: the run's strategy, complete. `n_total`: micro-batches per peer in the whole comparison."""
     facts = strategy_class(options["name"]).facts
     said = {*options, *(own if options["name"] == own["name"] else ())}
@@ -136,7 +159,7 @@ def _plan(label: str, options: dict[str, Any], own: Mapping[str, Any], n_total: 
         options = {**options, facts.fitted: fitted(n_total, default)}
     complete = complete_new_run(options)
     n_batches = batches_per_round(complete)
-    return ComparePlan(label, complete, max(1, round(n_total / n_batches)), n_batches)
+    return ComparePlan(label, complete, max(1, round(n_total / n_batches)), n_batches, baseline)
 
 
 def fitted(n_total: int, default: int) -> int:
@@ -153,8 +176,11 @@ def fitted(n_total: int, default: int) -> int:
 # ------------------------------------------------------------------------------------------ reading
 
 
-def _strategies(specs: str, own: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """(label, options that somebody has said)."""
+_Said = tuple[str, Literal["alone", "ddp"] | None, dict[str, Any]]
+"""Label, which baseline it is, options that somebody has said."""
+
+
+def _strategies(specs: str, own: Mapping[str, Any]) -> Iterable[_Said]:
     parts = _split(specs)
     if not parts:
         raise ConfigError("--strategies: name some, for example decoupled,diloco,spsa")
@@ -162,10 +188,10 @@ def _strategies(specs: str, own: Mapping[str, Any]) -> Iterable[tuple[str, dict[
         if part.endswith(".toml"):
             yield from _from_file(Path(part))
         else:
-            yield part, _options(part, own)
+            yield part, _baseline(part), _options(part, own)
 
 
-def _from_file(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+def _from_file(path: Path) -> Iterable[_Said]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
@@ -173,20 +199,25 @@ def _from_file(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     for label, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(f'{path}: {label} is no table. Write [{label}] and below it name = "decoupled"')
-        yield label, {"name": label, **table}
+        yield label, None, {"name": label, **table}
+
+
+def _baseline(spec: str) -> Literal["alone", "ddp"] | None:
+    name, _given = _call(_split_compressor(spec)[0])
+    return cast('Literal["alone", "ddp"]', name) if name in BASELINES else None
 
 
 def _options(spec: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """What is said about one strategy, with `own`, the run file's, or those for small models below it."""
     head, compressor = _split_compressor(spec)
     name, given = _call(head)
-    known = {*STRATEGIES, "ddp"}
+    known = {*STRATEGIES, *BASELINES}
     if name not in known:
         raise ConfigError(f"--strategies: unknown strategy {name!r}: {nearest(name, known)}")
-    if name == "ddp":
+    if name in BASELINES:
         if compressor is not None or given.keys() - DDP_OPTIONS:
             raise ConfigError(
-                f"--strategies {spec}: ddp sends whole gradients into AdamW; "
+                f"--strategies {spec}: {name} is AdamW, ddp on whole gradients of all; "
                 f"its options: {', '.join(sorted(DDP_OPTIONS))}"
             )
         return {**DDP, "accumulate": own.get("accumulate", 1), **given}

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ...compression.errors import ConfigError
-from ...coordinator.protocol.figures import human_seconds
+from ...coordinator.protocol.figures import finite, human_seconds
 from ...coordinator.protocol.files import write_aside
 from ..config import load_config
+from ..links.upload_limit import parse_rate
 from ..system.output import make_console, to_stdout
 from ..system.places import refuse_file
 from ..units import human_bytes
 from .charts import comparison_png, has_matplotlib
 from .comparison import PHASES, Comparison, Outcome
 from .comparison import Progress as Tell
-from .specs import ComparePlan, notable, plans
+from .search import Row, search
+from .specs import ComparePlan, notable, plans, with_baselines
+from .verdict import Link, Verdict, verdict_of
 
+HEADS = ("rounds", "tokens", "held-out", "=bytes", "=time", "bytes", "of ddp", "all sent", *PHASES)
 MAX_PEERS = 32
 LINE_EVERY_S = 3.0
 
@@ -42,46 +47,66 @@ def compare_command(
     output: Path | None,
     as_json: bool,
     stopped: Callable[[], bool],
+    link: str = "100Mbit",
+    rtt_ms: float = 50.0,
+    n_rates: int = 1,
+    n_seeds: int = 1,
 ) -> int:
     """Table or JSON on stdout, all else on stderr. Returns 1 if a strategy could not be trained to its end.
+    `link` and `rtt_ms`: of every peer; `n_rates`: learning rates tried, `n_seeds`: trainings, of every row.
 
     Raises ConfigError before anything is trained.
     """
+    between = Link(parse_rate(link, "--link"), rtt_ms / 1000, f"{link} with {rtt_ms:g} ms there and back")
     run = load_config(run_file, {**overrides, "run.rounds": rounds})
     n_peers = max(2, run.run.min_peers) if peers is None else peers
     if not 2 <= n_peers <= MAX_PEERS:
         raise ConfigError(f"--peers: between 2 and {MAX_PEERS}: they are threads of this process")
     picture = _picture(output, run.run.name)
-    comparison = Comparison(run, plans(specs, run), n_peers, import_path)
+    comparison = Comparison(run, with_baselines(plans(specs, run), run), n_peers, import_path)
     unit = comparison.loss_unit
     console = make_console(stderr=True)
-    outcomes = _train(comparison, console, stopped)
-    written = _draw(comparison, outcomes, unit, picture, console)
+    rows = _train(comparison, console, stopped, n_rates, n_seeds)
+    written = _draw(comparison, [row.first for row in rows], unit, picture, console)
+    verdict = verdict_of(rows, n_peers, between, unit)
     if as_json:
-        to_stdout(json.dumps(_figures(comparison, outcomes, unit, written)))
-    elif outcomes:
-        _print_table(comparison, outcomes, unit)
-    return int(any(outcome.error for outcome in outcomes))
+        to_stdout(json.dumps(_figures(comparison, rows, unit, written, verdict)))
+    elif rows:
+        _print_table(comparison, rows, unit, verdict)
+    for warning in verdict.warnings if verdict is not None else ():
+        console.print(warning, highlight=False, markup=False, soft_wrap=True)
+    return int(any(row.error for row in rows))
 
 
-def _train(comparison: Comparison, console: Console, stopped: Callable[[], bool]) -> list[Outcome]:
+def _train(
+    comparison: Comparison, console: Console, stopped: Callable[[], bool], n_rates: int, n_seeds: int
+) -> list[Row]:
     """What there is of it when it is `stopped`; people are told as it goes on."""
-    outcomes = []
+    rows = []
     with _display(console, comparison.plans) as tell:
-        for outcome in comparison.train(tell, stopped):
-            outcomes.append(outcome)
-            _tell_end(outcome, console)
-    n_left = len(comparison.plans) - len(outcomes)
+
+        def train(plan: ComparePlan, seed: int) -> Outcome | None:
+            outcome = next(comparison.alike(plan, seed).train(tell, stopped), None)
+            if outcome is not None:
+                _tell_end(outcome, console)
+            return outcome
+
+        for plan in comparison.plans:
+            if (row := search(plan, train, n_rates, n_seeds)) is None:
+                break
+            rows.append(row)
+    n_left = len(comparison.plans) - len(rows)
     if n_left:
         console.print(f"Stopped: {n_left} of {len(comparison.plans)} strategies are left out.")
-    return outcomes
+    return rows
 
 
 def _tell_end(outcome: Outcome, console: Console) -> None:
     line = f"{outcome.plan.label}: {outcome.error}"
     if outcome.error is None:
         line = (
-            f"{outcome.plan.label}: {outcome.plan.rounds} rounds in {human_seconds(outcome.seconds)}, "
+            f"{outcome.plan.label}: {outcome.plan.rounds} rounds at lr {outcome.plan.options['lr']:g} in "
+            f"{human_seconds(outcome.seconds)}, "
             f"held-out {outcome.curve[0].held_out:.3f} -> {outcome.last.held_out:.3f}"
         )
     style = "bold red" if outcome.error else None
@@ -119,8 +144,10 @@ def _draw(
 
 
 def _figures(
-    comparison: Comparison, outcomes: Sequence[Outcome], unit: str, written: Path | None
+    comparison: Comparison, rows: Sequence[Row], unit: str, written: Path | None, verdict: Verdict | None
 ) -> dict[str, Any]:
+    found = [_row_figures(row, verdict) for row in rows]
+    baselines = {row.plan.baseline: figures for row, figures in zip(rows, found, strict=True)}
     return {
         "run": comparison.run.run.name,
         "peers": comparison.n_peers,
@@ -129,26 +156,51 @@ def _figures(
         "ddp_bytes_per_peer_step": comparison.ddp_bytes_per_step,
         "unit": unit,
         "bytes_per_token": comparison.bytes_per_token,
-        "strategies": [outcome.figures() for outcome in outcomes],
-        "stopped": len(outcomes) < len(comparison.plans),
+        "strategies": found,
+        "alone": baselines.get("alone"),
+        "ddp": baselines.get("ddp"),
+        "equal_bytes": verdict and verdict.n_bytes,
+        "equal_seconds": verdict and verdict.seconds,
+        "recommendation": verdict and verdict.recommendation,
+        "warnings": verdict.warnings if verdict is not None else [],
+        "stopped": len(rows) < len(comparison.plans),
         "png": None if written is None else str(written),
+    }
+
+
+def _row_figures(row: Row, verdict: Verdict | None) -> dict[str, Any]:
+    figures = {**row.first.figures(), "error": row.error, "tried": [asdict(t) for t in row.tried]}
+    if not row.has_rounds or verdict is None:
+        return figures
+    equal = verdict.equal[row.plan.label]
+    return {
+        **figures,
+        "held_out_last": finite(equal.at_tokens),
+        "held_out_seeds": [finite(loss) for loss in row.losses],
+        "held_out_at_equal_bytes": equal.at_bytes,
+        "held_out_at_equal_time": equal.at_time,
+        "estimated_s_per_round": equal.round_s,
     }
 
 
 # ------------------------------------------------------------------------------------------ the table
 
 
-def _print_table(comparison: Comparison, outcomes: Sequence[Outcome], unit: str) -> None:
+def _print_table(comparison: Comparison, rows: Sequence[Row], unit: str, verdict: Verdict | None) -> None:
     console = make_console()
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     table.add_column("strategy", overflow="fold")
-    for column in ("rounds", "tokens", "held-out", "bytes", "of ddp", "all sent", *PHASES):
+    for column in HEADS:
         table.add_column(column, justify="right", no_wrap=True)
-    for outcome in outcomes:
-        table.add_row(outcome.plan.label, *_cells(outcome))
+    for row in rows:
+        table.add_row(row.plan.label, *_cells(row, verdict))
     console.print(table)
+    if verdict is not None:
+        console.print(verdict.recommendation, highlight=False, markup=False)
+        console.print(_about_equal(verdict), highlight=False)
     console.print(
-        f"held-out: loss in {unit}{_in_bits(comparison)}. Per peer: tokens; per peer and step: payload "
+        f"held-out: loss in {unit}{_in_bits(comparison)}, of several seeds the mean and how far they are "
+        f"apart. Per peer: tokens; per peer and step: payload "
         f"bytes, their share of what data-parallel training sends, all that was sent (messages too; a "
         f"network's framing comes on top), and milliseconds of CPU time. "
         f"A step is {comparison.samples_per_step:,} samples per peer; a ring all-reduce of "
@@ -156,8 +208,18 @@ def _print_table(comparison: Comparison, outcomes: Sequence[Outcome], unit: str)
         f"{human_bytes(comparison.ddp_bytes_per_step)} per peer after each.",
         highlight=False,
     )
-    for outcome in outcomes:
-        console.print(f"{outcome.plan.label}: {notable(outcome.plan.options)}", highlight=False, markup=False)
+    for row in rows:
+        console.print(f"{row.plan.label}: {notable(row.plan.options)}", highlight=False, markup=False)
+
+
+def _about_equal(verdict: Verdict) -> str:
+    time = (
+        f"=time: held-out loss after {human_seconds(verdict.seconds)}: computing as measured here, and the "
+        f"link's part as computed"
+    )
+    if verdict.n_bytes is None:
+        return f"{time}."
+    return f"=bytes: held-out loss after {human_bytes(verdict.n_bytes)} per peer. {time}."
 
 
 def _in_bits(comparison: Comparison) -> str:
@@ -167,19 +229,32 @@ def _in_bits(comparison: Comparison) -> str:
     return f" (a token is {size:.2f} bytes of text: times {1 / math.log(2) / size:.3f} it is in bits/byte)"
 
 
-def _cells(outcome: Outcome) -> list[str]:
-    if not outcome.has_rounds:
-        return ["0", *["-"] * (5 + len(PHASES))]
+def _cells(row: Row, verdict: Verdict | None) -> list[str]:
+    if not row.has_rounds or verdict is None:
+        return ["0", *["-"] * (len(HEADS) - 1)]
+    outcome, equal = row.first, verdict.equal[row.plan.label]
     last = outcome.last
     of_all = f"/{outcome.plan.rounds}" if outcome.error else ""
+    spread = f" +-{row.spread / 2:.3f}" if len(row.outcomes) > 1 else ""
     return [
         f"{last.round}{of_all}",
         f"{last.tokens:,.0f}",
-        f"{last.held_out:.3f}",
-        human_bytes(last.payload_bytes / last.steps),
-        f"1/{outcome.ddp_ratio:.0f}" if outcome.ddp_ratio >= 1.5 else f"{1 / outcome.ddp_ratio:.2f}",
-        human_bytes(outcome.all_sent_bytes_per_peer_step),
+        f"{equal.at_tokens:.3f}{spread}",
+        "-" if equal.at_bytes is None else f"{equal.at_bytes:.3f}",
+        f"{equal.at_time:.3f}",
+        *_sent(outcome),
         *(f"{1000 * outcome.phases[phase] / outcome.steps_per_round:.1f}" for phase in PHASES),
+    ]
+
+
+def _sent(outcome: Outcome) -> list[str]:
+    if outcome.plan.is_alone:
+        return ["-", "-", "-"]
+    ratio = outcome.ddp_ratio
+    return [
+        human_bytes(outcome.last.payload_bytes / outcome.last.steps),
+        f"1/{ratio:.0f}" if ratio >= 1.5 else f"{1 / ratio:.2f}",
+        human_bytes(outcome.all_sent_bytes_per_peer_step),
     ]
 
 
@@ -200,7 +275,7 @@ def _display(console: Console, all_plans: Sequence[ComparePlan]) -> Iterator[Tel
             task = tasks[plan.label]
             if not bars.tasks[task].started:
                 bars.start_task(task)
-            bars.update(task, completed=round_, held_out=_told(held_out))
+            bars.update(task, completed=round_, total=plan.rounds, held_out=_told(held_out))
 
         yield move
 

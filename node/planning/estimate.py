@@ -75,6 +75,12 @@ class Estimate:
         return self.verdict == "fits"
 
 
+def exchange_s(payload_bytes: float, n_peers: int, link_bytes_per_s: float, rtt_s: float) -> float:
+    """What the link takes of a round: one's own payload, and as much again as comes from the others."""
+    through_bytes = (n_peers - 1) * payload_bytes + n_peers * CONTROL_BYTES
+    return (payload_bytes + through_bytes) / link_bytes_per_s + TRIPS * rtt_s
+
+
 def estimate(
     found: Measured, n_peers: int, link_bytes_per_s: float, rtt_s: float, round_s: float, memory_bytes: int
 ) -> Estimate:
@@ -83,21 +89,21 @@ def estimate(
     others = n_peers - 1
     through_bytes = others * found.full_bytes + n_peers * CONTROL_BYTES
     sent = found.full_bytes + through_bytes
-    exchange_s = sent / link_bytes_per_s + TRIPS * rtt_s
+    link_s = exchange_s(found.full_bytes, n_peers, link_bytes_per_s, rtt_s)
     pack_s, apply_s = Span.of(found.pack_s), Span.of(found.apply_s)
     batch_s = Span.of([s / found.n_batches for s in found.compute_s])
     batches = found.most_batches
     if round_s:
-        left_s = MARGIN * round_s - exchange_s - pack_s.median - apply_s.median
+        left_s = MARGIN * round_s - link_s - pack_s.median - apply_s.median
         batches = max(1, min(batches, int(left_s / batch_s.median)))
     compute_s = batch_s.times(batches)
     totals = [
-        c / found.n_batches * batches + p + a + exchange_s
+        c / found.n_batches * batches + p + a + link_s
         for c, p, a in zip(found.compute_s, found.pack_s, found.apply_s, strict=True)
     ]
     whole_s = Span.of(totals)
     ddp = ddp_bytes(n_peers, found.n_parameters)
-    link_share = exchange_s / whole_s.median
+    link_share = link_s / whole_s.median
     return Estimate(
         strategy=found.strategy,
         rounds_measured=len(found.compute_s),
@@ -107,7 +113,7 @@ def estimate(
         received_bytes=through_bytes,
         compute_s=compute_s,
         pack_s=pack_s,
-        exchange_s=exchange_s,
+        exchange_s=link_s,
         apply_s=apply_s,
         round_s=whole_s,
         link_share=link_share,

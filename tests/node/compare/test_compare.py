@@ -170,7 +170,9 @@ def test_a_strategy_that_diverges_does_not_take_the_others_along(
     monkeypatch.chdir(run_file.parent)
     specs = "decoupled(lr=100, weight_decay=1e30), spsa"
     assert command(run_file, specs, output=Path("x.png")) == 1
-    diverged, spsa = json.loads(capsys.readouterr().out)["strategies"]
+    result = json.loads(capsys.readouterr().out)
+    diverged, spsa = result["strategies"][2:]
+    assert diverged["strategy"] not in result["recommendation"]
     assert "non-finite" in diverged["error"]
     assert spsa["error"] is None
     assert spsa["held_out_last"] < 6
@@ -217,8 +219,13 @@ def test_json_and_picture(run_file: Path, capsys: pytest.CaptureFixture[str], ow
         False,
     )
     assert result["png"] == str(picture)
-    assert [s["strategy"] for s in result["strategies"]] == ["decoupled", "diloco", "spsa"]
-    for s in result["strategies"]:
+    assert [s["strategy"] for s in result["strategies"]] == ["alone", "ddp", "decoupled", "diloco", "spsa"]
+    assert result["strategies"][:2] == [result["alone"], result["ddp"]]
+    assert result["alone"]["payload_bytes_per_peer_step"] == 0
+    assert result["alone"]["held_out_at_equal_bytes"] is None
+    assert result["recommendation"].startswith(("Take ", "Train alone: "))
+    assert "Fewer than 20 rounds" in result["warnings"][0]
+    for s in result["strategies"][1:]:
         assert s["tokens_per_peer"] == 16 * result["samples_per_step"] * s["steps"] == 4 * 64
         assert s["ddp_ratio"] == pytest.approx(
             result["ddp_bytes_per_peer_step"] / s["payload_bytes_per_peer_step"]
@@ -226,7 +233,9 @@ def test_json_and_picture(run_file: Path, capsys: pytest.CaptureFixture[str], ow
         assert s["payload_bytes_per_peer_round"] * s["rounds"] == pytest.approx(s["curve"][-1][3])
         assert s["held_out_last"] == s["curve"][-1][4]
         assert set(s["phase_s_per_peer_round"]) == {"compute", "pack", "decode"}
-        assert s["options"]["name"] == s["strategy"]
+        assert s["options"]["name"] == s["strategy"].replace("ddp", "decoupled")
+        assert s["held_out_seeds"] == [s["held_out_last"]]
+        assert s["estimated_s_per_round"] > result["alone"]["estimated_s_per_round"]
         assert s["fingerprint"]
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = image.imread(picture)
@@ -263,7 +272,9 @@ def test_without_matplotlib_there_is_a_table_and_a_word_about_it(
         ("spsa:dense", {}, "no option 'compressor'"),
         ("decoupled:none", {}, "nothing"),
         ("decoupled(0.5)", {}, "write it as option=value"),
-        ("ddp:topk", {}, "ddp sends whole gradients"),
+        ("ddp:topk", {}, "ddp is AdamW, ddp on whole gradients"),
+        ("alone(k=3)", {}, "alone is AdamW"),
+        ("spsa", {"link": "10"}, "--link 10: write it as"),
         ("diloco(max_seconds=3.0)", {}, "max_seconds leaves it to the clock"),
         ("diloco(inner_steps=0)", {}, "whole numbers from 1 on"),
         (" ,", {}, "name some"),
@@ -304,8 +315,8 @@ def test_ctrl_c_shows_what_is_there(
     assert program.wait() == 128 + signal.SIGINT, program.stderr()
     result = json.loads(program.stdout())
     assert result["stopped"] is True
-    assert [s["strategy"] for s in result["strategies"]] == ["decoupled"]
-    assert "1 of 2 strategies are left out" in program.stderr()
+    assert [s["strategy"] for s in result["strategies"]] == ["alone", "ddp", "decoupled"]
+    assert "1 of 4 strategies are left out" in program.stderr()
     assert not list(temporary.glob("thinwire-*"))  # torch may leave a cache of its own
     assert "Traceback" not in program.stderr()
 
@@ -314,7 +325,8 @@ def test_ctrl_c_shows_what_is_there(
 def test_the_command(thinwire: Start, run_file: Path) -> None:
     program = thinwire("compare", "run.toml", "--strategies", "decoupled", "--rounds", "2", "--peers", "2")
     assert program.wait() == 0, program.stderr()
-    assert program.stdout().splitlines()[1].split()[:3] == ["decoupled", "2", "128"]
+    rows = [line.split()[:3] for line in program.stdout().splitlines()[1:4]]
+    assert rows == [["alone", "2", "128"], ["ddp", "2", "128"], ["decoupled", "2", "128"]]
 
 
 # ------------------------------------------------------------------------------------------ specs and phases
