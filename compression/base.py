@@ -104,6 +104,15 @@ class KnownDecoding:
 
 
 @dataclass(frozen=True, slots=True)
+class Senders:
+    """Of a mean over those that sent a coefficient: what each pack weighs among them, and what they weigh
+    together at the least, above 0. float32 values."""
+
+    weights: Sequence[float]
+    least: float
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """target = target * decay - scale * x, or scale * sign(x). Factors are float32 values."""
 
@@ -184,6 +193,9 @@ class Compressor(ABC):
     known_decodings: ClassVar[Mapping[str, KnownDecoding]] = {}
     """The self-test's cases of `decode`, by the names that people are told."""
 
+    selects_its_own: ClassVar[bool] = False
+    """Whether every peer selects the coefficients that it sends; else all send the same ones."""
+
     @abstractmethod
     def fields(self, part: Part) -> tuple[Field, ...]:
         """The packed tensors of this parameter as a receiver expects them, `n_elements` being the most."""
@@ -229,6 +241,11 @@ class Compressor(ABC):
         """Coefficients that a pack of the parameter holds if none of its groups is zero."""
         return part.n_global
 
+    def moved_share(self, part: Part, n_packs: int) -> float:
+        """About what share of a parameter's elements the mean of so many packs moves: in Python floats with
+        + - * / only, the same on every machine."""
+        return 1.0
+
     # ------------------------------------------------------------------------------- packing, local
 
     def pack_many(self, sources: Iterable[Source], turn: Turn) -> list[Packed]:
@@ -256,14 +273,21 @@ class Compressor(ABC):
 
     # ------------------------------------------------------------------------------- receiving, exact
 
-    def fused_update(self, targets: Sequence[Target], weights: Sequence[float], turn: Turn) -> None:
-        """Exact: each target takes its step in place, x being `decode(target.packs, weights, ...)`.
+    def fused_update(
+        self,
+        targets: Sequence[Target],
+        weights: Sequence[float],
+        turn: Turn,
+        senders: Senders | None = None,
+    ) -> None:
+        """Exact: each target takes its step in place, x being `decode(target.packs, weights, ...)`, or with
+        `senders`, if the compressor `selects_its_own`, that of `decode_senders`.
 
         One rounding per operation: no fused multiply-add.
         """
         with exact_arithmetic():
             for t in targets:
-                x = self.decode(t.packs, weights, t.part, turn).to(t.x.device)
+                x = self._mean_of(t, weights, turn, senders)
                 if t.step.sign:
                     x.sign_()
                 x.mul_(t.step.scale)
@@ -276,6 +300,29 @@ class Compressor(ABC):
     ) -> Tensor:
         """`decode` for whom the values are on a device, with the same bits."""
         return self.decode(packs, weights, part, turn).to(device)
+
+    def _mean_of(self, t: Target, weights: Sequence[float], turn: Turn, senders: Senders | None) -> Tensor:
+        if senders is not None:
+            x = self.decode_senders(t.x.device, t.packs, weights, senders, t.part, turn)
+            if x is not None:
+                return x
+        return self.decode(t.packs, weights, t.part, turn).to(t.x.device)
+
+    def decode_senders(
+        self,
+        device: torch.device,
+        packs: Sequence[Packed],
+        weights: Sequence[float],
+        senders: Senders,
+        part: Part,
+        turn: Turn,
+    ) -> Tensor | None:
+        """Exact, as `decode_on`, but that each coefficient has a divisor of its own: the sum of w q over the
+        larger of `senders.least` and the sum of what its senders weigh, both in order.
+
+        None where all peers send the same coefficients: their mean over the senders is the mean over all.
+        """
+        return None
 
     def entries(self, packed: Packed, part: Part) -> Entries | None:
         """The coefficients in a pack that was checked, of the whole parameter; None where all peers send the

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from math import isqrt
 
 import numpy as np
 import torch
@@ -83,3 +85,19 @@ def exact_arithmetic() -> Iterator[None]:
 def to_float32(x: float) -> float:
     """A host scalar rounded once to float32: computed with + - * / in Python floats, used as a multiplier."""
     return float(np.float32(x))
+
+
+@lru_cache(maxsize=64)
+def power(beta: float, t: int) -> float:
+    """beta^t as a running product: the same on every machine."""
+    product = 1.0
+    for _ in range(t):
+        product *= beta
+        if product < 2.0**-60:  # 1 - product is 1 from here on
+            return 0.0
+    return product
+
+
+def root(x: float) -> float:
+    """Of a number from 0 on: an integer root is the same on every machine."""
+    return isqrt(int(x * 2.0**60)) / float(1 << 30)

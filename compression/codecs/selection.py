@@ -76,6 +76,9 @@ class Selection(Compressor):
     def n_sent(self, part: Part) -> int:
         return self.n_selected(part.n_global)
 
+    def moved_share(self, part: Part, n_packs: int) -> float:
+        return self.n_selected(part.n_global) / part.n_global if part.n_global else 1.0
+
     def fields(self, part: Part) -> tuple[Field, ...]:
         """A pack always is of the whole parameter, whatever the part that is decoded from it."""
         return self.codec.fields(self.n_selected(part.n_global))

@@ -35,14 +35,16 @@ from ..base import (
     Part,
     PendingPacks,
     Reduce,
+    Senders,
     Source,
     Step,
     Target,
     Turn,
     refuse_part,
 )
-from ..exact import exact_arithmetic
+from ..exact import exact_arithmetic, power
 from ..kernels import kernels_on, use_numba
+from ..numerics.dct import N
 from ..numerics.index_layout import IndexFormat, index_layout
 from ..numerics.reduce import counted_l1_norms, l1_norm, mean_weights
 from ..numerics.value_formats import Bits, check_sendable, format_of
@@ -52,6 +54,7 @@ from .sparse_dispatch import (
     fused_update,
     gpu_packs,
     mean_on_cpu,
+    mean_over_senders,
     pack_many,
     plain_row,
     select_on_cpu,
@@ -80,6 +83,7 @@ class Sparse(Compressor):
     indices: IndexFormat = "packed"
     """How positions are written: all of one length, or shorter by about a third (rice)."""
 
+    selects_its_own: ClassVar[bool] = True
     transforms: ClassVar[bool] = False
     """Whether what is sent are cosine coefficients; else the elements themselves."""
 
@@ -105,6 +109,13 @@ class Sparse(Compressor):
         return 0
 
     @property
+    def unit(self) -> int:
+        """Elements that a coefficient moves together, and coefficients that move each of them."""
+        if not self.transforms:
+            return 1
+        return self.group_size if self.tile_side else min(N, self.group_size)
+
+    @property
     def pack_layout(self) -> SparseLayout:
         """What backends need to know."""
         return _layout_of(self)
@@ -116,6 +127,11 @@ class Sparse(Compressor):
 
     def n_sent(self, part: Part) -> int:
         return int(self.pack_layout.of(part.shape).most.k_G.sum())
+
+    def moved_share(self, part: Part, n_packs: int) -> float:
+        """If peers selected by chance: what any coefficient of its unit moves that one of them has sent."""
+        unmoved = 1.0 - self.k / self.group_size
+        return 1.0 - power(unmoved, n_packs * self.unit)
 
     # ------------------------------------------------------------------------------- pack: local
 
@@ -182,13 +198,42 @@ class Sparse(Compressor):
             return out
 
         def mean(entries: Sequence[tuple[Array, Array]], n: int) -> Tensor:
-            sum_C = np.zeros(n, dtype=np.float32)
-            for (position_E, value_E), w in zip(entries, rounded, strict=True):
-                # Nobody has a position twice: reading, adding and writing back has one order only.
-                sum_C[position_E] = sum_C[position_E] + value_E * np.float32(w)
-            return torch.from_numpy(sum_C).mul_(inverse)
+            rows = [(at, value, w) for (at, value), w in zip(entries, rounded, strict=True)]
+            return summed(rows, n).mul_(inverse)
 
         return self.decode_entries([self.entries(p, part) for p in packs], mean, part)
+
+    def decode_senders(
+        self,
+        device: torch.device,
+        packs: Sequence[Packed],
+        weights: Sequence[float],
+        senders: Senders,
+        part: Part,
+        turn: Turn,
+    ) -> Tensor:
+        rounded, _ = mean_weights(weights)
+        if kernels_on(device) == "triton":
+            out = torch.zeros(part.n_local, dtype=torch.float32, device=device)
+            step = Step(scale=-1.0)  # 0 - (-1) x is x, and never -0
+            self.fused_update([Target(out, part, packs, step)], weights, turn, senders)
+            return out
+        out = torch.empty(part.n_local, dtype=torch.float32)
+        if use_numba(out):
+            from ..cpu import sparse_cpu
+
+            mean_of = mean_over_senders(self.pack_layout, packs, rounded, senders, part)
+            sparse_cpu.decode(out, part.start, mean_of)
+            return out.to(device)
+
+        def mean(entries: Sequence[tuple[Array, Array]], n: int) -> Tensor:
+            of_each = zip(entries, rounded, senders.weights, strict=True)
+            rows = [(at, value, w, whole) for (at, value), w, whole in of_each]
+            sum_C = summed([(at, value, w) for at, value, w, _ in rows], n)
+            of_senders_C = summed([(at, np.ones_like(value), whole) for at, value, _, whole in rows], n)
+            return sum_C / of_senders_C.clamp(min=senders.least)
+
+        return self.decode_entries([self.entries(p, part) for p in packs], mean, part).to(device)
 
     def decode_on(
         self, device: torch.device, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn
@@ -201,11 +246,17 @@ class Sparse(Compressor):
         self.fused_update([Target(out, part, packs, step)], weights, turn)
         return out
 
-    def fused_update(self, targets: Sequence[Target], weights: Sequence[float], turn: Turn) -> None:
+    def fused_update(
+        self,
+        targets: Sequence[Target],
+        weights: Sequence[float],
+        turn: Turn,
+        senders: Senders | None = None,
+    ) -> None:
         """In one pass over the targets: on a GPU in one launch for all, on a CPU in one call for small
         ones."""
-        others = fused_update(self.pack_layout, targets, *mean_weights(weights))
-        Compressor.fused_update(self, others, weights, turn)
+        others = fused_update(self.pack_layout, targets, *mean_weights(weights), senders)
+        Compressor.fused_update(self, others, weights, turn, senders)
 
     def magnitude(self, packed: Packed, part: Part, turn: Turn) -> float:
         """Of the whole parameter's coefficients, whatever the part."""
@@ -237,6 +288,16 @@ class Sparse(Compressor):
                 mean_GC = reduced.view(slab.n_groups, slab.n_coefficients)
                 groups.write(self.inverse(mean_GC, part.shape), slab, part, out)
         return out
+
+
+def summed(entries: Sequence[tuple[Array, Array, float]], n: int) -> Tensor:
+    """float32 (n,): at every position the sum of value times weight, in the order of (positions, values,
+    weight); 0 where there are none."""
+    sum_C = np.zeros(n, dtype=np.float32)
+    for position_E, value_E, w in entries:
+        # Nobody has a position twice: reading, adding and writing back has one order only.
+        sum_C[position_E] = sum_C[position_E] + value_E * np.float32(w)
+    return torch.from_numpy(sum_C)
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Change, Packed, Part, PendingPacks, Source, Target
+from ..base import Change, Packed, Part, PendingPacks, Senders, Source, Target
 from ..kernels import kernels_for, use_numba
 from ..numerics.index_layout import PackedIndices
 from ..numerics.value_formats import Table, check_sendable
@@ -177,10 +177,23 @@ def mean_on_cpu(
     )
 
 
+def mean_over_senders(
+    layout: SparseLayout, packs: Sequence[Packed], weights: Sequence[float], senders: Senders, part: Part
+) -> Mean:
+    """The same of the means over senders: as one pack, in which every coefficient is its own mean."""
+    from ..cpu.senders_cpu import merged
+
+    return merged(mean_on_cpu(layout, packs, weights, 1.0, part), senders)
+
+
 def fused_update(
-    layout: SparseLayout, targets: Sequence[Target], weights: list[float], inverse: float
+    layout: SparseLayout,
+    targets: Sequence[Target],
+    weights: list[float],
+    inverse: float,
+    senders: Senders | None = None,
 ) -> list[Target]:
-    """Takes the steps that there are kernels for, and returns the others."""
+    """Takes the steps that there are kernels for, and returns the others. `senders`: of means over those."""
     on_gpu: dict[torch.device, list[Target]] = {}
     on_cpu: list[Target] = []
     others: list[Target] = []
@@ -195,24 +208,32 @@ def fused_update(
     for some in on_gpu.values():
         from ..gpu import sparse_triton
 
-        sparse_triton.fused_update(layout, some, weights, inverse)
+        sparse_triton.fused_update(layout, some, weights, inverse, senders)
     if on_cpu:
-        _update_on_cpu(layout, on_cpu, weights, inverse)
+        _update_on_cpu(layout, on_cpu, weights, inverse, senders)
     return others
 
 
 def _update_on_cpu(
-    layout: SparseLayout, targets: Sequence[Target], weights: list[float], inverse: float
+    layout: SparseLayout,
+    targets: Sequence[Target],
+    weights: list[float],
+    inverse: float,
+    senders: Senders | None,
 ) -> None:
-    """Small ones in one call."""
+    """Small ones in one call, but for means over senders."""
     from ..cpu import batched_cpu, sparse_cpu
 
     small = []
     for t in targets:
-        if batched_cpu.takes(layout, t.part.shape):
+        if senders is None and batched_cpu.takes(layout, t.part.shape):
             small.append(t)
         else:
-            mean = mean_on_cpu(layout, t.packs, weights, inverse, t.part)
+            mean = (
+                mean_on_cpu(layout, t.packs, weights, inverse, t.part)
+                if senders is None
+                else mean_over_senders(layout, t.packs, weights, senders, t.part)
+            )
             sparse_cpu.fused_update(t.x, t.part.start, mean, t.step)
     if small:
         batched_cpu.fused_update(layout, small, weights, inverse)

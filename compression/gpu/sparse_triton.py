@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..base import Target
+from ..base import Senders, Target
 from ..codecs.sparse_layout import SparseLayout
 from ..codecs.tiles import Tiles
 from ..exact import to_float32
@@ -49,7 +49,11 @@ _INVERSE_SCALE: Final = tl.constexpr(dct.INVERSE_SCALE)
 
 
 def fused_update(
-    layout: SparseLayout, targets: Sequence[Target], weights: list[float], inverse: float
+    layout: SparseLayout,
+    targets: Sequence[Target],
+    weights: list[float],
+    inverse: float,
+    senders: Senders | None = None,
 ) -> None:
     """As `Compressor.fused_update`, for targets of one device; the packs were checked.
 
@@ -67,7 +71,7 @@ def fused_update(
             alike.setdefault((side, t.step.sign), []).append(t)
     for (side, sign), some in alike.items():
         with on_device(some[0].x):
-            _launch(layout, some, weights, inverse, side, sign)
+            _launch(layout, some, weights, inverse, side, sign, senders)
 
 
 def _launch(
@@ -77,6 +81,7 @@ def _launch(
     inverse: float,
     side: int,
     sign: bool,
+    senders: Senders | None,
 ) -> None:
     """`side`: of tiles; 0 for flat groups."""
     device, size = targets[0].x.device, layout.group_size
@@ -85,23 +90,28 @@ def _launch(
     rows, n_items = _table(layout, targets, ranges.host.first_P)
     # As many as there is room for, which with tiles take twice the registers.
     n_programs = min(int(n_items.sum()), (2 if side else 4) * _n_processors(device))
+    n_scratch = n_programs * layout.n_coefficients
+    whole_W = weights if senders is None else [*senders.weights]
     _update[(n_programs,)](
         table(rows, device),
         owners(n_items, device),
-        torch.zeros(n_programs * layout.n_coefficients, dtype=torch.float32, device=device),
+        torch.zeros(n_scratch, dtype=torch.float32, device=device),
+        torch.zeros(n_scratch if senders else 1, dtype=torch.float32, device=device),
         codes.octets,
         codes.bit_WP,
         codes.scale_WG,
         codes.end_WG1,
         ranges.first,
         upload(torch.tensor(weights, dtype=torch.float32), device),
+        upload(torch.tensor(whole_W, dtype=torch.float32), device),
         tile_basis(device, side) if side else inverse_halves(device),
         len(weights),
         len(targets),
         ranges.n_groups,
         int(n_items.sum()),
         codes.octets.numel(),
-        inverse,
+        inverse if senders is None else 1.0,
+        1.0 if senders is None else senders.least,
         to_float32(2.0 / (max(1, side) * 127.0 * 127.0)),
         size,
         layout.n_coefficients,
@@ -110,6 +120,7 @@ def _launch(
         INDEX_BITS=layout.index_bits,
         TRANSFORMS=layout.transforms,
         SIGN=sign,
+        SENDERS=senders is not None,
         SIDE=side,
         CHUNKS=min(64, max(16, triton.next_power_of_2(-(-size // dct.N)))),
         ENTRIES=min(256, max(16, triton.next_power_of_2(layout.k))),
@@ -161,16 +172,18 @@ def tile_basis(device: torch.device, side: int) -> Tensor:
 
 @triton.jit(do_not_specialize=["n_peers", "n_params", "n_groups", "n_items", "n_octets"])
 def _update(
-    rows: tl.tensor, owner: tl.tensor, scratch: tl.tensor, octets: tl.tensor, bit_WP: tl.tensor,
-    scale_WG: tl.tensor, end_WG1: tl.tensor, first_P: tl.tensor, weight_W: tl.tensor, basis: tl.tensor,
-    n_peers: tl.tensor, n_params: tl.tensor, n_groups: tl.tensor, n_items: tl.tensor, n_octets: tl.tensor,
-    inverse: tl.tensor, tile_scale: tl.tensor, size: tl.tensor, n_coefficients: tl.tensor,
-    FORMAT: tl.constexpr, WIDTH: tl.constexpr, INDEX_BITS: tl.constexpr, TRANSFORMS: tl.constexpr,
-    SIGN: tl.constexpr, SIDE: tl.constexpr, CHUNKS: tl.constexpr, ENTRIES: tl.constexpr,
+    rows: tl.tensor, owner: tl.tensor, scratch: tl.tensor, wholes: tl.tensor, octets: tl.tensor,
+    bit_WP: tl.tensor, scale_WG: tl.tensor, end_WG1: tl.tensor, first_P: tl.tensor, weight_W: tl.tensor,
+    whole_W: tl.tensor, basis: tl.tensor, n_peers: tl.tensor, n_params: tl.tensor, n_groups: tl.tensor,
+    n_items: tl.tensor, n_octets: tl.tensor, inverse: tl.tensor, least: tl.tensor, tile_scale: tl.tensor,
+    size: tl.tensor, n_coefficients: tl.tensor, FORMAT: tl.constexpr, WIDTH: tl.constexpr,
+    INDEX_BITS: tl.constexpr, TRANSFORMS: tl.constexpr, SIGN: tl.constexpr, SENDERS: tl.constexpr,
+    SIDE: tl.constexpr, CHUNKS: tl.constexpr, ENTRIES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Groups of all targets are items, one after another; `_table` has the columns of `rows`."""
     program = tl.program_id(0)
     sums = scratch + program.to(tl.int64) * n_coefficients
+    sent = wholes + program.to(tl.int64) * n_coefficients if SENDERS else wholes
     entry = tl.arange(0, ENTRIES)
     for item in range(program, n_items, tl.num_programs(0)):
         p = tl.load(owner + item).to(tl.int64)
@@ -192,9 +205,17 @@ def _update(
                 i = _index(code, n_coefficients, INDEX_BITS)
                 value = value_of((code >> INDEX_BITS).to(tl.int32), peer_scale, FORMAT)
                 total = tl.load(sums + i, mask=here) + value * weight
+                whole = tl.load(sent + i, mask=here) + tl.load(whole_W + w) if SENDERS else total
                 tl.debug_barrier()  # few entries are read by several threads each, and written by one
                 tl.store(sums + i, total, mask=here)
+                if SENDERS:
+                    tl.store(sent + i, whole, mask=here)
             tl.debug_barrier()  # the next peer may have the same coefficients
+        if SENDERS:
+            _divide(
+                sums, sent, least, octets, bit_WP, scale_WG, end_WG1, n_peers, p, n_params, n_groups,
+                model_group, first_group, n_octets, n_coefficients, WIDTH, INDEX_BITS, ENTRIES,
+            )  # fmt: skip
         if TRANSFORMS:
             largest = tl.zeros((ENTRIES,), tl.float32)
             for w in range(n_peers):
@@ -220,16 +241,56 @@ def _update(
         else:
             _elements(y, sums, inverse, group, n, size, start, stop, decay, scale, SIGN, CHUNKS)
         tl.debug_barrier()
-        for w in range(n_peers):
-            bit, count, _ = _stream(
-                bit_WP, scale_WG, end_WG1, w, p, n_params, n_groups, model_group, first_group, WIDTH
-            )
-            for e in range(0, count, ENTRIES):
-                here = e + entry < count
-                code = bits_at(octets, bit + (e + entry) * WIDTH, here, n_octets, WIDTH)
-                i = _index(code, n_coefficients, INDEX_BITS)
-                tl.store(sums + i, tl.zeros((ENTRIES,), tl.float32), mask=here)
+        _clear(
+            sums, octets, bit_WP, scale_WG, end_WG1, n_peers, p, n_params, n_groups, model_group, first_group,
+            n_octets, n_coefficients, WIDTH, INDEX_BITS, ENTRIES,
+        )  # fmt: skip
         tl.debug_barrier()
+
+
+@triton.jit
+def _divide(
+    sums: tl.tensor, sent: tl.tensor, least: tl.tensor, octets: tl.tensor, bit_WP: tl.tensor,
+    scale_WG: tl.tensor, end_WG1: tl.tensor, n_peers: tl.tensor, p: tl.tensor, n_params: tl.tensor,
+    n_groups: tl.tensor, group: tl.tensor, first_group: tl.tensor, n_octets: tl.tensor,
+    n_coefficients: tl.tensor, WIDTH: tl.constexpr, INDEX_BITS: tl.constexpr, ENTRIES: tl.constexpr,
+) -> None:  # fmt: skip
+    """Sums become means over senders, and what those weigh zero again."""
+    entry = tl.arange(0, ENTRIES)
+    for w in range(n_peers):
+        bit, count, _ = _stream(
+            bit_WP, scale_WG, end_WG1, w, p, n_params, n_groups, group, first_group, WIDTH
+        )
+        for e in range(0, count, ENTRIES):
+            here = e + entry < count
+            code = bits_at(octets, bit + (e + entry) * WIDTH, here, n_octets, WIDTH)
+            i = _index(code, n_coefficients, INDEX_BITS)
+            whole = tl.load(sent + i, mask=here, other=0.0)
+            mean = tl.div_rn(tl.load(sums + i, mask=here, other=0.0), tl.maximum(whole, least))
+            tl.debug_barrier()  # as above
+            tl.store(sums + i, mean, mask=here & (whole > 0))  # what several have is divided once
+            tl.store(sent + i, tl.zeros((ENTRIES,), tl.float32), mask=here)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _clear(
+    sums: tl.tensor, octets: tl.tensor, bit_WP: tl.tensor, scale_WG: tl.tensor, end_WG1: tl.tensor,
+    n_peers: tl.tensor, p: tl.tensor, n_params: tl.tensor, n_groups: tl.tensor, group: tl.tensor,
+    first_group: tl.tensor, n_octets: tl.tensor, n_coefficients: tl.tensor, WIDTH: tl.constexpr,
+    INDEX_BITS: tl.constexpr, ENTRIES: tl.constexpr,
+) -> None:  # fmt: skip
+    """Where any peer has a coefficient."""
+    entry = tl.arange(0, ENTRIES)
+    for w in range(n_peers):
+        bit, count, _ = _stream(
+            bit_WP, scale_WG, end_WG1, w, p, n_params, n_groups, group, first_group, WIDTH
+        )
+        for e in range(0, count, ENTRIES):
+            here = e + entry < count
+            code = bits_at(octets, bit + (e + entry) * WIDTH, here, n_octets, WIDTH)
+            i = _index(code, n_coefficients, INDEX_BITS)
+            tl.store(sums + i, tl.zeros((ENTRIES,), tl.float32), mask=here)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from thinwire.compression.base import Compressor, Packed, Part, Source, Step, Target, Turn
+from thinwire.compression.base import Compressor, Packed, Part, Senders, Source, Step, Target, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.dense import Dense
 from thinwire.compression.codecs.dense_codec import GroupedCodec, dense_codec
@@ -132,6 +132,25 @@ def test_decoding_and_updating_have_the_bits_of_the_reference(case: str, use: Sw
             magnitudes = [compressor.magnitude(packed, part, TURN) for packed in packs]
             assert compressor.magnitudes(packs, part, TURN) == magnitudes
             found[kernels] = bits_of((decoded, target.x)), magnitudes
+        assert found["numba"] == found["torch"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_means_over_senders_have_the_bits_of_the_reference(seed: int, use: Switch) -> None:
+    rng = random.Random(seed)
+    compressor, whole = drawn_sparse(rng)
+    use("torch")
+    n_packs = rng.choice([1, 2, 5])
+    packs = [compressor.pack(drawn_values(rng, whole.n_global), whole, TURN) for _ in range(n_packs)]
+    weights = [rng.choice([1.0, 0.0, 2.5, 1e6]) for _ in packs]
+    senders = Senders([w * rng.choice([1.0, 2.0]) for w in weights], rng.choice([0.25, 1.0, 3e5]))
+    start = rng.randrange(whole.n_global)
+    for part in (whole, Part(whole.shape, start, rng.randint(start, whole.n_global))):
+        found = {}
+        for kernels in ("torch", "numba"):
+            use(kernels)
+            mean = compressor.decode_senders(torch.device("cpu"), packs, weights, senders, part, TURN)
+            found[kernels] = bits_of((mean,))
         assert found["numba"] == found["torch"]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from thinwire.compression.base import Change, Packed, Part, Source, Step, Target, Turn
+from thinwire.compression.base import Change, Packed, Part, Senders, Source, Step, Target, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.sparse import Sparse
 from thinwire.compression.codecs.topk import TopK
@@ -119,6 +119,24 @@ def fused_update_case(device: torch.device) -> None:
         compressor.fused_update(targets, weights, TURN)
         for target, x in zip(targets, expected, strict=True):
             same(target.x, x, (compressor, target.part, target.step, weights))
+
+
+def senders_case(device: torch.device) -> None:
+    """Means over the senders of a coefficient, of peers that have some in common."""
+    rng = random.Random("senders")
+    for _ in range(n_shapes(device) // 2):
+        compressor, shape = compressor_of(rng), (rng.randrange(1, 9000),)
+        whole = Part.whole(shape)
+        weights = [to_float32(rng.choice([1.0, 0.3, 1000.0])) for _ in range(rng.randrange(1, 5))]
+        senders = Senders([w * rng.choice([1.0, 2.0]) for w in weights], rng.choice([0.5, 1.0, 1500.0]))
+        start = rng.choice([0, rng.randrange(whole.n_global)])
+        part = Part(shape, start, whole.n_global)
+        with plain():
+            x = momentum_of(rng, whole.n_global)
+            packs = [compressor.pack(x * (i - 0.5) + x.roll(i), whole, TURN) for i in range(len(weights))]
+            expected = compressor.decode_senders(torch.device("cpu"), packs, weights, senders, part, TURN)
+        found = compressor.decode_senders(device, packs, weights, senders, part, TURN)
+        same(found, expected, (compressor, part, weights, senders))
 
 
 def packing_case(device: torch.device) -> None:
@@ -275,6 +293,7 @@ def values_case(device: torch.device) -> None:
 
 PAYLOAD_CASES: dict[str, Callable[[torch.device], None]] = {
     "fused update": fused_update_case,
+    "senders": senders_case,
     "packing": packing_case,
     "sending": sending_case,
     "what cannot be sent": unsendable_case,
