@@ -5,7 +5,7 @@
     q     = select(delta)                         what the compressor packs, decoded
     delta = delta - alpha q                       what is sent leaves the momentum
     G     = mean of q over all counted offers
-    theta = theta - lr sign(G), or without sign   theta = theta - G
+    theta = theta - lr sign(G), or without sign   theta = theta - G        (lr by rule: see `rules`)
 
 `base = "adamw"`: delta = beta delta + grad, and sign(G) or G is the gradient of an AdamW whose moments are
 replicated (parts/adamw.py). `replicate_every = n`: theta stays as it is for n steps of the momentum, then one
@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
-from ..compression.base import Compressor, Fields, Packed, Part, Payload, Step, Target, Turn
+from ..compression.base import Compressor, Fields, Packed, Part, Payload, Senders, Step, Target, Turn
 from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from .auditing.evidence import Evidence
@@ -39,24 +39,29 @@ from .parts.fused_send import FusedSend, Gain, has_fused_send
 from .parts.gradients import MeanGradient, backward
 from .parts.gradients_device import DeviceGradient, backward_at_once
 from .parts.residual import Residual, refuse_other_packing
-from .parts.sender_mean import decode_sender_mean
+from .parts.sender_mean import senders_of
 from .parts.updating import updating
 from .robust.means import BY_COORDINATE, decode_mean
-from .robust.options import NEW_RUNS, BoundedOptions
-from .robust.weights import weighed
+from .robust.options import NEW_RUNS, MeanOptions
+from .robust.weights import sender_floor_of, weighed
+from .rules import DECOUPLED_RUNS, LrScale, sign_factor
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoupledOptions(BoundedOptions):
+class DecoupledOptions(MeanOptions):
     """Of a run's `[strategy]`, and keyword arguments of `Decoupled`."""
 
     compressor: Compressor
     """In a run's file a table: {name = "dct_topk", k = 32}."""
 
     lr: Annotated[float, Number(at_least=0)] = 3e-3
-    """Learning rate; with sign, how far every element moves in a round."""
+    """Learning rate; with sign, how far every element moves in a round (by rule: on average)."""
+    lr_scale: LrScale = "none"
+    """With sign and base sgd: by rule few elements that a round moves go farther, see `rules`."""
     beta: Annotated[float, Number(at_least=0, below=1)] = 0.999
     """What is left of the momentum after a step."""
+    beta_warmup: Annotated[float, Number(at_least=0)] = 0.0
+    """With W of it a peer's n-th step leaves n / (n + W) at the most: what it knew at the beginning fades."""
 
     alpha: Annotated[float, Number(at_least=0, at_most=1)] = 1.0
     """The share of what is sent that leaves the momentum."""
@@ -78,9 +83,6 @@ class DecoupledOptions(BoundedOptions):
 
     base: Literal["sgd", "adamw"] = "sgd"
     """What the update is made by: the mean itself, or an AdamW whose moments are replicated."""
-    mean: Literal["all", "senders"] = "all"
-    """Over all counted offers, or per coefficient over the senders of it, only with sign."""
-
     weights: Literal["equal", "samples"] = "equal"
     """Offers count alike, or by their samples, up to twice their median (without `bound`: `clip` times)."""
 
@@ -97,12 +99,8 @@ class DecoupledOptions(BoundedOptions):
     @classmethod
     def check(cls, entries: Mapping[str, Any]) -> None:
         super().check(entries)
-        if entries["mean"] == "senders" and entries["weights"] == "samples":
-            raise ConfigError("mean = 'senders' counts every sender alike: use weights = 'equal'")
-        if entries["mean"] == "senders" and not entries["sign"]:
+        if entries["mean"] == "senders" and not entries["sign"] and entries["base"] == "sgd":
             raise ConfigError("mean = 'senders' diverges without sign: use sign = true or mean = 'all'")
-        if entries["mean"] == "senders" and entries["aggregate"] != "mean":
-            raise ConfigError("mean = 'senders' is a mean: use aggregate = 'mean' or mean = 'all'")
 
 
 TESTED: Final[Mapping[str, Any]] = {"lr": 0.003, "weight_decay": 0.1, "compressor": {"name": "dense"}}
@@ -121,8 +119,8 @@ class Decoupled(Strategy):
         batches=("accumulate", "replicate_every"),
         batches_per_step=("accumulate",),
         changeable=("lr", "weight_decay", "max_grad_norm", "clip", "bound", "own_data_share"),
-        in_runs=NEW_RUNS,
-        small_model={"lr": 3e-3, "beta": 0.95},
+        in_runs={**NEW_RUNS, **DECOUPLED_RUNS},
+        small_model={"lr": 3e-3},
         known_updates={
             "sign update": KnownUpdate(TESTED, 0x8EDBFF4D3FB665AA),
             "adamw update": KnownUpdate({**TESTED, "base": "adamw", "sign": False}, 0xF272736F1B853EB4),
@@ -197,7 +195,7 @@ class Decoupled(Strategy):
                 scale = gradient.scale(self.option("max_grad_norm"))
                 for p in parameters:
                     factor = scale * self._gain(p, turn)
-                    gradient.add_to(self._momentum.of(p), p, self.option("beta"), factor)
+                    gradient.add_to(self._momentum.of(p), p, self._beta(), factor)
         self.zero_grad(set_to_none=True)
         self.n_batches = n_steps * n_micro
         payload, values = self._send_fused(gradient, losses, turn)
@@ -213,7 +211,7 @@ class Decoupled(Strategy):
         self.count("decays")
         parameters, n_decays = self.parameters_in_order(), self.counters["decays"]
         scale = gradient.scale(self.option("max_grad_norm"))
-        gain = Gain(self.option("beta"), scale, lambda p: self._gain(p, turn), gradient.of)
+        gain = Gain(self._beta(), scale, lambda p: self._gain(p, turn), gradient.of)
         alpha = self.option("alpha")
         sending = FusedSend(
             self.compressor, parameters, self._momentum.of, gain, alpha, torch.stack(list(losses))
@@ -253,7 +251,13 @@ class Decoupled(Strategy):
         scale = gradient.scale(self.option("max_grad_norm"))
         for parameter in self.parameters_in_order():
             factor = self._gain(parameter, turn) * scale
-            gradient.add_to(self._momentum.of(parameter), parameter.name, self.option("beta"), factor)
+            gradient.add_to(self._momentum.of(parameter), parameter.name, self._beta(), factor)
+
+    def _beta(self, n: int | None = None) -> float:
+        """What is left of the momentum at its n-th step; None: at the last one that was counted."""
+        beta, warmup = float(self.option("beta")), float(self.option("beta_warmup"))
+        n = self.counters.get("decays", 0) if n is None else n
+        return min(beta, n / (n + warmup)) if warmup > 0 else beta
 
     def _gain(self, parameter: Parameter, turn: Turn) -> float:
         """How often a gradient comes to the momentum."""
@@ -264,10 +268,10 @@ class Decoupled(Strategy):
         return self._momentum.send(self.parameters_in_order(), turn, n_decays, alpha)
 
     def _kept(self, parameter: Parameter, n_decays: int) -> float:
-        """alpha beta^lag: what would be left of a send in the momentum if it had stayed there."""
+        """alpha times every beta since: what would be left of a send if it had stayed in the momentum."""
         factor = float(self.option("alpha"))
-        for _ in range(self.counters.get("decays", 0) - n_decays):
-            factor *= self.option("beta")
+        for n in range(n_decays, self.counters.get("decays", 0)):
+            factor *= self._beta(n + 1)
         return factor
 
     def audit(
@@ -303,32 +307,44 @@ class Decoupled(Strategy):
             for parameter in parameters:
                 packs, theta = [s.payload[parameter.name] for s in shares], parameter.local
                 if self._moves_by_the_mean and theta.dtype == torch.float32 and theta.is_contiguous():
-                    step = self._step_of(parameter, turn, w.dilution)
+                    step = self._step_of(parameter, turn, w)
                     targets.append(Target(theta.detach().view(-1), parameter.part, packs, step))
                 else:
                     with updating(parameter, turn) as row:
                         self._update(parameter, row, packs, w, turn)
-            self.compressor.fused_update(targets, w.weights, turn)
+            self.compressor.fused_update(targets, w.weights, turn, self._senders(w))
 
     @property
     def _moves_by_the_mean(self) -> bool:
         """Whether a round adds a multiple of the mean, or its signs, to the parameters."""
-        by_mean = self.option("mean") == "all" and self.option("aggregate") not in BY_COORDINATE
-        return bool(self.option("base") == "sgd" and by_mean)
+        by_mean = self.option("mean") == "all" or self.compressor.selects_its_own
+        return bool(
+            self.option("base") == "sgd" and by_mean and self.option("aggregate") not in BY_COORDINATE
+        )
 
-    def _step_of(self, parameter: Parameter, turn: Turn, dilution: float) -> Step:
+    def _senders(self, w: Weighing) -> Senders | None:
+        floor = sender_floor_of(self)
+        return None if floor is None else senders_of(w, floor)
+
+    def _step_of(self, parameter: Parameter, turn: Turn, w: Weighing) -> Step:
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
-        sign = self.option("sign")
-        return Step(to_float32(lr) if sign else dilution, to_float32(1.0 - lr * wd), sign)
+        scale = to_float32(lr * self._times(parameter, w)) if self.option("sign") else w.dilution
+        return Step(scale, to_float32(1.0 - lr * wd), self.option("sign"))
+
+    def _times(self, parameter: Parameter, w: Weighing) -> float:
+        """What lr is to be taken times for a step by signs."""
+        if self.option("lr_scale") == "none":
+            return 1.0
+        return sign_factor(self.compressor, parameter.part, sum(weight > 0 for weight in w.weights))
 
     def _update(
         self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], w: Weighing, turn: Turn
     ) -> None:
         """One rounding per operation: no fused forms (`alpha=`, foreach)."""
         if self._moves_by_the_mean:
-            target = Target(theta, parameter.part, packs, self._step_of(parameter, turn, w.dilution))
-            self.compressor.fused_update([target], w.weights, turn)
+            target = Target(theta, parameter.part, packs, self._step_of(parameter, turn, w))
+            self.compressor.fused_update([target], w.weights, turn, self._senders(w))
             return
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
@@ -338,7 +354,7 @@ class Decoupled(Strategy):
         if self.option("base") == "adamw":
             step = self._adamw().step(self.replicated_state(parameter), step, lr)
         elif self.option("sign"):
-            step.mul_(to_float32(lr))
+            step.mul_(to_float32(lr * self._times(parameter, w)))
         if wd != 0.0:
             theta.mul_(to_float32(1.0 - lr * wd))
         theta.sub_(step)
@@ -346,11 +362,8 @@ class Decoupled(Strategy):
     def _mean(
         self, packs: Sequence[Packed], w: Weighing, part: Part, turn: Turn, device: torch.device
     ) -> Tensor:
-        if self.option("mean") == "senders":
-            mean = decode_sender_mean(self.compressor, packs, w.weights, part)
-            if mean is not None:
-                return mean.to(device)
-        return decode_mean(self.option("aggregate"), self.compressor, device, packs, w, part, turn)
+        kind, floor = self.option("aggregate"), sender_floor_of(self)
+        return decode_mean(kind, self.compressor, device, packs, w, part, turn, floor)
 
     def _adamw(self) -> AdamW:
         return AdamW(self.option("adam_beta1"), self.option("adam_beta2"), self.option("adam_eps"))

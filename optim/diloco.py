@@ -19,7 +19,8 @@ parameters and with the round's learning rate. They are the first of the next ro
 under way keeps the share `mix` of them, the others all. Only a swarm waits with time to spare: `step` blocks
 in its collectives, and has no overlap.
 
-SparseLoCo: compressor topk with 2 bits, feedback_decay 0.95, outer_lr 1, outer_momentum 0.
+SparseLoCo: compressor topk with 2 bits, the mean over the senders of a coefficient, feedback_decay 0.95,
+outer_lr 1, outer_momentum 0: what new runs have with that compressor (see `rules`).
 
 A payload has what the compressor needs for every parameter of the fragment, and 29 bytes of framing.
 """
@@ -35,7 +36,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
-from ..compression.base import Compressor, Fields, Payload, Turn
+from ..compression.base import Compressor, Fields, Packed, Part, Payload, Turn
 from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.kernels import use_numba
@@ -45,6 +46,7 @@ from .auditing.scores import mean_cosines
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
 from .options import Number, Whole, keywords_of
+from .parts.clip import Weighing
 from .parts.fragments import fragments_of
 from .parts.gradients import backward
 from .parts.inner import check_inner
@@ -53,14 +55,15 @@ from .parts.packing import pack_all
 from .parts.residual import Residual, refuse_other_packing
 from .parts.updating import updating
 from .robust.means import decode_mean
-from .robust.options import NEW_RUNS, BoundedOptions
-from .robust.weights import weighed
+from .robust.options import NEW_RUNS, MeanOptions
+from .robust.weights import sender_floor_of, weighed
+from .rules import DILOCO_RUNS
 
 INNER: Final[dict[str, Any]] = {"name": "AdamW", "betas": [0.9, 0.95]}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DilocoOptions(BoundedOptions):
+class DilocoOptions(MeanOptions):
     """Of a run's `[strategy]`, and keyword arguments of `Diloco`."""
 
     compressor: Compressor
@@ -139,7 +142,7 @@ class Diloco(Strategy):
         fitted="inner_steps",
         seconds="max_seconds",
         changeable=("lr", "weight_decay", "max_grad_norm", "outer_lr", "clip", "bound", "own_data_share"),
-        in_runs=NEW_RUNS,
+        in_runs={**NEW_RUNS, **DILOCO_RUNS},
         small_model={"lr": 1e-3},
         # The first inner optimizer of torch's, made to check its options, takes a second to load.
         known_updates={
@@ -384,12 +387,16 @@ class Diloco(Strategy):
             if any(w.weights):
                 with exact_arithmetic(), updating(p, turn) as theta:
                     packs = [s.payload[p.name] for s in shares]
-                    kind = self.option("aggregate")
-                    mean = decode_mean(kind, self.compressor, theta.device, packs, w, p.part, its_turn)
-                    self._update(p, theta, mean)
+                    self._update(p, theta, self._mean(packs, w, p.part, its_turn, theta.device))
             self._phase.restart(p, self.option("mix"))
         self.count("lost_sends", n_lost)
         self.counters["applied"] = turn.round
+
+    def _mean(
+        self, packs: Sequence[Packed], w: Weighing, part: Part, turn: Turn, device: torch.device
+    ) -> Tensor:
+        kind, floor = self.option("aggregate"), sender_floor_of(self)
+        return decode_mean(kind, self.compressor, device, packs, w, part, turn, floor)
 
     def _update(self, parameter: Parameter, theta: Tensor, step: Tensor) -> None:
         """By the round's mean, which is written over. One rounding per operation: no fused forms (`alpha=`,

@@ -22,13 +22,6 @@ class KnownUpdate:
     is_slow: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class SameAs:
-    """In `Facts.in_runs`: the value of another option."""
-
-    option: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """`Strategy.facts`; names of options are those of the `options` dataclass."""
@@ -53,7 +46,7 @@ class Facts:
 
     in_runs: Mapping[str, Any] = field(default_factory=dict)
     """Options that new runs have at other values than the defaults: those are what older ledgers mean. A
-    value may be `SameAs` another option."""
+    value may be a function of the options, complete, with the values of those before it."""
 
     small_model: Mapping[str, Any] = field(default_factory=dict)
     """Options for a small model and a short run: the defaults are the papers', for large and long ones."""

@@ -17,7 +17,6 @@ from ..compression.registry import DEFAULT_COMPRESSOR, build_compressor, complet
 from .base import NamedParameters, Strategy
 from .decoupled import Decoupled
 from .diloco import Diloco
-from .facts import SameAs
 from .options import REQUIRED
 from .spsa import Spsa
 
@@ -73,9 +72,16 @@ def of_new_run(config: Mapping[str, Any], recorded: Mapping[str, Any] | None = N
     known = strategy_class(config.get("name")).facts.in_runs
     if recorded is not None:
         return {**{name: recorded[name] for name in known if name in recorded}, **config}
-    whole = {**complete_config(config), **known, **config}
-    values = {name: whole[v.option] if isinstance(v, SameAs) else v for name, v in known.items()}
+    values: dict[str, Any] = {}
+    for name, value in known.items():
+        whole = complete_config({**values, **config})
+        values[name] = config[name] if name in config else value(whole) if callable(value) else value
     return {**values, **config}
+
+
+def complete_new_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What record 0 of a new run holds, but for what its other sections decide. Raises ConfigError."""
+    return complete_config(of_new_run(config))
 
 
 def _complete(name: str, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
     g = (L(theta + eps z) - L(theta - eps z)) / (2 eps)          per probe: one batch, two forward passes
     send code(g)                                                 one byte
-    theta = theta (1 - lr wd) - lr / n * sum over counted probes of decode(code(g)) * z
+    theta = theta (1 - lr wd) - lr / n * sum over counted probes of decode(code(g)) * z       times m by rule
 
 z is drawn from (the peer's seed of the round, probe number, parameter, element): seeds never travel. With
 `shared_noise` it is drawn from the round's seed, and the g of all peers are added up before they meet z.
+`lr_scale = "rule"`: m is how many probes a round is to have, see `rules`; lr is that of one probe.
 A payload of n probes has n bytes and 32 of framing (34 at most, from 128 probes on).
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, isqrt
+from math import isfinite
 from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
 
 import numpy as np
@@ -23,14 +24,14 @@ from torch import Tensor
 
 from ..compression.base import Field, Fields, Fill, Payload, Turn
 from ..compression.errors import BadPayload, ConfigError
-from ..compression.exact import exact_arithmetic, to_float32
+from ..compression.exact import exact_arithmetic, root, to_float32
 from ..compression.kernels import kernels_for
 from ..compression.numerics.noise import uniform_words, update_all_, update_pieces_
 from ..compression.numerics.noise_layout import MAX_PROBES, NoiseKind, Piece, Purpose, Update
 from .auditing.evidence import Evidence
 from .auditing.probes import probe_evidence
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Round, Share, Strategy, refuse_names
-from .facts import Facts, KnownUpdate, SameAs
+from .facts import Facts, KnownUpdate
 from .options import Number, Whole, keywords_of
 from .parts import byte_code
 from .parts.clip import Weighing, clip_limit, lower_median, relative, total, work_weights
@@ -40,6 +41,7 @@ from .parts.subset import selected
 from .parts.updating import updating
 from .robust.means import BY_COORDINATE, statistic
 from .robust.options import NEW_RUNS, BoundedOptions
+from .rules import SPSA_RUNS, LrScale
 
 CODES = "codes"
 """The one entry of a payload: uint8 codes, in the order of the probes."""
@@ -56,7 +58,9 @@ class SpsaOptions(BoundedOptions):
     """Of a run's `[strategy]`, and keyword arguments of `Spsa`."""
 
     lr: Annotated[float, Number(at_least=0)]
-    """Learning rate: 1e-6 for a large pretrained model, 3e-3 for a small one."""
+    """Learning rate: of a probe by rule (1e-6 for a large pretrained model), else of the mean."""
+    lr_scale: LrScale = "none"
+    """By rule it grows with the probes of a round, see `rules`: up to `probes` of every peer."""
     eps: Annotated[float, Number(above=0)] = 1e-3
     """How far a probe goes along z, to either side."""
 
@@ -87,6 +91,8 @@ class SpsaOptions(BoundedOptions):
     @classmethod
     def check(cls, entries: Mapping[str, Any]) -> None:
         super().check(entries)
+        if entries["scale"] == "sqrt" and entries["lr_scale"] == "rule":
+            raise ConfigError("scale = 'sqrt' is a rule of its own: use lr_scale = 'none' with it")
         kind = entries["aggregate"]
         if kind == "mean" or (kind in BY_COORDINATE and entries["shared_noise"]):
             return
@@ -110,8 +116,8 @@ class Spsa(Strategy):
         batches=("probes",),
         fitted="probes",
         changeable=("lr", "weight_decay", "eps", "clip", "bound", "own_data_share"),
-        in_runs={**NEW_RUNS, "clip": 4.0, "max_probes": SameAs("probes")},
-        small_model={"lr": 1e-2},
+        in_runs={**NEW_RUNS, **SPSA_RUNS},
+        small_model={"lr": 2e-3},
         known_updates={"spsa update": KnownUpdate({"lr": 0.01, "weight_decay": 0.1}, 0x1D9C86B3E81B2A0E)},
     )
     needs_grad: ClassVar[bool] = False
@@ -262,9 +268,20 @@ class Spsa(Strategy):
             np.array(seeds, dtype=np.uint64),
             np.array(numbers, dtype=np.int64),
             np.array(gradients, dtype=np.float64),
-            _divisor(n, self.option("scale")),
+            _divisor(n, self.option("scale")) / self._times(counted, factor_S),
             round.turn,
         )
+
+    def _times(self, probes: Sequence[_Probe], factor_S: Sequence[float]) -> float:
+        """What lr is to be taken times."""
+        if self.option("lr_scale") == "none":
+            return 1.0
+        if self.option("shared_noise"):
+            return float(min(len({p.number for p in probes}), self.option("probes")))
+        weight_S = [0.0] * len(factor_S)
+        for p in probes:
+            weight_S[p.share] += factor_S[p.share]
+        return total(min(w, float(self.option("probes"))) for w in weight_S)
 
     def _robust_sums(self, probes: Sequence[_Probe], factor_S: Sequence[float]) -> dict[int, float]:
         """As `_sums`, of as many probes that all say what the statistic of the peers' g is."""
@@ -356,5 +373,5 @@ def _sums(probes: Sequence[_Probe], factor_S: Sequence[float]) -> dict[int, floa
 
 
 def _divisor(n: float, scale: str) -> float:
-    """n or its root: an integer root is the same on every machine."""
-    return n if scale == "mean" else isqrt(int(n * 2.0**60)) / float(1 << 30)
+    """n or its root."""
+    return n if scale == "mean" else root(n)

@@ -31,6 +31,7 @@ from ...coordinator.seats.ticket import SeatTicket, keep_ticket
 from ...coordinator.server import CoordinatorServer
 from ...coordinator.state import StateDir
 from ...optim.registry import check_changes
+from ...optim.rules import warning_of
 from ..config import RunConfig, load_config, parse_config
 from ..genesis import make_genesis, public_config
 from ..system.folder import folder_of_run
@@ -227,6 +228,9 @@ def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) ->
         recovery = recovery_digest(state.path)
         genesis = make_genesis(config, task, coordinator, wall_ms(), recovery)
         log.info("new run %s, kept in %s", config.run.name, state.path)
+        options = parse_config(genesis.body.config).strategy
+        if (warning := warning_of(options, config.run.rounds)) is not None:
+            log.warning("%s", warning)
         return CoordinatorServer(state, genesis=genesis.body, blobs=genesis.blobs, **where)
     server = CoordinatorServer(state, **where)
     # As of today: options that the run's thinwire did not have yet are what they are by default.

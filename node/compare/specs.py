@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...compression.errors import ConfigError, nearest
-from ...compression.registry import COMPRESSORS
+from ...compression.registry import COMPRESSORS, complete_compressor
 from ...optim.options import REQUIRED
-from ...optim.registry import STRATEGIES, complete_config, strategy_class
+from ...optim.registry import STRATEGIES, complete_new_run, strategy_class
 from ..config import RunConfig, literal
 
 MIN_ROUNDS: Final = 5
@@ -61,7 +61,7 @@ def plans(specs: str, run: RunConfig) -> list[ComparePlan]:
 
     Raises ConfigError.
     """
-    own = complete_config(run.strategy)
+    own = complete_new_run(run.strategy)
     n_total = run.run.rounds * batches_per_round(own)
     found = [_plan(label, options, own, n_total) for label, options in _strategies(specs, run.strategy)]
     labels = [plan.label for plan in found]
@@ -87,7 +87,7 @@ def batches_per_round(options: Mapping[str, Any]) -> int:
 
 def batches_per_step(run: RunConfig) -> int:
     """Micro-batches per peer that data-parallel training would take between two exchanges of gradients."""
-    options = complete_config(run.strategy)
+    options = complete_new_run(run.strategy)
     return prod(int(options[key]) for key in strategy_class(options["name"]).facts.batches_per_step)
 
 
@@ -95,7 +95,7 @@ def notable(options: Mapping[str, Any]) -> str:
     """The options that are not what they are by default, and what always matters: 'lr=0.003, beta=0.95'."""
     in_order = {**{k: v for k, v in options.items() if k != "compressor"}, **options}  # the compressor last
     fitted_option = strategy_class(options["name"]).facts.fitted
-    return ", ".join(_changed(in_order, complete_config(_bare(options)), always=("lr", fitted_option)))
+    return ", ".join(_changed(in_order, complete_new_run(_bare(options)), always=("lr", fitted_option)))
 
 
 def _changed(
@@ -105,8 +105,7 @@ def _changed(
     found = []
     for key, value in options.items():
         if key == "compressor":
-            defaults_of_it = complete_config({**_bare(options), "compressor": {"name": value["name"]}})
-            inner = _changed(value, defaults_of_it["compressor"], ("k", "rate", "bits"))
+            inner = _changed(value, complete_compressor({"name": value["name"]}), ("k", "rate", "bits"))
             found.append(f"compressor={value['name']}({', '.join(inner)})")
         elif key != "name" and (key in always or value != defaults[key]):
             found.append(f"{key}={_shown(value)}")
@@ -120,10 +119,12 @@ def _shown(value: object) -> str:
 
 
 def _bare(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The strategy's name and what it does not go without."""
+    """The strategy's name and what it does not go without, its compressor's name too."""
     defaults = strategy_class(options["name"]).facts.options.defaults()
-    needed = [key for key, default in defaults.items() if default is REQUIRED and key != "compressor"]
-    return {"name": options["name"], **{key: options[key] for key in needed}}
+    needed = {key: options[key] for key, default in defaults.items() if default is REQUIRED}
+    if "compressor" in needed:
+        needed["compressor"] = {"name": needed["compressor"]["name"]}
+    return {"name": options["name"], **needed}
 
 
 def _plan(label: str, options: dict[str, Any], own: Mapping[str, Any], n_total: int) -> ComparePlan:
@@ -133,7 +134,7 @@ def _plan(label: str, options: dict[str, Any], own: Mapping[str, Any], n_total: 
     if facts.fitted is not None and facts.fitted not in said:
         default = facts.options.defaults()[facts.fitted]
         options = {**options, facts.fitted: fitted(n_total, default)}
-    complete = complete_config(options)
+    complete = complete_new_run(options)
     n_batches = batches_per_round(complete)
     return ComparePlan(label, complete, max(1, round(n_total / n_batches)), n_batches)
 

@@ -28,13 +28,13 @@ LOOK_EVERY_S = 0.3
 SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "decoupled": {
         "task": {"name": "text", "corpus": "pydoc"},
-        "strategy": {"name": "decoupled", "lr": 3e-3, "beta": 0.95, "sign": True},
+        "strategy": {"name": "decoupled", "lr": 3e-3, "sign": True},
         "strategy.compressor": {"name": "dct_topk", "k": 32, "group_size": 4096, "bits": 1},
         "schedule": {"name": "linear", "warmup_rounds": 10, "final_factor": 0.1},
     },
     "spsa": {
         "task": {"name": "text", "corpus": "stdlib"},
-        "strategy": {"name": "spsa", "lr": 3e-3, "eps": 1e-3, "probes": 16},
+        "strategy": {"name": "spsa", "lr": 5e-5, "eps": 1e-3, "probes": 16},
         "schedule": {"name": "constant"},
     },
 }

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from ...compression.errors import ConfigError, ThinwireError
 from ...coordinator.protocol.figures import human_seconds
-from ...optim.registry import STRATEGIES, complete_config, strategy_class
+from ...optim.registry import STRATEGIES, complete_new_run, strategy_class
+from ...optim.rules import warning_of
 from ..config import RunConfig, load_config
 from ..doctor.machine import available_bytes
 from ..links.upload_limit import parse_rate
@@ -75,7 +76,7 @@ def plan(
 
 def chosen(config: RunConfig, strategies: str | None) -> list[dict[str, Any]]:
     """The run's strategy as its file says, then others as they suit small models. Raises ConfigError."""
-    own = complete_config(config.strategy)
+    own = complete_new_run(config.strategy)
     names = [own["name"], *(n for n in STRATEGIES if n != own["name"])]
     if strategies is not None:
         names = strategies.split(",")
@@ -83,7 +84,7 @@ def chosen(config: RunConfig, strategies: str | None) -> list[dict[str, Any]]:
 
 
 def _for_small_models(name: str) -> dict[str, Any]:
-    return complete_config({"name": name, **strategy_class(name).facts.small_model})
+    return complete_new_run({"name": name, **strategy_class(name).facts.small_model})
 
 
 def _timeless(options: dict[str, Any]) -> dict[str, Any]:
@@ -164,6 +165,7 @@ def told(
             f"{human_seconds(first.ddp_exchange_s)} on this link."
         )
     lines += [
+        *filter(None, [warning_of(complete_new_run(config.strategy), config.run.rounds)]),
         "Measured here: computing, packing, applying, payload, memory. Computed: the link's part.",
         f"Which one learns most from the same tokens: thinwire compare {run_file}",
     ]

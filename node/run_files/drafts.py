@@ -267,7 +267,7 @@ _DECOUPLED: Final = """\
 [strategy]
 name = "decoupled"     # DeMo: of the momentum only what moves fast is sent
 lr = {lr:<17} # of sign updates: begin at a third of what you give AdamW
-beta = {beta:<15} # slow parts stay in the momentum and are sent later; 0.999 for long runs
+beta = 0.999           # slow parts stay in the momentum and are sent later
 sign = true
 
 [strategy.compressor]
@@ -291,7 +291,8 @@ _DILOCO: Final = """\
 name = "diloco"        # nodes train on their own and meet once a round
 lr = 4e-4              # of the inner AdamW, whose state never travels
 inner_steps = 200      # at most; fewer on machines that do not manage them in round_s
-outer_lr = 1.0         # with a sparse mean and no outer momentum (SparseLoCo)
+mean = "senders"       # of each element, over those that sent it, and no outer momentum (SparseLoCo)
+outer_lr = 1.0
 outer_momentum = 0.0
 feedback_decay = 0.95  # what was not sent waits, and fades
 
@@ -310,9 +311,9 @@ heartbeat_s = 10.0     # a peer counts as gone after five of them
 """
 
 _STRATEGY: Final[Mapping[Kind, str]] = {
-    "bytes": _DECOUPLED.format(lr="3e-3", beta=0.95),
-    "text": _DECOUPLED.format(lr="1e-4", beta=0.999),
-    "lora": _DECOUPLED.format(lr="1e-3", beta=0.999),
+    "bytes": _DECOUPLED.format(lr="3e-3"),
+    "text": _DECOUPLED.format(lr="1e-4"),
+    "lora": _DECOUPLED.format(lr="1e-3"),
     "classify": _SPSA,
     "slow": _DILOCO,
 }

@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from ...compression.registry import COMPRESSORS, DEFAULT_COMPRESSOR
 from ...optim.options import REQUIRED, Number, Whole
-from ...optim.registry import STRATEGIES
+from ...optim.registry import STRATEGIES, of_new_run, strategy_class
 from ..config import RunConfig, is_section
 from .docstrings import meanings
 from .toml import toml_value
@@ -26,8 +26,9 @@ HEAD = """\
 
 `thinwire config --reference` prints this page; it is made from the code that checks run files. A file to
 begin with comes from `thinwire init`. What the command line says (`--set section.key=value`) goes before the
-environment (`THINWIRE_SECTION__KEY`), that before the file, and that before the default. A key that is not
-here is refused.
+environment (`THINWIRE_SECTION__KEY`), that before the file, and that before the default. Defaults are those
+of new runs; a strategy's may depend on its compressor ([strategies.md](strategies.md)): here it has the one
+that it has by default. A run keeps what its record 0 says. A key that is not here is refused.
 """
 
 NEEDED = "must be given"
@@ -95,15 +96,24 @@ def _strategies() -> Iterator[Table]:
         options = strategy.facts.options
         hints, texts = get_type_hints(options, include_extras=True), meanings(options)
         about = " ".join((inspect.getdoc(inspect.getmodule(strategy)) or "").split("\n\n")[0].split())
+        of_new_runs = _of_new_runs(name)
         yield Table(
             f'[strategy] with name = "{name}"',
             about.split(" Per parameter")[0].rstrip(".: ") + ".",
             tuple(
-                _option(option, hints[option], default, texts.get(option, ""))
+                _option(option, hints[option], of_new_runs.get(option, default), texts.get(option, ""))
                 for option, default in options.defaults().items()
                 if option != "seed"  # a swarm's rounds bring their own
             ),
         )
+
+
+def _of_new_runs(name: str) -> dict[str, Any]:
+    """The options that new runs have at other values than the defaults, if their file says nothing."""
+    defaults = strategy_class(name).facts.options.defaults()
+    needed = {key: 1.0 for key, default in defaults.items() if default is REQUIRED and key != "compressor"}
+    found = of_new_run({"name": name, **needed})
+    return {key: value for key, value in found.items() if key not in needed}
 
 
 def _compressors() -> Iterator[Table]:
@@ -120,7 +130,9 @@ def _compressors() -> Iterator[Table]:
 
 def _option(name: str, hint: Any, default: Any, meaning: str) -> Key:
     if name == "compressor":
-        return Key(name, "table", toml_value(DEFAULT_COMPRESSOR), "", meaning)
+        return Key(
+            name, "table", toml_value(default if default is not REQUIRED else DEFAULT_COMPRESSOR), "", meaning
+        )
     is_required = default is REQUIRED or default is inspect.Parameter.empty
     rules = getattr(hint, "__metadata__", ())
     bounds = " and ".join(_rule(r) for r in rules if isinstance(r, Number | Whole))

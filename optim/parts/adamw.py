@@ -10,13 +10,12 @@ One rounding per operation. Scalars are Python floats, rounded once to float32; 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from ...compression.exact import to_float32
+from ...compression.exact import power, to_float32
 
 ENTRIES: Final = ("moment1", "moment2", "updates")
 """Of the replicated state of a parameter; `updates` is t, a 0-d float32: exact up to 2^24, by when all
@@ -50,14 +49,3 @@ class AdamW:
         # In float32 torch's own root is wrong in the last bit for some inputs; by way of float64 it never is.
         root = (v * to_float32(1.0 / correction2)).double().sqrt_().float()
         return (m * to_float32(lr / correction1)).div_(root.add_(to_float32(self.eps)))
-
-
-@lru_cache(maxsize=64)
-def power(beta: float, t: int) -> float:
-    """beta^t as a running product: the same on every machine."""
-    product = 1.0
-    for _ in range(t):
-        product *= beta
-        if product < 2.0**-60:  # 1 - product is 1 from here on
-            return 0.0
-    return product

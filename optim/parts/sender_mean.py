@@ -1,4 +1,11 @@
-"""The mean over those that sent a coefficient, as DeMo's program takes it: exact.
+"""The mean over those that sent a coefficient, as DeMo's program takes it and SparseLoCo's: exact.
+
+    sum of w q over the senders / max(W of the senders, floor times W of all)
+
+w is what a payload counts for after the bound, W what its peer weighs: one that was scaled down keeps its
+weight. With a floor of f, what a single peer sends grows by 1 / f at most against the mean over all, however
+many do not send it: with a bound of b, no peer moves the model by more than b / f times what the median peer
+would in that mean. A floor of 1 is the mean over all. 0 is what older runs have: senders are counted alike.
 
 For compressors that let each peer select its own coefficients; others' are sent by all or by none.
 """
@@ -7,34 +14,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...compression.base import Array, Compressor, Packed, Part
+from ...compression.base import Compressor, Packed, Part, Senders, Turn
+from ...compression.exact import exact_arithmetic, to_float32
+from .clip import Weighing, total
 
 
 def decode_sender_mean(
-    compressor: Compressor, packs: Sequence[Packed], weights: Sequence[float], part: Part
+    compressor: Compressor,
+    device: torch.device,
+    packs: Sequence[Packed],
+    w: Weighing,
+    floor: float,
+    part: Part,
+    turn: Turn,
 ) -> Tensor | None:
-    """Per coefficient the sum over the packs in order, times their weights, divided by how many have it; then
-    the inverse.
+    """Of one parameter, of packs that were checked. Returns float32, 1-d, `part.n_local` long, on the device.
 
-    The packs were checked, weights are float32 values. Returns float32, 1-d, `part.n_local` long, on the CPU;
-    None where all peers send the same coefficients, so that the mean over their senders is the mean over all.
+    None where it is the mean over all: all peers send the same coefficients, or nobody weighs anything.
     """
-    entries = [e for p in packs if (e := compressor.entries(p, part)) is not None]
-    if len(entries) < len(packs):
+    senders = senders_of(w, floor)
+    if senders is None:
         return None
+    with exact_arithmetic():
+        return compressor.decode_senders(device, packs, w.weights, senders, part, turn)
 
-    def mean(entries: Sequence[tuple[Array, Array]], n: int) -> Tensor:
-        """float32 (n,); 0 where nobody sent anything."""
-        sum_C = np.zeros(n, dtype=np.float32)
-        n_senders_C = np.zeros(n, dtype=np.float32)
-        for (position_E, value_E), w in zip(entries, weights, strict=True):
-            # Nobody has a position twice: reading, adding and writing back has one order only.
-            sum_C[position_E] = sum_C[position_E] + value_E * np.float32(w)
-            n_senders_C[position_E] += 1
-        return torch.from_numpy(sum_C) / torch.from_numpy(np.maximum(n_senders_C, 1))
 
-    return compressor.decode_entries(entries, mean, part)
+def senders_of(w: Weighing, floor: float) -> Senders | None:
+    """None if nobody weighs anything."""
+    if floor == 0.0:
+        return Senders([1.0] * len(w.weights), 1.0)
+    least = to_float32(floor * total(w.whole))
+    return Senders(w.whole, least) if least > 0.0 else None

@@ -24,6 +24,7 @@ from torch import Tensor
 from ...compression.base import Array, Compressor, Packed, Part, Turn
 from ...compression.exact import exact_arithmetic, to_float32
 from ..parts.clip import Weighing
+from ..parts.sender_mean import decode_sender_mean
 
 Aggregate = Literal["mean", "trimmed", "median", "vote", "centred"]
 
@@ -41,9 +42,16 @@ COLUMNS: Final = 1 << 16
 
 def decode_mean(
     kind: str, compressor: Compressor, device: torch.device, packs: Sequence[Packed], w: Weighing, part: Part,
-    turn: Turn,
+    turn: Turn, sender_floor: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The round's mean of one parameter, of any kind. float32, 1-d, `part.n_local` long, on the device."""
+    """The round's mean of one parameter, of any kind. float32, 1-d, `part.n_local` long, on the device.
+
+    `sender_floor`: None, or of a mean over the senders of a coefficient.
+    """
+    if sender_floor is not None:
+        mean = decode_sender_mean(compressor, device, packs, w, sender_floor, part, turn)
+        if mean is not None:
+            return mean
     if kind in BY_COORDINATE:
         return decode_by_coordinate(kind, compressor, packs, w, part, turn).to(device)
     mean = compressor.decode_on(device, packs, w.weights, part, turn)

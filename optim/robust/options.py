@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from ...compression.errors import ConfigError
 from ..options import Number, Options
@@ -47,3 +47,30 @@ class BoundedOptions(Options):
         super().check(entries)
         if 0 < entries["bound"] < 1:
             raise ConfigError(f"bound = {entries['bound']:g}: 0, or a number >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanOptions(BoundedOptions):
+    """Of strategies that send vectors."""
+
+    mean: Literal["all", "senders"] = "all"
+    """Over all counted offers, or per coefficient over the senders of it, for compressors that let every peer
+    select its own."""
+
+    sender_floor: Annotated[float, Number(at_least=0, at_most=1)] = 0.0
+    """With `mean = "senders"`: the share of the round's weight that the senders of a coefficient count for at
+    the least, so that nobody grows by being the only one; 0: they are counted, not weighed, as in older
+    runs."""
+
+    @classmethod
+    def check(cls, entries: Mapping[str, Any]) -> None:
+        super().check(entries)
+        if entries["mean"] == "all":
+            return
+        if entries["weights"] == "samples" and entries["sender_floor"] == 0:
+            raise ConfigError(
+                "mean = 'senders' without sender_floor counts every sender alike: use weights = 'equal', or "
+                "sender_floor = 0.25"
+            )
+        if entries["aggregate"] != "mean":
+            raise ConfigError("mean = 'senders' is a mean: use aggregate = 'mean' or mean = 'all'")

@@ -47,6 +47,11 @@ def weighed(
     return w
 
 
+def sender_floor_of(strategy: Strategy) -> float | None:
+    """Of a mean over the senders of a coefficient; None of the mean over all."""
+    return float(strategy.option("sender_floor")) if strategy.option("mean") == "senders" else None
+
+
 def _norms(
     compressor: Compressor, parameters: Sequence[Parameter], shares: Sequence[Share], turn: Turn
 ) -> list[float]:

@@ -8,6 +8,7 @@ import pytest
 from tests.attacks.swarms import UNMEASURED, distance, swarm
 from thinwire.node.bench.attacks.bad_peers import ATTACKS, EMPTY, HONEST, Attack
 from thinwire.node.bench.attacks.swarm import STRATEGIES
+from thinwire.node.bench.attacks.table import is_meant
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_core")]
 
@@ -26,7 +27,7 @@ ROWS = [
     (strategy, name)
     for strategy, options in STRATEGIES.items()
     for name, attack in ATTACKS.items()
-    if attack.strategy in (None, options["name"])
+    if is_meant(attack, options)
 ]
 
 

@@ -71,6 +71,9 @@ BOUNDED = {"bound": 1.0, "own_data_share": 0.25}
 """The bound at which half of the payloads are scaled down."""
 
 
+SENDERS = {"mean": "senders", "sender_floor": 0.25}
+
+
 def one_per_probe(strategy: Strategy) -> int:
     return int(strategy.option("probes"))
 
@@ -147,6 +150,10 @@ ROWS: dict[str, Row] = {
     "diloco centred": Row({**DILOCO, "compressor": EIGHT_BITS, "fragments": 2, "aggregate": "centred"}),
     "diloco bounded dense": Row({**DILOCO, **BOUNDED, "compressor": DENSE}),
     "diloco bounded sparse": Row({**DILOCO, **BOUNDED, "compressor": EIGHT_BITS, "fragments": 2}),
+    "diloco senders": Row({**DILOCO, **BOUNDED, **SENDERS, "compressor": EIGHT_BITS}),
+    "decoupled adamw senders": Row({**DECOUPLED, **ADAMW, **SENDERS, "sign": False}),
+    "decoupled by rule": Row({**DECOUPLED, "compressor": {"name": "topk", "k": 64}, "lr_scale": "rule"}),
+    "spsa by rule": Row({**SPSA, **BOUNDED, "lr_scale": "rule"}, one_per_probe),
 }
 
 PAYLOADS = ROOT / "tests/golden/strategy_payloads.json"

@@ -68,6 +68,7 @@ UNSIGNED = {
     "diloco dense": Vectors(Dense(), "diloco"),
     "diloco sparse": Vectors(TopK(k=60, group_size=200, bits=8), "diloco"),
 }
+SPARSE = Vectors(TopK(k=60, group_size=200, bits=8), "diloco", mean="senders", sender_floor=0.25)
 SIGNED = {
     "dense": Vectors(Dense(), "sign"),
     "dct": Vectors(DctTopK(k=60, group_size=200, bits=8), "sign"),
@@ -165,6 +166,25 @@ def test_an_enormous_offer_moves_the_model_by_two_honest_ones(name: str, scale: 
     assert float((found - without).abs().sum()) <= 1.1 * norm
     if "dct" not in name:  # which rounds what it decodes
         assert torch.allclose(found, without + twice, atol=0.02 * float(twice.abs().max()), rtol=0.1)
+
+
+def test_over_senders_whatever_nobody_else_sends_grows_by_the_floor_alone() -> None:
+    """Eight honest peers send the first half, a ninth the second: at twice their norm, and at a quarter of
+    the round's weight instead of its ninth. What they send is their mean, as if it were not there."""
+    first, second = torch.zeros(N), torch.zeros(N)
+    first[: N // 10], second[N // 2 : N // 2 + N // 10] = row(1)[: N // 10], row(2)[: N // 10]
+    shares = [SPARSE.share(first * (1 + i / 1000)) for i in range(8)]
+    honest, found = SPARSE(shares), SPARSE([*shares, SPARSE.share(second * 1e6)])
+    assert torch.equal(found[: N // 2], honest[: N // 2])
+    bad, one = float(found[N // 2 :].abs().sum()), float(honest.abs().sum())
+    assert bad == pytest.approx(2 * one / 9 / 0.25, rel=0.02)
+    unbounded = SPARSE([*shares, SPARSE.share(second * 2)], bound=0.0, sender_floor=0.01)
+    assert float(unbounded[N // 2 :].abs().sum()) > 8 * one / 9
+
+
+def test_over_senders_one_that_is_scaled_down_keeps_its_weight() -> None:
+    shares = [SPARSE.share(row(1) * s) for s in (1.0, 1.0001, 0.9999, -1e6)]
+    torch.testing.assert_close(SPARSE(shares), SPARSE(shares[:1]) / 4, rtol=0.02, atol=0.01)
 
 
 @signed

@@ -17,10 +17,10 @@ from thinwire.compression.codecs.dense import Dense
 from thinwire.compression.codecs.none import Nothing
 from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.errors import ConfigError
-from thinwire.compression.exact import to_float32
+from thinwire.compression.exact import power, to_float32
 from thinwire.optim.base import Closure, Share
 from thinwire.optim.decoupled import Decoupled
-from thinwire.optim.parts.adamw import power
+from thinwire.optim.parts.clip import Weighing
 from thinwire.optim.parts.sender_mean import decode_sender_mean
 
 
@@ -284,6 +284,26 @@ def test_steps_without_a_closure_exchange_every_so_often() -> None:
         assert torch.equal(in_place, at_once)
 
 
+def test_a_beta_that_warms_up_and_what_comes_back_by_it() -> None:
+    """n / (n + W) at the n-th step, and beta from when that is less."""
+    p = nn.Parameter(torch.zeros(3))
+    strategy = Decoupled(
+        [("p", p)], compressor=Dense(), lr=1.0, beta=0.5, beta_warmup=2.0, alpha=0.0, sign=False
+    )
+    expected = 0.0
+    for n, beta in enumerate([1 / 3, 1 / 2, 1 / 2], start=1):
+        p.grad = torch.full((3,), float(n))
+        strategy.propose_from_grad(turn_of(n))
+        expected = beta * expected + n
+        torch.testing.assert_close(strategy.state[p]["momentum"], torch.full((3,), expected))
+    sender = Decoupled([("p", p)], compressor=Dense(), lr=1.0, beta=0.9, beta_warmup=2.0, sign=False)
+    for n in (1, 2):
+        p.grad = torch.full((3,), 4.0 if n == 1 else 0.0)
+        sender.propose_from_grad(turn_of(n))
+    sender.apply([], turn_of(1), "missed")
+    torch.testing.assert_close(sender.state[p]["momentum"], torch.full((3,), 4.0 / 2))  # by step 2 alone
+
+
 # ------------------------------------------------------------------------------------------- sender mean
 
 
@@ -300,16 +320,20 @@ def test_the_mean_over_senders_is_per_coefficient() -> None:
     alone = torch.stack([compressor.decode([p], [1.0], part, turn) for p in packs])
     n_senders = (alone != 0).sum(0)
     assert set(n_senders.tolist()) >= {0, 1, 2}
-    expected = ((alone[0] + alone[1]) + alone[2]) / n_senders.clamp(min=1)
+    total = (alone[0] + alone[1]) + alone[2]
 
-    def mean_of(part: Part) -> Tensor:
-        mean = decode_sender_mean(compressor, packs, [1.0] * len(packs), part)
+    def mean_of(part: Part, floor: float = 0.0) -> Tensor:
+        equal = Weighing([1.0] * 3, [1.0] * 3)
+        mean = decode_sender_mean(compressor, total.device, packs, equal, floor, part, turn)
         assert mean is not None
         return mean
 
+    expected = total / n_senders.clamp(min=1)
     assert torch.equal(mean_of(part), expected)
     half = Part(shape, 90, 210)
     assert torch.equal(mean_of(half), expected[90:210])
+    assert torch.equal(mean_of(part, 0.5), total / n_senders.clamp(min=1.5))
+    assert torch.equal(mean_of(part, 1.0), total / 3)
 
 
 def test_with_a_transform_the_mean_over_senders_is_another_step() -> None:

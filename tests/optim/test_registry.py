@@ -278,9 +278,9 @@ def test_a_copy_goes_on_like_the_original() -> None:
 def test_a_new_run_is_bounded_and_says_so() -> None:
     spsa = of_new_run({**SPSA, "probes": 8})
     new = {"bound": 2.0, "own_data_share": 0.25, "own_data_alone": True, "newcomers": 0.25}
-    assert spsa == {**SPSA, "probes": 8, **new, "clip": 4.0, "max_probes": 8}
+    assert spsa == {**SPSA, "probes": 8, **new, "clip": 4.0, "max_probes": 8, "lr_scale": "rule"}
     assert of_new_run(SPSA)["max_probes"] == 16
-    said = {**SPSA, **dict.fromkeys(new, 0), "clip": 9.0, "max_probes": 64}
+    said = {**SPSA, **dict.fromkeys(new, 0), "clip": 9.0, "max_probes": 64, "lr_scale": "none"}
     assert of_new_run(said) == said
     for name in ("decoupled", "diloco"):
         assert of_new_run({"name": name})["bound"] == 2.0

@@ -23,7 +23,7 @@ from ...genesis import layout_hash
 from ...links.base import Link
 from ...replica import Replica
 from ...tasks.base import Task
-from .contents import Contents, ProbeContents, contents_of
+from .contents import Contents, ProbeContents, TensorContents, contents_of
 
 if TYPE_CHECKING:
     from ...runner import Runner
@@ -43,7 +43,8 @@ class Attack:
 
     `against`: what it is compared with, the same peers sending empty payloads or none that arrive: the former
     where bounds make an attack as good as that, the latter where its peers are left out or found out.
-    `strategy`: of one alone, by name; `least_bad`: peers that it takes.
+    `strategy`: of one alone, by name; `where_selected`: only where every peer selects its own coefficients;
+    `least_bad`: peers that it takes.
     """
 
     twist: Twist | None = None
@@ -54,6 +55,7 @@ class Attack:
     other_data: bool = False
     against: Literal["empty", "absent"] = "empty"
     strategy: str | None = None
+    where_selected: bool = False
     least_bad: int = 1
 
 
@@ -66,6 +68,11 @@ def _most_probes(contents: Contents, _rng: np.random.Generator, replica: Replica
     return contents.most(replica.strategy.option("max_probes"))
 
 
+def _disjoint(contents: Contents, _rng: np.random.Generator, _replica: Replica) -> Payload:
+    assert isinstance(contents, TensorContents)
+    return contents.disjoint(1e3)
+
+
 HONEST: Final = Attack()
 OTHER_DATA: Final = Attack(other_data=True)
 EMPTY: Final = Attack(twist=_scaled(0.0), against="absent")
@@ -76,6 +83,7 @@ ATTACKS: Final[Mapping[str, Attack]] = {
     "scaled-1e9": Attack(twist=_scaled(1e9)),
     "random": Attack(twist=lambda contents, rng, _replica: contents.random(1e3, rng)),
     "constant": Attack(twist=lambda contents, _rng, _replica: contents.constant(1e3)),
+    "disjoint-coordinates": Attack(twist=_disjoint, where_selected=True),
     "nan": Attack(twist=lambda contents, _rng, _replica: contents.not_finite(), against="absent"),
     "max-probes": Attack(twist=_most_probes, strategy="spsa"),
     "most-samples": Attack(twist=_scaled(1e3), most_samples=True),

@@ -74,6 +74,17 @@ class TensorContents:
     def constant(self, factor: float) -> Payload:
         return self._packed(lambda x: torch.full_like(x, factor * _size(x)))
 
+    def disjoint(self, factor: float) -> Payload:
+        """What nobody else sends, the same in every round: a value of the honest payload's size, times the
+        factor, at elements where that has nothing. It changes its sign from one to the next: the coefficient
+        of the highest frequency, where all elements have something."""
+
+        def elsewhere(x: Tensor) -> Tensor:
+            value = factor * _size(x) * (1.0 - 2.0 * (torch.arange(x.numel()) % 2))
+            return torch.where(x == 0.0, value, 0.0) if bool((x == 0.0).any()) else value
+
+        return self._packed(elsewhere)
+
     def not_finite(self) -> Payload:
         def filled(t: Tensor) -> Tensor:
             return torch.full_like(t, float("nan")) if t.is_floating_point() else t

@@ -49,7 +49,7 @@ STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
         **LOCO,
         "compressor": {"name": "topk", "k": 64, "bits": 2},
     },
-    "spsa": {"name": "spsa", "lr": 1e-2, "probes": 4},
+    "spsa": {"name": "spsa", "lr": 6e-4, "probes": 4},
 }
 """What a row is called -> a run's [strategy]; all else is what new runs have."""
 

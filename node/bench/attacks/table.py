@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
 from ....compression.errors import ConfigError, nearest
+from ....optim.registry import complete_new_run
+from ....optim.rules import selects_its_own
 from ...compare.comparison import one_thread
 from ...system.output import make_console, to_stderr, to_stdout
 from .bad_peers import ATTACKS, EMPTY, Attack
@@ -98,11 +100,19 @@ def rows_of(wanted: Wanted, train: Train, progress: Callable[[Row], object]) -> 
     for strategy in wanted.strategies:
         for name in wanted.attacks:
             attack = ATTACKS[name]
-            if attack.strategy not in (None, STRATEGIES[strategy]["name"]):
+            if not is_meant(attack, STRATEGIES[strategy]):
                 continue
             row = _row(wanted, strategy, name, attack, train)
             progress(row)
             yield row
+
+
+def is_meant(attack: Attack, options: Mapping[str, Any]) -> bool:
+    """For this strategy."""
+    if attack.where_selected:
+        complete = complete_new_run(options)
+        return "compressor" in complete and selects_its_own(complete)
+    return attack.strategy in (None, options["name"])
 
 
 def _row(wanted: Wanted, strategy: str, name: str, attack: Attack, train: Train) -> Row:

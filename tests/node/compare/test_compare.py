@@ -127,7 +127,7 @@ def test_bytes_are_those_that_links_have_sent(run: RunConfig, outcomes: dict[str
     assert per_round["ddp"] == 4 * n_params + 29
     assert per_round["spsa(probes=4, lr=1e-3)"] <= 4 + 34
     assert per_round["decoupled"] < per_round["decoupled:random_k(rate=0.1)"] < per_round["ddp"] / 8
-    assert outcomes["diloco(inner_steps=3)"].ddp_ratio > 2 * outcomes["decoupled"].ddp_ratio
+    assert outcomes["diloco(inner_steps=3)"].ddp_ratio > 3 * 8  # 4 bits of 32, every third step
 
 
 def test_time_is_spent_where_a_strategy_works(outcomes: dict[str, Outcome]) -> None:

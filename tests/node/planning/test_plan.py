@@ -77,7 +77,7 @@ def test_the_runs_options_and_those_for_small_models() -> None:
     found = chosen(config, None)
     assert [options["name"] for options in found] == ["diloco", "decoupled", "spsa"]
     assert (found[0]["lr"], found[0]["max_seconds"]) == (1e-4, 0.0)
-    assert found[1]["beta"] == 0.95
+    assert found[1]["beta_warmup"] == 1.0
     assert [options["name"] for options in chosen(config, "spsa")] == ["spsa"]
     with pytest.raises(ConfigError, match="did you mean 'spsa'"):
         chosen(config, "spsb")
