@@ -96,6 +96,7 @@ def make_genesis(key: Ed25519PrivateKey) -> Callable[..., GenesisBody]:
         policy: str = "all",
         max_peers: int = 8,
         max_payload_bytes: int = 2**20,
+        heartbeat_s: float = 1.0,
         evaluation: dict[str, int] | None = None,
         audits: dict[str, float] | None = None,
     ) -> GenesisBody:
@@ -111,7 +112,7 @@ def make_genesis(key: Ed25519PrivateKey) -> Callable[..., GenesisBody]:
             },
             "policy": {"name": policy},
             "schedule": {"name": "linear", "warmup_rounds": 2, "final_factor": 0.1},
-            "network": {"heartbeat_s": 1.0},
+            "network": {"heartbeat_s": heartbeat_s},
             "strategy": {"name": "opaque to the coordinator"},
         }
         if evaluation is not None:

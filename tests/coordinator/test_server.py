@@ -561,14 +561,23 @@ def ended_at_last(processes: list[Process]) -> Iterator[list[Process]]:
 
 
 @pytest.fixture
-def coordinator_folder(tmp_path: Path, make_genesis: MakeGenesis, key: Ed25519PrivateKey) -> Path:
+def heartbeat_s() -> float:
+    return 1.0
+
+
+@pytest.fixture
+def coordinator_folder(
+    tmp_path: Path, make_genesis: MakeGenesis, key: Ed25519PrivateKey, heartbeat_s: float
+) -> Path:
     folder = tmp_path / "coordinator"
     folder.mkdir()
     save(key, folder / "key")
-    write_aside(folder / "genesis", encode_record(make_genesis(min_peers=2, rounds=100)))
+    genesis = make_genesis(min_peers=2, rounds=100, heartbeat_s=heartbeat_s)
+    write_aside(folder / "genesis", encode_record(genesis))
     return folder
 
 
+@pytest.mark.parametrize("heartbeat_s", [10.0])  # however long a node takes to come back, it is waited for
 def test_a_killed_coordinator_comes_back_and_nothing_is_lost(
     coordinator_folder: Path, tmp_path: Path, stack: ExitStack
 ) -> None:
