@@ -43,7 +43,7 @@ $(STAMP): $(CORE)
 demo: $(COMPILED)    ## a coordinator and 4 nodes on this machine, real text, live table (a minute)
 	$(BIN)/thinwire demo
 
-# One worker more than there are cores: tests of swarms wait for a third of their time.
+# One worker more than there are cores: with as many, a quarter of their time went by in waits.
 # Where the environment forbids it, every process of the tests would compile all that it imports.
 test test-fast: export PYTHONDONTWRITEBYTECODE =
 

@@ -23,7 +23,7 @@ class Demo:
     """A swarm on this machine: a coordinator and some nodes as processes, real text, a live table.
 
     One node is killed at a third of the way and started again; the others go on without it.
-    Ends by itself (a minute on 2 idle cores). Nothing is downloaded and nothing is left behind.
+    Ends by itself (about a minute on 2 idle cores). Nothing is downloaded and nothing is left behind.
     """
 
     strategy: Literal["decoupled", "spsa"] = "decoupled"
