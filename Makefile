@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 # It says what it fetches, so that minutes of it do not look like a hang.
 PIP    := $(BIN)/pip install --disable-pip-version-check --progress-bar on -c constraints.txt
 PACKAGES := compression optim coordinator node
-JOBS   ?= $(shell nproc)
+CORES  := $(shell nproc)
 
 .PHONY: help setup demo test test-fast simulate soak learning lint bench publish findings clean
 .DEFAULT_GOAL := help
@@ -43,11 +43,12 @@ $(STAMP): $(CORE)
 demo: $(COMPILED)    ## a coordinator and 4 nodes on this machine, real text, live table (a minute)
 	$(BIN)/thinwire demo
 
+# One worker more than there are cores: with as many, a quarter of their time went by in waits.
 # Where the environment forbids it, every process of the tests would compile all that it imports.
 test test-fast: export PYTHONDONTWRITEBYTECODE =
 
 test: setup      ## every test that this machine can run; says what it skipped and why
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(or $(JOBS),$(shell expr $(CORES) + 1)) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup ## the quick ones: no swarms of processes, no long computations
 	$(BIN)/python -m pytest -n 2 -m "not swarm and not slow"
@@ -56,7 +57,7 @@ N       ?= 10000
 FIRST   ?= 1000
 
 simulate: setup  ## N=10000 generated schedules of a committee's seats from seed FIRST=1000 on, on all cores
-	$(BIN)/python -m tests.coordinator.quorum.schedules $(N) --first $(FIRST) --jobs $(JOBS)
+	$(BIN)/python -m tests.coordinator.quorum.schedules $(N) --first $(FIRST) --jobs $(or $(JOBS),$(CORES))
 
 SECONDS ?= 120
 PEERS   ?= 4

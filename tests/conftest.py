@@ -135,6 +135,13 @@ def make_genesis(key: Ed25519PrivateKey) -> Callable[..., GenesisBody]:
     return make
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files about the whole repository (examples, packages, commands in docs) come first: each takes long,
+    and at the end one worker would be busy with it, and the others with nothing."""
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: item.path.parent != tests)
+
+
 def pytest_configure() -> None:
     """A background job of a script is started with SIGINT ignored, one of nohup's with SIGHUP, and children
     inherit that. One that is caught they do not: they begin with what a test relies on, and pytest itself
@@ -314,7 +321,9 @@ def _left_in(folder: Path) -> list[Path | psutil.Process]:
 
 def _running_children() -> list[psutil.Process]:
     forker = zygote()
-    children = psutil.Process().children(recursive=True)
-    return [
-        c for c in children if c.status() != psutil.STATUS_ZOMBIE and (forker is None or c.pid != forker.pid)
-    ]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if child.status() != psutil.STATUS_ZOMBIE and (forker is None or child.pid != forker.pid):
+                found.append(child)
+    return found

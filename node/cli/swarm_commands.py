@@ -23,7 +23,7 @@ class Demo:
     """A swarm on this machine: a coordinator and some nodes as processes, real text, a live table.
 
     One node is killed at a third of the way and started again; the others go on without it.
-    Ends by itself (a minute or two on 2 cores). Nothing is downloaded and nothing is left behind.
+    Ends by itself (about a minute on 2 idle cores). Nothing is downloaded and nothing is left behind.
     """
 
     strategy: Literal["decoupled", "spsa"] = "decoupled"
@@ -31,7 +31,7 @@ class Demo:
     moment, then fine-tune on other text with one byte per probe."""
     peers: Annotated[int, arg(metavar="N")] = 4
     rounds: Annotated[int | None, arg(metavar="N")] = None
-    """Rounds to train. Default: 150 (decoupled), 55 (spsa)."""
+    """Rounds to train. Default: 120 (decoupled), 55 (spsa)."""
     ranks: Annotated[str, arg(metavar="N,M,...")] = "1"
     """Ranks of the nodes, over and over: with 1,2 every other node shards its model over two processes."""
     coordinators: Annotated[int, arg(metavar="N")] = 1
@@ -60,7 +60,7 @@ class Demo:
             raise ConfigError("--coordinators: 1, 3 (go on when one is lost) or 5 (when two are)")
         if self.rounds is not None and self.rounds < 5:
             raise ConfigError("--rounds: at least 5, or there is nothing to see")
-        rounds = self.rounds or {"decoupled": 150, "spsa": 55}[self.strategy]
+        rounds = self.rounds or {"decoupled": 120, "spsa": 55}[self.strategy]
         http = http_address(self.http, self.http_token, self.http_host)
         refuse_http(http)
         with stop_on_signals() as stop:

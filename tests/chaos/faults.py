@@ -6,6 +6,8 @@ then on is the swarm's own business. It may return what has to be true, too, bef
 
 from __future__ import annotations
 
+import contextlib
+import random
 import shutil
 import time
 from collections.abc import Callable, Generator
@@ -140,10 +142,8 @@ def doomed_at(phase: str, edge: str) -> Callable[[Swarm, Node], Course]:
 def chunk_corrupted(swarm: Swarm, node: Node) -> Course:
     """Another node's snapshot is damaged on its disk, and this one comes back with its identity alone."""
     holder = swarm.rng.choice([n for n in swarm.nodes if n is not node])
-    found = snapshots_of(holder)
-    if not found:
+    if not _corrupt_newest(holder, swarm.rng):
         raise NotHarmed(f"{holder.name} has no snapshot")
-    corrupt(found[-1], swarm.rng.randrange(found[-1].stat().st_size))
     node.kill()
     forget(node)
     swarm.start(node)
@@ -153,6 +153,15 @@ def chunk_corrupted(swarm: Swarm, node: Node) -> Course:
 def snapshots_of(node: Node) -> list[Path]:
     """The data files of its snapshots, the newest last."""
     return sorted(node.state.glob("*/snapshots/0*/data.safetensors"))
+
+
+def _corrupt_newest(node: Node, rng: random.Random) -> bool:
+    """Whether there was one; the node runs, and removes old ones."""
+    for path in reversed(snapshots_of(node)):
+        with contextlib.suppress(FileNotFoundError):
+            corrupt(path, rng.randrange(path.stat().st_size))
+            return True
+    return False
 
 
 def corrupt(path: Path, at: int) -> None:

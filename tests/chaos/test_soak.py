@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.swarm, pytest.mark.timeout(240)]
 
 
 def test_a_short_soak_ends_without_mismatch_or_hang() -> None:
-    command = ["-m", "tests.chaos.soak", "--seconds", "25", "--peers", "3", "--every", "3", "--seed", "1"]
+    command = ["-m", "tests.chaos.soak", "--seconds", "15", "--peers", "3", "--every", "3", "--seed", "1"]
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
     )
