@@ -22,8 +22,8 @@ AWAY: Final = 0.5
 SUSPECT_AWAY: Final = 0.75
 """In medians: so far, whatever chance does, if it is a suspect's."""
 
-NOT_AWAY: Final = 0.25
-"""In medians: what leads away less has passed; in between nothing can be said."""
+THERE: Final = 0.1
+"""In medians: what leads there so far has passed. In between nothing can be said: noise leads nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,6 @@ def undoing(theirs: Evidence, others: Sequence[Evidence], is_suspect: bool) -> U
             least = min(least, SUSPECT_AWAY * usual)
         if found <= -least:
             has_failed = True
-        elif found > -NOT_AWAY * usual:
+        elif found >= THERE * usual:
             has_failed = False
     return Undoing(found, usual, has_failed)

@@ -129,7 +129,9 @@ def test_newcomers_weigh_less_where_half_of_the_weight_is_of_others() -> None:
     assert weights(4, new=(1, 2, 3)) == weights(4, new=range(4)) == [1.0] * 4
     assert weights(6, new=(1, 2, 3, 4), copies=(1, 2, 3, 4)) == [1.0, *[0.0625] * 4, 1.0], "one payload"
     assert weights(4, new=(3,), own=(3,)) == [1.0, 1.0, 1.0, 0.25]
-    assert work_weights([1.0, 1.0], [replace(c, is_new=c.seed == 1) for c in claims(2)], 0.0) == [1.0, 1.0]
+    offers = [replace(c, is_new=c.seed >= 2) for c in claims(4, own=(3,))]
+    assert work_weights([1.0] * 4, offers, 0.0) == [1.0] * 4, "as in older runs"
+    assert work_weights([1.0] * 4, offers, 0.0, newcomers=0.25) == [1.0, 1.0, 0.25, 1.0]
 
 
 # ------------------------------------------------------------------------------------------- vectors

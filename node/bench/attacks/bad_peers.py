@@ -67,6 +67,10 @@ def _most_probes(contents: Contents, _rng: np.random.Generator, replica: Replica
     return contents.most(replica.strategy.option("max_probes"))
 
 
+def _noise(contents: Contents, rng: np.random.Generator, _replica: Replica) -> Payload:
+    return contents.random(1e3, rng)
+
+
 HONEST: Final = Attack()
 OTHER_DATA: Final = Attack(other_data=True)
 EMPTY: Final = Attack(twist=_scaled(0.0), against="absent")
@@ -75,7 +79,7 @@ ATTACKS: Final[Mapping[str, Attack]] = {
     "scaled-10": Attack(twist=_scaled(10.0)),
     "scaled-1e3": Attack(twist=_scaled(1e3)),
     "scaled-1e9": Attack(twist=_scaled(1e9)),
-    "random": Attack(twist=lambda contents, rng, _replica: contents.random(1e3, rng)),
+    "random": Attack(twist=_noise),
     "constant": Attack(twist=lambda contents, _rng, _replica: contents.constant(1e3)),
     "nan": Attack(twist=lambda contents, _rng, _replica: contents.not_finite(), against="absent"),
     "max-probes": Attack(twist=_most_probes, strategy="spsa"),
@@ -84,6 +88,7 @@ ATTACKS: Final[Mapping[str, Attack]] = {
     "flipped-1e3": Attack(twist=_scaled(-1e3), against="absent"),
     "flipped-1e9": Attack(twist=_scaled(-1e9), against="absent"),
     "own-data-flipped": Attack(twist=_scaled(-1.0), own_data=True, against="absent"),
+    "own-data-random": Attack(twist=_noise, own_data=True),
     "inverted": Attack(inverts=True, against="absent"),
     "copied": Attack(copies="honest", against="absent"),
     "copied-nearly": Attack(copies="honest", altered=1.1, against="absent"),
