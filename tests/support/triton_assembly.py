@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from thinwire.compression.base import Change, Part, Source, Step, Target, Turn
+from thinwire.compression.base import Change, Part, Senders, Source, Step, Target, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.sparse import Sparse
 from thinwire.compression.codecs.topk import TopK
@@ -55,11 +55,13 @@ def pieces(dtype: torch.dtype) -> None:
     noise_triton.combine_all([whole, part], [Update.of([Probe(1, 0, 0.5)], 0.5)], "sign", 7)
 
 
-def fused_update(compressor: Sparse, shape: tuple[int, ...] = (8192,)) -> None:
+def fused_update(
+    compressor: Sparse, shape: tuple[int, ...] = (8192,), senders: Senders | None = None
+) -> None:
     part, turn = Part.whole(shape), Turn(1, 2, 3, 1.0)
     x = torch.arange(float(part.n_global))
     targets = [Target(x, part, [compressor.pack(x, part, turn)] * 3, Step(0.5, 0.5))]
-    sparse_triton.fused_update(compressor.pack_layout, targets, [1.0, 1.0, 2.0], 0.25)
+    sparse_triton.fused_update(compressor.pack_layout, targets, [1.0, 1.0, 2.0], 0.25, senders)
 
 
 def packing(compressor: Sparse, shape: tuple[int, ...] = (8192,)) -> None:
@@ -82,6 +84,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     ),
     "fused update": lambda: fused_update(DctTopK(k=4)),
     "fused update without a transform": lambda: fused_update(TopK(k=4)),
+    "fused update over senders": lambda: fused_update(TopK(k=4), senders=Senders([1.0, 2.0, 2.0], 0.5)),
     "fused update of tiles": lambda: fused_update(DctTopK(k=4, layout="tiles"), (64, 128)),
     **{
         f"{bits}-bit values": partial(values_triton.quantize, torch.zeros(4, 32), FORMATS[bits])

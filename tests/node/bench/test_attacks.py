@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tests.conftest import Here
+from thinwire.compression.base import Part, Turn
+from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.errors import ConfigError
 from thinwire.node.bench.attacks.bad_peers import ATTACKS, HONEST, OTHER_DATA
+from thinwire.node.bench.attacks.contents import TensorContents
 from thinwire.node.bench.attacks.honest import honest_rows
 from thinwire.node.bench.attacks.swarm import STRATEGIES, Outcome, Plan, trained
-from thinwire.node.bench.attacks.table import Wanted, names_of, rows_of
+from thinwire.node.bench.attacks.table import Wanted, is_meant, names_of, rows_of
 from thinwire.node.bench.command import BENCHES
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -49,6 +53,19 @@ def test_colluding_peers_are_two_and_the_honest_ones_as_many_more() -> None:
     wanted = Wanted(strategies=["spsa"], attacks=["colluding"], n_rounds=1, n_honest=2)
     (row,) = rows_of(wanted, trained, progress=lambda _row: None)
     assert (row.n_honest, row.n_bad) == (4, 2)
+
+
+def test_coordinates_of_ones_own_are_a_row_where_peers_select_them() -> None:
+    """And what is sent there is what the honest payload has nothing of."""
+    attack = ATTACKS["disjoint-coordinates"]
+    meant = [name for name, options in STRATEGIES.items() if is_meant(attack, options)]
+    assert meant == ["decoupled", "decoupled-without-sign", "diloco-sparse"]
+    part, turn, compressor = Part.whole((8192,)), Turn(1, 2, 3, 1.0), TopK(k=8, bits=8)
+    honest = compressor.pack(torch.arange(8192.0), part, turn)
+    twisted = TensorContents(compressor, {"p": part}, turn, {"p": honest}).disjoint(2.0)
+    one, other = (compressor.decode([p], [1.0], part, turn) for p in (honest, twisted["p"]))
+    assert not (one * other).any()
+    assert int((other != 0).sum()) == int((one != 0).sum()) == 16
 
 
 def test_unknown_names_are_refused_with_the_nearest_one() -> None:
