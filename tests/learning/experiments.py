@@ -8,14 +8,16 @@ a rate ten times as high makes up for that on a model as small as this.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final
 
 import numpy as np
 import pytest
 
-from tests.learning.swarm import Text, Weights, linear, train, train_data_parallel
 from thinwire.node import config
+from thinwire.node.bench.learning.loco import train_data_parallel
+from thinwire.node.bench.learning.swarm import train
+from thinwire.node.bench.learning.text import Text, linear
 from thinwire.optim import spsa
 from thinwire.optim.parts import byte_code
 
@@ -61,11 +63,12 @@ DECOUPLED_CLAIMS: Final[list[Better]] = [
 def decoupled_losses(seed: int, n_rounds: int) -> Losses:
     """AdamW, DeMo, and DeMo without its parts."""
     text, schedule = Text(TOY, seed), linear(n_rounds)
-    shape = {"n_peers": N_WORKERS, "n_rounds": n_rounds, "schedule": schedule}
-    losses = {"AdamW": text.loss(train_data_parallel(text, 2e-3, **shape))}
+    adamw = train_data_parallel(text, 2e-3, n_peers=N_WORKERS, n_steps=n_rounds, schedule=schedule)
+    losses = {"AdamW": text.loss(adamw)}
     for name, options in DEMO.items():
         strategy = {"name": "decoupled", "lr": 3e-3, "beta": 0.999, **options}
-        losses[name] = text.loss(train(text, strategy, **shape))
+        trained = train(text, strategy, n_peers=N_WORKERS, n_rounds=n_rounds, schedule=schedule)
+        losses[name] = text.loss(trained.model)
     return losses
 
 
@@ -102,21 +105,18 @@ class FineTuning:
     """As the demo does it: a short pretraining on one text, then other text."""
 
     def __init__(self, options: config.Task, seed: int, n_rounds: int) -> None:
-        pydoc = Text(options, seed)
-        shape = {"n_peers": N_WORKERS, "n_rounds": n_rounds, "schedule": linear(n_rounds)}
-        self.base: Weights = train_data_parallel(pydoc, 3e-3, **shape).state_dict()
-        self.text = Text(options.model_copy(update={"corpus": "stdlib"}), seed)
+        base = train_data_parallel(
+            Text(options, seed), 3e-3, n_peers=N_WORKERS, n_steps=n_rounds, schedule=linear(n_rounds)
+        )
+        self.text = Text(options.model_copy(update={"corpus": "stdlib"}), seed, base.state_dict())
 
     def losses(self, runs: Mapping[str, Mapping[str, Any]], n_peers: int, n_rounds: int) -> Losses:
         """Of the base as "before", and after each run. An SPSA run called "float" sends float scalars."""
-        losses = {"before": self.text.loss(self.text.model(self.base))}
+        losses = {"before": self.text.loss(self.text.model())}
         for name, strategy in runs.items():
-            shape = {"n_peers": n_peers, "n_rounds": n_rounds, "base": self.base}
-            if name == "float":
-                with float_scalars():
-                    losses[name] = self.text.loss(train(self.text, dict(strategy), **shape))
-            else:
-                losses[name] = self.text.loss(train(self.text, dict(strategy), **shape))
+            with float_scalars() if name == "float" else nullcontext():
+                trained = train(self.text, strategy, n_peers=n_peers, n_rounds=n_rounds)
+            losses[name] = self.text.loss(trained.model)
         return losses
 
 

@@ -256,7 +256,7 @@ def test_without_matplotlib_there_is_a_table_and_a_word_about_it(
     assert "held-out" in captured.out
     rows = {line.split()[0]: line.split() for line in captured.out.splitlines()}
     assert rows["decoupled"][1:3] == ["4", "256"]
-    assert rows["spsa:"][1] == "lr=0.01,"
+    assert rows["spsa:"][1] == "lr=0.002,"
     assert not list(run_file.parent.glob("*.png"))
 
 
