@@ -119,15 +119,16 @@ def work_weights(
 
     Copies of a payload share one weight. New peers have `newcomers` of theirs where the others have half of
     all at least: so nobody's part of it doubles. Peers with their own data have `own_data_share` of all at
-    most, unless it is 0, and then none of them is new. In a round that has nobody else they have nothing, or
-    all if `own_data_alone`.
+    most, unless it is 0: then that does not concern them. In a round that has nobody else they have nothing,
+    or all if `own_data_alone`.
     """
     limit = MOST_WORK * lower_median(work, claims)
     weights = [min(n, limit) / c.n_copies for n, c in zip(work, claims, strict=True)]
-    are_new = [c.is_new and not (c.own_data and own_data_share == 0.0) for c in claims]
-    new = total(w for w, is_new in zip(weights, are_new, strict=True) if is_new)
-    if 2.0 * new <= total(weights):
-        weights = [w * newcomers if is_new else w for w, is_new in zip(weights, are_new, strict=True)]
+    concerned = [not (c.own_data and own_data_share == 0.0) for c in claims]
+    every = list(zip(weights, claims, concerned, strict=True))
+    new, known = (total(w for w, c, has_to in every if has_to and c.is_new == x) for x in (True, False))
+    if new <= known:
+        weights = [w * newcomers if has_to and c.is_new else w for w, c, has_to in every]
     if own_data_share == 0.0:
         return weights
     own = total(w for w, c in zip(weights, claims, strict=True) if c.own_data)

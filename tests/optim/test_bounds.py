@@ -133,6 +133,8 @@ def test_newcomers_weigh_less_where_half_of_the_weight_is_of_others() -> None:
     offers = [replace(c, is_new=c.seed >= 2) for c in claims(4, own=(3,))]
     assert work_weights([1.0] * 4, offers, 0.0) == [1.0] * 4, "as in older runs"
     assert work_weights([1.0] * 4, offers, 0.0, newcomers=0.25) == [1.0, 1.0, 0.25, 1.0]
+    offers = [replace(c, is_new=c.seed > 0) for c in claims(4, own=(0, 3))]
+    assert work_weights([1.0] * 4, offers, 0.0, newcomers=0.25) == [1.0] * 4, "nobody is known"
 
 
 # ------------------------------------------------------------------------------------------- vectors

@@ -282,8 +282,8 @@ def test_a_new_run_is_bounded_and_says_so() -> None:
     assert of_new_run(SPSA)["max_probes"] == 16
     said = {**SPSA, **dict.fromkeys(new, 0), "clip": 9.0, "max_probes": 64, "lr_scale": "none"}
     assert of_new_run(said) == said
-    for name in ("decoupled", "diloco"):
-        assert of_new_run({"name": name})["bound"] == 2.0
+    assert of_new_run({"name": "decoupled"})["bound"] == 2.0
+    assert of_new_run({"name": "diloco"})["bound"] == 1.25
 
 
 def test_a_run_that_is_gone_on_with_has_what_its_record_says() -> None:
