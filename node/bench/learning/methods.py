@@ -189,7 +189,7 @@ def _trained(text: Text, strategy: Mapping[str, Any], n_peers: int, n_rounds: in
 
 _RATES: Final = tuple(map(Try, (2e-3, 5e-4, 1e-3, 4e-3, 6e-3, 1e-2)))
 _SIGN_RATES: Final = tuple(map(Try, (5e-3, 2e-3, 1e-2, 1.5e-2, 2e-2, 4e-2)))
-_PROBE_RATES: Final = tuple(map(Try, (1e-2, 1e-3, 3e-3, 5e-3, 2e-2, 3e-2)))
+_PROBE_RATES: Final = tuple(map(Try, (1e-2, 3e-3, 5e-3, 2e-2, 3e-2, 5e-2)))
 _OUTER: Final = ((0.7, 0.6), (1.0, 0.0), (0.7, 0.9))
 _OUTER_TRIES: Final = tuple(Try(lr, *outer) for lr, outer in product((4e-3, 1e-2), _OUTER))
 _SPARSE_TRIES: Final = tuple(
