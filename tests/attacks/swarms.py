@@ -22,10 +22,11 @@ def swarm(
     *,
     n_honest: int = 3,
     n_bad: int = 1,
+    seed: int = 1,
     settings: tuple[tuple[str, float], ...] = (),
 ) -> Outcome:
     """After its last round; of new runs' own settings, but for the given ones."""
-    return trained(Plan(STRATEGIES[strategy], attack, n_honest, n_bad, n_rounds, settings=settings))
+    return trained(Plan(STRATEGIES[strategy], attack, n_honest, n_bad, n_rounds, seed, settings))
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

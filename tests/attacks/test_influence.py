@@ -3,6 +3,9 @@ each attack and strategy. Bad peers are real nodes, members like others, whose o
 
 from __future__ import annotations
 
+from functools import cache
+from statistics import fmean
+
 import pytest
 
 from tests.attacks.swarms import UNMEASURED, distance, swarm
@@ -13,9 +16,9 @@ from thinwire.node.bench.attacks.table import is_meant
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_core")]
 
 MOST = 3.0
-"""Times what honest peers in their place move the model by: 1.1 to 2.5 here. Without bounds and without sign
-an attacker has 7 to 14 times that, or 130 with many samples. With sign, where no element moves farther than
-the learning rate, it has 1.9 to 2.7 anyway: losses tell the difference."""
+"""Times what honest peers in their place move the model by on average: 1.1 to 2.8 here. Without bounds and
+without sign an attacker has 7 to 14 times that, or 130 with many samples. With sign, where no element moves
+farther than the learning rate, it has 1.9 to 2.7 anyway: losses tell the difference."""
 
 MORE = {"most-samples": 4.0, "spsa": 4.5}
 """Twice the median in norm and in samples; |g| of 4 medians in every probe."""
@@ -31,17 +34,28 @@ ROWS = [
 ]
 
 
+SEEDS = range(1, 6)
+"""In one round an honest peer moves the model by 0.3 to 1.6 times what it does on average."""
+
+
 def influence(strategy: str, attack: Attack, settings: tuple[tuple[str, float], ...] = ()) -> float:
-    """1.0: as much as honest peers in their place; 0.0: as if they had sent nothing."""
+    """1.0: as much as honest peers in their place on average; 0.0: as if they had sent nothing."""
+    honest = fmean(moved(strategy, HONEST, attack.least_bad, seed) for seed in SEEDS)
+    return moved(strategy, attack, attack.least_bad, 1, settings) / honest
 
-    def weights(of: Attack) -> dict[str, object]:
-        n_bad = attack.least_bad
-        outcome = swarm(strategy, of, 1, n_honest=3 * n_bad, n_bad=n_bad, settings=(*settings, *UNMEASURED))
+
+@cache
+def moved(
+    strategy: str, attack: Attack, n_bad: int, seed: int, settings: tuple[tuple[str, float], ...] = ()
+) -> float:
+    """How far from where the model is without them, L2."""
+    weights = []
+    for of in (attack, EMPTY):
+        settings_of_all = (*settings, *UNMEASURED)
+        outcome = swarm(strategy, of, 1, n_honest=3 * n_bad, n_bad=n_bad, seed=seed, settings=settings_of_all)
         assert outcome.fingerprint, "every honest replica is finite and like the others"
-        return dict(outcome.weights)
-
-    nothing = weights(EMPTY)
-    return distance(weights(attack), nothing) / distance(weights(HONEST), nothing)
+        weights.append(dict(outcome.weights))
+    return distance(*weights)
 
 
 @pytest.mark.parametrize(("strategy", "attack"), ROWS)

@@ -22,8 +22,9 @@ from thinwire.node.bench.command import (
     run_bench,
     run_sizes,
 )
-from thinwire.node.bench.decoupled import DecoupledRound, Demo, InexactApply, cosine_basis
+from thinwire.node.bench.decoupled import DecoupledRound, InexactApply
 from thinwire.node.bench.diloco import PlainDiloco
+from thinwire.node.bench.learning.demo import cosine_basis, decode, select
 from thinwire.node.bench.measure import copy_bandwidth, fill_gradients, measure, transformer
 from thinwire.node.bench.view import print_bench
 
@@ -238,9 +239,8 @@ def test_the_model_has_about_the_size_that_was_asked_for() -> None:
 
 def test_the_baseline_is_demo() -> None:
     """Its transform is orthonormal and keeps the largest coefficients: a sparse signal comes back."""
-    basis = cosine_basis(64)
+    basis = cosine_basis(64, torch.device("cpu"))
     torch.testing.assert_close(basis.T @ basis, torch.eye(64), atol=1e-5, rtol=0)
-    demo = Demo({})
     smooth = basis[:, 3][:, None] * basis[:, 5][None, :] - 0.5 * basis[:, 1][:, None] * basis[:, 2][None, :]
     x = smooth.repeat(2, 3)
-    torch.testing.assert_close(demo.decode([demo.select(x)] * 4, x.shape), x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(decode([select(x, 32)] * 4, x.shape), x, atol=1e-5, rtol=0)

@@ -11,7 +11,7 @@ from tests.support.paths import ROOT
 from thinwire.compression.errors import ConfigError
 from thinwire.node.config import load_config, parse_config
 from thinwire.node.tasks.registry import make_task
-from thinwire.optim.registry import build_strategy, refuse_unlikely
+from thinwire.optim.registry import build_strategy, of_new_run, refuse_unlikely
 
 
 def write(folder: Path, text: str) -> Path:
@@ -63,7 +63,7 @@ def test_every_example_run_is_valid() -> None:
     assert runs
     for run in runs:
         config = load_config(run, environ={})
-        build_strategy(config.strategy, torch.nn.Linear(8, 8).named_parameters())
+        build_strategy(of_new_run(config.strategy), torch.nn.Linear(8, 8).named_parameters())
         if config.task.name == "text":
             with torch.device("meta"):
                 make_task(config.task, None, None).model()

@@ -43,7 +43,7 @@ RUNS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "spsa": ({"name": "spsa", "lr": 1e-3, "probes": 3}, 1, {}),
     "diloco": (
         {"name": "diloco", "lr": 1e-2, "inner_steps": 2, "fragments": 2, "mix": 0.5, "overlap": 1,
-         "compressor": SMALL},
+         "outer_momentum": 0.9, "compressor": SMALL},
         4,
         {"precision": "bf16", "activation_checkpointing": True},
     ),
