@@ -176,6 +176,8 @@ class Rounds:
         self._condemned: frozenset[int] = frozenset()
         self._opening: frozenset[int] = frozenset()
         self._offers: dict[int, _Kept] = {}
+        self._excused: set[int] = set()
+        """Of the round that is open or opens next."""
         self._hung: set[int] = set()
         self.attendance = attendance or Attendance()
         self._pasts: dict[int, _Past] = {}
@@ -241,7 +243,7 @@ class Rounds:
         opened_s = self.opened_s or 0.0
         self._pasts[self.round] = _Past(opened_s, frozenset(), frozenset(), self._offers)
         self._pasts.pop(self.round - KEPT_ROUNDS, None)
-        self._offers, self.expected = {}, set()
+        self._offers, self._excused, self.expected = {}, set(), set()
         self._next, self._closing = (n_rounds, is_paused), _Closing(None, now_s, is_skipped=True)
 
     def sealed(self, now_s: float) -> list[Action]:
@@ -307,7 +309,8 @@ class Rounds:
         self.opened_s = now_s
         self._evaluates, self._begins_late = evaluates, self._evaluates
         resting = None if self.times.is_worth_waiting(self.round) else self._begins_late
-        self.expected = self.training - self._hung - self._condemned - self.attendance.absent - {resting}
+        out = self._hung | self._condemned | self._excused | self.attendance.absent
+        self.expected = self.training - out - {resting}
         self._opening = frozenset(self.expected)
         if self._policy == "fastest":
             goal = limit(self._policy, self.times, self.round, self._opening)
@@ -360,6 +363,7 @@ class Rounds:
                     self._has_bytes_late(peer, round_, now_s)
 
     def _excuse(self, peer: int) -> None:
+        self._excused.add(peer)
         self.expected.discard(peer)
         kept = self._offers.get(peer)
         if kept is not None and not kept.has_bytes:
@@ -426,7 +430,7 @@ class Rounds:
         for peer in missing:
             if peer != self._begins_late:
                 self.times.is_missing(self.round, peer, now_s - opened_s)
-        self._offers, self._has_begun, self.expected = {}, True, set()
+        self._offers, self._excused, self._has_begun, self.expected = {}, set(), True, set()
         evaluator = self._next_evaluator()
         self._closing = _Closing(evaluator, now_s)
         return [RoundClosed(self.round, tuple(eligible), tuple(missing), evaluator, now_s - opened_s, why)]

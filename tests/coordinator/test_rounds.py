@@ -419,6 +419,15 @@ def test_excused_peers_are_not_awaited_in_that_round_only() -> None:
     assert rounds.missing() == [0, 1]
 
 
+def test_who_is_excused_before_a_round_opens_is_not_awaited_in_it() -> None:
+    rounds = new(min_peers=2)
+    rounds.handle(PeerTrains(0), 0.0)
+    rounds.handle(Excused(0, 1), 0.0)
+    assert rounds.handle(PeerTrains(1), 0.0) == [RoundOpened(1, (1,))]
+    assert closed(rounds.handle(offer(1, 1), 1.0)) == [(1, (1,))]
+    assert rounds.missing() == [0, 1]
+
+
 def test_the_evaluator_rotates() -> None:
     rounds = started(3, eval_every=2, n_rounds=7)
     seen = {}

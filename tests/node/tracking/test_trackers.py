@@ -212,6 +212,7 @@ def test_wandb_without_a_network(offline: Path) -> None:
     tracks.add("round", 2, loss=2.0, compute_s=0.5, own="missed")
     tracks.close()
     assert failures(metrics, "wandb") == 0
+    pytest.importorskip("wandb").teardown()  # on a busy machine its service writes on when a run has finished
     (file,) = offline.glob("wandb/offline-run-*/*.wandb")
     records = list(wandb_records(file.read_bytes()))
     (run,) = [record.run for record in records if record.HasField("run")]
