@@ -46,7 +46,7 @@ class Fetcher:
     ) -> None:
         self._blobs, self._open_stream, self._sources, self._arrived = blobs, open_stream, sources, arrived
         self._wanted: dict[bytes, _Wanted] = {}
-        self._taken: set[bytes] = set()
+        self._under_way: dict[bytes, tuple[str, asyncio.Task[None]]] = {}
         self._streams: dict[str, list[Stream]] = {}
         self._wake = asyncio.Event()
         self._workers: list[asyncio.Task[None]] = []
@@ -80,6 +80,12 @@ class Fetcher:
         for digest in digests:
             self._wanted.pop(digest, None)
 
+    def leave(self, source: str) -> None:
+        """That seat may stand still: what comes from there is to come from others, if they have it."""
+        for seat, fetching in self._under_way.values():
+            if seat == source:
+                fetching.cancel()
+
     def look_again(self) -> None:
         """There may be new sources."""
         for wanted in self._wanted.values():
@@ -87,10 +93,11 @@ class Fetcher:
         self._wake.set()
 
     async def close(self) -> None:
-        workers, self._workers = self._workers, []
-        for task in workers:
+        tasks = [*self._workers, *(fetching for _, fetching in self._under_way.values())]
+        self._workers = []
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for streams in self._streams.values():
             for stream in streams:
                 stream.abort()
@@ -108,20 +115,27 @@ class Fetcher:
                     self.look_again()
                 continue
             digest, source = found
-            self._taken.add(digest)
+            wanted = self._wanted[digest]
+            fetching = asyncio.create_task(self._fetch(digest, wanted, source))
+            self._under_way[digest] = source, fetching
             try:
-                await self._fetch(digest, self._wanted[digest], source)
+                await asyncio.wait({fetching})
+                if fetching.cancelled():  # see `leave`
+                    wanted.not_at.add(source)
+                else:
+                    fetching.result()
             except Exception:
                 log.exception("a blob from seat %s met a fault of ours", source)
                 await asyncio.sleep(RETRY_S)
             finally:
-                self._taken.discard(digest)
+                fetching.cancel()
+                del self._under_way[digest]
 
     def _next(self) -> tuple[bytes, str] | None:
         """A blob, and a seat that may have it."""
         sources = self._sources()
         for digest, wanted in self._wanted.items():
-            if digest in self._taken:
+            if digest in self._under_way:
                 continue
             source = next((seat for seat in sources if seat not in wanted.not_at), None)
             if source is not None:

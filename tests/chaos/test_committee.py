@@ -1,4 +1,4 @@
-"""Three coordinators and three nodes as processes: the leader is killed, all are, most are for ever."""
+"""Three coordinators and three nodes as processes: the leader freezes, is killed, all are, most for ever."""
 
 from __future__ import annotations
 
@@ -36,16 +36,19 @@ def all_is_well(swarm: Swarm) -> None:
         assert "Traceback" not in program.text(whole=True), program.name
 
 
-def test_the_leader_is_killed_and_the_next_commit_comes_soon(swarm: Swarm) -> None:
-    for _ in range(2):
+def test_the_leader_freezes_or_is_killed_and_the_next_commit_comes_soon(swarm: Swarm) -> None:
+    for break_, mend in (
+        (Coordinator.freeze, Coordinator.thaw),
+        (Coordinator.kill, lambda leader: begin_again(swarm, leader)),
+    ):
         swarm.wait_rounds(3)
         leader = swarm.coordinators.leader()
-        leader.kill()
+        break_(leader)
         head, digests = swarm.head(), list(swarm.book.digests)
         swarm.wait(lambda: swarm.head() > head, NEXT_COMMIT_S, "a commit by another coordinator")  # noqa: B023
         assert swarm.coordinators.leader() is not leader
         assert swarm.book.digests[:head] == digests[:head]
-        begin_again(swarm, leader)
+        mend(leader)
     all_is_well(swarm)
 
 

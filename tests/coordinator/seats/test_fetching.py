@@ -51,7 +51,7 @@ class Pair:
 
     def _sources(self) -> list[str]:
         self.n_asked += 1
-        return ["leader"]
+        return ["leader", "next leader"]
 
     async def _open(self, _seat: str) -> Stream:
         near, far = socket.socketpair()
@@ -121,6 +121,24 @@ def test_an_upload_that_breaks_off_leaves_nothing_and_may_come_again(tmp_path: P
         pair.theirs.put(DIGEST, PAYLOAD)
         pair.fetcher.want(DIGEST, len(PAYLOAD))
         await until(lambda: pair.came == [DIGEST])
+
+    played(tmp_path, scene)
+
+
+def test_a_payload_that_stands_still_at_who_led_before_comes_from_who_leads_now(tmp_path: Path) -> None:
+    async def scene(pair: Pair) -> None:
+        upload = pair.theirs.writer(DIGEST, len(PAYLOAD))
+        upload.write(PAYLOAD[:HALF])
+        pair.fetcher.want(DIGEST, len(PAYLOAD))
+        await until(lambda: n_coming(pair) == HALF)
+        pair.theirs.put(DIGEST, PAYLOAD)
+        pair.fetcher.leave("next leader")
+        await asyncio.sleep(0.05)
+        assert n_coming(pair) == HALF, "nothing comes from there"
+        pair.fetcher.leave("leader")
+        await until(lambda: pair.came == [DIGEST])
+        assert [path.suffix for path in (tmp_path / "ours").iterdir()] == [""]
+        upload.abort()
 
     played(tmp_path, scene)
 
