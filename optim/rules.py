@@ -79,7 +79,9 @@ def _sender_floor(options: Options) -> float:
 
 def _of_adamw(with_momentum: float, otherwise: float) -> Callable[[Options], float]:
     def value(options: Options) -> float:
-        return with_momentum if options["base"] == "adamw" and options["beta"] > 0 else otherwise
+        """What is no number is refused later, in words."""
+        has_momentum = isinstance(options["beta"], int | float) and options["beta"] > 0
+        return with_momentum if options["base"] == "adamw" and has_momentum else otherwise
 
     return value
 

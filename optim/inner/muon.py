@@ -46,6 +46,8 @@ def muon_options(inner: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"inner.lr_ratio = {ratio!r}: must be a number > 0: Muon's rate over strategy.lr")
     if not isinstance(hidden, list | tuple) or not all(isinstance(pattern, str) for pattern in hidden):
         raise ConfigError(f'inner.hidden = {hidden!r}: write patterns of names, ["blocks.*.weight"]')
+    if not isinstance(options["betas"], list | tuple) or len(options["betas"]) != 2:
+        raise ConfigError(f"inner.betas = {options['betas']!r}: must be two numbers, AdamW's: [0.9, 0.95]")
     return options
 
 
@@ -53,7 +55,9 @@ def check_muon(inner: Mapping[str, Any]) -> None:
     """Raises what torch raises for options that it does not know or take, and ConfigError."""
     options = muon_options(inner)
     matrix = torch.zeros(2, 2)
-    torch.optim.Muon([matrix], lr=0.1, **_of_muon(options))
+    muon = torch.optim.Muon([matrix], lr=0.1, **_of_muon(options))
+    matrix.grad = torch.ones(2, 2)
+    muon.step()  # type: ignore[no-untyped-call]  # some it looks at only then
     torch.optim.AdamW([matrix], lr=0.1, betas=tuple(options["betas"]))
 
 

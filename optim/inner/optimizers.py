@@ -41,7 +41,7 @@ def check_inner(inner: object, weight_decay: float) -> None:
     if not isinstance(inner, Mapping) or "name" not in inner:
         raise ConfigError(f'inner = {inner!r}: write a name, or a table with a name, {{"name": "AdamW"}}')
     name, known = inner["name"], _known()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(f"inner optimizer {name!r}: {nearest(name, known - REFUSED.keys())}")
     if name in REFUSED:
         raise ConfigError(f"inner optimizer {name}: {REFUSED[name]}")
@@ -54,7 +54,7 @@ def check_inner(inner: object, weight_decay: float) -> None:
             check_muon(inner)
         else:
             _kind(name)([torch.zeros(2, 2)], lr=0.1, **_options(inner))
-    except (TypeError, ValueError, RuntimeError) as e:
+    except (TypeError, ValueError, RuntimeError, IndexError) as e:
         raise ConfigError(f"inner optimizer {name}: {e}") from e
 
 

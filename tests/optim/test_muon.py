@@ -128,6 +128,11 @@ def test_muon_inside_is_torchs_muon_and_adamw_bit_for_bit(
         (blocks, {"name": "Muon", "lr": 0.02}, "inner.lr: lr is an option of the strategy itself"),
         (blocks, {"name": "Muon", "momentun": 0.9}, "inner optimizer Muon: "),
         (blocks, {"name": "Muon", "betas": [2.0, 0.9]}, "inner optimizer Muon: Invalid beta"),
+        (blocks, {"name": "Muon", "betas": [0.9]}, "inner.betas = [0.9]: must be two numbers"),
+        (blocks, {"name": "Muon", "ns_steps": 100}, "inner optimizer Muon: Number of steps must be less"),
+        (blocks, {"name": "Muon", "ns_coefficients": [1.0]}, "inner optimizer Muon: Coefficients must be"),
+        (blocks, {"name": "Muon", "eps": "1e-7"}, "inner optimizer Muon: clamp()"),
+        (blocks, {"name": ["Muon"]}, "inner optimizer ['Muon']: "),
     ],
 )
 def test_what_muon_cannot_do_is_refused_in_clear_words(

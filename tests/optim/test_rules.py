@@ -133,6 +133,13 @@ def test_what_a_new_run_has_follows_its_compressor(said: dict[str, Any], expecte
     build_strategy(found, [("p", nn.Parameter(torch.zeros(3)))])
 
 
+@pytest.mark.parametrize("beta", ["0.9", None, [0.9]])
+def test_what_is_no_number_is_refused_in_words_although_a_rule_asks_for_it(beta: object) -> None:
+    said = {"name": "decoupled", "base": "adamw", "beta": beta}
+    with pytest.raises(ConfigError, match=r"beta = .*must be a number >= 0 and < 1"):
+        build_strategy(of_new_run(said), [("p", nn.Parameter(torch.zeros(3)))])
+
+
 def test_diloco_has_another_compressor_in_new_runs() -> None:
     assert complete_new_run({"name": "diloco"})["compressor"]["name"] == "dense"
     assert complete_config({"name": "diloco"})["compressor"]["name"] == "dct_topk"
