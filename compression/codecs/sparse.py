@@ -61,6 +61,7 @@ from .sparse_dispatch import (
     send,
 )
 from .sparse_layout import SparseLayout, n_coefficients
+from .tiles import Tiles
 
 Array = npt.NDArray[Any]
 
@@ -109,13 +110,6 @@ class Sparse(Compressor):
         return 0
 
     @property
-    def unit(self) -> int:
-        """Elements that a coefficient moves together, and coefficients that move each of them."""
-        if not self.transforms:
-            return 1
-        return self.group_size if self.tile_side else min(N, self.group_size)
-
-    @property
     def pack_layout(self) -> SparseLayout:
         """What backends need to know."""
         return _layout_of(self)
@@ -129,9 +123,15 @@ class Sparse(Compressor):
         return int(self.pack_layout.of(part.shape).most.k_G.sum())
 
     def moved_share(self, part: Part, n_packs: int) -> float:
-        """If peers selected by chance: what any coefficient of its unit moves that one of them has sent."""
-        unmoved = 1.0 - self.k / self.group_size
-        return 1.0 - power(unmoved, n_packs * self.unit)
+        """If peers selected by chance: what any coefficient moves that one of them has sent. Of a flat group
+        that is not full more is sent."""
+        layout = self.pack_layout
+        if isinstance(layout.groups(part.shape), Tiles):
+            return 1.0 - power(1.0 - self.k / self.group_size, n_packs * self.group_size)
+        most = layout.of(part.shape).most
+        n_all = int(most.n_G.sum())
+        unmoved = 1.0 - int(most.k_G.sum()) / n_all if n_all else 0.0
+        return 1.0 - power(unmoved, n_packs * (min(N, self.group_size) if self.transforms else 1))
 
     # ------------------------------------------------------------------------------- pack: local
 

@@ -46,6 +46,26 @@ def test_the_share_that_moves_is_about_what_does(compressor: Compressor, n_packs
     assert compressor.moved_share(PART, n_packs) == pytest.approx(moved, rel=0.15)
 
 
+@pytest.mark.parametrize("n", [1, 10, 40, 2500])
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        TopK(k=32, group_size=4096, bits=8),
+        DctTopK(k=4, group_size=4096, bits=8),
+        DctTopK(k=2, group_size=1024, layout="tiles", bits=8),
+    ],
+    ids=str,
+)
+def test_so_it_is_of_vectors_and_short_groups(compressor: Compressor, n: int) -> None:
+    """Of these more than k of group_size is sent, and none are cut into tiles: a scalar always moves."""
+    part, draw, moved, n_rounds = Part.whole((n,)), torch.Generator().manual_seed(n), 0.0, 20
+    for _ in range(n_rounds):
+        packs = [compressor.pack(torch.randn(n, generator=draw), part, TURN) for _ in range(3)]
+        mean = compressor.decode(packs, [1.0] * 3, part, TURN)
+        moved += float((mean != 0).float().mean()) / n_rounds
+    assert compressor.moved_share(part, 3) == pytest.approx(moved, rel=0.2)
+
+
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=lambda c: type(c).__name__)
 def test_signs_move_all_parameters_as_far_as_lr_says_in_the_square(compressor: Compressor) -> None:
     """Whatever the compressor: the step's root mean square is lr. Decay goes by lr itself."""
