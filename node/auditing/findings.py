@@ -73,10 +73,16 @@ class Findings:
             least = f"agreement {evidence.agreement:.3f}, at least {evidence.limit:.3f} expected"
             return failed(f"it is not what its work comes to when it is done again: {least}")
         for twin in self._twins(offer):
-            theirs = self._evidence(offer, twin)
-            if theirs is not None and theirs.agreement > evidence.agreement:
+            if self._is_rather_of(offer, twin):
                 return failed(f"it is the payload of peer {twin.peer}, whose work it is")
         return PASSED
+
+    def _is_rather_of(self, offer: OfferEntry, twin: OfferEntry) -> bool:
+        """Whether the offer's payload agrees better with the twin's work, by as many batches of either: who
+        claims more is not measured more surely."""
+        n_batches = min(self._n_batches(offer), self._n_batches(twin))
+        ours, theirs = (self._evidence(offer, whose, n_batches) for whose in (offer, twin))
+        return ours is not None and theirs is not None and theirs.agreement > ours.agreement
 
     def _is_clear(self) -> bool:
         """Whether this node's own offer of that round, which was honest, shows what work comes to."""
@@ -84,15 +90,19 @@ class Findings:
         evidence = None if own is None else self._evidence(own, own)
         return evidence is not None and evidence.is_clear
 
-    def _evidence(self, offer: OfferEntry, whose: OfferEntry) -> Evidence | None:
-        """What speaks for the offer's payload as the work of `whose` peer, by its batches."""
+    def _n_batches(self, offer: OfferEntry) -> int:
+        return -(-offer.n_samples // self._run.work.task.n_samples)
+
+    def _evidence(
+        self, offer: OfferEntry, whose: OfferEntry, n_batches: int | None = None
+    ) -> Evidence | None:
+        """What speaks for the offer's payload as the work of `whose` peer, by its batches, or so many."""
         run_id, round_, peer_id = self._run.replica.run_id, self._earlier.round, self._peer_id(whose)
-        n_batches = -(-whose.n_samples // self._run.work.task.n_samples)
         (evidence,) = self._run.work.audit(
             {peer_id: self._payload(offer)},
             self._earlier,
             lambda i: data_seed(run_id, round_, peer_id, i),
-            n_batches,
+            self._n_batches(whose) if n_batches is None else n_batches,
         )
         return evidence
 
