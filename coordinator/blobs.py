@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -47,11 +48,19 @@ class BlobWriter:
         self._file.flush()  # for who reads it meanwhile
         self._hash.update(chunk)
         self.n_bytes += len(chunk)
-        self._tell()
+        self.tell()
+
+    @property
+    def is_here(self) -> bool:
+        """The blob is in the store, by this upload or by another one that was quicker."""
+        return self._digest in self._store
 
     def open(self) -> BinaryIO:
-        """What is there, for reading; stays readable whatever becomes of it."""
-        return self._path.open("rb")
+        """What is there, for reading; stays readable whatever becomes of it. Raises OSError."""
+        if not self.is_here:
+            with contextlib.suppress(FileNotFoundError):  # `sync` gives it the blob's name just now
+                return self._path.open("rb")
+        return self._store.file(self._digest).open("rb")
 
     def sync(self) -> None:
         """Brings all onto the disk, so that `finish` is quick. In any thread, while nothing else is called.
@@ -60,7 +69,8 @@ class BlobWriter:
             raise BadMessage(f"blob {self._digest.hex()[:16]}: its bytes do not fit its digest")
         os.fsync(self._file.fileno())
         self._file.close()
-        self._path = self._store.rename(self._path, self._digest)
+        self._path = self._path.rename(self._store.file(self._digest))  # one of the same bytes may be there
+        sync_folder(self._path.parent)
         self._is_synced = True
 
     def finish(self) -> int:
@@ -78,18 +88,21 @@ class BlobWriter:
     def abort(self) -> None:
         """Nothing is left of it. Raises OSError."""
         self._end()
-        self._file.close()
-        if not (self._is_synced and self._digest in self._store):  # else it has come twice
-            self._path.unlink(missing_ok=True)
+        try:
+            self._file.close()  # what it could not write for want of room, it tries again
+        finally:
+            if not (self.is_here and self._path == self._store.file(self._digest)):  # else it has come twice
+                self._path.unlink(missing_ok=True)
 
     def _end(self) -> None:
         self._store.reserved_bytes -= self._reserved_bytes
         self._reserved_bytes = 0
         self._store.over(self._digest, self)
         self.is_over = True
-        self._tell()
+        self.tell()
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Wakes who watches."""
         for watcher in list(self.watchers):
             watcher()
 
@@ -110,7 +123,7 @@ class BlobStore:
         self._offered: dict[int, set[bytes]] = {}
         self._counted: dict[int, set[bytes]] = {}
         self._asides = count()
-        self._coming: dict[bytes, BlobWriter] = {}
+        self._coming: dict[bytes, list[BlobWriter]] = {}
         self._scan()
         self.n_bytes = sum(blob.n_bytes for blob in self._blobs.values())
         self.pinned_bytes = 0
@@ -129,17 +142,21 @@ class BlobStore:
     def writer(self, digest: bytes, n_bytes: int = 0) -> BlobWriter:
         """For bytes that arrive bit by bit, `n_bytes` of them, for which room is reserved."""
         aside = self._path / f"{digest.hex()}.{next(self._asides)}.part"
-        writer = self._coming[digest] = BlobWriter(self, digest, aside, n_bytes)
+        writer = BlobWriter(self, digest, aside, n_bytes)
+        self._coming.setdefault(digest, []).append(writer)
         return writer
 
     def coming(self, digest: bytes) -> BlobWriter | None:
-        """By which the blob comes that is not here yet; None: it does not."""
-        return self._coming.get(digest)
+        """By which the blob comes that is not here yet: of several, which has most; None: it does not."""
+        return max(self._coming.get(digest, ()), key=lambda writer: writer.n_bytes, default=None)
 
     def over(self, digest: bytes, writer: BlobWriter) -> None:
         """It writes no more."""
-        if self._coming.get(digest) is writer:
-            del self._coming[digest]
+        coming = self._coming.get(digest, [])
+        if writer in coming:
+            coming.remove(writer)
+            if not coming:
+                del self._coming[digest]
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._blobs
@@ -153,7 +170,7 @@ class BlobStore:
         """For reading in chunks; stays readable if the blob is deleted meanwhile. Raises KeyError."""
         if digest not in self._blobs:
             raise KeyError(digest.hex())
-        return self._file(digest).open("rb")
+        return self.file(digest).open("rb")
 
     def read(self, digest: bytes) -> bytes:
         """The whole blob. Raises KeyError."""
@@ -212,32 +229,28 @@ class BlobStore:
         if digest in self._blobs:
             self._delete_if_free(digest)
 
-    def rename(self, aside: Path, digest: bytes) -> Path:
-        """A verified file that is on the disk gets the blob's name there; one of the same bytes may have it.
-        Returns the new path. In any thread."""
-        path = aside.rename(self._file(digest))
-        sync_folder(self._path)
-        return path
-
     def adopt(self, digest: bytes, n_bytes: int) -> None:
         """The file that was renamed becomes a blob. Raises BadMessage: it came twice at once, and what came
         first was released meanwhile."""
         if digest in self._blobs:
             return
-        if not self._file(digest).exists():
+        if not self.file(digest).exists():
             raise BadMessage(f"blob {digest.hex()[:16]} was released while it came again")
         self._blobs[digest] = _Blob(n_bytes)
         self.n_bytes += n_bytes
+        for writer in self._coming.get(digest, ()):
+            writer.tell()  # who waits for the slower one need not
 
     def _delete_if_free(self, digest: bytes) -> None:
         blob = self._blobs[digest]
         if blob.is_pinned or blob.offered is not None or blob.counted is not None:
             return
-        self._file(digest).unlink(missing_ok=True)
+        self.file(digest).unlink(missing_ok=True)
         del self._blobs[digest]
         self.n_bytes -= blob.n_bytes
 
-    def _file(self, digest: bytes) -> Path:
+    def file(self, digest: bytes) -> Path:
+        """Where the blob is, once it is here."""
         return self._path / digest.hex()
 
     def _scan(self) -> None:

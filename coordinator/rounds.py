@@ -276,7 +276,7 @@ class Rounds:
             case BytesArrived(digest):
                 self._arrived(digest, now_s)
             case Excused(peer, round_):
-                if round_ == self.round:
+                if round_ == self.round and not self.is_closing:
                     self._excuse(peer)
             case TimePassed():
                 pass

@@ -287,8 +287,9 @@ class StreamServer:
         """What is being uploaded, for other seats alone."""
 
         def coming(digest: bytes) -> Coming | None:
-            writer = self._blobs.coming(digest) if self._is_seat(peer_id) else None
-            return None if writer is None else PassedOn(writer)
+            goes_on = partial(self._uploads.passes_on, digest)
+            writer = self._blobs.coming(digest) if self._is_seat(peer_id) and goes_on() else None
+            return None if writer is None else PassedOn(writer, goes_on)
 
         return coming
 
@@ -332,7 +333,11 @@ class _Shelf:
         with _disk(not_stored):
             writer = self._blobs.writer(digest, n_bytes)
         self._uploads.begins(digest, n_bytes)
-        return _Upload(writer, not_stored, partial(self._uploads.ends, digest))
+        return _Upload(writer, not_stored, partial(self._ends, digest))
+
+    def _ends(self, digest: bytes, *, is_stored: bool) -> None:
+        if is_stored or self._blobs.coming(digest) is None:  # else it comes twice
+            self._uploads.ends(digest, is_stored=is_stored)
 
     def stored(self, digest: bytes) -> None:
         """An upload is complete."""
@@ -366,9 +371,9 @@ class _Upload:
         return n_bytes
 
     def abort(self) -> None:
-        self._ends(is_stored=False)
         with contextlib.suppress(OSError):
             self._writer.abort()
+        self._ends(is_stored=False)
 
 
 @contextlib.contextmanager

@@ -246,12 +246,14 @@ async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Traffic
 async def _finish(sink: Sink) -> None:
     """The event loop goes on while the disk writes: other blobs come, and heartbeats. Raises what the sink
     raises."""
-    syncing = asyncio.create_task(asyncio.to_thread(sink.sync))
+    syncing = asyncio.get_running_loop().run_in_executor(None, sink.sync)
     try:
         await asyncio.shield(syncing)
     except asyncio.CancelledError:
-        await asyncio.wait({syncing})  # the thread has the file: it cannot be taken away before
-        syncing.cancelled() or syncing.exception()
+        while not syncing.done():  # the thread has the file: it cannot be taken away before
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({syncing})
+        syncing.exception()
         raise
     sink.finish()
 

@@ -94,6 +94,15 @@ class Holding:
         for given in self._given.values():
             given.pop(digest, None)
 
+    def lost(self, digest: bytes) -> list[bytes]:
+        """The payload was given to others while it came, and has not come whole: nobody has it. Returns those
+        that are held from now on, for they need not be where this one was taken to be."""
+        self.forget(digest)
+        self._held.discard(digest)
+        for has in self._by_seat.values():
+            has.discard(digest)
+        return list(iter(self._next, None))
+
     def _next(self) -> bytes | None:
         for digest in self._waiting:
             wanted = self._held | {digest}

@@ -63,6 +63,7 @@ class Fetcher:
             return False
         wanted = self._wanted.get(digest)
         if wanted is not None:
+            wanted.max_bytes = max(wanted.max_bytes, max_bytes)  # what was said first may have been untrue
             wanted.not_at.clear()
         elif len(self._wanted) < MAX_WANTED:
             self._wanted[digest] = _Wanted(max_bytes)

@@ -42,8 +42,10 @@ class Holders:
     def announce(self, digest: bytes, round_: int, n_bytes: int | None = None) -> None:
         """It has come here, for an offer of this round: the others are to fetch it. `n_bytes`: of what is
         being uploaded, and can be had meanwhile."""
-        n_bytes = self._blobs.size(digest) if n_bytes is None else n_bytes
-        if n_bytes is None or digest in self._announced:
+        stored = self._blobs.size(digest)
+        n_bytes = n_bytes if stored is None else stored
+        _, said = self._announced.get(digest, (0, -1))
+        if n_bytes is None or n_bytes <= said:
             return
         if len(self._announced) >= MAX_BLOBS:
             self._forget(next(iter(self._announced)))
@@ -51,6 +53,10 @@ class Holders:
         self._holding.announce(digest)
         for seat in self._others():
             self._send(seat, Keep(digest=digest, n_bytes=n_bytes))
+
+    def has_announced(self, digest: bytes) -> bool:
+        """Others know that it comes, or has come, for a round that is not long over."""
+        return digest in self._announced
 
     def remind(self, seat: str | None = None) -> None:
         """Says again what is not known to be there, to this seat or to all: words may be lost."""
@@ -87,10 +93,13 @@ class Holders:
         for digest in [d for d, (came, _) in self._announced.items() if came + KEPT_ROUNDS <= round_]:
             self._forget(digest)
 
-    def lost(self, digest: bytes) -> None:
-        """Its upload has broken off."""
-        if digest in self._announced and digest not in self._blobs:
-            self._forget(digest)
+    def lost(self, digest: bytes) -> list[bytes]:
+        """Its upload has broken off. Returns those that enough seats hold from now on, where it stood in the
+        way."""
+        if digest not in self._announced or digest in self._blobs:
+            return []
+        self._forget(digest)
+        return self._holding.lost(digest)
 
     def _forget(self, digest: bytes) -> None:
         del self._announced[digest]

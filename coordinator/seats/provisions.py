@@ -57,7 +57,7 @@ class Provisions:
         on_held: Callable[[bytes], None],
         on_whole: Callable[[], None],
     ) -> None:
-        self._ledger, self._blobs, self._disk = ledger, blobs, disk
+        self._me, self._ledger, self._blobs, self._disk = me, ledger, blobs, disk
         self._links, self._send, self._leader = links, send, leader
         self._shelf, self._on_held, self._on_whole = shelf, on_held, on_whole
         self._awaited: set[bytes] = set()
@@ -93,8 +93,12 @@ class Provisions:
         self._uploads.pop(digest, None)
         self._early.discard(digest)
         if not is_stored:
-            self._holders.lost(digest)
+            for held in self._holders.lost(digest):
+                self._on_held(held)
         self._announce_uploads()
+
+    def passes_on(self, digest: bytes) -> bool:
+        return digest in self._early and self._leader() == self._me
 
     def given(self, seat: str, digest: bytes) -> None:
         for held in self._holders.given(seat, digest):
@@ -105,6 +109,8 @@ class Provisions:
         self._holders.gone(seat)
 
     def _announce_uploads(self) -> None:
+        if self._leader() != self._me:  # uploads of a reign that is over still end
+            return
         for digest, n_bytes in self._uploads.items():
             if len(self._early) >= EARLY:
                 return
@@ -167,6 +173,7 @@ class Provisions:
     def recorded(self, body: CommitBody) -> None:
         """The newest record."""
         self._holders.sealed(body.round)
+        self._drop_early()
         self._want(body)
         self._drop_kept(body.round)
 
@@ -195,6 +202,13 @@ class Provisions:
         for digest in gone:
             del self._rounds[digest]
         self.fetcher.forget(gone)
+
+    def _drop_early(self) -> None:
+        """What comes for so long that its round is over makes room for others."""
+        for digest in [digest for digest in self._early if not self._holders.has_announced(digest)]:
+            self._early.discard(digest)
+            self._uploads.pop(digest, None)
+        self._announce_uploads()
 
     def _drop_kept(self, round_: int) -> None:
         """What was announced and did not come, and no record has named since, is not wanted any more."""

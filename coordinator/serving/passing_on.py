@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from ...compression.errors import SwarmUnreachable
@@ -20,6 +21,11 @@ class Uploads(Protocol):
         """It is in the store, or does not come any more."""
         ...
 
+    def passes_on(self, digest: bytes) -> bool:
+        """Whether other seats were told that it comes, not too long ago. Else they do not get it before it is
+        here: who waits for what is slow to come has no hands for the rest."""
+        ...
+
     def given(self, seat: str, digest: bytes) -> None:
         """All of it was sent to that seat."""
         ...
@@ -34,16 +40,22 @@ class Nobody:
     def ends(self, digest: bytes, *, is_stored: bool) -> None:
         pass
 
+    def passes_on(self, digest: bytes) -> bool:
+        return False
+
     def given(self, seat: str, digest: bytes) -> None:
         pass
 
 
 class PassedOn:
-    """See `blob_streams.Coming`: what `writer` has written, from the beginning."""
+    """See `blob_streams.Coming`: what `writer` has written, from the beginning; the rest from the store, once
+    another upload has brought it there. `goes_on`: whether to wait for more. Raises OSError."""
 
-    def __init__(self, writer: BlobWriter) -> None:
-        self._writer, self._file = writer, writer.open()
+    def __init__(self, writer: BlobWriter, goes_on: Callable[[], bool]) -> None:
+        self._writer, self._file, self._goes_on = writer, writer.open(), goes_on
         self._n_read = 0
+        self._is_whole = False
+        """It is the store's file that is read."""
         self._more = asyncio.Event()
         writer.watchers.add(self._more.set)
 
@@ -56,14 +68,24 @@ class PassedOn:
         """See `blob_streams.Coming`."""
         while self._n_read < self.n_bytes:
             self._more.clear()
-            piece = self._file.read(n_bytes)
+            piece = self._file.read(min(n_bytes, self.n_bytes - self._n_read))
             if piece:
                 self._n_read += len(piece)
                 return piece
-            if self._writer.is_over:
+            if self._writer.is_here and not self._is_whole:
+                self._turn_to_store()
+            elif self._writer.is_over or self._is_whole:
                 raise SwarmUnreachable("the upload has ended before its last byte")
-            await self._more.wait()
+            elif not self._goes_on():
+                raise SwarmUnreachable("the upload takes too long to be passed on")
+            else:
+                await self._more.wait()
         return b""
+
+    def _turn_to_store(self) -> None:
+        self._file.close()
+        self._file, self._is_whole = self._writer.open(), True
+        self._file.seek(self._n_read)
 
     def close(self) -> None:
         """Nobody reads any more."""

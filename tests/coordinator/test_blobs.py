@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,45 @@ def test_a_blob_that_comes_twice_and_is_released_between_is_refused(tmp_path: Pa
         second.finish()
     second.abort()
     assert (store.n_bytes, store.coming(digest_of(blob(2))), list(tmp_path.iterdir())) == (0, None, [])
+
+
+def test_one_of_two_uploads_that_breaks_off_does_not_hide_the_other(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    first, second = store.writer(digest_of(blob(2))), store.writer(digest_of(blob(2)))
+    first.write(blob(2))
+    assert store.coming(digest_of(blob(2))) is first, "which has most"
+    second.abort()
+    assert store.coming(digest_of(blob(2))) is first
+    assert first.finish() == 100
+    assert store.coming(digest_of(blob(2))) is None
+
+
+def test_an_upload_can_be_read_while_a_thread_gives_it_its_name(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        for i in range(10):
+            writer = store.writer(digest_of(blob(i)), 100)
+            writer.write(blob(i))
+            syncing = pool.submit(writer.sync)
+            while not syncing.done():
+                with writer.open() as file:
+                    assert file.read() == blob(i)
+            writer.finish()
+
+
+def test_an_upload_for_which_there_is_no_room_leaves_nothing(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    writer = store.writer(digest_of(blob(1)), 100)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            writer.write(blob(1))
+        with contextlib.suppress(OSError):
+            writer.abort()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (store.reserved_bytes, list(tmp_path.iterdir())) == (0, [])
 
 
 def test_an_upload_that_is_synced_and_given_up_leaves_only_what_came_before(tmp_path: Path) -> None:

@@ -419,6 +419,20 @@ def test_excused_peers_are_not_awaited_in_that_round_only() -> None:
     assert rounds.missing() == [0, 1]
 
 
+def test_who_is_excused_from_a_round_that_closes_already_is_awaited_in_the_next() -> None:
+    """Its record is not sealed yet."""
+    rounds = Rounds(
+        n_rounds=100, min_peers=2, eval_every=1000, policy="deadline", max_offers=8, head=0, now_s=0.0
+    )
+    for peer in range(2):
+        rounds.handle(PeerTrains(peer), 0.0)
+    for peer in range(2):
+        rounds.handle(offer(peer, 1), 1.0)
+    assert rounds.is_closing
+    rounds.handle(Excused(0, 1), 1.1)
+    assert rounds.sealed(1.2) == [RoundOpened(2, (0, 1))]
+
+
 def test_who_is_excused_before_a_round_opens_is_not_awaited_in_it() -> None:
     rounds = new(min_peers=2)
     rounds.handle(PeerTrains(0), 0.0)

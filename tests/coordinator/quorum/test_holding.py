@@ -101,3 +101,19 @@ def test_what_was_under_way_to_a_seat_that_is_gone_is_not_there() -> None:
     assert seats.keeps("seat-1", C) == [], "it lacks the one that was held before"
     assert seats.keeps("seat-1", B) == [C]
     assert seats.given("somebody", C, 100, now_s=0.2) == []
+
+
+def test_what_was_given_while_it_came_and_has_not_come_whole_stands_in_nobody_s_way() -> None:
+    """Else the other seat, which never gets it, could not stand in for the one that was given it."""
+    seats = holding(3, A)
+    seats.given("seat-1", A, 10, 0.0)
+    seats.answered("seat-1", A, 0.1)
+    assert seats.keeps("seat-1", A) == [A]
+    seats.sealed()
+    seats.announce(B)
+    assert seats.given("seat-1", B, 10, 1.0) == [B], "it was prompt"
+    seats.announce(C)
+    assert seats.keeps("seat-2", C) == []
+    assert seats.lost(B) == [C]
+    seats.announce(B)
+    assert not seats.is_held(B)

@@ -44,8 +44,9 @@ class Pair:
 
     def __init__(self, folder: Path) -> None:
         self.theirs, self.ours = BlobStore(folder / "theirs"), BlobStore(folder / "ours")
+        self.next = BlobStore(folder / "next")
         self.came: list[bytes] = []
-        self.n_asked = 0
+        self.n_asked, self.goes_on = 0, True
         self.fetcher = Fetcher(self.ours, self._open, self._sources, self.came.append)
         self._serving: list[asyncio.Task[None]] = []
 
@@ -53,19 +54,20 @@ class Pair:
         self.n_asked += 1
         return ["leader", "next leader"]
 
-    async def _open(self, _seat: str) -> Stream:
+    async def _open(self, seat: str) -> Stream:
+        blobs = self.theirs if seat == "leader" else self.next
         near, far = socket.socketpair()
         stream = Stream(*await asyncio.open_connection(sock=far), Meter())
-        self._serving.append(asyncio.create_task(self._serve(stream)))
+        self._serving.append(asyncio.create_task(self._serve(stream, blobs)))
         return Stream(*await asyncio.open_connection(sock=near), Meter())
 
-    async def _serve(self, stream: Stream) -> None:
+    async def _serve(self, stream: Stream, blobs: BlobStore) -> None:
         def coming(digest: bytes) -> PassedOn | None:
-            writer = self.theirs.coming(digest)
-            return None if writer is None else PassedOn(writer)
+            writer = blobs.coming(digest)
+            return None if writer is None else PassedOn(writer, lambda: self.goes_on)
 
         with contextlib.suppress(OSError, EOFError, SwarmUnreachable):
-            await serve_blobs(stream, Shelf(self.theirs), "payload", lambda: True, coming=coming)
+            await serve_blobs(stream, Shelf(blobs), "payload", lambda: True, coming=coming)
         stream.abort()
 
     async def close(self) -> None:
@@ -131,7 +133,7 @@ def test_a_payload_that_stands_still_at_who_led_before_comes_from_who_leads_now(
         upload.write(PAYLOAD[:HALF])
         pair.fetcher.want(DIGEST, len(PAYLOAD))
         await until(lambda: n_coming(pair) == HALF)
-        pair.theirs.put(DIGEST, PAYLOAD)
+        pair.next.put(DIGEST, PAYLOAD)
         pair.fetcher.leave("next leader")
         await asyncio.sleep(0.05)
         assert n_coming(pair) == HALF, "nothing comes from there"
@@ -139,6 +141,49 @@ def test_a_payload_that_stands_still_at_who_led_before_comes_from_who_leads_now(
         await until(lambda: pair.came == [DIGEST])
         assert [path.suffix for path in (tmp_path / "ours").iterdir()] == [""]
         upload.abort()
+
+    played(tmp_path, scene)
+
+
+def test_an_upload_that_stands_still_is_not_waited_for_once_another_has_brought_it(tmp_path: Path) -> None:
+    """As of a node whose connection was lost, and which has come back."""
+
+    async def scene(pair: Pair) -> None:
+        stalled = pair.theirs.writer(DIGEST, len(PAYLOAD))
+        stalled.write(PAYLOAD[:HALF])
+        pair.fetcher.want(DIGEST, len(PAYLOAD))
+        await until(lambda: n_coming(pair) == HALF)
+        pair.theirs.put(DIGEST, PAYLOAD)
+        await until(lambda: pair.came == [DIGEST])
+        stalled.abort()
+        assert pair.ours.read(DIGEST) == pair.theirs.read(DIGEST) == PAYLOAD
+        assert not stalled.watchers
+
+    played(tmp_path, scene)
+
+
+def test_an_upload_that_takes_too_long_is_passed_on_no_more_with_its_next_bytes(tmp_path: Path) -> None:
+    async def scene(pair: Pair) -> None:
+        upload = pair.theirs.writer(DIGEST, len(PAYLOAD))
+        upload.write(PAYLOAD[:HALF])
+        pair.fetcher.want(DIGEST, len(PAYLOAD))
+        await until(lambda: n_coming(pair) == HALF)
+        pair.goes_on = False
+        upload.write(PAYLOAD[HALF : HALF + 1])
+        await until(lambda: pair.ours.coming(DIGEST) is None)
+        assert not upload.watchers
+        upload.abort()
+
+    played(tmp_path, scene)
+
+
+def test_a_size_that_was_untrue_at_first_does_not_keep_a_payload_out(tmp_path: Path) -> None:
+    async def scene(pair: Pair) -> None:
+        pair.theirs.put(DIGEST, PAYLOAD)
+        pair.fetcher.want(DIGEST, 1)
+        await until(lambda: bool(pair.fetcher.trouble))
+        pair.fetcher.want(DIGEST, len(PAYLOAD))
+        await until(lambda: pair.came == [DIGEST])
 
     played(tmp_path, scene)
 

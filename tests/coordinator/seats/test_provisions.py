@@ -138,12 +138,13 @@ def test_uploads_are_announced_when_they_begin_a_few_at_a_time(
 ) -> None:
     """And no more than can be passed on while others wait; one that breaks off is not reminded of."""
     said: list[tuple[str, Word]] = []
-    provisions, blobs, _ = provisions_of(tmp_path, make_genesis(), 0, said)
+    provisions, blobs, sealing = provisions_of(tmp_path, make_genesis(), 0, said)
     uploads = [bytes([i]) * 100 for i in range(EARLY + 2)]
     digests = [digest_of(data) for data in uploads]
     for digest in digests:
         provisions.begins(digest, 100)
     assert said == [(SEATS[1], Keep(digest=digest, n_bytes=100)) for digest in digests[:EARLY]]
+    assert [provisions.passes_on(digest) for digest in digests] == [True] * EARLY + [False] * 2
     blobs.put(digests[1], uploads[1])
     provisions.ends(digests[1], is_stored=True)
     provisions.ends(digests[2], is_stored=False)
@@ -151,6 +152,36 @@ def test_uploads_are_announced_when_they_begin_a_few_at_a_time(
     said.clear()
     provisions.remind()
     assert {word.digest for _, word in said if isinstance(word, Keep)} == set(digests) - {digests[2]}
+    later = digest_of(b"later")
+    provisions.begins(later, 5)
+    assert not provisions.passes_on(later)
+    provisions.recorded(sealing.body().model_copy(update={"round": KEPT_ROUNDS + 1}))
+    assert [provisions.passes_on(digest) for digest in [*digests, later]] == [False] * len(digests) + [True]
+
+
+def test_who_leads_no_more_announces_no_uploads(
+    tmp_path: Path, make_genesis: Callable[..., GenesisBody]
+) -> None:
+    said: list[tuple[str, Word]] = []
+    provisions, _, _ = provisions_of(tmp_path, make_genesis(), 1, said)
+    for payload in PAYLOADS:
+        provisions.begins(digest_of(payload), 5000)
+    provisions.ends(digest_of(PAYLOADS[0]), is_stored=False)
+    assert said == []
+
+
+def test_a_payload_that_is_larger_than_its_node_said_is_announced_again(
+    tmp_path: Path, make_genesis: Callable[..., GenesisBody]
+) -> None:
+    said: list[tuple[str, Word]] = []
+    provisions, blobs, _ = provisions_of(tmp_path, make_genesis(), 0, said)
+    digest = digest_of(PAYLOADS[0])
+    provisions.begins(digest, 1)
+    blobs.put(digest, PAYLOADS[0])
+    provisions.ends(digest, is_stored=True)
+    for _ in range(2):
+        provisions.held(digest)
+    assert [word for _, word in said] == [Keep(digest=digest, n_bytes=n) for n in (1, 5000)]
 
 
 def test_what_was_announced_and_never_came_is_not_wanted_for_ever(
