@@ -66,6 +66,17 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Of torch's: where tensors are small, more would only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def one_core() -> Iterator[None]:
     """For nodes that are threads of this process: on one core they do not hand Python's lock from core to
     core, which costs more than the cores give."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +33,8 @@ from thinwire.compression.errors import BadPayload, ConfigError
 from thinwire.compression.numerics.noise import noise
 from thinwire.compression.registry import COMPRESSORS, build_compressor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAYLOADS = ROOT / "tests/golden/compressor_payloads.json"
 SHAPES = [
     *[(), (1,), (2,), (63,), (64,), (65,), (4096,), (4097,), (7919,)],
@@ -46,15 +48,6 @@ def turn(round: int) -> Turn:
 
 
 TURN = turn(7)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors are small: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=EXAMPLES)

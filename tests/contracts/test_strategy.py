@@ -32,6 +32,8 @@ from thinwire.compression.registry import build_compressor
 from thinwire.optim.base import Closure, Own, Strategy
 from thinwire.optim.registry import complete_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def bad_values(packed: Packed) -> dict[str, Packed]:
     """The first tensor full of bytes that are no SPSA code, or of NaN."""
@@ -236,13 +238,6 @@ def torch_threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors are small: more threads would only wait for each other."""
-    with torch_threads(1):
-        yield
 
 
 every_row = pytest.mark.parametrize("row", ROWS)

@@ -3,10 +3,7 @@ a bit is enough. Short runs; `python -m tests.learning` makes long ones and prin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from tests.learning.experiments import (
     DECOUPLED_CLAIMS,
@@ -20,16 +17,7 @@ from tests.learning.experiments import (
 )
 
 # Runs of half a minute each; in a test of its own each would repeat what it is compared with.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors are small: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("one_thread")]
 
 
 def test_decoupled_momentum_needs_its_parts() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -23,14 +23,7 @@ from thinwire.optim.decoupled import Decoupled
 from thinwire.optim.parts.clip import Weighing
 from thinwire.optim.parts.sender_mean import decode_sender_mean
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors are small: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def turn_of(round_: int, lr_factor: float = 1.0) -> Turn:

@@ -22,16 +22,9 @@ from thinwire.optim.diloco import Diloco
 from thinwire.optim.parts.fragments import fragments_of, unit_of
 from thinwire.optim.registry import build_strategy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SGD = {"name": "SGD"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors are small: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def turn_of(round_: int, lr_factor: float = 1.0) -> Turn:

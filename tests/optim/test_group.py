@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from tests.support import group_ranks as ranks
 from tests.support.rank_processes import run_ranks
@@ -16,16 +14,9 @@ from thinwire.optim.base import Share, turn_of_step
 from thinwire.optim.group import group_optimizer, rank_seed, verify_group
 from thinwire.optim.registry import build_strategy
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the ranks have it: sums are the same then
+
 NAMES = list(ranks.CONFIGS)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the ranks have it: sums are the same then."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def swarm_prints(name: str, world_size: int, steps: range) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,16 +19,9 @@ from thinwire.optim.parts import byte_code
 from thinwire.optim.parts.perturb import NotSubstituted
 from thinwire.optim.spsa import CODES, MAX_BATCH_BYTES, Spsa
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TURN = Turn(1, 11, 22, 1.0)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors are small: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def codes_of(*codes: int) -> Payload:

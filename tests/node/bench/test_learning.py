@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,17 +18,10 @@ from thinwire.node.bench.learning.swarm import train
 from thinwire.node.bench.learning.table import Row, broken, learning_command, markdown, noise, rows_of
 from thinwire.node.bench.learning.text import Text, constant
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TASK = config.Task(layers=1, width=16, heads=2, context=16, batch=4, held_out_bytes=1024)
 SHAPE = Shape(TASK, n_peers=2, n_rounds=4, inner_steps=3)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors are small: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def flat(model: nn.Module) -> torch.Tensor:

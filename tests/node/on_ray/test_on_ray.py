@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 import tyro
 from safetensors import safe_open
 
@@ -35,6 +34,8 @@ from thinwire.node.links.local import local_swarm
 from thinwire.node.on_ray.cluster import NoRoom, PeerGroup, parse_group
 from thinwire.node.runner import Runner
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # local work is the same to the bit then
+
 ROUNDS = 12
 DECOUPLED = {
     "name": "decoupled",
@@ -52,15 +53,6 @@ def cluster() -> Iterator[Any]:
     pytest.importorskip("ray", reason="Ray is an extra")
     with many_nodes(head_cpus=5) as cluster:
         yield cluster
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Local work is the same to the bit where it is done by as many threads."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 def run_of(strategy: Mapping[str, Any], **run: Any) -> dict[str, Any]:
