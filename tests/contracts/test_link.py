@@ -729,7 +729,7 @@ def test_audits_reach_the_next_commit_signed(make_swarm: MakeSwarm) -> None:
 def test_leaving_is_told(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm()
     a, b = swarm.trainers("a", "b")
-    swarm.until(lambda: swarm.peer(b)["state"] == "training")
+    swarm.until(lambda: all(swarm.peer(link)["state"] == "training" for link in (a, b)))
     a.offer(offer(1, b"x"))
     b.close()
     assert counted(take(a, 0, 1)[0]) == [0]
