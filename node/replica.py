@@ -351,13 +351,14 @@ class Replica:
     def saved(self) -> Saved:
         """A copy of the replicated state on the CPU, for a snapshot or to come back to."""
         tensors = {name: t.to("cpu", copy=True) for name, t in self.tensors().items()}
-        return Saved(self.round, self.digest, self._lr_factor, self.course, tensors)
+        return Saved(self.round, self.digest, self._lr_factor, self.course, dict(self.peers), tensors)
 
     def restore(self, saved: Saved) -> None:
         """Becomes what `saved` returned before."""
         self._become(saved.tensors)
         self._follow(saved.course)
         self.round, self.digest, self._lr_factor = saved.round, saved.digest, saved.lr_factor
+        self.peers = dict(saved.peers)
 
     def adopt(self, manifest: Manifest, tensors: Mapping[str, Tensor], commit: Commit) -> None:
         """Becomes the replica in a snapshot. `commit`: the ledger's record of its round, which must match;
@@ -458,6 +459,7 @@ class Saved:
     digest: bytes
     lr_factor: float
     course: Course
+    peers: dict[int, str]
     tensors: dict[str, Tensor]
 
 
