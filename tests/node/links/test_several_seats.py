@@ -8,6 +8,8 @@ service is reached under a second identity, as another seat that leads.
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +28,7 @@ from thinwire.coordinator.admission import AdmissionControl
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.entry.rules import OPEN
 from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.protocol.blob_streams import STALL_S
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of, save
 from thinwire.coordinator.protocol.messages import (
     READER,
@@ -68,6 +71,8 @@ class Swarm:
 
     def __init__(self, folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey, stack: ExitStack) -> None:
         self.folder, self._stack, self.key = folder, stack, key
+        self.daemons: dict[str, int] = {}
+        """Process ids, by peer id."""
         state = folder / "leads"
         state.mkdir()
         save(key, state / "key")
@@ -121,6 +126,7 @@ class Swarm:
     async def transport(self) -> P2PTransport:
         transport = await start_p2p(new_key())
         self._stack.callback(lambda: self.call(transport.close()))
+        self.daemons[transport.peer_id] = transport.daemon.pid
         return transport
 
     async def admit(self, peer_id: str) -> None:
@@ -277,6 +283,28 @@ def test_the_next_leader_gets_the_same_offer_to_the_last_bit(swarm: Swarm) -> No
     work = swarm.leads.call(lambda server: server.ledger.work(commit.body.work))
     assert len(work) == 64
     assert work in first
+
+
+@pytest.mark.swarm
+def test_nothing_is_asked_of_a_leader_that_stands_still_once_another_leads(swarm: Swarm) -> None:
+    """Streams to it do not break: nobody has said that they are over."""
+    first, payload = swarm.another_leader(), bytes(range(256)) * 40
+    swarm.say(first.peer_id, term=1)
+    link = swarm.link("a", swarm.ticket.model_copy(update={"others": (swarm.leader, first)}))
+    link.open()
+    link.state(NodeState.TRAINING)
+    waits_for_session_at(link, first)
+    train(link, 1, payload)
+    swarm.wait_for_watch(link)
+    os.kill(swarm.daemons[first.peer_id], signal.SIGSTOP)
+    try:
+        swarm.say(swarm.leader.peer_id, term=2)
+        waits_for_session_at(link, swarm.leader)
+        link.offer(offer_of(payload[::-1], 2))
+        service = swarm.leads.server.service
+        wait_until(lambda: service.head == 2, STALL_S / 2, lambda: "the payload has not come to who leads")
+    finally:
+        os.kill(swarm.daemons[first.peer_id], signal.SIGCONT)
 
 
 @pytest.mark.swarm
