@@ -19,6 +19,9 @@ log = logging.getLogger("thinwire.coordinator")
 AT_ONCE: Final = 8
 """A leader serves no more to one seat."""
 
+BESIDE: Final = AT_ONCE // 2
+"""So many are asked of seats that do not lead: one that stands still must not hold up what the leader has."""
+
 RETRY_S: Final = 2.0
 MAX_WANTED: Final = 2**17
 
@@ -135,11 +138,12 @@ class Fetcher:
     def _next(self) -> tuple[bytes, str] | None:
         """A blob, and a seat that may have it."""
         sources = self._sources()
+        n_beside = sum(seat != sources[0] for seat, _ in self._under_way.values()) if sources else 0
         for digest, wanted in self._wanted.items():
             if digest in self._under_way:
                 continue
             source = next((seat for seat in sources if seat not in wanted.not_at), None)
-            if source is not None:
+            if source is not None and (source == sources[0] or n_beside < BESIDE):
                 return digest, source
         return None
 

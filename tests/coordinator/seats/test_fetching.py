@@ -14,7 +14,7 @@ from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.protocol.blob_streams import Sink, serve_blobs
 from thinwire.coordinator.protocol.messages import BadMessage, digest_of
 from thinwire.coordinator.protocol.streams import Meter, Stream
-from thinwire.coordinator.seats.fetching import Fetcher
+from thinwire.coordinator.seats.fetching import AT_ONCE, BESIDE, Fetcher
 from thinwire.coordinator.serving.passing_on import PassedOn
 
 PAYLOAD = bytes(range(256)) * 1000
@@ -184,6 +184,22 @@ def test_a_size_that_was_untrue_at_first_does_not_keep_a_payload_out(tmp_path: P
         await until(lambda: bool(pair.fetcher.trouble))
         pair.fetcher.want(DIGEST, len(PAYLOAD))
         await until(lambda: pair.came == [DIGEST])
+
+    played(tmp_path, scene)
+
+
+def test_what_stands_still_at_another_seat_does_not_hold_up_what_the_leader_has(tmp_path: Path) -> None:
+    async def scene(pair: Pair) -> None:
+        old = [bytes([i]) * 100 for i in range(AT_ONCE)]
+        uploads = [pair.next.writer(digest_of(data), len(data)) for data in old]
+        for data in old:
+            pair.fetcher.want(digest_of(data), len(data))
+        await until(lambda: sum(pair.ours.coming(digest_of(data)) is not None for data in old) == BESIDE)
+        pair.theirs.put(DIGEST, PAYLOAD)
+        pair.fetcher.want(DIGEST, len(PAYLOAD))
+        await until(lambda: pair.came == [DIGEST])
+        for upload in uploads:
+            upload.abort()
 
     played(tmp_path, scene)
 
