@@ -32,6 +32,8 @@ OpenStream = Callable[[str], Awaitable[Stream]]
 @dataclass(slots=True)
 class _Wanted:
     max_bytes: int
+    at: str | None = None
+    """The seat that has said last that it has it."""
     not_at: set[str] = field(default_factory=set)
     """Seats that have said that it is not there, since it was asked for last."""
 
@@ -60,8 +62,8 @@ class Fetcher:
     def n_wanted(self) -> int:
         return len(self._wanted)
 
-    def want(self, digest: bytes, max_bytes: int) -> bool:
-        """False: the blob is here."""
+    def want(self, digest: bytes, max_bytes: int, at: str | None = None) -> bool:
+        """False: the blob is here. `at`: the seat that says that it has it: there it is asked for first."""
         if digest in self._blobs:
             return False
         wanted = self._wanted.get(digest)
@@ -69,7 +71,12 @@ class Fetcher:
             wanted.max_bytes = max(wanted.max_bytes, max_bytes)  # what was said first may have been untrue
             wanted.not_at.clear()
         elif len(self._wanted) < MAX_WANTED:
-            self._wanted[digest] = _Wanted(max_bytes)
+            wanted = self._wanted[digest] = _Wanted(max_bytes)
+        if wanted is not None and at is not None:
+            wanted.at = at
+            source, fetching = self._under_way.get(digest, (at, None))
+            if fetching is not None and source != at:
+                fetching.cancel()
         self._wake.set()
         if not self._workers:
             self._workers = [asyncio.create_task(self._work()) for _ in range(AT_ONCE)]
@@ -142,6 +149,8 @@ class Fetcher:
         for digest, wanted in self._wanted.items():
             if digest in self._under_way:
                 continue
+            if wanted.at is not None and wanted.at in sources and wanted.at not in wanted.not_at:
+                return digest, wanted.at
             source = next((seat for seat in sources if seat not in wanted.not_at), None)
             if source is not None and (source == sources[0] or n_beside < BESIDE):
                 return digest, source

@@ -143,7 +143,7 @@ class Provisions:
         elif not self._shelf.has_room(word.n_bytes):
             return "quota"
         else:
-            self.fetcher.want(word.digest, word.n_bytes)
+            self.fetcher.want(word.digest, word.n_bytes, seat)
             self._kept[word.digest] = self._disk.head + 1
         return None
 

@@ -188,6 +188,21 @@ def test_a_size_that_was_untrue_at_first_does_not_keep_a_payload_out(tmp_path: P
     played(tmp_path, scene)
 
 
+def test_who_says_that_it_has_a_payload_is_asked_for_it_first(tmp_path: Path) -> None:
+    """Whoever this seat believes to lead: it may not have heard yet that another one does."""
+
+    async def scene(pair: Pair) -> None:
+        upload = pair.theirs.writer(DIGEST, len(PAYLOAD))
+        pair.fetcher.want(DIGEST, len(PAYLOAD))
+        await until(lambda: pair.ours.coming(DIGEST) is not None)
+        pair.next.put(DIGEST, PAYLOAD)
+        pair.fetcher.want(DIGEST, len(PAYLOAD), "next leader")
+        await until(lambda: pair.came == [DIGEST])
+        upload.abort()
+
+    played(tmp_path, scene)
+
+
 def test_what_stands_still_at_another_seat_does_not_hold_up_what_the_leader_has(tmp_path: Path) -> None:
     async def scene(pair: Pair) -> None:
         old = [bytes([i]) * 100 for i in range(AT_ONCE)]
