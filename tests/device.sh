@@ -51,7 +51,7 @@ export -f a_run thinwire
 export PYTHON FOLDER
 
 part doctor 120 "$PYTHON" -m thinwire.node.cli.main doctor
-part kernels 240 "$PYTHON" -m pytest -q -n 4 --durations=10 tests/compression/test_cuda.py tests/compression/gpu tests/node/test_precision.py
+part kernels 240 "$PYTHON" -m pytest -q -n 4 -p no:benchmark --durations=10 tests/compression/test_cuda.py tests/compression/gpu tests/node/test_precision.py
 for bench in noise decoupled diloco; do
   part "bench-$bench" 120 "$PYTHON" -m thinwire.node.cli.main bench "$bench" --device cuda --json
 done
