@@ -25,14 +25,18 @@ from ..states.words import what_is_here
 
 
 def state_folder(text: str) -> Path | None:
-    """The folder that stands in the place of a ticket; None: it is none."""
+    """The folder that stands in the place of a ticket; None: it is none. Raises ConfigError for one that is not here."""
     if text in ("", "-") or text.startswith("@"):
         return None
     path = Path(text)
     try:
-        return path if path.is_dir() else None
+        if path.is_dir():
+            return path
     except OSError:  # a ticket of several coordinators is longer than a name may be
         return None
+    if "/" in text:  # no ticket has one
+        raise ConfigError(f"{text}: no such folder. Pass a ticket or a state folder: thinwire runs lists those here")
+    return None
 
 
 @contextmanager

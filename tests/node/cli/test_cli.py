@@ -76,6 +76,8 @@ def test_whoever_has_read_enough_gets_no_error(args: tuple[str, ...]) -> None:
         (("coordinator", "run.toml", "--set", "strategy.beta=2"), 2, "beta = 2: must be a number"),
         (("join", "tw1-damaged"), 2, "ticket"),
         (("join", "something else"), 2, "no ticket of this version"),
+        (("export", "no/folder", "-o", "weights"), 2, "no/folder: no such folder"),
+        (("status", "no/folder"), 2, "no/folder: no such folder"),
         (("join", "@none"), 2, "the ticket in none: No such file"),
         (("coordinator", "run.toml", "--ticket-file", "none/ticket"), 2, "none is not there"),
         (("join", "tw1-x", "--data", "nothing.txt"), 2, "no such file or folder"),
