@@ -25,7 +25,7 @@ from ..states.words import what_is_here
 
 
 def state_folder(text: str) -> Path | None:
-    """The folder that stands in the place of a ticket; None: it is none. Raises ConfigError for one that is not here."""
+    """The folder that stands in place of a ticket; None: it is none. Raises ConfigError: it is not here."""
     if text in ("", "-") or text.startswith("@"):
         return None
     path = Path(text)
@@ -35,7 +35,9 @@ def state_folder(text: str) -> Path | None:
     except OSError:  # a ticket of several coordinators is longer than a name may be
         return None
     if "/" in text:  # no ticket has one
-        raise ConfigError(f"{text}: no such folder. Pass a ticket or a state folder: thinwire runs lists those here")
+        raise ConfigError(
+            f"{text}: no such folder. Pass a ticket or a state folder: thinwire runs lists those here"
+        )
     return None
 
 
