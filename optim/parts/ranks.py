@@ -113,14 +113,18 @@ class GroupRanks:
         return received.to(pieces[0].device)
 
     def broadcast_tensor(self, t: Tensor) -> None:
-        """Every rank's `t` becomes rank 0's."""
+        """Every rank's `t`, of any shape, strides and dtype, becomes rank 0's, bit for bit.
+
+        As bytes, by element: gloo (torch 2.13) moves memory as it lies, so that a transposed
+        tensor arrives scrambled, without an error, and knows neither float8 nor unsigned numbers of 16 bits up.
+        """
         with torch.no_grad():
-            copy = t.detach().to(self.device, copy=True).contiguous()
-            self._dist.broadcast(copy, group=self._group, group_src=0)
+            copy = t.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
+            self._dist.broadcast(copy.reshape(-1).view(torch.uint8), group=self._group, group_src=0)
             t.copy_(copy)
 
     def _all_gather(self, row: Tensor) -> list[Tensor]:
-        row = row.to(self.device)
+        row = row.to(self.device).contiguous()
         rows = [torch.empty_like(row) for _ in range(self.count)]
         self._dist.all_gather(rows, row, group=self._group)
         return [r.cpu() for r in rows]

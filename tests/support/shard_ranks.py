@@ -24,7 +24,7 @@ from thinwire.compression.numerics.noise import initial_values
 from thinwire.compression.registry import build_compressor
 from thinwire.optim.base import Closure, Parameter, Share, Strategy, canonical_name
 from thinwire.optim.parts.packing import pack_all
-from thinwire.optim.parts.ranks import GroupRanks, Ranks, local_of, parts_of
+from thinwire.optim.parts.ranks import GroupRanks, local_of, parts_of
 from thinwire.optim.parts.unsharded import mark_unsharded
 from thinwire.optim.registry import build_strategy
 
@@ -305,7 +305,7 @@ def results(rounds: dict[str, list[list[str]]], rank: int, world_size: int) -> d
     }
 
 
-def collectives(ranks: Ranks) -> dict[str, Any]:
+def collectives(ranks: GroupRanks) -> dict[str, Any]:
     """Every method of the contract, on numbers that tell who sent them."""
     me, n = ranks.index, ranks.count
     pieces = [torch.full((me + to,), float(10 * me + to)) for to in range(n)]
@@ -314,7 +314,27 @@ def collectives(ranks: Ranks) -> dict[str, Any]:
         "gather": [len(data) for data in ranks.gather(b"x" * (3 * me))],
         "broadcast": [len(ranks.broadcast(b"y" * size if me == 0 else None)) for size in (0, 7)],
         "all_to_all": ranks.all_to_all(pieces, [r + me for r in range(n)]).tolist(),
+        "broadcast_tensor": {name: broadcast(ranks, name) for name in TENSORS},
     }
+
+
+TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda t: t.reshape(3, 4).T,
+    "strided": lambda t: t[::2],
+    "a number": lambda t: t[3],
+    "bfloat16": lambda t: t.bfloat16().reshape(3, 4).T,
+    "float8": lambda t: t.to(torch.float8_e5m2),
+    "uint16": lambda t: t.to(torch.uint16),
+    "bool": lambda t: t.remainder(3) == 0,
+}
+
+
+def broadcast(ranks: GroupRanks, name: str) -> list[float]:
+    """What a tensor of this kind is afterwards; rank 0's counts up from 1."""
+    tensor = TENSORS[name](torch.arange(1.0, 13.0) if ranks.index == 0 else torch.zeros(12))
+    ranks.broadcast_tensor(tensor)
+    found: list[float] = tensor.float().flatten().tolist()
+    return found
 
 
 def load() -> dict[str, list[list[str]]]:

@@ -92,6 +92,10 @@ def test_collectives(sharded: list[dict[str, Any]]) -> None:
             "gather": [3 * r for r in range(n)],
             "broadcast": [0, 7],
             "all_to_all": [float(10 * r + me) for r in range(n) for _ in range(r + me)],
+            "broadcast_tensor": {
+                name: make(torch.arange(1.0, 13.0)).float().flatten().tolist()
+                for name, make in ranks.TENSORS.items()
+            },
         }
 
 
