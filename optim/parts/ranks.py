@@ -115,8 +115,8 @@ class GroupRanks:
     def broadcast_tensor(self, t: Tensor) -> None:
         """Every rank's `t`, of any shape, strides and dtype, becomes rank 0's, bit for bit.
 
-        As bytes, by element: gloo (torch 2.13) moves memory as it lies, so that a transposed
-        tensor arrives scrambled, without an error, and knows neither float8 nor unsigned numbers of 16 bits up.
+        As bytes: gloo (torch 2.13) moves memory as it lies, so that a transposed tensor arrives scrambled,
+        without an error, and it knows neither float8 nor unsigned numbers of 16 bits and more.
         """
         with torch.no_grad():
             copy = t.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
