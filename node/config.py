@@ -291,8 +291,12 @@ class Audits(Section):
     """Whether peers with data of their own are drawn as auditors, too, who never report: false in new runs,
     true in those that are older."""
     newcomers_rate: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of the first 20 offers of a peer with the run's data that is audited until an audit has passed:
-    0.5 in new runs, one in ten in those that are older."""
+    """Share of the first 20 offers of a peer that is audited until an audit has passed: 1 in new runs, one
+    in ten in those that are older."""
+    newcomers_budget: Annotated[float, Field(ge=0, le=1000)] | None = None
+    """Audits of newcomers take at most so many times `rate` of the auditors' work, over time: 10 in new runs;
+    those that are left over wait, and whose last audit has failed weighs nothing until one passes. Auditors
+    are then peers whose own audits have passed, where there are three. 0: none of that, as in older runs."""
 
 
 class RunConfig(Section):

@@ -102,22 +102,24 @@ class LocalWork:
         self._n_tokens_ahead = self._n_tokens
         return worked
 
+    def keep(self) -> Earlier:
+        """The weights as they are now, for `audit`."""
+        return Earlier(self._replica)
+
     def audit(
         self, payloads: Mapping[str, Payload], at: Earlier, seed: Callable[[int], int], n_batches: int
     ) -> list[Evidence | None]:
         """What speaks for payloads of a round, at the weights that they were made from, in their order.
 
         `payloads`: by the peer whose work each is; `seed`: of the batches that they are compared with, by
-        number; `n_batches`: that are enough. None: that cannot be told, as on a node of several ranks.
-        Nothing changes, local state and the global generators included.
+        number; `n_batches`: that are enough; `at`: the newest of `keep`. None: that cannot be told. Nothing
+        changes, local state and the global generators included.
         """
         model, strategy = self._replica.model, self._replica.strategy
-        if self._split:
-            return [None] * len(payloads)
         numbers = count()
 
         def draw() -> Closure:
-            return self._in_precision(self.task.draw(model, seed(next(numbers))))
+            return self._in_precision(self.task.draw(model, seed(next(numbers)), *self._split))
 
         turns = [at.turn_of(peer_id) for peer_id in payloads]
         model.eval()  # dropout would take from the global generators, norms would count a batch twice

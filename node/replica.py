@@ -218,7 +218,8 @@ class Replica:
         offers = self.heard(commit)
         if len(offers) < len(body.offers):
             ahead.bad["condemned"] += len(body.offers) - len(offers)
-        shares, own_counted = self._shares(offers, self.newcomers(commit), turn, payload_bytes, ahead)
+        standing = self.newcomers(commit), self.failed(commit)
+        shares, own_counted = self._shares(offers, *standing, turn, payload_bytes, ahead)
         own: Own = ("counted" if own_counted else "missed") if body.round in offered else None
         ahead.round, ahead.digest = body.round, commit.digest
         ahead.lr_factor = float32_of_bits(body.lr_factor_bits)
@@ -248,10 +249,16 @@ class Replica:
         body = commit.body
         return frozenset(o.peer for o in body.offers if self.standing.is_new_in(o.peer, body.round))
 
+    def failed(self, commit: Commit) -> frozenset[int]:
+        """The same, whose last audit has failed before it, where that matters."""
+        body = commit.body
+        return frozenset(o.peer for o in body.offers if self.standing.has_failed_in(o.peer, body.round))
+
     def _shares(
         self,
         offers: tuple[OfferEntry, ...],
         newcomers: frozenset[int],
+        failed: frozenset[int],
         turn: Turn,
         payload_bytes: PayloadBytes,
         ahead: _Ahead,
@@ -274,8 +281,8 @@ class Replica:
                 log.warning("round %d: payload of %s left out: %s", turn.round, peer_id, e)
                 continue
             seed = round_seed(self.run_id, turn.round, peer_id)
-            is_new = offer.peer in newcomers
-            shares.append(Share(seed, offer.n_samples, payload, own_data=offer.own_data, is_new=is_new))
+            known = {"is_new": offer.peer in newcomers, "has_failed": offer.peer in failed}
+            shares.append(Share(seed, offer.n_samples, payload, own_data=offer.own_data, **known))
             senders.append(peer_id)
             sent.append(data if offer.digest is None else offer.digest)
             own_counted = own_counted or peer_id == self.peer_id

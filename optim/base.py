@@ -56,7 +56,7 @@ class Share:
 
     `own_data`: made from data that others do not have. `n_copies`: how many offers of the round have this
     very payload, itself among them. `is_new`: the last audit of its peer's offers has not passed, or there
-    was none yet.
+    was none yet. `has_failed`: it has failed.
     """
 
     seed: int
@@ -65,6 +65,7 @@ class Share:
     own_data: bool = False
     n_copies: int = 1
     is_new: bool = False
+    has_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ from .parts.sender_mean import senders_of
 from .parts.updating import updating
 from .robust.means import BY_COORDINATE, decode_mean
 from .robust.options import NEW_RUNS, MeanOptions
-from .robust.weights import sender_floor_of, weighed
+from .robust.weights import n_moving, sender_floor_of, weighed
 from .rules import DECOUPLED_RUNS, LrScale, sign_factor
 
 
@@ -339,7 +339,7 @@ class Decoupled(Strategy):
         """What lr is to be taken times for a step by signs."""
         if self.option("lr_scale") == "none":
             return 1.0
-        return sign_factor(self.compressor, parameter.part, sum(weight > 0 for weight in w.weights))
+        return sign_factor(self.compressor, parameter.part, n_moving(w))
 
     def _update(
         self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], w: Weighing, turn: Turn

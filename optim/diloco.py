@@ -376,9 +376,12 @@ class Diloco(Strategy):
                 self.zero_grad(set_to_none=True)
                 self._phase.step(backward(closure, self.ranks), turn.lr_factor)
             return [
-                compared(self.compressor, fragment, payload, its_turn, lambda p: self._phase.moved(p).clone())
+                compared(self.compressor, fragment, payload, its_turn, self._moved, self.ranks)
                 for payload in payloads
             ]
+
+    def _moved(self, parameter: Parameter) -> Tensor:
+        return self._phase.moved(parameter).clone()
 
     def scores(self, payloads: Sequence[Payload], turn: Turn) -> list[float] | None:
         fragment, its_turn = self._fragment(turn)

@@ -41,6 +41,7 @@ from .parts.subset import selected
 from .parts.updating import updating
 from .robust.means import BY_COORDINATE, statistic
 from .robust.options import NEW_RUNS, BoundedOptions
+from .robust.weights import terms_of
 from .rules import SPSA_RUNS, LrScale
 
 CODES = "codes"
@@ -312,17 +313,17 @@ class Spsa(Strategy):
             shares = [replace(s, n_copies=1) for s in shares]
         # Within a peer the plain median: it is low already over few peers, and would cost honest ones.
         middle_S = [clip_limit(sizes, 1.0) for sizes in sizes_S]
-        limit = self.option("clip") * lower_median(middle_S, shares)
+        terms = terms_of(self)
+        limit = self.option("clip") * lower_median(middle_S, shares, terms)
         n_S = [float(len(sizes)) for sizes in sizes_S]
-        own_data = self.option("own_data_share"), self.option("own_data_alone")
-        weight_S = work_weights(n_S, shares, *own_data, self.option("newcomers"))
+        weight_S = work_weights(n_S, shares, terms)
         factor_S = [w / n if n else 0.0 for w, n in zip(weight_S, n_S, strict=True)]
         clipped = [p.with_g(min(max(p.g, -limit), limit)) for p in counted]
         norm_S, kept_S = [total(sizes) for sizes in sizes_S], [0.0] * len(shares)
         for p in clipped:
             kept_S[p.share] += abs(p.g) * factor_S[p.share]
         kept = tuple(k / norm if norm else 1.0 for k, norm in zip(kept_S, norm_S, strict=True))
-        self.weighing = Weighing(weight_S, weight_S, 1.0, kept, relative(norm_S, shares))
+        self.weighing = Weighing(weight_S, weight_S, 1.0, kept, relative(norm_S, shares, terms))
         return clipped, factor_S, total(weight_S)
 
 

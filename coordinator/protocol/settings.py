@@ -61,6 +61,7 @@ class AuditsSection(_Section):
     window_rounds: Annotated[int, Field(ge=1, le=2**20)]
     own_data_auditors: bool = True
     newcomers_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    newcomers_budget: Annotated[float, Field(ge=0, le=1000)] = 0.0
 
 
 class TaskSection(_Section):

@@ -24,8 +24,8 @@ log = logging.getLogger("thinwire.node")
 class Auditor:
     """Of one run on this node; used by the node's thread.
 
-    Nobody's work can be done again by a node that has data of its own, or whose model is sharded over ranks:
-    such a node says nothing, and neither does one that is too late.
+    Nobody's work can be done again by a node that has data of its own: such a node says nothing, and neither
+    does one that is too late. On a node of several ranks all of them do it together.
     """
 
     def __init__(self, run: PreparedRun, observer: Observer) -> None:
@@ -33,9 +33,9 @@ class Auditor:
         self._commit: Commit | None = None
         self._due: tuple[Draw, ...] = ()
         self._earlier: Earlier | None = None
-        self._can_audit = run.replica.strategy.ranks.count == 1 and not run.has_own_data
+        self._can_audit = not run.has_own_data
         self._scores, self._scored = Scores(), 0
-        self._has_scores = run.replica.strategy.ranks.count == 1 and _has_audits(run)
+        self._has_scores = _has_audits(run)
 
     def coming(self, commits: Sequence[Commit]) -> None:
         """The replica applies these next. If the offers of a single one are to be audited here, the weights
@@ -50,7 +50,7 @@ class Auditor:
         if len(commits) > 1 or not self._can_audit:
             self._skip(len(due))
         else:
-            self._due, self._earlier = tuple(due), Earlier(self._run.replica)
+            self._due, self._earlier = tuple(due), self._run.work.keep()
 
     def applied(self, commit: Commit) -> None:
         """The replica is after this commit now, whose offers are audited next."""
@@ -119,6 +119,8 @@ def _found(findings: Findings, draw: Draw, round_: int) -> Found | None:
     except SwarmUnreachable as e:
         log.info("round %d: no audit of peer %d, a payload cannot be had: %s", round_, draw.target, e)
     except Exception:
+        if findings.of_many_ranks:
+            raise  # they are out of step
         log.exception("round %d: the work of peer %d cannot be done again", round_, draw.target)
     return None
 

@@ -17,7 +17,8 @@ from ..replica import Replica
 
 
 class Earlier:
-    """The parameters of a replica on one rank as they are now, and the round that comes next: `round`."""
+    """The parameters of a replica as they are now, as far as this rank has them, and the round that comes
+    next: `round`."""
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica

@@ -46,7 +46,7 @@ def failed(why: str) -> Found:
 
 
 class Findings:
-    """Of a node that trains on the run's text, on one rank. `earlier`: the weights that the offers were made
+    """Of a node that trains on the run's text. `earlier`: the weights that the offers were made
     from; `is_suspect`: what this replica's scores say of a peer."""
 
     def __init__(
@@ -54,6 +54,11 @@ class Findings:
     ) -> None:
         self._run, self._commit, self._earlier, self._is_suspect = run, commit, earlier, is_suspect
         self._offers = {offer.peer: offer for offer in commit.body.offers if offer.n_samples > 0}
+
+    @property
+    def of_many_ranks(self) -> bool:
+        """Whether several processes do the work together."""
+        return self._run.replica.strategy.ranks.count > 1
 
     def of(self, draw: Draw) -> Found | None:
         """None: nothing can be said. Raises SwarmUnreachable where a payload cannot be had."""

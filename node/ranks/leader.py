@@ -21,10 +21,14 @@ import msgpack
 import torch
 from torch import nn
 
+from ...compression.base import Payload
 from ...compression.errors import ThinwireError
 from ...coordinator.protocol.messages import Commit, GenesisBody, decode_record, encode_record
+from ...optim.auditing.evidence import Evidence
+from ...optim.auditing.gradients import MAX_BATCHES
 from ...optim.base import Allotment, Own, Strategy
 from ...optim.parts.ranks import GroupRanks, Ranks
+from ..auditing.earlier import Earlier
 from ..config import parse_config
 from ..local_work import LocalWork, Proposal
 from ..precision import Precision
@@ -54,11 +58,15 @@ Announced = Literal[
     "propose",
     "work_ahead",
     "evaluate",
+    "keep",
+    "audit",
 ]
 """What all ranks do together: a method of `Leader` and its replica and work, and one of `Follower`."""
 
 _STOP: Final = "stop"
-_WITH_COLLECTIVES: Final[frozenset[Announced]] = frozenset({"propose", "work_ahead", "evaluate", "sums"})
+_WITH_COLLECTIVES: Final[frozenset[Announced]] = frozenset(
+    {"propose", "work_ahead", "evaluate", "sums", "audit"}
+)
 
 
 def open_channel() -> Ranks:
@@ -129,7 +137,8 @@ class LeaderReplica(Replica):
     ) -> list[Own]:
         """All payloads of the batch are fetched before anything is announced."""
         payloads = [payload_bytes(offer) for commit in commits for offer in self.heard(commit)]
-        standing = [(sorted(self.condemned(c)), sorted(self.newcomers(c))) for c in commits]
+        said = self.condemned, self.newcomers, self.failed
+        standing = [tuple(sorted(peers(c)) for peers in said) for c in commits]
         own = [commit.body.round for commit in commits if commit.body.round in offered]
         peers = None if self.peers == self._told_peers else list(self.peers.items())
         self._told_peers = dict(self.peers)
@@ -198,16 +207,19 @@ class LeaderReplica(Replica):
 
 
 class FollowerReplica(Replica):
-    """Another rank's part. Only rank 0 reads the ledger: it tells who is condemned in the rounds to come, and
-    who is new."""
+    """Another rank's part. Only rank 0 reads the ledger: it tells who is condemned in the rounds to come, who
+    is new, and whose last audit has failed."""
 
-    told: Mapping[int, tuple[frozenset[int], frozenset[int]]] = {}
+    told: Mapping[int, tuple[frozenset[int], ...]] = {}
 
     def condemned(self, commit: Commit) -> frozenset[int]:
         return self.told[commit.body.round][0]
 
     def newcomers(self, commit: Commit) -> frozenset[int]:
         return self.told[commit.body.round][1]
+
+    def failed(self, commit: Commit) -> frozenset[int]:
+        return self.told[commit.body.round][2]
 
 
 class LeaderWork(LocalWork):
@@ -230,6 +242,21 @@ class LeaderWork(LocalWork):
         with self._leader.call("evaluate"):
             return super().evaluate()
 
+    def keep(self) -> Earlier:
+        with self._leader.call("keep"):
+            return super().keep()
+
+    def audit(
+        self, payloads: Mapping[str, Payload], at: Earlier, seed: Callable[[int], int], n_batches: int
+    ) -> list[Evidence | None]:
+        """Every rank draws its rows of the same batches, and decodes its part of the same payloads."""
+        replica = self._replica
+        n_seeds = len(payloads) * max(MAX_BATCHES, replica.strategy.most_batches)
+        seeds = [seed(i) for i in range(n_seeds)]
+        encoded = [(peer, replica.encode(payload, at.turn_of(peer))) for peer, payload in payloads.items()]
+        with self._leader.call("audit", encoded, seeds, n_batches):
+            return super().audit(payloads, at, seeds.__getitem__, n_batches)
+
 
 class Follower:
     """A rank that does what rank 0 announces. `import_path`, `data`: as the node's user has given them."""
@@ -237,6 +264,7 @@ class Follower:
     _task: Task
     _replica: FollowerReplica
     _work: LocalWork
+    _earlier: Earlier
 
     def __init__(
         self,
@@ -265,6 +293,8 @@ class Follower:
             "propose": self._propose,
             "work_ahead": self._work_ahead,
             "evaluate": self._evaluate,
+            "keep": self._keep,
+            "audit": self._audit,
         }
 
     def run(self) -> None:
@@ -296,14 +326,13 @@ class Follower:
         payloads: list[bytes],
         offered: list[int],
         peers: list[tuple[int, str]] | None,
-        standing: list[tuple[list[int], list[int]]],
+        standing: list[tuple[list[int], ...]],
     ) -> None:
         if peers is not None:
             self._replica.peers = dict(peers)
         commits, fetched = [_commit(c) for c in plain], iter(payloads)
         self._replica.told = {
-            c.body.round: (frozenset(condemned), frozenset(new))
-            for c, (condemned, new) in zip(commits, standing, strict=True)
+            c.body.round: tuple(map(frozenset, said)) for c, said in zip(commits, standing, strict=True)
         }
         self._replica.apply_batch(commits, lambda _offer: next(fetched), offered)
 
@@ -342,6 +371,14 @@ class Follower:
 
     def _evaluate(self) -> None:
         self._work.evaluate()
+
+    def _keep(self) -> None:
+        self._earlier = self._work.keep()
+
+    def _audit(self, encoded: list[tuple[str, bytes]], seeds: list[int], n_batches: int) -> None:
+        at = self._earlier
+        payloads = {peer: self._replica.decode(data, at.turn_of(peer)) for peer, data in encoded}
+        self._work.audit(payloads, at, seeds.__getitem__, n_batches)
 
 
 def _alike(what: Announced) -> tuple[type[Exception], ...]:

@@ -13,6 +13,8 @@ from math import isfinite, sqrt
 import torch
 from torch import Tensor
 
+from ..parts.ranks import Ranks
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -59,6 +61,11 @@ class Agreement:
         self._squares += float(torch.dot(x, x))
         self._other_squares += float(torch.dot(y, y))
         self._other_where_sent += float(torch.dot(y, torch.where(x == 0.0, 0.0, y)))
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Of pieces that several ranks have met: the same on each."""
+        sums = ranks.sums([self._dot, self._squares, self._other_squares, self._other_where_sent])
+        self._dot, self._squares, self._other_squares, self._other_where_sent = sums
 
     @property
     def cosine(self) -> float | None:

@@ -13,6 +13,7 @@ from ...compression.base import Compressor, Payload, Turn
 from ...compression.exact import exact_arithmetic
 from ..base import Draw, Parameter, Strategy
 from ..parts.gradients import MeanGradient, backward
+from ..parts.ranks import Ranks, is_sharded
 from .evidence import Agreement, Evidence
 
 MAX_BATCHES: Final = 4
@@ -56,7 +57,8 @@ def gradient_evidence(
         gradient.add_to(found, parameter.name, 0.0, 1.0)
         return found
 
-    return [compared(compressor, parameters, payload, turn, own, MOMENTUM) for payload in payloads]
+    options = own, strategy.ranks, MOMENTUM
+    return [compared(compressor, parameters, payload, turn, *options) for payload in payloads]
 
 
 def compared(
@@ -65,17 +67,21 @@ def compared(
     payload: Payload,
     turn: Turn,
     own: Callable[[Parameter], Tensor],
+    ranks: Ranks,
     by_chance: float = 0.0,
 ) -> Evidence | None:
     """`parameters`: those that the payload is about; `turn`: as the compressor counts rounds; `own`: what the
-    work comes to, flat. None: that is zero or not finite."""
+    work comes to, flat, as far as this rank holds it. None: that is zero or not finite."""
     agreement, n = Agreement(), 0
     for p in parameters:
+        n += p.part.n_global
+        if ranks.index > 0 and not is_sharded(p.tensor):
+            continue  # every rank has it whole
         expected = own(p)
         with exact_arithmetic():
-            sent = compressor.decode_on(p.local.device, [payload[p.name]], [1.0], p.part.entire, turn)
+            sent = compressor.decode_on(p.local.device, [payload[p.name]], [1.0], p.part, turn)
         agreement.add(sent, expected)
-        n += sent.numel()
+    agreement.sum_over(ranks)
     cosine = agreement.cosine
     limit = min(MOST_LIMIT, SPREADS / max(1.0, n**0.5))
     return None if cosine is None else Evidence(cosine, limit, CLEAR * limit, agreement.where_sent, by_chance)

@@ -37,6 +37,30 @@ class Claim(Protocol):
     @property
     def is_new(self) -> bool: ...
 
+    @property
+    def has_failed(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On which some peers weigh less than others: options of `BoundedOptions`, as older runs have them."""
+
+    own_data_share: float = 0.0
+    own_data_alone: bool = False
+    newcomers: float = 1.0
+    newcomers_share: float = 0.0
+
+    def concern(self, claim: Claim) -> bool:
+        """Whether it matters how long its peer has been known."""
+        return not (claim.own_data and self.own_data_share == 0.0)
+
+    def is_judged_by(self, claim: Claim) -> bool:
+        """Whether the round's medians are taken over this offer where `newcomers_share` says whose count."""
+        return not (self.concern(claim) and (claim.is_new or claim.has_failed))
+
+
+PLAIN: Final = Terms()
+
 
 @dataclass(frozen=True, slots=True)
 class Weighing:
@@ -93,9 +117,16 @@ def clipped_weights(norms: Sequence[float], weights: Sequence[float], clip: floa
 # ------------------------------------------------------------------------------------------- with a bound
 
 
-def lower_median(sizes: Sequence[float], claims: Sequence[Claim] | None = None) -> float:
+def lower_median(
+    sizes: Sequence[float], claims: Sequence[Claim] | None = None, terms: Terms = PLAIN
+) -> float:
     """Of the sizes that are not zero; 0.0 without one. Of an even number of them the smaller middle one, so
-    that half of the peers cannot raise it. Copies of a payload count as one."""
+    that half of the peers cannot raise it. Copies of a payload count as one. With `newcomers_share` it is
+    that of the peers who are known, if any of them has sent something: however many are new."""
+    if claims is not None and terms.newcomers_share > 0.0:
+        known = [(size, c) for size, c in zip(sizes, claims, strict=True) if terms.is_judged_by(c)]
+        if any(size != 0.0 for size, _ in known):
+            return lower_median([size for size, _ in known], [c for _, c in known])
     counted = [(size, Fraction(1)) for size in sizes]
     if claims is not None:
         counted = [(size, Fraction(1, c.n_copies)) for size, c in zip(sizes, claims, strict=True)]
@@ -108,59 +139,69 @@ def lower_median(sizes: Sequence[float], claims: Sequence[Claim] | None = None) 
     return 0.0
 
 
-def work_weights(
-    work: Sequence[float],
-    claims: Sequence[Claim],
-    own_data_share: float,
-    own_data_alone: bool = False,
-    newcomers: float = 1.0,
-) -> list[float]:
+def work_weights(work: Sequence[float], claims: Sequence[Claim], terms: Terms = PLAIN) -> list[float]:
     """What each offer weighs for its samples or probes: `MOST_WORK` lower medians of them at most.
 
-    Copies of a payload share one weight. New peers have `newcomers` of theirs where the others have half of
-    all at least: so nobody's part of it doubles. Peers with their own data have `own_data_share` of all at
-    most, unless it is 0: then that does not concern them. In a round that has nobody else they have nothing,
-    or all if `own_data_alone`.
+    Copies of a payload share one weight. Peers whose last audit has failed weigh nothing.
     """
-    limit = MOST_WORK * lower_median(work, claims)
-    weights = [min(n, limit) / c.n_copies for n, c in zip(work, claims, strict=True)]
-    concerned = [not (c.own_data and own_data_share == 0.0) for c in claims]
-    every = list(zip(weights, claims, concerned, strict=True))
-    new, known = (total(w for w, c, has_to in every if has_to and c.is_new == x) for x in (True, False))
-    if new <= known:
-        weights = [w * newcomers if has_to and c.is_new else w for w, c, has_to in every]
-    if own_data_share == 0.0:
+    limit = MOST_WORK * lower_median(work, claims, terms)
+    weights = [
+        0.0 if c.has_failed and terms.concern(c) else min(n, limit) / c.n_copies
+        for n, c in zip(work, claims, strict=True)
+    ]
+    return _of_own_data(_of_newcomers(weights, claims, terms), claims, terms)
+
+
+def _of_newcomers(weights: list[float], claims: Sequence[Claim], terms: Terms) -> list[float]:
+    """New peers have `newcomers` of their weight, and all of them together `newcomers_share` of a round that
+    has others, at most. Where that is 0 they have all of theirs unless the others have half of the round: so
+    nobody's part of it doubles."""
+    every = [(w, c.is_new) for w, c in zip(weights, claims, strict=True) if terms.concern(c)]
+    new, known = (total(w for w, is_new in every if is_new == x) for x in (True, False))
+    share, factor = terms.newcomers_share, terms.newcomers
+    if share > 0.0 and known > 0.0 and new > 0.0:
+        factor = min(factor, share / (1.0 - share) * known / new)
+    elif share > 0.0 or new > known:
+        factor = 1.0
+    return [w * factor if terms.concern(c) and c.is_new else w for w, c in zip(weights, claims, strict=True)]
+
+
+def _of_own_data(weights: list[float], claims: Sequence[Claim], terms: Terms) -> list[float]:
+    """Peers with their own data have `own_data_share` of all at most, unless it is 0: then that does not
+    concern them. In a round that has nobody else they have nothing, or all if `own_data_alone`."""
+    if terms.own_data_share == 0.0:
         return weights
     own = total(w for w, c in zip(weights, claims, strict=True) if c.own_data)
     others = total(w for w, c in zip(weights, claims, strict=True) if not c.own_data)
-    if own_data_alone and others == 0.0:
+    if terms.own_data_alone and others == 0.0:
         return weights
-    most = own_data_share / (1.0 - own_data_share) * others
+    most = terms.own_data_share / (1.0 - terms.own_data_share) * others
     if own <= most:
         return weights
     return [w * (most / own) if c.own_data else w for w, c in zip(weights, claims, strict=True)]
 
 
-def bounded(norms: Sequence[float], claims: Sequence[Claim], bound: float) -> tuple[float, ...]:
-    """What each payload is to be scaled by so that no norm is beyond `bound` lower medians; at most 1."""
-    limit = bound * lower_median(norms, claims)
-    return tuple(1.0 if norm <= limit else limit / norm for norm in norms)
+def bounded(
+    norms: Sequence[float], claims: Sequence[Claim], bound: float, terms: Terms = PLAIN
+) -> tuple[float, ...]:
+    """What each payload is to be scaled by so that no norm is beyond `bound` lower medians; at most 1. With
+    `newcomers_share` one median is enough for who is new."""
+    middle = lower_median(norms, claims, terms)
+    limits = [
+        (bound if terms.newcomers_share == 0.0 or terms.is_judged_by(c) else min(bound, 1.0)) * middle
+        for c in claims
+    ]
+    return tuple(1.0 if norm <= limit else limit / norm for norm, limit in zip(norms, limits, strict=True))
 
 
-def relative(norms: Sequence[float], claims: Sequence[Claim]) -> tuple[float, ...]:
+def relative(norms: Sequence[float], claims: Sequence[Claim], terms: Terms = PLAIN) -> tuple[float, ...]:
     """Norms against their lower median."""
-    middle = lower_median(norms, claims)
+    middle = lower_median(norms, claims, terms)
     return tuple(norm / middle if norm != 0.0 else 0.0 for norm in norms)
 
 
 def weigh(
-    norms: Sequence[float],
-    claims: Sequence[Claim],
-    by_samples: bool,
-    bound: float,
-    own_data_share: float,
-    own_data_alone: bool = False,
-    newcomers: float = 1.0,
+    norms: Sequence[float], claims: Sequence[Claim], by_samples: bool, bound: float, terms: Terms = PLAIN
 ) -> Weighing:
     """Of a round whose mean is bounded; see `Weighing`.
 
@@ -168,12 +209,12 @@ def weigh(
     with it.
     """
     work = [float(min(max(c.n_samples, 0), MAX_WEIGHT)) if by_samples else 1.0 for c in claims]
-    whole = [_weight(w) for w in work_weights(work, claims, own_data_share, own_data_alone, newcomers)]
-    kept = bounded(norms, claims, bound)
+    whole = [_weight(w) for w in work_weights(work, claims, terms)]
+    kept = bounded(norms, claims, bound, terms)
     weights = [_weight(w * k) for w, k in zip(whole, kept, strict=True)]
     n = total(whole)
     dilution = to_float32(total(weights) / n) if n > 0.0 else 0.0
-    return Weighing(weights, whole, dilution, kept, relative(norms, claims))
+    return Weighing(weights, whole, dilution, kept, relative(norms, claims, terms))
 
 
 def _weight(w: float) -> float:

@@ -21,15 +21,16 @@ from ...compression.base import Compressor, Turn
 from ...compression.exact import exact_arithmetic, to_float32
 from ...compression.numerics.reduce import l1_norm
 from ..base import Parameter, Share
-from ..parts.clip import SMALLEST_WEIGHT, Weighing, bounded, total
+from ..parts.clip import SMALLEST_WEIGHT, Terms, Weighing, bounded, total
 
 N_STEPS: Final = 3
 
 
 def centred(
-    compressor: Compressor, parameters: Sequence[Parameter], shares: Sequence[Share], turn: Turn, w: Weighing
-) -> Weighing:
-    """The same round, by the weights of its centre."""
+    compressor: Compressor, parameters: Sequence[Parameter], shares: Sequence[Share], turn: Turn, w: Weighing,
+    terms: Terms,
+) -> Weighing:  # fmt: skip
+    """The same round, by the weights of its centre. `terms`: of the median."""
     of_all = total(w.whole)
     if of_all == 0.0:
         return w
@@ -38,7 +39,8 @@ def centred(
     centre_S = [0.0] * len(shares)
     for _ in range(N_STEPS):
         far_S = _distances(compressor, parameters, shares, turn, kept, centre_S)
-        step_S = [p * near for p, near in zip(part_S, bounded(far_S, shares, 1.0), strict=True)]
+        near_S = bounded(far_S, shares, 1.0, terms)
+        step_S = [p * near for p, near in zip(part_S, near_S, strict=True)]
         left = 1.0 - total(step_S)
         centre_S = [c * left + s for c, s in zip(centre_S, step_S, strict=True)]
     weights = [to_float32(c * k) for c, k in zip(centre_S, kept, strict=True)]

@@ -14,7 +14,8 @@ NEW_RUNS: Final[Mapping[str, Any]] = {
     "bound": 2.0,
     "own_data_share": 0.25,
     "own_data_alone": True,
-    "newcomers": 0.25,
+    "newcomers": 0.1,
+    "newcomers_share": 0.125,
 }
 """`Facts.in_runs` of every strategy; who runs one for peers that are known may say otherwise."""
 
@@ -36,7 +37,11 @@ class BoundedOptions(Options):
 
     newcomers: Annotated[float, Number(at_least=0, at_most=1)] = 1.0
     """With `bound`: what is left of the weight of a peer whose last audit has not passed, or that had none
-    yet, in rounds in which at least half of the weight is of others; 1: all, as in older runs."""
+    yet; 1: all, as in older runs. Without `newcomers_share` where others have half of the weight."""
+
+    newcomers_share: Annotated[float, Number(at_least=0, below=1)] = 0.0
+    """With `bound`: what those who are new weigh together, of the weight of a round that has others, at most,
+    and nothing that they send changes its medians; 0: as in older runs."""
 
     aggregate: Aggregate = "mean"
     """What is made of the peers' values: their mean, or, in spite of a minority that sends anything, the mean

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Final
 
 from ...compression.base import Compressor, Turn
 from ...compression.exact import exact_arithmetic
 from ..base import Parameter, Share, Strategy
-from ..parts.clip import Weighing, clipped_weights, sample_weights, total, weigh
+from ..parts.clip import Terms, Weighing, clipped_weights, sample_weights, total, weigh
 from .centred import centred
+
+NEXT_TO_NOTHING: Final = 16.0
+"""So many times less than the largest weight of the round."""
 
 
 def with_copies(shares: Sequence[Share], sent: Sequence[bytes]) -> list[Share]:
@@ -34,8 +38,7 @@ def weighed(
     equal, bound = strategy.option("weights") == "equal", strategy.option("bound")
     if bound > 0.0:
         norms = _norms(compressor, parameters, shares, turn)
-        share, alone = strategy.option("own_data_share"), strategy.option("own_data_alone")
-        w = weigh(norms, shares, not equal, bound, share, alone, strategy.option("newcomers"))
+        w = weigh(norms, shares, not equal, bound, terms_of(strategy))
     else:
         clip = strategy.option("clip")
         weights = [1.0] * len(shares) if equal else sample_weights([s.n_samples for s in shares], clip)
@@ -43,8 +46,24 @@ def weighed(
             weights = clipped_weights(_norms(compressor, parameters, shares, turn), weights, clip)
         w = Weighing(weights, weights)
     if strategy.option("aggregate") == "centred":
-        return centred(compressor, parameters, shares, turn, w)
+        return centred(compressor, parameters, shares, turn, w, terms_of(strategy))
     return w
+
+
+def terms_of(strategy: Strategy) -> Terms:
+    """As the options of the strategy have them."""
+    return Terms(**{f.name: strategy.option(f.name) for f in fields(Terms)})
+
+
+def n_moving(w: Weighing) -> int:
+    """Payloads of a round whose values move something: of those that hold nothing, and of those of next to no
+    weight, as of many who are new, there may be any number."""
+    least = max(w.whole, default=0.0) / NEXT_TO_NOTHING
+    sizes = w.sizes or (1.0,) * len(w.weights)
+    return sum(
+        weight > 0.0 and whole >= least and size > 0.0
+        for weight, whole, size in zip(w.weights, w.whole, sizes, strict=True)
+    )
 
 
 def sender_floor_of(strategy: Strategy) -> float | None:

@@ -149,8 +149,8 @@ def without_the_bad_one() -> Replica:
         replica.standing.committed(commit.body, commit.digest)
         replica.peers.update({a.index: a.peer_id for a in commit.body.admitted})
         ahead = type("Ahead", (), {"peers": replica.peers, "bad": replica.bad})()
-        new = replica.newcomers(commit)
-        shares, _ = replica._shares(tuple(offers), new, turn, inline, ahead)
+        standing = replica.newcomers(commit), replica.failed(commit)
+        shares, _ = replica._shares(tuple(offers), *standing, turn, inline, ahead)
         replica.strategy.apply(shares, turn, None)
         replica.round += 1
         replica._lr_factor = 1.0
@@ -268,7 +268,7 @@ def test_who_is_new_weighs_less_where_others_are_known() -> None:
     for commit in ledger():
         new[commit.body.round] = [standing.is_new_in(peer, commit.body.round) for peer in range(N_PEERS)]
         standing.committed(commit.body, commit.digest)
-    assert all(new[1])
+    assert not any(new[1]), "nobody is, before half are known"
     assert new[N_ROUNDS] == [peer == BAD for peer in range(N_PEERS)]
     assert any(0 < sum(of_round) <= N_PEERS / 2 for of_round in new.values())
     for round_, of_round in new.items():
@@ -285,15 +285,15 @@ def test_new_runs_have_audits_and_old_ones_stay_what_they_are() -> None:
     config = config_of(None)
     task = make_task(config.task, None, None)
     new = public_config(config, task)
-    assert new.audits == Audits(own_data_auditors=False, newcomers_rate=0.5)
+    assert new.audits == Audits(own_data_auditors=False, newcomers_rate=1.0, newcomers_budget=10.0)
     before = {"rate": 0.01, "failures": 2, "window_rounds": 1000}
-    since = {"own_data_auditors": False, "newcomers_rate": 0.5}
+    since = {"own_data_auditors": False, "newcomers_rate": 1.0, "newcomers_budget": 10.0}
     assert json.loads(new.to_json())["audits"] == {**before, **since}
     with_all = new.model_copy(update={"audits": Audits()})  # of a run that is older than the option
     assert json.loads(with_all.to_json())["audits"] == before
     drawn = parse_settings(with_all.to_json()).audits
     assert drawn is not None
-    assert (drawn.own_data_auditors, drawn.newcomers_rate) == (True, 0.0)
+    assert (drawn.own_data_auditors, drawn.newcomers_rate, drawn.newcomers_budget) == (True, 0.0, 0.0)
     assert public_config(config, task, recorded=with_all) == with_all
     old = new.model_copy(update={"audits": None})
     assert "audits" not in json.loads(old.to_json())

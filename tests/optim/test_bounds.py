@@ -20,13 +20,14 @@ from thinwire.optim.base import Share, Strategy
 from thinwire.optim.decoupled import Decoupled
 from thinwire.optim.diloco import Diloco
 from thinwire.optim.parts import byte_code
-from thinwire.optim.parts.clip import bounded, lower_median, work_weights
+from thinwire.optim.parts.clip import Terms, bounded, lower_median, work_weights
 from thinwire.optim.registry import build_strategy
 from thinwire.optim.robust.weights import with_copies
 from thinwire.optim.spsa import CODES, Spsa
 
 TURN = Turn(1, 5, 6, 1.0)
 N = 600
+OWN = Terms(own_data_share=0.25)
 
 Apply = Callable[[Sequence[Share]], Tensor]
 """What a round's shares do to zeros."""
@@ -106,16 +107,16 @@ def test_payloads_are_scaled_down_never_up() -> None:
 
 
 def test_work_counts_up_to_twice_its_lower_median() -> None:
-    assert work_weights([10.0, 10.0, 12.0, 2.0**20], claims(4), 0.0) == [10.0, 10.0, 12.0, 20.0]
-    assert work_weights([6.0, 6.0, 6.0], claims(3, copies=(0, 2)), 0.0) == [3.0, 6.0, 3.0]
+    assert work_weights([10.0, 10.0, 12.0, 2.0**20], claims(4)) == [10.0, 10.0, 12.0, 20.0]
+    assert work_weights([6.0, 6.0, 6.0], claims(3, copies=(0, 2))) == [3.0, 6.0, 3.0]
 
 
 def test_own_data_weighs_a_share_of_all_at_most() -> None:
-    weights = work_weights([1.0] * 4, claims(4, own=(0, 1)), 0.25)
+    weights = work_weights([1.0] * 4, claims(4, own=(0, 1)), OWN)
     assert weights == pytest.approx([1 / 3, 1 / 3, 1.0, 1.0])
     assert sum(weights[:2]) / sum(weights) == pytest.approx(0.25)
-    assert work_weights([1.0] * 5, claims(5, own=(0,)), 0.25) == [1.0] * 5  # a fifth of all
-    assert work_weights([1.0, 1.0], claims(2, own=(0, 1)), 0.25) == [0.0, 0.0]  # nobody else is there
+    assert work_weights([1.0] * 5, claims(5, own=(0,)), OWN) == [1.0] * 5  # a fifth of all
+    assert work_weights([1.0, 1.0], claims(2, own=(0, 1)), OWN) == [0.0, 0.0]  # nobody else is there
 
 
 def test_newcomers_weigh_less_where_half_of_the_weight_is_of_others() -> None:
@@ -123,7 +124,7 @@ def test_newcomers_weigh_less_where_half_of_the_weight_is_of_others() -> None:
         n: int, new: Sequence[int], copies: Sequence[int] = (), own: Sequence[int] = ()
     ) -> list[float]:
         offers = [replace(c, is_new=i in new) for i, c in enumerate(claims(n, copies, own))]
-        return work_weights([1.0] * n, offers, 0.25, newcomers=0.25)
+        return work_weights([1.0] * n, offers, replace(OWN, newcomers=0.25))
 
     assert weights(4, new=(3,)) == [1.0, 1.0, 1.0, 0.25]
     assert weights(4, new=(2, 3)) == [1.0, 1.0, 0.25, 0.25]
@@ -131,13 +132,56 @@ def test_newcomers_weigh_less_where_half_of_the_weight_is_of_others() -> None:
     assert weights(6, new=(1, 2, 3, 4), copies=(1, 2, 3, 4)) == [1.0, *[0.0625] * 4, 1.0], "one payload"
     assert weights(4, new=(3,), own=(3,)) == [1.0, 1.0, 1.0, 0.25]
     offers = [replace(c, is_new=c.seed >= 2) for c in claims(4, own=(3,))]
-    assert work_weights([1.0] * 4, offers, 0.0) == [1.0] * 4, "as in older runs"
-    assert work_weights([1.0] * 4, offers, 0.0, newcomers=0.25) == [1.0, 1.0, 0.25, 1.0]
+    assert work_weights([1.0] * 4, offers) == [1.0] * 4, "as in older runs"
+    assert work_weights([1.0] * 4, offers, Terms(newcomers=0.25)) == [1.0, 1.0, 0.25, 1.0]
     offers = [replace(c, is_new=c.seed > 0) for c in claims(4, own=(0, 3))]
-    assert work_weights([1.0] * 4, offers, 0.0, newcomers=0.25) == [1.0] * 4, "nobody is known"
+    assert work_weights([1.0] * 4, offers, Terms(newcomers=0.25)) == [1.0] * 4, "nobody is known"
+
+
+NEW = Terms(own_data_share=0.25, newcomers=0.1, newcomers_share=0.125)
+
+
+def test_any_number_of_newcomers_weighs_a_share_of_all() -> None:
+    def weights(n: int, new: Sequence[int], own: Sequence[int] = ()) -> list[float]:
+        return work_weights(
+            [1.0] * n, [replace(c, is_new=i in new) for i, c in enumerate(claims(n, (), own))], NEW
+        )
+
+    assert weights(4, new=(3,)) == [1.0, 1.0, 1.0, 0.1]
+    assert weights(4, new=(3,), own=(3,)) == [1.0, 1.0, 1.0, 0.1]
+    found = weights(53, new=range(3, 53))
+    assert sum(found[3:]) / sum(found) == pytest.approx(0.125)
+    assert weights(4, new=range(4)) == [1.0] * 4, "nobody else is there"
+    assert sum(weights(4, new=(1, 2, 3))[1:]) == pytest.approx(1 / 7)
+
+
+def test_medians_are_those_of_who_is_known() -> None:
+    offers = [replace(c, is_new=i >= 3) for i, c in enumerate(claims(9))]
+    norms = [1.0, 2.0, 3.0, *[1e9] * 6]
+    assert lower_median(norms, offers) == 1e9
+    assert lower_median(norms, offers, NEW) == 2.0
+    assert lower_median([0.0] * 3 + [5.0] * 6, offers, NEW) == 5.0, "they have sent nothing"
+    assert bounded(norms, offers, 1.25, NEW) == (1.0, 1.0, 2.5 / 3.0, *[2e-9] * 6), "one median for them"
+    assert work_weights(norms, offers, NEW)[:3] == [1.0, 2.0, 3.0]
+    failed = [replace(c, is_new=False, has_failed=i >= 3) for i, c in enumerate(offers)]
+    assert lower_median(norms, failed, NEW) == 2.0
+    assert work_weights([1.0] * 9, failed, NEW) == [1.0] * 3 + [0.0] * 6
+    assert work_weights([1.0] * 9, failed) == [1.0] * 3 + [0.0] * 6
 
 
 # ------------------------------------------------------------------------------------------- vectors
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "trimmed", "median", "vote", "centred"])
+@unsigned
+def test_fifty_newcomers_move_less_than_one_peer_of_three(name: str, aggregate: str) -> None:
+    apply, options = UNSIGNED[name], {"newcomers": 0.1, "newcomers_share": 0.125, "aggregate": aggregate}
+    known = [apply.share(row(i)) for i in range(3)]
+    honest = apply(known, **options)
+    flood = [apply.share(row(0, -1e3), is_new=True) for _ in range(50)]
+    moved_by = float((apply([*known, *flood], **options) - honest).norm())
+    of_one = float((apply(known[1:], **options) - honest).norm())
+    assert moved_by < of_one
 
 
 @unsigned

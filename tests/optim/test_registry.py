@@ -275,9 +275,12 @@ def test_a_copy_goes_on_like_the_original() -> None:
 # ------------------------------------------------------------------------------------------- new runs
 
 
+NEWCOMERS = {"newcomers": 0.1, "newcomers_share": 0.125}
+
+
 def test_a_new_run_is_bounded_and_says_so() -> None:
     spsa = of_new_run({**SPSA, "probes": 8})
-    new = {"bound": 2.0, "own_data_share": 0.25, "own_data_alone": True, "newcomers": 0.25}
+    new = {"bound": 2.0, "own_data_share": 0.25, "own_data_alone": True, **NEWCOMERS}
     assert spsa == {**SPSA, "probes": 8, **new, "clip": 4.0, "max_probes": 8, "lr_scale": "rule"}
     assert of_new_run(SPSA)["max_probes"] == 16
     said = {**SPSA, **dict.fromkeys(new, 0), "clip": 9.0, "max_probes": 64, "lr_scale": "none"}
@@ -288,7 +291,7 @@ def test_a_new_run_is_bounded_and_says_so() -> None:
 
 def test_a_run_that_is_gone_on_with_has_what_its_record_says() -> None:
     """Also where that is older than an option, or than the value that new runs have."""
-    new = ("bound", "own_data_share", "own_data_alone", "newcomers")
+    new = ("bound", "own_data_share", "own_data_alone", *NEWCOMERS)
     older = {k: v for k, v in complete_config(SPSA).items() if k not in new}
     assert complete_config(of_new_run(SPSA, older)) == complete_config(SPSA)
     recorded = complete_config(of_new_run({**SPSA, "probes": 8}))

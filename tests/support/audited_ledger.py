@@ -35,6 +35,7 @@ class Rules:
     window_rounds: int = 100
     own_data_auditors: bool = True
     newcomers_rate: float = 0.0
+    newcomers_budget: float = 0.0
 
 
 def offer(peer: int, n_samples: int = 1, round_: int = 0, own_data: bool = False) -> OfferEntry:

@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from thinwire.coordinator.control.orders import Order
 from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.messages import Change, Commit, digest_of
+from thinwire.node.auditing.earlier import Earlier
 from thinwire.node.config import RunConfig, load_config
 from thinwire.node.genesis import make_genesis
 from thinwire.node.links.local import LocalSwarm, local_swarm
 from thinwire.node.ranks.leader import Follower, Leader, open_channel
 from thinwire.node.ranks.sharding import Sharding, join_node
+from thinwire.node.replica import data_seed
 from thinwire.node.result import Result
 from thinwire.node.runner import Runner
 from thinwire.node.snapshots.store import SnapshotStore
@@ -68,18 +71,23 @@ def lead(name: str, channel: Ranks, world_size: int, folder: Path) -> dict[str, 
     genesis = make_genesis(config, make_task(config.task, None, None), peer_id_of(KEY.public_key()), 1)
     (folder / "coordinator").mkdir(parents=True)
     leading = Leader(channel, CPU, Sharding(world_size, **special))
+    audits = Audits(), Audits()
     try:
         with local_swarm(folder / "coordinator", genesis.body, KEY, blobs=genesis.blobs) as swarm:
             single = Runner(
                 swarm.link("single"),
                 folder=folder / "single",
-                on_proposing=lambda runner: halve_lr(swarm, runner, strategy["lr"]),
+                on_proposing=lambda runner: (
+                    halve_lr(swarm, runner, strategy["lr"]),
+                    audits[0].look(runner),
+                ),
             )
             several = Runner(
                 swarm.link("several"),
                 folder=folder / "several",
                 leader=leading,
                 on_prepared=meddle if name == "healed" else leave_alone,
+                on_proposing=audits[1].look,
             )
             results = run_both(single, several)
             assert several.replica.strategy.option("lr") == strategy["lr"] / 2
@@ -87,10 +95,32 @@ def lead(name: str, channel: Ranks, world_size: int, folder: Path) -> dict[str, 
                 "rounds": [r.rounds for r in results],
                 "fingerprints": [r.fingerprint for r in results],
                 "held_out": [len(r.held_out) for r in results],
+                "agreements": [a.agreements for a in audits],
                 **snapshots(swarm, single, several, folder),
             }
     finally:
         leading.stop()
+
+
+class Audits:
+    """What a node finds of the offers of round 3, whoever made them."""
+
+    def __init__(self) -> None:
+        self.agreements: list[float | None] = []
+        self._kept: Earlier | None = None
+
+    def look(self, runner: Runner) -> None:
+        if runner.replica.round == 2:
+            self._kept = runner.work.keep()
+        if runner.replica.round != 3 or self._kept is None:
+            return
+        at, replica, link = self._kept, runner.replica, runner.prepared.link
+        for offer in next(link.records(2)).body.offers:
+            peer = replica.peers[offer.peer]
+            payload = replica.decode(link.payload(offer), at.turn_of(peer))
+            seed = partial(data_seed, replica.run_id, 3, peer)
+            (found,) = runner.work.audit({peer: payload}, at, seed, 1)
+            self.agreements.append(None if found is None else found.agreement)
 
 
 def halve_lr(swarm: LocalSwarm, runner: Runner, lr: float) -> None:

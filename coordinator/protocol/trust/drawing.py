@@ -10,11 +10,12 @@ An audit costs each auditor about the work of one round; so that all audits toge
 the swarm's work, an offer with `a` auditors is drawn with the probability rate / a. Offers of suspects are
 drawn with 1 / 10, beyond that share: of newcomers until one audit has passed, and of who has failed one. In
 runs that say so the first offers of newcomers are drawn more often: it is the same one audit, only sooner.
+In runs with a `Stock` all audits of who is not known come out of that, and the known ones do them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from struct import unpack
 from typing import Final, Protocol
@@ -22,6 +23,7 @@ from typing import Final, Protocol
 from blake3 import blake3
 
 from ..messages import CommitBody
+from .stock import Stock
 
 MIN_AUDITORS: Final = 3
 """Fewer prove nothing; a round that has no more peers than these is not audited."""
@@ -43,6 +45,10 @@ class Known(Protocol):
     def is_suspect(self, peer: int) -> bool: ...
 
     def is_fresh(self, peer: int) -> bool: ...
+
+    def is_known(self, peer: int) -> bool: ...
+
+    def is_looked_at(self, peer: int) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,35 +72,68 @@ def audits_of(
     rate: float,
     own_data_auditors: bool = True,
     newcomers_rate: float = 0.0,
+    stock: Stock | None = None,
 ) -> tuple[Draw, ...]:
     """The audits of this commit's offers, in their order. `digest`: of the commit; `standing`: after it;
     `rate`: share of the swarm's work that goes into audits of those who are no suspects, 0 to 1; 0: none.
     `own_data_auditors`: peers whose offers were made from data of their own are drawn as auditors, too;
-    `newcomers_rate`: share that is audited of the first offers of others, where it is more."""
+    `newcomers_rate`: share that is audited of the first offers of others, where it is more. `stock`: what
+    audits of newcomers take their auditors' work from, in rounds that come in order; then newcomers with data
+    of their own are drawn as often, and auditors from those who are known. None: in older runs."""
     counted = {o.peer: o.own_data for o in body.offers if o.n_samples > 0}
     targets = [peer for peer in counted if standing.has_worked(peer)]
-    able = dict.fromkeys(peer for peer in targets if own_data_auditors or not counted[peer])
+    able = list(dict.fromkeys(peer for peer in targets if own_data_auditors or not counted[peer]))
     rate_millionths = round(rate * 1_000_000)
     if rate_millionths == 0:
         return ()
     for_fresh = _threshold(round(newcomers_rate * 1_000_000), 1_000_000)
-    drawn = []
+    known = [] if stock is None else [peer for peer in able if standing.is_known(peer)]
+    drawn = list[tuple[int, Draw]]()
     for peer, number in zip(targets, _numbers(_WHAT + run_id + digest, len(targets)), strict=True):
-        n_auditors = _n_auditors(len(able) - (peer in able))
-        if n_auditors < MIN_AUDITORS:
-            continue
-        usual = _threshold(rate_millionths, 1_000_000 * n_auditors)
-        most = max(usual, _threshold(SUSPECTS_MILLIONTHS, 1_000_000))
-        if standing.is_fresh(peer) and not counted[peer]:
-            most = max(most, for_fresh)
-        if number >= most:
-            continue
-        is_for_suspects = number >= usual and not standing.is_suspect(peer)
         key = _WHAT + run_id + digest + peer.to_bytes(2, "little")
-        others = [other for other in able if other != peer]
-        auditors = sorted(others[j] for j in _some(len(others), n_auditors, key))
-        drawn.append(Draw(peer, tuple(auditors), is_for_suspects))
-    return tuple(drawn)
+        auditors = _auditors_of(peer, able, known, key)
+        if not auditors:
+            continue
+        usual = _threshold(rate_millionths, 1_000_000 * len(auditors))
+        most = max(usual, _threshold(SUSPECTS_MILLIONTHS, 1_000_000))
+        if standing.is_fresh(peer) and not (counted[peer] and stock is None):
+            most = max(most, for_fresh)
+        if number < most:
+            is_for_suspects = number >= usual and not standing.is_suspect(peer)
+            drawn.append((number, Draw(peer, auditors, is_for_suspects)))
+    if stock is not None:
+        left_out = _left_out(drawn, standing, stock, len(known or able))
+        drawn = [(number, draw) for number, draw in drawn if draw.target not in left_out]
+    return tuple(draw for _, draw in drawn)
+
+
+def _left_out(
+    drawn: Sequence[tuple[int, Draw]], standing: Known, stock: Stock, n_able: int
+) -> frozenset[int]:
+    """Newcomers who wait for a later round: the stock does not last for all of them, or it is not known yet
+    what the last audit of their offers has found. Who was drawn by a smaller number comes first."""
+    stock.next_round()
+    found = set[int]()
+    for _, draw in sorted(drawn, key=lambda entry: entry[0]):
+        if standing.is_known(draw.target):
+            continue
+        if standing.is_looked_at(draw.target) or not stock.take(len(draw.auditors), n_able):
+            found.add(draw.target)
+    return frozenset(found)
+
+
+def _auditors_of(peer: int, able: Sequence[int], known: Sequence[int], key: bytes) -> tuple[int, ...]:
+    """Sorted; none: there are too few. If some are `known` they all come from those, or as many as there are:
+    of many who are new most may be one."""
+    others, sure = ([p for p in peers if p != peer] for peers in (able, known))
+    if len(sure) >= MIN_AUDITORS or not sure:
+        pool, n = sure or others, _n_auditors(len(sure or others))
+        sure = []
+    else:
+        pool, n = [p for p in others if p not in sure], MIN_AUDITORS - len(sure)
+    if n + len(sure) < MIN_AUDITORS or n > len(pool):
+        return ()
+    return tuple(sorted([*sure, *(pool[j] for j in _some(len(pool), n, key))]))
 
 
 def _n_auditors(n_others: int) -> int:

@@ -18,6 +18,7 @@ from ..messages import AuditEntry, CommitBody, Verdict
 from .audits import check_audit, payload_digest, signed_bytes
 from .drawing import Draw, audits_of
 from .judging import REPORT_ROUNDS, Judged, Judging, OpenAudit
+from .stock import ROUND, Stock
 
 LAST: Final = 4
 """Times `failures`: so many of a peer's newest audits are looked at. Who was good for long and turns bad is
@@ -25,6 +26,9 @@ out after half as many failures; who is audited often and passes nearly always s
 
 FIRST_OFFERS: Final = 20
 """Of a newcomer: so many are audited at the rate for newcomers, or until an audit has passed."""
+
+USUAL_ROUNDS: Final = 2
+"""After an offer that was drawn: its auditors have reported by then, if all goes well."""
 
 MAX_DOUBLINGS: Final = 20
 """Of a term."""
@@ -48,13 +52,16 @@ class Rules(Protocol):
     @property
     def newcomers_rate(self) -> float: ...
 
+    @property
+    def newcomers_budget(self) -> float: ...
+
 
 @dataclass(slots=True)
 class _Tried:
     """A peer that was audited. `judged`: round of the offer and whether it failed, of the last ones in the
     window; `passed`, `failed`: ever; `is_vetted`: it has passed one since it was condemned last; `n_terms`:
     how often it was, the last time until `last`; `turns`: the first rounds in which it is new no more, is
-    again, and so on in turn."""
+    again, and so on in turn; `falls`: in which its last audit has failed, has not, and so on."""
 
     judged: deque[tuple[int, bool]] = field(default_factory=deque)
     passed: int = 0
@@ -63,11 +70,14 @@ class _Tried:
     n_terms: int = 0
     last: int = 0
     turns: list[int] = field(default_factory=list)
+    falls: list[int] = field(default_factory=list)
 
     def note(self, judged: Judged, n_kept: int, next_round: int) -> None:
         """`next_round`: the first one in which it matters."""
         if judged.failed == self.is_known(next_round):
             self.turns.append(next_round)
+        if judged.failed != self.has_failed(next_round):
+            self.falls.append(next_round)
         self.judged.append((judged.round, judged.failed))
         while len(self.judged) > n_kept:
             self.judged.popleft()
@@ -78,6 +88,10 @@ class _Tried:
     def is_known(self, round_: int) -> bool:
         """Whether the last audit that was decided before this round has passed."""
         return bisect_right(self.turns, round_) % 2 == 1
+
+    def has_failed(self, round_: int) -> bool:
+        """Whether it has failed."""
+        return bisect_right(self.falls, round_) % 2 == 1
 
     def n_failed(self, after: int) -> int:
         """Of the offers of rounds after this one; what was before is forgotten."""
@@ -112,6 +126,10 @@ class Standing:
         """Peer, first and last round of every term: few, because they double."""
         self._judging = Judging()
         self._drawn: dict[int, tuple[Draw, ...]] = {}
+        budget = 0 if rules is None else round(rules.newcomers_budget * rules.rate * ROUND)
+        self._stock = Stock(budget) if budget > 0 else None
+        self._settled: int | None = None
+        """The first round after one in which half of the peers were known: from then on others are new."""
 
     def committed(self, body: CommitBody, digest: bytes = b"") -> None:
         """The next commit, or one that is known. `digest`: its own; what is drawn comes from it."""
@@ -127,6 +145,7 @@ class Standing:
         if self._rules is not None:
             self._peer_ids.update({a.index: a.peer_id for a in body.admitted})
             self._judge(self._rules)
+            self._settle(body)
             self._draw(body, digest, self._rules)
 
     # -------------------------------------------------------------------------------------- what it says
@@ -154,9 +173,27 @@ class Standing:
 
     def is_new_in(self, peer: int, round_: int) -> bool:
         """Whether the last audit of the peer's offers that was decided before this round, one of those that
-        are known and the next one, has not passed, or there was none."""
+        are known and the next one, has not passed, or there was none. At the beginning of a run everybody is
+        new, and so nobody, in runs with `newcomers_budget`."""
+        if self._stock is not None and (self._settled is None or round_ < self._settled):
+            return False
         tried = self._tried.get(peer)
         return tried is None or not tried.is_known(round_)
+
+    def has_failed_in(self, peer: int, round_: int) -> bool:
+        """Whether it has failed, in runs with `newcomers_budget`."""
+        tried = self._tried.get(peer)
+        return self._stock is not None and tried is not None and tried.has_failed(round_)
+
+    def is_known(self, peer: int) -> bool:
+        """Whether the last audit of the peer's offers that was decided has passed."""
+        tried = self._tried.get(peer)
+        return tried is not None and tried.is_known(self.round + 1)
+
+    def is_looked_at(self, peer: int) -> bool:
+        """Whether reports on one of the peer's last offers are still to come, as far as those are in time."""
+        rounds = range(self.round - USUAL_ROUNDS, self.round)
+        return any(self._judging.waiting(round_, peer) is not None for round_ in rounds)
 
     def changed(self) -> tuple[list[int], list[int]]:
         """Who is condemned since the newest commit, and whose term is over with it; sorted."""
@@ -232,6 +269,12 @@ class Standing:
             if tried.is_too_much(rules, after):
                 self._condemn(judged.target, tried, rules)
 
+    def _settle(self, body: CommitBody) -> None:
+        if self._settled is None:
+            heard = [o.peer for o in body.offers if o.n_samples > 0 and not self.is_condemned(o.peer)]
+            if heard and 2 * sum(map(self.is_known, heard)) >= len(heard):
+                self._settled = body.round + 1
+
     def _condemn(self, peer: int, tried: _Tried, rules: Rules) -> None:
         term = rules.window_rounds << min(tried.n_terms, MAX_DOUBLINGS)
         tried.n_terms, tried.last = tried.n_terms + 1, self.round + term
@@ -241,7 +284,7 @@ class Standing:
         self._ever.append((peer, self.round + 1, tried.last))
 
     def _draw(self, body: CommitBody, digest: bytes, rules: Rules) -> None:
-        options = rules.rate, rules.own_data_auditors, rules.newcomers_rate
+        options = rules.rate, rules.own_data_auditors, rules.newcomers_rate, self._stock
         draws = audits_of(self._run_id, digest, body, self, *options)
         self._drawn.pop(body.round - REPORT_ROUNDS, None)
         if draws:

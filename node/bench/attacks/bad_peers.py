@@ -44,7 +44,7 @@ class Attack:
     `against`: what it is compared with, the same peers sending empty payloads or none that arrive: the former
     where bounds make an attack as good as that, the latter where its peers are left out or found out.
     `strategy`: of one alone, by name; `where_selected`: only where every peer selects its own coefficients;
-    `least_bad`: peers that it takes.
+    `least_bad`: peers that it takes. `identities`: that each bad peer has; `joins_after`: so many rounds.
     """
 
     twist: Twist | None = None
@@ -58,6 +58,8 @@ class Attack:
     strategy: str | None = None
     where_selected: bool = False
     least_bad: int = 1
+    identities: int = 1
+    joins_after: int = 0
 
 
 def _scaled(factor: float) -> Twist:
@@ -101,6 +103,7 @@ ATTACKS: Final[Mapping[str, Attack]] = {
     "copied": Attack(copies="honest", against="absent"),
     "copied-nearly": Attack(copies="honest", altered=1.1, against="absent"),
     "empty": EMPTY,
+    "flood": Attack(twist=_scaled(-1e3), against="absent", identities=12, joins_after=12),
     "colluding": Attack(twist=_scaled(-1.0), copies="bad", against="absent", least_bad=2),
 }
 

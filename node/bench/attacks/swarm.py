@@ -56,12 +56,15 @@ STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
 TASK: Final = {"layers": 1, "width": 32, "heads": 2, "context": 32, "batch": 4, "held_out_bytes": 8192}
 """The built-in text, and a model of 32 thousand parameters."""
 
+POLL_S: Final = 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One swarm to be trained. `attack`: None, the bad peers' offers never arrive. `seed`: of weights and
     batches: runs that differ in their attack only are paired. `settings`: dotted key -> value, over the
-    rest. `watched_from`: the loss is measured after every round from this one on."""
+    rest. `watched_from`: the loss is measured after every round from this one on. `joins_after`: so many
+    rounds, then the bad peers join."""
 
     strategy: Mapping[str, Any]
     attack: Attack | None
@@ -71,14 +74,21 @@ class Plan:
     seed: int = 1
     settings: tuple[tuple[str, Any], ...] = ()
     watched_from: int | None = None
+    joins_after: int = 0
 
     @property
     def n_peers(self) -> int:
-        return self.n_honest + self.n_bad
+        """With all identities."""
+        return self.n_honest + self.n_bad * (1 if self.attack is None else self.attack.identities)
+
+    @property
+    def n_first(self) -> int:
+        """Of them, those who are there from the start."""
+        return self.n_honest if self.joins_after else self.n_peers
 
     def config(self) -> RunConfig:
         """Raises ConfigError."""
-        run = {"rounds": self.n_rounds, "min_peers": self.n_peers, "seed": self.seed, "eval_every": 0}
+        run = {"rounds": self.n_rounds, "min_peers": self.n_first, "seed": self.seed, "eval_every": 0}
         flat: dict[str, Any] = {f"run.{key}": value for key, value in run.items()}
         flat |= {f"task.{key}": value for key, value in TASK.items()}
         flat |= {f"strategy.{key}": value for key, value in self.strategy.items()}
@@ -123,6 +133,7 @@ class _Swarm:
         self._audited = dict.fromkeys(range(plan.n_peers), (0, 0))
         """By peer: how many audits have passed and failed."""
         self._errors: list[Exception] = []
+        self._may_join = threading.Event()
 
     def run(self) -> Outcome:
         plan, config = self._plan, self._plan.config()
@@ -132,10 +143,9 @@ class _Swarm:
         genesis = make_genesis(config, make_task(config.task, None, None), peer_id_of(key.public_key()), 0)
         with local_swarm(self._folder, genesis.body, key, blobs=genesis.blobs, lose=self._is_lost) as swarm:
             honest = [self._honest(swarm, i) for i in range(plan.n_honest)]
-            bad = [self._bad(swarm, i) for i in range(plan.n_bad)]
-            for runner in (*honest, *bad):  # admitted in this order in every execution
-                runner.link.open()
-            self._train([*honest, *bad])
+            bad = [self._bad(swarm, i) for i in range(plan.n_peers - plan.n_honest)]
+            runners = [*honest, *bad]
+            self._train(runners[: plan.n_first], runners[plan.n_first :])
             return self._outcome(honest)
 
     def _is_lost(self, peer_id: str, _round: int) -> bool:
@@ -176,6 +186,8 @@ class _Swarm:
         standing, round_ = runner.prepared.history.standing, runner.replica.round
         if self._plan.watched_from is not None and round_ >= self._plan.watched_from:
             self._losses[round_] = runner.work.evaluate()
+        if round_ >= self._plan.joins_after:
+            self._may_join.set()
         for index, before in self._audited.items():
             now = self._audited[index] = standing.audited(index)
             for failed in (False, True):
@@ -184,12 +196,22 @@ class _Swarm:
             if standing.is_condemned(index):
                 self._found.setdefault(index, round_)
 
-    def _train(self, runners: list[Runner]) -> None:
+    def _train(self, first: list[Runner], late: list[Runner]) -> None:
+        threads = self._started(first)
+        while late and any(thread.is_alive() for thread in threads):
+            if self._may_join.wait(POLL_S):
+                threads += self._started(late)
+                break
+        for thread in threads:
+            thread.join()
+
+    def _started(self, runners: list[Runner]) -> list[threading.Thread]:
+        for runner in runners:  # admitted in this order in every execution
+            runner.link.open()
         threads = [threading.Thread(target=self._in_thread, args=(r.run,), daemon=True) for r in runners]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        return threads
 
     def _in_thread(self, run: Callable[[], object]) -> None:
         try:
@@ -206,7 +228,7 @@ class _Swarm:
         fingerprints = {runner.replica.fingerprint() for runner in honest}
         if len(fingerprints) != 1:
             raise ThinwireError("the replicas of honest peers differ")
-        is_found = len(self._found) == self._plan.n_bad > 0
+        is_found = len(self._found) == self._plan.n_peers - self._plan.n_honest > 0
         found_after = max(self._found.values()) if is_found else None
         first = honest[0]
         loss, weights = first.work.evaluate(), first.replica.weights()

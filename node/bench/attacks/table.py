@@ -96,7 +96,11 @@ def without_warnings() -> Iterator[None]:
 
 
 def rows_of(wanted: Wanted, train: Train, progress: Callable[[Row], object]) -> Iterator[Row]:
-    """One for every strategy and attack that it has a meaning for."""
+    """One for every strategy and attack that it has a meaning for. Raises ConfigError where swarms end before
+    bad peers join."""
+    for name in wanted.attacks:
+        if wanted.n_rounds <= (joins_after := ATTACKS[name].joins_after):
+            raise ConfigError(f"--rounds {wanted.n_rounds}: the bad peers of {name} join after {joins_after}")
     for strategy in wanted.strategies:
         for name in wanted.attacks:
             attack = ATTACKS[name]
@@ -125,7 +129,8 @@ def _row(wanted: Wanted, strategy: str, name: str, attack: Attack, train: Train)
         def plan(of: Attack | None, seed: int = seed) -> Plan:
             n_rounds, watched = wanted.n_rounds + wanted.after, wanted.after or None
             options = STRATEGIES[strategy]
-            return Plan(options, of, n_honest, n_bad, n_rounds, seed, wanted.settings, watched)
+            peers = n_honest, n_bad, n_rounds, seed
+            return Plan(options, of, *peers, wanted.settings, watched, attack.joins_after)
 
         outcome = train(plan(attack))
         compared = wanted.compared_after(outcome.found_after)
@@ -138,7 +143,7 @@ def _row(wanted: Wanted, strategy: str, name: str, attack: Attack, train: Train)
         strategy=strategy,
         attack=name,
         n_honest=n_honest,
-        n_bad=n_bad,
+        n_bad=n_bad * attack.identities,
         held_out_honest=_finite(mean_honest),
         held_out_attacked=_finite(mean_attacked),
         ratio=_finite(mean_attacked / mean_honest),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,29 @@ def test_colluding_peers_are_two_and_the_honest_ones_as_many_more() -> None:
     wanted = Wanted(strategies=["spsa"], attacks=["colluding"], n_rounds=1, n_honest=2)
     (row,) = rows_of(wanted, trained, progress=lambda _row: None)
     assert (row.n_honest, row.n_bad) == (4, 2)
+
+
+def test_a_flood_comes_later_and_has_a_dozen_names() -> None:
+    plans = list[Plan]()
+
+    def train(plan: Plan) -> Outcome:
+        plans.append(plan)
+        return Outcome(1.0, b"", {}, None)
+
+    wanted = Wanted(strategies=["spsa"], attacks=["flood"], n_rounds=20)
+    (row,) = rows_of(wanted, train, progress=lambda _row: None)
+    assert (row.n_honest, row.n_bad) == (3, 12)
+    assert [(p.n_first, p.n_peers, p.joins_after) for p in plans] == [(3, 15, 12), (3, 4, 12)]
+    assert len({p.config().to_json() for p in plans}) == 1, "or batches would differ"
+    with pytest.raises(ConfigError, match="--rounds 12: the bad peers of flood join after 12"):
+        list(rows_of(Wanted(strategies=["spsa"], attacks=["flood"], n_rounds=12), train, lambda _row: None))
+
+
+def test_peers_that_join_later_train_from_then_on() -> None:
+    late = replace(HONEST, identities=2, joins_after=2)
+    outcome = trained(Plan(STRATEGIES["spsa"], late, 2, 1, 4, joins_after=2))
+    alone = trained(Plan(STRATEGIES["spsa"], None, 2, 1, 4, joins_after=2))
+    assert outcome.fingerprint != alone.fingerprint
 
 
 def test_coordinates_of_ones_own_are_a_row_where_peers_select_them() -> None:

@@ -259,6 +259,11 @@ def test_nodes_of_one_and_of_two_ranks_have_the_same_replica(tmp_path: Path) -> 
             assert sorted(one) == sorted(two) == [rounds - 4, rounds - 2, rounds]
         assert result["local"] == [["local"], ["local.0-of-2", "local.1-of-2"]]
         assert result["local_is_taken"] == [False, True]
+        of_one, of_two = result["agreements"]
+        assert of_one == pytest.approx(of_two, abs=0.05), (name, "they audit together")
+        if name != "diloco":  # overlapped inner steps leave no time to look
+            assert len(of_one) == 2
+            assert min(of_one) > 0.1
         assert 0 < sum(result["held_out"]) <= 1 + rounds // 3  # one who is behind when asked does not measure
 
 

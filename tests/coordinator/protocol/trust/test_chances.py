@@ -96,13 +96,25 @@ def test_a_bad_peer_is_out_soon() -> None:
     replicas' scores show it."""
     usual = RULES.rate / 3
     assert at_least(48, RULES.failures, SUSPECT) == pytest.approx(0.96, abs=0.005)
-    # In new runs half of the first offers are audited.
-    assert at_least(10, RULES.failures, 0.5) > 0.98
-    assert rounds_until(0.5, 0.5) == pytest.approx(4)
     assert rounds_until(SUSPECT, SUSPECT) == pytest.approx(20)
     assert rounds_until(usual, SUSPECT) == pytest.approx(310)
     assert rounds_until(RULES.rate / 5, SUSPECT) == pytest.approx(510)
     assert at_least(1000, 1, usual) == pytest.approx(0.965, abs=0.005)
+
+
+def test_in_new_runs_a_bad_newcomer_weighs_nothing_as_soon_as_an_audit_is_decided() -> None:
+    """And is condemned by the next one; half of the others are known by then."""
+    for n_peers in (4, 5, 6, 7, 12):
+        run = AuditedRun(n_peers, Rules(RULES.rate, newcomers_rate=1.0, newcomers_budget=10.0))
+        failed = None
+        while not (found := run.standing.condemned_in(run.standing.round + 1)):
+            run.live(1, lambda _auditor, target: Verdict.FAILED if target == 1 else Verdict.PASSED)
+            if failed is None and run.standing.has_failed_in(1, run.standing.round + 1):
+                failed = run.standing.round
+        assert found == {1}
+        assert failed is not None
+        assert failed < run.standing.round <= 10
+        assert sum(map(run.standing.is_known, range(n_peers))) >= n_peers / 2
 
 
 @pytest.mark.parametrize(

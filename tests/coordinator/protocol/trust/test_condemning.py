@@ -202,6 +202,36 @@ def test_a_peer_is_new_while_its_last_audit_has_not_passed() -> None:
     assert run.standing.is_new_in(9, 1), "whoever it is"
 
 
+def test_nobody_is_new_before_half_are_known_and_who_fails_weighs_nothing() -> None:
+    """In runs with a budget for newcomers."""
+    rules = Rules(rate=0.01, newcomers_rate=1.0, newcomers_budget=10.0, window_rounds=30)
+    run = AuditedRun(8, rules)
+    new, failed = dict[int, set[int]](), dict[int, set[int]]()
+    for _ in range(60):
+        run.live(1, lambda _auditor, target: FAILED if target == 2 else PASSED)
+        round_ = run.standing.round + 1
+        new[round_] = {peer for peer in range(8) if run.standing.is_new_in(peer, round_)}
+        failed[round_] = {peer for peer in range(8) if run.standing.has_failed_in(peer, round_)}
+    settled = min(round_ for round_, peers in new.items() if peers)
+    assert settled <= 6
+    assert len(new[settled]) <= 4
+    assert all(2 in peers for round_, peers in new.items() if round_ >= settled), "after its term, too"
+    first = min(round_ for round_, peers in failed.items() if peers)
+    assert first <= 6
+    assert all(peers == {2} for round_, peers in failed.items() if round_ >= first)
+    assert 2 in run.standing.condemned_in(10)
+    for round_ in new:
+        assert new[round_] == {peer for peer in range(8) if run.standing.is_new_in(peer, round_)}
+        assert failed[round_] == {peer for peer in range(8) if run.standing.has_failed_in(peer, round_)}
+    run.live(40, lambda _auditor, _target: PASSED)
+    assert run.standing.round > 60
+    assert not run.standing.has_failed_in(2, run.standing.round + 1), "it has passed one since"
+    # In older runs a failure alone changes no weight.
+    older = AuditedRun(8)
+    audit(older, 2, "fffff")
+    assert not older.standing.has_failed_in(2, older.standing.round + 1)
+
+
 def test_old_failures_are_forgotten() -> None:
     run = AuditedRun(8, Rules(failures=2, window_rounds=30))
     audit(run, 2, "fffff")

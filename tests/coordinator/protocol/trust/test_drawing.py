@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.support.audited_ledger import RUN, bare, offer
 from thinwire.coordinator.protocol.messages import digest_of
 from thinwire.coordinator.protocol.trust.drawing import MAX_AUDITORS, Draw, audits_of
+from thinwire.coordinator.protocol.trust.stock import Stock
 
 
 @dataclass
@@ -21,6 +22,8 @@ class Known:
     idle: set[int] = field(default_factory=set)
     suspects: set[int] = field(default_factory=set)
     fresh: set[int] = field(default_factory=set)
+    known: set[int] = field(default_factory=set)
+    looked_at: set[int] = field(default_factory=set)
 
     def has_worked(self, peer: int) -> bool:
         return peer not in self.idle
@@ -30,6 +33,12 @@ class Known:
 
     def is_fresh(self, peer: int) -> bool:
         return peer in self.fresh
+
+    def is_known(self, peer: int) -> bool:
+        return peer in self.known
+
+    def is_looked_at(self, peer: int) -> bool:
+        return peer in self.looked_at
 
 
 def draws(seed: int, n_peers: int, rate: float, known: Known | None = None) -> tuple[Draw, ...]:
@@ -96,6 +105,45 @@ def test_first_offers_of_newcomers_are_drawn_as_often_as_the_run_says() -> None:
     assert found[3] == pytest.approx(n_rounds / 2, rel=0.1)
     assert found[2] == pytest.approx(n_rounds / 10, rel=0.2)
     assert found[4] == pytest.approx(n_rounds / 10, rel=0.2)
+
+
+def test_a_flood_of_newcomers_waits_and_takes_a_share_of_the_known_ones_work() -> None:
+    """Fifty identities, none of which ever passes: those of four who are known."""
+    n_rounds, stock, known = 600, Stock(100_000), Known(suspects=set(range(4, 54)), known=set(range(4)))
+    known.fresh = known.suspects
+    body, done, waited = bare(1, [offer(p) for p in range(54)]), Counter[int](), Counter[int]()
+    for seed in range(n_rounds):
+        digest = digest_of(b"%d" % seed)
+        drawn = audits_of(RUN, digest, body, known, 0.01, newcomers_rate=1.0, stock=stock)
+        audits = [draw for draw in drawn if draw.target not in known.known]
+        assert all(set(draw.auditors) < known.known for draw in audits)
+        work = sum(len(draw.auditors) for draw in audits)
+        assert work <= 3 * 4
+        done.update(draw.target for draw in audits)
+        waited[0] += work
+    most = 16 + 0.1 * n_rounds
+    assert 0.95 * most <= waited[0] / 4 <= most, "rounds of work of each"
+    assert len(done) > 40, "whose turn it is, is drawn: each one's comes"
+
+
+def test_a_newcomer_is_audited_once_while_its_auditors_may_still_report() -> None:
+    known = Known(suspects={4, 5}, known=set(range(4)), fresh={4, 5}, looked_at={5})
+    body = bare(1, [offer(p, own_data=p == 4) for p in range(6)])
+    drawn = audits_of(RUN, digest_of(b""), body, known, 0.01, newcomers_rate=1.0, stock=Stock(100_000))
+    assert [draw.target for draw in drawn if not draw.for_suspects] == [4], "of other data as well"
+
+
+@pytest.mark.parametrize(("n_known", "n_auditors"), [(0, 5), (1, 3), (2, 3), (3, 3), (5, 5), (7, 5)])
+def test_auditors_are_known_as_far_as_there_are_any(n_known: int, n_auditors: int) -> None:
+    known = Known(suspects={11}, known=set(range(n_known)), fresh={11})
+    body, found = bare(1, [offer(p) for p in range(12)]), list[tuple[int, ...]]()
+    for seed in range(40):
+        digest = digest_of(b"%d" % seed)
+        drawn = audits_of(RUN, digest, body, known, 0.01, newcomers_rate=1.0, stock=Stock(0))
+        found += [draw.auditors for draw in drawn if draw.target == 11]
+    assert len(found) >= 4
+    assert {len(auditors) for auditors in found} == {n_auditors}
+    assert {len(known.known & {*auditors}) for auditors in found} == {min(n_known, n_auditors)}
 
 
 def test_no_work_no_part_in_audits() -> None:
