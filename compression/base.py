@@ -64,12 +64,14 @@ def refuse_part(part: Part) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a round fixes for everybody. Seeds are unsigned 64-bit, `lr_factor` is a float32 value."""
+    """What a round fixes for everybody. Seeds are unsigned 64-bit, `lr_factor` is a float32 value.
+    `n_rounds`: of the run, as it was known when the round opened; 0: nobody knows how many there will be."""
 
     round: int
     shared_seed: int
     own_seed: int
     lr_factor: float
+    n_rounds: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ from .tasks.shapes import shapes_only
 from .tasks.trial import Trial, refuse_shared_memory
 
 NEW_RUNS: Final = Audits(own_data_auditors=False, newcomers_rate=1.0, newcomers_budget=10.0)
+NO_AUDITS: Final = NEW_RUNS.model_copy(update={"rate": 0.0})
 """What runs have that say nothing of it, if they are not older than these options."""
 
 
@@ -144,17 +145,18 @@ def public_config(config: RunConfig, task: Task, recorded: RunConfig | None = No
             "run": config.run.model_copy(update=run),
             "task": options,
             "strategy": complete_config(strategy),
-            "audits": _audits(config.audits, recorded),
+            "audits": _audits(config.audits, recorded, str(strategy["name"])),
         }
     )
 
 
-def _audits(said: Audits | None, recorded: RunConfig | None) -> Audits | None:
+def _audits(said: Audits | None, recorded: RunConfig | None, strategy: str) -> Audits | None:
     """`recorded`: see `public_config`."""
     if said is None and recorded is not None and recorded.audits is None:
         return None
-    before = NEW_RUNS if recorded is None else recorded.audits
-    known = {} if before is None else before.model_dump(include=set(NEW_RUNS.model_fields_set))
+    new = NEW_RUNS if strategy_class(strategy).facts.is_audited else NO_AUDITS
+    before = new if recorded is None else recorded.audits
+    known = {} if before is None else before.model_dump(include=set(new.model_fields_set))
     return Audits(**{**known, **({} if said is None else said.model_dump(exclude_none=True))})
 
 

@@ -79,6 +79,7 @@ class _Ahead:
     peers: dict[int, str]
     bad: Counter[str]
     senders: list[str]  # of the last round's shares, in their order
+    counted: tuple[str, ...]  # of its offers with samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class Replica:
     `course`: the settings that hold for the next round. `bad` counts payloads that were left out, by reason.
     `standing`: who is condemned in which round. It may know later commits already; in runs with audits it has
     to know the earlier ones before the replica goes on from a snapshot.
+    `counted`: whose offers the last commit has, condemned peers apart; empty where that is not known.
     `weighed`: the last round's peers, by id; of no meaning to the replica, and empty without a bound.
     """
 
@@ -117,6 +119,7 @@ class Replica:
         self.peers: dict[int, str] = {}
         self.bad: Counter[str] = Counter()
         self.weighed: dict[str, Weighed] = {}
+        self.counted: tuple[str, ...] = ()
         self._genesis = genesis
         self._unchanged = {name: strategy.option(name) for name in strategy.facts.changeable}
         self.course = Course.of(genesis.config)
@@ -134,13 +137,16 @@ class Replica:
         """A round as that peer has it. `lr_factor`: that round's; None: the next one's."""
         return self._turn(round, self._lr_factor if lr_factor is None else lr_factor, peer_id)
 
-    def _turn(self, round: int, lr_factor: float, peer_id: str | None = None) -> Turn:
+    def _turn(
+        self, round: int, lr_factor: float, peer_id: str | None = None, course: Course | None = None
+    ) -> Turn:
         own = self.peer_id if peer_id is None else peer_id
         return Turn(
             round=round,
             shared_seed=round_seed(self.run_id, round),
             own_seed=round_seed(self.run_id, round, own),
             lr_factor=lr_factor,
+            n_rounds=(course or self.course).n_rounds,
         )
 
     def encode(self, payload: Payload, turn: Turn) -> bytes:
@@ -174,7 +180,9 @@ class Replica:
         raises it for a commit that does not follow (checked by the link already), and what `payload_bytes`
         raises.
         """
-        ahead = _Ahead(self.round, self.digest, self._lr_factor, self.course, dict(self.peers), Counter(), [])
+        ahead = _Ahead(
+            self.round, self.digest, self._lr_factor, self.course, dict(self.peers), Counter(), [], ()
+        )
         courses: list[Course] = []
         rounds: list[Round] = []
         for commit in commits:
@@ -195,6 +203,7 @@ class Replica:
         self.peers.update(ahead.peers)
         self.bad.update(ahead.bad)
         self.weighed = _weighed(self.strategy.weighing, ahead.senders)
+        self.counted = ahead.counted
         return [r.own for r in rounds]
 
     def _follow(self, course: Course) -> None:
@@ -214,7 +223,7 @@ class Replica:
         if body.round != ahead.round + 1 or body.parent != ahead.digest:
             raise ReplicaDiverged(f"commit {body.round} does not follow this replica's round {ahead.round}")
         ahead.peers.update({a.index: a.peer_id for a in body.admitted})
-        turn = self._turn(body.round, ahead.lr_factor)
+        turn = self._turn(body.round, ahead.lr_factor, course=ahead.course)
         offers = self.heard(commit)
         if len(offers) < len(body.offers):
             ahead.bad["condemned"] += len(body.offers) - len(offers)
@@ -222,6 +231,7 @@ class Replica:
         shares, own_counted = self._shares(offers, *standing, turn, payload_bytes, ahead)
         own: Own = ("counted" if own_counted else "missed") if body.round in offered else None
         ahead.round, ahead.digest = body.round, commit.digest
+        ahead.counted = tuple(ahead.peers[offer.peer] for offer in offers if offer.n_samples > 0)
         ahead.lr_factor = float32_of_bits(body.lr_factor_bits)
         try:
             ahead.course = ahead.course.after(body.changes)
@@ -365,6 +375,7 @@ class Replica:
         self._become(saved.tensors)
         self._follow(saved.course)
         self.round, self.digest, self._lr_factor = saved.round, saved.digest, saved.lr_factor
+        self.counted = ()
         self.peers = dict(saved.peers)
 
     def adopt(self, manifest: Manifest, tensors: Mapping[str, Tensor], commit: Commit) -> None:
@@ -387,7 +398,7 @@ class Replica:
             self._follow(Course.of(self._genesis.config, manifest.changes))
         except ConfigError as e:
             raise ReplicaDiverged(f"the snapshot's settings are not the run's: {e}") from e
-        self.round, self.digest = manifest.round, manifest.commit
+        self.round, self.digest, self.counted = manifest.round, manifest.commit, ()
         self._lr_factor = float32_of_bits(commit.body.lr_factor_bits)
 
     def take(self, store: SnapshotStore, stored: Stored, commit: Commit) -> None:
@@ -449,7 +460,7 @@ class Replica:
             initialise(self.model, self._genesis, self._seed, base)
         self.strategy.begin()
         self._follow(Course.of(self._genesis.config))
-        self.round, self.digest = 0, self.run_id
+        self.round, self.digest, self.counted = 0, self.run_id, ()
         self._lr_factor = float32_of_bits(self._genesis.lr_factor_bits)
 
     def _become(self, tensors: Mapping[str, Tensor]) -> None:

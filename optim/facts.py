@@ -51,5 +51,11 @@ class Facts:
     small_model: Mapping[str, Any] = field(default_factory=dict)
     """Options for a small model and a short run: the defaults are the papers', for large and long ones."""
 
+    compressor: Mapping[str, Any] | None = None
+    """The table of its compressor by default; None: the one of all strategies."""
+
+    is_audited: bool = True
+    """Whether a peer's work can be done again by another: new runs have audits."""
+
     known_updates: Mapping[str, KnownUpdate] = field(default_factory=dict)
     """The self-test's cases of its `apply`, by the names that people are told; one at least."""

@@ -17,6 +17,7 @@ from ..compression.registry import DEFAULT_COMPRESSOR, build_compressor, complet
 from .base import NamedParameters, Strategy
 from .decoupled import Decoupled
 from .diloco import Diloco
+from .gossip.strategy import Gossip
 from .options import REQUIRED
 from .spsa import Spsa
 
@@ -24,6 +25,7 @@ from .spsa import Spsa
 STRATEGIES: Final[Mapping[str, type[Strategy]]] = {
     "decoupled": Decoupled,
     "diloco": Diloco,
+    "gossip": Gossip,
     "spsa": Spsa,
 }
 
@@ -56,9 +58,10 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "name" not in config:
         raise ConfigError(f"a strategy needs a name: one of {', '.join(sorted(STRATEGIES))}")
     name = config["name"]
-    defaults = strategy_class(name).facts.options.defaults()
+    facts = strategy_class(name).facts
+    defaults = facts.options.defaults()
     if "compressor" in defaults:
-        defaults["compressor"] = DEFAULT_COMPRESSOR
+        defaults["compressor"] = facts.compressor or DEFAULT_COMPRESSOR
     options = _complete(name, config, defaults)
     if "compressor" in options:
         options["compressor"] = complete_compressor(options["compressor"])

@@ -1,0 +1,492 @@
+"""Gossip: every peer has a model of its own, and exchanges it with neighbours. Per round:
+
+    x_i mixes with what neighbours sent in the round before       see `mixing` (plain, A2CiD2) and `choco`
+    x_i = x_i after H inner steps                                 the inner optimizer's state stays there
+    x_i, or what has changed of it, goes to this round's neighbours, peer to peer: see `topology`
+    the offer has no payload but how far the neighbours' models are
+
+and in rounds that merge (see `merging`), instead of an exchange,
+
+    Delta_i = theta - x_i                                         the payload, in a dense format
+    theta = theta - mean of the counted Delta_i                   weighted by their samples, bounded
+    x_i = theta
+
+The replica is the reference model theta: outside of `propose` it is what the model has, and `apply` changes
+it at merges only. The peers' own models are local state. An exchange has the time from an offer to the next
+round's work: who was counted in a commit has sent before, so that there is hardly anything to wait for.
+
+Participation S (semi-decentralized learning): in a merge only some take part, each with probability S. S2S:
+those take the mean, the others keep what they have; S2A: all take it.
+
+A peer that comes in, or comes back without its local state, takes over the model of a neighbour: of some
+that are asked the one whose way from theta is the median. That proves nothing, and changes no replica.
+
+Sources: algorithms of arXiv 2306.08289 (A2CiD2), 1902.00340 (CHOCO-SGD), and "A single merging suffices".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+import torch
+
+from ...compression.base import Compressor, Field, Fields, Packed, Payload, Turn
+from ...compression.codecs.dense import Dense
+from ...compression.errors import BadPayload, ConfigError
+from ...compression.exact import exact_arithmetic
+from ..base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
+from ..facts import Facts, KnownUpdate
+from ..inner.muon import NAME as MUON
+from ..inner.muon import refuse_split, split_in_words
+from ..inner.optimizers import check_inner, inner_table
+from ..inner.phase import InnerPhase
+from ..options import Number, Whole, keywords_of
+from ..parts.gradients import backward
+from ..parts.packing import pack_all
+from ..parts.updating import updating
+from ..robust.means import decode_mean
+from ..robust.options import NEW_RUNS, BoundedOptions
+from ..robust.weights import weighed
+from .borrowing import Borrowed, median_of
+from .choco import ChocoMixing
+from .meeting import Meeting, meeting
+from .merging import check_merge_every, is_full, is_merge, takes_part
+from .mixing import Mixed, Mixing, ModelMixing
+from .neighbours import Exchange, Neighbours
+from .topology import FIXED, Topology
+
+INNER: Final[dict[str, Any]] = {"name": "AdamW", "betas": [0.9, 0.95]}
+
+EIGHT_BITS: Final = {"name": "dense", "bits": 8}
+
+_RECENT_ROUNDS: Final = 100
+"""A neighbour's model that is older than that is not taken over."""
+
+DISTANCE: Final = ":distance"
+"""In the payload of a round that does not merge: L2, to the median neighbour's model when they last met."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GossipOptions(BoundedOptions):
+    """Of a run's `[strategy]`, and keyword arguments of `Gossip`."""
+
+    compressor: Compressor
+    """Of what goes to neighbours. "plain" and "a2cid2" take the dense one, "choco" any. Merges are dense: in
+    the same format, or with 16 bits."""
+
+    lr: Annotated[float, Number(at_least=0)] = 4e-4
+    """The inner optimizer's; schedules act on it."""
+
+    weight_decay: Annotated[float, Number(at_least=0)] = 0.1
+    """The inner optimizer's."""
+
+    inner: str | Mapping[str, Any] = field(default_factory=lambda: dict(INNER))
+    """One of torch's optimizers and its options, but for lr and weight_decay, which stand above. "muon": Muon
+    for matrices of numbered blocks, AdamW for the rest."""
+
+    inner_steps: Annotated[int, Whole(1, 2**16)] = 30
+    """H, of one micro-batch each, in a round."""
+
+    max_grad_norm: Annotated[float, Number(at_least=0)] = 1.0
+    """L2 norm of an inner step's gradient; 0: no limit."""
+
+    mixing: Literal["plain", "a2cid2", "choco"] = "plain"
+    """How models mix: with the neighbours' weighted mean, with momentum and one partner in a round, or by
+    changes that any compressor packs."""
+
+    topology: Topology = "random"
+    """Who exchanges with whom: a ring, 2^k steps along it in turns, random partners, everybody."""
+
+    degree: Annotated[int, Whole(1, 64)] = 1
+    """Partners in a round of the "random" topology."""
+
+    gamma: Annotated[float, Number(above=0, at_most=1)] = 0.4
+    """With "choco": the step towards the neighbours; less for compressors that lose more."""
+
+    merge_every: int | str = 10
+    """Rounds between two merges; "end": one at 99.7% of the run. After the last round there is one anyway."""
+
+    participation: Annotated[float, Number(above=0, at_most=1)] = 1.0
+    """How likely a peer takes part in a merge that is not the last one."""
+
+    takes: Literal["s2s", "s2a"] = "s2s"
+    """Who goes on from a merge in which some took part: those alone, or all."""
+
+    clip_neighbours: Annotated[float, Number(at_least=1)] = 3.0
+    """No neighbour's difference pulls for more than this many times the median of the neighbours'."""
+
+    patience_s: Annotated[float, Number(at_least=0, at_most=600)] = 5.0
+    """For neighbours whose models are under way when the next round begins, at most."""
+
+    weights: Literal["samples", "equal"] = "samples"
+    """In merges offers count by their samples, up to twice their median (without `bound`: `clip` times), or
+    alike."""
+
+    clip: Annotated[float, Number(at_least=1)] = 10.0
+    """Without `bound`: no offer's L1 norm or samples count for more than this many times their median in the
+    round."""
+
+    @classmethod
+    def check(cls, entries: Mapping[str, Any]) -> None:
+        super().check(entries)
+        check_inner(entries["inner"], entries["weight_decay"])
+        check_merge_every(entries["merge_every"])
+        if entries["mixing"] == "choco" and entries["topology"] not in FIXED:
+            raise ConfigError(
+                f'mixing = "choco" with topology = "{entries["topology"]}": neighbours know each other\'s '
+                f"models, and a new one costs a whole one: use topology = {' or '.join(sorted(FIXED))}"
+            )
+        if entries["degree"] > 1 and (entries["topology"] != "random" or entries["mixing"] == "a2cid2"):
+            raise ConfigError(
+                f'degree = {entries["degree"]}: of topology = "random", without a2cid2, which takes one '
+                "partner at a time"
+            )
+
+
+class Gossip(Strategy):
+    """See the module's docstring. Replicated: the reference model. Local: x_i, the inner optimizer's state,
+    A2CiD2's momentum.
+
+    `step()` without a closure is one inner step; between such steps the model has x_i, and theta within
+    `replica()`. Without a swarm there are no neighbours: local steps and merges.
+
+    Counters: `applied`, the last round; `dropped_batches` whose loss or gradient was not finite;
+    `dropped_rounds` whose x_i was not; `inner`, steps since the last round; `met`, `unheard`, `clipped` and
+    `refused REASON`: neighbours' messages that were mixed in, were waited for in vain, were cut to size, and
+    were not used; `borrowed`, models of neighbours that this peer went on from.
+    """
+
+    facts: ClassVar[Facts] = Facts(
+        options=GossipOptions,
+        batches=("inner_steps",),
+        fitted="inner_steps",
+        changeable=("lr", "weight_decay", "max_grad_norm", "clip", "bound", "own_data_share"),
+        in_runs={**NEW_RUNS, "bound": 1.25, "compressor": EIGHT_BITS},
+        small_model={"lr": 1e-3},
+        compressor=EIGHT_BITS,
+        is_audited=False,  # a peer's model is its own
+        known_updates={
+            "gossip update": KnownUpdate(
+                {"compressor": {"name": "dense"}, "merge_every": 1}, 0xCC511F00E7F6C8A6, is_slow=True
+            )
+        },
+    )
+    takes_bfloat16: ClassVar[bool] = False  # inner steps in bfloat16 would mostly be rounded away
+
+    neighbours: Neighbours | None = None
+    """Whom x_i mixes with; None: nobody."""
+
+    met: Meeting | None = None
+    """The last meeting, and what came of it; for people."""
+    mixed: Mixed | None = None
+
+    @keywords_of(GossipOptions)
+    def __init__(self, named_parameters: NamedParameters, options: GossipOptions) -> None:
+        self.compressor = options.compressor
+        self.merging = options.compressor if isinstance(options.compressor, Dense) else Dense(bits=16)
+        self._losses: list[float] = []
+        self._phase = InnerPhase(self)
+        self._open: tuple[Meeting, Exchange] | None = None
+        super().__init__(named_parameters, options)
+        self._refuse_what_does_not_fit()
+        self._mixing = self._new_mixing()
+
+    def _refuse_what_does_not_fit(self) -> None:
+        mixing = self.option("mixing")
+        if mixing != "choco" and not isinstance(self.compressor, Dense):
+            raise ConfigError(
+                f'mixing = "{mixing}" sends whole models: compressor = {{ name = "dense", bits = 8 }}; '
+                'mixing = "choco" takes the others'
+            )
+        if self.ranks.count > 1:
+            raise ConfigError("gossip trains on one rank of a node: start it with --ranks 1")
+        if self._has_muon:
+            refuse_split(inner_table(self.option("inner")), self.parameters_in_order())
+
+    def _new_mixing(self) -> Mixing:
+        if self.option("mixing") == "choco":
+            return ChocoMixing(self, self._phase, self.compressor, float(self.option("gamma")))
+        has_momentum = self.option("mixing") == "a2cid2"
+        return ModelMixing(self, self._phase, self.compressor, has_momentum=has_momentum)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies have no neighbours, and nothing under way."""
+        left_out = ("neighbours", "_open", "_mixing", "_phase")
+        return {name: v for name, v in super().__getstate__().items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._phase, self._open = InnerPhase(self), None
+        self._mixing = self._new_mixing()
+
+    @property
+    def _has_muon(self) -> bool:
+        return bool(inner_table(self.option("inner"))["name"] == MUON)
+
+    def told(self) -> str | None:
+        if not self._has_muon:
+            return None
+        inner = inner_table(self.option("inner"))
+        return split_in_words(inner, self.parameters_in_order(), float(self.option("lr")))
+
+    def replicated_value(self, parameter: Parameter) -> torch.Tensor:
+        value: torch.Tensor = self._phase.entry(parameter, "outer", parameter.local)
+        return value
+
+    def is_merge(self, turn: Turn) -> bool:
+        """Whether the round changes the reference model."""
+        return is_merge(self.option("merge_every"), turn.round, turn.n_rounds)
+
+    def fields(self, turn: Turn | None = None) -> Fields:
+        packs = {p.name: self.merging.fields(p.part.entire) for p in self.parameters_in_order()}
+        if turn is None:
+            return {**packs, DISTANCE: (Field(torch.float32, 1),)}
+        return packs if self.is_merge(turn) else {DISTANCE: (Field(torch.float32, 1),)}
+
+    def known_payload(self, fill: Any, salt: int) -> Payload:
+        found = super().known_payload(fill, salt)
+        del found[DISTANCE]
+        return found
+
+    # --------------------------------------------------------------------------------- local work
+
+    def propose(self, draw: Draw, turn: Turn) -> Payload:
+        """Inner steps, one drawn batch each, and the exchange. Puts the parameters back, and clears the
+        gradients."""
+        self._follow(turn)
+        self.n_batches = 0
+        is_new = not self.has_own_model
+        with self._own_training():
+            self._mix_in(turn)
+            if is_new:
+                self._borrow(turn)
+            while self.n_batches < self.batches:
+                self._train_on(draw(), turn)
+                self.n_batches += 1
+            self.last_loss = sum(self._losses) / len(self._losses) if self._losses else None
+            self._losses = []
+            return self._finish(turn)
+
+    def absorb_gradients(self, turn: Turn) -> bool:
+        n_done = self.counters.get("inner", 0)
+        if n_done == 0:
+            self._follow(turn)
+        if n_done + 1 >= self.batches:
+            return False
+        self._phase.enter()
+        self._inner_step(0.0, turn)
+        self.count("inner")
+        return True
+
+    def propose_from_grad(self, turn: Turn) -> Payload:
+        if self.counters.get("inner", 0) == 0:
+            self._follow(turn)
+        self._phase.enter()
+        try:
+            self._inner_step(0.0, turn)
+            self.n_batches = self.counters.pop("inner", 0) + 1
+            return self._finish(turn)
+        finally:
+            self._phase.leave(is_kept=True)
+
+    def resume(self) -> None:
+        self._phase.enter()
+
+    @contextmanager
+    def replica(self) -> Iterator[None]:
+        with self._phase.outer_in_place():
+            yield
+
+    @contextmanager
+    def own_model(self) -> Iterator[None]:
+        """The model has x_i meanwhile, to be evaluated or saved."""
+        if self._phase.is_inside:
+            yield
+            return
+        self._phase.enter()
+        try:
+            yield
+        finally:
+            self._phase.leave(is_kept=True)
+
+    @property
+    def has_own_model(self) -> bool:
+        """Whether x_i is another one than the reference model."""
+        return any(self._phase.entry(p, "live") is not None for p in self.parameters_in_order())
+
+    def _follow(self, turn: Turn) -> None:
+        """What belongs to a replica that was moved to another round has nothing to do with it."""
+        if turn.round != self.counters.get("applied", 0) + 1:
+            self._forget(self.parameters_in_order())
+            self._losses, self._open = [], None
+            self.counters["applied"] = turn.round - 1
+
+    def _forget(self, parameters: Sequence[Parameter]) -> None:
+        """x_i is theta."""
+        self._phase.forget(parameters)
+        for p in parameters:
+            self._mixing.merged(p)
+
+    @contextmanager
+    def _own_training(self) -> Iterator[None]:
+        """The model has x_i meanwhile; no gradients are left."""
+        self._phase.enter()
+        try:
+            yield
+        finally:
+            self.zero_grad(set_to_none=True)
+            self._phase.leave(is_kept=True)
+
+    def _train_on(self, closure: Closure, turn: Turn) -> None:
+        """One inner step."""
+        self.zero_grad(set_to_none=True)
+        loss = backward(closure, self.ranks)
+        if self._inner_step(loss, turn):
+            self._losses.append(loss)
+
+    def _inner_step(self, loss: float, turn: Turn) -> bool:
+        done = self._phase.step(loss, turn.lr_factor)
+        self.count("dropped_batches", not done)
+        return done
+
+    @torch.no_grad()
+    def _finish(self, turn: Turn) -> Payload:
+        """After the local steps."""
+        self.count("dropped_rounds", self._phase.start_over_unless_finite())
+        if self.is_merge(turn):
+            return self._merge_payload(turn)
+        self._meet(turn)
+        distance = 0.0 if self.mixed is None or self.mixed.distance is None else self.mixed.distance
+        return {DISTANCE: (torch.tensor([distance], dtype=torch.float32),)}
+
+    def _merge_payload(self, turn: Turn) -> Payload:
+        """theta - x_i; nothing of a peer that does not take part."""
+        if not takes_part(self.option("participation"), turn, turn.own_seed):
+            fields = self.fields(turn).items()
+            return {name: tuple(torch.empty(0, dtype=f.dtype) for f in row) for name, row in fields}
+        return pack_all(self.ranks, self.merging, self.parameters_in_order(), self._phase.moved, turn)
+
+    # --------------------------------------------------------------------------------- neighbours
+
+    def _meet(self, turn: Turn) -> None:
+        """x_i goes to the round's neighbours."""
+        self.met, self._open = None, None
+        if self.neighbours is None:
+            return
+        self.met = meeting(
+            self.option("topology"),
+            self.neighbours.peers(),
+            self.neighbours.me,
+            turn,
+            in_pairs=self.option("mixing") == "a2cid2",
+            degree=self.option("degree"),
+        )
+        message = self._mixing.message(self.met)
+        exchange = self.neighbours.exchange(turn.round, list(self.met.weights), message)
+        if self.met.weights:
+            self._open = self.met, exchange
+
+    def _mix_in(self, turn: Turn) -> None:
+        """What neighbours sent in the round before."""
+        opened, self._open = self._open, None
+        if opened is None or opened[0].turn.round != turn.round - 1:
+            return
+        met, exchange = opened
+        heard = exchange.received()
+        mixed = self.mixed = self._mixing.mix(met, heard, float(self.option("clip_neighbours")))
+        self.count("met", len(heard) - len(mixed.refused))
+        self.count("unheard", len(met.weights) - len(heard))
+        self.count("clipped", mixed.n_clipped)
+        for reason in mixed.refused:
+            self.count(f"refused {reason}")
+
+    @torch.no_grad()
+    def _borrow(self, turn: Turn) -> None:
+        """A peer that has just come goes on from a neighbour's model, unless all have just begun at theta."""
+        before = replace(turn, round=turn.round - 1)
+        if self.neighbours is None or before.round == 0 or self.is_merge(before):
+            return
+        found = list[Borrowed]()
+        for round_, data in self.neighbours.borrow():
+            if self._is_of_this_theta(round_, turn):
+                try:
+                    model = self._mixing.model_of(data, replace(turn, round=round_))
+                except BadPayload as e:
+                    self.count(f"refused {e.reason}")
+                    continue
+                found += [] if model is None else [model]
+        chosen = median_of(found)
+        if chosen is not None:
+            self.count("borrowed")
+            for p in self.parameters_in_order():
+                p.local.sub_(chosen[p.name].view(p.local.shape).to(p.local.device))
+
+    def _is_of_this_theta(self, round_: int, turn: Turn) -> bool:
+        """Whether no merge lies between that round's messages and the turn."""
+        if not 0 < round_ <= turn.round <= round_ + _RECENT_ROUNDS:
+            return False
+        return not any(self.is_merge(replace(turn, round=r)) for r in range(round_, turn.round))
+
+    # --------------------------------------------------------------------------------- replicated work
+
+    def check(self, payload: Payload, turn: Turn) -> None:
+        fields = self.fields(turn)
+        refuse_names(payload, fields)
+        with exact_arithmetic():
+            if not self.is_merge(turn):
+                _check_distance(payload[DISTANCE])
+            elif not _is_silent(payload, fields):
+                for p in self.parameters_in_order():
+                    self.merging.check(payload[p.name], p.part.entire, turn)
+
+    def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
+        """Parameter by parameter: scratch is a few times the largest one. Nothing changes without samples."""
+        self._follow(turn)
+        self.weighing = None
+        if self.is_merge(turn):
+            self._merge(shares, turn)
+        self.counters["applied"] = turn.round
+
+    def _merge(self, shares: Sequence[Share], turn: Turn) -> None:
+        parameters, fields = self.parameters_in_order(), self.fields(turn)
+        participation = self.option("participation")
+        counted = [
+            share
+            for share in shares
+            if takes_part(participation, turn, share.seed) and not _is_silent(share.payload, fields)
+        ]
+        w = weighed(self, self.merging, parameters, counted, turn, clips_norms=True)
+        self.weighing = w if len(counted) == len(shares) else None
+        goes_on = is_full(participation, turn) or self.option("takes") == "s2a"
+        goes_on = goes_on or takes_part(participation, turn, turn.own_seed)
+        for p in parameters:
+            if any(w.weights):
+                with exact_arithmetic(), updating(p, turn) as theta:
+                    packs = [share.payload[p.name] for share in counted]
+                    kind, device = self.option("aggregate"), theta.device
+                    theta.sub_(decode_mean(kind, self.merging, device, packs, w, p.part, turn))
+            if goes_on:
+                self._forget([p])
+
+
+def _is_silent(payload: Payload, fields: Fields) -> bool:
+    """Whether it is of a peer that does not take part: rows of no elements, of the right types."""
+    return all(
+        len(payload[name]) == len(row)
+        and all(
+            t.dtype == f.dtype and t.ndim == 1 and t.numel() == 0
+            for t, f in zip(payload[name], row, strict=True)
+        )
+        for name, row in fields.items()
+    )
+
+
+def _check_distance(packed: Packed) -> None:
+    """Raises BadPayload."""
+    if len(packed) != 1 or packed[0].dtype != torch.float32 or packed[0].shape != (1,):
+        raise BadPayload("shape", "one float32 is expected")
+    if not bool(torch.isfinite(packed[0]).all()):
+        raise BadPayload("nan", "the distance of neighbours")

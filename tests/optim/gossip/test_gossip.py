@@ -1,0 +1,371 @@
+"""Gossip without a network: peers in one process that leave their messages on a board."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import exp, sqrt
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.gossip_board import Board
+from thinwire.compression.base import Payload, Turn
+from thinwire.compression.errors import BadPayload, ConfigError
+from thinwire.optim.base import Closure, Share
+from thinwire.optim.gossip.merging import first_merge, is_merge
+from thinwire.optim.gossip.strategy import Gossip
+from thinwire.optim.gossip.topology import Edge, Spectrum, edges_of, matching_of, matching_spectrum
+from thinwire.optim.registry import build_strategy, complete_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+N = 48
+DENSE = {"name": "dense"}
+SGD = {
+    "name": "gossip",
+    "inner": "SGD",
+    "lr": 1.0,
+    "weight_decay": 0.0,
+    "inner_steps": 1,
+    "max_grad_norm": 0.0,
+}
+FREE = {**SGD, "compressor": DENSE, "merge_every": "end", "clip_neighbours": 1e6}
+
+
+class Peer:
+    """Its loss pulls its model towards a point of its own, `target`, with the rate of the round."""
+
+    def __init__(self, config: dict[str, Any], number: int, board: Board | None) -> None:
+        self.number = number
+        self.x = nn.Parameter(torch.zeros(N))
+        strategy = build_strategy(config, [("x", self.x)])
+        assert isinstance(strategy, Gossip)
+        self.strategy = strategy
+        self.strategy.neighbours = None if board is None else board.of(f"peer-{number}")
+        self.target = torch.randn(N, generator=torch.Generator().manual_seed(number))
+
+    def draw(self) -> Closure:
+        return lambda: 0.5 * (self.x - self.target).square().sum()
+
+    def propose(self, turn: Turn) -> Payload:
+        return self.strategy.propose(self.draw, turn)
+
+    def own(self) -> Tensor:
+        with self.strategy.own_model():
+            return self.x.detach().clone()
+
+
+def swarm(n: int, **options: Any) -> tuple[Board, list[Peer]]:
+    board = Board([f"peer-{i}" for i in range(n)])
+    return board, [Peer({**FREE, **options}, i, board) for i in range(n)]
+
+
+def turn_of(round_: int, number: int, rate: float, n_rounds: int) -> Turn:
+    return Turn(round_, 1000 + round_, (number * 2**61 + round_) % 2**64, rate, n_rounds)
+
+
+def run(
+    peers: Sequence[Peer],
+    rounds: range,
+    rate: Callable[[int], float] = lambda r: 1.0 if r == 1 else 0.0,
+    n_rounds: int = 1000,
+) -> None:
+    """All offers count. By default only the first round's local steps do something: they take every model to
+    its own target."""
+    for r in rounds:
+        turns = [turn_of(r, p.number, rate(r), n_rounds) for p in peers]
+        payloads = [p.propose(turn) for p, turn in zip(peers, turns, strict=True)]
+        shares = [Share(t.own_seed, 1, payload) for t, payload in zip(turns, payloads, strict=True)]
+        for p, turn in zip(peers, turns, strict=True):
+            for share in shares:
+                p.strategy.check(share.payload, turn)
+            p.strategy.apply(shares, turn, "counted")
+
+
+def spread(peers: Sequence[Peer]) -> float:
+    """Mean distance from the mean."""
+    models = torch.stack([p.own() for p in peers])
+    return float((models - models.mean(0)).norm(dim=1).mean())
+
+
+def mean(peers: Sequence[Peer]) -> Tensor:
+    return torch.stack([p.own() for p in peers]).mean(0)
+
+
+# ------------------------------------------------------------------------------------------- mixing
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"topology": "ring"},
+        {"topology": "exponential"},
+        {"topology": "random"},
+        {"topology": "random", "degree": 2},
+        {"topology": "complete"},
+        {"topology": "ring", "mixing": "a2cid2"},
+        {"topology": "random", "mixing": "a2cid2"},
+        {"topology": "ring", "compressor": {"name": "dense", "bits": 8}},
+        {"topology": "ring", "mixing": "choco", "gamma": 1.0},
+        {"topology": "ring", "mixing": "choco", "compressor": {"name": "topk", "k": 12, "group_size": 64}},
+    ],
+    ids=lambda o: " ".join(map(str, o.values())),
+)
+def test_models_come_together_and_their_mean_stays(options: dict[str, Any]) -> None:
+    _, peers = swarm(4, **options)
+    run(peers, range(1, 2))
+    before, first = mean(peers), spread(peers)
+    run(peers, range(2, 12))
+    assert spread(peers) < 0.3 * first
+    torch.testing.assert_close(mean(peers), before, atol=1e-5, rtol=0)
+    assert all(p.strategy.replicated_tensors()["x"].eq(0).all() for p in peers)  # theta has not moved
+
+
+def test_a_complete_graph_has_its_mean_after_a_round() -> None:
+    _, peers = swarm(5, topology="complete")
+    run(peers, range(1, 3))
+    assert spread(peers) < 1e-5
+
+
+def test_a_round_of_a2cid2_is_the_papers() -> None:
+    """Against its equations, written with x and x~ of all peers as matrices."""
+    _, peers = swarm(6, topology="ring", mixing="a2cid2")
+    run(peers, range(1, 2))
+    x_PN = torch.stack([p.own() for p in peers])
+    ahead_PN = x_PN.clone()
+    chis = matching_spectrum("ring", 6)
+    for round_ in range(1, 7):
+        x_PN, ahead_PN = flowed(x_PN, ahead_PN, chis)
+        for i, j in matching_of("ring", 6, round_, 1000 + round_):
+            m = x_PN[i] - x_PN[j]
+            for peer, sign in ((i, 1), (j, -1)):
+                x_PN[peer] -= sign * m / 2
+                ahead_PN[peer] -= sign * m * sqrt(chis.chi1 / chis.chi2) / 2
+    x_PN, _ = flowed(x_PN, ahead_PN, chis)
+    run(peers, range(2, 8))  # what is exchanged in a round is mixed in at the beginning of the next one
+    torch.testing.assert_close(torch.stack([p.own() for p in peers]), x_PN, atol=1e-4, rtol=0)
+
+
+def flowed(x: Tensor, ahead: Tensor, chis: Spectrum) -> tuple[Tensor, Tensor]:
+    """Both copies over the time of a round, in small steps."""
+    eta, n = 1 / (2 * sqrt(chis.chi1 * chis.chi2)), 4000
+    for _ in range(n):
+        x, ahead = x + eta / n * (ahead - x), ahead + eta / n * (x - ahead)
+    return x, ahead
+
+
+def test_a2cid2_is_nearer_to_consensus_on_a_ring_of_32_than_plain_gossip_after_as_many_messages() -> None:
+    """arXiv 2306.08289: rounds to a consensus go with sqrt(chi1 chi2) in place of chi1."""
+    n, n_messages = 32, 32 * 150
+    start = np.random.default_rng(5).standard_normal((n, 20))
+    start -= start.mean(0)
+    x = start.copy()
+    edges = edges_of("ring", n, 0, 0)
+    for _ in range(n_messages // (2 * len(edges))):
+        x = x + sum_of_pulls(x, edges, 1 / 3)
+    plain = float(np.abs(x).mean())
+    x, lead, sent, round_ = start.copy(), np.zeros_like(start), 0, 0
+    chis = matching_spectrum("ring", n)
+    left, more = exp(-1 / sqrt(chis.chi1 * chis.chi2)), sqrt(chis.chi1 / chis.chi2) - 1
+    while sent < n_messages:
+        round_ += 1
+        x, lead = x + (1 - left) / 2 * lead, left * lead
+        edges = matching_of("ring", n, round_, round_)
+        pulls = sum_of_pulls(x, edges, 1 / 2)
+        x, lead, sent = x + pulls, lead + more * pulls, sent + 2 * len(edges)
+    assert float(np.abs(x).mean()) < 0.1 * plain
+
+
+def sum_of_pulls(x: Any, edges: Sequence[Edge], weight: float) -> Any:
+    pulls = np.zeros_like(x)
+    for i, j in edges:
+        pulls[i] += weight * (x[j] - x[i])
+        pulls[j] += weight * (x[i] - x[j])
+    return pulls
+
+
+def test_choco_with_few_coefficients_comes_to_a_consensus_that_needs_more_of_them() -> None:
+    """arXiv 1902.00340: with any compressor, only slower."""
+    left = []
+    for k in (4, 24):
+        compressor = {"name": "topk", "k": k, "group_size": 64, "bits": 16}
+        _, peers = swarm(4, topology="ring", mixing="choco", compressor=compressor)
+        run(peers, range(1, 10))
+        left.append(spread(peers))
+    assert left[1] < left[0] < sqrt(N)
+
+
+def test_a_neighbour_that_is_gone_costs_nothing() -> None:
+    board, peers = swarm(4, topology="ring")
+    run(peers, range(1, 3))
+    board.lost = lambda sender, receiver, round_: sender == "peer-2"
+    rest = [p for p in peers if p.number != 2]
+    run(rest, range(3, 15))
+    assert spread(rest) < 0.05
+    assert peers[1].strategy.counters["unheard"] == 12
+
+
+def test_what_neighbours_send_is_checked_and_counted_by_reason() -> None:
+    board, peers = swarm(3, topology="complete")
+    bad = {"peer-1": b"nonsense", "peer-2": b""}
+    board.changed = lambda sender, data: bad.get(sender, data[:-1] + bytes([data[-1] ^ 1]))
+    run(peers, range(1, 4))
+    assert peers[0].strategy.counters["refused truncated"] == 4
+    assert peers[1].strategy.counters["refused checksum"] == 2
+    assert [p.strategy.mixed.distance for p in peers if p.strategy.mixed] == [None] * 3
+    torch.testing.assert_close(peers[0].own(), peers[0].target)
+
+
+@pytest.mark.parametrize("mixing", ["plain", "choco", "a2cid2"])
+def test_a_neighbour_of_a_thousand_times_the_size_moves_nobody_far(mixing: str) -> None:
+    _, peers = swarm(5, topology="ring", mixing=mixing, clip_neighbours=3.0)
+    peers[2].target *= 1000
+    run(peers, range(1, 3))
+    usual = peers[0].target.norm()
+    for p in peers:
+        if p.number != 2:
+            assert (p.own() - p.target).norm() < 4 * usual
+    assert sum(p.strategy.counters.get("clipped", 0) for p in peers) > 0
+
+
+def test_choco_asks_a_neighbour_that_it_lost_for_all_of_its_model_once() -> None:
+    board, peers = swarm(4, topology="ring", mixing="choco", gamma=1.0)
+    sizes: list[int] = []
+    board.changed = lambda sender, data: sizes.append(data[0]) or data  # type: ignore[func-returns-value]
+    board.lost = lambda sender, receiver, round_: sender == "peer-1" and round_ == 2
+    run(peers, range(1, 12))
+    assert sum(sizes) == 2  # one whole model, to both neighbours
+    assert spread(peers) < 0.05
+
+
+# ------------------------------------------------------------------------------------------- merging
+
+
+def test_when_rounds_merge() -> None:
+    assert [r for r in range(1, 13) if is_merge(5, r, 12)] == [5, 10, 12]
+    assert [r for r in range(1, 1001) if is_merge("end", r, 1000)] == [997, 1000]
+    assert [r for r in range(1, 101) if is_merge("end", r, 100)] == [100]
+    assert [r for r in range(1, 13) if is_merge(5, r, 0)] == [5, 10]
+    assert (first_merge(5, 12), first_merge(50, 12), first_merge("end", 1000)) == (5, 12, 997)
+
+
+def test_a_merge_is_the_mean_of_all_models_and_all_go_on_from_it() -> None:
+    _, peers = swarm(4, topology="ring", merge_every=3)
+    run(peers, range(1, 3))
+    expected = mean(peers)
+    assert all(p.strategy.has_own_model for p in peers)
+    run(peers, range(3, 4))
+    for p in peers:
+        assert not p.strategy.has_own_model
+        torch.testing.assert_close(p.x.detach(), expected)
+        assert torch.equal(p.x, peers[0].x)
+
+
+def test_the_last_round_merges_everybody() -> None:
+    _, peers = swarm(4, topology="ring", participation=0.001)
+    run(peers, range(1, 5), n_rounds=4)
+    assert not any(p.strategy.has_own_model for p in peers)
+    assert all(torch.equal(p.x, peers[0].x) for p in peers)
+    assert float(peers[0].x.detach().abs().sum()) > 0
+
+
+@pytest.mark.parametrize(("takes", "who"), [("s2s", {0, 1, 2, 3}), ("s2a", set(range(8)))])
+def test_of_a_merge_in_which_some_take_part_those_or_all_go_on(takes: str, who: set[int]) -> None:
+    """Seeds of these peers are i/8 of all: with S = 1/2 the first four take part."""
+    _, peers = swarm(8, topology="ring", merge_every=2, participation=0.5, takes=takes)
+    run(peers, range(1, 2))
+    targets = torch.stack([p.target for p in peers[:4]]).mean(0)
+    payload = peers[7].propose(turn_of(2, 7, 0.0, 1000))
+    assert all(t.numel() == 0 for t in payload["x"])
+    for p in peers:
+        p.strategy.neighbours = None
+    _, peers = swarm(8, topology="ring", merge_every=1, participation=0.5, takes=takes)
+    run(peers, range(1, 2))
+    assert {p.number for p in peers if not p.strategy.has_own_model} == who
+    for p in peers:
+        with p.strategy.replica():
+            torch.testing.assert_close(p.x.detach(), targets)
+
+
+def test_a_model_that_its_seed_has_not_chosen_is_not_counted() -> None:
+    _, peers = swarm(2, merge_every=1, participation=0.5, compressor=DENSE)
+    p, turn = peers[0], turn_of(1, 0, 1.0, 1000)
+    payload = {"x": (torch.ones(N),)}
+    p.strategy.check(payload, turn)
+    p.strategy.apply([Share(2**64 - 1, 1, payload)], turn, None)
+    assert not p.x.detach().any()
+    p.strategy.apply([Share(5, 1, payload)], turn_of(2, 0, 1.0, 1000), None)
+    assert p.x.detach().eq(-1).all()
+
+
+def test_a_peer_that_comes_later_goes_on_from_a_neighbours_model() -> None:
+    board, peers = swarm(4, topology="ring")
+    run(peers, range(1, 9))
+    new = Peer(FREE, 9, board)
+    new.strategy.counters["applied"] = 8
+    new.propose(turn_of(9, 9, 0.0, 1000))
+    assert new.strategy.counters["borrowed"] == 1
+    torch.testing.assert_close(new.own(), peers[0].own(), atol=0.05, rtol=0)
+    after_merge = Peer({**FREE, "merge_every": 8}, 9, board)
+    after_merge.strategy.counters["applied"] = 8
+    after_merge.propose(turn_of(9, 9, 0.0, 1000))
+    assert "borrowed" not in after_merge.strategy.counters
+
+
+def test_payloads_of_other_rounds_are_refused() -> None:
+    _, (p, _) = swarm(2, merge_every=2)
+    gossip, merge = turn_of(1, 0, 1.0, 1000), turn_of(2, 0, 1.0, 1000)
+    of_gossip, of_merge = {":distance": (torch.ones(1),)}, {"x": (torch.ones(N),)}
+    p.strategy.check(of_gossip, gossip)
+    p.strategy.check(of_merge, merge)
+    for payload, turn in ((of_gossip, merge), (of_merge, gossip), ({":distance": (torch.ones(2),)}, gossip)):
+        with pytest.raises(BadPayload):
+            p.strategy.check(payload, turn)
+    with pytest.raises(BadPayload, match="nan"):
+        p.strategy.check({":distance": (torch.tensor([float("nan")]),)}, gossip)
+
+
+# ------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"compressor": {"name": "topk"}}, "sends whole models"),
+        ({"compressor": {"name": "dct_topk"}, "mixing": "a2cid2"}, "sends whole models"),
+        ({"mixing": "choco", "topology": "random"}, "topology = complete or ring"),
+        ({"mixing": "choco", "topology": "exponential"}, "topology = complete or ring"),
+        ({"degree": 2, "topology": "ring"}, "degree = 2"),
+        ({"degree": 2, "mixing": "a2cid2"}, "one partner at a time"),
+        ({"merge_every": 0}, "merge_every = 0"),
+        ({"merge_every": "never"}, '"end"'),
+        ({"merge_every": True}, "merge_every = True"),
+        ({"participation": 0}, "participation = 0"),
+        ({"topology": "star"}, "star"),
+        ({"mixing": "a2cid"}, "a2cid2"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        build_strategy({"name": "gossip", **options}, [("x", nn.Parameter(torch.zeros(4)))])
+
+
+def test_new_runs_send_eight_bits() -> None:
+    assert complete_config({"name": "gossip"})["compressor"]["name"] == "dense"
+    assert complete_config({"name": "gossip"})["compressor"]["bits"] == 8
+
+
+def test_alone_it_trains_in_any_loop() -> None:
+    p = Peer({**FREE, "lr": 0.1, "merge_every": 2}, 3, None)
+    before = float(p.draw()().detach())
+    for _ in range(20):
+        p.strategy.step(p.draw())
+    for _ in range(20):
+        p.strategy.zero_grad()
+        p.draw()().backward()  # type: ignore[no-untyped-call]
+        p.strategy.step()
+    with p.strategy.replica():
+        assert float(p.draw()().detach()) < 0.01 * before
