@@ -32,7 +32,7 @@ from ..coordinator.protocol.schedule import lr_factor_bits
 from ..coordinator.protocol.settings import parse_settings
 from ..optim.base import Closure, canonical_name
 from ..optim.parts.ranks import local_of, parts_of, ranks_of
-from ..optim.registry import build_strategy, complete_config, of_new_run, refuse_unlikely, strategy_class
+from ..optim.registry import build_strategy, of_new_run, recorded_config, refuse_unlikely, strategy_class
 from .config import Audits, RunConfig
 from .snapshots.format import data_of
 from .tasks.base import Pretrained, Task
@@ -144,7 +144,7 @@ def public_config(config: RunConfig, task: Task, recorded: RunConfig | None = No
         update={
             "run": config.run.model_copy(update=run),
             "task": options,
-            "strategy": complete_config(strategy),
+            "strategy": recorded_config(strategy),
             "audits": _audits(config.audits, recorded, str(strategy["name"])),
         }
     )

@@ -22,6 +22,8 @@ in its collectives, and has no overlap.
 SparseLoCo: compressor topk with 2 bits, the mean over the senders of a coefficient, feedback_decay 0.95,
 outer_lr 1, outer_momentum 0: what new runs have with that compressor (see `rules`).
 MuLoCo (arXiv 2505.23725): inner Muon, see `inner/muon`.
+SCALLION, SCAFCOM (arXiv 2308.08165): control = "scaffold", for peers with uneven data, see `inner/control`.
+What is not sent waits in the control variates then, not in e.
 
 A payload has what the compressor needs for every parameter of the fragment, and 29 bytes of framing.
 """
@@ -46,6 +48,8 @@ from .auditing.gradients import compared, no_gradients
 from .auditing.scores import cosines, mean_cosines
 from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
+from .inner.control import MEAN as CONTROL_MEAN
+from .inner.control import NONE, Control
 from .inner.muon import NAME as MUON
 from .inner.muon import refuse_split, split_in_words
 from .inner.optimizers import check_inner, inner_table
@@ -110,6 +114,16 @@ class DilocoOptions(MeanOptions):
     overlap: Annotated[int, Whole(0, "inner_steps")] = 0
     """Inner steps made ahead while an offer travels, at most."""
 
+    control: Literal["none", "scaffold"] = "none"
+    """`scaffold`: every inner step is corrected by how far a peer's own rounds differ from the mean of all,
+    for peers with uneven data (SCALLION, SCAFCOM). It takes the place of error feedback."""
+    control_rate: Annotated[float, Number(above=0, at_most=1)] = 1.0
+    """The share of a change of control that is sent (SCALLION's alpha)."""
+    control_momentum: Annotated[float, Number(above=0, at_most=1)] = 1.0
+    """The share of the newest round in what a peer takes for its own rounds (SCAFCOM's beta)."""
+    control_decay: Annotated[float, Number(at_least=0, at_most=1)] = 0.95
+    """What is left of all control after a round, so that the part of a peer that is gone fades."""
+
     weights: Literal["samples", "equal"] = "samples"
     """Offers count by their samples, up to twice their median (without `bound`: `clip` times), or alike."""
 
@@ -126,18 +140,37 @@ class DilocoOptions(MeanOptions):
                 f"overlap = {entries['overlap']} with mix = 0: what a fragment learns while its offer "
                 "travels would be lost: set mix, to 0.5 for example"
             )
+        _check_control(cls, entries)
+
+
+def _check_control(options: type[DilocoOptions], entries: Mapping[str, Any]) -> None:
+    """Raises ConfigError."""
+    if entries["control"] == NONE:
+        defaults = options.defaults()
+        for option in ("control_rate", "control_momentum", "control_decay"):
+            if entries[option] != defaults[option]:
+                raise ConfigError(f"{option} = {entries[option]!r} does nothing without control = 'scaffold'")
+        return
+    for option, needed in {"fragments": 1, "overlap": 0, "mix": 0.0, "mean": "all"}.items():
+        if entries[option] != needed:
+            raise ConfigError(
+                f"control = {entries['control']!r} with {option} = {entries[option]!r}: a round's control is "
+                f"the mean over all offers of whole rounds of all parameters: {option} = {needed!r} is needed"
+            )
 
 
 class Diloco(Strategy):
-    """See the module's docstring. Replicated: the outer parameters and their momentum. Local: the inner
-    optimizer's state, error feedback, sends of open fate, inner parameters that go on from round to round.
+    """See the module's docstring. Replicated: the outer parameters, their momentum, the mean of control.
+    Local: the inner optimizer's state, error feedback, sends of open fate, inner parameters that go on from
+    round to round, this peer's control.
 
     `step()` without a closure is one inner step; between such steps the model has the inner parameters, and
     the outer ones within `replica()`.
 
     Counters: `applied`, the last round; `dropped_batches` whose loss or gradient was not finite;
     `dropped_rounds` whose inner parameters were not; `inner`, steps since the last round; `ahead`, steps of
-    the next one; `decays F` of the error feedback of fragment F; `lost_sends` (see `Residual`).
+    the next one; `corrected` by control since the last round; `decays F` of the error feedback of fragment F;
+    `lost_sends` (see `Residual`).
     """
 
     facts: ClassVar[Facts] = Facts(
@@ -148,10 +181,14 @@ class Diloco(Strategy):
         changeable=("lr", "weight_decay", "max_grad_norm", "outer_lr", "clip", "bound", "own_data_share"),
         # Honest payloads of as many steps are as long as each other.
         in_runs={**NEW_RUNS, **DILOCO_RUNS, "bound": 1.25},
+        only_with={"control": ("control_rate", "control_momentum", "control_decay")},
         small_model={"lr": 1e-3},
         # The first inner optimizer of torch's, made to check its options, takes a second to load.
         known_updates={
-            "outer update": KnownUpdate({"compressor": {"name": "dense"}}, 0xE01E6085E2946613, is_slow=True)
+            "outer update": KnownUpdate({"compressor": {"name": "dense"}}, 0xE01E6085E2946613, is_slow=True),
+            "outer update with control": KnownUpdate(
+                {"compressor": {"name": "dense"}, "control": "scaffold"}, 0x25CCCA5633F20DE2, is_slow=True
+            ),
         },
     )
     takes_bfloat16: ClassVar[bool] = False  # inner steps in bfloat16 would mostly be rounded away
@@ -164,6 +201,7 @@ class Diloco(Strategy):
         self._losses: list[float] = []
         self._phase = InnerPhase(self)
         self._residual = Residual(self, self.compressor, "leftover", self._kept)
+        self._control = Control(self, self.compressor, self._phase)
         super().__init__(named_parameters, options)
         self.fragments()  # raises ConfigError for more than there are
         if self._has_muon:
@@ -185,17 +223,21 @@ class Diloco(Strategy):
         return split_in_words(inner, self.parameters_in_order(), float(self.option("lr")))
 
     def replicated_state(self, parameter: Parameter) -> dict[str, Tensor]:
-        if self.option("outer_momentum") == 0.0:
+        names = ["outer_momentum"] if self.option("outer_momentum") != 0.0 else []
+        names += [CONTROL_MEAN] if self._control.is_on else []
+        if not names:
             return {}
-        state = self.state[parameter.tensor]
-        if "outer_momentum" not in state:
-            theta = parameter.local
-            state["outer_momentum"] = torch.zeros(theta.shape, device=theta.device)
-        return {"outer_momentum": state["outer_momentum"]}
+        state, theta = self.state[parameter.tensor], parameter.local
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros(theta.shape, device=theta.device)
+        return {name: state[name] for name in names}
 
     def begin_state(self, parameter: Parameter) -> None:
         super().begin_state(parameter)
-        if self.option("error_feedback"):
+        if self._control.is_on:
+            self._control.of(parameter)
+        elif self.option("error_feedback"):
             self._residual.of(parameter)
 
     def replicated_value(self, parameter: Parameter) -> Tensor:
@@ -288,6 +330,8 @@ class Diloco(Strategy):
         """Inner parameters of a replica that was moved to another round have nothing to do with it."""
         if turn.round != self.counters.get("applied", 0) + 1:
             self._forget(self.parameters_in_order())
+            if self._control.is_on:
+                self._control.forget()
             self.counters["applied"] = turn.round - 1
 
     def _forget(self, parameters: Sequence[Parameter]) -> None:
@@ -324,6 +368,8 @@ class Diloco(Strategy):
     def _inner_step(self, loss: float, turn: Turn) -> bool:
         done = self._phase.step(loss, turn.lr_factor)
         self.count("dropped_batches", not done)
+        if done and self._control.is_on:
+            self._control.correct()
         return done
 
     def _leave(self) -> None:
@@ -333,7 +379,10 @@ class Diloco(Strategy):
     def _send(self, turn: Turn) -> Payload:
         """What the fragment's inner parameters have moved by, and what error feedback kept."""
         fragment, its_turn = self._fragment(turn)
-        self.count("dropped_rounds", self._phase.start_over_unless_finite())
+        is_void = self._phase.start_over_unless_finite()
+        self.count("dropped_rounds", is_void)
+        if self._control.is_on:
+            return self._control.send(fragment, its_turn, is_void=is_void)
         decays = f"decays {(turn.round - 1) % self.option('fragments')}"
         self.count(decays)
         if not self.option("error_feedback"):
@@ -357,8 +406,10 @@ class Diloco(Strategy):
         payload goes, a peer's own that has a past has gone the same way. It mostly has: where steps overshoot
         and rounds are short, its past decides. So what does not pass is compared with steps of an inner
         optimizer that has this replica's past, too, and passes if it passes there."""
-        if self._phase.is_inside:
-            return [None] * len(payloads)
+        if self._phase.is_inside or self._control.is_on:
+            return [None] * len(
+                payloads
+            )  # what is sent with control depends on what its peer has sent before
         closures = [draw() for _ in range(max(1, min(n_batches, self.most_batches)))]
         found = self._compared(payloads, closures, turns[0], with_past=False)
         if all(e is None or e.passed for e in found):
@@ -384,6 +435,8 @@ class Diloco(Strategy):
         return self._phase.moved(parameter).clone()
 
     def scores(self, payloads: Sequence[Payload], turn: Turn) -> list[float] | None:
+        if self._control.is_on:
+            return None
         fragment, its_turn = self._fragment(turn)
         return mean_cosines(self.compressor, fragment, payloads, its_turn, turn.round)
 
@@ -409,6 +462,8 @@ class Diloco(Strategy):
         for p in fragment:
             n_lost = self._residual.settle(p, its_turn, own)
             if any(w.weights):
+                if self._control.is_on:
+                    self._control.follow(p, shares, its_turn, own, turn.own_seed)
                 with exact_arithmetic(), updating(p, turn) as theta:
                     packs = [s.payload[p.name] for s in shares]
                     self._update(p, theta, self._mean(packs, w, p.part, its_turn, theta.device))
@@ -425,6 +480,8 @@ class Diloco(Strategy):
     def _update(self, parameter: Parameter, theta: Tensor, step: Tensor) -> None:
         """By the round's mean, which is written over. One rounding per operation: no fused forms (`alpha=`,
         foreach)."""
+        if self._control.is_on:
+            self._control.outer(parameter, step)
         mu = to_float32(self.option("outer_momentum"))
         if mu > 0.0:
             momentum = self.replicated_state(parameter)["outer_momentum"].view(-1)

@@ -48,6 +48,10 @@ class Facts:
     """Options that new runs have at other values than the defaults: those are what older ledgers mean. A
     value may be a function of the options, complete, with the values of those before it."""
 
+    only_with: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Options that record 0 has, with those that belong to them, only where they are not at their default:
+    runs that make no use of them are what they were before there were any."""
+
     small_model: Mapping[str, Any] = field(default_factory=dict)
     """Options for a small model and a short run: the defaults are the papers', for large and long ones."""
 

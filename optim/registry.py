@@ -68,6 +68,15 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def recorded_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`complete_config`, as record 0 has it: without what is not used (`Facts.only_with`)."""
+    whole, facts = complete_config(config), strategy_class(config["name"]).facts
+    defaults = facts.options.defaults()
+    unused = {key: others for key, others in facts.only_with.items() if whole[key] == defaults[key]}
+    left_out = {*unused, *(other for others in unused.values() for other in others)}
+    return {key: value for key, value in whole.items() if key not in left_out}
+
+
 def of_new_run(config: Mapping[str, Any], recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The same with `Facts.in_runs` where it says nothing. `recorded`: what record 0 holds of a run that is
     gone on with, and stands; options that it does not know are what they are by default. Raises

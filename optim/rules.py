@@ -14,7 +14,8 @@ New runs, by their compressor (docs/strategies.md has what was measured):
 
     diloco, where peers select their own coefficients (topk, dct_topk): SparseLoCo as published, the mean
         over the senders of a coefficient, outer_lr 1, no outer momentum, feedback_decay 0.95
-    diloco with another one, or with none named (dense, e3m0): outer_lr 0.7, outer_momentum 0.6
+    diloco with another one, or with none named (dense, e3m0), or with control: outer_lr 0.7,
+        outer_momentum 0.6
     decoupled, base adamw: the mean over the senders, and, as the momentum is its first moment, adam_beta1 0,
         adam_beta2 0.95
     decoupled: beta_warmup 1, with which beta 0.999 suits short runs as it suits long ones
@@ -64,13 +65,18 @@ def selects_its_own(options: Options) -> bool:
     return COMPRESSORS[options["compressor"]["name"]].selects_its_own
 
 
+def _is_sparse(options: Options) -> bool:
+    """Whether a round's mean has only what was selected. With control it has what was sent before, too."""
+    return selects_its_own(options) and options.get("control", "none") == "none"
+
+
 def _by_compressor(own: object, alike: object) -> Callable[[Options], Any]:
     """One value where each peer selects its own coefficients, another one where all send the same."""
-    return lambda options: own if selects_its_own(options) else alike
+    return lambda options: own if _is_sparse(options) else alike
 
 
 def _mean(options: Options) -> str:
-    return "senders" if selects_its_own(options) and options["aggregate"] == "mean" else "all"
+    return "senders" if _is_sparse(options) and options["aggregate"] == "mean" else "all"
 
 
 def _sender_floor(options: Options) -> float:

@@ -312,6 +312,9 @@ class Compare:
     better half for twice as long, and so on. 1: the rate as it is."""
     seeds: Annotated[int, arg(metavar="N")] = 1
     """Trainings of every row, each from weights and batches of its own; losses are their means."""
+    split: Annotated[str | None, arg(metavar="labels:K|dirichlet:A")] = None
+    """Uneven data: every peer sees K classes, or each class is dealt out by Dirichlet(A). Classes are the
+    labels, or sections of text. Default: every peer draws from all data."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """section.key=value, instead of what the file says; may be repeated."""
     task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
@@ -343,6 +346,7 @@ class Compare:
                 rtt_ms=self.rtt_ms,
                 n_rates=self.tune,
                 n_seeds=self.seeds,
+                split=self.split,
             )
         return 128 + stop.signal if stop.signal else code
 
@@ -406,6 +410,8 @@ class Bench:
     """attacks, audits: section.key=value of the run, e.g. strategy.bound=0; may be repeated."""
     long: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """learning: ddp, decoupled and muloco, untuned, with 5 million parameters for 2,000 steps."""
+    split: Annotated[str | None, arg(metavar="labels:K|dirichlet:A")] = None
+    """learning: uneven data of the peers, as in compare."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
@@ -429,12 +435,14 @@ class Bench:
         from ..bench.attacks.table import names_of
         from ..bench.learning.methods import IN_LONG, LONG, METHODS, SHAPE
         from ..bench.learning.table import learning_command
+        from ..compare.split import Split
 
         shape = LONG if self.long else SHAPE
         known = list(IN_LONG if self.long else METHODS)
+        split = None if self.split is None else Split.parse(self.split)
         return learning_command(
             names_of(self.strategies, known, "--strategies"),
-            replace(shape, n_rounds=self.rounds or shape.n_rounds),
+            replace(shape, n_rounds=self.rounds or shape.n_rounds, split=split),
             self.seeds or (1 if self.long else 3),
             tuned=not self.long,
             as_json=self.json,

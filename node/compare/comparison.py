@@ -31,10 +31,12 @@ from ..genesis import Genesis, make_genesis
 from ..links.local import LocalSwarm, local_swarm
 from ..phases import typical
 from ..tasks.base import Task, loss_unit_of
+from ..tasks.classes import Divisible
 from ..tasks.registry import make_task
 from ..tasks.shapes import shapes_only
-from .nodes import Peer, Point, Reader
+from .nodes import OwnData, Peer, Point, Reader
 from .specs import ComparePlan, batches_per_step
+from .split import Split, told
 
 PHASES = ("compute", "pack", "decode")
 POINTS = 8
@@ -131,11 +133,15 @@ class Comparison:
         n_peers: int,
         import_path: str | None = None,
         kept_bytes: int = KEPT_BYTES,
+        split: Split | None = None,
     ) -> None:
-        """`kept_bytes`: of payloads on the disk, before a snapshot takes their place."""
+        """`kept_bytes`: of payloads on the disk, before a snapshot takes their place. `split`: how uneven the
+        peers' data are; None: each draws from all of them."""
         self.run, self.plans, self.n_peers, self.import_path = run, plans, n_peers, import_path
-        self._kept_bytes = kept_bytes
+        self._kept_bytes, self.split = kept_bytes, split
         task = make_task(run.task, import_path, None)
+        self.split_told: str | None = None
+        self.own_data = self._divided(task)
         held_out = task.held_out()
         if held_out is None:
             raise ConfigError(
@@ -158,7 +164,21 @@ class Comparison:
         """Of one plan, from a seed that is so much further than the run's."""
         seeded = self.run.run.model_copy(update={"seed": self.seed + seed})
         run = self.run.model_copy(update={"run": seeded})
-        return Comparison(run, [plan], self.n_peers, self.import_path, self._kept_bytes)
+        return Comparison(run, [plan], self.n_peers, self.import_path, self._kept_bytes, self.split)
+
+    def _divided(self, task: Task) -> list[OwnData | None]:
+        """What each peer trains on; the task holds out some of every class from now on."""
+        if self.split is None:
+            return [None] * self.n_peers
+        if not isinstance(task, Divisible):
+            raise ConfigError(
+                f"--split {self.split}: the task does not say what its classes are: it has no divide "
+                f"(see thinwire.node.tasks.classes)"
+            )
+        classes = task.divide(self.split.n_sections(self.n_peers))
+        pieces = self.split.pieces(classes.sizes, self.n_peers, self.run.run.seed)
+        self.split_told = told(self.split, classes, pieces)
+        return [(classes.taken(some), classes.held_out) for some in pieces]
 
     def peers_of(self, plan: ComparePlan) -> int:
         return 1 if plan.is_alone else self.n_peers
@@ -274,7 +294,8 @@ class _Training:
             is_alone=self.plan.is_alone,
         )
         peers = [
-            Peer(swarm.link(f"peer-{i}"), comparison.import_path, comparison.seed) for i in range(n_peers)
+            Peer(swarm.link(f"peer-{i}"), comparison.import_path, comparison.seed, own)
+            for i, own in zip(range(n_peers), comparison.own_data, strict=False)
         ]
         for link in (reader.link, *(peer.link for peer in peers)):
             link.open()  # admitted in this order: it is the first one that evaluates round 0

@@ -31,10 +31,17 @@ class Point:
     held_out: float
 
 
+OwnData = tuple[bytes, bytes]
+"""A corpus, and what is held out, as `Task.load` takes them."""
+
+
 class Peer(Runner):
     """A node whose batches are the same whatever the strategy, and whose time is taken."""
 
-    def __init__(self, link: LocalLink, import_path: str | None, seed: int) -> None:
+    def __init__(
+        self, link: LocalLink, import_path: str | None, seed: int, own: OwnData | None = None
+    ) -> None:
+        """`own`: what it trains on, instead of what the run has."""
         super().__init__(
             link,
             import_path=import_path,
@@ -42,9 +49,11 @@ class Peer(Runner):
             on_proposing=lambda _runner: self.stopwatch.next_round(),
         )
         self.stopwatch = Stopwatch()
-        self._seed = seed
+        self._seed, self._own = seed, own
 
     def _take_times(self) -> None:
+        if self._own is not None:
+            self.work.task.load(*self._own)
         self.work.task = SameBatches(self.work.task, self._seed, self.link.peer_id)
         watch, strategy = self.stopwatch, self.replica.strategy
         time_compressor(strategy, watch)

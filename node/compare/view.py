@@ -29,6 +29,7 @@ from .comparison import PHASES, Comparison, Outcome
 from .comparison import Progress as Tell
 from .search import Row, search
 from .specs import ComparePlan, notable, plans, with_baselines
+from .split import Split
 from .verdict import Link, Verdict, verdict_of
 
 HEADS = ("rounds", "tokens", "held-out", "=bytes", "=time", "bytes", "of ddp", "all sent", *PHASES)
@@ -51,9 +52,11 @@ def compare_command(
     rtt_ms: float = 50.0,
     n_rates: int = 1,
     n_seeds: int = 1,
+    split: str | None = None,
 ) -> int:
     """Table or JSON on stdout, all else on stderr. Returns 1 if a strategy could not be trained to its end.
-    `link` and `rtt_ms`: of every peer; `n_rates`: learning rates tried, `n_seeds`: trainings, of every row.
+    `link` and `rtt_ms`: of every peer; `n_rates`: learning rates tried, `n_seeds`: trainings, of every row;
+    `split`: how uneven the peers' data are.
 
     Raises ConfigError before anything is trained.
     """
@@ -63,9 +66,12 @@ def compare_command(
     if not 2 <= n_peers <= MAX_PEERS:
         raise ConfigError(f"--peers: between 2 and {MAX_PEERS}: they are threads of this process")
     picture = _picture(output, run.run.name)
-    comparison = Comparison(run, with_baselines(plans(specs, run), run), n_peers, import_path)
+    uneven = None if split is None else Split.parse(split)
+    comparison = Comparison(run, with_baselines(plans(specs, run), run), n_peers, import_path, split=uneven)
     unit = comparison.loss_unit
     console = make_console(stderr=True)
+    if comparison.split_told is not None:
+        console.print(comparison.split_told, highlight=False, markup=False, soft_wrap=True)
     rows = _train(comparison, console, stopped, n_rates, n_seeds)
     written = _draw(comparison, [row.first for row in rows], unit, picture, console)
     verdict = verdict_of(rows, n_peers, between, unit)
@@ -154,6 +160,7 @@ def _figures(
         "n_params": comparison.n_params,
         "samples_per_step": comparison.samples_per_step,
         "ddp_bytes_per_peer_step": comparison.ddp_bytes_per_step,
+        "split": comparison.split_told,
         "unit": unit,
         "bytes_per_token": comparison.bytes_per_token,
         "strategies": found,

@@ -217,17 +217,18 @@ class Prompts:
             raise ConfigError(
                 f"{n} examples: too few to hold out {n_last} (task.held_out) and train on the rest"
             )
-        return self._take(np.arange(n - n_last)), self._take(np.arange(n - n_last, n))
+        return self.take(np.arange(n - n_last)), self.take(np.arange(n - n_last, n))
 
     def shuffled(self, seed: int) -> Prompts:
         """The examples in an order that is a function of the seed and their number."""
         rng = np.random.Generator(np.random.Philox(key=seed))
-        return self._take(rng.permutation(len(self.answers)))
+        return self.take(rng.permutation(len(self.answers)))
 
     def first(self, n: int, context: int) -> Prompts:
-        return self._take(np.arange(min(n, len(self.answers))))
+        return self.take(np.arange(min(n, len(self.answers))))
 
-    def _take(self, examples: npt.NDArray[np.integer[Any]]) -> Prompts:
+    def take(self, examples: npt.NDArray[np.integer[Any]]) -> Prompts:
+        """These, in this order."""
         rows = (examples[:, None] * self.n_labels + np.arange(self.n_labels)).ravel()
         begins = np.concatenate([np.zeros(1, dtype=np.int64), self.ends[:-1]])
         ids = np.concatenate([self.ids[begins[row] : self.ends[row]] for row in rows])

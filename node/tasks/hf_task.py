@@ -23,8 +23,9 @@ from ...compression.errors import ConfigError
 from ...coordinator.protocol.figures import bytes_per_token
 from ...optim.base import Closure
 from .. import config
-from . import documents, hf_adapters, hf_data, hf_model
+from . import documents, hf_adapters, hf_classes, hf_data, hf_model
 from .base import Init, Rows, device_of
+from .classes import Classes
 from .hf_data import Prompts, Stream, Tokenizer, Tokens
 from .prompt import PromptTemplate
 from .shapes import shapes_only
@@ -153,6 +154,14 @@ class HfTask:
     def base_in(self, folder: Path, model: nn.Module) -> dict[str, Tensor]:
         """Those of another folder with the same model."""
         return hf_model.read_weights(hf_model.model_folder(str(folder), None), model)
+
+    def divide(self, n_sections: int) -> Classes:
+        """By label, or text by sections; a held-out split of its own stays what it is."""
+        if isinstance(self._both[0], Prompts):
+            return hf_classes.by_label(tuple(self.options.labels), self._both)
+        has_own = bool(self.options.held_out_split)
+        self._both, classes = hf_classes.by_section(self._both, n_sections, has_own=has_own)
+        return classes
 
     def corpus(self) -> bytes:
         return hf_data.to_bytes(self._both[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ...compression.errors import ConfigError
 from ...optim.base import Closure
 from .. import config
 from .base import Init, Rows, device_of
+from .classes import Classes, Piece, section_names, sections
 from .corpora import BUILT_IN, read_text
 from .gpt import ByteGPT
 
@@ -33,6 +35,7 @@ class TextTask:
         self.n_tokens = options.batch * options.context
         self._text: Tensor | None = None
         self._held_out: Tensor | None = None
+        self._divided: tuple[bytes, bytes] | None = None
 
     def model(self) -> nn.Module:
         o = self.options
@@ -59,6 +62,9 @@ class TextTask:
         return self.data is None and self.options.corpus in BUILT_IN
 
     def _split(self) -> tuple[bytes, bytes]:
+        """What is trained on, and what is held out."""
+        if self._divided is not None:
+            return self._divided
         text = read_text(self.options.corpus if self.data is None else str(self.data))
         n = self.options.held_out_bytes
         if len(text) < n + 10 * self.options.context:
@@ -72,6 +78,18 @@ class TextTask:
                 f"coordinator hands out; name a smaller one in the run and give each node its own with --data"
             )
         return text[:-n], text[-n:]
+
+    def divide(self, n_sections: int) -> Classes:
+        whole = b"".join(self._split())
+        cut = sections(len(whole), self.options.held_out_bytes, n_sections)
+        parts = [whole[s.start : s.border] for s in cut]
+        held_out = b"".join(whole[s.border : s.stop] for s in cut)
+        self._divided = b"".join(parts), held_out
+
+        def taken(pieces: Sequence[Piece]) -> bytes:
+            return b"".join(parts[p.number][p.start : p.stop] for p in pieces)
+
+        return Classes(section_names(n_sections), tuple(map(len, parts)), "bytes", taken, held_out)
 
     def load(self, corpus: bytes | None, held_out: bytes | None) -> None:
         if self.data is not None:

@@ -136,6 +136,7 @@ ROWS: dict[str, Row] = {
         }
     ),
     "diloco four bits": Row({**DILOCO, "compressor": {"name": "dense", "bits": "e3m0"}}),
+    "diloco control": Row({**DILOCO, **BOUNDED, "compressor": EIGHT_BITS, "control": "scaffold"}),
     "diloco overlap": Row({**DILOCO, "compressor": EIGHT_BITS, "fragments": 2, "mix": 0.5, "overlap": 2}),
     "diloco striding": Row({**DILOCO, "compressor": {"name": "striding", "rate": 0.5}, "fragments": 2}),
     "spsa bounded": Row({**SPSA, **BOUNDED, "clip": 1.0, "scale": "sqrt"}, one_per_probe),

@@ -14,6 +14,7 @@ from torch import nn
 from ....coordinator.protocol.figures import ddp_bytes
 from ....optim.registry import complete_new_run
 from ... import config
+from ...compare.split import Split
 from .demo import train_demo
 from .loco import Loco, train_data_parallel, train_loco
 from .mezo import train_mezo
@@ -36,6 +37,11 @@ class Shape:
     n_peers: int
     n_rounds: int
     inner_steps: int
+    split: Split | None = None
+    """How uneven the peers' data are."""
+
+    def text(self, task: config.Task, seed: int, base: Weights | None = None) -> Text:
+        return Text(task, seed, base, split=self.split, n_peers=self.n_peers)
 
     @property
     def n_steps(self) -> int:
@@ -166,11 +172,11 @@ def _mezo(text: Text, shape: Shape, tried: Try) -> nn.Module:
 
 def pretrained(shape: Shape, seed: int) -> Text:
     """Another text than that which its initial weights have learnt in 60 steps, as in the demo."""
-    first = Text(shape.task, seed)
+    first = shape.text(shape.task, seed)
     base: Weights = train_data_parallel(
         first, 3e-3, n_peers=shape.n_peers, n_steps=60, schedule=linear(60)
     ).state_dict()
-    return Text(shape.task.model_copy(update={"corpus": "stdlib"}), seed, base)
+    return shape.text(shape.task.model_copy(update={"corpus": "stdlib"}), seed, base)
 
 
 def _trained(text: Text, strategy: Mapping[str, Any], n_peers: int, n_rounds: int) -> Trained:

@@ -123,7 +123,7 @@ class _Texts:
     """Of a seed; those that are fine-tuned on are made once."""
 
     def __init__(self, shape: Shape) -> None:
-        self.plain = cache(lambda seed: Text(shape.task, seed))
+        self.plain = cache(lambda seed: shape.text(shape.task, seed))
         self.other = cache(lambda seed: pretrained(shape, seed))
 
     def of(self, method: Method, seed: int) -> Text:

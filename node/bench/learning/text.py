@@ -12,6 +12,7 @@ from ....coordinator.protocol.schedule import lr_factor
 from ....coordinator.protocol.settings import ScheduleSection
 from ....optim.base import Closure
 from ... import config
+from ...compare.split import Split
 from ...tasks.text import TextTask
 
 Weights = dict[str, Tensor]
@@ -23,11 +24,28 @@ Schedule = Callable[[int], float]
 class Text:
     """The built-in task `text`. Batches and initial values are those of `seed`."""
 
-    def __init__(self, options: config.Task, seed: int, base: Weights | None = None) -> None:
-        """`base`: initial values, else the exact ones of the seed."""
+    def __init__(
+        self,
+        options: config.Task,
+        seed: int,
+        base: Weights | None = None,
+        *,
+        split: Split | None = None,
+        n_peers: int = 1,
+    ) -> None:
+        """`base`: initial values, else the exact ones of the seed. `split`: how uneven the data of so many
+        peers are; None: all draw from the same."""
         self.seed, self._base = seed, base
         self.task = TextTask(options, None)
-        self.task.load(None, self.task.held_out())
+        if split is None:
+            self.task.load(None, self.task.held_out())
+            self._tasks = [self.task] * n_peers
+            return
+        classes = self.task.divide(split.n_sections(n_peers))
+        self._tasks = [TextTask(options, None) for _ in range(n_peers)]
+        for task, pieces in zip(self._tasks, split.pieces(classes.sizes, n_peers, seed), strict=True):
+            task.load(classes.taken(pieces), classes.held_out)
+        self.task.load(self.task.corpus(), classes.held_out)
 
     def model(self) -> nn.Module:
         """A new one, with the initial values, in training mode."""
@@ -46,7 +64,7 @@ class Text:
 
     def batch(self, model: nn.Module, peer: int, number: int) -> Closure:
         """A peer's batch, from 1 on: the same one whatever is trained with it."""
-        return self.task.draw(model, (self.seed << 40) + (peer << 32) + number)
+        return self._tasks[peer % len(self._tasks)].draw(model, (self.seed << 40) + (peer << 32) + number)
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:

@@ -23,6 +23,7 @@ from thinwire.coordinator.protocol.schedule import lr_factor
 from thinwire.coordinator.protocol.settings import ScheduleSection
 from thinwire.node.compare.comparison import Comparison, Outcome
 from thinwire.node.compare.specs import ComparePlan, fitted, notable, plans
+from thinwire.node.compare.split import Split
 from thinwire.node.compare.view import compare_command
 from thinwire.node.config import RunConfig, load_config
 from thinwire.node.genesis import initialise, make_genesis
@@ -128,6 +129,18 @@ def test_bytes_are_those_that_links_have_sent(run: RunConfig, outcomes: dict[str
     assert per_round["spsa(probes=4, lr=1e-3)"] <= 4 + 34
     assert per_round["decoupled"] < per_round["decoupled:random_k(rate=0.1)"] < per_round["ddp"] / 8
     assert outcomes["diloco(inner_steps=3)"].ddp_ratio > 3 * 8  # 4 bits of 32, every third step
+
+
+def test_peers_of_uneven_data_train_on_their_own(run: RunConfig, outcomes: dict[str, Outcome]) -> None:
+    comparison = Comparison(run, plans("decoupled", run), N_PEERS, split=Split("labels", 2))
+    own = [data[0] for data in comparison.own_data if data is not None]
+    assert len(set(own)) == N_PEERS
+    assert comparison.split_told is not None
+    assert "6 classes" in comparison.split_told
+    (outcome,) = comparison.train(lambda _plan, _round, _held_out: None, lambda: False)
+    assert len(set(outcome.fingerprints)) == 1
+    assert outcome.last.tokens == outcomes["decoupled"].last.tokens
+    assert outcome.last.held_out != outcomes["decoupled"].last.held_out
 
 
 def test_time_is_spent_where_a_strategy_works(outcomes: dict[str, Outcome]) -> None:

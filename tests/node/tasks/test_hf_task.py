@@ -38,6 +38,7 @@ pytest.importorskip("peft", reason="the hf task is an extra")
 pytest.importorskip("datasets", reason="the hf task is an extra")
 
 from thinwire.node.tasks import hf_adapters, hf_data, hf_model
+from thinwire.node.tasks.classes import Piece
 from thinwire.node.tasks.hf_data import Prompts, Stream, Tokenizer
 from thinwire.node.tasks.hf_task import HfTask
 
@@ -422,6 +423,34 @@ def test_documents_are_packed_with_an_end_between_them_and_cut_into_windows(
     assert [r[-1] for r in rows[:-1]] == [r[0] for r in rows[1:]], (
         "each token but the first is predicted once"
     )
+
+
+def test_text_is_divided_by_sections_and_examples_by_label(
+    tiny_llama: Path, documents: Path, tmp_path: Path
+) -> None:
+    task = task_of(tiny_llama, documents)
+    whole = np.concatenate([tokens.ids for tokens in task._both[:2]])  # type: ignore[union-attr]
+    classes = task.divide(3)
+    held, _ = hf_data.from_bytes(task.held_out())
+    assert isinstance(held, Stream)
+    assert held.windows(16) == 4
+    assert sum(classes.sizes) + len(held.ids) == len(whole)
+    middle, _ = hf_data.from_bytes(classes.taken([Piece(1, 5, 25)]))
+    first = len(whole) // 3 + 5
+    assert middle.ids.tolist() == whole[first : first + 20].tolist()
+
+    rows = [{"text": f"film {i}", "label": i % 3 == 0} for i in range(30)]
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    labels = {"true": " great", "false": " terrible"}
+    task = task_of(tiny_llama, path, prompt="{text} It was", labels=labels, held_out=6)
+    classes = task.divide(3)
+    assert classes.names == ("true", "false")
+    assert sum(classes.sizes) == 24
+    some, _ = hf_data.from_bytes(classes.taken([Piece(1, 1, 4)]))
+    assert isinstance(some, Prompts)
+    assert some.answers.tolist() == [1, 1, 1]
+    assert classes.held_out == task.held_out()
 
 
 def hf_task_windows(stream: Stream, i: int) -> list[int]:
