@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from enum import StrEnum
+from heapq import heappop, heappush
 from typing import Literal
 
 from .protocol.messages import NodeState
@@ -75,6 +77,8 @@ class _Peer:
     has_trained: bool = False
     grace_until_s: float | None = None
     """Without a session: gone then. With one: joining then, unless it has said that it trains."""
+    looked_at_s: float | None = None
+    """When its time may be up at the earliest: it stands in the heap."""
 
 
 class Membership:
@@ -94,6 +98,14 @@ class Membership:
             for peer in sorted(recalled)
         }
         self._newest_session: dict[int, int] = {}
+        self._due: list[tuple[float, int]] = []
+        """A heap: when to look whose time is up. What a peer says moves its time, not its place in here."""
+        self._connected: list[int] = []
+        """Sorted."""
+        self.n_changes = 0
+        """Grows whenever `connected` is another list."""
+        for peer in self._peers:
+            self._look_again(peer)
 
     def handle(self, event: MembershipEvent, now_s: float) -> list[Became]:
         """The changes that the event, and the time until now, have brought. `now_s`: monotonic."""
@@ -111,6 +123,8 @@ class Membership:
             case TimePassed():
                 pass
         self._expire(now_s, actions)
+        if not isinstance(event, TimePassed):
+            self._look_again(event.peer)
         return actions
 
     def is_current(self, peer: int, session: int) -> bool:
@@ -136,8 +150,13 @@ class Membership:
         return known.has_trained or known.state is PeerState.TRAINING or is_coming
 
     def connected(self) -> list[int]:
-        """Peers with an open session."""
-        return sorted(p for p, x in self._peers.items() if x.session is not None)
+        """Peers with an open session, sorted."""
+        return list(self._connected)
+
+    def is_connected(self, peer: int) -> bool:
+        """Whether the peer has an open session."""
+        known = self._peers.get(peer)
+        return known is not None and known.session is not None
 
     def training(self) -> list[int]:
         """Peers that train, sorted."""
@@ -162,9 +181,17 @@ class Membership:
 
     def wake_s(self) -> float | None:
         """When the next peer's time is up."""
-        return min(
-            (self._up_s(x) for x in self._peers.values() if x.state is not PeerState.GONE), default=None
-        )
+        while self._due:
+            due_s, peer = self._due[0]
+            known = self._peers[peer]
+            is_current = known.looked_at_s == due_s
+            if is_current and known.state is not PeerState.GONE and self._up_s(known) <= due_s:
+                return due_s
+            heappop(self._due)
+            if is_current:
+                known.looked_at_s = None
+                self._look_again(peer)
+        return None
 
     def _up_s(self, peer: _Peer) -> float:
         silent_s = peer.seen_s + self._silence_s
@@ -174,7 +201,10 @@ class Membership:
 
     def _opened(self, peer: int, session: int, now_s: float, actions: list[Became]) -> None:
         self._newest_session[peer] = session
-        known = self._peers.setdefault(peer, _Peer(PeerState.GONE, session, now_s))
+        known = self._peers.setdefault(peer, _Peer(PeerState.GONE, None, now_s))
+        if known.session is None:
+            insort(self._connected, peer)
+            self.n_changes += 1
         known.session, known.seen_s, known.said = session, now_s, NodeState.JOINING
         known.grace_until_s = now_s + RECONNECT_S if known.state is PeerState.TRAINING else None
         if known.state is PeerState.GONE:
@@ -184,6 +214,8 @@ class Membership:
         if self.is_current(peer, session):
             known = self._peers[peer]
             known.session, known.grace_until_s = None, now_s + RECONNECT_S
+            del self._connected[bisect_left(self._connected, peer)]
+            self.n_changes += 1
 
     def _said(self, peer: int, state: NodeState, now_s: float, actions: list[Became]) -> None:
         known = self._peers[peer]
@@ -197,10 +229,11 @@ class Membership:
             self._become(peer, _STATE_OF[known.said], "heard of again", actions)
 
     def _expire(self, now_s: float, actions: list[Became]) -> None:
-        for peer, known in self._peers.items():
+        for peer in self._take_due(now_s):
+            known = self._peers[peer]
             if known.state is PeerState.GONE or now_s < self._up_s(known):
-                continue
-            if known.session is None:
+                pass
+            elif known.session is None:
                 self._become(peer, PeerState.GONE, "connection lost", actions, "connection_lost")
             elif now_s >= known.seen_s + self._silence_s:
                 silent = f"silent for {now_s - known.seen_s:.0f} s"
@@ -208,6 +241,27 @@ class Membership:
             else:
                 known.grace_until_s = None
                 self._become(peer, PeerState.JOINING, "came back without saying that it trains", actions)
+            self._look_again(peer)
+
+    def _take_due(self, now_s: float) -> list[int]:
+        """Peers to look at now, sorted."""
+        taken = []
+        while self._due and self._due[0][0] <= now_s:
+            due_s, peer = heappop(self._due)
+            if self._peers[peer].looked_at_s == due_s:
+                self._peers[peer].looked_at_s = None
+                taken.append(peer)
+        return sorted(taken)
+
+    def _look_again(self, peer: int) -> None:
+        """When its time is up, unless somebody looks before."""
+        known = self._peers.get(peer)
+        if known is None or known.state is PeerState.GONE:
+            return
+        up_s = self._up_s(known)
+        if known.looked_at_s is None or up_s < known.looked_at_s:
+            known.looked_at_s = up_s
+            heappush(self._due, (up_s, peer))
 
     def _become(
         self, peer: int, state: PeerState, reason: str, actions: list[Became], cause: Cause | None = None

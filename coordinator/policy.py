@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median
-from typing import Literal
+from typing import Final, Literal
 
 PolicyName = Literal["deadline", "all", "fastest"]
 
@@ -60,6 +60,8 @@ class OfferTimes:
     def __init__(self) -> None:
         self._by_round: dict[int, dict[int, Measured]] = {}
         self._late_s: deque[float] = deque(maxlen=EVALUATIONS)
+        self._n_noted: dict[int, int] = {}
+        self._n_changes = 0
 
     @property
     def late_s(self) -> tuple[float, ...]:
@@ -91,9 +93,17 @@ class OfferTimes:
         self._note(round_, peer, Measured(time_s, 0, "missing"))
 
     def _note(self, round_: int, peer: int, measured: Measured) -> None:
+        self._n_changes += 1
+        self._n_noted[round_] = self._n_noted.get(round_, 0) + 1
         self._by_round.setdefault(round_, {})[peer] = measured
-        for old in sorted(self._by_round)[:-KEPT_ROUNDS]:
-            del self._by_round[old]
+        while len(self._by_round) > KEPT_ROUNDS:
+            old = min(self._by_round)
+            del self._by_round[old], self._n_noted[old]
+            self._n_changes += 1
+
+    def n_changes(self, beside: int) -> int:
+        """Grows with every change of what is known of other rounds than this one."""
+        return self._n_changes - self._n_noted.get(beside, 0)
 
     def has_evaluated(self, round_: int, time_s: float) -> None:
         """When the offer came of a peer that had to evaluate before it began, on time or not."""
@@ -149,9 +159,12 @@ def deadline_s(times: Sequence[float]) -> float:
     return middle + max(4 * mad, 0.5 * middle, 0.5)
 
 
+LEAST_PATIENCE_S: Final = 60.0
+
+
 def patience_s(times: Sequence[float]) -> float:
     """max(10 medians, 60 s); the offers of the open round count too, so that slow models are not cut off."""
-    return max(10 * median(times), 60.0) if times else 60.0
+    return max(10 * median(times), LEAST_PATIENCE_S) if times else LEAST_PATIENCE_S
 
 
 # ------------------------------------------------------------------------------------------ backup workers

@@ -12,7 +12,7 @@ from typing import Literal
 
 from .entry.attendance import Attendance
 from .membership import TimePassed
-from .policy import KEPT_ROUNDS, Limit, OfferTimes, PolicyName, limit
+from .policy import KEPT_ROUNDS, LEAST_PATIENCE_S, Limit, OfferTimes, PolicyName, limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +176,13 @@ class Rounds:
         self._condemned: frozenset[int] = frozenset()
         self._opening: frozenset[int] = frozenset()
         self._offers: dict[int, _Kept] = {}
+        self._eligible: set[int] = set()
+        """Of them, those with bytes."""
+        self._n_worked = 0
+        """Of these, those that are work."""
+        self._known_limit: tuple[tuple[int, int], Limit] | None = None
+        """By the round, and what was measured of others."""
+        self._now_s = now_s
         self._excused: set[int] = set()
         """Of the round that is open or opens next."""
         self._hung: set[int] = set()
@@ -235,7 +242,7 @@ class Rounds:
         self.expected -= self._condemned
         self._opening -= self._condemned
         for peer in self._condemned & self._offers.keys():
-            del self._offers[peer]
+            self._drop_offer(peer)
 
     def skip(self, n_rounds: int, is_paused: bool, now_s: float) -> None:
         """The open round closes without an offer, by a record that changes these. Offers that are here came
@@ -243,7 +250,8 @@ class Rounds:
         opened_s = self.opened_s or 0.0
         self._pasts[self.round] = _Past(opened_s, frozenset(), frozenset(), self._offers)
         self._pasts.pop(self.round - KEPT_ROUNDS, None)
-        self._offers, self._excused, self.expected = {}, set(), set()
+        self._excused, self.expected = set(), set()
+        self._forget_offers()
         self._next, self._closing = (n_rounds, is_paused), _Closing(None, now_s, is_skipped=True)
 
     def sealed(self, now_s: float) -> list[Action]:
@@ -259,11 +267,12 @@ class Rounds:
 
     def missing(self) -> list[int]:
         """Who is awaited right now."""
-        return sorted(self.expected.difference(self._eligible()))
+        return sorted(self.expected - self._eligible)
 
     def handle(self, event: RoundEvent, now_s: float) -> list[Action]:
         """What follows from the event, in order, and from the time until now. `now_s`: monotonic."""
         actions: list[Action] = []
+        self._now_s = now_s
         match event:
             case PeerTrains(peer):
                 self.training.add(peer)
@@ -288,21 +297,39 @@ class Rounds:
 
     def wake_s(self) -> float | None:
         """When the open round's limit is reached; None: only an event can change anything."""
-        if self.is_held or self.is_closing or self.opened_s is None or not self._worked():
+        if self.is_held or self.is_closing or self.opened_s is None or not self._n_worked:
             return None
-        return self.opened_s + self._limit().after_s
+        return self.opened_s + self._limit(self._now_s - self.opened_s).after_s
 
-    def _limit(self) -> Limit:
-        found = self._goal or limit(self._policy, self.times, self.round)
-        if self._begins_late is None or self._begins_late in self._eligible():
+    def _limit(self, open_s: float) -> Limit:
+        """`open_s`: for how long the round has been open. A limit that is not reached by then may be less
+        than the exact one, which is worked out when it is."""
+        found = self._goal or self._policy_limit(open_s)
+        if self._begins_late is None or self._begins_late in self._eligible:
             return found
         return replace(found, after_s=found.after_s + self.times.allowance_s(self.round))
 
-    def _eligible(self) -> list[int]:
-        return sorted(peer for peer, kept in self._offers.items() if kept.has_bytes)
+    def _policy_limit(self, open_s: float) -> Limit:
+        """A deadline follows from the rounds before; patience from every offer of this one, too: it is worked
+        out once its least is over."""
+        key = self.round, self.times.n_changes(beside=self.round)
+        if self._known_limit is not None and self._known_limit[0] == key:
+            return self._known_limit[1]
+        if open_s < LEAST_PATIENCE_S and self._policy == "all":
+            return Limit(LEAST_PATIENCE_S, drops=True)
+        found = limit(self._policy, self.times, self.round)
+        if not found.drops:
+            self._known_limit = key, found
+        return found
 
-    def _worked(self) -> list[int]:
-        return [peer for peer in self._eligible() if self._offers[peer].n_samples > 0]
+    def _drop_offer(self, peer: int) -> None:
+        kept = self._offers.pop(peer)
+        if peer in self._eligible:
+            self._eligible.discard(peer)
+            self._n_worked -= kept.n_samples > 0
+
+    def _forget_offers(self) -> None:
+        self._offers, self._eligible, self._n_worked = {}, set(), 0
 
     def _open(self, evaluates: int | None, now_s: float) -> RoundOpened:
         """`evaluates`: the peer that the last record names for it."""
@@ -331,7 +358,7 @@ class Rounds:
             if kept.has_bytes:
                 return OfferRefused(offer.peer, "changed_offer")
             # The node died before its bytes came, and has worked anew: they would be waited for in vain.
-            del self._offers[offer.peer]
+            self._drop_offer(offer.peer)
             kept = None
         if kept is None and len(self._offers) >= self._max_offers:
             return OfferRefused(offer.peer, "too_many_offers")
@@ -367,13 +394,16 @@ class Rounds:
         self.expected.discard(peer)
         kept = self._offers.get(peer)
         if kept is not None and not kept.has_bytes:
-            del self._offers[peer]
+            self._drop_offer(peer)
 
     def _has_bytes(self, peer: int, now_s: float) -> None:
         kept = self._offers[peer]
         if self.opened_s is not None and not kept.has_bytes:
             self._measure(self.round, peer, kept, now_s - self.opened_s, self._opening, self._begins_late)
-        kept.has_bytes = True
+        if not kept.has_bytes:
+            kept.has_bytes = True
+            self._eligible.add(peer)
+            self._n_worked += kept.n_samples > 0
 
     def _has_bytes_late(self, peer: int, round_: int, now_s: float) -> None:
         past = self._pasts[round_]
@@ -401,23 +431,20 @@ class Rounds:
             self.times.record(round_, peer, time_s, kept.n_samples)
 
     def _close_if_due(self, now_s: float) -> list[Action]:
-        eligible = self._eligible()
-        if self.is_held or self.is_closing or self.opened_s is None or not eligible:
+        if self.is_held or self.is_closing or self.opened_s is None or not self._eligible:
             return []
-        missing = self.missing()
         why: Why = "complete"
-        if missing:
-            worked = self._worked()
-            if not worked:
+        if len(self._eligible) < len(self.expected) or not self.expected <= self._eligible:
+            if not self._n_worked:
                 return []
-            due = self._limit()
-            is_enough = due.enough is not None and len(worked) >= due.enough
+            due = self._limit(now_s - self.opened_s)
+            is_enough = due.enough is not None and self._n_worked >= due.enough
             if not is_enough and now_s < self.opened_s + due.after_s:
                 return []
             if due.drops:
-                self._hung.update(missing)
+                self._hung.update(self.missing())
             why = "enough" if is_enough else "hung" if due.drops else "deadline"
-        return self._close(eligible, missing, why, self.opened_s, now_s)
+        return self._close(sorted(self._eligible), self.missing(), why, self.opened_s, now_s)
 
     def _close(
         self, eligible: list[int], missing: list[int], why: Why, opened_s: float, now_s: float
@@ -430,7 +457,8 @@ class Rounds:
         for peer in missing:
             if peer != self._begins_late:
                 self.times.is_missing(self.round, peer, now_s - opened_s)
-        self._offers, self._excused, self._has_begun, self.expected = {}, set(), True, set()
+        self._excused, self._has_begun, self.expected = set(), True, set()
+        self._forget_offers()
         evaluator = self._next_evaluator()
         self._closing = _Closing(evaluator, now_s)
         return [RoundClosed(self.round, tuple(eligible), tuple(missing), evaluator, now_s - opened_s, why)]

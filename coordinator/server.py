@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import shutil
 import sqlite3
@@ -29,7 +30,7 @@ from .protocol.figures import wall_ms
 from .protocol.identity import load_or_create, peer_id_of
 from .protocol.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, SeatEntry, digest_of
 from .protocol.p2p import start_p2p
-from .protocol.settings import Keep, parse_settings
+from .protocol.settings import Keep, parse_settings, strategy_options
 from .protocol.streams import BLOB, Meter, Stream
 from .protocol.ticket import Ticket
 from .protocol.transport import Transport
@@ -128,7 +129,7 @@ class CoordinatorServer:
         else:
             self._seat = self._hosting(seats)
             self._serve_elsewhere()
-        self._door = Door(state.path, self._order, self._is_ordered, self._count_bad_order)
+        self._door = Door(state.path, self._order, self._is_ordered, self._count_bad_order, self._foresee)
         self._last_snapshot = LastSnapshot(
             self.blobs, self._wanted_snapshot, self._open_stream_to, self._has_room
         )
@@ -514,6 +515,12 @@ class CoordinatorServer:
             self._done = asyncio.get_running_loop().create_future()  # it goes on
         self._soon()
         return ordered
+
+    async def _foresee(self, order: Order) -> None:
+        """A process may be started to check the options of a strategy: it answers the same again at once."""
+        if self._reign is not None and (options := strategy_options(order.changes)):
+            with contextlib.suppress(ConfigError):  # `_order` raises it
+                await asyncio.to_thread(self._check_strategy, self._reign.course.strategy, options)
 
     def _guard(self, order: Order) -> Ordered:
         """Who may come in: holds at once. Raises ConfigError."""

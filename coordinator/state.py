@@ -34,7 +34,7 @@ class StateDir:
         """Nobody has ever voted with what is here: the key is made from now on."""
         self.history_path = path / "history.json"
         self._banned_path, self._keep_path = path / "banned", path / "keep"
-        self._rules_path = path / "admission"
+        self._rules_path, self._run_file_path = path / "admission", path / "run-file"
 
     def token(self) -> str:
         """The access token of the run's tickets; made at the first call, mode 0600."""
@@ -110,6 +110,18 @@ class StateDir:
     def save_keep(self, text: str) -> None:
         """`text`: as `Keep.parse` takes it. Raises OSError."""
         write_aside(self._keep_path, text.encode())
+
+    def save_run_file(self, digest: bytes, loss_unit: str) -> None:
+        """A run file of this digest says the same as record 0. Raises OSError."""
+        write_aside(self._run_file_path, f"{digest.hex()} {loss_unit}".encode())
+
+    def loss_unit_of(self, digest: bytes) -> str | None:
+        """What `save_run_file` was told of this digest last; None: it was told of another one."""
+        try:
+            known, _, loss_unit = self._run_file_path.read_text("utf-8").partition(" ")
+        except (OSError, ValueError):
+            return None
+        return loss_unit if known == digest.hex() else None
 
     def rules(self) -> EntryRules:
         """Who may come in; whoever has a ticket before anybody chose. Raises ConfigError."""

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -34,7 +34,8 @@ LOST: Final = refused(
 
 class Door:
     """In the server's event loop. `order`: orders it from the service, and raises a ThinwireError for what is
-    refused; `is_in_ledger`: whether the changes of a plan came about; `count_bad`: counts a bad frame."""
+    refused; `is_in_ledger`: whether the changes of a plan came about; `count_bad`: counts a bad frame;
+    `foresee`: what takes its time before `order` can be called."""
 
     def __init__(
         self,
@@ -42,8 +43,9 @@ class Door:
         order: Callable[[Order], Ordered],
         is_in_ledger: Callable[[Ordered], bool],
         count_bad: Callable[[], None],
+        foresee: Callable[[Order], Awaitable[None]],
     ) -> None:
-        self._folder = folder
+        self._folder, self._foresee = folder, foresee
         self._order, self._is_in_ledger, self._count_bad = order, is_in_ledger, count_bad
         self._server: asyncio.Server | None = None
         self._waiting: dict[asyncio.Future[Answer | None], int] = {}
@@ -116,6 +118,7 @@ class Door:
             async with asyncio.timeout(ORDER_WITHIN_S):
                 n_bytes = length(await reader.readexactly(HEAD.size))
                 order = decode_record(Order, await reader.readexactly(n_bytes))
+            await self._foresee(order)
             ordered = self._order(order)
         except (BadMessage, TimeoutError) as e:
             self._count_bad()

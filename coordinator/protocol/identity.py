@@ -75,6 +75,17 @@ def is_signed_by(peer_id: str, signature: bytes, data: bytes) -> bool:
     return True
 
 
+def peer_id_bytes(peer_id: str) -> bytes:
+    """The multihash that a peer id is, of any kind of key; empty for what is not base58."""
+    return _from_base58(peer_id)
+
+
+@lru_cache(maxsize=4096)
+def peer_id_text(multihash: bytes) -> str:
+    """The peer id of a multihash."""
+    return _base58(multihash)
+
+
 @lru_cache(maxsize=256)
 def _peer_id(raw: bytes) -> str:
     return _base58(_MULTIHASH_PREFIX + _PUBLIC_PREFIX + raw)

@@ -68,6 +68,12 @@ def _seats(n_seats: int) -> Bench:
     return lambda _n_params, n_repeats, _device: bench_seats(n_seats, n_repeats)
 
 
+def _light(counts: Sequence[int]) -> Bench:
+    from .light.swarm import bench_light
+
+    return lambda _n_params, n_repeats, _device: bench_light(counts, ROUNDS_PER_REPEAT * n_repeats)
+
+
 def _join() -> Bench:
     from .join import bench_join
 
@@ -118,6 +124,9 @@ ON_DEVICE: Final = {"noise": 16, "decoupled": 48, "diloco": 64, "peers": 24}
 
 DEFAULT_N_PARAMS: Final = 28_000_000
 
+ROUNDS_PER_REPEAT: Final = 20
+"""Of light peers."""
+
 
 def bench_command(
     name: str,
@@ -128,9 +137,10 @@ def bench_command(
     device: str = "cpu",
     against: Path | None = None,
     n_seats: int | None = None,
+    light: Sequence[int] | None = None,
 ) -> None:
     """Runs one benchmark, or all, for every size: tables on stdout, or one JSON object; and a PNG. `n_seats`:
-    of `round`, with so many coordinators."""
+    of `round`, with so many coordinators; `light`: of `peers`, with so many that compute nothing."""
     from .against import load, print_compared
     from .view import check_picture, print_bench, save_picture
 
@@ -138,7 +148,9 @@ def bench_command(
     if picture is not None:
         check_picture(picture)
     then = None if against is None else load(against)
-    results = {each: run_sizes(each, sizes, n_repeats, device, n_seats=n_seats) for each in names}
+    results = {
+        each: run_sizes(each, sizes, n_repeats, device, n_seats=n_seats, light=light) for each in names
+    }
     if as_json:
         printed = {each: _plain(result) for each, result in results.items()}
         to_stdout(json.dumps(printed.get(name, printed), indent=1))
@@ -160,12 +172,12 @@ def _plain(results: list[dict[str, Any]]) -> dict[str, Any]:
     return {**shared, "sizes": [{k: v for k, v in r.items() if k not in shared} for r in results]}
 
 
-def parse_sizes(text: str) -> list[int]:
+def parse_sizes(text: str, option: str = "--params") -> list[int]:
     """ "1e6,1e8" -> [1000000, 100000000]. Raises ConfigError."""
     try:
         sizes = [int(float(word)) for word in text.split(",")]
     except (ValueError, OverflowError):
-        raise ConfigError(f"--params {text}: numbers with commas between them, e.g. 1e6,1e8") from None
+        raise ConfigError(f"{option} {text}: numbers with commas between them, e.g. 1e6,1e8") from None
     return sorted(set(sizes))
 
 
@@ -176,15 +188,18 @@ def run_sizes(
     device: str = "cpu",
     free_bytes: Callable[[str], int] = free_bytes,
     n_seats: int | None = None,
+    light: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """A result for each size that the memory has room for; one for a benchmark that no size has an influence
-    on. `free_bytes`: how much memory a device has left; `n_seats`: of `round`, with so many coordinators.
-    Raises ConfigError: there is room for none."""
+    on. `free_bytes`: how much memory a device has left; `n_seats`, `light`: see `bench_command`. Raises
+    ConfigError: there is room for none."""
     if n_seats is not None and name != "round":
         raise ConfigError("--seats: of `bench round` only")
-    if sizes is None or name in SIZELESS:
+    if light is not None and name != "peers":
+        raise ConfigError("--light: of `bench peers` only")
+    if sizes is None or name in SIZELESS or light is not None:
         sizes = None if not sizes else sizes[:1]
-        return [run_bench(name, None if sizes is None else sizes[0], n_repeats, device, n_seats)]
+        return [run_bench(name, None if sizes is None else sizes[0], n_repeats, device, n_seats, light)]
     for n_params in sizes:  # all of them, before the first takes its time
         _check_arguments(name, n_params, n_repeats, device)
     fitting = [n for n in sizes if n * ON_DEVICE.get(name, 0) <= free_bytes(device)]
@@ -198,14 +213,23 @@ def run_sizes(
 
 
 def run_bench(
-    name: str, n_params: int | None, n_repeats: int, device: str = "cpu", n_seats: int | None = None
+    name: str,
+    n_params: int | None,
+    n_repeats: int,
+    device: str = "cpu",
+    n_seats: int | None = None,
+    light: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Results of one benchmark, with the machine that it ran on. Raises ConfigError for a wrong argument.
 
     Those that measure no device run on the CPU, whatever `device` is.
     """
     _check_arguments(name, n_params, n_repeats, device)
-    bench = BENCHES[name]() if n_seats is None else _seats(n_seats)
+    bench = BENCHES[name]()
+    if n_seats is not None:
+        bench = _seats(n_seats)
+    elif light is not None:
+        bench = _light(light)
     device = device if name in ON_DEVICE else "cpu"
     return {
         "bench": name,

@@ -34,7 +34,8 @@ from ...coordinator.state import StateDir
 from ..links.base import Link
 from ..links.hivemind import HivemindLink
 from .delayed import Delays
-from .round import PAYLOAD_BYTES, figures, genesis_of
+from .genesis import genesis_of
+from .round import PAYLOAD_BYTES, figures
 
 ROUND_TRIPS_S: Final = (0.0, 0.05, 0.15)
 PAYLOADS: Final = {"inline": PAYLOAD_BYTES, "1 MB": 1_000_000}

@@ -19,7 +19,8 @@ from ..on_ray.cluster import connected, give_back, quiet_stdout
 from ..on_ray.coordinator import CoordinatorActor
 from ..on_ray.link import RayLink
 from ..on_ray.transport import COORDINATOR
-from .round import WARM_UP_ROUNDS, figures, genesis_of, take_part
+from .genesis import genesis_of
+from .round import WARM_UP_ROUNDS, figures, take_part
 
 N_PEERS: Final = 4
 ROUNDS_PER_REPEAT: Final = 40

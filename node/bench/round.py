@@ -7,7 +7,6 @@ each with a daemon of its own.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import threading
 import time
@@ -18,21 +17,13 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from ...coordinator.protocol.figures import ddp_bytes, wall_ms
+from ...coordinator.protocol.figures import ddp_bytes
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
-from ...coordinator.protocol.messages import (
-    PROTOCOL_VERSION,
-    GenesisBody,
-    LayoutEntry,
-    Limits,
-    NodeState,
-    Offer,
-    Report,
-)
-from ...coordinator.protocol.schedule import float32_bits
+from ...coordinator.protocol.messages import NodeState, Offer, Report
 from ...coordinator.server_thread import ServerThread
 from ..links.base import Link
 from ..links.hivemind import HivemindLink
+from .genesis import genesis_of
 
 PAYLOAD_BYTES = 16
 N_PEERS = 8
@@ -115,33 +106,4 @@ def _offer(round_: int) -> Offer:
         n_bytes=PAYLOAD_BYTES,
         payload=bytes(PAYLOAD_BYTES),
         digest=None,
-    )
-
-
-def genesis_of(coordinator: str, n_peers: int, n_rounds: int) -> GenesisBody:
-    """Record 0 of a run whose rounds close with the last peer."""
-    config = {
-        "run": {
-            "name": "bench",
-            "rounds": n_rounds,
-            "min_peers": n_peers,
-            "eval_every": n_rounds + 1,
-            "verify_every": n_rounds,
-            "snapshot_every": n_rounds,
-        },
-        "policy": {"name": "all"},
-        "schedule": {"name": "constant", "warmup_rounds": 0, "final_factor": 1.0},
-        "network": {"heartbeat_s": 1.0},
-    }
-    return GenesisBody(
-        protocol=PROTOCOL_VERSION,
-        config=json.dumps(config),
-        layout=(LayoutEntry(name="w", shape=(1,), dtype="float32", init="zeros", scale=0.0),),
-        base=None,
-        held_out=None,
-        corpus=None,
-        limits=Limits(),
-        coordinator=coordinator,
-        lr_factor_bits=float32_bits(1.0),
-        time_ms=wall_ms(),
     )

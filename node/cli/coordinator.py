@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ...compression.errors import ConfigError
+from ...compression.errors import ConfigError, SwarmUnreachable
 from ...coordinator.entry.rules import EntryRules
 from ...coordinator.protocol.addresses import HttpAddress, host_of
-from ...coordinator.protocol.figures import wall_ms
 from ...coordinator.protocol.files import write_aside
 from ...coordinator.protocol.identity import load_or_create, peer_id_of, public_key_of
-from ...coordinator.protocol.messages import MAX_SEATS
+from ...coordinator.protocol.messages import MAX_SEATS, digest_of
 from ...coordinator.protocol.p2p import start_p2p
 from ...coordinator.seats.beginning import begin
 from ...coordinator.seats.naming import Wish
@@ -30,15 +29,13 @@ from ...coordinator.seats.recovery import KEY_NAME, recovery_digest
 from ...coordinator.seats.ticket import SeatTicket, keep_ticket
 from ...coordinator.server import CoordinatorServer
 from ...coordinator.state import StateDir
-from ...optim.registry import check_changes
-from ...optim.rules import warning_of
-from ..config import RunConfig, load_config, parse_config
-from ..genesis import make_genesis, public_config
+from ..config import RunConfig, load_config
+from ..founding.child import Child
+from ..founding.founder import Founder
+from ..states.opening import open_state
 from ..system.folder import folder_of_run
 from ..system.output import to_stdout
 from ..system.places import refuse_address, refuse_file, refuse_folder, refuse_http
-from ..tasks.base import Task, loss_unit_of
-from ..tasks.registry import make_task
 
 if TYPE_CHECKING:
     from ...coordinator.observe.page import Page
@@ -125,7 +122,7 @@ def coordinate(
     refuse_http(http)
     folder = state or _default_folder(config, ticket)
     refuse_folder("--state", folder)
-    task = None if config is None else make_task(config.task, import_path, None)
+    founder = Child(import_path, stop)
     with StateDir(folder) as state_dir:
         if seats.restored:
             state_dir.forget_votes()
@@ -142,10 +139,15 @@ def coordinate(
         if seats.is_seat:
             plan = SeatPlan.of(folder, seats.wish)
             where["seats"] = replace(plan, waits_for_payloads=seats.keeps_payloads)
-        if config is None or task is None:
-            server = _open_folder(state_dir, **where)
+        if config is None:
+            server = _open_folder(state_dir, founder, **where)
         else:
-            server = open_server(state_dir, config, task, **where)
+            try:
+                server = open_server(state_dir, config, founder, **where)
+            except SwarmUnreachable:
+                if stop.is_set():
+                    return False
+                raise
         if http is not None:  # by what others reach this machine they may ask for its page, too
             http = http._replace(names=(*http.names, *(host_of(text, port) for text in announce)))
         recovery = None
@@ -209,54 +211,59 @@ def _recovery_key(path: Path) -> Ed25519PrivateKey:
     return load_or_create(path)
 
 
-def _open_folder(state: StateDir, **where: Any) -> CoordinatorServer:
+def _open_folder(state: StateDir, founder: Founder, **where: Any) -> CoordinatorServer:
     """The run that is there, whatever its configuration. Raises ConfigError."""
     if not state.ledger_path.exists():
         raise ConfigError(f"{state.path} has no run yet: name its run file, or a seat ticket with --replica")
-    server = CoordinatorServer(state, check_strategy=check_changes, **where)
+    server = CoordinatorServer(state, check_strategy=founder.check, **where)
     log.info("going on after round %d of the run in %s", server.ledger.head_round, state.path)
     return server
 
 
-def open_server(state: StateDir, config: RunConfig, task: Task, **where: Any) -> CoordinatorServer:
-    """A new run in an empty directory, else the run that is there if it is the same one."""
-    where = {"check_strategy": check_changes, "loss_unit": loss_unit_of(task), **where}
+def open_server(state: StateDir, config: RunConfig, founder: Founder, **where: Any) -> CoordinatorServer:
+    """A new run in an empty directory, else the run that is there if it is the same one. Raises what
+    `founder` raises."""
+    where = {"check_strategy": founder.check, **where}
     state.save_keep(str(config.run.keep))
     state.save_rules(EntryRules.of(config.admission.mode, config.admission.peers))
     if not state.ledger_path.exists():
         coordinator = peer_id_of(load_or_create(state.key_path).public_key())
-        recovery = recovery_digest(state.path)
-        genesis = make_genesis(config, task, coordinator, wall_ms(), recovery)
+        founded = founder.found(config, coordinator, recovery_digest(state.path), state.blobs_path)
         log.info("new run %s, kept in %s", config.run.name, state.path)
-        options = parse_config(genesis.body.config).strategy
-        if (warning := warning_of(options, config.run.rounds)) is not None:
-            log.warning("%s", warning)
-        return CoordinatorServer(state, genesis=genesis.body, blobs=genesis.blobs, **where)
-    server = CoordinatorServer(state, **where)
-    # As of today: options that the run's thinwire did not have yet are what they are by default.
-    recorded = parse_config(server.ledger.genesis.config)
-    there, here = (public_config(c, task, recorded).model_dump() for c in (recorded, config))
-    differences = _differences(there, here)
-    if differences:
-        server.ledger.close()
-        raise ConfigError(
-            f"{state.path} holds a run with another configuration: {'; '.join(differences)}. "
-            f"Record 0 cannot change: name another --state for a new run. thinwire run {state.path} changes "
-            f"what can change in a run: its rounds, learning rate and schedule."
-        )
+        server = CoordinatorServer(state, genesis=founded.body, loss_unit=founded.loss_unit, **where)
+        if founder.name is not None:
+            digest = _digest(server.ledger.run_id, config, founder.name)
+            state.save_run_file(digest, founded.loss_unit)
+        return server
+    server = CoordinatorServer(state, loss_unit=_compared(state, config, founder), **where)
     log.info("going on with run %s after round %d", config.run.name, server.ledger.head_round)
     return server
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(there.keys() | here.keys()):
-        old, new = there.get(key), here.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} is {old!r} there, {new!r} here")
-    return found
+def _compared(state: StateDir, config: RunConfig, founder: Founder) -> str:
+    """The unit of the run's losses. Raises ConfigError: its file says something else than record 0."""
+    with open_state(state.path) as run:
+        recorded, run_id = run.genesis.config, run.run_id
+    digest = None if founder.name is None else _digest(run_id, config, founder.name)
+    known = None if digest is None else state.loss_unit_of(digest)
+    if known is not None:
+        return known
+    compared = founder.compare(config, recorded)
+    if compared.differences:
+        raise ConfigError(
+            f"{state.path} holds a run with another configuration: {'; '.join(compared.differences)}. "
+            f"Record 0 cannot change: name another --state for a new run. thinwire run {state.path} changes "
+            f"what can change in a run: its rounds, learning rate and schedule."
+        )
+    if digest is not None:
+        state.save_run_file(digest, compared.loss_unit)
+    return compared.loss_unit
+
+
+def _digest(run_id: bytes, config: RunConfig, task: str) -> bytes:
+    """Of what a run file says of a run, and whose task it is: the same is not compared again."""
+    said = [run_id.hex(), config.to_json(), config.admission.model_dump_json(), task]
+    return digest_of(json.dumps(said).encode())
 
 
 class _Serving:

@@ -391,6 +391,9 @@ class Bench:
     """What --json printed before: its figures beside the new ones, and which got worse than their noise."""
     seats: Annotated[int | None, arg(metavar="N")] = None
     """round: with so many coordinators, 1 or 3, over links of 0, 50 and 150 ms, inline and 1 MB payloads."""
+    light: Annotated[str | None, arg(metavar="N,...")] = None
+    """peers: so many that compute nothing, e.g. 128,512,1000, with the real coordinator in a process of its
+    own; 20 rounds for each of --repeats."""
     strategies: Annotated[str | None, arg(metavar="NAME,...")] = None
     """attacks, audits, learning: which rows, e.g. decoupled,spsa. Default: all."""
     attacks: Annotated[str | None, arg(metavar="NAME,...")] = None
@@ -426,8 +429,17 @@ class Bench:
             return 0
         sizes = None if self.params is None else parse_sizes(self.params)
         refuse_below("--repeats", self.repeats, 1, "how often each is measured, e.g. 5")
+        light = None if self.light is None else parse_sizes(self.light, "--light")
         bench_command(
-            self.name, sizes, self.repeats, self.json, self.output, self.device, self.against, self.seats
+            self.name,
+            sizes,
+            self.repeats,
+            self.json,
+            self.output,
+            self.device,
+            self.against,
+            self.seats,
+            light,
         )
         return 0
 

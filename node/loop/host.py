@@ -21,6 +21,7 @@ from ...optim.base import canonical_name
 from ..cli.arguments import http_address
 from ..cli.coordinator import open_server, write_ticket
 from ..config import RunConfig, load_config
+from ..founding.here import Here
 from ..genesis import base_bytes, check_layout, in_dtype, layout_of
 from ..tasks.buffers import persistent_buffers
 from .task import LoopRun
@@ -126,7 +127,7 @@ def _open(
     """In the server's loop. Raises ConfigError, LedgerCorrupt and Incompatible."""
     task = LoopRun(model, evaluated=evaluated)
     if state.ledger_path.exists():
-        server = open_server(state, config, task, **where)
+        server = open_server(state, config, Here(task), **where)
         try:
             check_layout(server.ledger.genesis, layout_of(in_dtype(task.model(), config), task))
         except BaseException:
@@ -138,4 +139,4 @@ def _open(
         named = {canonical_name(name): p.detach().cpu() for name, p in model.named_parameters()}
         base.write_bytes(base_bytes({**named, **{n: b.cpu() for n, b in persistent_buffers(model)}}))
         with_base = config.model_copy(update={"run": config.run.model_copy(update={"base": str(base)})})
-        return open_server(state, with_base, task, **where)
+        return open_server(state, with_base, Here(task), **where)

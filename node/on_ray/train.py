@@ -141,10 +141,11 @@ def _prepare(config: RunConfig, import_path: str | None, folder: Path) -> str:
     folder unlocked. Raises ConfigError or LedgerCorrupt."""
     from ...coordinator.state import StateDir
     from ..cli.coordinator import open_server
+    from ..founding.here import Here
     from ..tasks.registry import make_task
 
     with StateDir(folder) as state:
-        server = open_server(state, config, make_task(config.task, import_path, None))
+        server = open_server(state, config, Here(make_task(config.task, import_path, None)))
         server.ledger.close()
         return f"thinwire-{server.ledger.run_id.hex()[:16]}"
 

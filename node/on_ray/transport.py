@@ -20,8 +20,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar
 
 from ...compression.errors import ConfigError, SwarmUnreachable
+from ...coordinator.protocol.libp2p.client import close_writer
 from ...coordinator.protocol.messages import BadMessage
-from ...coordinator.protocol.p2p import close_writer
 from ...coordinator.protocol.streams import BLOB, CHUNK_BYTES, SESSION, FrameKind, FrameLimits, Meter, Stream
 from ...coordinator.protocol.transport import StreamHandler
 

@@ -39,6 +39,7 @@ HEAVY = [
     "thinwire.node.cli.swarm_commands",
     "thinwire.node.cli.tool_commands",
     "thinwire.node.doctor.self_test",
+    "thinwire.node.founding.process",
     "thinwire.node.ranks.join",
     "thinwire.node.run_node",
     "thinwire.node.tasks.text",
@@ -269,7 +270,6 @@ def _load() -> None:
 
     for name in HEAVY:
         import_module(name)
-    import_module("thinwire.coordinator.protocol.p2p")._hivemind()
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads do not outlive a fork
     with suppress(Exception):  # every node compares again, and says what is wrong

@@ -33,13 +33,20 @@ class Keeper:
 
     def __init__(self) -> None:
         self.orders: list[Order] = []
+        self.foreseen: list[Order] = []
         self.head = 0
         self.n_bad = 0
 
     def door(self, folder: Path) -> Door:
-        return Door(folder, self.order, lambda ordered: ordered.round <= self.head, self.count_bad)
+        return Door(
+            folder, self.order, lambda ordered: ordered.round <= self.head, self.count_bad, self.foresee
+        )
+
+    async def foresee(self, order: Order) -> None:
+        self.foreseen.append(order)
 
     def order(self, order: Order) -> Ordered:
+        assert self.foreseen[-1] is order
         if order.what == "stop":
             raise ConfigError("no")
         self.orders.append(order)

@@ -252,22 +252,3 @@ def test_where_this_machine_is_dialled() -> None:
     assert everywhere[-1] == "/ip4/127.0.0.1/tcp/7"
     with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1"):
         require_free("192.0.2.1", 0)
-
-
-BESIDE_HIVEMIND = """
-import sys
-from thinwire.coordinator.protocol import p2p
-ours = p2p._hivemind()
-assert "scipy" not in sys.modules
-import hivemind
-assert hivemind.p2p.P2P is ours.P2P
-assert hivemind.DHT.__name__ == "DHT"
-assert hivemind.__version__
-from hivemind.optim import Optimizer
-assert Optimizer is hivemind.Optimizer
-"""
-
-
-def test_of_hivemind_only_the_transport_is_loaded_and_a_user_s_program_has_all_of_it() -> None:
-    ignore = ["-W", "ignore"]  # what hivemind itself warns of
-    subprocess.run([sys.executable, *ignore, "-c", BESIDE_HIVEMIND], check=True, timeout=60)

@@ -16,7 +16,10 @@ from thinwire.coordinator.protocol.messages import digest_of
 from thinwire.coordinator.state import StateDir
 from thinwire.node.cli.coordinator import open_server
 from thinwire.node.config import RunConfig
+from thinwire.node.founding.child import Child
+from thinwire.node.founding.here import Here
 from thinwire.node.genesis import make_genesis
+from thinwire.node.system.stopping import Stop
 from thinwire.node.tasks.registry import make_task
 
 CONFIG: dict[str, Any] = {"run": {"rounds": 9}, "strategy": {"name": "spsa", "lr": 1e-3}}
@@ -54,7 +57,9 @@ def test_options_that_the_run_did_not_know_have_their_defaults(
     with StateDir(tmp_path / "state") as state:
         start_run_of_an_older_version(state)
         if refusal is None:
-            open_server(state, config, task).ledger.close()
+            for founder in (Here(task), Child(None, Stop()), Child(None, Stop())):
+                open_server(state, config, founder).ledger.close()
         else:
-            with pytest.raises(ConfigError, match=refusal):
-                open_server(state, config, task)
+            for founder in (Here(task), Child(None, Stop())):
+                with pytest.raises(ConfigError, match=refusal):
+                    open_server(state, config, founder)

@@ -1,0 +1,98 @@
+"""Founds a run in a child process, gone when the run is served: torch takes a quarter of a gigabyte."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...compression.errors import SwarmUnreachable, ThinwireError, named_error
+from ...coordinator.protocol.messages import GenesisBody, decode_record
+from ..config import RunConfig
+from ..system.processes import PARENT_VARIABLE
+from ..system.stopping import Stop
+from .founder import Compared, Founded
+
+
+class Child:
+    """See `Founder`. `import_path`: of the user's task. Each call has a process of its own, which ends with
+    this one, and when it is stopped: SwarmUnreachable then. Where torch is loaded already there is nothing to
+    save, and the work is done here."""
+
+    def __init__(self, import_path: str | None, stop: Stop) -> None:
+        self._import_path, self._stop = import_path, stop
+        self.name = import_path or "built in"
+        self._checked: dict[str, ThinwireError | None] = {}
+
+    def found(self, config: RunConfig, coordinator: str, recovery: bytes, blobs: Path) -> Founded:
+        said = self._ask(
+            what="found",
+            config=_plain(config),
+            coordinator=coordinator,
+            recovery=recovery.hex(),
+            blobs=str(blobs.absolute()),
+        )
+        return Founded(decode_record(GenesisBody, base64.b64decode(said["record"])), said["loss_unit"])
+
+    def compare(self, config: RunConfig, recorded: str) -> Compared:
+        said = self._ask(what="compare", config=_plain(config), recorded=recorded)
+        return Compared(tuple(said["differences"]), said["loss_unit"])
+
+    def check(self, table: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        """Takes seconds; what was asked before is known at once. From any thread."""
+        if not options:
+            return
+        asked = {"table": dict(table), "options": dict(options)}
+        known = json.dumps(asked, sort_keys=True)
+        if known not in self._checked:
+            try:
+                self._ask(what="check", **asked)
+            except ThinwireError as e:
+                self._checked[known] = e
+            else:
+                self._checked[known] = None
+        if (error := self._checked[known]) is not None:
+            raise error
+
+    def _ask(self, **job: Any) -> dict[str, Any]:
+        """What the child answers. Raises what it raised, or SwarmUnreachable: it was stopped."""
+        job |= {"task": self._import_path, "level": logging.getLogger("thinwire").level}
+        if "torch" in sys.modules:
+            from .process import answer
+
+            return answer(job)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "thinwire.node.founding.process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+            start_new_session=True,  # Ctrl-C reaches this process alone
+        )
+        self._stop.on_stop.append(process.kill)
+        try:
+            if self._stop.is_set():
+                process.kill()
+            out, _ = process.communicate(json.dumps(job).encode())
+        finally:
+            self._stop.on_stop.remove(process.kill)
+            process.kill()
+            process.wait()
+        if self._stop.is_set():
+            raise SwarmUnreachable("stopped")
+        if not out:
+            raise ThinwireError(f"the process that founds the run ended with code {process.returncode}")
+        said: dict[str, Any] = json.loads(out)
+        if "error" in said:
+            raise named_error(said["error"], said["text"])
+        return said
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """`admission` is in no record, and decides what some defaults are."""
+    return {"run": config.to_json(), "admission": config.admission.model_dump(mode="json")}
