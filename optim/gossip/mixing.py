@@ -92,7 +92,7 @@ class ModelMixing:
         left = exp(-1.0 / sqrt(meeting.spectrum.chi1 * meeting.spectrum.chi2))
         for p in self._parameters:
             lead = self._lead(p)
-            p.local.add_(lead, alpha=(1.0 - left) / 2)
+            p.local.add_(lead * ((1.0 - left) / 2))
             lead.mul_(left)
 
     def _lead(self, parameter: Parameter) -> Tensor:
@@ -122,7 +122,7 @@ class ModelMixing:
             change = pulled(p, pulls, kept).view(p.local.shape)
             p.local.add_(change)
             if ahead:
-                self._lead(p).add_(change, alpha=ahead)  # change is -1/2 m
+                self._lead(p).add_(change * ahead)  # change is -1/2 m
         return Mixed(sorted(found)[(len(found) - 1) // 2], refused, sum(share < 1 for share in kept))
 
     def _pull(self, peer: str, data: bytes, meeting: Meeting, own: Mapping[str, Tensor]) -> Pull:

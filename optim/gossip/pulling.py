@@ -65,5 +65,5 @@ def pulled(parameter: Parameter, pulls: Sequence[Pull], kept: Sequence[float]) -
     total = torch.zeros(parameter.part.n_local, device=parameter.local.device)
     for pull, share in zip(pulls, kept, strict=True):
         if share > 0:
-            total.add_(pull.difference(parameter).to(total.device), alpha=pull.weight * share)
+            total.add_(pull.difference(parameter).to(total.device) * (pull.weight * share))
     return total
