@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 from ..messages import AuditEntry, CommitBody, Verdict
 from .audits import check_audit, payload_digest, signed_bytes
-from .drawing import Draw, audits_of
+from .drawing import MIN_AUDITORS, Draw, audits_of
 from .judging import REPORT_ROUNDS, Judged, Judging, OpenAudit
 from .stock import ROUND, Stock
 
@@ -179,6 +179,15 @@ class Standing:
             return False
         tried = self._tried.get(peer)
         return tried is None or not tried.is_known(round_)
+
+    def new_among(self, body: CommitBody) -> frozenset[int]:
+        """Peers with an offer in this commit, which is known, that are new in its round. In runs with
+        `newcomers_budget` nobody is in a round that has too few peers for audits: there is no way out."""
+        condemned = self.condemned_in(body.round)
+        heard = {o.peer for o in body.offers if o.n_samples > 0 and o.peer not in condemned}
+        if self._stock is not None and len(heard) <= MIN_AUDITORS:
+            return frozenset()
+        return frozenset(o.peer for o in body.offers if self.is_new_in(o.peer, body.round))
 
     def has_failed_in(self, peer: int, round_: int) -> bool:
         """Whether it has failed, in runs with `newcomers_budget`."""
