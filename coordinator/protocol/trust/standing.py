@@ -128,6 +128,7 @@ class Standing:
         self._drawn: dict[int, tuple[Draw, ...]] = {}
         budget = 0 if rules is None else round(rules.newcomers_budget * rules.rate * ROUND)
         self._stock = Stock(budget) if budget > 0 else None
+        self._fallen: set[int] = set()
         self._settled: int | None = None
         """The first round after one in which half of the peers were known: from then on others are new."""
 
@@ -209,6 +210,11 @@ class Standing:
         before, now = self.condemned_in(self.round), self.condemned_in(self.round + 1)
         return sorted(now - before), sorted(before - now)
 
+    def fallen(self) -> list[int]:
+        """Whose last audit has failed since the newest commit, so that their offers weigh nothing until one
+        passes; sorted, without the condemned ones."""
+        return sorted(peer for peer in self._fallen if not self.is_condemned(peer))
+
     def condemned_until(self, peer: int) -> int | None:
         """The last round of the peer's term; None: it is not condemned."""
         return self._terms.get(peer)
@@ -270,11 +276,14 @@ class Standing:
     def _judge(self, rules: Rules) -> None:
         self._terms = {peer: last for peer, last in self._terms.items() if last > self.round}
         after = self.round - rules.window_rounds
+        self._fallen.clear()
         for judged in self._judging.judge(self.round, self.is_condemned):
             tried = self._tried.setdefault(judged.target, _Tried())
             if judged.round <= tried.last:
                 continue  # of before its term, or while it lasts
             tried.note(judged, LAST * rules.failures, self.round + 1)
+            if judged.failed and self._stock is not None:
+                self._fallen.add(judged.target)
             if tried.is_too_much(rules, after):
                 self._condemn(judged.target, tried, rules)
 
