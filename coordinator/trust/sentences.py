@@ -16,7 +16,10 @@ FOUND: Final = (
     "other peers have done this node's work again and found that its offers are not what that work gives, or "
     "undo it"
 )
-LOOK_FOR: Final = "Look for other data or another version of the task than the run's, or for broken memory (thinwire doctor)"
+LOOK_FOR: Final = (
+    "Look for other data or another version of the task than the run's, or for broken memory (thinwire "
+    "doctor)"
+)
 
 TOLD_EVERY: Final = 50
 """Rounds after which a peer that goes on offering is told again."""
