@@ -256,8 +256,7 @@ class Replica:
 
     def newcomers(self, commit: Commit) -> frozenset[int]:
         """Those with an offer in the commit, which is known, whose last audit has not passed before it."""
-        body = commit.body
-        return frozenset(o.peer for o in body.offers if self.standing.is_new_in(o.peer, body.round))
+        return self.standing.new_among(commit.body)
 
     def failed(self, commit: Commit) -> frozenset[int]:
         """The same, whose last audit has failed before it, where that matters."""

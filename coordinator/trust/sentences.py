@@ -12,6 +12,15 @@ from ..protocol.trust.standing import Standing
 
 log = logging.getLogger("thinwire.coordinator")
 
+FOUND: Final = (
+    "other peers have done this node's work again and found that its offers are not what that work gives, or "
+    "undo it"
+)
+LOOK_FOR: Final = (
+    "Look for other data or another version of the task than the run's, or for broken memory (thinwire "
+    "doctor)"
+)
+
 TOLD_EVERY: Final = 50
 """Rounds after which a peer that goes on offering is told again."""
 
@@ -36,11 +45,16 @@ class Sentences:
                 n_failed,
             )
             self._tell(peer)
+        for peer in self._standing.fallen():
+            log.warning("an audit of the offers of %s has failed", self._names.short(peer))
+            text = f"{FOUND}: they weigh nothing until an audit passes. {LOOK_FOR}"
+            self._announcer.send(Notice(text=text, warning=True), [peer])
         for peer in back:
             self._told.pop(peer, None)
-            log.info("the term of %s is over: its offers count again", self._names.short(peer))
+            count = self._count_again(peer)
+            log.info("the term of %s is over: its offers %s", self._names.short(peer), count)
             self._announcer.send(
-                Notice(text="this node's term is over: its offers count again", warning=False), [peer]
+                Notice(text=f"this node's term is over: its offers {count}", warning=False), [peer]
             )
 
     def refused(self, peer: int) -> None:
@@ -54,9 +68,9 @@ class Sentences:
 
     def _text(self, peer: int) -> str:
         last = self._standing.condemned_until(peer)
-        return (
-            f"other peers have done this node's work again and found that its offers are not what that work "
-            f"gives, or undo it: up to round {last} they do not count, then they are taken again. Look for "
-            f"other data or another version of the task than the run's, or for broken memory (thinwire "
-            f"doctor)"
-        )
+        return f"{FOUND}: up to round {last} they do not count, then they are taken again. {LOOK_FOR}"
+
+    def _count_again(self, peer: int) -> str:
+        if self._standing.has_failed_in(peer, self._standing.round + 1):
+            return "are taken again, and count once an audit has passed"
+        return "count again"

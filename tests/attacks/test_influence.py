@@ -30,7 +30,7 @@ ROWS = [
     (strategy, name)
     for strategy, options in STRATEGIES.items()
     for name, attack in ATTACKS.items()
-    if is_meant(attack, options)
+    if is_meant(attack, options) and not attack.joins_after and name != "control"
 ]
 
 

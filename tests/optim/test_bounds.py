@@ -172,6 +172,14 @@ def test_medians_are_those_of_who_is_known() -> None:
 # ------------------------------------------------------------------------------------------- vectors
 
 
+def test_offers_that_hold_nothing_do_not_shorten_steps_by_signs() -> None:
+    apply = Vectors(TopK(k=20, group_size=200, bits=8), "sign", lr_scale="rule", newcomers_share=0.125)
+    shares = [apply.share(row(i)) for i in range(2)]
+    nothing = [apply.share(row(2, 0.0)) for _ in range(3)]
+    assert torch.equal(apply([*shares, *nothing]), apply(shares))
+    assert float(apply([*shares, apply.share(row(2))]).abs().max()) < float(apply(shares).abs().max())
+
+
 @pytest.mark.parametrize("aggregate", ["mean", "trimmed", "median", "vote", "centred"])
 @unsigned
 def test_fifty_newcomers_move_less_than_one_peer_of_three(name: str, aggregate: str) -> None:

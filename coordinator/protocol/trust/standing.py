@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 from ..messages import AuditEntry, CommitBody, Verdict
 from .audits import check_audit, payload_digest, signed_bytes
-from .drawing import Draw, audits_of
+from .drawing import MIN_AUDITORS, Draw, audits_of
 from .judging import REPORT_ROUNDS, Judged, Judging, OpenAudit
 from .stock import ROUND, Stock
 
@@ -128,6 +128,7 @@ class Standing:
         self._drawn: dict[int, tuple[Draw, ...]] = {}
         budget = 0 if rules is None else round(rules.newcomers_budget * rules.rate * ROUND)
         self._stock = Stock(budget) if budget > 0 else None
+        self._fallen: set[int] = set()
         self._settled: int | None = None
         """The first round after one in which half of the peers were known: from then on others are new."""
 
@@ -180,6 +181,15 @@ class Standing:
         tried = self._tried.get(peer)
         return tried is None or not tried.is_known(round_)
 
+    def new_among(self, body: CommitBody) -> frozenset[int]:
+        """Peers with an offer in this commit, which is known, that are new in its round. In runs with
+        `newcomers_budget` nobody is in a round that has too few peers for audits: there is no way out."""
+        condemned = self.condemned_in(body.round)
+        heard = {o.peer for o in body.offers if o.n_samples > 0 and o.peer not in condemned}
+        if self._stock is not None and len(heard) <= MIN_AUDITORS:
+            return frozenset()
+        return frozenset(o.peer for o in body.offers if self.is_new_in(o.peer, body.round))
+
     def has_failed_in(self, peer: int, round_: int) -> bool:
         """Whether it has failed, in runs with `newcomers_budget`."""
         tried = self._tried.get(peer)
@@ -199,6 +209,11 @@ class Standing:
         """Who is condemned since the newest commit, and whose term is over with it; sorted."""
         before, now = self.condemned_in(self.round), self.condemned_in(self.round + 1)
         return sorted(now - before), sorted(before - now)
+
+    def fallen(self) -> list[int]:
+        """Whose last audit has failed since the newest commit, so that their offers weigh nothing until one
+        passes; sorted, without the condemned ones."""
+        return sorted(peer for peer in self._fallen if not self.is_condemned(peer))
 
     def condemned_until(self, peer: int) -> int | None:
         """The last round of the peer's term; None: it is not condemned."""
@@ -261,11 +276,14 @@ class Standing:
     def _judge(self, rules: Rules) -> None:
         self._terms = {peer: last for peer, last in self._terms.items() if last > self.round}
         after = self.round - rules.window_rounds
+        self._fallen.clear()
         for judged in self._judging.judge(self.round, self.is_condemned):
             tried = self._tried.setdefault(judged.target, _Tried())
             if judged.round <= tried.last:
                 continue  # of before its term, or while it lasts
             tried.note(judged, LAST * rules.failures, self.round + 1)
+            if judged.failed and self._stock is not None:
+                self._fallen.add(judged.target)
             if tried.is_too_much(rules, after):
                 self._condemn(judged.target, tried, rules)
 

@@ -44,7 +44,8 @@ class Attack:
     `against`: what it is compared with, the same peers sending empty payloads or none that arrive: the former
     where bounds make an attack as good as that, the latter where its peers are left out or found out.
     `strategy`: of one alone, by name; `where_selected`: only where every peer selects its own coefficients;
-    `least_bad`: peers that it takes. `identities`: that each bad peer has; `joins_after`: so many rounds.
+    `least_bad`: peers that it takes. `identities`: that each bad peer has; `joins_after`: so many rounds;
+    `leaves_after`: so many, then its offers never arrive.
     """
 
     twist: Twist | None = None
@@ -60,6 +61,7 @@ class Attack:
     least_bad: int = 1
     identities: int = 1
     joins_after: int = 0
+    leaves_after: int | None = None
 
 
 def _scaled(factor: float) -> Twist:
@@ -84,7 +86,11 @@ HONEST: Final = Attack()
 OTHER_DATA: Final = Attack(other_data=True)
 EMPTY: Final = Attack(twist=_scaled(0.0), against="absent")
 
+CONTROL: Final = Attack(leaves_after=1, against="absent")
+"""An honest peer for one round: by what its ratio is not 1, others may be by chance."""
+
 ATTACKS: Final[Mapping[str, Attack]] = {
+    "control": CONTROL,
     "scaled-10": Attack(twist=_scaled(10.0)),
     "scaled-1e3": Attack(twist=_scaled(1e3)),
     "scaled-1e9": Attack(twist=_scaled(1e9)),

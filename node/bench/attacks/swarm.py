@@ -148,8 +148,10 @@ class _Swarm:
             self._train(runners[: plan.n_first], runners[plan.n_first :])
             return self._outcome(honest)
 
-    def _is_lost(self, peer_id: str, _round: int) -> bool:
-        return self._plan.attack is None and peer_id.startswith("bad")
+    def _is_lost(self, peer_id: str, round_: int) -> bool:
+        attack = self._plan.attack
+        last = 0 if attack is None else attack.leaves_after
+        return last is not None and round_ > last and peer_id.startswith("bad")
 
     def _honest(self, swarm: LocalSwarm, number: int) -> Runner:
         peer_id = f"honest-{number}"

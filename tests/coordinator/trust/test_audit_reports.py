@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from tests.support.service_world import MakeWorld, World, offer
@@ -15,8 +17,8 @@ NAMES = ("a", "b", "c", "d", "e", "f")
 FAILED = Verdict.FAILED
 
 
-def audited(make_world: MakeWorld, **config: object) -> World:
-    audits = {"rate": 1.0, "failures": 1, "window_rounds": 30}
+def audited(make_world: MakeWorld, rules: Mapping[str, object] = {}, **config: object) -> World:
+    audits = {"rate": 1.0, "failures": 1, "window_rounds": 30, **rules}
     world = make_world(min_peers=len(NAMES), rounds=10_000, eval_every=0, audits=audits, **config)
     world.train(*NAMES)
     return world
@@ -125,6 +127,18 @@ def test_a_condemned_peer_is_told_and_not_awaited_until_its_term_is_over(make_wo
     assert 1 in [o.peer for o in play(world).offers]
     assert standing(world).condemned_in(last) == {1}
     assert standing(world).condemned_in(last + 1) == frozenset()
+
+
+def test_whose_audit_has_failed_is_told_what_its_offers_weigh(make_world: MakeWorld) -> None:
+    world = audited(make_world, {"failures": 2, "newcomers_rate": 1.0, "newcomers_budget": 10.0})
+    condemn(world, 1)
+    (told,) = [notice.text for notice in world.messages(Notice, to="b") if notice.warning]
+    assert "they weigh nothing until an audit passes" in told
+    assert standing(world).has_failed_in(1, world.service.head + 1)
+    last = condemn(world, 1) + 30
+    while world.service.head < last:
+        play(world, "b")
+    assert world.messages(Notice, to="b")[-1].text.endswith("taken again, and count once an audit has passed")
 
 
 def test_what_condemned_peers_report_is_not_taken_up(make_world: MakeWorld) -> None:

@@ -232,6 +232,16 @@ def test_nobody_is_new_before_half_are_known_and_who_fails_weighs_nothing() -> N
     assert not older.standing.has_failed_in(2, older.standing.round + 1)
 
 
+def test_nobody_is_new_where_nobody_could_audit_it() -> None:
+    run = AuditedRun(4, Rules(rate=0.01, newcomers_rate=1.0, newcomers_budget=10.0))
+    run.live(10, lambda _auditor, _target: PASSED)
+    run.n_peers = 5
+    assert run.standing.new_among(run.commit()) == {4}
+    assert run.standing.new_among(run.commit(absent={0})) == {4}
+    assert run.standing.new_among(run.commit(absent={0, 1})) == frozenset()
+    assert run.standing.new_among(run.commit()) == {4}
+
+
 def test_old_failures_are_forgotten() -> None:
     run = AuditedRun(8, Rules(failures=2, window_rounds=30))
     audit(run, 2, "fffff")
