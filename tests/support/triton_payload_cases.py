@@ -27,8 +27,8 @@ BITS: tuple[Bits, ...] = (1, 2, 4, 8, 16, "e3m0")
 
 
 def n_shapes(device: torch.device) -> int:
-    """Drawn per case: the interpreter is slow."""
-    return 100 if device.type == "cuda" else 16
+    """Drawn per case: the interpreter is slow, and on a GPU every other one is half a second of compiling."""
+    return 40 if device.type == "cuda" else 16
 
 
 def awkward(rng: random.Random, n: int) -> Tensor:
@@ -216,7 +216,7 @@ def unsendable_case(device: torch.device) -> None:
 
 
 def refused_rows_case(device: torch.device) -> None:
-    """Rows that are none, of other types and lengths, or on several devices."""
+    """Rows that are none, of other types and lengths, or, of what is sent together, on several devices."""
     compressor, part = TopK(k=3, group_size=100), Part.whole((200,))
     good = torch.ones(200, device=device)
     with plain():
@@ -225,8 +225,9 @@ def refused_rows_case(device: torch.device) -> None:
     bad += [torch.ones(200)] if device.type == "cuda" else []
     for x in bad:
         before = x.clone()
-        with pytest.raises(ValueError, match="contiguous float32 rows"):
-            compressor.fused_update([Target(t, part, [packed], Step()) for t in (good, x)], [1.0], TURN)
+        if x.device == good.device:  # targets may be on several devices
+            with pytest.raises(ValueError, match="contiguous float32 rows"):
+                compressor.fused_update([Target(t, part, [packed], Step()) for t in (good, x)], [1.0], TURN)
         change = Change(1.0, torch.tensor(1.0, device=device), 1.0)
         for pair in ((x, None), (good, x)):
             with pytest.raises(ValueError, match="contiguous float32 rows"):

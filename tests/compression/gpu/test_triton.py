@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,9 @@ def test_a_round_waits_for_nothing_but_its_payload(
     model = torch.nn.Linear(100, 100, device="cuda")
     x = torch.ones(9, 100, device="cuda")
     strategy = Decoupled(model.named_parameters(), compressor=compressor, accumulate=2, max_grad_norm=1.0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype feature")
+        torch.cuda.set_sync_debug_mode("warn")  # says that once
     try:
         for round in (1, 2):
             turn = Turn(round, 1, 2, 1.0)
