@@ -21,17 +21,19 @@ Schedule = Callable[[int], float]
 
 
 class Text:
-    """The built-in task `text`. Batches and initial values are those of `seed`."""
+    """The built-in task `text`. Batches and initial values are those of `seed`, whatever the device."""
 
-    def __init__(self, options: config.Task, seed: int, base: Weights | None = None) -> None:
-        """`base`: initial values, else the exact ones of the seed."""
-        self.seed, self._base = seed, base
+    def __init__(
+        self, options: config.Task, seed: int, base: Weights | None = None, device: str = "cpu"
+    ) -> None:
+        """`base`: initial values, else the exact ones of the seed; `device`: of its models."""
+        self.seed, self._base, self.device = seed, base, device
         self.task = TextTask(options, None)
         self.task.load(None, self.task.held_out())
 
     def model(self) -> nn.Module:
-        """A new one, with the initial values, in training mode."""
-        model = self.task.model()
+        """A new one on the device, with the initial values, in training mode."""
+        model = self.task.model().to(self.device)
         if self._base is not None:
             model.load_state_dict(self._base)
             return model
