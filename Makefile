@@ -68,7 +68,7 @@ SEATS   ?= 1
 soak: setup      ## faults in a swarm of real processes: SECONDS=120 PEERS=4 EVERY=10 SEED=1 SEATS=1 are the defaults
 	$(BIN)/python -m tests.chaos.soak --seconds $(SECONDS) --peers $(PEERS) --every $(EVERY) --seed $(SEED) --seats $(SEATS)
 
-learning: setup  ## strategies against references in plain torch, then their parts: an hour and a half; what does not hold
+learning: setup  ## strategies against references in plain torch, on all cores, then their parts: an hour; what does not hold
 	mkdir -p build
 	$(BIN)/thinwire bench learning -o build/learning.md
 	$(BIN)/python -m tests.learning

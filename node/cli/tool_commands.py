@@ -315,6 +315,9 @@ class Compare:
     split: Annotated[str | None, arg(metavar="labels:K|dirichlet:A")] = None
     """Uneven data: every peer sees K classes, or each class is dealt out by Dirichlet(A). Classes are the
     labels, or sections of text. Default: every peer draws from all data."""
+    jobs: Annotated[int, arg(metavar="N")] = 1
+    """Trainings at a time, each in a process: as many cores are taken. Losses are the same; times are CPU
+    time, and a core is slower where all are taken."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """section.key=value, instead of what the file says; may be repeated."""
     task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
@@ -331,6 +334,7 @@ class Compare:
         refuse_below("--peers", self.peers, 1, "threads of this process that train, e.g. 2")
         refuse_below("--tune", self.tune, 1, "learning rates of every row, e.g. 3")
         refuse_below("--seeds", self.seeds, 1, "trainings of every row, e.g. 3")
+        refuse_below("--jobs", self.jobs, 1, "trainings at a time, e.g. 8")
         with stop_on_signals() as stop:
             code = compare_command(
                 self.run_file,
@@ -347,6 +351,7 @@ class Compare:
                 n_rates=self.tune,
                 n_seeds=self.seeds,
                 split=self.split,
+                n_jobs=self.jobs,
             )
         return 128 + stop.signal if stop.signal else code
 
@@ -379,14 +384,18 @@ class Bench:
     loopback), join (process to first offer, catching up), wire (bits per coefficient), memory (of a rank of a
     sharded node), ray (round of 4 actors on a Ray cluster of its own), attacks (what bad peers do to a
     swarm), audits (how often honest peers fail theirs), learning (strategies against references in plain
-    torch, each tuned; an hour on 2 cores), or all, but for the last four."""
+    torch, each tuned; half an hour of CPU time), or all, but for the last four."""
     params: Annotated[str | None, arg(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
-    """A picture of the times, or bytes. learning: the table as Markdown."""
+    """A picture of the times, or bytes. learning: the table as Markdown, or the rows, FILE.json; after every
+    row what there is."""
     repeats: Annotated[int, arg(metavar="N")] = 5
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where noise, decoupled, diloco and peers run."""
+    """Where noise, decoupled, diloco and peers run, and learning trains."""
+    jobs: Annotated[int | None, arg(metavar="N")] = None
+    """attacks, audits, learning: trainings at a time, each a process with one core; the rows are the same.
+    Default: the cores that this process may use."""
     against: Annotated[Path | None, arg(metavar="FILE")] = None
     """What --json printed before: its figures beside the new ones, and which got worse than their noise."""
     seats: Annotated[int | None, arg(metavar="N")] = None
@@ -425,8 +434,7 @@ class Bench:
         if self.name == "learning":
             return self._run_learning()
         if self.name in ("attacks", "audits"):
-            self._run_attacks()
-            return 0
+            return self._run_attacks()
         sizes = None if self.params is None else parse_sizes(self.params)
         refuse_below("--repeats", self.repeats, 1, "how often each is measured, e.g. 5")
         light = None if self.light is None else parse_sizes(self.light, "--light")
@@ -446,22 +454,32 @@ class Bench:
     def _run_learning(self) -> int:
         from ..bench.attacks.table import names_of
         from ..bench.learning.methods import IN_LONG, LONG, METHODS, SHAPE
+        from ..bench.learning.rows import Wanted
         from ..bench.learning.table import learning_command
         from ..compare.split import Split
+        from ..system.devices import check_device
 
+        check_device(self.device)
         shape = LONG if self.long else SHAPE
         known = list(IN_LONG if self.long else METHODS)
         split = None if self.split is None else Split.parse(self.split)
-        return learning_command(
-            names_of(self.strategies, known, "--strategies"),
-            replace(shape, n_rounds=self.rounds or shape.n_rounds, split=split),
-            self.seeds or (1 if self.long else 3),
+        wanted = Wanted(
+            names=names_of(self.strategies, known, "--strategies"),
+            shape=replace(shape, n_rounds=self.rounds or shape.n_rounds, split=split),
+            n_seeds=self.seeds or (1 if self.long else 3),
             tuned=not self.long,
-            as_json=self.json,
-            output=self.output,
+            device=self.device,
+            n_jobs=self._n_jobs(),
         )
+        return learning_command(wanted, as_json=self.json, output=self.output)
 
-    def _run_attacks(self) -> None:
+    def _n_jobs(self) -> int:
+        from ..system.jobs import n_cores
+
+        refuse_below("--jobs", self.jobs, 1, "trainings at a time, e.g. 8")
+        return self.jobs or n_cores()
+
+    def _run_attacks(self) -> int:
         from ..bench.attacks.bad_peers import ATTACKS
         from ..bench.attacks.honest import audits_command
         from ..bench.attacks.swarm import STRATEGIES
@@ -479,9 +497,10 @@ class Bench:
             n_bad=self.bad,
             settings=tuple(overrides_of(self.set).items()),
             after=self.after,
+            n_jobs=self._n_jobs(),
         )
         command = attacks_command if self.name == "attacks" else audits_command
-        command(wanted, self.json)
+        return command(wanted, self.json)
 
 
 def _ticket_or_state(text: str) -> str:

@@ -11,14 +11,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from math import inf
 from pathlib import Path
 from typing import Any
 
-import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...compression.errors import ConfigError, ThinwireError
@@ -30,6 +29,7 @@ from ..config import Audits, RunConfig
 from ..genesis import Genesis, make_genesis
 from ..links.local import LocalSwarm, local_swarm
 from ..phases import typical
+from ..system.jobs import one_thread
 from ..tasks.base import Task, loss_unit_of
 from ..tasks.classes import Divisible
 from ..tasks.registry import make_task
@@ -180,6 +180,11 @@ class Comparison:
         self.split_told = told(self.split, classes, pieces)
         return [(classes.taken(some), classes.held_out) for some in pieces]
 
+    @property
+    def elsewhere(self) -> Callable[[ComparePlan, int], Outcome]:
+        """Trains as `alike` does, also in another process."""
+        return partial(_trained_elsewhere, self.run, self.n_peers, self.import_path, self._kept_bytes)
+
     def peers_of(self, plan: ComparePlan) -> int:
         return 1 if plan.is_alone else self.n_peers
 
@@ -245,15 +250,11 @@ class Comparison:
         return run.model_copy(update={**sections, "strategy": plan.options, "audits": no_audits})
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Peers are threads already, and only what a thread does itself is in its CPU time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _trained_elsewhere(
+    run: RunConfig, n_peers: int, import_path: str | None, kept_bytes: int, plan: ComparePlan, seed: int
+) -> Outcome:
+    comparison = Comparison(run, [plan], n_peers, import_path, kept_bytes).alike(plan, seed)
+    return next(comparison.train(lambda _plan, _round, _held_out: None, lambda: False))
 
 
 class _Training:

@@ -8,6 +8,7 @@ from math import inf
 from statistics import mean
 from typing import Final
 
+from ..system.jobs import Call, Work
 from .comparison import Outcome
 from .nodes import Point
 from .specs import ComparePlan
@@ -19,7 +20,7 @@ FIRST_SHARE: Final = 4
 """The first trainings have a 4th of the rounds."""
 
 Train = Callable[[ComparePlan, int], Outcome | None]
-"""By a plan, from a seed that is so much further than the run's; None: it was stopped."""
+"""By a plan, from a seed that is so much further than the run's; None: it was stopped, and nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,29 +83,23 @@ def rates(lr: float, n: int) -> list[float]:
     return [float(f"{lr * APART**i:.4g}") for i in range(-((n - 1) // 2), n // 2 + 1)]
 
 
-def search(plan: ComparePlan, train: Train, n_rates: int, n_seeds: int) -> Row | None:
+def search(plan: ComparePlan, train: Train, n_rates: int, n_seeds: int) -> Work[Row]:
     """Successive halving: all rates for a quarter of the rounds, the better half for twice as many, the best
-    to the end; then from the other seeds. None: it was stopped."""
+    to the end; then from the other seeds."""
     lrs = rates(float(plan.options["lr"]), n_rates) if n_rates > 1 else [float(plan.options["lr"])]
     tried: list[Tried] = []
     share = FIRST_SHARE if len(lrs) > 1 else 1
     while share > 1:
-        found = [train(_with_lr(plan, lr, share), 0) for lr in lrs]
-        now = [Tried(lr, _rounds(plan, share), _loss(o)) for lr, o in zip(lrs, found, strict=True) if o]
-        if len(now) < len(lrs):
-            return None
+        found: list[Outcome] = yield [Call(train, (_with_lr(plan, lr, share), 0)) for lr in lrs]
+        now = [Tried(lr, _rounds(plan, share), _loss(o)) for lr, o in zip(lrs, found, strict=True)]
         tried += now
         lrs = [t.lr for t in _better_half(now)]
         share = share // 2
-    last = [train(_with_lr(plan, lr, 1), 0) for lr in lrs]
-    outcomes = [o for o in last if o is not None]
-    if len(outcomes) < len(lrs):
-        return None
+    outcomes: list[Outcome] = yield [Call(train, (_with_lr(plan, lr, 1), 0)) for lr in lrs]
     best = min(outcomes, key=lambda o: inf if (loss := _loss(o)) is None else loss)
-    others = [train(best.plan, seed) for seed in range(1, n_seeds)] if best.error is None else []
-    if None in others:
-        return None
-    return Row((best, *(o for o in others if o is not None)), tuple(tried))
+    seeds = range(1, n_seeds) if best.error is None else ()
+    others: list[Outcome] = yield [Call(train, (best.plan, seed)) for seed in seeds]
+    return Row((best, *others), tuple(tried))
 
 
 def _better_half(tried: Sequence[Tried]) -> list[Tried]:

@@ -21,6 +21,7 @@ from ...coordinator.protocol.figures import finite, human_seconds
 from ...coordinator.protocol.files import write_aside
 from ..config import load_config
 from ..links.upload_limit import parse_rate
+from ..system.jobs import work_off
 from ..system.output import make_console, to_stdout
 from ..system.places import refuse_file
 from ..units import human_bytes
@@ -53,10 +54,11 @@ def compare_command(
     n_rates: int = 1,
     n_seeds: int = 1,
     split: str | None = None,
+    n_jobs: int = 1,
 ) -> int:
     """Table or JSON on stdout, all else on stderr. Returns 1 if a strategy could not be trained to its end.
     `link` and `rtt_ms`: of every peer; `n_rates`: learning rates tried, `n_seeds`: trainings, of every row;
-    `split`: how uneven the peers' data are.
+    `split`: how uneven the peers' data are; `n_jobs`: trainings at a time, each in a process, if several.
 
     Raises ConfigError before anything is trained.
     """
@@ -72,7 +74,7 @@ def compare_command(
     console = make_console(stderr=True)
     if comparison.split_told is not None:
         console.print(comparison.split_told, highlight=False, markup=False, soft_wrap=True)
-    rows = _train(comparison, console, stopped, n_rates, n_seeds)
+    rows = _train(comparison, console, stopped, n_rates, n_seeds, n_jobs)
     written = _draw(comparison, [row.first for row in rows], unit, picture, console)
     verdict = verdict_of(rows, n_peers, between, unit)
     if as_json:
@@ -85,22 +87,26 @@ def compare_command(
 
 
 def _train(
-    comparison: Comparison, console: Console, stopped: Callable[[], bool], n_rates: int, n_seeds: int
+    comparison: Comparison,
+    console: Console,
+    stopped: Callable[[], bool],
+    n_rates: int,
+    n_seeds: int,
+    n_jobs: int,
 ) -> list[Row]:
-    """What there is of it when it is `stopped`; people are told as it goes on."""
-    rows = []
+    """What there is of it when it is `stopped`; people are told as it goes on, within a training only if it
+    is in this process."""
     with _display(console, comparison.plans) as tell:
 
         def train(plan: ComparePlan, seed: int) -> Outcome | None:
-            outcome = next(comparison.alike(plan, seed).train(tell, stopped), None)
-            if outcome is not None:
-                _tell_end(outcome, console)
-            return outcome
+            return next(comparison.alike(plan, seed).train(tell, stopped), None)
 
-        for plan in comparison.plans:
-            if (row := search(plan, train, n_rates, n_seeds)) is None:
-                break
-            rows.append(row)
+        works = [
+            search(plan, train if n_jobs == 1 else comparison.elsewhere, n_rates, n_seeds)
+            for plan in comparison.plans
+        ]
+        found = work_off(works, n_jobs, lambda done: _tell_end(done.result, console), [__name__], stopped)
+        rows = [row for _, row in sorted(found, key=lambda pair: pair[0])]
     n_left = len(comparison.plans) - len(rows)
     if n_left:
         console.print(f"Stopped: {n_left} of {len(comparison.plans)} strategies are left out.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 import numpy as np
@@ -32,6 +33,7 @@ WAIT_S: Final = 120.0
 """For another peer's payload of the same round."""
 
 Twist = Callable[[Contents, np.random.Generator, Replica], Payload]
+"""A function of this module, which other processes find by its name, and at most arguments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +66,20 @@ class Attack:
     leaves_after: int | None = None
 
 
+def _scale(factor: float, contents: Contents, _rng: np.random.Generator, _replica: Replica) -> Payload:
+    return contents.scaled(factor)
+
+
 def _scaled(factor: float) -> Twist:
-    return lambda contents, _rng, _replica: contents.scaled(factor)
+    return partial(_scale, factor)
+
+
+def _constant(contents: Contents, _rng: np.random.Generator, _replica: Replica) -> Payload:
+    return contents.constant(1e3)
+
+
+def _not_finite(contents: Contents, _rng: np.random.Generator, _replica: Replica) -> Payload:
+    return contents.not_finite()
 
 
 def _most_probes(contents: Contents, _rng: np.random.Generator, replica: Replica) -> Payload:
@@ -95,9 +109,9 @@ ATTACKS: Final[Mapping[str, Attack]] = {
     "scaled-1e3": Attack(twist=_scaled(1e3)),
     "scaled-1e9": Attack(twist=_scaled(1e9)),
     "random": Attack(twist=_noise),
-    "constant": Attack(twist=lambda contents, _rng, _replica: contents.constant(1e3)),
+    "constant": Attack(twist=_constant),
     "disjoint-coordinates": Attack(twist=_disjoint, where_selected=True),
-    "nan": Attack(twist=lambda contents, _rng, _replica: contents.not_finite(), against="absent"),
+    "nan": Attack(twist=_not_finite, against="absent"),
     "max-probes": Attack(twist=_most_probes, strategy="spsa"),
     "most-samples": Attack(twist=_scaled(1e3), most_samples=True),
     "flipped": Attack(twist=_scaled(-1.0), against="absent"),

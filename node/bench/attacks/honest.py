@@ -7,15 +7,15 @@ standard library, where the run's is the reference of the language. All offers a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from ...compare.comparison import one_thread
+from ...system.jobs import Call, Rows, Work, until_stopped, work_off
 from ...system.output import make_console, to_stderr, to_stdout
 from .bad_peers import HONEST, OTHER_DATA, Attack
-from .swarm import STRATEGIES, Outcome, Plan, trained
-from .table import Wanted, without_warnings
+from .swarm import STRATEGIES, Outcome, Plan
+from .table import Train, Wanted, trained_quietly
 
 STAGES: Final = (10, 50)
 """Rounds up to these are stages of their own: the learning rate rises, and is at its peak."""
@@ -33,27 +33,38 @@ class HonestRow:
     n_failed: int
 
 
-Train = Callable[[Plan], Outcome]
+def audits_command(wanted: Wanted, as_json: bool) -> int:
+    """A table on stdout, or a JSON list of rows; how far it is on stderr. What there is, if it is stopped:
+    then the exit code is the signal's."""
+    rows = list[HonestRow]()
 
+    def keep(row: HonestRow) -> None:
+        rows.append(row)
+        to_stderr("  ".join(_cells(row)))
 
-def audits_command(wanted: Wanted, as_json: bool) -> None:
-    """A table on stdout, or a JSON list of rows; how far it is on stderr."""
-    with one_thread(), without_warnings():
-        rows = list(honest_rows(wanted, trained, progress=lambda row: to_stderr("  ".join(_cells(row)))))
+    stopped = until_stopped(honest_rows(wanted), keep)
+    rows.sort(key=lambda row: (wanted.strategies.index(row.strategy), row.data != "text", row.until))
     if as_json:
         to_stdout(json.dumps([asdict(row) for row in rows], indent=1))
     else:
         _print(rows)
+    return stopped
 
 
-def honest_rows(wanted: Wanted, train: Train, progress: Callable[[HonestRow], object]) -> Iterator[HonestRow]:
+def honest_rows(wanted: Wanted, train: Train = trained_quietly) -> Rows[HonestRow]:
     """`n_bad` of the peers have other data in the rows of such."""
-    for strategy in wanted.strategies:
-        for data, attack in (("text", HONEST), ("other", OTHER_DATA)):
-            outcomes = [train(plan) for plan in _plans(wanted, strategy, attack)]
-            for row in _rows(wanted, strategy, data, outcomes):
-                progress(row)
-                yield row
+    works = [
+        _work(wanted, strategy, data, attack, train)
+        for strategy in wanted.strategies
+        for data, attack in (("text", HONEST), ("other", OTHER_DATA))
+    ]
+    for _, rows in work_off(works, wanted.n_jobs, preload=[__name__]):
+        yield from rows
+
+
+def _work(wanted: Wanted, strategy: str, data: str, attack: Attack, train: Train) -> Work[list[HonestRow]]:
+    outcomes = yield [Call(train, (plan,)) for plan in _plans(wanted, strategy, attack)]
+    return list(_rows(wanted, strategy, data, outcomes))
 
 
 def _plans(wanted: Wanted, strategy: str, attack: Attack) -> Iterator[Plan]:

@@ -10,14 +10,14 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import Any
 
 from ....compression.errors import ConfigError, nearest
 from ....optim.registry import complete_new_run
 from ....optim.rules import selects_its_own
-from ...compare.comparison import one_thread
+from ...system.jobs import Call, Rows, Work, until_stopped, work_off
 from ...system.output import make_console, to_stderr, to_stdout
 from .bad_peers import ATTACKS, EMPTY, Attack
 from .swarm import STRATEGIES, Outcome, Plan, trained
@@ -41,7 +41,8 @@ class Row:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """Which rows. For attacks that need more bad peers than `n_bad` there are as many times more of both.
-    `after`: swarms go on for so many rounds, and are compared that long after the bad peers were found."""
+    `after`: swarms go on for so many rounds, and are compared that long after the bad peers were found.
+    `n_jobs`: swarms at a time."""
 
     strategies: Sequence[str]
     attacks: Sequence[str]
@@ -51,6 +52,7 @@ class Wanted:
     n_bad: int = 1
     settings: tuple[tuple[str, Any], ...] = ()
     after: int = 0
+    n_jobs: int = 1
 
     def compared_after(self, found_after: int | None) -> int | None:
         """Which round; None: the last one, as bad peers were found too late or not at all."""
@@ -73,14 +75,22 @@ def names_of(text: str | None, known: Sequence[str], option: str) -> list[str]:
     return names
 
 
-def attacks_command(wanted: Wanted, as_json: bool) -> None:
-    """A table on stdout, or a JSON list of rows; how far it is on stderr."""
-    with one_thread(), without_warnings():
-        rows = list(rows_of(wanted, _Trained(), progress=lambda row: to_stderr(_line(row))))
+def attacks_command(wanted: Wanted, as_json: bool) -> int:
+    """A table on stdout, or a JSON list of rows; how far it is on stderr. What there is, if it is stopped:
+    then the exit code is the signal's."""
+    rows = list[Row]()
+
+    def keep(row: Row) -> None:
+        rows.append(row)
+        to_stderr(_line(row))
+
+    stopped = until_stopped(rows_of(wanted), keep)
+    rows.sort(key=lambda row: (wanted.strategies.index(row.strategy), wanted.attacks.index(row.attack)))
     if as_json:
         to_stdout(json.dumps([asdict(row) for row in rows], indent=1))
     else:
         print_rows(rows)
+    return stopped
 
 
 @contextmanager
@@ -95,20 +105,27 @@ def without_warnings() -> Iterator[None]:
         log.setLevel(before)
 
 
-def rows_of(wanted: Wanted, train: Train, progress: Callable[[Row], object]) -> Iterator[Row]:
-    """One for every strategy and attack that it has a meaning for. Raises ConfigError where swarms end before
-    bad peers join."""
+def trained_quietly(plan: Plan) -> Outcome:
+    """Without weights, which nobody asks for."""
+    with without_warnings():
+        return replace(trained(plan), weights={})
+
+
+def rows_of(wanted: Wanted, train: Train = trained_quietly) -> Rows[Row]:
+    """One for every strategy and attack that it has a meaning for, in the order in which they end. `train`:
+    of a module, where there are several processes. Raises ConfigError where swarms end before bad peers
+    join."""
     for name in wanted.attacks:
         if wanted.n_rounds <= (joins_after := ATTACKS[name].joins_after):
             raise ConfigError(f"--rounds {wanted.n_rounds}: the bad peers of {name} join after {joins_after}")
-    for strategy in wanted.strategies:
-        for name in wanted.attacks:
-            attack = ATTACKS[name]
-            if not is_meant(attack, STRATEGIES[strategy]):
-                continue
-            row = _row(wanted, strategy, name, attack, train)
-            progress(row)
-            yield row
+    works = [
+        _row(wanted, strategy, name, train)
+        for strategy in wanted.strategies
+        for name in wanted.attacks
+        if is_meant(ATTACKS[name], STRATEGIES[strategy])
+    ]
+    for _, row in work_off(works, wanted.n_jobs, preload=[__name__]):
+        yield row
 
 
 def is_meant(attack: Attack, options: Mapping[str, Any]) -> bool:
@@ -119,24 +136,26 @@ def is_meant(attack: Attack, options: Mapping[str, Any]) -> bool:
     return attack.strategy in (None, options["name"])
 
 
-def _row(wanted: Wanted, strategy: str, name: str, attack: Attack, train: Train) -> Row:
+def _row(wanted: Wanted, strategy: str, name: str, train: Train) -> Work[Row]:
+    """Rows share the swarms that they are compared with."""
+    attack = ATTACKS[name]
     times = -(-attack.least_bad // wanted.n_bad)
     n_honest, n_bad = wanted.n_honest * times, wanted.n_bad * times
+
+    def call(of: Attack | None, seed: int) -> Call:
+        n_rounds, watched = wanted.n_rounds + wanted.after, wanted.after or None
+        options = STRATEGIES[strategy]
+        peers = n_honest, n_bad, n_rounds, seed
+        return Call(train, (Plan(options, of, *peers, wanted.settings, watched, attack.joins_after),))
+
+    seeds = range(1, wanted.n_seeds + 1)
     baseline = EMPTY if attack.against == "empty" else None
-    honest, attacked, found = [], [], []
-    for seed in range(1, wanted.n_seeds + 1):
-
-        def plan(of: Attack | None, seed: int = seed) -> Plan:
-            n_rounds, watched = wanted.n_rounds + wanted.after, wanted.after or None
-            options = STRATEGIES[strategy]
-            peers = n_honest, n_bad, n_rounds, seed
-            return Plan(options, of, *peers, wanted.settings, watched, attack.joins_after)
-
-        outcome = train(plan(attack))
-        compared = wanted.compared_after(outcome.found_after)
-        honest.append(train(plan(baseline)).loss_after(compared))
-        attacked.append(outcome.loss_after(compared))
-        found.append(outcome.found_after)
+    outcomes: list[Outcome] = yield [call(of, seed) for of in (baseline, attack) for seed in seeds]
+    pairs = list(zip(outcomes[: len(seeds)], outcomes[len(seeds) :], strict=True))
+    found = [bad.found_after for _, bad in pairs]
+    compared = [wanted.compared_after(after) for after in found]
+    honest = [good.loss_after(after) for (good, _), after in zip(pairs, compared, strict=True)]
+    attacked = [bad.loss_after(after) for (_, bad), after in zip(pairs, compared, strict=True)]
     mean_honest, mean_attacked = (sum(losses) / len(losses) for losses in (honest, attacked))
     last_found = [after for after in found if after is not None]
     return Row(
@@ -149,21 +168,6 @@ def _row(wanted: Wanted, strategy: str, name: str, attack: Attack, train: Train)
         ratio=_finite(mean_attacked / mean_honest),
         found_after_rounds=max(last_found) if len(last_found) == len(found) else None,
     )
-
-
-class _Trained:
-    """Trains what it has not trained yet: rows share the swarms that they are compared with."""
-
-    def __init__(self) -> None:
-        self._known: list[tuple[Plan, Outcome]] = []
-
-    def __call__(self, plan: Plan) -> Outcome:
-        for known, outcome in self._known:
-            if known == plan:
-                return outcome
-        outcome = trained(plan)
-        self._known.append((plan, outcome))
-        return outcome
 
 
 def _finite(x: float) -> float | None:

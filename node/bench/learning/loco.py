@@ -124,7 +124,7 @@ def _inner_optimizers(model: nn.Module, loco: Loco) -> list[torch.optim.Optimize
 
 def _select(x: Tensor, k: int) -> Tensor:
     """The k largest of every 4096 elements, rounded to two magnitudes of each sign; zeros elsewhere."""
-    found = torch.zeros(x.numel())
+    found = torch.zeros(x.numel(), device=x.device)
     flat = x.reshape(-1)
     for start, stop in pairwise([*range(0, x.numel(), GROUP), x.numel()]):
         group = flat[start:stop]

@@ -40,8 +40,11 @@ class Shape:
     split: Split | None = None
     """How uneven the peers' data are."""
 
-    def text(self, task: config.Task, seed: int, base: Weights | None = None) -> Text:
-        return Text(task, seed, base, split=self.split, n_peers=self.n_peers)
+    def text(self, task: config.Task, seed: int, base: Weights | None = None, device: str = "cpu") -> Text:
+        return Text(task, seed, base, device, split=self.split, n_peers=self.n_peers)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))  # a task has a table among its options
 
     @property
     def n_steps(self) -> int:
@@ -66,6 +69,10 @@ class Try:
     lr: float
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
+
+    def __str__(self) -> str:
+        outer = self.outer_lr, self.outer_momentum
+        return f"lr {self.lr:g}" + (f", outer {outer[0]:g}/{outer[1]:g}" if outer != (1.0, 0.0) else "")
 
 
 Train = Callable[[Text, Shape, Try], Trained]
@@ -170,13 +177,13 @@ def _mezo(text: Text, shape: Shape, tried: Try) -> nn.Module:
     )
 
 
-def pretrained(shape: Shape, seed: int) -> Text:
+def pretrained(shape: Shape, seed: int, device: str = "cpu") -> Text:
     """Another text than that which its initial weights have learnt in 60 steps, as in the demo."""
-    first = shape.text(shape.task, seed)
+    first = shape.text(shape.task, seed, device=device)
     base: Weights = train_data_parallel(
         first, 3e-3, n_peers=shape.n_peers, n_steps=60, schedule=linear(60)
     ).state_dict()
-    return shape.text(shape.task.model_copy(update={"corpus": "stdlib"}), seed, base)
+    return shape.text(shape.task.model_copy(update={"corpus": "stdlib"}), seed, base, device)
 
 
 def _trained(text: Text, strategy: Mapping[str, Any], n_peers: int, n_rounds: int) -> Trained:

@@ -36,7 +36,7 @@ def train_mezo(
         step = torch.zeros_like(theta)
         for peer in range(n_peers):
             for number in range((round_ - 1) * n_probes + 1, round_ * n_probes + 1):
-                z = torch.randn(len(theta), generator=rng)
+                z = torch.randn(len(theta), generator=rng).to(theta.device)
                 up, down = (loss_at(theta + sign * eps * z, peer, number) for sign in (1, -1))
                 step += (up - down) / (2 * eps) * z
         theta = theta - lr * schedule(round_) / (n_peers * n_probes) * step

@@ -22,20 +22,21 @@ Schedule = Callable[[int], float]
 
 
 class Text:
-    """The built-in task `text`. Batches and initial values are those of `seed`."""
+    """The built-in task `text`. Batches and initial values are those of `seed`, whatever the device."""
 
     def __init__(
         self,
         options: config.Task,
         seed: int,
         base: Weights | None = None,
+        device: str = "cpu",
         *,
         split: Split | None = None,
         n_peers: int = 1,
     ) -> None:
-        """`base`: initial values, else the exact ones of the seed. `split`: how uneven the data of so many
-        peers are; None: all draw from the same."""
-        self.seed, self._base = seed, base
+        """`base`: initial values, else the exact ones of the seed; `device`: of its models. `split`: how
+        uneven the data of so many peers are; None: all draw from the same."""
+        self.seed, self._base, self.device = seed, base, device
         self.task = TextTask(options, None)
         if split is None:
             self.task.load(None, self.task.held_out())
@@ -48,8 +49,8 @@ class Text:
         self.task.load(self.task.corpus(), classes.held_out)
 
     def model(self) -> nn.Module:
-        """A new one, with the initial values, in training mode."""
-        model = self.task.model()
+        """A new one on the device, with the initial values, in training mode."""
+        model = self.task.model().to(self.device)
         if self._base is not None:
             model.load_state_dict(self._base)
             return model

@@ -52,7 +52,7 @@ def test_a_table_for_people(here: Here) -> None:
 
 def test_colluding_peers_are_two_and_the_honest_ones_as_many_more() -> None:
     wanted = Wanted(strategies=["spsa"], attacks=["colluding"], n_rounds=1, n_honest=2)
-    (row,) = rows_of(wanted, trained, progress=lambda _row: None)
+    (row,) = rows_of(wanted)
     assert (row.n_honest, row.n_bad) == (4, 2)
 
 
@@ -107,7 +107,7 @@ def test_audits_of_honest_peers_are_counted_by_stage_and_by_data() -> None:
         return Outcome(1.0, b"", {}, None, judged)
 
     wanted = Wanted(strategies=["spsa"], attacks=[], n_rounds=12, n_seeds=2, n_honest=2, n_bad=1)
-    rows = list(honest_rows(wanted, train, progress=lambda _row: None))
+    rows = list(honest_rows(wanted, train))
     assert [(r.data, r.until, r.n_audits, r.n_failed) for r in rows] == [
         ("text", 10, 4, 2), ("text", 12, 6, 2), ("other", 10, 2, 2), ("other", 12, 0, 0),
     ]  # fmt: skip
@@ -126,7 +126,7 @@ def test_losses_are_compared_some_rounds_after_bad_peers_were_found(
         return Outcome(20.0, b"", {}, found_after if is_bad else None, losses=losses)
 
     wanted = Wanted(strategies=["spsa"], attacks=["flipped"], n_rounds=10, after=5)
-    (row,) = rows_of(wanted, train, progress=lambda _row: None)
+    (row,) = rows_of(wanted, train)
     assert row.held_out_honest == (compared or 20.0)
     assert row.held_out_attacked == (20.0 if compared is None else compared + 0.5)
     assert row.found_after_rounds == found_after

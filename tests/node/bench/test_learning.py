@@ -14,8 +14,9 @@ from thinwire.node import config
 from thinwire.node.bench.learning.demo import decode, select
 from thinwire.node.bench.learning.loco import Loco, train_loco
 from thinwire.node.bench.learning.methods import METHODS, Shape, Try, pretrained
+from thinwire.node.bench.learning.rows import Row, Wanted, broken, noise, rows_of, with_targets
 from thinwire.node.bench.learning.swarm import train
-from thinwire.node.bench.learning.table import Row, broken, learning_command, markdown, noise, rows_of
+from thinwire.node.bench.learning.table import learning_command, markdown
 from thinwire.node.bench.learning.text import Text, constant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,11 +74,14 @@ def test_every_row_may_try_as_many() -> None:
     assert all(len(set(method.tries)) == len(method.tries) for method in METHODS.values())
 
 
-def test_the_command_writes_rows_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def wanted(*names: str, n_seeds: int = 1, tuned: bool = False, n_jobs: int = 1) -> Wanted:
     shape = replace(SHAPE, n_rounds=2)
-    table = tmp_path / "learning.md"
-    names = ["ddp", "muloco"]
-    code = learning_command(names, shape, 2, tuned=False, as_json=True, output=table)
+    return Wanted(names=names, shape=shape, n_seeds=n_seeds, tuned=tuned, n_jobs=n_jobs)
+
+
+def test_the_command_writes_rows_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, names = tmp_path / "learning.md", ["ddp", "muloco"]
+    code = learning_command(wanted(*names, n_seeds=2), as_json=True, output=table)
     captured = capsys.readouterr()
     rows = json.loads(captured.out)
     assert [row["method"] for row in rows] == names
@@ -86,12 +90,18 @@ def test_the_command_writes_rows_and_a_table(tmp_path: Path, capsys: pytest.Capt
         assert row["ours"] == pytest.approx(sum(row["held_out"]["ours"]) / 2)
         assert row["bytes_per_step"] > 0
         assert row["n_tries"] == 1
+        assert [curve[-1][1] for curve in row["curves"]] == pytest.approx(row["held_out"]["ours"], abs=1e-4)
     assert code == ("does not hold" in captured.err)
+    assert captured.err.count("of CPU time)") == 2 + 4
     assert table.read_text().count("\n") == 4
 
 
+def test_rows_of_processes_are_those_of_this_one() -> None:
+    assert list(rows_of(wanted("alone", n_seeds=2, n_jobs=2))) == list(rows_of(wanted("alone", n_seeds=2)))
+
+
 def test_what_is_tuned_is_the_best_that_was_tried() -> None:
-    (row,) = rows_of(["alone"], replace(SHAPE, n_rounds=2), 1, True, lambda _row: None)
+    (row,) = rows_of(wanted("alone", tuned=True))
     text, method = Text(TASK, 1), METHODS["alone"]
     losses = [text.loss(method.ours(text, replace(SHAPE, n_rounds=2), tried).model) for tried in method.tries]
     assert row.ours == pytest.approx(min(losses), abs=1e-4)
@@ -110,7 +120,17 @@ def row(method: str, ours: list[float], reference: list[float] | None = None) ->
         bytes_to_target=None,
         tuned={"ours": {"lr": 1e-3, "outer_lr": 0.7, "outer_momentum": 0.6}},
         n_tries=6,
+        curves=[((0.0, 3.0), (10.0 * i, loss)) for i, loss in enumerate(ours, 1)],
     )
+
+
+def test_bytes_are_counted_to_the_loss_of_ddp_and_a_tenth() -> None:
+    """Of the same seed."""
+    rows = [row("muloco", [2.0, 2.2]), row("spsa", [1.0]), row("ddp", [1.95, 2.15]), row("alone", [2.1, 2.1])]
+    found = {each.method: each.bytes_to_target for each in with_targets(rows)}
+    assert list(found) == ["alone", "ddp", "muloco", "spsa"]
+    assert found == {"alone": None, "ddp": 15.0, "muloco": 15.0, "spsa": None}
+    assert with_targets(rows[:1])[0].bytes_to_target is None
 
 
 def test_what_does_not_hold_is_said() -> None:

@@ -14,6 +14,7 @@ from thinwire.node.compare.search import Row, Train, rates, search
 from thinwire.node.compare.specs import ComparePlan, plans, with_baselines
 from thinwire.node.compare.verdict import Link, loss_at, verdict_of
 from thinwire.node.config import load_config
+from thinwire.node.system.jobs import work_off
 
 LINK = Link(1e6, 0.0, "a link")
 TINY = {
@@ -55,10 +56,14 @@ def best_at(lr: float, trained: list[tuple[float, int, int]]) -> Train:
     return train
 
 
+def searched(of: ComparePlan, train: Train, n_rates: int, n_seeds: int) -> Row:
+    ((_, row),) = work_off([search(of, train, n_rates, n_seeds)], 1)
+    return row
+
+
 def test_all_rates_are_tried_for_a_quarter_and_the_better_half_for_longer() -> None:
     trained: list[tuple[float, int, int]] = []
-    row = search(plan("x", rounds=40), best_at(4e-2, trained), n_rates=3, n_seeds=2)
-    assert row is not None
+    row = searched(plan("x", rounds=40), best_at(4e-2, trained), n_rates=3, n_seeds=2)
     low, middle, high = rates(1e-2, 3)
     assert (low, middle, high) == pytest.approx((1e-2 / 3, 1e-2, 3e-2), rel=1e-3)
     assert trained == [
@@ -75,8 +80,7 @@ def test_all_rates_are_tried_for_a_quarter_and_the_better_half_for_longer() -> N
 
 def test_without_tuning_a_row_is_trained_once_per_seed() -> None:
     trained: list[tuple[float, int, int]] = []
-    row = search(plan("x", rounds=40), best_at(1e-2, trained), n_rates=1, n_seeds=1)
-    assert row is not None
+    row = searched(plan("x", rounds=40), best_at(1e-2, trained), n_rates=1, n_seeds=1)
     assert trained == [(1e-2, 40, 0)]
     assert not row.is_at_edge
 
@@ -86,12 +90,12 @@ def test_a_rate_that_diverges_loses_and_a_stop_ends_the_search() -> None:
         error = "non-finite" if of.options["lr"] > 1e-2 else None
         return outcome(of, [5.0, 1.0 if error else 3.0], error=error)
 
-    row = search(plan("x"), train, n_rates=3, n_seeds=1)
-    assert row is not None
+    row = searched(plan("x"), train, n_rates=3, n_seeds=1)
     assert row.error is None
     assert row.plan.options["lr"] <= 1e-2
     assert next(t for t in row.tried if t.lr > 1e-2).held_out is None
-    assert search(plan("x"), lambda _plan, _seed: None, n_rates=3, n_seeds=1) is None
+    stopped = [search(plan("x"), lambda _plan, _seed: None, n_rates=3, n_seeds=1)]
+    assert not list(work_off(stopped, 1, stopped=lambda: True))
 
 
 def test_losses_between_the_points_of_a_curve() -> None:
