@@ -438,11 +438,13 @@ class Bench:
         from ..bench.learning.methods import IN_LONG, LONG, METHODS, SHAPE
         from ..bench.learning.rows import Wanted
         from ..bench.learning.table import learning_command
+        from ..bench.learning.tried import ROWS
         from ..system.devices import check_device
 
         check_device(self.device)
         shape = LONG if self.long else SHAPE
-        known = list(IN_LONG if self.long else METHODS)
+        default = list(IN_LONG if self.long else METHODS)
+        known = default if self.long or self.strategies is None else list(ROWS)
         wanted = Wanted(
             names=names_of(self.strategies, known, "--strategies"),
             shape=replace(shape, n_rounds=self.rounds or shape.n_rounds),

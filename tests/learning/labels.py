@@ -1,0 +1,207 @@
+"""python -m tests.learning.labels [--seeds 20] [--rates 1e-3 ...] [--variants spsa ...] [--jobs 16] [-o FILE]
+python -m tests.learning.labels --table FILE
+
+Where spsa and MeZO differ on label words, one difference at a time: 500 probes in a swarm, the held-out loss
+in nats per label, and accuracy. Rates are those of a probe. FILE is JSON; `--table` makes Markdown of it:
+means, and differences from MeZO over the same seeds (weights, batches), with their standard errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from math import isfinite, sqrt
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Final, Literal
+
+from tests.learning.experiments import float_scalars
+from thinwire.node import config
+from thinwire.node.bench.learning.labels import Labels, first_weights
+from thinwire.node.bench.learning.mezo import Lozo, train_mezo
+from thinwire.node.bench.learning.swarm import train
+from thinwire.node.bench.learning.text import Weights, constant
+from thinwire.optim.registry import complete_new_run
+
+TASK: Final = config.Task(layers=2, width=32, heads=4, batch=16)
+N_PROBES: Final = 500
+UNCLIPPED: Final = 1e9
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`who`: thinwire's spsa, or a reference in plain torch, which knows neither bytes nor clips. A round has
+    `probes` of each of the `peers`."""
+
+    who: Literal["spsa", "mezo", "lozo"]
+    noise: Literal["sign", "gauss"] = "sign"
+    scalar: Literal["byte", "float"] = "byte"
+    clip: float = 4.0
+    peers: int = 1
+    probes: int = 1
+
+
+VARIANTS: Final = {
+    "mezo": Variant("mezo", "gauss", "float"),
+    "mezo, signs": Variant("mezo", "sign", "float"),
+    "spsa": Variant("spsa"),
+    "spsa, float": Variant("spsa", scalar="float"),
+    "spsa, gauss": Variant("spsa", "gauss"),
+    "spsa, gauss, float": Variant("spsa", "gauss", "float"),
+    "mezo, 4 peers": Variant("mezo", "gauss", "float", peers=4),
+    "spsa, 4 peers": Variant("spsa", peers=4),
+    "spsa, 4 peers, unclipped": Variant("spsa", peers=4, clip=UNCLIPPED),
+    "lozo": Variant("lozo"),
+}
+"""With one probe in a round there is nothing to clip, and no mean."""
+
+
+@dataclass(frozen=True)
+class Result:
+    variant: str
+    lr: float
+    seed: int
+    loss: float
+    accuracy: float
+    cpu_s: float
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m tests.learning.labels", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 6e-4, 1e-3])
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="V")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--table", type=Path)
+    args = parser.parse_args()
+    if args.table is not None:
+        saved = json.loads(args.table.read_text())
+        results = [Result(**r) for r in saved["results"]]
+    else:
+        started_s = time.monotonic()
+        results = run_all(range(1, args.seeds + 1), args.rates, args.variants, args.jobs)
+        wall_s = round(time.monotonic() - started_s, 1)
+        if args.output is not None:
+            saved = {"n_probes": N_PROBES, "wall_s": wall_s, "results": [asdict(r) for r in results]}
+            args.output.write_text(json.dumps(saved, indent=1))
+    sys.stdout.write(markdown(results))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+def run_all(
+    seeds: Sequence[int], rates: Sequence[float], variants: Sequence[str], n_jobs: int
+) -> list[Result]:
+    """Every combination, each in one of `n_jobs` processes of one thread."""
+    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):  # of the processes: torch is loaded here already
+        os.environ[name] = "1"
+    with get_context("spawn").Pool(n_jobs, _one_thread) as pool:
+        bases = dict(zip(seeds, pool.map(_base, seeds, chunksize=1), strict=True))
+        # Replicas of many peers take longest: first.
+        names = sorted(variants, key=lambda name: -VARIANTS[name].peers)
+        jobs = [(name, lr, seed, bases[seed]) for name in names for lr in rates for seed in seeds]
+        found = []
+        for i, result in enumerate(pool.imap_unordered(_run, jobs, chunksize=1), 1):
+            found.append(result)
+            sys.stderr.write(f"\r{i} of {len(jobs)}" + ("\n" if i == len(jobs) else ""))
+    return sorted(found, key=lambda r: (r.lr, list(VARIANTS).index(r.variant), r.seed))
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _base(seed: int) -> Weights:
+    weights = first_weights(TASK, seed)
+    return {name: t.numpy() for name, t in weights.items()}  # type: ignore[misc]  # cheaper to send
+
+
+def _run(job: tuple[str, float, int, Any]) -> Result:
+    import torch
+
+    name, lr, seed, base = job
+    started_s = time.process_time()
+    labels = Labels(TASK, seed, {n: torch.from_numpy(t) for n, t in base.items()})
+    loss, accuracy = labels.held_out(trained(labels, VARIANTS[name], lr))
+    return Result(name, lr, seed, loss, accuracy, round(time.process_time() - started_s, 2))
+
+
+def trained(labels: Labels, variant: Variant, lr: float, n_probes: int = N_PROBES) -> Any:
+    """The model after so many probes. By rule a rate is that of a probe, with the references of the mean."""
+    per_round = variant.peers * variant.probes
+    n_rounds = n_probes // per_round
+    if variant.who != "spsa":
+        return train_mezo(
+            labels,
+            lr=lr * per_round / (2 if variant.who == "lozo" else 1),  # the variance of what is of rank 2
+            n_peers=variant.peers,
+            n_rounds=n_rounds,
+            n_probes=variant.probes,
+            schedule=constant,
+            noise=variant.noise,
+            lozo=Lozo() if variant.who == "lozo" else None,
+        )
+    options = {
+        "name": "spsa",
+        "lr": lr,
+        "probes": variant.probes,
+        "noise": variant.noise,
+        "clip": variant.clip,
+    }
+    with float_scalars() if variant.scalar == "float" else nullcontext():
+        swarm = train(labels, complete_new_run(options), n_peers=variant.peers, n_rounds=n_rounds)
+    return swarm.model
+
+
+# ------------------------------------------------------------------------------------------- for people
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """A table for each rate."""
+    lines = []
+    for lr in sorted({r.lr for r in results}):
+        of_rate = [r for r in results if r.lr == lr]
+        lines += [f"lr {lr:g}:", "", "| variant | seeds | loss | accuracy | loss less MeZO's | CPU s |"]
+        lines.append("|---|---|---|---|---|---|")
+        names = [name for name in VARIANTS if any(r.variant == name for r in of_rate)]
+        lines += [_line(name, of_rate) for name in names] + [""]
+    return "\n".join(lines)
+
+
+def _line(name: str, results: Sequence[Result]) -> str:
+    own = {r.seed: r for r in results if r.variant == name}
+    baseline = "mezo, 4 peers" if "4 peers" in name and name != "mezo, 4 peers" else "mezo"
+    other = {r.seed: r.loss for r in results if r.variant == baseline}
+    differences = [own[s].loss - other[s] for s in own if s in other]
+    n_bad = sum(not isfinite(r.loss) for r in own.values())
+    cells = (
+        name,
+        f"{len(own)}" + (f", {n_bad} diverged" if n_bad else ""),
+        _mean([r.loss for r in own.values()]),
+        f"{100 * mean(r.accuracy for r in own.values()):.1f}%",
+        "-" if name == baseline or not differences else _mean(differences, "+"),
+        f"{mean(r.cpu_s for r in own.values()):.1f}",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _mean(values: Sequence[float], sign: str = "") -> str:
+    """With its standard error."""
+    error = stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
+    return f"{mean(values):{sign}.3f} ± {error:.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
