@@ -13,16 +13,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from math import isfinite, sqrt
+from math import sqrt
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Final, Literal
 
 from tests.learning.experiments import float_scalars
+from thinwire.coordinator.protocol.files import write_aside
 from thinwire.node import config
 from thinwire.node.bench.learning.labels import Labels, first_weights
 from thinwire.node.bench.learning.mezo import Lozo, train_mezo
@@ -33,6 +34,8 @@ from thinwire.optim.registry import complete_new_run
 TASK: Final = config.Task(layers=2, width=32, heads=4, batch=16)
 N_PROBES: Final = 500
 UNCLIPPED: Final = 1e9
+MOST: Final = 1.0
+"""That a loss counts for; to guess costs 0.693."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,13 @@ def main() -> int:
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
     if args.table is not None:
-        saved = json.loads(args.table.read_text())
-        results = [Result(**r) for r in saved["results"]]
+        results = [Result(**r) for r in json.loads(args.table.read_text())]
     else:
-        started_s = time.monotonic()
-        results = run_all(range(1, args.seeds + 1), args.rates, args.variants, args.jobs)
-        wall_s = round(time.monotonic() - started_s, 1)
-        if args.output is not None:
-            saved = {"n_probes": N_PROBES, "wall_s": wall_s, "results": [asdict(r) for r in results]}
-            args.output.write_text(json.dumps(saved, indent=1))
+        results = []
+        for result in run_all(range(1, args.seeds + 1), args.rates, args.variants, args.jobs):
+            results.append(result)
+            if args.output is not None:  # what there is, if it is stopped
+                write_aside(args.output, json.dumps([asdict(r) for r in results], indent=1).encode())
     sys.stdout.write(markdown(results))
     return 0
 
@@ -101,20 +102,22 @@ def main() -> int:
 
 def run_all(
     seeds: Sequence[int], rates: Sequence[float], variants: Sequence[str], n_jobs: int
-) -> list[Result]:
-    """Every combination, each in one of `n_jobs` processes of one thread."""
+) -> Iterator[Result]:
+    """Every combination, seed by seed, each in one of `n_jobs` processes of one thread."""
     for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):  # of the processes: torch is loaded here already
         os.environ[name] = "1"
+    n, started_s = len(seeds) * len(rates) * len(variants), time.monotonic()
     with get_context("spawn").Pool(n_jobs, _one_thread) as pool:
-        bases = dict(zip(seeds, pool.map(_base, seeds, chunksize=1), strict=True))
-        # Replicas of many peers take longest: first.
-        names = sorted(variants, key=lambda name: -VARIANTS[name].peers)
-        jobs = [(name, lr, seed, bases[seed]) for name in names for lr in rates for seed in seeds]
-        found = []
-        for i, result in enumerate(pool.imap_unordered(_run, jobs, chunksize=1), 1):
-            found.append(result)
-            sys.stderr.write(f"\r{i} of {len(jobs)}" + ("\n" if i == len(jobs) else ""))
-    return sorted(found, key=lambda r: (r.lr, list(VARIANTS).index(r.variant), r.seed))
+        bases = pool.imap(_base, seeds)
+        jobs = (
+            (name, lr, s, base)
+            for s, base in zip(seeds, bases, strict=True)
+            for lr in rates
+            for name in variants
+        )
+        for i, result in enumerate(pool.imap_unordered(_run, jobs), 1):
+            sys.stderr.write(f"\r{i} of {n}, {time.monotonic() - started_s:.0f} s" + "\n" * (i == n))
+            yield result
 
 
 def _one_thread() -> None:
@@ -183,22 +186,29 @@ def markdown(results: Sequence[Result]) -> str:
 def _line(name: str, results: Sequence[Result]) -> str:
     own = {r.seed: r for r in results if r.variant == name}
     baseline = "mezo, 4 peers" if "4 peers" in name and name != "mezo, 4 peers" else "mezo"
-    other = {r.seed: r.loss for r in results if r.variant == baseline}
-    differences = [own[s].loss - other[s] for s in own if s in other]
-    n_bad = sum(not isfinite(r.loss) for r in own.values())
+    other = {r.seed: r for r in results if r.variant == baseline}
+    n_bad = sum(not r.loss < MOST for r in own.values())
     cells = (
         name,
         f"{len(own)}" + (f", {n_bad} diverged" if n_bad else ""),
-        _mean([r.loss for r in own.values()]),
+        _mean([_capped(r) for r in own.values()]),
         f"{100 * mean(r.accuracy for r in own.values()):.1f}%",
-        "-" if name == baseline or not differences else _mean(differences, "+"),
+        "-"
+        if name == baseline
+        else _mean([_capped(own[s]) - _capped(other[s]) for s in own if s in other], "+"),
         f"{mean(r.cpu_s for r in own.values()):.1f}",
     )
     return f"| {' | '.join(cells)} |"
 
 
+def _capped(result: Result) -> float:
+    return result.loss if result.loss < MOST else MOST
+
+
 def _mean(values: Sequence[float], sign: str = "") -> str:
     """With its standard error."""
+    if not values:
+        return "-"
     error = stdev(values) / sqrt(len(values)) if len(values) > 1 else 0.0
     return f"{mean(values):{sign}.3f} ± {error:.3f}"
 
