@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from math import sqrt
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Final, Literal
+
+import torch
 
 from tests.learning.experiments import float_scalars
 from thinwire.coordinator.protocol.files import write_aside
@@ -28,7 +29,8 @@ from thinwire.node import config
 from thinwire.node.bench.learning.labels import Labels, first_weights
 from thinwire.node.bench.learning.mezo import Lozo, train_mezo
 from thinwire.node.bench.learning.swarm import train
-from thinwire.node.bench.learning.text import Weights, constant
+from thinwire.node.bench.learning.text import constant
+from thinwire.node.system.jobs import Call, Done, Work, n_cores, until_stopped, work_off
 from thinwire.optim.registry import complete_new_run
 
 TASK: Final = config.Task(layers=2, width=32, heads=4, batch=16)
@@ -81,7 +83,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 6e-4, 1e-3])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="V")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--jobs", type=int, default=n_cores())
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
@@ -89,10 +91,18 @@ def main() -> int:
         results = [Result(**r) for r in json.loads(args.table.read_text())]
     else:
         results = []
-        for result in run_all(range(1, args.seeds + 1), args.rates, args.variants, args.jobs):
-            results.append(result)
+        seeds = range(1, args.seeds + 1)
+        works = [of_seed(seed, args.rates, args.variants) for seed in seeds]
+        n, started_s = len(works) * len(args.rates) * len(args.variants), time.monotonic()
+
+        def tell(done: Done) -> None:
+            if isinstance(done.result, Result):
+                results.append(replace(done.result, cpu_s=round(done.cpu_s, 2)))
+                sys.stderr.write(f"\r{len(results)} of {n}, {time.monotonic() - started_s:.0f} s")
             if args.output is not None:  # what there is, if it is stopped
                 write_aside(args.output, json.dumps([asdict(r) for r in results], indent=1).encode())
+
+        until_stopped(work_off(works, args.jobs, tell, preload=[of_seed.__module__]), lambda _each: None)
     sys.stdout.write(markdown(results))
     return 0
 
@@ -100,45 +110,21 @@ def main() -> int:
 # ------------------------------------------------------------------------------------------- training
 
 
-def run_all(
-    seeds: Sequence[int], rates: Sequence[float], variants: Sequence[str], n_jobs: int
-) -> Iterator[Result]:
-    """Every combination, seed by seed, each in one of `n_jobs` processes of one thread."""
-    for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):  # of the processes: torch is loaded here already
-        os.environ[name] = "1"
-    n, started_s = len(seeds) * len(rates) * len(variants), time.monotonic()
-    with get_context("spawn").Pool(n_jobs, _one_thread) as pool:
-        bases = pool.imap(_base, seeds)
-        jobs = (
-            (name, lr, s, base)
-            for s, base in zip(seeds, bases, strict=True)
-            for lr in rates
-            for name in variants
-        )
-        for i, result in enumerate(pool.imap_unordered(_run, jobs), 1):
-            sys.stderr.write(f"\r{i} of {n}, {time.monotonic() - started_s:.0f} s" + "\n" * (i == n))
-            yield result
+def of_seed(seed: int, rates: Sequence[float], variants: Sequence[str]) -> Work[None]:
+    """Every combination, from the same weights."""
+    (weights,) = yield [Call(first, (seed,))]
+    yield [Call(result_of, (name, lr, seed, weights)) for lr in rates for name in variants]
 
 
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _base(seed: int) -> Weights:
-    weights = first_weights(TASK, seed)
-    return {name: t.numpy() for name, t in weights.items()}  # type: ignore[misc]  # cheaper to send
+def first(seed: int) -> bytes:
+    saved = BytesIO()
+    torch.save(first_weights(TASK, seed), saved)
+    return saved.getvalue()
 
 
-def _run(job: tuple[str, float, int, Any]) -> Result:
-    import torch
-
-    name, lr, seed, base = job
-    started_s = time.process_time()
-    labels = Labels(TASK, seed, {n: torch.from_numpy(t) for n, t in base.items()})
-    loss, accuracy = labels.held_out(trained(labels, VARIANTS[name], lr))
-    return Result(name, lr, seed, loss, accuracy, round(time.process_time() - started_s, 2))
+def result_of(name: str, lr: float, seed: int, weights: bytes) -> Result:
+    labels = Labels(TASK, seed, torch.load(BytesIO(weights)))
+    return Result(name, lr, seed, *labels.held_out(trained(labels, VARIANTS[name], lr)), cpu_s=0.0)
 
 
 def trained(labels: Labels, variant: Variant, lr: float, n_probes: int = N_PROBES) -> Any:
