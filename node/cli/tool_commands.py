@@ -456,12 +456,14 @@ class Bench:
         from ..bench.learning.methods import IN_LONG, LONG, METHODS, SHAPE
         from ..bench.learning.rows import Wanted
         from ..bench.learning.table import learning_command
+        from ..bench.learning.tried import ROWS
         from ..compare.split import Split
         from ..system.devices import check_device
 
         check_device(self.device)
         shape = LONG if self.long else SHAPE
-        known = list(IN_LONG if self.long else METHODS)
+        default = list(IN_LONG if self.long else METHODS)
+        known = default if self.long or self.strategies is None else list(ROWS)
         split = None if self.split is None else Split.parse(self.split)
         wanted = Wanted(
             names=names_of(self.strategies, known, "--strategies"),

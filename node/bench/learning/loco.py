@@ -15,6 +15,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor, nn
 
+from .averaging import MakeAveraging, finished, no_averaging
 from .text import Schedule, Text
 
 BETAS: Final = (0.9, 0.95)
@@ -43,10 +44,12 @@ def train_data_parallel(
     n_steps: int,
     schedule: Schedule,
     seen: Callable[[int, nn.Module], object] | None = None,
+    averaging: MakeAveraging = no_averaging,
 ) -> nn.Module:
     """AdamW on the mean gradient of all peers' batches; one peer: what it learns alone. `seen`: is told the
-    step and the model after each."""
+    step and the model after each; `averaging`: of AdamW's steps."""
     model = text.model()
+    average = averaging(model)
     adamw = torch.optim.AdamW(model.parameters(), lr=lr, betas=BETAS, weight_decay=0.0)
     for step in range(1, n_steps + 1):
         adamw.param_groups[0]["lr"] = lr * schedule(step)
@@ -54,18 +57,29 @@ def train_data_parallel(
         for peer in range(n_peers):
             (text.batch(model, peer, step)() / n_peers).backward()  # type: ignore[no-untyped-call]
         adamw.step()
+        average.stepped()
         if seen is not None:
-            seen(step, model)
+            with finished(average, model):
+                seen(step, model)
+    average.finish()
     return model
 
 
-def train_loco(text: Text, loco: Loco, *, n_peers: int, n_rounds: int, schedule: Schedule) -> nn.Module:
-    """`schedule`: over rounds."""
+def train_loco(
+    text: Text,
+    loco: Loco,
+    *,
+    n_peers: int,
+    n_rounds: int,
+    schedule: Schedule,
+    averaging: MakeAveraging = no_averaging,
+) -> nn.Module:
+    """`schedule`: over rounds; `averaging`: of each peer's inner steps."""
     outer = text.model()
     sgd = torch.optim.SGD(
         outer.parameters(), loco.outer_lr, momentum=loco.outer_momentum, nesterov=loco.outer_momentum > 0
     )
-    peers = [_Peer(text, loco, i) for i in range(n_peers)]
+    peers = [_Peer(text, loco, i, averaging) for i in range(n_peers)]
     for round_ in range(1, n_rounds + 1):
         sent = [peer.train(outer, loco.lr * schedule(round_)) for peer in peers]
         for p, *values in zip(outer.parameters(), *sent, strict=True):
@@ -77,17 +91,21 @@ def train_loco(text: Text, loco: Loco, *, n_peers: int, n_rounds: int, schedule:
 class _Peer:
     """Keeps its inner optimizers and what it did not send."""
 
-    def __init__(self, text: Text, loco: Loco, number: int) -> None:
+    def __init__(self, text: Text, loco: Loco, number: int, averaging: MakeAveraging) -> None:
         self._text, self._loco, self._number, self._n_drawn = text, loco, number, 0
         self._model = text.model()
         self._inner = _inner_optimizers(self._model, loco)
+        self._average = averaging(self._model)
         self._kept = [torch.zeros_like(p) for p in self._model.parameters()]
 
     def train(self, outer: nn.Module, lr: float) -> list[Tensor]:
         """What it sends of a round, decoded."""
         self._model.load_state_dict(outer.state_dict())
+        self._average.restart()
         for _ in range(self._loco.inner_steps):
             self._step(lr)
+            self._average.stepped()
+        self._average.finish()
         moved = [
             (p - own).detach() for p, own in zip(outer.parameters(), self._model.parameters(), strict=True)
         ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from torch import nn
 
@@ -15,11 +15,13 @@ from ....coordinator.protocol.figures import ddp_bytes
 from ....optim.registry import complete_new_run
 from ... import config
 from ...compare.split import Split
+from .averaging import MakeAveraging, no_averaging
 from .demo import train_demo
+from .labels import labels
 from .loco import Loco, train_data_parallel, train_loco
 from .mezo import train_mezo
 from .swarm import Trained, train
-from .text import Text, Weights, linear
+from .text import Learnt, Text, Weights, linear
 
 K: Final = 64
 """Of 4096 elements, that SparseLoCo sends."""
@@ -64,36 +66,44 @@ LONG: Final = Shape(
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """What is tuned. Methods without outer values leave those alone."""
+    """What is tuned. Methods without outer values leave those alone. `own`: what one method alone has, by
+    the names of its formula."""
 
     lr: float
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
+    own: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
+        words = [f"lr {self.lr:g}", *(f"{name} {value:g}" for name, value in self.own)]
         outer = self.outer_lr, self.outer_momentum
-        return f"lr {self.lr:g}" + (f", outer {outer[0]:g}/{outer[1]:g}" if outer != (1.0, 0.0) else "")
+        return ", ".join(words + ([f"outer {outer[0]:g}/{outer[1]:g}"] if outer != (1.0, 0.0) else []))
 
 
-Train = Callable[[Text, Shape, Try], Trained]
-Reference = Callable[[Text, Shape, Try], nn.Module]
+Learns = Literal["text", "other text", "labels"]
+
+Train = Callable[[Any, Shape, Try], Trained]
+Reference = Callable[[Any, Shape, Try], nn.Module]
+"""On `Text` or `Labels`, by the method's `learns`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
     """`reference`: None, the row is one itself. `tries`: the first is what is taken without tuning.
-    `fine_tunes`: other text, from weights that have learnt one already."""
+    `learns`: text from the beginning; other text, or label words, from weights that have learnt already."""
 
     ours: Train
     reference: Reference | None
     tries: tuple[Try, ...]
-    fine_tunes: bool = False
+    learns: Learns = "text"
 
 
 # ------------------------------------------------------------------------------------------- baselines
 
 
-def _adamw(text: Text, shape: Shape, tried: Try, *, alone: bool) -> Trained:
+def adamw(
+    text: Text, shape: Shape, tried: Try, *, alone: bool, averaging: MakeAveraging = no_averaging
+) -> Trained:
     n_peers, curve = 1 if alone else shape.n_peers, list[tuple[float, float]]()
 
     def seen(step: int, model: nn.Module) -> None:
@@ -103,7 +113,13 @@ def _adamw(text: Text, shape: Shape, tried: Try, *, alone: bool) -> Trained:
             model.train()
 
     model = train_data_parallel(
-        text, tried.lr, n_peers=n_peers, n_steps=shape.n_steps, schedule=linear(shape.n_steps), seen=seen
+        text,
+        tried.lr,
+        n_peers=n_peers,
+        n_steps=shape.n_steps,
+        schedule=linear(shape.n_steps),
+        seen=seen,
+        averaging=averaging,
     )
     return Trained(model, curve[-1][0], tuple(curve))
 
@@ -111,9 +127,9 @@ def _adamw(text: Text, shape: Shape, tried: Try, *, alone: bool) -> Trained:
 # ------------------------------------------------------------------------------------------- decoupled
 
 
-def _decoupled(text: Text, shape: Shape, tried: Try) -> Trained:
+def decoupled(text: Text, shape: Shape, tried: Try, averaging: MakeAveraging = no_averaging) -> Trained:
     strategy = {"name": "decoupled", "lr": tried.lr, "beta": 0.999}
-    return _trained(text, strategy, shape.n_peers, shape.n_steps)
+    return trained(text, strategy, shape.n_peers, shape.n_steps, averaging)
 
 
 def _demo(text: Text, shape: Shape, tried: Try) -> nn.Module:
@@ -125,7 +141,9 @@ def _demo(text: Text, shape: Shape, tried: Try) -> nn.Module:
 # ------------------------------------------------------------------------------------------- diloco
 
 
-def _loco(text: Text, shape: Shape, tried: Try, **options: Any) -> Trained:
+def loco(
+    text: Text, shape: Shape, tried: Try, averaging: MakeAveraging = no_averaging, **options: Any
+) -> Trained:
     strategy = {
         "name": "diloco",
         "lr": tried.lr,
@@ -135,11 +153,11 @@ def _loco(text: Text, shape: Shape, tried: Try, **options: Any) -> Trained:
         "outer_momentum": tried.outer_momentum,
         **options,
     }
-    return _trained(text, strategy, shape.n_peers, shape.n_rounds)
+    return trained(text, strategy, shape.n_peers, shape.n_rounds, averaging)
 
 
 def _loco_reference(text: Text, shape: Shape, tried: Try, **options: Any) -> nn.Module:
-    loco = Loco(
+    method = Loco(
         lr=tried.lr,
         outer_lr=tried.outer_lr,
         outer_momentum=tried.outer_momentum,
@@ -147,7 +165,7 @@ def _loco_reference(text: Text, shape: Shape, tried: Try, **options: Any) -> nn.
         **options,
     )
     return train_loco(
-        text, loco, n_peers=shape.n_peers, n_rounds=shape.n_rounds, schedule=linear(shape.n_rounds)
+        text, method, n_peers=shape.n_peers, n_rounds=shape.n_rounds, schedule=linear(shape.n_rounds)
     )
 
 
@@ -160,13 +178,13 @@ SPARSE: Final[dict[str, Any]] = {
 # ------------------------------------------------------------------------------------------- spsa
 
 
-def _spsa(text: Text, shape: Shape, tried: Try, *, alone: bool) -> Trained:
+def _spsa(text: Learnt, shape: Shape, tried: Try, *, alone: bool) -> Trained:
     # Without the rule a rate is one of the mean over all probes, as MeZO's.
     strategy = {"name": "spsa", "lr": tried.lr, "lr_scale": "none", "eps": 1e-3, "probes": PROBES}
-    return _trained(text, strategy, 1 if alone else shape.n_peers, shape.n_rounds)
+    return trained(text, strategy, 1 if alone else shape.n_peers, shape.n_rounds)
 
 
-def _mezo(text: Text, shape: Shape, tried: Try) -> nn.Module:
+def _mezo(text: Learnt, shape: Shape, tried: Try) -> nn.Module:
     return train_mezo(
         text,
         lr=tried.lr,
@@ -174,6 +192,14 @@ def _mezo(text: Text, shape: Shape, tried: Try) -> nn.Module:
         n_rounds=shape.n_rounds,
         n_probes=PROBES,
         schedule=linear(shape.n_rounds),
+    )
+
+
+def text_of(learns: Learns, shape: Shape, seed: int, device: str = "cpu") -> Learnt:
+    if learns == "labels":
+        return labels(shape.task, seed, device)
+    return (
+        shape.text(shape.task, seed, device=device) if learns == "text" else pretrained(shape, seed, device)
     )
 
 
@@ -186,7 +212,13 @@ def pretrained(shape: Shape, seed: int, device: str = "cpu") -> Text:
     return shape.text(shape.task.model_copy(update={"corpus": "stdlib"}), seed, base, device)
 
 
-def _trained(text: Text, strategy: Mapping[str, Any], n_peers: int, n_rounds: int) -> Trained:
+def trained(
+    text: Learnt,
+    strategy: Mapping[str, Any],
+    n_peers: int,
+    n_rounds: int,
+    averaging: MakeAveraging = no_averaging,
+) -> Trained:
     """By what a new run is that says so much."""
     return train(
         text,
@@ -195,6 +227,7 @@ def _trained(text: Text, strategy: Mapping[str, Any], n_peers: int, n_rounds: in
         n_rounds=n_rounds,
         schedule=linear(n_rounds),
         n_points=POINTS,
+        averaging=averaging,
     )
 
 
@@ -203,6 +236,7 @@ def _trained(text: Text, strategy: Mapping[str, Any], n_peers: int, n_rounds: in
 _RATES: Final = tuple(map(Try, (2e-3, 5e-4, 1e-3, 4e-3, 6e-3, 1e-2)))
 _SIGN_RATES: Final = tuple(map(Try, (5e-3, 2e-3, 1e-2, 1.5e-2, 2e-2, 4e-2)))
 _PROBE_RATES: Final = tuple(map(Try, (1e-2, 3e-3, 5e-3, 2e-2, 3e-2, 5e-2)))
+_LABEL_RATES: Final = tuple(map(Try, (5e-3, 1e-3, 2e-3, 3e-3, 8e-3, 1.2e-2)))
 _OUTER: Final = ((0.7, 0.6), (1.0, 0.0), (0.7, 0.9))
 _OUTER_TRIES: Final = tuple(Try(lr, *outer) for lr, outer in product((4e-3, 1e-2), _OUTER))
 _SPARSE_TRIES: Final = tuple(
@@ -210,21 +244,20 @@ _SPARSE_TRIES: Final = tuple(
 )
 
 METHODS: Final[dict[str, Method]] = {
-    "alone": Method(partial(_adamw, alone=True), None, _RATES),
-    "ddp": Method(partial(_adamw, alone=False), None, _RATES),
-    "decoupled": Method(_decoupled, _demo, _SIGN_RATES),
-    "diloco": Method(partial(_loco, **DENSE), _loco_reference, _OUTER_TRIES),
-    "muloco": Method(
-        partial(_loco, **DENSE, inner="muon"), partial(_loco_reference, muon=True), _OUTER_TRIES
-    ),
+    "alone": Method(partial(adamw, alone=True), None, _RATES),
+    "ddp": Method(partial(adamw, alone=False), None, _RATES),
+    "decoupled": Method(decoupled, _demo, _SIGN_RATES),
+    "diloco": Method(partial(loco, **DENSE), _loco_reference, _OUTER_TRIES),
+    "muloco": Method(partial(loco, **DENSE, inner="muon"), partial(_loco_reference, muon=True), _OUTER_TRIES),
     "sparseloco-all": Method(
-        partial(_loco, **SPARSE, mean="all"), partial(_loco_reference, k=K), _SPARSE_TRIES
+        partial(loco, **SPARSE, mean="all"), partial(_loco_reference, k=K), _SPARSE_TRIES
     ),
     "sparseloco": Method(
-        partial(_loco, **SPARSE), partial(_loco_reference, k=K, mean="senders"), _SPARSE_TRIES
+        partial(loco, **SPARSE), partial(_loco_reference, k=K, mean="senders"), _SPARSE_TRIES
     ),
-    "spsa-alone": Method(partial(_spsa, alone=True), None, _PROBE_RATES, fine_tunes=True),
-    "spsa": Method(partial(_spsa, alone=False), _mezo, _PROBE_RATES, fine_tunes=True),
+    "spsa-alone": Method(partial(_spsa, alone=True), None, _PROBE_RATES, "other text"),
+    "spsa": Method(partial(_spsa, alone=False), _mezo, _PROBE_RATES, "other text"),
+    "spsa-labels": Method(partial(_spsa, alone=False), _mezo, _LABEL_RATES, "labels"),
 }
 IN_LONG: Final = ("ddp", "decoupled", "muloco")
 

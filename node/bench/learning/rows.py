@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import inf, isfinite, sqrt
 from statistics import mean, stdev
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from ....compression.errors import ThinwireError
 from ...system.jobs import Call, Rows, Tell, Work, work_off
-from .methods import BETTER, METHODS, Shape, Try, pretrained
-from .text import Text
+from .methods import BETTER, Learns, Shape, Try, text_of
+from .text import Learnt
+from .tried import ROWS
 
 LEAST_NOISE: Final = 0.03
 """Nats per byte: what rounding to few bits and another tie make of a run's loss."""
@@ -78,7 +79,7 @@ class Row:
     held_out: dict[str, list[float]]
     bytes_per_step: float
     bytes_to_target: float | None
-    tuned: dict[str, dict[str, float]]
+    tuned: dict[str, dict[str, Any]]
     n_tries: int
     curves: list[Curve]
 
@@ -86,26 +87,29 @@ class Row:
 def rows_of(wanted: Wanted, tell: Tell = lambda _done: None) -> Rows[Row]:
     """In the order in which they end, with `bytes_to_target` open: see `with_targets`. `tell`: is told of
     every training."""
-    works = [_row(name, wanted) for name in METHODS if name in wanted.names]
+    works = [_row(name, wanted) for name in ROWS if name in wanted.names]
     for _, row in work_off(works, wanted.n_jobs, tell, preload=[__name__]):
         yield row
 
 
 def with_targets(rows: Iterable[Row]) -> list[Row]:
-    """In the order of `METHODS`."""
+    """In the order of `ROWS`."""
     known = {row.method: row for row in rows}
     targets = [loss + TARGET for loss in known["ddp"].held_out["ours"]] if "ddp" in known else []
     return [
-        replace(known[name], bytes_to_target=None if m.fine_tunes else _bytes_to(targets, known[name].curves))
-        for name, m in METHODS.items()
+        replace(
+            known[name],
+            bytes_to_target=_bytes_to(targets, known[name].curves) if m.learns == "text" else None,
+        )
+        for name, m in ROWS.items()
         if name in known
     ]
 
 
 def trained(training: Training) -> Ended:
     """The same in every process."""
-    method, shape, tried = METHODS[training.method], training.shape, training.tried
-    text = _text(shape, training.seed, training.device, method.fine_tunes)
+    method, shape, tried = ROWS[training.method], training.shape, training.tried
+    text = _text(shape, training.seed, training.device, method.learns)
     try:
         if training.side == "ours":
             found = method.ours(text, shape, tried)
@@ -119,14 +123,14 @@ def trained(training: Training) -> Ended:
 
 
 @cache
-def _text(shape: Shape, seed: int, device: str, is_other: bool) -> Text:
-    """Those that are fine-tuned on are made once in a process."""
-    return pretrained(shape, seed, device) if is_other else shape.text(shape.task, seed, device=device)
+def _text(shape: Shape, seed: int, device: str, learns: Learns) -> Learnt:
+    """Made once in a process."""
+    return text_of(learns, shape, seed, device)
 
 
 def _row(name: str, wanted: Wanted) -> Work[Row]:
     """First all that is tried, from the first seed, then the best of each side from the others."""
-    method, seeds = METHODS[name], range(1, wanted.n_seeds + 1)
+    method, seeds = ROWS[name], range(1, wanted.n_seeds + 1)
     tries = method.tries if wanted.tuned else method.tries[:1]
     sides: tuple[Side, ...] = ("ours",) if method.reference is None else ("ours", "reference")
 

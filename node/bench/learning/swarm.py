@@ -16,7 +16,8 @@ from ....compression.fingerprint import fingerprint, parameter_sum
 from ....optim.base import Closure, Share
 from ....optim.registry import build_strategy
 from ....optim.robust.weights import with_copies
-from .text import Schedule, Text, constant
+from .averaging import MakeAveraging, finished, no_averaging
+from .text import Learnt, Schedule, constant
 
 LAYOUT: Final = wire.layout_hash(b"thinwire bench learning")
 MAX_BYTES: Final = 2**32
@@ -35,17 +36,18 @@ class Trained:
 
 
 def train(
-    text: Text,
+    text: Learnt,
     strategy: Mapping[str, Any],
     *,
     n_peers: int,
     n_rounds: int,
     schedule: Schedule = constant,
     n_points: int = 1,
+    averaging: MakeAveraging = no_averaging,
 ) -> Trained:
-    """`schedule`: over rounds; `n_points`: of the curve. Every offer counts. Raises ConfigError, and
-    ThinwireError if replicas differ by a bit."""
-    peers = [_Peer(text, strategy, i) for i in range(n_peers)]
+    """`schedule`: over rounds; `n_points`: of the curve; `averaging`: of rounds, by all replicas alike. Every
+    offer counts. Raises ConfigError, and ThinwireError if replicas differ by a bit."""
+    peers = [_Peer(text, strategy, i, averaging) for i in range(n_peers)]
     payload_bytes, curve = 0, []
     for round_ in range(1, n_rounds + 1):
         factor = to_float32(schedule(round_))
@@ -57,12 +59,16 @@ def train(
             curve.append((payload_bytes / n_peers, peers[0].held_out()))
     if len({peer.fingerprint() for peer in peers}) != 1:
         raise ThinwireError("the replicas of a swarm in lockstep differ")
+    peers[0].average.finish()
     return Trained(peers[0].model, payload_bytes / n_peers, tuple(curve))
 
 
 class _Peer:
-    def __init__(self, text: Text, strategy: Mapping[str, Any], number: int) -> None:
+    def __init__(
+        self, text: Learnt, strategy: Mapping[str, Any], number: int, averaging: MakeAveraging
+    ) -> None:
         self.model, self.n_drawn = text.model(), 0
+        self.average = averaging(self.model)
         self._text, self._number = text, number
         self._strategy = build_strategy(strategy, self.model.named_parameters())
         self.model.train(self._strategy.needs_grad)
@@ -85,9 +91,11 @@ class _Peer:
             self._strategy.check(payload, turn)
             shares.append(Share(seed, 1, payload))
         self._strategy.apply(with_copies(shares, sent), turn, "counted")
+        self.average.stepped()
 
     def held_out(self) -> float:
-        loss = self._text.loss(self.model)
+        with finished(self.average, self.model):
+            loss = self._text.loss(self.model)
         self.model.train(self._strategy.needs_grad)
         return loss
 

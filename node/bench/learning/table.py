@@ -16,8 +16,9 @@ from ...system.jobs import Done, until_stopped
 from ...system.output import make_console, to_stderr, to_stdout
 from ...system.places import refuse_file
 from ...units import human_bytes
-from .methods import METHODS, Try
+from .methods import Try
 from .rows import Row, Wanted, broken, rows_of, with_targets
+from .tried import ROWS
 
 
 def learning_command(wanted: Wanted, *, as_json: bool, output: Path | None) -> int:
@@ -50,7 +51,7 @@ def learning_command(wanted: Wanted, *, as_json: bool, output: Path | None) -> i
     for words in wrong:
         to_stderr(f"does not hold: {words}")
     to_stderr(f"{cpu_s / 60:.1f} minutes of CPU time")
-    if n_left := len([name for name in METHODS if name in wanted.names]) - len(rows):
+    if n_left := len([name for name in ROWS if name in wanted.names]) - len(rows):
         to_stderr(f"Stopped: {n_left} of the rows are left out.")
     return stopped or int(bool(wrong))
 

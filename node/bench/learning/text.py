@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,19 @@ Weights = dict[str, Tensor]
 
 Schedule = Callable[[int], float]
 """The learning-rate factor of a round, or of a step, from 1 on."""
+
+
+class Learnt(Protocol):
+    """What a method is trained on: `Text`, or `labels.Labels`."""
+
+    @property
+    def seed(self) -> int: ...
+
+    def model(self) -> nn.Module: ...
+
+    def batch(self, model: nn.Module, peer: int, number: int) -> Closure: ...
+
+    def loss(self, model: nn.Module) -> float: ...
 
 
 class Text:

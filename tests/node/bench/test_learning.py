@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tests.learning.labels import VARIANTS, Result, trained
+from tests.learning.labels import markdown as labels_table
 from thinwire.node import config
+from thinwire.node.bench.learning.averaging import Gpa, Snoo, finished
 from thinwire.node.bench.learning.demo import decode, select
+from thinwire.node.bench.learning.labels import (
+    CONTEXT,
+    HELD_OUT_BYTES,
+    PROMPT,
+    SOURCES,
+    WINDOW,
+    WORDS,
+    Labels,
+    examples,
+    source,
+)
 from thinwire.node.bench.learning.loco import Loco, train_loco
-from thinwire.node.bench.learning.methods import METHODS, Shape, Try, pretrained
+from thinwire.node.bench.learning.methods import METHODS, Shape, Try, text_of
+from thinwire.node.bench.learning.mezo import Lozo
 from thinwire.node.bench.learning.rows import Row, Wanted, broken, noise, rows_of, with_targets
 from thinwire.node.bench.learning.swarm import train
 from thinwire.node.bench.learning.table import learning_command, markdown
@@ -49,11 +66,11 @@ def test_diloco_and_muloco_are_their_references_but_for_rounding(muon: bool, mom
     assert ours.payload_bytes > 3 * 4 * len(begun)
 
 
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.reference is not None])
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.reference and m.learns != "labels"])
 def test_every_row_learns_as_its_reference_does(name: str) -> None:
     method, tried = METHODS[name], Try(1e-2)
     assert method.reference is not None
-    text = pretrained(SHAPE, 1) if method.fine_tunes else Text(TASK, 1)
+    text = text_of(method.learns, SHAPE, 1)
     before = text.loss(text.model())
     ours = text.loss(method.ours(text, SHAPE, tried).model)
     reference = text.loss(method.reference(text, SHAPE, tried))
@@ -118,7 +135,7 @@ def row(method: str, ours: list[float], reference: list[float] | None = None) ->
         held_out=held_out,
         bytes_per_step=10.0,
         bytes_to_target=None,
-        tuned={"ours": {"lr": 1e-3, "outer_lr": 0.7, "outer_momentum": 0.6}},
+        tuned={"ours": {"lr": 1e-3, "outer_lr": 0.7, "outer_momentum": 0.6, "own": []}},
         n_tries=6,
         curves=[((0.0, 3.0), (10.0 * i, loss)) for i, loss in enumerate(ours, 1)],
     )
@@ -143,3 +160,97 @@ def test_what_does_not_hold_is_said() -> None:
         "muloco 2.300 is better than ddp 1.900",
     ]
     assert noise({"ours": [2.0, 2.6], "reference": [2.0, 2.2]}) == pytest.approx(0.4)
+
+
+# ------------------------------------------------------------------------------------------- what was tried
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_snoo_of_a_round_is_what_diloco_does_with_one_peer(muon: bool) -> None:
+    text, shape = Text(TASK, 1), {"n_peers": 1, "n_rounds": 3, "schedule": constant}
+    outer = Loco(lr=1e-2, outer_lr=0.7, outer_momentum=0.6, inner_steps=3, muon=muon)
+    plain = replace(outer, outer_lr=1.0, outer_momentum=0.0)
+    snoo = partial(Snoo, every=3, lr=0.7, momentum=0.6)
+    theirs = flat(train_loco(text, outer, **shape))  # type: ignore[arg-type]
+    ours = flat(train_loco(text, plain, **shape, averaging=snoo))  # type: ignore[arg-type]
+    assert (ours - theirs).norm() < 0.01 * (theirs - flat(text.model())).norm()
+
+
+def test_gpa_with_one_constant_is_nesterov() -> None:
+    """The sum of squares of a vector, at y: where torch's SGD has its parameters."""
+    models = [nn.Linear(4, 1, bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    begun = flat(models[0])
+    sgd = torch.optim.SGD(models[0].parameters(), lr=0.05 * (1 - 0.6), momentum=0.6, nesterov=True)
+    plain = torch.optim.SGD(models[1].parameters(), lr=0.05)
+    gpa = Gpa(models[1], mu_x=0.6, mu_y=0.6)
+    for _ in range(5):
+        for model, optimizer in zip(models, (sgd, plain), strict=True):
+            optimizer.zero_grad()
+            model.weight.square().sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        gpa.stepped()
+        assert torch.allclose(flat(models[1]), flat(models[0]), atol=1e-6)
+    assert flat(models[0]).norm() < 0.9 * begun.norm()
+    with finished(gpa, models[1]):
+        assert flat(models[1]).norm() > flat(models[0]).norm()  # x is behind y
+    assert torch.allclose(flat(models[1]), flat(models[0]), atol=1e-6)
+
+
+def test_lozos_directions_are_of_low_rank_and_share_a_factor_for_a_while() -> None:
+    model = nn.Linear(7, 5)
+    directions = Lozo(rank=2, interval=3).directions(model, torch.Generator().manual_seed(1))
+    drawn = [directions(round_)[:35].view(5, 7) for round_ in (1, 3, 4)]
+    assert [int(torch.linalg.matrix_rank(z)) for z in drawn] == [2, 2, 2]
+    assert int(torch.linalg.matrix_rank(torch.cat(drawn[:2]))) == 2
+    assert int(torch.linalg.matrix_rank(torch.cat(drawn[1:]))) == 4
+    assert len(directions(4)) == 40
+
+
+def test_every_row_that_was_tried_trains() -> None:
+    names = ["muloco-snoo", "diloco-gpa", "decoupled-gpa"]
+    wanted = Wanted(names=names, shape=replace(SHAPE, n_rounds=2), n_seeds=1, tuned=False)
+    rows = with_targets(rows_of(wanted))
+    assert {row.method: len(row.tuned["ours"]["own"]) for row in rows} == dict(
+        zip(names, (2, 3, 2), strict=True)
+    )
+    assert "lr 0.005, mu_x 0.9, mu_y 0.7" in markdown(rows)
+
+
+# ------------------------------------------------------------------------------------------- label words
+
+
+def test_batches_of_label_words_are_the_same_for_everybody_and_none_is_held_out() -> None:
+    begun = Text(TASK.model_copy(update={"context": CONTEXT}), 1).model().state_dict()
+    words, again = Labels(TASK, 1, begun), Labels(TASK, 1, begun)
+    model = words.model()
+    assert words.held_out(model) == again.held_out(again.model())
+    with torch.no_grad():
+        batches = [float(w.batch(model, peer, 1)()) for w, peer in ((words, 0), (again, 0), (words, 1))]
+    assert batches[0] == batches[1] != batches[2]
+    learnt, kept = (examples(np.random.default_rng(1), 32, is_held_out=held) for held in (False, True))
+    assert learnt.bytes_BT.shape == (32, CONTEXT + 1)
+    for label, row in zip(learnt.label_B.tolist(), learnt.bytes_BT.tolist(), strict=True):
+        assert bytes(row[-len(PROMPT) - 1 :]) == PROMPT + WORDS[label : label + 1]
+        assert bytes(row[:WINDOW]) in source(SOURCES[label])[:-HELD_OUT_BYTES]
+    for label, row in zip(kept.label_B.tolist(), kept.bytes_BT.tolist(), strict=True):
+        assert bytes(row[:WINDOW]) in source(SOURCES[label])[-HELD_OUT_BYTES:]
+
+
+def test_a_float_for_a_byte_changes_the_scalars_alone() -> None:
+    words = Labels(TASK, 1, Text(TASK.model_copy(update={"context": CONTEXT}), 1).model().state_dict())
+    both = [flat(trained(words, VARIANTS[name], 1e-3, n_probes=8)) for name in ("spsa", "spsa, float")]
+    begun = flat(words.model())
+    moved = [(model - begun).sign() for model in both]
+    assert not torch.equal(both[0], both[1])
+    assert (moved[0] == moved[1]).float().mean() > 0.9
+
+
+def test_a_table_of_label_words_has_paired_differences() -> None:
+    pairs = {"mezo": (0.3, 0.5), "spsa": (0.4, 0.7)}
+    results = [
+        Result(name, 1e-3, seed, loss, 0.9, 1.0)
+        for name, losses in pairs.items()
+        for seed, loss in enumerate(losses)
+    ]
+    assert "| spsa | 2 | 0.550 ± 0.150 | 90.0% | +0.150 ± 0.050 | 1.0 |" in labels_table(results)
