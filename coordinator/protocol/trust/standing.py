@@ -27,6 +27,10 @@ out after half as many failures; who is audited often and passes nearly always s
 FIRST_OFFERS: Final = 20
 """Of a newcomer: so many are audited at the rate for newcomers, or until an audit has passed."""
 
+SEASONED: Final = 10
+"""Counted offers in rounds with too few peers for audits: who has so many is known without one, in runs with
+`newcomers_budget`. There nobody can be found out anyway; those who come later are new."""
+
 USUAL_ROUNDS: Final = 2
 """After an offer that was drawn: its auditors have reported by then, if all goes well."""
 
@@ -89,6 +93,11 @@ class _Tried:
         """Whether the last audit that was decided before this round has passed."""
         return bisect_right(self.turns, round_) % 2 == 1
 
+    def season(self, next_round: int) -> None:
+        """As if an audit had passed, unless there was one."""
+        if not self.turns and self.passed == self.failed == 0:
+            self.turns.append(next_round)
+
     def has_failed(self, round_: int) -> bool:
         """Whether it has failed."""
         return bisect_right(self.falls, round_) % 2 == 1
@@ -129,6 +138,7 @@ class Standing:
         budget = 0 if rules is None else round(rules.newcomers_budget * rules.rate * ROUND)
         self._stock = Stock(budget) if budget > 0 else None
         self._fallen: set[int] = set()
+        self._among_few: Counter[int] = Counter()
         self._settled: int | None = None
         """The first round after one in which half of the peers were known: from then on others are new."""
 
@@ -146,7 +156,9 @@ class Standing:
         if self._rules is not None:
             self._peer_ids.update({a.index: a.peer_id for a in body.admitted})
             self._judge(self._rules)
-            self._settle(body)
+            if self._stock is not None:
+                self._season(body)
+                self._settle(body)
             self._draw(body, digest, self._rules)
 
     # -------------------------------------------------------------------------------------- what it says
@@ -184,9 +196,7 @@ class Standing:
     def new_among(self, body: CommitBody) -> frozenset[int]:
         """Peers with an offer in this commit, which is known, that are new in its round. In runs with
         `newcomers_budget` nobody is in a round that has too few peers for audits: there is no way out."""
-        condemned = self.condemned_in(body.round)
-        heard = {o.peer for o in body.offers if o.n_samples > 0 and o.peer not in condemned}
-        if self._stock is not None and len(heard) <= MIN_AUDITORS:
+        if self._stock is not None and len(self._heard_in(body)) <= MIN_AUDITORS:
             return frozenset()
         return frozenset(o.peer for o in body.offers if self.is_new_in(o.peer, body.round))
 
@@ -230,6 +240,8 @@ class Standing:
     def is_fresh(self, peer: int) -> bool:
         """Whether the peer has done little so far, and passed no audit."""
         tried = self._tried.get(peer)
+        if self._stock is not None and self.is_known(peer):
+            return False
         return self.work(peer) <= FIRST_OFFERS and (tried is None or not tried.is_vetted)
 
     def audited(self, peer: int) -> tuple[int, int]:
@@ -287,11 +299,24 @@ class Standing:
             if tried.is_too_much(rules, after):
                 self._condemn(judged.target, tried, rules)
 
+    def _heard_in(self, body: CommitBody) -> list[int]:
+        """Whose offers weigh something."""
+        condemned = self.condemned_in(body.round)
+        return [o.peer for o in body.offers if o.n_samples > 0 and o.peer not in condemned]
+
+    def _season(self, body: CommitBody) -> None:
+        heard = self._heard_in(body)
+        if len(heard) > MIN_AUDITORS:
+            return
+        self._among_few.update(heard)
+        for peer in heard:
+            if self._among_few[peer] == SEASONED:
+                self._tried.setdefault(peer, _Tried()).season(body.round + 1)
+
     def _settle(self, body: CommitBody) -> None:
-        if self._settled is None:
-            heard = [o.peer for o in body.offers if o.n_samples > 0 and not self.is_condemned(o.peer)]
-            if heard and 2 * sum(map(self.is_known, heard)) >= len(heard):
-                self._settled = body.round + 1
+        heard = self._heard_in(body)
+        if self._settled is None and heard and 2 * sum(map(self.is_known, heard)) >= len(heard):
+            self._settled = body.round + 1
 
     def _condemn(self, peer: int, tried: _Tried, rules: Rules) -> None:
         term = rules.window_rounds << min(tried.n_terms, MAX_DOUBLINGS)

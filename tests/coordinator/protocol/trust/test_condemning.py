@@ -12,7 +12,7 @@ from tests.support.audited_ledger import KEYS, PEERS, RUN, AuditedRun, Rules, ba
 from thinwire.coordinator.protocol.messages import AuditEntry, Verdict, digest_of, encode_record
 from thinwire.coordinator.protocol.trust.drawing import Draw
 from thinwire.coordinator.protocol.trust.judging import REPORT_ROUNDS
-from thinwire.coordinator.protocol.trust.standing import FIRST_OFFERS, Standing
+from thinwire.coordinator.protocol.trust.standing import FIRST_OFFERS, SEASONED, Standing
 
 PASSED, FAILED = Verdict.PASSED, Verdict.FAILED
 
@@ -240,6 +240,17 @@ def test_nobody_is_new_where_nobody_could_audit_it() -> None:
     assert run.standing.new_among(run.commit(absent={0})) == {4}
     assert run.standing.new_among(run.commit(absent={0, 1})) == frozenset()
     assert run.standing.new_among(run.commit()) == {4}
+
+
+def test_who_has_worked_among_too_few_for_audits_is_known_to_those_who_come_later() -> None:
+    run = AuditedRun(3, Rules(rate=0.01, newcomers_rate=1.0, newcomers_budget=10.0))
+    for _ in range(SEASONED):
+        assert not run.standing.new_among(run.commit())
+    run.n_peers = 12
+    assert run.standing.new_among(run.commit()) == set(range(3, 12))
+    run.live(10, lambda auditor, target: PASSED if (auditor < 3) == (target < 3) else FAILED)
+    assert run.standing.condemned_in(run.standing.round + 1) > set()
+    assert not any(run.standing.audited(peer)[1] for peer in range(3)), "newcomers alone fail nobody"
 
 
 def test_old_failures_are_forgotten() -> None:
