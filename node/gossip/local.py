@@ -31,6 +31,7 @@ class LocalNeighbours:
         self.inbox.max_bytes = max_bytes
         self.last: tuple[int, bytes] | None = None
         self._edges: dict[str, EdgeBytes] = {}
+        self._sent_in: dict[int, int] = {}
         with board.changed:
             board.peers[me] = self
 
@@ -42,6 +43,7 @@ class LocalNeighbours:
             for peer in to:
                 if (other := board.peers.get(peer)) is not None and board.is_open(peer):
                     self._count(peer, sent=len(data))
+                    self._sent_in[round_] = self._sent_in.get(round_, 0) + len(data)
                     other.take(self._me, round_, data)
             board.changed.notify_all()
 
@@ -75,6 +77,10 @@ class LocalNeighbours:
 
     def edges(self) -> Mapping[str, EdgeBytes]:
         return dict(self._edges)
+
+    def sent_until(self, round_: int) -> int:
+        """Bytes of all messages for the rounds up to that one; what is asked for later is not among them."""
+        return sum(n for r, n in list(self._sent_in.items()) if r <= round_)
 
     def rejected(self) -> Mapping[str, int]:
         return {str(why): n for why, n in self.inbox.rejected.items()}

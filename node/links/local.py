@@ -258,9 +258,8 @@ class LocalLink:
         self._peers: dict[int, str] = {}
         self._applied = 0
         limit = swarm.ledger.genesis.limits.max_payload_bytes
-        self.neighbours: NeighbourLink | None = LocalNeighbours(
-            swarm.board, peer_id, limit, self._count_neighbours
-        )
+        self._neighbours = LocalNeighbours(swarm.board, peer_id, limit, self._count_neighbours)
+        self.neighbours: NeighbourLink | None = self._neighbours
 
     @property
     def head(self) -> int:
@@ -384,6 +383,10 @@ class LocalLink:
             if session is not None:
                 self._swarm.call(lambda service, now_s: service.closed(self.peer_id, session, now_s))
             self._swarm.clock.notify(self._swarm.changed)
+
+    def sent_to_neighbours(self, until_round: int) -> int:
+        """Bytes of messages for neighbours, of the rounds up to that one."""
+        return self._neighbours.sent_until(until_round)
 
     def deliver(self, message: Message) -> None:
         """A message from the coordinator; called under the swarm's lock."""
