@@ -20,8 +20,8 @@ class NeighbourLink(Protocol):
     """A part of a link; from any thread, between its `open` and its `close`."""
 
     def send(self, round_: int, to: Sequence[str], data: bytes) -> None:
-        """Begins to send it to these members, who send one to this node. Returns at once; sends of an earlier
-        round end, done or not."""
+        """Begins to send it to these members, who send one to this node. Returns at once; what is under way
+        to a member comes to its end before, and of messages that wait the newest is sent."""
         ...
 
     def received(self, round_: int, awaited: Collection[str], timeout_s: float) -> list[tuple[str, bytes]]:

@@ -62,7 +62,9 @@ class NeighbourStreams:
         self._latest: tuple[int, bytes] | None = None
         self._streams: dict[str, Stream] = {}
         self._serving: Counter[str] = Counter()
-        self._sends: set[asyncio.Task[None]] = set()
+        self._pending: dict[str, tuple[int, bytes]] = {}
+        """What goes to a peer next: a newer message takes its place."""
+        self._senders: dict[str, asyncio.Task[None]] = {}
         self._gone: set[str] = set()
         """Of those that this round's message went to: it did not reach them."""
         self._changed = asyncio.Event()
@@ -71,7 +73,7 @@ class NeighbourStreams:
     def close(self) -> None:
         """Whoever waits wakes up."""
         self._is_closed = True
-        for task in self._sends:
+        for task in self._senders.values():
             task.cancel()
         for stream in self._streams.values():
             stream.abort()
@@ -81,11 +83,14 @@ class NeighbourStreams:
 
     def send(self, round_: int, to: Sequence[str], data: bytes) -> None:
         """See `NeighbourLink`."""
-        for task in self._sends:
-            task.cancel()
+        if self._is_closed:
+            return
         self.inbox.began(round_, to)
         self._latest, self._gone = (round_, data), set()
-        self._sends = {asyncio.create_task(self._send_to(peer, round_, data)) for peer in to}
+        self._pending = dict.fromkeys(to, (round_, data))
+        for peer in to:
+            if peer not in self._senders:
+                self._senders[peer] = asyncio.create_task(self._send_to(peer))
 
     async def received(
         self, round_: int, awaited: Collection[str], timeout_s: float
@@ -112,23 +117,27 @@ class NeighbourStreams:
         answers = await asyncio.gather(*asked)
         return [answer for answer in answers if answer is not None]
 
-    async def _send_to(self, peer: str, round_: int, data: bytes) -> None:
+    async def _send_to(self, peer: str) -> None:
+        """One message after the other, as long as there are any."""
         try:
-            for attempt in range(2):
+            while (message := self._pending.pop(peer, None)) is not None:
                 try:
-                    await self._put(peer, round_, data)
-                    break
-                except (OSError, EOFError, BadFrame):
+                    await self._put_again(peer, *message)
+                    self._gone.discard(peer)
+                except (SwarmUnreachable, BadMessage, OSError, EOFError, TimeoutError):
                     self._drop(peer)
-                    if attempt:  # that the other end has closed a kept stream shows when it is used
-                        raise
-        except (SwarmUnreachable, BadMessage, OSError, EOFError, TimeoutError):
+                    self._gone.add(peer)
+                    self._changed.set()
+        finally:
+            del self._senders[peer]
+
+    async def _put_again(self, peer: str, round_: int, data: bytes) -> None:
+        """Once more over a new stream: that the other end has closed a kept one shows when it is used."""
+        try:
+            await self._put(peer, round_, data)
+        except (OSError, EOFError, BadFrame):
             self._drop(peer)
-            self._gone.add(peer)
-            self._changed.set()
-        except asyncio.CancelledError:
-            self._drop(peer)
-            raise
+            await self._put(peer, round_, data)
 
     async def _put(self, peer: str, round_: int, data: bytes) -> None:
         stream = self._streams.get(peer)

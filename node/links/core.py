@@ -22,6 +22,7 @@ from ...coordinator.protocol.messages import (
     Digest,
     Evaluation,
     Follow,
+    Gossiping,
     Head,
     Heartbeat,
     Members,
@@ -60,13 +61,14 @@ _KEPT_AUDITS = 64
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What people are told of a node: what it trains on; how long the parts of its rounds take, and how large
-    it has seen some peers' payloads (called in the link's thread, with every heartbeat). `agent`: see
-    `Hello`."""
+    """What people are told of a node: what it trains on; how long the parts of its rounds take, how large it
+    has seen some peers' payloads, and how its model mixes (called in the link's thread, with every
+    heartbeat). `agent`: see `Hello`."""
 
     device: str = ""
     phases: Callable[[], Phases | None] = lambda: None
     sizes: Callable[[], tuple[PeerSize, ...]] = tuple
+    gossip: Callable[[], Gossiping | None] = lambda: None
     agent: str = "thinwire"
 
 
@@ -200,6 +202,7 @@ class LinkCore:
             payload_bytes=self.offers.payload_bytes,
             phases=self._about.phases(),
             sizes=self._about.sizes(),
+            gossip=self._about.gossip(),
         )
 
     def last_heard_s(self) -> float:
