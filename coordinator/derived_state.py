@@ -17,7 +17,7 @@ from .ledger import Ledger
 from .observe.page_history import PageHistory
 from .observe.peer_sizes import PeerSizes
 from .observe.run_statistics import RunStatistics
-from .protocol.messages import AccessEntry, Commit, CommitBody, CommitteeEntry, Rejected
+from .protocol.messages import AccessEntry, Commit, CommitBody, CommitteeEntry, Gossiping, Rejected
 from .protocol.settings import Course, Keep
 from .protocol.trust.governing import Governing
 from .protocol.trust.standing import Standing
@@ -71,6 +71,8 @@ class DerivedState:
         self.standing = Standing(ledger.run_id, course.settings.audits)
         self.audits = AuditReports(self.standing, ledger.peer_id, rejected)
         self.peer_sizes = PeerSizes(self.standing.has_worked, self.statistics.has_offered)
+        self.gossip: dict[int, Gossiping] = {}
+        """What nodes have told of their exchanges with neighbours, by index."""
         self.retention = PayloadRetention(blobs, course.run.snapshot_every, name, keep, self.standing)
         snapshots, trend = self.retention.snapshots, self.page_history.trend
         self.reports = Reports(ledger, self.statistics, trend, snapshots, self.standing, rejected, course)

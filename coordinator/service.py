@@ -253,6 +253,8 @@ class Service:
                 self._parts.derived.statistics.heartbeat(index, message)
                 self._parts.derived.page_history.beat(index, message)
                 self._parts.derived.peer_sizes.heard(index, message.sizes, now_s)
+                if message.gossip is not None:
+                    self._parts.derived.gossip[index] = message.gossip
             case _:
                 text = f"{type(message).__name__} is not for the coordinator"
                 raise self._admission.refused("wrong_message", BadMessage(text))

@@ -55,6 +55,8 @@ class LocalWork:
         self._precision = precision
         self._turn: Turn | None = None
         self._n_drawn = self._n_tokens = self._n_tokens_ahead = 0
+        self.own_held_out: float | None = None
+        """What `evaluate_own` has found last."""
         ranks = replica.strategy.ranks
         self._split = () if ranks.count == 1 else (ranks.index, ranks.count)
         if self._split and "ranks" not in inspect.signature(task.draw).parameters:
@@ -138,6 +140,17 @@ class LocalWork:
         self._set_mode()
         ranks = self._replica.strategy.ranks
         return ranks.sums([loss])[0] / ranks.count
+
+    def evaluate_own(self) -> float | None:
+        """The same of this peer's own model; None: it has none but the replica."""
+        strategy, model = self._replica.strategy, self._replica.model
+        if not strategy.has_own_model:
+            return None
+        model.eval()
+        with torch.no_grad(), strategy.own_model():
+            self.own_held_out = self.task.evaluate(model, *self._split)
+        self._set_mode()
+        return self.own_held_out
 
     def _draw(self) -> Closure:
         assert self._turn is not None

@@ -13,6 +13,7 @@ import torch
 
 from ..coordinator.protocol.messages import BlobRef, GenesisBody, Welcome
 from .config import RunConfig, parse_config
+from .gossip.swarm import meet_neighbours
 from .history import History
 from .links.base import Link
 from .local_work import LocalWork
@@ -110,6 +111,7 @@ def prepare_run(
         replica = build_replica(link.run_id, body, task, link.peer_id, device)
     else:
         replica = leader.replica(link.run_id, body, link.peer_id, task)
+    meet_neighbours(replica, link.neighbours)
     blobs, fetched = KeptBlobs(link, folder), KeptBlobs(link, None)
     texts = (
         _download(fetched, body.corpus, "text"),

@@ -53,5 +53,7 @@ class Reporter:
         """The held-out loss of the replica, in nats."""
         round_, loss = self._run.replica.round, self._run.work.evaluate()
         self._observer.measured_held_out(round_, loss)
-        log.info("round %d: held-out loss %.4f", round_, loss)
+        own = self._run.work.evaluate_own()
+        also = "" if own is None else f"; of this node's own model {own:.4f}"
+        log.info("round %d: held-out loss %.4f%s", round_, loss, also)
         return loss

@@ -239,7 +239,7 @@ def _shared(options: Options, metrics: NodeMetrics, limit: UploadLimit | None) -
         "patience_s": options.patience_s,
         "limit": limit,
         "metrics": metrics.text,
-        "about": About(in_words(options.devices()), metrics.phases, metrics.sizes.next),
+        "about": About(in_words(options.devices()), metrics.phases, metrics.sizes.next, metrics.gossip),
     }
 
 

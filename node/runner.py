@@ -17,6 +17,7 @@ from ..coordinator.protocol.messages import GenesisBody, NodeState, as_text
 from .config import RunConfig
 from .evaluation.supervising import Evaluations
 from .following import LedgerFollower
+from .gossip.telling import gossiping
 from .healing import Healer
 from .joining import Joiner
 from .links.base import Link
@@ -147,6 +148,7 @@ class Runner:
         except Exception as e:
             self._leave(e)
             raise
+        self.metrics.gossip_told = partial(gossiping, run)
         self._on_prepared(self)
         statistics = RoundStatistics(run, self.metrics, self._tracks)
         with self._publisher(run) as publisher:

@@ -289,6 +289,17 @@ class Strategy(torch.optim.Optimizer):
         strategies that train others in it between calls of `step`."""
         yield
 
+    @property
+    def has_own_model(self) -> bool:
+        """Whether this peer keeps parameters of its own from round to round that are not the replica's, for
+        their own sake."""
+        return False
+
+    @contextmanager
+    def own_model(self) -> Iterator[None]:
+        """The model has those meanwhile, to be evaluated or saved."""
+        yield
+
     def begin(self) -> None:
         """Before round 1: the replicated state beside the parameters is zero again."""
         for p in self.parameters_in_order():

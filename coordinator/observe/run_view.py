@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from ..derived_state import DerivedState
@@ -66,6 +67,7 @@ class RunView:
             "admission": {"mode": self._gate.mode, "banned": sorted(self._gate.banned)[:SHOWN_BANNED]},
             "since_start": self._counters.figures(),
             "ledger_bytes": self._ledger.n_bytes,
+            "gossip": self._gossip(),
             **self._loss_unit.figures(),
             **self._derived.retention.figures(self._members.connected()),
             **self._derived.statistics.figures(),
@@ -104,6 +106,18 @@ class RunView:
             if self._members.takes_part(index) or self._derived.statistics.has_offered(index)
         }
 
+    def _gossip(self) -> dict[str, Any] | None:
+        """How far the models of peers are apart, as they tell it; None: nobody has one of its own."""
+        told = [g for index, g in self._derived.gossip.items() if self._derived.statistics.has_offered(index)]
+        if not told:
+            return None
+        distances = [g.distance for g in told if g.distance is not None]
+        return {
+            "merged": max(g.merged for g in told),
+            "distance": median(distances) if distances else None,
+            "own_held_out": [g.own_held_out for g in told if g.own_held_out is not None],
+        }
+
     def peer(self, index: int, peer_id: str, now_s: float) -> dict[str, Any]:
         """JSON-able: what the status says of one."""
         seen_s = self._members.seen_s(index)
@@ -115,4 +129,5 @@ class RunView:
             "last_seen_s": None if seen_s is None else max(0.0, now_s - seen_s),
             **self._derived.statistics.peer(index).figures(),
             **self._trust.of(index, now_s),
+            "gossip": None if (told := self._derived.gossip.get(index)) is None else told.model_dump(),
         }

@@ -605,18 +605,43 @@ class PeerSize(Record):
     clipped: Annotated[int, Field(ge=0, le=100)]
 
 
+MAX_EDGES: Final = 16
+"""Neighbours that a heartbeat tells of: those that were last met."""
+
+
+class EdgeEntry(Record):
+    """Bytes of the messages that a node and a neighbour in gossip have sent each other so far."""
+
+    peer: Index
+    sent: Count
+    received: Count
+
+
+class Gossiping(Record):
+    """What a node in gossip tells people. `round`: of its last exchange; `merged`: the last round that has
+    changed the reference model, 0: it is untrained. `distance`: L2, of its own model from the median
+    neighbour's. `own_held_out`: the held-out loss of its own model, when it last looked. None: not known."""
+
+    round: Round
+    merged: Round
+    distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
+    own_held_out: Annotated[float, Field(allow_inf_nan=False)] | None
+    edges: Annotated[tuple[EdgeEntry, ...], Field(max_length=MAX_EDGES)]
+
+
 class Heartbeat(Message):
     """Node to coordinator every `heartbeat_s`, and back: totals so far, for people and metrics; from nodes
-    also `sizes` of some peers."""
+    also `sizes` of some peers, and where they have models of their own how they mix."""
 
     tag = 10
-    n_younger = 1
+    n_younger = 2
     round: Round
     sent_bytes: Count
     received_bytes: Count
     payload_bytes: Count
     phases: Phases | None = None
     sizes: Annotated[tuple[PeerSize, ...], Field(max_length=MAX_SIZES)] = ()
+    gossip: Gossiping | None = None
 
 
 class Offered(Message):

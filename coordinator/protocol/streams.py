@@ -1,8 +1,8 @@
 """Bounded frames on a binary stream: u32 length of the body, u8 kind, body. All bytes are counted.
 
-Three protocols use them. A session carries messages both ways; a blob stream serves one request after the
-other; a status stream answers questions for people. Who the other end is was proved by libp2p; nothing that
-a frame says can change it.
+Four protocols use them. A session carries messages both ways; a blob stream serves one request after the
+other; a gossip stream takes what neighbours send; a status stream answers questions for people. Who the other
+end is was proved by libp2p; nothing that a frame says can change it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ SESSION = "thinwire/1/session"
 BLOB = "thinwire/1/blob"
 STATUS = "thinwire/1/status"
 SEAT = "thinwire/1/seat"
+GOSSIP = "thinwire/1/gossip"
 
 HEADER = struct.Struct(">IB")
 CHUNK_BYTES = 64 * 2**10
 _PIECE_BYTES = 256 * 2**10
 
-TrafficKind = Literal["payload", "snapshot", "ledger", "control", "heartbeat"]
-PURPOSES: tuple[TrafficKind, ...] = ("payload", "snapshot", "ledger", "control", "heartbeat")
+TrafficKind = Literal["payload", "snapshot", "ledger", "control", "gossip", "heartbeat"]
+PURPOSES: tuple[TrafficKind, ...] = ("payload", "snapshot", "ledger", "control", "gossip", "heartbeat")
 
 
 class FrameKind(IntEnum):
@@ -54,6 +55,8 @@ class FrameKind(IntEnum):
     DONE = 9  # answer to PUT: the blob is stored
     ASK = 10  # token: asks for the status
     STATUS = 11  # the status as JSON
+    MODEL = 12  # u32 round and u64 size of what a neighbour is sent, then chunks follow
+    LATEST = 13  # asks for what was last sent to neighbours
 
 
 FrameLimits = Mapping[FrameKind, int]

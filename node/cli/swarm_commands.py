@@ -26,12 +26,13 @@ class Demo:
     Ends by itself (about a minute on 2 idle cores). Nothing is downloaded and nothing is left behind.
     """
 
-    strategy: Literal["decoupled", "spsa"] = "decoupled"
+    strategy: Literal["decoupled", "spsa", "gossip"] = "decoupled"
     """decoupled: train from scratch, sending the fast part of the momentum. spsa: train like that for a
-    moment, then fine-tune on other text with one byte per probe."""
+    moment, then fine-tune on other text with one byte per probe. gossip: every peer has a model of its own,
+    which it mixes with its neighbours'."""
     peers: Annotated[int, arg(metavar="N")] = 4
     rounds: Annotated[int | None, arg(metavar="N")] = None
-    """Rounds to train. Default: 120 (decoupled), 55 (spsa)."""
+    """Rounds to train. Default: 120 (decoupled), 55 (spsa), 60 (gossip, of 4 steps each)."""
     ranks: Annotated[str, arg(metavar="N,M,...")] = "1"
     """Ranks of the nodes, over and over: with 1,2 every other node shards its model over two processes."""
     coordinators: Annotated[int, arg(metavar="N")] = 1
@@ -60,7 +61,7 @@ class Demo:
             raise ConfigError("--coordinators: 1, 3 (go on when one is lost) or 5 (when two are)")
         if self.rounds is not None and self.rounds < 5:
             raise ConfigError("--rounds: at least 5, or there is nothing to see")
-        rounds = self.rounds or {"decoupled": 120, "spsa": 55}[self.strategy]
+        rounds = self.rounds or {"decoupled": 120, "spsa": 55, "gossip": 60}[self.strategy]
         http = http_address(self.http, self.http_token, self.http_host)
         refuse_http(http)
         with stop_on_signals() as stop:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.figures import counted, figures_in_words, human_seconds
+from ..gossip.words import gossip_figures, gossip_in_words
 from ..states.opening import open_state
 from ..system.output import UNBOUNDED, make_console, shown, to_stdout
 from ..units import bytes_beside_ddp, human_bytes, human_loss
@@ -76,7 +77,7 @@ def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
         return Group(*seats, *said)
     lines: list[RenderableType] = [Text(shown(headline(status))), *seats, _PeerTable(status)]
     lines += [Text(shown(f"changed: {text}")) for text in status.get("changes", [])[-CHANGES_SHOWN:]]
-    lines += [Text(shown(line)) for line in evaluations_in_words(status)]
+    lines += [Text(shown(line)) for line in (*gossip_in_words(status), *evaluations_in_words(status))]
     lines += [Text(shown(line), style="bold red") for line in trust_in_words(status)]
     lines += [Text(shown(note), style="yellow") for note in (whose, *notes) if note is not None]
     for error in status.get("errors", [])[-3:]:
@@ -206,6 +207,7 @@ def figures(
         "sent_bytes_per_peer_round": round(sum(p["sent_bytes"] for p in peers) / max(1, offers), 1),
         "ddp_bytes_per_peer_round": end["ddp_bytes_per_peer_round"],
         "faults": list(faults),
+        **({} if (gossip := gossip_figures(end)) is None else {"gossip": gossip}),
     }
 
 

@@ -285,6 +285,7 @@ class _Training:
     def _nodes(self, swarm: LocalSwarm) -> tuple[Reader, list[Peer]]:
         """With open links."""
         comparison, n_peers = self.comparison, self.comparison.peers_of(self.plan)
+        links = [swarm.link(f"peer-{i}") for i in range(n_peers)]
         reader = Reader(
             swarm.link("reader"),
             self.genesis.body,
@@ -293,10 +294,11 @@ class _Training:
             n_peers=n_peers,
             samples_per_step=comparison.samples_per_step,
             is_alone=self.plan.is_alone,
+            to_neighbours=lambda round_: sum(link.sent_to_neighbours(round_) for link in links),
         )
         peers = [
-            Peer(swarm.link(f"peer-{i}"), comparison.import_path, comparison.seed, own)
-            for i, own in zip(range(n_peers), comparison.own_data, strict=False)
+            Peer(link, comparison.import_path, comparison.seed, own)
+            for link, own in zip(links, comparison.own_data, strict=False)
         ]
         for link in (reader.link, *(peer.link for peer in peers)):
             link.open()  # admitted in this order: it is the first one that evaluates round 0
@@ -328,7 +330,7 @@ class _Training:
             plan=self.plan,
             curve=tuple(reader.curve),
             phases={phase: typical([peer.stopwatch for peer in peers], phase) for phase in PHASES},
-            sent_bytes=0 if self.plan.is_alone else sent["payload"],
+            sent_bytes=0 if self.plan.is_alone else sent["payload"] + sent["gossip"],
             all_sent_bytes=0 if self.plan.is_alone else sent.total(),
             ddp_bytes_per_step=self.comparison.ddp_bytes_per_step,
             fingerprints=tuple(replica.fingerprint().hex() for replica in replicas),

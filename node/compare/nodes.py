@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 
@@ -22,7 +23,8 @@ from ..tasks.registry import make_task
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The replica after a round: what every peer has done for it (on average), and the held-out loss."""
+    """The replica after a round: what every peer has done for it (on average), and the held-out loss.
+    `payload_bytes`: what it has sent to neighbours is among them."""
 
     round: int
     steps: float
@@ -108,12 +110,14 @@ class Reader:
         n_peers: int,
         samples_per_step: int,
         is_alone: bool = False,
+        to_neighbours: Callable[[int], int] = lambda _round: 0,
     ) -> None:
-        """`every`: rounds between evaluations; `is_alone`: what the one peer offers goes nowhere."""
+        """`every`: rounds between evaluations; `is_alone`: what the one peer offers goes nowhere;
+        `to_neighbours`: bytes that all peers have sent to neighbours, up to a round."""
         self.link, self.curve = link, list[Point]()
         self._every, self._n_peers, self._samples_per_step = every, n_peers, samples_per_step
         self._samples = self._tokens = self._payload_bytes = 0
-        self._body, self._is_alone = body, is_alone
+        self._body, self._is_alone, self._to_neighbours = body, is_alone, to_neighbours
         config = parse_config(body.config)
         self._rounds = config.run.rounds
         self._task = make_task(config.task, import_path, None)
@@ -148,6 +152,7 @@ class Reader:
         self.link.state(NodeState.JOINING, needs_after=round_)
 
     def _evaluate(self) -> None:
+        sent_bytes = self._payload_bytes + self._to_neighbours(self.replica.round)
         held_out = self._work.evaluate()
         if not isfinite(held_out):
             raise ReplicaDiverged(f"the held-out loss is non-finite after round {self.replica.round}")
@@ -156,7 +161,7 @@ class Reader:
                 round=self.replica.round,
                 steps=self._samples / self._n_peers / self._samples_per_step,
                 tokens=self._tokens / self._n_peers,
-                payload_bytes=self._payload_bytes / self._n_peers,
+                payload_bytes=sent_bytes / self._n_peers,
                 held_out=held_out,
             )
         )

@@ -13,7 +13,7 @@ from ..doctor.compiling import compile_kernels
 from ..system.command_name import as_typed
 from ..system.output import make_console
 from ..system.processes import Children
-from ..units import bytes_beside_ddp, human_loss
+from ..units import bytes_beside_ddp, human_bytes, human_loss
 from .plan import DemoPlan
 from .swarm import DemoSwarm
 
@@ -52,6 +52,9 @@ def _sum_up(console: Console, plan: DemoPlan, result: Mapping[str, Any]) -> None
         f"Per peer and round: {bytes_beside_ddp(payload, sent, ddp)}.",
     ]
     lines += [_told(fault) for fault in result["faults"]]
+    if (gossip := result.get("gossip")) is not None:
+        each = [human_bytes(n) for _, _, n in gossip["edges"]]
+        lines.append(f"Neighbours have exchanged, both ways: {', '.join(each)}; merged after the last round.")
     other = (
         "thinwire demo --strategy spsa                     fine-tuning with one byte per probe"
         if plan.strategy == "decoupled"

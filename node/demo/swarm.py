@@ -32,6 +32,11 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "strategy.compressor": {"name": "dct_topk", "k": 32, "group_size": 4096, "bits": 1},
         "schedule": {"name": "linear", "warmup_rounds": 10, "final_factor": 0.1},
     },
+    "gossip": {
+        "task": {"name": "text", "corpus": "pydoc"},
+        "strategy": {"name": "gossip", "lr": 2e-3, "inner_steps": 4, "topology": "ring", "merge_every": 15},
+        "schedule": {"name": "linear", "warmup_rounds": 4, "final_factor": 0.1},
+    },
     "spsa": {
         "task": {"name": "text", "corpus": "stdlib"},
         "strategy": {"name": "spsa", "lr": 5e-5, "eps": 1e-3, "probes": 16},

@@ -22,6 +22,7 @@ from ...coordinator.protocol.messages import (
     Verdict,
     Welcome,
 )
+from ..gossip.base import NeighbourLink
 
 
 class Lied(SwarmUnreachable):
@@ -72,6 +73,8 @@ class Link(Protocol):
     """This node's, as the others know it."""
     run_id: bytes
     """BLAKE3 of record 0, 32 bytes; known from the ticket."""
+    neighbours: NeighbourLink | None
+    """Messages from node to node, for gossip; None: this network carries none."""
 
     def open(self) -> Welcome:
         """Connects, authenticates and returns record 0 and where the ledger stands.

@@ -30,7 +30,7 @@ from ...coordinator.protocol.messages import (
     Welcome,
 )
 from ...coordinator.protocol.patience import Patience
-from ...coordinator.protocol.streams import BLOB, FROM_COORDINATOR, SESSION, Meter, Stream, Throttle
+from ...coordinator.protocol.streams import BLOB, FROM_COORDINATOR, GOSSIP, SESSION, Meter, Stream, Throttle
 from ...coordinator.protocol.ticket import Ticket
 from ...coordinator.protocol.transport import Transport
 from .finding import Found, NobodyLeads, find_leader
@@ -306,6 +306,7 @@ class CoordinatorSession:
         if self._transport is None:
             self._transport = await self._open_transport()
             await self._transport.handle(BLOB, self._handler.serve_blobs)
+            await self._transport.handle(GOSSIP, self._handler.serve_neighbours)
         return self._transport
 
     # -------------------------------------------------------------------------------- keeping it alive

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ...compression.errors import LedgerCorrupt, ThinwireError
+from ...compression.errors import LedgerCorrupt, SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.exposition import packed
 from ...coordinator.protocol.ledger_copy import LedgerCopy
 from ...coordinator.protocol.messages import (
@@ -22,6 +22,7 @@ from ...coordinator.protocol.messages import (
     Digest,
     Evaluation,
     Follow,
+    Gossiping,
     Head,
     Heartbeat,
     Members,
@@ -36,9 +37,10 @@ from ...coordinator.protocol.messages import (
     State,
     Welcome,
 )
-from ...coordinator.protocol.streams import BLOB, Meter
+from ...coordinator.protocol.streams import BLOB, GOSSIP, Meter, Stream
 from ...coordinator.protocol.ticket import Ticket
 from ...coordinator.protocol.trust.signed_offers import signed
+from ..gossip.streams import NeighbourStreams
 from .blob_client import BlobClient
 from .blob_fetcher import BlobFetcher
 from .blob_server import BlobServer
@@ -59,22 +61,24 @@ _KEPT_AUDITS = 64
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What people are told of a node: what it trains on; how long the parts of its rounds take, and how large
-    it has seen some peers' payloads (called in the link's thread, with every heartbeat). `agent`: see
-    `Hello`."""
+    """What people are told of a node: what it trains on; how long the parts of its rounds take, how large it
+    has seen some peers' payloads, and how its model mixes (called in the link's thread, with every
+    heartbeat). `agent`: see `Hello`."""
 
     device: str = ""
     phases: Callable[[], Phases | None] = lambda: None
     sizes: Callable[[], tuple[PeerSize, ...]] = tuple
+    gossip: Callable[[], Gossiping | None] = lambda: None
     agent: str = "thinwire"
 
 
 class LinkCore:
     """The `SessionHandler` of a node's session with its coordinator. Lives in the event loop.
 
-    Its parts: `commits` that are followed, `offers` that are made, `blobs` that are fetched, and what is
-    `served`, and the payloads that are `kept`. Of these `commits.head`, `kept.__contains__`,
-    `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are used from any thread.
+    Its parts: `commits` that are followed, `offers` that are made, `blobs` that are fetched, what is
+    `served`, payloads that are `kept`, and `neighbours` in gossip. Of these `commits.head`,
+    `kept.__contains__`, `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are used from any
+    thread.
 
     `copy_path`: where the copy of the ledger is on disk, if it is. `key`, `metrics`: see `RemoteLink`.
     """
@@ -112,6 +116,7 @@ class LinkCore:
         self.served = Served(self.kept, self._has_time_for)
         throttle = None if limit is None else limit.served
         self._server = BlobServer(self.served, self._members, meter, throttle, self._seats)
+        self.neighbours = NeighbourStreams(self._to_neighbour, self._members, peer_id, meter, throttle)
         self.commits = CommitFeed(copy, self._payloads, mailbox)
         self.offers = OfferSender(coordinator, self._uploads, self._payloads, mailbox)
         self._state = NodeState.JOINING
@@ -130,6 +135,7 @@ class LinkCore:
         self.commits.heard_of(welcome.head_round)
         limits = welcome.body.limits
         self._payloads.max_offers, self._payloads.max_bytes = limits.max_peers, limits.max_payload_bytes
+        self.neighbours.inbox.max_bytes = limits.max_payload_bytes
         return welcome
 
     async def close(self, say_goodbye: bool) -> None:
@@ -138,6 +144,7 @@ class LinkCore:
             self.say_state(NodeState.LEAVING, None)
         await self._coordinator.close(say_goodbye=say_goodbye)
         self._uploads.close()
+        self.neighbours.close()
         self.blobs.close()
         self._payloads.close()
 
@@ -195,6 +202,7 @@ class LinkCore:
             payload_bytes=self.offers.payload_bytes,
             phases=self._about.phases(),
             sizes=self._about.sizes(),
+            gossip=self._about.gossip(),
         )
 
     def last_heard_s(self) -> float:
@@ -217,6 +225,7 @@ class LinkCore:
             case Members(members=members):
                 self._members.update({m.peer_id: m.addresses for m in members})
                 self.blobs.members_changed()
+                self.neighbours.keep_only(self._members.all())
             case Notice(text=text, warning=warning):
                 self.tell(text, warning)
             case AskMetrics():
@@ -229,6 +238,11 @@ class LinkCore:
         self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         await self._server.serve(peer_id, reader, writer)
+
+    async def serve_neighbours(
+        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        await self.neighbours.serve(peer_id, reader, writer)
 
     def tell(self, text: str, warning: bool) -> None:
         self._mailbox.put_event(text, warning)
@@ -246,6 +260,13 @@ class LinkCore:
         self._coordinator.is_up.set()  # wakes downloads, which look at the error
 
     # ------------------------------------------------------------------------------------------- within
+
+    async def _to_neighbour(self, peer_id: str) -> Stream:
+        """Raises SwarmUnreachable."""
+        addresses = self._members.addresses(peer_id)
+        if addresses is None:
+            raise SwarmUnreachable(f"{peer_id} is not connected to the swarm")
+        return await self._coordinator.open_stream_to(peer_id, addresses, GOSSIP)
 
     async def _say_metrics(self) -> None:
         try:

@@ -50,6 +50,8 @@ from ...coordinator.protocol.trust.audits import sign_audit
 from ...coordinator.quorum.log import Log
 from ...coordinator.service import Service
 from ...optim.registry import check_changes
+from ..gossip.base import NeighbourLink
+from ..gossip.local import LocalBoard, LocalNeighbours
 from .base import Lied, LinkEvent, Shelf, Traffic
 from .payloads import PayloadCache, Served
 
@@ -122,6 +124,7 @@ class LocalSwarm:
         self._links: dict[str, LocalLink] = {}
         self._sessions = count(1)
         self._is_closed = False
+        self.board = LocalBoard(lambda peer_id: self.link_of(peer_id) is not None)
         self.service = Service(
             ledger=ledger,
             blobs=blobs,
@@ -254,6 +257,9 @@ class LocalLink:
         self._events: deque[LinkEvent] = deque(maxlen=1000)
         self._peers: dict[int, str] = {}
         self._applied = 0
+        limit = swarm.ledger.genesis.limits.max_payload_bytes
+        self._neighbours = LocalNeighbours(swarm.board, peer_id, limit, self._count_neighbours)
+        self.neighbours: NeighbourLink | None = self._neighbours
 
     @property
     def head(self) -> int:
@@ -378,6 +384,10 @@ class LocalLink:
                 self._swarm.call(lambda service, now_s: service.closed(self.peer_id, session, now_s))
             self._swarm.clock.notify(self._swarm.changed)
 
+    def sent_to_neighbours(self, until_round: int) -> int:
+        """Bytes of messages for neighbours, of the rounds up to that one."""
+        return self._neighbours.sent_until(until_round)
+
     def deliver(self, message: Message) -> None:
         """A message from the coordinator; called under the swarm's lock."""
         if not isinstance(message, Heartbeat):
@@ -487,6 +497,10 @@ class LocalLink:
         if link is None:
             raise SwarmUnreachable(f"{holder} is not connected to the swarm")
         return link.give(digest, kind)
+
+    def _count_neighbours(self, sent: int, received: int) -> None:
+        self.sent["gossip"] += sent
+        self.received["gossip"] += received
 
     def _count(self, counter: Counter[str], kind: str, message: Message) -> None:
         counter[kind] += len(encode_message(message))

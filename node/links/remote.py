@@ -31,6 +31,9 @@ from ...coordinator.protocol.messages import (
 from ...coordinator.protocol.streams import Meter, TrafficKind
 from ...coordinator.protocol.ticket import Ticket
 from ...coordinator.protocol.trust.audits import sign_audit
+from ..gossip.base import NeighbourLink
+from ..gossip.remote import RemoteNeighbours
+from ..gossip.streams import NeighbourStreams
 from .base import LinkEvent, Shelf, Traffic
 from .coordinator_session import OpenTransport
 from .core import About, LinkCore
@@ -79,6 +82,7 @@ class RemoteLink:
         self._core: LinkCore | None = None
         self._copy: LedgerCopy | None = None
         self._copy_path = None if self.run_folder is None else self.run_folder / COPY_NAME
+        self.neighbours: NeighbourLink | None = RemoteNeighbours(_InLoop(self))
 
     # ----------------------------------------------------------------------------- the node's thread
 
@@ -249,6 +253,23 @@ class RemoteLink:
             if self._is_closed:
                 raise SwarmUnreachable("the link was closed") from e
             raise
+
+
+class _InLoop:
+    """How the link's neighbours are reached, see `InLoop`."""
+
+    def __init__(self, link: RemoteLink) -> None:
+        self._link = link
+
+    def soon(self, work: Callable[[NeighbourStreams], object]) -> None:
+        self._link._soon(lambda core: work(core.neighbours))
+
+    def wait(self, work: Callable[[NeighbourStreams], Coroutine[Any, Any, Any]]) -> Any:
+        return self._link._wait(work(self._link._opened().neighbours))
+
+    def now(self) -> NeighbourStreams | None:
+        core = self._link._core
+        return None if core is None else core.neighbours
 
 
 def _goes_past(copy: LedgerCopy, round_: int) -> bool:

@@ -64,3 +64,9 @@ class SessionHandler(Protocol):
     ) -> None:
         """A `StreamHandler` for the blobs that other nodes ask for."""
         ...
+
+    async def serve_neighbours(
+        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """A `StreamHandler` for what neighbours in gossip send and ask for."""
+        ...

@@ -44,3 +44,4 @@ class RayLink(RemoteLink):
             metrics=metrics,
             about=about,
         )
+        self.neighbours = None

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from ...compression.errors import BadReason
 from ...coordinator.protocol.addresses import HttpAddress
 from ...coordinator.protocol.exposition import BUCKETS_S, build_info, text_of
-from ...coordinator.protocol.messages import PHASES, Phases
+from ...coordinator.protocol.messages import PHASES, Gossiping, Phases
 from ..links.base import Traffic
 from .peer_sizes import PeerSizes
 
@@ -93,6 +93,9 @@ class NodeMetrics:
 
     `sizes`: of the peers' payloads; no label names them, the coordinator has what all nodes say of each.
     """
+
+    gossip_told: Callable[[], Gossiping | None] | None = None
+    """Asked for what this node tells of its exchanges with neighbours."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         r = self.registry = registry or CollectorRegistry()
@@ -244,6 +247,10 @@ class NodeMetrics:
     def parts(self) -> dict[str, float]:
         """What each phase took the last time, in seconds."""
         return self._phases.last_s()
+
+    def gossip(self) -> Gossiping | None:
+        """What this node tells of its exchanges with neighbours; may be asked from any thread."""
+        return None if self.gossip_told is None else self.gossip_told()
 
     def phases(self) -> Phases:
         """Totals of the rounds that this node took part in; may be asked from any thread."""

@@ -42,6 +42,15 @@ def first_merge(merge_every: int | str, n_rounds: int) -> int:
     return min(int(merge_every), n_rounds) if n_rounds else int(merge_every)
 
 
+def last_merge(merge_every: int | str, round_: int, n_rounds: int) -> int:
+    """The last round up to this one that merged; 0: none, the reference model is untrained."""
+    if round_ and round_ == n_rounds:
+        return round_
+    if merge_every == END:
+        return _single(n_rounds) if 0 < _single(n_rounds) <= round_ else 0
+    return round_ - round_ % int(merge_every)
+
+
 def is_full(participation: float, turn: Turn) -> bool:
     """Whether everybody takes part in the turn's merge."""
     return participation == 1.0 or turn.round == turn.n_rounds

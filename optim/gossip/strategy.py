@@ -53,7 +53,7 @@ from ..robust.weights import weighed
 from .borrowing import Borrowed, median_of
 from .choco import ChocoMixing
 from .meeting import Meeting, meeting
-from .merging import check_merge_every, is_full, is_merge, takes_part
+from .merging import check_merge_every, is_full, is_merge, last_merge, takes_part
 from .mixing import Mixed, Mixing, ModelMixing
 from .neighbours import Exchange, Neighbours
 from .topology import FIXED, Topology
@@ -239,6 +239,10 @@ class Gossip(Strategy):
     def is_merge(self, turn: Turn) -> bool:
         """Whether the round changes the reference model."""
         return is_merge(self.option("merge_every"), turn.round, turn.n_rounds)
+
+    def merged(self, round_: int, n_rounds: int) -> int:
+        """The last round up to this one that has changed the reference model; 0: none has."""
+        return last_merge(self.option("merge_every"), round_, n_rounds)
 
     def fields(self, turn: Turn | None = None) -> Fields:
         packs = {p.name: self.merging.fields(p.part.entire) for p in self.parameters_in_order()}

@@ -43,6 +43,7 @@ from thinwire.coordinator.protocol.trust.audits import check_audit, signed_bytes
 from thinwire.coordinator.protocol.trust.standing import Standing
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.state import StateDir
+from thinwire.node.gossip.base import EdgeBytes, NeighbourLink
 from thinwire.node.links.base import Lied, Link
 from thinwire.node.links.hivemind import HivemindLink
 from thinwire.node.links.local import LocalLink, LocalSwarm, local_swarm
@@ -603,6 +604,61 @@ def test_who_is_gone_gives_nothing(make_swarm: MakeSwarm) -> None:
         within(lambda: a.fetch(digest_of(b"blob"), 4, "12D3KooWnobody"))
 
 
+def neighbours(link: Link) -> NeighbourLink:
+    if link.neighbours is None:
+        pytest.skip("this network has no streams between nodes")
+    return link.neighbours
+
+
+def test_neighbours_exchange_messages(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm(min_peers=3)
+    links = swarm.trainers("a", "b", "c")
+    a, b, c = map(neighbours, links)
+    names = [link.peer_id for link in links]
+    assert wait_for(lambda: all(len(link.members()) == 2 for link in links))
+    large = {name: name.encode() * 20_000 for name in names}
+    for near, link in zip((a, b, c), links, strict=True):
+        near.send(7, [name for name in names if name != link.peer_id], large[link.peer_id])
+    for near, link in zip((a, b, c), links, strict=True):
+        others = [name for name in names if name != link.peer_id]
+        assert within(lambda near=near: near.received(7, names, WAIT_S)) == [(n, large[n]) for n in others]
+        size = len(large[link.peer_id])
+        edges = {n: EdgeBytes(sent=size, received=len(large[n])) for n in others}
+        assert wait_for(lambda near=near, edges=edges: near.edges() == edges)
+    assert links[0].traffic().sent["gossip"] >= 2 * len(large[names[0]])
+    assert sorted(within(lambda: a.latest(WAIT_S))) == sorted((7, large[n]) for n in names[1:])
+
+    # A message for the next round may come before this node gets there; one of an old round is refused.
+    before = b.edges()[names[0]].sent
+    b.send(8, names[:1], b"early")
+    assert wait_for(lambda: b.edges()[names[0]].sent == before + 5)
+    a.send(8, names[1:2], b"a's")
+    assert within(lambda: a.received(8, names, WAIT_S)) == [(names[1], b"early")]
+    c.send(7, names[:1], b"late")
+    assert wait_for(lambda: a.rejected().get("round", 0) == 1)
+
+    # Who is gone, or is not awaited, is not waited for.
+    swarm.started.kill(links[2])
+    assert wait_for(lambda: len(links[0].members()) == 1)
+    a.send(9, names[1:], b"a's")
+    assert within(lambda: a.received(9, names[2:], WAIT_S)) == []
+
+
+def test_a_wait_for_neighbours_is_bounded_and_ends_when_the_link_is_closed(make_swarm: MakeSwarm) -> None:
+    links = make_swarm(max_payload_bytes=2**16).trainers("a", "b")
+    a, b = map(neighbours, links)
+    names = [link.peer_id for link in links]
+    assert wait_for(lambda: links[0].members() == names[1:])
+    a.send(1, names[1:], b"a's")
+    assert a.received(1, names, 0.05) == []
+    b.send(1, names[:1], bytes(2**16 + 1))
+    assert wait_for(lambda: a.rejected().get("size", 0) == 1)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(a.received, 1, names, 60.0)
+        links[0].close()
+        assert waiting.result(WAIT_S) == []
+
+
 def test_a_payload_that_the_coordinator_does_not_have_comes_from_a_member(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm()
     a, b = swarm.trainers("a", "b")
@@ -791,5 +847,5 @@ def test_traffic_is_counted_by_kind(make_swarm: MakeSwarm) -> None:
     assert after.sent["payload"] == len(small)
     assert after.received["ledger"] >= len(commit.record)
     assert 0 < after.sent["control"] < 2000
-    assert set(after.sent) | set(after.received) <= {"payload", "snapshot", "ledger", "control"}
+    assert set(after.sent) | set(after.received) <= {"payload", "snapshot", "ledger", "control", "gossip"}
     assert a.traffic().sent["payload"] >= len(large)

@@ -143,6 +143,26 @@ def test_peers_of_uneven_data_train_on_their_own(run: RunConfig, outcomes: dict[
     assert outcome.last.held_out != outcomes["decoupled"].last.held_out
 
 
+def test_gossip_counts_what_goes_to_neighbours_and_does_the_same_again(run: RunConfig) -> None:
+    """Rounds 2 and 4 merge; in round 1 nobody was counted yet, so that round 3 has the only exchange: three
+    peers, a pair of which meets."""
+    spec = "gossip(inner_steps=3, merge_every=2)"
+    (outcome,) = trained(run, spec).values()
+    assert outcome.error is None
+    assert len(set(outcome.fingerprints)) == 1
+    assert outcome.last.held_out < outcome.curve[0].held_out
+    in_bytes = [p.payload_bytes * N_PEERS for p in outcome.curve]
+    model = in_bytes[2] - in_bytes[1]
+    merged = Comparison(run, plans("ddp", run), N_PEERS).n_params
+    assert in_bytes[1] < 200
+    assert model == pytest.approx(N_PEERS * merged, rel=0.1)
+    assert in_bytes[3] - in_bytes[2] == pytest.approx(2 * merged, rel=0.1)
+    assert outcome.sent_bytes == pytest.approx(outcome.last.payload_bytes * N_PEERS)
+    (again,) = trained(run, spec).values()
+    assert again.curve == outcome.curve
+    assert again.fingerprints == outcome.fingerprints
+
+
 def test_time_is_spent_where_a_strategy_works(outcomes: dict[str, Outcome]) -> None:
     assert all(o.phases["compute"] > 0 and o.phases["decode"] > 0 for o in outcomes.values())
     assert all(o.phases["pack"] > 0 for o in outcomes.values())
