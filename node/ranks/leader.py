@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -52,13 +52,16 @@ Announced = Literal[
     "restore",
     "save_weights",
     "propose",
+    "propose_again",
     "work_ahead",
     "evaluate",
 ]
 """What all ranks do together: a method of `Leader` and its replica and work, and one of `Follower`."""
 
 _STOP: Final = "stop"
-_WITH_COLLECTIVES: Final[frozenset[Announced]] = frozenset({"propose", "work_ahead", "evaluate", "sums"})
+_WITH_COLLECTIVES: Final[frozenset[Announced]] = frozenset(
+    {"propose", "propose_again", "work_ahead", "evaluate", "sums"}
+)
 
 
 def open_channel() -> Ranks:
@@ -129,7 +132,10 @@ class LeaderReplica(Replica):
     ) -> list[Own]:
         """All payloads of the batch are fetched before anything is announced."""
         payloads = [payload_bytes(offer) for commit in commits for offer in self.heard(commit)]
-        standing = [(sorted(self.condemned(c)), sorted(self.newcomers(c))) for c in commits]
+        standing = [
+            (sorted(self.condemned(c)), sorted(self.newcomers(c)), _plain_paces(self.paces(c)))
+            for c in commits
+        ]
         own = [commit.body.round for commit in commits if commit.body.round in offered]
         peers = None if self.peers == self._told_peers else list(self.peers.items())
         self._told_peers = dict(self.peers)
@@ -198,16 +204,19 @@ class LeaderReplica(Replica):
 
 
 class FollowerReplica(Replica):
-    """Another rank's part. Only rank 0 reads the ledger: it tells who is condemned in the rounds to come, and
-    who is new."""
+    """Another rank's part. Only rank 0 reads the ledger: it tells who is condemned in the rounds to come, who
+    is new, and how often each offers."""
 
-    told: Mapping[int, tuple[frozenset[int], frozenset[int]]] = {}
+    told: Mapping[int, tuple[frozenset[int], frozenset[int], tuple[dict[int, int], int]]] = {}
 
     def condemned(self, commit: Commit) -> frozenset[int]:
         return self.told[commit.body.round][0]
 
     def newcomers(self, commit: Commit) -> frozenset[int]:
         return self.told[commit.body.round][1]
+
+    def paces(self, commit: Commit) -> tuple[dict[int, int], int]:
+        return self.told[commit.body.round][2]
 
 
 class LeaderWork(LocalWork):
@@ -221,6 +230,10 @@ class LeaderWork(LocalWork):
         allotted = allotted or Allotment()
         with self._leader.call("propose", *astuple(allotted)):
             return super().propose(allotted)
+
+    def propose_again(self, missed: Proposal) -> Proposal | None:
+        with self._leader.call("propose_again", *astuple(replace(missed, payload=b""))):
+            return super().propose_again(missed)
 
     def work_ahead(self) -> bool:
         with self._leader.call("work_ahead"):
@@ -263,6 +276,7 @@ class Follower:
             "restore": self._restore,
             "save_weights": self._save_weights,
             "propose": self._propose,
+            "propose_again": self._propose_again,
             "work_ahead": self._work_ahead,
             "evaluate": self._evaluate,
         }
@@ -296,14 +310,14 @@ class Follower:
         payloads: list[bytes],
         offered: list[int],
         peers: list[tuple[int, str]] | None,
-        standing: list[tuple[list[int], list[int]]],
+        standing: list[tuple[list[int], list[int], tuple[list[tuple[int, int]], int]]],
     ) -> None:
         if peers is not None:
             self._replica.peers = dict(peers)
         commits, fetched = [_commit(c) for c in plain], iter(payloads)
         self._replica.told = {
-            c.body.round: (frozenset(condemned), frozenset(new))
-            for c, (condemned, new) in zip(commits, standing, strict=True)
+            c.body.round: (frozenset(condemned), frozenset(new), (dict(gaps), n_active))
+            for c, (condemned, new, (gaps, n_active)) in zip(commits, standing, strict=True)
         }
         self._replica.apply_batch(commits, lambda _offer: next(fetched), offered)
 
@@ -337,6 +351,10 @@ class Follower:
         self._saved = None
         self._work.propose(Allotment(n_batches, share))
 
+    def _propose_again(self, *missed: Any) -> None:
+        self._saved = None
+        self._work.propose_again(Proposal(*missed))
+
     def _work_ahead(self) -> None:
         self._work.work_ahead()
 
@@ -362,6 +380,11 @@ def _as_file(data: bytes, where: Path | None) -> Iterator[Path]:
         path = Path(folder) / "base.safetensors"
         path.write_bytes(data)
         yield path
+
+
+def _plain_paces(paces: tuple[dict[int, int], int]) -> tuple[list[tuple[int, int]], int]:
+    gaps, n_active = paces
+    return sorted(gaps.items()), n_active
 
 
 def _plain(commit: Commit) -> list[bytes]:
