@@ -1,4 +1,4 @@
-"""When a round closes although somebody is still awaited: `all`, `deadline` and `fastest` are the policies.
+"""When a round closes although somebody is still awaited: the policies `all`, `deadline`, `fastest`, `async`.
 
 `fastest` are dynamic backup workers (arXiv 2102.06280): a round ends with its k-th offer, and k is chosen
 when it opens, to be worth most per second. T(k), when the k-th offer comes, is the mean of that order
@@ -7,6 +7,10 @@ alone, because the coordinator opens no payload: a batch of S samples gains S / 
 gain at most, B being the noise scale of the gradient (arXiv 1812.06162). A run is set up for the peers that
 it has, so B is taken to be what all of them bring together: the last one to come is waited for if it makes
 the round longer by less than half of what it adds to the batch, both as fractions.
+
+`async` closes a round so many seconds after it has opened, with the offers that are there, and earlier only
+where everybody's is: rounds go at a pace of their own, as FAVANO's (arXiv 2305.16099). Whoever needs longer
+offers its work in a later round, and nobody takes it for hung or absent.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Final, Literal
 
-PolicyName = Literal["deadline", "all", "fastest"]
+PolicyName = Literal["deadline", "all", "fastest", "async"]
 
 KEPT_ROUNDS = 16
 MEASURED_ROUNDS = 3
@@ -137,12 +141,22 @@ class OfferTimes:
         return len(self.rounds(before))
 
 
-def limit(policy: PolicyName, times: OfferTimes, round_: int, expected: Collection[int] = ()) -> Limit:
+def limit(
+    policy: PolicyName,
+    times: OfferTimes,
+    round_: int,
+    expected: Collection[int] = (),
+    every_s: float | None = None,
+) -> Limit:
     """The limit of the open round. `expected`: who was awaited when it opened; only `fastest` asks.
+    `every_s`: of `async`, which has no use for what was measured.
 
     `deadline` and `fastest` follow the rounds before this one; until enough are measured they are as patient
     as `all`, which gives up a peer whose trainer hangs while its heartbeat lives.
     """
+    if policy == "async":
+        assert every_s is not None, "checked by the run's config"
+        return Limit(every_s, drops=False)
     if policy != "all" and times.n_rounds(before=round_) >= MEASURED_ROUNDS:
         if policy == "deadline":
             return Limit(deadline_s(times.values(before=round_)), drops=False)

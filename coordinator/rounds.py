@@ -133,7 +133,7 @@ class Rounds:
     """A round that has closed waits for `sealed`: nobody's offer counts until then.
 
     `head`: the newest committed round. `training` and `evaluator` are what a restart recalls. `eval_every`
-    0: nobody evaluates.
+    0: nobody evaluates. `every_s`: of the policy `async`.
 
     `times`, `attendance`: of rounds before, as another coordinator saw them. `n_rounds` and `is_paused` are
     the ledger's; `has_begun`: whether a round has been trained, None: any.
@@ -146,6 +146,7 @@ class Rounds:
         min_peers: int,
         eval_every: int,
         policy: PolicyName,
+        every_s: float | None = None,
         max_offers: int,
         head: int,
         is_paused: bool = False,
@@ -163,6 +164,7 @@ class Rounds:
         """What the record that closes the open round makes of the two."""
         self._has_begun = head > 0 if has_begun is None else has_begun
         self._policy: PolicyName = policy
+        self._every_s = every_s
         self._max_offers = max_offers
         self.head = head
         self.training = set(training)
@@ -305,7 +307,7 @@ class Rounds:
         """`open_s`: for how long the round has been open. A limit that is not reached by then may be less
         than the exact one, which is worked out when it is."""
         found = self._goal or self._policy_limit(open_s)
-        if self._begins_late is None or self._begins_late in self._eligible:
+        if self._begins_late is None or self._begins_late in self._eligible or self._is_async:
             return found
         return replace(found, after_s=found.after_s + self.times.allowance_s(self.round))
 
@@ -317,10 +319,14 @@ class Rounds:
             return self._known_limit[1]
         if open_s < LEAST_PATIENCE_S and self._policy == "all":
             return Limit(LEAST_PATIENCE_S, drops=True)
-        found = limit(self._policy, self.times, self.round)
+        found = limit(self._policy, self.times, self.round, every_s=self._every_s)
         if not found.drops:
             self._known_limit = key, found
         return found
+
+    @property
+    def _is_async(self) -> bool:
+        return self._policy == "async"
 
     def _drop_offer(self, peer: int) -> None:
         kept = self._offers.pop(peer)
@@ -452,7 +458,7 @@ class Rounds:
         late = {peer: kept for peer, kept in self._offers.items() if not kept.has_bytes}
         self._pasts[self.round] = _Past(opened_s, self._opening, frozenset(eligible), late, self._begins_late)
         self._pasts.pop(self.round - KEPT_ROUNDS, None)
-        if why != "enough":
+        if why != "enough" and not self._is_async:
             self.attendance.missed(set(missing) - late.keys() - {self._begins_late})
         for peer in missing:
             if peer != self._begins_late:

@@ -177,9 +177,25 @@ class Task(Section):
 class Policy(Section):
     """When a round closes."""
 
-    name: Literal["deadline", "all", "fastest"] = "deadline"
+    name: Literal["deadline", "all", "fastest", "async"] = "deadline"
     """`deadline`: some time after the usual one; `all`: with the last awaited peer; `fastest`: with as many
-    offers as are worth most per second, so that nobody waits for stragglers (backup workers)."""
+    offers as are worth most per second, so that nobody waits for stragglers (backup workers); `async`: every
+    `every_s`, with what is there, and who needs longer offers its work in a later round."""
+    every_s: Annotated[float | None, Field(gt=0, le=86400, validate_default=True)] = None
+    """`async`: seconds from the opening of a round to its end, at most: it ends earlier where all have
+    offered."""
+
+    @field_validator("every_s")
+    @classmethod
+    def _of_async(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if "name" in info.data and (info.data["name"] == "async") != (value is not None):
+            raise ValueError('name = "async" needs every_s, e.g. 10.0, and the other policies have none')
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_the_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Record 0 of a run without it is what it was before there was any."""
+        return {key: value for key, value in plain(self).items() if value is not None}
 
 
 class Schedule(Section):

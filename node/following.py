@@ -240,7 +240,7 @@ class LedgerFollower:
         owns = self._replica.apply_batch(
             commits, payloads.fetch, offered=() if offer is None else {offer.round}
         )
-        self._proposer.settled()
+        self._proposer.settled(missed="missed" in owns)
         applied = Applied(
             commits=commits,
             owns=owns,

@@ -145,9 +145,21 @@ def public_config(config: RunConfig, task: Task, recorded: RunConfig | None = No
             "run": config.run.model_copy(update=run),
             "task": options,
             "strategy": recorded_config(strategy),
-            "audits": _audits(config.audits, recorded, str(strategy["name"])),
+            "audits": _audits(_said_of_audits(config), recorded, str(strategy["name"])),
         }
     )
+
+
+def _said_of_audits(config: RunConfig) -> Audits | None:
+    """Raises ConfigError for audits of work that is offered in another round than it was done in."""
+    if config.policy.name != "async":
+        return config.audits
+    if config.audits is not None and config.audits.model_fields_set & {"rate"} and config.audits.rate > 0:
+        raise ConfigError(
+            'audits.rate with policy.name = "async": an audit does the work of an offer\'s round again, and '
+            "late work is of an earlier one: leave it out, or set it to 0"
+        )
+    return Audits(rate=0.0)
 
 
 def _audits(said: Audits | None, recorded: RunConfig | None, strategy: str) -> Audits | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -96,6 +96,16 @@ class LocalWork:
             compute_s=times["compute"],
             pack_s=times["pack"],
         )
+
+    def propose_again(self, missed: Proposal) -> Proposal | None:
+        """What missed its commit, for the round after the one that the replica is at, without further work;
+        None: the strategy cannot."""
+        turn = self._replica.turn()
+        payload = self._replica.strategy.propose_again(turn)
+        if payload is None:
+            return None
+        self._turn, self._n_drawn, self._n_tokens = turn, 0, 0
+        return replace(missed, round=turn.round, payload=self._replica.encode(payload, turn), n_batches=0)
 
     def work_ahead(self) -> bool:
         """A piece of the next round's work, after `propose`; False, with nothing done, if there is none."""

@@ -23,27 +23,48 @@ class Proposer:
     ) -> None:
         self._run, self._observer, self._clock, self._stopped = run, observer, clock, stopped
         self._open: OpenOffer | None = None
+        self._last: Proposal | None = None
+        self._missed: Proposal | None = None
+        """What came too late, and is to be offered once more."""
 
     @property
     def open_offer(self) -> OpenOffer | None:
         return self._open
 
-    def settled(self) -> None:
-        """The round of the open offer, if there is one, was applied."""
+    def settled(self, *, missed: bool = False) -> None:
+        """The round of the open offer, if there is one, was applied. `missed`: without that offer."""
         self._open = None
+        is_asynchronous = self._run.config.policy.name == "async"
+        if missed and is_asynchronous and self._last is not None and self._last.loss is not None:
+            self._missed = self._last
 
     def give_up(self) -> None:
         """The replica goes to another round: what was offered for the open one is not settled any more."""
         if self._open is not None:
             self._observer.gave_up_offer()
-        self._open = None
+        self._open = self._missed = None
 
     def propose(self, came_s: float, meanwhile: Callable[[], object] | None = None) -> None:
-        """Local work and an offer for the round after the replica's, which is at the head of the ledger.
+        """Local work and an offer for the round after the replica's, which is at the head of the ledger. With
+        the policy `async` work that came too late is offered for this round, before there is more.
 
         `came_s`: when the commit came that opened the round, by `clock`; `meanwhile`: done once the offer is
         under way.
         """
+        proposal = self._offered_again() or self._worked(came_s)
+        self._last = proposal
+        self._run.link.offer(_offer(proposal, self._run.has_own_data))
+        self._open = OpenOffer(proposal.round, self._clock())
+        if meanwhile is not None:
+            meanwhile()
+        self._work_ahead(proposal.round)
+
+    def _offered_again(self) -> Proposal | None:
+        missed, self._missed = self._missed, None
+        return None if missed is None else self._run.work.propose_again(missed)
+
+    def _worked(self, came_s: float) -> Proposal:
+        """Local work for the round, as much as fits."""
         run, workload = self._run, self._run.workload
         began_s = self._clock()
         allotted = None if workload is None else workload.allotment()
@@ -56,11 +77,7 @@ class Proposer:
             workload.worked(proposal.n_batches, duration_s)
             rate_bytes_per_s = run.link.traffic().upload_bytes_per_s
             workload.sent(len(proposal.payload), allotted.share, rate_bytes_per_s)
-        run.link.offer(_offer(proposal, run.has_own_data))
-        self._open = OpenOffer(proposal.round, self._clock())
-        if meanwhile is not None:
-            meanwhile()
-        self._work_ahead(proposal.round)
+        return proposal
 
     def _work_ahead(self, round_: int) -> None:
         """What the strategy can do for the next round while the commit of this one has not come."""

@@ -25,6 +25,7 @@ from ..coordinator.protocol.files import write_aside
 from ..coordinator.protocol.messages import Commit, GenesisBody, OfferEntry
 from ..coordinator.protocol.schedule import float32_of_bits
 from ..coordinator.protocol.settings import Course, strategy_options
+from ..coordinator.protocol.trust.paces import Paces
 from ..coordinator.protocol.trust.standing import Standing
 from ..optim.base import Own, Round, Share, Strategy
 from ..optim.parts.clip import Weighing
@@ -123,7 +124,8 @@ class Replica:
         self._genesis = genesis
         self._unchanged = {name: strategy.option(name) for name in strategy.facts.changeable}
         self.course = Course.of(genesis.config)
-        self.standing = Standing(run_id, self.course.settings.audits)
+        by_pace = strategy.param_groups[0].get("pace", "none") != "none"
+        self.standing = Standing(run_id, self.course.settings.audits, Paces() if by_pace else None)
         self._seed = parse_config(genesis.config).run.seed
         self._lr_factor = float32_of_bits(genesis.lr_factor_bits)
         self._layout_hash = layout_hash(genesis)
@@ -227,8 +229,7 @@ class Replica:
         offers = self.heard(commit)
         if len(offers) < len(body.offers):
             ahead.bad["condemned"] += len(body.offers) - len(offers)
-        standing = self.newcomers(commit), self.failed(commit)
-        shares, own_counted = self._shares(offers, *standing, turn, payload_bytes, ahead)
+        shares, own_counted = self._shares(commit, offers, turn, payload_bytes, ahead)
         own: Own = ("counted" if own_counted else "missed") if body.round in offered else None
         ahead.round, ahead.digest = body.round, commit.digest
         ahead.counted = tuple(ahead.peers[offer.peer] for offer in offers if offer.n_samples > 0)
@@ -263,17 +264,26 @@ class Replica:
         body = commit.body
         return frozenset(o.peer for o in body.offers if self.standing.has_failed_in(o.peer, body.round))
 
+    def paces(self, commit: Commit) -> tuple[dict[int, int], int]:
+        """Of a commit that is known: the rounds since the last counted offer of each peer with one in it, and
+        how many peers have offered lately. Nothing, in runs that do not weigh by that."""
+        paces, round_ = self.standing.paces, commit.body.round
+        if paces is None:
+            return {}, 0
+        return {o.peer: paces.gap(o.peer, round_) for o in commit.body.offers}, paces.n_active(round_)
+
     def _shares(
         self,
+        commit: Commit,
         offers: tuple[OfferEntry, ...],
-        newcomers: frozenset[int],
-        failed: frozenset[int],
         turn: Turn,
         payload_bytes: PayloadBytes,
         ahead: _Ahead,
     ) -> tuple[list[Share], bool]:
         """The counted offers that pass `check`, in the ledger's order, and whether ours is among them."""
         fields = self.strategy.fields(turn)
+        newcomers, failed = self.newcomers(commit), self.failed(commit)
+        gaps, n_active = self.paces(commit)
         shares: list[Share] = []
         senders: list[str] = []
         sent: list[bytes] = []
@@ -290,8 +300,18 @@ class Replica:
                 log.warning("round %d: payload of %s left out: %s", turn.round, peer_id, e)
                 continue
             seed = round_seed(self.run_id, turn.round, peer_id)
-            known = {"is_new": offer.peer in newcomers, "has_failed": offer.peer in failed}
-            shares.append(Share(seed, offer.n_samples, payload, own_data=offer.own_data, **known))
+            shares.append(
+                Share(
+                    seed,
+                    offer.n_samples,
+                    payload,
+                    own_data=offer.own_data,
+                    is_new=offer.peer in newcomers,
+                    has_failed=offer.peer in failed,
+                    gap=gaps.get(offer.peer, 1),
+                    n_active=n_active,
+                )
+            )
             senders.append(peer_id)
             sent.append(data if offer.digest is None else offer.digest)
             own_counted = own_counted or peer_id == self.peer_id

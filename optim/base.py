@@ -56,7 +56,9 @@ class Share:
 
     `own_data`: made from data that others do not have. `n_copies`: how many offers of the round have this
     very payload, itself among them. `is_new`: the last audit of its peer's offers has not passed, or there
-    was none yet. `has_failed`: it has failed.
+    was none yet. `has_failed`: it has failed. `gap`: rounds since its peer's last one, 1 if there was none;
+    `n_active`: peers that have offered lately, of the round. Both are known where a strategy weighs by them
+    (`robust/pace`).
     """
 
     seed: int
@@ -66,6 +68,8 @@ class Share:
     n_copies: int = 1
     is_new: bool = False
     has_failed: bool = False
+    gap: int = 1
+    n_active: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +362,11 @@ class Strategy(torch.optim.Optimizer):
         """Takes the gradients in place in, as local work of the round; False, with nothing done, if they are
         the round's last: then `propose_from_grad` takes them."""
         return False
+
+    def propose_again(self, turn: Turn) -> Payload | None:
+        """What missed its commit, for another round, without further work; None: it cannot be sent like that.
+        Does not change a parameter."""
+        return None
 
     def work_ahead(self, draw: Draw, turn: Turn) -> bool:
         """Work for the next round while the offer of this one, `turn`, is under way: a piece at a time, and

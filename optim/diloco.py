@@ -63,6 +63,7 @@ from .parts.residual import Residual, refuse_other_packing
 from .parts.updating import updating
 from .robust.means import decode_mean
 from .robust.options import NEW_RUNS, MeanOptions
+from .robust.pace import Pace, by_pace, mean_scale
 from .robust.weights import sender_floor_of, weighed
 from .rules import DILOCO_RUNS
 
@@ -127,6 +128,11 @@ class DilocoOptions(MeanOptions):
     weights: Literal["samples", "equal"] = "samples"
     """Offers count by their samples, up to twice their median (without `bound`: `clip` times), or alike."""
 
+    pace: Pace = "none"
+    """What offers of peers count for that do not offer in every round, as with the policy `async`. `favano`:
+    times the rounds since the peer's last one, so that over many rounds all count by their work; `discount`:
+    over the square root of that, as what is old."""
+
     clip: Annotated[float, Number(at_least=1)] = 10.0
     """Without `bound`: no offer's L1 norm or samples count for more than this many times their median in the
     round."""
@@ -181,7 +187,7 @@ class Diloco(Strategy):
         changeable=("lr", "weight_decay", "max_grad_norm", "outer_lr", "clip", "bound", "own_data_share"),
         # Honest payloads of as many steps are as long as each other.
         in_runs={**NEW_RUNS, **DILOCO_RUNS, "bound": 1.25},
-        only_with={"control": ("control_rate", "control_momentum", "control_decay")},
+        only_with={"control": ("control_rate", "control_momentum", "control_decay"), "pace": ()},
         small_model={"lr": 1e-3},
         # The first inner optimizer of torch's, made to check its options, takes a second to load.
         known_updates={
@@ -275,6 +281,17 @@ class Diloco(Strategy):
             self.last_loss = sum(self._losses) / len(self._losses) if self._losses else None
             self._losses = []
             return self._send(turn)
+
+    @torch.no_grad()
+    def propose_again(self, turn: Turn) -> Payload | None:
+        """What waits in the error feedback."""
+        if self._control.is_on or not self.option("error_feedback") or self.option("fragments") > 1:
+            return None
+        self._follow(turn)
+        fragment, its_turn = self._fragment(turn)
+        for p in fragment:
+            self._residual.put_back(p, its_turn)  # proposed once more for the same round
+        return self._residual.send(fragment, its_turn, self.counters.get("decays 0", 0), 1.0)
 
     def work_ahead(self, draw: Draw, turn: Turn) -> bool:
         """One inner step."""
@@ -457,8 +474,10 @@ class Diloco(Strategy):
         """Parameter by parameter: scratch is a few times the largest one. Nothing changes without samples."""
         self._follow(turn)
         fragment, its_turn = self._fragment(turn)
-        w = self.weighing = weighed(self, self.compressor, fragment, shares, its_turn, clips_norms=True)
-        n_lost = 0
+        pace: Pace = self.option("pace")
+        w = weighed(self, self.compressor, fragment, shares, its_turn, clips_norms=True)
+        w = self.weighing = by_pace(w, shares, pace)
+        scale, n_lost = mean_scale(shares, pace), 0
         for p in fragment:
             n_lost = self._residual.settle(p, its_turn, own)
             if any(w.weights):
@@ -466,7 +485,8 @@ class Diloco(Strategy):
                     self._control.follow(p, shares, its_turn, own, turn.own_seed)
                 with exact_arithmetic(), updating(p, turn) as theta:
                     packs = [s.payload[p.name] for s in shares]
-                    self._update(p, theta, self._mean(packs, w, p.part, its_turn, theta.device))
+                    mean = self._mean(packs, w, p.part, its_turn, theta.device)
+                    self._update(p, theta, mean if scale == 1.0 else mean.mul_(scale))
             self._phase.restart(p, self.option("mix"))
         self.count("lost_sends", n_lost)
         self.counters["applied"] = turn.round

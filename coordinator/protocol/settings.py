@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...compression.errors import ConfigError
 from .messages import MAX_CHANGES, Change, Changes, CommitBody, Value
@@ -36,7 +36,14 @@ class RunSection(_Section):
 
 
 class PolicySection(_Section):
-    name: Literal["deadline", "all", "fastest"]
+    name: Literal["deadline", "all", "fastest", "async"]
+    every_s: Annotated[float | None, Field(gt=0)] = None
+
+    @model_validator(mode="after")
+    def _async_has_a_pace(self) -> Self:
+        if self.name == "async" and self.every_s is None:
+            raise ValueError("the policy async needs every_s")
+        return self
 
 
 class ScheduleSection(_Section):

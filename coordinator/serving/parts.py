@@ -56,6 +56,7 @@ def open_rounds(
         min_peers=settings.run.min_peers,
         eval_every=settings.run.eval_every,
         policy=settings.policy.name,
+        every_s=settings.policy.every_s,
         max_offers=ledger.genesis.limits.max_peers,
         head=ledger.head_round,
         is_paused=course.is_paused,

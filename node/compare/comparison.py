@@ -242,7 +242,7 @@ class Comparison:
                 "snapshot_every": every if every < plan.rounds else 2 * plan.rounds,
             },
             "schedule": {"warmup_rounds": round(run.schedule.warmup_rounds * plan.rounds / run.run.rounds)},
-            "policy": {"name": "all"},
+            "policy": {"name": "all", "every_s": None},
             "limits": {"max_payload_bytes": 2**32, "max_samples": 2**20, "max_peers": n_peers + 1},
         }
         sections = {name: getattr(run, name).model_copy(update=u) for name, u in changes.items()}

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -56,6 +56,7 @@ Announced = Literal[
     "restore",
     "save_weights",
     "propose",
+    "propose_again",
     "work_ahead",
     "evaluate",
     "keep",
@@ -65,7 +66,7 @@ Announced = Literal[
 
 _STOP: Final = "stop"
 _WITH_COLLECTIVES: Final[frozenset[Announced]] = frozenset(
-    {"propose", "work_ahead", "evaluate", "sums", "audit"}
+    {"propose", "propose_again", "work_ahead", "evaluate", "sums", "audit"}
 )
 
 
@@ -138,7 +139,7 @@ class LeaderReplica(Replica):
         """All payloads of the batch are fetched before anything is announced."""
         payloads = [payload_bytes(offer) for commit in commits for offer in self.heard(commit)]
         said = self.condemned, self.newcomers, self.failed
-        standing = [tuple(sorted(peers(c)) for peers in said) for c in commits]
+        standing = [(*(sorted(peers(c)) for peers in said), _plain_paces(self.paces(c))) for c in commits]
         own = [commit.body.round for commit in commits if commit.body.round in offered]
         peers = None if self.peers == self._told_peers else list(self.peers.items())
         self._told_peers = dict(self.peers)
@@ -208,18 +209,21 @@ class LeaderReplica(Replica):
 
 class FollowerReplica(Replica):
     """Another rank's part. Only rank 0 reads the ledger: it tells who is condemned in the rounds to come, who
-    is new, and whose last audit has failed."""
+    is new, whose last audit has failed, and how often each offers."""
 
-    told: Mapping[int, tuple[frozenset[int], ...]] = {}
+    told: Mapping[int, tuple[tuple[frozenset[int], ...], tuple[dict[int, int], int]]] = {}
 
     def condemned(self, commit: Commit) -> frozenset[int]:
-        return self.told[commit.body.round][0]
+        return self.told[commit.body.round][0][0]
 
     def newcomers(self, commit: Commit) -> frozenset[int]:
-        return self.told[commit.body.round][1]
+        return self.told[commit.body.round][0][1]
 
     def failed(self, commit: Commit) -> frozenset[int]:
-        return self.told[commit.body.round][2]
+        return self.told[commit.body.round][0][2]
+
+    def paces(self, commit: Commit) -> tuple[dict[int, int], int]:
+        return self.told[commit.body.round][1]
 
 
 class LeaderWork(LocalWork):
@@ -233,6 +237,10 @@ class LeaderWork(LocalWork):
         allotted = allotted or Allotment()
         with self._leader.call("propose", *astuple(allotted)):
             return super().propose(allotted)
+
+    def propose_again(self, missed: Proposal) -> Proposal | None:
+        with self._leader.call("propose_again", *astuple(replace(missed, payload=b""))):
+            return super().propose_again(missed)
 
     def work_ahead(self) -> bool:
         with self._leader.call("work_ahead"):
@@ -291,6 +299,7 @@ class Follower:
             "restore": self._restore,
             "save_weights": self._save_weights,
             "propose": self._propose,
+            "propose_again": self._propose_again,
             "work_ahead": self._work_ahead,
             "evaluate": self._evaluate,
             "keep": self._keep,
@@ -326,13 +335,14 @@ class Follower:
         payloads: list[bytes],
         offered: list[int],
         peers: list[tuple[int, str]] | None,
-        standing: list[tuple[list[int], ...]],
+        standing: list[tuple[Any, ...]],
     ) -> None:
         if peers is not None:
             self._replica.peers = dict(peers)
         commits, fetched = [_commit(c) for c in plain], iter(payloads)
         self._replica.told = {
-            c.body.round: tuple(map(frozenset, said)) for c, said in zip(commits, standing, strict=True)
+            c.body.round: (tuple(map(frozenset, said)), (dict(gaps), n_active))
+            for c, (*said, (gaps, n_active)) in zip(commits, standing, strict=True)
         }
         self._replica.apply_batch(commits, lambda _offer: next(fetched), offered)
 
@@ -365,6 +375,10 @@ class Follower:
     def _propose(self, n_batches: int | None, share: float) -> None:
         self._saved = None
         self._work.propose(Allotment(n_batches, share))
+
+    def _propose_again(self, *missed: Any) -> None:
+        self._saved = None
+        self._work.propose_again(Proposal(*missed))
 
     def _work_ahead(self) -> None:
         self._work.work_ahead()
@@ -399,6 +413,11 @@ def _as_file(data: bytes, where: Path | None) -> Iterator[Path]:
         path = Path(folder) / "base.safetensors"
         path.write_bytes(data)
         yield path
+
+
+def _plain_paces(paces: tuple[dict[int, int], int]) -> tuple[list[tuple[int, int]], int]:
+    gaps, n_active = paces
+    return sorted(gaps.items()), n_active
 
 
 def _plain(commit: Commit) -> list[bytes]:

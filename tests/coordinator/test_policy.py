@@ -54,6 +54,11 @@ def test_there_is_no_deadline_until_three_rounds_are_measured() -> None:
     assert not due.drops
 
 
+def test_a_pace_of_its_own_has_no_use_for_what_was_measured() -> None:
+    due = limit("async", times_of([7.0], [7.0], [7.0]), 5, every_s=2.5)
+    assert (due.after_s, due.drops, due.enough) == (2.5, False, None)
+
+
 def test_all_gives_up_only_what_hangs() -> None:
     due = limit("all", times_of([7.0], [7.0], [7.0], [7.0]), 5)
     assert due.after_s == 70

@@ -83,6 +83,25 @@ def warm(rounds: Rounds, n: int, seconds: float = 1.0) -> float:
     return now_s
 
 
+def test_rounds_at_a_pace_close_with_what_is_there_and_nobody_is_absent_for_long_work() -> None:
+    rounds = started(3, policy="async", every_s=2.0)
+    assert rounds.wake_s() is None, "there is nothing to close with"
+    assert closed(rounds.handle(TimePassed(), 5.0)) == []
+    assert closed(rounds.handle(offer(0, 1), 6.0)) == [(1, (0,))]
+    now_s = 6.0
+    for round_ in range(2, 8):
+        rounds.handle(offer(0, round_), now_s + 0.5)
+        assert closed(rounds.handle(offer(1, round_), now_s + 1.0)) == []
+        assert rounds.wake_s() == now_s + 2.0
+        now_s += 2.0
+        actions = rounds.handle(TimePassed(), now_s)
+        assert closed(actions) == [(round_, (0, 1))]
+        assert [a.expected for a in actions if isinstance(a, RoundOpened)] == [(0, 1, 2)]
+    for peer in range(3):
+        actions = rounds.handle(offer(peer, 8), now_s + 0.1)
+    assert closed(actions) == [(8, (0, 1, 2))], "all are there"
+
+
 def test_the_first_round_waits_for_min_peers() -> None:
     rounds = new(min_peers=2)
     assert rounds.handle(PeerTrains(0), 0.0) == []

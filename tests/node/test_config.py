@@ -40,7 +40,7 @@ def test_the_configuration_survives_record_0(tmp_path: Path) -> None:
         ("[task]\nlearning = 5\n", "unknown key 'task.learning'; known: adapter, architecture"),
         ("[tasks]\n", "unknown key 'tasks'; did you mean 'task'?"),
         ("[run]\nrounds = 0\n", "run.rounds: Input should be greater than or equal to 1"),
-        ("[policy]\nname = 'soon'\n", "policy.name: Input should be 'deadline', 'all' or 'fastest'"),
+        ("[policy]\nname = 'soon'\n", "policy.name: Input should be 'deadline', 'all', 'fastest' or 'async'"),
         ("[run\n", "cannot be read as TOML"),
         ("run = 3\n[policy]\n", "run: "),
     ],

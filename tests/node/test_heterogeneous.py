@@ -7,9 +7,10 @@ executions of the same script.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,19 @@ class Working:
         return timed
 
 
-def config_of(policy: str, rounds: int, round_s: float, strategy: Mapping[str, Any]) -> RunConfig:
+def config_of(
+    policy: str,
+    rounds: int,
+    round_s: float,
+    strategy: Mapping[str, Any],
+    n_peers: int,
+    every_s: float | None,
+) -> RunConfig:
     flat = {
-        **{"run.rounds": rounds, "run.min_peers": 8, "run.eval_every": 4, "run.verify_every": 10},
+        **{"run.rounds": rounds, "run.min_peers": n_peers, "run.eval_every": 4, "run.verify_every": 10},
         **{"task.layers": 1, "task.width": 16, "task.heads": 2, "task.context": 16, "task.batch": 4},
         **{"task.held_out_bytes": 2048, "policy.name": policy, "work.round_s": round_s},
+        **({} if every_s is None else {"policy.every_s": every_s}),
         **{"schedule.name": "linear", "schedule.warmup_rounds": 0, "network.heartbeat_s": 20.0},
         **{"audits.rate": 0.0},  # the time of the script is for training
     }
@@ -104,12 +113,14 @@ def train(
     round_s: float = 0.0,
     strategy: Mapping[str, Any] = STRATEGY,
     upload_bytes_per_s: float | None = None,
+    speeds: Sequence[float] = SPEEDS,
+    every_s: float | None = None,
 ) -> Outcome:
-    """`upload_bytes_per_s`: of the first peer's link."""
+    """`upload_bytes_per_s`: of the first peer's link; `every_s`: of the policy `async`."""
     folder.mkdir()
-    config = config_of(policy, rounds, round_s, strategy)
+    config = config_of(policy, rounds, round_s, strategy, len(speeds), every_s)
     genesis = make_genesis(config, make_task(config.task, None, None), peer_id_of(KEY.public_key()), 1)
-    clock = ScriptedClock(len(SPEEDS) + 1)
+    clock = ScriptedClock(len(speeds) + 1)
     fingerprints, failed = set[str](), list[BaseException]()
     with local_swarm(folder, genesis.body, KEY, blobs=genesis.blobs, clock=clock) as swarm:
         times_s: list[float] = []
@@ -118,7 +129,7 @@ def train(
 
         def slow_down(number: int, runner: Runner) -> None:
             # A little apart, so that no two offers come at the same time.
-            batch_s = BATCH_S / SPEEDS[number] * (1 + number * 1e-4)
+            batch_s = BATCH_S / speeds[number] * (1 + number * 1e-4)
             runner.work.task = Working(runner.work.task, lambda: clock.sleep(swarm.changed, batch_s))
 
         def run(runner: Runner) -> None:
@@ -131,7 +142,7 @@ def train(
                 clock.leave(swarm.changed)
 
         runners = []
-        for number in range(len(SPEEDS)):
+        for number in range(len(speeds)):
             speed = upload_bytes_per_s if number == 0 else None
             link = swarm.link(f"peer-{number}", upload_bytes_per_s=speed)
             runners.append(Runner(link, clock=clock.now_s, on_prepared=partial(slow_down, number)))
@@ -191,6 +202,33 @@ def test_a_thin_link_sends_less_and_holds_nobody_up(tmp_path: Path) -> None:
     assert 4 <= thin.n_samples <= 8, "one or two batches of four"
     assert outcome.times_s[-1] - outcome.times_s[-2] <= round_s
     assert len(outcome.fingerprints) == 1
+
+
+LOCAL: dict[str, Any] = {
+    **{"name": "diloco", "lr": 1e-2, "inner_steps": 2, "weight_decay": 0.0, "outer_lr": 1.0},
+    **{"outer_momentum": 0.0, "compressor": {"name": "dense", "bits": 8}},
+}
+
+
+def test_rounds_of_their_own_pace_hold_nobody_up_and_leave_nobody_out(tmp_path: Path) -> None:
+    """Three peers take 10 seconds for a round's work, the fourth 50."""
+    speeds = [1.0, 1.0, 1.0, 0.2]
+    strategy = {**LOCAL, "pace": "favano"}
+    paced = train(tmp_path / "async", "async", 25, strategy=strategy, speeds=speeds, every_s=12.0)
+    everybody = train(tmp_path / "all", "all", 5, strategy=LOCAL, speeds=speeds)
+    deadline = train(tmp_path / "deadline", "deadline", 12, strategy=LOCAL, speeds=speeds)
+    assert all(len(outcome.fingerprints) == 1 for outcome in (paced, everybody, deadline))
+    rounds = [body.round for body in paced.commits if 3 in {o.peer for o in body.offers}]
+    assert {b - a for a, b in pairwise(rounds)} == {5}, (
+        "its work comes late, and counts as soon as it is there"
+    )
+    assert len(rounds) >= 4
+    assert 3 not in {o.peer for body in deadline.commits[4:] for o in body.offers}
+    steps = [b - a for a, b in pairwise([0.0, *paced.times_s])]
+    assert max(steps) <= 12.001
+    assert {len(body.offers) for body in paced.commits} <= {2, 3, 4}
+    sooner = max(r for r in paced.held_out if paced.times_s[r - 1] <= everybody.times_s[-1])
+    assert paced.held_out[sooner] < everybody.held_out[max(everybody.held_out)] - 0.1
 
 
 def test_the_same_script_ends_the_same(tmp_path: Path) -> None:

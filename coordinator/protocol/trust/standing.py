@@ -18,6 +18,7 @@ from ..messages import AuditEntry, CommitBody, Verdict
 from .audits import check_audit, payload_digest, signed_bytes
 from .drawing import MIN_AUDITORS, Draw, audits_of
 from .judging import REPORT_ROUNDS, Judged, Judging, OpenAudit
+from .paces import Paces
 from .stock import ROUND, Stock
 
 LAST: Final = 4
@@ -122,8 +123,9 @@ class Standing:
     each peer, and its last few audits.
     """
 
-    def __init__(self, run_id: bytes = b"", rules: Rules | None = None) -> None:
-        self._run_id, self._rules = run_id, rules
+    def __init__(self, run_id: bytes = b"", rules: Rules | None = None, paces: Paces | None = None) -> None:
+        """`paces`: fed with every commit, too; None: nobody asks how often peers offer."""
+        self._run_id, self._rules, self.paces = run_id, rules, paces
         self.round = 0
         """The newest commit that is known."""
         self._work: Counter[int] = Counter()
@@ -151,6 +153,8 @@ class Standing:
         for entry in body.audits:
             if not self.is_condemned(entry.auditor):
                 self._heard(entry)
+        if self.paces is not None:
+            self.paces.committed(body, self._terms)
         self._worked(body)
         self.round = body.round
         if self._rules is not None:
