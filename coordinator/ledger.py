@@ -162,7 +162,7 @@ class Ledger:
         if not self.committee.is_only(me):
             raise ConfigError(_others_order(self.committee, me))
         record = encode_record(body)
-        commit = Commit(record=record, signature=key.sign(record))
+        commit = Commit.made(body, record, key.sign(record))
         with self._db:
             self._insert(commit, body, work)
         self._chain.took(commit)

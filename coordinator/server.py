@@ -139,6 +139,7 @@ class CoordinatorServer:
         """What made the server fail, also when the run is over."""
         self._transport: Transport | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
+        self._ticks_soon = False
         self._is_stopped = False
         self._tasks: list[asyncio.Task[None]] = []
         self.on_new_ticket: Callable[[], object] = bool
@@ -172,6 +173,7 @@ class CoordinatorServer:
         self._reign = self._stream_server = None
         if self._tick_timer is not None:
             self._tick_timer.cancel()
+            self._ticks_soon = False
         self._serve_elsewhere()
         if service is not None:
             service.drop()
@@ -495,7 +497,7 @@ class CoordinatorServer:
 
     def _committed(self, round_: int) -> None:
         if self._stream_server is not None:
-            self._stream_server.wake()
+            self._stream_server.committed(round_)
         self._door.committed(round_)
         self._last_snapshot.wake()
 
@@ -548,6 +550,7 @@ class CoordinatorServer:
 
     def _tick(self) -> None:
         """Lets the service's time pass, now and when it wants it again."""
+        self._ticks_soon = False
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         service, now_s = self._reign, time.monotonic()
@@ -567,10 +570,11 @@ class CoordinatorServer:
 
     def _soon(self) -> None:
         """Ticks once the loop has done what is ready now."""
-        if self._is_stopped:
+        if self._is_stopped or self._ticks_soon:
             return
         if self._tick_timer is not None:
             self._tick_timer.cancel()
+        self._ticks_soon = True
         self._tick_timer = asyncio.get_running_loop().call_later(0, self._tick)
 
     def _save_history(self) -> None:
