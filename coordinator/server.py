@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ SILENT_SESSION_S = 30.0
 """A session without a byte for this long, and for three times the run's own limit, is closed."""
 
 HISTORY_EVERY_S = 10.0
+CHECKPOINT_ROUNDS, LAST_CHECKPOINT_ROUNDS = 5000, 500
+"""Rounds until the next checkpoint of the ledger, while the coordinator runs and when it stops: a start reads
+that many in a second, and a tenth."""
+
 LOOK_EVERY_S = 1.0
 OPEN_TIMEOUT_S = 10.0
 
@@ -107,6 +112,7 @@ class CoordinatorServer:
         else:
             self.ledger = Ledger.create(state.ledger_path, genesis, self._key)
         self._history = _History(state)
+        self._checkpointed = 0 if self.ledger.checkpoint is None else self.ledger.checkpoint.round
         self._settings = parse_settings(self.ledger.genesis.config)
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         self.meter = Meter()
@@ -392,6 +398,7 @@ class CoordinatorServer:
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         self._save_history()
+        self._checkpoint(LAST_CHECKPOINT_ROUNDS)()
         self.ledger.close()
         if self._done is not None:
             self._done.cancel()
@@ -581,6 +588,14 @@ class CoordinatorServer:
         if self._reign is not None:
             self._history.save(self._reign.history())
 
+    def _checkpoint(self, after: int) -> Callable[[], None]:
+        """What writes a checkpoint, in any thread; nothing before so many rounds since the last one."""
+        head, service = self.ledger.head_round, self._reign
+        if service is None or head < self._checkpointed + after or (derived := service.derived()) is None:
+            return lambda: None
+        self._checkpointed = head
+        return partial(_write_checkpoint, self.ledger.save_checkpoint(derived, self._key))
+
     async def _await_the_end(self, seat: Hosting) -> None:
         """Of a run that another seat leads: once that one has nobody to wait for any more."""
         while True:
@@ -594,6 +609,7 @@ class CoordinatorServer:
             await asyncio.sleep(HISTORY_EVERY_S)
             if self._reign is not None:
                 await asyncio.to_thread(self._history.save, self._reign.history())
+            await asyncio.to_thread(self._checkpoint(CHECKPOINT_ROUNDS))
 
     async def _beat(self) -> None:
         """Heartbeats to every node."""
@@ -635,6 +651,13 @@ class _History:
             except OSError as e:
                 _log.warning("what the page shows of the past cannot be kept: %s", e)
             self._kept = data
+
+
+def _write_checkpoint(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as e:
+        _log.warning("no checkpoint of the ledger can be written (%s): the next start reads all of it", e)
 
 
 def _is_result(done: asyncio.Future[None]) -> bool:

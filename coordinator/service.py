@@ -510,6 +510,10 @@ class Service:
         """What only this process has seen of the run, to be kept over a restart; small."""
         return self._parts.view.history()
 
+    def derived(self) -> bytes | None:
+        """What follows from the ledger as it is now, for a checkpoint beside it; None: not now."""
+        return None if self._is_deaf else self._recollection.saved()
+
     def memory(self) -> bytes:
         """What only a leader has seen and its successor wants to know, see `Recollection.remember`; some 100
         kB, at most MAX_MEMORY_BYTES."""

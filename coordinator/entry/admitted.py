@@ -68,6 +68,10 @@ class Admitted:
         """Raises KeyError for an index that nobody has."""
         return self._peer_ids[index]
 
+    def in_records(self) -> dict[int, str]:
+        """Of those that records admit: the invitation ("": none) by index."""
+        return dict(self._committed)
+
     def committed(self, admissions: Iterable[Admission]) -> None:
         """A record has these, which were pending."""
         self._committed.update((admission.index, admission.invitation) for admission in admissions)
