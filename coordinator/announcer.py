@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Final
 
+from .membership import Membership
 from .protocol.messages import Member, Members, Message, Offer, Offered
 
-Told = tuple[tuple[int, tuple[str, ...]], ...]
-"""Peers and where each can be reached."""
+FEW: Final = 32
+"""Members that are told of every change at once."""
+
+PAUSE_S: Final = 2e-3
+"""For each of more members: what a thousand who come one after the other bring about is told together."""
 
 
 class Announcer:
@@ -16,29 +21,34 @@ class Announcer:
     def __init__(self, send: Callable[[str, Message], None], peer_id: Callable[[int], str]) -> None:
         self._send, self._peer_id = send, peer_id
         self.addresses: dict[int, tuple[str, ...]] = {}
-        self._told: Told = ()
-        self._untold: set[int] = set()
+        self._told: dict[int, tuple[str, ...]] = {}
+        """Peers and where each is reached, as all but the newcomers know."""
+        self._n_changes = 0
+        """Of the members, when they were told last."""
         self._newcomers: set[int] = set()
+        self._not_before_s = 0.0
+        self.next_s: float | None = None
+        """When there will be something to tell; None: nothing is."""
 
     def opened(self, peer: int, addresses: tuple[str, ...]) -> None:
         """A session was opened: it hears everything at the next `tell`."""
         self.addresses[peer] = addresses
-        self._untold.add(peer)
         self._newcomers.add(peer)
 
-    def tell(self, connected: Iterable[int], offers: Mapping[int, Offer]) -> None:
-        """Members, to everybody when they change; and to whoever has come since also the offers so far."""
-        present = tuple((peer, self.addresses[peer]) for peer in connected)
-        if present != self._told:
-            self._told = present
-            self._untold.update(peer for peer, _ in present)
-        if self._untold:
-            self._tell_members(present)
-        if self._newcomers:
-            newcomers = [peer for peer, _ in present if peer in self._newcomers]
-            for peer, offer in offers.items():
+    def tell(self, members: Membership, offers: Callable[[], Mapping[int, Offer]], now_s: float) -> None:
+        """What has changed of the members, to everybody; and to whoever has come since all of them, and the
+        offers so far. Not before the last news are some time ago."""
+        is_news = members.n_changes != self._n_changes or bool(self._newcomers)
+        self.next_s = self._not_before_s if is_news and now_s < self._not_before_s else None
+        if not is_news or self.next_s is not None:
+            return
+        self._n_changes = members.n_changes
+        present = members.connected()
+        newcomers = self._tell_members(present)
+        self._not_before_s = now_s + (PAUSE_S * len(present) if len(present) > FEW else 0.0)
+        if newcomers:
+            for peer, offer in offers().items():
                 self.tell_offered(peer, offer, newcomers)
-            self._newcomers.clear()
 
     def tell_offered(self, peer: int, offer: Offer, to: Collection[int]) -> None:
         """Who has the payload of an offer, to the others: they may fetch it ahead."""
@@ -53,11 +63,21 @@ class Announcer:
         for peer in to:
             self._send(self._peer_id(peer), message)
 
-    def _tell_members(self, present: Told) -> None:
-        members = Members(
-            members=tuple(
-                Member(peer_id=self._peer_id(peer), addresses=addresses) for peer, addresses in present
-            )
-        )
-        self.send(members, [peer for peer, _ in present if peer in self._untold])
-        self._untold.clear()
+    def _tell_members(self, present: list[int]) -> list[int]:
+        """Returns the newcomers."""
+        newcomers = [peer for peer in present if peer in self._newcomers]
+        others = [peer for peer in present if peer not in self._newcomers]
+        self._newcomers.clear()
+        told, self._told = self._told, {peer: self.addresses[peer] for peer in present}
+        came = [peer for peer in present if told.get(peer) != self.addresses[peer]]
+        left = [peer for peer in told if peer not in self._told]
+        is_much = bool(came or left) and 2 * (len(came) + len(left)) >= len(present)
+        if newcomers or is_much:
+            self.send(Members(members=self._entries(present)), present if is_much else newcomers)
+        if (came or left) and not is_much:
+            gone = tuple(map(self._peer_id, left))
+            self.send(Members(members=self._entries(came), left=gone, is_change=True), others)
+        return newcomers
+
+    def _entries(self, peers: Iterable[int]) -> tuple[Member, ...]:
+        return tuple(Member(peer_id=self._peer_id(p), addresses=self.addresses[p]) for p in peers)

@@ -197,6 +197,10 @@ class BlobStore:
             _move(self._counted, digest, blob.counted, round_)
             blob.counted = round_
 
+    def counted(self) -> list[tuple[bytes, int]]:
+        """What commits name, and the round of the newest one that does, in the order of rounds."""
+        return [(digest, round_) for round_, digests in self._counted.items() for digest in digests]
+
     def mark_rest(self, round_: int) -> None:
         """Whatever nobody has marked or pinned was uploaded for this round, before a restart."""
         for digest, blob in self._blobs.items():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
+from functools import partial
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from ..compression.errors import ConfigError, LedgerCorrupt
+from .checkpoints.file import Checkpoint, Walked, digest_of_peers
 from .entry.admitted import SCHEMA, Admitted
 from .entry.invited import Invited
 from .protocol.chain import REPAIR_FORK, Chain, Forked, check_genesis, seats_of
@@ -67,6 +70,9 @@ class Ledger:
         self.genesis: GenesisBody = decode_record(GenesisBody, record)
         self.run_id: bytes = digest_of(record)
         self._newest: Commit | None = None
+        self._walked = Walked()
+        self.checkpoint = None if public_key is None else self._read_checkpoint(public_key)
+        """What was verified before, and is as it was then; None: all of it has been verified now."""
         self._chain, committed = self._verify()
         self._appends: tuple[Ed25519PrivateKey, str] | None = None
         """The key that appends, and its peer id: a public key takes as long as a signature to work out."""
@@ -124,8 +130,8 @@ class Ledger:
 
     @classmethod
     def open(cls, path: Path, public_key: Ed25519PublicKey) -> Ledger:
-        """Verifies the whole chain. `public_key`: of the founder, or of a seat that a record names; where the
-        ledger was begun from record 0 any.
+        """Verifies the whole chain, but for what a checkpoint of this key's vouches for. `public_key`: of the
+        founder, or of a seat that a record names; where the ledger was begun from record 0 any.
 
         Raises ConfigError (no file) or LedgerCorrupt naming the bad record.
         """
@@ -162,9 +168,10 @@ class Ledger:
         if not self.committee.is_only(me):
             raise ConfigError(_others_order(self.committee, me))
         record = encode_record(body)
-        commit = Commit(record=record, signature=key.sign(record))
+        commit = Commit.made(body, record, key.sign(record))
         with self._db:
             self._insert(commit, body, work)
+        self._walked.add([(commit.record, commit.signature, commit.digest)])
         self._chain.took(commit)
         self._newest = commit
         self._admitted.committed(body.admitted)
@@ -196,6 +203,7 @@ class Ledger:
                 self._insert(commit, commit.body, entry.work)
             committed = self._admitted.write(commit.body for commit in commits)
         self._chain = chain
+        self._walked.add((commit.record, commit.signature, commit.digest) for commit in commits)
         self._newest = commits[-1]
         self._admitted.wrote(committed)
         return commits
@@ -210,9 +218,8 @@ class Ledger:
         )
         return [Commit(record=record, signature=signature) for record, signature in rows]
 
-    def all_commits(self) -> Iterator[Commit]:
-        """Every commit in order, without holding them all."""
-        after = 0
+    def all_commits(self, after: int = 0) -> Iterator[Commit]:
+        """Every commit after that round in order, without holding them all."""
         while batch := self.commits(after, 256):
             yield from batch
             after += len(batch)
@@ -359,28 +366,76 @@ class Ledger:
             self._db.execute("INSERT OR IGNORE INTO work VALUES (?, ?)", (body.work, work))
 
     def _verify(self) -> tuple[Chain, dict[int, str]]:
-        """Walks the chain. Returns also the invitations of admitted peers, by index."""
-        chain = Chain(self.run_id, self.genesis.coordinator, recovery=self.genesis.recovery)
-        committed: dict[int, str] = {}
+        """Walks the chain, from the checkpoint on. Returns the invitations of admitted peers, too."""
+        founder, recovery, known = self.genesis.coordinator, self.genesis.recovery, self.checkpoint
+        chain, committed = Chain(self.run_id, founder, recovery=recovery), dict[int, str]()
+        if known is not None:
+            before = self.committees(known.round)
+            chain = Chain(self.run_id, founder, known.round, known.digest, recovery=recovery, before=before)
+            committed = dict(enumerate(known.invitations))
         rows = self._db.execute(
-            "SELECT round, record, signature, digest FROM record WHERE round != 0 ORDER BY round"
+            "SELECT round, record, signature, digest FROM record WHERE round != 0 AND "
+            "(round < 0 OR round > ?) ORDER BY round",
+            (chain.round,),
         )
         for round_, record, signature, digest in rows:
             wanted = chain.round + 1
             if round_ != wanted:
                 raise self._corrupt(wanted, f"record {wanted} is missing, record {round_} is there")
-            if digest != digest_of(record):
+            if not isinstance(record, bytes) or digest != digest_of(record):
                 raise self._corrupt(wanted, f"record {wanted}: its digest does not fit its bytes")
             try:
                 commit = Commit(record=record, signature=signature)
                 chain.check(commit)
-            except (LedgerCorrupt, ValueError) as e:
+            except LedgerCorrupt as e:
                 raise self._corrupt(wanted, str(e)) from e
+            except ValueError as e:
+                raise self._corrupt(wanted, f"record {wanted}: its signature is none") from e
             for admission in commit.body.admitted:
                 self._check_admission(wanted, admission)
                 committed[admission.index] = admission.invitation
+            self._walked.add([(record, signature, digest)])
             self._newest = commit
         return chain, committed
+
+    def _read_checkpoint(self, key: Ed25519PublicKey) -> Checkpoint | None:
+        """None: there is none, or the ledger is not what it was then."""
+        found = Checkpoint.read(self._checkpoint_path, self.run_id, key)
+        if found is None:
+            return None
+        rows = self._db.execute(
+            "SELECT record, signature, digest FROM record WHERE round BETWEEN 1 AND ? ORDER BY round",
+            (found.round,),
+        )
+        walked = Walked()
+        with suppress(TypeError):  # other types in the file: it is not what it was
+            walked.add(rows)
+        n = len(found.invitations)
+        peers = dict(self._db.execute("SELECT idx, peer_id FROM admission WHERE idx < ?", (n,)))
+        is_same = (walked.round, walked.digest) == (found.round, found.records)
+        if not is_same or digest_of_peers(peers, n) != found.peers:
+            return None
+        self._walked = walked
+        return found
+
+    def save_checkpoint(self, derived: bytes, key: Ed25519PrivateKey) -> Callable[[], None]:
+        """What writes a checkpoint of the ledger as it is now, in any thread; that raises OSError. `key`: the
+        one that opens the ledger again; `derived`: see `Checkpoint`."""
+        committed = self._admitted.in_records()
+        checkpoint = Checkpoint(
+            run_id=self.run_id,
+            round=self.head_round,
+            digest=self.head_digest,
+            records=self._walked.digest,
+            invitations=tuple(committed[index] for index in range(len(committed))),
+            peers=digest_of_peers(self._admitted.peers(), len(committed)),
+            derived=derived,
+        )
+        return partial(checkpoint.write, self._checkpoint_path, key)
+
+    @property
+    def _checkpoint_path(self) -> Path:
+        return self._path.with_suffix(".checkpoint")
 
     def _check_admission(self, round_: int, admission: Admission) -> None:
         """Admissions are derived from the records; the table only adds what no commit carries yet."""

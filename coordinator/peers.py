@@ -113,7 +113,7 @@ class Peers:
     def is_member(self, peer_id: str) -> bool:
         """Whether the peer is admitted and connected."""
         index = self._ledger.index_of(peer_id)
-        return index is not None and index in self._members.connected()
+        return index is not None and self._members.is_connected(index)
 
     def present(self) -> set[int]:
         """Peers that are there, or have been a moment ago."""

@@ -11,7 +11,7 @@ after that, payloads are refused. Payloads inside of commits stay for ever, in t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from .blobs import BlobStore
@@ -84,6 +84,15 @@ class PayloadRetention:
                 self._missing.pop(offer.digest, None)
                 self._missing[offer.digest] = body.round
         self._look_at(body)
+        self._give_up()
+
+    def recall_marks(self, counted: Iterable[tuple[bytes, int]]) -> None:
+        """Instead of the old commits: the payloads that were here after the newest of them, in order."""
+        for digest, round_ in counted:
+            self._blobs.mark_counted(digest, round_)
+            if digest not in self._blobs:
+                self._missing[digest] = round_
+        self._missing = dict(sorted(self._missing.items(), key=lambda entry: entry[1]))
         self._give_up()
 
     def _give_up(self) -> None:

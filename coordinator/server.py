@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ SILENT_SESSION_S = 30.0
 """A session without a byte for this long, and for three times the run's own limit, is closed."""
 
 HISTORY_EVERY_S = 10.0
+CHECKPOINT_ROUNDS, LAST_CHECKPOINT_ROUNDS = 5000, 500
+"""Rounds until the next checkpoint of the ledger, while the coordinator runs and when it stops: a start reads
+that many in a second, and a tenth."""
+
 LOOK_EVERY_S = 1.0
 OPEN_TIMEOUT_S = 10.0
 
@@ -107,6 +112,7 @@ class CoordinatorServer:
         else:
             self.ledger = Ledger.create(state.ledger_path, genesis, self._key)
         self._history = _History(state)
+        self._checkpointed = 0 if self.ledger.checkpoint is None else self.ledger.checkpoint.round
         self._settings = parse_settings(self.ledger.genesis.config)
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         self.meter = Meter()
@@ -139,6 +145,7 @@ class CoordinatorServer:
         """What made the server fail, also when the run is over."""
         self._transport: Transport | None = None
         self._tick_timer: asyncio.TimerHandle | None = None
+        self._ticks_soon = False
         self._is_stopped = False
         self._tasks: list[asyncio.Task[None]] = []
         self.on_new_ticket: Callable[[], object] = bool
@@ -172,6 +179,7 @@ class CoordinatorServer:
         self._reign = self._stream_server = None
         if self._tick_timer is not None:
             self._tick_timer.cancel()
+            self._ticks_soon = False
         self._serve_elsewhere()
         if service is not None:
             service.drop()
@@ -390,6 +398,7 @@ class CoordinatorServer:
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         self._save_history()
+        self._checkpoint(LAST_CHECKPOINT_ROUNDS)()
         self.ledger.close()
         if self._done is not None:
             self._done.cancel()
@@ -495,7 +504,7 @@ class CoordinatorServer:
 
     def _committed(self, round_: int) -> None:
         if self._stream_server is not None:
-            self._stream_server.wake()
+            self._stream_server.committed(round_)
         self._door.committed(round_)
         self._last_snapshot.wake()
 
@@ -548,6 +557,7 @@ class CoordinatorServer:
 
     def _tick(self) -> None:
         """Lets the service's time pass, now and when it wants it again."""
+        self._ticks_soon = False
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         service, now_s = self._reign, time.monotonic()
@@ -567,15 +577,24 @@ class CoordinatorServer:
 
     def _soon(self) -> None:
         """Ticks once the loop has done what is ready now."""
-        if self._is_stopped:
+        if self._is_stopped or self._ticks_soon:
             return
         if self._tick_timer is not None:
             self._tick_timer.cancel()
+        self._ticks_soon = True
         self._tick_timer = asyncio.get_running_loop().call_later(0, self._tick)
 
     def _save_history(self) -> None:
         if self._reign is not None:
             self._history.save(self._reign.history())
+
+    def _checkpoint(self, after: int) -> Callable[[], None]:
+        """What writes a checkpoint, in any thread; nothing before so many rounds since the last one."""
+        head, service = self.ledger.head_round, self._reign
+        if service is None or head < self._checkpointed + after or (derived := service.derived()) is None:
+            return lambda: None
+        self._checkpointed = head
+        return partial(_write_checkpoint, self.ledger.save_checkpoint(derived, self._key))
 
     async def _await_the_end(self, seat: Hosting) -> None:
         """Of a run that another seat leads: once that one has nobody to wait for any more."""
@@ -590,6 +609,7 @@ class CoordinatorServer:
             await asyncio.sleep(HISTORY_EVERY_S)
             if self._reign is not None:
                 await asyncio.to_thread(self._history.save, self._reign.history())
+            await asyncio.to_thread(self._checkpoint(CHECKPOINT_ROUNDS))
 
     async def _beat(self) -> None:
         """Heartbeats to every node."""
@@ -631,6 +651,13 @@ class _History:
             except OSError as e:
                 _log.warning("what the page shows of the past cannot be kept: %s", e)
             self._kept = data
+
+
+def _write_checkpoint(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except OSError as e:
+        _log.warning("no checkpoint of the ledger can be written (%s): the next start reads all of it", e)
 
 
 def _is_result(done: asyncio.Future[None]) -> bool:

@@ -440,12 +440,12 @@ class Service:
         is_free = not (rounds.is_held or rounds.is_awaited or rounds.is_closing)
         if self._ordering.pending and is_free:
             self._ordering.commit_changes(now_s)  # all who worked on the round are gone, and the owner waits
-        parts.announcer.tell(parts.members.connected(), parts.open_round.offers.fetchable())
+        parts.announcer.tell(parts.members, parts.open_round.offers.fetchable, now_s)
         round_s = parts.derived.statistics.round_s
         parts.notices.awaited(parts.rounds, self._settings.run.min_peers, round_s, now_s)
         parts.derived.page_history.rejected(self._wall_ms(), self._admission.rejected)
         parts.update_finished(now_s)
-        wakes = [parts.members.wake_s(), parts.rounds.wake_s(), parts.notices.next_s]
+        wakes = [parts.members.wake_s(), parts.rounds.wake_s(), parts.notices.next_s, parts.announcer.next_s]
         if parts.over_s is not None and not parts.finished:
             wakes.append(parts.over_s + FAREWELL_S)
         return min(wake for wake in wakes if wake is not None)
@@ -511,6 +511,10 @@ class Service:
     def history(self) -> bytes:
         """What only this process has seen of the run, to be kept over a restart; small."""
         return self._parts.view.history()
+
+    def derived(self) -> bytes | None:
+        """What follows from the ledger as it is now, for a checkpoint beside it; None: not now."""
+        return None if self._is_deaf else self._recollection.saved()
 
     def memory(self) -> bytes:
         """What only a leader has seen and its successor wants to know, see `Recollection.remember`; some 100

@@ -28,14 +28,21 @@ class Session:
         self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
         self._follows: int | None = None
+        self._is_idle = False
+        """`write` waits for something to send."""
         self.is_ending = False
 
     def post(self, message: Message) -> bool:
-        """Queues a message; False: the node takes too little, the session is to be closed."""
+        """Sends a message where nothing waits, else queues it; False: the node takes too little, the session
+        is to be closed."""
+        if self._sends_now(message):
+            return True
         if isinstance(message, _LAST_COUNTS):
             old = next((m for m in self._queue if type(m) is type(message)), None)
             if old is not None:
                 self._queue.remove(old)
+            if isinstance(message, Members) and isinstance(old, Members):
+                message = old.then(message)
         if isinstance(message, Offered) and len(self._queue) >= MAX_QUEUED_HINTS:
             return True
         self._queue.append(message)
@@ -47,9 +54,20 @@ class Session:
         self._follows = after
         self._wake.set()
 
+    def committed(self, round_: int, commit: Commit) -> None:
+        """There is a new commit, of that round."""
+        if self._follows == round_ - 1 and self._sends_now(commit):
+            self._follows = round_
+        else:
+            self._wake.set()
+
     def wake(self) -> None:
-        """There is a new commit."""
+        """There may be new commits."""
         self._wake.set()
+
+    def _sends_now(self, message: Message) -> bool:
+        is_free = self._is_idle and not self._queue and not self.is_ending and not self._wake.is_set()
+        return is_free and self.stream.send_now(message)
 
     def end(self, why: Refused | Elsewhere | None = None) -> None:
         """Sends what is queued, then the reason; `write` returns then. The first reason stands."""
@@ -67,7 +85,9 @@ class Session:
             if self.is_ending:
                 return
             if not await self._send_commits(commits):
+                self._is_idle = True
                 await self._wake.wait()
+                self._is_idle = False
 
     async def _send_commits(self, commits: Callable[[int, int], list[Commit]]) -> bool:
         """One batch; False: the node has all there are."""

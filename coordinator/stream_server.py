@@ -46,6 +46,7 @@ from .protocol.transport import StreamHandler
 from .seats.watchers import Watchers
 from .service import Service
 from .serving.passing_on import Nobody, PassedOn, Uploads
+from .serving.signatures import SignatureChecks
 from .sessions import Session
 
 _log = logging.getLogger("thinwire.coordinator")
@@ -100,6 +101,7 @@ class StreamServer:
         self._numbers = count(1)
         self._opening = asyncio.Lock()
         """Held while one node is let in: the others wait for what it may have to give back."""
+        self._signatures = SignatureChecks(service.is_signed)
         self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
         self._strangers = Strangers(service.has_worked)
         self._blob_streams = BlobStreams(self._may_fetch, self._strangers, waits.hello_s)
@@ -134,10 +136,11 @@ class StreamServer:
         """A node's own, in Prometheus' text format. Raises `metrics_requests.Unanswered`."""
         return await self._metrics_requests.metrics(peer_id)
 
-    def wake(self) -> None:
-        """There is a new commit."""
-        for session in self._sessions.values():
-            session.wake()
+    def committed(self, round_: int) -> None:
+        """There is a new commit, the newest."""
+        for commit in self._service.commits(round_ - 1, 1):
+            for session in self._sessions.values():
+                session.committed(round_, commit)
 
     def beat(self, heartbeat: Heartbeat, silence_limit_s: float) -> None:
         """A heartbeat to every node; a session without a byte for so long is closed."""
@@ -273,8 +276,8 @@ class StreamServer:
                 session.post(Head(round=self._service.head))  # all that came before has been read
 
     async def _refuse_unsigned(self, peer_id: str, offer: Offer) -> None:
-        """Off the event loop: a thousand signatures take a tenth of a second. Raises BadMessage."""
-        if not await asyncio.to_thread(self._service.is_signed, peer_id, offer):
+        """Raises BadMessage."""
+        if not await self._signatures.is_signed(peer_id, offer):
             self._service.count_rejected("signature", peer_id)
             raise BadMessage(f"the offer of round {offer.round} is not signed by its peer")
 

@@ -40,7 +40,7 @@ class Admitted:
         if known is not None:
             return known
         index = len(self._peer_ids)
-        if index > MAX_INDEX or len(self.pending()) >= MAX_PEERS:
+        if index > MAX_INDEX or index - len(self._committed) >= MAX_PEERS:
             raise Incompatible("the swarm is full: too many peers have been admitted")
         with self._db:
             self._db.execute("INSERT INTO admission VALUES (?, ?)", (index, peer_id))
@@ -52,9 +52,8 @@ class Admitted:
     def pending(self) -> tuple[Admission, ...]:
         """Those that no record has yet."""
         return tuple(
-            Admission(index=index, peer_id=peer_id, invitation=self.invited.of(index))
-            for index, peer_id in sorted(self._peer_ids.items())
-            if index not in self._committed
+            Admission(index=index, peer_id=self._peer_ids[index], invitation=self.invited.of(index))
+            for index in range(len(self._committed), len(self._peer_ids))
         )
 
     def index_of(self, peer_id: str) -> int | None:
@@ -68,6 +67,10 @@ class Admitted:
     def peer_id(self, index: int) -> str:
         """Raises KeyError for an index that nobody has."""
         return self._peer_ids[index]
+
+    def in_records(self) -> dict[int, str]:
+        """Of those that records admit: the invitation ("": none) by index."""
+        return dict(self._committed)
 
     def committed(self, admissions: Iterable[Admission]) -> None:
         """A record has these, which were pending."""

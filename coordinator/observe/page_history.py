@@ -149,6 +149,10 @@ class PageHistory:
                 self.happened(time_ms, "rejected", reason, n - self._rejected[reason])
                 self._rejected[reason] = n
 
+    def forget_rejected(self, so_far: Mapping[Rejected, int]) -> None:
+        """Another process counts, from here."""
+        self._rejected = Counter(so_far)
+
     # ------------------------------------------------------------------------------------ what is shown
 
     def errors(self) -> list[str]:

@@ -66,10 +66,13 @@ def public_key_of(peer_id: str) -> Ed25519PublicKey:
     return Ed25519PublicKey.from_public_bytes(data[len(prefix) :])
 
 
+_known_key = lru_cache(maxsize=4096)(public_key_of)
+
+
 def is_signed_by(peer_id: str, signature: bytes, data: bytes) -> bool:
     """Whether `signature` over `data` was made with the key of `peer_id`."""
     try:
-        public_key_of(peer_id).verify(signature, data)
+        _known_key(peer_id).verify(signature, data)
     except InvalidSignature:
         return False
     return True

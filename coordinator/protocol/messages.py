@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
 
 import msgpack
@@ -112,7 +112,7 @@ class Record(BaseModel):
     def _from_list(cls, value: Any) -> Any:
         if not isinstance(value, tuple):
             return value
-        names = list(cls.model_fields)
+        names = _names(cls)
         n_older = len(names) - cls.n_younger
         if not n_older <= len(value) <= len(names):
             newer = ": it is of a newer thinwire" if len(value) > len(names) else ""
@@ -123,11 +123,18 @@ class Record(BaseModel):
 
     def to_list(self) -> list[Any]:
         """The fields' values in order, as msgpack takes them."""
-        values = [_plain(getattr(self, name)) for name in type(self).model_fields]
+        fields = self.__dict__
+        values = [_plain(fields[name]) for name in _names(type(self))]
         n_older = len(values) - self.n_younger
         while len(values) > n_older and not values[-1]:
             values.pop()
         return values
+
+
+@cache
+def _names(kind: type[Record]) -> tuple[str, ...]:
+    """Of its fields, in order."""
+    return tuple(kind.model_fields)
 
 
 R = TypeVar("R", bound=Record)
@@ -141,6 +148,8 @@ def _once_each(changes: tuple[Change, ...]) -> tuple[Change, ...]:
 
 
 def _plain(value: Any) -> Any:
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, Record):
         return value.to_list()
     if isinstance(value, tuple):
@@ -148,6 +157,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, StrEnum):
         return str(value)
     return value
+
+
+_PLAIN: Final = frozenset((int, bytes, float, str, bool, type(None)))
 
 
 class NodeState(StrEnum):
@@ -397,6 +409,12 @@ class Message(Record):
 
     tag: ClassVar[int]
 
+    @cached_property
+    def encoded(self) -> bytes:
+        """msgpack of its tag and its fields in order: once, to however many it goes."""
+        packed: bytes = msgpack.packb([self.tag, *self.to_list()], use_bin_type=True)
+        return packed
+
 
 READER: Final = "thinwire reader"
 
@@ -542,6 +560,13 @@ class Commit(Message):
         """The record, decoded. Raises BadMessage."""
         return decode_record(CommitBody, self.record)
 
+    @classmethod
+    def made(cls, body: CommitBody, record: bytes, signature: bytes) -> Self:
+        """Of a record that was encoded here: `body` need not be decoded again."""
+        commit = cls(record=record, signature=signature)
+        commit.__dict__["body"] = body
+        return commit
+
 
 class Head(Message):
     """The newest committed round. Answers a node's leaving: all that it sent before has been read."""
@@ -660,10 +685,29 @@ class Member(Record):
 
 
 class Members(Message):
-    """Who may fetch from whom, and where; sent when it changes."""
+    """Who may fetch from whom, and where; sent when it changes.
+
+    `is_change`: those who have come since, or are elsewhere, and those who have `left`; else all of them."""
 
     tag = 12
+    n_younger = 2
     members: Annotated[tuple[Member, ...], Field(max_length=MAX_PEERS)]
+    left: Annotated[tuple[PeerId, ...], Field(max_length=MAX_PEERS)] = ()
+    is_change: bool = False
+
+    @property
+    def by_peer(self) -> dict[str, tuple[str, ...]]:
+        """Where each is reached."""
+        return {member.peer_id: member.addresses for member in self.members}
+
+    def then(self, newer: Members) -> Members:
+        """Both in one, for somebody who has heard neither."""
+        if not newer.is_change:
+            return newer
+        found = {m.peer_id: m for m in (*self.members, *newer.members) if m.peer_id not in newer.left}
+        back = {m.peer_id for m in newer.members}
+        left = tuple(sorted({*self.left, *newer.left} - back)) if self.is_change else ()
+        return Members(members=tuple(found.values()), left=left, is_change=self.is_change)
 
 
 class Notice(Message):
@@ -735,8 +779,7 @@ def decode_record(kind: type[R], data: bytes) -> R:
 
 def encode_message(message: Message) -> bytes:
     """msgpack of its tag and its fields in order."""
-    packed: bytes = msgpack.packb([message.tag, *message.to_list()], use_bin_type=True)
-    return packed
+    return message.encoded
 
 
 def decode_message(data: bytes, kinds: Mapping[int, type[Message]] = MESSAGES) -> Message:

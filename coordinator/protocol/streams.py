@@ -24,7 +24,6 @@ from .messages import (
     Rejected,
     Welcome,
     decode_message,
-    encode_message,
 )
 
 SESSION = "thinwire/1/session"
@@ -161,9 +160,18 @@ class Stream:
 
     async def send_message(self, message: Message) -> None:
         """Returns when there is room for more. Raises OSError."""
-        body = encode_message(message)
+        body = message.encoded
         _count(self.meter.sent, message, HEADER.size + len(body))
         await self._write(HEADER.pack(len(body), FrameKind.MESSAGE) + body)
+
+    def send_now(self, message: Message) -> bool:
+        """The same without waiting; False, with nothing sent: it is throttled, or something waits already."""
+        if self._throttle is not None or self._writer.transport.get_write_buffer_size():
+            return False
+        body = message.encoded
+        _count(self.meter.sent, message, HEADER.size + len(body))
+        self._writer.write(HEADER.pack(len(body), FrameKind.MESSAGE) + body)
+        return True
 
     @property
     def chunk_bytes(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..blobs import BlobStore
+from ..checkpoints.derived import outside, restored, saved
 from ..derived_state import DerivedState
 from ..ledger import Ledger
 from ..observe.peer_names import PeerNames
@@ -35,16 +36,31 @@ class Recollection:
         counts so far, which go on."""
         self.rejected: Counter[Rejected] = Counter() if rejected is None else rejected
         self.names = PeerNames(ledger.peer_id)
-        course = Course.of(ledger.genesis.config)
-        self.derived = DerivedState(ledger, blobs, course, self.names.short, self.rejected, keep)
-        self._ledger = ledger
-        for commit in ledger.all_commits():
+        self._ledger, self._blobs = ledger, blobs
+        self._around = outside(ledger, blobs, self.names, self.rejected, keep)
+        self.derived = self._restored() or self._new(keep)
+        for commit in ledger.all_commits(self.head):
             self.derived.recall(commit)
         self.derived.recalled()
         self.memory: Memory | None = None
         """The newest that a leader has told, or this seat as a leader."""
         if history is not None:
             self.derived.restore(history)
+
+    def _restored(self) -> DerivedState | None:
+        """As it was after a record that the ledger still has; None: nothing is kept, or in doubt."""
+        checkpoint = self._ledger.checkpoint
+        return None if checkpoint is None else restored(checkpoint.derived, self._around)
+
+    def _new(self, keep: Keep) -> DerivedState:
+        course = Course.of(self._ledger.genesis.config)
+        return DerivedState(self._ledger, self._blobs, course, self.names.short, self.rejected, keep)
+
+    def saved(self) -> bytes | None:
+        """For a checkpoint of the ledger as it is now; None: it has records that are not known here yet."""
+        if self.head != self._ledger.head_round:
+            return None
+        return saved(self.derived, self._blobs, self._around)
 
     @property
     def head(self) -> int:

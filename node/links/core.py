@@ -222,8 +222,8 @@ class LinkCore:
             case Offered():
                 if self._state is NodeState.TRAINING and message.round > self.commits.copied_round:
                     self._payloads.offered(message)
-            case Members(members=members):
-                self._members.update({m.peer_id: m.addresses for m in members})
+            case Members():
+                self._members.heard(message)
                 self.blobs.members_changed()
                 self.neighbours.keep_only(self._members.all())
             case Notice(text=text, warning=warning):

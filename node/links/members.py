@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from ...coordinator.protocol.messages import Members
+
 _GRACE_S = 30.0
 """Who is off the list counts as a member between nodes for so long: a coordinator that was restarted lists
 its peers as they come back."""
@@ -36,6 +38,14 @@ class MemberList:
             if listed.until_s > now_s
         }
         self._listed = left | {p: _Listed(addresses, math.inf) for p, addresses in members.items()}
+
+    def heard(self, said: Members) -> None:
+        """All of the list, or what is different."""
+        if not said.is_change:
+            self.update(said.by_peer)
+            return
+        listed = {p: one.addresses for p, one in self._listed.items() if one.until_s == math.inf}
+        self.update({p: where for p, where in listed.items() if p not in said.left} | said.by_peer)
 
     def connected(self) -> list[str]:
         """Peer ids of those that are on the list now."""

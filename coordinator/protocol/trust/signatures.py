@@ -6,6 +6,7 @@ trust: they sign nothing.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from cryptography.exceptions import InvalidSignature
@@ -19,6 +20,7 @@ NOT_SIGNED: Final = bytes(SIGNATURE_BYTES)
 """In the place of a signature that is not there."""
 
 
+@lru_cache(maxsize=4096)
 def key_of(peer_id: str) -> Ed25519PublicKey | None:
     """The key in a peer id; None: it is only a name."""
     try:
