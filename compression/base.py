@@ -43,7 +43,8 @@ class Part:
     @property
     def entire(self) -> Part:
         """The whole parameter that this is a part of."""
-        return Part.whole(self.shape)
+        n = prod(self.shape)
+        return self if self.start == 0 and self.stop == n else Part(self.shape, 0, n)
 
     @property
     def n_global(self) -> int:

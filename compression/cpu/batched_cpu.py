@@ -98,7 +98,7 @@ def written(
     )
     firsts, starts = ranges.first_P.tolist(), ranges.byte_P.tolist()
     return [
-        (scales[a:b].clone(), codes[at : at + n].clone())
+        (scales[a:b], codes[at : at + n])
         for a, b, at, n in zip(firsts[:-1], firsts[1:], starts, n_P.tolist(), strict=False)
     ]
 
