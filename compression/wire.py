@@ -149,7 +149,7 @@ def _read(data: bytes, at: int, fields: Fields, counts: Sequence[int]) -> Payloa
     """All tensors lie in one piece of memory, each where kernels like it to begin."""
     sizes = [_n_bytes(field, n) for field, n in zip(_flat(fields), counts, strict=True)]
     memory = np.empty(sum(size + -size % _ALIGNMENT for size in sizes), dtype=np.uint8)
-    source, target, to = memoryview(data), memoryview(memory), 0
+    source, target, to = memoryview(data), memory.data, 0
     tensors: list[Tensor] = []
     for field, n, size in zip(_flat(fields), counts, sizes, strict=True):
         if n == 0:
