@@ -43,7 +43,8 @@ class Part:
     @property
     def entire(self) -> Part:
         """The whole parameter that this is a part of."""
-        return Part.whole(self.shape)
+        n = prod(self.shape)
+        return self if self.start == 0 and self.stop == n else Part(self.shape, 0, n)
 
     @property
     def n_global(self) -> int:
@@ -213,6 +214,11 @@ class Compressor(ABC):
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:
         """Raises `BadPayload` for anything that `decode` must not see; as exact as `decode`."""
 
+    def check_many(self, packs: Sequence[Packed], parts: Sequence[Part], turn: Turn) -> None:
+        """`check` of each in order, maybe sooner: of a payload's parameters. Raises for the first bad one."""
+        for packed, part in zip(packs, parts, strict=True):
+            self.check(packed, part, turn)
+
     @abstractmethod
     def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
         """Exact: sum of w q over sum of w, in order. float32, 1-d, `part.n_local` long, never -0, on the CPU.
@@ -269,7 +275,7 @@ class Compressor(ABC):
     def fused_send(self, sources: Sequence[Source], change: Change) -> PendingPacks:
         """Takes gradients in, packs, and takes what was packed away again, in one read and one write.
 
-        Changes every `source.x`, all on one device; the host does not wait. Only after `has_fused_send`.
+        Changes every `source.x`, all on one device; the host waits for no GPU. Only after `has_fused_send`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no fused send")
 

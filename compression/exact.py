@@ -62,6 +62,7 @@ class _Precision:
 
 
 _precision = _Precision()
+_here = threading.local()
 
 
 @contextmanager
@@ -69,8 +70,13 @@ def exact_arithmetic() -> Iterator[None]:
     """No gradients, no autocast, IEEE float32 matrix products; restores what was set before.
 
     `apply`, `decode`, `check` and fingerprints run inside it, whatever the caller's training loop has set.
+    Within itself it costs nothing.
     """
+    if getattr(_here, "is_exact", False):
+        yield
+        return
     _precision.enter()
+    _here.is_exact = True
     try:
         with (
             torch.no_grad(),
@@ -79,6 +85,7 @@ def exact_arithmetic() -> Iterator[None]:
         ):
             yield
     finally:
+        _here.is_exact = False
         _precision.leave()
 
 

@@ -36,6 +36,22 @@ COMPRESSORS: Final[Mapping[str, type[Compressor]]] = {
 DEFAULT_COMPRESSOR: Final = {"name": "dct_topk"}
 
 
+NEW_RUNS: Final[Mapping[str, Mapping[str, Any]]] = {"dct_topk": {"indices": "rice"}}
+"""Options that new runs have at other values than the defaults: those are what older ledgers mean."""
+
+
+def compressor_of_new_run(
+    config: Mapping[str, Any], recorded: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
+    """The same with `NEW_RUNS` where it says nothing. `recorded`: what record 0 holds of a run that is gone
+    on with, and stands. What is no compressor stays what it is."""
+    name = config.get("name") if isinstance(config, Mapping) else None
+    known = NEW_RUNS.get(name, {}) if isinstance(name, str) else {}
+    if recorded is not None:
+        known = {key: recorded[key] for key in known if key in recorded and recorded["name"] == name}
+    return {**known, **config} if known else config
+
+
 def build_compressor(config: Mapping[str, Any]) -> Compressor:
     """Raises ConfigError for what is unknown (with the nearest known name), missing or out of range."""
     options = complete_compressor(config)

@@ -12,6 +12,7 @@ usual lengths has a header of one byte: 29 bytes besides the body.
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Sequence
 from typing import Final
 
@@ -30,6 +31,7 @@ VERSION: Final = 1
 _HEAD: Final = struct.Struct("<2sBBI8sI")
 _CHECKSUM_BYTES: Final = 8
 _MAX_PAIR_BYTES: Final = 11  # msgpack of [u32, u32]
+_ALIGNMENT: Final = 64
 
 # Elements travel as integers of their width: bits are copied, never converted.
 _CARRIERS: Final[dict[torch.dtype, tuple[torch.dtype, str]]] = {
@@ -144,19 +146,22 @@ def _check_length(data: bytes, n_header: int, flat: Sequence[Field], counts: Seq
 
 
 def _read(data: bytes, at: int, fields: Fields, counts: Sequence[int]) -> Payload:
-    payload: Payload = {}
-    left = iter(counts)
-    for name in sorted(fields):
-        tensors: list[Tensor] = []
-        for field in fields[name]:
-            n = next(left)
-            carrier, code = _CARRIERS[field.dtype]
-            tensor = torch.empty(n, dtype=field.dtype)
-            tensor.view(carrier).numpy()[:] = np.frombuffer(data, dtype=code, count=n, offset=at)
-            tensors.append(tensor)
-            at += _n_bytes(field, n)
-        payload[name] = tuple(tensors)
-    return payload
+    """All tensors lie in one piece of memory, each where kernels like it to begin."""
+    sizes = [_n_bytes(field, n) for field, n in zip(_flat(fields), counts, strict=True)]
+    memory = np.empty(sum(size + -size % _ALIGNMENT for size in sizes), dtype=np.uint8)
+    source, target, to = memoryview(data), memory.data, 0
+    tensors: list[Tensor] = []
+    for field, n, size in zip(_flat(fields), counts, sizes, strict=True):
+        if n == 0:
+            tensors.append(torch.empty(0, dtype=field.dtype))
+            continue
+        target[to : to + size] = source[at : at + size]
+        if sys.byteorder == "big":
+            memory[to : to + size].view(_CARRIERS[field.dtype][1][1:]).byteswap(inplace=True)
+        tensors.append(torch.frombuffer(memory, dtype=field.dtype, count=n, offset=to))
+        at, to = at + size, to + size + -size % _ALIGNMENT
+    left = iter(tensors)
+    return {name: tuple(next(left) for _ in fields[name]) for name in sorted(fields)}
 
 
 def _in_order(payload: Payload, fields: Fields) -> list[Tensor]:

@@ -179,8 +179,8 @@ class LedgerFollower:
             self._link.serve(self._publisher.store)
             self._observer.training(True)
         self._stage = Stage.TRAINING
-        if self._replica.round == 0:
-            self._report(evaluate=self._run.given_index == 0 and self._run.config.run.eval_every > 0)
+        if self._replica.round == 0:  # which no commit names anybody to evaluate
+            evaluates = self._run.given_index == 0 and self._run.config.run.eval_every > 0
         if self._replica.course.is_paused:
             log.info("the run is paused after round %d: waiting until it goes on", self._replica.round)
             if evaluates:

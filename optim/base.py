@@ -193,6 +193,9 @@ class Strategy(torch.optim.Optimizer):
     allotted: Allotment = Allotment()
     """What the next `propose` does, at most."""
 
+    _in_order: tuple[list[dict[str, Any]], list[Parameter]] | None = None
+    """The groups, and their parameters in order."""
+
     ranks: Ranks = ALONE
     """Over which the parameters are sharded; every rank calls the same methods in the same order."""
 
@@ -222,6 +225,7 @@ class Strategy(torch.optim.Optimizer):
         group["params"] = named
         _UNCOMPILED_ADD(self, group)
         self.ranks = ranks_of(p for group in self.param_groups for p in group["params"])
+        self._in_order = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """torch's."""
@@ -238,6 +242,13 @@ class Strategy(torch.optim.Optimizer):
 
     def parameters_in_order(self) -> list[Parameter]:
         """Every parameter, by name: the order of payloads, noise counters and fingerprints."""
+        # Looked at several times in a round: made anew for other groups only.
+        groups = self.param_groups
+        if self._in_order is None or not _are_those(groups, self._in_order[0]):
+            self._in_order = list(groups), self._sorted()
+        return list(self._in_order[1])
+
+    def _sorted(self) -> list[Parameter]:
         found = [
             (name, p, group)
             for group in self.param_groups
@@ -468,7 +479,7 @@ class Strategy(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: torch's own would leave out what subclasses add. Hooks and peers stay."""
         # A learning rate scheduler patches `step` of an instance; connections cannot be copied.
-        left_out = ("_optimizer_", "step", "peers", "ranks")
+        left_out = ("_optimizer_", "step", "peers", "ranks", "_in_order")
         return {name: v for name, v in self.__dict__.items() if not name.startswith(left_out)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -526,6 +537,11 @@ class Strategy(torch.optim.Optimizer):
             state[p] |= {name: restored(value, p.device) for name, value in here.items()}
         self.state = state
         self.counters = counters
+
+
+def _are_those(groups: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> bool:
+    """The very same dicts."""
+    return len(groups) == len(others) and all(a is b for a, b in zip(groups, others, strict=True))
 
 
 def _refuse_parameters(

@@ -180,7 +180,8 @@ class Decoupled(Strategy):
         return self._send(turn)
 
     def _propose_fused(self, draw: Draw, turn: Turn) -> Payload:
-        """`propose` on a GPU: the host waits once, for the payload and the losses."""
+        """`propose` where a kernel does the last step of the momentum, too: the host waits for a GPU once,
+        for the payload and the losses."""
         parameters, n_steps = self.parameters_in_order(), int(self.option("replicate_every"))
         n_micro = max(1, self.batches // n_steps)
         losses: list[Tensor] = []
@@ -292,8 +293,8 @@ class Decoupled(Strategy):
         parameters = self.parameters_in_order()
         refuse_names(payload, [p.name for p in parameters])
         with exact_arithmetic():
-            for parameter in parameters:
-                self.compressor.check(payload[parameter.name], parameter.part.entire, turn)
+            packs = [payload[p.name] for p in parameters]
+            self.compressor.check_many(packs, [p.part.entire for p in parameters], turn)
 
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
         """Large parameters one by one: scratch is a few times the largest one. No shares, no change."""

@@ -280,6 +280,7 @@ class Diloco(Strategy):
                 self.n_batches += 1
             self.last_loss = sum(self._losses) / len(self._losses) if self._losses else None
             self._losses = []
+            self.zero_grad(set_to_none=True)  # their memory is needed to send
             return self._send(turn)
 
     @torch.no_grad()
@@ -467,8 +468,8 @@ class Diloco(Strategy):
         fragment, its_turn = self._fragment(turn)
         refuse_names(payload, [p.name for p in fragment])
         with exact_arithmetic():
-            for p in fragment:
-                self.compressor.check(payload[p.name], p.part.entire, its_turn)
+            packs = [payload[p.name] for p in fragment]
+            self.compressor.check_many(packs, [p.part.entire for p in fragment], its_turn)
 
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
         """Parameter by parameter: scratch is a few times the largest one. Nothing changes without samples."""

@@ -13,7 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ..compression.errors import ConfigError, nearest
-from ..compression.registry import DEFAULT_COMPRESSOR, build_compressor, complete_compressor
+from ..compression.registry import (
+    DEFAULT_COMPRESSOR,
+    build_compressor,
+    complete_compressor,
+    compressor_of_new_run,
+)
 from .base import NamedParameters, Strategy
 from .decoupled import Decoupled
 from .diloco import Diloco
@@ -82,6 +87,9 @@ def of_new_run(config: Mapping[str, Any], recorded: Mapping[str, Any] | None = N
     gone on with, and stands; options that it does not know are what they are by default. Raises
     ConfigError."""
     known = strategy_class(config.get("name")).facts.in_runs
+    if "compressor" in config:
+        its_record = None if recorded is None else recorded.get("compressor")
+        config = {**config, "compressor": compressor_of_new_run(config["compressor"], its_record)}
     if recorded is not None:
         return {**{name: recorded[name] for name in known if name in recorded}, **config}
     values: dict[str, Any] = {}

@@ -18,6 +18,7 @@ New runs, by their compressor (docs/strategies.md has what was measured):
         outer_momentum 0.6
     decoupled, base adamw: the mean over the senders, and, as the momentum is its first moment, adam_beta1 0,
         adam_beta2 0.95
+    any with dct_topk: its indices in Rice codes (compression/registry.py)
     decoupled: beta_warmup 1, with which beta 0.999 suits short runs as it suits long ones
 """
 
@@ -28,7 +29,7 @@ from typing import Any, Final, Literal
 
 from ..compression.base import Compressor, Part
 from ..compression.exact import root
-from ..compression.registry import COMPRESSORS
+from ..compression.registry import COMPRESSORS, DEFAULT_COMPRESSOR, compressor_of_new_run
 
 LrScale = Literal["rule", "none"]
 
@@ -99,6 +100,7 @@ SPSA_RUNS: Final[Values] = {
 }
 
 DECOUPLED_RUNS: Final[Values] = {
+    "compressor": compressor_of_new_run(DEFAULT_COMPRESSOR),
     "mean": lambda options: _mean(options) if options["base"] == "adamw" else "all",
     "sender_floor": _sender_floor,
     "lr_scale": "rule",

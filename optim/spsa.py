@@ -177,8 +177,7 @@ class Spsa(Strategy):
         """L(theta + eps z) and L(theta - eps z)."""
         parameters, eps, kind = self.parameters_in_order(), self.option("eps"), self.option("noise")
         if self._is_first and probe == 0:
-            # Farther than a probe goes: what is read past the substitution must not drown in rounding.
-            dry_run(closure, parameters, Direction(kind, seed, probe, 16 * eps), self.ranks)
+            dry_run(closure, parameters, Direction(kind, seed, probe, eps), self.ranks)
         ahead, behind = (Direction(kind, seed, probe, e) for e in (eps, -eps))
         plus = evaluated(closure, parameters, ahead)
         return plus, evaluated(closure, parameters, behind)

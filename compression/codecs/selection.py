@@ -14,6 +14,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import ceil
 from typing import Any, ClassVar
 
@@ -29,6 +30,11 @@ from ..scratch import scratch
 from .dense_codec import Chunk, DenseBits, DenseCodec, dense_codec, l1_norms, mean_into
 
 Array = npt.NDArray[Any]
+
+
+@lru_cache(maxsize=64)
+def _fraction(rate: float) -> Fraction:
+    return Fraction(rate).limit_denominator(1 << 20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ class Selection(Compressor):
     @property
     def share(self) -> Fraction:
         """The rate as it was meant: 0.1 is a tenth, which no float is."""
-        return Fraction(self.rate).limit_denominator(1 << 20)
+        return _fraction(self.rate)
 
     @property
     def codec(self) -> DenseCodec:

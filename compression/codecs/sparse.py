@@ -51,8 +51,11 @@ from ..numerics.value_formats import Bits, check_sendable, format_of
 from ..numerics.values import quantize
 from .sparse_codec import check_pack, read_pack, strongest_groups, write_pack
 from .sparse_dispatch import (
+    check_many,
+    fused_send,
     fused_update,
     gpu_packs,
+    has_fused_send,
     mean_on_cpu,
     mean_over_senders,
     pack_many,
@@ -177,15 +180,19 @@ class Sparse(Compressor):
         return strongest_groups(self.pack_layout, packed, part.shape, share)
 
     def has_fused_send(self, sources: Sequence[tuple[Part, Tensor]]) -> bool:
-        return all(gpu_packs(self.pack_layout, part, x) for part, x in sources)
+        return all(has_fused_send(self.pack_layout, part, x) for part, x in sources)
 
     def fused_send(self, sources: Sequence[Source], change: Change) -> PendingPacks:
-        return send(self.pack_layout, sources, change)
+        return fused_send(self.pack_layout, sources, change)
 
     # ------------------------------------------------------------------------------- check, decode: exact
 
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:
         check_pack(self.pack_layout, packed, part.shape)
+
+    def check_many(self, packs: Sequence[Packed], parts: Sequence[Part], turn: Turn) -> None:
+        """In one call of a kernel, as long as nothing is wrong."""
+        check_many(self.pack_layout, packs, parts, lambda packed, part: self.check(packed, part, turn))
 
     def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
         """Weighted mean of the coefficients in order, then the inverse per group. On the CPU."""

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..base import Change, Packed, Part, PendingPacks, Senders, Source, Target
 from ..kernels import kernels_for, use_numba
-from ..numerics.index_layout import PackedIndices
-from ..numerics.value_formats import Table, check_sendable
+from ..numerics.value_formats import check_sendable
 from .groups import SLAB
 from .sparse_codec import read_pack
 from .sparse_layout import SparseLayout
@@ -46,10 +45,28 @@ def gpu_packs(layout: SparseLayout, part: Part, x: Tensor) -> bool:
 
 
 def send(layout: SparseLayout, sources: Sequence[Source], change: Change | None = None) -> PendingPacks:
-    """Of one device, on which `gpu_packs`. Changes the sources if there is a change to make."""
+    """Of one GPU, on which `gpu_packs`. Changes the sources if there is a change to make."""
     from ..gpu import pack_triton
 
     return pack_triton.Sent(layout, sources, change)
+
+
+def has_fused_send(layout: SparseLayout, part: Part, x: Tensor) -> bool:
+    """Whether `fused_send` takes this whole parameter."""
+    if not use_numba(x):
+        return gpu_packs(layout, part, x)
+    from ..cpu import send_cpu
+
+    return send_cpu.takes(layout, part.shape)
+
+
+def fused_send(layout: SparseLayout, sources: Sequence[Source], change: Change) -> PendingPacks:
+    """Of one device, of parameters that `has_fused_send` takes."""
+    if not use_numba(sources[0].x):
+        return send(layout, sources, change)
+    from ..cpu import send_cpu
+
+    return send_cpu.Sent(layout, sources, change)
 
 
 def plain_row(source: Source) -> Source:
@@ -150,19 +167,34 @@ class _Batches:
             self._small, self._n_small = {}, 0
 
 
-# ------------------------------------------------------------------------------------------- decode: exact
+# ------------------------------------------------------------------------------------- check, decode: exact
+
+
+def check_many(
+    layout: SparseLayout,
+    packs: Sequence[Packed],
+    parts: Sequence[Part],
+    check: Callable[[Packed, Part], None],
+) -> None:
+    """`check` of each in order, which says what is wrong: one call of a kernel says whether anything is."""
+    if packs and kernels_for(packs[0][0] if packs[0] else torch.empty(0)) == "numba":
+        from ..cpu import entries_cpu
+
+        if entries_cpu.takes(layout) and entries_cpu.all_good(layout, packs, tuple(p.shape for p in parts)):
+            return
+    for packed, part in zip(packs, parts, strict=True):
+        check(packed, part)
 
 
 def mean_on_cpu(
     layout: SparseLayout, packs: Sequence[Packed], weights: Sequence[float], inverse: float, part: Part
 ) -> Mean:
     """What numba kernels read of the packs. `weights` and `inverse`: of `mean_weights`."""
-    from ..cpu import sparse_cpu
+    from ..cpu import entries_cpu, sparse_cpu
     from ..cpu.update_cpu import Mean
 
-    if isinstance(layout.indices, PackedIndices) and isinstance(layout.format, Table):
-        k_G, levels = layout.of(part.shape).most.k_G, layout.format.levels
-        entries = sparse_cpu.read_packed(packs, k_G, layout.indices, levels, layout.n_coefficients)
+    if entries_cpu.takes(layout):
+        entries = entries_cpu.read(layout, packs, part.shape)
     else:
         entries = sparse_cpu.joined([read_pack(layout, p, part.shape) for p in packs])
     return Mean(
@@ -221,12 +253,12 @@ def _update_on_cpu(
     inverse: float,
     senders: Senders | None,
 ) -> None:
-    """Small ones in one call, but for means over senders."""
+    """Small ones in one call."""
     from ..cpu import batched_cpu, sparse_cpu
 
     small = []
     for t in targets:
-        if senders is None and batched_cpu.takes(layout, t.part.shape):
+        if batched_cpu.takes(layout, t.part.shape):
             small.append(t)
         else:
             mean = (
@@ -236,4 +268,4 @@ def _update_on_cpu(
             )
             sparse_cpu.fused_update(t.x, t.part.start, mean, t.step)
     if small:
-        batched_cpu.fused_update(layout, small, weights, inverse)
+        batched_cpu.fused_update(layout, small, weights, inverse, senders)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.dct import N
-from ..numerics.index_layout import IndexLayout, Most
+from ..numerics.index_layout import IndexLayout, Most, RiceIndices
 from ..numerics.value_formats import Format
 from .groups import Flat
 from .tiles import Tiles, matrix_of
@@ -93,6 +93,10 @@ def _group_layout(layout: SparseLayout, shape: tuple[int, ...]) -> GroupLayout:
     return GroupLayout(start_G, most, layout.indices.max_bytes(most))
 
 
+def _max_unary(layout: SparseLayout, most: Most) -> int:
+    return layout.indices.max_unary(most) if isinstance(layout.indices, RiceIndices) else 0
+
+
 @dataclass(frozen=True, slots=True)
 class GroupRanges:
     """Where the groups of P parameters are among all G, parameter by parameter."""
@@ -100,6 +104,8 @@ class GroupRanges:
     n_P: Array  # int64: elements
     first_P: Array  # int64, P + 1: groups before each
     k_G: Array  # int64: how many each sends at most
+    n_G: Array  # int64: of so many coefficients
+    unary_P: Array  # int64: bytes of zeros and ones of each at most, with Rice codes
     byte_P: Array  # int64, P + 1: where the codes of each may begin
     layouts: tuple[GroupLayout, ...]
 
@@ -111,6 +117,8 @@ def group_ranges(layout: SparseLayout, shapes: tuple[tuple[int, ...], ...]) -> G
         np.array([prod(shape) for shape in shapes], dtype=np.int64),
         np.cumsum([0, *(each.n_groups for each in layouts)]),
         np.concatenate([each.most.k_G for each in layouts]),
+        np.concatenate([each.most.n_G for each in layouts]),
+        np.array([_max_unary(layout, each.most) for each in layouts], dtype=np.int64),
         np.cumsum([0, *(each.max_bytes for each in layouts)]),
         layouts,
     )

@@ -31,7 +31,12 @@ def _floats_typed(typing_context: Any, address: Any) -> Any:
     return _types.CPointer(_types.float32)(_types.uintp), _to_pointer
 
 
+def _halves_typed(typing_context: Any, address: Any) -> Any:
+    return _types.CPointer(_types.uint16)(_types.uintp), _to_pointer
+
+
 _bytes_from: Final[Any] = intrinsic(_bytes_typed)
+_halves_from: Final[Any] = intrinsic(_halves_typed)
 _floats_from: Final[Any] = intrinsic(_floats_typed)
 
 
@@ -39,6 +44,12 @@ _floats_from: Final[Any] = intrinsic(_floats_typed)
 def bytes_at(address: Any, n: int) -> Array:
     """uint8, n of them. `address`: uint64, as `Tensor.data_ptr` gives it."""
     return _array(_bytes_from(np.uintp(address)), (n,))
+
+
+@numba.njit(inline="always")
+def halves_at(address: Any, n: int) -> Array:
+    """uint16, n of them: the bits of bfloat16 values."""
+    return _array(_halves_from(np.uintp(address)), (n,))
 
 
 @numba.njit(inline="always")

@@ -1,10 +1,10 @@
 """The numba kernels of many small parameters at once: a call for each takes longer than their work.
 
-For flat groups with packed indices and values from a table, the default. The kernels get the addresses of the
-tensors and where each parameter's groups begin among all (`GroupRanges`). For packing, threads share the
-groups of all parameters; values are quantised together, and one pass writes every parameter's codes. For
-updating they share the parameters: each is read out of the packed bytes and decoded as `sparse_cpu` does. The
-packs, and the bits of what is decoded, are those that parameters have one by one.
+For flat groups and values from a table, the default. The kernels get the addresses of the tensors and where
+each parameter's groups begin among all (`GroupRanges`). For packing, threads share the groups of all
+parameters; values are quantised together, and one pass writes every parameter's codes. For updating they
+share the parameters: each is read out of the packed bytes and decoded as `sparse_cpu` does. The packs, and
+the bits of what is decoded, are those that parameters have one by one.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Packed, Target
+from ..base import Packed, Senders, Target
 from ..codecs.groups import Flat
-from ..codecs.sparse_layout import SparseLayout, group_ranges
+from ..codecs.sparse_layout import GroupRanges, SparseLayout, group_ranges
 from ..errors import BadPayload
-from ..numerics.index_layout import PackedIndices
-from ..numerics.value_formats import Table, check_sendable
-from .addresses_cpu import bytes_at, floats_at
+from ..numerics.index_layout import FILLED_UP
+from ..numerics.value_formats import check_sendable
+from . import entries_cpu
+from .addresses_cpu import bytes_at, floats_at, halves_at
 from .dct_cpu import INTEGER_BASIS, ORDER
-from .sparse_cpu import decode_groups, read_entries, select_groups
+from .entries_cpu import form_of, read_entries
+from .senders_cpu import merge
+from .sparse_cpu import decode_groups, select_groups
 from .threads import share
 from .update_cpu import POWERS, how_of
 
@@ -38,16 +41,12 @@ SMALL: Final = 1 << 18
 say is scratch."""
 
 _PER_THREAD: Final = 1 << 17  # elements, at least
+_FILLED_UP: Final = FILLED_UP
 
 
 def takes(layout: SparseLayout, shape: tuple[int, ...]) -> bool:
     """Whether a parameter of this shape is of the kind."""
-    return (
-        prod(shape) <= SMALL
-        and isinstance(layout.indices, PackedIndices)
-        and isinstance(layout.format, Table)
-        and isinstance(layout.groups(shape), Flat)
-    )
+    return prod(shape) <= SMALL and entries_cpu.takes(layout) and isinstance(layout.groups(shape), Flat)
 
 
 # ------------------------------------------------------------------------------------------- pack: local
@@ -80,31 +79,27 @@ def pack(layout: SparseLayout, xs: Sequence[Tensor], shapes: Sequence[tuple[int,
     tops = share(run, 0, n_groups, smallest=max(1, _PER_THREAD // layout.group_size))
     check_sendable(torch.from_numpy(np.array(max(tops), dtype=np.int32)).view(torch.float32))
     scale_G, code_GK = _quantized(layout, torch.from_numpy(value_GK), ranges.k_G)
-    octets = np.empty(int(ranges.byte_P[-1]), dtype=np.uint8)
-    n_P = np.empty(len(xs), dtype=np.int64)
-    live_G = scale_G.view(torch.int16).numpy() != 0
-    _write(
-        index_GK,
-        code_GK.numpy(),
-        live_G,
-        ranges.k_G,
-        ranges.first_P,
-        ranges.byte_P,
-        layout.index_bits,
-        layout.indices.width,
-        octets,
-        n_P,
+    bits_G = scale_G.view(torch.int16).numpy().view(np.uint16)
+    return written(layout, ranges, index_GK, code_GK.numpy(), bits_G)
+
+
+def written(
+    layout: SparseLayout, ranges: GroupRanges, index_GK: Array, code_GK: Array, scale_bits_G: Array
+) -> list[Packed]:
+    """A pack for each parameter, of the entries of all groups; those whose scale is 0 send none."""
+    octets = np.zeros(int(ranges.byte_P[-1]), dtype=np.uint8)
+    n_P = np.empty(ranges.n_P.size, dtype=np.int64)
+    rice, low_bits, width, *_ = form_of(layout)
+    of_all = index_GK, code_GK, scale_bits_G, ranges.k_G, ranges.first_P, ranges.byte_P, ranges.unary_P
+    _write(*of_all, rice, low_bits, width, octets, n_P)
+    scales, codes = (
+        torch.from_numpy(scale_bits_G.view(np.int16)).view(torch.bfloat16),
+        torch.from_numpy(octets),
     )
-    codes = torch.from_numpy(octets)
+    firsts, starts = ranges.first_P.tolist(), ranges.byte_P.tolist()
     return [
-        (scale_G[a:b].clone(), codes[at : at + n].clone())
-        for a, b, at, n in zip(
-            ranges.first_P[:-1].tolist(),
-            ranges.first_P[1:].tolist(),
-            ranges.byte_P.tolist(),
-            n_P.tolist(),
-            strict=False,
-        )
+        (scales[a:b], codes[at : at + n])
+        for a, b, at, n in zip(firsts[:-1], firsts[1:], starts, n_P.tolist(), strict=False)
     ]
 
 
@@ -149,46 +144,59 @@ def _select(
 
 @numba.njit(cache=True, nogil=True)
 def _write(
-    index_GK: Array, code_GK: Array, live_G: Array, k_G: Array, first_P: Array, at_P: Array,
-    index_bits: int, width: int, octets: Array, n_P: Array,
+    index_GK: Array, code_GK: Array, scale_bits_G: Array, k_G: Array, first_P: Array, at_P: Array,
+    unary_P: Array, rice: bool, low_bits: int, width: int, octets: Array, n_P: Array,
 ) -> None:  # fmt: skip
-    """As `PackedIndices.pack` for each parameter; `n_P`: bytes."""
+    """As `pack_indices` for each parameter, over zeros; `n_P`: bytes."""
+    low_mask = (1 << low_bits) - 1
     for p in range(n_P.size):
-        held, n_held, at = np.uint64(0), 0, at_P[p]
+        n, start = 0, at_P[p]
         for g in range(first_P[p], first_P[p + 1]):
-            if live_G[g]:
-                for e in range(k_G[g]):
-                    code = np.uint64(code_GK[g, e] << index_bits | index_GK[g, e])
-                    held |= code << np.uint64(n_held)
-                    n_held += width
-                    while n_held >= 8:
-                        octets[at] = np.uint8(held & np.uint64(255))
-                        held >>= np.uint64(8)
-                        n_held -= 8
-                        at += 1
+            n += k_G[g] if scale_bits_G[g] != 0 else 0
+        unary, end = start + ((n * width + 7) >> 3), -1  # where the zeros and ones begin; the last one
+        held, n_held, at = np.uint64(0), 0, start
+        for g in range(first_P[p], first_P[p + 1]):
+            index = -1
+            for e in range(k_G[g] if scale_bits_G[g] != 0 else 0):
+                low = index_GK[g, e]
+                if rice:
+                    gap = low - index - 1
+                    index = low
+                    low = gap & low_mask
+                    end += (gap >> low_bits) + 1
+                    octets[unary + (end >> 3)] |= np.uint8(1 << (end & 7))
+                held |= np.uint64(code_GK[g, e] << low_bits | low) << np.uint64(n_held)
+                n_held += width
+                while n_held >= 8:
+                    octets[at] = np.uint8(held & np.uint64(255))
+                    held >>= np.uint64(8)
+                    n_held -= 8
+                    at += 1
         if n_held:
             octets[at] = np.uint8(held & np.uint64(255))
-            at += 1
-        n_P[p] = at - at_P[p]
+        n_unary = unary_P[p] if n > 0 and unary_P[p] <= _FILLED_UP else (end >> 3) + 1
+        n_P[p] = unary - start + (n_unary if rice else 0)
 
 
 # ------------------------------------------------------------------------------------------- decode: exact
 
 
 def fused_update(
-    layout: SparseLayout, targets: Sequence[Target], weights: Sequence[float], inverse: float
+    layout: SparseLayout,
+    targets: Sequence[Target],
+    weights: Sequence[float],
+    inverse: float,
+    senders: Senders | None = None,
 ) -> None:
     """As `Compressor.fused_update`. `weights` and `inverse`: of `mean_weights`."""
     ranges = group_ranges(layout, tuple(t.part.shape for t in targets))
-    n_packs, format_ = len(weights), layout.format
-    assert isinstance(format_, Table)
+    n_packs = len(weights)
     packs = [t.packs[w] for w in range(n_packs) for t in targets]
-    sizes = np.diff(ranges.first_P)
-    for p, (scales, _) in enumerate(packs):
-        if scales.numel() != sizes[p % len(targets)]:
-            raise BadPayload("shape", f"{scales.numel()} scales for {sizes[p % len(targets)]} groups")
-    scale_WG = torch.cat([scales for scales, _ in packs]).float().numpy().reshape(n_packs, -1)
-    address_WP = np.array([codes.data_ptr() for _, codes in packs], dtype=np.uint64).reshape(n_packs, -1)
+    n_scales_WP = np.array([scales.numel() for scales, _ in packs], dtype=np.int64).reshape(n_packs, -1)
+    if (n_scales_WP != np.diff(ranges.first_P)).any():
+        raise BadPayload("shape", "not as many scales as groups")
+    scales_WP = np.array([scales.data_ptr() for scales, _ in packs], dtype=np.uint64).reshape(n_packs, -1)
+    codes_WP = np.array([codes.data_ptr() for _, codes in packs], dtype=np.uint64).reshape(n_packs, -1)
     n_octets_WP = np.array([codes.numel() for _, codes in packs], dtype=np.int64).reshape(n_packs, -1)
     steps = [t.step for t in targets]
     where = (
@@ -199,28 +207,26 @@ def fused_update(
     how_P = np.array([how_of(step) for step in steps], dtype=np.int64)
     decay_P = np.array([step.decay for step in steps], dtype=np.float32)
     scale_P = np.array([step.scale for step in steps], dtype=np.float32)
-    form = (
-        layout.index_bits,
-        layout.indices.width,
-        format_.levels,
-        layout.group_size,
-        layout.n_coefficients,
-        layout.transforms,
-    )
+    weight_W = np.array(weights, dtype=np.float32)
+    whole_W = weight_W if senders is None else np.array(senders.weights, dtype=np.float32)
 
     arguments: list[Any] = [
         *where,
         ranges.n_P,
         ranges.first_P,
         ranges.k_G,
-        scale_WG,
-        address_WP,
+        scales_WP,
+        codes_WP,
         n_octets_WP,
-        np.array(weights, dtype=np.float32),
+        weight_W,
         np.float32(inverse),
+        whole_W,
+        np.float32(0.0 if senders is None else senders.least),
         INTEGER_BASIS,
         POWERS,
-        *form,
+        *form_of(layout),
+        layout.group_size,
+        layout.transforms,
         how_P,
         decay_P,
         scale_P,
@@ -242,35 +248,52 @@ _SHORT, _PAST, _GOOD = range(3)
 
 @numba.njit(cache=True, nogil=True)
 def _update(
-    address_P: Array, start_P: Array, stop_P: Array, n_P: Array, first_P: Array, k_G: Array, scale_WG: Array,
-    address_WP: Array, n_octets_WP: Array, weights: Array, inverse: Any, basis: Array, powers: Array,
-    index_bits: int, width: int, levels: Array, size: int, n_coefficients: int, transform: bool,
-    how_P: Array, decay_P: Array, scale_P: Array, first: int, last: int,
+    address_P: Array, start_P: Array, stop_P: Array, n_P: Array, first_P: Array, k_G: Array, scales_WP: Array,
+    codes_WP: Array, n_octets_WP: Array, weights: Array, inverse: Any, wholes: Array, least: Any,
+    basis: Array, powers: Array, rice: bool, low_bits: int, width: int, levels: Array, n_coefficients: int,
+    size: int, transform: bool, how_P: Array, decay_P: Array, scale_P: Array, first: int, last: int,
 ) -> Any:  # fmt: skip
-    n_most = 0
+    """`least`: of means over senders, above 0; 0: means over all."""
+    n_packs, n_most, g_most = weights.size, 0, 0
     for p in range(first, last):
         n_most = max(n_most, k_G[first_P[p] : first_P[p + 1]].sum())
-    position_E = np.empty(weights.size * n_most, np.int64)
-    value_E = np.empty(weights.size * n_most, np.float32)
+        g_most = max(g_most, first_P[p + 1] - first_P[p])
+    position_E, value_E = np.empty(n_packs * n_most, np.int64), np.empty(n_packs * n_most, np.float32)
+    of_senders = least > np.float32(0.0)
+    n_merged = position_E.size if of_senders else 0
+    position_M, value_M = np.empty(n_merged, np.int64), np.empty(n_merged, np.float32)
+    one, offset_1G = np.ones(1, np.float32), np.empty((1, g_most + 1), np.int64)
     for p in range(first, last):
         a, b = first_P[p], first_P[p + 1]
-        offset_WG = np.empty((weights.size, b - a + 1), np.int64)
+        offset_WG = np.empty((n_packs, b - a + 1), np.int64)
         e = 0
-        for w in range(weights.size):
-            octets = bytes_at(address_WP[w, p], n_octets_WP[w, p])
+        for w in range(n_packs):
             e = read_entries(
-                octets, scale_WG[w, a:b], k_G[a:b], index_bits, width, levels, n_coefficients,
-                e, position_E, value_E, offset_WG[w],
+                bytes_at(codes_WP[w, p], n_octets_WP[w, p]), halves_at(scales_WP[w, p], b - a), k_G[a:b],
+                rice, low_bits, width, levels, n_coefficients, e, position_E, value_E, offset_WG[w],
             )  # fmt: skip
             if e < 0:
                 return _SHORT
         n_local = stop_P[p] - start_P[p]
-        if n_local > 0:
-            y = floats_at(address_P[p], n_local)
-            if not decode_groups(
-                y, start_P[p], position_E, value_E, offset_WG, weights, inverse, basis, powers,
-                n_P[p], size, n_coefficients, transform, how_P[p], decay_P[p], scale_P[p],
-                start_P[p] // size, -(-stop_P[p] // size),
-            ):  # fmt: skip
+        if n_local <= 0:
+            continue
+        y, begin, end = floats_at(address_P[p], n_local), start_P[p] // size, -(-stop_P[p] // size)
+        if of_senders:
+            offset_G = offset_1G[:, : b - a + 1]
+            if merge(
+                position_E, value_E, offset_WG, weights, wholes, least, n_coefficients,
+                position_M, value_M, offset_G[0],
+            ) < 0:  # fmt: skip
                 return _PAST
+            good = decode_groups(
+                y, start_P[p], position_M, value_M, offset_G, one, one[0], basis, powers,
+                n_P[p], size, n_coefficients, transform, how_P[p], decay_P[p], scale_P[p], begin, end,
+            )  # fmt: skip
+        else:
+            good = decode_groups(
+                y, start_P[p], position_E, value_E, offset_WG, weights, inverse, basis, powers,
+                n_P[p], size, n_coefficients, transform, how_P[p], decay_P[p], scale_P[p], begin, end,
+            )  # fmt: skip
+        if not good:
+            return _PAST
     return _GOOD

@@ -30,8 +30,8 @@ Array = Any
 Word = Any
 """A numpy integer or float32 of fixed width inside a kernel."""
 
-_SIGN, _TWO_BITS, _FOUR, _EIGHT, _HALF, _E3M0 = range(6)
-_KINDS: Final = {1: _SIGN, 2: _TWO_BITS, 4: _FOUR, 8: _EIGHT, 16: _HALF, "e3m0": _E3M0}
+SIGN, TWO_BITS, _FOUR, _EIGHT, _HALF, _E3M0 = range(6)
+KINDS: Final = {1: SIGN, 2: TWO_BITS, 4: _FOUR, 8: _EIGHT, 16: _HALF, "e3m0": _E3M0}
 _WIDTHS: Final = (1, 2, 4, 8, 16, 4)
 _REFUSED: Final = {_FOUR: 8, _EIGHT: 128, _E3M0: 8}
 """The code that stands for no value."""
@@ -49,7 +49,7 @@ _2_112: Final = np.float32(2.0**112)
 
 def kind_of(format_: Format) -> int:
     """How kernels name a format."""
-    return _KINDS[next(bits for bits, known in FORMATS.items() if known is format_)]
+    return KINDS[next(bits for bits, known in FORMATS.items() if known is format_)]
 
 
 # ------------------------------------------------------------------------------------------- pack: local
@@ -61,7 +61,7 @@ def pack(values: Tensor, size: int, format_: Format) -> tuple[Tensor, Tensor, fl
     x, kind, width = values.detach().numpy(), kind_of(format_), format_.width
     n_groups = -(-x.size // size)
     scale_bits_G = np.empty(n_groups, dtype=np.uint16)
-    if kind in (_SIGN, _TWO_BITS):  # by sums, whose order is torch's
+    if kind in (SIGN, TWO_BITS):  # by sums, whose order is torch's
         full, rest = values.detach()[: x.size // size * size], values.detach()[x.size // size * size :]
         scales = [format_.scales(t.abs()) for t in (full.view(-1, size), rest.view(1, -1)) if t.numel()]
         scale_bits_G[:] = torch.cat(scales).view(torch.int16).numpy().view(np.uint16)
@@ -98,11 +98,11 @@ def _pack(
         here = x[g * size : (g + 1) * size]
         largest = largest_bits(here.view(np.int32))
         top = max(top, largest)
-        if kind not in (_SIGN, _TWO_BITS):
-            scale_bits_G[g] = _scale_bits(largest, kind)
+        if kind not in (SIGN, TWO_BITS):
+            scale_bits_G[g] = scale_bits(largest, kind)
         scales.view(np.uint32)[0] = np.uint32(scale_bits_G[g]) << np.uint32(16)
         if scales[0] > _ZERO:
-            _to_codes(here, scales[0], kind, code)
+            to_codes(here, scales[0], kind, code)
             n_written = (here.size * width + 7) // 8
             code[here.size : (here.size + 7) // 8 * 8] = 0
             _to_bytes(code, width, out[at : at + n_written])
@@ -111,7 +111,7 @@ def _pack(
 
 
 @numba.njit(inline="always")
-def _scale_bits(largest: Word, kind: int) -> Word:
+def scale_bits(largest: Word, kind: int) -> Word:
     """bfloat16, as `Format.scales` has it, from the bits of the largest magnitude."""
     x = np.int32(largest).view(np.float32)
     if kind == _HALF:
@@ -126,12 +126,12 @@ def _scale_bits(largest: Word, kind: int) -> Word:
 
 
 @numba.njit(nogil=True)
-def _to_codes(x: Array, scale: Word, kind: int, code: Array) -> None:
+def to_codes(x: Array, scale: Word, kind: int, code: Array) -> None:
     """As `Format.codes`. A loop per format, without branches: the compiler makes vectors of them."""
-    if kind == _SIGN:
+    if kind == SIGN:
         for i in range(x.size):
             code[i] = x[i] < _ZERO
-    elif kind == _TWO_BITS:
+    elif kind == TWO_BITS:
         limit = np.float32(1.5) * scale
         for i in range(x.size):
             code[i] = np.int32(abs(x[i]) > limit) | np.int32(x[i] < _ZERO) << 1
@@ -292,11 +292,11 @@ def _to_values(
     """As `Format.read` of good codes."""
     _from_bytes(octets[at : at + (length * width + 7) // 8], width, code)
     bits = out.view(np.int32)
-    if kind == _SIGN:
+    if kind == SIGN:
         plain = np.float32(scale).view(np.int32)
         for i in range(length):
             bits[i] = plain | code[i] << 31
-    elif kind == _TWO_BITS:
+    elif kind == TWO_BITS:
         for i in range(length):
             out[i] = np.float32((1 + (code[i] & 1)) * (1 - (code[i] & 2))) * scale
     elif kind in (_FOUR, _EIGHT):

@@ -18,10 +18,10 @@ Array = Any
 _0, _1, _58 = np.uint64(0), np.uint64(1), np.uint64(58)
 
 # The top 6 bits of this number, shifted left by i, are different for every i.
-_DE_BRUIJN: Final = np.uint64(0x03F79D71B4CB0A89)
-_PLACE: Final = np.empty(64, dtype=np.int64)
+DE_BRUIJN: Final = np.uint64(0x03F79D71B4CB0A89)
+PLACE: Final = np.empty(64, dtype=np.int64)
 for _i in range(64):
-    _PLACE[(0x03F79D71B4CB0A89 << _i & 0xFFFFFFFFFFFFFFFF) >> 58] = _i
+    PLACE[(0x03F79D71B4CB0A89 << _i & 0xFFFFFFFFFFFFFFFF) >> 58] = _i
 
 
 def ones(octets: Array, n: int) -> tuple[Array, int]:
@@ -40,7 +40,7 @@ def _ones(octets: Array, ends_E: Array) -> Any:
         while word > _0:
             lowest = word & (~word + _1)
             if n < ends_E.size:
-                ends_E[n] = 8 * first + _PLACE[(lowest * _DE_BRUIJN) >> _58]
+                ends_E[n] = 8 * first + PLACE[(lowest * DE_BRUIJN) >> _58]
             n += 1
             word ^= lowest
     return n

@@ -26,7 +26,7 @@ def merged(mean: Mean, senders: Senders) -> Mean:
     offset_WG = np.empty((1, mean.offset_WG.shape[1]), dtype=np.int64)
     whole_W = np.array(senders.weights, dtype=np.float32)
     packs = mean.position_E, mean.value_E, mean.offset_WG, mean.weight_W, whole_W
-    n = _merge(*packs, np.float32(senders.least), mean.n_coefficients, position_E, value_E, offset_WG[0])
+    n = merge(*packs, np.float32(senders.least), mean.n_coefficients, position_E, value_E, offset_WG[0])
     if n < 0:
         raise IndexError("a coefficient past the end of its group: the packs were not checked")
     one = np.ones(1, dtype=np.float32)
@@ -41,7 +41,7 @@ def merged(mean: Mean, senders: Senders) -> Mean:
 
 
 @numba.njit(cache=True, nogil=True)
-def _merge(
+def merge(
     position_E: Array, value_E: Array, offset_WG: Array, weight_W: Array, whole_W: Array, least: Any,
     n_coefficients: int, position_M: Array, value_M: Array, offset_G: Array,
 ) -> Any:  # fmt: skip

@@ -21,11 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Entries, Packed, Step
+from ..base import Entries, Step
 from ..codecs.groups import Slab
-from ..errors import BadPayload
 from ..numerics.dct import INVERSE_SCALE, ROUNDER, SMALLEST, TOP_BIT, N
-from ..numerics.index_layout import PackedIndices
 from . import tiles_cpu
 from .dct_cpu import INTEGER_BASIS, ORDER, PANEL, add_basis, forward
 from .threads import share
@@ -75,40 +73,62 @@ def select_groups(
     first: int, last: int, index_GK: Array, value_GK: Array,
 ) -> Any:  # fmt: skip
     """The bits of the largest magnitude: as integers, NaN is above infinity and that above all numbers."""
+    scratch, top = select_scratch(length, transform), np.int32(0)
+    together = n_together(length)
+    for g in range(first, last, together):
+        n_here = min(together, last - g)
+        top = max(top, select_some(x, length, k, transform, order, g, n_here, index_GK, value_GK, scratch))
+    return top
+
+
+@numba.njit(inline="always")
+def n_together(length: int) -> int:
+    """Small groups share a panel."""
+    return max(1, N // (-(-length // N)))
+
+
+@numba.njit(nogil=True)
+def select_scratch(length: int, transform: bool) -> Any:
+    """What `select_some` needs: of groups this long."""
     n_columns = -(-length // N)
-    together = max(1, N // n_columns)  # small groups share a panel
     n_panels = -(-n_columns // N)
     panels = np.zeros(n_panels * PANEL, np.float32)
     coefficients = np.zeros(n_panels * PANEL, np.float32) if transform else panels
-    bits = coefficients.view(np.int32)
     maxima = np.empty(n_panels * _SLICES * N, np.int32)
     blocks = np.empty(n_columns * _SLICES, np.int32)
-    candidates = np.empty(n_columns * N + 1, np.int32)
-    where = np.empty(n_columns * N + 1, np.int32)
-    top = np.int32(0)
-    for g in range(first, last, together):
-        n_here = min(together, last - g)
-        for h in range(n_here):
-            _read(x, (g + h) * length, length, panels, h * n_columns, order)
-        for p in range(n_panels):
-            here = slice(p * PANEL, (p + 1) * PANEL)
-            if transform:
-                forward(panels[here], coefficients[here])
-            for s in range(_SLICES):
-                at, to = p * PANEL + s * _BLOCK * N, (p * _SLICES + s) * N
-                _block_maxima(bits[at : at + _BLOCK * N], maxima[to : to + N])
-        for h in range(n_here):
-            c0 = h * n_columns
-            _order_blocks(maxima, c0, n_columns, blocks)
-            for b in range(blocks.size):
-                top = max(top, blocks[b])
-            # k blocks have a maximum of at least that much, so k coefficients are.
-            enough = threshold(blocks, blocks.size, k) if k <= blocks.size else np.int32(0)
-            n = _candidates(bits, blocks, c0, enough, candidates, where)
-            choose(candidates, where, n, k, index_GK[g + h])
-            for e in range(k):
-                i = index_GK[g + h, e]
-                value_GK[g + h, e] = coefficients[_place(c0 + i // N) + i % N * N]
+    candidates, where = np.empty(n_columns * N + 1, np.int32), np.empty(n_columns * N + 1, np.int32)
+    return panels, coefficients, maxima, blocks, candidates, where
+
+
+@numba.njit(nogil=True)
+def select_some(
+    x: Array, length: int, k: int, transform: bool, order: Array, g: int, n_here: int,
+    index_GK: Array, value_GK: Array, scratch: Any,
+) -> Any:  # fmt: skip
+    """`select_groups` of the groups [g, g + n_here), at most `n_together` of them."""
+    panels, coefficients, maxima, blocks, candidates, where = scratch
+    bits, n_columns, top = coefficients.view(np.int32), -(-length // N), np.int32(0)
+    for h in range(n_here):
+        _read(x, (g + h) * length, length, panels, h * n_columns, order)
+    for p in range(panels.size // PANEL):
+        here = slice(p * PANEL, (p + 1) * PANEL)
+        if transform:
+            forward(panels[here], coefficients[here])
+        for s in range(_SLICES):
+            at, to = p * PANEL + s * _BLOCK * N, (p * _SLICES + s) * N
+            _block_maxima(bits[at : at + _BLOCK * N], maxima[to : to + N])
+    for h in range(n_here):
+        c0 = h * n_columns
+        _order_blocks(maxima, c0, n_columns, blocks)
+        for b in range(blocks.size):
+            top = max(top, blocks[b])
+        # k blocks have a maximum of at least that much, so k coefficients are.
+        enough = threshold(blocks, blocks.size, k) if k <= blocks.size else np.int32(0)
+        n = _candidates(bits, blocks, c0, enough, candidates, where)
+        choose(candidates, where, n, k, index_GK[g + h])
+        for e in range(k):
+            i = index_GK[g + h, e]
+            value_GK[g + h, e] = coefficients[_place(c0 + i // N) + i % N * N]
     return top
 
 
@@ -118,10 +138,17 @@ def _place(column: int) -> int:
     return column // N * PANEL + column % N
 
 
-@numba.njit(inline="always")
+@numba.njit(nogil=True)
 def _read(x: Array, at: int, length: int, panels: Array, column: int, order: Array) -> None:
-    """A group becomes columns of 64, the last one filled up with zeros."""
-    for c in range(-(-length // N)):
+    """A group becomes columns of 64, the last one filled up with zeros; 8 columns at a time, row by row."""
+    n_full = length // N if column % 8 == 0 else 0
+    for c in range(0, n_full // 8 * 8, 8):
+        source, to = x[at + c * N : at + (c + 8) * N], _place(column + c)
+        for i in range(N):
+            row = panels[to + order[i] * N : to + order[i] * N + 8]
+            for j in range(8):
+                row[j] = source[j * N + i]
+    for c in range(n_full // 8 * 8, -(-length // N)):
         to = _place(column + c)
         source = x[at + c * N : at + min(length, (c + 1) * N)]
         for i in range(source.size):
@@ -199,54 +226,6 @@ def joined(shares: Sequence[Entries]) -> tuple[Array, Array, Array]:
         np.concatenate([s.value_E for s in shares]),
         offset_WG,
     )
-
-
-def read_packed(
-    packs: Sequence[Packed], k_G: Array, indices: PackedIndices, levels: Array, n_coefficients: int
-) -> tuple[Array, Array, Array]:
-    """The same of packs with packed indices, whose values are in a table. Raises BadPayload for those that
-    are too short: nothing else is checked here."""
-    n_most = int(k_G.sum())
-    position_E = np.empty(len(packs) * n_most, dtype=np.int64)
-    value_E = np.empty(len(packs) * n_most, dtype=np.float32)
-    offset_WG = np.empty((len(packs), k_G.size + 1), dtype=np.int64)
-    format_ = indices.index_bits, indices.width, levels, n_coefficients
-    at = 0
-    for (scales, codes), offset_G in zip(packs, offset_WG, strict=True):
-        if scales.numel() != k_G.size:
-            raise BadPayload("shape", f"{scales.numel()} scales for {k_G.size} groups")
-        arrays = codes.numpy(), scales.float().numpy(), k_G
-        at = read_entries(*arrays, *format_, at, position_E, value_E, offset_G)
-        if at < 0:
-            raise BadPayload("shape", f"{codes.numel()} bytes are too few")
-    return position_E, value_E, offset_WG
-
-
-@numba.njit(cache=True, nogil=True)
-def read_entries(
-    octets: Array, scale_G: Array, k_G: Array, index_bits: int, width: int, levels: Array,
-    n_coefficients: int, e: int, position_E: Array, value_E: Array, offset_G: Array,
-) -> Any:  # fmt: skip
-    """Writes from entry e on; returns which is the next, or -1."""
-    index_mask, mask = np.uint64((1 << index_bits) - 1), np.uint64((1 << width) - 1)
-    held, n_held, at = np.uint64(0), 0, 0
-    for g in range(k_G.size):
-        offset_G[g] = e
-        if scale_G[g] != ZERO:
-            for _ in range(k_G[g]):
-                while n_held < width:
-                    if at == octets.size:
-                        return -1
-                    held |= np.uint64(octets[at]) << np.uint64(n_held)
-                    n_held += 8
-                    at += 1
-                position_E[e] = g * n_coefficients + np.int64(held & index_mask)
-                value_E[e] = levels[np.int64((held & mask) >> np.uint64(index_bits))] * scale_G[g]
-                held >>= np.uint64(width)
-                n_held -= width
-                e += 1
-    offset_G[k_G.size] = e
-    return e
 
 
 def decode(out: Tensor, start: int, mean: Mean) -> None:

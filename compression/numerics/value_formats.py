@@ -34,7 +34,9 @@ VALUE_LIMIT: Final = 2.0**60
 """Every value in a payload is below this: weighted sums over all peers stay finite."""
 
 
-_SCALE_LIMIT_BITS: Final = (127 + 60) << 7  # bfloat16 of VALUE_LIMIT
+SCALE_LIMIT_BITS: Final = (127 + 60) << 7
+"""bfloat16 of VALUE_LIMIT."""
+
 _LLOYD_STEPS: Final = 8
 
 
@@ -85,7 +87,7 @@ def check_scales(scales: Tensor, format_: Format) -> None:
     scale_bits = scales.view(torch.int16).numpy().view(np.uint16)
     if bool((scale_bits & 0x7F80 == 0x7F80).any()):
         raise BadPayload("nan", "scale")
-    if bool((scale_bits >= _SCALE_LIMIT_BITS).any()):  # the sign bit is above all exponents
+    if bool((scale_bits >= SCALE_LIMIT_BITS).any()):  # the sign bit is above all exponents
         raise BadPayload("range", "scale is negative or not below 2^60")
     if (wrong := format_.scale_refusal(scale_bits)) is not None:
         raise BadPayload("range", wrong)
@@ -122,7 +124,8 @@ class _Sign(Table):
         super().__init__([1.0, -1.0])
 
     def scales(self, magnitude_GK: Tensor) -> Tensor:
-        return magnitude_GK.mean(dim=1).to(torch.bfloat16)
+        """float64, so that kernels find the same in any order."""
+        return magnitude_GK.double().mean(dim=1).float().to(torch.bfloat16)
 
     def codes(self, value_GK: Tensor, scale_GK: Tensor) -> Tensor:
         return (value_GK < 0).long()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 from ...compression.errors import ConfigError, nearest
-from ...compression.registry import COMPRESSORS, complete_compressor
+from ...compression.registry import COMPRESSORS, complete_compressor, compressor_of_new_run
 from ...optim.options import REQUIRED
 from ...optim.registry import STRATEGIES, complete_new_run, strategy_class
 from ..config import RunConfig, literal
@@ -122,7 +122,8 @@ def _changed(
     found = []
     for key, value in options.items():
         if key == "compressor":
-            inner = _changed(value, complete_compressor({"name": value["name"]}), ("k", "rate", "bits"))
+            bare = complete_compressor(compressor_of_new_run({"name": value["name"]}))
+            inner = _changed(value, bare, ("k", "rate", "bits"))
             found.append(f"compressor={value['name']}({', '.join(inner)})")
         elif key != "name" and (key in always or value != defaults[key]):
             found.append(f"{key}={_shown(value)}")

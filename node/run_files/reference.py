@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from ...compression.registry import COMPRESSORS, DEFAULT_COMPRESSOR
+from ...compression.registry import COMPRESSORS, DEFAULT_COMPRESSOR, compressor_of_new_run
 from ...optim.options import REQUIRED, Number, Whole
 from ...optim.registry import STRATEGIES, of_new_run, strategy_class
 from ..config import RunConfig, is_section
@@ -121,8 +121,9 @@ def _compressors() -> Iterator[Table]:
         hints, texts = get_type_hints(kind, include_extras=True), meanings(kind)
         about = " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split())
         known = {p.name: p.default for p in inspect.signature(kind).parameters.values()}
+        of_new_runs = compressor_of_new_run({"name": name})
         keys = tuple(
-            _option(option, hints[option], default, texts.get(option, ""))
+            _option(option, hints[option], of_new_runs.get(option, default), texts.get(option, ""))
             for option, default in known.items()
         )
         yield Table(f'[strategy.compressor] with name = "{name}"', about, keys)

@@ -1,6 +1,7 @@
-"""A residual takes gradients in and sends what is selected, in one read and one write of a GPU's memory.
+"""A residual takes gradients in and sends what is selected, in one read and one write of memory.
 
-The payload travels to the host through pinned memory. The host waits for nothing before it asks for it.
+From a GPU the payload travels to the host through pinned memory. The host waits for nothing before it asks
+for it.
 """
 
 from __future__ import annotations
@@ -50,8 +51,6 @@ class FusedSend:
         losses: Tensor,
     ) -> None:
         """`residual`: flat float32, changed in place. `losses` travel with the payload."""
-        from ...compression.gpu.tables_triton import Arrival
-
         by_device: dict[torch.device, list[Parameter]] = {}
         for p in parameters:
             by_device.setdefault(p.local.device, []).append(p)
@@ -61,7 +60,7 @@ class FusedSend:
             change = Change(gain.decay, gain.scale.to(device), to_float32(alpha))
             sources = [Source(p.part, residual(p), gain.gradient(p), gain.factor(p)) for p in some]
             self._sent.append((some, compressor.fused_send(sources, change)))
-        self._losses = Arrival(losses)
+        self._losses = _on_its_way(losses)
 
     def payload(self) -> Payload:
         """Waits for it. Raises ValueError for values that cannot be sent."""
@@ -71,6 +70,15 @@ class FusedSend:
         return {name: packs[name] for name in self._names}
 
     def losses(self) -> list[float]:
-        (values,) = self._losses.wait()
-        found: list[float] = values.tolist()
+        found: list[float] = self._losses().tolist()
         return found
+
+
+def _on_its_way(x: Tensor) -> Callable[[], Tensor]:
+    """What waits until it is on the host."""
+    if not x.is_cuda:
+        return lambda: x
+    from ...compression.gpu.tables_triton import Arrival
+
+    arrival = Arrival(x)
+    return lambda: arrival.wait()[0]

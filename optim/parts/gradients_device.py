@@ -1,4 +1,4 @@
-"""`gradients` for parameters of a GPU: what is finite is decided there; the host does not wait to know it.
+"""`gradients` for a fused send: what is finite is decided on the device; the host does not wait to know it.
 
 A gradient that does not count has been taken in nowhere; how many there were, the losses tell later.
 """
@@ -20,7 +20,7 @@ def backward_at_once(closure: Closure) -> Tensor:
     with torch.enable_grad():
         loss = closure()
         loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+    return loss.detach().reshape(())
 
 
 class DeviceGradient:
@@ -43,7 +43,7 @@ class DeviceGradient:
         self._norm = torch.nn.utils.get_total_norm(list(grads.values())).to(self._device)
         loss = loss.to(self._device)
         counts = loss.isfinite() & self._norm.isfinite()
-        if self._n_batches > 1:  # a single one is left out by its scale
+        if self._n_batches > 1 and (loss.is_cuda or not counts):  # a single one is left out by its scale
             grads = {name: g.where(counts.to(g.device), 0.0) for name, g in grads.items()}
         for name, grad in grads.items():
             self._sums[name] = self._sums[name].add_(grad) if name in self._sums else grad

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...compression.errors import ConfigError
-from ...compression.numerics.noise import perturb
-from ...compression.numerics.noise_layout import NoiseKind
+from ...compression.exact import to_float32
+from ...compression.numerics.noise import perturb, update_
+from ...compression.numerics.noise_layout import NoiseKind, Probe
 from ..base import Closure, Parameter
 from .gradients import mean_loss
 from .ranks import ALONE, Ranks, is_sharded
@@ -41,6 +42,11 @@ _DESCRIPTIONS: Final = frozenset(
 """Functions that need no values: perturbing for them would be wasted."""
 
 
+_HIDING: Final = {torch.float32: (torch.int32, 1 << 30), torch.bfloat16: (torch.int16, 1 << 14)}
+"""The top bit of the exponent: with it the other way round 0 is 2, and what was small is infinite, or nearly
+so. No loss that depends on such a value stays what it is."""
+
+
 class NotSubstituted(ConfigError):
     """The loss reads parameters past the substitution, or does not depend on them: SPSA cannot train it."""
 
@@ -58,10 +64,14 @@ class Direction:
 class Substitution(TorchFunctionMode):
     """While active, parameters are read as theta + eps z. Nothing is written to them."""
 
-    def __init__(self, parameters: Sequence[Parameter], direction: Direction) -> None:
+    def __init__(
+        self, parameters: Sequence[Parameter], direction: Direction, hidden: Sequence[Parameter] = ()
+    ) -> None:
+        """`hidden`: those of them whose values are, see `dry_run`."""
         super().__init__()
         self._parameters = {id(p.tensor): p for p in parameters}
         self._direction = direction
+        self._hidden = {p.name for p in hidden}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -77,7 +87,7 @@ class Substitution(TorchFunctionMode):
             parameter = self._parameters.get(id(parameter_behind(value)))
             if parameter is None or is_sharded(value):  # what is sharded is not evaluated
                 return value
-            return perturbed(value, parameter, self._direction)
+            return perturbed(value, parameter, self._direction, parameter.name in self._hidden)
         if isinstance(value, dict):
             return {k: self._replaced(v) for k, v in value.items()}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -95,9 +105,9 @@ def _reads_values(func: Callable[..., Any]) -> bool:
 
 
 @torch.no_grad()
-def perturbed(whole: Tensor, parameter: Parameter, direction: Direction, start: int = 0) -> Tensor:
+def perturbed(whole: Tensor, parameter: Parameter, direction: Direction, is_hidden: bool = False) -> Tensor:
     """theta + eps z in a new tensor with all that kernels choose their order of sums by. `whole`: the values
-    of the parameter, or its elements from `start` on."""
+    of the parameter, all of them; `is_hidden`: see `dry_run`."""
     if whole.dtype != parameter.tensor.dtype:
         raise NotSubstituted(
             f"{parameter.name} is evaluated as {whole.dtype}, which rounds perturbations away: no mixed "
@@ -106,8 +116,14 @@ def perturbed(whole: Tensor, parameter: Parameter, direction: Direction, start: 
     theta, d = whole.detach(), direction
     if theta.device.type == "cpu" and parameter_behind(whole) is not whole:
         theta = theta.clone()  # fully_shard frees this memory: numpy, once it has seen it, forbids that
+    if is_hidden:
+        theta = _bits_turned_(theta.clone())
     wide = theta.contiguous().float()
-    scratch = perturb(wide, d.eps, d.kind, d.seed, parameter.index, d.probe, start).to(theta.dtype)
+    if is_hidden:  # in memory of its own already; theta - (-eps) z has the same bits
+        update_(wide, [Probe(d.seed, d.probe, to_float32(-d.eps))], d.kind, parameter.index)
+    else:
+        wide = perturb(wide, d.eps, d.kind, d.seed, parameter.index, d.probe)
+    scratch = wide.to(theta.dtype)
     if not theta.is_contiguous():  # channels_last, say
         scratch = torch.empty_like(theta).copy_(scratch)
     # Even under no_grad, torch's matmul folds batches or not by whether the weight (or what it is a view of)
@@ -166,21 +182,19 @@ _UNCOMPILED: Final = _Uncompiled()
 def dry_run(
     closure: Closure, parameters: Sequence[Parameter], direction: Direction, ranks: Ranks = ALONE
 ) -> None:
-    """Raises NotSubstituted unless the substituted loss equals, bit for bit, that of parameters which were
-    really changed (and are then restored from a copy of their bytes)."""
+    """Raises NotSubstituted unless the substituted loss stays, bit for bit, what it is while the parameters'
+    own values are hidden, so that nobody but the substitution can read them."""
     loss = perturbed_loss(closure, parameters, direction, ranks)
     if not _same(loss, perturbed_loss(closure, parameters, direction, ranks)):
         raise NotSubstituted(
             "two evaluations of one batch differ: the model must be in eval mode, the batch fixed"
         )
-    if _same(loss, _changed_loss(closure, parameters, direction, ranks)):
+    if _same(loss, _hidden_loss(closure, parameters, parameters, direction, ranks)):
         return
     names = [
         p.name
         for p in parameters
-        if not _same(
-            perturbed_loss(closure, [p], direction, ranks), _changed_loss(closure, [p], direction, ranks)
-        )
+        if not _same(loss, _hidden_loss(closure, parameters, [p], direction, ranks))
     ]
     raise NotSubstituted(
         f"the model reads parameters past the perturbation: {', '.join(names) or 'unclear which'}. Use them "
@@ -189,22 +203,32 @@ def dry_run(
     )
 
 
-def _changed_loss(
-    closure: Closure, parameters: Sequence[Parameter], direction: Direction, ranks: Ranks
+def _hidden_loss(
+    closure: Closure,
+    parameters: Sequence[Parameter],
+    hidden: Sequence[Parameter],
+    direction: Direction,
+    ranks: Ranks,
 ) -> float:
-    saved = [p.local.clone() for p in parameters]
+    """With a bit of every value of `hidden` turned round in its own memory: that needs no copy to be put back
+    from. The substitution knows."""
+    turned: list[Tensor] = []
     try:
-        with torch.no_grad():
-            for p in parameters:
-                p.local.copy_(perturbed(p.local, p, direction, p.part.start))
+        turned.extend(_bits_turned_(p.local) for p in hidden)
         torch.clear_autocast_cache()
-        # An empty substitution: modules with a fast path (attention) go the same way as in the other forward.
-        return perturbed_loss(closure, [], direction, ranks)
+        with torch.no_grad(), _UNCOMPILED, Substitution(parameters, direction, hidden):
+            return mean_loss(closure(), ranks)
     finally:
-        with torch.no_grad():
-            for p, bytes_before in zip(parameters, saved, strict=True):
-                p.local.copy_(bytes_before)
+        for values in turned:
+            _bits_turned_(values)
         torch.clear_autocast_cache()
+
+
+def _bits_turned_(values: Tensor) -> Tensor:
+    """The same memory, with a bit of every value the other way round."""
+    bits, bit = _HIDING[values.dtype]
+    values.view(bits).bitwise_xor_(bit)
+    return values
 
 
 def _same(a: float, b: float) -> bool:

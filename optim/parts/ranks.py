@@ -163,8 +163,10 @@ def ranks_of(tensors: Iterable[Tensor]) -> Ranks:
 
 def local_of(tensor: Tensor) -> Tensor:
     """The elements that this rank holds, detached, in the parameter's own memory: (rows here, ...)."""
+    if not is_sharded(tensor):
+        return tensor.detach()
     with torch.no_grad():
-        local: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+        local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
     return local.detach()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from thinwire.compression.base import Compressor, Packed, Part, Senders, Source, Step, Target, Turn
+from thinwire.compression.base import Change, Compressor, Packed, Part, Senders, Source, Step, Target, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.dense import Dense
 from thinwire.compression.codecs.dense_codec import GroupedCodec, dense_codec
@@ -317,7 +317,8 @@ def test_batches_are_those_of_the_reference(seed: int, use: Switch) -> None:
     rng = random.Random(seed)
     use("numba")
     kind, group_size = rng.choice([DctTopK, TopK]), rng.choice([61, 64, 192, 4096])
-    compressor = kind(rng.randint(1, 40), group_size, rng.choice([1, 2, 4, 8, "e3m0"]), "packed")
+    how = rng.choice([1, 2, 4, 8, "e3m0"]), rng.choice(["packed", "rice"])
+    compressor = kind(rng.randint(1, 40), group_size, *how)
     parts = [Part.whole((rng.choice([1, 64, 4096, 5000, 12_345]),)) for _ in range(rng.randint(1, 6))]
     xs = [[drawn_values(rng, part.n_global) for part in parts] for _ in range(3)]
     packs = [compressor.pack_many(map(Source, parts, row), TURN) for row in xs]
@@ -333,11 +334,87 @@ def test_batches_are_those_of_the_reference(seed: int, use: Switch) -> None:
         targets.append(Target(theta, part, [together[i] for together in packs], step))
     weights = [1.0, 0.0, 2.5]
     copies = [replace(t, x=t.x.clone()) for t in targets]
-    compressor.fused_update(targets, weights, TURN)
-    short = [(scales, codes[:-1]) for scales, codes in targets[0].packs]
+    senders = rng.choice([None, Senders([1.0, 2.0, 2.5], rng.choice([0.25, 3.0]))])
+    compressor.fused_update(targets, weights, TURN, senders)
+    short = [(scales, codes[: codes.numel() // 2]) for scales, codes in targets[0].packs]
     if any(codes.numel() for _, codes in targets[0].packs):
         with pytest.raises(BadPayload):
             compressor.fused_update([replace(targets[0], packs=short)], weights, TURN)
     use("torch")
-    compressor.fused_update(copies, weights, TURN)
+    compressor.fused_update(copies, weights, TURN, senders)
     assert bits_of(t.x for t in targets) == bits_of(t.x for t in copies)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_fused_send_is_a_step_of_the_momentum_a_pack_and_a_subtraction(seed: int, use: Switch) -> None:
+    rng = random.Random(seed)
+    use("numba")
+    kind, group_size = rng.choice([DctTopK, TopK]), rng.choice([61, 64, 192, 4096])
+    how = rng.choice([1, 4, 8, "e3m0"]), rng.choice(["packed", "rice"])
+    compressor = kind(rng.randint(1, 40), group_size, *how)
+    parts = [Part.whole((rng.choice([1, 64, 5000, 40_000]),)) for _ in range(rng.randint(1, 4))]
+    momenta = [drawn_values(rng, part.n_global) for part in parts]
+    gradients = [rng.choice([None, drawn_values(rng, part.n_global)]) for part in parts]
+    decay, factor, scale, alpha = (
+        0.5,
+        rng.choice([0.25, 0.5]),
+        rng.choice([0.0, 1.0]),
+        rng.choice([1.0, 0.75]),
+    )
+    plain = [x * decay for x in momenta]
+    for x, gradient in zip(plain, gradients, strict=True):
+        if gradient is not None and scale:
+            x.add_(gradient * (factor * scale))
+    packs = compressor.pack_many(map(Source, parts, plain), TURN)
+    targets = [
+        Target(x, part, [packed], Step(alpha)) for x, part, packed in zip(plain, parts, packs, strict=True)
+    ]
+    compressor.fused_update(targets, [1.0], TURN)
+    assert compressor.has_fused_send(list(zip(parts, momenta, strict=True)))
+    sources = [Source(p, x, g, factor) for p, x, g in zip(parts, momenta, gradients, strict=True)]
+    sent = compressor.fused_send(sources, Change(decay, torch.tensor(scale), alpha))
+    assert [bits_of(p) for p in sent.packs()] == [bits_of(p) for p in packs]
+    assert all(torch.equal(x, y) for x, y in zip(momenta, plain, strict=True))
+
+
+def spoilt(rng: random.Random, packed: Packed) -> Packed:
+    """With a bit, a byte, a scale or an element more or less, or exchanged."""
+    scales, codes = (t.clone() for t in packed)
+    at, place = rng.randrange(max(1, codes.numel())), rng.randrange(scales.numel())
+    match rng.randrange(6):
+        case 0 if codes.numel():
+            codes[at] ^= 1 << rng.randrange(8)
+        case 1 if codes.numel():
+            codes[-1] ^= 1 << rng.randrange(8)
+        case 2:
+            codes = torch.cat([codes[:at], codes[at + 1 :]])
+        case 3:
+            codes = torch.cat([codes, torch.zeros(rng.randint(1, 2), dtype=torch.uint8)])
+        case 4:
+            scales[place] = rng.choice([0.0, 1.0, -1.0, 2.0**60, float("nan")])
+        case _:
+            scales = rng.choice([scales[:-1], torch.cat([scales, scales[:1]]), scales.float()])
+    return scales, codes
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_checks_together_let_through_what_checks_alone_do(seed: int, use: Switch) -> None:
+    rng = random.Random(seed)
+    use("numba")
+    compressor, _ = drawn_sparse(rng)
+    parts = [Part.whole((rng.choice([1, 64, 5000, 12_345]),)) for _ in range(rng.randint(1, 4))]
+    sources = [Source(part, drawn_values(rng, part.n_global)) for part in parts]
+    packs = compressor.pack_many(sources, TURN)
+    compressor.check_many(packs, parts, TURN)
+    for _ in range(30):
+        i = rng.randrange(len(parts))
+        bad = [*packs[:i], spoilt(rng, packs[i]), *packs[i + 1 :]]
+        found = []
+        for kernels in ("torch", "numba"):
+            use(kernels)
+            try:
+                compressor.check_many(bad, parts, TURN)
+                found.append("good")
+            except BadPayload as e:
+                found.append(str(e))
+        assert found[1] == found[0]

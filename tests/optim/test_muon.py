@@ -86,7 +86,7 @@ def test_muon_inside_is_torchs_muon_and_adamw_bit_for_bit(
     ]
     optimizers = [
         torch.optim.Muon(matrices, lr=1e-2 * ratio, weight_decay=0.1, **torchs),
-        torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95)),
+        torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True),
     ]
     assert len(matrices) == (4 if hidden == "blocks." else 2)
     assert f"Muon trains {len(matrices)} matrices" in str(strategy.told())

@@ -289,6 +289,24 @@ def test_a_new_run_is_bounded_and_says_so() -> None:
     assert of_new_run({"name": "diloco"})["bound"] == 1.25
 
 
+def test_a_new_run_has_rice_codes_and_an_older_one_what_its_record_says() -> None:
+    short = {"name": "dct_topk", "k": 8}
+    for said, name in (
+        ({}, "decoupled"),
+        ({"compressor": short}, "decoupled"),
+        ({"compressor": short}, "diloco"),
+    ):
+        config = {"name": name, **said}
+        recorded = complete_config(of_new_run(config))
+        assert recorded["compressor"]["indices"] == "rice"
+        assert complete_config(of_new_run(config, recorded)) == recorded
+        older = complete_config(config)
+        assert older["compressor"]["indices"] == "packed"
+        assert complete_config(of_new_run(config, older))["compressor"] == older["compressor"]
+    packed = {**short, "indices": "packed"}
+    assert of_new_run({"name": "decoupled", "compressor": packed})["compressor"] == packed
+
+
 def test_a_run_that_is_gone_on_with_has_what_its_record_says() -> None:
     """Also where that is older than an option, or than the value that new runs have."""
     new = ("bound", "own_data_share", "own_data_alone", *NEWCOMERS)

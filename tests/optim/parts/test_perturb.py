@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from thinwire.compression.numerics.noise import perturb
+from thinwire.node.bench.live_bytes import LiveBytes
 from thinwire.optim.base import Parameter
 from thinwire.optim.parts import perturb as under_test
 from thinwire.optim.parts.perturb import Direction, NotSubstituted, Substitution, dry_run, perturbed_loss
@@ -221,6 +222,17 @@ def test_dry_run_passes_and_leaves_the_bits_alone(name: str) -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+def test_a_dry_run_needs_the_memory_of_a_probe() -> None:
+    model = seeded(lambda: Mean(nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))), data(1, 64)))
+    peaks = []
+    for run in (perturbed_loss, dry_run):
+        with LiveBytes(model.parameters()) as live:
+            run(model, parameters_of(model), DIRECTION)
+        peaks.append(live.peak_bytes)
+    layer = sum(p.nbytes for p in model.parameters()) // 8
+    assert peaks[1] <= peaks[0] + layer
+
+
 def compiled(backend: str) -> tuple[nn.Module, Callable[[], Tensor]]:
     model = seeded(Tied)
     warm = torch.compile(model, backend=backend)
@@ -267,6 +279,26 @@ def test_dry_run_names_what_was_not_substituted() -> None:
         dry_run(model, parameters_of(model), DIRECTION)
 
 
+class Squared(nn.Module):
+    """Reads past the substitution what is zero, and of which the sign makes no difference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good = nn.Linear(3, 3)
+        self.zero = nn.Parameter(torch.zeros(3))
+        self.alias = self.zero.detach()
+
+    def forward(self) -> Tensor:
+        return (self.good(data(2, 3)).square() + self.alias.square()).mean()
+
+
+def test_dry_run_finds_zeros_that_were_not_substituted() -> None:
+    with torch.random.fork_rng():
+        model = Squared()
+    with pytest.raises(NotSubstituted, match=r"past the perturbation: zero\."):
+        dry_run(model, parameters_of(model), DIRECTION)
+
+
 def test_dry_run_restores_when_the_forward_fails() -> None:
     model = seeded(lambda: Mean(nn.Linear(4, 3), data(2, 4)))
     before = [p.detach().clone() for p in model.parameters()]
@@ -299,9 +331,9 @@ def test_descriptions_cost_no_perturbation(monkeypatch: pytest.MonkeyPatch) -> N
     made: list[str] = []
     real = under_test.perturbed
 
-    def counting(whole: Tensor, parameter: Parameter, direction: Direction) -> Tensor:
+    def counting(whole: Tensor, parameter: Parameter, direction: Direction, is_hidden: bool) -> Tensor:
         made.append(parameter.name)
-        return real(whole, parameter, direction)
+        return real(whole, parameter, direction, is_hidden)
 
     monkeypatch.setattr(under_test, "perturbed", counting)
     with Substitution(parameters, DIRECTION):
@@ -327,8 +359,8 @@ def test_scratch_lives_for_one_use(monkeypatch: pytest.MonkeyPatch) -> None:
     n_alive: list[int] = []
     real = under_test.perturbed
 
-    def watched(whole: Tensor, parameter: Parameter, direction: Direction) -> Tensor:
-        scratch = real(whole, parameter, direction)
+    def watched(whole: Tensor, parameter: Parameter, direction: Direction, is_hidden: bool) -> Tensor:
+        scratch = real(whole, parameter, direction, is_hidden)
         assert scratch._is_view()  # autocast caches casts of leaves that are no views
         alive.append(weakref.ref(scratch))
         return scratch
