@@ -230,6 +230,8 @@ class Council:
                 self._happened(self._next_event())
         finally:
             self._is_settling = False
+        if self.seat.leader is not None:
+            self.provisions.led_by(self.seat.leader)
         if (unvoted := self.seat.unvoted) is not self._unvoted:
             self._unvoted = unvoted
             self.provisions.waits_for(unvoted)
