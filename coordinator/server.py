@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import shutil
 import sqlite3
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,7 +27,7 @@ from .observe.metrics import with_trust
 from .protocol.addresses import HttpAddress
 from .protocol.figures import wall_ms
 from .protocol.identity import load_or_create, peer_id_of
-from .protocol.messages import PROTOCOL_VERSION, GenesisBody, Heartbeat, Message, SeatEntry, digest_of
+from .protocol.messages import GenesisBody, Heartbeat, Message, SeatEntry, digest_of
 from .protocol.p2p import start_p2p
 from .protocol.settings import Keep, parse_settings, strategy_options
 from .protocol.streams import BLOB, Meter, Stream
@@ -47,6 +45,8 @@ from .seats.ticket import FILE_NAME, keep_ticket
 from .seats.view import for_the_page, status_alone
 from .seats.watchers import Watchers, WhoLeads
 from .service import Service
+from .serving.history import KeptHistory
+from .serving.machine import free_bytes, machine
 from .serving.passing_on import Nobody, Uploads
 from .state import StateDir
 from .stream_server import StreamServer, Waits
@@ -111,7 +111,7 @@ class CoordinatorServer:
             self.ledger = Ledger.open(state.ledger_path, self._key.public_key())
         else:
             self.ledger = Ledger.create(state.ledger_path, genesis, self._key)
-        self._history = _History(state)
+        self._history = KeptHistory(state)
         self._checkpointed = 0 if self.ledger.checkpoint is None else self.ledger.checkpoint.round
         self._settings = parse_settings(self.ledger.genesis.config)
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
@@ -423,16 +423,8 @@ class CoordinatorServer:
         return said if peer is None else with_trust(said, peer)
 
     def status(self) -> dict[str, Any]:
-        """JSON-able: `Service.status`, the bytes that this process has sent and received, and what a machine
-        compares before it joins."""
-        traffic = {"sent_bytes": dict(self.meter.sent), "received_bytes": dict(self.meter.received)}
-        here = {
-            "protocol": PROTOCOL_VERSION,
-            "time_ms": wall_ms(),
-            "coordinator": traffic,
-            "disk_free_bytes": _free_bytes(self._state.path),
-            "http": None if self.http is None else _told(self.http),
-        }
+        """JSON-able: `Service.status`, what this process says of itself, and of its seat."""
+        here = machine(self.meter, self._state.path, self.http)
         if self._seat is None:
             seat = status_alone(peer_id_of(self._key.public_key()), self._since_ms, self.head)
             return {**self.service.status(time.monotonic()), **here, "seat": seat}
@@ -444,7 +436,7 @@ class CoordinatorServer:
         return (
             self._reign is not None
             and self._reign.has_room(n_bytes)
-            and leaves_room(n_bytes, _free_bytes(self._state.path))
+            and leaves_room(n_bytes, free_bytes(self._state.path))
         )
 
     def look(self, since: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -627,32 +619,6 @@ class CoordinatorServer:
             self._stream_server.beat(beat, self._silence_limit_s)
 
 
-def _free_bytes(folder: Path) -> int | None:
-    """Of its disk; None: it cannot be asked."""
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None
-
-
-class _History:
-    """What the page shows of the past, on the disk; from any thread."""
-
-    def __init__(self, state: StateDir) -> None:
-        self._state, self._saving, self._kept = state, threading.Lock(), b""
-
-    def save(self, data: bytes) -> None:
-        """Unless it is there already."""
-        with self._saving:
-            if data == self._kept:
-                return
-            try:
-                self._state.save_history(data)
-            except OSError as e:
-                _log.warning("what the page shows of the past cannot be kept: %s", e)
-            self._kept = data
-
-
 def _write_checkpoint(write: Callable[[], None]) -> None:
     try:
         write()
@@ -670,8 +636,3 @@ def over_text(head: int) -> str:
         f"the run is over after round {head}; next: thinwire export STATE_FOLDER -o weights (a node's state "
         f"folder, or the coordinator's)"
     )
-
-
-def _told(http: HttpAddress) -> dict[str, Any]:
-    """Where HTTP is served, for a status: whether it needs a token, and never the token itself."""
-    return {"host": http.host, "port": http.port, "needs_token": http.token is not None}

@@ -13,7 +13,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ..compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable, ThinwireError
+from ..compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable, ThinwireError
 from .admission import AdmissionControl
 from .announcer import Announcer
 from .blobs import BlobStore
@@ -21,15 +21,7 @@ from .control.orders import CheckStrategy, Order, Ordered, no_strategy
 from .entry.rules import OPEN, EntryRules
 from .last_snapshot import Wanted
 from .ledger import Ledger
-from .membership import (
-    Membership,
-    MembershipEvent,
-    SessionClosed,
-    SessionOpened,
-    SignOfLife,
-    StateSaid,
-    TimePassed,
-)
+from .membership import Membership, TimePassed
 from .observe.counters import Counters
 from .observe.loss_unit import LossUnit
 from .observe.notices import Notices
@@ -40,21 +32,14 @@ from .peers import Peers
 from .protocol.figures import counted
 from .protocol.identity import peer_id_of
 from .protocol.messages import (
-    READER,
     AccessEntry,
-    Audit,
     BadMessage,
     Commit,
     CommitteeEntry,
-    Evaluation,
-    Heartbeat,
     Hello,
     Message,
-    NodeState,
     Offer,
     Rejected,
-    Report,
-    State,
     Welcome,
 )
 from .protocol.settings import KEEP_SNAPSHOTS, Course, Keep
@@ -64,6 +49,7 @@ from .quorum.memory import memory_of
 from .quorum.recollection import Recollection
 from .rounds import Excused, RoundClosed
 from .serving.guarding import Guarding
+from .serving.hearing import Hearing
 from .serving.ordering import Ordering
 from .serving.parts import FAREWELL_S, Parts, open_rounds
 from .trust.sentences import Sentences
@@ -116,8 +102,7 @@ class Service:
         self._log = Alone(ledger, key) if log is None else log
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
         self._settings = Course.of(ledger.genesis.config).settings
-        self._end, self._keep = end, keep
-        self._held = held
+        self._keep, self._held = keep, held
         if peer_id_of(key.public_key()) not in (ledger.genesis.coordinator, *ledger.committee.seats):
             raise ConfigError("this key is not the one that the run was started with, nor a seat's")
         self._loss_unit = loss_unit or self._settings.task.loss_unit
@@ -134,6 +119,7 @@ class Service:
         self._ordering = Ordering(
             ledger, self._log, gate, check_strategy, wall_ms, lambda: self._parts, self._committed
         )
+        self._hearing = Hearing(ledger, self._admission, lambda: self._parts, end)
         self._guarding = Guarding(gate, self._ordering, lambda: self._parts, end, self._leaves)
         self._parts = self._recalled(now_s)
 
@@ -194,10 +180,7 @@ class Service:
         dropped).
         """
         self._check_leads()
-        index = self._parts.peers.admit(
-            peer_id, session, hello, lambda stranger: self._make_room(stranger, now_s), now_s
-        )
-        self._handle_member(SessionOpened(index, session, hello.agent == READER), now_s)
+        index = self._hearing.opened(peer_id, session, hello, now_s)
         return Welcome(
             genesis=self._ledger.genesis_record,
             signature=self._ledger.genesis_signature,
@@ -212,12 +195,6 @@ class Service:
         """Whether the peer has signed it. Takes its time, and may be asked from any thread."""
         return is_signed(peer_id, self._ledger.run_id, offer)
 
-    def _make_room(self, stranger: int, now_s: float) -> None:
-        """For a peer that has worked, among those that have not."""
-        text = "the swarm is full, and a peer whose work has counted came back: try again later"
-        self._end(self._ledger.peer_id(stranger), self._admission.refused("full", Incompatible(text)))
-        self._handle_member(StateSaid(stranger, NodeState.LEAVING), now_s)
-
     def receive(self, peer_id: str, session: int, message: Message, now_s: float) -> None:
         """Raises BadMessage for what a peer must not send; frames of a replaced session are dropped."""
         if self._is_deaf:
@@ -226,44 +203,13 @@ class Service:
         if index is None:
             raise self._admission.refused("not_admitted", BadMessage("no session is open"))
         with self._refusals.of(index):
-            self._receive(index, session, message, now_s)
-
-    def _receive(self, index: int, session: int, message: Message, now_s: float) -> None:
-        if not self._parts.members.is_current(index, session):
-            self.count_rejected("old_session")
-            return
-        if not isinstance(message, State):
-            self._handle_member(SignOfLife(index), now_s)
-        match message:
-            case State():
-                if message.last_word:
-                    self._parts.notices.failed(index, message.last_word)
-                self._handle_member(self._parts.peers.said(index, message), now_s)
-            case Offer():
-                self._parts.open_round.offered(index, message, now_s)
-            case Report():
-                self._reported(index, message)
-            case Evaluation():
-                self._known_round(message.round)
-                self._parts.derived.reports.note_evaluation(message)
-            case Audit():
-                self._known_round(message.round)
-                self._parts.derived.audits.note(index, message)
-            case Heartbeat():
-                self._parts.derived.statistics.heartbeat(index, message)
-                self._parts.derived.page_history.beat(index, message)
-                self._parts.derived.peer_sizes.heard(index, message.sizes, now_s)
-                if message.gossip is not None:
-                    self._parts.derived.gossip[index] = message.gossip
-            case _:
-                text = f"{type(message).__name__} is not for the coordinator"
-                raise self._admission.refused("wrong_message", BadMessage(text))
+            self._hearing.receive(index, session, message, now_s)
 
     def closed(self, peer_id: str, session: int, now_s: float) -> None:
         """The session's connection is over, for whatever reason."""
         index = self._parts.peers.index(peer_id)
-        if index is not None and not self._is_deaf and self._parts.members.is_current(index, session):
-            self._handle_member(SessionClosed(index, session), now_s)
+        if index is not None and not self._is_deaf:
+            self._hearing.closed(index, session, now_s)
 
     def is_member(self, peer_id: str) -> bool:
         """Whether the peer is admitted and connected: others may serve it blobs."""
@@ -430,7 +376,7 @@ class Service:
         """Lets time pass; returns when it wants to be called again at the latest, in monotonic seconds."""
         if self._is_deaf:
             return now_s + 1.0
-        self._handle_member(TimePassed(), now_s)
+        self._hearing.handle(TimePassed(), now_s)
         self._parts.open_round.handle(TimePassed(), now_s)
         parts = self._parts
         parts.notices.lines.flush()
@@ -525,22 +471,7 @@ class Service:
 
     def _leaves(self, index: int, now_s: float) -> None:
         if not self._is_deaf:
-            self._handle_member(StateSaid(index, NodeState.LEAVING), now_s)
-
-    def _handle_member(self, event: MembershipEvent, now_s: float) -> None:
-        for change in self._parts.peers.handle(event, now_s):
-            self._parts.open_round.handle(change, now_s)
-
-    def _reported(self, index: int, report: Report) -> None:
-        self._known_round(report.round)
-        differ = self._parts.derived.reports.note(index, report)
-        if differ:
-            self._parts.notices.differs(index, report.round, differ)
-
-    def _known_round(self, round_: int) -> None:
-        if round_ > self._ledger.head_round:
-            text = f"a report on round {round_} to come"
-            raise self._admission.refused("report_round", BadMessage(text))
+            self._hearing.leaves(index, now_s)
 
     # --------------------------------------------------------------------------------------- the commit
 

@@ -93,6 +93,9 @@ class Fetcher:
 
     def leave(self, source: str) -> None:
         """That seat may stand still: what comes from there is to come from others, if they have it."""
+        for wanted in self._wanted.values():
+            if wanted.at == source:
+                wanted.at = None
         for seat, fetching in self._under_way.values():
             if seat == source:
                 fetching.cancel()

@@ -26,7 +26,7 @@ from ..quorum.replicated import Replicated
 from ..service import Service
 from ..serving.parts import FAREWELL_S
 from ..state import StateDir
-from .council import Council
+from .driving.council import Council
 from .plan import SeatPlan
 from .recovery import recovery_digest
 from .ticket import SeatTicket
@@ -62,7 +62,7 @@ class Reigns(Protocol):
 
 
 class Hosting:
-    """Of one server; see `council.Owner`. `council` drives the seat. Raises ConfigError or OSError."""
+    """Of one server; see `driving.owner.Owner`. `council` drives the seat. Raises ConfigError or OSError."""
 
     def __init__(
         self,
@@ -104,10 +104,10 @@ class Hosting:
     def may_vote(self, record: bytes, work: bytes) -> bool:
         return self._checks is not None and self._checks.may_vote(record, work)
 
-    # ------------------------------------------------------------------------------------- `council.Owner`
+    # ----------------------------------------------------------------------------- `driving.owner.Owner`
 
     def leads(self) -> None:
-        """See `council.Owner`, here and below."""
+        """See `driving.owner.Owner`, here and below."""
         self._recollect()
         if self._recollection is None or self._checks is None:
             raise ConfigError("it has not got all that the run needs")
@@ -126,7 +126,7 @@ class Hosting:
     def recorded(self, round_: int) -> None:
         if self._log is not None:
             now_s = time.monotonic()
-            self.council.observed.sealed(now_s - self._log.proposed_s)
+            self.council.telling.observed.sealed(now_s - self._log.proposed_s)
             self._log.new_record(round_, now_s)
             return
         if self._recollection is not None:

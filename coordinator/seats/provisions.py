@@ -68,8 +68,8 @@ class Provisions:
         """Of payloads that are fetched."""
         self._kept: dict[bytes, int] = {}
         """The round in which a leader has said of a payload that it is to be kept, which no record names."""
-        self._said_by: str | None = None
-        """The leader that said so last."""
+        self._led_by: str | None = None
+        """Who has led last."""
         self._uploads: dict[bytes, int] = {}
         """Payloads that nodes upload to this seat, and their bytes, the oldest first."""
         self._early: set[bytes] = set()
@@ -128,13 +128,18 @@ class Provisions:
 
     # --------------------------------------------------------------------------------------- words
 
+    def led_by(self, seat: str) -> None:
+        """That one leads, or this seat does. Whoever led before may stand still: what comes from there is to
+        come from others. Nodes bring to the new one what they brought to the old one, and a record that waits
+        for votes was voted for by somebody who holds what it names."""
+        if self._led_by not in (None, seat):
+            self.fetcher.leave(self._led_by)
+        self._led_by = seat
+
     def keep(self, seat: str, word: Keep) -> str | None:
         """From who leads. Why it is not heard, in a word."""
         if seat not in self._disk.committee.seats:
             return "keep"
-        if self._said_by not in (None, seat):
-            self.fetcher.leave(self._said_by)  # nodes bring to the new one what they brought to the old one
-        self._said_by = seat
         if word.n_bytes > self._max_bytes:
             return "oversized"
         if word.digest in self._blobs:

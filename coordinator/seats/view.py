@@ -22,7 +22,7 @@ from ..quorum.observed import Observed
 from ..quorum.recollection import Recollection
 from ..serving.parts import open_rounds
 from ..state import StateDir
-from .council import Council
+from .driving.council import Council
 
 
 def view_of(ledger: Ledger, blobs: BlobStore, recollection: Recollection, state: StateDir) -> RunView:
@@ -82,14 +82,14 @@ class Beginning:
 def status_of(council: Council) -> dict[str, Any]:
     """JSON-able: the seat, and what it knows of the others. `lag`: rounds; `wanted`: how many seats there are
     to be, 0: nobody said."""
-    disk, links, observed = council.disk, council.streams.links, council.observed
-    seats, wish = disk.committee.seats, council.wishes()
+    disk, links, observed = council.disk, council.streams.links, council.telling.observed
+    seats, wish = disk.committee.seats, council.candidates.wishes()
     rejected: Counter[str] = council.streams.rejected + council.counts
     role = council.role
     return {
         "peer_id": council.me,
         "role": role,
-        "term": council.term,
+        "term": council.telling.term,
         "head": disk.head,
         "lag": max(0, council.seen_head - disk.head),
         "need": disk.committee.need,
@@ -101,8 +101,8 @@ def status_of(council: Council) -> dict[str, Any]:
             for seat, link in links.items()
             if seat not in seats
         ],
-        "waits_for": council.waits_for(),
-        "trouble": council.trouble,
+        "waits_for": council.telling.waits_for(),
+        "trouble": council.telling.trouble,
         "payloads_missing": council.provisions.fetcher.n_wanted,
         "rejected": dict(rejected),
         **observed.figures(time.monotonic()),

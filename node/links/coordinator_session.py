@@ -202,11 +202,11 @@ class CoordinatorSession:
         """With the seat that leads. Raises SwarmUnreachable, BadMessage, or what no retry can mend."""
         await self._living_transport()
         try:
-            found = await find_leader(self._seats, self._approach)
+            found = await find_leader(self._seats, self._approach, self._elsewhere)
         except NobodyLeads as e:
             if not await self._learn_seats(e.strange):
                 raise
-            found = await find_leader(self._seats, self._approach)
+            found = await find_leader(self._seats, self._approach, self._elsewhere)
         if self._announced_by is not None and found.seat != self._seats.leader:
             self._watch.misled(self._announced_by)
             self._latest = None

@@ -38,17 +38,21 @@ Approach = Callable[[PeerId], Awaitable[tuple[Stream, Welcome | Elsewhere]]]
 """Says Hello to a seat. Raises ThinwireError; the stream of an Elsewhere is closed."""
 
 
-async def find_leader(seats: KnownSeats, approach: Approach) -> Found:
-    """Each seat is tried once at most, in their order; whom one names as the leader goes first. A reader,
-    whom every seat says Welcome, gets who leads before a copy. Raises
-    NobodyLeads or SwarmUnreachable, or what the leader, or every seat that answers, refuses with."""
-    return await _Search(seats, approach).run()
+async def find_leader(seats: KnownSeats, approach: Approach, announced: asyncio.Event) -> Found:
+    """Each seat is tried once at most, in their order; whom one names as the leader goes first. `announced`:
+    `seats.leader` leads since just now: it is tried at once, again if need be, whoever is still waited for. A
+    reader, whom every seat says Welcome, gets who leads before a copy. Raises NobodyLeads or
+    SwarmUnreachable, or what the leader, or every seat that answers, refuses with."""
+    return await _Search(seats, approach, announced).run()
 
 
 class _Search:
-    def __init__(self, seats: KnownSeats, approach: Approach) -> None:
-        self._seats, self._approach = seats, approach
+    def __init__(self, seats: KnownSeats, approach: Approach, announced: asyncio.Event) -> None:
+        self._seats, self._approach, self._announced = seats, approach, announced
         self._untried = seats.in_order()
+        self._tried_again: set[PeerId] = set()
+        self._due: PeerId | None = None
+        """It was announced while it was being asked."""
         self._under_way: dict[asyncio.Task[tuple[Stream, Welcome | Elsewhere]], PeerId] = {}
         self._elsewhere: dict[PeerId, Elsewhere] = {}
         self._refused: dict[PeerId, ThinwireError] = {}
@@ -59,11 +63,7 @@ class _Search:
         try:
             while self._untried or self._under_way:
                 self._try_next()
-                wait_s = HEAD_START_S if self._untried else None
-                done, _ = await asyncio.wait(
-                    self._under_way, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
-                )
-                for task in done:
+                for task in await self._some_end():
                     if (found := self._ended(task)) is not None:
                         self._give_up_copy()
                         return found
@@ -73,6 +73,32 @@ class _Search:
             raise self._why()
         return self._copy
 
+    async def _some_end(self) -> list[asyncio.Task[tuple[Stream, Welcome | Elsewhere]]]:
+        """Those that have; none when it is time to try the next seat."""
+        told = asyncio.ensure_future(self._announced.wait())
+        try:
+            await asyncio.wait(
+                [told, *self._under_way],
+                timeout=HEAD_START_S if self._untried else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            told.cancel()
+        if self._announced.is_set():
+            self._announced.clear()
+            self._try_again(self._seats.leader)
+        return [task for task in self._under_way if task.done()]
+
+    def _try_again(self, leader: PeerId) -> None:
+        """Next, for it leads since just now; never twice at once, for one session would end the other."""
+        if leader in self._under_way.values():
+            self._due = leader
+        elif leader in self._untried:
+            self._go_to(leader)
+        elif leader not in self._tried_again:
+            self._tried_again.add(leader)
+            self._untried.insert(0, leader)
+
     def _try_next(self) -> None:
         if self._untried:
             seat = self._untried.pop(0)
@@ -80,6 +106,9 @@ class _Search:
 
     def _ended(self, task: asyncio.Task[tuple[Stream, Welcome | Elsewhere]]) -> Found | None:
         seat = self._under_way.pop(task)
+        if seat == self._due:
+            self._due = None
+            self._try_again(seat)
         try:
             stream, answer = task.result()
         except (SwarmUnreachable, BadMessage) as e:

@@ -79,11 +79,16 @@ class LoopTransport:
         here, there = socket.socketpair()
         try:
             reader, writer = await asyncio.open_connection(sock=here)
-            self._writers.append((peer_id, writer))
+        except BaseException:
+            there.close()
+            raise
+        self._writers.append((peer_id, writer))
+        try:
             await other._accept(self.peer_id, protocol, there)
         except BaseException:
-            here.close()
-            there.close()
+            # Never its socket: the next one gets the same number, and loses its events when this transport
+            # ends.
+            writer.transport.abort()
             raise
         return reader, writer
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
+
+import pytest
 
 from tests.support.committee import SEATS, Sealing
 from tests.support.records import OFFER
@@ -16,8 +18,9 @@ from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.blob_streams import serve_blobs
 from thinwire.coordinator.protocol.messages import GenesisBody, digest_of, encode_record
-from thinwire.coordinator.protocol.streams import Meter, Stream
+from thinwire.coordinator.protocol.streams import Frame, FrameKind, Meter, Stream
 from thinwire.coordinator.quorum.words import Enter, Keep, Keeps, Word
+from thinwire.coordinator.seats import fetching
 from thinwire.coordinator.seats.disk import StateDisk
 from thinwire.coordinator.seats.elsewhere import _Shelf
 from thinwire.coordinator.seats.holders import KEPT_ROUNDS
@@ -104,6 +107,98 @@ def test_the_last_payload_of_a_record_makes_it_whole(
     ledger.close()
     assert whole == [2], "once, with the last one"
     assert set(shelf.came) == {digest_of(payload) for payload in PAYLOADS[1:]}
+
+
+@pytest.mark.parametrize("stands_still", [False, True])
+def test_a_payload_whose_stream_breaks_just_after_it_counted_as_held_is_fetched_once_more(
+    tmp_path: Path,
+    make_genesis: Callable[..., GenesisBody],
+    monkeypatch: pytest.MonkeyPatch,
+    stands_still: bool,
+) -> None:
+    """The leader has sent all of it and proposes; the last bytes are lost, or stand still on their way. The
+    slot waits for one more fetch, which begins when the leader asks for the vote again, or when another one
+    leads, and for no pause."""
+    monkeypatch.setattr(fetching, "RETRY_S", 3600.0)
+    payload, sealing = PAYLOADS[0], Sealing(make_genesis().model_copy(update={"coordinator": SEATS[0]}))
+    ledger = Ledger.begin(tmp_path / "ledger.db", sealing.genesis_record, sealing.genesis_signature)
+    theirs, ours = BlobStore(tmp_path / "theirs"), BlobStore(tmp_path / "ours")
+    digest = digest_of(payload)
+    theirs.put(digest, payload)
+    offer = OFFER.model_copy(update={"peer": 0, "n_bytes": 5000, "payload": None, "digest": digest})
+    record = encode_record(sealing.body(offers=(offer,)))
+    given: list[bytes] = []
+    whole: list[bool] = []
+
+    async def scene() -> None:
+        serving: list[asyncio.Task[None]] = []
+
+        async def open_stream(seat: str) -> Stream:
+            near, far = socket.socketpair()
+            served = Stream(*await asyncio.open_connection(sock=far), Meter())
+
+            async def serve() -> None:
+                shelf = _Shelf(ledger, theirs)
+                with contextlib.suppress(OSError):
+                    await serve_blobs(served, shelf, "payload", lambda: True, given=given.append)
+                served.abort()
+
+            serving.append(asyncio.create_task(serve()))
+            ours_of_it = Stream(*await asyncio.open_connection(sock=near), Meter())
+            if seat == SEATS[0] and len(serving) == 1:
+                monkeypatch.setattr(ours_of_it, "receive", _cut_before_the_end(ours_of_it, stands_still))
+            return ours_of_it
+
+        leader = SEATS[0]
+        provisions = Provisions(
+            SEATS[1],
+            ledger,
+            ours,
+            StateDisk(tmp_path, ledger, SEATS[1], is_new=True),
+            cast("Any", dict.fromkeys((SEATS[0], SEATS[2]) if stands_still else SEATS[:1])),
+            lambda _seat, _word: None,
+            open_stream,
+            lambda: leader,
+            Shelf(),
+            lambda _digest: None,
+            lambda: whole.append(True),
+        )
+        provisions.led_by(leader)
+        provisions.keep(leader, Keep(digest=digest, n_bytes=5000))
+        provisions.proposed(record)
+        provisions.waits_for(record)
+        async with asyncio.timeout(10):
+            while not (given if stands_still else provisions.fetcher.trouble):
+                await asyncio.sleep(0.005)
+            assert (given, whole, digest in ours) == ([digest], [], False)
+            if stands_still:
+                leader = SEATS[2]
+                provisions.led_by(leader)
+            else:
+                provisions.proposed(record)
+            while not whole:
+                await asyncio.sleep(0.005)
+        await provisions.fetcher.close()
+        await asyncio.gather(*serving)
+
+    asyncio.run(scene())
+    ledger.close()
+    assert (given, whole, digest in ours) == ([digest] * 2, [True], True)
+
+
+def _cut_before_the_end(stream: Stream, stands_still: bool) -> Callable[..., Awaitable[Frame]]:
+    """Its `receive`, which gets all but the last frame; then the connection breaks, or nothing comes."""
+    receive = stream.receive
+
+    async def cut(*args: Any) -> Frame:
+        frame = await receive(*args)
+        if frame.kind is FrameKind.END:
+            if stands_still:
+                await asyncio.Event().wait()
+            raise ConnectionResetError("the link is gone")
+        return frame
+
+    return cut
 
 
 def provisions_of(

@@ -379,15 +379,22 @@ def elsewhere(leader: str | None, waits_for: str = "") -> Elsewhere:
     return Elsewhere(leader=leader, seats=(), waits_for=waits_for)
 
 
-def search(seats: KnownSeats, answers: dict[str, Answer]) -> tuple[str, list[str]]:
-    """Who is found, and whom this node has asked."""
+def search(
+    seats: KnownSeats, answers: dict[str, Answer], announced: str = "", after: str = ""
+) -> tuple[str, list[str]]:
+    """Who is found, and whom this node has asked. `announced`: begins to lead when `after` is asked."""
     asked: list[str] = []
+    told = asyncio.Event()
     stream = cast(Stream, None)
     welcome = Welcome.model_construct()
 
     async def approach(seat: str) -> tuple[Stream, Welcome | Elsewhere]:
         asked.append(seat)
         answer = answers[seat]
+        if seat == after and seat not in asked[:-1]:
+            seats.leader = announced
+            answers[announced] = "leads"
+            told.set()
         if isinstance(answer, float):
             await asyncio.sleep(answer)
             raise SwarmUnreachable("no answer")
@@ -395,7 +402,7 @@ def search(seats: KnownSeats, answers: dict[str, Answer]) -> tuple[str, list[str
             raise answer
         return stream, answer if isinstance(answer, Elsewhere) else welcome
 
-    found = asyncio.run(find_leader(seats, approach))
+    found = asyncio.run(find_leader(seats, approach, told))
     return found.seat, asked
 
 
@@ -408,6 +415,16 @@ def test_who_is_said_to_lead_is_asked_next() -> None:
 def test_a_seat_that_says_nothing_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finding, "HEAD_START_S", 0.01)
     assert search(known(), {A: 60.0, B: elsewhere(A), C: "leads"}) == (C, [A, B, C])
+
+
+def test_who_begins_to_lead_meanwhile_is_asked_at_once_and_never_twice_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(finding, "HEAD_START_S", 0.01)
+    nobody = elsewhere(None)
+    assert search(known(), {A: 60.0, B: nobody, C: nobody}, announced=B, after=C) == (B, [A, B, C, B])
+    assert search(known(), {A: 60.0, B: nobody, C: nobody}, announced=B, after=B) == (B, [A, B, B])
+    assert search(known(), {A: 60.0, B: nobody, C: 60.0}, announced=C, after=B) == (C, [A, B, C])
 
 
 def test_nobody_goes_to_a_stranger_and_the_lie_is_counted() -> None:

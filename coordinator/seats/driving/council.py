@@ -15,32 +15,34 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ...compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable
-from ..blobs import BlobStore
-from ..ledger import Ledger
-from ..protocol.figures import short, wall_ms
-from ..protocol.messages import BadMessage, CommitBody, CommitteeEntry, SeatEntry, decode_record
-from ..protocol.streams import BLOB, Meter, Stream
-from ..protocol.transport import Transport
-from ..protocol.trust.seals import Sealed
-from ..quorum.disk import Records
-from ..quorum.events import DiskFailed, Evidence, Leads, NewRecord, Role, SeatEvent, StepsDown
-from ..quorum.observed import Observed
-from ..quorum.seat import Seat
-from ..quorum.words import Batch, Enter, Follow, Founding, Keep, Keeps, Memory, Ping, Propose, Word
-from ..serving.passing_on import Nobody, Uploads
-from .directory import Directory
-from .disk import KeySigner, StateDisk
-from .link import Link
-from .naming import Wish, entry_of, next_seats, told
-from .plan import SeatPlan
-from .provisions import Provisions, Shelf
-from .streams import Addresses, SeatStreams
-from .watchers import WhoLeads
+from ....compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable
+from ...blobs import BlobStore
+from ...ledger import Ledger
+from ...protocol.figures import short
+from ...protocol.messages import BadMessage, CommitBody, SeatEntry, decode_record
+from ...protocol.streams import BLOB, Meter, Stream
+from ...protocol.transport import Transport
+from ...protocol.trust.seals import Sealed
+from ...quorum.disk import Records
+from ...quorum.events import DiskFailed, Evidence, Leads, NewRecord, Role, SeatEvent, StepsDown
+from ...quorum.seat import Seat
+from ...quorum.words import Batch, Enter, Follow, Founding, Keep, Keeps, Memory, Ping, Propose, Word
+from ...serving.passing_on import Nobody, Uploads
+from ..directory import Directory
+from ..disk import KeySigner, StateDisk
+from ..link import Link
+from ..naming import Wish
+from ..plan import SeatPlan
+from ..provisions import Provisions
+from ..streams import Addresses, SeatStreams
+from ..watchers import WhoLeads
+from .candidates import Candidates
+from .owner import Owner
+from .telling import Telling
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -55,58 +57,6 @@ DISK_PAUSE_S: Final = 5.0
 """A seat whose disk has failed says nothing for so long."""
 
 _LOST_VOTES: Final = "its votes are lost: start it with an empty --state folder, as a new seat"
-
-
-class Owner(Shelf, Protocol):
-    """Whose seat it is. Called in the event loop."""
-
-    def is_ready(self) -> bool:
-        """Whether it is known what the ledger needs: this seat could lead."""
-        ...
-
-    def leads(self) -> None:
-        """This seat may propose: a service is to be built."""
-        ...
-
-    def steps_down(self, why: str) -> None:
-        """It may not any more."""
-        ...
-
-    def recorded(self, round_: int) -> None:
-        """A record is on the disk."""
-        ...
-
-    def renewed(self) -> None:
-        """There is another committee, or who may come in has changed."""
-        ...
-
-    def held(self, digest: bytes) -> None:
-        """Enough seats hold this payload now."""
-        ...
-
-    def name_committee(self, entry: CommitteeEntry) -> None:
-        """Asked of who leads."""
-        ...
-
-    def memory(self) -> bytes:
-        """Of who leads: what its successor wants to know."""
-        ...
-
-    def remember(self, packed: bytes) -> None:
-        """That of another leader."""
-        ...
-
-    def verify(self, record: bytes, work: bytes) -> Awaitable[None] | None:
-        """Checks the many signatures of a record that is proposed, off the event loop; None: they are few."""
-        ...
-
-    def kept_from(self) -> int:
-        """Payloads of the rounds from there on are here."""
-        ...
-
-    def recovery(self) -> bytes:
-        """Digest of the key that is to be the run's recovery key, where it has none yet; b"": it has."""
-        ...
 
 
 class Council:
@@ -128,12 +78,11 @@ class Council:
         rng: random.Random,
     ) -> None:
         self._folder, self._ledger, self._blobs, self._records = folder, ledger, blobs, records
-        self._owner, self.plan, self._rng, self._who, self._meter = owner, plan, rng, who, meter
+        self._owner, self.plan, self._rng, self._meter = owner, plan, rng, meter
         self._signer = KeySigner(key)
         self.me = self._signer.seat
         self.disk = StateDisk(folder, ledger, self.me, is_new=is_new)
         self.seat = self._new_seat(time.monotonic())
-        self.observed = Observed(self.me, time.monotonic())
         self.streams = SeatStreams(self.me, self, meter, rng)
         self._directory = Directory(self.me, ledger, plan.places, self._ours)
         self.provisions = Provisions(
@@ -153,32 +102,31 @@ class Council:
         """The record that this seat would vote for, if it had all that it names."""
         self._memory = b""
         """That was sent last."""
-        self.trouble = ""
-        """Why this seat does not vote, in words; "": it does."""
+        self.telling = Telling(
+            self.me,
+            folder,
+            plan.timing.patience_s,
+            self.disk,
+            lambda: self.seat,
+            self.streams.links.keys(),
+            self.seats,
+            who,
+        )
+        self.candidates = Candidates(
+            self.disk, self.streams.links, self._directory, owner, lambda: self.plan.wish
+        )
         self.counts: Counter[str] = Counter()
-        self.term = 0
-        """The ballot by which somebody leads, or has led last."""
         self.seen_head = 0
         """The newest round that others have."""
         self._transport: Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._watching: asyncio.Task[None] | None = None
         self._is_settling = self._is_closed = False
-        self._led_s = time.monotonic()
-        """When somebody led last."""
-        self._majority_s = self._led_s
-        """When a majority was connected last."""
-        self._named: CommitteeEntry | None = None
         self._verifying: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        self._awaited = (0, 0)
         self._said: Enter | None = None
         self._connected: set[str] = set()
         """Of whom it was told."""
-        self._lost = ""
-        """What was said of a majority that is lost; "": one is there."""
-        self._known: tuple[object, ...] = ()
-        """What nodes have to hear at once, when it changes."""
         self._memory_s = self._stands_still_to_s = 0.0
 
     def _new_seat(self, now_s: float) -> Seat:
@@ -241,20 +189,6 @@ class Council:
         """Where this seat is reached, as others are told."""
         return self._ours()[:8]
 
-    def waits_for(self) -> str:
-        """Why nobody leads, in words; "": somebody does, or is about to."""
-        if self.trouble:
-            return self.trouble
-        now_s, patience_s = time.monotonic(), self.plan.timing.patience_s
-        if now_s - self._majority_s >= patience_s and (lost := self._lost_majority()):
-            return lost
-        is_soon = now_s - self._led_s < patience_s
-        return "" if self.seat.leader is not None or is_soon else "the coordinators elect who leads"
-
-    def _lost_majority(self) -> str:
-        """In words; "": it is there."""
-        return told(self.disk.committee.seats, self.streams.links.keys(), self.me, str(self._folder))
-
     def held(self, digest: bytes) -> bool:
         """Whether enough seats hold a payload for a vote."""
         return digest in self._blobs if not self.plan.waits_for_payloads else self.provisions.held(digest)
@@ -296,19 +230,18 @@ class Council:
                 self._happened(self._next_event())
         finally:
             self._is_settling = False
+        if self.seat.leader is not None:
+            self.provisions.led_by(self.seat.leader)
         if (unvoted := self.seat.unvoted) is not self._unvoted:
             self._unvoted = unvoted
             self.provisions.waits_for(unvoted)
         self._set_timer()
-        known = (self.seat.leader, self.term, self.disk.committee.epoch, self.trouble)
-        if known != self._known:
-            self._known = known
-            self._tell()
+        self.telling.tell_changes()
 
     def _stand_still(self, error: str) -> None:
         """Its disk has failed: nobody has heard of what could not be written. It begins anew from it."""
-        self.trouble = f"this coordinator's disk is full or broken ({error}): it does not vote"
-        log.error("%s", self.trouble)
+        self.telling.trouble = f"this coordinator's disk is full or broken ({error}): it does not vote"
+        log.error("%s", self.telling.trouble)
         self.counts["disk"] += 1
         self._stands_still_to_s = time.monotonic() + DISK_PAUSE_S
         self._begin_anew("its disk has failed", self._stands_still_to_s)
@@ -332,7 +265,8 @@ class Council:
     def _happened(self, event: SeatEvent) -> None:
         match event:
             case Leads():
-                self.trouble, self._named = "", None
+                self.telling.trouble = ""
+                self.candidates.begin_anew()
                 self.provisions.new_reign()
                 try:
                     self._owner.leads()
@@ -340,12 +274,12 @@ class Council:
                     log.error("this coordinator was elected and cannot lead: %s", e)
                     self._begin_anew(str(e), time.monotonic())
             case StepsDown(why=why):
-                self._named = None
+                self.candidates.begin_anew()
                 self._owner.steps_down(why)
                 if why == "the committee has changed" and self.is_seat:
                     self.seat.wake_s = time.monotonic()  # it knows of nobody who leads: why wait
             case NewRecord(round=round_):
-                self.trouble = ""
+                self.telling.trouble = ""
                 self._owner.recorded(round_)
                 self._recorded(self._ledger.commits(round_ - 1, 1)[0].body)
             case DiskFailed(error=error):
@@ -357,7 +291,7 @@ class Council:
     def _recorded(self, body: CommitBody) -> None:
         self.provisions.recorded(body)
         if body.committee is not None:
-            self._named = None
+            self.candidates.begin_anew()
             seats = ", ".join(short(seat) for seat in self.disk.committee.seats)
             log.info("round %d: the coordinators are now %s", body.round, seats)
             self.streams.keep(self._directory.to_dial())
@@ -375,7 +309,7 @@ class Council:
 
     def _send(self, seat: str, word: Word) -> None:
         if isinstance(word, Ping):
-            self.term = word.ballot
+            self.telling.term = word.ballot
         self.streams.send(seat, word)
 
     # -------------------------------------------------------------------------------- `streams.Host`
@@ -426,14 +360,14 @@ class Council:
         self._connected.discard(seat)
         self.provisions.gone(seat)
         log.info("seat %s is not connected any more", short(seat))
-        self._tell()
+        self.telling.tell()
 
     def heard(self, seat: str, word: Word) -> None:
         is_seat = seat in self.disk.committee.seats
         head = getattr(word, "head", None)
         if isinstance(head, int) and is_seat:
             self.seen_head = max(self.seen_head, head)
-            self.observed.heard(seat, head)
+            self.telling.observed.heard(seat, head)
         match word:
             case Keep() if not is_seat:
                 return  # who looks on has not heard of this seat yet
@@ -463,7 +397,7 @@ class Council:
     def _receive(self, seat: str, word: Word) -> None:
         self._do(lambda now_s: self.seat.receive(seat, word, now_s))
         if isinstance(word, Ping | Propose) and self.seat.leader == seat:
-            self.term = word.ballot
+            self.telling.term = word.ballot
 
     def _remember(self, packed: bytes) -> None:
         try:
@@ -530,49 +464,18 @@ class Council:
             self.streams.introduce()
         if self.leads:
             self.provisions.remind()
-            self._name()
+            self.candidates.name()
             self._send_memory()
         elif not self.is_seat:
             self._ask()
         self.provisions.drop_released()
-        self._tell()
+        self.telling.tell()
 
     def _ask(self) -> None:
         """Who looks on asks also those that its ledger does not know as seats yet: theirs may all be gone."""
         others = [seat for seat in self.streams.links if seat not in self.disk.committee.seats]
         if others:
             self._send(self._rng.choice(others), Follow(after=self.disk.head))
-
-    def _name(self) -> None:
-        """The next committee, once it is wanted and everybody in it is ready."""
-        committee, links = self.disk.committee, self.streams.links
-        ready = [link for link in links.values() if link.enter.wants_seat and not link.enter.lacks]
-        ready.sort(key=lambda link: link.began_s)
-        wish = self.wishes()
-        seats = next_seats(committee.seats, [link.seat for link in ready], wish.n_seats, wish.all_drops)
-        if seats is None:
-            self._tell_awaited(wish.n_seats - len(committee.seats), len(ready))
-            return
-        entry = entry_of(seats, self._directory.addresses(), self._owner.recovery())
-        if entry != self._named:
-            self._named = entry
-            self._owner.name_committee(entry)
-
-    def _tell_awaited(self, n_missing: int, n_ready: int) -> None:
-        """Once for each number."""
-        if n_missing > 0 and self._awaited != (n_missing, n_ready):
-            self._awaited = n_missing, n_ready
-            text = "%d more coordinators are to be named, %d are up to date: this one goes on meanwhile"
-            log.info(text, n_missing, n_ready)
-
-    def wishes(self) -> Wish:
-        """What the operators of all seats want; one who looks on may say whose place it is to take."""
-        seats = self.disk.committee.seats
-        of_others = [
-            Wish(link.enter.n_seats if link.seat in seats else 0, link.enter.drops)
-            for link in self.streams.links.values()
-        ]
-        return Wish.all_of([self.plan.wish, *of_others])
 
     def _send_memory(self) -> None:
         now_s = time.monotonic()
@@ -583,27 +486,6 @@ class Council:
             self._memory = packed
             for seat in self.streams.links:
                 self._send(seat, Memory(packed=packed))
-
-    def _tell(self) -> None:
-        """Nodes hear who leads."""
-        if self.seat.leader is not None:
-            self._led_s = time.monotonic()
-        self.observed.led(self.seat.leader, self.term, time.monotonic(), wall_ms())
-        if not self._lost_majority():
-            self._majority_s = time.monotonic()
-        waits_for = self.waits_for()
-        self._who.tell(self.seat.leader, self.seats(), waits_for, self.term)
-        self._tell_lost("" if not waits_for or self.trouble else self._lost_majority())
-
-    def _tell_lost(self, lost: str) -> None:
-        """Here, where the operator looks: once for each that is missing."""
-        if lost == self._lost or not self.is_seat:
-            return
-        if lost:
-            log.warning("%s", lost)
-        else:
-            log.info("a majority of the coordinators is there again")
-        self._lost = lost
 
     def _lacks(self) -> str:
         """Why this seat cannot be named yet."""
