@@ -28,9 +28,9 @@ out after half as many failures; who is audited often and passes nearly always s
 FIRST_OFFERS: Final = 20
 """Of a newcomer: so many are audited at the rate for newcomers, or until an audit has passed."""
 
-SEASONED: Final = 10
-"""Counted offers in rounds with too few peers for audits: who has so many is known without one, in runs with
-`newcomers_budget`. There nobody can be found out anyway; those who come later are new."""
+SEASONED: Final = 5
+"""Counted offers in rounds with too few auditors for their peer: who has so many is known without an audit,
+in runs with `newcomers_budget`. There nobody can be found out anyway; those who come later are new."""
 
 USUAL_ROUNDS: Final = 2
 """After an offer that was drawn: its auditors have reported by then, if all goes well."""
@@ -199,10 +199,12 @@ class Standing:
 
     def new_among(self, body: CommitBody) -> frozenset[int]:
         """Peers with an offer in this commit, which is known, that are new in its round. In runs with
-        `newcomers_budget` nobody is in a round that has too few peers for audits: there is no way out."""
-        if self._stock is not None and len(self._heard_in(body)) <= MIN_AUDITORS:
-            return frozenset()
-        return frozenset(o.peer for o in body.offers if self.is_new_in(o.peer, body.round))
+        `newcomers_budget` who cannot be audited is not: there is no way out."""
+        new = frozenset(o.peer for o in body.offers if self.is_new_in(o.peer, body.round))
+        if not new or self._stock is None:
+            return new
+        able = self._able_in(body)
+        return frozenset(peer for peer in new if len(able - {peer}) >= MIN_AUDITORS)
 
     def has_failed_in(self, peer: int, round_: int) -> bool:
         """Whether it has failed, in runs with `newcomers_budget`."""
@@ -308,12 +310,18 @@ class Standing:
         condemned = self.condemned_in(body.round)
         return [o.peer for o in body.offers if o.n_samples > 0 and o.peer not in condemned]
 
+    def _able_in(self, body: CommitBody) -> frozenset[int]:
+        """Those of them who can be drawn as auditors."""
+        of_all = self._rules is None or self._rules.own_data_auditors
+        own_data = {o.peer for o in body.offers if o.own_data and not of_all}
+        return frozenset(self._heard_in(body)) - own_data
+
     def _season(self, body: CommitBody) -> None:
-        heard = self._heard_in(body)
-        if len(heard) > MIN_AUDITORS:
+        able = self._able_in(body)
+        if len(able) > MIN_AUDITORS:
             return
-        self._among_few.update(heard)
-        for peer in heard:
+        self._among_few.update(able)
+        for peer in sorted(able):
             if self._among_few[peer] == SEASONED:
                 self._tried.setdefault(peer, _Tried()).season(body.round + 1)
 

@@ -248,6 +248,11 @@ def test_who_has_worked_among_too_few_for_audits_is_known_to_those_who_come_late
         assert not run.standing.new_among(run.commit())
     run.n_peers = 12
     assert run.standing.new_among(run.commit()) == set(range(3, 12))
+    own_data = Standing(RUN, Rules(newcomers_budget=10.0, own_data_auditors=False))
+    for round_ in range(1, SEASONED + 2):
+        body = bare(round_, [offer(p, own_data=p == 3) for p in range(4)])
+        own_data.committed(body, digest_of(b"%d" % round_))
+    assert own_data.new_among(body) == {3}
     run.live(10, lambda auditor, target: PASSED if (auditor < 3) == (target < 3) else FAILED)
     assert run.standing.condemned_in(run.standing.round + 1) > set()
     assert not any(run.standing.audited(peer)[1] for peer in range(3)), "newcomers alone fail nobody"
