@@ -372,10 +372,10 @@ class Replica:
         with self.strategy.replica():
             return weights_of(self.model)
 
-    def save_weights(self, path: Path | None) -> None:
+    def save_weights(self, path: Path | None, own: bool = False) -> None:
         """The same as a safetensors file that rank 0 writes (the others: None), one whole tensor at a time.
-        Raises OSError."""
-        with self.strategy.replica():
+        `own`: of the peer's own model (see `Strategy.own_model`). Raises OSError."""
+        with self.strategy.own_model() if own else self.strategy.replica():
             pieces = weight_pieces(self.model)
             try:
                 if path is not None:

@@ -304,6 +304,10 @@ class Strategy(torch.optim.Optimizer):
         strategies that train others in it between calls of `step`."""
         yield
 
+    def merged(self, round_: int, n_rounds: int) -> int:
+        """The last round up to this one that changes the replica, of a run of so many; 0: none does."""
+        return round_
+
     @property
     def has_own_model(self) -> bool:
         """Whether this peer keeps parameters of its own from round to round that are not the replica's, for

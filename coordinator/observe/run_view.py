@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..derived_state import DerivedState
 from ..entry.gate import Gate
 from ..ledger import Ledger
 from ..membership import Membership
-from ..protocol.messages import Rejected
+from ..protocol.messages import Gossiping, Rejected
 from ..rounds import Rounds
 from .counters import Counters
 from .loss_unit import LossUnit
@@ -23,6 +23,7 @@ SHOWN_EVALUATIONS = 20
 SHOWN_HELD_OUT = 500
 """Held-out losses in the status: of a long run every so many."""
 SHOWN_BANNED = 100
+SHOWN_EDGES = 128
 
 
 class RunView:
@@ -87,7 +88,7 @@ class RunView:
             now_s=now_s,
             now_ms=self._wall_ms(),
         )
-        return {**shown, **self._loss_unit.figures()}
+        return {**shown, "gossip": self._gossip(), **self._loss_unit.figures()}
 
     def trend(self, since: int) -> dict[str, Any]:
         """JSON-able and bounded: the points of the charts that have changed since that stamp."""
@@ -108,14 +109,16 @@ class RunView:
 
     def _gossip(self) -> dict[str, Any] | None:
         """How far the models of peers are apart, as they tell it; None: nobody has one of its own."""
-        told = [g for index, g in self._derived.gossip.items() if self._derived.statistics.has_offered(index)]
+        has_offered = self._derived.statistics.has_offered
+        told = {index: g for index, g in self._derived.gossip.items() if has_offered(index)}
         if not told:
             return None
-        distances = [g.distance for g in told if g.distance is not None]
+        distances = [g.distance for g in told.values() if g.distance is not None]
         return {
-            "merged": max(g.merged for g in told),
+            "merged": max(g.merged for g in told.values()),
             "distance": median(distances) if distances else None,
-            "own_held_out": [g.own_held_out for g in told if g.own_held_out is not None],
+            "own_held_out": [g.own_held_out for g in told.values() if g.own_held_out is not None],
+            "edges": _edges(told),
         }
 
     def peer(self, index: int, peer_id: str, now_s: float) -> dict[str, Any]:
@@ -131,3 +134,15 @@ class RunView:
             **self._trust.of(index, now_s),
             "gossip": None if (told := self._derived.gossip.get(index)) is None else told.model_dump(),
         }
+
+
+def _edges(told: Mapping[int, Gossiping]) -> list[list[int]]:
+    """Two peers by index, and the bytes of the messages between them so far, as the one that knows of more
+    tells it; those with most, in the order of the peers."""
+    found: dict[tuple[int, int], int] = {}
+    for index, gossip in told.items():
+        for edge in gossip.edges:
+            both = min(index, edge.peer), max(index, edge.peer)
+            found[both] = max(found.get(both, 0), edge.sent + edge.received)
+    most = sorted(found.items(), key=lambda entry: -entry[1])[:SHOWN_EDGES]
+    return [[*both, n_bytes] for both, n_bytes in sorted(most)]

@@ -87,19 +87,21 @@ def tell_changes(summary: Summary) -> None:
         log.info("the run was changed: %s", text)
 
 
-def export_state(folder: Path, output: Path, import_path: str | None) -> None:
-    """The newest weights of a state folder. Raises what `newest_replica` raises."""
+def export_state(folder: Path, output: Path, import_path: str | None, own: bool = False) -> None:
+    """The newest weights of a state folder; `own`: those of the node's own model, not the run's. Raises what
+    `newest_replica` and `own_model` raise."""
     from ..states.opening import open_state
-    from ..states.replica import blob_of_run, newest_replica
+    from ..states.replica import blob_of_run, newest_replica, own_model
 
     with open_state(folder) as state:
-        found = newest_replica(state, import_path)
+        found = own_model(state, import_path) if own else newest_replica(state, import_path)
         write_export(
             output,
             found.replica,
             found.task,
             state.genesis,
             lambda ref: blob_of_run(state, ref, "held-out text, which has the tokenizer"),
+            own=own,
         )
 
 
@@ -123,10 +125,16 @@ def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> No
 
 
 def write_export(
-    folder: Path, replica: Replica, task: Task, body: GenesisBody, blob: Callable[[BlobRef], bytes]
+    folder: Path,
+    replica: Replica,
+    task: Task,
+    body: GenesisBody,
+    blob: Callable[[BlobRef], bytes],
+    own: bool = False,
 ) -> None:
-    """What `export` writes. `blob`: gives those that record 0 names. Of a node of several ranks: the weights
-    as they are, also of a model of transformers. Raises ConfigError if the folder cannot be written."""
+    """What `export` writes. `blob`: gives those that record 0 names; `own`: the node's own model. Of a node
+    of several ranks: the weights as they are, also of a model of transformers. Raises ConfigError if the
+    folder cannot be written."""
     from ..tasks.base import Pretrained
 
     text = about_export(body.config, replica.run_id.hex(), replica.round, replica.fingerprint().hex())
@@ -137,15 +145,21 @@ def write_export(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(task, Pretrained) and is_whole:
-            with replica.strategy.replica():
+            with replica.strategy.own_model() if own else replica.strategy.replica():
                 _export_whole(folder, lambda aside: task.export(replica.model, tokens, aside))
             write_aside(folder / "thinwire.json", text)
         else:
-            replica.save_weights(folder / "model.safetensors")
+            replica.save_weights(folder / "model.safetensors", own=own)
             write_aside(folder / ("thinwire.json" if isinstance(task, Pretrained) else "config.json"), text)
     except OSError as e:
         raise ConfigError(f"{folder} cannot be written: {e.strerror}") from e
-    log.info("wrote the weights after round %d to %s", replica.round, folder)
+    whose = "this node's own weights" if own else "the weights"
+    log.info("wrote %s after round %d to %s", whose, replica.round, folder)
+    if not own and replica.strategy.merged(replica.round, replica.course.n_rounds) == 0:
+        log.warning(
+            "these weights are untrained: the run's peers have models of their own, of which nothing was "
+            "merged yet (thinwire export STATE --own gives a node's)"
+        )
 
 
 def about_export(config: str, run_id: str, round_: int, fingerprint: str) -> bytes:

@@ -131,6 +131,8 @@ class Export:
     output: Annotated[Path, arg(aliases=["-o"], metavar="DIR")]
     task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
     """The run's custom task, importable here."""
+    own: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Of a node's state folder, in gossip: the node's own model, not the reference model."""
 
     def run(self) -> int:
         from .ledger_command import export, export_state
@@ -138,8 +140,10 @@ class Export:
 
         refuse_folder("-o", self.output)
         if (folder := state_folder(self.ticket)) is not None:
-            export_state(folder, self.output, self.task)
+            export_state(folder, self.output, self.task, self.own)
             return 0
+        if self.own:
+            raise ConfigError("--own: a node's own model is in its state folder: name that, not a ticket")
         with stop_on_signals() as stop:
             try:
                 export(read_ticket(self.ticket), self.output, self.task, stop)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.figures import counted, figures_in_words, human_seconds
-from ..gossip.words import gossip_figures, gossip_in_words
+from ..gossip.words import gossip_in_words
 from ..states.opening import open_state
 from ..system.output import UNBOUNDED, make_console, shown, to_stdout
 from ..units import bytes_beside_ddp, human_bytes, human_loss
@@ -207,7 +207,7 @@ def figures(
         "sent_bytes_per_peer_round": round(sum(p["sent_bytes"] for p in peers) / max(1, offers), 1),
         "ddp_bytes_per_peer_round": end["ddp_bytes_per_peer_round"],
         "faults": list(faults),
-        **({} if (gossip := gossip_figures(end)) is None else {"gossip": gossip}),
+        **({"gossip": end["gossip"]} if end.get("gossip") else {}),
     }
 
 

@@ -202,7 +202,8 @@ class LeaderReplica(Replica):
         with self._leader.call("restore"):
             super().restore(saved)
 
-    def save_weights(self, path: Path | None) -> None:
+    def save_weights(self, path: Path | None, own: bool = False) -> None:
+        """On nodes of several ranks nobody has a model of its own."""
         with self._leader.call("save_weights"):
             super().save_weights(path)
 

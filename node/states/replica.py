@@ -19,6 +19,7 @@ from ..batches import batches
 from ..config import parse_config
 from ..replica import Replica, build_replica
 from ..snapshots.format import Manifest, max_manifest_bytes, read_manifest, tensors_of
+from ..snapshots.local_state import BadLocalState
 from ..snapshots.names import SNAPSHOTS
 from ..snapshots.store import SnapshotStore
 from ..tasks.base import Task
@@ -63,6 +64,33 @@ def newest_replica(state: RunState, import_path: str | None, task: Task | None =
             replica.round,
         )
     return Found(replica, task)
+
+
+def own_model(state: RunState, import_path: str | None) -> Found:
+    """The replica of the newest snapshot with local state in a node's folder, and with that the node's own
+    model (see `Strategy.own_model`). Raises as `newest_replica` does, and NotHere where it has none."""
+    task = make_task(parse_config(state.genesis.config).task, import_path, None)
+    replica = build_replica(state.run_id, state.genesis, task)
+    folder = state.folder / SNAPSHOTS
+    store = SnapshotStore(folder, state.run_id, read_only=True) if folder.is_dir() else None
+    for stored in reversed(store.stored() if store is not None else []):
+        assert store is not None
+        try:
+            replica.take(store, stored, next(state.commits(stored.round - 1)))
+            has_state = replica.take_local_state(store.folder_of(stored))
+        except (ReplicaDiverged, BadLocalState, KeyError, OSError) as e:
+            log.warning("the snapshot after round %d cannot be used: %s", stored.round, e)
+            continue
+        if has_state and replica.strategy.has_own_model:
+            return Found(replica, task)
+        if has_state:
+            raise NotHere(
+                f"{state.folder}: this node's own model was the reference model after round {stored.round}: "
+                "leave --own out"
+            )
+    raise NotHere(
+        f"{state.folder}: no model of a node's own is here: a node in gossip has one, between merges"
+    )
 
 
 def blob_of_run(state: RunState, ref: BlobRef, what: str) -> bytes:

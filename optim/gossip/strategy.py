@@ -241,7 +241,7 @@ class Gossip(Strategy):
         return is_merge(self.option("merge_every"), turn.round, turn.n_rounds)
 
     def merged(self, round_: int, n_rounds: int) -> int:
-        """The last round up to this one that has changed the reference model; 0: none has."""
+        """The reference model changes at merges only."""
         return last_merge(self.option("merge_every"), round_, n_rounds)
 
     def fields(self, turn: Turn | None = None) -> Fields:

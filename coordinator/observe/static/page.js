@@ -397,6 +397,39 @@ function showSeats(seat) {
   $("seat-rows").replaceChildren(...[...rows, ...others].flat());
 }
 
+// Peers on a circle; the more two have exchanged, the thicker is the line between them.
+function showGossip(gossip) {
+  $("gossip").hidden = !gossip;
+  if (!gossip) return;
+  const own = gossip.own_held_out;
+  put("gossip-more", [
+    gossip.merged ? `reference model of round ${whole(gossip.merged)}` : "the reference model is untrained before the first merge",
+    isNumber(gossip.distance) ? `models ${significant(gossip.distance)} apart` : "",
+    own.length ? `held-out of peers' own ${nats(Math.min(...own))}${own.length > 1 ? ` to ${nats(Math.max(...own))}` : ""}` : "",
+  ].filter(Boolean).join(" · "));
+  const names = [...new Set(gossip.edges.flatMap(([a, b]) => [a, b]))].sort((a, b) => a - b);
+  const at = new Map(names.map((name, i) => {
+    const angle = (2 * Math.PI * i) / names.length - Math.PI / 2;
+    return [name, [Math.cos(angle), Math.sin(angle)]];
+  }));
+  const svg = (tag, attributes, text = "") => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    element.textContent = text;
+    return element;
+  };
+  const most = Math.max(1, ...gossip.edges.map(([, , n]) => n));
+  const lines = gossip.edges.map(([a, b, n]) => {
+    const [[x1, y1], [x2, y2]] = [at.get(a), at.get(b)].map((point) => point.map((x) => 40 * x));
+    return svg("line", { x1, y1, x2, y2, stroke: "currentColor", "stroke-width": 0.5 + (2.5 * n) / most });
+  });
+  const labels = names.map((name) => svg("text", { x: 51 * at.get(name)[0], y: 51 * at.get(name)[1] }, String(name)));
+  $("gossip-graph").replaceChildren(...lines, ...labels);
+  const largest = [...gossip.edges].sort((a, b) => b[2] - a[2]).slice(0, 12);
+  $("gossip-rows").replaceChildren(...largest.flatMap(([a, b, n]) =>
+    [make("dt", { text: `Peers ${a} and ${b}` }), make("dd", { text: `${bytes(n)} both ways` })]));
+}
+
 const shown = {};
 function onlyNew(name, value, draw) {
   const text = JSON.stringify(value);
@@ -412,6 +445,7 @@ function show() {
   const all = Object.values(told.n_peers).reduce((a, b) => a + b, 0);
   put("peers-title", all > told.peers.length ? `Peers (${told.peers.length} of ${whole(all)})` : "Peers");
   onlyNew("seats", told.seat ?? null, showSeats);
+  onlyNew("gossip", told.gossip ?? null, showGossip);
   onlyNew("evaluations", told.evaluations ?? [], (found) => {
     $("evaluations").hidden = !found.length;
     $("evaluation-rows").replaceChildren(...found.flatMap(([round, words]) => [make("dt", { text: `Round ${whole(round)}` }), make("dd", { text: words })]));
