@@ -4,8 +4,9 @@ A counted payload is needed while its round is after the second newest attested 
 joining peer has said that it is going to apply. The coordinator verifies no snapshot, so what is attested
 decides here; nodes go by what they have verified themselves (`node/links/payloads.py`). What is not needed
 goes at once, or only to make room, or never: `Keep`. A quota is never exceeded: where it is full, joining
-peers lose what they were promised and take a newer snapshot, then what is before the newest snapshot goes;
-after that, payloads are refused. Payloads inside of commits stay for ever, in the ledger.
+peers lose what they were promised and take a newer snapshot, then what is before the newest snapshot goes,
+then, though nobody has a snapshot that others vouch for, what is older than the nodes' own ones; after that,
+payloads are refused. Payloads inside of commits stay for ever, in the ledger.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ MANY_BYTES = 20 * 10**9
 
 REFUSALS_TOLD_EVERY = 100
 
+OWN_SNAPSHOTS = 2
+"""So many times `snapshot_every` rounds, nodes need the payloads to go on from snapshots of their own."""
+
 
 class PayloadRetention:
     """Of one run. `name`: what a peer is called in the log; `standing`: of the peers, fed before this is."""
@@ -51,6 +55,7 @@ class PayloadRetention:
     ) -> None:
         self._blobs, self._name, self._keep = blobs, name, keep
         self.snapshots = Snapshots(snapshot_every, standing)
+        self._own_rounds = OWN_SNAPSHOTS * snapshot_every + LATE_ROUNDS
         self._needs: dict[int, int] = {}
         self._second_newest = 0
         self._released = 0
@@ -59,7 +64,7 @@ class PayloadRetention:
         """Payloads that a commit names and that are not here, by the newest such round, in order."""
         self._head = 0
         self._n_refused = 0
-        self._next_reminder = 0
+        self._next_reminder = self._next_loss = 0
 
     @property
     def kept_from(self) -> int:
@@ -195,12 +200,14 @@ class PayloadRetention:
             second = attested[-2].round if len(attested) > 1 else 0
             self._second_newest = max(self._second_newest, second)
 
-    def _not_needed(self) -> tuple[int, int, int]:
+    def _not_needed(self) -> tuple[int, int, int, int]:
         """Up to which rounds payloads may go: because nobody needs them; although peers that join were
-        promised them; and although only the newest snapshot is a start without them."""
+        promised them; although only the newest snapshot is a start without them; and although there is none
+        but those that nodes have for themselves."""
         late, newest = self._head - LATE_ROUNDS, self.snapshots.newest()
-        hard = min(self._second_newest, late)
-        return min([hard, *self._needs.values()]), hard, min(newest.round if newest else 0, late)
+        hard, attested = min(self._second_newest, late), min(newest.round if newest else 0, late)
+        own = max(attested, self._head - self._own_rounds)
+        return min([hard, *self._needs.values()]), hard, attested, own
 
     def has_room(self, n_bytes: int) -> bool:
         """Whether so many bytes fit below the quota; old payloads are deleted as far as need be."""
@@ -213,6 +220,7 @@ class PayloadRetention:
                 if oldest is None or oldest > floor:
                     break
                 self._release(oldest, 0)
+                self._tell_loss(oldest)
         return blobs.n_bytes + blobs.reserved_bytes + n_bytes <= quota_bytes
 
     def _release(self, counted_to: int, offered_to: int) -> None:
@@ -228,6 +236,18 @@ class PayloadRetention:
                     after,
                     self._incomplete,
                 )
+
+    def _tell_loss(self, oldest: int) -> None:
+        newest = self.snapshots.newest()
+        if oldest <= (newest.round if newest else 0) or self._head < self._next_loss:
+            return
+        self._next_loss = self._head + REMINDER_ROUNDS
+        log.error(
+            "the quota is full: payloads up to round %d are gone, and no snapshot of that round or later is "
+            "attested: nobody new can join until one is, and nodes go on from snapshots of their own only. "
+            "Start the coordinator again with a larger [run] keep, and see why nodes attest none",
+            oldest,
+        )
 
     def _remind(self, round_: int) -> None:
         if self._keep.is_lazy or self._blobs.n_bytes <= MANY_BYTES or round_ < self._next_reminder:

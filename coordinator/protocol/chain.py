@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import copy
 
 from ...compression.errors import ConfigError, LedgerCorrupt
 from .identity import is_signed_by
@@ -57,12 +58,24 @@ class Chain:
 
     def check(self, commit: Commit) -> None:
         """Accepts the next commit, or raises LedgerCorrupt (Forked, if that is it) and stays where it was."""
+        self._check(commit, sealed=True)
+
+    def check_all(self, commits: Sequence[Commit]) -> None:
+        """The same of the next ones, all or none. Of the last one and of those that name a committee the seal
+        is checked: it covers the parent's digest, and by that all that is before."""
+        ahead = copy(self)
+        for commit in commits:
+            ahead._check(commit, sealed=commit is commits[-1])
+        vars(self).update(vars(ahead))
+
+    def _check(self, commit: Commit, *, sealed: bool) -> None:
         wanted = self.round + 1
         try:
             body = commit.body
         except BadMessage as e:
             raise LedgerCorrupt(f"record {wanted}: it is no commit: {e}") from e
-        self._check_seal(commit, body.committee)
+        if sealed or body.committee is not None:
+            self._check_seal(commit, body.committee)
         if body.round != wanted:
             raise LedgerCorrupt(f"record {wanted}: it says that it is round {body.round}")
         if self.digest is not None and body.parent != self.digest:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...compression.errors import ConfigError, LedgerCorrupt
@@ -27,6 +28,9 @@ CREATE TABLE record (round INTEGER PRIMARY KEY, record BLOB NOT NULL, signature 
 _SELECT = "SELECT round, record, signature FROM record WHERE round > ? ORDER BY round LIMIT ?"
 _INSERT = "INSERT OR REPLACE INTO record VALUES (?, ?, ?)"
 _ALL = -1
+_RECENT_BYTES = 2**20
+"""Of records that are kept in memory; decoded they take many times that."""
+
 _SECTIONS = tuple(sorted({key.partition(".")[0].encode() + b"." for key in (*RUN_KEYS, "strategy.")}))
 
 
@@ -46,7 +50,9 @@ class LedgerCopy:
         self._genesis: tuple[bytes, bytes] | None = None
         self._chain = Chain(run_id, founder)
         self._lock = threading.RLock()
-        self._newest: Commit | None = None
+        self._recent: list[Commit] = []
+        """The newest ones, decoded: who reads on as they come need not do it again."""
+        self._recent_bytes = 0
         self._unwritten: list[Commit] = []
         self._is_closed = False
         self.peers: dict[int, str] = {}
@@ -98,12 +104,14 @@ class LedgerCopy:
                 return False
         return course.run.is_over(head)
 
-    def append(self, commit: Commit) -> None:
-        """The next commit. Raises LedgerCorrupt, and stays as it was, for one that does not fit the chain."""
+    def append(self, *commits: Commit) -> None:
+        """The next ones: all, or none. Raises LedgerCorrupt, and stays as it was, for what does not fit the
+        chain."""
         with self._lock:
-            self._chain.check(commit)
-            self._took(commit)
-            self._write(commit)
+            self._chain.check_all(commits)
+            for commit in commits:
+                self._took(commit)
+            self._write(commits)
 
     def commits(self, after: int, limit: int) -> list[Commit]:
         """At most `limit` commits from round `after` + 1 on; none once closed.
@@ -113,8 +121,8 @@ class LedgerCopy:
         with self._lock:
             if self._is_closed or after >= self.head_round:
                 return []
-            if after == self.head_round - 1 and self._newest is not None:
-                return [self._newest]
+            if (first := after - (self.head_round - len(self._recent))) >= 0:
+                return self._recent[first : first + limit]
             try:
                 rows = self._db.execute(_SELECT, (after, limit)).fetchall()
             except sqlite3.Error as e:
@@ -140,12 +148,22 @@ class LedgerCopy:
     # ------------------------------------------------------------------------------------- the file
 
     def _took(self, commit: Commit) -> None:
-        self._newest = commit
+        self._recent.append(commit)
+        self._recent_bytes += len(commit.record)
+        if self._recent_bytes > 2 * _RECENT_BYTES:
+            self._forget_recent()
         self.peers.update((admission.index, admission.peer_id) for admission in commit.body.admitted)
 
-    def _write(self, commit: Commit) -> None:
+    def _forget_recent(self) -> None:
+        n = 0
+        while self._recent_bytes > _RECENT_BYTES:
+            self._recent_bytes -= len(self._recent[n].record)
+            n += 1
+        del self._recent[:n]
+
+    def _write(self, commits: Sequence[Commit]) -> None:
         """A disk that is full must not stop the training: what it does not take is tried again."""
-        pending = [*self._unwritten, commit]
+        pending = [*self._unwritten, *commits]
         try:
             with self._db:
                 self._db.executemany(_INSERT, [(c.body.round, c.record, c.signature) for c in pending])

@@ -143,7 +143,9 @@ class Stream:
 
     async def receive_message(self, limits: FrameLimits) -> Message:
         """The next message. Raises EOFError (the other end is done), BadFrame, or OSError."""
-        frame = await self._frame({FrameKind.MESSAGE: limits[FrameKind.MESSAGE]})
+        if len(limits) > 1:
+            limits = {FrameKind.MESSAGE: limits[FrameKind.MESSAGE]}
+        frame = await self._frame(limits)
         n_bytes = HEADER.size + len(frame.body)
         try:
             message = decode_message(frame.body)
@@ -215,11 +217,12 @@ class Stream:
     async def _frame(self, limits: FrameLimits) -> Frame:
         header = await self._exactly(HEADER.size, at_start=True)
         n_bytes, code = HEADER.unpack(header)
-        kind = next((k for k in limits if k == code), None)
-        if kind is None:
+        limit = limits.get(code)  # a kind is a number
+        if limit is None:
             raise BadFrame("frame_kind", f"a frame of kind {code} is not expected here")
-        if n_bytes > limits[kind]:
-            raise BadFrame("frame_size", f"a {kind.name} frame of {n_bytes} bytes, at most {limits[kind]}")
+        kind = FrameKind(code)
+        if n_bytes > limit:
+            raise BadFrame("frame_size", f"a {kind.name} frame of {n_bytes} bytes, at most {limit}")
         self.frame_bytes = HEADER.size + n_bytes
         return Frame(kind, await self._exactly(n_bytes, at_start=False))
 

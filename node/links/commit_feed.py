@@ -12,6 +12,7 @@ from .mailbox import Mailbox
 from .payloads import AHEAD, Payloads
 
 _RETURNED_AT_ONCE = 64
+_TOGETHER = 256
 
 
 class CommitFeed:
@@ -20,6 +21,7 @@ class CommitFeed:
     def __init__(self, copy: LedgerCopy, payloads: Payloads, mailbox: Mailbox) -> None:
         self._copy, self._payloads, self._mailbox = copy, payloads, mailbox
         self._taken: int | None = None
+        self._together: list[Commit] = []
         self.head = copy.head_round
         """The newest round that is known to be committed; the copy may be behind it."""
 
@@ -56,15 +58,34 @@ class CommitFeed:
             yield from batch
             after += len(batch)
 
-    def append(self, commit: Commit) -> None:
-        """The next commit. Raises LedgerCorrupt."""
+    def append(self, commit: Commit) -> list[Commit]:
+        """The next commit. Far behind the head those that come are taken together: returns which were taken
+        now. Raises LedgerCorrupt."""
+        self._together.append(commit)
+        is_behind = self.copied_round + len(self._together) < self.head
+        return [] if is_behind and len(self._together) < _TOGETHER else self.take()
+
+    def take(self) -> list[Commit]:
+        """Those that have come so far. Raises LedgerCorrupt."""
+        commits, self._together = self._together, []
+        if not commits:
+            return []
         try:
-            self._copy.append(commit)
+            self._copy.append(*commits)
         except Forked as e:
             raise LedgerCorrupt(f"{e}. {REPAIR_FORK}") from e
+        self._came(commits)
+        return commits
+
+    def forget(self) -> None:
+        """Another session begins: what was not taken comes again."""
+        self._together.clear()
+
+    def _came(self, commits: list[Commit]) -> None:
         round_ = self._copy.head_round
         self.heard_of(round_)
-        self._payloads.committed(commit)
+        for commit in commits:
+            self._payloads.committed(commit)
         if self._taken is not None and round_ <= self._taken + AHEAD:
             self._fetch_ahead(self._taken)
         self._mailbox.commits_came()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,6 +182,7 @@ class LinkCore:
         self.commits.keep_genesis(welcome.genesis, welcome.signature)
 
     def connected(self, welcome: Welcome) -> None:
+        self.commits.forget()
         self.commits.heard_of(welcome.head_round)
 
     def greeting(self) -> list[Message]:
@@ -211,11 +212,9 @@ class LinkCore:
     async def received(self, message: Message) -> None:
         match message:
             case Commit():
-                self.commits.append(message)
-                if message.body.committee is not None:
-                    self._seats.name(message.body.committee.seats)
-                self.offers.committed(self.commits.copied_round)
+                self._took(self.commits.append(message))
             case Heartbeat(round=round_):
+                self._took(self.commits.take())
                 self.commits.heard_of(round_)
             case Head():
                 self._coordinator.was_read.set()
@@ -233,6 +232,12 @@ class LinkCore:
                     self._answering = asyncio.ensure_future(self._say_metrics())
             case _:
                 raise BadMessage(f"{type(message).__name__} is not for a node")
+
+    def _took(self, commits: Iterable[Commit]) -> None:
+        for commit in commits:
+            if commit.body.committee is not None:
+                self._seats.name(commit.body.committee.seats)
+        self.offers.committed(self.commits.copied_round)
 
     async def serve_blobs(
         self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

@@ -825,6 +825,28 @@ def test_a_payload_that_does_not_fit_is_refused_and_may_be_sent_again(
     assert world.committed[-1] == 6
 
 
+def test_without_attested_snapshots_a_quota_holds_what_nodes_need_for_their_own(
+    make_world: MakeWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    """12,001 bytes a round: 9 rounds fit, nodes need 8 for snapshots of their own; 60 rounds are trained."""
+    world = make_world(rounds=100, snapshot_every=2)
+    world.restart(keep=Keep.parse("109kB"))
+    world.train("a", "b")
+    for round_ in range(1, 61):
+        trained(world, range(round_, round_ + 1))
+        assert world.blobs.n_bytes <= 109_000
+        assert kept(world, *range(1, round_ + 1)) == list(range(max(1, round_ - 8), round_ + 1))
+    assert world.open("c").kept_from == 52
+    told = [r.getMessage() for r in caplog.records if "no snapshot of that round or later" in r.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("the quota is full: payloads up to round 1 are gone")
+    trained(world, range(61, 63), 62)
+    world.restart(keep=Keep.parse("90kB"))
+    assert world.open("d").kept_from > 52
+    with pytest.raises(BadMessage, match="quota is full"):
+        world.service.may_store("d", 60_000)
+
+
 def test_room_is_reserved_for_uploads_that_are_under_way(make_world: MakeWorld) -> None:
     world = make_world(rounds=100)
     world.restart(keep=Keep.parse("10kB"))

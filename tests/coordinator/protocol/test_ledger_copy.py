@@ -104,6 +104,36 @@ def test_what_does_not_fit_the_chain_is_not_taken(path: Path) -> None:
     assert copy.commits(0, 100) == COMMITS[:6]
 
 
+def test_many_are_taken_together_by_their_parents_and_the_last_one_s_seal(path: Path) -> None:
+    copy, other = opened(path), chain(20, payload=b"another")
+    unsealed = COMMITS[19].model_copy(update={"signature": bytes(64)})
+    for wrong, named in (
+        ([*COMMITS[:6], *COMMITS[7:]], "record 7"),
+        ([*COMMITS[:6], *other[6:]], "record 7: it does not follow"),
+        ([*COMMITS[:6], other[6], *COMMITS[7:]], "record 7: it does not follow"),
+        ([*COMMITS[:19], unsealed], "record 20: its signature"),
+        ([COMMITS[19]], "record 1"),
+    ):
+        with pytest.raises(LedgerCorrupt, match=named):
+            copy.append(*wrong)
+        assert (copy.head_round, copy.commits(0, 100), copy.peers) == (0, [], {})
+    copy.append(*COMMITS)
+    copy.close()
+    assert opened(path).commits(0, 100) == COMMITS
+
+
+def test_of_the_newest_some_are_in_memory_and_all_are_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("thinwire.coordinator.protocol.ledger_copy._RECENT_BYTES", 3 * len(COMMITS[0].record))
+    copy = filled(path)
+    for after in range(20):
+        assert copy.commits(after, 4) == COMMITS[after : after + 4]
+    assert copy.commits(19, 1)[0] is COMMITS[19]
+    assert copy.commits(0, 1)[0] is not COMMITS[0]
+    copy.close()
+
+
 def test_another_run_s_copy_is_refused_by_name(path: Path) -> None:
     filled(path, 3).close()
     with pytest.raises(ConfigError, match=f"{path} is of run {RUN_ID.hex()[:16]}"):

@@ -55,6 +55,23 @@ def test_the_founder_is_the_one_of_record_0(tmp_path: Path, run: Sealing, named_
     again.close()
 
 
+def test_among_many_those_that_name_a_committee_are_sealed_by_the_one_before(
+    tmp_path: Path, run: Sealing
+) -> None:
+    copy = LedgerCopy(tmp_path / "ledger.db", run.run_id, SEATS[0])
+    copy.keep_genesis(run.genesis_record, run.genesis_signature)
+    commits = [sealed.commit for sealed in run.sealed]
+    for at in (1, 5):
+        forged = [
+            c.model_copy(update={"signature": bytes(64)}) if i == at else c for i, c in enumerate(commits)
+        ]
+        with pytest.raises(LedgerCorrupt, match=f"record {at + 1}: its signature"):
+            copy.append(*forged)
+    copy.append(*commits)
+    assert (copy.head_round, copy.seats) == (6, entry([3, 1, 2]).seats)
+    copy.close()
+
+
 def test_a_damaged_record_0_is_fetched_again(
     tmp_path: Path, run: Sealing, caplog: pytest.LogCaptureFixture
 ) -> None:
