@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numba
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic
