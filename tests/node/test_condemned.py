@@ -149,8 +149,7 @@ def without_the_bad_one() -> Replica:
         replica.standing.committed(commit.body, commit.digest)
         replica.peers.update({a.index: a.peer_id for a in commit.body.admitted})
         ahead = type("Ahead", (), {"peers": replica.peers, "bad": replica.bad})()
-        standing = replica.newcomers(commit), replica.failed(commit)
-        shares, _ = replica._shares(tuple(offers), *standing, turn, inline, ahead)
+        shares, _ = replica._shares(commit, tuple(offers), turn, inline, ahead)
         replica.strategy.apply(shares, turn, None)
         replica.round += 1
         replica._lr_factor = 1.0

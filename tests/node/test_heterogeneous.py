@@ -198,7 +198,7 @@ def test_a_thin_link_sends_less_and_holds_nobody_up(tmp_path: Path) -> None:
     round_s = 4.5 * BATCH_S
     outcome = train(tmp_path / "thin", "all", 8, round_s, strategy, upload_bytes_per_s=whole / round_s)
     (thin,) = (o for o in outcome.commits[-1].offers if o.peer == 0)
-    assert thin.n_bytes < 0.6 * whole
+    assert thin.n_bytes < 0.65 * whole
     assert 4 <= thin.n_samples <= 8, "one or two batches of four"
     assert outcome.times_s[-1] - outcome.times_s[-2] <= round_s
     assert len(outcome.fingerprints) == 1

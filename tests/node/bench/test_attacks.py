@@ -64,12 +64,12 @@ def test_a_flood_comes_later_and_has_a_dozen_names() -> None:
         return Outcome(1.0, b"", {}, None)
 
     wanted = Wanted(strategies=["spsa"], attacks=["flood"], n_rounds=20)
-    (row,) = rows_of(wanted, train, progress=lambda _row: None)
+    (row,) = rows_of(wanted, train)
     assert (row.n_honest, row.n_bad) == (3, 12)
-    assert [(p.n_first, p.n_peers, p.joins_after) for p in plans] == [(3, 15, 12), (3, 4, 12)]
+    assert [(p.n_first, p.n_peers, p.joins_after) for p in plans] == [(3, 4, 12), (3, 15, 12)]
     assert len({p.config().to_json() for p in plans}) == 1, "or batches would differ"
     with pytest.raises(ConfigError, match="--rounds 12: the bad peers of flood join after 12"):
-        list(rows_of(Wanted(strategies=["spsa"], attacks=["flood"], n_rounds=12), train, lambda _row: None))
+        list(rows_of(Wanted(strategies=["spsa"], attacks=["flood"], n_rounds=12), train))
 
 
 def test_peers_that_join_later_train_from_then_on() -> None:
