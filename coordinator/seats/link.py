@@ -35,11 +35,15 @@ class Link:
         self.n_dropped = 0
         self._queue: deque[tuple[type[Word], bytes]] = deque()
         self._n_bytes = 0
+        self._is_sending = False
         self._wake = asyncio.Event()
         self._words, self._word_bytes = Bucket(WORDS, self.began_s), Bucket(WORD_BYTES, self.began_s)
 
     def send(self, word: Word) -> None:
-        """Queues it; of too many the oldest ones are dropped."""
+        """Gives it to the system at once, where nothing waits: a seat that writes to its disk next does so
+        while the word is on its way. Else queues it; of too many the oldest ones are dropped."""
+        if not self._queue and not self._is_sending and self.stream.send_now(word):
+            return
         kind, packed = type(word), encode_message(word)
         if kind in _LAST_COUNTS:
             old = next((entry for entry in self._queue if entry[0] is kind), None)
@@ -60,7 +64,9 @@ class Link:
             while self._queue:
                 _, packed = self._queue.popleft()
                 self._n_bytes -= len(packed)
+                self._is_sending = True
                 await self.stream.send(FrameKind.MESSAGE, packed)
+                self._is_sending = False
             await self._wake.wait()
 
     async def read(self) -> Word:

@@ -3,7 +3,8 @@
 All peers offer as soon as they have the last commit; the time from commit to commit is that of an offer's way
 to the coordinator that leads, of the seal, and of the commit's way back. Every coordinator is reached through
 a link of its own delay, by peers and by the others. Coordinators and peers are threads of this process, each
-with a libp2p daemon of its own. Compare `--seats 3` with `--seats 1` of the same machine and minute.
+with a libp2p daemon of its own, and the links another process. Compare `--seats 3` with `--seats 1` of the
+same machine and minute.
 """
 
 from __future__ import annotations

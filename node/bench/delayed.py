@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -16,31 +18,52 @@ _QUEUED = 1024
 
 
 class Delays:
-    """Doors to ports of 127.0.0.1, each way `one_way_s` long. Use as a context manager; `door` is called from
-    any thread."""
+    """Doors to ports of 127.0.0.1, each way `one_way_s` long, in a process of their own: a network costs
+    those that are measured nothing. Use as a context manager; `door` is called from any thread."""
 
     def __init__(self, one_way_s: float) -> None:
-        self._one_way_s = one_way_s
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="delays", daemon=True)
-        self._servers: list[asyncio.Server] = []
-        self._pipes: set[asyncio.Task[None]] = set()
+        self._one_way_s, self._asking = one_way_s, threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(self._one_way_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        if self._process is not None:
+            self._process.communicate()  # the end of its input ends it
 
     def door(self, port: int) -> int:
         """A port that leads to that one."""
-        return asyncio.run_coroutine_threadsafe(self._open(port), self._loop).result()
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._asking:
+            self._process.stdin.write(f"{port}\n")
+            self._process.stdin.flush()
+            return int(self._process.stdout.readline())
+
+
+class _Doors:
+    """In that process."""
+
+    def __init__(self, one_way_s: float) -> None:
+        self._one_way_s = one_way_s
+        self._pipes: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """A port on each line of the input, and on each line of the output the door to it, until the input
+        ends."""
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            sys.stdout.write(f"{await self._open(int(line))}\n")
+            sys.stdout.flush()
 
     async def _open(self, port: int) -> int:
         async def serve(near: asyncio.StreamReader, to_near: asyncio.StreamWriter) -> None:
@@ -59,7 +82,6 @@ class Delays:
                 self._pipes.discard(task)
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        self._servers.append(server)
         found: int = server.sockets[0].getsockname()[1]
         return found
 
@@ -73,13 +95,6 @@ class Delays:
             await writer.drain()
 
         await pass_later(reader, give, lambda: self._one_way_s, _PIECE_BYTES, _QUEUED)
-
-    async def _end(self) -> None:
-        for server in self._servers:
-            server.close()
-        for task in self._pipes:
-            task.cancel()
-        await asyncio.gather(*self._pipes, return_exceptions=True)
 
 
 async def pass_later(
@@ -111,3 +126,7 @@ async def pass_later(
             await give(data)
     finally:
         feeder.cancel()
+
+
+if __name__ == "__main__":
+    asyncio.run(_Doors(float(sys.argv[1])).serve())

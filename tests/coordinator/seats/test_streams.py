@@ -15,7 +15,7 @@ from tests.support.committee import KEYS, SEATS
 from tests.support.loop_transport import LoopTransport, Network
 from thinwire.coordinator.protocol.messages import encode_message
 from thinwire.coordinator.protocol.streams import SEAT, FrameKind, Meter, Stream
-from thinwire.coordinator.quorum.words import Aye, Enter, Follow, Ping, Word, decode_word
+from thinwire.coordinator.quorum.words import Aye, Enter, Follow, Memory, Ping, Word, decode_word
 from thinwire.coordinator.seats.link import MAX_QUEUED, Link
 from thinwire.coordinator.seats.streams import SeatStreams
 
@@ -162,12 +162,15 @@ def test_a_seat_that_does_not_read_loses_the_oldest_words_and_hears_the_newest_p
             a.enter(""),
             is_ours=True,
         )
+        n_before = 0
+        while link.stream.send_now(Memory(packed=bytes(900))):  # until the system takes no more
+            n_before += 1
         for head in range(3):
             link.send(Ping(ballot=1, head=head))
         for n in range(MAX_QUEUED + 9):
             link.send(Aye(highest=n))
         writing = asyncio.create_task(link.write())
-        await until(lambda: len(got) == MAX_QUEUED)
+        await until(lambda: len(got) == n_before + MAX_QUEUED)
         assert got[-1] == Aye(highest=MAX_QUEUED + 8)
         assert link.n_dropped == 10
         writing.cancel()
