@@ -408,7 +408,8 @@ class Bench:
     """peers: so many that compute nothing, e.g. 128,512,1000, with the real coordinator in a process of its
     own; 20 rounds for each of --repeats."""
     strategies: Annotated[str | None, arg(metavar="NAME,...")] = None
-    """attacks, audits, learning: which rows, e.g. decoupled,spsa. Default: all."""
+    """attacks, audits, learning: which rows, e.g. decoupled,spsa. Default: all; learning: but for what was
+    only tried, e.g. alone-snoo,decoupled-gpa,lozo."""
     attacks: Annotated[str | None, arg(metavar="NAME,...")] = None
     """attacks: which rows, e.g. flipped,scaled-1e3. Default: all."""
     rounds: Annotated[int | None, arg(metavar="N")] = None

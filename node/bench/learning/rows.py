@@ -67,10 +67,11 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Losses are held-out ones in nats per byte; `ours` and `reference` the means over `seeds`, `held_out`
-    each one. `bytes_per_step`: payload bytes per peer and step. `bytes_to_target`: until the loss of `ddp`
-    from the same seed plus 0.1 is reached, in the mean of the seeds; None: missed by one of them, or no
-    `ddp` was trained. `tuned`: what was the best of `n_tries`. `curves`: ours, of each seed."""
+    """Losses are held-out ones in nats per byte, of label words per label; `ours` and `reference` the means
+    over `seeds`, `held_out` each one. `bytes_per_step`: payload bytes per peer and step. `bytes_to_target`:
+    until the loss of `ddp` from the same seed plus 0.1 is reached, in the mean of the seeds; None: missed by
+    one of them, or no `ddp` was trained. `tuned`: what was the best of `n_tries`. `curves`: ours, of each
+    seed."""
 
     method: str
     ours: float

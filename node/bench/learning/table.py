@@ -108,7 +108,7 @@ def _line(row: Row) -> str:
 def _print_rows(rows: Sequence[Row]) -> None:
     from rich.table import Table
 
-    table = Table(title="bench learning: held-out loss, nats per byte", title_justify="left")
+    table = Table(title="bench learning: held-out loss, nats per byte or label", title_justify="left")
     for head in HEADS:
         table.add_column(head, overflow="fold")
     for row in rows:
