@@ -180,8 +180,11 @@ def test_offers_that_hold_nothing_do_not_shorten_steps_by_signs() -> None:
     assert float(apply([*shares, apply.share(row(2))]).abs().max()) < float(apply(shares).abs().max())
 
 
-@pytest.mark.parametrize("aggregate", ["mean", "trimmed", "median", "vote", "centred"])
-@unsigned
+MEANS = [(name, "mean") for name in UNSIGNED]
+ROBUST = [("decoupled dense", kind) for kind in ("trimmed", "median", "vote", "centred")]
+
+
+@pytest.mark.parametrize(("name", "aggregate"), [*MEANS, *ROBUST])
 def test_fifty_newcomers_move_less_than_one_peer_of_three(name: str, aggregate: str) -> None:
     apply, options = UNSIGNED[name], {"newcomers": 0.1, "newcomers_share": 0.125, "aggregate": aggregate}
     known = [apply.share(row(i)) for i in range(3)]

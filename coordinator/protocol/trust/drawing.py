@@ -88,52 +88,78 @@ def audits_of(
         return ()
     for_fresh = _threshold(round(newcomers_rate * 1_000_000), 1_000_000)
     known = [] if stock is None else [peer for peer in able if standing.is_known(peer)]
-    drawn = list[tuple[int, Draw]]()
+    places = _Places(frozenset(able), frozenset(known))
+    drawn = list[_Drawn]()
     for peer, number in zip(targets, _numbers(_WHAT + run_id + digest, len(targets)), strict=True):
-        key = _WHAT + run_id + digest + peer.to_bytes(2, "little")
-        auditors = _auditors_of(peer, able, known, key)
-        if not auditors:
+        n_auditors = places.n_auditors(peer)
+        if n_auditors == 0:
             continue
-        usual = _threshold(rate_millionths, 1_000_000 * len(auditors))
+        usual = _threshold(rate_millionths, 1_000_000 * n_auditors)
         most = max(usual, _threshold(SUSPECTS_MILLIONTHS, 1_000_000))
         if standing.is_fresh(peer) and not (counted[peer] and stock is None):
             most = max(most, for_fresh)
         if number < most:
             is_for_suspects = number >= usual and not standing.is_suspect(peer)
-            drawn.append((number, Draw(peer, auditors, is_for_suspects)))
-    if stock is not None:
-        left_out = _left_out(drawn, standing, stock, len(known or able))
-        drawn = [(number, draw) for number, draw in drawn if draw.target not in left_out]
-    return tuple(draw for _, draw in drawn)
+            drawn.append(_Drawn(peer, number, n_auditors, is_for_suspects))
+    left_out = frozenset[int]() if stock is None else _left_out(drawn, standing, stock, len(known or able))
+    key = _WHAT + run_id + digest
+    return tuple(
+        Draw(d.target, _auditors_of(d, able, known, key), d.for_suspects)
+        for d in drawn
+        if d.target not in left_out
+    )
 
 
-def _left_out(
-    drawn: Sequence[tuple[int, Draw]], standing: Known, stock: Stock, n_able: int
-) -> frozenset[int]:
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """An offer whose `number` is small enough."""
+
+    target: int
+    number: int
+    n_auditors: int
+    for_suspects: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Who can audit, and who of them is known."""
+
+    able: frozenset[int]
+    known: frozenset[int]
+
+    def n_auditors(self, peer: int) -> int:
+        """Of its offer; 0: too few others can. If some of the others are known they all come from those, or
+        as many as there are: of many who are new most may be one."""
+        n_others, n_known = (len(peers) - (peer in peers) for peers in (self.able, self.known))
+        if n_others < MIN_AUDITORS:
+            return 0
+        if 0 < n_known < MIN_AUDITORS:
+            return MIN_AUDITORS
+        return _n_auditors(n_known or n_others)
+
+
+def _left_out(drawn: Sequence[_Drawn], standing: Known, stock: Stock, n_able: int) -> frozenset[int]:
     """Newcomers who wait for a later round: the stock does not last for all of them, or it is not known yet
     what the last audit of their offers has found. Who was drawn by a smaller number comes first."""
     stock.next_round()
     found = set[int]()
-    for _, draw in sorted(drawn, key=lambda entry: entry[0]):
-        if standing.is_known(draw.target):
-            continue
-        if standing.is_looked_at(draw.target) or not stock.take(len(draw.auditors), n_able):
-            found.add(draw.target)
+    for d in sorted(drawn, key=lambda d: d.number):
+        if not standing.is_known(d.target) and (
+            standing.is_looked_at(d.target) or not stock.take(d.n_auditors, n_able)
+        ):
+            found.add(d.target)
     return frozenset(found)
 
 
-def _auditors_of(peer: int, able: Sequence[int], known: Sequence[int], key: bytes) -> tuple[int, ...]:
-    """Sorted; none: there are too few. If some are `known` they all come from those, or as many as there are:
-    of many who are new most may be one."""
-    others, sure = ([p for p in peers if p != peer] for peers in (able, known))
-    if len(sure) >= MIN_AUDITORS or not sure:
-        pool, n = sure or others, _n_auditors(len(sure or others))
-        sure = []
+def _auditors_of(drawn: _Drawn, able: Sequence[int], known: Sequence[int], key: bytes) -> tuple[int, ...]:
+    """Sorted."""
+    pool, sure = ([p for p in peers if p != drawn.target] for peers in (able, known))
+    if len(sure) >= MIN_AUDITORS:
+        pool, sure = sure, []
     else:
-        pool, n = [p for p in others if p not in sure], MIN_AUDITORS - len(sure)
-    if n + len(sure) < MIN_AUDITORS or n > len(pool):
-        return ()
-    return tuple(sorted([*sure, *(pool[j] for j in _some(len(pool), n, key))]))
+        pool = [p for p in pool if p not in sure]
+    places = _some(len(pool), drawn.n_auditors - len(sure), key + drawn.target.to_bytes(2, "little"))
+    return tuple(sorted([*sure, *(pool[j] for j in places)]))
 
 
 def _n_auditors(n_others: int) -> int:

@@ -326,9 +326,10 @@ class Standing:
                 self._tried.setdefault(peer, _Tried()).season(body.round + 1)
 
     def _settle(self, body: CommitBody) -> None:
-        heard = self._heard_in(body)
-        if self._settled is None and heard and 2 * sum(map(self.is_known, heard)) >= len(heard):
-            self._settled = body.round + 1
+        if self._settled is None:
+            heard = self._heard_in(body)
+            if heard and 2 * sum(map(self.is_known, heard)) >= len(heard):
+                self._settled = body.round + 1
 
     def _condemn(self, peer: int, tried: _Tried, rules: Rules) -> None:
         term = rules.window_rounds << min(tried.n_terms, MAX_DOUBLINGS)

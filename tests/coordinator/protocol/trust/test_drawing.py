@@ -109,7 +109,7 @@ def test_first_offers_of_newcomers_are_drawn_as_often_as_the_run_says() -> None:
 
 def test_a_flood_of_newcomers_waits_and_takes_a_share_of_the_known_ones_work() -> None:
     """Fifty identities, none of which ever passes: those of four who are known."""
-    n_rounds, stock, known = 600, Stock(100_000), Known(suspects=set(range(4, 54)), known=set(range(4)))
+    n_rounds, stock, known = 250, Stock(100_000), Known(suspects=set(range(4, 54)), known=set(range(4)))
     known.fresh = known.suspects
     body, done, waited = bare(1, [offer(p) for p in range(54)]), Counter[int](), Counter[int]()
     for seed in range(n_rounds):
@@ -123,7 +123,7 @@ def test_a_flood_of_newcomers_waits_and_takes_a_share_of_the_known_ones_work() -
         waited[0] += work
     most = 16 + 0.1 * n_rounds
     assert 0.95 * most <= waited[0] / 4 <= most, "rounds of work of each"
-    assert len(done) > 40, "whose turn it is, is drawn: each one's comes"
+    assert len(done) > 25, "whose turn it is, is drawn: each one's comes"
 
 
 def test_a_newcomer_is_audited_once_while_its_auditors_may_still_report() -> None:
