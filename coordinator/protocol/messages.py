@@ -121,6 +121,14 @@ class Record(BaseModel):
             raise ValueError(f"an empty {names[len(value) - 1]} is left out")
         return dict(zip(names, value, strict=False))
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """With other values; what was worked out from the old ones is not taken along."""
+        copied = super().model_copy(update=update, deep=deep)
+        names = _names(type(self))
+        for name in [name for name in copied.__dict__ if name not in names]:
+            del copied.__dict__[name]
+        return copied
+
     def to_list(self) -> list[Any]:
         """The fields' values in order, as msgpack takes them."""
         fields = self.__dict__

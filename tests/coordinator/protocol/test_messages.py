@@ -55,6 +55,7 @@ from thinwire.coordinator.protocol.messages import (
     Welcome,
     decode_message,
     decode_record,
+    digest_of,
     encode_message,
     encode_record,
 )
@@ -132,6 +133,17 @@ def test_records_come_back_as_they_were_signed() -> None:
     data = encode_record(COMMIT)
     assert decode_record(CommitBody, data) == COMMIT
     assert encode_record(decode_record(CommitBody, data)) == data
+
+
+def test_a_copy_with_other_values_is_another_message() -> None:
+    commit = Commit(record=b"record", signature=bytes(64))
+    before = (commit.digest, encode_message(commit))
+    other = commit.model_copy(update={"record": b"another"})
+    assert (other.digest, encode_message(other)) == (
+        digest_of(b"another"),
+        encode_message(Commit(record=b"another", signature=bytes(64))),
+    )
+    assert (commit.digest, encode_message(commit)) == before
 
 
 def test_genesis_comes_back(make_genesis: Callable[..., GenesisBody]) -> None:
