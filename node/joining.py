@@ -339,7 +339,9 @@ class Joiner:
         download(
             incoming,
             holders,
-            lambda _chunk, digest, holder: self._link.fetch(digest, CHUNK_BYTES, holder or None),
+            lambda chunk, digest, holder: self._link.fetch(
+                digest, CHUNK_BYTES, holder or None, base=self._store.earlier_chunk(chunk, incoming.manifest)
+            ),
             tell,
             self._stopped,
             seed=round_seed(self._link.run_id, start.round, self._link.peer_id),

@@ -1,6 +1,8 @@
 """Blobs over a stream: GET and PUT, one request after the other, both ends.
 
 GET digest     -> SIZE n, CHUNK ..., END digest    or NO reason
+GET digest, 1 [, base]   -> the same; where SIZE has flags behind n, the chunks are packed blocks, each with
+                  its length in front (`byte_planes`); flag 2: of what differs from `base`, as long a blob
 PUT digest, n  -> GO; CHUNK ..., END digest -> DONE    or DONE at once (it is here already)    or NO reason
 
 A stream that is cut ends like a complete one, so the size, the END frame and the digest must all fit.
@@ -14,8 +16,10 @@ import contextlib
 import struct
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
+from ...compression.byte_planes import MAX_BLOCK, BadBlock, max_packed_bytes, pack, unpack
 from ...compression.errors import SwarmUnreachable
 from .messages import BadMessage, digest_of
 from .patience import Patience
@@ -23,6 +27,8 @@ from .streams import CHUNK_BYTES, BadFrame, Frame, FrameKind, FrameLimits, Strea
 
 _DIGEST_BYTES = 32
 _SIZE = struct.Struct(">Q")
+_LENGTH = struct.Struct(">I")
+_PACKED, _DIFFERS = 1, 2
 _MAX_NO_BYTES = 2000
 
 STALL_S = 30.0
@@ -49,9 +55,9 @@ class Coming(Protocol):
 PurposeOf = Callable[[bytes], TrafficKind]
 """What a blob's bytes are counted as, by its digest."""
 
-_REQUESTS: FrameLimits = {FrameKind.GET: _DIGEST_BYTES, FrameKind.PUT: _DIGEST_BYTES + _SIZE.size}
+_REQUESTS: FrameLimits = {FrameKind.GET: 2 * _DIGEST_BYTES + 1, FrameKind.PUT: _DIGEST_BYTES + _SIZE.size}
 _DATA: FrameLimits = {FrameKind.CHUNK: CHUNK_BYTES, FrameKind.END: _DIGEST_BYTES}
-_ANSWER_GET: FrameLimits = {FrameKind.SIZE: _SIZE.size, FrameKind.NO: _MAX_NO_BYTES}
+_ANSWER_GET: FrameLimits = {FrameKind.SIZE: _SIZE.size + 1, FrameKind.NO: _MAX_NO_BYTES}
 _ANSWER_PUT: FrameLimits = {FrameKind.GO: 0, FrameKind.DONE: 0, FrameKind.NO: _MAX_NO_BYTES}
 _ANSWER_END: FrameLimits = {FrameKind.DONE: 0, FrameKind.NO: _MAX_NO_BYTES}
 
@@ -96,22 +102,42 @@ def _nothing_comes(_digest: bytes) -> Coming | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """An earlier version of a blob, which both ends may have."""
+
+    digest: bytes
+    data: bytes
+
+
 async def get_blob(
-    stream: Stream, digest: bytes, max_bytes: int, purpose: TrafficKind, patience: Patience | None = None
+    stream: Stream,
+    digest: bytes,
+    max_bytes: int,
+    purpose: TrafficKind,
+    patience: Patience | None = None,
+    *,
+    packed: bool = False,
+    base: Base | None = None,
 ) -> bytes:
-    """`patience`: what is known of the gaps between this peer's chunks; it learns from this blob's.
+    """`patience`: what is known of the gaps between this peer's chunks; it learns from this blob's. `packed`:
+    asks for fewer bytes, of what differs from `base` if the other end has that, too.
 
     Raises NotServed, SwarmUnreachable (stalled), BadFrame (cut, wrong bytes), EOFError or OSError.
     """
     patience = patience or stall_patience()
-    await stream.send(FrameKind.GET, digest)
+    await stream.send(FrameKind.GET, digest + _wish(packed, base))
     answer = await _next(stream, _ANSWER_GET, patience=patience)
     if answer.kind is FrameKind.NO:
         raise NotServed(answer.body.decode(errors="replace"))
-    n_bytes = _size(answer.body)
+    n_bytes, flags = _size(answer.body[: _SIZE.size]), answer.body[_SIZE.size :]
     if n_bytes > max_bytes:
         raise BadFrame("frame_size", f"a blob of {n_bytes} bytes, at most {max_bytes} are expected")
-    data = b"".join([chunk async for chunk in _chunks(stream, digest, n_bytes, purpose, patience)])
+    if flags:
+        pieces = _blocks(stream, digest, n_bytes, purpose, patience, _base_of(flags, n_bytes, packed, base))
+    else:
+        pieces = _chunks(stream, digest, n_bytes, purpose, patience)
+    data = b"".join([piece async for piece in pieces])
     if digest_of(data) != digest:
         raise BadFrame("blob", f"blob {digest.hex()[:16]}: its bytes do not fit its digest")
     return data
@@ -180,7 +206,7 @@ async def serve_blobs(
         async with turns or contextlib.nullcontext():
             if kind is FrameKind.GET:
                 if await _serve_get(stream, shelf, body, counted_as, coming):
-                    given(body)
+                    given(body[:_DIGEST_BYTES])
             else:
                 await _serve_put(stream, shelf, body, counted_as)
 
@@ -188,11 +214,12 @@ async def serve_blobs(
 async def _serve_get(
     stream: Stream,
     shelf: Shelf,
-    digest: bytes,
+    body: bytes,
     purpose: TrafficKind,
     coming: Callable[[bytes], Coming | None],
 ) -> bool:
     """Whether it was sent."""
+    digest, wish = body[:_DIGEST_BYTES], body[_DIGEST_BYTES:]
     try:
         file, n_bytes = shelf.open(digest)
     except KeyError:
@@ -203,11 +230,42 @@ async def _serve_get(
         await _pass_on(stream, source, purpose)
     else:
         with file:
-            await _send(stream, FrameKind.SIZE, _SIZE.pack(n_bytes))
-            while chunk := file.read(stream.chunk_bytes):
-                await _send(stream, FrameKind.CHUNK, chunk, purpose)
+            if wish:
+                await _send_packed(stream, file, n_bytes, _like(shelf, wish[1:], n_bytes), purpose)
+            else:
+                await _send(stream, FrameKind.SIZE, _SIZE.pack(n_bytes))
+                while chunk := file.read(stream.chunk_bytes):
+                    await _send(stream, FrameKind.CHUNK, chunk, purpose)
     await _send(stream, FrameKind.END, digest)
     return True
+
+
+def _like(shelf: Shelf, digest: bytes, n_bytes: int) -> BinaryIO | None:
+    """The blob that the other end says it has, if it is here, too, and as long."""
+    if len(digest) != _DIGEST_BYTES:
+        return None
+    try:
+        file, size = shelf.open(digest)
+    except KeyError:
+        return None
+    if size == n_bytes:
+        return file
+    file.close()
+    return None
+
+
+async def _send_packed(
+    stream: Stream, file: BinaryIO, n_bytes: int, base: BinaryIO | None, purpose: TrafficKind
+) -> None:
+    flags = _PACKED if base is None else _PACKED | _DIFFERS
+    with base or contextlib.nullcontext():
+        await _send(stream, FrameKind.SIZE, _SIZE.pack(n_bytes) + bytes([flags]))
+        while block := file.read(MAX_BLOCK):
+            like = None if base is None else base.read(len(block))
+            packed = await asyncio.to_thread(pack, block, like)
+            data = _LENGTH.pack(len(packed)) + packed
+            for start in range(0, len(data), stream.chunk_bytes):
+                await _send(stream, FrameKind.CHUNK, data[start : start + stream.chunk_bytes], purpose)
 
 
 async def _pass_on(stream: Stream, source: Coming, purpose: TrafficKind) -> None:
@@ -273,6 +331,65 @@ async def _chunks(
         yield body
     if missing or body != digest:
         raise BadFrame("blob", f"blob {digest.hex()[:16]}: it ended {missing} bytes early")
+
+
+def _wish(packed: bool, base: Base | None) -> bytes:
+    """What stands behind the digest in a request."""
+    if not packed:
+        return b""
+    return bytes([_PACKED]) + (b"" if base is None else base.digest)
+
+
+def _base_of(flags: bytes, n_bytes: int, packed: bool, base: Base | None) -> bytes | None:
+    """What packed blocks differ from; None: from nothing. Raises BadFrame for what nobody has asked for."""
+    if packed and flags[0] == _PACKED:
+        return None
+    if packed and flags[0] == _PACKED | _DIFFERS and base is not None and len(base.data) == n_bytes:
+        return base.data
+    raise BadFrame("blob", "packed in a way that was not asked for")
+
+
+async def _blocks(
+    stream: Stream,
+    digest: bytes,
+    n_bytes: int,
+    purpose: TrafficKind,
+    patience: Patience | None,
+    base: bytes | None,
+) -> AsyncIterator[bytes]:
+    """The blocks of a packed blob, exactly `n_bytes` in all and a fitting END, or BadFrame."""
+    done, coming = 0, bytearray()
+    while True:
+        kind, body = await _next(stream, _DATA, purpose, patience)
+        if kind is FrameKind.END:
+            break
+        coming += body
+        while (packed := _next_block(coming, min(MAX_BLOCK, n_bytes - done))) is not None:
+            size = min(MAX_BLOCK, n_bytes - done)
+            like = None if base is None else base[done : done + size]
+            try:
+                yield await asyncio.to_thread(unpack, packed, size, like)
+            except BadBlock as e:
+                raise BadFrame("blob", f"blob {digest.hex()[:16]}: {e}") from e
+            done += size
+        if not body or (done == n_bytes and coming):
+            raise BadFrame("blob", f"blob {digest.hex()[:16]}: its blocks do not make {n_bytes} bytes")
+    if done < n_bytes or coming or body != digest:
+        raise BadFrame("blob", f"blob {digest.hex()[:16]}: it ended {n_bytes - done} bytes early")
+
+
+def _next_block(coming: bytearray, n_bytes: int) -> bytes | None:
+    """Taken off what has come; None: it is not whole yet, or there is none any more. Raises BadFrame."""
+    if n_bytes == 0 or len(coming) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack_from(coming)
+    if length > max_packed_bytes(n_bytes):
+        raise BadFrame("blob", f"a packed block of {length} bytes, of {n_bytes}")
+    if len(coming) < _LENGTH.size + length:
+        return None
+    packed = bytes(coming[_LENGTH.size : _LENGTH.size + length])
+    del coming[: _LENGTH.size + length]
+    return packed
 
 
 async def _next(

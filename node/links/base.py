@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
 from ...compression.errors import SwarmUnreachable
+from ...coordinator.protocol.blob_streams import Base
 from ...coordinator.protocol.messages import (
     Commit,
     Digest,
@@ -131,8 +132,11 @@ class Link(Protocol):
         """Whether this node has it in its memory."""
         ...
 
-    def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
-        """The blob of at most `n_bytes`, verified; from `holder` (a peer id) or from the coordinator.
+    def fetch(
+        self, digest: Digest, n_bytes: int, holder: str | None = None, base: Base | None = None
+    ) -> bytes:
+        """The blob of at most `n_bytes`, verified; from `holder` (a peer id) or from the coordinator. `base`:
+        an earlier version of it, of which a holder that has it, too, sends the differences alone.
 
         Raises SwarmUnreachable: not there, cut, stalled, or `Lied` (a subclass): bytes that do not fit."""
         ...

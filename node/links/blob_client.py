@@ -8,13 +8,17 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
 from ...compression.errors import SwarmUnreachable
-from ...coordinator.protocol.blob_streams import NotServed, get_blob, put_blob, stall_patience
+from ...coordinator.protocol.blob_streams import Base, NotServed, get_blob, put_blob, stall_patience
 from ...coordinator.protocol.streams import BadFrame, Stream, TrafficKind
 from .base import Lied
 
 T = TypeVar("T")
 
 STREAMS_PER_HOLDER = 4
+MEASURED_BYTES = 2**20
+FAST_BYTES_PER_S = 50e6
+"""About what one core packs."""
+
 FAILURES = 2
 """So many in a row, and a holder is not asked first any more for a while."""
 
@@ -37,6 +41,8 @@ class BlobClient:
         self._idle: list[Stream] = []
         self._busy: set[Stream] = set()
         self._patience = stall_patience()
+        self._is_fast = False
+        """The link brings snapshots sooner than the other end packs them."""
 
     @property
     def heard_s(self) -> float:
@@ -47,9 +53,22 @@ class BlobClient:
     def is_busy(self) -> bool:
         return bool(self._busy)
 
-    async def get(self, digest: bytes, max_bytes: int, purpose: TrafficKind) -> bytes:
-        """Raises SwarmUnreachable; NotServed if the peer is there but has no such blob for us; Lied."""
-        return await self._use(lambda stream: get_blob(stream, digest, max_bytes, purpose, self._patience))
+    async def get(
+        self, digest: bytes, max_bytes: int, purpose: TrafficKind, base: Base | None = None
+    ) -> bytes:
+        """What counts as "snapshot" comes packed, or as what differs from `base`, unless the link is fast.
+
+        Raises SwarmUnreachable; NotServed if the peer is there but has no such blob for us; Lied."""
+        packed = purpose == "snapshot" and not self._is_fast
+        began_s = time.monotonic()
+        data = await self._use(
+            lambda stream: get_blob(
+                stream, digest, max_bytes, purpose, self._patience, packed=packed, base=base
+            )
+        )
+        if purpose == "snapshot" and len(data) >= MEASURED_BYTES:
+            self._is_fast = len(data) / max(time.monotonic() - began_s, 1e-6) > FAST_BYTES_PER_S
+        return data
 
     async def put(self, digest: bytes, data: bytes, purpose: TrafficKind) -> None:
         """Raises SwarmUnreachable; NotServed if the peer does not take the blob."""
@@ -109,14 +128,16 @@ class Holders:
         self._rests_until_s: dict[str, float] = {}
         self._has_answered: set[str] = set()
 
-    async def get(self, holder: str, digest: bytes, max_bytes: int, purpose: TrafficKind) -> bytes:
+    async def get(
+        self, holder: str, digest: bytes, max_bytes: int, purpose: TrafficKind, base: Base | None = None
+    ) -> bytes:
         """Raises SwarmUnreachable; NotServed if the holder is there but has no such blob for us; Lied."""
         client = self._clients.get(holder)
         if client is None:
             client = BlobClient(lambda: self._open_stream(holder), STREAMS_PER_HOLDER)
             self._clients[holder] = client
         try:
-            data = await client.get(digest, max_bytes, purpose)
+            data = await client.get(digest, max_bytes, purpose, base)
         except NotServed:
             raise
         except SwarmUnreachable:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 from ...compression.errors import SwarmUnreachable, ThinwireError
-from ...coordinator.protocol.blob_streams import NotServed
+from ...coordinator.protocol.blob_streams import Base, NotServed
 from ...coordinator.protocol.messages import Digest
 from ...coordinator.protocol.streams import BLOB, Stream, TrafficKind
 from .base import Lied
@@ -76,16 +76,16 @@ class BlobFetcher:
                 await self.reconnected(None)
             await asyncio.sleep(_RETRY_S)
 
-    async def fetch_from(self, holder: str, digest: Digest, n_bytes: int) -> bytes:
+    async def fetch_from(self, holder: str, digest: Digest, n_bytes: int, base: Base | None = None) -> bytes:
         """A blob that another node serves. Raises SwarmUnreachable."""
         try:
-            return await self._holders.get(holder, digest, n_bytes, "snapshot")
+            return await self._holders.get(holder, digest, n_bytes, "snapshot", base)
         except (NotServed, _Unlisted):
             if self._holders.has_answered(holder):
                 raise
         # The member list may be on its way still, to this node or to the other one.
         await asyncio.sleep(_MEMBERS_S)
-        return await self._holders.get(holder, digest, n_bytes, "snapshot")
+        return await self._holders.get(holder, digest, n_bytes, "snapshot", base)
 
     async def from_coordinator(self, digest: Digest, n_bytes: int) -> bytes:
         """One attempt to get a payload. Raises SwarmUnreachable."""

@@ -21,6 +21,7 @@ from ...compression.errors import SwarmUnreachable
 from ...coordinator.blobs import BlobStore
 from ...coordinator.control.orders import CheckStrategy
 from ...coordinator.ledger import Ledger
+from ...coordinator.protocol.blob_streams import Base
 from ...coordinator.protocol.chain import Chain
 from ...coordinator.protocol.figures import wall_ms
 from ...coordinator.protocol.messages import (
@@ -335,7 +336,9 @@ class LocalLink:
         self._keep(self._applied, offer.digest, payload)
         return payload
 
-    def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
+    def fetch(
+        self, digest: Digest, n_bytes: int, holder: str | None = None, base: Base | None = None
+    ) -> bytes:
         return self._fetch(digest, n_bytes, holder, "snapshot")
 
     def keep_payloads(self, after: int) -> None:

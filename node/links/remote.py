@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ...compression.errors import SwarmUnreachable
+from ...coordinator.protocol.blob_streams import Base
 from ...coordinator.protocol.ledger_copy import COPY_NAME, LedgerCopy
 from ...coordinator.protocol.messages import (
     MAX_ROUND,
@@ -167,11 +168,13 @@ class RemoteLink:
             return offer.payload
         return self._wait(self._opened().commits.payload(offer))
 
-    def fetch(self, digest: Digest, n_bytes: int, holder: str | None = None) -> bytes:
+    def fetch(
+        self, digest: Digest, n_bytes: int, holder: str | None = None, base: Base | None = None
+    ) -> bytes:
         blobs = self._opened().blobs
         if holder is None:
             return self._wait(blobs.fetch(digest, n_bytes))
-        return self._wait(blobs.fetch_from(holder, digest, n_bytes))
+        return self._wait(blobs.fetch_from(holder, digest, n_bytes, base))
 
     def keep_payloads(self, after: int) -> None:
         self._soon(lambda core: core.kept.keep_after(after))

@@ -25,6 +25,7 @@ from typing import BinaryIO, Final
 from torch import Tensor
 
 from ...compression.errors import ReplicaDiverged
+from ...coordinator.protocol.blob_streams import Base
 from ...coordinator.protocol.files import sync_folder
 from ...coordinator.protocol.messages import Changes, digest_of, encode_record
 from .format import (
@@ -251,6 +252,22 @@ class SnapshotStore:
             log.warning("%s of the snapshot of round %d is damaged and not served", what, stored.round)
             raise KeyError(digest.hex())
         return BytesIO(data), len(data)
+
+    def earlier_chunk(self, i: int, manifest: Manifest) -> Base | None:
+        """What stands at the place of chunk `i` in the newest snapshot here that is as long as that one;
+        None: there is none, or its bytes are damaged. From any thread."""
+        for stored in reversed(self.stored()):
+            with self._lock:
+                known = self._manifests.get(stored)
+            if known is None or known.n_bytes != manifest.n_bytes or known.round == manifest.round:
+                continue
+            try:
+                file, _ = self.open(known.chunks[i])
+            except KeyError:
+                return None
+            with file:
+                return Base(known.chunks[i], file.read())
+        return None
 
     # ----------------------------------------------------------------------------------- inside
 

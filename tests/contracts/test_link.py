@@ -5,6 +5,7 @@ A row is a factory: given a folder, record 0 and the coordinator's key it starts
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,7 @@ from tests.support.ray_cluster import ManyRuns, local_ray
 from thinwire.compression.errors import ConfigError, Incompatible, SwarmUnreachable
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.protocol.blob_streams import Base
 from thinwire.coordinator.protocol.identity import save
 from thinwire.coordinator.protocol.messages import (
     INLINE_BYTES,
@@ -558,7 +560,7 @@ class Shelf:
 
 def test_members_fetch_what_is_on_each_other_s_shelf(make_swarm: MakeSwarm) -> None:
     a, b, c = make_swarm(min_peers=3).trainers("a", "b", "c")
-    blobs = [bytes([i]) * 300_000 for i in range(8)]
+    blobs = [random.Random(i).randbytes(300_000) for i in range(8)]  # no fewer bytes say the same
     digests = [digest_of(blob) for blob in blobs]
     assert wait_for(lambda: sorted(a.members()) == sorted([b.peer_id, c.peer_id]))
 
@@ -568,6 +570,9 @@ def test_members_fetch_what_is_on_each_other_s_shelf(make_swarm: MakeSwarm) -> N
     b.serve(Shelf(*blobs))
     assert within(lambda: a.fetch(digests[0], 300_000, b.peer_id)) == blobs[0]
     assert a.traffic().received["snapshot"] >= 300_000
+    near = Base(digests[0], blobs[0])
+    b.serve(Shelf(*blobs, alike := blobs[0][:-1] + b"x"))
+    assert within(lambda: a.fetch(digest_of(alike), 300_000, b.peer_id, near)) == alike
     with pytest.raises(Lied):
         within(lambda: a.fetch(digests[0], 299_999, b.peer_id))
     with pytest.raises(SwarmUnreachable):

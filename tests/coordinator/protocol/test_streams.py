@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 from collections.abc import Awaitable, Callable
 from io import BytesIO
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thinwire.compression.byte_planes import pack
 from thinwire.compression.errors import SwarmUnreachable
-from thinwire.coordinator.protocol.blob_streams import NotServed, Sink, get_blob, put_blob, serve_blobs
+from thinwire.coordinator.protocol.blob_streams import Base, NotServed, Sink, get_blob, put_blob, serve_blobs
 from thinwire.coordinator.protocol.messages import (
     BadMessage,
     Commit,
@@ -347,6 +350,77 @@ def test_a_damaged_download_never_gives_other_bytes(cut: int, at: int, flip: int
             await get_blob(client, digest_of(_BLOB), 2**20, "payload")
 
     over_a_pair(body)
+
+
+def test_weights_come_in_fewer_bytes_and_neighbours_in_fewer_still() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(0, 0.02, 700_000)
+    before, after = ((values + x).astype(np.float32).view(np.uint16)[1::2].tobytes() for x in (0.0, 1e-6))
+    shelf = Memory(before, after, b"")
+    base = Base(digest_of(before), before)
+
+    async def body(client: Stream) -> None:
+        async def wire_bytes(blob: bytes, **options: Any) -> int:
+            had = client.meter.received["snapshot"]
+            assert await get_blob(client, digest_of(blob), len(blob), "snapshot", **options) == blob
+            return client.meter.received["snapshot"] - had
+
+        plain = await wire_bytes(after)
+        assert plain >= len(after)
+        assert await wire_bytes(after, packed=True) < 0.72 * plain
+        assert await wire_bytes(after, packed=True, base=base) < 0.15 * plain
+        # What the other end does not have, or what is of another size, is no base.
+        assert await wire_bytes(after, packed=True, base=Base(digest_of(b"?"), after)) < 0.72 * plain
+        assert await wire_bytes(before, packed=True, base=Base(digest_of(b""), b"")) < 0.72 * plain
+        assert await wire_bytes(b"", packed=True) < 100
+
+    assert served(shelf, body) is None
+
+
+_PACKED = pack(_BLOB)
+_PACKED_ANSWER = (
+    HEADER.pack(9, FrameKind.SIZE) + struct.pack(">QB", len(_BLOB), 1)
+    + HEADER.pack(4 + len(_PACKED), FrameKind.CHUNK) + struct.pack(">I", len(_PACKED)) + _PACKED
+    + HEADER.pack(32, FrameKind.END) + digest_of(_BLOB)
+)  # fmt: skip
+
+
+@given(st.integers(0, len(_PACKED_ANSWER)), st.integers(0, len(_PACKED_ANSWER) - 1), st.integers(1, 255))
+def test_a_damaged_packed_download_never_gives_other_bytes(cut: int, at: int, flip: int) -> None:
+    damaged = bytearray(_PACKED_ANSWER)
+    damaged[at] ^= flip
+
+    async def body(client: Stream, server: Stream) -> None:
+        server._writer.write(bytes(damaged[:cut]))
+        server._writer.write_eof()
+        with contextlib.suppress(BadMessage, EOFError, SwarmUnreachable):
+            # What a damaged length of zlib's leaves alone is not damaged.
+            assert await get_blob(client, digest_of(_BLOB), 2**20, "snapshot", packed=True) == _BLOB
+
+    over_a_pair(body)
+
+
+@pytest.mark.parametrize(
+    ("flags", "body"),
+    [
+        (1, struct.pack(">I", 2**31)),
+        (1, struct.pack(">I", len(_PACKED)) + _PACKED + b"more"),
+        (3, struct.pack(">I", len(_PACKED)) + _PACKED),
+        (9, struct.pack(">I", len(_PACKED)) + _PACKED),
+    ],
+)
+def test_packed_bytes_that_nobody_can_have_meant_are_refused(flags: int, body: bytes) -> None:
+    answer = (
+        HEADER.pack(9, FrameKind.SIZE) + struct.pack(">QB", len(_BLOB), flags)
+        + HEADER.pack(len(body), FrameKind.CHUNK) + body + HEADER.pack(32, FrameKind.END) + digest_of(_BLOB)
+    )  # fmt: skip
+
+    async def both(client: Stream, server: Stream) -> None:
+        server._writer.write(answer)
+        with pytest.raises(BadFrame):
+            await get_blob(client, digest_of(_BLOB), 2**20, "snapshot", packed=True)
+
+    over_a_pair(both)
 
 
 def test_the_undamaged_download() -> None:

@@ -125,6 +125,18 @@ def test_manifests_and_chunks_are_served_and_stay_readable_when_pruned(tmp_path:
             store.open(digest)
 
 
+def test_what_a_later_snapshot_differs_from_is_the_newest_one_here_of_its_length(tmp_path: Path) -> None:
+    store = SnapshotStore(tmp_path, RUN, keep=3)
+    manifests = [
+        store.load(write(store, round_, n_chunks=n))[0] for round_, n in ((1, 2.5), (2, 2.5), (3, 1.5))
+    ]
+    assert manifests[0].n_bytes == manifests[1].n_bytes
+    found = store.earlier_chunk(2, manifests[0])
+    assert found is not None
+    assert found.digest == manifests[1].chunks[2] == digest_of(found.data)
+    assert store.earlier_chunk(0, manifests[2]) is None, "it is the only one that long"
+
+
 def test_a_chunk_that_two_snapshots_share_is_served_until_both_are_gone(tmp_path: Path) -> None:
     store = SnapshotStore(tmp_path, RUN)
     same = {"a": torch.zeros(3 * N_ELEMENTS)}
