@@ -157,7 +157,7 @@ def _empty(contents: list[Any]) -> Any:
     match contents:
         case ["object", module, name, _]:
             cls = _class_of(module, name)
-            return cls.__new__(cls)
+            return object.__new__(cls)
         case ["deque", _, maxlen]:
             return deque(maxlen=maxlen)
         case ["defaultdict", _, _, factory]:
