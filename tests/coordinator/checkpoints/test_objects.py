@@ -68,7 +68,6 @@ def test_objects_of_our_classes_and_their_methods() -> None:
 @pytest.mark.parametrize(
     "x",
     [SimpleNamespace(), len, Trend, [2**64], OrderedDict(a=1), defaultdict(lambda: 3), [].append, lambda: 1],
-    ids=repr,
 )
 def test_other_things_are_not_kept(x: Any) -> None:
     with pytest.raises(Unkept):
@@ -97,7 +96,6 @@ def test_other_things_are_not_kept(x: Any) -> None:
         {"a": 1},
         7,
     ],
-    ids=repr,
 )
 def test_other_bytes_are_refused(contents: Any) -> None:
     assert Rounds.__module__ == "thinwire.coordinator.rounds"
