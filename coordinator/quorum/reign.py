@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .words import Pong
 
 
@@ -23,7 +25,10 @@ class Reign:
         else:
             self.resting[seat] = pong.nonce
 
-    def is_carried(self, need: int, patience_s: float, now_s: float) -> bool:
-        """Whether a majority has answered within the patience; the leader is one of them."""
-        n_alive = 1 + sum(now_s - heard_s <= patience_s for heard_s in self._heard_s.values())
-        return n_alive >= need or now_s - self._began_s <= patience_s
+    def carried_to_s(self, need: int, patience_s: float) -> float:
+        """Until when a majority has answered within the patience, if nobody else does; the leader is one of
+        them."""
+        answered_s = sorted(self._heard_s.values(), reverse=True)[: need - 1]
+        if len(answered_s) < need - 1:
+            return self._began_s + patience_s
+        return max(self._began_s, min(answered_s, default=math.inf)) + patience_s

@@ -77,12 +77,15 @@ class Seat:
         self._run_id, self._signer, self._disk = run_id, signer, disk
         self._acceptor = self.acceptor(run_id, signer, disk, records)
         self._send, self._rng, self._timing = send, rng, timing
-        self._patience = Patience(timing)
+        self._patience, self._answers = Patience(timing), Patience(timing)
+        """With who leads; as a leader, with the answers of the others."""
         self._catching_up = CatchingUp(send, disk, timing.retry_s)
         self.me = signer.seat
         self.role = Role.FOLLOWING
         self.leader: str | None = None
         """The seat that leads, as far as is known here."""
+        self._led_by = 0
+        """Its ballot, where it is another one."""
         self.events: list[SeatEvent] = []
         self._reign: Reign | None = None
         self._open: Proposal | None = None
@@ -180,9 +183,15 @@ class Seat:
                 self._wake(now_s)
 
     def _wake(self, now_s: float) -> None:
-        if self._reign is not None:
+        if self._reign is None:
+            self._canvass(now_s)
+        elif now_s < self._carried_to_s(self._reign):
             self._beat(self._reign, now_s)
-            return
+        else:
+            self._step_down(now_s, "no majority")
+            self._canvass(now_s)  # who follows hears by it that nobody leads, and need not wait for silence
+
+    def _canvass(self, now_s: float) -> None:
         self._cast(Canvass(highest=self._highest, head=self._disk.head))
         may_vote = self._acceptor.may_vote  # else it only asks for what is new
         self._be_patient(now_s, _ELECTION if may_vote else 1)
@@ -190,11 +199,11 @@ class Seat:
             self.role, self.leader, self._ayes = Role.CANVASSING, None, {self.me}
             self._count_ayes(now_s)
 
+    def _carried_to_s(self, reign: Reign) -> float:
+        return reign.carried_to_s(self._committee.need, self._answers.s)
+
     def _beat(self, reign: Reign, now_s: float) -> None:
-        if not reign.is_carried(self._committee.need, self._patience.s, now_s):
-            self._step_down(now_s, "no majority")
-            return
-        self.wake_s = now_s + self._timing.beat_s
+        self.wake_s = min(now_s + self._timing.beat_s, self._carried_to_s(reign))
         self._cast(Ping(ballot=self._ballot, head=self._disk.head))
         proposal = self._open
         if proposal is not None and proposal.is_due(now_s):
@@ -254,6 +263,7 @@ class Seat:
                 self._count_vote(seat, word, now_s)
             case Pong(ballot=ballot):
                 if self._reign is not None and ballot == self._ballot and seat in self._committee.seats:
+                    self._answers.heard(ballot, now_s)
                     self._reign.heard(seat, word, now_s)
                 self._catching_up.heard_of(seat, word.head, now_s)
             case Batch():
@@ -319,6 +329,10 @@ class Seat:
 
     def _canvassed(self, seat: str, canvass: Canvass, now_s: float) -> None:
         self._catching_up.heard_of(seat, canvass.head, now_s)
+        if seat == self.leader and canvass.highest >= self._led_by:
+            # It has led, and asks: so it leads no more. It is the first to be followed again, if it hears so.
+            self.leader = None
+            self.wake_s = min(self.wake_s, now_s + self._timing.beat_s * self._rng.uniform(1, 2))
         is_led = self.leader is not None and now_s - self._heard_s <= self._patience.s
         if canvass.head < self._disk.head:
             self._refuse(seat)  # also how one that was dropped, or is newly named, learns of it
@@ -447,7 +461,8 @@ class Seat:
             self._send(seat, word)
 
     def _be_patient(self, now_s: float, share: float = 1) -> None:
-        self.wake_s = now_s + share * self._patience.s * self._rng.uniform(1, 2)
+        # Candidates have to be apart, and no further for it where patience is long.
+        self.wake_s = now_s + share * (self._patience.s + self._timing.patience_s * self._rng.random())
 
     def _saw(self, ballot: int) -> bool:
         """Whether it is a ballot of this epoch: others are void."""
@@ -463,7 +478,7 @@ class Seat:
         self._saw(ballot)
         if seat != self.me:
             self._step_down(now_s, "another leads")
-        self.leader, self._heard_s = seat, now_s
+        self.leader, self._led_by, self._heard_s = seat, ballot, now_s
         return True
 
     def _step_down(self, now_s: float, why: Why) -> None:

@@ -12,29 +12,24 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.figures import human_seconds, one_line, short
 from ...coordinator.protocol.messages import (
-    PROTOCOL_VERSION,
-    READER,
     BadMessage,
-    Commit,
     Elsewhere,
-    Follow,
-    Hello,
     Message,
     PeerId,
     Refused,
     Welcome,
 )
 from ...coordinator.protocol.patience import Patience
-from ...coordinator.protocol.streams import BLOB, FROM_COORDINATOR, GOSSIP, SESSION, Meter, Stream, Throttle
+from ...coordinator.protocol.streams import FROM_COORDINATOR, Meter, Stream, Throttle
 from ...coordinator.protocol.ticket import Ticket
 from ...coordinator.protocol.transport import Transport
-from .finding import Found, NobodyLeads, find_leader
-from .introducing import ANSWER_TIMEOUT_S, QUICK_ANSWER_S, introduce
+from .connecting.connecting import DIAL_TIMEOUT_S, Connecting, OpenTransport
+from .connecting.finding import Found, NobodyLeads
 from .known_seats import KnownSeats
 from .session_handler import SessionHandler
 from .upload_limit import UploadLimit
@@ -42,12 +37,8 @@ from .watching import Watch
 
 _log = logging.getLogger("thinwire.link")
 
-DIAL_TIMEOUT_S = 10.0
 QUICK_DIAL_S = 2.0
 """For other nodes, once it is known how quickly they answer."""
-
-SEAT_DIAL_S = 5.0
-"""Where there are other seats to dial."""
 
 GOODBYE_S = 5.0
 FIRST_RETRY_S, LAST_RETRY_S = 0.25, 4.0
@@ -55,9 +46,6 @@ FIRST_RETRY_S, LAST_RETRY_S = 0.25, 4.0
 
 LAST_RETRY_OF_SEVERAL_S = 1.5
 """Some seat leads after a few seconds."""
-
-READ_AGAIN_S = 60.0
-"""A seat whose ledger was read for who the seats are is not read again for so long."""
 
 TELL_AGAIN_S = 30.0
 """The same words are not told again before."""
@@ -72,10 +60,6 @@ STEADY_S = 10.0
 """A session that human_seconds for this long makes the next retries quick again."""
 
 _PAUSE_S = 2.0
-
-
-OpenTransport = Callable[[], Awaitable[Transport]]
-"""Opens this node's transport in the network. Raises ConfigError."""
 
 
 class CoordinatorSession:
@@ -98,30 +82,34 @@ class CoordinatorSession:
         device: str = "",
         agent: str = "thinwire",
     ) -> None:
-        self._ticket, self._seats, self._open_transport = ticket, seats, open_transport
-        self._meter, self._handler = meter, handler
+        self._seats, self._meter, self._handler = seats, meter, handler
         self._control = None if limit is None else limit.control
-        self._patience_s, self._device, self._agent = patience_s, device, agent
+        self._patience_s = patience_s
         self._jitter = random.Random()
         self._queue: deque[Message] = deque()
         self._wake = asyncio.Event()
-        self._transport: Transport | None = None
         self._stream: Stream | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._at: PeerId | None = None
         """The seat of the open session."""
         self._was_at = ticket.peer_id
         self._term, self._n_hops = 0, 0
-        self._stale: set[PeerId] = set()
-        """Seats whose connection may be broken without a word."""
         self._elsewhere = asyncio.Event()
         """A seat has said that another one leads."""
-        self._read_again_s: dict[PeerId, float] = {}
+        self._connecting = Connecting(
+            ticket, seats, open_transport, meter, handler, self._control, device, agent, self._elsewhere
+        )
         self._latest: tuple[int, PeerId, PeerId] | None = None
         """The latest term that a watched seat has announced, who leads by it, and the seat."""
         self._announced_by: PeerId | None = None
         """The seat for whose word a session was ended."""
-        self._watch = Watch(seats, self._open_watch, self._hello, lambda: self._at, self._heard_from_watch)
+        self._watch = Watch(
+            seats,
+            self._connecting.open_session,
+            self._connecting.hello,
+            lambda: self._at,
+            self._heard_from_watch,
+        )
         self._watching: asyncio.Task[None] | None = None
         self._retry_s = FIRST_RETRY_S
         self._told: dict[str, float] = {}
@@ -130,6 +118,10 @@ class CoordinatorSession:
         self.is_up, self._is_down = asyncio.Event(), asyncio.Event()
         self.was_read = asyncio.Event()
         """Set by the link: the coordinator has answered that this node leaves."""
+
+    @property
+    def _transport(self) -> Transport | None:
+        return self._connecting.transport
 
     async def open(self) -> Welcome:
         """Raises SwarmUnreachable, ConfigError, Incompatible or LedgerCorrupt.
@@ -192,21 +184,13 @@ class CoordinatorSession:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._transport is not None:
-            await self._transport.close()
-            self._transport = None
+        await self._connecting.close()
 
     # ------------------------------------------------------------------------------------- connecting
 
     async def _connect(self) -> Found:
         """With the seat that leads. Raises SwarmUnreachable, BadMessage, or what no retry can mend."""
-        await self._living_transport()
-        try:
-            found = await find_leader(self._seats, self._approach, self._elsewhere)
-        except NobodyLeads as e:
-            if not await self._learn_seats(e.strange):
-                raise
-            found = await find_leader(self._seats, self._approach, self._elsewhere)
+        found = await self._connecting.find()
         if self._announced_by is not None and found.seat != self._seats.leader:
             self._watch.misled(self._announced_by)
             self._latest = None
@@ -217,97 +201,6 @@ class CoordinatorSession:
                 await self._transport.disconnect(self._was_at)  # what is under way there goes on elsewhere
         self._was_at = found.seat
         return found
-
-    async def _learn_seats(self, strange: Sequence[PeerId]) -> bool:
-        """Reads the ledger where somebody is said to lead whom this node does not know as a seat: a record
-        that it has not seen yet may name the seat. True: there are others than before."""
-        known = self._seats.in_order()
-        for seat in strange:
-            if time.monotonic() < self._read_again_s.get(seat, 0.0):
-                continue
-            self._read_again_s[seat] = time.monotonic() + READ_AGAIN_S
-            try:
-                await self._read_ledger_of(seat)
-            except (ThinwireError, OSError, EOFError, TimeoutError) as e:
-                _log.info("the ledger of coordinator %s cannot be read: %s", short(seat), e)
-            if self._seats.in_order() != known:
-                return True
-        return False
-
-    async def _read_ledger_of(self, seat: PeerId) -> None:
-        """Up to its head, every record verified. Raises ThinwireError, OSError, EOFError or TimeoutError."""
-        stream = await self._open_session(seat)
-        try:
-            hello = self._hello().model_copy(update={"agent": READER})
-            welcome = await introduce(stream, hello, self._handler.missing_commits, self._handler.tell)
-            if isinstance(welcome, Elsewhere) or not welcome.is_copy:
-                return
-            self._handler.keep_record_0(welcome)
-            head, _ = self._handler.known_head()
-            await stream.send_message(Follow(after=head or 0))
-            while (head or 0) < welcome.head_round:
-                async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                    message = await stream.receive_message(FROM_COORDINATOR)
-                if isinstance(message, Commit):
-                    await self._handler.received(message)
-                    head, _ = self._handler.known_head()
-        finally:
-            stream.abort()
-
-    async def _approach(self, seat: PeerId) -> tuple[Stream, Welcome | Elsewhere]:
-        """Says Hello to a seat. Raises what `introduce` does."""
-        stream = await self._open_session(seat)
-        wait_s = ANSWER_TIMEOUT_S if len(self._seats) == 1 else QUICK_ANSWER_S
-        try:
-            answer = await introduce(
-                stream, self._hello(), self._handler.missing_commits, self._handler.tell, wait_s
-            )
-        except BaseException:
-            self._stale.add(seat)
-            stream.abort()
-            raise
-        if isinstance(answer, Elsewhere):
-            stream.abort()
-        return stream, answer
-
-    async def _open_session(self, seat: PeerId) -> Stream:
-        transport, limit_s = self._transport, DIAL_TIMEOUT_S if len(self._seats) == 1 else SEAT_DIAL_S
-        if transport is None or transport.died.is_set():
-            raise SwarmUnreachable("this machine's libp2p has ended")
-        if seat in self._stale:
-            await transport.disconnect(seat)
-            self._stale.discard(seat)
-        try:
-            await transport.dial(seat, self._seats.addresses(seat), limit_s)
-            reader, writer = await transport.open_stream(seat, SESSION, limit_s)
-        except SwarmUnreachable:
-            self._stale.add(seat)
-            raise
-        return Stream(reader, writer, self._meter, self._control)
-
-    def _hello(self) -> Hello:
-        head_round, head_digest = self._handler.known_head()
-        return Hello(
-            version=PROTOCOL_VERSION,
-            run_id=self._ticket.run_id,
-            token=self._ticket.token,
-            head_round=head_round,
-            head_digest=head_digest,
-            addresses=() if self._transport is None else self._transport.addresses,
-            agent=self._agent,
-            device=self._device,
-        )
-
-    async def _living_transport(self) -> Transport:
-        if self._transport is not None and self._transport.died.is_set():
-            self._handler.tell("this machine's libp2p has ended unexpectedly: starting it again", True)
-            await self._transport.close()
-            self._transport = None
-        if self._transport is None:
-            self._transport = await self._open_transport()
-            await self._transport.handle(BLOB, self._handler.serve_blobs)
-            await self._transport.handle(GOSSIP, self._handler.serve_neighbours)
-        return self._transport
 
     # -------------------------------------------------------------------------------- keeping it alive
 
@@ -350,7 +243,7 @@ class CoordinatorSession:
             self.is_up.clear()
             self._is_down.set()
             self._stream, self._at = None, None
-            self._stale.add(found.seat)
+            self._connecting.broke(found.seat)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -416,10 +309,6 @@ class CoordinatorSession:
         self._retry_s = min(2 * self._retry_s, LAST_RETRY_OF_SEVERAL_S if several else LAST_RETRY_S)
 
     # ------------------------------------------------------------------------------------- other seats
-
-    async def _open_watch(self, seat: PeerId) -> Stream:
-        """Raises SwarmUnreachable."""
-        return await self._open_session(seat)
 
     def _heard_from_watch(self, seat: PeerId, elsewhere: Elsewhere) -> None:
         """A seat beside the session's says who leads: if by a later term, this node goes there at once."""

@@ -45,7 +45,8 @@ from .blob_client import BlobClient
 from .blob_fetcher import BlobFetcher
 from .blob_server import BlobServer
 from .commit_feed import CommitFeed
-from .coordinator_session import CoordinatorSession, OpenTransport
+from .connecting.connecting import OpenTransport
+from .coordinator_session import CoordinatorSession
 from .known_seats import KnownSeats
 from .mailbox import Mailbox
 from .members import MemberList

@@ -36,7 +36,7 @@ from ..gossip.base import NeighbourLink
 from ..gossip.remote import RemoteNeighbours
 from ..gossip.streams import NeighbourStreams
 from .base import LinkEvent, Shelf, Traffic
-from .coordinator_session import OpenTransport
+from .connecting.connecting import OpenTransport
 from .core import About, LinkCore
 from .mailbox import Mailbox
 from .upload_limit import UploadLimit

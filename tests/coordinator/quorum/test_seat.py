@@ -149,9 +149,53 @@ def test_a_leader_without_a_majority_steps_down() -> None:
     table.now_s += 10 * MILD.patience_s
     table.wakes("seat-0")
     assert table.events("seat-0") == [StepsDown("no majority")]
-    assert table.seats["seat-0"].role is Role.FOLLOWING
+    assert table.seats["seat-0"].role is Role.CANVASSING
     with pytest.raises(RuntimeError, match="only a leader proposes"):
         table.seats["seat-0"].propose(table.record(1), table.now_s)
+
+
+def test_a_leader_that_is_only_heard_says_when_it_leads_no_more() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver()
+    led_s = table.now_s
+    while table.seats["seat-0"].role is Role.LEADING:
+        table.wakes("seat-0")
+        table.deliver(lambda _sender, to, _word: to != "seat-0")
+    given_up_s = table.now_s
+    assert given_up_s == pytest.approx(led_s + MILD.patience_s)
+    assert {table.seats[name].leader for name in NAMES} == {None}
+    name = min(NAMES[1:], key=lambda name: table.seats[name].wake_s)
+    table.wakes(name)
+    table.deliver(lambda _sender, to, _word: to != "seat-0")
+    assert table.seats[name].role is Role.LEADING
+    assert table.now_s - given_up_s <= 2 * MILD.beat_s
+
+
+def test_a_leader_that_hears_again_that_nobody_leads_is_followed_first() -> None:
+    table = Table()
+    table.wakes("seat-0")
+    table.deliver()
+    table.events("seat-0")
+    table.now_s += 10 * MILD.patience_s
+    table.wakes("seat-0")
+    table.deliver()
+    assert table.events("seat-0") == [StepsDown("no majority"), Leads()]
+    assert {table.seats[name].leader for name in NAMES} == {"seat-0"}
+
+
+def test_what_a_leader_asked_before_it_led_deposes_nobody() -> None:
+    table = Table()
+    asked: list[Word] = []
+
+    def note(_sender: str, _to: str, word: Word) -> bool:
+        asked.extend([word] if isinstance(word, Canvass) else [])
+        return True
+
+    table.wakes("seat-0")
+    table.deliver(note)
+    table.seats["seat-1"].receive("seat-0", asked[0], table.now_s)
+    assert table.seats["seat-1"].leader == "seat-0"
 
 
 def test_two_records_for_one_ballot_are_evidence_and_get_one_vote() -> None:

@@ -54,9 +54,9 @@ from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.stream_server import Waits
 from thinwire.node.cli.status import fetch_status, seat_in_words
 from thinwire.node.doctor.network import NetworkPlan, check_network
-from thinwire.node.links import finding
+from thinwire.node.links.connecting import finding
+from thinwire.node.links.connecting.finding import NobodyLeads, find_leader
 from thinwire.node.links.core import About
-from thinwire.node.links.finding import NobodyLeads, find_leader
 from thinwire.node.links.hivemind import HivemindLink
 from thinwire.node.links.known_seats import KnownSeats
 from thinwire.node.states.rejoining import ticket_in

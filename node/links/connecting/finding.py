@@ -7,11 +7,11 @@ import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, NamedTuple
 
-from ...compression.errors import SwarmUnreachable, ThinwireError
-from ...coordinator.protocol.figures import one_line, short
-from ...coordinator.protocol.messages import BadMessage, Elsewhere, PeerId, Welcome
-from ...coordinator.protocol.streams import Stream
-from .known_seats import KnownSeats
+from ....compression.errors import SwarmUnreachable, ThinwireError
+from ....coordinator.protocol.figures import one_line, short
+from ....coordinator.protocol.messages import BadMessage, Elsewhere, PeerId, Welcome
+from ....coordinator.protocol.streams import Stream
+from ..known_seats import KnownSeats
 
 HEAD_START_S: Final = 1.0
 """A seat that has not answered for so long is not waited for any more before the next one is tried."""

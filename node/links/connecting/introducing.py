@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 
-from ...compression.errors import Incompatible, LedgerCorrupt, SwarmUnreachable
-from ...coordinator.protocol.identity import is_signed_by
-from ...coordinator.protocol.messages import (
+from ....compression.errors import Incompatible, LedgerCorrupt, SwarmUnreachable
+from ....coordinator.protocol.identity import is_signed_by
+from ....coordinator.protocol.messages import (
     PROTOCOL_VERSION,
     BadMessage,
     Commit,
@@ -21,7 +21,7 @@ from ...coordinator.protocol.messages import (
     digest_of,
     is_readable,
 )
-from ...coordinator.protocol.streams import FROM_COORDINATOR, Stream
+from ....coordinator.protocol.streams import FROM_COORDINATOR, Stream
 
 ANSWER_TIMEOUT_S = 15.0
 """Without a byte for this long, a coordinator that was just reached counts as not answering."""
