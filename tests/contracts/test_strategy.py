@@ -433,7 +433,7 @@ def test_loaded_state_is_a_copy(row: str) -> None:
 
 @every_row
 def test_a_replica_is_its_replicated_tensors(row: str) -> None:
-    """A joiner copies them from a snapshot and follows; a node adds its local state, before or after that, and
+    """A joiner copies them from a snapshot and follows; a node adds its local state before or after, and
     is what it was."""
     replicas, (joiner, early, late) = swarm(row, 2), swarm(row, 3)
     run(replicas, range(1, 4), {2: {1}})
