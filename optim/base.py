@@ -528,12 +528,12 @@ class Strategy(torch.optim.Optimizer):
         # torch would cast every tensor to the parameter's dtype: it restores the groups only.
         # A state of an earlier version has no value for options that are younger: they keep the default.
         complete = [group | {k: v for k, v in self.defaults.items() if k not in group} for group in groups]
-        _UNCOMPILED_LOAD(self, {"state": {}, "param_groups": complete})
-        parameters = [p for group in self.param_groups for p in group["params"]]
         state = State()
-        if state_dict.get("is_local", False):
+        if state_dict.get("is_local", False):  # before torch empties the state
             kept = {p.tensor: self.replicated_state(p) for p in self.parameters_in_order()}
             state.update({p: dict(entries) for p, entries in kept.items() if entries})
+        _UNCOMPILED_LOAD(self, {"state": {}, "param_groups": complete})
+        parameters = [p for group in self.param_groups for p in group["params"]]
         for i, entries in entries_by_position.items():
             p = parameters[i]
             part = parts_of(p, self.ranks.count)[self.ranks.index]

@@ -433,19 +433,23 @@ def test_loaded_state_is_a_copy(row: str) -> None:
 
 @every_row
 def test_a_replica_is_its_replicated_tensors(row: str) -> None:
-    """A joiner copies them from a snapshot and follows; a node adds its local state and is what it was."""
-    replicas, (joiner, restarted_) = swarm(row, 2), swarm(row, 2)
+    """A joiner copies them from a snapshot and follows; a node adds its local state before or after, and
+    is what it was."""
+    replicas, (joiner, early, late) = swarm(row, 2), swarm(row, 3)
     run(replicas, range(1, 4), {2: {1}})
-    restarted_.strategy.load_state_dict(replicas[0].strategy.local_state_dict())
-    for other in (joiner, restarted_):
+    local = copy.deepcopy(replicas[0].strategy.local_state_dict())
+    early.strategy.load_state_dict(local)
+    for other in (joiner, early, late):
         names = list(other.strategy.replicated_tensors())
         assert names == sorted(names) == list(replicas[0].strategy.replicated_tensors())
         for name, t in replicas[0].strategy.replicated_tensors().items():
             with torch.no_grad():
                 other.strategy.replicated_tensors()[name].copy_(t)
-    assert_same_bits(restarted_.strategy.state_dict(), replicas[0].strategy.state_dict())
+    late.strategy.load_state_dict(local)
+    for other in (early, late):
+        assert_same_bits(other.strategy.state_dict(), replicas[0].strategy.state_dict())
     counted = run_round(replicas, 4)
-    for other in (joiner, restarted_):
+    for other in (joiner, early, late):
         other.apply(4, counted, None)
         assert other.print() == replicas[0].print()
 

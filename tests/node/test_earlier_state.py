@@ -5,8 +5,9 @@ and two nodes of `run.toml`, stopped after round 6 of 12. `coordinator` and `nod
 left, but for locks and the port; `expected.json` has the fingerprints that the same build had after each
 round. `tests/golden/state_3` is the same of 29 November (commit d4bc160, protocol 3), stopped after round 14
 of 40: offers are signed, an invitation was used, a record changes the learning rate; and `ledger` is the file
-that this build made of it. Nobody writes them anew: a build that cannot open them cannot go on with the runs
-of its users.
+that this build made of it. `tests/golden/state_diloco`, of the same build, was stopped after round 6 of 12.
+So there is one of each strategy from before new runs had other values. Nobody writes them anew: a build that
+cannot open them cannot go on with the runs of its users.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from thinwire.coordinator.service import Service
 from thinwire.coordinator.state import StateDir
 from thinwire.node.cli.ledger_command import save_ledger_of_state
 from thinwire.node.cli.replay import replay
-from thinwire.node.config import parse_config
+from thinwire.node.config import load_config, parse_config
+from thinwire.node.genesis import public_config
 from thinwire.node.links.local import local_swarm
 from thinwire.node.replica import Replica, build_replica
 from thinwire.node.runner import Runner
@@ -40,17 +42,18 @@ from thinwire.node.snapshots.store import SnapshotStore
 from thinwire.node.states.opening import open_state
 from thinwire.node.system.folder import IDENTITY_NAME
 from thinwire.node.tasks.registry import make_task
+from thinwire.optim.registry import complete_config, complete_new_run
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 class Earlier:
     """A copy of the folders, which may be written to. `head`: where they end; `snapshots`: rounds of those
-    that the node has."""
+    that the node has; `heard_of`: of that which the coordinator knew."""
 
-    def __init__(self, name: str, folder: Path, snapshots: list[int]) -> None:
+    def __init__(self, name: str, folder: Path, snapshots: list[int], heard_of: int | None = None) -> None:
         shutil.copytree(GOLDEN / name, folder)
-        self.folder, self.snapshots = folder, snapshots
+        self.folder, self.snapshots, self.heard_of = folder, snapshots, heard_of
         self.fingerprints: list[str] = json.loads((folder / "expected.json").read_text())["fingerprints"]
         self.head = len(self.fingerprints)
         self.coordinator, self.node = folder / "coordinator", folder / "node"
@@ -83,10 +86,14 @@ class Earlier:
         return build_replica(self.run_id, self.genesis, task)
 
 
-@pytest.fixture(params=[("state", [4, 5]), ("state_3", [12, 14])], ids=["protocol 2", "protocol 3"])
+STATES = [("state", [4, 5], 4), ("state_3", [12, 14], 12), ("state_diloco", [4, 6], None)]
+"""Name, snapshots that the node has, and that which the coordinator had heard of."""
+
+
+@pytest.fixture(params=STATES, ids=["protocol 2", "protocol 3", "diloco"])
 def earlier(request: pytest.FixtureRequest, tmp_path: Path) -> Earlier:
-    name, snapshots = request.param
-    return Earlier(name, tmp_path / "state", snapshots)
+    name, snapshots, heard_of = request.param
+    return Earlier(name, tmp_path / "state", snapshots, heard_of)
 
 
 def test_a_coordinator_goes_on(earlier: Earlier) -> None:
@@ -108,7 +115,7 @@ def test_a_coordinator_goes_on(earlier: Earlier) -> None:
     assert (status["round"], status["state"], status["mismatches"]) == (earlier.head, "training", 0)
     assert earlier.peer_id in [peer["peer_id"] for peer in status["peers"]]
     assert status["held_out"]
-    assert status["snapshot"]["round"] == earlier.snapshots[0]
+    assert (status["snapshot"] or {}).get("round") == earlier.heard_of
     assert [entry["round"] for entry in overview["entries"]] == list(range(earlier.head, 0, -1))[
         :ENTRIES_SHOWN
     ]
@@ -124,6 +131,25 @@ def test_the_ledger_gives_the_same_replica(earlier: Earlier) -> None:
         replica.apply(commit, earlier.payload, offered=False)
         found.append(replica.fingerprint().hex())
     assert found == earlier.fingerprints
+
+
+def test_it_keeps_its_values_where_new_runs_have_others(
+    earlier: Earlier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its run file, which says nothing of them, is its run file still."""
+    blobs = (earlier.genesis.corpus, earlier.genesis.held_out)
+    text = b"".join(earlier.store.read(blob.digest) for blob in blobs if blob is not None)
+    (earlier.folder / "corpus.txt").write_bytes(text)
+    monkeypatch.chdir(earlier.folder)
+    config, recorded = load_config(Path("run.toml"), environ={}), parse_config(earlier.genesis.config)
+    task, new = make_task(config.task, None, None), complete_new_run(config.strategy)
+    assert public_config(config, task, recorded).strategy == public_config(recorded, task, recorded).strategy
+    defaults, strategy = complete_config(config.strategy), earlier.replica().strategy
+    others = [name for name, value in new.items() if value != recorded.strategy.get(name)]
+    assert others, "there are such"
+    for name in others:
+        if name not in ("name", "compressor"):
+            assert strategy.option(name) == recorded.strategy.get(name, defaults[name])
 
 
 def test_a_node_has_its_copy_of_the_ledger_and_its_snapshots(earlier: Earlier) -> None:

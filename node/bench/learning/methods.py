@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 from torch import nn
 
 from ....coordinator.protocol.figures import ddp_bytes
-from ....optim.registry import complete_new_run
+from ....optim.registry import complete_config, complete_new_run
 from ... import config
 from ...compare.split import Split
 from .averaging import MakeAveraging, no_averaging
@@ -132,6 +132,26 @@ def decoupled(text: Text, shape: Shape, tried: Try, averaging: MakeAveraging = n
     return trained(text, strategy, shape.n_peers, shape.n_steps, averaging)
 
 
+def _before(
+    text: Text, shape: Shape, tried: Try, averaging: MakeAveraging = no_averaging, **strategy: Any
+) -> Trained:
+    """By what a run means whose record 0 says no more: the defaults from before new runs had others."""
+    n_rounds = shape.n_steps if strategy["name"] == "decoupled" else shape.n_rounds
+    return train(
+        text,
+        complete_config({"lr": tried.lr, **strategy}),
+        n_peers=shape.n_peers,
+        n_rounds=n_rounds,
+        schedule=linear(n_rounds),
+        n_points=POINTS,
+        averaging=averaging,
+    )
+
+
+def _diloco_before(text: Text, shape: Shape, tried: Try) -> Trained:
+    return _before(text, shape, tried, name="diloco", weight_decay=0.0, inner_steps=shape.inner_steps)
+
+
 def _demo(text: Text, shape: Shape, tried: Try) -> nn.Module:
     return train_demo(
         text, lr=tried.lr, n_peers=shape.n_peers, n_steps=shape.n_steps, schedule=linear(shape.n_steps)
@@ -239,6 +259,7 @@ _PROBE_RATES: Final = tuple(map(Try, (1e-2, 3e-3, 5e-3, 2e-2, 3e-2, 5e-2)))
 _LABEL_RATES: Final = tuple(map(Try, (5e-3, 1e-3, 2e-3, 3e-3, 8e-3, 1.2e-2)))
 _OUTER: Final = ((0.7, 0.6), (1.0, 0.0), (0.7, 0.9))
 _OUTER_TRIES: Final = tuple(Try(lr, *outer) for lr, outer in product((4e-3, 1e-2), _OUTER))
+_BEFORE_TRIES: Final = tuple(Try(lr, 0.7, 0.9) for lr in (4e-3, 5e-4, 1e-3, 2e-3, 6e-3, 1e-2))
 _SPARSE_TRIES: Final = tuple(
     Try(lr, *outer) for lr, outer in product((4e-3, 1e-2), ((1.0, 0.0), (2.0, 0.0), (0.7, 0.6)))
 )
@@ -247,7 +268,9 @@ METHODS: Final[dict[str, Method]] = {
     "alone": Method(partial(adamw, alone=True), None, _RATES),
     "ddp": Method(partial(adamw, alone=False), None, _RATES),
     "decoupled": Method(decoupled, _demo, _SIGN_RATES),
+    "decoupled-before": Method(partial(_before, name="decoupled"), None, _SIGN_RATES),
     "diloco": Method(partial(loco, **DENSE), _loco_reference, _OUTER_TRIES),
+    "diloco-before": Method(_diloco_before, None, _BEFORE_TRIES),
     "muloco": Method(partial(loco, **DENSE, inner="muon"), partial(_loco_reference, muon=True), _OUTER_TRIES),
     "sparseloco-all": Method(
         partial(loco, **SPARSE, mean="all"), partial(_loco_reference, k=K), _SPARSE_TRIES
@@ -272,3 +295,6 @@ BETTER: Final = (
     ("spsa", "spsa-alone"),
 )
 """The first ends at a lower held-out loss than the second, in the mean of the seeds."""
+
+HALF: Final = (("decoupled", "decoupled-before"), ("diloco", "diloco-before"))
+"""The first needs at most half of the second's bytes to the loss that bytes are counted to."""

@@ -3,7 +3,7 @@ comes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import inf, isfinite, sqrt
@@ -12,7 +12,8 @@ from typing import Any, Final, Literal
 
 from ....compression.errors import ThinwireError
 from ...system.jobs import Call, Rows, Tell, Work, work_off
-from .methods import BETTER, Learns, Shape, Try, text_of
+from ...units import human_bytes
+from .methods import BETTER, HALF, Learns, Shape, Try, text_of
 from .text import Learnt
 from .tried import ROWS
 
@@ -185,7 +186,8 @@ def _bytes_to(targets: Sequence[float], curves: Sequence[Curve]) -> float | None
 
 
 def broken(rows: Sequence[Row]) -> list[str]:
-    """The claims that do not hold, in words: ours is within noise of the reference, or better; `BETTER`."""
+    """The claims that do not hold, in words: ours is within noise of the reference, or better; `BETTER`;
+    `HALF`, where there is a `ddp` to count to."""
     ours = {row.method: row.ours for row in rows}
     known = [(better, worse) for better, worse in BETTER if better in ours and worse in ours]
     return [
@@ -199,7 +201,22 @@ def broken(rows: Sequence[Row]) -> list[str]:
             for better, worse in known
             if not ours[better] < ours[worse]
         ),
+        *_more_than_half({row.method: row.bytes_to_target for row in rows}),
     ]
+
+
+def _more_than_half(n_bytes: Mapping[str, float | None]) -> Iterator[str]:
+    for now, before in HALF:
+        if "ddp" not in n_bytes or now not in n_bytes or before not in n_bytes:
+            continue
+        least, most = n_bytes[now] or inf, n_bytes[before] or inf
+        if least == inf or least > most / 2:
+            told = f"{_told(least)}, {_told(most)}"
+            yield f"{now} needs at most half of the bytes of {before} to ddp + {TARGET}: {told}"
+
+
+def _told(n_bytes: float) -> str:
+    return human_bytes(n_bytes) if isfinite(n_bytes) else "missed"
 
 
 def noise(held_out: Mapping[str, Sequence[float]]) -> float:

@@ -254,3 +254,18 @@ def test_a_table_of_label_words_has_paired_differences() -> None:
         for seed, loss in enumerate(losses)
     ]
     assert "| spsa | 2 | 0.550 ± 0.150 | 90.0% | +0.150 ± 0.050 | 1.0 |" in labels_table(results)
+
+
+def test_bytes_are_halved_or_it_is_said() -> None:
+    ddp = row("ddp", [2.0])
+    now, before = (
+        replace(row(name, [1.9]), bytes_to_target=n)
+        for name, n in (("decoupled", 60.0), ("decoupled-before", 100.0))
+    )
+    assert broken([ddp, now, before]) == [
+        "decoupled needs at most half of the bytes of decoupled-before to ddp + 0.1: 60 B, 100 B"
+    ]
+    assert broken([ddp, replace(now, bytes_to_target=50.0), before]) == []
+    assert broken([ddp, now, replace(before, bytes_to_target=None)]) == []
+    assert "missed, missed" in broken([ddp, *(replace(r, bytes_to_target=None) for r in (now, before))])[0]
+    assert broken([now, before]) == []
