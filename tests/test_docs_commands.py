@@ -32,6 +32,7 @@ ELSEWHERE = {
     "bench": "tests/node/bench",
     "monitor": "tests/node/cli/test_monitor.py",
     "--evaluate": "tests/node/evaluation",
+    "--own": "tests/node/gossip",
     "seats": "tests/coordinator/seats",
     "replace": "tests/coordinator/seats",
     "remove": "tests/coordinator/seats",

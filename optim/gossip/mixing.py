@@ -87,6 +87,11 @@ class ModelMixing:
         self._own = pack_all(ranks, self._compressor, self._parameters, self._phase.moved, turn)
         return self._messages.encode(self._own, {}, turn)
 
+    def message_of(self, moved: Mapping[str, Tensor], turn: Turn) -> bytes:
+        """What a peer sends whose theta - x this is, flat, by parameter."""
+        packs = {p.name: self._compressor.pack(moved[p.name], p.part, turn) for p in self._parameters}
+        return self._messages.encode(packs, {}, turn)
+
     def _flow(self, meeting: Meeting) -> None:
         """Over the time of a round."""
         left = exp(-1.0 / sqrt(meeting.spectrum.chi1 * meeting.spectrum.chi2))
@@ -137,7 +142,7 @@ class ModelMixing:
     def _decoded(self, packs: Mapping[str, Packed], p: Parameter, turn: Turn) -> Tensor:
         return self._compressor.decode([packs[p.name]], [1.0], p.part, turn)
 
-    def model_of(self, data: bytes, turn: Turn) -> dict[str, Tensor] | None:
+    def model_of(self, data: bytes, turn: Turn) -> dict[str, Tensor]:
         packs, _ = self._messages.decode(data, turn)
         return {p.name: self._decoded(packs, p, turn) for p in self._parameters}
 

@@ -115,7 +115,7 @@ class GossipOptions(BoundedOptions):
     takes: Literal["s2s", "s2a"] = "s2s"
     """Who goes on from a merge in which some took part: those alone, or all."""
 
-    clip_neighbours: Annotated[float, Number(at_least=1)] = 3.0
+    clip_neighbours: Annotated[float, Number(at_least=1)] = 1.25
     """No neighbour's difference pulls for more than this many times the median of the neighbours'."""
 
     patience_s: Annotated[float, Number(at_least=0, at_most=600)] = 5.0
@@ -192,7 +192,7 @@ class Gossip(Strategy):
         self._open: tuple[Meeting, Exchange] | None = None
         super().__init__(named_parameters, options)
         self._refuse_what_does_not_fit()
-        self._mixing = self._new_mixing()
+        self.mixing = self._new_mixing()
 
     def _refuse_what_does_not_fit(self) -> None:
         mixing = self.option("mixing")
@@ -214,13 +214,13 @@ class Gossip(Strategy):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies have no neighbours, and nothing under way."""
-        left_out = ("neighbours", "_open", "_mixing", "_phase")
+        left_out = ("neighbours", "_open", "mixing", "_phase")
         return {name: v for name, v in super().__getstate__().items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._phase, self._open = InnerPhase(self), None
-        self._mixing = self._new_mixing()
+        self.mixing = self._new_mixing()
 
     @property
     def _has_muon(self) -> bool:
@@ -332,7 +332,7 @@ class Gossip(Strategy):
         """x_i is theta."""
         self._phase.forget(parameters)
         for p in parameters:
-            self._mixing.merged(p)
+            self.mixing.merged(p)
 
     @contextmanager
     def _own_training(self) -> Iterator[None]:
@@ -388,7 +388,7 @@ class Gossip(Strategy):
             in_pairs=self.option("mixing") == "a2cid2",
             degree=self.option("degree"),
         )
-        message = self._mixing.message(self.met)
+        message = self.mixing.message(self.met)
         exchange = self.neighbours.exchange(turn.round, list(self.met.weights), message)
         if self.met.weights:
             self._open = self.met, exchange
@@ -400,7 +400,7 @@ class Gossip(Strategy):
             return
         met, exchange = opened
         heard = exchange.received()
-        mixed = self.mixed = self._mixing.mix(met, heard, float(self.option("clip_neighbours")))
+        mixed = self.mixed = self.mixing.mix(met, heard, float(self.option("clip_neighbours")))
         self.count("met", len(heard) - len(mixed.refused))
         self.count("unheard", len(met.weights) - len(heard))
         self.count("clipped", mixed.n_clipped)
@@ -417,7 +417,7 @@ class Gossip(Strategy):
         for round_, data in self.neighbours.borrow():
             if self._is_of_this_theta(round_, turn):
                 try:
-                    model = self._mixing.model_of(data, replace(turn, round=round_))
+                    model = self.mixing.model_of(data, replace(turn, round=round_))
                 except BadPayload as e:
                     self.count(f"refused {e.reason}")
                     continue

@@ -25,6 +25,7 @@ from ...links.base import Link
 from ...replica import Replica
 from ...tasks.base import Task
 from .contents import Contents, ProbeContents, TensorContents, contents_of
+from .neighbours import Lie
 
 if TYPE_CHECKING:
     from ...runner import Runner
@@ -47,7 +48,7 @@ class Attack:
     where bounds make an attack as good as that, the latter where its peers are left out or found out.
     `strategy`: of one alone, by name; `where_selected`: only where every peer selects its own coefficients;
     `least_bad`: peers that it takes. `identities`: that each bad peer has; `joins_after`: so many rounds;
-    `leaves_after`: so many, then its offers never arrive.
+    `leaves_after`: so many, then its offers never arrive. `lies`: in gossip, to its neighbours.
     """
 
     twist: Twist | None = None
@@ -63,6 +64,7 @@ class Attack:
     least_bad: int = 1
     identities: int = 1
     joins_after: int = 0
+    lies: Lie | None = None
     leaves_after: int | None = None
 
 
@@ -124,6 +126,10 @@ ATTACKS: Final[Mapping[str, Attack]] = {
     "copied-nearly": Attack(copies="honest", altered=1.1, against="absent"),
     "empty": EMPTY,
     "flood": Attack(twist=_scaled(-1e3), against="absent", identities=12, joins_after=12),
+    "gossip-flipped": Attack(lies="flipped", against="absent", strategy="gossip"),
+    "gossip-1e3": Attack(lies="scaled-1e3", against="absent", strategy="gossip"),
+    "gossip-stale": Attack(lies="stale", against="absent", strategy="gossip"),
+    "gossip-silent": Attack(lies="silent", against="absent", strategy="gossip"),
     "colluding": Attack(twist=_scaled(-1.0), copies="bad", against="absent", least_bad=2),
 }
 

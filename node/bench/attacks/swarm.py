@@ -6,6 +6,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +25,7 @@ from ...runner import Runner
 from ...tasks.corpora import read_text
 from ...tasks.registry import make_task
 from .bad_peers import Attack, BadPeer, Board, changed_link, invert
+from .neighbours import lie_to_neighbours
 
 LOCO: Final = {"feedback_decay": 0.95, "outer_lr": 1.0, "outer_momentum": 0.0}
 
@@ -49,6 +51,7 @@ STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
         **LOCO,
         "compressor": {"name": "topk", "k": 64, "bits": 2},
     },
+    "gossip": {"name": "gossip", "lr": 3e-3, "inner_steps": 3, "topology": "ring", "merge_every": 5},
     "spsa": {"name": "spsa", "lr": 6e-4, "probes": 4},
 }
 """What a row is called -> a run's [strategy]; all else is what new runs have."""
@@ -168,6 +171,8 @@ class _Swarm:
         link: Link = swarm.link(peer_id)
         if attack is None:
             return Runner(link)
+        if attack.lies is not None:
+            return Runner(link, on_prepared=partial(lie_to_neighbours, attack.lies))
         if attack.other_data:
             text = self._folder / "other-data.txt"
             text.write_bytes(read_text("stdlib"))

@@ -130,6 +130,8 @@ def rows_of(wanted: Wanted, train: Train = trained_quietly) -> Rows[Row]:
 
 def is_meant(attack: Attack, options: Mapping[str, Any]) -> bool:
     """For this strategy."""
+    if options["name"] == "gossip":
+        return attack.lies is not None  # most of its offers have nothing to be changed
     if attack.where_selected:
         complete = complete_new_run(options)
         return "compressor" in complete and selects_its_own(complete)
