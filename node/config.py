@@ -201,13 +201,14 @@ class Policy(Section):
 class Schedule(Section):
     """The learning-rate factor of each round."""
 
-    name: Literal["constant", "linear", "cosine"] = "linear"
+    name: Literal["constant", "linear", "cosine", "power"] = "linear"
     """`constant`: 1 after the warm-up; `linear`: the line down to `final_factor`; `cosine`: half a
-    cosine down to it."""
+    cosine down to it; `power`: the root of `warmup_rounds` / round, so that nobody need know how long the run
+    will be (about the power scheduler's, arXiv 2408.13359)."""
     warmup_rounds: Annotated[int, Field(ge=0)] = 10
     """Rounds in which the factor rises to 1, in a line."""
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The factor of the last round; `constant` has no use for it."""
+    """The factor of the last round; `constant` and `power` have no use for it."""
 
 
 class Work(Section):

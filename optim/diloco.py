@@ -84,8 +84,9 @@ class DilocoOptions(MeanOptions):
     """The inner optimizer's."""
 
     inner: str | Mapping[str, Any] = field(default_factory=lambda: dict(INNER))
-    """One of torch's optimizers and its options, but for lr and weight_decay, which stand above. "muon": Muon
-    for matrices of numbered blocks, AdamW for the rest; `lr_ratio` is Muon's rate over lr."""
+    """One of torch's optimizers and its options, but for lr and weight_decay, which stand above, or "lion"
+    (extra [lion]). "muon": Muon for matrices of numbered blocks, AdamW for the rest; `lr_ratio` is Muon's
+    rate over lr."""
 
     inner_steps: Annotated[int, Whole(1, 2**16)] = 30
     """H, of one micro-batch each, in a round."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from fractions import Fraction
+from math import isqrt
 from typing import Final
 
 from .settings import ScheduleSection
@@ -37,11 +38,14 @@ def lr_factor(schedule: ScheduleSection, round_: int, n_rounds: int) -> float:
     """Factor of round `round_` (from 1): r/warmup in the warm-up, then 1 or the line down to `final_factor`.
 
     `linear` and `cosine` are 1 in the last round of the warm-up and `final_factor` in the last round of the
-    run; between them the cosine falls as (1 + cos(pi share)) / 2.
+    run; between them the cosine falls as (1 + cos(pi share)) / 2. `power` is
+    sqrt(warmup / r), whatever the run's length.
     """
     warmup = schedule.warmup_rounds
     if round_ < warmup:
         return round_ / warmup
+    if schedule.name == "power":
+        return _root(Fraction(max(1, warmup), round_))
     if schedule.name == "constant" or n_rounds <= warmup:
         return 1.0
     done, whole = min(round_, n_rounds) - warmup, n_rounds - warmup
@@ -49,6 +53,11 @@ def lr_factor(schedule: ScheduleSection, round_: int, n_rounds: int) -> float:
         final = Fraction(schedule.final_factor)
         return float(final + (1 - final) * (1 + cos_pi(Fraction(done, whole))) / 2)
     return 1.0 - (1.0 - schedule.final_factor) * (done / whole)
+
+
+def _root(x: Fraction) -> float:
+    """By an integer's root, the same on every machine. `x`: in [0, 1]."""
+    return isqrt((x.numerator << 2 * _KEPT_BITS) // x.denominator) / (1 << _KEPT_BITS)
 
 
 def cos_pi(share: Fraction) -> Fraction:

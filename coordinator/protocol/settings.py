@@ -47,7 +47,7 @@ class PolicySection(_Section):
 
 
 class ScheduleSection(_Section):
-    name: Literal["constant", "linear", "cosine"]
+    name: Literal["constant", "linear", "cosine", "power"]
     warmup_rounds: Annotated[int, Field(ge=0)]
     final_factor: Annotated[float, Field(ge=0, le=1)]
 

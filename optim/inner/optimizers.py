@@ -1,4 +1,4 @@
-"""The inner optimizer of local training: any of torch's, as a table in a run's config names it.
+"""The inner optimizer of local training: any of torch's, or Lion, as a table in a run's config names it.
 
 For example {"name": "AdamW", "betas": [0.9, 0.95]}; learning rate and weight decay are the strategy's own. A
 name alone, "muon", means the table with that name. Muon is two of them, see `muon`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any, Final
 
 import torch
@@ -32,6 +33,12 @@ _FUSED: Final = frozenset({"Adam", "AdamW"})
 _WAYS: Final = frozenset({"fused", "foreach", "capturable", "differentiable"})
 """Options that say how to compute."""
 
+LIBRARIES: Final = {"Lion": "lion_pytorch"}
+"""Optimizers from optional packages, and the module of each: Lion (arXiv 2302.06675)."""
+
+OF_FIXED_RATES: Final = {"Lion": ("decoupled_weight_decay", "use_triton")}
+"""Options that are not taken: they go by the rate that an optimizer was made with, or have one device."""
+
 
 def inner_table(inner: str | Mapping[str, Any]) -> Mapping[str, Any]:
     """The table that is meant; names alone may be written in any case."""
@@ -52,6 +59,8 @@ def check_inner(inner: object, weight_decay: float) -> None:
         raise ConfigError(f"inner optimizer {name!r}: {nearest(name, known - REFUSED.keys())}")
     if name in REFUSED:
         raise ConfigError(f"inner optimizer {name}: {REFUSED[name]}")
+    for key in inner.keys() & set(OF_FIXED_RATES.get(name, ())):
+        raise ConfigError(f"inner.{key}: leave it out, rates follow the run's schedule and any device")
     for key in inner.keys() & {"lr", "weight_decay"}:
         raise ConfigError(f"inner.{key}: {key} is an option of the strategy itself")
     if weight_decay and not _decays(name):
@@ -61,7 +70,7 @@ def check_inner(inner: object, weight_decay: float) -> None:
             check_muon(inner)
         else:
             _kind(name)([torch.zeros(2, 2)], lr=0.1, **_options(inner))
-    except (TypeError, ValueError, RuntimeError, IndexError) as e:
+    except (TypeError, ValueError, RuntimeError, IndexError, AssertionError) as e:
         raise ConfigError(f"inner optimizer {name}: {e}") from e
 
 
@@ -133,11 +142,23 @@ def _build(
 
 @cache
 def _known() -> frozenset[str]:
-    return frozenset(n for n, kind in vars(torch.optim).items() if isinstance(kind, type)) - {"Optimizer"}
+    return (
+        frozenset(n for n, kind in vars(torch.optim).items() if isinstance(kind, type)) - {"Optimizer"}
+        | LIBRARIES.keys()
+    )
 
 
 def _kind(name: str) -> Any:
-    return getattr(torch.optim, name)
+    """Raises ConfigError: its package is not there."""
+    if name not in LIBRARIES:
+        return getattr(torch.optim, name)
+    try:
+        return getattr(import_module(LIBRARIES[name]), name)
+    except ImportError as e:
+        raise ConfigError(
+            f"inner optimizer {name} needs a package on every node ({e}): "
+            f"pip install 'thinwire[{name.lower()}]'"
+        ) from e
 
 
 @cache

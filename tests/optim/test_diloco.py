@@ -250,6 +250,32 @@ def test_the_inner_optimizer_goes_on_from_round_to_round() -> None:
         assert distance(swarm.parameters(), flat(reference.peers[0])) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["adafactor", "lion", "nadam"])
+def test_other_optimizers_by_name_learn_and_go_on_from_round_to_round(name: str) -> None:
+    if name == "lion":
+        pytest.importorskip("lion_pytorch", reason="Lion is an extra")
+    options: dict[str, Any] = {"compressor": Dense(), "inner": name, "inner_steps": 5, "weight_decay": 0.0}
+    rates = {"adafactor": 0.1, "lion": 3e-3, "nadam": 3e-3}
+    swarm = Swarm(2, lr=rates[name], outer_lr=1.0, outer_momentum=0.0, **options)
+    before = swarm.loss()
+    for round_ in range(1, 7):
+        swarm.round(round_)
+    assert swarm.loss() < 0.8 * before
+    state = next(iter(swarm.strategies[0].state.values()))["inner"]
+    assert state.get("step", 30) == 30
+    again = Diloco(net().named_parameters(), lr=rates[name], **options)
+    again.load_state_dict(copy.deepcopy(swarm.strategies[0].state_dict()))
+    kept = next(iter(again.state.values()))["inner"]
+    assert all(torch.equal(torch.as_tensor(kept[k]), torch.as_tensor(v)) for k, v in state.items())
+
+
+def test_what_lion_is_not_given_by_a_run_is_refused() -> None:
+    pytest.importorskip("lion_pytorch", reason="Lion is an extra")
+    for inner in ({"name": "Lion", "decoupled_weight_decay": True}, {"name": "Lion", "betas": [2.0, 0.9]}):
+        with pytest.raises(ConfigError, match=r"[Ll]ion|decoupled"):
+            Diloco(net().named_parameters(), compressor=Dense(), inner=inner)
+
+
 def test_the_schedule_acts_on_the_inner_rate() -> None:
     p = nn.Parameter(tensor(3))
     strategy = Diloco(

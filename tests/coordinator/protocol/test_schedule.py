@@ -47,6 +47,15 @@ def test_constant_stays_at_one() -> None:
     assert [lr_factor(section("constant", 2, 0.1), r, 5) for r in range(1, 6)] == [0.5, 1, 1, 1, 1]
 
 
+def test_power_falls_with_the_root_whatever_the_length_of_the_run() -> None:
+    power = section("power", 4, 0.1)
+    factors = [lr_factor(power, r, 10) for r in (1, 4, 16, 64, 400)]
+    assert factors == [0.25, 1.0, 0.5, 0.25, 0.1]
+    assert [lr_factor(power, r, 10**6) for r in (1, 4, 16, 64, 400)] == factors
+    assert lr_factor(section("power", 0, 0.1), 9, 10) == pytest.approx(1 / 3)
+    assert lr_factor_bits(power, 7, 10) == 0x3F41848F == float32_bits((4 / 7) ** 0.5)
+
+
 def test_a_warm_up_as_long_as_the_run_never_falls() -> None:
     assert [lr_factor(section("linear", 3, 0.1), r, 3) for r in range(1, 4)] == [1 / 3, 2 / 3, 1.0]
 
