@@ -298,7 +298,8 @@ class Compressor(ABC):
                 x = self._mean_of(t, weights, turn, senders)
                 if t.step.sign:
                     x.sign_()
-                x.mul_(t.step.scale)
+                if t.step.scale != 1.0:
+                    x.mul_(t.step.scale)
                 if t.step.decay != 1.0:
                     t.x.mul_(t.step.decay)
                 t.x.sub_(x)

@@ -407,7 +407,7 @@ class Diloco(Strategy):
         if not self.option("error_feedback"):
             return pack_all(self.ranks, self.compressor, fragment, self._phase.moved, its_turn)
         for p in fragment:
-            self._residual.of(p).mul_(self.option("feedback_decay")).add_(self._phase.moved(p))
+            self._phase.add_moved(p, self._residual.of(p), self.option("feedback_decay"))
         return self._residual.send(fragment, its_turn, self.counters[decays], 1.0)
 
     def _kept(self, parameter: Parameter, n_decays: int) -> float:

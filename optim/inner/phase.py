@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compression.kernels import use_numba
 from ...compression.scratch import scratch
 from ..base import Parameter, Strategy
 from ..parts.gradients import local_gradients, norm
@@ -105,6 +106,17 @@ class InnerPhase:
         if outer.device.type != "cpu" or not outer.is_contiguous():
             return (outer - parameter.local).reshape(-1)
         return torch.sub(outer, parameter.local, out=scratch(outer.numel()).view(outer.shape)).view(-1)
+
+    def add_moved(self, parameter: Parameter, residual: Tensor, decay: float) -> None:
+        """residual = decay residual + `moved`. One rounding per operation."""
+        outer: Tensor = self._strategy.state[parameter.tensor]["outer"]
+        inner = parameter.local
+        if use_numba(outer, inner, residual) and outer.is_contiguous() and inner.is_contiguous():
+            from ..parts.outer_cpu import add_moved
+
+            add_moved(residual, outer.view(-1), inner.view(-1), decay)
+        else:
+            residual.mul_(decay).add_(self.moved(parameter))
 
     def forget(self, parameters: Sequence[Parameter]) -> None:
         """These start from the outer parameters."""
