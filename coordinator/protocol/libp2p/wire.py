@@ -31,7 +31,7 @@ class Kind(IntEnum):
     CONNECT = 1
     STREAM_OPEN = 2
     STREAM_HANDLER = 3
-    DISCONNECT = 8
+    DISCONNECT = 7
     STAY = 9  # the daemon lives as long as a connection that has said this
 
 

@@ -14,7 +14,9 @@ from thinwire.coordinator.protocol.libp2p.wire import (
     Answer,
     BadWords,
     Incoming,
+    Kind,
     connect,
+    disconnect,
     framed,
     packed,
     read_framed,
@@ -29,16 +31,19 @@ RSA = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 @pytest.fixture(scope="module")
 def multiaddr() -> ModuleType:
     """hivemind's package of that name, without the rest of it."""
+    return _of_hivemind("its_multiaddr", "utils/multiaddr/__init__.py")
+
+
+def _of_hivemind(name: str, path: str) -> ModuleType:
     hivemind = find_spec("hivemind")
     assert hivemind is not None
     assert hivemind.submodule_search_locations is not None
-    folder = Path(hivemind.submodule_search_locations[0]) / "utils" / "multiaddr"
-    spec = spec_from_file_location("its_multiaddr", folder / "__init__.py")
+    spec = spec_from_file_location(name, Path(hivemind.submodule_search_locations[0]) / path)
     assert spec is not None
     assert spec.loader is not None
-    sys.modules["its_multiaddr"] = package = module_from_spec(spec)
-    spec.loader.exec_module(package)
-    return package
+    sys.modules[name] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,15 @@ def test_requests_are_as_the_daemon_s_definition_has_them() -> None:
     assert stream_handler("/a", "x") == b"\x08\x03\x22" + framed(
         b"\x0a" + framed(socket) + b"\x12\x01x\x18\x00"
     )
+
+
+def test_requests_have_the_numbers_of_the_daemon_s_definition() -> None:
+    """The daemon answers one that it does not know as if it had done it."""
+    theirs = dict(_of_hivemind("its_p2pd_pb2", "proto/p2pd_pb2.py").Request.Type.items())
+    ours = {kind.name: kind.value for kind in Kind if kind is not Kind.STAY}
+    assert ours == {name: theirs[name] for name in ours}
+    assert theirs["PERSISTENT_CONN_UPGRADE"] == Kind.STAY
+    assert disconnect(PEER) == b"\x08\x07\x3a" + framed(b"\x0a" + packed(f"/p2p/{PEER}")[2:])
 
 
 def test_answers_are_read_and_what_is_none_is_refused() -> None:
