@@ -14,7 +14,7 @@ New runs, by their compressor (docs/strategies.md has what was measured):
 
     diloco, where peers select their own coefficients (topk, dct_topk): SparseLoCo as published, the mean
         over the senders of a coefficient, outer_lr 1, no outer momentum, feedback_decay 0.95
-    diloco with another one, or with none named (dense, e3m0), or with control: outer_lr 0.7,
+    diloco with another one, or with none named (dense, 4 bits), or with control: outer_lr 0.7,
         outer_momentum 0.6
     decoupled, base adamw: the mean over the senders, and, as the momentum is its first moment, adam_beta1 0,
         adam_beta2 0.95
@@ -110,7 +110,7 @@ DECOUPLED_RUNS: Final[Values] = {
 }
 
 DILOCO_RUNS: Final[Values] = {
-    "compressor": {"name": "dense", "bits": "e3m0"},
+    "compressor": {"name": "dense", "bits": 4, "group_size": 128},
     "mean": _mean,
     "sender_floor": _sender_floor,
     "outer_lr": _by_compressor(1.0, 0.7),

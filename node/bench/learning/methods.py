@@ -189,7 +189,7 @@ def _loco_reference(text: Text, shape: Shape, tried: Try, **options: Any) -> nn.
     )
 
 
-DENSE: Final[dict[str, Any]] = {"compressor": {"name": "dense", "bits": "e3m0"}}
+DENSE: Final[dict[str, Any]] = {"compressor": {"name": "dense", "bits": 4, "group_size": 128}}
 SPARSE: Final[dict[str, Any]] = {
     "compressor": {"name": "topk", "k": K, "bits": 2, "indices": "rice"},
     "feedback_decay": 0.95,
