@@ -103,7 +103,7 @@ _LOW: Final = ({"rank": 2, "interval": 10}, {"rank": 2, "interval": 40})
 
 TRIED: Final[dict[str, Method]] = {
     "alone-snoo": Method(partial(_averaged, adamw, alone=True), None, _tries((2e-3, 4e-3), _SNOO)),
-    "alone-gpa": Method(partial(_averaged, adamw, alone=True), None, _tries((4e-3, 1e-2), _STEPS)),
+    "alone-gpa": Method(partial(_averaged, adamw, alone=True), None, _tries((2e-3, 4e-3), _STEPS)),
     "decoupled-snoo": Method(partial(_averaged, decoupled), None, _tries((2e-3, 5e-3), _SNOO)),
     "decoupled-gpa": Method(partial(_averaged, decoupled), None, _tries((5e-3, 1e-2), _STEPS)),
     "diloco-snoo": Method(_local_snoo, None, _tries((2e-3, 4e-3), _SNOO)),
