@@ -24,7 +24,7 @@ SETTINGS = {
     "run.snapshot_every": 10,
     "strategy.compressor.name": "dct_topk",
     "strategy.compressor.group_size": 65536,
-    "strategy.compressor.k": 64,
+    "strategy.compressor.k": 96,
 }
 N_CHUNKS = 3
 
