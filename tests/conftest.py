@@ -335,6 +335,16 @@ def _running_children() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
-            if child.status() != psutil.STATUS_ZOMBIE and (forker is None or child.pid != forker.pid):
+            of_this_process = (forker is not None and child.pid == forker.pid) or _helps_multiprocessing(
+                child
+            )
+            if child.status() != psutil.STATUS_ZOMBIE and not of_this_process:
                 found.append(child)
     return found
+
+
+def _helps_multiprocessing(process: psutil.Process) -> bool:
+    """What Python keeps, once there was a pool of processes, until this one ends."""
+    said = " ".join(process.cmdline())
+    helps = any(f"from multiprocessing.{name} import" in said for name in ("forkserver", "resource_tracker"))
+    return helps and process.ppid() == os.getpid()

@@ -41,14 +41,18 @@ def outside(
     return {"ledger": ledger, "blobs": blobs, "names": names, "rejected": rejected, "keep": keep}
 
 
-def saved(derived: DerivedState, blobs: BlobStore, around: _Outside) -> bytes:
-    """As it is after the newest commit."""
+def saved(derived: DerivedState, blobs: BlobStore, around: _Outside) -> bytes | None:
+    """As it is after the newest commit; None: it has what cannot be kept, which is a fault of this code."""
     names = {id(thing): name for name, thing in around.items()}
 
     def name_of(thing: object) -> str | None:
         return _QUIET_LOG if isinstance(thing, QuietLog) else names.get(id(thing))
 
-    return _format() + encode([derived, blobs.counted()], name_of)
+    try:
+        return _format() + encode([derived, blobs.counted()], name_of)
+    except Unkept as e:
+        log.warning("no checkpoint of the ledger can be made (%s): the next start reads all of it", e)
+        return None
 
 
 def restored(data: bytes, around: _Outside) -> DerivedState | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from enum import Enum
 from types import MethodType
 from typing import Any, Final, NoReturn
@@ -20,7 +20,7 @@ from typing import Any, Final, NoReturn
 import msgpack
 
 _PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes})
-_REF, _TUPLE, _FROZEN, _ENUM, _METHOD, _NAMED = range(6)
+_REF, _TUPLE, _FROZEN, _ENUM, _METHOD, _NAMED, _FIELDS = range(7)
 _CONTAINERS: Final[dict[str, type]] = {t.__name__: t for t in (list, dict, set, Counter, int)}
 _PACKAGE: Final = __name__.rpartition(".checkpoints")[0]
 
@@ -71,14 +71,23 @@ class _Writer:
         kind = type(x)
         if kind in _PLAIN:
             return x
+        if (name := self._name_of(x)) is not None:
+            return [_NAMED, name]
+        return self._immutable(x, kind) or self._numbered(x)
+
+    def _immutable(self, x: Any, kind: type) -> list[Any] | None:
+        """None: it is not, and may be shared."""
         if kind in (tuple, frozenset):
             return [_TUPLE if kind is tuple else _FROZEN, self._values(x)]
         if isinstance(x, Enum):
             return [_ENUM, *_name_of(kind), x.name]
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            return [_FIELDS, *_name_of(kind), self._values(x)]
         if isinstance(x, MethodType):
             return [_METHOD, self.value(x.__self__), x.__name__]
-        if (name := self._name_of(x)) is not None:
-            return [_NAMED, name]
+        return None
+
+    def _numbered(self, x: Any) -> list[Any]:
         number = self._numbers.setdefault(id(x), len(self._objects))
         if number == len(self._objects):
             self._objects.append(x)
@@ -145,6 +154,8 @@ class _Reader:
                     found = _method_of(self._value(of), name)
                 case [5, name]:
                     found = self._named(name)
+                case [6, module, cls, values]:
+                    found = _fields_of(_class_of(module, cls))(self._values(values))
                 case _:
                     raise Unkept(f"no value: {x!r:.80}")
         return found
@@ -186,6 +197,13 @@ def _class_of(module: str, name: str) -> type:
     if not isinstance(found, type) or found.__module__ != module:
         raise Unkept(f"{module}.{name} is no class that is kept")
     return found
+
+
+def _fields_of(cls: type) -> Callable[[Sequence[Any]], Any]:
+    if not issubclass(cls, tuple):
+        raise Unkept(f"{cls.__qualname__} is no named tuple")
+    make: Callable[[Sequence[Any]], Any] = cls._make  # type: ignore[attr-defined]
+    return make
 
 
 def _method_of(thing: Any, name: str) -> Any:

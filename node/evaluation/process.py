@@ -83,7 +83,7 @@ def _export_pretrained(job: Job, folder: Path, export: Path) -> None:
 
 def _step_back() -> None:
     """Training goes first: on the processor, and on the disk."""
-    os.nice(19)
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
     import psutil
 
     with contextlib.suppress(OSError, AttributeError, psutil.Error):

@@ -27,7 +27,7 @@ OLD_PROBES = (("strategy.bound", 0.0), ("strategy.clip", 10.0), ("strategy.max_p
 UNBOUNDED = (("strategy.bound", 0.0),)
 
 BY_LEDGER = {name: options for name, options in STRATEGIES.items() if options["name"] != "gossip"}
-"""What gossip's peers lie about goes from node to node: see tests/node/gossip and `thinwire bench attacks`."""
+"""What gossip's peers lie about goes from node to node: `thinwire bench attacks` has rows for that."""
 
 ROWS = [
     (strategy, name)

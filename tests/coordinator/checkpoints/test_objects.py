@@ -10,6 +10,7 @@ import msgpack
 import pytest
 
 from thinwire.coordinator.checkpoints.objects import Unkept, decode, encode
+from thinwire.coordinator.observe.peer_sizes import Size
 from thinwire.coordinator.observe.trend import Trend
 from thinwire.coordinator.protocol.messages import Change, NodeState
 from thinwire.coordinator.rounds import Rounds
@@ -34,7 +35,7 @@ def through(x: Any) -> Any:
             defaultdict(list, {1: [2]}),
             defaultdict(Counter),
         ],
-        [NodeState.LEAVING, Change(key="run.rounds", value=7)],
+        [NodeState.LEAVING, Change(key="run.rounds", value=7), Size(1.5, 0.0, 3)],
     ],
 )
 def test_values_come_back_as_they_were(x: Any) -> None:
@@ -90,6 +91,8 @@ def test_other_things_are_not_kept(x: Any) -> None:
         [["list", [[4, [0, 0], "append"]]]],
         [["list", [[5, "nothing"]]]],
         [["list", [[77]]]],
+        [["list", [[6, "thinwire.coordinator.rounds", "Rounds", []]]]],
+        [["list", [[6, "thinwire.coordinator.observe.peer_sizes", "Size", [1]]]]],
         [["list", 5]],
         [["dict", [1], []]],
         [["defaultdict", [], [], "eval"]],

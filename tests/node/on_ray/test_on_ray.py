@@ -10,6 +10,7 @@ import sys
 import threading
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +206,15 @@ def is_gone(name: str) -> Callable[[Mapping[str, Any]], bool]:
 
 def pid_of(actor: str) -> int:
     """The process of the only actor of this class; Ray gives processes such titles."""
-    processes = psutil.Process().children(recursive=True)
-    (process,) = [p for p in processes if f"ray::{actor}" in " ".join(p.cmdline())]
+    (process,) = [p for p in psutil.Process().children(recursive=True) if f"ray::{actor}" in title(p)]
     return process.pid
+
+
+def title(process: psutil.Process) -> str:
+    """None of one that has just ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 @pytest.mark.swarm
