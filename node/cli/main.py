@@ -10,8 +10,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import tyro
 
@@ -51,6 +52,22 @@ Command = Annotated[
 ]
 
 
+_COMPUTING = frozenset({"verify", "snapshots"})
+"""Threads that may still be inside of a kernel when all else is over."""
+
+
+def entry() -> NoReturn:
+    """The program. Ends at once where a thread still computes: an interpreter that is torn down around it
+    crashes now and then (SIGSEGV, SIGABRT), after everything was done."""
+    code = main()
+    if any(thread.daemon and thread.name in _COMPUTING for thread in threading.enumerate()):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The `thinwire` command. Returns the exit code."""
     return until_the_pipe_is_closed(lambda: _run(sys.argv[1:] if argv is None else argv))
@@ -87,4 +104,4 @@ def _run(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -299,3 +299,18 @@ def test_metrics_are_served(thinwire: Start, run_file: Path) -> None:
         'thinwire_device_memory_used_bytes{device="cpu"}',
     ):
         assert name in texts[1], texts[1]
+
+
+@pytest.mark.parametrize("name", ["verify", "other"])
+def test_the_program_is_not_torn_down_around_a_thread_that_computes(name: str) -> None:
+    script = f"""
+import atexit, sys, threading, time
+from thinwire.node.cli.main import entry
+atexit.register(print, "torn down")
+threading.Thread(target=time.sleep, args=(60,), name={name!r}, daemon=True).start()
+sys.argv = ["thinwire", "--version"]
+entry()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("thinwire ")
+    assert ("torn down" in done.stdout) == (name == "other")
