@@ -1,12 +1,25 @@
-"""TCP ports of this machine."""
+"""Ports for servers that have to be told one beforehand."""
 
 from __future__ import annotations
 
+import itertools
+import os
 import socket
+
+FIRST, LAST = 10_000, 32_000
+"""Below those that a system gives out by itself: to whoever asks for any while this one is not bound yet."""
+
+_numbers = itertools.count((os.getpid() * 131) % (LAST - FIRST))
 
 
 def free_port() -> int:
-    """Of 127.0.0.1, at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Of 127.0.0.1, at this moment; not the same twice."""
+    for number in _numbers:
+        port = FIRST + number % (LAST - FIRST)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("numbers do not end")
