@@ -31,8 +31,7 @@ A payload has what the compressor needs for every parameter of the fragment, and
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -46,14 +45,13 @@ from ..compression.kernels import use_numba
 from .auditing.evidence import Evidence, excused
 from .auditing.gradients import compared, no_gradients
 from .auditing.scores import cosines, mean_cosines
-from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
+from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, refuse_names
 from .facts import Facts, KnownUpdate
 from .inner.control import MEAN as CONTROL_MEAN
 from .inner.control import NONE, Control
-from .inner.muon import NAME as MUON
-from .inner.muon import refuse_split, split_in_words
-from .inner.optimizers import check_inner, inner_table
+from .inner.optimizers import check_inner
 from .inner.phase import InnerPhase
+from .inner.training import InnerTraining
 from .options import Number, Whole, keywords_of
 from .parts.clip import Weighing
 from .parts.fragments import fragments_of
@@ -166,7 +164,7 @@ def _check_control(options: type[DilocoOptions], entries: Mapping[str, Any]) -> 
             )
 
 
-class Diloco(Strategy):
+class Diloco(InnerTraining):
     """See the module's docstring. Replicated: the outer parameters, their momentum, the mean of control.
     Local: the inner optimizer's state, error feedback, sends of open fate, inner parameters that go on from
     round to round, this peer's control.
@@ -211,23 +209,12 @@ class Diloco(Strategy):
         self._control = Control(self, self.compressor, self._phase)
         super().__init__(named_parameters, options)
         self.fragments()  # raises ConfigError for more than there are
-        if self._has_muon:
-            refuse_split(inner_table(self.option("inner")), self.parameters_in_order())
+        self._refuse_muon_alone()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         refuse_other_packing(state_dict, self.compressor)
         super().load_state_dict(state_dict)
         self._deadline_s = None
-
-    @property
-    def _has_muon(self) -> bool:
-        return bool(inner_table(self.option("inner"))["name"] == MUON)
-
-    def told(self) -> str | None:
-        if not self._has_muon:
-            return None
-        inner = inner_table(self.option("inner"))
-        return split_in_words(inner, self.parameters_in_order(), float(self.option("lr")))
 
     def replicated_state(self, parameter: Parameter) -> dict[str, Tensor]:
         names = ["outer_momentum"] if self.option("outer_momentum") != 0.0 else []
@@ -246,10 +233,6 @@ class Diloco(Strategy):
             self._control.of(parameter)
         elif self.option("error_feedback"):
             self._residual.of(parameter)
-
-    def replicated_value(self, parameter: Parameter) -> Tensor:
-        value: Tensor = self._phase.entry(parameter, "outer", parameter.local)
-        return value
 
     # --------------------------------------------------------------------------------- fragments
 
@@ -273,14 +256,13 @@ class Diloco(Strategy):
 
     def propose(self, draw: Draw, turn: Turn) -> Payload:
         """Inner steps, one drawn batch each. Puts the parameters back, and clears the gradients."""
-        self._start(turn)
+        self._begin(turn)
         self.n_ahead = self.n_batches = self.counters.pop("ahead", 0)
         with self._inner_training():
             while self.n_batches == 0 or not self._is_enough(self.n_batches):
                 self._train_on(draw(), turn)
                 self.n_batches += 1
-            self.last_loss = sum(self._losses) / len(self._losses) if self._losses else None
-            self._losses = []
+            self._round_is_trained()
             self.zero_grad(set_to_none=True)  # their memory is needed to send
             return self._send(turn)
 
@@ -304,37 +286,11 @@ class Diloco(Strategy):
             self.count("ahead")
         return True
 
-    def absorb_gradients(self, turn: Turn) -> bool:
-        n_done = self.counters.get("inner", 0)
-        if n_done == 0 or self._deadline_s is None:
-            self._start(turn)
-        if self._is_enough(n_done + 1):
-            return False
-        self._phase.enter()
-        self._inner_step(0.0, turn)
-        self.count("inner")
-        return True
+    @property
+    def _has_begun(self) -> bool:
+        return self._deadline_s is not None
 
-    def propose_from_grad(self, turn: Turn) -> Payload:
-        if self.counters.get("inner", 0) == 0:
-            self._start(turn)
-        self._phase.enter()
-        try:
-            self._inner_step(0.0, turn)
-            self.n_batches = self.counters.pop("inner", 0) + 1
-            return self._send(turn)
-        finally:
-            self._leave()
-
-    def resume(self) -> None:
-        self._phase.enter()
-
-    @contextmanager
-    def replica(self) -> Iterator[None]:
-        with self._phase.outer_in_place():
-            yield
-
-    def _start(self, turn: Turn) -> None:
+    def _begin(self, turn: Turn) -> None:
         """The clock of the round starts."""
         self._follow(turn)
         self._deadline_s = self.clock() + float(self.option("max_seconds"))
@@ -359,34 +315,16 @@ class Diloco(Strategy):
         self.counters.pop("ahead", None)
         self._losses = []
 
-    @contextmanager
-    def _inner_training(self) -> Iterator[None]:
-        """The model has the inner parameters meanwhile; no gradients are left."""
-        self._phase.enter()
-        try:
-            yield
-        finally:
-            self.zero_grad(set_to_none=True)
-            self._leave()
-
-    def _train_on(self, closure: Closure, turn: Turn) -> None:
-        """One inner step."""
-        self.zero_grad(set_to_none=True)
-        loss = backward(closure, self.ranks)
-        if self._inner_step(loss, turn):
-            self._losses.append(loss)
-
     def _is_enough(self, n_steps: int) -> bool:
         """Whether the round has had all its inner steps, or its time."""
-        if n_steps >= self.batches:
+        if super()._is_enough(n_steps):
             return True
         if self.option("max_seconds") == 0 or self._deadline_s is None:
             return False
         return any(self.ranks.sums([float(self.clock() >= self._deadline_s)]))  # all ranks stop together
 
     def _inner_step(self, loss: float, turn: Turn) -> bool:
-        done = self._phase.step(loss, turn.lr_factor)
-        self.count("dropped_batches", not done)
+        done = super()._inner_step(loss, turn)
         if done and self._control.is_on:
             self._control.correct()
         return done

@@ -37,14 +37,12 @@ from ...compression.base import Compressor, Field, Fields, Packed, Payload, Turn
 from ...compression.codecs.dense import Dense
 from ...compression.errors import BadPayload, ConfigError
 from ...compression.exact import exact_arithmetic
-from ..base import Closure, Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
+from ..base import Draw, NamedParameters, Own, Parameter, Share, refuse_names
 from ..facts import Facts, KnownUpdate
-from ..inner.muon import NAME as MUON
-from ..inner.muon import refuse_split, split_in_words
-from ..inner.optimizers import check_inner, inner_table
+from ..inner.optimizers import check_inner
 from ..inner.phase import InnerPhase
+from ..inner.training import InnerTraining
 from ..options import Number, Whole, keywords_of
-from ..parts.gradients import backward
 from ..parts.packing import pack_all
 from ..parts.updating import updating
 from ..robust.means import decode_mean
@@ -146,7 +144,7 @@ class GossipOptions(BoundedOptions):
             )
 
 
-class Gossip(Strategy):
+class Gossip(InnerTraining):
     """See the module's docstring. Replicated: the reference model. Local: x_i, the inner optimizer's state,
     A2CiD2's momentum.
 
@@ -203,8 +201,7 @@ class Gossip(Strategy):
             )
         if self.ranks.count > 1:
             raise ConfigError("gossip trains on one rank of a node: start it with --ranks 1")
-        if self._has_muon:
-            refuse_split(inner_table(self.option("inner")), self.parameters_in_order())
+        self._refuse_muon_alone()
 
     def _new_mixing(self) -> Mixing:
         if self.option("mixing") == "choco":
@@ -221,20 +218,6 @@ class Gossip(Strategy):
         super().__setstate__(state)
         self._phase, self._open = InnerPhase(self), None
         self.mixing = self._new_mixing()
-
-    @property
-    def _has_muon(self) -> bool:
-        return bool(inner_table(self.option("inner"))["name"] == MUON)
-
-    def told(self) -> str | None:
-        if not self._has_muon:
-            return None
-        inner = inner_table(self.option("inner"))
-        return split_in_words(inner, self.parameters_in_order(), float(self.option("lr")))
-
-    def replicated_value(self, parameter: Parameter) -> torch.Tensor:
-        value: torch.Tensor = self._phase.entry(parameter, "outer", parameter.local)
-        return value
 
     def is_merge(self, turn: Turn) -> bool:
         """Whether the round changes the reference model."""
@@ -263,46 +246,15 @@ class Gossip(Strategy):
         self._follow(turn)
         self.n_batches = 0
         is_new = not self.has_own_model
-        with self._own_training():
+        with self._inner_training():
             self._mix_in(turn)
             if is_new:
                 self._borrow(turn)
             while self.n_batches < self.batches:
                 self._train_on(draw(), turn)
                 self.n_batches += 1
-            self.last_loss = sum(self._losses) / len(self._losses) if self._losses else None
-            self._losses = []
-            return self._finish(turn)
-
-    def absorb_gradients(self, turn: Turn) -> bool:
-        n_done = self.counters.get("inner", 0)
-        if n_done == 0:
-            self._follow(turn)
-        if n_done + 1 >= self.batches:
-            return False
-        self._phase.enter()
-        self._inner_step(0.0, turn)
-        self.count("inner")
-        return True
-
-    def propose_from_grad(self, turn: Turn) -> Payload:
-        if self.counters.get("inner", 0) == 0:
-            self._follow(turn)
-        self._phase.enter()
-        try:
-            self._inner_step(0.0, turn)
-            self.n_batches = self.counters.pop("inner", 0) + 1
-            return self._finish(turn)
-        finally:
-            self._phase.leave(is_kept=True)
-
-    def resume(self) -> None:
-        self._phase.enter()
-
-    @contextmanager
-    def replica(self) -> Iterator[None]:
-        with self._phase.outer_in_place():
-            yield
+            self._round_is_trained()
+            return self._send(turn)
 
     @contextmanager
     def own_model(self) -> Iterator[None]:
@@ -314,12 +266,18 @@ class Gossip(Strategy):
         try:
             yield
         finally:
-            self._phase.leave(is_kept=True)
+            self._leave()
 
     @property
     def has_own_model(self) -> bool:
         """Whether x_i is another one than the reference model."""
         return any(self._phase.entry(p, "live") is not None for p in self.parameters_in_order())
+
+    def _begin(self, turn: Turn) -> None:
+        self._follow(turn)
+
+    def _leave(self) -> None:
+        self._phase.leave(is_kept=True)
 
     def _follow(self, turn: Turn) -> None:
         """What belongs to a replica that was moved to another round has nothing to do with it."""
@@ -334,30 +292,8 @@ class Gossip(Strategy):
         for p in parameters:
             self.mixing.merged(p)
 
-    @contextmanager
-    def _own_training(self) -> Iterator[None]:
-        """The model has x_i meanwhile; no gradients are left."""
-        self._phase.enter()
-        try:
-            yield
-        finally:
-            self.zero_grad(set_to_none=True)
-            self._phase.leave(is_kept=True)
-
-    def _train_on(self, closure: Closure, turn: Turn) -> None:
-        """One inner step."""
-        self.zero_grad(set_to_none=True)
-        loss = backward(closure, self.ranks)
-        if self._inner_step(loss, turn):
-            self._losses.append(loss)
-
-    def _inner_step(self, loss: float, turn: Turn) -> bool:
-        done = self._phase.step(loss, turn.lr_factor)
-        self.count("dropped_batches", not done)
-        return done
-
     @torch.no_grad()
-    def _finish(self, turn: Turn) -> Payload:
+    def _send(self, turn: Turn) -> Payload:
         """After the local steps."""
         self.count("dropped_rounds", self._phase.start_over_unless_finite())
         if self.is_merge(turn):
