@@ -13,16 +13,22 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
-from enum import Enum
+from enum import Enum, IntEnum
 from types import MethodType
 from typing import Any, Final, NoReturn
 
 import msgpack
 
 _PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes})
-_REF, _TUPLE, _FROZEN, _ENUM, _METHOD, _NAMED, _FIELDS = range(7)
 _CONTAINERS: Final[dict[str, type]] = {t.__name__: t for t in (list, dict, set, Counter, int)}
 _PACKAGE: Final = __name__.rpartition(".checkpoints")[0]
+
+
+class _Tag(IntEnum):
+    """What begins a value that is not plain."""
+
+    REF, TUPLE, FROZEN, ENUM, METHOD, NAMED, FIELDS = range(7)
+
 
 NameOf = Callable[[Any], str | None]
 """Of what belongs to the process; None: it does not."""
@@ -72,26 +78,26 @@ class _Writer:
         if kind in _PLAIN:
             return x
         if (name := self._name_of(x)) is not None:
-            return [_NAMED, name]
+            return [_Tag.NAMED, name]
         return self._immutable(x, kind) or self._numbered(x)
 
     def _immutable(self, x: Any, kind: type) -> list[Any] | None:
         """None: it is not, and may be shared."""
         if kind in (tuple, frozenset):
-            return [_TUPLE if kind is tuple else _FROZEN, self._values(x)]
+            return [_Tag.TUPLE if kind is tuple else _Tag.FROZEN, self._values(x)]
         if isinstance(x, Enum):
-            return [_ENUM, *_name_of(kind), x.name]
+            return [_Tag.ENUM, *_name_of(kind), x.name]
         if isinstance(x, tuple) and hasattr(x, "_fields"):
-            return [_FIELDS, *_name_of(kind), self._values(x)]
+            return [_Tag.FIELDS, *_name_of(kind), self._values(x)]
         if isinstance(x, MethodType):
-            return [_METHOD, self.value(x.__self__), x.__name__]
+            return [_Tag.METHOD, self.value(x.__self__), x.__name__]
         return None
 
     def _numbered(self, x: Any) -> list[Any]:
         number = self._numbers.setdefault(id(x), len(self._objects))
         if number == len(self._objects):
             self._objects.append(x)
-        return [_REF, number]
+        return [_Tag.REF, number]
 
     def _values(self, xs: Collection[Any]) -> list[Any]:
         return list(xs) if set(map(type, xs)) <= _PLAIN else [self.value(x) for x in xs]
@@ -142,19 +148,19 @@ class _Reader:
         found: Any = x
         if isinstance(x, list):
             match x:
-                case [0, number]:
+                case [_Tag.REF, number]:
                     found = self.object(number)
-                case [1, values]:
+                case [_Tag.TUPLE, values]:
                     found = tuple(self._values(values))
-                case [2, values]:
+                case [_Tag.FROZEN, values]:
                     found = frozenset(self._values(values))
-                case [3, module, cls, name]:
+                case [_Tag.ENUM, module, cls, name]:
                     found = _class_of(module, cls)[name]  # type: ignore[index]
-                case [4, of, name]:
+                case [_Tag.METHOD, of, name]:
                     found = _method_of(self._value(of), name)
-                case [5, name]:
+                case [_Tag.NAMED, name]:
                     found = self._named(name)
-                case [6, module, cls, values]:
+                case [_Tag.FIELDS, module, cls, values]:
                     found = _fields_of(_class_of(module, cls))(self._values(values))
                 case _:
                     raise Unkept(f"no value: {x!r:.80}")
@@ -167,8 +173,7 @@ class _Reader:
 def _empty(contents: list[Any]) -> Any:
     match contents:
         case ["object", module, name, _]:
-            cls = _class_of(module, name)
-            return object.__new__(cls)
+            return object.__new__(_class_of(module, name))
         case ["deque", _, maxlen]:
             return deque(maxlen=maxlen)
         case ["defaultdict", _, _, factory]:
