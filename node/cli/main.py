@@ -61,10 +61,7 @@ def entry() -> NoReturn:
     crashes now and then (SIGSEGV, SIGABRT), after everything was done."""
     code = main()
     if any(thread.daemon and thread.name in _COMPUTING for thread in threading.enumerate()):
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        os._exit(code)  # `main` has flushed what was printed
     sys.exit(code)
 
 
