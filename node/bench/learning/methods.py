@@ -19,7 +19,7 @@ from .averaging import MakeAveraging, no_averaging
 from .demo import train_demo
 from .labels import labels
 from .loco import Loco, train_data_parallel, train_loco
-from .mezo import train_mezo
+from .mezo import Lozo, train_mezo
 from .swarm import Trained, train
 from .text import Learnt, Text, Weights, linear
 
@@ -204,7 +204,8 @@ def _spsa(text: Learnt, shape: Shape, tried: Try, *, alone: bool) -> Trained:
     return trained(text, strategy, 1 if alone else shape.n_peers, shape.n_rounds)
 
 
-def _mezo(text: Learnt, shape: Shape, tried: Try) -> nn.Module:
+def mezo(text: Learnt, shape: Shape, tried: Try, lozo: Lozo | None = None) -> nn.Module:
+    """See `train_mezo`."""
     return train_mezo(
         text,
         lr=tried.lr,
@@ -212,6 +213,7 @@ def _mezo(text: Learnt, shape: Shape, tried: Try) -> nn.Module:
         n_rounds=shape.n_rounds,
         n_probes=PROBES,
         schedule=linear(shape.n_rounds),
+        lozo=lozo,
     )
 
 
@@ -279,8 +281,8 @@ METHODS: Final[dict[str, Method]] = {
         partial(loco, **SPARSE), partial(_loco_reference, k=K, mean="senders"), _SPARSE_TRIES
     ),
     "spsa-alone": Method(partial(_spsa, alone=True), None, _PROBE_RATES, "other text"),
-    "spsa": Method(partial(_spsa, alone=False), _mezo, _PROBE_RATES, "other text"),
-    "spsa-labels": Method(partial(_spsa, alone=False), _mezo, _LABEL_RATES, "labels"),
+    "spsa": Method(partial(_spsa, alone=False), mezo, _PROBE_RATES, "other text"),
+    "spsa-labels": Method(partial(_spsa, alone=False), mezo, _LABEL_RATES, "labels"),
 }
 IN_LONG: Final = ("ddp", "decoupled", "muloco")
 

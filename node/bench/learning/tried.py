@@ -14,12 +14,10 @@ from functools import partial
 from itertools import product
 from typing import Any, Final
 
-from torch import nn
-
 from .averaging import Gpa, MakeAveraging, Snoo
 from .loco import Loco, train_loco
-from .methods import DENSE, METHODS, PROBES, Method, Shape, Try, adamw, decoupled, loco
-from .mezo import Lozo, train_mezo
+from .methods import DENSE, METHODS, PROBES, Method, Shape, Try, adamw, decoupled, loco, mezo
+from .mezo import Lozo
 from .swarm import Trained
 from .text import Learnt, Text, linear
 
@@ -67,16 +65,8 @@ def _local_snoo(text: Text, shape: Shape, tried: Try, **options: Any) -> Trained
 
 
 def _lozo(text: Learnt, shape: Shape, tried: Try) -> Trained:
-    low = Lozo(**{name: int(value) for name, value in tried.own})
-    model: nn.Module = train_mezo(
-        text,
-        lr=tried.lr,
-        n_peers=shape.n_peers,
-        n_rounds=shape.n_rounds,
-        n_probes=PROBES,
-        schedule=linear(shape.n_rounds),
-        lozo=low,
-    )
+    lozo = Lozo(**{name: int(value) for name, value in tried.own})
+    model = mezo(text, shape, tried, lozo)
     n_bytes = 4.0 * PROBES * shape.n_rounds
     return Trained(model, n_bytes, ((n_bytes, text.loss(model)),))
 
