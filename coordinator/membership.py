@@ -14,6 +14,10 @@ RECONNECT_S = 2.0
 """A peer whose connection broke stays what it was for this long, and so does one that has just come back
 until it says what it does."""
 
+LATE_S = 1.0
+"""Whoever's time was up that long ago, or others' was, without anybody looking: this process stood still, and
+what they have said meanwhile may be unread. They have `RECONNECT_S` more."""
+
 
 class PeerState(StrEnum):
     JOINING = "joining"
@@ -79,6 +83,7 @@ class _Peer:
     """Without a session: gone then. With one: joining then, unless it has said that it trains."""
     looked_at_s: float | None = None
     """When its time may be up at the earliest: it stands in the heap."""
+    spared_until_s: float = 0.0
 
 
 class Membership:
@@ -194,10 +199,10 @@ class Membership:
         return None
 
     def _up_s(self, peer: _Peer) -> float:
-        silent_s = peer.seen_s + self._silence_s
-        if peer.session is None:
-            return silent_s if peer.grace_until_s is None else peer.grace_until_s
-        return silent_s if peer.grace_until_s is None else min(silent_s, peer.grace_until_s)
+        up_s = peer.seen_s + self._silence_s
+        if peer.grace_until_s is not None:
+            up_s = peer.grace_until_s if peer.session is None else min(up_s, peer.grace_until_s)
+        return max(up_s, peer.spared_until_s)
 
     def _opened(self, peer: int, session: int, now_s: float, actions: list[Became]) -> None:
         self._newest_session[peer] = session
@@ -229,10 +234,16 @@ class Membership:
             self._become(peer, _STATE_OF[known.said], "heard of again", actions)
 
     def _expire(self, now_s: float, actions: list[Became]) -> None:
+        if not self._due or self._due[0][0] > now_s:
+            return
+        first_s = self.wake_s()
+        stood_still = first_s is not None and now_s > first_s + LATE_S
         for peer in self._take_due(now_s):
             known = self._peers[peer]
             if known.state is PeerState.GONE or now_s < self._up_s(known):
                 pass
+            elif stood_still:
+                known.spared_until_s = now_s + RECONNECT_S
             elif known.session is None:
                 self._become(peer, PeerState.GONE, "connection lost", actions, "connection_lost")
             elif now_s >= known.seen_s + self._silence_s:

@@ -604,9 +604,12 @@ class CoordinatorServer:
             await asyncio.to_thread(self._checkpoint(CHECKPOINT_ROUNDS))
 
     async def _beat(self) -> None:
-        """Heartbeats to every node."""
+        """Heartbeats to every node. Time in which this process stood still is no silence of theirs."""
+        every_s = self._settings.network.heartbeat_s
         while True:
-            await asyncio.sleep(self._settings.network.heartbeat_s)
+            began_s = time.monotonic()
+            await asyncio.sleep(every_s)
+            overslept_s = time.monotonic() - began_s - every_s
             sent, received = self.meter.totals()
             if self._stream_server is None:
                 continue
@@ -616,7 +619,7 @@ class CoordinatorServer:
                 received_bytes=received,
                 payload_bytes=self.meter.received["payload"],
             )
-            self._stream_server.beat(beat, self._silence_limit_s)
+            self._stream_server.beat(beat, self._silence_limit_s + overslept_s)
 
 
 def _write_checkpoint(write: Callable[[], None]) -> None:

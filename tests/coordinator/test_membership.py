@@ -121,19 +121,37 @@ def test_a_recalled_peer_that_never_comes_back_has_trained() -> None:
     assert members.takes_part(0)
 
 
+def test_who_could_not_be_heard_while_the_coordinator_stood_still_is_not_gone() -> None:
+    members = new(2)
+    for peer in (0, 1):
+        members.handle(SessionOpened(peer, 1), 0.0)
+        members.handle(StateSaid(peer, NodeState.TRAINING), 0.0)
+    back_s = SILENCE_S + 5.0
+    assert members.handle(SignOfLife(0), back_s) == []
+    assert members.training() == [0, 1, 2]
+    assert members.wake_s() == back_s + RECONNECT_S
+    gone = members.handle(TimePassed(), back_s + RECONNECT_S)
+    assert [(action.peer, action.cause) for action in gone] == [(1, "silent"), (2, "connection_lost")]
+    assert members.training() == [0]
+
+
 PEERS = st.integers(0, 2)
 STEPS = st.one_of(
     st.tuples(st.sampled_from(["open", "close", "life"]), PEERS, st.none()),
     st.tuples(st.just("say"), PEERS, st.sampled_from(NodeState)),
-    st.tuples(st.just("wait"), st.just(0), st.sampled_from([0.1, 1.0, 1.9, 2.0, 5.0, 11.0])),
+    st.tuples(
+        st.sampled_from(["wait", "stall"]), st.just(0), st.sampled_from([0.1, 1.0, 1.9, 2.0, 5.0, 11.0])
+    ),
 )
 
 
 @given(st.lists(STEPS, max_size=60), st.frozensets(PEERS))
 @settings(max_examples=150)
 def test_any_schedule(script: list[tuple[str, int, Any]], recalled: frozenset[int]) -> None:
-    """Nobody is alive for longer than the rules give, and every change is told exactly once."""
+    """Nobody is alive for longer than the rules give, and every change is told exactly once. In a stall
+    nobody looks: there is some time more then."""
     members, now_s, sessions = Membership(SILENCE_S, recalled, 0.0), 0.0, [0, 0, 0]
+    spared_s = 0.0
     told = {p: PeerState.TRAINING if p in recalled else PeerState.GONE for p in range(3)}
     opened, heard_s, closed_s = set[int](), [0.0] * 3, [0.0] * 3
     for what, peer, extra in script:
@@ -142,7 +160,14 @@ def test_any_schedule(script: list[tuple[str, int, Any]], recalled: frozenset[in
         event: MembershipEvent = TimePassed()
         match what:
             case "wait":
+                end_s = now_s + extra
+                while (wake_s := members.wake_s()) is not None and wake_s < end_s:
+                    for action in members.handle(event, wake_s):
+                        told[action.peer] = action.state
+                now_s = end_s
+            case "stall":
                 now_s += extra
+                spared_s = now_s + RECONNECT_S
             case "open":
                 sessions[peer] += 1
                 event = SessionOpened(peer, sessions[peer])
@@ -163,7 +188,7 @@ def test_any_schedule(script: list[tuple[str, int, Any]], recalled: frozenset[in
         assert told == {p: members.state(p) for p in range(3)}
         for p in members.alive():
             grace_s = RECONNECT_S if sessions[p] else SILENCE_S
-            assert now_s < (heard_s[p] + SILENCE_S if p in opened else closed_s[p] + grace_s)
+            assert now_s < max(spared_s, heard_s[p] + SILENCE_S if p in opened else closed_s[p] + grace_s)
         wake_s = members.wake_s()
         assert (wake_s is None) == (not members.alive())
         assert wake_s is None or wake_s > now_s
