@@ -28,6 +28,7 @@ from pydantic import (
 from ..compression.errors import ConfigError
 from ..coordinator.protocol.identity import public_key_of
 from ..coordinator.protocol.settings import Keep
+from .run_files.edges import with_edges
 
 ENV_PREFIX = "THINWIRE_"
 
@@ -366,6 +367,8 @@ def load_config(
         if value is not None:
             said[key] = "configuration" if path is None else f"--set {key}={_as_typed(value)}"
             _put(data, key, value, said[key])
+    if isinstance(strategy := data.get("strategy"), dict):
+        data["strategy"] = with_edges(strategy)
     return _validated(data, str(path) if path else "configuration", said)
 
 

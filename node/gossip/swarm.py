@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ...compression.errors import ConfigError
 from ...optim.base import Strategy
@@ -15,10 +15,11 @@ _BORROW_S = 20.0
 
 
 class SwarmNeighbours:
-    """See `Neighbours`. `counted`: peer ids in the newest commit that the replica has applied."""
+    """See `Neighbours`. `counted`: peers in the newest commit that the replica has applied, by id, and the
+    index of each."""
 
     def __init__(
-        self, me: str, link: NeighbourLink, counted: Callable[[], Sequence[str]], patience_s: float
+        self, me: str, link: NeighbourLink, counted: Callable[[], Mapping[str, int]], patience_s: float
     ) -> None:
         self._me, self._link, self._counted, self._patience_s = me, link, counted, patience_s
 
@@ -26,7 +27,7 @@ class SwarmNeighbours:
     def me(self) -> str:
         return self._me
 
-    def peers(self) -> Sequence[str]:
+    def peers(self) -> Mapping[str, int]:
         return self._counted()
 
     def exchange(self, round_: int, with_: Sequence[str], data: bytes) -> Exchange:
@@ -42,7 +43,7 @@ class _OnLink:
     they are waited for, so that nobody waits for a neighbour that is slow, frozen or gone."""
 
     def __init__(
-        self, link: NeighbourLink, round_: int, counted: Callable[[], Sequence[str]], patience_s: float
+        self, link: NeighbourLink, round_: int, counted: Callable[[], Mapping[str, int]], patience_s: float
     ) -> None:
         self._link, self._round, self._counted, self._patience_s = link, round_, counted, patience_s
 
@@ -58,4 +59,9 @@ def meet_neighbours(replica: Replica, link: NeighbourLink | None) -> None:
     if link is None:
         raise ConfigError("gossip needs streams between nodes, which this network does not have: use join")
     patience_s = float(strategy.option("patience_s"))
-    strategy.neighbours = SwarmNeighbours(replica.peer_id, link, lambda: replica.counted, patience_s)
+
+    def counted() -> dict[str, int]:
+        indices = {peer: index for index, peer in replica.peers.items()}
+        return {peer: indices[peer] for peer in replica.counted}
+
+    strategy.neighbours = SwarmNeighbours(replica.peer_id, link, counted, patience_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 
@@ -24,8 +24,9 @@ class Neighbours(Protocol):
         """This peer's name."""
         ...
 
-    def peers(self) -> Sequence[str]:
-        """Who trains now: those whose offers the newest commit counted, in the same order for all."""
+    def peers(self) -> Mapping[str, int]:
+        """Who trains now: those whose offers the newest commit counted, by name, each with the number that it
+        came in with; the same for all."""
         ...
 
     def exchange(self, round_: int, with_: Sequence[str], data: bytes) -> Exchange:

@@ -50,6 +50,7 @@ from ..robust.options import NEW_RUNS, BoundedOptions
 from ..robust.weights import weighed
 from .borrowing import Borrowed, median_of
 from .choco import ChocoMixing
+from .edges import check_edges
 from .meeting import Meeting, meeting
 from .merging import check_merge_every, is_full, is_merge, last_merge, takes_part
 from .mixing import Mixed, Mixing, ModelMixing
@@ -96,7 +97,13 @@ class GossipOptions(BoundedOptions):
     changes that any compressor packs."""
 
     topology: Topology = "random"
-    """Who exchanges with whom: a ring, 2^k steps along it in turns, random partners, everybody."""
+    """Who exchanges with whom: a ring, 2^k steps along it in turns, random partners, all, or `edges`."""
+
+    edges: tuple[tuple[int, ...], ...] = ()
+    """Of topology "file": pairs of peers by the numbers that they came in with, [[0, 1], [1, 2]]."""
+
+    topology_file: str = ""
+    """A file of edges, two numbers a line, which becomes `edges` in record 0 when the run is founded."""
 
     degree: Annotated[int, Whole(1, 64)] = 1
     """Partners in a round of the "random" topology."""
@@ -132,6 +139,7 @@ class GossipOptions(BoundedOptions):
         super().check(entries)
         check_inner(entries["inner"], entries["weight_decay"])
         check_merge_every(entries["merge_every"])
+        _check_graph(entries)
         if entries["mixing"] == "choco" and entries["topology"] not in FIXED:
             raise ConfigError(
                 f'mixing = "choco" with topology = "{entries["topology"]}": neighbours know each other\'s '
@@ -142,6 +150,16 @@ class GossipOptions(BoundedOptions):
                 f'degree = {entries["degree"]}: of topology = "random", without a2cid2, which takes one '
                 "partner at a time"
             )
+
+
+def _check_graph(entries: Mapping[str, Any]) -> None:
+    """Raises ConfigError."""
+    if entries["topology_file"]:
+        raise ConfigError("topology_file is read by those who found a run: here edges are needed")
+    if entries["topology"] == "file":
+        check_edges(entries["edges"])
+    elif len(entries["edges"]):
+        raise ConfigError(f'edges with topology = "{entries["topology"]}": they are of topology = "file"')
 
 
 class Gossip(InnerTraining):
@@ -163,6 +181,7 @@ class Gossip(InnerTraining):
         fitted="inner_steps",
         changeable=("lr", "weight_decay", "max_grad_norm", "clip", "bound", "own_data_share"),
         in_runs={**NEW_RUNS, "bound": 1.25, "compressor": EIGHT_BITS},
+        only_with={"edges": (), "topology_file": ()},
         small_model={"lr": 1e-3},
         compressor=EIGHT_BITS,
         is_audited=False,  # a peer's model is its own
@@ -323,6 +342,7 @@ class Gossip(InnerTraining):
             turn,
             in_pairs=self.option("mixing") == "a2cid2",
             degree=self.option("degree"),
+            of_file=self.option("edges"),
         )
         message = self.mixing.message(self.met)
         exchange = self.neighbours.exchange(turn.round, list(self.met.weights), message)

@@ -4,6 +4,7 @@
     exponential  i with i - 2^k and i + 2^k, k = round mod ceil(log2 n): log2 n rounds bring all to all
     random       pairs, others in every round
     complete     everybody with everybody
+    file         who the run file says (`edges`), as far as both train now
 
 Everybody draws the same graph. For methods that take one edge at a time (A2CiD2) a matching of it is drawn:
 no peer has more than one partner in a round.
@@ -26,14 +27,14 @@ from typing import Final, Literal, TypeVar
 import numpy as np
 from blake3 import blake3
 
-Topology = Literal["ring", "exponential", "random", "complete"]
+Topology = Literal["ring", "exponential", "random", "complete", "file"]
 
 T = TypeVar("T")
 
 Edge = tuple[int, int]
-"""Numbers of two peers, the lower one first."""
+"""Places of two peers in the order of their names, the lower one first."""
 
-FIXED: Final = frozenset(("ring", "complete"))
+FIXED: Final = frozenset(("ring", "complete", "file"))
 """The same edges in every round, while the same peers train."""
 
 _DRAWS: Final = 64
@@ -62,12 +63,11 @@ def edges_of(topology: Topology, n_peers: int, round_: int, seed: int, degree: i
     return sorted({_edge(i, (i + step) % n) for i in range(n) if (i + step) % n != i})
 
 
-def matching_of(topology: Topology, n_peers: int, round_: int, seed: int) -> list[Edge]:
-    """Edges of the graph of which no two have a peer in common, and none could be added. `round_`, `seed`: as
-    of `edges_of`; for "exponential" of the union of its rounds' graphs."""
+def matching_of(edges: Sequence[Edge], seed: int) -> list[Edge]:
+    """Those of which no two have a peer in common, and none could be added. `seed`: as of `edges_of`."""
     taken: set[int] = set()
     found = []
-    for i, j in _shuffled(_union(topology, n_peers), seed, 0):
+    for i, j in _shuffled(edges, seed, 0):
         if i not in taken and j not in taken:
             taken |= {i, j}
             found.append((i, j))
@@ -81,15 +81,14 @@ def mixing_weight(edges: Sequence[Edge], i: int, j: int) -> float:
 
 
 @lru_cache(maxsize=64)
-def matching_spectrum(topology: Topology, n_peers: int) -> Spectrum:
-    """Of matchings, one in a round."""
-    edges = _union(topology, n_peers)
-    n_taken = sum(len(matching_of(topology, n_peers, r, r)) for r in range(_DRAWS))
+def matching_spectrum(edges: tuple[Edge, ...], n_peers: int) -> Spectrum:
+    """Of matchings of these, one in a round."""
+    n_taken = sum(len(matching_of(edges, r)) for r in range(_DRAWS))
     return spectrum(edges, n_peers, n_taken / (_DRAWS * max(1, len(edges))))
 
 
 def spectrum(edges: Sequence[Edge], n_peers: int, rate: float) -> Spectrum:
-    """Of a connected graph whose edges are all taken `rate` times in a round."""
+    """Of a graph whose edges are all taken `rate` times in a round; where it is in pieces, of the worst."""
     if not edges:
         return Spectrum(1.0, 1.0)
     laplacian = np.zeros((n_peers, n_peers))
@@ -98,11 +97,13 @@ def spectrum(edges: Sequence[Edge], n_peers: int, rate: float) -> Spectrum:
         laplacian[[i, j], [j, i]] -= rate
     inverse = np.linalg.pinv(laplacian)
     resistances = [inverse[i, i] + inverse[j, j] - 2 * inverse[i, j] for i, j in edges]
-    return Spectrum(chi1=float(1 / np.linalg.eigvalsh(laplacian)[1]), chi2=float(max(resistances) / 2))
+    lambdas = np.linalg.eigvalsh(laplacian)
+    slowest = min(x for x in lambdas if x > 1e-9 * lambdas[-1])  # zero once for each piece
+    return Spectrum(chi1=float(1 / slowest), chi2=float(max(resistances) / 2))
 
 
-def _union(topology: Topology, n_peers: int) -> list[Edge]:
-    """All edges that any round has."""
+def union_of(topology: Topology, n_peers: int) -> list[Edge]:
+    """All edges that any round has; not of a "file"."""
     if topology in FIXED:
         return edges_of(topology, n_peers, 0, 0)
     if topology == "random":

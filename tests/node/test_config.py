@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,33 @@ def test_what_the_coordinator_keeps_is_checked_and_is_not_in_record_0() -> None:
     assert kept.to_json() == load_config(None, {}, {}).to_json()
     with pytest.raises(ConfigError, match='keep = "everything": write "all", "snapshots" or a size'):
         load_config(None, {"run.keep": "everything"}, {})
+
+
+def test_a_file_of_edges_goes_into_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "graph").write_text("# a path\n0 1\n1 2  # its end\n\n")
+    text = f"[strategy]\nname = 'gossip'\ntopology_file = '{tmp_path / 'graph'}'\n"
+    config = load_config(write(tmp_path, text), environ={})
+    assert config.strategy == {"name": "gossip", "topology": "file", "edges": [[0, 1], [1, 2]]}
+    assert parse_config(config.to_json()) == config
+    build_strategy(config.strategy, [("x", torch.nn.Parameter(torch.zeros(4)))])
+
+
+@pytest.mark.parametrize(
+    ("graph", "why"),
+    [
+        ("0 1\n1\n", "line 2: '1', but an edge is two"),
+        ("0 one\n", "line 1: '0 one'"),
+        ("0 1\n1 0\n", "0 1 is there twice"),
+        ("0 99999999999\n", "no pair"),
+        ("# nothing\n", "needs edges"),
+        ("".join(f"0 {i}\n" for i in range(1, 4098)), "line 4097: more than 4096"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_bad_file_of_edges_is_refused(tmp_path: Path, graph: str | None, why: str) -> None:
+    path = tmp_path / "graph"
+    if graph is not None:
+        path.write_text(graph)
+    with pytest.raises(ConfigError, match=re.escape(why)) as e:
+        load_config(None, {"strategy.name": "gossip", "strategy.topology_file": str(path)}, environ={})
+    assert "strategy.topology_file" in str(e.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from thinwire.optim.gossip.neighbours import Exchange
@@ -10,12 +10,13 @@ from thinwire.optim.gossip.neighbours import Exchange
 
 @dataclass
 class Board:
-    """`peers`: who trains now. `lost`: (sender, receiver, round) -> that message does not arrive. `changed`:
-    what arrives in place of a message."""
+    """`peers`: by their numbers; who is not `absent` trains now. `lost`: (sender, receiver, round) -> that
+    message does not arrive. `changed`: what arrives in place of a message."""
 
     peers: list[str]
     lost: Callable[[str, str, int], bool] = lambda sender, receiver, round_: False
     changed: Callable[[str, bytes], bytes] = lambda sender, data: data
+    absent: set[str] = field(default_factory=set)
     posts: dict[str, dict[int, tuple[list[str], bytes]]] = field(default_factory=dict)
     """By sender and round."""
     n_messages: int = 0
@@ -31,8 +32,9 @@ class OnBoard:
     board: Board
     me: str
 
-    def peers(self) -> Sequence[str]:
-        return self.board.peers
+    def peers(self) -> Mapping[str, int]:
+        board = self.board
+        return {peer: number for number, peer in enumerate(board.peers) if peer not in board.absent}
 
     def exchange(self, round_: int, with_: Sequence[str], data: bytes) -> Exchange:
         self.board.posts.setdefault(self.me, {})[round_] = list(with_), data

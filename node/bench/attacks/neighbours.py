@@ -29,7 +29,7 @@ class LyingNeighbours:
     def me(self) -> str:
         return self._honest.me
 
-    def peers(self) -> Sequence[str]:
+    def peers(self) -> Mapping[str, int]:
         return self._honest.peers()
 
     def borrow(self) -> list[tuple[int, bytes]]:

@@ -30,7 +30,8 @@ def strategy_of(runner: Runner) -> Gossip:
 def test_nodes_mix_their_models_and_end_with_one_reference_model(tmp_path: Path) -> None:
     """Of six rounds the last one merges; the first one has no exchange, as nobody was counted before it. Who
     evaluates may miss a commit, and then the next exchange."""
-    config = config_of({**GOSSIP, "merge_every": "end"}, eval_every=100)
+    all_edges = {"topology": "file", "edges": [[0, 1], [0, 2], [1, 2]]}
+    config = config_of({**GOSSIP, **all_edges, "merge_every": "end"}, eval_every=100)
     results, runners, status = train(tmp_path, config, 3)
     assert len({result.fingerprint for result in results}) == 1
     held_out = dict(status["held_out"])

@@ -17,7 +17,7 @@ from thinwire.compression.errors import BadPayload, ConfigError
 from thinwire.optim.base import Closure, Share
 from thinwire.optim.gossip.merging import first_merge, is_merge
 from thinwire.optim.gossip.strategy import Gossip
-from thinwire.optim.gossip.topology import Edge, Spectrum, edges_of, matching_of, matching_spectrum
+from thinwire.optim.gossip.topology import Edge, Spectrum, edges_of, matching_of, matching_spectrum, union_of
 from thinwire.optim.registry import build_strategy, complete_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +106,7 @@ def mean(peers: Sequence[Peer]) -> Tensor:
         {"topology": "random"},
         {"topology": "random", "degree": 2},
         {"topology": "complete"},
+        {"topology": "file", "edges": [[0, 1], [3, 1], [2, 3]]},
         {"topology": "ring", "mixing": "a2cid2"},
         {"topology": "random", "mixing": "a2cid2"},
         {"topology": "ring", "compressor": {"name": "dense", "bits": 8}},
@@ -136,10 +137,11 @@ def test_a_round_of_a2cid2_is_the_papers() -> None:
     run(peers, range(1, 2))
     x_PN = torch.stack([p.own() for p in peers])
     ahead_PN = x_PN.clone()
-    chis = matching_spectrum("ring", 6)
+    ring = tuple(union_of("ring", 6))
+    chis = matching_spectrum(ring, 6)
     for round_ in range(1, 7):
         x_PN, ahead_PN = flowed(x_PN, ahead_PN, chis)
-        for i, j in matching_of("ring", 6, round_, 1000 + round_):
+        for i, j in matching_of(ring, 1000 + round_):
             m = x_PN[i] - x_PN[j]
             for peer, sign in ((i, 1), (j, -1)):
                 x_PN[peer] -= sign * m / 2
@@ -168,12 +170,13 @@ def test_a2cid2_is_nearer_to_consensus_on_a_ring_of_32_than_plain_gossip_after_a
         x = x + sum_of_pulls(x, edges, 1 / 3)
     plain = float(np.abs(x).mean())
     x, lead, sent, round_ = start.copy(), np.zeros_like(start), 0, 0
-    chis = matching_spectrum("ring", n)
+    ring = tuple(union_of("ring", n))
+    chis = matching_spectrum(ring, n)
     left, more = exp(-1 / sqrt(chis.chi1 * chis.chi2)), sqrt(chis.chi1 / chis.chi2) - 1
     while sent < n_messages:
         round_ += 1
         x, lead = x + (1 - left) / 2 * lead, left * lead
-        edges = matching_of("ring", n, round_, round_)
+        edges = matching_of(ring, round_)
         pulls = sum_of_pulls(x, edges, 1 / 2)
         x, lead, sent = x + pulls, lead + more * pulls, sent + 2 * len(edges)
     assert float(np.abs(x).mean()) < 0.1 * plain
@@ -229,6 +232,18 @@ def test_a_neighbour_of_a_thousand_times_the_size_moves_nobody_far(mixing: str) 
         if p.number != 2:
             assert (p.own() - p.target).norm() < 4 * usual
     assert sum(p.strategy.counters.get("clipped", 0) for p in peers) > 0
+
+
+@pytest.mark.parametrize("mixing", ["plain", "a2cid2"])
+def test_of_a_graph_from_a_file_peers_that_are_not_there_are_left_out(mixing: str) -> None:
+    """Without peer 1 the path 0-1-2-3 has an end that mixes, and a peer that nobody mixes with."""
+    board, peers = swarm(4, topology="file", edges=[[0, 1], [1, 2], [2, 3], [7, 8]], mixing=mixing)
+    board.absent = {"peer-1"}
+    run([p for p in peers if p.number != 1], range(1, 14))
+    torch.testing.assert_close(peers[0].own(), peers[0].target)
+    torch.testing.assert_close(peers[2].own(), peers[3].own(), atol=0.1, rtol=0)
+    assert peers[2].strategy.met is not None
+    assert list(peers[2].strategy.met.weights) == ["peer-3"]
 
 
 def test_choco_asks_a_neighbour_that_it_lost_for_all_of_its_model_once() -> None:
@@ -336,10 +351,16 @@ def test_payloads_of_other_rounds_are_refused() -> None:
     [
         ({"compressor": {"name": "topk"}}, "sends whole models"),
         ({"compressor": {"name": "dct_topk"}, "mixing": "a2cid2"}, "sends whole models"),
-        ({"mixing": "choco", "topology": "random"}, "topology = complete or ring"),
-        ({"mixing": "choco", "topology": "exponential"}, "topology = complete or ring"),
+        ({"mixing": "choco", "topology": "random"}, "topology = complete or file or ring"),
+        ({"mixing": "choco", "topology": "exponential"}, "topology = complete or file or ring"),
         ({"degree": 2, "topology": "ring"}, "degree = 2"),
         ({"degree": 2, "mixing": "a2cid2"}, "one partner at a time"),
+        ({"topology": "file"}, "needs edges"),
+        ({"topology": "ring", "edges": [[0, 1]]}, 'of topology = "file"'),
+        ({"topology": "file", "edges": [[0, 1], [1, 1]]}, "1 1 joins a peer to itself"),
+        ({"topology": "file", "edges": [[0, 1], [1, 0]]}, "0 1 is there twice"),
+        ({"topology": "file", "edges": [[0, -1]]}, "no pair"),
+        ({"topology": "file", "edges": [[0, 1]], "topology_file": "x"}, "who found a run"),
         ({"merge_every": 0}, "merge_every = 0"),
         ({"merge_every": "never"}, '"end"'),
         ({"merge_every": True}, "merge_every = True"),

@@ -6,7 +6,15 @@ from math import cos, pi
 
 import pytest
 
-from thinwire.optim.gossip.topology import Edge, Topology, edges_of, matching_of, mixing_weight, spectrum
+from thinwire.optim.gossip.topology import (
+    Edge,
+    Topology,
+    edges_of,
+    matching_of,
+    mixing_weight,
+    spectrum,
+    union_of,
+)
 
 TOPOLOGIES: list[Topology] = ["ring", "exponential", "random", "complete"]
 SIZES = (2, 3, 4, 5, 8, 9)
@@ -42,7 +50,7 @@ def test_all_are_connected_and_weights_are_doubly_stochastic(topology: Topology,
 @every_topology
 @pytest.mark.parametrize("n", SIZES)
 def test_a_matching_has_every_peer_once_and_could_not_be_larger(topology: Topology, n: int) -> None:
-    drawn = [matching_of(topology, n, r, r) for r in range(20)]
+    drawn = [matching_of(union_of(topology, n), r) for r in range(20)]
     for edges in drawn:
         met = [peer for edge in edges for peer in edge]
         assert len(met) == len(set(met))
