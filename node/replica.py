@@ -27,6 +27,7 @@ from ..coordinator.protocol.schedule import float32_of_bits
 from ..coordinator.protocol.settings import Course, strategy_options
 from ..coordinator.protocol.trust.paces import Paces
 from ..coordinator.protocol.trust.standing import Standing
+from ..coordinator.protocol.trust.worked import Worked
 from ..optim.base import Own, Round, Share, Strategy
 from ..optim.parts.clip import Weighing
 from ..optim.registry import build_strategy
@@ -124,8 +125,10 @@ class Replica:
         self._genesis = genesis
         self._unchanged = {name: strategy.option(name) for name in strategy.facts.changeable}
         self.course = Course.of(genesis.config)
-        by_pace = strategy.param_groups[0].get("pace", "none") != "none"
-        self.standing = Standing(run_id, self.course.settings.audits, Paces() if by_pace else None)
+        options, rules = strategy.param_groups[0], self.course.settings.audits
+        paces = Paces() if options.get("pace", "none") != "none" else None
+        worked = Worked() if options.get("weights") == "work" else None
+        self.standing = Standing(run_id, rules, paces, worked)
         self._seed = parse_config(genesis.config).run.seed
         self._lr_factor = float32_of_bits(genesis.lr_factor_bits)
         self._layout_hash = layout_hash(genesis)
@@ -303,7 +306,7 @@ class Replica:
             shares.append(
                 Share(
                     seed,
-                    offer.n_samples,
+                    self._n_samples(offer, peer_id, turn),
                     payload,
                     own_data=offer.own_data,
                     is_new=offer.peer in newcomers,
@@ -317,6 +320,16 @@ class Replica:
             own_counted = own_counted or peer_id == self.peer_id
         ahead.senders = senders
         return with_copies(shares, sent), own_counted
+
+    def _n_samples(self, offer: OfferEntry, peer_id: str, turn: Turn) -> int:
+        """What the offer counts for: its own samples, or also those of its peer's rounds before."""
+        worked = self.standing.worked
+        if worked is None:
+            return offer.n_samples
+        after = self.strategy.counts_after(turn, lambda round_: round_seed(self.run_id, round_, peer_id))
+        if after is None:
+            return offer.n_samples
+        return worked.samples(offer.peer, after, turn.round)
 
     def _refuse_non_finite(self, last: int) -> None:
         """What is not finite once stays so: one look after a batch is enough."""

@@ -53,6 +53,7 @@ NamedParameters = Iterable[tuple[str, torch.nn.Parameter]] | Iterable[dict[str, 
 @dataclass(frozen=True, slots=True)
 class Share:
     """One counted offer, as a strategy sees it. `seed`: that peer's unsigned 64-bit seed of the round.
+    `n_samples`: of the offer, or of all its peer's offers that `Strategy.counts_after` lets count.
 
     `own_data`: made from data that others do not have. `n_copies`: how many offers of the round have this
     very payload, itself among them. `is_new`: the last audit of its peer's offers has not passed, or there
@@ -307,6 +308,11 @@ class Strategy(torch.optim.Optimizer):
     def merged(self, round_: int, n_rounds: int) -> int:
         """The last round up to this one that changes the replica, of a run of so many; 0: none does."""
         return round_
+
+    def counts_after(self, turn: Turn, seed_of: Callable[[int], int]) -> int | None:
+        """The last round whose samples of a peer, with these seeds of rounds, do not count in the turn's mean
+        any more; None: only the turn's own do."""
+        return None
 
     @property
     def has_own_model(self) -> bool:

@@ -4,10 +4,14 @@ merge_every = R        after rounds R, 2 R, ... and after the last one
 merge_every = "end"    once, at 99.7% of the rounds ("A single merging suffices"), and after the last one
 participation = S      each peer takes part with this probability, which its seed of the round decides; in the
                        last round all do
+
+A peer counts by what it has done since the merge that it last went on from, be it in many rounds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from ...compression.base import Turn
@@ -17,6 +21,10 @@ END: Final = "end"
 
 _PER_MILLE: Final = 997
 """Of the rounds, before which nothing is merged with `END`."""
+
+
+_MOST_MISSED: Final = 1000
+"""Merges."""
 
 
 def check_merge_every(value: object) -> None:
@@ -59,6 +67,20 @@ def is_full(participation: float, turn: Turn) -> bool:
 def takes_part(participation: float, turn: Turn, seed: int) -> bool:
     """Whether a peer with this seed of the round does."""
     return is_full(participation, turn) or seed < int(participation * 2.0**64)
+
+
+def last_taken(
+    merge_every: int | str, participation: float, all_take: bool, turn: Turn, seed_of: Callable[[int], int]
+) -> int:
+    """The last merge before the turn's that a peer with these seeds went on from; 0: there was none. A run
+    that was made longer is taken as if it always had been. After many merges without the peer that is enough.
+    """
+    round_ = turn.round
+    for _ in range(_MOST_MISSED):
+        round_ = last_merge(merge_every, round_ - 1, turn.n_rounds)
+        if round_ == 0 or all_take or takes_part(participation, replace(turn, round=round_), seed_of(round_)):
+            break
+    return round_
 
 
 def _single(n_rounds: int) -> int:

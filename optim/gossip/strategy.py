@@ -26,7 +26,7 @@ Sources: algorithms of arXiv 2306.08289 (A2CiD2), 1902.00340 (CHOCO-SGD), and "A
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -52,7 +52,7 @@ from .borrowing import Borrowed, median_of
 from .choco import ChocoMixing
 from .edges import check_edges
 from .meeting import Meeting, meeting
-from .merging import check_merge_every, is_full, is_merge, last_merge, takes_part
+from .merging import check_merge_every, is_full, is_merge, last_merge, last_taken, takes_part
 from .mixing import Mixed, Mixing, ModelMixing
 from .neighbours import Exchange, Neighbours
 from .topology import FIXED, Topology
@@ -63,6 +63,8 @@ EIGHT_BITS: Final = {"name": "dense", "bits": 8}
 
 _RECENT_ROUNDS: Final = 100
 """A neighbour's model that is older than that is not taken over."""
+
+_COUNT_BITS: Final = 16
 
 DISTANCE: Final = ":distance"
 """In the payload of a round that does not merge: L2, to the median neighbour's model when they last met."""
@@ -126,9 +128,9 @@ class GossipOptions(BoundedOptions):
     patience_s: Annotated[float, Number(at_least=0, at_most=600)] = 5.0
     """For neighbours whose models are under way when the next round begins, at most."""
 
-    weights: Literal["samples", "equal"] = "samples"
-    """In merges offers count by their samples, up to twice their median (without `bound`: `clip` times), or
-    alike."""
+    weights: Literal["samples", "equal", "work"] = "samples"
+    """In merges peers count alike, or by the samples of that round or of all rounds ("work") since the merge
+    that they went on from, up to twice their median (without `bound`: `clip` times)."""
 
     clip: Annotated[float, Number(at_least=1)] = 10.0
     """Without `bound`: no offer's L1 norm or samples count for more than this many times their median in the
@@ -180,7 +182,7 @@ class Gossip(InnerTraining):
         batches=("inner_steps",),
         fitted="inner_steps",
         changeable=("lr", "weight_decay", "max_grad_norm", "clip", "bound", "own_data_share"),
-        in_runs={**NEW_RUNS, "bound": 1.25, "compressor": EIGHT_BITS},
+        in_runs={**NEW_RUNS, "bound": 1.25, "weights": "work", "compressor": EIGHT_BITS},
         only_with={"edges": (), "topology_file": ()},
         small_model={"lr": 1e-3},
         compressor=EIGHT_BITS,
@@ -245,6 +247,12 @@ class Gossip(InnerTraining):
     def merged(self, round_: int, n_rounds: int) -> int:
         """The reference model changes at merges only."""
         return last_merge(self.option("merge_every"), round_, n_rounds)
+
+    def counts_after(self, turn: Turn, seed_of: Callable[[int], int]) -> int | None:
+        if self.option("weights") != "work" or not self.is_merge(turn):
+            return None
+        participation, all_take = self.option("participation"), self.option("takes") == "s2a"
+        return last_taken(self.option("merge_every"), participation, all_take, turn, seed_of)
 
     def fields(self, turn: Turn | None = None) -> Fields:
         packs = {p.name: self.merging.fields(p.part.entire) for p in self.parameters_in_order()}
@@ -418,7 +426,7 @@ class Gossip(InnerTraining):
             for share in shares
             if takes_part(participation, turn, share.seed) and not _is_silent(share.payload, fields)
         ]
-        w = weighed(self, self.merging, parameters, counted, turn, clips_norms=True)
+        w = weighed(self, self.merging, parameters, _in_range(counted), turn, clips_norms=True)
         self.weighing = w if len(counted) == len(shares) else None
         goes_on = is_full(participation, turn) or self.option("takes") == "s2a"
         goes_on = goes_on or takes_part(participation, turn, turn.own_seed)
@@ -430,6 +438,14 @@ class Gossip(InnerTraining):
                     theta.sub_(decode_mean(kind, self.merging, device, packs, w, p.part, turn))
             if goes_on:
                 self._forget([p])
+
+
+def _in_range(shares: Sequence[Share]) -> list[Share]:
+    """Samples of any number of rounds, divided by a power of two until their median is a count that means are
+    weighed by."""
+    usual = sorted(share.n_samples for share in shares)[(len(shares) - 1) // 2] if shares else 0
+    n_bits = max(0, usual.bit_length() - _COUNT_BITS)
+    return [replace(share, n_samples=share.n_samples >> n_bits) for share in shares]
 
 
 def _is_silent(payload: Payload, fields: Fields) -> bool:

@@ -8,8 +8,11 @@ import numpy as np
 import torch
 
 from tests.node.test_batches import DECOUPLED, KEY, PEERS, SPSA, commit_of, inline, replica_of
+from thinwire.compression.base import Payload
+from thinwire.compression.codecs.dense import Dense
 from thinwire.coordinator.protocol.messages import Admission, Commit, OfferEntry, encode_record
 from thinwire.node.replica import Replica
+from thinwire.optim.gossip.strategy import DISTANCE
 from thinwire.optim.spsa import CODES
 
 SHARED = {**SPSA, "shared_noise": True}
@@ -88,3 +91,30 @@ def test_what_became_of_every_peer_can_be_read() -> None:
     assert other.size > 1e3
     assert other.kept < 1e-2
     assert applied([{"peer": 0, "codes": A}], {**SPSA, "bound": 0.0}).weighed == {}
+
+
+def test_in_a_merge_of_gossip_peers_count_by_all_that_they_have_done_since_the_last_one() -> None:
+    """Peer 0 has offered in three rounds, peer 1 in the last one: its weight is twice the other's, as more is
+    not. In the merge after that both have done as much."""
+    for weights, expected in (("work", -1 / 3), ("samples", 0.0)):
+        replica = replica_of({"name": "gossip", "merge_every": 3, "weights": weights})
+        before = {name: t.clone() for name, t in replica.tensors().items()}
+        for round_ in range(1, 7):
+            said = gossip_payloads(replica, 1 if round_ < 3 else 2)
+            commit = commit_of(round_, replica.digest, [b"0", b"1"][: len(said)])
+            replica.apply(commit, lambda offer: said[offer.peer], offered=False)  # noqa: B023 - called here
+            for name, t in replica.tensors().items() if round_ >= 3 else ():
+                torch.testing.assert_close(t, before[name] + expected, atol=1e-3, rtol=0)
+
+
+def gossip_payloads(replica: Replica, n: int) -> list[bytes]:
+    """Of the next round: in a merge peer 0 has moved by -1 everywhere, and peer 1 by 1."""
+    turn, strategy = replica.turn(), replica.strategy
+    payloads: list[Payload] = [{DISTANCE: (torch.zeros(1),)}] * 2
+    if turn.round % 3 == 0:
+        parameters, merging = strategy.parameters_in_order(), Dense(bits=8)
+        payloads = [
+            {p.name: merging.pack(torch.full((p.part.n_local,), x), p.part, turn) for p in parameters}
+            for x in (1.0, -1.0)
+        ]
+    return [replica.encode(payload, turn) for payload in payloads[:n]]

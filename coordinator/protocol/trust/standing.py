@@ -20,6 +20,7 @@ from .drawing import MIN_AUDITORS, Draw, audits_of
 from .judging import REPORT_ROUNDS, Judged, Judging, OpenAudit
 from .paces import Paces
 from .stock import ROUND, Stock
+from .worked import Worked
 
 LAST: Final = 4
 """Times `failures`: so many of a peer's newest audits are looked at. Who was good for long and turns bad is
@@ -123,9 +124,16 @@ class Standing:
     each peer, and its last few audits.
     """
 
-    def __init__(self, run_id: bytes = b"", rules: Rules | None = None, paces: Paces | None = None) -> None:
-        """`paces`: fed with every commit, too; None: nobody asks how often peers offer."""
-        self._run_id, self._rules, self.paces = run_id, rules, paces
+    def __init__(
+        self,
+        run_id: bytes = b"",
+        rules: Rules | None = None,
+        paces: Paces | None = None,
+        worked: Worked | None = None,
+    ) -> None:
+        """`paces`, `worked`: fed with every commit, too; None: nobody asks how often peers offer, or how much
+        they have done."""
+        self._run_id, self._rules, self.paces, self.worked = run_id, rules, paces, worked
         self.round = 0
         """The newest commit that is known."""
         self._work: Counter[int] = Counter()
@@ -153,8 +161,9 @@ class Standing:
         for entry in body.audits:
             if not self.is_condemned(entry.auditor):
                 self._heard(entry)
-        if self.paces is not None:
-            self.paces.committed(body, self._terms)
+        for told in (self.paces, self.worked):
+            if told is not None:
+                told.committed(body, self._terms)
         self._worked(body)
         self.round = body.round
         if self._rules is not None:

@@ -15,7 +15,7 @@ from tests.support.gossip_board import Board
 from thinwire.compression.base import Payload, Turn
 from thinwire.compression.errors import BadPayload, ConfigError
 from thinwire.optim.base import Closure, Share
-from thinwire.optim.gossip.merging import first_merge, is_merge
+from thinwire.optim.gossip.merging import first_merge, is_merge, last_taken
 from thinwire.optim.gossip.strategy import Gossip
 from thinwire.optim.gossip.topology import Edge, Spectrum, edges_of, matching_of, matching_spectrum, union_of
 from thinwire.optim.registry import build_strategy, complete_config
@@ -265,6 +265,31 @@ def test_when_rounds_merge() -> None:
     assert [r for r in range(1, 101) if is_merge("end", r, 100)] == [100]
     assert [r for r in range(1, 13) if is_merge(5, r, 0)] == [5, 10]
     assert (first_merge(5, 12), first_merge(50, 12), first_merge("end", 1000)) == (5, 12, 997)
+
+
+def test_since_when_a_peers_work_counts_in_a_merge() -> None:
+    """With this seed it takes part in rounds 10, 25 and in all after 30, of the multiples of 5."""
+    seeds = {10: 0, 25: 0} | dict.fromkeys((5, 15, 20, 30), 2**64 - 1)
+
+    def after(round_: int, participation: float = 0.5, all_take: bool = False, every: int | str = 5) -> int:
+        turn = turn_of(round_, 0, 1.0, 1000)
+        return last_taken(every, participation, all_take, turn, lambda r: seeds.get(r, 0))
+
+    assert [after(r) for r in (5, 10, 15, 25, 30, 35, 40)] == [0, 0, 10, 10, 25, 25, 35]
+    assert [after(r, 1.0) for r in (5, 30)] == [0, 25]
+    assert after(30, all_take=True) == 25
+    assert (after(997, every="end"), after(1000, every="end")) == (0, 997)
+
+
+@pytest.mark.parametrize("few", [1, 2**40])
+def test_who_has_done_more_since_the_last_merge_counts_more_in_it(few: int) -> None:
+    _, peers = swarm(3, topology="ring", merge_every=1, weights="work", bound=3.0, newcomers=1.0)
+    turns = [turn_of(1, p.number, 1.0, 1000) for p in peers]
+    payloads = [p.propose(turn) for p, turn in zip(peers, turns, strict=True)]
+    shares = [Share(t.own_seed, few * n, load) for t, n, load in zip(turns, (1, 1, 9), payloads, strict=True)]
+    peers[0].strategy.apply(shares, turns[0], "counted")
+    expected = sum(p.target * n for p, n in zip(peers, (1, 1, 2), strict=True)) / 4
+    torch.testing.assert_close(peers[0].x.detach(), expected)
 
 
 def test_a_merge_is_the_mean_of_all_models_and_all_go_on_from_it() -> None:
