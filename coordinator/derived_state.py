@@ -18,6 +18,7 @@ from .observe.page_history import PageHistory
 from .observe.peer_sizes import PeerSizes
 from .observe.run_statistics import RunStatistics
 from .protocol.messages import AccessEntry, Commit, CommitBody, CommitteeEntry, Gossiping, Rejected
+from .protocol.schedule import Samples
 from .protocol.settings import Course, Keep
 from .protocol.trust.governing import Governing
 from .protocol.trust.standing import Standing
@@ -64,6 +65,8 @@ class DerivedState:
         self._ledger, self._blobs, self._name = ledger, blobs, name
         self.course = course
         """After the newest commit."""
+        self.samples = Samples()
+        """Of the newest rounds."""
         n_params = sum(prod(entry.shape) for entry in ledger.genesis.layout)
         self.statistics = RunStatistics(n_params)
         self.page_history = PageHistory(n_params, rejected)
@@ -148,6 +151,7 @@ class DerivedState:
         body = commit.body
         self.standing.committed(body, commit.digest)
         self.audits.committed()
+        self.samples = self.samples.after(body.offers)
         self.peers.update((admission.index, admission.peer_id) for admission in body.admitted)
         if body.committee is not None:
             self.committee = body.committee

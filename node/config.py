@@ -202,14 +202,32 @@ class Policy(Section):
 class Schedule(Section):
     """The learning-rate factor of each round."""
 
-    name: Literal["constant", "linear", "cosine", "power"] = "linear"
+    name: Literal["constant", "linear", "cosine", "power", "batch"] = "linear"
     """`constant`: 1 after the warm-up; `linear`: the line down to `final_factor`; `cosine`: half a
     cosine down to it; `power`: the root of `warmup_rounds` / round, so that nobody need know how long the run
-    will be (about the power scheduler's, arXiv 2408.13359)."""
+    will be (about the power scheduler's, arXiv 2408.13359); `batch`: `constant` with `batch_samples`."""
     warmup_rounds: Annotated[int, Field(ge=0)] = 10
     """Rounds in which the factor rises to 1, in a line."""
     final_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The factor of the last round; `constant` and `power` have no use for it."""
+    """The factor of the last round; `constant`, `batch` and `power` have no use for it."""
+    batch_samples: Annotated[int | None, Field(ge=1, le=2**40, validate_default=True)] = None
+    """Samples of a round, of all peers, from which on the learning rate is what the strategy says: with fewer
+    (a mean of the last 8 rounds) it is taken times the root of their share, under every name. So it follows
+    peers as they come and go. Without it samples make no difference."""
+
+    @field_validator("batch_samples")
+    @classmethod
+    def _of_batch(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is None and info.data.get("name") == "batch":
+            raise ValueError(
+                'name = "batch" needs batch_samples: how many samples a round has when all peers are there'
+            )
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_the_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """See `Policy`."""
+        return {key: value for key, value in plain(self).items() if value is not None}
 
 
 class Work(Section):

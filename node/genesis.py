@@ -29,7 +29,7 @@ from ..coordinator.protocol.messages import (
     digest_of,
 )
 from ..coordinator.protocol.schedule import lr_factor_bits
-from ..coordinator.protocol.settings import parse_settings
+from ..coordinator.protocol.settings import Course
 from ..optim.base import Closure, canonical_name
 from ..optim.parts.ranks import local_of, parts_of, ranks_of
 from ..optim.registry import build_strategy, of_new_run, recorded_config, refuse_unlikely, strategy_class
@@ -80,7 +80,7 @@ def make_genesis(
         corpus=_ref(corpus),
         limits=Limits(**config.limits.model_dump()),
         coordinator=coordinator,
-        lr_factor_bits=lr_factor_bits(parse_settings(text).schedule, 1, config.run.rounds),
+        lr_factor_bits=lr_factor_bits(Course.of(text), 1),
         time_ms=time_ms,
         recovery=recovery,
     )

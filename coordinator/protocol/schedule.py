@@ -6,17 +6,22 @@ The cosine is computed in integers: a libm's differs from another's in the last 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from fractions import Fraction
 from math import isqrt
 from typing import Final
 
-from .settings import ScheduleSection
+from .messages import OfferEntry
+from .settings import Course, ScheduleSection
 
 _BITS: Final = 160
 """Behind the point of the fixed-point numbers that the cosine's series is summed in."""
 
 _KEPT_BITS: Final = 100
 """Behind the point of the cosine: the series is wrong by less than 2^-150, which the rounding takes away."""
+
+_RECENT: Final = 8
+"""Rounds whose samples a learning rate goes by: an offer that comes too late for once hardly moves it."""
 
 _PI: Final = 0x3243F6A8885A308D313198A2E03707344A4093822
 """pi 2^160, rounded down."""
@@ -34,8 +39,39 @@ def float32_of_bits(bits: int) -> float:
     return value
 
 
-def lr_factor(schedule: ScheduleSection, round_: int, n_rounds: int) -> float:
-    """Factor of round `round_` (from 1): r/warmup in the warm-up, then 1 or the line down to `final_factor`.
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What the ledger's last rounds counted. `recent`: the newest at the end; rounds without any are left
+    out."""
+
+    recent: tuple[int, ...] = ()
+
+    def after(self, offers: tuple[OfferEntry, ...]) -> Samples:
+        """After a record with these."""
+        counted = sum(offer.n_samples for offer in offers)
+        return Samples((*self.recent, counted)[-_RECENT:]) if counted else self
+
+    def share(self, whole: int) -> Fraction:
+        """Their mean as a share of `whole`, at most 1; 1 before there is any."""
+        if not self.recent:
+            return Fraction(1)
+        return min(Fraction(1), Fraction(sum(self.recent), len(self.recent) * whole))
+
+
+def lr_factor(schedule: ScheduleSection, round_: int, n_rounds: int, samples: Samples = Samples()) -> float:
+    """Factor of round `round_` (from 1), at most 1.
+
+    With `batch_samples` it goes by the root of what the rounds before have counted (`samples`), as adaptive
+    and sign steps do (arXiv 2205.10287). A peer that lies about its samples gets the rate that the run's
+    file names, and no more.
+    """
+    factor = _by_round(schedule, round_, n_rounds)
+    whole = schedule.batch_samples
+    return factor if whole is None else factor * _root(samples.share(whole))
+
+
+def _by_round(schedule: ScheduleSection, round_: int, n_rounds: int) -> float:
+    """r/warmup in the warm-up, then 1 or the line down to `final_factor`.
 
     `linear` and `cosine` are 1 in the last round of the warm-up and `final_factor` in the last round of the
     run; between them the cosine falls as (1 + cos(pi share)) / 2. `power` is
@@ -46,7 +82,7 @@ def lr_factor(schedule: ScheduleSection, round_: int, n_rounds: int) -> float:
         return round_ / warmup
     if schedule.name == "power":
         return _root(Fraction(max(1, warmup), round_))
-    if schedule.name == "constant" or n_rounds <= warmup:
+    if schedule.name in ("constant", "batch") or n_rounds <= warmup:
         return 1.0
     done, whole = min(round_, n_rounds) - warmup, n_rounds - warmup
     if schedule.name == "cosine":
@@ -80,6 +116,6 @@ def cos_pi(share: Fraction) -> Fraction:
     return Fraction(rounded, 1 << _KEPT_BITS)
 
 
-def lr_factor_bits(schedule: ScheduleSection, round_: int, n_rounds: int) -> int:
+def lr_factor_bits(course: Course, round_: int, samples: Samples = Samples()) -> int:
     """float32 bits of `lr_factor`: what records of the ledger carry."""
-    return float32_bits(lr_factor(schedule, round_, n_rounds))
+    return float32_bits(lr_factor(course.settings.schedule, round_, course.n_rounds, samples))

@@ -47,9 +47,16 @@ class PolicySection(_Section):
 
 
 class ScheduleSection(_Section):
-    name: Literal["constant", "linear", "cosine", "power"]
+    name: Literal["constant", "linear", "cosine", "power", "batch"]
     warmup_rounds: Annotated[int, Field(ge=0)]
     final_factor: Annotated[float, Field(ge=0, le=1)]
+    batch_samples: Annotated[int | None, Field(ge=1)] = None
+
+    @model_validator(mode="after")
+    def _batch_has_samples(self) -> Self:
+        if self.name == "batch" and self.batch_samples is None:
+            raise ValueError("the schedule batch needs batch_samples")
+        return self
 
 
 class NetworkSection(_Section):
@@ -111,6 +118,7 @@ def parse_settings(config: str) -> RunSettings:
 RUN_KEYS: Final = (
     "run.paused",
     "run.rounds",
+    "schedule.batch_samples",
     "schedule.final_factor",
     "schedule.name",
     "schedule.warmup_rounds",

@@ -191,7 +191,7 @@ class RecordChecks:
         body, course = place.body, place.course
         is_over_before = bool(body.changes) and course.n_rounds < body.round
         _refuse("changes", is_over_before, f"the run would be over after {course.n_rounds}")
-        bits = lr_factor_bits(course.settings.schedule, body.round + 1, course.n_rounds)
+        bits = lr_factor_bits(course, body.round + 1, self._derived.samples.after(body.offers))
         _refuse("lr_factor", body.lr_factor_bits != bits, f"its learning-rate factor is not {bits:#x}")
         last_ms = self._derived.last_ms
         _refuse(

@@ -8,7 +8,7 @@ from typing import Self
 from ..ledger import Ledger
 from ..protocol.figures import wall_ms
 from ..protocol.messages import AccessEntry, Admission, Change, CommitBody, CommitteeEntry
-from ..protocol.schedule import lr_factor_bits
+from ..protocol.schedule import Samples, lr_factor_bits
 from ..protocol.settings import Course
 
 
@@ -19,15 +19,17 @@ class Last:
     course: Course
     access: AccessEntry | None
     time_ms: int
+    samples: Samples
 
     @classmethod
     def of(cls, ledger: Ledger) -> Self:
         """Reads all of it."""
         course, access, time_ms = Course.of(ledger.genesis.config), None, ledger.genesis.time_ms
+        samples = Samples()
         for commit in ledger.all_commits():
             course, time_ms = course.after(commit.body.changes), commit.body.time_ms
-            access = commit.body.access or access
-        return cls(course, access, time_ms)
+            samples, access = samples.after(commit.body.offers), commit.body.access or access
+        return cls(course, access, time_ms, samples)
 
 
 def offerless(
@@ -46,7 +48,7 @@ def offerless(
         parent=ledger.head_digest,
         offers=(),
         admitted=admitted,
-        lr_factor_bits=lr_factor_bits(course.settings.schedule, round_ + 1, course.n_rounds),
+        lr_factor_bits=lr_factor_bits(course, round_ + 1, last.samples),
         reports=(),
         snapshots=(),
         evaluator=None,

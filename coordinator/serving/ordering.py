@@ -182,12 +182,13 @@ class Ordering:
         taken = self.pending.take(derived.committee)
         course = self.course.after(taken.changes)
         reports, snapshots = derived.reports.take()
+        offers = self._parts.open_round.offers.entries(peers)
         return CommitBody(
             round=round_,
             parent=self._ledger.head_digest,
-            offers=self._parts.open_round.offers.entries(peers),
+            offers=offers,
             admitted=self._ledger.pending_admissions(),
-            lr_factor_bits=lr_factor_bits(course.settings.schedule, round_ + 1, course.n_rounds),
+            lr_factor_bits=lr_factor_bits(course, round_ + 1, derived.samples.after(offers)),
             reports=reports,
             snapshots=snapshots,
             evaluator=evaluator,

@@ -184,8 +184,8 @@ class Run:
     """set KEY=VALUE ..., extend --rounds N, resume, and after the open round: pause, stop; ban PEER ...,
     unban PEER ..., rotate-token; open, invited, listed PEER ...; seats N, replace PEER, remove PEER."""
     settings: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE|PEER")] = ()
-    """run.rounds, schedule.name, schedule.warmup_rounds, schedule.final_factor, and of the strategy its lr,
-    weight_decay and what else acts in a round only."""
+    """run.rounds, schedule.name, schedule.warmup_rounds, schedule.final_factor, schedule.batch_samples, and
+    of the strategy its lr, weight_decay and what else acts in a round only."""
     rounds: Annotated[int | None, arg(metavar="N")] = None
     """With extend: so many more."""
     set: UseAppendAction[tuple[str, ...]] = ()

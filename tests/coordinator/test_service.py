@@ -35,7 +35,7 @@ from thinwire.coordinator.protocol.messages import (
     digest_of,
 )
 from thinwire.coordinator.protocol.schedule import lr_factor_bits
-from thinwire.coordinator.protocol.settings import Keep, parse_settings
+from thinwire.coordinator.protocol.settings import Keep
 from thinwire.coordinator.service import Service
 
 # ------------------------------------------------------------------------------------------------- opening
@@ -179,8 +179,7 @@ def test_a_round_becomes_a_commit(make_world: MakeWorld, make_genesis: Callable[
     assert [(o.peer, o.payload, o.loss) for o in body.offers] == [(0, b"from a", 2.0), (1, b"from b", None)]
     assert [(a.index, a.peer_id) for a in body.admitted] == [(0, "a"), (1, "b")]
     assert (body.parent, body.time_ms, body.evaluator) == (world.ledger.run_id, 123, None)
-    schedule = parse_settings(world.ledger.genesis.config).schedule
-    assert body.lr_factor_bits == lr_factor_bits(schedule, 2, 5)
+    assert body.lr_factor_bits == lr_factor_bits(world.service.course, 2)
     status = world.status()
     assert (status["round"], status["loss"], status["round_s"]) == (1, 2.0, 1.0)
     assert status["payload_bytes_per_peer_round"] == 6

@@ -32,6 +32,7 @@ def test_precedence_is_command_line_then_environment_then_file_then_default(tmp_
 def test_the_configuration_survives_record_0(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "[strategy]\nname = 'spsa'\nprobes = 3\n"), environ={})
     assert parse_config(config.to_json()) == config
+    assert "batch_samples" not in config.to_json(), "as before there was any"
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def test_the_configuration_survives_record_0(tmp_path: Path) -> None:
         ("[tasks]\n", "unknown key 'tasks'; did you mean 'task'?"),
         ("[run]\nrounds = 0\n", "run.rounds: Input should be greater than or equal to 1"),
         ("[policy]\nname = 'soon'\n", "policy.name: Input should be 'deadline', 'all', 'fastest' or 'async'"),
+        ("[schedule]\nname = 'batch'\n", 'schedule.batch_samples: name = "batch" needs batch_samples'),
         ("[run\n", "cannot be read as TOML"),
         ("run = 3\n[policy]\n", "run: "),
     ],

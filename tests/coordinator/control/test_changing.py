@@ -19,7 +19,8 @@ from thinwire.coordinator.protocol.messages import (
     Report,
     SeatEntry,
 )
-from thinwire.coordinator.protocol.schedule import lr_factor_bits
+from thinwire.coordinator.protocol.schedule import float32_of_bits, lr_factor_bits
+from thinwire.coordinator.serving.offerless import Last, offerless
 
 
 def ordered(world: World, what: str, rounds: int = 0, **settings: object) -> Ordered:
@@ -47,11 +48,41 @@ def test_a_change_comes_with_the_record_that_closes_the_open_round(make_world: M
     assert [c.key for c in changed.changes] == ["schedule.name", "schedule.warmup_rounds"]
     settings = world.service.course.settings
     assert settings.schedule.name == "constant"
-    assert changed.lr_factor_bits == lr_factor_bits(settings.schedule, 3, settings.run.rounds)
+    assert changed.lr_factor_bits == lr_factor_bits(world.service.course, 3)
     world.round(3, "a", "b")
     assert body(world, 3).changes == ()
     world.restart()
     assert world.service.course.settings == settings
+
+
+def test_the_learning_rate_follows_the_samples_of_peers_that_come_and_go(make_world: MakeWorld) -> None:
+    world = make_world(rounds=40)
+    world.train("a", "b")
+    world.round(1, "a", "b")
+    ordered(world, "set", schedule__name="batch", schedule__batch_samples=16, schedule__warmup_rounds=0)
+
+    def factors(*rounds: int) -> list[float]:
+        """Of the round after each."""
+        return [float32_of_bits(body(world, r).lr_factor_bits) ** 2 for r in rounds]
+
+    for round_ in range(2, 10):
+        world.round(round_, "a", "b")  # 4 samples each
+    assert factors(2, 9) == pytest.approx([0.5, 0.5])
+    world.train("c", "d")
+    world.round(10, "a", "b")  # which is open already
+    for round_ in range(11, 14):
+        world.round(round_, "a", "b", "c", "d")
+    assert factors(11, 12, 13) == pytest.approx([9 / 16, 10 / 16, 11 / 16]), "a mean of eight rounds"
+    after_restart = factors(13)
+    world.restart()
+    said = (Change(key="schedule.batch_samples", value=16),)
+    alone = offerless(world.ledger, Last.of(world.ledger), changes=said)
+    assert [float32_of_bits(alone.lr_factor_bits) ** 2] == after_restart
+    world.sessions.clear()
+    world.train("a", "b", "c", "d")
+    for round_ in range(14, 22):
+        world.round(round_, "a", "b", "c", "d")
+    assert factors(14, 18, 21) == pytest.approx([12 / 16, 1, 1])
 
 
 def test_records_of_committees_and_entry_are_told_and_train_nothing(make_world: MakeWorld) -> None:
@@ -188,7 +219,7 @@ def test_before_the_first_round_the_run_still_waits_for_its_peers(make_world: Ma
     ("settings", "text"),
     [
         ({}, "nothing to set"),
-        ({"run__seed": 2}, "run.seed stands in record 0.*run.rounds, schedule.final_factor"),
+        ({"run__seed": 2}, "run.seed stands in record 0.*run.rounds, schedule.batch_samples"),
         ({"strategy__lr": 1.0}, "does not know the options of strategies"),
         ({"run__rounds": 1}, "the run is at round 2 already"),
         ({"schedule__final_factor": -1}, "schedule.final_factor"),

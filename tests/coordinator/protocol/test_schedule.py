@@ -11,14 +11,15 @@ from math import cos, pi
 import numpy as np
 import pytest
 
+from thinwire.coordinator.protocol.messages import OfferEntry
 from thinwire.coordinator.protocol.schedule import (
     _BITS,
     _PI,
+    Samples,
     cos_pi,
     float32_bits,
     float32_of_bits,
     lr_factor,
-    lr_factor_bits,
 )
 from thinwire.coordinator.protocol.settings import ScheduleSection
 
@@ -53,7 +54,36 @@ def test_power_falls_with_the_root_whatever_the_length_of_the_run() -> None:
     assert factors == [0.25, 1.0, 0.5, 0.25, 0.1]
     assert [lr_factor(power, r, 10**6) for r in (1, 4, 16, 64, 400)] == factors
     assert lr_factor(section("power", 0, 0.1), 9, 10) == pytest.approx(1 / 3)
-    assert lr_factor_bits(power, 7, 10) == 0x3F41848F == float32_bits((4 / 7) ** 0.5)
+    assert float32_bits(lr_factor(power, 7, 10)) == 0x3F41848F == float32_bits((4 / 7) ** 0.5)
+
+
+def test_samples_scale_every_schedule_by_the_root_of_their_share() -> None:
+    def of(name: str) -> ScheduleSection:
+        fields = {"name": name, "warmup_rounds": 4, "final_factor": 0.1, "batch_samples": 64}
+        return ScheduleSection.model_validate(fields)
+
+    assert Samples().share(64) == 1, "nothing is known before the first round"
+    half = Samples((16, 32, 48))
+    for name in ("batch", "constant", "linear", "cosine", "power"):
+        plain = section("constant" if name == "batch" else name, 4, 0.1)
+        for r in (1, 4, 9):
+            assert lr_factor(of(name), r, 10, half) == lr_factor(plain, r, 10) * 0.5**0.5
+            assert lr_factor(of(name), r, 10, Samples((1000,))) == lr_factor(plain, r, 10), "no more than lr"
+            assert lr_factor(plain, r, 10, half) == lr_factor(plain, r, 10)
+    with pytest.raises(ValueError, match="needs batch_samples"):
+        section("batch", 0, 0.1)
+
+
+def test_rounds_without_samples_and_old_ones_are_left_out() -> None:
+    samples = Samples()
+    for n in (5, 0, *range(1, 9)):
+        samples = samples.after((entry(n), entry(0)))
+    assert samples.recent == tuple(range(1, 9))
+    assert samples.after(()) is samples
+
+
+def entry(n_samples: int) -> OfferEntry:
+    return OfferEntry(peer=0, n_samples=n_samples, n_tokens=0, loss=None, n_bytes=0, payload=b"", digest=None)
 
 
 def test_a_warm_up_as_long_as_the_run_never_falls() -> None:
@@ -71,11 +101,11 @@ def test_bits_are_those_of_the_nearest_float32(x: float) -> None:
     assert float32_of_bits(float32_bits(x)) == float(np.float32(x))
 
 
-def test_lr_factor_bits_round_once() -> None:
+def test_factors_are_rounded_once() -> None:
     linear = section("linear", 10, 0.1)
     for round_ in range(1, 101):
         expected = np.float32(lr_factor(linear, round_, 100))
-        assert lr_factor_bits(linear, round_, 100) == int(expected.view(np.uint32))
+        assert float32_bits(lr_factor(linear, round_, 100)) == int(expected.view(np.uint32))
 
 
 def test_cosine_is_half_a_wave_between_warm_up_and_end() -> None:
@@ -127,6 +157,6 @@ def test_the_cosine_of_records_stays(golden: Callable[[dict[str, str]], None]) -
     for warmup, final, rounds in runs:
         cosine = section("cosine", warmup, final)
         chosen = sorted({1 + (rounds - 1) * i // 40 for i in range(41)})
-        bits = b"".join(lr_factor_bits(cosine, r, rounds).to_bytes(4, "little") for r in chosen)
+        bits = b"".join(float32_bits(lr_factor(cosine, r, rounds)).to_bytes(4, "little") for r in chosen)
         found[f"cosine, warm-up {warmup}, to {final}, {rounds} rounds"] = bits.hex()
     golden(found)

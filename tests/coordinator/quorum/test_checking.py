@@ -33,6 +33,7 @@ from thinwire.coordinator.protocol.messages import (
     digest_of,
     encode_record,
 )
+from thinwire.coordinator.protocol.schedule import float32_bits
 from thinwire.coordinator.protocol.trust.signed_offers import signed
 from thinwire.coordinator.quorum.checking import MAX_AHEAD_MS, Reason, RecordChecks
 from thinwire.coordinator.quorum.recollection import Recollection
@@ -114,6 +115,16 @@ def test_what_a_service_proposes_gets_the_vote(voting: Voting) -> None:
     assert voting.asked(committee=named(voting, 1, 2)) is True
     assert voting.asked(time_ms=MAX_AHEAD_MS) is True
     assert not voting.checks.refused
+
+
+def test_a_factor_goes_by_the_samples_that_are_counted(voting: Voting) -> None:
+    """Of this record, too: 8 in each of three rounds."""
+    change = Change(key="schedule.batch_samples", value=32)
+    warm_up = Change(key="schedule.warmup_rounds", value=0)
+    constant = Change(key="schedule.name", value="constant")
+    says = {"changes": (change, constant, warm_up)}
+    assert voting.asked(lr_factor_bits=float32_bits(0.5), **says) is True
+    assert voting.asked(lr_factor_bits=float32_bits(1.0), **says) == "lr_factor"
 
 
 def named(voting: Voting, *places: int) -> CommitteeEntry:
