@@ -11,6 +11,7 @@ from math import isqrt
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,15 @@ def exact_arithmetic() -> Iterator[None]:
     finally:
         _here.is_exact = False
         _precision.leave()
+
+
+def byte_row(t: Tensor) -> Tensor:
+    """All of its bytes in order: flat uint8 on its device, in its own memory where that is contiguous.
+
+    torch 2.13 calls a tensor of one element contiguous with any stride, and views it as bytes with 1 only.
+    """
+    flat = t.detach().contiguous()
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
 
 
 def to_float32(x: float) -> float:

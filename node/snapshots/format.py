@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...compression.errors import ReplicaDiverged
+from ...compression.exact import byte_row
 from ...coordinator.protocol.messages import (
     MAX_CHANGES,
     BadMessage,
@@ -194,8 +195,7 @@ def tensors_of(data: bytearray) -> dict[str, Tensor]:
 
 
 def bytes_of(x: Tensor) -> memoryview:
-    flat = x.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data
+    return byte_row(x.cpu()).numpy().data
 
 
 def tensor_of(data: bytearray, start: int, stop: int, dtype: torch.dtype) -> Tensor:

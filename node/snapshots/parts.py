@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...compression.base import Part
 from ...compression.errors import ReplicaDiverged
+from ...compression.exact import byte_row
 from ...optim.base import canonical_name
 from ...optim.parts.ranks import is_sharded, local_of, parts_of, ranks_of
 from ..tasks.buffers import persistent_buffers
@@ -91,7 +92,7 @@ def weight_pieces(model: nn.Module) -> Iterator[bytes | memoryview]:
         if name not in parameters:
             yield bytes_of(p) if ranks.index == 0 else b""
             continue
-        own = local_of(p).reshape(-1).view(torch.uint8)
+        own = byte_row(local_of(p))
         if not is_sharded(p) and ranks.index > 0:  # rank 0 has it, too
             own = own[:0]
         lengths = [0] * ranks.count

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...compression.base import Part
 from ...compression.errors import ConfigError
+from ...compression.exact import byte_row
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -41,8 +42,8 @@ class Ranks(Protocol):
         ...
 
     def all_to_all(self, pieces: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-        """Piece r (flat float32) goes to rank r. Returns those for this rank, `lengths[r]` elements from rank
-        r, one after the other."""
+        """Piece r (flat, of one dtype) goes to rank r. Returns those for this rank, `lengths[r]` elements
+        from rank r, one after the other."""
         ...
 
 
@@ -97,37 +98,42 @@ class GroupRanks:
         return [row[:n].numpy().tobytes() for row, n in zip(rows, n_bytes, strict=True)]
 
     def broadcast(self, data: bytes | None) -> bytes:
-        n = torch.tensor([0 if data is None else len(data)], dtype=torch.int64, device=self.device)
-        self._dist.broadcast(n, group=self._group, group_src=0)
+        n = torch.tensor([0 if data is None else len(data)], dtype=torch.int64)
+        self.broadcast_tensor(n)
         if not int(n):
             return b""
-        row = torch.frombuffer(bytearray(data or int(n)), dtype=torch.uint8).to(self.device)
-        self._dist.broadcast(row, group=self._group, group_src=0)
-        return row.cpu().numpy().tobytes()
+        row = torch.frombuffer(bytearray(data or int(n)), dtype=torch.uint8)
+        self.broadcast_tensor(row)
+        return row.numpy().tobytes()
 
     def all_to_all(self, pieces: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
-        sent = torch.cat([p.to(self.device) for p in pieces])
-        received = torch.empty(sum(lengths), dtype=sent.dtype, device=self.device)
-        sizes = [p.numel() for p in pieces]
-        self._dist.all_to_all_single(received, sent, list(lengths), sizes, group=self._group)
-        return received.to(pieces[0].device)
+        size = pieces[0].itemsize
+        sent = torch.cat([self._bytes(p) for p in pieces])
+        received = torch.empty(sum(lengths) * size, dtype=torch.uint8, device=self.device)
+        from_each, to_each = [n * size for n in lengths], [p.numel() * size for p in pieces]
+        self._dist.all_to_all_single(received, sent, from_each, to_each, group=self._group)
+        return received.view(pieces[0].dtype).to(pieces[0].device)
 
     def broadcast_tensor(self, t: Tensor) -> None:
-        """Every rank's `t`, of any shape, strides and dtype, becomes rank 0's, bit for bit.
-
-        As bytes: gloo (torch 2.13) moves memory as it lies, so that a transposed tensor arrives scrambled,
-        without an error, and it knows neither float8 nor unsigned numbers of 16 bits and more.
-        """
+        """Every rank's `t`, of any shape, strides and dtype, becomes rank 0's, bit for bit."""
         with torch.no_grad():
-            copy = t.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
-            self._dist.broadcast(copy.reshape(-1).view(torch.uint8), group=self._group, group_src=0)
-            t.copy_(copy)
+            row = self._bytes(t)
+            self._dist.broadcast(row, group=self._group, group_src=0)
+            t.copy_(row.view(t.dtype).view(t.shape))
 
-    def _all_gather(self, row: Tensor) -> list[Tensor]:
-        row = row.to(self.device).contiguous()
+    def _all_gather(self, x: Tensor) -> list[Tensor]:
+        row = self._bytes(x)
         rows = [torch.empty_like(row) for _ in range(self.count)]
         self._dist.all_gather(rows, row, group=self._group)
-        return [r.cpu() for r in rows]
+        return [r.cpu().view(x.dtype) for r in rows]
+
+    def _bytes(self, t: Tensor) -> Tensor:
+        """All that goes into a collective: a flat row of uint8 on the group's device, maybe in memory of `t`.
+
+        gloo (torch 2.13) moves memory as it lies, so that a transposed tensor arrives scrambled, without an
+        error, and it knows neither float8 nor unsigned numbers of 16 bits and more.
+        """
+        return byte_row(t.to(self.device))
 
 
 # ------------------------------------------------------------------------------------- sharded parameters

@@ -314,6 +314,7 @@ def collectives(ranks: GroupRanks) -> dict[str, Any]:
         "gather": [len(data) for data in ranks.gather(b"x" * (3 * me))],
         "broadcast": [len(ranks.broadcast(b"y" * size if me == 0 else None)) for size in (0, 7)],
         "all_to_all": ranks.all_to_all(pieces, [r + me for r in range(n)]).tolist(),
+        "all_to_all of others": {name: exchanged(ranks, pieces, name) for name in PIECES},
         "broadcast_tensor": {name: broadcast(ranks, name) for name in TENSORS},
     }
 
@@ -327,6 +328,23 @@ TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
     "uint16": lambda t: t.to(torch.uint16),
     "bool": lambda t: t.remainder(3) == 0,
 }
+
+
+PIECES: dict[str, Callable[[Tensor], Tensor]] = {
+    "strided": lambda t: t.repeat_interleave(2)[::2],
+    "bfloat16": lambda t: t.bfloat16(),
+    "float8": lambda t: t.to(torch.float8_e5m2),
+    "uint16": lambda t: t.to(torch.uint16),
+}
+
+
+def exchanged(ranks: GroupRanks, pieces: list[Tensor], name: str) -> list[float]:
+    """What `all_to_all` brings of such pieces, as other types and with other strides."""
+    made = [PIECES[name](piece) for piece in pieces]
+    found = ranks.all_to_all(made, [r + ranks.index for r in range(ranks.count)])
+    assert found.dtype == made[0].dtype
+    values: list[float] = found.float().tolist()
+    return values
 
 
 def broadcast(ranks: GroupRanks, name: str) -> list[float]:

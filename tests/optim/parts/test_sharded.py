@@ -87,11 +87,15 @@ def test_torch_s_tools_know_what_is_sharded(sharded: list[dict[str, Any]]) -> No
 def test_collectives(sharded: list[dict[str, Any]]) -> None:
     n = len(sharded)
     for me, rank in enumerate(sharded):
+        sent = [float(10 * r + me) for r in range(n) for _ in range(r + me)]
         assert rank["collectives"] == {
             "sums": [float(n), sum(map(float, range(n)))],
             "gather": [3 * r for r in range(n)],
             "broadcast": [0, 7],
-            "all_to_all": [float(10 * r + me) for r in range(n) for _ in range(r + me)],
+            "all_to_all": sent,
+            "all_to_all of others": {
+                name: make(torch.tensor(sent)).float().tolist() for name, make in ranks.PIECES.items()
+            },
             "broadcast_tensor": {
                 name: make(torch.arange(1.0, 13.0)).float().flatten().tolist()
                 for name, make in ranks.TENSORS.items()
