@@ -87,9 +87,11 @@ def tell_changes(summary: Summary) -> None:
         log.info("the run was changed: %s", text)
 
 
-def export_state(folder: Path, output: Path, import_path: str | None, own: bool = False) -> None:
-    """The newest weights of a state folder; `own`: those of the node's own model, not the run's. Raises what
-    `newest_replica` and `own_model` raise."""
+def export_state(
+    folder: Path, output: Path, import_path: str | None, own: bool = False, merged: bool = False
+) -> None:
+    """The newest weights of a state folder; `own`: those of the node's own model, not the run's; `merged`:
+    see `write_export`. Raises what `newest_replica`, `own_model` and `write_export` raise."""
     from ..states.opening import open_state
     from ..states.replica import blob_of_run, newest_replica, own_model
 
@@ -102,13 +104,14 @@ def export_state(folder: Path, output: Path, import_path: str | None, own: bool 
             state.genesis,
             lambda ref: blob_of_run(state, ref, "held-out text, which has the tokenizer"),
             own=own,
+            merged=merged,
         )
 
 
-def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> None:
+def export(ticket: str, folder: Path, import_path: str | None, stop: Stop, merged: bool = False) -> None:
     """Weights and what they are, after the newest round: from a snapshot and the ledger, as for a joiner.
 
-    Raises NoStart, and like the link.
+    Raises NoStart, and like the link and `write_export`.
     """
     from ..config import parse_config
     from ..replica import build_replica
@@ -121,7 +124,14 @@ def export(ticket: str, folder: Path, import_path: str | None, stop: Stop) -> No
         if welcome.head_round == 0:
             raise ThinwireError("the run has no round yet: there is nothing to export")
         _catch_up(link, welcome, replica, config.run.snapshot_every)
-        write_export(folder, replica, task, welcome.body, lambda ref: link.fetch(ref.digest, ref.n_bytes))
+        write_export(
+            folder,
+            replica,
+            task,
+            welcome.body,
+            lambda ref: link.fetch(ref.digest, ref.n_bytes),
+            merged=merged,
+        )
 
 
 def write_export(
@@ -131,11 +141,16 @@ def write_export(
     body: GenesisBody,
     blob: Callable[[BlobRef], bytes],
     own: bool = False,
+    merged: bool = False,
 ) -> None:
-    """What `export` writes. `blob`: gives those that record 0 names; `own`: the node's own model. Of a node
-    of several ranks: the weights as they are, also of a model of transformers. Raises ConfigError if the
-    folder cannot be written."""
-    from ..tasks.base import Pretrained
+    """What `export` writes. `blob`: gives those that record 0 names; `own`: the node's own model; `merged`:
+    with adapters in the model's weights, where they stay. Of a node of several ranks: the weights as they
+    are, also of a model of transformers. Raises ConfigError if the folder cannot be written, or if nothing
+    can be merged."""
+    from ..tasks.base import Mergeable, Pretrained
+
+    if merged and not isinstance(task, Mergeable):
+        raise ConfigError("--merged: adapters are trained by runs of the task 'hf', and this is none")
 
     text = about_export(body.config, replica.run_id.hex(), replica.round, replica.fingerprint().hex())
     is_whole = replica.strategy.ranks.count == 1
@@ -146,7 +161,8 @@ def write_export(
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(task, Pretrained) and is_whole:
             with replica.strategy.own_model() if own else replica.strategy.replica():
-                _export_whole(folder, lambda aside: task.export(replica.model, tokens, aside))
+                write = task.export_merged if merged and isinstance(task, Mergeable) else task.export
+                _export_whole(folder, lambda aside: write(replica.model, tokens, aside))
             write_aside(folder / "thinwire.json", text)
         else:
             replica.save_weights(folder / "model.safetensors", own=own)

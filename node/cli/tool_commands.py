@@ -133,6 +133,8 @@ class Export:
     """The run's custom task, importable here."""
     own: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Of a node's state folder, in gossip: the node's own model, not the reference model."""
+    merged: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Of a run that trains adapters: the whole model with them in its weights, if that says the same."""
 
     def run(self) -> int:
         from .ledger_command import export, export_state
@@ -140,13 +142,13 @@ class Export:
 
         refuse_folder("-o", self.output)
         if (folder := state_folder(self.ticket)) is not None:
-            export_state(folder, self.output, self.task, self.own)
+            export_state(folder, self.output, self.task, self.own, self.merged)
             return 0
         if self.own:
             raise ConfigError("--own: a node's own model is in its state folder: name that, not a ticket")
         with stop_on_signals() as stop:
             try:
-                export(read_ticket(self.ticket), self.output, self.task, stop)
+                export(read_ticket(self.ticket), self.output, self.task, stop, self.merged)
             except ThinwireError:
                 if not stop.is_set():
                     raise

@@ -97,6 +97,16 @@ class Pretrained(Protocol):
         ...
 
 
+@runtime_checkable
+class Mergeable(Pretrained, Protocol):
+    """What a task has besides whose model may be trained by adapters."""
+
+    def export_merged(self, model: nn.Module, held_out: bytes, folder: Path) -> None:
+        """The model with its adapters in its weights, as its library reads it. Raises ConfigError where it
+        has none, or computes something else then. `model` is of no use afterwards."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """A rank's rows [first, stop) of a batch, and the factor by which the mean over them counts, so that the

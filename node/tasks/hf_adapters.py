@@ -7,11 +7,13 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -22,6 +24,9 @@ from ..config import Lora
 
 WEIGHTS: Final = "adapter_model.safetensors"
 SETTINGS: Final = "adapter_config.json"
+
+MERGED_OFF: Final = 1e-3
+"""Of the largest logit: so far rounding may take those of a merged model."""
 
 _UNDERSTOOD: Final = frozenset(
     {
@@ -120,6 +125,39 @@ def save(model: nn.Module, base: str | None, folder: Path) -> None:
         if isinstance(settings.get(key), list):
             settings[key] = sorted(settings[key])
     path.write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def save_merged(model: nn.Module, folder: Path) -> None:
+    """A model of transformers, in float32, that has the adapters in its weights: those of `model` go there.
+
+    Raises ConfigError if it computes something else than with adapters beside the weights. peft (0.21) adds
+    what adapts a tied matrix to both of its uses, with `ensure_weight_tying` twice: here each has its own.
+    """
+    ids_BT = torch.arange(8, device=next(model.parameters()).device)[None]
+    adapted: Any = model.float().eval()
+    with torch.no_grad(), _quiet():
+        expected = adapted(input_ids=ids_BT, use_cache=False).logits
+        if _untied(adapted):
+            adapted.config.tie_word_embeddings = False
+        merged = adapted.merge_and_unload()
+        found = merged(input_ids=ids_BT, use_cache=False).logits
+    off, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    if not off <= MERGED_OFF * largest:
+        raise ConfigError(
+            f"with the adapters in its weights the model says something else (logits up to {largest:.3g} are "
+            f"off by {off:.3g}): export without --merged, and load that beside the model"
+        )
+    merged.save_pretrained(folder)
+
+
+def _untied(adapted: nn.Module) -> bool:
+    """Gives adapted layers whose weight another layer has, too, one of their own: whether there was one."""
+    n_uses = Counter(id(m._parameters.get("weight")) for m in adapted.modules())
+    below: list[Any] = [m.base_layer for m in adapted.modules() if "base_layer" in m._modules]
+    tied = [m for m in below if m._parameters.get("weight") is not None and n_uses[id(m.weight)] > 1]
+    for layer in tied:
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    return bool(tied)
 
 
 # ------------------------------------------------------------------------------------ those of a folder

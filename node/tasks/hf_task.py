@@ -249,6 +249,16 @@ class HfTask:
             hf_adapters.save(model, self.options.model, folder)
         else:
             model.save_pretrained(folder)  # type: ignore[operator]
+        self._export_tokenizer(held_out, folder)
+
+    def export_merged(self, model: nn.Module, held_out: bytes, folder: Path) -> None:
+        """The same with the adapters in the weights of `model`, which they stay in."""
+        if self.options.lora is None:
+            raise ConfigError("--merged: this run trains no adapters, its export is a whole model without it")
+        hf_adapters.save_merged(model, folder)
+        self._export_tokenizer(held_out, folder)
+
+    def _export_tokenizer(self, held_out: bytes, folder: Path) -> None:
         _, tokenizer = hf_data.from_bytes(held_out)
         if tokenizer is not None:
             Tokenizer.from_json(tokenizer).save(folder)

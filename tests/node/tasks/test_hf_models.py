@@ -18,7 +18,7 @@ from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.messages import digest_of
 from thinwire.node.config import RunConfig, parse_config
 from thinwire.node.genesis import initialise, layout_of, make_genesis, public_config
-from thinwire.node.tasks.base import Pretrained
+from thinwire.node.tasks.base import Mergeable, Pretrained
 from thinwire.node.tasks.registry import make_task
 
 pytest.importorskip("transformers", reason="the hf task is an extra")
@@ -173,6 +173,19 @@ def test_adapters_are_what_the_coordinator_built_and_go_out_and_come_back(
     assert config_on.task.lora == config.task.lora
     assert torch.equal(logits_of(on), logits_of(model))
     assert str(tmp_path) not in public_config(run, make_task(run.task, None, None)).to_json()
+
+    # peft 0.21.2: merged by its own merge_and_unload, what adapts a tied matrix is in both of its uses.
+    expected = logits_of(model)
+    assert isinstance(task, Mergeable)
+    task.export_merged(model, held_out, tmp_path / "merged")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert torch.allclose(logits_of(whole.eval()), expected, atol=1e-5)
+    with torch.no_grad():
+        for name, p in on.named_parameters():
+            p.fill_(torch.nan if ".lora_" in name else 1.0)
+    with pytest.raises(ConfigError, match=r"off by nan\): export without --merged"):
+        task.export_merged(on, held_out, tmp_path / "not whole")
+    assert not (tmp_path / "not whole").exists()
 
 
 @pytest.mark.parametrize(
