@@ -122,6 +122,8 @@ class Reports:
             differ = self._note_state(peer, report)
         if report.held_out is not None:
             self._note_held_out(peer, report.round, report.held_out)
+        if report.noise is not None and self._evaluators.get(report.round) == peer:
+            self._statistics.noise(report.round, report.noise)
         evaluates = self._evaluators.get(report.round) == peer
         if report.round == self._run.rounds and (report.held_out is not None or not evaluates):
             self.acknowledged.add(peer)

@@ -28,7 +28,7 @@ from ..coordinator.protocol.settings import Course, strategy_options
 from ..coordinator.protocol.trust.paces import Paces
 from ..coordinator.protocol.trust.standing import Standing
 from ..coordinator.protocol.trust.worked import Worked
-from ..optim.base import Own, Round, Share, Strategy
+from ..optim.base import Noise, Own, Round, Share, Strategy
 from ..optim.parts.clip import Weighing
 from ..optim.registry import build_strategy
 from ..optim.robust.weights import with_copies
@@ -122,6 +122,7 @@ class Replica:
         self.bad: Counter[str] = Counter()
         self.weighed: dict[str, Weighed] = {}
         self.counted: tuple[str, ...] = ()
+        self._to_measure: Round | None = None
         self._genesis = genesis
         self._unchanged = {name: strategy.option(name) for name in strategy.facts.changeable}
         self.course = Course.of(genesis.config)
@@ -209,7 +210,16 @@ class Replica:
         self.bad.update(ahead.bad)
         self.weighed = _weighed(self.strategy.weighing, ahead.senders)
         self.counted = ahead.counted
+        evaluator = commits[-1].body.evaluator
+        is_ours = evaluator is not None and self.peers.get(evaluator) == self.peer_id
+        self._to_measure = rounds[-1] if is_ours else None
         return [r.own for r in rounds]
+
+    def noise(self) -> Noise | None:
+        """Of the payloads of the round that was applied last, where its commit names this peer to evaluate.
+        They are forgotten then. None: nothing is known of it."""
+        found, self._to_measure = self._to_measure, None
+        return None if found is None else self.strategy.noise(found.shares, found.turn)
 
     def _follow(self, course: Course) -> None:
         """These settings hold for the next round. Raises ConfigError for options that no strategy has."""

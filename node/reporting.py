@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ..coordinator.protocol.messages import Report
+from ..coordinator.protocol.messages import NoiseEntry, Report
 from .healing import Healer
 from .preparing import PreparedRun
 from .tracking.observer import Observer
@@ -36,12 +36,23 @@ class Reporter:
         if fingerprint is not None:
             self._observer.fingerprint_reported()
         checked = is_replay and is_proof and told
-        report = Report(round=round_, fingerprint=fingerprint, checked=checked, held_out=held_out)
+        noise = self._noise() if evaluate else None
+        report = Report(
+            round=round_, fingerprint=fingerprint, checked=checked, held_out=held_out, noise=noise
+        )
         self._run.link.report(report)
 
     def evaluate(self) -> None:
-        """Tells the held-out loss."""
-        self._run.link.report(Report(round=self._run.replica.round, held_out=self._held_out()))
+        """Tells the held-out loss, and how noisy the round's payloads were."""
+        round_ = self._run.replica.round
+        self._run.link.report(Report(round=round_, held_out=self._held_out(), noise=self._noise()))
+
+    def _noise(self) -> NoiseEntry | None:
+        found = self._run.replica.noise()
+        if found is None:
+            return None
+        signal = max(-1.0, min(1.0, found.signal))
+        return NoiseEntry(signal=signal, noise=found.noise, n_samples=found.n_samples, of=found.of)
 
     def _is_news(self, round_: int, is_replay: bool) -> bool:
         """Far behind the head others have compared the round already; a wrong word is taken back even so."""

@@ -73,6 +73,21 @@ class Share:
     n_active: int = 0
 
 
+Vectors = Literal["momentum", "pseudo-gradients"]
+"""What payloads are made of, for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """How noisy a round's payloads were, see `noise`. `signal`: |G|^2, from -1 to 1; `noise`: tr S, in
+    samples; `n_samples`: of a payload, a mean."""
+
+    signal: float
+    noise: float
+    n_samples: float
+    of: Vectors
+
+
 @dataclass(frozen=True, slots=True)
 class Round:
     """One committed round, as a strategy sees it: the arguments of `Strategy.apply`."""
@@ -434,6 +449,10 @@ class Strategy(torch.optim.Optimizer):
     def cosines(self, payload: Payload, others: Sequence[Payload], turn: Turn) -> list[float] | None:
         """How far each of the others points where the payload does, from -1 to 1; all of one round, and they
         came through `check`. None: that cannot be told. Changes nothing."""
+        return None
+
+    def noise(self, shares: Sequence[Share], turn: Turn) -> Noise | None:
+        """Of the round that was applied last. None: that says nothing, or cannot be told of one payload."""
         return None
 
     def known_payload(self, fill: Fill, salt: int) -> Payload:

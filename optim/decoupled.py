@@ -30,8 +30,9 @@ from ..compression.exact import exact_arithmetic, to_float32
 from .auditing.evidence import Evidence
 from .auditing.gradients import gradient_evidence
 from .auditing.scores import cosines, mean_cosines
-from .base import Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
+from .base import Draw, NamedParameters, Noise, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
+from .noise import noise_of
 from .options import Number, Whole, keywords_of
 from .parts.adamw import ENTRIES, AdamW
 from .parts.clip import Weighing
@@ -286,6 +287,10 @@ class Decoupled(Strategy):
 
     def cosines(self, payload: Payload, others: Sequence[Payload], turn: Turn) -> list[float] | None:
         return cosines(self.compressor, self.parameters_in_order(), payload, others, turn, turn.round)
+
+    def noise(self, shares: Sequence[Share], turn: Turn) -> Noise | None:
+        parameters = self.parameters_in_order()
+        return noise_of(self.compressor, parameters, shares, turn, self.weighing, "momentum")
 
     # --------------------------------------------------------------------------------- replicated work
 

@@ -45,13 +45,14 @@ from ..compression.kernels import use_numba
 from .auditing.evidence import Evidence, excused
 from .auditing.gradients import compared, no_gradients
 from .auditing.scores import cosines, mean_cosines
-from .base import Closure, Draw, NamedParameters, Own, Parameter, Share, refuse_names
+from .base import Closure, Draw, NamedParameters, Noise, Own, Parameter, Share, refuse_names
 from .facts import Facts, KnownUpdate
 from .inner.control import MEAN as CONTROL_MEAN
 from .inner.control import NONE, Control
 from .inner.optimizers import check_inner
 from .inner.phase import InnerPhase
 from .inner.training import InnerTraining
+from .noise import noise_of
 from .options import Number, Whole, keywords_of
 from .parts.clip import Weighing
 from .parts.fragments import fragments_of
@@ -400,6 +401,12 @@ class Diloco(InnerTraining):
     def cosines(self, payload: Payload, others: Sequence[Payload], turn: Turn) -> list[float] | None:
         fragment, its_turn = self._fragment(turn)
         return cosines(self.compressor, fragment, payload, others, its_turn, turn.round)
+
+    def noise(self, shares: Sequence[Share], turn: Turn) -> Noise | None:
+        if self._control.is_on:
+            return None
+        fragment, its_turn = self._fragment(turn)
+        return noise_of(self.compressor, fragment, shares, its_turn, self.weighing, "pseudo-gradients")
 
     # --------------------------------------------------------------------------------- replicated work
 

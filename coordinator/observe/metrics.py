@@ -89,6 +89,12 @@ def _run(status: Mapping[str, Any]) -> Iterator[Metric]:
                 "swarm_held_out_bits_per_byte", "The same in bits per byte of text", loss / math.log(2) / size
             )
         yield gauge("swarm_held_out_round", "The round after which it was measured", round_)
+    if (samples := status.get("noise_scale", {}).get("samples")) is not None:
+        yield gauge(
+            "swarm_noise_scale_samples",
+            "Samples of a round beyond which more help little, by the noise of peers' payloads",
+            samples,
+        )
     if status.get("snapshot"):
         yield gauge(
             "swarm_snapshot_round", "Round of the newest attested snapshot", status["snapshot"]["round"]

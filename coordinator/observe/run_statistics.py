@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any, Final
 
 from ..protocol.figures import ddp_bytes, mean_loss
-from ..protocol.messages import CommitBody, Heartbeat
+from ..protocol.messages import CommitBody, Heartbeat, NoiseEntry
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -21,6 +21,10 @@ KEPT_FINGERPRINTS = 64
 """Reported rounds that are remembered."""
 
 RECENT_ROUNDS = 16
+
+RECENT_NOISES: Final = 32
+FEWEST_NOISES: Final = 3
+"""Rounds whose payloads were looked at: a noise scale is a quotient of means over as many."""
 
 
 @dataclass(slots=True)
@@ -62,6 +66,8 @@ class RunStatistics:
     n_durations: int = 0
     durations_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
     _beats: dict[int, Heartbeat] = field(default_factory=dict)
+    noises: dict[int, NoiseEntry] = field(default_factory=dict)
+    """The newest ones, by round."""
     _fingerprints: dict[int, dict[int, bytes]] = field(default_factory=dict)
     """Round -> peer -> the last one that it reported."""
 
@@ -160,6 +166,27 @@ class RunStatistics:
             peer, self._beats[index] = self.peer(index), last
             peer.sent_bytes, peer.received_bytes, peer.payload_bytes = sent, received, payload
             peer.offers_missed = missed
+
+    def noise(self, round_: int, found: NoiseEntry) -> None:
+        """What the evaluator of that round has found."""
+        self.noises[round_] = found
+        for old in sorted(self.noises)[:-RECENT_NOISES]:
+            del self.noises[old]
+
+    def noise_scale(self) -> dict[str, Any]:
+        """JSON-able. `samples`: of a round, beyond which more of them help little; `peers`: so many offers
+        have that; None: not known yet, or the payloads of `rounds` rounds share nothing that can be told from
+        noise. `of`: see NoiseEntry."""
+        found = list(self.noises.values())
+        if not found:
+            return {"samples": None, "peers": None, "rounds": 0, "of": None}
+        signal, noise, n = (
+            sum(getattr(x, name) for x in found) / len(found) for name in ("signal", "noise", "n_samples")
+        )
+        is_known = len(found) >= FEWEST_NOISES and signal > 0.0
+        samples = max(0.0, noise / signal) if is_known else None
+        peers = None if samples is None else samples / n
+        return {"samples": samples, "peers": peers, "rounds": len(found), "of": found[-1].of}
 
     def fingerprint(self, index: int, round_: int, value: bytes) -> set[int]:
         """Notes what a peer reports, in place of what it reported before on the same round.

@@ -11,6 +11,7 @@ from ..derived_state import DerivedState
 from ..entry.gate import Gate
 from ..ledger import Ledger
 from ..membership import Membership
+from ..protocol.figures import noise_in_words
 from ..protocol.messages import Gossiping, Rejected
 from ..rounds import Rounds
 from .counters import Counters
@@ -69,6 +70,7 @@ class RunView:
             "since_start": self._counters.figures(),
             "ledger_bytes": self._ledger.n_bytes,
             "gossip": self._gossip(),
+            "noise_scale": self._noise_scale(),
             **self._loss_unit.figures(),
             **self._derived.retention.figures(self._members.connected()),
             **self._derived.statistics.figures(),
@@ -88,7 +90,8 @@ class RunView:
             now_s=now_s,
             now_ms=self._wall_ms(),
         )
-        return {**shown, "gossip": self._gossip(), **self._loss_unit.figures()}
+        also = {"gossip": self._gossip(), "critical_batch": self._noise_scale()["text"]}
+        return {**shown, **also, **self._loss_unit.figures()}
 
     def trend(self, since: int) -> dict[str, Any]:
         """JSON-able and bounded: the points of the charts that have changed since that stamp."""
@@ -106,6 +109,13 @@ class RunView:
             for index, peer_id in self._ledger.peers().items()
             if self._members.takes_part(index) or self._derived.statistics.has_offered(index)
         }
+
+    def _noise_scale(self) -> dict[str, Any]:
+        """See `RunStatistics.noise_scale`. `round_samples`: that a round counts now."""
+        recent = self._derived.samples.recent
+        scale = self._derived.statistics.noise_scale()
+        scale["round_samples"] = sum(recent) / len(recent) if recent else None
+        return {**scale, "text": noise_in_words(scale)}
 
     def _gossip(self) -> dict[str, Any] | None:
         """How far the models of peers are apart, as they tell it; None: nobody has one of its own."""

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from statistics import fmean
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 from .messages import CommitBody
 
@@ -43,6 +43,21 @@ def one_line(text: str, *, heading: bool = True) -> str:
 def counted(n: int, what: str) -> str:
     """1, "peer" -> "1 peer"; 2, "peer" -> "2 peers"."""
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+def noise_in_words(scale: Mapping[str, Any]) -> str | None:
+    """See `RunStatistics.noise_scale`; with `round_samples`, that a round counts now, or None. None: no
+    payloads have been looked at."""
+    samples, rounds = scale["samples"], scale["rounds"]
+    if not rounds:
+        return None
+    if samples is None:
+        return f"critical batch: not known, after {counted(rounds, 'look')} at what payloads share"
+    about, now = f"{float(f'{samples:.2g}'):,.0f}", scale["round_samples"]
+    peers = counted(max(1, round(scale["peers"])), "peer")
+    said = f"beyond about {about} samples a round ({peers}) more peers help little"
+    has = "" if now is None else f"; a round has {now:,.0f}"
+    return f"critical batch: {said}{has} (by the noise of {scale['of']})"
 
 
 def human_seconds(seconds: float) -> str:

@@ -583,6 +583,17 @@ class Head(Message):
     round: Round
 
 
+class NoiseEntry(Record):
+    """How noisy a round's payloads, made `of` that, are, as the node found that evaluates. `signal`: what all
+    share, of their mean square; `noise`: the rest, in samples; `n_samples`: that a payload was made from, a
+    mean."""
+
+    signal: Annotated[float, Field(ge=-1, le=1)]
+    noise: Annotated[float, Field(allow_inf_nan=False)]
+    n_samples: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    of: Literal["momentum", "pseudo-gradients"]
+
+
 class Report(Message):
     """What a node measured after applying `round`; None where it has nothing to say.
 
@@ -590,12 +601,14 @@ class Report(Message):
     """
 
     tag = 9
+    n_younger = 1
     round: Round
     fingerprint: Annotated[bytes, Field(min_length=8, max_length=8)] | None = None
     checked: bool = False
     held_out: float | None = None
     snapshot: Digest | None = None
     snapshot_bytes: Count | None = None
+    noise: NoiseEntry | None = None
 
 
 class Figure(Record):

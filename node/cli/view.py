@@ -77,6 +77,8 @@ def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
         return Group(*seats, *said)
     lines: list[RenderableType] = [Text(shown(headline(status))), *seats, _PeerTable(status)]
     lines += [Text(shown(f"changed: {text}")) for text in status.get("changes", [])[-CHANGES_SHOWN:]]
+    if noise := status.get("noise_scale", {}).get("text"):
+        lines.append(Text(shown(noise)))
     lines += [Text(shown(line)) for line in (*gossip_in_words(status), *evaluations_in_words(status))]
     lines += [Text(shown(line), style="bold red") for line in trust_in_words(status)]
     lines += [Text(shown(note), style="yellow") for note in (whose, *notes) if note is not None]

@@ -27,6 +27,7 @@ from thinwire.coordinator.protocol.messages import (
     Heartbeat,
     Members,
     NodeState,
+    NoiseEntry,
     Notice,
     Offer,
     Offered,
@@ -1178,3 +1179,33 @@ def test_a_service_whose_reign_is_over_hears_nothing_and_writes_nothing(make_wor
         world.service.blob_arrived("a", digest_of(b"late"), world.now_s)
     with pytest.raises(SwarmUnreachable, match="does not lead any more"):
         world.service.adopt([])
+
+
+def test_the_critical_batch_is_what_evaluators_find_in_payloads(make_world: MakeWorld) -> None:
+    """4 samples in each of two offers."""
+    world = make_world(eval_every=1, rounds=40)
+    world.train("a", "b")
+    told = []
+    for round_ in range(1, 8):
+        world.round(round_, "a", "b")
+        evaluator = world.service.commits(round_ - 1, 1)[0].body.evaluator
+        for index, peer in enumerate("ab"):
+            found = NoiseEntry(
+                signal=0.25 if index == evaluator else 1.0, noise=3.0, n_samples=4.0, of="momentum"
+            )
+            world.say(peer, Report(round=round_, held_out=2.0 if index == evaluator else None, noise=found))
+        told.append(
+            (world.status()["noise_scale"]["samples"], world.service.overview(world.now_s)["critical_batch"])
+        )
+    assert told[0] == (None, "critical batch: not known, after 1 look at what payloads share")
+    assert [samples for samples, _ in told] == [None, None, *[12.0] * 5]
+    text = "critical batch: beyond about 12 samples a round (3 peers) more peers help little; a round has 8"
+    assert told[-1][1] == f"{text} (by the noise of momentum)"
+    world.round(8, "a", "b")
+    evaluator = world.service.commits(7, 1)[0].body.evaluator
+    assert evaluator is not None
+    hidden = NoiseEntry(signal=-1.0, noise=8.0, n_samples=4.0, of="momentum")
+    for _ in range(2):
+        world.say("ab"[evaluator], Report(round=8, noise=hidden))
+    scale = world.status()["noise_scale"]
+    assert (scale["rounds"], scale["samples"]) == (8, pytest.approx((7 * 3 + 8) / (7 * 0.25 - 1)))

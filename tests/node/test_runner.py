@@ -47,6 +47,8 @@ def test_all_replicas_are_identical(tmp_path: Path, strategy: str, n_peers: int)
     # A node that is behind when it is asked does not measure; behind the last round nobody is.
     assert [round for round, _ in status["held_out"] if round != 3] == [0, 6]
     assert runners[0].replica.bad.total() == 0
+    looks = status["noise_scale"]["rounds"]
+    assert looks == 0 if strategy.startswith("spsa") else looks >= 1, "of the last round at least"
 
 
 @pytest.mark.parametrize("strategy", ["decoupled", "spsa"])

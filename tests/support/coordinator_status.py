@@ -44,6 +44,7 @@ def status_of(n_peers: int = 3, **changes: Any) -> dict[str, Any]:
         "last_commit_ms": 1_700_000_000_500,
         "loss": 2.25,
         "held_out": [[0, 5.5], [5, 2.5]],
+        "noise_scale": {"samples": 4096.0, "peers": 32.0, "rounds": 3, "of": "momentum"},
         "peers": peers,
         "rejected": {"late_offer": 2},
         "since_start": counters.figures(),

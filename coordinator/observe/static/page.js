@@ -444,6 +444,8 @@ function show() {
   onlyNew("peers", [told.peers, told.state, isAway()], ([peers]) => refill("peer-rows", "no-peers", peers.map(peerRow)));
   const all = Object.values(told.n_peers).reduce((a, b) => a + b, 0);
   put("peers-title", all > told.peers.length ? `Peers (${told.peers.length} of ${whole(all)})` : "Peers");
+  $("critical-batch").hidden = !told.critical_batch;
+  put("critical-batch", told.critical_batch ?? "");
   onlyNew("seats", told.seat ?? null, showSeats);
   onlyNew("gossip", told.gossip ?? null, showGossip);
   onlyNew("evaluations", told.evaluations ?? [], (found) => {

@@ -20,6 +20,7 @@ def test_a_scrape_shows_the_status() -> None:
     assert value(text, "thinwire_swarm_held_out_loss") == 2.5
     assert value(text, "thinwire_swarm_held_out_round") == 5
     assert value(text, "thinwire_swarm_snapshot_round") == 5
+    assert value(text, "thinwire_swarm_noise_scale_samples") == 4096
     for state, n in {"training": 2, "joining": 0, "gone": 1}.items():
         assert value(text, "thinwire_swarm_peers", state=state) == n
     assert value(text, "thinwire_swarm_offers_total", result="counted") == 15
