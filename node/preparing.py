@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
+from ..compression.errors import ConfigError
 from ..coordinator.protocol.messages import BlobRef, GenesisBody, Welcome
+from ..optim.base import Strategy
 from .config import RunConfig, parse_config
 from .gossip.swarm import meet_neighbours
 from .history import History
@@ -96,9 +98,11 @@ def prepare_run(
     precision: Precision = "auto",
     leader: Leader | None = None,
     folder: Path | None = None,
+    offload_idle: bool = False,
 ) -> PreparedRun:
     """The run that the link has opened; its replica has no weights yet. `leader`: of a node of several ranks;
-    `folder`: where blobs are kept, None: nowhere; `task`: instead of `import_path` and `data`.
+    `folder`: where blobs are kept, None: nowhere; `task`: instead of `import_path` and `data`;
+    `offload_idle`: see `Diloco.aside`.
 
     Nothing is downloaded before the layout was compared. Raises ConfigError, Incompatible and what
     `Link.fetch` raises.
@@ -111,6 +115,8 @@ def prepare_run(
         replica = build_replica(link.run_id, body, task, link.peer_id, device)
     else:
         replica = leader.replica(link.run_id, body, link.peer_id, task)
+    if offload_idle:
+        _offload_idle(replica.strategy, folder)
     meet_neighbours(replica, link.neighbours)
     blobs, fetched = KeptBlobs(link, folder), KeptBlobs(link, None)
     texts = (
@@ -136,6 +142,18 @@ def prepare_run(
     )
     _tell(run)
     return run
+
+
+def _offload_idle(strategy: Strategy, folder: Path | None) -> None:
+    """Raises ConfigError for a strategy that has nothing to put aside."""
+    from ..optim.diloco import Diloco
+    from ..optim.inner.aside import Aside
+
+    if not isinstance(strategy, Diloco):
+        raise ConfigError(
+            f"--offload-idle: of runs with diloco, this one has {type(strategy).__name__.lower()}"
+        )
+    strategy.aside = Aside(folder)
 
 
 def _download(blobs: KeptBlobs, blob: BlobRef | None, what: str) -> bytes | None:

@@ -39,7 +39,8 @@ class Options:
     """What the user of a node says. `device` "auto": cuda, or cpu without; `ranks` None: one for each GPU, or
     one on a CPU. `threads`: of each rank, None: torch's default; `max_upload`: a rate in words, see
     `parse_rate`; `restart`: how often a node whose rank has failed is started again; `evaluate`: the function
-    of the run's [eval] that this node calls; `verify`: what to do about a snapshot that others vouch for."""
+    of the run's [eval] that this node calls; `verify`: what to do about a snapshot that others vouch for;
+    `offload_idle`: what inner steps do not need waits elsewhere, see `Diloco.aside`."""
 
     ticket: str
     data: Path | None
@@ -62,6 +63,7 @@ class Options:
     track: tuple[TrackerName, ...] = ()
     evaluate: str | None = None
     verify: Verify = "background"
+    offload_idle: bool = False
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""
@@ -171,6 +173,7 @@ def opened_node(
             tracks=tracks,
             evaluations=evaluations,
             verify=options.verify,
+            offload_idle=options.offload_idle,
         )
 
 

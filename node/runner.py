@@ -50,7 +50,7 @@ class Runner:
     None: a temporary one. `stop` may be set from any thread (or a signal handler): the node leaves the swarm
     cleanly. `leader`: the node has several ranks, this is rank 0's. `tracks`: where the run log goes;
     `evaluations`: of the weights, beside the training; whoever opened these closes them. `verify`: what to do
-    about a snapshot that others vouch for. `clock`: in seconds.
+    about a snapshot that others vouch for. `offload_idle`: see `Diloco.aside`. `clock`: in seconds.
 
     Called with this runner, in the node's thread: `on_prepared` once task, model and strategy are there,
     before the replica has weights; `on_proposing` whenever it is about to do local work for an offer.
@@ -72,6 +72,7 @@ class Runner:
         tracks: Tracks | None = None,
         evaluations: Evaluations | None = None,
         verify: Verify = "background",
+        offload_idle: bool = False,
         on_prepared: Callable[[Runner], object] = _nothing,
         on_proposing: Callable[[Runner], object] = _nothing,
     ) -> None:
@@ -91,6 +92,7 @@ class Runner:
             precision=precision,
             leader=leader,
             folder=folder,
+            offload_idle=offload_idle,
         )
         self._verify = verify
         self._on_prepared, self._on_proposing = on_prepared, on_proposing

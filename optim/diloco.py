@@ -47,6 +47,7 @@ from .auditing.gradients import compared, no_gradients
 from .auditing.scores import cosines, mean_cosines
 from .base import Closure, Draw, NamedParameters, Noise, Own, Parameter, Share, refuse_names
 from .facts import Facts, KnownUpdate
+from .inner.aside import Aside
 from .inner.control import MEAN as CONTROL_MEAN
 from .inner.control import NONE, Control
 from .inner.optimizers import check_inner
@@ -67,6 +68,9 @@ from .robust.weights import sender_floor_of, weighed
 from .rules import DILOCO_RUNS
 
 INNER: Final[dict[str, Any]] = {"name": "AdamW", "betas": [0.9, 0.95]}
+
+LEFTOVER: Final = "leftover"
+"""The entry of error feedback in the state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +201,10 @@ class Diloco(InnerTraining):
             ),
         },
     )
+    aside: Aside | None = None
+    """Where outer parameters and error feedback wait while `propose` makes inner steps: 20 bytes per
+    parameter instead of 28. This peer's own matter: nothing else changes."""
+
     takes_bfloat16: ClassVar[bool] = False  # inner steps in bfloat16 would mostly be rounded away
 
     @keywords_of(DilocoOptions)
@@ -206,7 +214,7 @@ class Diloco(InnerTraining):
         self._deadline_s: float | None = None
         self._losses: list[float] = []
         self._phase = InnerPhase(self)
-        self._residual = Residual(self, self.compressor, "leftover", self._kept)
+        self._residual = Residual(self, self.compressor, LEFTOVER, self._kept)
         self._control = Control(self, self.compressor, self._phase)
         super().__init__(named_parameters, options)
         self.fragments()  # raises ConfigError for more than there are
@@ -259,7 +267,7 @@ class Diloco(InnerTraining):
         """Inner steps, one drawn batch each. Puts the parameters back, and clears the gradients."""
         self._begin(turn)
         self.n_ahead = self.n_batches = self.counters.pop("ahead", 0)
-        with self._inner_training():
+        with self._inner_training(self._aside_now(), LEFTOVER):
             while self.n_batches == 0 or not self._is_enough(self.n_batches):
                 self._train_on(draw(), turn)
                 self.n_batches += 1
@@ -331,7 +339,15 @@ class Diloco(InnerTraining):
         return done
 
     def _leave(self) -> None:
-        self._phase.leave(is_kept=self.option("fragments") > 1 or self.option("mix") > 0)
+        self._phase.leave(self._keeps_inner)
+
+    @property
+    def _keeps_inner(self) -> bool:
+        """Whether inner parameters go on from round to round."""
+        return bool(self.option("fragments") > 1 or self.option("mix") > 0)
+
+    def _aside_now(self) -> Aside | None:
+        return None if self._keeps_inner or self._control.is_on else self.aside
 
     @torch.no_grad()
     def _send(self, turn: Turn) -> Payload:
@@ -344,9 +360,14 @@ class Diloco(InnerTraining):
         decays = f"decays {(turn.round - 1) % self.option('fragments')}"
         self.count(decays)
         if not self.option("error_feedback"):
+            for p in fragment:
+                self._phase.bring_back(p)
             return pack_all(self.ranks, self.compressor, fragment, self._phase.moved, its_turn)
         for p in fragment:
+            self._phase.bring_back(p)
             self._phase.add_moved(p, self._residual.of(p), self.option("feedback_decay"))
+            if not self._keeps_inner:
+                self._phase.put_outer_back(p)  # its copy is gone before the next one's comes
         return self._residual.send(fragment, its_turn, self.counters[decays], 1.0)
 
     def _kept(self, parameter: Parameter, n_decays: int) -> float:

@@ -1,4 +1,5 @@
-"""`thinwire bench memory`: what a rank of a sharded node holds at most in a round of decoupled momentum."""
+"""`thinwire bench memory`: what a rank of a sharded node holds at most in a round of decoupled momentum, and
+what strategies hold on one machine, beside AdamW."""
 
 from __future__ import annotations
 
@@ -12,10 +13,14 @@ import torch
 from torch import nn
 
 from ...compression.base import Turn
+from ...compression.codecs.dense import Dense
 from ...compression.numerics.noise import initial_values
-from ...optim.base import Closure, Share
+from ...optim.base import Closure, Share, Strategy
+from ...optim.diloco import Diloco
+from ...optim.inner.aside import Aside
 from ...optim.parts.ranks import local_of, parts_of
 from ...optim.registry import build_strategy
+from ...optim.spsa import Spsa
 from .. import config
 from ..tasks.gpt import ByteGPT
 from ..tasks.shapes import shapes_only
@@ -26,6 +31,8 @@ RANKS: Final = (1, 2, 4)
 LAYERS: Final = 32
 """As in models of seven billion parameters: a block is a small part of the whole."""
 
+ALONE: Final = ("inference", "spsa", "adamw", "diloco", "diloco_offload_idle")
+
 STRATEGY: Final = {"name": "decoupled", "beta": 0.9}
 
 
@@ -35,14 +42,19 @@ def bench_memory(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
 
     Baseline: parameters, momentum and gradients, evenly shared out; the bytes of one whole block, which every
     rank has while it computes it, come on top.
+
+    Beside it, of one rank in this process, bytes per parameter at most: torch's AdamW, `diloco` without and
+    with `--offload-idle`, `spsa` with its dry run, and a forward pass alone.
     """
     nodes = {count: _node(count, n_params) for count in RANKS}
     whole = nodes[1][0]
+    alone = {name: _alone(name, n_params) for name in ALONE}
     return {
         "n_params": whole["n_params"],
         "n_state_bytes": whole["n_state_bytes"],
         "n_block_bytes": whole["n_block_bytes"],
         **{f"ranks_{count}": _verdict(ranks, whole["n_block_bytes"]) for count, ranks in nodes.items()},
+        "alone": {name: {"peak_bytes_per_parameter": peak} for name, peak in alone.items()},
     }
 
 
@@ -103,9 +115,45 @@ def _measured(rank: int, count: int, n_params: int, meeting: Path | None) -> dic
     }
 
 
-def _task(n_params: int) -> TextTask:
-    width = max(64, round((n_params / (12 * LAYERS)) ** 0.5 / 64) * 64)
-    return TextTask(config.Task(layers=LAYERS, width=width, heads=4, context=16, batch=1), data=None)
+def _alone(name: str, n_params: int, layers: int = LAYERS) -> float:
+    """Bytes per parameter, over three rounds of two batches; all state is there in the second."""
+    model = _task(n_params, layers).model()
+    _fill(model, 0, 1)
+    named = dict(model.named_parameters())
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-3) if name == "adamw" else None
+    strategy = _strategy(name, named)
+    with LiveBytes(p.detach() for p in named.values()) as live:
+        for round in (1, 2, 3):
+            if strategy is not None:
+                turn = Turn(round, round, round, 1.0)
+                payload = strategy.propose(lambda: _closure(model), turn)
+                strategy.check(payload, turn)
+                strategy.apply([Share(1, 1, payload)], turn, "counted")
+                del payload
+            elif adamw is not None:
+                adamw.zero_grad()
+                _closure(model)().backward()  # type: ignore[no-untyped-call]
+                adamw.step()
+            else:
+                with torch.no_grad():
+                    _closure(model)()
+    return float(live.peak_bytes / sum(p.numel() for p in named.values()))
+
+
+def _strategy(name: str, named: dict[str, nn.Parameter]) -> Strategy | None:
+    """None: of a row without one."""
+    if name == "spsa":
+        return Spsa(named.items(), lr=1e-6)
+    if not name.startswith("diloco"):
+        return None
+    diloco = Diloco(named.items(), compressor=Dense(bits=4, group_size=128), inner_steps=2)
+    diloco.aside = Aside() if name == "diloco_offload_idle" else None
+    return diloco
+
+
+def _task(n_params: int, layers: int = LAYERS) -> TextTask:
+    width = max(64, round((n_params / (12 * layers)) ** 0.5 / 64) * 64)
+    return TextTask(config.Task(layers=layers, width=width, heads=4, context=16, batch=1), data=None)
 
 
 def _whole_block(task: TextTask) -> nn.Module:

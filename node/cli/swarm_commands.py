@@ -208,6 +208,9 @@ class Join:
     """Compute each block again in the backward pass: less memory, more time."""
     cpu_offload: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Keep parameters in the machine's memory instead of the GPU's."""
+    offload_idle: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """diloco: what inner steps do not need waits on the disk meanwhile, in the state folder, or with a GPU in
+    the machine's memory: 21 bytes per parameter instead of 28, and the same results."""
     restart: Annotated[int, arg(metavar="N")] = 0
     """Start the node again, from its snapshot, up to N times when it breaks."""
     threads: Annotated[int | None, arg(metavar="N")] = None
@@ -287,6 +290,7 @@ class Join:
                     track=self.track,
                     evaluate=self.evaluate,
                     verify=self.verify,
+                    offload_idle=self.offload_idle,
                 ),
                 stop,
                 seat,

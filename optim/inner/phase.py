@@ -3,6 +3,9 @@
 The model's own parameters are trained, and the outer ones are put aside meanwhile, in the state's entry
 `outer`; when they are back, inner parameters that are needed again are put aside as `live`. The inner
 optimizer's state is in the entry `inner`. All of it is local state, per parameter.
+
+Inner steps need neither the outer parameters nor what a strategy keeps for its sends: where memory is short
+both may wait elsewhere meanwhile (`aside`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from ...compression.kernels import use_numba
 from ...compression.scratch import scratch
 from ..base import Parameter, Strategy
 from ..parts.gradients import local_gradients, norm
+from .aside import Aside
 from .optimizers import inner_step, inner_table
 
 
@@ -33,6 +37,8 @@ class InnerPhase:
 
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
+        self._aside: Aside | None = None
+        self._idle = "outer", ""
 
     def entry(self, parameter: Parameter, entry: str, default: Any = None) -> Any:
         """Of the state; looking makes none."""
@@ -40,8 +46,15 @@ class InnerPhase:
         return states[parameter.tensor].get(entry, default) if parameter.tensor in states else default
 
     @torch.no_grad()
-    def enter(self) -> None:
-        """The inner parameters into the model, the outer ones aside; nothing, where they are already."""
+    def enter(self, aside: Aside | None = None, idle: str = "") -> None:
+        """The inner parameters into the model, the outer ones aside; nothing, where they are already.
+
+        `aside`: the outer parameters and this entry of the state wait there, until `bring_back` or `leave`.
+        Only where inner parameters are not kept. Raises ConfigError, and nothing has changed.
+        """
+        if aside is not None and not self.is_inside:
+            self._put_aside(aside, idle)
+            return
         for p in self._strategy.parameters_in_order():
             state = self._strategy.state[p.tensor]
             if "outer" not in state:
@@ -49,14 +62,39 @@ class InnerPhase:
                 if "live" in state:
                     p.local.copy_(state.pop("live"))
 
+    def _put_aside(self, aside: Aside, idle: str) -> None:
+        self._aside, self._idle = aside, ("outer", idle)
+        parameters, states = self._strategy.parameters_in_order(), self._strategy.state
+        for p in parameters:
+            aside.put(f"{p.name}:outer", p.local)
+            if idle in states[p.tensor]:
+                aside.put(f"{p.name}:{idle}", states[p.tensor][idle])
+        for p in parameters:
+            states[p.tensor].pop(idle, None)
+
+    @torch.no_grad()
+    def bring_back(self, parameter: Parameter) -> None:
+        """What waits aside of it, into the state again."""
+        for entry in self._idle:
+            if self._aside is not None and (key := f"{parameter.name}:{entry}") in self._aside:
+                self._strategy.state[parameter.tensor][entry] = self._aside.take(key, parameter.local)
+
     @torch.no_grad()
     def leave(self, is_kept: bool) -> None:
         """The outer parameters into the model, bit for bit; the inner ones aside, or they are forgotten."""
         for p in self._strategy.parameters_in_order():
-            outer = self._strategy.state[p.tensor].pop("outer")
             if is_kept:
                 self._strategy.state[p.tensor]["live"] = p.local.clone()
-            p.local.copy_(outer)
+            self.put_outer_back(p)
+        self._aside = None
+
+    @torch.no_grad()
+    def put_outer_back(self, parameter: Parameter) -> None:
+        """Into the model; the inner ones are forgotten. Nothing, where that has been done."""
+        self.bring_back(parameter)
+        outer = self._strategy.state[parameter.tensor].pop("outer", None)
+        if outer is not None:
+            parameter.local.copy_(outer)
 
     @property
     def is_inside(self) -> bool:
@@ -163,6 +201,7 @@ class InnerPhase:
         if not any(self._strategy.ranks.sums([float(n_broken)])):
             return False
         for p in parameters:
+            self.bring_back(p)
             p.local.copy_(self._strategy.state[p.tensor]["outer"])
             self._strategy.state[p.tensor].pop("inner", None)
         return True

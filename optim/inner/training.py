@@ -11,6 +11,7 @@ from torch import Tensor
 from ...compression.base import Payload, Turn
 from ..base import Closure, Parameter, Strategy
 from ..parts.gradients import backward
+from .aside import Aside
 from .muon import NAME as MUON
 from .muon import refuse_split, split_in_words
 from .optimizers import inner_table
@@ -100,9 +101,9 @@ class InnerTraining(Strategy):
             yield
 
     @contextmanager
-    def _inner_training(self) -> Iterator[None]:
-        """The model has the inner parameters meanwhile; no gradients are left."""
-        self._phase.enter()
+    def _inner_training(self, aside: Aside | None = None, idle: str = "") -> Iterator[None]:
+        """The model has the inner parameters meanwhile; no gradients are left. See `InnerPhase.enter`."""
+        self._phase.enter(aside, idle)
         try:
             yield
         finally:

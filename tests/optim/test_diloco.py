@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from thinwire.compression.base import Part, Payload, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
@@ -19,6 +20,7 @@ from thinwire.compression.codecs.dense import Dense
 from thinwire.compression.errors import BadPayload, ConfigError
 from thinwire.optim.base import Closure, Own, Share
 from thinwire.optim.diloco import Diloco
+from thinwire.optim.inner.aside import Aside
 from thinwire.optim.parts.fragments import fragments_of, unit_of
 from thinwire.optim.registry import build_strategy
 
@@ -820,3 +822,54 @@ def test_sparse_loco_is_a_configuration_and_needs_its_error_feedback() -> None:
                 strategy.apply(shares, turn_of(round_), "counted")
         losses[feedback] = float(batch_loss(models[0], 10**9, n=1000)().detach())
     assert losses[True] < losses[False] - 0.1
+
+
+# ---------------------------------------------------------------------------------- what waits elsewhere
+
+
+@pytest.mark.parametrize("error_feedback", [True, False])
+def test_where_idle_tensors_wait_changes_nothing(error_feedback: bool) -> None:
+    """Not even a round whose training goes wrong, and one that is proposed twice."""
+    found = []
+    for aside in (None, Aside()):
+        model = net()
+        strategy = Diloco(
+            model.named_parameters(), compressor=Dense(bits=4), inner_steps=2, error_feedback=error_feedback
+        )
+        strategy.aside = aside
+        payloads = []
+        for round_ in (1, 2, 3, 3):
+            payload = propose(strategy, model, turn_of(round_))
+            payloads.append(payload)
+            if len(payloads) != 3:
+                strategy.apply([Share(0, 1, payload)], turn_of(round_), "counted")
+        states = [dict(sorted(s.items())) for s in strategy.state.values()]
+        found.append((payloads, flat(model), states))
+        assert not any("outer" in s for s in strategy.state.values())
+    for plain, spared in zip(pytree.tree_leaves(found[0]), pytree.tree_leaves(found[1]), strict=True):
+        assert torch.equal(torch.as_tensor(plain), torch.as_tensor(spared))
+
+
+def test_a_closure_that_fails_leaves_all_in_place() -> None:
+    model = net()
+    strategy = Diloco(model.named_parameters(), compressor=Dense(bits=4), inner_steps=2)
+    strategy.aside = Aside()
+    payload = propose(strategy, model, turn_of(1))
+    strategy.apply([Share(0, 1, payload)], turn_of(1), "counted")
+    before = flat(model), copy.deepcopy([s["leftover"] for s in strategy.state.values()])
+    batches = iter([batch_loss(model, 1)])
+    with pytest.raises(StopIteration):
+        strategy.propose(lambda: next(batches), turn_of(2))
+    assert torch.equal(flat(model), before[0])
+    for state, leftover in zip(strategy.state.values(), before[1], strict=True):
+        assert torch.equal(state["leftover"], leftover)
+
+
+def test_broken_inner_parameters_start_over_from_what_waits() -> None:
+    model = net()
+    strategy = Diloco(model.named_parameters(), compressor=Dense(bits=4), inner_steps=1, lr=1e38)
+    strategy.aside = Aside()
+    before = flat(model)
+    propose(strategy, model, turn_of(1))
+    assert strategy.counters["dropped_rounds"] == 1
+    assert torch.equal(flat(model), before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from thinwire.node.bench.live_bytes import LiveBytes
-from thinwire.node.bench.memory import _measured
+from thinwire.node.bench.memory import _alone, _measured
 
 
 def test_memory_counts_once_and_until_it_is_given_back() -> None:
@@ -36,3 +36,10 @@ def test_gradients_are_seen() -> None:
 def test_a_node_of_one_rank_holds_the_state_and_little_else() -> None:
     found = _measured(0, 1, 1_000_000, meeting=None)
     assert found["n_state_bytes"] <= found["peak_bytes"] <= 1.3 * found["n_state_bytes"]
+
+
+def test_what_inner_steps_do_not_need_can_wait_elsewhere() -> None:
+    """Largest parameters, which a quarter of such a model is, come on top."""
+    plain, spared = (_alone(name, 200_000, layers=2) for name in ("diloco", "diloco_offload_idle"))
+    assert spared < 23
+    assert plain >= 28
