@@ -306,9 +306,15 @@ def _read_base(path: Path, model: nn.Module, layout: tuple[LayoutEntry, ...]) ->
                 f"the model wants {list(entry.shape)} {entry.dtype}"
             )
     for name, buffer in persistent_buffers(model):
-        if name in tensors and tensors[name].shape != buffer.shape:
-            raise ConfigError(
-                f"run.base {path}: buffer {name} is {list(tensors[name].shape)}, "
-                f"the model wants {list(buffer.shape)}"
-            )
+        if name in tensors:
+            _refuse_buffer(f"run.base {path}: buffer {name}", tensors[name], buffer)
     return data
+
+
+def _refuse_buffer(what: str, found: Tensor, wanted: Tensor) -> None:
+    """Raises ConfigError for another shape, and for values that float8 would hide."""
+    if found.shape != wanted.shape:
+        raise ConfigError(f"{what} is {list(found.shape)}, the model wants {list(wanted.shape)}")
+    is_cast = wanted.dtype.itemsize == 1 and wanted.is_floating_point() and found.dtype != wanted.dtype
+    if is_cast and not bool(found.float().isfinite().all()):  # of infinity e4m3 would make 448
+        raise ConfigError(f"{what} has values that are not finite, and the model keeps it as {wanted.dtype}")

@@ -24,6 +24,7 @@ from thinwire.compression.numerics.noise import initial_values
 from thinwire.compression.registry import build_compressor
 from thinwire.optim.base import Closure, Parameter, Share, Strategy, canonical_name
 from thinwire.optim.parts.packing import pack_all
+from thinwire.optim.parts.perturb import Direction, evaluated
 from thinwire.optim.parts.ranks import GroupRanks, local_of, parts_of
 from thinwire.optim.parts.unsharded import mark_unsharded
 from thinwire.optim.registry import build_strategy
@@ -76,6 +77,7 @@ COMPRESSORS: dict[str, dict[str, Any]] = {
     "slicing": {"name": "slicing", "rate": 0.25, "bits": 16},
     "random_k": {"name": "random_k", "rate": 0.25},
 }
+GROUPS = ("blocks and root", "root", "blocks")
 N_ROUNDS = 4
 LAYOUT = wire.layout_hash(b"sharded")
 ROWS, TOKENS, WORDS = 6, 5, 13
@@ -112,8 +114,9 @@ class Net(nn.Module):
         return F.linear(self.norm(x), self.words.weight)
 
 
-def built(world_size: int, name: str = "") -> nn.Module:
-    """On the meta device, sharded, and with exact values in each rank's rows."""
+def built(world_size: int, name: str = "", groups: str = "blocks and root") -> nn.Module:
+    """On the meta device, sharded, and with exact values in each rank's rows. `groups`: what is brought
+    together by itself."""
     with torch.device("meta"):
         model = Net().to(torch.bfloat16 if name.endswith("bfloat16") else torch.float32)
     if world_size > 1:
@@ -122,7 +125,8 @@ def built(world_size: int, name: str = "") -> nn.Module:
 
         mesh = init_device_mesh("cpu", (world_size,))
         scalars = {p for p in model.parameters() if p.ndim == 0}
-        for module in (*model.blocks, model):
+        blocks = model.blocks if "blocks" in groups else ()
+        for module in (*blocks, *([model] if "root" in groups else [])):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
     model.to_empty(device="cpu")
     mark_unsharded(model)
@@ -355,6 +359,25 @@ def broadcast(ranks: GroupRanks, name: str) -> list[float]:
     return found
 
 
+def substituted(rank: int, world_size: int) -> dict[str, list[float]]:
+    """The loss at theta + eps z, before and after a forward pass, by what is sharded together; of this rank's
+    rows alone."""
+    found = {}
+    for groups in ("nothing", *GROUPS):
+        model = built(1 if groups == "nothing" else world_size, groups=groups)
+        parameters = build_strategy(STRATEGIES["spsa"], model.named_parameters()).parameters_in_order()
+        closure = draws(model, 3, rank, world_size)()
+
+        def at(direction: Direction) -> float:
+            return float(evaluated(closure, parameters, direction))  # noqa: B023
+
+        found[groups] = [at(Direction("sign", 5, 0, 1e-2))]
+        with torch.no_grad():
+            found[groups].append(float(closure()))
+        found[groups].append(at(Direction("sign", 5, 0, 1e-2)))
+    return found
+
+
 def load() -> dict[str, list[list[str]]]:
     """The rounds that all go through."""
     import torch.distributed.checkpoint.state_dict
@@ -368,4 +391,5 @@ def work(rounds: dict[str, list[list[str]]], rank: int, world_size: int, folder:
     if world_size > 1:
         tools = through_tools(folder / f"tools-{world_size}", rank, world_size)
         found |= {"collectives": collectives(GroupRanks()), "tools": tools}
+        found |= {"substituted": substituted(rank, world_size)}
     return found

@@ -41,8 +41,9 @@ TYPES = {
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
-    torch.bfloat16: "*bf16",
 }
+"""What kernels are given. Not bfloat16: the interpreter of 3.7 adds its bit patterns, so that they get those,
+as int16, and widen them by themselves."""
 
 
 def noise(kind: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -146,6 +148,43 @@ def test_small_updates_are_not_lost() -> None:
         weight.grad = torch.ones_like(weight)
         strategy.step()
     assert float(weight.detach().float().mean()) == pytest.approx(1 - 100 * 2.0**-14, abs=3e-4)
+
+
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "a vector": lambda x: x,
+    "odd rows": lambda x: x.view(-1, 7),
+    "one row": lambda x: x.view(1, -1),
+    "transposed": lambda x: x.view(7, -1).t().contiguous().t(),
+    "every second value": lambda x: x.repeat_interleave(2)[::2].view(-1, 7),
+}
+
+
+@pytest.mark.parametrize("n", [7, 35, 1001])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_neither_shape_nor_strides_change_a_bit(name: str, n: int) -> None:
+    """torch 2.13 adds `alpha * x` with alpha rounded to bfloat16, and rounds products besides in tensors that
+    are short (fewer than 32), odd or transposed, which it goes through value by value; `index_add_` of a
+    thousand ones gives 256 in a vector and 1,000 in a matrix. (From its sources, aten/src/ATen/native/cpu;
+    asked of it in this way.) Here all is float32 until it is rounded, once, by bits of our own.
+    """
+    values, toward = (initial_values(3, i, 0, n, 0.2).bfloat16() for i in (0, 1))
+    found = {}
+    for kind, shaped in SHAPES.items():
+        weight = nn.Parameter(shaped(values.clone()))
+        config = {"compressor": {"name": "dense"}} if name == "decoupled" else {}
+        strategy = build_strategy({**CONFIGS[name], **config}, [("w", weight)])
+        for round in (1, 2):
+            turn = turn_of(round)
+            if name == "decoupled":
+                weight.grad = shaped(toward.clone())
+                payload = strategy.propose_from_grad(turn)
+            else:
+                payload = {"codes": (torch.tensor([5, 77, 201], dtype=torch.uint8),)}
+            strategy.apply([Share(turn.own_seed, 1, payload)], turn, "counted")
+        found[kind] = weight.detach().reshape(-1).clone()
+    assert not torch.equal(found["a vector"], values)
+    for kind, values_of_it in found.items():
+        assert torch.equal(values_of_it, found["a vector"]), kind
 
 
 def test_diloco_says_that_it_takes_float32_only() -> None:

@@ -139,6 +139,16 @@ def test_a_base_with_another_buffer_s_shape_or_an_unknown_type_is_named(tmp_path
     save_file({**base, "factor": torch.zeros(2)}, path)
     with pytest.raises(ConfigError, match=r"buffer factor is \[2\]"):
         genesis_of(OwnTask(Normed), SPSA, base=str(path))
+    save_file({**base, "factor": torch.tensor([torch.inf])}, path)
+
+    def narrow() -> nn.Module:
+        model = Normed()
+        model.factor = model.factor.to(torch.float8_e4m3fn)  # torch 2.13 makes 448 of infinity
+        return model
+
+    genesis_of(OwnTask(Normed), SPSA, base=str(path))
+    with pytest.raises(ConfigError, match=r"buffer factor has values that are not finite"):
+        genesis_of(OwnTask(narrow), SPSA, base=str(path))
     save_file({**base, "scale": torch.zeros(2, dtype=torch.uint8)}, path)
     path.write_bytes(path.read_bytes().replace(b'"U8"', b'"F4"'))
     with pytest.raises(ConfigError, match=r"base\.safetensors: .*(read|type)"):
