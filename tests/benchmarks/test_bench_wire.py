@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import combinations
 from typing import Any
 
@@ -44,6 +45,12 @@ def test_the_published_figures_stand_beside_ours(result: dict[str, Any]) -> None
     assert references["SparseLoCo 1 B, 64 of 4096, paper"]["times_fewer"] > 1.4
     assert references["Streaming DiLoCo 1 B, 4 bit"]["times_fewer"] == pytest.approx(1, rel=0.01)
     assert references["FedKSeed, per probe"]["times_fewer"] > 1
+
+
+@pytest.mark.parametrize(("n", "k"), [(4096, 8), (4096, 32), (4096, 64), (16384, 32)])
+def test_no_code_of_sets_of_indices_is_shorter_by_a_fortieth(n: int, k: int) -> None:
+    entropy = math.log2(math.comb(n, k)) / k
+    assert entropy < rice_bits(n, k) < 1.025 * entropy
 
 
 @pytest.mark.parametrize(("n", "k"), [(12, 1), (12, 3), (14, 5), (9, 9)])

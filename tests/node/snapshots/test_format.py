@@ -76,6 +76,8 @@ def test_every_dtype_comes_back_bit_for_bit_whatever_lies_before_it(name: str) -
     tensors = {"a": torch.ones(3, dtype=torch.int8), "b": bits.view(DTYPES[name]), "c": torch.tensor(True)}
     found = tensors_of(bytearray(data(tensors)))
     assert list(found) == ["a", "b", "c"]
+    # safetensors 0.8: `load` of bytes, which reads run.base, knows fewer types than its readers of files.
+    assert torch.equal(load_safetensors(data(tensors))["b"].view(torch.uint8), bits)
     assert found["b"].dtype == DTYPES[name]
     assert torch.equal(found["b"].view(torch.uint8), bits)
     found["b"].view(torch.uint8)[0] = 1  # it can be written to
