@@ -333,6 +333,10 @@ class Audits(Section):
     """Audits of newcomers take at most so many times `rate` of the auditors' work, over time: 10 in new runs;
     those that are left over wait, and whose last audit has failed weighs nothing until one passes. Auditors
     are then peers whose own audits have passed, where there are three. 0: none of that, as in older runs."""
+    flood_failures: Annotated[int, Field(ge=0, le=8)] | None = None
+    """With `newcomers_budget`: while so many of the last eight newcomers, of 200 rounds at most, have failed
+    their first audit, others weigh nothing until theirs has passed: 6 in new runs; 0: not so, as in older
+    ones."""
 
 
 class RunConfig(Section):

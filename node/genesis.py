@@ -40,7 +40,7 @@ from .tasks.buffers import persistent_buffers
 from .tasks.shapes import shapes_only
 from .tasks.trial import Trial, refuse_shared_memory
 
-NEW_RUNS: Final = Audits(own_data_auditors=False, newcomers_rate=1.0, newcomers_budget=10.0)
+NEW_RUNS: Final = Audits(own_data_auditors=False, newcomers_rate=1.0, newcomers_budget=10.0, flood_failures=6)
 NO_AUDITS: Final = NEW_RUNS.model_copy(update={"rate": 0.0})
 """What runs have that say nothing of it, if they are not older than these options."""
 

@@ -273,9 +273,8 @@ class Replica:
         return self.standing.new_among(commit.body)
 
     def failed(self, commit: Commit) -> frozenset[int]:
-        """The same, whose last audit has failed before it, where that matters."""
-        body = commit.body
-        return frozenset(o.peer for o in body.offers if self.standing.has_failed_in(o.peer, body.round))
+        """The same, that weigh nothing: whose last audit has failed, or, in a flood, has not passed."""
+        return self.standing.weightless_among(commit.body)
 
     def paces(self, commit: Commit) -> tuple[dict[int, int], int]:
         """Of a commit that is known: the rounds since the last counted offer of each peer with one in it, and

@@ -57,9 +57,9 @@ class Share:
 
     `own_data`: made from data that others do not have. `n_copies`: how many offers of the round have this
     very payload, itself among them. `is_new`: the last audit of its peer's offers has not passed, or there
-    was none yet. `has_failed`: it has failed. `gap`: rounds since its peer's last one, 1 if there was none;
-    `n_active`: peers that have offered lately, of the round. Both are known where a strategy weighs by them
-    (`robust/pace`).
+    was none yet. `has_failed`: it has failed, or there is a flood of such peers. `gap`: rounds since its
+    peer's last one, 1 if there was none; `n_active`: peers that have offered lately, of the round. Both are
+    known where a strategy weighs by them (`robust/pace`).
     """
 
     seed: int

@@ -76,6 +76,7 @@ class AuditsSection(_Section):
     own_data_auditors: bool = True
     newcomers_rate: Annotated[float, Field(ge=0, le=1)] = 0.0
     newcomers_budget: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    flood_failures: Annotated[int, Field(ge=0, le=8)] = 0
 
 
 class TaskSection(_Section):

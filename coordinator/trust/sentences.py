@@ -21,6 +21,12 @@ LOOK_FOR: Final = (
     "doctor)"
 )
 
+FLOOD: Final = (
+    "most newcomers of late have failed their first audit: until fewer do, others weigh nothing before "
+    "theirs has passed"
+)
+FLOOD_IS_OVER: Final = "newcomers weigh something again: fewer of them have failed their first audit of late"
+
 TOLD_EVERY: Final = 50
 """Rounds after which a peer that goes on offering is told again."""
 
@@ -49,6 +55,8 @@ class Sentences:
             log.warning("an audit of the offers of %s has failed", self._names.short(peer))
             text = f"{FOUND}: they weigh nothing until an audit passes. {LOOK_FOR}"
             self._announcer.send(Notice(text=text, warning=True), [peer])
+        if (begins := self._standing.flood_turns()) is not None:
+            log.warning(FLOOD if begins else FLOOD_IS_OVER)
         for peer in back:
             self._told.pop(peer, None)
             count = self._count_again(peer)

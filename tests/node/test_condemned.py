@@ -284,15 +284,21 @@ def test_new_runs_have_audits_and_old_ones_stay_what_they_are() -> None:
     config = config_of(None)
     task = make_task(config.task, None, None)
     new = public_config(config, task)
-    assert new.audits == Audits(own_data_auditors=False, newcomers_rate=1.0, newcomers_budget=10.0)
+    since = {
+        "own_data_auditors": False,
+        "newcomers_rate": 1.0,
+        "newcomers_budget": 10.0,
+        "flood_failures": 6,
+    }
+    assert new.audits == Audits.model_validate(since)
     before = {"rate": 0.01, "failures": 2, "window_rounds": 1000}
-    since = {"own_data_auditors": False, "newcomers_rate": 1.0, "newcomers_budget": 10.0}
     assert json.loads(new.to_json())["audits"] == {**before, **since}
     with_all = new.model_copy(update={"audits": Audits()})  # of a run that is older than the option
     assert json.loads(with_all.to_json())["audits"] == before
     drawn = parse_settings(with_all.to_json()).audits
     assert drawn is not None
     assert (drawn.own_data_auditors, drawn.newcomers_rate, drawn.newcomers_budget) == (True, 0.0, 0.0)
+    assert drawn.flood_failures == 0
     assert public_config(config, task, recorded=with_all) == with_all
     old = new.model_copy(update={"audits": None})
     assert "audits" not in json.loads(old.to_json())

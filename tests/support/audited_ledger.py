@@ -36,6 +36,7 @@ class Rules:
     own_data_auditors: bool = True
     newcomers_rate: float = 0.0
     newcomers_budget: float = 0.0
+    flood_failures: int = 0
 
 
 def offer(peer: int, n_samples: int = 1, round_: int = 0, own_data: bool = False) -> OfferEntry:

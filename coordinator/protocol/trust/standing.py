@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from ..messages import AuditEntry, CommitBody, Verdict
 from .audits import check_audit, payload_digest, signed_bytes
 from .drawing import MIN_AUDITORS, Draw, audits_of
+from .flood import Flood
 from .judging import REPORT_ROUNDS, Judged, Judging, OpenAudit
 from .paces import Paces
 from .stock import ROUND, Stock
@@ -60,6 +61,9 @@ class Rules(Protocol):
 
     @property
     def newcomers_budget(self) -> float: ...
+
+    @property
+    def flood_failures(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -147,6 +151,8 @@ class Standing:
         self._drawn: dict[int, tuple[Draw, ...]] = {}
         budget = 0 if rules is None else round(rules.newcomers_budget * rules.rate * ROUND)
         self._stock = Stock(budget) if budget > 0 else None
+        failures = 0 if rules is None or budget == 0 else rules.flood_failures
+        self._flood = Flood(failures) if failures > 0 else None
         self._fallen: set[int] = set()
         self._among_few: Counter[int] = Counter()
         self._settled: int | None = None
@@ -219,6 +225,22 @@ class Standing:
         """Whether it has failed, in runs with `newcomers_budget`."""
         tried = self._tried.get(peer)
         return self._stock is not None and tried is not None and tried.has_failed(round_)
+
+    def weightless_among(self, body: CommitBody) -> frozenset[int]:
+        """Peers with an offer in this commit, which is known, that weigh nothing in its round, the condemned
+        ones apart: whose last audit has failed, and in a flood who is new, where somebody else is there."""
+        peers = frozenset(o.peer for o in body.offers)
+        failed = frozenset(peer for peer in peers if self.has_failed_in(peer, body.round))
+        if self._flood is None or not self._flood.is_on(body.round):
+            return failed
+        new = self.new_among(body)
+        return failed | new if peers - failed - new else failed
+
+    def flood_turns(self) -> bool | None:
+        """Whether the newest commit has begun a flood, True, or ended one, False."""
+        if self._flood is None or self._flood.is_on(self.round) == (now := self._flood.is_on(self.round + 1)):
+            return None
+        return now
 
     def is_known(self, peer: int) -> bool:
         """Whether the last audit of the peer's offers that was decided has passed."""
@@ -304,15 +326,20 @@ class Standing:
         self._terms = {peer: last for peer, last in self._terms.items() if last > self.round}
         after = self.round - rules.window_rounds
         self._fallen.clear()
+        first_audits = list[bool]()
         for judged in self._judging.judge(self.round, self.is_condemned):
             tried = self._tried.setdefault(judged.target, _Tried())
             if judged.round <= tried.last:
                 continue  # of before its term, or while it lasts
+            if tried.passed == tried.failed == 0:
+                first_audits.append(judged.failed)
             tried.note(judged, LAST * rules.failures, self.round + 1)
             if judged.failed and self._stock is not None:
                 self._fallen.add(judged.target)
             if tried.is_too_much(rules, after):
                 self._condemn(judged.target, tried, rules)
+        if self._flood is not None:
+            self._flood.committed(self.round, first_audits)
 
     def _heard_in(self, body: CommitBody) -> list[int]:
         """Whose offers weigh something."""

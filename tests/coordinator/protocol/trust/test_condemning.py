@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -256,6 +257,28 @@ def test_who_has_worked_among_too_few_for_audits_is_known_to_those_who_come_late
     run.live(10, lambda auditor, target: PASSED if (auditor < 3) == (target < 3) else FAILED)
     assert run.standing.condemned_in(run.standing.round + 1) > set()
     assert not any(run.standing.audited(peer)[1] for peer in range(3)), "newcomers alone fail nobody"
+
+
+def test_in_a_flood_newcomers_weigh_nothing_before_they_have_passed() -> None:
+    rules = Rules(0.01, newcomers_rate=1.0, newcomers_budget=10.0, flood_failures=6)
+    known, liars = frozenset(range(4)), frozenset(range(4, 12))
+    runs = AuditedRun(4, rules), AuditedRun(4, replace(rules, flood_failures=0))
+    for run in runs:
+        run.live(10, lambda _auditor, _target: PASSED)
+        run.n_peers = 12
+    run, older = runs
+    while run.standing.flood_turns() is None:
+        for each in runs:
+            each.live(1, lambda _auditor, target: FAILED if target in liars else PASSED)
+    assert run.standing.flood_turns()
+    assert run.standing.round <= 14
+    assert not run.standing.weightless_among(run.bodies[10]), "the round in which they came"
+    bodies = [run.commit(), run.commit(absent=known)]
+    assert run.standing.weightless_among(bodies[0]) == liars, "not only those whose audits are decided"
+    assert run.standing.weightless_among(bodies[1]) < liars, "where nobody else is"
+    assert older.standing.weightless_among(older.commit()) < liars
+    run.live(20, lambda _auditor, target: FAILED if target in liars else PASSED)
+    assert run.standing.weightless_among(bodies[0]) == liars, "later, too"
 
 
 def test_old_failures_are_forgotten() -> None:
