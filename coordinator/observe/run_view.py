@@ -147,12 +147,12 @@ class RunView:
 
 
 def _edges(told: Mapping[int, Gossiping]) -> list[list[int]]:
-    """Two peers by index, and the bytes of the messages between them so far, as the one that knows of more
-    tells it; those with most, in the order of the peers."""
-    found: dict[tuple[int, int], int] = {}
+    """Two peers by index, the bytes of the messages between them so far, and of them those that a member has
+    carried, as the one that knows of more tells it; those with most, in the order of the peers."""
+    found: dict[tuple[int, int], tuple[int, int]] = {}
     for index, gossip in told.items():
         for edge in gossip.edges:
             both = min(index, edge.peer), max(index, edge.peer)
-            found[both] = max(found.get(both, 0), edge.sent + edge.received)
-    most = sorted(found.items(), key=lambda entry: -entry[1])[:SHOWN_EDGES]
-    return [[*both, n_bytes] for both, n_bytes in sorted(most)]
+            found[both] = max(found.get(both, (0, 0)), (edge.sent + edge.received, edge.relayed))
+    most = sorted(found.items(), key=lambda entry: -entry[1][0])[:SHOWN_EDGES]
+    return [[*both, *n_bytes] for both, n_bytes in sorted(most)]

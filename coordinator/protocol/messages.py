@@ -656,23 +656,29 @@ MAX_EDGES: Final = 16
 
 
 class EdgeEntry(Record):
-    """Bytes of the messages that a node and a neighbour in gossip have sent each other so far."""
+    """Bytes of the messages that a node and a neighbour in gossip have sent each other so far, and of them
+    those that a member has carried, as they cannot reach each other."""
 
+    n_younger = 1
     peer: Index
     sent: Count
     received: Count
+    relayed: Count = 0
 
 
 class Gossiping(Record):
     """What a node in gossip tells people. `round`: of its last exchange; `merged`: the last round that has
     changed the reference model, 0: it is untrained. `distance`: L2, of its own model from the median
-    neighbour's. `own_held_out`: the held-out loss of its own model, when it last looked. None: not known."""
+    neighbour's. `own_held_out`: the held-out loss of its own model, when it last looked. None: not known.
+    `carried`: bytes of others' messages."""
 
+    n_younger = 1
     round: Round
     merged: Round
     distance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
     own_held_out: Annotated[float, Field(allow_inf_nan=False)] | None
     edges: Annotated[tuple[EdgeEntry, ...], Field(max_length=MAX_EDGES)]
+    carried: Count = 0
 
 
 class Heartbeat(Message):

@@ -56,6 +56,8 @@ class FrameKind(IntEnum):
     STATUS = 11  # the status as JSON
     MODEL = 12  # u32 round and u64 size of what a neighbour is sent, then chunks follow
     LATEST = 13  # asks for what was last sent to neighbours
+    CARRY = 14  # as MODEL, and signature and peer: a member is to bring it there
+    CARRIED = 15  # as MODEL, and signature and peer: a member brings it from there
 
 
 FrameLimits = Mapping[FrameKind, int]

@@ -53,7 +53,7 @@ def _sum_up(console: Console, plan: DemoPlan, result: Mapping[str, Any]) -> None
     ]
     lines += [_told(fault) for fault in result["faults"]]
     if (gossip := result.get("gossip")) is not None:
-        each = [human_bytes(n) for _, _, n in gossip["edges"]]
+        each = [human_bytes(n) for _, _, n, _ in gossip["edges"]]
         lines.append(f"Neighbours have exchanged, both ways: {', '.join(each)}; merged after the last round.")
     other = (
         "thinwire demo --strategy spsa                     fine-tuning with one byte per probe"

@@ -10,10 +10,11 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class EdgeBytes:
-    """Of messages between this node and one peer so far, framing included."""
+    """Of messages between this node and one peer so far, and of them those that a member has carried."""
 
     sent: int = 0
     received: int = 0
+    relayed: int = 0
 
 
 class NeighbourLink(Protocol):
@@ -35,6 +36,10 @@ class NeighbourLink(Protocol):
 
     def edges(self) -> Mapping[str, EdgeBytes]:
         """By peer."""
+        ...
+
+    def carried(self) -> int:
+        """Bytes of messages between others that this node has carried so far."""
         ...
 
     def rejected(self) -> Mapping[str, int]:

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Final, Literal
 
-Rejection = Literal["stranger", "round", "size", "digest", "full", "cut"]
+Rejection = Literal[
+    "stranger", "round", "size", "digest", "full", "cut", "signature", "again", "busy", "cut_off"
+]
 
 MOST_SENDERS: Final = 64
 """Whose messages are kept at the same time."""
@@ -23,13 +25,14 @@ class Inbox:
         self.rejected: Counter[Rejection] = Counter()
         self.max_bytes = 0
         """Of a message."""
-        self._round = 0
+        self.round = 0
+        """Of this node's last exchange."""
         self._named: tuple[str, ...] = ()
         self._messages: dict[str, dict[int, bytes]] = {}
 
     def began(self, round_: int, named: Sequence[str]) -> None:
         """This node's exchange of that round begins, with these."""
-        self._round, self._named = round_, tuple(named)
+        self.round, self._named = round_, tuple(named)
         for sender in list(self._messages):
             kept = {r: data for r, data in self._messages[sender].items() if r >= round_}
             self._messages[sender] = kept
@@ -40,7 +43,7 @@ class Inbox:
         """Why a message will not be taken, before its bytes have come; None: it will."""
         if not is_member:
             return "stranger"
-        if round_ < self._round:
+        if round_ < self.round:
             return "round"
         if not 0 < n_bytes <= self.max_bytes:
             return "size"

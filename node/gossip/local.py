@@ -82,6 +82,9 @@ class LocalNeighbours:
         """Bytes of all messages for the rounds up to that one; what is asked for later is not among them."""
         return sum(n for r, n in list(self._sent_in.items()) if r <= round_)
 
+    def carried(self) -> int:
+        return 0
+
     def rejected(self) -> Mapping[str, int]:
         return {str(why): n for why, n in self.inbox.rejected.items()}
 

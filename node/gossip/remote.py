@@ -54,6 +54,10 @@ class RemoteNeighbours:
         streams = self._loop.now()
         return {} if streams is None else dict(streams.edges)
 
+    def carried(self) -> int:
+        streams = self._loop.now()
+        return 0 if streams is None else streams.carrying.n_bytes
+
     def rejected(self) -> Mapping[str, int]:
         streams = self._loop.now()
         return {} if streams is None else {str(why): n for why, n in streams.inbox.rejected.items()}

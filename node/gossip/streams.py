@@ -1,62 +1,44 @@
-"""Messages from node to node over streams: what one node does as a sender and as a receiver. One event loop.
-
-MODEL round, n  -> CHUNK ..., END digest -> DONE    or NO reason, before or after the chunks
-LATEST          -> MODEL round, n; CHUNK ..., END digest    or NO reason
-"""
+"""Messages from node to node over streams: what one node does as a sender and as a receiver. One event loop;
+see `transfer` for the frames, and `carrying` for peers that cannot reach each other."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import struct
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from ...compression.errors import SwarmUnreachable
-from ...coordinator.protocol.messages import BadMessage, digest_of
-from ...coordinator.protocol.streams import (
-    CHUNK_BYTES,
-    BadFrame,
-    FrameKind,
-    FrameLimits,
-    Meter,
-    Stream,
-    Throttle,
-)
+from ...coordinator.protocol.streams import BadFrame, FrameKind, Meter, Stream, Throttle
 from ..links.members import MemberList
 from .base import EdgeBytes
+from .carrying import BROKEN, Carrying, OpenStream, Signer
 from .inbox import Inbox, Rejection
+from .transfer import ANSWER, REQUESTS, Head, give, head_of, put, say, take
 
-_HEAD: Final = struct.Struct(">IQ")
-_DIGEST_BYTES: Final = 32
-_NO_BYTES: Final = 200
-_STALL_S: Final = 30.0
 _ASKED: Final = 3
 """Members that are asked for their latest message."""
 
 _STREAMS_PER_MEMBER: Final = 4
 
-_REQUESTS: FrameLimits = {FrameKind.MODEL: _HEAD.size, FrameKind.LATEST: 0}
-_DATA: FrameLimits = {FrameKind.CHUNK: CHUNK_BYTES, FrameKind.END: _DIGEST_BYTES}
-_TAKEN: FrameLimits = {FrameKind.DONE: 0, FrameKind.NO: _NO_BYTES}
-_GO: FrameLimits = {FrameKind.GO: 0, FrameKind.NO: _NO_BYTES}
-_ANSWER: FrameLimits = {FrameKind.MODEL: _HEAD.size, FrameKind.NO: _NO_BYTES}
-
-OpenStream = Callable[[str], Awaitable[Stream]]
-"""To a member. Raises SwarmUnreachable."""
-
 
 class NeighbourStreams:
-    """`own`: this node's peer id; `throttle`: of what is sent to those that ask."""
+    """`signer`: this node; `throttle`: of what is sent to those that ask."""
 
     def __init__(
-        self, open_stream: OpenStream, members: MemberList, own: str, meter: Meter, throttle: Throttle | None
+        self,
+        open_stream: OpenStream,
+        members: MemberList,
+        signer: Signer,
+        meter: Meter,
+        throttle: Throttle | None,
     ) -> None:
-        self._open_stream, self._members, self._own = open_stream, members, own
+        self._open_stream, self._members, self._signer = open_stream, members, signer
         self._meter, self._throttle = meter, throttle
         self.inbox = Inbox()
+        self.carrying = Carrying(open_stream, members, self.inbox, signer)
         self.edges: dict[str, EdgeBytes] = {}
         """Replaced entry by entry: read from any thread."""
         self._latest: tuple[int, bytes] | None = None
@@ -112,7 +94,7 @@ class NeighbourStreams:
 
     async def latest(self, timeout_s: float) -> list[tuple[int, bytes]]:
         """See `NeighbourLink`."""
-        others = [peer for peer in self._members.connected() if peer != self._own][:_ASKED]
+        others = [peer for peer in self._members.connected() if peer != self._signer.me][:_ASKED]
         asked = [asyncio.create_task(self._latest_of(peer, timeout_s)) for peer in others]
         answers = await asyncio.gather(*asked)
         return [answer for answer in answers if answer is not None]
@@ -122,14 +104,32 @@ class NeighbourStreams:
         try:
             while (message := self._pending.pop(peer, None)) is not None:
                 try:
-                    await self._put_again(peer, *message)
+                    await self._deliver(peer, *message)
                     self._gone.discard(peer)
-                except (SwarmUnreachable, BadMessage, OSError, EOFError, TimeoutError):
+                except BROKEN:
                     self._drop(peer)
                     self._gone.add(peer)
                     self._changed.set()
         finally:
             del self._senders[peer]
+
+    async def _deliver(self, peer: str, round_: int, data: bytes) -> None:
+        """Itself, or by way of a member; then it looks now and then whether the peer can be reached again."""
+        routes = self.carrying.routes
+        if not routes.is_cut_off(peer):
+            try:
+                await self._put_again(peer, round_, data)
+                return
+            except SwarmUnreachable:
+                if peer not in self._members.connected():
+                    raise
+                routes.tried(peer, reached=False)
+        await self.carrying.send(peer, round_, data)
+        self._count(peer, sent=len(data), relayed=len(data))
+        if routes.is_time_to_try(peer):
+            with contextlib.suppress(SwarmUnreachable):
+                self._streams[peer] = await self._open_stream(peer)
+            routes.tried(peer, reached=peer in self._streams)
 
     async def _put_again(self, peer: str, round_: int, data: bytes) -> None:
         """Once more over a new stream: that the other end has closed a kept one shows when it is used."""
@@ -143,15 +143,8 @@ class NeighbourStreams:
         stream = self._streams.get(peer)
         if stream is None or stream.is_closing:
             stream = self._streams[peer] = await self._open_stream(peer)
-        await self._say(stream, FrameKind.MODEL, _HEAD.pack(round_, len(data)))
-        async with asyncio.timeout(_STALL_S):
-            answer = await stream.receive(_GO)
-        if answer.kind is FrameKind.NO:
-            return
-        await self._give(stream, data)
-        self._count(peer, sent=len(data))
-        async with asyncio.timeout(_STALL_S):
-            await stream.receive(_TAKEN)
+        if await put(stream, FrameKind.MODEL, Head(round_, len(data)), data):
+            self._count(peer, sent=len(data))
 
     async def _latest_of(self, peer: str, timeout_s: float) -> tuple[int, bytes] | None:
         try:
@@ -159,18 +152,18 @@ class NeighbourStreams:
                 stream = await self._open_stream(peer)
                 try:
                     await stream.send(FrameKind.LATEST)
-                    kind, body = await stream.receive(_ANSWER)
+                    kind, body = await stream.receive(ANSWER)
                     if kind is FrameKind.NO:
                         return None
-                    round_, n_bytes = _head(body)
-                    if not 0 < n_bytes <= self.inbox.max_bytes:
-                        raise BadFrame("frame_size", f"a message of {n_bytes} bytes")
-                    data = await self._take(stream, n_bytes)
+                    head = head_of(body)
+                    if not 0 < head.n_bytes <= self.inbox.max_bytes:
+                        raise BadFrame("frame_size", f"a message of {head.n_bytes} bytes")
+                    data = await take(stream, head.n_bytes)
                     self._count(peer, received=len(data))
-                    return round_, data
+                    return head.round, data
                 finally:
                     stream.abort()
-        except (SwarmUnreachable, BadMessage, OSError, EOFError, TimeoutError):
+        except BROKEN:
             return None
 
     def _drop(self, peer: str) -> None:
@@ -187,88 +180,62 @@ class NeighbourStreams:
             return
         self._serving[peer] += 1
         stream = Stream(reader, writer, self._meter, self._throttle)
+        self.carrying.routes.tried(peer, reached=True)  # over the same connection
         try:
             while not self._is_closed:
-                kind, body = await stream.receive(_REQUESTS)
+                kind, body = await stream.receive(REQUESTS)
                 if kind is FrameKind.LATEST:
                     await self._answer(peer, stream)
+                elif kind is FrameKind.CARRY:
+                    await self.carrying.carry(peer, stream, head_of(body, carried=True))
                 else:
-                    await self._accept(peer, stream, *_head(body))
-        except (SwarmUnreachable, BadMessage, OSError, EOFError, TimeoutError):
+                    is_carried = kind is FrameKind.CARRIED
+                    await self._accept(peer, stream, head_of(body, carried=is_carried))
+        except BROKEN:
             return
         finally:
             self._serving -= Counter((peer,))
 
-    async def _accept(self, peer: str, stream: Stream, round_: int, n_bytes: int) -> None:
-        """One message. Raises BadFrame when the stream cannot go on."""
-        refusal = self.inbox.refusal(peer, peer in self._members, round_, n_bytes)
+    async def _accept(self, peer: str, stream: Stream, head: Head) -> None:
+        """One message: the peer's, or one that it carries. Raises BadFrame when the stream cannot go on."""
+        sender, members = head.other or peer, self._members
+        are_members = peer in members and sender in members
+        refusal = self.inbox.refusal(sender, are_members, head.round, head.n_bytes)
         if refusal is not None:
-            self.inbox.rejected[refusal] += 1
-            await self._say(stream, FrameKind.NO, refusal.encode())
+            await self._refuse(stream, refusal)
             return
-        await self._say(stream, FrameKind.GO)
+        await say(stream, FrameKind.GO)
         try:
-            data = await self._take(stream, n_bytes)
+            data = await take(stream, head.n_bytes)
         except BadFrame as e:
-            reason: Rejection = "cut" if e.reason == "frame_cut" else "digest"
-            self.inbox.rejected[reason] += 1
+            self.inbox.rejected["cut" if e.reason == "frame_cut" else "digest"] += 1
             raise
-        self._count(peer, received=n_bytes)
-        self.inbox.put(peer, round_, data)
+        if head.other and not self._signer.is_from(sender, head.signature, head.round, data):
+            await self._refuse(stream, "signature")
+            return
+        self._count(sender, received=len(data), relayed=len(data) if head.other else 0)
+        self.inbox.put(sender, head.round, data)
         self._changed.set()
-        await self._say(stream, FrameKind.DONE)
+        await say(stream, FrameKind.DONE)
+
+    async def _refuse(self, stream: Stream, why: Rejection) -> None:
+        self.inbox.rejected[why] += 1
+        await say(stream, FrameKind.NO, why.encode())
 
     async def _answer(self, peer: str, stream: Stream) -> None:
         if peer not in self._members or self._latest is None:
-            await self._say(stream, FrameKind.NO, b"nothing")
+            await say(stream, FrameKind.NO, b"nothing")
             return
         round_, data = self._latest
-        await self._say(stream, FrameKind.MODEL, _HEAD.pack(round_, len(data)))
-        await self._give(stream, data)
+        await say(stream, FrameKind.MODEL, Head(round_, len(data)).packed())
+        await give(stream, data)
         self._count(peer, sent=len(data))
 
-    # ---------------------------------------------------------------------------------------------- both
-
-    async def _give(self, stream: Stream, data: bytes) -> None:
-        n = stream.chunk_bytes
-        for start in range(0, len(data), n):
-            await self._say(stream, FrameKind.CHUNK, data[start : start + n])
-        await self._say(stream, FrameKind.END, digest_of(data))
-
-    async def _say(self, stream: Stream, kind: FrameKind, body: bytes = b"") -> None:
-        async with asyncio.timeout(_STALL_S):
-            await stream.send(kind, body, "gossip")
-
-    async def _take(self, stream: Stream, n_bytes: int) -> bytes:
-        """Exactly so many bytes, and their digest. Raises BadFrame, EOFError, OSError, TimeoutError."""
-        parts, missing = list[bytes](), n_bytes
-        while True:
-            async with asyncio.timeout(_STALL_S):
-                kind, body = await stream.receive(_DATA, "gossip")
-            if kind is FrameKind.END:
-                break
-            missing -= len(body)
-            if missing < 0 or not body:
-                raise BadFrame("blob", f"its chunks do not make {n_bytes} bytes")
-            parts.append(body)
-        data = b"".join(parts)
-        if missing or digest_of(data) != body:
-            raise BadFrame("blob", "its bytes do not fit its digest")
-        return data
-
-    def _count(self, peer: str, sent: int = 0, received: int = 0) -> None:
-        before = self.edges.get(peer, EdgeBytes())
-        self.edges[peer] = EdgeBytes(before.sent + sent, before.received + received)
+    def _count(self, peer: str, sent: int = 0, received: int = 0, relayed: int = 0) -> None:
+        edge = self.edges.get(peer, EdgeBytes())
+        self.edges[peer] = EdgeBytes(edge.sent + sent, edge.received + received, edge.relayed + relayed)
 
     def keep_only(self, members: Collection[str]) -> None:
         """Streams to the others are closed."""
         for peer in self._streams.keys() - set(members):
             self._drop(peer)
-
-
-def _head(body: bytes) -> tuple[int, int]:
-    """Round and size. Raises BadFrame."""
-    if len(body) != _HEAD.size:
-        raise BadFrame("frame_size", f"a head of {len(body)} bytes")
-    round_, n_bytes = _HEAD.unpack(body)
-    return int(round_), int(n_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from math import isfinite
 
 from ...coordinator.protocol.messages import MAX_EDGES, EdgeEntry, Gossiping
@@ -21,6 +22,7 @@ def gossiping(run: PreparedRun) -> Gossiping | None:
         distance=None if mixed is None else _finite(mixed.distance),
         own_held_out=_finite(run.work.own_held_out),
         edges=_edges(run, [] if met is None else list(met.weights)),
+        carried=link.carried(),
     )
 
 
@@ -30,7 +32,7 @@ def _edges(run: PreparedRun, met: list[str]) -> tuple[EdgeEntry, ...]:
     found = run.link.neighbours.edges()
     order = sorted(found, key=lambda peer: (peer not in met, peer))
     known = [(index, found[peer]) for peer in order if (index := run.history.index_of(peer)) is not None]
-    return tuple(EdgeEntry(peer=i, sent=edge.sent, received=edge.received) for i, edge in known[:MAX_EDGES])
+    return tuple(EdgeEntry(peer=i, **asdict(edge)) for i, edge in known[:MAX_EDGES])
 
 
 def _finite(x: float | None) -> float | None:

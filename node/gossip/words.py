@@ -28,7 +28,11 @@ def gossip_in_words(status: Mapping[str, Any]) -> list[str]:
     )
     lines = ["gossip: " + "; ".join([what, *apart])]
     if edges := told["edges"]:
-        shown = [f"{a}-{b} {human_bytes(n)}" for a, b, n in edges[:EDGES_SHOWN]]
+        shown = [f"{a}-{b} {human_bytes(n)}{_by_others(relayed)}" for a, b, n, relayed in edges[:EDGES_SHOWN]]
         more = f" and {len(edges) - EDGES_SHOWN} more" if len(edges) > EDGES_SHOWN else ""
         lines.append(f"exchanged so far, both ways: {', '.join(shown)}{more}")
     return lines
+
+
+def _by_others(relayed: int) -> str:
+    return f" ({human_bytes(relayed)} by way of others)" if relayed else ""

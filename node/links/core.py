@@ -40,6 +40,7 @@ from ...coordinator.protocol.messages import (
 from ...coordinator.protocol.streams import BLOB, GOSSIP, Meter, Stream
 from ...coordinator.protocol.ticket import Ticket
 from ...coordinator.protocol.trust.signed_offers import signed
+from ..gossip.carrying import Signer
 from ..gossip.streams import NeighbourStreams
 from .blob_client import BlobClient
 from .blob_fetcher import BlobFetcher
@@ -117,7 +118,8 @@ class LinkCore:
         self.served = Served(self.kept, self._has_time_for)
         throttle = None if limit is None else limit.served
         self._server = BlobServer(self.served, self._members, meter, throttle, self._seats)
-        self.neighbours = NeighbourStreams(self._to_neighbour, self._members, peer_id, meter, throttle)
+        signer = Signer(peer_id, ticket.run_id, key)
+        self.neighbours = NeighbourStreams(self._to_neighbour, self._members, signer, meter, throttle)
         self.commits = CommitFeed(copy, self._payloads, mailbox)
         self.offers = OfferSender(coordinator, self._uploads, self._payloads, mailbox)
         self._state = NodeState.JOINING

@@ -119,3 +119,41 @@ def test_a_run_over_thin_links_trains_and_its_bytes_are_counted(
         counted = result["sent_bytes"] + result["received_bytes"]
         assert counted > 5 * 200_000, "rounds of 200 kB and more"
         assert counted == pytest.approx(on_the_wire, rel=0.10)
+
+
+GOSSIP = (
+    RUN.partition("[strategy]")[0]
+    + """
+[strategy]
+name = "gossip"
+lr = 1e-3
+inner_steps = 1
+topology = "complete"
+merge_every = "end"
+[network]
+heartbeat_s = 0.2
+"""
+)
+
+
+def test_neighbours_behind_walls_exchange_by_way_of_a_node_that_both_reach(
+    hosts: list[Host], tmp_path: Path, thinwire: Callable[..., Any]
+) -> None:
+    """The nodes' hosts have no route to each other; the third node is on the coordinator's host."""
+    hub, *nodes = hosts
+    text = GOSSIP.replace("rounds = 5", "rounds = 5\nmin_peers = 3").replace("width = 40", "width = 16")
+    (tmp_path / "run.toml").write_text(text)
+    coordinator = thinwire("coordinator", "run.toml", "--state", "state", host=hub.name)
+    ticket = coordinator.first_line()
+    joined = [thinwire("join", ticket, "--threads", "1", "--json", host=host.name) for host in (*nodes, hub)]
+    for program in joined:
+        assert program.wait(200) == 0, program.stderr()
+    assert coordinator.wait(70) == 0, coordinator.stderr()
+    assert len({json.loads(program.stdout())["fingerprint"] for program in joined}) == 1
+    status = json.loads((tmp_path / "state" / "result.json").read_text())
+    (carrier,) = (peer["index"] for peer in status["peers"] if peer["gossip"]["carried"] > 0)
+    edges = status["gossip"]["edges"]
+    assert [edge[:2] for edge in edges] == [[0, 1], [0, 2], [1, 2]]
+    for a, b, n_bytes, relayed in edges:
+        assert n_bytes > 10_000
+        assert relayed == (0 if carrier in (a, b) else n_bytes)

@@ -397,7 +397,7 @@ function showSeats(seat) {
   $("seat-rows").replaceChildren(...[...rows, ...others].flat());
 }
 
-// Peers on a circle; the more two have exchanged, the thicker is the line between them.
+// Peers on a circle; the more two have exchanged, the thicker is the line between them, broken where others carry it.
 function showGossip(gossip) {
   $("gossip").hidden = !gossip;
   if (!gossip) return;
@@ -419,15 +419,15 @@ function showGossip(gossip) {
     return element;
   };
   const most = Math.max(1, ...gossip.edges.map(([, , n]) => n));
-  const lines = gossip.edges.map(([a, b, n]) => {
+  const lines = gossip.edges.map(([a, b, n, relayed]) => {
     const [[x1, y1], [x2, y2]] = [at.get(a), at.get(b)].map((point) => point.map((x) => 40 * x));
-    return svg("line", { x1, y1, x2, y2, stroke: "currentColor", "stroke-width": 0.5 + (2.5 * n) / most });
+    return svg("line", { x1, y1, x2, y2, stroke: "currentColor", "stroke-width": 0.5 + (2.5 * n) / most, ...(relayed ? { "stroke-dasharray": "4 3" } : {}) });
   });
   const labels = names.map((name) => svg("text", { x: 51 * at.get(name)[0], y: 51 * at.get(name)[1] }, String(name)));
   $("gossip-graph").replaceChildren(...lines, ...labels);
   const largest = [...gossip.edges].sort((a, b) => b[2] - a[2]).slice(0, 12);
-  $("gossip-rows").replaceChildren(...largest.flatMap(([a, b, n]) =>
-    [make("dt", { text: `Peers ${a} and ${b}` }), make("dd", { text: `${bytes(n)} both ways` })]));
+  $("gossip-rows").replaceChildren(...largest.flatMap(([a, b, n, relayed]) =>
+    [make("dt", { text: `Peers ${a} and ${b}` }), make("dd", { text: `${bytes(n)} both ways${relayed ? `, ${bytes(relayed)} by way of others` : ""}` })]));
 }
 
 const shown = {};

@@ -91,11 +91,11 @@ def test_who_has_no_model_of_its_own_cannot_export_it(tmp_path: Path) -> None:
 
 
 def test_a_status_says_whether_the_reference_model_is_trained() -> None:
-    edges = [[0, 1, 5_000_000]]
+    edges = [[0, 1, 5_000_000, 0], [0, 2, 3_000_000, 2_000_000]]
     told = {"merged": 0, "distance": 1.5, "own_held_out": [2.25, 2.5], "edges": edges}
     lines = gossip_in_words({"gossip": told})
     assert "untrained before the first merge" in lines[0]
     assert "2.250 to 2.500" in lines[0]
-    assert "0-1 5.0 MB" in lines[1]
+    assert "0-1 5.0 MB, 0-2 3.0 MB (2.0 MB by way of others)" in lines[1]
     assert "that of round 40" in gossip_in_words({"gossip": {**told, "merged": 40}})[0]
     assert gossip_in_words({"gossip": None}) == []
