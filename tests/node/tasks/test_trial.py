@@ -96,7 +96,7 @@ def genesis_of(task: OwnTask, strategy: dict[str, Any], **run: Any) -> Genesis:
 # -------------------------------------------------------------------------------------------- buffers
 
 
-@pytest.mark.parametrize("strategy", [DECOUPLED, DILOCO], ids=["decoupled", "diloco"])
+@pytest.mark.parametrize("strategy", [DECOUPLED, DILOCO, {"name": "gossip"}], ids=lambda s: str(s["name"]))
 def test_buffers_that_training_changes_are_refused_by_name(strategy: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"inner\.1\.running_mean.*GroupNorm.*spsa"):
         genesis_of(OwnTask(Normed), strategy)
