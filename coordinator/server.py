@@ -287,7 +287,7 @@ class CoordinatorServer:
             failed=self._fail,
             kept_from=self._seat.kept_from,
             waits=self._waits,
-            is_seat=self._seat.council.knows,
+            pushes=self._seat.council,
         )
         elsewhere.returns = self._returns
         self._reception.hand_to(elsewhere.handlers)

@@ -5,6 +5,9 @@ GET digest, 1 [, base]   -> the same; where SIZE has flags behind n, the chunks 
                   its length in front (`byte_planes`); flag 2: of what differs from `base`, as long a blob
 PUT digest, n  -> GO; CHUNK ..., END digest -> DONE    or DONE at once (it is here already)    or NO reason
 
+The first `EARLY_BYTES` of a PUT may be sent before its GO, which saves a round trip; where DONE or NO come
+instead, what was sent is dropped, up to its END.
+
 A stream that is cut ends like a complete one, so the size, the END frame and the digest must all fit.
 What breaks these rules raises BadFrame; its reason "frame_cut" is the only one that an honest peer can cause.
 """
@@ -34,6 +37,9 @@ _MAX_NO_BYTES = 2000
 STALL_S = 30.0
 """A transfer in which nothing moves for this long is given up."""
 
+EARLY_BYTES = 2**20
+"""So much of an upload may be in vain, because it is not wanted."""
+
 QUICK_STALL_S = 5.0
 """Never earlier than this, however quickly the chunks came before."""
 
@@ -57,6 +63,7 @@ PurposeOf = Callable[[bytes], TrafficKind]
 
 _REQUESTS: FrameLimits = {FrameKind.GET: 2 * _DIGEST_BYTES + 1, FrameKind.PUT: _DIGEST_BYTES + _SIZE.size}
 _DATA: FrameLimits = {FrameKind.CHUNK: CHUNK_BYTES, FrameKind.END: _DIGEST_BYTES}
+_REQUESTS_OR_DATA: FrameLimits = {**_REQUESTS, **_DATA}
 _ANSWER_GET: FrameLimits = {FrameKind.SIZE: _SIZE.size + 1, FrameKind.NO: _MAX_NO_BYTES}
 _ANSWER_PUT: FrameLimits = {FrameKind.GO: 0, FrameKind.DONE: 0, FrameKind.NO: _MAX_NO_BYTES}
 _ANSWER_END: FrameLimits = {FrameKind.DONE: 0, FrameKind.NO: _MAX_NO_BYTES}
@@ -165,18 +172,63 @@ async def get_blob_into(
         raise
 
 
-async def put_blob(stream: Stream, digest: bytes, data: bytes, purpose: TrafficKind) -> None:
-    """Returns when the other end has the blob on its disk. Raises like `get_blob`."""
-    await stream.send(FrameKind.PUT, digest + _SIZE.pack(len(data)))
-    answer = await _next(stream, _ANSWER_PUT)
+async def put_blob(
+    stream: Stream,
+    digest: bytes,
+    data: bytes | Coming,
+    purpose: TrafficKind,
+    sent: Callable[[], object] = bool,
+    n_early: int = EARLY_BYTES,
+) -> None:
+    """Returns when the other end has the blob on its disk. `sent`: is told when all of it has left;
+    `n_early`: so many bytes do not wait for the word that it is wanted. Raises like `get_blob`, and what
+    `data` raises."""
+    source = _Whole(data) if isinstance(data, bytes) else data
+    await _send(stream, FrameKind.PUT, digest + _SIZE.pack(source.n_bytes))
+    answering = asyncio.ensure_future(_next(stream, _ANSWER_PUT))
+    answering.add_done_callback(lambda done: done.cancelled() or done.exception())
+    try:
+        n_sent = await _send_wanted(stream, source, purpose, answering, n_early)
+        if n_sent == source.n_bytes:
+            sent()
+        if n_sent or (await answering).kind is FrameKind.GO:  # else no frame of it has left
+            await _send(stream, FrameKind.END, digest)
+        answer = await answering
+    finally:
+        answering.cancel()
     if answer.kind is FrameKind.GO:
-        n = stream.chunk_bytes
-        for start in range(0, len(data), n):
-            await _send(stream, FrameKind.CHUNK, data[start : start + n], purpose)
-        await _send(stream, FrameKind.END, digest)
         answer = await _next(stream, _ANSWER_END)
     if answer.kind is FrameKind.NO:
         raise NotServed(answer.body.decode(errors="replace"))
+
+
+async def _send_wanted(
+    stream: Stream, source: Coming, purpose: TrafficKind, answering: asyncio.Future[Frame], n_early: int
+) -> int:
+    """How many bytes have left: all, unless the answer is that no more are wanted."""
+    n_sent = 0
+    while chunk := await source.read(stream.chunk_bytes):
+        is_early = n_sent < n_early and not answering.done()
+        if not is_early and (await answering).kind is not FrameKind.GO:
+            break
+        await _send(stream, FrameKind.CHUNK, chunk, purpose)
+        n_sent += len(chunk)
+    return n_sent
+
+
+class _Whole:
+    """Bytes that are all here, as what still comes is sent."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.n_bytes, self._n_read = data, len(data), 0
+
+    async def read(self, n_bytes: int) -> bytes:
+        piece = self._data[self._n_read : self._n_read + n_bytes]
+        self._n_read += len(piece)
+        return piece
+
+    def close(self) -> None:
+        pass
 
 
 async def serve_blobs(
@@ -194,11 +246,13 @@ async def serve_blobs(
     shelf yet, by its digest. `given`: is told of what was sent as a whole.
     Raises BadMessage for a peer that breaks the protocol, after telling it why; OSError if it is gone.
     """
+    unwanted: int | None = None
     while True:
         try:
-            kind, body = await stream.receive(_REQUESTS)
+            kind, body = await _request(stream, unwanted)
         except EOFError:
             return
+        unwanted = None
         if not allowed():
             await _say_no(stream, "only members of the swarm are served")
             raise BadFrame("stranger", "a request by a peer that is not a member")
@@ -207,8 +261,23 @@ async def serve_blobs(
             if kind is FrameKind.GET:
                 if await _serve_get(stream, shelf, body, counted_as, coming):
                     given(body[:_DIGEST_BYTES])
-            else:
-                await _serve_put(stream, shelf, body, counted_as)
+            elif not await _serve_put(stream, shelf, body, counted_as):
+                unwanted = EARLY_BYTES + CHUNK_BYTES
+
+
+async def _request(stream: Stream, unwanted: int | None) -> Frame:
+    """The next one. Before it may come so many bytes of an upload that was answered without GO; None: it was
+    not. Raises EOFError, BadFrame or OSError."""
+    while unwanted is not None:
+        frame = await stream.receive(_REQUESTS_OR_DATA)
+        if frame.kind in _REQUESTS:
+            return frame
+        unwanted -= len(frame.body)
+        if frame.kind is FrameKind.END:
+            break
+        if unwanted < 0 or not frame.body:
+            raise BadFrame("blob", "more and more of an upload that is not wanted")
+    return await stream.receive(_REQUESTS)
 
 
 async def _serve_get(
@@ -275,7 +344,8 @@ async def _pass_on(stream: Stream, source: Coming, purpose: TrafficKind) -> None
             await _send(stream, FrameKind.CHUNK, chunk, purpose)
 
 
-async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: TrafficKind) -> None:
+async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: TrafficKind) -> bool:
+    """Whether it was wanted."""
     if len(body) != _DIGEST_BYTES + _SIZE.size:
         raise BadFrame("frame_size", f"a PUT frame of {len(body)} bytes")
     digest, n_bytes = body[:_DIGEST_BYTES], _size(body[_DIGEST_BYTES:])
@@ -283,7 +353,7 @@ async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Traffic
         sink = shelf.sink(digest, n_bytes)
     except BadMessage as e:
         await _say_no(stream, str(e))
-        return
+        return False
     if sink is not None:
         try:
             await _send(stream, FrameKind.GO)
@@ -299,6 +369,7 @@ async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Traffic
             raise
     shelf.stored(digest)
     await _send(stream, FrameKind.DONE)
+    return sink is not None
 
 
 async def _finish(sink: Sink) -> None:

@@ -11,7 +11,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any, BinaryIO, Protocol
 
 from ...compression.errors import ThinwireError
 from ..admission import AdmissionControl
@@ -34,11 +35,28 @@ from .watchers import Watchers
 _log = logging.getLogger("thinwire.coordinator")
 
 
+class Pushes(Protocol):
+    """What becomes of payloads that other seats push to this one."""
+
+    def knows(self, peer_id: str) -> bool:
+        """Whether it is a seat, or looks on."""
+        ...
+
+    def takes(self, seat: str, digest: bytes, n_bytes: int) -> Sink | None:
+        """Where it goes; None: nobody need send it. Raises BadMessage: it is refused; OSError."""
+        ...
+
+    def taken(self, seat: str, digest: bytes) -> None:
+        """It is here, or nobody need send it."""
+        ...
+
+
 class ElsewhereServer:
     """Handlers of all streams but those between seats. One event loop.
 
     `admission`: who may come in, by this seat's copy of the ledger; `status`: for people; `failed`: this seat
-    cannot go on; `is_seat`: of the same run; `kept_from`: payloads of the rounds from there on are here.
+    cannot go on; `kept_from`: payloads of the rounds from there on are here; `pushes`:
+    takes what other seats send.
     """
 
     def __init__(
@@ -53,15 +71,15 @@ class ElsewhereServer:
         failed: Callable[[ThinwireError], object],
         kept_from: Callable[[], int] = lambda: 1,
         waits: Waits,
-        is_seat: Callable[[str], bool],
+        pushes: Pushes,
     ) -> None:
         self._ledger, self._admission, self._watchers = ledger, admission, watchers
         self._meter, self._status, self._failed, self._waits = meter, status, failed, waits
-        self._is_seat = is_seat
+        self._is_seat = pushes.knows
         self.returns: Adopter | None = None
         """Takes what nodes have and this seat has lost, while the run is recovered."""
         self._returning = asyncio.Lock()
-        self._shelf = _Shelf(ledger, blobs)
+        self._shelf_of = partial(Shelf, ledger, blobs, pushes)
         self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
         self._strangers = Strangers(self._is_known)
         self._readers = Readers(ledger, self._rates, kept_from, watchers.beat_s)
@@ -109,8 +127,8 @@ class ElsewhereServer:
         return hello
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
-        """To whom the ledger knows, to those who watch or read here, and to seats."""
-        await self._blob_streams.serve(peer_id, stream, self._shelf)
+        """To whom the ledger knows, to those who watch or read here, and to seats, of which one may push."""
+        await self._blob_streams.serve(peer_id, stream, self._shelf_of(peer_id))
 
     def _may_fetch(self, peer_id: str) -> bool:
         return (
@@ -128,19 +146,21 @@ class ElsewhereServer:
         await tell_status(stream, self._status, self._waits.status_s)
 
 
-class _Shelf:
-    """What is in the store, and the signatures of offers; nothing is stored here for nodes."""
+class Shelf:
+    """What is in the store, and the signatures of offers, for one peer. Nothing is stored here for nodes."""
 
-    def __init__(self, ledger: Ledger, blobs: BlobStore) -> None:
-        self._ledger, self._blobs = ledger, blobs
+    def __init__(self, ledger: Ledger, blobs: BlobStore, pushes: Pushes, peer_id: str) -> None:
+        self._ledger, self._blobs, self._pushes, self._peer_id = ledger, blobs, pushes, peer_id
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
         """The blob and its size in bytes. Raises KeyError."""
         return open_blob(self._blobs, self._ledger.work, digest)
 
     def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
-        """Raises BadMessage, always."""
-        raise BadMessage("another seat leads: blobs are stored there")
+        """Where a payload goes; None: it is here, or comes already. Raises BadMessage or OSError."""
+        if not self._pushes.knows(self._peer_id):
+            raise BadMessage("another seat leads: blobs are stored there")
+        return self._pushes.takes(self._peer_id, digest, n_bytes)
 
     def stored(self, digest: bytes) -> None:
-        raise AssertionError("nothing is ever stored here")
+        self._pushes.taken(self._peer_id, digest)

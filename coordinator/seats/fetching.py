@@ -40,7 +40,7 @@ class _Wanted:
 
 class Fetcher:
     """In one event loop. `sources`: seats that may have blobs, the likeliest first; `arrived`: is told of a
-    blob that is in the store."""
+    blob that is in the store; `comes`: whether one comes by itself, and need not be asked for."""
 
     def __init__(
         self,
@@ -48,8 +48,10 @@ class Fetcher:
         open_stream: OpenStream,
         sources: Callable[[], Sequence[str]],
         arrived: Callable[[bytes], None],
+        comes: Callable[[bytes], bool] = lambda _digest: False,
     ) -> None:
         self._blobs, self._open_stream, self._sources, self._arrived = blobs, open_stream, sources, arrived
+        self._comes = comes
         self._wanted: dict[bytes, _Wanted] = {}
         self._under_way: dict[bytes, tuple[str, asyncio.Task[None]]] = {}
         self._streams: dict[str, list[Stream]] = {}
@@ -99,6 +101,10 @@ class Fetcher:
         for seat, fetching in self._under_way.values():
             if seat == source:
                 fetching.cancel()
+
+    def wake(self) -> None:
+        """Something that came by itself does not come any more."""
+        self._wake.set()
 
     def look_again(self) -> None:
         """There may be new sources."""
@@ -150,7 +156,7 @@ class Fetcher:
         sources = self._sources()
         n_beside = sum(seat != sources[0] for seat, _ in self._under_way.values()) if sources else 0
         for digest, wanted in self._wanted.items():
-            if digest in self._under_way:
+            if digest in self._under_way or self._comes(digest):
                 continue
             if wanted.at is not None and wanted.at in sources and wanted.at not in wanted.not_at:
                 return digest, wanted.at

@@ -18,16 +18,19 @@ MAX_BLOBS: Final = 2**14
 
 
 class Holders:
-    """`send`: to a seat; `others`: all that are connected, onlookers among them."""
+    """`tell`: a seat is to get a payload, see `announce`; `send`: a word to a seat; `others`: all that are
+    connected, onlookers among them."""
 
     def __init__(
         self,
         me: str,
         blobs: BlobStore,
+        tell: Callable[[str, Keep], None],
         send: Callable[[str, Word], None],
         others: Callable[[], Collection[str]],
     ) -> None:
-        self._me, self._blobs, self._send, self._others = me, blobs, send, others
+        self._me, self._blobs, self._others = me, blobs, others
+        self._tell, self._send = tell, send
         self._holding = Holding((), 1)
         self._at: dict[bytes, set[str]] = {}
         self._announced: dict[bytes, tuple[int, int]] = {}
@@ -40,8 +43,8 @@ class Holders:
         self._announced.clear()
 
     def announce(self, digest: bytes, round_: int, n_bytes: int | None = None) -> None:
-        """It has come here, for an offer of this round: the others are to fetch it. `n_bytes`: of what is
-        being uploaded, and can be had meanwhile."""
+        """It has come here, for an offer of this round: the others are to have it, too. `n_bytes`: of
+        what is being uploaded, and can be had meanwhile."""
         stored = self._blobs.size(digest)
         n_bytes = n_bytes if stored is None else stored
         _, said = self._announced.get(digest, (0, -1))
@@ -52,18 +55,24 @@ class Holders:
         self._announced[digest] = round_, n_bytes
         self._holding.announce(digest)
         for seat in self._others():
-            self._send(seat, Keep(digest=digest, n_bytes=n_bytes))
+            self._tell(seat, Keep(digest=digest, n_bytes=n_bytes))
 
     def has_announced(self, digest: bytes) -> bool:
         """Others know that it comes, or has come, for a round that is not long over."""
         return digest in self._announced
 
-    def remind(self, seat: str | None = None) -> None:
-        """Says again what is not known to be there, to this seat or to all: words may be lost."""
-        for digest, (_, n_bytes) in self._announced.items():
+    def remind(self, seat: str | None = None, but: Callable[[str, bytes], bool] = lambda *_: False) -> None:
+        """Says again what is not known to be there, to this seat or to all: words may be lost. `but`: what is
+        on its way."""
+        for digest in self._announced:
             for other in self._others() if seat is None else (seat,):
-                if other not in self._at.get(digest, ()):
-                    self._send(other, Keep(digest=digest, n_bytes=n_bytes))
+                if not but(other, digest):
+                    self.say(other, digest)
+
+    def say(self, seat: str, digest: bytes) -> None:
+        """That the payload can be had here, if it is not known to be there."""
+        if digest in self._announced and seat not in self._at.get(digest, ()):
+            self._send(seat, Keep(digest=digest, n_bytes=self._announced[digest][1]))
 
     def keeps(self, seat: str, digest: bytes) -> list[bytes]:
         """A seat says that it has it. Returns those that enough seats hold from now on."""

@@ -1,26 +1,30 @@
 """The blobs that a seat must have: what the run needs, what is offered, and what records name.
 
-A leader announces what nodes bring (`Keep`), as soon as it begins to come; the others fetch it meanwhile and
-say so when they have it (`Keeps`). Who follows, or looks on, also fetches what records name that it has not
-got.
+A leader pushes what nodes bring to the other seats, as soon as it begins to come, and announces it (`Keep`)
+to those that do not get it so: they fetch it meanwhile. All say so when they have it (`Keeps`). Who follows,
+or looks on, also fetches what records name that it has not got.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final, Protocol
 
 from ..blobs import BlobStore
 from ..ledger import Ledger
+from ..protocol.blob_streams import Coming, Sink
 from ..protocol.messages import BadMessage, CommitBody, decode_record
 from ..quorum.words import Keep, Keeps, Word
+from ..serving.passing_on import PassedOn, Stored
 from .disk import StateDisk
-from .fetching import AT_ONCE, Fetcher, OpenStream
+from .fetching import Fetcher, OpenStream
 from .holders import KEPT_ROUNDS, Holders
 from .link import Link
+from .pushing import STREAMS, PushedTo, Pusher
 
-EARLY: Final = AT_ONCE - 2
+EARLY: Final = STREAMS - 2
 """So many are passed on while they come, and no more: others must not wait for what is slow to come."""
 
 
@@ -62,8 +66,11 @@ class Provisions:
         self._shelf, self._on_held, self._on_whole = shelf, on_held, on_whole
         self._awaited: set[bytes] = set()
         """Payloads without which this seat does not vote for the record that is open."""
-        self.fetcher = Fetcher(blobs, open_stream, self._sources, self._arrived)
-        self._holders = Holders(me, blobs, send, lambda: list(links))
+        self._pushed: set[bytes] = set()
+        """Payloads that the leader is sending here."""
+        self.fetcher = Fetcher(blobs, open_stream, self._sources, self._arrived, self._pushed.__contains__)
+        self._pusher = Pusher(open_stream, self._source, self.given, self._not_pushed)
+        self._holders = Holders(me, blobs, self._tell, send, lambda: list(links))
         self._rounds: dict[bytes, int] = {}
         """Of payloads that are fetched."""
         self._kept: dict[bytes, int] = {}
@@ -81,6 +88,7 @@ class Provisions:
     def new_reign(self) -> None:
         """This seat leads from now on."""
         self._holders.new_reign(self._disk.committee)
+        self._pusher.forget_all()
         self._uploads.clear()
         self._early.clear()
 
@@ -106,6 +114,7 @@ class Provisions:
 
     def gone(self, seat: str) -> None:
         """It is not connected any more."""
+        self._pusher.forget(seat)
         self._holders.gone(seat)
 
     def _announce_uploads(self) -> None:
@@ -124,7 +133,23 @@ class Provisions:
 
     def remind(self, seat: str | None = None) -> None:
         """Says again what this seat, or any, is not known to hold."""
-        self._holders.remind(seat)
+        self._holders.remind(seat, self._pusher.is_pushed)
+
+    def _tell(self, seat: str, word: Keep) -> None:
+        """A payload comes: seats of the committee get it, unless too much waits for them already."""
+        if seat not in self._disk.committee.seats or not self._pusher.push(seat, word.digest):
+            self._send(seat, word)
+
+    def _not_pushed(self, seat: str, digest: bytes) -> None:
+        if self._leader() == self._me:
+            self._holders.say(seat, digest)
+
+    def _source(self, digest: bytes) -> Coming:
+        """See `Pusher`."""
+        writer = None if digest in self._blobs else self._blobs.coming(digest)
+        if writer is None:
+            return Stored(self._blobs, digest)
+        return PassedOn(writer, partial(self.passes_on, digest))
 
     # --------------------------------------------------------------------------------------- words
 
@@ -133,6 +158,8 @@ class Provisions:
         come from others. Nodes bring to the new one what they brought to the old one, and a record that waits
         for votes was voted for by somebody who holds what it names."""
         if self._led_by not in (None, seat):
+            self._pushed.clear()
+            self._pusher.forget_all()
             self.fetcher.leave(self._led_by)
         self._led_by = seat
 
@@ -151,6 +178,33 @@ class Provisions:
             self.fetcher.want(word.digest, word.n_bytes, seat)
             self._kept[word.digest] = self._disk.head + 1
         return None
+
+    def refuses(self, seat: str, digest: bytes, n_bytes: int) -> str | None:
+        """Why a payload is not taken that this seat pushes, in a word; None: it is. Only who leads pushes, or
+        has announced it."""
+        if seat not in self._disk.committee.seats or (seat != self._leader() and digest not in self._kept):
+            return "push"
+        if n_bytes > self._max_bytes:
+            return "oversized"
+        return None if digest in self._blobs or self._shelf.has_room(n_bytes) else "quota"
+
+    def take(self, digest: bytes, n_bytes: int) -> Sink | None:
+        """Where it goes; None: it is here, or comes already. Raises OSError."""
+        if digest in self._blobs or self._blobs.coming(digest) is not None:
+            return None
+        sink = PushedTo(self._blobs.writer(digest, n_bytes), partial(self._push_ended, digest))
+        self._pushed.add(digest)
+        return sink
+
+    def taken(self, digest: bytes) -> None:
+        """What was pushed is here, unless it comes by another way."""
+        if digest in self._blobs:
+            self.fetcher.forget([digest])
+            self._arrived(digest)
+
+    def _push_ended(self, digest: bytes) -> None:
+        self._pushed.discard(digest)
+        self.fetcher.wake()
 
     def keeps(self, seat: str, word: Keeps) -> None:
         """A seat has it."""
@@ -238,6 +292,10 @@ class Provisions:
             self._awaited.discard(digest)
             if not self._awaited:
                 self._on_whole()
+
+    async def close(self) -> None:
+        self._pusher.forget_all()
+        await self.fetcher.close()
 
     def _sources(self) -> list[str]:
         """Who leads first; who looks on has less."""

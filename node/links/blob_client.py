@@ -8,7 +8,14 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
 from ...compression.errors import SwarmUnreachable
-from ...coordinator.protocol.blob_streams import Base, NotServed, get_blob, put_blob, stall_patience
+from ...coordinator.protocol.blob_streams import (
+    EARLY_BYTES,
+    Base,
+    NotServed,
+    get_blob,
+    put_blob,
+    stall_patience,
+)
 from ...coordinator.protocol.streams import BadFrame, Stream, TrafficKind
 from .base import Lied
 
@@ -70,9 +77,12 @@ class BlobClient:
             self._is_fast = len(data) / max(time.monotonic() - began_s, 1e-6) > FAST_BYTES_PER_S
         return data
 
-    async def put(self, digest: bytes, data: bytes, purpose: TrafficKind) -> None:
-        """Raises SwarmUnreachable; NotServed if the peer does not take the blob."""
-        await self._use(lambda stream: put_blob(stream, digest, data, purpose))
+    async def put(self, digest: bytes, data: bytes, purpose: TrafficKind, *, may_be_there: bool) -> None:
+        """`may_be_there`: then nothing is sent before it is known to be wanted.
+
+        Raises SwarmUnreachable; NotServed if the peer does not take the blob."""
+        n_early = 0 if may_be_there else EARLY_BYTES
+        await self._use(lambda stream: put_blob(stream, digest, data, purpose, n_early=n_early))
 
     def close(self) -> None:
         self._drop_idle()

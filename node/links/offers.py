@@ -32,6 +32,8 @@ class OfferSender:
         self._payloads, self._mailbox = payloads, mailbox
         self._offer: Offer | None = None
         self._upload: asyncio.Task[None] | None = None
+        self._sent: Digest | None = None
+        """The payload that was last sent, or has begun to be."""
         self._upload_rates: deque[float] = deque(maxlen=_MEASURED_UPLOADS)
         self.upload_bytes_per_s: float | None = None
         """As payloads reached the coordinator: the median of the last ones; None: none has yet. Read from any
@@ -88,7 +90,8 @@ class OfferSender:
         while self._offer is not None and self._offer.round == round_:
             began_s = time.monotonic()
             try:
-                await self._uploads.put(digest, payload, "payload")
+                again, self._sent = self._sent == digest, digest
+                await self._uploads.put(digest, payload, "payload", may_be_there=again)
             except NotServed as e:
                 refusals += 1
                 if refusals == 1:

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ....compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable
 from ...blobs import BlobStore
 from ...ledger import Ledger
+from ...protocol.blob_streams import Sink
 from ...protocol.figures import short
 from ...protocol.messages import BadMessage, CommitBody, SeatEntry, decode_record
 from ...protocol.streams import BLOB, Meter, Stream
@@ -127,7 +128,7 @@ class Council:
         self._said: Enter | None = None
         self._connected: set[str] = set()
         """Of whom it was told."""
-        self._memory_s = self._stands_still_to_s = 0.0
+        self._memory_s = self._reminded_s = self._stands_still_to_s = 0.0
 
     def _new_seat(self, now_s: float) -> Seat:
         run_id, records, timing = self._ledger.run_id, self._records, self.plan.timing
@@ -154,7 +155,7 @@ class Council:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.provisions.fetcher.close()
+        await self.provisions.close()
         await self.streams.close()
 
     # ------------------------------------------------------------------------------------ what is known
@@ -192,6 +193,18 @@ class Council:
     def held(self, digest: bytes) -> bool:
         """Whether enough seats hold a payload for a vote."""
         return digest in self._blobs if not self.plan.waits_for_payloads else self.provisions.held(digest)
+
+    def takes(self, seat: str, digest: bytes, n_bytes: int) -> Sink | None:
+        """Where a payload goes that another seat pushes; None: nobody need send it. Raises BadMessage: it is
+        refused, and counted; OSError."""
+        if (why := self.provisions.refuses(seat, digest, n_bytes)) is not None:
+            self.counts[why] += 1
+            raise BadMessage(f"this seat does not take the payload: {why}")
+        return self.provisions.take(digest, n_bytes)
+
+    def taken(self, seat: str, digest: bytes) -> None:
+        """See `elsewhere.Pushes`."""
+        self.provisions.taken(digest)
 
     @property
     def uploads(self) -> Uploads:
@@ -463,13 +476,20 @@ class Council:
             self._said = said
             self.streams.introduce()
         if self.leads:
-            self.provisions.remind()
+            self._remind()
             self.candidates.name()
             self._send_memory()
         elif not self.is_seat:
             self._ask()
         self.provisions.drop_released()
         self.telling.tell()
+
+    def _remind(self) -> None:
+        """Others of payloads that they are not known to have."""
+        now_s = time.monotonic()
+        if now_s >= self._reminded_s + LOOK_EVERY_S:
+            self._reminded_s = now_s
+            self.provisions.remind()
 
     def _ask(self) -> None:
         """Who looks on asks also those that its ledger does not know as seats yet: theirs may all be gone."""
@@ -488,8 +508,10 @@ class Council:
                 self._send(seat, Memory(packed=packed))
 
     def _lacks(self) -> str:
-        """Why this seat cannot be named yet."""
-        if self.disk.rests is not None and not self.is_seat:
+        """Why this seat cannot be named yet; it is of interest only then, and changes with every payload."""
+        if self.is_seat:
+            return ""
+        if self.disk.rests is not None:
             return _LOST_VOTES
         if self.seen_head - self.disk.head > MAX_BEHIND:
             return f"rounds {self.disk.head + 1} to {self.seen_head}"

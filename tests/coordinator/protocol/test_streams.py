@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 
 from thinwire.compression.byte_planes import pack
 from thinwire.compression.errors import SwarmUnreachable
-from thinwire.coordinator.protocol.blob_streams import Base, NotServed, Sink, get_blob, put_blob, serve_blobs
+from thinwire.coordinator.protocol.blob_streams import (
+    EARLY_BYTES,
+    Base,
+    NotServed,
+    Sink,
+    get_blob,
+    put_blob,
+    serve_blobs,
+)
 from thinwire.coordinator.protocol.messages import (
     BadMessage,
     Commit,
@@ -252,9 +260,9 @@ def test_one_stream_serves_many_requests() -> None:
         with pytest.raises(NotServed, match="is not here"):
             await get_blob(client, digest_of(b"absent"), 10, "payload")
         assert await get_blob(client, digest_of(blobs[1]), 1, "payload") == blobs[1]
-        sent = sum(len(blob) for blob in blobs[3:])  # the others were there already
+        sent = sum(len(blob) for blob in blobs)  # of which some were there already
         assert sent <= client.meter.sent["payload"] <= sent + 5 * (sent // CHUNK_BYTES + 3)
-        assert client.meter.sent["control"] < 100 * len(blobs) + 100
+        assert client.meter.sent["control"] < 120 * len(blobs) + 100
 
     assert served(shelf, body) is None
     assert shelf.uploads == [digest_of(blob) for blob in blobs]
@@ -270,6 +278,40 @@ def test_an_upload_that_is_refused_leaves_the_stream_usable() -> None:
         assert await get_blob(client, digest_of(b"there"), 5, "payload") == b"there"
 
     assert served(shelf, body) is None
+
+
+@pytest.mark.parametrize("refuses", ["", "too large"])
+@pytest.mark.parametrize("n_early", [0, EARLY_BYTES])
+def test_what_is_sent_of_an_upload_that_is_not_wanted_is_dropped(refuses: str, n_early: int) -> None:
+    blob, other = b"b" * (EARLY_BYTES + 3 * CHUNK_BYTES), b"other"
+    shelf = Memory(blob, other)
+
+    async def body(client: Stream) -> None:
+        for _ in range(2):
+            shelf.refuses = refuses
+            with pytest.raises(NotServed) if refuses else contextlib.nullcontext():
+                await put_blob(client, digest_of(blob), blob, "payload", n_early=n_early)
+            shelf.refuses = ""
+            await put_blob(client, digest_of(b"new"), b"new", "payload", n_early=n_early)
+            assert await get_blob(client, digest_of(other), 5, "payload") == other
+        most = 2 * (n_early + CHUNK_BYTES) if n_early else 2 * len(b"new") + 10
+        assert client.meter.sent["payload"] <= most
+
+    assert served(shelf, body) is None
+    assert shelf.aborted == 0
+
+
+def test_more_of_an_upload_that_is_not_wanted_ends_its_stream() -> None:
+    async def body(client: Stream) -> None:
+        await client.send(FrameKind.PUT, digest_of(b"there") + struct.pack(">Q", 2**30))
+        with contextlib.suppress(OSError):
+            for _ in range(EARLY_BYTES // CHUNK_BYTES + 2):
+                await client.send(FrameKind.CHUNK, b"b" * CHUNK_BYTES)
+            await client.ended(10)
+
+    ended = served(Memory(b"there"), body)
+    assert isinstance(ended, BadFrame)
+    assert ended.reason == "blob"
 
 
 def test_a_stranger_is_told_and_counted() -> None:

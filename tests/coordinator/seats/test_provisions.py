@@ -22,10 +22,13 @@ from thinwire.coordinator.protocol.streams import Frame, FrameKind, Meter, Strea
 from thinwire.coordinator.quorum.words import Enter, Keep, Keeps, Word
 from thinwire.coordinator.seats import fetching
 from thinwire.coordinator.seats.disk import StateDisk
-from thinwire.coordinator.seats.elsewhere import _Shelf
+from thinwire.coordinator.seats.elsewhere import Shelf as SeatShelf
 from thinwire.coordinator.seats.holders import KEPT_ROUNDS
 from thinwire.coordinator.seats.link import Link
 from thinwire.coordinator.seats.provisions import EARLY, Provisions
+
+NOBODY = cast("Any", None)
+"""Who takes what is pushed, where nothing is."""
 
 PAYLOADS = [bytes([i]) * 5000 for i in range(3)]
 
@@ -70,7 +73,7 @@ def test_the_last_payload_of_a_record_makes_it_whole(
 
             async def serve() -> None:
                 with contextlib.suppress(OSError, EOFError):
-                    await serve_blobs(served, _Shelf(ledger, theirs), "payload", lambda: True)
+                    await serve_blobs(served, SeatShelf(ledger, theirs, NOBODY, ""), "payload", lambda: True)
                 served.abort()
 
             serving.append(asyncio.create_task(serve()))
@@ -138,7 +141,7 @@ def test_a_payload_whose_stream_breaks_just_after_it_counted_as_held_is_fetched_
             served = Stream(*await asyncio.open_connection(sock=far), Meter())
 
             async def serve() -> None:
-                shelf = _Shelf(ledger, theirs)
+                shelf = SeatShelf(ledger, theirs, NOBODY, "")
                 with contextlib.suppress(OSError):
                     await serve_blobs(served, shelf, "payload", lambda: True, given=given.append)
                 served.abort()

@@ -28,7 +28,7 @@ from thinwire.coordinator.admission import AdmissionControl
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.entry.rules import OPEN
 from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.protocol.blob_streams import STALL_S
+from thinwire.coordinator.protocol.blob_streams import STALL_S, Sink
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of, save
 from thinwire.coordinator.protocol.messages import (
     READER,
@@ -64,6 +64,19 @@ from thinwire.node.states.rejoining import ticket_in
 WAIT_S = 30.0
 A, B, C, STRANGER = (peer_id_of(new_key().public_key()) for _ in range(4))
 BASE = b"what only one seat has" * 100
+
+
+class NoSeats:
+    """Pushes nothing."""
+
+    def knows(self, peer_id: str) -> bool:
+        return False
+
+    def takes(self, seat: str, digest: bytes, n_bytes: int) -> Sink | None:
+        raise AssertionError("a seat pushes")
+
+    def taken(self, seat: str, digest: bytes) -> None:
+        raise AssertionError("a seat has pushed")
 
 
 class Swarm:
@@ -112,8 +125,8 @@ class Swarm:
             },
             failed=lambda error: None,
             kept_from=lambda: 1,
-            is_seat=lambda peer_id: False,
             waits=Waits(),
+            pushes=NoSeats(),
         )
         await self._serve(transport, server.handlers)
         return SeatEntry(peer_id=transport.peer_id, addresses=transport.addresses[:8])
