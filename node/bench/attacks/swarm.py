@@ -65,9 +65,9 @@ POLL_S: Final = 0.05
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One swarm to be trained. `attack`: None, the bad peers' offers never arrive. `seed`: of weights and
-    batches: runs that differ in their attack only are paired. `settings`: dotted key -> value, over the
-    rest. `watched_from`: the loss is measured after every round from this one on. `joins_after`: so many
-    rounds, then the bad peers join."""
+    batches: runs that differ in their attack only are paired; with other settings a run has another id, and
+    so other batches. `settings`: dotted key -> value, over the rest. `watched_from`: the loss is measured
+    after every round from this one on. `joins_after`: so many rounds, then the bad peers join."""
 
     strategy: Mapping[str, Any]
     attack: Attack | None

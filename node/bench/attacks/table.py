@@ -25,8 +25,9 @@ from .swarm import STRATEGIES, Outcome, Plan, trained
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Losses are means over the seeds, in nats per byte; None: the replicas did not stay finite.
-    `found_after_rounds`: until no bad peer weighs anything, at the latest seed; None: not in this run."""
+    """Losses are means over the seeds, in nats per byte; None: the replicas did not stay finite. `ratios`: of
+    each seed; `ratio`: of the means. `found_after_rounds`: until all bad peers were condemned, at the latest
+    seed; None: not in this run."""
 
     strategy: str
     attack: str
@@ -36,6 +37,7 @@ class Row:
     held_out_attacked: float | None
     ratio: float | None
     found_after_rounds: int | None
+    ratios: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +171,7 @@ def _row(wanted: Wanted, strategy: str, name: str, train: Train) -> Work[Row]:
         held_out_attacked=_finite(mean_attacked),
         ratio=_finite(mean_attacked / mean_honest),
         found_after_rounds=max(last_found) if len(last_found) == len(found) else None,
+        ratios=tuple(_finite(bad / good) for bad, good in zip(attacked, honest, strict=True)),
     )
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_core")
 
 KEYS = {
     "strategy", "attack", "n_honest", "n_bad", "held_out_honest", "held_out_attacked", "ratio",
-    "found_after_rounds",
+    "found_after_rounds", "ratios",
 }  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def test_a_list_of_rows_on_stdout_and_progress_on_stderr(here: Here) -> None:
         assert row.keys() == KEYS
         assert (row["n_honest"], row["n_bad"], row["found_after_rounds"]) == (2, 1, None)
         assert row["ratio"] == pytest.approx(row["held_out_attacked"] / row["held_out_honest"], rel=1e-4)
+        assert row["ratios"] == [row["ratio"]]
     assert [row["ratio"] for row in rows if row["attack"] == "nan"] == [1.0, 1.0]
     assert len(err.splitlines()) == len(rows)
 
