@@ -124,8 +124,9 @@ class RunView:
         if not told:
             return None
         distances = [g.distance for g in told.values() if g.distance is not None]
+        last = self._rounds.head if self._rounds.is_over else 0  # which merges, whoever has not told it yet
         return {
-            "merged": max(g.merged for g in told.values()),
+            "merged": max(last, *(g.merged for g in told.values())),
             "distance": median(distances) if distances else None,
             "own_held_out": [g.own_held_out for g in told.values() if g.own_held_out is not None],
             "edges": _edges(told),

@@ -20,10 +20,12 @@ from thinwire.coordinator.protocol.messages import (
     BadMessage,
     BlobRef,
     Commit,
+    EdgeEntry,
     Evaluation,
     Figure,
     Follow,
     GenesisBody,
+    Gossiping,
     Heartbeat,
     Members,
     NodeState,
@@ -1051,6 +1053,33 @@ def test_heartbeats_are_shown(make_world: MakeWorld) -> None:
     assert (peer["sent_bytes"], peer["received_bytes"], peer["payload_bytes"]) == (10, 20, 5)
     world.now_s += 3
     assert world.peer("a")["last_seen_s"] == 3
+
+
+def test_who_mixes_with_whom_is_shown(make_world: MakeWorld) -> None:
+    """What the end that knows of more says of an edge; the last round merges, whoever has told it yet."""
+    world = make_world(rounds=2, min_peers=3)
+    world.train("a", "b", "c")
+    world.round(1, "a", "b", "c")
+    assert world.status()["gossip"] is None
+    plain = {"round": 1, "merged": 0, "distance": None, "own_held_out": None, "edges": ()}
+    told = {
+        "a": {"distance": 1.0, "edges": edges((1, 10, 20, 0), (2, 5, 0, 5))},
+        "b": {"distance": 3.0, "edges": edges((0, 20, 12, 0)), "own_held_out": 2.5},
+        "c": {"carried": 7},
+    }
+    for name, said in told.items():
+        gossip = Gossiping.model_validate({**plain, **said})
+        world.say(name, Heartbeat(round=1, sent_bytes=1, received_bytes=1, payload_bytes=1, gossip=gossip))
+    expected = {"merged": 0, "distance": 2.0, "own_held_out": [2.5], "edges": [[0, 1, 32, 0], [0, 2, 5, 5]]}
+    assert world.status()["gossip"] == expected
+    assert world.service.overview(world.now_s)["gossip"] == expected
+    assert world.peer("c")["gossip"]["carried"] == 7
+    world.round(2, "a", "b", "c")
+    assert world.status()["gossip"] == {**expected, "merged": 2}
+
+
+def edges(*told: tuple[int, int, int, int]) -> tuple[EdgeEntry, ...]:
+    return tuple(EdgeEntry(peer=p, sent=s, received=r, relayed=by) for p, s, r, by in told)
 
 
 def test_a_restarted_peer_goes_on_counting(make_world: MakeWorld) -> None:

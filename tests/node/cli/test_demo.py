@@ -52,6 +52,26 @@ def test_fine_tuning_with_one_byte_per_probe(thinwire: Start) -> None:
     assert result["faults"] == []
 
 
+def test_peers_with_models_of_their_own(thinwire: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one. Every round but the first and the last has an exchange; who evaluates may miss one."""
+    small = {"LAYERS": 1, "WIDTH": 32, "HEADS": 2, "BATCH": 2, "HELD_OUT_BYTES": 2048}
+    for key, value in small.items():
+        monkeypatch.setenv(f"THINWIRE_TASK__{key}", str(value))
+    monkeypatch.setenv("THINWIRE_NETWORK__HEARTBEAT_S", "0.1")
+    args = ("--strategy", "gossip", "--peers", "2", "--rounds", "8", "--no-faults")
+    program = thinwire("demo", "--json", *args)
+    assert program.wait(200) == 0, program.stderr()
+    result = json.loads(program.stdout())
+    assert len(result["fingerprints"]) == 2
+    assert len(set(result["fingerprints"].values())) == 1
+    assert result["held_out_last"] < result["held_out_first"] - 0.05
+    assert result["gossip"]["merged"] == 8
+    ((*edge, n_bytes, relayed),) = result["gossip"]["edges"]
+    assert (edge, relayed) == ([0, 1], 0)
+    assert n_bytes > 2 * 3 * 20_000
+    assert "merged after the last round" in program.stderr()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_or_killed_it_leaves_nothing_running(thinwire: Start, number: signal.Signals) -> None:
     """The fixture of `thinwire` asserts that every process, also the nodes' own, is gone. Meanwhile it can be

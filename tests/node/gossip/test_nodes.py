@@ -66,6 +66,32 @@ def test_a_late_joiner_goes_on_from_a_neighbours_model(tmp_path: Path) -> None:
     assert strategy_of(late).counters["met"] > 0
 
 
+def test_a_node_that_is_killed_between_merges_comes_back_and_is_merged(tmp_path: Path) -> None:
+    """With its state folder, from a snapshot before the merge of round 5."""
+    options = {"min_peers": 2, "rounds": 16, "eval_every": 100, "snapshot_every": 2}
+    config = config_of({**GOSSIP, "merge_every": 5}, **options)
+    with swarm_of(tmp_path, config) as swarm:
+        killed, release = threading.Event(), threading.Event()
+
+        def kill(runner: Runner) -> None:
+            runner.link.kill()  # type: ignore[attr-defined]
+            killed.set()
+
+        def hold(_runner: Runner) -> None:
+            assert release.wait(60)
+
+        thread, results = in_background([Meddled(swarm.link("peer-0"), {9: hold})])
+        folder = tmp_path / "node"
+        folder.mkdir()
+        Meddled(swarm.link("peer-1"), {3: kill}, folder=folder).run()
+        assert killed.is_set()
+        again = Meddled(swarm.link("peer-1"), {8: lambda _: release.set()}, folder=folder)
+        (result,) = run_all([again])
+        thread.join(100)
+    assert {r.fingerprint for r in results} == {result.fingerprint}
+    assert strategy_of(again).counters["met"] > 0
+
+
 def test_export_gives_the_reference_model_or_the_nodes_own(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
