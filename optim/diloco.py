@@ -87,9 +87,9 @@ class DilocoOptions(MeanOptions):
     """The inner optimizer's."""
 
     inner: str | Mapping[str, Any] = field(default_factory=lambda: dict(INNER))
-    """One of torch's optimizers and its options, but for lr and weight_decay, which stand above, or "lion"
-    (extra [lion]). "muon": Muon for matrices of numbered blocks, AdamW for the rest; `lr_ratio` is Muon's
-    rate over lr."""
+    """One of torch's optimizers and its options, but for lr and weight_decay, which stand above, or "lion" or
+    "schedulefree" (extras of these names). "muon": Muon for matrices of numbered blocks, AdamW for the rest;
+    `lr_ratio` is Muon's rate over lr."""
 
     inner_steps: Annotated[int, Whole(1, 2**16)] = 30
     """H, of one micro-batch each, in a round."""
@@ -353,6 +353,7 @@ class Diloco(InnerTraining):
     def _send(self, turn: Turn) -> Payload:
         """What the fragment's inner parameters have moved by, and what error feedback kept."""
         fragment, its_turn = self._fragment(turn)
+        self._phase.finish()
         is_void = self._phase.start_over_unless_finite()
         self.count("dropped_rounds", is_void)
         if self._control.is_on:
@@ -402,9 +403,11 @@ class Diloco(InnerTraining):
         """With a step for each closure."""
         fragment, its_turn = self._fragment(turn)
         with no_gradients(self), self._phase.fresh(with_past):
+            self._phase.set_out()
             for closure in closures:
                 self.zero_grad(set_to_none=True)
                 self._phase.step(backward(closure, self.ranks), turn.lr_factor)
+            self._phase.finish()
             return [
                 compared(self.compressor, fragment, payload, its_turn, self._moved, self.ranks)
                 for payload in payloads

@@ -85,8 +85,9 @@ class GossipOptions(BoundedOptions):
     """The inner optimizer's."""
 
     inner: str | Mapping[str, Any] = field(default_factory=lambda: dict(INNER))
-    """One of torch's optimizers and its options, but for lr and weight_decay, which stand above. "muon": Muon
-    for matrices of numbered blocks, AdamW for the rest."""
+    """One of torch's optimizers and its options, but for lr and weight_decay, which stand above, or "lion" or
+    "schedulefree" (extras of these names). "muon": Muon for matrices of numbered blocks, AdamW for the
+    rest."""
 
     inner_steps: Annotated[int, Whole(1, 2**16)] = 30
     """H, of one micro-batch each, in a round."""
@@ -322,6 +323,7 @@ class Gossip(InnerTraining):
     @torch.no_grad()
     def _send(self, turn: Turn) -> Payload:
         """After the local steps."""
+        self._phase.finish()
         self.count("dropped_rounds", self._phase.start_over_unless_finite())
         if self.is_merge(turn):
             return self._merge_payload(turn)

@@ -1,7 +1,9 @@
-"""The inner optimizer of local training: any of torch's, or Lion, as a table in a run's config names it.
+"""The inner optimizer of local training: any of torch's, Lion or ScheduleFree, as a table in a run's config
+names it.
 
 For example {"name": "AdamW", "betas": [0.9, 0.95]}; learning rate and weight decay are the strategy's own. A
-name alone, "muon", means the table with that name. Muon is two of them, see `muon`.
+name alone, "muon", means the table with that name. Muon is two of them, see `muon`; for ScheduleFree see
+`schedule_free`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from ..base import Parameter
 from ..parts.ranks import Ranks
 from .muon import NAME as MUON
 from .muon import check_muon, is_muons, muon_options, muon_step
+from .schedule_free import NAME as SCHEDULE_FREE
+from .schedule_free import schedule_free_step
 
 REFUSED: Final = {
     "LBFGS": "it evaluates the loss itself",
@@ -33,10 +37,16 @@ _FUSED: Final = frozenset({"Adam", "AdamW"})
 _WAYS: Final = frozenset({"fused", "foreach", "capturable", "differentiable"})
 """Options that say how to compute."""
 
-LIBRARIES: Final = {"Lion": "lion_pytorch"}
-"""Optimizers from optional packages, and the module of each: Lion (arXiv 2302.06675)."""
+LIBRARIES: Final = {
+    "Lion": ("lion_pytorch", "Lion"),
+    SCHEDULE_FREE: ("schedulefree", "AdamWScheduleFree"),
+}
+"""Optimizers from optional packages, with the module and the class of each: Lion (arXiv 2302.06675)."""
 
-OF_FIXED_RATES: Final = {"Lion": ("decoupled_weight_decay", "use_triton")}
+OF_FIXED_RATES: Final = {
+    "Lion": ("decoupled_weight_decay", "use_triton"),
+    SCHEDULE_FREE: ("warmup_steps",),
+}
 """Options that are not taken: they go by the rate that an optimizer was made with, or have one device."""
 
 
@@ -87,6 +97,9 @@ def inner_step(
 
     The tensors in `states` are used, not copied, where they are on the parameter's device.
     """
+    if inner["name"] == SCHEDULE_FREE:
+        kind = _kind(SCHEDULE_FREE)
+        return schedule_free_step(kind, _options(inner), parameters, trained, lr_factor, states)
     if inner["name"] != MUON:
         optimizer = _build(inner, parameters, trained, lr_factor, states)
         optimizer.step()
@@ -152,8 +165,9 @@ def _kind(name: str) -> Any:
     """Raises ConfigError: its package is not there."""
     if name not in LIBRARIES:
         return getattr(torch.optim, name)
+    module, cls = LIBRARIES[name]
     try:
-        return getattr(import_module(LIBRARIES[name]), name)
+        return getattr(import_module(module), cls)
     except ImportError as e:
         raise ConfigError(
             f"inner optimizer {name} needs a package on every node ({e}): "

@@ -10,7 +10,7 @@ both may wait elsewhere meanwhile (`aside`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from math import isfinite
@@ -25,6 +25,8 @@ from ..base import Parameter, Strategy
 from ..parts.gradients import local_gradients, norm
 from .aside import Aside
 from .optimizers import inner_step, inner_table
+from .schedule_free import NAME as SCHEDULE_FREE
+from .schedule_free import to_average, to_gradients
 
 
 def is_finite(x: Tensor) -> bool:
@@ -192,6 +194,29 @@ class InnerPhase:
         for p in parameters:
             strategy.state[p.tensor]["inner"] = after[trained[p.name]]
         return True
+
+    @torch.no_grad()
+    def set_out(self) -> None:
+        """The model has the parameters that gradients are taken at: others than those that a phase ended
+        with, for an inner optimizer that averages."""
+        if (inner := self._averaging) is not None:
+            to_gradients(inner, self._trained())
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """The model has what the phase's steps have come to."""
+        if (inner := self._averaging) is not None:
+            to_average(inner, self._trained())
+
+    @property
+    def _averaging(self) -> Mapping[str, Any] | None:
+        """The inner optimizer, if its steps are not what is learnt."""
+        inner = inner_table(self._strategy.option("inner"))
+        return inner if inner["name"] == SCHEDULE_FREE else None
+
+    def _trained(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """With what the inner optimizer keeps of each."""
+        return ((p.local, self.entry(p, "inner", {})) for p in self._strategy.parameters_in_order())
 
     @torch.no_grad()
     def start_over_unless_finite(self) -> bool:

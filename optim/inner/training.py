@@ -94,6 +94,7 @@ class InnerTraining(Strategy):
 
     def resume(self) -> None:
         self._phase.enter()
+        self._phase.set_out()
 
     @contextmanager
     def replica(self) -> Iterator[None]:
@@ -112,6 +113,7 @@ class InnerTraining(Strategy):
 
     def _train_on(self, closure: Closure, turn: Turn) -> None:
         """One inner step."""
+        self._phase.set_out()
         self.zero_grad(set_to_none=True)
         loss = backward(closure, self.ranks)
         if self._inner_step(loss, turn):
@@ -119,6 +121,7 @@ class InnerTraining(Strategy):
 
     def _inner_step(self, loss: float, turn: Turn) -> bool:
         """From the gradients in place; False, and nothing changes, if anything is not finite."""
+        self._phase.set_out()
         done = self._phase.step(loss, turn.lr_factor)
         self.count("dropped_batches", not done)
         return done

@@ -252,23 +252,66 @@ def test_the_inner_optimizer_goes_on_from_round_to_round() -> None:
         assert distance(swarm.parameters(), flat(reference.peers[0])) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["adafactor", "lion", "nadam"])
+EXTRAS = {"lion": "lion_pytorch", "schedulefree": "schedulefree"}
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion", "nadam", "schedulefree"])
 def test_other_optimizers_by_name_learn_and_go_on_from_round_to_round(name: str) -> None:
-    if name == "lion":
-        pytest.importorskip("lion_pytorch", reason="Lion is an extra")
+    if name in EXTRAS:
+        pytest.importorskip(EXTRAS[name], reason="an extra")
     options: dict[str, Any] = {"compressor": Dense(), "inner": name, "inner_steps": 5, "weight_decay": 0.0}
-    rates = {"adafactor": 0.1, "lion": 3e-3, "nadam": 3e-3}
+    rates = {"adafactor": 0.1, "lion": 3e-3, "nadam": 3e-3, "schedulefree": 3e-2}
     swarm = Swarm(2, lr=rates[name], outer_lr=1.0, outer_momentum=0.0, **options)
     before = swarm.loss()
     for round_ in range(1, 7):
         swarm.round(round_)
     assert swarm.loss() < 0.8 * before
     state = next(iter(swarm.strategies[0].state.values()))["inner"]
-    assert state.get("step", 30) == 30
+    assert state.get("step", state.get("k", 30)) == 30
     again = Diloco(net().named_parameters(), lr=rates[name], **options)
     again.load_state_dict(copy.deepcopy(swarm.strategies[0].state_dict()))
     kept = next(iter(again.state.values()))["inner"]
     assert all(torch.equal(torch.as_tensor(kept[k]), torch.as_tensor(v)) for k, v in state.items())
+
+
+@pytest.mark.parametrize("overlap", [0, 2])
+def test_schedule_free_averages_over_all_rounds_as_its_package_does(overlap: int) -> None:
+    """One peer, whose replica is where the package's average is; with `overlap` it goes on from there."""
+    package = pytest.importorskip("schedulefree", reason="ScheduleFree is an extra")
+    options: dict[str, Any] = {"mix": 1 - 2**-40, "overlap": overlap} if overlap else {}
+    options |= {"inner": {"name": "ScheduleFree", "betas": [0.8, 0.95]}, "lr": 1e-2, "inner_steps": 5}
+    options |= {"compressor": Dense(), "outer_lr": 1.0, "outer_momentum": 0.0}
+    swarm = Swarm(1, **options)
+    model = net()
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    free = package.AdamWScheduleFree(groups, lr=1e-2, betas=(0.8, 0.95))
+    ahead: list[int] = []
+    for round_ in range(1, 6):
+        if round_ == 3:  # a restart
+            state = copy.deepcopy(swarm.strategies[0].state_dict())
+            swarm.strategies = [Diloco(swarm.models[0].named_parameters(), **options)]
+            swarm.strategies[0].load_state_dict(state)
+        swarm.round(round_)
+        first = next(seeds_of(round_, 0))
+        free.train()
+        for seed in [*ahead, *range(first, first + 5 - len(ahead))]:
+            free.zero_grad()
+            batch_loss(model, seed)().backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            free.step()
+        ahead = [first + 500 + i for i in range(overlap)]
+        free.eval()
+        assert distance(swarm.parameters(), flat(model)) < 1e-5
+
+
+def test_what_schedule_free_is_not_given_by_a_run_is_refused() -> None:
+    pytest.importorskip("schedulefree", reason="ScheduleFree is an extra")
+    inner = {"name": "ScheduleFree", "warmup_steps": 9}
+    with pytest.raises(ConfigError, match="warmup_steps: leave it out"):
+        Diloco(net().named_parameters(), compressor=Dense(), inner=inner)
 
 
 def test_what_lion_is_not_given_by_a_run_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,12 +16,19 @@ from thinwire.compression.registry import COMPRESSORS
 from thinwire.node.snapshots.format import DTYPES
 from thinwire.node.snapshots.local_state import BadLocalState, LocalState, decode, encode
 from thinwire.optim.base import Closure, Share, Strategy
+from thinwire.optim.inner.optimizers import LIBRARIES
 from thinwire.optim.registry import STRATEGIES, build_strategy
 
 CONFIGS: list[dict[str, Any]] = [
     *({"name": name} for name in STRATEGIES if name not in {"decoupled", "spsa"}),
     {"name": "spsa", "lr": 1e-2, "probes": 3},
     *({"name": "decoupled", "compressor": {"name": name}} for name in COMPRESSORS),
+    *(
+        {"name": name, "inner": inner}
+        for name in ("diloco", "gossip")
+        for inner in ("Adafactor", "Lion", "ScheduleFree")
+        if find_spec(LIBRARIES.get(inner, ("torch",))[0])
+    ),
 ]
 
 
