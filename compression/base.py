@@ -149,6 +149,17 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """A whole parameter before local training and after it, and what waits in error feedback: flat,
+    contiguous float32 on the CPU."""
+
+    part: Part
+    leftover: Tensor
+    start: Tensor
+    end: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """Before packing x = decay x + scale factor gradient; after it x = x - alpha q, where q is what the pack
     says. `scale`: a float32 on the device; 0 leaves gradients out, whatever they are."""
@@ -278,6 +289,18 @@ class Compressor(ABC):
         Changes every `source.x`, all on one device; the host waits for no GPU. Only after `has_fused_send`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no fused send")
+
+    def takes_moved(self) -> bool:
+        """Whether there is a `send_moved`."""
+        return False
+
+    def send_moved(self, moved: Moved, decay: float) -> Packed:
+        """leftover = decay leftover + (start - end) is packed, and what was packed is taken away again, in
+        one pass; end = start. The bits of doing it step by step. Only after `takes_moved`.
+
+        Raises ValueError for values that cannot be sent.
+        """
+        raise NotImplementedError(f"{type(self).__name__} sends step by step")
 
     # ------------------------------------------------------------------------------- receiving, exact
 

@@ -364,12 +364,30 @@ class Diloco(InnerTraining):
             for p in fragment:
                 self._phase.bring_back(p)
             return pack_all(self.ranks, self.compressor, fragment, self._phase.moved, its_turn)
+        if self._sends_in_one_pass(fragment):
+            payload = {p.name: self._sent_in_one_pass(p) for p in fragment}
+            self._residual.keep(fragment, its_turn, self.counters[decays], payload)
+            return payload
         for p in fragment:
             self._phase.bring_back(p)
             self._phase.add_moved(p, self._residual.of(p), self.option("feedback_decay"))
             if not self._keeps_inner:
                 self._phase.put_outer_back(p)  # its copy is gone before the next one's comes
         return self._residual.send(fragment, its_turn, self.counters[decays], 1.0)
+
+    def _sends_in_one_pass(self, fragment: Sequence[Parameter]) -> bool:
+        """Whether a kernel does all of it while a group is in the cache."""
+        return (
+            self.ranks.count == 1
+            and not self._keeps_inner
+            and self.compressor.takes_moved()
+            and all(p.local.device.type == "cpu" and p.local.is_contiguous() for p in fragment)
+        )
+
+    def _sent_in_one_pass(self, parameter: Parameter) -> Packed:
+        self._phase.bring_back(parameter)
+        leftover = self._residual.of(parameter)
+        return self._phase.send_moved(parameter, leftover, self.option("feedback_decay"), self.compressor)
 
     def _kept(self, parameter: Parameter, n_decays: int) -> float:
         """What would be left of a send in the error feedback if it had stayed there."""

@@ -10,10 +10,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from ..base import Compressor, Field, Packed, Part, Turn, refuse_part
+from ..base import Compressor, Field, Moved, Packed, Part, Turn, refuse_part
 from ..exact import exact_arithmetic
 from ..numerics.reduce import l1_norm, mean_weights
-from .dense_codec import DenseBits, DenseCodec, Float32Codec, dense_codec
+from .dense_codec import DenseBits, DenseCodec, Float32Codec, GroupedCodec, dense_codec
 from .slicing import Slicing
 from .zstd import ZstdCodec
 
@@ -62,6 +62,16 @@ class Dense(Compressor):
             return self._window().pack(x, part, turn)
         refuse_part(part)
         return Float32Codec().pack([x.detach().to("cpu", torch.float32, copy=True)])
+
+    def takes_moved(self) -> bool:
+        codec = self._window().codec
+        return isinstance(codec, GroupedCodec) and codec.takes_moved()
+
+    def send_moved(self, moved: Moved, decay: float) -> Packed:
+        refuse_part(moved.part)
+        codec = self._window().codec
+        assert isinstance(codec, GroupedCodec)
+        return codec.send_moved(moved, decay)
 
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:
         self._window().check(packed, part, turn)

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..base import Field, Packed
+from ..base import Field, Moved, Packed
 from ..errors import BadPayload
-from ..kernels import use_numba
+from ..kernels import kernels_on, use_numba
 from ..numerics.bit_layout import n_bytes
 from ..numerics.bits import pack_bits
 from ..numerics.indices import unpack_exactly
@@ -175,6 +175,21 @@ class GroupedCodec:
             scales.append(scale_G.cpu())
             codes.append(pack_bits(code_E, self.format.width))
         return torch.cat(scales), torch.cat(codes)
+
+    def takes_moved(self) -> bool:
+        if kernels_on(torch.device("cpu")) != "numba":
+            return False
+        from ..cpu import dense_cpu
+
+        return dense_cpu.has_send(self.format)
+
+    def send_moved(self, moved: Moved, decay: float) -> Packed:
+        from ..cpu import dense_cpu
+
+        tensors = moved.leftover, moved.start, moved.end
+        scales, codes, top = dense_cpu.send(*tensors, decay, self.group_size, self.format)
+        check_sendable(torch.tensor(top))
+        return scales, codes
 
     def check(self, packed: Packed, m: int) -> None:
         if len(packed) != 2 or (packed[1].dtype, packed[1].dim()) != (torch.uint8, 1):

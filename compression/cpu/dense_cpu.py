@@ -9,7 +9,7 @@ at the end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..numerics.bit_layout import n_bytes
-from ..numerics.value_formats import FORMATS, Format
+from ..numerics.value_formats import FORMATS, VALUE_LIMIT, Format
 from .addresses_cpu import bytes_at
-from .reduce_cpu import add_up, largest_bits
+from .reduce_cpu import add_up, add_up_codes, largest_bits
 from .threads import share
 
 Array = Any
@@ -38,7 +38,7 @@ _REFUSED: Final = {_FOUR: 8, _EIGHT: 128, _E3M0: 8}
 
 _PER_THREAD: Final = 1 << 17  # elements, at least
 
-_MAGNITUDE: Final = np.int32(0x7FFFFFFF)
+_SENDABLE: Final = np.float32(VALUE_LIMIT / 2).view(np.int32)
 _SIGN_BIT: Final = np.int32(-0x80000000)
 _ZERO: Final = np.float32(0.0)
 _HALF_ONE: Final = np.float32(0.5)
@@ -65,13 +65,24 @@ def pack(values: Tensor, size: int, format_: Format) -> tuple[Tensor, Tensor, fl
         full, rest = values.detach()[: x.size // size * size], values.detach()[x.size // size * size :]
         scales = [format_.scales(t.abs()) for t in (full.view(-1, size), rest.view(1, -1)) if t.numel()]
         scale_bits_G[:] = torch.cat(scales).view(torch.int16).numpy().view(np.uint16)
-    octets = np.empty(n_bytes(x.size, width), dtype=np.uint8)
-    n_each = size * width // 8
 
-    def run(first: int, last: int) -> Any:
-        return _pack(x, size, kind, width, first, last, scale_bits_G, octets[first * n_each :])
+    def run(first: int, last: int, scale_bits_G: Array, out: Array) -> Any:
+        return _pack(x, size, kind, width, first, last, scale_bits_G, out)
 
-    done = share(run, 0, n_groups, smallest=max(1, _PER_THREAD // size)) if n_groups else []
+    return _packed(run, x.size, size, width, scale_bits_G)
+
+
+def _packed(
+    run: Callable[[int, int, Array, Array], Any], m: int, size: int, width: int, scale_bits_G: Array
+) -> tuple[Tensor, Tensor, float]:
+    """`run` packs a range of groups: the largest magnitude's bits, and how many bytes it has written."""
+    n_groups, n_each = scale_bits_G.size, size * width // 8
+    octets = np.empty(n_bytes(m, width), dtype=np.uint8)
+
+    def work(first: int, last: int) -> Any:
+        return run(first, last, scale_bits_G, octets[first * n_each :])
+
+    done = share(work, 0, n_groups, smallest=max(1, _PER_THREAD // size)) if n_groups else []
     top = float(np.array(max((t for t, _ in done), default=0), dtype=np.int32).view(np.float32))
     n_written = sum(n for _, n in done)
     if n_written < octets.size:  # ranges leave gaps where groups are zero
@@ -108,6 +119,67 @@ def _pack(
             _to_bytes(code, width, out[at : at + n_written])
             at += n_written
     return top, at
+
+
+def send(
+    leftover: Tensor, start: Tensor, end: Tensor, decay: float, size: int, format_: Format
+) -> tuple[Tensor, Tensor, float]:
+    """As `pack` of leftover = decay leftover + (start - end), and what was packed leaves it, in one pass;
+    end = start. All flat, contiguous, float32 on the CPU; the format is one that `has_send` takes. A group
+    with values that cannot be sent keeps all that it has."""
+    e, x, y, kind, width = leftover.numpy(), start.numpy(), end.numpy(), kind_of(format_), format_.width
+
+    def run(first: int, last: int, scale_bits_G: Array, out: Array) -> Any:
+        return _send(e, x, y, np.float32(decay), size, kind, width, first, last, scale_bits_G, out)
+
+    return _packed(run, e.size, size, width, np.empty(-(-e.size // size), dtype=np.uint16))
+
+
+def has_send(format_: Format) -> bool:
+    """Those whose scale follows from the largest value: sums have torch's order."""
+    return kind_of(format_) not in (SIGN, TWO_BITS)
+
+
+@numba.njit(cache=True, nogil=True)
+def _send(
+    e: Array, x: Array, y: Array, decay: Word, size: int, kind: int, width: int, first: int, last: int,
+    scale_bits_G: Array, out: Array,
+) -> Any:  # fmt: skip
+    """As `_pack`."""
+    top, at = np.int32(0), 0
+    code, value = np.zeros(size + 8, np.int32), np.empty(size, np.float32)
+    scales = np.empty(1, np.float32)
+    for g in range(first, last):
+        a, b = g * size, min((g + 1) * size, e.size)
+        here = e[a:b]
+        _take_in(here, x[a:b], y[a:b], decay)
+        largest = largest_bits(here.view(np.int32))
+        top = max(top, largest)
+        scale_bits_G[g] = scale_bits(largest, kind)
+        scales.view(np.uint32)[0] = np.uint32(scale_bits_G[g]) << np.uint32(16)
+        if scales[0] > _ZERO:
+            to_codes(here, scales[0], kind, code)
+            n_written = (here.size * width + 7) // 8
+            code[here.size : (here.size + 7) // 8 * 8] = 0
+            _to_bytes(code, width, out[at : at + n_written])
+            at += n_written
+            if largest < _SENDABLE:
+                _values_of(code, here.size, scales[0], kind, value)
+                _take_out(here, value)
+    return top, at
+
+
+@numba.njit(nogil=True)
+def _take_in(e: Array, x: Array, y: Array, decay: Word) -> None:
+    for i in range(e.size):
+        e[i] = e[i] * decay + (x[i] - y[i])
+        y[i] = x[i]
+
+
+@numba.njit(nogil=True)
+def _take_out(e: Array, value: Array) -> None:
+    for i in range(e.size):
+        e[i] = e[i] - (value[i] + _ZERO)
 
 
 @numba.njit(inline="always")
@@ -273,6 +345,14 @@ def _l1_norms(
     values = np.empty((bounds[:, 1] - bounds[:, 0]).max(), np.float32)
     for c in range(bounds.shape[0]):
         first, last = bounds[c, 0], bounds[c, 1]
+        if kind in (_FOUR, _E3M0):
+            g0, g1 = first // size, (last + size - 1) // size
+            total, unit, is_done = add_up_codes(
+                octets, at_G[g0:g1], scale_G[g0:g1], size, last - first, kind == _E3M0
+            )
+            sums[c, 0], sums[c, 1] = total, unit
+            if is_done:
+                continue
         here = values[: last - first]
         for g in range(first // size, (last + size - 1) // size):
             length = min(size, m - g * size)
@@ -291,6 +371,11 @@ def _to_values(
 ) -> None:  # fmt: skip
     """As `Format.read` of good codes."""
     _from_bytes(octets[at : at + (length * width + 7) // 8], width, code)
+    _values_of(code, length, scale, kind, out)
+
+
+@numba.njit(nogil=True)
+def _values_of(code: Array, length: int, scale: Word, kind: int, out: Array) -> None:
     bits = out.view(np.int32)
     if kind == SIGN:
         plain = np.float32(scale).view(np.int32)

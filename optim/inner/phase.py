@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compression.base import Compressor, Moved, Packed
 from ...compression.kernels import use_numba
 from ...compression.scratch import scratch
 from ..base import Parameter, Strategy
@@ -32,6 +33,14 @@ from .schedule_free import to_average, to_gradients
 def is_finite(x: Tensor) -> bool:
     """Whether every element is. Mostly one sum tells, in one pass and without scratch."""
     return isfinite(float(x.sum())) or bool(x.isfinite().all())
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """On a CPU in one piece of memory that is used again."""
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 or not t.is_contiguous() for t in tensors):
+        return [t.clone() for t in tensors]
+    pieces = torch.split(scratch(sum(t.numel() for t in tensors)), [t.numel() for t in tensors])
+    return [piece.view(t.shape).copy_(t) for piece, t in zip(pieces, tensors, strict=True)]
 
 
 class InnerPhase:
@@ -57,12 +66,13 @@ class InnerPhase:
         if aside is not None and not self.is_inside:
             self._put_aside(aside, idle)
             return
-        for p in self._strategy.parameters_in_order():
-            state = self._strategy.state[p.tensor]
-            if "outer" not in state:
-                state["outer"] = p.local.clone()
-                if "live" in state:
-                    p.local.copy_(state.pop("live"))
+        parameters, states = self._strategy.parameters_in_order(), self._strategy.state
+        new = [p for p in parameters if "outer" not in states[p.tensor]]
+        for p, outer in zip(new, _copies([p.local for p in new]), strict=True):
+            state = states[p.tensor]
+            state["outer"] = outer
+            if "live" in state:
+                p.local.copy_(state.pop("live"))
 
     def _put_aside(self, aside: Aside, idle: str) -> None:
         self._aside, self._idle = aside, ("outer", idle)
@@ -146,6 +156,15 @@ class InnerPhase:
         if outer.device.type != "cpu" or not outer.is_contiguous():
             return (outer - parameter.local).reshape(-1)
         return torch.sub(outer, parameter.local, out=scratch(outer.numel()).view(outer.shape)).view(-1)
+
+    def send_moved(
+        self, parameter: Parameter, leftover: Tensor, decay: float, compressor: Compressor
+    ) -> Packed:
+        """Packs decay leftover + `moved` and takes what was packed away; the model has the outer parameters
+        then. Where the compressor `takes_moved`."""
+        outer: Tensor = self._strategy.state[parameter.tensor].pop("outer")
+        moved = Moved(parameter.part, leftover, outer.view(-1), parameter.local.view(-1))
+        return compressor.send_moved(moved, decay)
 
     def add_moved(self, parameter: Parameter, residual: Tensor, decay: float) -> None:
         """residual = decay residual + `moved`. One rounding per operation."""

@@ -15,7 +15,18 @@ from typing import Any
 import pytest
 import torch
 
-from thinwire.compression.base import Change, Compressor, Packed, Part, Senders, Source, Step, Target, Turn
+from thinwire.compression.base import (
+    Change,
+    Compressor,
+    Moved,
+    Packed,
+    Part,
+    Senders,
+    Source,
+    Step,
+    Target,
+    Turn,
+)
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.dense import Dense
 from thinwire.compression.codecs.dense_codec import GroupedCodec, dense_codec
@@ -375,6 +386,35 @@ def test_a_fused_send_is_a_step_of_the_momentum_a_pack_and_a_subtraction(seed: i
     sent = compressor.fused_send(sources, Change(decay, torch.tensor(scale), alpha))
     assert [bits_of(p) for p in sent.packs()] == [bits_of(p) for p in packs]
     assert all(torch.equal(x, y) for x, y in zip(momenta, plain, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_sending_what_has_moved_in_one_pass(seed: int, use: Switch, threads: Callable[[int], None]) -> None:
+    rng = random.Random(seed)
+    compressor = Dense(bits=rng.choice([4, 8, 16, "e3m0"]), group_size=rng.choice([8, 128, 1024]))
+    part = Part.whole((rng.choice([1, 65, 5000, 300_001]),))
+    leftover, start, end = (drawn_values(rng, part.n_global) for _ in range(3))
+    decay = rng.choice([1.0, 0.95])
+    use("torch")
+    expected = leftover * decay + (start - end)
+    packed = compressor.pack(expected, part, TURN)
+    expected.sub_(compressor.decode([packed], [1.0], part, TURN))
+    assert not compressor.takes_moved()
+    use("numba")
+    threads(rng.choice([1, 3]))
+    assert compressor.takes_moved()
+    sent = compressor.send_moved(Moved(part, leftover, start, end), decay)
+    assert bits_of(sent) == bits_of(packed)
+    assert bits_of((leftover, end)) == bits_of((expected, start))
+
+
+def test_what_cannot_be_sent_in_one_pass(use: Switch) -> None:
+    use("numba")
+    assert not any(d.takes_moved() for d in (Dense(), Dense(bits=1), Dense(bits=2), Dense(bits=4, zstd=True)))
+    leftover, start, end = torch.zeros(3, 64)
+    start[3] = float("inf")
+    with pytest.raises(ValueError, match="not finite"):
+        Dense(bits=4, group_size=8).send_moved(Moved(Part.whole((64,)), leftover, start, end), 1.0)
 
 
 def spoilt(rng: random.Random, packed: Packed) -> Packed:
