@@ -6,7 +6,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
 from .membership import Membership
+from .protocol.addresses import is_direct, is_public
 from .protocol.messages import Member, Members, Message, Offer, Offered
+from .serving.fanout import Fanout
 
 FEW: Final = 32
 """Members that are told of every change at once."""
@@ -16,10 +18,17 @@ PAUSE_S: Final = 2e-3
 
 
 class Announcer:
-    """`send` queues a message for a peer id; `peer_id` gives that of an index."""
+    """`send` queues a message for a peer id; `peer_id` gives that of an index. `own`: the coordinator's;
+    `fanout` knows from whom a payload is to be fetched."""
 
-    def __init__(self, send: Callable[[str, Message], None], peer_id: Callable[[int], str]) -> None:
-        self._send, self._peer_id = send, peer_id
+    def __init__(
+        self,
+        send: Callable[[str, Message], None],
+        peer_id: Callable[[int], str],
+        own: str,
+        fanout: Fanout,
+    ) -> None:
+        self._send, self._peer_id, self._own, self._fanout = send, peer_id, own, fanout
         self.addresses: dict[int, tuple[str, ...]] = {}
         self._told: dict[int, tuple[str, ...]] = {}
         """Peers and where each is reached, as all but the newcomers know."""
@@ -48,15 +57,36 @@ class Announcer:
         self._not_before_s = now_s + (PAUSE_S * len(present) if len(present) > FEW else 0.0)
         if newcomers:
             for peer, offer in offers().items():
-                self.tell_offered(peer, offer, newcomers)
+                self.tell_offered(peer, offer, members, newcomers)
 
-    def tell_offered(self, peer: int, offer: Offer, to: Collection[int]) -> None:
-        """Who has the payload of an offer, to the others: they may fetch it ahead."""
+    def tell_offered(
+        self, peer: int, offer: Offer, members: Membership, to: Collection[int] | None = None
+    ) -> None:
+        """From whom each of the others may fetch the payload of an offer ahead. `to`: None: all that are
+        here."""
         if offer.digest is None:
             return
-        holder = self._peer_id(peer)
-        offered = Offered(round=offer.round, holder=holder, digest=offer.digest, n_bytes=offer.n_bytes)
-        self.send(offered, [other for other in to if other != peer])
+        to = members.connected() if to is None else to
+        training = members.training()
+        origin, listening = self._peer_id(peer), {self._peer_id(p) for p in to}
+        others = [self._peer_id(p) for p in dict.fromkeys((*training, *to)) if p != peer]
+        relays = list(map(self._peer_id, self._reachable(training)))
+        sources = self._fanout.sources(offer.n_bytes, origin, others, relays)
+        said = {
+            source: Offered(
+                round=offer.round, holder=source or self._own, digest=offer.digest, n_bytes=offer.n_bytes
+            )
+            for source in set(sources.values())
+        }
+        for other, source in sources.items():
+            if other in listening:
+                self._send(other, said[source])
+
+    def _reachable(self, peers: Iterable[int]) -> list[int]:
+        """Those that other members can dial: by a public address, where anybody has one."""
+        direct = {p: [a for a in self.addresses.get(p, ()) if is_direct(a)] for p in peers}
+        public = [p for p, addresses in direct.items() if any(map(is_public, addresses))]
+        return public or [p for p, addresses in direct.items() if addresses]
 
     def send(self, message: Message, to: Iterable[int]) -> None:
         """To the peers with these indices."""

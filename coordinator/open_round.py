@@ -106,7 +106,7 @@ class OpenRound:
     def _announce(self, peer: int, offer: Offer) -> None:
         """Others may fetch the offer's payload ahead, once it is here."""
         if offer.digest is not None and self.offers.is_here(offer):
-            self._announcer.tell_offered(peer, offer, self._members.connected())
+            self._announcer.tell_offered(peer, offer, self._members)
 
     def _refused(self, peer: int, reason: Rejected) -> None:
         self._admission.rejected[reason] += 1

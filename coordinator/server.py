@@ -45,6 +45,7 @@ from .seats.ticket import FILE_NAME, keep_ticket
 from .seats.view import for_the_page, status_alone
 from .seats.watchers import Watchers, WhoLeads
 from .service import Service
+from .serving.fanout import UPLOAD_BYTES_PER_S, Fanout
 from .serving.history import KeptHistory
 from .serving.machine import free_bytes, machine
 from .serving.passing_on import Nobody, Uploads
@@ -92,10 +93,12 @@ class CoordinatorServer:
         keeps_last_snapshot: bool = False,
         loss_unit: str | None = None,
         seats: SeatPlan | None = None,
+        upload_bytes_per_s: float = UPLOAD_BYTES_PER_S,
     ) -> None:
         """`keep`: None: what the state folder says. `check_strategy`: of what the run's owner changes;
         `keeps_last_snapshot`: for those who join or export when the run is over and its nodes are gone.
         `seats`: this coordinator is one seat of several, or is to be; None: it orders the run alone.
+        `upload_bytes_per_s`: what its line sends.
 
         Raises ConfigError or LedgerCorrupt."""
         self._state, self._host_ip, self._port, self._announce = state, host, port, tuple(announce)
@@ -115,7 +118,7 @@ class CoordinatorServer:
         self._checkpointed = 0 if self.ledger.checkpoint is None else self.ledger.checkpoint.round
         self._settings = parse_settings(self.ledger.genesis.config)
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
-        self.meter = Meter()
+        self.meter, self.fanout = Meter(), Fanout(upload_bytes_per_s)
         me = peer_id_of(self._key.public_key())
         self._since_ms = wall_ms()
         self.watchers = Watchers(
@@ -263,6 +266,7 @@ class CoordinatorServer:
             watchers=self.watchers,
             is_seat=is_seat,
             uploads=uploads,
+            uploaded=self.fanout.uploaded,
         )
         self._reception.hand_to(self._stream_server.handlers)
 
@@ -310,6 +314,7 @@ class CoordinatorServer:
             check_strategy=self._check_strategy,
             loss_unit=self._loss_unit,
             keep=self._keep,
+            fanout=self.fanout,
             **order,
         )
 

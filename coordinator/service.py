@@ -48,6 +48,7 @@ from .quorum.log import Alone, Log
 from .quorum.memory import memory_of
 from .quorum.recollection import Recollection
 from .rounds import Excused, RoundClosed
+from .serving.fanout import Fanout
 from .serving.guarding import Guarding
 from .serving.hearing import Hearing
 from .serving.ordering import Ordering
@@ -87,6 +88,7 @@ class Service:
         log: Log | None = None,
         recollection: Recollection | None = None,
         held: Callable[[bytes], bool] = lambda _digest: True,
+        fanout: Fanout | None = None,
     ) -> None:
         """`log`: None: this coordinator orders the run alone. `recollection`: what is known of the ledger, up
         to its head; None: it is read, with `keep` and `history`. `held`: whether enough seats hold a payload
@@ -94,7 +96,7 @@ class Service:
         can vote for a record that names these; see `held_arrived`. `history`: what the method gave before a
         restart; `banned`, `rules`: who is not let in, and who is; `check_strategy`: of what the owner wants
         to change of its options; `loss_unit`: where the run's task is not built in; `keep`: of counted
-        payloads.
+        payloads; `fanout`: from whom nodes fetch them.
 
         Raises ConfigError for another run's key or a config that it cannot read.
         """
@@ -103,7 +105,8 @@ class Service:
         self._send_to, self._on_commit, self._wall_ms = send, on_commit, wall_ms
         self._settings = Course.of(ledger.genesis.config).settings
         self._keep, self._held = keep, held
-        if peer_id_of(key.public_key()) not in (ledger.genesis.coordinator, *ledger.committee.seats):
+        self._own, self._fanout = peer_id_of(key.public_key()), fanout or Fanout()
+        if self._own not in (ledger.genesis.coordinator, *ledger.committee.seats):
             raise ConfigError("this key is not the one that the run was started with, nor a seat's")
         self._loss_unit = loss_unit or self._settings.task.loss_unit
         self._recollection = recollection or Recollection(ledger, blobs, keep, history)
@@ -128,7 +131,7 @@ class Service:
         ledger, derived, names = self._ledger, self._recollection.derived, self._recollection.names
         past = derived.open_round()
         members = Membership(self._settings.silence_s, past.training, now_s)
-        announcer = Announcer(self._send_to, ledger.peer_id)
+        announcer = Announcer(self._send_to, ledger.peer_id, self._own, self._fanout)
         notices = Notices(announcer, members, names, derived.page_history, self._wall_ms, now_s)
         sentences = Sentences(derived.standing, announcer, names)
         rounds = open_rounds(derived.course, ledger, past, self._recollection.take_memory(), now_s)

@@ -75,8 +75,9 @@ class StreamServer:
     """Open sessions by peer id, and the handlers of all streams. One event loop.
 
     `changed`: the service was told something. `failed`: the run cannot go on. `status`: for people.
-    `watchers`: who wants to hear when another seat leads, and the term by which this one does. `is_seat`: of
-    the same run, which gets blobs as members do, also while they are uploaded, of which `uploads` hears.
+    `uploaded`: a peer's bytes came in so many seconds. `watchers`: who wants to hear when another seat leads,
+    and the term by which this one does. `is_seat`: of the same run, which gets blobs as members do, also
+    while they are uploaded, of which `uploads` hears.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class StreamServer:
         watchers: Watchers,
         is_seat: Callable[[str], bool] = lambda _peer_id: False,
         uploads: Uploads = Nobody(),  # noqa: B008 - has no state
+        uploaded: Callable[[str, int, float], object] = lambda _peer_id, _n_bytes, _took_s: None,
     ) -> None:
+        self._uploaded = uploaded
         self._service, self._blobs, self._meter, self._uploads = service, blobs, meter, uploads
         self._changed, self._failed, self._status = changed, failed, status
         self._waits, self._watchers, self._is_seat = waits, watchers, is_seat
@@ -282,7 +285,8 @@ class StreamServer:
             raise BadMessage(f"the offer of round {offer.round} is not signed by its peer")
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
-        shelf = _Shelf(self._service, self._blobs, peer_id, self._changed, self._uploads)
+        uploaded = partial(self._uploaded, peer_id)
+        shelf = _Shelf(self._service, self._blobs, peer_id, self._changed, self._uploads, uploaded)
         coming, given = self._coming_for(peer_id), partial(self._uploads.given, peer_id)
         await self._blob_streams.serve(peer_id, stream, shelf, coming=coming, given=given)
 
@@ -319,9 +323,10 @@ class _Shelf:
         peer_id: str,
         changed: Callable[[], None],
         uploads: Uploads,
+        uploaded: Callable[[int, float], object],
     ) -> None:
         self._service, self._blobs, self._peer_id, self._changed = service, blobs, peer_id, changed
-        self._uploads = uploads
+        self._uploads, self._uploaded = uploads, uploaded
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
         """The blob and its size in bytes. Raises KeyError."""
@@ -336,7 +341,7 @@ class _Shelf:
         with _disk(not_stored):
             writer = self._blobs.writer(digest, n_bytes)
         self._uploads.begins(digest, n_bytes)
-        return _Upload(writer, not_stored, partial(self._ends, digest))
+        return _Upload(writer, not_stored, partial(self._ends, digest), self._uploaded)
 
     def _ends(self, digest: bytes, *, is_stored: bool) -> None:
         if is_stored or self._blobs.coming(digest) is None:  # else it comes twice
@@ -349,13 +354,26 @@ class _Shelf:
 
 
 class _Upload:
-    """A `BlobWriter` whose disk may be full."""
+    """A `BlobWriter` whose disk may be full. `uploaded` hears how long the bytes after the first chunk
+    took."""
 
-    def __init__(self, writer: BlobWriter, not_stored: Callable[[], None], ends: Callable[..., None]) -> None:
-        self._writer, self._not_stored, self._ends = writer, not_stored, ends
+    def __init__(
+        self,
+        writer: BlobWriter,
+        not_stored: Callable[[], None],
+        ends: Callable[..., None],
+        uploaded: Callable[[int, float], object],
+    ) -> None:
+        self._writer, self._not_stored, self._ends, self._uploaded = writer, not_stored, ends, uploaded
         self._failed: OSError | None = None
+        self._n_measured, self._first_s, self._last_s = -1, 0.0, 0.0
 
     def write(self, chunk: bytes) -> None:
+        self._last_s = time.monotonic()
+        if self._n_measured < 0:
+            self._n_measured, self._first_s = 0, self._last_s
+        else:
+            self._n_measured += len(chunk)
         with _disk(self._not_stored):
             self._writer.write(chunk)
 
@@ -370,6 +388,8 @@ class _Upload:
             if self._failed is not None:
                 raise self._failed
             n_bytes = self._writer.finish()
+        if self._n_measured > 0:
+            self._uploaded(self._n_measured, self._last_s - self._first_s)
         self._ends(is_stored=True)
         return n_bytes
 

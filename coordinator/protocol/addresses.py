@@ -74,6 +74,20 @@ def announced(text: str, port: int) -> str:
     return f"/ip{ip.version}/{ip}/tcp/{own_port}"
 
 
+def is_direct(multiaddr: str) -> bool:
+    """Whether it leads to the machine itself, not to one that passes on."""
+    return "/p2p-circuit" not in multiaddr
+
+
+def is_public(multiaddr: str) -> bool:
+    """Whether it may be reached from anywhere: no address of a network of its own."""
+    _, kind, host, *_ = (*multiaddr.split("/"), "", "")
+    try:
+        return kind.startswith("dns") or ipaddress.ip_address(host).is_global
+    except ValueError:
+        return False
+
+
 def host_of(text: str, port: int) -> str:
     """The name or the IP address in what a user announces. Raises ConfigError."""
     return announced(text, port or 1).split("/")[2]

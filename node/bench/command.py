@@ -74,6 +74,12 @@ def _light(counts: Sequence[int]) -> Bench:
     return lambda _n_params, n_repeats, _device: bench_light(counts, ROUNDS_PER_REPEAT * n_repeats)
 
 
+def _upload() -> Bench:
+    from .upload import bench_upload
+
+    return bench_upload
+
+
 def _join() -> Bench:
     from .join import bench_join
 
@@ -104,6 +110,7 @@ BENCHES: Final[dict[str, Callable[[], Bench]]] = {
     "diloco": _diloco,
     "peers": _peers,
     "round": _round,
+    "upload": _upload,
     "join": _join,
     "wire": _wire,
     "memory": _memory,
@@ -111,7 +118,7 @@ BENCHES: Final[dict[str, Callable[[], Bench]]] = {
 }
 """By name; a benchmark's module is loaded when it is asked for."""
 
-SIZELESS: Final = frozenset(["round", "join", "ray"])
+SIZELESS: Final = frozenset(["round", "upload", "join", "ray"])
 """Their model is a small one of their own."""
 
 NOT_IN_ALL: Final = frozenset(["ray"])

@@ -28,6 +28,7 @@ from ...coordinator.seats.plan import SeatPlan
 from ...coordinator.seats.recovery import KEY_NAME, recovery_digest
 from ...coordinator.seats.ticket import SeatTicket, keep_ticket
 from ...coordinator.server import CoordinatorServer
+from ...coordinator.serving.fanout import UPLOAD_BYTES_PER_S
 from ...coordinator.state import StateDir
 from ..config import RunConfig, load_config
 from ..founding.child import Child
@@ -107,9 +108,11 @@ def coordinate(
     stop: Stop,
     linger_s: float = 0.0,
     seats: SeatOptions = SeatOptions(),
+    upload_bytes_per_s: float = UPLOAD_BYTES_PER_S,
 ) -> bool:
     """Serves until `linger_s` after the last round is acknowledged, or until `stop` is set; True: the run was
     over. Prints the ticket on stdout. `run_file`: None for a replica, and for a run that `state` has.
+    `upload_bytes_per_s`: what this machine's line sends.
 
     Raises ConfigError (configuration, taken port, a state directory in use or of another run), LedgerCorrupt.
     """
@@ -135,7 +138,7 @@ def coordinate(
         if ban:
             state_dir.ban(ban)
         where: dict[str, Any] = {"host": host, "port": port, "announce": announce}
-        where["keeps_last_snapshot"] = linger_s > 0
+        where["keeps_last_snapshot"], where["upload_bytes_per_s"] = linger_s > 0, upload_bytes_per_s
         if seats.is_seat:
             plan = SeatPlan.of(folder, seats.wish)
             where["seats"] = replace(plan, waits_for_payloads=seats.keeps_payloads)

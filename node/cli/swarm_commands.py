@@ -118,6 +118,10 @@ class Coordinator:
     """TCP port; 0 picks a free one at the first start and keeps it."""
     announce: UseAppendAction[tuple[str, ...]] = ()
     """An address that others reach this machine by (/ip4/1.2.3.4/tcp/4001); may be repeated."""
+    upload: Annotated[str, arg(metavar="RATE")] = "100Mbit/s"
+    """What this machine's line sends. Nodes get payloads from here as far as that goes, so that each uploads
+    its own once; beyond it they give them to each other, those with wide lines more than those with narrow
+    ones."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """section.key=value, instead of what the file says; may be repeated."""
     task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
@@ -147,6 +151,7 @@ class Coordinator:
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
+        from ..links.upload_limit import parse_rate
         from .coordinator import SeatOptions, coordinate
 
         with stop_on_signals() as stop:
@@ -156,6 +161,7 @@ class Coordinator:
                 host=self.host,
                 port=self.port,
                 announce=self.announce,
+                upload_bytes_per_s=parse_rate(self.upload, "--upload"),
                 overrides=overrides_of(self.set),
                 import_path=self.task,
                 ticket_file=self.ticket_file,

@@ -374,6 +374,7 @@ class Bench:
                 "diloco",
                 "peers",
                 "round",
+                "upload",
                 "join",
                 "wire",
                 "memory",
@@ -387,10 +388,11 @@ class Bench:
         arg(metavar="NAME"),
     ]
     """noise (SPSA), decoupled and diloco (pack, decode, update), peers (1 to 256 payloads), round (8 peers on
-    loopback), join (process to first offer, catching up), wire (bits per coefficient), memory (of a rank of a
-    sharded node), ray (round of 4 actors on a Ray cluster of its own), attacks (what bad peers do to a
-    swarm), audits (how often honest peers fail theirs), learning (strategies against references in plain
-    torch, each tuned; half an hour of CPU time), or all, but for the last four."""
+    loopback), upload (payloads that leave a node), join (process to first offer, catching up), wire (bits per
+    coefficient), memory (of a rank of a sharded node), ray (round of 4 actors on a Ray cluster of its own),
+    attacks (what bad peers do to a swarm), audits (how often honest peers fail theirs), learning (strategies
+    against references in plain torch, each tuned; half an hour of CPU time), or all, but for the last
+    four."""
     params: Annotated[str | None, arg(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None

@@ -92,7 +92,9 @@ class BlobFetcher:
         return await self._from_coordinator(digest, n_bytes, "payload")
 
     async def from_member(self, holder: str, digest: Digest, n_bytes: int) -> bytes:
-        """One attempt to get a payload. Raises SwarmUnreachable."""
+        """One attempt to get a payload, also from the coordinator by its peer id. Raises SwarmUnreachable."""
+        if self.is_coordinator(holder):
+            return await self.from_coordinator(digest, n_bytes)
         return await self._holders.get(holder, digest, n_bytes, "payload")
 
     async def _from_other_seats(self, digest: Digest, n_bytes: int) -> bytes | None:
@@ -111,6 +113,10 @@ class BlobFetcher:
         """The others that are connected: those that answer before those that do not, `first` before all."""
         others = [peer_id for peer_id in self._members.connected() if peer_id != self._own]
         return sorted(others, key=lambda peer_id: (self._holders.rests(peer_id), peer_id != first))
+
+    def is_coordinator(self, holder: str) -> bool:
+        """Whether the session is with it."""
+        return holder == self._coordinator.seat
 
     def rests(self, holder: str) -> bool:
         """Whether fetches from it keep failing."""

@@ -42,7 +42,12 @@ class BlobServer:
         stream = Stream(reader, writer, self._meter, self._throttle)
         try:
             await serve_blobs(
-                stream, self._served, self._served.purpose, lambda: self._may_ask(peer_id), self._turns
+                stream,
+                self._served,
+                self._served.purpose,
+                lambda: self._may_ask(peer_id),
+                self._turns,
+                self._served.coming,
             )
         except (OSError, EOFError, BadMessage, SwarmUnreachable):
             return  # the other node notices by itself

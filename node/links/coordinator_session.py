@@ -152,6 +152,11 @@ class CoordinatorSession:
         reader, writer = await self._transport.open_stream(self._at, protocol, DIAL_TIMEOUT_S)
         return Stream(reader, writer, self._meter, throttle or self._control)
 
+    @property
+    def seat(self) -> PeerId | None:
+        """Of the open session; None: there is none."""
+        return self._at
+
     def other_seats(self) -> list[PeerId]:
         """Of the committee, beside the one that leads; they have what it has."""
         return [seat for seat in self._seats.in_order() if seat != self._at and len(self._seats) > 1]

@@ -115,7 +115,7 @@ class LinkCore:
         self.blobs = BlobFetcher(coordinator, self._members, peer_id, self._seats)
         self._payloads = Payloads(self.blobs, peer_id)
         self.kept = self._payloads.kept
-        self.served = Served(self.kept, self._has_time_for)
+        self.served = Served(self.kept, self._has_time_for, self._payloads.early)
         throttle = None if limit is None else limit.served
         self._server = BlobServer(self.served, self._members, meter, throttle, self._seats)
         signer = Signer(peer_id, ticket.run_id, key)
@@ -285,11 +285,10 @@ class LinkCore:
         self._coordinator.post(packed(text))
 
     def _has_time_for(self, n_bytes: int) -> bool:
-        """Whether all members may come for a payload of this node's: those who are refused go to the
-        coordinator at once, where it is, too."""
+        """Whether so much is soon sent: those who are refused go to the coordinator at once, where it is,
+        too."""
         limit = self._limit
-        n_members = len(self._members.all())
-        return limit is None or n_bytes * n_members <= limit.rate_bytes_per_s * LONG_WAIT_S
+        return limit is None or n_bytes <= limit.rate_bytes_per_s * LONG_WAIT_S
 
     def _with_command(self, error: LedgerCorrupt) -> LedgerCorrupt:
         """What is wrong and why, and what to do here if the coordinator's ledger is the one to go on with."""

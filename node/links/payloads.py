@@ -1,7 +1,8 @@
 """A node's payloads in memory: its own, those of the open round, those of commits; where each comes from.
 
-A payload is asked of the peer that offered it while its round is open. Once it is counted, that is waited for
-a little longer, then the coordinator is asked, and every other member last.
+While its round is open a payload is asked of whom the coordinator has named: itself, the peer that made it,
+or one that gets it, too, and passes it on. Once it is counted, that is waited for a little longer, then the
+coordinator is asked, and every other member last.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import Any, BinaryIO, Protocol
 
 from ...compression.errors import SwarmUnreachable
-from ...coordinator.protocol.blob_streams import NotServed, Sink
+from ...coordinator.protocol.blob_streams import Coming, NotServed, Sink
 from ...coordinator.protocol.messages import BadMessage, Commit, Offered, OfferEntry, digest_of
 from ...coordinator.protocol.patience import Patience
 from ...coordinator.protocol.streams import TrafficKind
@@ -49,6 +52,10 @@ class Sources(Protocol):
 
     def holders(self, offerer: str | None) -> list[str]:
         """The other members and seats, in the order in which they are to be asked."""
+        ...
+
+    def is_coordinator(self, holder: str) -> bool:
+        """Whether it is the one that leads: asking it is no detour, and nobody would be quicker."""
         ...
 
     def rests(self, holder: str) -> bool:
@@ -112,6 +119,14 @@ class PayloadCache:
         return round_
 
 
+@dataclass(frozen=True, slots=True)
+class Early:
+    """A fetch while the round is open."""
+
+    offered: Offered
+    task: asyncio.Task[bytes]
+
+
 class Payloads:
     """Fetches payloads ahead, keeps them, and gives them when they are asked for. One event loop.
 
@@ -123,7 +138,7 @@ class Payloads:
         self.max_offers, self.max_bytes = 0, 0
         self.kept = PayloadCache()
         self._patience = Patience(floor_s=SHORT_WAIT_S, ceiling_s=LONG_WAIT_S)
-        self._early: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
+        self._early: dict[bytes, Early] = {}
         self._tasks: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
 
     def keep_own(self, round_: int, payload: bytes) -> bytes:
@@ -133,21 +148,26 @@ class Payloads:
         return digest
 
     def offered(self, offered: Offered) -> None:
-        """A peer has a payload for the open round: fetched from there, silently if that fails."""
+        """Who has a payload of the open round, or gets it now: fetched from there, silently if that fails."""
         digest, holder = offered.digest, offered.holder
         if holder == self._own or digest in self.kept or digest in self._early:
             return
-        of_round = sum(round_ == offered.round for round_, _ in self._early.values())
+        of_round = sum(early.offered.round == offered.round for early in self._early.values())
         if of_round >= self.max_offers or offered.n_bytes > self.max_bytes or self._sources.rests(holder):
             return
-        self._early[digest] = (offered.round, _quiet(self._fetch_early(offered)))
+        self._early[digest] = Early(offered, _quiet(self._fetch_early(offered)))
+
+    def early(self, digest: bytes) -> Early | None:
+        """For who was told to get it here. What is fetched otherwise is of no use: two nodes would wait for
+        each other."""
+        return self._early.get(digest)
 
     def committed(self, commit: Commit) -> None:
         """A round is over: of what was offered only what counted is still of use."""
         counted = {entry.digest for entry in commit.body.offers}
-        for digest, (round_, task) in list(self._early.items()):
-            if round_ <= commit.body.round and digest not in counted:
-                task.cancel()
+        for digest, early in list(self._early.items()):
+            if early.offered.round <= commit.body.round and digest not in counted:
+                early.task.cancel()
 
     def want(self, commits: Sequence[Commit], peers: Mapping[int, str]) -> None:
         """The node has taken the first of these and will take the others next: fetches their payloads.
@@ -160,9 +180,9 @@ class Payloads:
         for digest, (round_, task) in list(self._tasks.items()):
             if (round_ < first and task.done()) or not first - KEPT_ROUNDS < round_ <= last:
                 self._tasks.pop(digest)[1].cancel()
-        for round_, early in list(self._early.values()):
-            if round_ <= first - KEPT_ROUNDS:
-                early.cancel()
+        for early in list(self._early.values()):
+            if early.offered.round <= first - KEPT_ROUNDS:
+                early.task.cancel()
         for commit in commits:
             for entry in commit.body.offers:
                 self._ensure(entry, peers.get(entry.peer), commit.body.round)
@@ -182,7 +202,7 @@ class Payloads:
         return await asyncio.shield(task)
 
     def close(self) -> None:
-        for _, task in [*self._tasks.values(), *self._early.values()]:
+        for task in [*(task for _, task in self._tasks.values()), *(e.task for e in self._early.values())]:
             task.cancel()
 
     # --------------------------------------------------------------------------------------- fetching
@@ -205,7 +225,8 @@ class Payloads:
             self.kept.add(offered.round, digest, data)
             return data
         finally:
-            if self._early.get(digest, (0, None))[1] is asyncio.current_task():
+            early = self._early.get(digest)
+            if early is not None and early.task is asyncio.current_task():
                 del self._early[digest]
 
     async def _fetch_wanted(self, digest: bytes, n_bytes: int, offerer: str | None, round_: int) -> bytes:
@@ -215,15 +236,17 @@ class Payloads:
 
     async def _resolve(self, digest: bytes, n_bytes: int, offerer: str | None) -> bytes:
         """From what is on its way; after a short wait from whoever has it, whichever comes first."""
-        _, early = self._early.get(digest, (0, None))
+        early = self._early.get(digest)
         if early is None:
             return await self._from_anybody(digest, n_bytes, offerer)
-        await asyncio.wait({early}, timeout=self._patience.limit_s)
-        if _has_succeeded(early):
-            return early.result()
-        data = await self._race(early, _quiet(self._from_anybody(digest, n_bytes, offerer)))
-        if offerer is not None and not early.done():
-            self._sources.too_slow(offerer)
+        task, holder = early.task, early.offered.holder
+        is_best = self._sources.is_coordinator(holder)
+        await asyncio.wait({task}, timeout=None if is_best else self._patience.limit_s)
+        if _has_succeeded(task):
+            return task.result()
+        data = await self._race(task, _quiet(self._from_anybody(digest, n_bytes, offerer)))
+        if not task.done():
+            self._sources.too_slow(holder)
         return data
 
     async def _race(self, early: asyncio.Task[bytes], other: asyncio.Task[bytes]) -> bytes:
@@ -262,31 +285,88 @@ class Payloads:
             pause_s = min(2 * pause_s, _LAST_RETRY_S)
 
 
-class Served:
-    """What members may fetch from this node: payloads that it has, and what is on its shelf.
+class _Given(BytesIO):
+    """A payload that is given to somebody; `given` hears its size at the end."""
 
-    `has_time_for`: whether payloads of so many bytes are given; who is refused finds them elsewhere.
+    def __init__(self, payload: bytes, given: Callable[[int], object]) -> None:
+        super().__init__(payload)
+        self._at_end = partial(given, len(payload))
+
+    def close(self) -> None:
+        if not self.closed:
+            self._at_end()
+        super().close()
+
+
+class _PassedOn:
+    """See `blob_streams.Coming`: an early fetch of this node's, once it is here. `given`: see `_Given`."""
+
+    def __init__(self, early: Early, given: Callable[[int], object]) -> None:
+        self._task, self.n_bytes, self._given = early.task, early.offered.n_bytes, given
+        self._payload: BytesIO | None = None
+
+    async def read(self, n_bytes: int) -> bytes:
+        """See `blob_streams.Coming`."""
+        if self._payload is None:
+            await asyncio.wait({self._task})
+            if not _has_succeeded(self._task) or len(self._task.result()) != self.n_bytes:
+                raise SwarmUnreachable("the payload has not come")
+            self._payload = BytesIO(self._task.result())
+        return self._payload.read(n_bytes)
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+        self._given(self.n_bytes)
+
+
+class Served:
+    """What members may fetch from this node: payloads that it has or waits for, and what is on its shelf.
+
+    `has_time_for`: whether so many bytes of payloads are given at a time; who is refused finds them
+    elsewhere. `awaited`: by digest, what is on its way to here.
     """
 
     def __init__(
-        self, kept: PayloadCache, has_time_for: Callable[[int], bool] = lambda n_bytes: True
+        self,
+        kept: PayloadCache,
+        has_time_for: Callable[[int], bool] = lambda n_bytes: True,
+        awaited: Callable[[bytes], Early | None] = lambda digest: None,
     ) -> None:
         self._kept = kept
-        self._has_time_for = has_time_for
+        self._has_time_for, self._awaited = has_time_for, awaited
         self.shelf: Shelf | None = None
+        self._n_given = 0
+        """Bytes of payloads that are being given."""
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
         """See `Shelf.open`; payloads come before what the node has put on its shelf."""
         payload, shelf = self._kept.get(digest), self.shelf
-        if payload is not None and self._has_time_for(len(payload)):
-            return BytesIO(payload), len(payload)
+        if payload is not None and self._gives(len(payload)):
+            return _Given(payload, self._given), len(payload)
         if payload is not None or shelf is None:
             raise KeyError(digest.hex())
         return shelf.open(digest)
 
+    def coming(self, digest: bytes) -> Coming | None:
+        """A payload that is on its way to here."""
+        early = None if digest in self._kept else self._awaited(digest)
+        if early is None or not self._gives(early.offered.n_bytes):
+            return None
+        return _PassedOn(early, self._given)
+
+    def _gives(self, n_bytes: int) -> bool:
+        if not self._has_time_for(self._n_given + n_bytes):
+            return False
+        self._n_given += n_bytes
+        return True
+
+    def _given(self, n_bytes: int) -> None:
+        self._n_given -= n_bytes
+
     def purpose(self, digest: bytes) -> TrafficKind:
         """What bytes of this blob count as."""
-        return "payload" if digest in self._kept else "snapshot"
+        is_payload = digest in self._kept or self._awaited(digest) is not None
+        return "payload" if is_payload else "snapshot"
 
     def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
         """Raises BadMessage: nodes take no blob."""

@@ -7,6 +7,7 @@ from collections import defaultdict
 from thinwire.coordinator.announcer import FEW, Announcer
 from thinwire.coordinator.membership import Membership, SessionClosed, SessionOpened
 from thinwire.coordinator.protocol.messages import Member, Members, Message, decode_message, encode_message
+from thinwire.coordinator.serving.fanout import Fanout
 from thinwire.node.links.members import MemberList
 
 
@@ -16,7 +17,7 @@ class Swarm:
     def __init__(self) -> None:
         self.members, self.sent = Membership(10.0, frozenset(), 0.0), defaultdict[str, list[Members]](list)
         self.lists = defaultdict[str, MemberList](MemberList)
-        self.announcer = Announcer(self.send, "p{}".format)
+        self.announcer = Announcer(self.send, "p{}".format, "c", Fanout())
         self.n_bytes = 0
 
     def send(self, peer_id: str, message: Message) -> None:

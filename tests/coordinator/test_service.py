@@ -15,6 +15,7 @@ from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.peers import SCRAPED_S
+from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.messages import (
     INLINE_BYTES,
     BadMessage,
@@ -635,7 +636,12 @@ def test_who_has_which_payload_is_told_to_the_others(make_world: MakeWorld) -> N
     world.upload("a", data)
     world.say("a", blob_offer(1, data))
     world.say("b", offer(1))
-    told = Offered(round=1, holder="a", digest=digest_of(data), n_bytes=5000)
+    told = Offered(
+        round=1,
+        holder=peer_id_of(world.key.public_key()),
+        digest=digest_of(data),
+        n_bytes=5000,
+    )
     for name, expected in (("a", []), ("b", [told]), ("c", [told])):
         assert world.messages(Offered, name) == expected
     world.sent.clear()
@@ -665,7 +671,12 @@ def test_a_newcomer_hears_only_of_payloads_that_are_here(make_world: MakeWorld) 
     world.service.tick(world.now_s)
     assert world.messages(Offered) == [], "the upload comes first"
     world.upload("a", data)
-    told = Offered(round=1, holder="a", digest=digest_of(data), n_bytes=5000)
+    told = Offered(
+        round=1,
+        holder=peer_id_of(world.key.public_key()),
+        digest=digest_of(data),
+        n_bytes=5000,
+    )
     assert world.messages(Offered, "c") == [told]
 
 

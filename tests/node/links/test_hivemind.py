@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from thinwire.coordinator.protocol.messages import (
     Report,
 )
 from thinwire.coordinator.protocol.ticket import Ticket
+from thinwire.coordinator.server import CoordinatorServer
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.node.links.hivemind import HivemindLink
 from thinwire.node.links.upload_limit import UploadLimit
@@ -36,13 +38,17 @@ pytestmark = pytest.mark.swarm
 
 WAIT_S = 30.0
 LARGE = bytes(range(256)) * 800
+NARROW, WIDE = 1e3, 1e9
+"""Bytes per second of the coordinator's line."""
 
 
 class Swarm:
     """A coordinator that can be stopped, copied and started again, and links with folders of their own."""
 
-    def __init__(self, folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey, stack: ExitStack) -> None:
-        self._folder, self._stack, self.key = folder, stack, key
+    def __init__(
+        self, folder: Path, genesis: GenesisBody, key: Ed25519PrivateKey, stack: ExitStack, upload: float
+    ) -> None:
+        self._folder, self._stack, self.key, self._upload = folder, stack, key, upload
         self.state = folder / "coordinator"
         self.state.mkdir()
         save(key, self.state / "key")
@@ -57,7 +63,8 @@ class Swarm:
         return self._coordinator
 
     def start(self, genesis: GenesisBody | None = None) -> None:
-        self._coordinator = ServerThread(self.state, genesis).__enter__()
+        make = partial(CoordinatorServer, genesis=genesis, host="127.0.0.1", upload_bytes_per_s=self._upload)
+        self._coordinator = ServerThread(self.state, make=make).__enter__()
 
     def stop(self) -> None:
         if self._coordinator is not None:
@@ -109,7 +116,7 @@ MakeSwarm = Callable[..., Swarm]
 @pytest.fixture
 def make_swarm(tmp_path: Path, make_genesis: Any, key: Ed25519PrivateKey) -> Iterator[MakeSwarm]:
     with ExitStack() as stack:
-        yield lambda **config: Swarm(tmp_path, make_genesis(**config), key, stack)
+        yield lambda upload=WIDE, **config: Swarm(tmp_path, make_genesis(**config), key, stack, upload)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -168,7 +175,7 @@ def test_another_run_s_copy_is_refused_before_anybody_is_asked(make_swarm: MakeS
 
 def test_a_limited_node_gives_its_payload_to_the_coordinator_alone(make_swarm: MakeSwarm) -> None:
     """Others find it there; small ones, for which there is time, come from the node."""
-    swarm = make_swarm()
+    swarm = make_swarm(NARROW)
     limit = UploadLimit(100_000)
     a, b = swarm.trainer("a", limit), swarm.trainer("b")
     until(lambda: a.members() == [b.peer_id] and b.members() == [a.peer_id])
@@ -201,8 +208,44 @@ def test_a_payload_that_comes_rounds_too_late_is_not_sent(make_swarm: MakeSwarm)
     assert b.traffic().sent["payload"] == len(b"next")
 
 
-def test_payloads_of_the_open_round_come_from_the_peer_that_has_them(make_swarm: MakeSwarm) -> None:
+def test_a_payload_is_uploaded_once_where_the_coordinator_has_room(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm()
+    a, b = swarm.trainer("a"), swarm.trainer("b")
+    until(lambda: a.members() == [b.peer_id] and b.members() == [a.peer_id])
+    a.offer(offer(1, LARGE))
+    until(lambda: b.traffic().received["payload"] >= len(LARGE))
+    b.offer(offer(1, b"small"))
+    (commit,) = islice(b.commits(0), 1)
+    swarm.coordinator.call(lambda s: s.blobs.release(counted_to=MAX_ROUND, offered_to=MAX_ROUND))
+    assert b.payload(commit.body.offers[0]) == LARGE
+    assert a.traffic().sent["payload"] < 1.01 * len(LARGE)
+    assert b.traffic().received["payload"] < 1.01 * len(LARGE)
+
+
+def test_a_node_with_a_wide_line_passes_on_what_a_narrow_one_has_made(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm(NARROW)
+    a, b, c = (swarm.trainer(name) for name in "abc")
+    until(lambda: all(len(link.members()) == 2 for link in (a, b, c)))
+    for link, rate in ((a, 1000), (b, 10**9)):
+        for _ in range(8):
+            swarm.coordinator.call(partial(_measured, link.peer_id, rate))
+    a.offer(offer(1, LARGE))
+    until(lambda: c.traffic().received["payload"] >= len(LARGE))
+    assert b.traffic().sent["payload"] >= len(LARGE)
+    assert a.traffic().sent["payload"] < 1.01 * len(LARGE)
+    for link in (b, c):
+        link.offer(offer(1, b"small"))
+    (commit,) = islice(c.commits(0), 1)
+    swarm.coordinator.call(lambda s: s.blobs.release(counted_to=MAX_ROUND, offered_to=MAX_ROUND))
+    assert c.payload(commit.body.offers[0]) == LARGE
+
+
+def _measured(peer_id: str, bytes_per_s: int, server: CoordinatorServer) -> None:
+    server.fanout.uploaded(peer_id, bytes_per_s, 1.0)
+
+
+def test_payloads_of_the_open_round_come_from_the_peer_that_has_them(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm(NARROW)
     a, b = swarm.trainer("a"), swarm.trainer("b")
     until(lambda: a.members() == [b.peer_id] and b.members() == [a.peer_id])
     a.offer(offer(1, LARGE))

@@ -47,6 +47,9 @@ class Swarm:
         return self.coordinator[digest]
 
     async def from_member(self, holder: str, digest: bytes, n_bytes: int) -> bytes:
+        if self.is_coordinator(holder):
+            await self.let_go.wait()
+            return await self.from_coordinator(digest, n_bytes)
         self.asked.append(holder)
         if holder in self.held:
             await self.let_go.wait()
@@ -56,6 +59,9 @@ class Swarm:
 
     def holders(self, offerer: str | None) -> list[str]:
         return sorted(self.peers, key=lambda peer_id: peer_id != offerer)
+
+    def is_coordinator(self, holder: str) -> bool:
+        return holder == "coordinator"
 
     def rests(self, holder: str) -> bool:
         return holder in self.resting
@@ -187,6 +193,74 @@ async def test_the_slow_offerer_may_still_win_against_a_coordinator_without_it(
     swarm.let_go.set()
     assert await getting == x
     assert swarm.slow == []
+
+
+@in_a_loop
+async def test_what_the_coordinator_gives_is_not_asked_for_twice(swarm: Swarm, payloads: Payloads) -> None:
+    x = data("x")
+    swarm.coordinator[digest_of(x)] = x
+    payloads.offered(offered(1, "coordinator", x))
+    payloads.want([commit(1, entry(1, x))], PEERS)
+    await asyncio.sleep(3 * payloads_module.LONG_WAIT_S)
+    swarm.let_go.set()
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == ["coordinator"]
+
+
+@in_a_loop
+async def test_what_is_on_its_way_is_passed_on_once_it_is_here(swarm: Swarm, payloads: Payloads) -> None:
+    x = data("x")
+    swarm.peers[A][digest_of(x)] = x
+    swarm.held.add(A)
+    served = Served(payloads.kept, lambda n_bytes: n_bytes <= 2 * len(x), payloads.early)
+    assert served.coming(digest_of(x)) is None, "nobody has said that it comes"
+    payloads.offered(offered(1, A, x))
+    first, second = served.coming(digest_of(x)), served.coming(digest_of(x))
+    assert first is not None
+    assert second is not None
+    assert (first.n_bytes, served.purpose(digest_of(x))) == (len(x), "payload")
+    assert served.coming(digest_of(x)) is None, "two are all that there is time for"
+    second.close()
+    reading = asyncio.create_task(first.read(60))
+    await settle()
+    assert not reading.done()
+    swarm.let_go.set()
+    assert await reading + await first.read(60) == x
+    assert await first.read(60) == b""
+    assert served.coming(digest_of(x)) is None
+    first.close()
+    file, _ = served.open(digest_of(x))
+    assert file.read() == x
+
+
+@in_a_loop
+async def test_who_waits_for_what_does_not_come_is_told(swarm: Swarm, payloads: Payloads) -> None:
+    x, y = data("x"), data("y")
+    swarm.held.add(A)
+    served = Served(payloads.kept, awaited=payloads.early)
+    waiting = []
+    for payload in (x, y):
+        payloads.offered(offered(1, A, payload))
+        coming = served.coming(digest_of(payload))
+        assert coming is not None
+        waiting.append(asyncio.create_task(coming.read(10)))
+    payloads.committed(commit(1, entry(1, x)))
+    with pytest.raises(SwarmUnreachable):
+        await waiting[1]
+    swarm.let_go.set()
+    with pytest.raises(SwarmUnreachable):
+        await waiting[0]
+
+
+@in_a_loop
+async def test_nobody_waits_for_what_this_node_looks_for_itself(swarm: Swarm, payloads: Payloads) -> None:
+    """Two nodes that have both lost a payload would wait for each other."""
+    x = data("x")
+    swarm.held.add(A)
+    payloads.want([commit(1, entry(1, x))], PEERS)
+    await settle()
+    assert swarm.asked == ["coordinator", A]
+    assert Served(payloads.kept, awaited=payloads.early).coming(digest_of(x)) is None
 
 
 @in_a_loop
