@@ -481,6 +481,8 @@ async def _next(
 
 
 async def _send(stream: Stream, kind: FrameKind, body: bytes = b"", purpose: TrafficKind = "control") -> None:
+    if stream.frame_now(kind, body, purpose):  # a timer for every frame costs more than the frame
+        return
     try:
         async with asyncio.timeout(STALL_S):
             await stream.send(kind, body, purpose)

@@ -162,6 +162,14 @@ class Stream:
         self.meter.sent[purpose if kind is FrameKind.CHUNK else "control"] += HEADER.size + len(body)
         await self._write(HEADER.pack(len(body), kind) + body)
 
+    def frame_now(self, kind: FrameKind, body: bytes, purpose: TrafficKind) -> bool:
+        """`send` without waiting; False, with nothing sent: it is throttled, or something waits already."""
+        if not self._sends_at_once:
+            return False
+        self.meter.sent[purpose if kind is FrameKind.CHUNK else "control"] += HEADER.size + len(body)
+        self._writer.write(HEADER.pack(len(body), kind) + body)
+        return True
+
     async def send_message(self, message: Message) -> None:
         """Returns when there is room for more. Raises OSError."""
         body = message.encoded
@@ -170,12 +178,18 @@ class Stream:
 
     def send_now(self, message: Message) -> bool:
         """The same without waiting; False, with nothing sent: it is throttled, or something waits already."""
-        if self._throttle is not None or self._writer.transport.get_write_buffer_size():
+        if not self._sends_at_once:
             return False
         body = message.encoded
         _count(self.meter.sent, message, HEADER.size + len(body))
         self._writer.write(HEADER.pack(len(body), FrameKind.MESSAGE) + body)
         return True
+
+    @property
+    def _sends_at_once(self) -> bool:
+        if self._throttle is not None or self._writer.is_closing():
+            return False
+        return not self._writer.transport.get_write_buffer_size()
 
     @property
     def chunk_bytes(self) -> int:

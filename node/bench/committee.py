@@ -2,41 +2,30 @@
 
 All peers offer as soon as they have the last commit; the time from commit to commit is that of an offer's way
 to the coordinator that leads, of the seal, and of the commit's way back. Every coordinator is reached through
-a link of its own delay, by peers and by the others. Coordinators and peers are threads of this process, each
-with a libp2p daemon of its own, and the links another process. Compare `--seats 3` with `--seats 1` of the
-same machine and minute.
+a link of its own delay, by peers and by the others. Peers are threads of this process, coordinators and links
+processes of their own, and each of both has a libp2p daemon. Compare `--seats 3` with `--seats 1` of the same
+machine and minute.
 """
 
 from __future__ import annotations
 
-import asyncio
+import socket
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from ...compression.errors import ConfigError
-from ...coordinator.protocol.identity import load_or_create, peer_id_of
-from ...coordinator.protocol.messages import MAX_SEATS, GenesisBody, NodeState, Offer
-from ...coordinator.protocol.p2p import start_p2p
-from ...coordinator.protocol.transport import Transport
-from ...coordinator.seats.beginning import begin
-from ...coordinator.seats.naming import Wish
-from ...coordinator.seats.plan import SeatPlan
-from ...coordinator.seats.ticket import SeatTicket, keep_ticket
-from ...coordinator.server import CoordinatorServer
-from ...coordinator.server_thread import ServerThread
-from ...coordinator.state import StateDir
+from ...coordinator.protocol.messages import MAX_SEATS, NodeState, Offer
+from ...coordinator.protocol.ticket import Ticket
 from ..links.base import Link
 from ..links.hivemind import HivemindLink
 from .delayed import Delays
-from .genesis import genesis_of
 from .round import PAYLOAD_BYTES, figures
+from .seat import SeatProcess
 
 ROUND_TRIPS_S: Final = (0.0, 0.05, 0.15)
 PAYLOADS: Final = {"inline": PAYLOAD_BYTES, "1 MB": 1_000_000}
@@ -45,8 +34,6 @@ ROUNDS_PER_REPEAT: Final = {"inline": 8, "1 MB": 3}
 WARM_UP_ROUNDS: Final = 5
 COMMITTEE_S: Final = 60.0
 LOOK_EVERY_S: Final = 0.05
-
-StartTransport = Callable[..., Awaitable[Transport]]
 
 
 def bench_seats(n_seats: int, n_repeats: int) -> dict[str, Any]:
@@ -70,7 +57,7 @@ def measure_seats(
     with tempfile.TemporaryDirectory(prefix="thinwire-bench-") as folder, ExitStack() as stack:
         seats = _Seats(Path(folder), stack.enter_context(Delays(round_trip_s / 2)), stack)
         # One round names the committee.
-        ticket = seats.start(n_seats, n_peers, total + (n_seats > 1)).ticket
+        ticket = seats.start(n_seats, n_peers, total + (n_seats > 1))
         links = [HivemindLink(ticket, host="127.0.0.1") for _ in range(n_peers)]
         for link in links:
             stack.callback(link.close)
@@ -96,59 +83,29 @@ def measure_seats(
 
 
 class _Seats:
-    """Coordinators as threads, that end with `stack`."""
+    """Coordinators, that end with `stack`."""
 
     def __init__(self, folder: Path, delays: Delays, stack: ExitStack) -> None:
         self._folder, self._delays, self._stack = folder, delays, stack
 
-    def start(self, n_seats: int, n_peers: int, n_rounds: int) -> CoordinatorServer:
-        """Returns the first one, when the committee is named. Raises ConfigError: it is not, in time."""
-
-        def found(state: StateDir) -> GenesisBody:
-            key = load_or_create(state.key_path)
-            return genesis_of(peer_id_of(key.public_key()), n_peers, n_rounds)
-
-        first = self._serve(0, n_seats, found)
+    def start(self, n_seats: int, n_peers: int, n_rounds: int) -> Ticket:
+        """Of nodes, when the committee is named. Raises ConfigError: it is not, in time."""
+        serve = partial(self._serve, n_seats=n_seats, n_peers=n_peers, n_rounds=n_rounds)
+        first = serve(0, seat_ticket=None)
         for i in range(1, n_seats):
-            ticket = SeatTicket.read(str(first.call(lambda server: server.seat_ticket)))
-            self._serve(i, n_seats, partial(_begin, ticket=ticket))
+            serve(i, seat_ticket=first.seat_ticket)
         deadline_s = time.monotonic() + COMMITTEE_S
-        while len(first.call(lambda server: server.ticket).seats) < n_seats:
+        while len((ticket := first.ticket()).seats) < n_seats:
             if time.monotonic() > deadline_s:
                 raise ConfigError(f"no committee of {n_seats} within {COMMITTEE_S:g} s")
             time.sleep(LOOK_EVERY_S)
-        return first.server
+        return ticket
 
-    def _serve(
-        self, i: int, n_seats: int, founding: Callable[[StateDir], GenesisBody | None]
-    ) -> ServerThread:
-        folder, start = self._folder / str(i), self._behind_a_door
-
-        def make(state: StateDir) -> CoordinatorServer:
-            genesis = founding(state)
-            seats = None if n_seats == 1 else SeatPlan.of(folder, Wish(n_seats))
-            return CoordinatorServer(
-                state, genesis=genesis, host="127.0.0.1", start_transport=start, seats=seats
-            )
-
-        return self._stack.enter_context(ServerThread(folder, make=make))
-
-    async def _behind_a_door(self, *args: Any, **where: Any) -> Transport:
-        """Nobody is told where it listens."""
-        transport = await start_p2p(*args, **where)
-        door = await asyncio.to_thread(self._delays.door, transport.port)
-        transport.addresses = (f"/ip4/127.0.0.1/tcp/{door}",)
-        return transport
-
-
-def _begin(state: StateDir, ticket: SeatTicket) -> None:
-    """Record 0 of the run that the ticket names, fetched in a loop of its own."""
-    state.save_token(ticket.token)
-    keep_ticket(state.path, ticket)
-    key = load_or_create(state.key_path)
-    work = begin(state.ledger_path, ticket, key, start_p2p, host="127.0.0.1", port=0, announce=())
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(asyncio.run, work).result()
+    def _serve(self, i: int, **told: Any) -> SeatProcess:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port: int = free.getsockname()[1]
+        seat = SeatProcess(self._folder / str(i), port=port, door=self._delays.door(port), **told)
+        return self._stack.enter_context(seat)
 
 
 class _Peer:

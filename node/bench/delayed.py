@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
 
-_PIECE_BYTES = 64 * 1024
-_QUEUED = 1024
+_PIECE_BYTES = 256 * 1024
+_QUEUED = 256
 """Pieces under way: 64 MiB, more than a connection keeps in flight."""
 
 
@@ -41,7 +41,9 @@ class Delays:
             self._process.communicate()  # the end of its input ends it
 
     def door(self, port: int) -> int:
-        """A port that leads to that one."""
+        """A port that leads to that one; itself, where there is no delay."""
+        if not self._one_way_s:
+            return port
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -71,7 +73,7 @@ class _Doors:
             assert task is not None
             self._pipes.add(task)
             try:
-                far, to_far = await asyncio.open_connection("127.0.0.1", port)
+                far, to_far = await asyncio.open_connection("127.0.0.1", port, limit=_PIECE_BYTES)
                 with contextlib.suppress(OSError):
                     await asyncio.gather(self._pass(near, to_far), self._pass(far, to_near))
                 to_far.close()
@@ -81,7 +83,7 @@ class _Doors:
                 to_near.close()
                 self._pipes.discard(task)
 
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=_PIECE_BYTES)
         found: int = server.sockets[0].getsockname()[1]
         return found
 
