@@ -54,7 +54,10 @@ class LocalWork:
         self._replica = replica
         self._precision = precision
         self._turn: Turn | None = None
-        self._n_drawn = self._n_tokens = self._n_tokens_ahead = 0
+        self._n_drawn = self._n_tokens = 0
+        self._ahead_for = self._n_drawn_ahead = self._n_tokens_ahead = 0
+        self._kept: dict[int, Earlier] = {}
+        """By round, for those to come."""
         self.own_held_out: float | None = None
         """What `evaluate_own` has found last."""
         ranks = replica.strategy.ranks
@@ -108,15 +111,29 @@ class LocalWork:
         return replace(missed, round=turn.round, payload=self._replica.encode(payload, turn), n_batches=0)
 
     def work_ahead(self) -> bool:
-        """A piece of the next round's work, after `propose`; False, with nothing done, if there is none."""
-        assert self._turn is not None, "propose() comes before work_ahead()"
-        worked = self._replica.strategy.work_ahead(self._draw, self._turn)
-        self._n_tokens_ahead = self._n_tokens
-        return worked
+        """A piece of the next round's work, at the weights as they are: after `propose`, or before any commit
+        with a strategy of some staleness. False, with nothing done, if there is none."""
+        strategy, turn = self._replica.strategy, self._replica.turn()
+        if strategy.staleness == 0:
+            worked = strategy.work_ahead(self._draw, turn)
+            self._n_tokens_ahead = self._n_tokens
+            return worked
+        self._set_mode()
+        if self._ahead_for != turn.round + 1:
+            self._ahead_for, self._n_drawn_ahead, self._n_tokens_ahead = turn.round + 1, 0, 0
+        return strategy.work_ahead(self._draw_ahead, turn)
 
-    def keep(self) -> Earlier:
-        """The weights as they are now, for `audit`."""
-        return Earlier(self._replica)
+    def keep(self) -> Earlier | None:
+        """The weights that the offers for the round after the replica's are made from, for `audit`; None:
+        they are gone. With a strategy of some staleness, to be called before every commit."""
+        staleness, round_ = self._replica.strategy.staleness, self._replica.round + 1
+        if staleness == 0 or round_ == 1:
+            self._kept[round_] = Earlier(self._replica)
+        if staleness:
+            self._kept[round_ + staleness] = Earlier(self._replica, staleness)
+        found = self._kept.get(round_)
+        self._kept = {later: kept for later, kept in self._kept.items() if later > round_}
+        return found
 
     def audit(
         self, payloads: Mapping[str, Payload], at: Earlier, seed: Callable[[int], int], n_batches: int
@@ -163,13 +180,22 @@ class LocalWork:
         return self.own_held_out
 
     def _draw(self) -> Closure:
-        assert self._turn is not None
-        replica = self._replica
-        seed = data_seed(replica.run_id, self._turn.round, replica.peer_id, self._n_drawn)
+        assert self._turn is not None, "propose() comes before work_ahead()"
+        closure = self._batch(self._turn.round, self._n_drawn)
         self._n_drawn += 1
-        closure = self._in_precision(self.task.draw(replica.model, seed, *self._split))
         self._n_tokens += self.task.n_tokens
         return closure
+
+    def _draw_ahead(self) -> Closure:
+        closure = self._batch(self._ahead_for, self._n_drawn_ahead)
+        self._n_drawn_ahead += 1
+        self._n_tokens_ahead += self.task.n_tokens
+        return closure
+
+    def _batch(self, round_: int, number: int) -> Closure:
+        replica = self._replica
+        seed = data_seed(replica.run_id, round_, replica.peer_id, number)
+        return self._in_precision(self.task.draw(replica.model, seed, *self._split))
 
     def _in_precision(self, closure: Closure) -> Closure:
         device, needs_grad = device_of(self._replica.model), self._replica.strategy.needs_grad

@@ -83,11 +83,24 @@ class Proposer:
         """What the strategy can do for the next round while the commit of this one has not come."""
         run = self._run
         is_last = round_ == run.replica.course.n_rounds
-        while not is_last and run.is_at_head and not self._stopped():
-            began_s = time.monotonic()
-            if not run.work.work_ahead():
-                return
-            self._observer.worked_ahead(time.monotonic() - began_s)
+        while not is_last and run.is_at_head and self._works_ahead():
+            pass
+
+    def finish_ahead(self) -> None:
+        """All of the next round's work that is to be done before the commit of this one is applied."""
+        while self._run.replica.strategy.staleness and self._works_ahead():
+            pass
+
+    def _works_ahead(self) -> bool:
+        """A piece of it; False: there is none, or this node is stopped."""
+        began_s = time.monotonic()
+        if self._stopped() or not self._run.work.work_ahead():
+            return False
+        duration_s = time.monotonic() - began_s
+        self._observer.worked_ahead(duration_s)
+        if self._run.workload is not None and self._run.replica.strategy.staleness:
+            self._run.workload.worked(1, duration_s)
+        return True
 
 
 def _offer(proposal: Proposal, own_data: bool) -> Offer:

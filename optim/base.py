@@ -381,6 +381,12 @@ class Strategy(torch.optim.Optimizer):
         return prod(int(self.option(name)) for name in self.facts.batches)
 
     @property
+    def staleness(self) -> int:
+        """Commits that are missing when a round's work is done. With 1 `work_ahead` does all of it before the
+        commit of the round before is applied; a replica's first work is done where it is."""
+        return 0
+
+    @property
     def batches(self) -> int:
         """How many it draws next, one at least."""
         n = self.allotted.n_batches

@@ -11,6 +11,9 @@
 replicated (parts/adamw.py). `replicate_every = n`: theta stays as it is for n steps of the momentum, then one
 exchange. An offer that missed its commit goes back into the momentum: delta += beta^lag alpha q, once.
 
+`overlap = 1`: the gradients of round r are those at the weights after round r - 2 (parts/ahead.py). They come
+to the momentum once commit r - 1 is applied, which has said what became of the offer before.
+
 A payload has what the compressor needs for every parameter, and 29 bytes of framing.
 """
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, nan
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import torch
@@ -35,6 +38,7 @@ from .facts import Facts, KnownUpdate
 from .noise import noise_of
 from .options import Number, Whole, keywords_of
 from .parts.adamw import ENTRIES, AdamW
+from .parts.ahead import Ahead
 from .parts.clip import Weighing
 from .parts.fused_send import FusedSend, Gain, has_fused_send
 from .parts.gradients import MeanGradient, backward
@@ -90,6 +94,10 @@ class DecoupledOptions(MeanOptions):
     replicate_every: Annotated[int, Whole(1, 2**16)] = 1
     """Steps of the momentum in a round."""
 
+    overlap: Annotated[int, Whole(0, 1)] = 0
+    """1: a round's gradients are taken while the commit of the round before is under way, at the weights that
+    it finds, and offered as soon as it is there: a round takes as long as the longer one of the two."""
+
     adam_beta1: Annotated[float, Number(at_least=0, below=1)] = 0.9
     """Of `adamw`: what is left of the first moment."""
     adam_beta2: Annotated[float, Number(at_least=0, below=1)] = 0.999
@@ -102,6 +110,8 @@ class DecoupledOptions(MeanOptions):
         super().check(entries)
         if entries["mean"] == "senders" and not entries["sign"] and entries["base"] == "sgd":
             raise ConfigError("mean = 'senders' diverges without sign: use sign = true or mean = 'all'")
+        if entries["overlap"] and entries["replicate_every"] > 1:
+            raise ConfigError("overlap = 1 needs replicate_every = 1: one step of the momentum in a round")
 
 
 TESTED: Final[Mapping[str, Any]] = {"lr": 0.003, "weight_decay": 0.1, "compressor": {"name": "dense"}}
@@ -121,6 +131,7 @@ class Decoupled(Strategy):
         batches_per_step=("accumulate",),
         changeable=("lr", "weight_decay", "max_grad_norm", "clip", "bound", "own_data_share"),
         in_runs={**NEW_RUNS, **DECOUPLED_RUNS},
+        only_with={"overlap": ()},
         small_model={"lr": 3e-3},
         known_updates={
             "sign update": KnownUpdate(TESTED, 0x8EDBFF4D3FB665AA),
@@ -132,6 +143,7 @@ class Decoupled(Strategy):
     def __init__(self, named_parameters: NamedParameters, options: DecoupledOptions) -> None:
         self.compressor = options.compressor
         self._momentum = Residual(self, self.compressor, "momentum", self._kept)
+        self._ahead = Ahead(self)
         super().__init__(named_parameters, options)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -162,6 +174,9 @@ class Decoupled(Strategy):
         for parameter in self.parameters_in_order():
             # Proposed once more for the same round: what was packed before never counted.
             self._momentum.put_back(parameter, turn)
+        self.n_ahead = 0
+        if self.staleness and (found := self._ahead.take(turn.round)) is not None:
+            return self._propose_ahead(*found, turn)
         if has_fused_send(self, self.compressor, self.parameters_in_order()):
             return self._propose_fused(draw, turn)
         n_micro = max(1, self.batches // self.option("replicate_every"))
@@ -205,6 +220,24 @@ class Decoupled(Strategy):
         self.last_loss = sum(kept) / len(kept) if kept else None
         self.count("dropped_batches", len(losses) - len(kept))
         return payload
+
+    @property
+    def staleness(self) -> int:
+        return int(self.option("overlap"))
+
+    def work_ahead(self, draw: Draw, turn: Turn) -> bool:
+        """A micro-batch of the next round, at the weights before this one's commit."""
+        return bool(self.staleness) and self._ahead.work(draw, turn.round + 1, self.batches)
+
+    def _propose_ahead(self, found: MeanGradient, n_batches: int, loss: float | None, turn: Turn) -> Payload:
+        """From what `work_ahead` has found."""
+        self.n_ahead = self.n_batches = n_batches
+        self.last_loss = loss
+        if has_fused_send(self, self.compressor, self.parameters_in_order()):
+            gradient = DeviceGradient.of_mean(found, nan if loss is None else loss)
+            return self._send_fused(gradient, gradient.losses, turn)[0]
+        self._step(found, turn)
+        return self._send(turn)
 
     def _send_fused(
         self, gradient: DeviceGradient, losses: Sequence[Tensor], turn: Turn

@@ -36,6 +36,8 @@ class Auditor:
         self._can_audit = not run.has_own_data
         self._scores, self._scored = Scores(), 0
         self._has_scores = _has_audits(run)
+        self._keeps = self._has_scores and run.replica.strategy.staleness > 0
+        """Of every round: who audits a round's offers is not known yet when they are made."""
 
     def coming(self, commits: Sequence[Commit]) -> None:
         """The replica applies these next. If the offers of a single one are to be audited here, the weights
@@ -45,12 +47,14 @@ class Auditor:
         own = [d for d in drawn if self._run.peer_index in d.auditors]
         due = [d for d in own if not d.for_suspects or self._scores.is_suspect(d.target)]
         self._due, self._earlier = (), None
-        if not due:
-            return
         if len(commits) > 1 or not self._can_audit:
             self._skip(len(due))
-        else:
-            self._due, self._earlier = tuple(due), self._run.work.keep()
+        elif due or self._keeps:
+            earlier = self._run.work.keep()
+            if due and earlier is None:
+                self._skip(len(due))
+            elif due:
+                self._due, self._earlier = tuple(due), earlier
 
     def applied(self, commit: Commit) -> None:
         """The replica is after this commit now, whose offers are audited next."""

@@ -17,12 +17,13 @@ from ..replica import Replica
 
 
 class Earlier:
-    """The parameters of a replica as they are now, as far as this rank has them, and the round that comes
-    next: `round`."""
+    """The parameters of a replica as they are now, as far as this rank has them, and the round whose offers
+    are made from them: `round`, the next one, or so many later as the strategy's `staleness`."""
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, staleness: int = 0) -> None:
         self._replica = replica
-        self._turn = replica.turn()
+        turn = replica.turn()
+        self._turn = replica.turn_of(turn.round + staleness, replica.peer_id, turn.lr_factor)
         strategy = replica.strategy
         self._kept = {
             p.name: strategy.replicated_value(p).detach().to("cpu", copy=True)
@@ -34,7 +35,7 @@ class Earlier:
         return self._turn.round
 
     def turn_of(self, peer_id: str) -> Turn:
-        """The round as that peer had it."""
+        """The round as that peer had it, but for the learning rate where that came later."""
         return self._replica.turn_of(self.round, peer_id, self._turn.lr_factor)
 
     @contextmanager

@@ -251,7 +251,7 @@ class LeaderWork(LocalWork):
         with self._leader.call("evaluate"):
             return super().evaluate()
 
-    def keep(self) -> Earlier:
+    def keep(self) -> Earlier | None:
         with self._leader.call("keep"):
             return super().keep()
 
@@ -388,7 +388,9 @@ class Follower:
         self._work.evaluate()
 
     def _keep(self) -> None:
-        self._earlier = self._work.keep()
+        earlier = self._work.keep()
+        if earlier is not None:
+            self._earlier = earlier
 
     def _audit(self, encoded: list[tuple[str, bytes]], seeds: list[int], n_batches: int) -> None:
         at = self._earlier

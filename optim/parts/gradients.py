@@ -19,40 +19,47 @@ from .ranks import ALONE, Ranks, is_sharded, local_of
 
 
 class MeanGradient:
-    """The mean gradient of a round's micro-batches. A gradient of None counts as zero."""
+    """The mean gradient of a round's micro-batches. A gradient of None counts as zero. `sums`, over
+    `n_batches`: by name, what there is of it so far."""
 
-    def __init__(self, parameters: Sequence[Parameter], ranks: Ranks = ALONE) -> None:
-        self._parameters = parameters
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        ranks: Ranks = ALONE,
+        sums: Mapping[str, Tensor] | None = None,
+        n_batches: int = 0,
+    ) -> None:
+        self.parameters = parameters
         self._ranks = ranks
-        self._sums: dict[str, Tensor] = {}
-        self._n_batches = 0
+        self.sums = dict(sums or {})
+        self.n_batches = n_batches
 
     def take_in(self, loss: float) -> bool:
         """Takes the gradients that are in place; False, and nothing is taken, if anything is not finite."""
-        grads = local_gradients(self._parameters, self._ranks)
-        if not isfinite(loss) or not isfinite(norm(self._parameters, grads, self._ranks)):
+        grads = local_gradients(self.parameters, self._ranks)
+        if not isfinite(loss) or not isfinite(norm(self.parameters, grads, self._ranks)):
             return False
         for name, grad in grads.items():
             # The first gradient is kept, not copied: `propose` takes it away from the parameter.
-            self._sums[name] = self._sums[name].add_(grad) if name in self._sums else grad
-        self._n_batches += 1
+            self.sums[name] = self.sums[name].add_(grad) if name in self.sums else grad
+        self.n_batches += 1
         return True
 
     def scale(self, max_norm: float) -> float:
         """From the sum to the mean, clipped to `max_norm` unless that is 0."""
-        if self._n_batches == 0:
+        if self.n_batches == 0:
             return 0.0
         mean_norm = 0.0
         if max_norm > 0:
-            mean_norm = norm(self._parameters, self._sums, self._ranks) / self._n_batches
-        return min(1.0, max_norm / mean_norm if mean_norm > 0 else 1.0) / self._n_batches
+            mean_norm = norm(self.parameters, self.sums, self._ranks) / self.n_batches
+        return min(1.0, max_norm / mean_norm if mean_norm > 0 else 1.0) / self.n_batches
 
     def add_to(self, momentum: Tensor, name: str, decay: float, factor: float) -> None:
         """momentum = decay momentum + factor gradient; flat, what this rank holds of the parameter."""
-        if name not in self._sums:
+        if name not in self.sums:
             momentum.mul_(decay)
             return
-        grad = self._sums[name].reshape(-1)
+        grad = self.sums[name].reshape(-1)
         if use_numba(momentum, grad):
             from .gradients_cpu import decay_and_add
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import Closure, Parameter
-from .gradients import local_gradients
+from .gradients import MeanGradient, local_gradients
 from .ranks import ALONE
 
 
@@ -35,6 +35,15 @@ class DeviceGradient:
         self._n_counted = torch.zeros((), device=self._device)
         self.losses: list[Tensor] = []
         """Of all micro-batches, 0-d; NaN where one does not count."""
+
+    @classmethod
+    def of_mean(cls, found: MeanGradient, loss: float) -> DeviceGradient:
+        """What was taken in elsewhere; `loss`: of all, not finite if none counts."""
+        gradient = cls(found.parameters, n_batches=2)  # more than one: the norm is that of the sum
+        gradient._sums = found.sums
+        gradient._n_counted.fill_(found.n_batches)
+        gradient.losses = [torch.tensor(loss, device=gradient._device)]
+        return gradient
 
     @torch.no_grad()
     def take_in(self, loss: Tensor) -> None:

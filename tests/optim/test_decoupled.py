@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -257,6 +258,69 @@ def test_replicate_every_steps_the_momentum_several_times_at_one_theta() -> None
         delta = delta * 0.9 + 0.5 * (a + b).flatten() / 2
     torch.testing.assert_close(sent, delta)
     assert (strategy.counters["decays"], strategy.n_batches) == (3, 6)
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+@pytest.mark.parametrize("compressor", [DctTopK(k=4, group_size=64), TopK(k=8, group_size=64), Dense()])
+def test_with_overlap_gradients_are_those_at_the_weights_before_the_commit(
+    compressor: Compressor, lost: int
+) -> None:
+    """Bit for bit what one finds that puts those weights in place; also when it is saved and restored on the
+    way, when a batch is not finite, and when its offer was lost: then it comes back before the gradient does.
+    """
+    options = {"compressor": compressor, "lr": 0.1, "beta": 0.9, "accumulate": 2}
+    p, other = nn.Parameter(tensor(16, 16)), nn.Parameter(tensor(16, 16))
+    strategy, plain = Decoupled([("p", p)], overlap=1, **options), Decoupled([("p", other)], **options)  # type: ignore[arg-type]
+
+    def draw(parameter: nn.Parameter, round_: int) -> Callable[[], Closure]:
+        targets = iter([tensor(16, 16, seed=10 * round_), tensor(16, 16, seed=10 * round_ + 1)])
+
+        def drawn() -> Closure:
+            target = next(targets) * (math.nan if round_ == 3 and len(seen) == 1 else 1.0)
+            seen.append(round_)
+            return lambda: torch.sum((parameter - target) ** 2)
+
+        seen: list[int] = []
+        return drawn
+
+    before = other.detach().clone()
+    for round_ in range(1, 5):
+        turn, now = turn_of(round_, 1 / round_), other.detach().clone()
+        payload = strategy.propose(draw(p, round_), turn)
+        with torch.no_grad():
+            other.copy_(before)
+        expected = plain.propose(draw(other, round_), turn)
+        with torch.no_grad():
+            other.copy_(now)
+        before = now
+        assert all(torch.equal(a, b) for a, b in zip(payload["p"], expected["p"], strict=True))
+        assert (strategy.n_batches, strategy.n_ahead) == (2, 0 if round_ == 1 else 2)
+        assert strategy.last_loss == pytest.approx(plain.last_loss)
+        ahead = draw(p, round_ + 1)
+        assert strategy.work_ahead(ahead, turn)
+        if round_ == 2:  # a restart
+            state = copy.deepcopy(strategy.state_dict())
+            strategy = Decoupled([("p", p)], overlap=1, **options)  # type: ignore[arg-type]
+            strategy.load_state_dict(state)
+        assert strategy.work_ahead(ahead, turn)
+        assert not strategy.work_ahead(ahead, turn), "that is all of a round"
+        assert p.grad is None
+        for s in (strategy, plain):
+            s.apply([Share(1, 1, payload)], turn, "missed" if round_ == lost else "counted")
+        assert torch.equal(p, other)
+        assert torch.equal(strategy.state[p]["momentum"], plain.state[other]["momentum"])
+
+
+def test_what_was_worked_ahead_for_another_round_is_forgotten() -> None:
+    p = nn.Parameter(torch.zeros(3))
+    strategy = Decoupled([("p", p)], compressor=Dense(), lr=1.0, overlap=1, beta=0.0)
+    assert strategy.work_ahead(lambda: linear_loss(p, torch.ones(3)), turn_of(4))
+    sent = strategy.propose(lambda: linear_loss(p, torch.full((3,), 2.0)), turn_of(7))["p"][0]
+    torch.testing.assert_close(sent, torch.full((3,), 2.0))
+    assert strategy.n_ahead == 0
+    assert not strategy.counters.keys() & {"ahead", "ahead_for", "ahead_finite"}
+    with pytest.raises(ConfigError, match="replicate_every = 1"):
+        Decoupled([("p", p)], compressor=Dense(), overlap=1, replicate_every=2)
 
 
 def test_steps_without_a_closure_exchange_every_so_often() -> None:

@@ -42,7 +42,7 @@ SMALL = {"name": "dct_topk", "k": 8, "group_size": 64}
 ROUNDS = {"healed": 24}
 # Strategy, samples of a batch (with one of them a rank has none), what is special about the ranks.
 RUNS: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
-    "decoupled": ({"name": "decoupled", "lr": 1e-2, "beta": 0.9, "compressor": SMALL}, 3, {}),
+    "decoupled": ({"name": "decoupled", "lr": 1e-2, "beta": 0.9, "compressor": SMALL, "overlap": 1}, 3, {}),
     "spsa": ({"name": "spsa", "lr": 1e-3, "probes": 3}, 1, {}),
     "diloco": (
         {"name": "diloco", "lr": 1e-2, "inner_steps": 2, "fragments": 2, "mix": 0.5, "overlap": 1,

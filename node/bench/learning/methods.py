@@ -127,8 +127,10 @@ def adamw(
 # ------------------------------------------------------------------------------------------- decoupled
 
 
-def decoupled(text: Text, shape: Shape, tried: Try, averaging: MakeAveraging = no_averaging) -> Trained:
-    strategy = {"name": "decoupled", "lr": tried.lr, "beta": 0.999}
+def decoupled(
+    text: Text, shape: Shape, tried: Try, averaging: MakeAveraging = no_averaging, **options: Any
+) -> Trained:
+    strategy = {"name": "decoupled", "lr": tried.lr, "beta": 0.999, **options}
     return trained(text, strategy, shape.n_peers, shape.n_steps, averaging)
 
 
@@ -256,7 +258,7 @@ def trained(
 # ------------------------------------------------------------------------------------------- the rows
 
 _RATES: Final = tuple(map(Try, (2e-3, 5e-4, 1e-3, 4e-3, 6e-3, 1e-2)))
-_SIGN_RATES: Final = tuple(map(Try, (5e-3, 2e-3, 1e-2, 1.5e-2, 2e-2, 4e-2)))
+SIGN_RATES: Final = tuple(map(Try, (5e-3, 2e-3, 1e-2, 1.5e-2, 2e-2, 4e-2)))
 _PROBE_RATES: Final = tuple(map(Try, (1e-2, 3e-3, 5e-3, 2e-2, 3e-2, 5e-2)))
 _LABEL_RATES: Final = tuple(map(Try, (5e-3, 1e-3, 2e-3, 3e-3, 8e-3, 1.2e-2)))
 _OUTER: Final = ((0.7, 0.6), (1.0, 0.0), (0.7, 0.9))
@@ -269,8 +271,8 @@ _SPARSE_TRIES: Final = tuple(
 METHODS: Final[dict[str, Method]] = {
     "alone": Method(partial(adamw, alone=True), None, _RATES),
     "ddp": Method(partial(adamw, alone=False), None, _RATES),
-    "decoupled": Method(decoupled, _demo, _SIGN_RATES),
-    "decoupled-before": Method(partial(_before, name="decoupled"), None, _SIGN_RATES),
+    "decoupled": Method(decoupled, _demo, SIGN_RATES),
+    "decoupled-before": Method(partial(_before, name="decoupled"), None, SIGN_RATES),
     "diloco": Method(partial(loco, **DENSE), _loco_reference, _OUTER_TRIES),
     "diloco-before": Method(_diloco_before, None, _BEFORE_TRIES),
     "muloco": Method(partial(loco, **DENSE, inner="muon"), partial(_loco_reference, muon=True), _OUTER_TRIES),

@@ -5,6 +5,7 @@ to a method, for the same payloads and tokens. docs/strategies.md says what came
                           decoupled and, GPA, of diloco and muloco, by all replicas alike; SNOO of each peer's
                           inner steps there, as outer steps are SNOO's already
     lozo, lozo-labels     MeZO's directions of low rank (see `mezo`)
+    decoupled-overlap     gradients at the weights of a round before
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from .averaging import Gpa, MakeAveraging, Snoo
 from .loco import Loco, train_loco
-from .methods import DENSE, METHODS, PROBES, Method, Shape, Try, adamw, decoupled, loco, mezo
+from .methods import DENSE, METHODS, PROBES, SIGN_RATES, Method, Shape, Try, adamw, decoupled, loco, mezo
 from .mezo import Lozo
 from .swarm import Trained
 from .text import Learnt, Text, linear
@@ -92,6 +93,7 @@ _ROUNDS: Final = (
 _LOW: Final = ({"rank": 2, "interval": 10}, {"rank": 2, "interval": 40})
 
 TRIED: Final[dict[str, Method]] = {
+    "decoupled-overlap": Method(partial(decoupled, overlap=1), None, SIGN_RATES),
     "alone-snoo": Method(partial(_averaged, adamw, alone=True), None, _tries((2e-3, 4e-3), _SNOO)),
     "alone-gpa": Method(partial(_averaged, adamw, alone=True), None, _tries((2e-3, 4e-3), _STEPS)),
     "decoupled-snoo": Method(partial(_averaged, decoupled), None, _tries((2e-3, 5e-3), _SNOO)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from math import log10
 
 import pytest
@@ -12,7 +13,7 @@ from thinwire.node.compare.comparison import Comparison, Outcome
 from thinwire.node.compare.nodes import Point
 from thinwire.node.compare.search import Row, Train, rates, search
 from thinwire.node.compare.specs import ComparePlan, plans, with_baselines
-from thinwire.node.compare.verdict import Link, loss_at, verdict_of
+from thinwire.node.compare.verdict import Link, loss_at, round_seconds, verdict_of
 from thinwire.node.config import load_config
 from thinwire.node.system.jobs import work_off
 
@@ -100,6 +101,17 @@ def test_a_rate_that_diverges_loses_and_a_stop_ends_the_search() -> None:
 
 def test_losses_between_the_points_of_a_curve() -> None:
     assert [loss_at([0, 10, 20], [5.0, 3.0, 2.0], x) for x in (0, 5, 10, 15, 20, 99)] == [5, 4, 3, 2.5, 2, 2]
+
+
+def test_with_overlap_a_round_takes_as_long_as_computing_or_exchanging() -> None:
+    found = []
+    for overlap, round_s in product((0, 1), (0.01, 0.5)):
+        of = plan("x")
+        of.options["overlap"] = overlap
+        found.append(round_seconds(Row((outcome(of, [5.0, 2.0], n_bytes=1e4, round_s=round_s),)), 2, LINK))
+    link_s = found[0] - 0.01
+    assert 0.01 < link_s < 0.5
+    assert found == pytest.approx([link_s + 0.01, link_s + 0.5, link_s, 0.5])
 
 
 def rows(alone: float, good: float, *, n_seeds: int = 1, seeds_apart: float = 0.0) -> list[Row]:
