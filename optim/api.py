@@ -8,8 +8,8 @@ In a training loop, alone or under torchrun; every keyword is a field of the str
     optimizer = group_optimizer({"name": "decoupled", "lr": 3e-3}, model.named_parameters())
     loss = optimizer.step(lambda: loss_of(model, batch))
 
-- `Decoupled`, `Diloco`, `Spsa`: the strategies, and `DecoupledOptions`, `DilocoOptions`, `SpsaOptions`: their
-  options, with types, bounds and defaults.
+- `Decoupled`, `Diloco`, `Spsa`, `Subspace`: the strategies, and `DecoupledOptions`, `DilocoOptions`,
+  `SpsaOptions`, `SubspaceOptions`: their options, with types, bounds and defaults.
 - `build_strategy`, `complete_config`: from the table of a run's `[strategy]`; `strategy_class`, `STRATEGIES`:
   which there are. `build_compressor`: from a table such as {"name": "dct_topk", "k": 32}.
 - `group_optimizer`, `join_group`, `verify_group`: over a `torch.distributed` process group.
@@ -32,6 +32,7 @@ from .group import group_optimizer, join_group, verify_group
 from .options import Number, Options, Whole, keywords_of
 from .registry import STRATEGIES, build_strategy, complete_config, strategy_class
 from .spsa import Spsa, SpsaOptions
+from .subspace import Subspace, SubspaceOptions
 
 __all__ = [
     "STRATEGIES",
@@ -55,6 +56,8 @@ __all__ = [
     "Spsa",
     "SpsaOptions",
     "Strategy",
+    "Subspace",
+    "SubspaceOptions",
     "Turn",
     "Whole",
     "build_compressor",

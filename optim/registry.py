@@ -25,6 +25,7 @@ from .diloco import Diloco
 from .gossip.strategy import Gossip
 from .options import REQUIRED
 from .spsa import Spsa
+from .subspace import Subspace
 
 # All of them are cheap to import: kernels load when they are needed.
 STRATEGIES: Final[Mapping[str, type[Strategy]]] = {
@@ -32,6 +33,7 @@ STRATEGIES: Final[Mapping[str, type[Strategy]]] = {
     "diloco": Diloco,
     "gossip": Gossip,
     "spsa": Spsa,
+    "subspace": Subspace,
 }
 
 MAX_LR: Final = 100.0

@@ -45,6 +45,14 @@ def gradient_evidence(
 ) -> list[Evidence | None]:
     """Of all parameters, with one gradient for all payloads. `n_batches`: that the peer says it had. None: no
     batch has a finite gradient that is not zero. Gradients that are in place stay there."""
+    options = audited_gradient(strategy, draw, n_batches), strategy.ranks, MOMENTUM
+    parameters = strategy.parameters_in_order()
+    return [compared(compressor, parameters, payload, turn, *options) for payload in payloads]
+
+
+def audited_gradient(strategy: Strategy, draw: Draw, n_batches: int) -> Callable[[Parameter], Tensor]:
+    """The mean gradient of a peer's batches: what this rank holds of it, flat, zero where nothing was
+    finite."""
     parameters = strategy.parameters_in_order()
     with no_gradients(strategy):
         gradient = MeanGradient(parameters, strategy.ranks)
@@ -57,8 +65,7 @@ def gradient_evidence(
         gradient.add_to(found, parameter.name, 0.0, 1.0)
         return found
 
-    options = own, strategy.ranks, MOMENTUM
-    return [compared(compressor, parameters, payload, turn, *options) for payload in payloads]
+    return own
 
 
 def compared(

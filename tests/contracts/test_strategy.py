@@ -61,6 +61,7 @@ SPSA = {"name": "spsa", "lr": 1e-2, "probes": 3}
 DECOUPLED = {"name": "decoupled", "lr": 1e-2, "beta": 0.9}
 DILOCO = {"name": "diloco", "lr": 3e-3, "inner_steps": 3, "feedback_decay": 0.95}
 GOSSIP = {"name": "gossip", "lr": 3e-3, "inner_steps": 2, "merge_every": 1}
+SUBSPACE = {"name": "subspace", "lr": 3e-3, "dimension": 24, "accumulate": 2}
 ONE_BIT = {"name": "dct_topk", "k": 32, "bits": 1}
 EIGHT_BITS = {"name": "dct_topk", "k": 64, "group_size": 1024, "bits": 8}
 DENSE = {"name": "dense"}
@@ -181,6 +182,14 @@ ROWS: dict[str, Row] = {
         n_bytes=sixteen_bits,
     ),
     "spsa by rule": Row({**SPSA, **BOUNDED, "lr_scale": "rule"}, one_per_probe),
+    "subspace": Row({**SUBSPACE, "compressor": DENSE, "weight_decay": 0.1}, lambda _: 4 * 24),
+    "subspace bounded": Row(
+        {**SUBSPACE, **BOUNDED, "compressor": {"name": "dense", "bits": 8}, "reseed_every": 2},
+        lambda _: 2 + 24,
+    ),
+    "subspace for ever": Row(
+        {**SUBSPACE, "compressor": DENSE, "reseed_every": 0, "aggregate": "median"}, lambda _: 4 * 24
+    ),
 }
 
 PAYLOADS = ROOT / "tests/golden/strategy_payloads.json"

@@ -56,6 +56,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "bounded diloco": {
         "name": "diloco", "inner_steps": 2, "compressor": {"name": "dense", "bits": 8}, "bound": 1.0,
     },
+    "subspace": {"name": "subspace", "dimension": 24, "weight_decay": 0.1, "max_grad_norm": 1.0},
     "trimmed": {"name": "decoupled", "compressor": SMALL, "beta": 0.9, "aggregate": "trimmed"},
     "centred diloco": {
         "name": "diloco", "inner_steps": 2, "aggregate": "centred", "compressor": {"name": "slicing"},
@@ -65,7 +66,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 STRATEGIES |= {
     f"{name} bfloat16": {k: v for k, v in STRATEGIES[name].items() if k != "max_grad_norm"}
-    for name in ("decoupled", "adamw", "spsa")
+    for name in ("decoupled", "adamw", "spsa", "subspace")
 }
 COMPRESSORS: dict[str, dict[str, Any]] = {
     "dct_topk": SMALL,

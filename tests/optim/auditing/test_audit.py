@@ -35,6 +35,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "diloco-sparse": {**DILOCO, "compressor": {"name": "topk"}, "outer_momentum": 0.0, "outer_lr": 1.0},
     "spsa": {"name": "spsa", "lr": 3e-3, "eps": 1e-3, "probes": 16},
     "spsa-shared-noise": {"name": "spsa", "lr": 3e-3, "eps": 1e-3, "probes": 16, "shared_noise": True},
+    "subspace": {"name": "subspace", "lr": 3e-3, "dimension": 128},
 }
 
 N_PEERS = 3
@@ -100,6 +101,8 @@ def repacked(replica: Replica, payload: Payload, round_: int, change: Callable[[
     parameters, its_turn = strategy.parameters_in_order(), turn
     if hasattr(strategy, "_fragment"):
         parameters, its_turn = strategy._fragment(turn)
+    if hasattr(strategy, "_numbers"):
+        parameters = [strategy._numbers()]
     compressor = strategy.compressor
     return {
         p.name: compressor.pack(
