@@ -89,6 +89,9 @@ class Run(Section):
 class Lora(Section):
     """Adapters of low rank beside frozen weights (LoRA, arXiv 2106.09685); only they are trained and sent."""
 
+    kind: Literal["lora", "hadamard"] = "lora"
+    """What an adapter adds: a product of low rank, or the Hadamard product of two such (FedPara; peft's
+    LoHa), whose rank is up to `r` squared from twice the numbers."""
     r: Annotated[int, Field(ge=1, le=4096)] = 8
     """The rank."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
@@ -108,6 +111,7 @@ class Lora(Section):
     def _without_the_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Record 0 of a run without them is what it was before there were any."""
         unused = {key for key in ("parameters", "ranks", "alphas") if not getattr(self, key)}
+        unused |= {"kind"} if self.kind == "lora" else set()
         found: dict[str, Any] = plain(self)
         return {key: value for key, value in found.items() if key not in unused}
 
@@ -136,6 +140,10 @@ class Task(Section):
     """`text`: width of the GPT, a multiple of heads."""
     heads: Annotated[int, Field(ge=1, le=256)] = 4
     """`text`: heads of attention."""
+    fedpara: Annotated[float | None, Field(ge=0, le=1)] = None
+    """`text`: the matrices of blocks are products of factors, which are trained and sent in their place
+    (FedPara): 0: as few numbers as can still make any matrix's rank, 1: as many as the matrix has. Files of
+    weights have the matrices."""
 
     # hf
     model: str | None = None
@@ -173,6 +181,11 @@ class Task(Section):
     each)."""
     architecture: str | None = None
     """Written by the coordinator: the model's config.json, from which nodes build it."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_unused(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Record 0 of a run without it is what it was before there was any."""
+        return {k: v for k, v in plain(self).items() if k != "fedpara" or v is not None}
 
 
 class Policy(Section):

@@ -21,6 +21,7 @@ from ..snapshots.incoming import DATA, MANIFEST
 from ..snapshots.names import SNAPSHOTS
 from ..states.opening import open_state, runs_in
 from ..states.replica import blob_of_run, newest_replica
+from ..tasks.fedpara import plain_weights
 from ..tasks.text import TextTask
 from .text_models import ByteText, HfText, TextModel
 
@@ -77,7 +78,8 @@ def byte_text(config: RunConfig, tensors: Mapping[str, Tensor], device: str) -> 
             "these are weights of a model of transformers alone: name the state folder, or what thinwire "
             "export writes"
         )
-    task = TextTask(config.task, None)
+    task = TextTask(config.task.model_copy(update={"fedpara": None}), None)
+    tensors = plain_weights(tensors)  # of a snapshot
     model: Any = in_dtype(task.model(), config)
     own = {name: tensors.get(name) for name, _ in model.named_parameters()}
     strange = [name for name, p in model.named_parameters() if _shape(own[name]) != tuple(p.shape)]

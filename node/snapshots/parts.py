@@ -20,6 +20,7 @@ from ...compression.exact import byte_row
 from ...optim.base import canonical_name
 from ...optim.parts.ranks import is_sharded, local_of, parts_of, ranks_of
 from ..tasks.buffers import persistent_buffers
+from ..tasks.fedpara import plain_weights
 from .format import TensorLayout, bytes_of, header_of, read_header, tensor_of
 
 
@@ -72,19 +73,20 @@ def read_parts(path: Path, parts: Mapping[str, Part]) -> dict[str, Tensor]:
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """The model's state by name (parameters by each of their names, and buffers), contiguous on the CPU, as
-    `load_state_dict` takes it. No two share memory. Of a model that is not sharded."""
+    `load_state_dict` takes it; of weights that have factors the weights. No two share memory. Of a model that
+    is not sharded."""
     named = list(model.named_parameters(remove_duplicate=False))
     first = {id(p): name for name, p in reversed(named)}
     found = {canonical_name(n): p.detach().cpu().contiguous() for n, p in named if first[id(p)] == n}
     found |= {canonical_name(n): p.detach().cpu().clone() for n, p in named if first[id(p)] != n}
-    return found | {n: buffer.to("cpu", copy=True) for n, buffer in persistent_buffers(model)}
+    return plain_weights(found) | {n: buffer.to("cpu", copy=True) for n, buffer in persistent_buffers(model)}
 
 
 def weight_pieces(model: nn.Module) -> Iterator[bytes | memoryview]:
     """The same as a safetensors file, in pieces: one tensor whole on rank 0 at a time, empty pieces on the
     others. All ranks take all pieces."""
-    parameters = {canonical_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
-    ranks = ranks_of(parameters.values())
+    named = {canonical_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    ranks, parameters = ranks_of(named.values()), plain_weights(named)
     state: dict[str, Tensor] = {**parameters, **dict(persistent_buffers(model))}
     yield header_of([(name, state[name].dtype, tuple(state[name].shape)) for name in sorted(state)])
     for name in sorted(state):

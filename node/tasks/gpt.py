@@ -6,19 +6,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import fedpara
+
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a LayerNorm and a residual connection. (B, T, C) -> (B, T, C)."""
+    """Attention and MLP, each behind a LayerNorm and a residual connection. (B, T, C) -> (B, T, C).
 
-    def __init__(self, width: int, heads: int) -> None:
+    `gamma`: see `fedpara`; None: plain layers."""
+
+    def __init__(self, width: int, heads: int, gamma: float | None = None) -> None:
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = fedpara.linear(width, 3 * width, gamma)
+        self.proj = fedpara.linear(width, width, gamma)
         self.norm2 = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = fedpara.linear(width, 4 * width, gamma)
+        self.down = fedpara.linear(4 * width, width, gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C)."""
@@ -34,11 +38,11 @@ class Block(nn.Module):
 class ByteGPT(nn.Module):
     """Next-byte logits: (B, T) int64 in 0..255 -> (B, T, 256) float32; T at most `context`."""
 
-    def __init__(self, layers: int, width: int, heads: int, context: int) -> None:
+    def __init__(self, layers: int, width: int, heads: int, context: int, gamma: float | None = None) -> None:
         super().__init__()
         self.token = nn.Embedding(256, width)
         self.position = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, gamma) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 256, bias=False)
 

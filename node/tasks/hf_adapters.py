@@ -1,5 +1,5 @@
-"""Adapters of low rank (LoRA) in a model of transformers, by peft: where they sit, how they begin, and those
-of a folder that training goes on from."""
+"""Adapters of low rank (LoRA, FedPara's as LoHa) in a model of transformers, by peft: where they sit, how
+they begin, and those of a folder that training goes on from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from pydantic import ValidationError
@@ -30,13 +30,16 @@ MERGED_OFF: Final = 1e-3
 
 _UNDERSTOOD: Final = frozenset(
     {
-        *("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern"),
+        *("r", "lora_alpha", "alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern"),
         *("peft_type", "task_type", "peft_version", "auto_mapping", "inference_mode", "use_rslora"),
         *("base_model_name_or_path", "revision", "fan_in_fan_out", "lora_dropout", "init_lora_weights"),
         *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
     }
 )
 """Of adapter_config.json: read here, known to peft by itself, or without a meaning once there are weights."""
+
+_KINDS: Final[dict[str, Literal["lora", "hadamard"]]] = {"LORA": "lora", "LOHA": "hadamard"}
+"""What peft calls them, and what `task.lora.kind` does."""
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -47,16 +50,22 @@ def adapted(model: nn.Module, lora: Lora) -> nn.Module:
     import peft
 
     targets = lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets)
-    options = peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        target_modules=targets or ([] if lora.parameters else None),
-        target_parameters=list(lora.parameters) or None,
-        rank_pattern=dict(lora.ranks),
-        alpha_pattern=dict(lora.alphas),
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
+    alike: dict[str, Any] = {
+        "r": lora.r,
+        "target_modules": targets or ([] if lora.parameters else None),
+        "rank_pattern": dict(lora.ranks),
+        "alpha_pattern": dict(lora.alphas),
+        "task_type": "CAUSAL_LM",
+    }
+    if lora.kind == "hadamard":
+        if lora.parameters:
+            raise ConfigError('task.lora.parameters: kind = "hadamard" knows linear layers alone')
+        options: Any = peft.LoHaConfig(alpha=lora.alpha, **alike)
+    else:
+        parameters = list(lora.parameters) or None
+        options = peft.LoraConfig(
+            lora_alpha=lora.alpha, target_parameters=parameters, lora_dropout=0.0, **alike
+        )
     try:
         with _quiet():
             found: nn.Module = peft.get_peft_model(model, options)
@@ -91,7 +100,7 @@ def as_adapted(model: nn.Module, lora: Lora) -> Lora:
     return lora.model_copy(
         update={
             "targets": tuple(sorted(found.target_modules or ())),
-            "parameters": tuple(sorted(found.target_parameters or ())),
+            "parameters": tuple(sorted(getattr(found, "target_parameters", None) or ())),
             "ranks": dict(sorted(found.rank_pattern.items())),
             "alphas": dict(sorted(found.alpha_pattern.items())),
         }
@@ -99,14 +108,17 @@ def as_adapted(model: nn.Module, lora: Lora) -> Lora:
 
 
 def is_adapter(name: str) -> bool:
-    return ".lora_" in name
+    return ".lora_" in name or ".hada_w" in name
 
 
 def initial_scale(name: str, shape: tuple[int, ...]) -> float:
     """Of the normal noise that an adapter begins with, 0 for none: so that what it adds is 0 at first.
 
-    The variance of peft's own rule (Kaiming uniform with a = sqrt 5): 1 / (3 inputs).
+    The variance of peft's own rule (Kaiming uniform with a = sqrt 5): 1 / (3 inputs). Of Hadamard products
+    one factor begins at 0, the others as peft's do.
     """
+    if ".hada_w" in name:
+        return {"w1_a": 0.1, "w2_a": 0.0}.get(name.rpartition(".hada_")[2].split(".")[0], 1.0)
     if ".lora_A." in name:
         return 1.0 / math.sqrt(3 * shape[1])
     return 1.0 if ".lora_embedding_B." in name else 0.0
@@ -166,18 +178,23 @@ def _untied(adapted: nn.Module) -> bool:
 def settings_of(folder: Path, model: nn.Module) -> Lora:
     """What a folder's adapters are, as `task.lora` says it. `model`: the one below, on the meta device.
 
-    Raises ConfigError for what is no plain LoRA."""
+    Raises ConfigError for what is no plain LoRA, nor FedPara's form of it."""
     found = _read_settings(folder / SETTINGS)
-    if (kind := found.get("peft_type")) != "LORA":
-        raise ConfigError(f"task.adapter {folder}: {kind} adapters; thinwire goes on from LORA")
+    kind = _KINDS.get(str(found.get("peft_type")))
+    if kind is None:
+        known = " and ".join(_KINDS)
+        raise ConfigError(
+            f"task.adapter {folder}: {found.get('peft_type')} adapters; thinwire goes on from {known}"
+        )
     _refuse_others(found, folder)
-    alpha, r = found.get("lora_alpha", 8), found.get("r", 8)
+    alpha, r = found.get("lora_alpha" if kind == "lora" else "alpha", 8), found.get("r", 8)
     try:
         if found.get("use_rslora"):  # scales by alpha / sqrt(r)
             if found.get("rank_pattern") or found.get("alpha_pattern"):
                 raise ConfigError(f"task.adapter {folder}: use_rslora with patterns of ranks is unsupported")
             alpha = alpha * math.sqrt(r)
         return Lora(
+            kind=kind,
             r=r,
             alpha=alpha,
             targets=_targets(found.get("target_modules") or (), model),
@@ -214,7 +231,7 @@ def _refuse_others(found: Mapping[str, Any], folder: Path) -> None:
     """Options that would change what the adapters compute, and that `adapted` does not give."""
     import peft
 
-    plain = peft.LoraConfig()
+    plain = peft.LoraConfig() if found["peft_type"] == "LORA" else peft.LoHaConfig()
     for key, value in sorted(found.items()):
         if key not in _UNDERSTOOD and value and value != getattr(plain, key, None):
             raise ConfigError(

@@ -45,7 +45,7 @@ def make_task(options: config.Task, import_path: str | None, data: Path | None) 
     return task
 
 
-_OF_TEXT: Final = frozenset({"held_out_bytes", "layers", "width", "heads"})
+_OF_TEXT: Final = frozenset({"held_out_bytes", "layers", "width", "heads", "fedpara"})
 
 
 _OF_ALL: Final = frozenset({"name", "corpus", "context", "batch"})

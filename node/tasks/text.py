@@ -13,6 +13,7 @@ from torch.nn import functional
 from ...compression.errors import ConfigError
 from ...optim.base import Closure
 from .. import config
+from . import fedpara
 from .base import Init, Rows, device_of
 from .classes import Classes, Piece, section_names, sections
 from .corpora import BUILT_IN, read_text
@@ -39,7 +40,7 @@ class TextTask:
 
     def model(self) -> nn.Module:
         o = self.options
-        return ByteGPT(o.layers, o.width, o.heads, o.context)
+        return ByteGPT(o.layers, o.width, o.heads, o.context, o.fedpara)
 
     def init(self, name: str, shape: tuple[int, ...]) -> Init:
         if name.endswith("bias"):
@@ -47,10 +48,9 @@ class TextTask:
         if "norm" in name:
             return Init("ones")
         # GPT-2: what enters the residual stream starts smaller, the deeper the model.
-        depth_factor = (
-            (2 * self.options.layers) ** -0.5 if name.endswith(("proj.weight", "down.weight")) else 1.0
-        )
-        return Init("normal", 0.02 * depth_factor)
+        layer, _, last = name.rpartition(".")
+        scale = 0.02 * ((2 * self.options.layers) ** -0.5 if layer.endswith(("proj", "down")) else 1.0)
+        return Init("normal", fedpara.initial_scale(scale, shape[1]) if last in fedpara.FACTORS else scale)
 
     def held_out(self) -> bytes:
         return self._split()[1]

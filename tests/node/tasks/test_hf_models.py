@@ -25,7 +25,7 @@ pytest.importorskip("transformers", reason="the hf task is an extra")
 pytest.importorskip("peft", reason="the hf task is an extra")
 pytest.importorskip("datasets", reason="the hf task is an extra")
 
-from thinwire.node.tasks import hf_model
+from thinwire.node.tasks import hf_adapters, hf_model
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -137,8 +137,9 @@ def test_a_head_that_differs_from_the_embeddings_it_is_said_to_be_tied_to_is_ref
         ("mixtral", {"r": 2, "targets": ["all-linear"]}),
         ("llama", {"r": 2, "targets": ["lm_head", "q_proj"]}),
         ("llama", {"r": 2, "targets": ["embed_tokens"]}),
+        ("llama", {"r": 2, "targets": ["q_proj", "down_proj"], "kind": "hadamard"}),
     ],
-    ids=["experts", "tied head", "embeddings"],
+    ids=["experts", "tied head", "embeddings", "FedPara"],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::RuntimeWarning")
 def test_adapters_are_what_the_coordinator_built_and_go_out_and_come_back(
@@ -155,9 +156,11 @@ def test_adapters_are_what_the_coordinator_built_and_go_out_and_come_back(
     }
     folder = saved(tmp_path / kind, kind, max_position_embeddings=64, **SMALL, **options)
     model, (task, held_out), config = on_a_node(run_of(folder, llama, lora=lora))
+    before = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert torch.allclose(logits_of(before), logits_of(model), atol=1e-5), "they add nothing at first"
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if ".lora_" in name:
+            if hf_adapters.is_adapter(name):
                 p.add_(torch.linspace(-0.2, 0.3, p.numel()).view(p.shape))
     assert isinstance(task, Pretrained)
     task.export(model, held_out, tmp_path / "out")
@@ -209,6 +212,12 @@ def test_adapters_that_training_cannot_go_on_from_are_named(
     run = run_of(llama, llama, adapter=str(tmp_path / "out"))
     with pytest.raises(ConfigError, match=message):
         make_genesis(run, make_task(run.task, None, None), "x", 1)
+
+
+def test_products_of_two_products_are_of_linear_layers(llama: Path) -> None:
+    run = run_of(llama, llama, lora={"kind": "hadamard", "parameters": ["gate_up_proj"]})
+    with pytest.raises(ConfigError, match="knows linear layers alone"):
+        make_task(run.task, None, None).model()
 
 
 def test_a_run_without_new_keys_of_adapters_writes_none(tmp_path: Path, llama: Path) -> None:
