@@ -62,6 +62,23 @@ _floats_from: Final[Any] = intrinsic(_floats_typed)
 
 
 @numba.njit(nogil=True)
+def aligned_words(n: int) -> Array:
+    """uint32, n of them, any values, from the beginning of a line: numba's own arrays begin anywhere, and
+    every second vector would lie in two lines."""
+    room = np.empty(n + _LINE, np.uint32)
+    skipped = (-room.ctypes.data % (4 * _LINE)) // 4
+    return room[skipped : skipped + n]
+
+
+@numba.njit(nogil=True)
+def prefetch_some(x: Array, first: int, n: int) -> None:
+    """As `prefetch` of x[first : first + n], as far as it goes: a slice would be counted."""
+    address = np.uintp(x.ctypes.data)
+    for i in range(first, min(first + n, x.size), _LINE):
+        _prefetched(address + np.uintp(4 * i))
+
+
+@numba.njit(nogil=True)
 def prefetch(x: Array) -> None:
     """The cache will have it soon, while something else is computed: float32, a few thousand at most."""
     address = np.uintp(x.ctypes.data)

@@ -14,11 +14,13 @@ from typing import Any, Final
 
 import numba
 import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 from ..numerics.noise_layout import NoiseKind, Piece, Update, Where
 from ..numerics.quantiles import NORMAL_256
-from .addresses_cpu import floats_at, prefetch
+from .addresses_cpu import aligned_words, floats_at, prefetch, prefetch_some
 from .threads import share
 from .words_cpu import fill_words, overlap
 
@@ -29,7 +31,6 @@ Word = Any
 """A numpy integer or float32 of fixed width inside a kernel."""
 
 _TABLE: Final = np.array(NORMAL_256, dtype=np.float32)
-_SIGN_BIT: Final = np.uint32(0x80000000)
 _32: Final = np.uint64(32)
 _ONE: Final = np.float32(1.0)
 
@@ -121,10 +122,7 @@ def _sign_blocks(
     y: Array, x: Array, in_place: bool, start: int, first: int, last: int,
     seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, third: Word, table: Array,
 ) -> None:  # fmt: skip
-    w0, w1, w2, w3 = (
-        np.empty(128, np.uint32), np.empty(128, np.uint32), np.empty(128, np.uint32), np.empty(128, np.uint32)
-    )  # fmt: skip
-    acc = np.empty(4096, np.float32)
+    words, acc = aligned_words(8 * 128), aligned_words(4096).view(np.float32)
     for block in range(first, last):
         a, b, skipped = overlap(x.size, start, block)
         begin = 0
@@ -132,13 +130,15 @@ def _sign_blocks(
             end = ends[u]
             is_written = in_place or begin > 0
             if end - begin == 1 and decays[u] == _ONE and b - a == 4096:  # a perturbation: nothing to add up
-                _sign_words(w0, block, third, tails[begin], seeds[begin])
+                _sign_words(words, 0, block, third, tails[begin], seeds[begin])
                 if is_written:
-                    _subtract_signs_in_place(y[a:b], w0, coefficients[begin])
+                    _subtract_signs_in_place(y[a:b], words, coefficients[begin])
                 else:
-                    _subtract_signs(y[a:b], x[a:b], w0, coefficients[begin])
+                    _subtract_signs(y[a:b], x[a:b], words, coefficients[begin])
             else:
-                _add_up_signs(acc, w0, w1, w2, w3, block, third, tails, seeds, coefficients, begin, end)
+                _add_up_signs(
+                    acc, words, block, third, tails, seeds, coefficients, begin, end, y if in_place else x, b
+                )
                 if is_written:
                     _finish_in_place(y[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
                 else:
@@ -167,51 +167,88 @@ def _subtract_signs_in_place(y: Array, words: Array, coefficient: Word) -> None:
 
 @numba.njit(nogil=True)
 def _add_up_signs(
-    acc: Array, w0: Array, w1: Array, w2: Array, w3: Array, block: int, third: Word,
-    tails: Array, seeds: Array, coefficients: Array, begin: int, end: int,
+    acc: Array, words: Array, block: int, third: Word, tails: Array, seeds: Array, coefficients: Array,
+    begin: int, end: int, needed: Array, at: int,
 ) -> None:  # fmt: skip
-    """acc = the terms of the probes [begin, end) of a whole block, in order, four at a time in registers."""
-    for p in range(begin, min(begin + 1, end)):
-        _sign_words(w0, block, third, tails[p], seeds[p])
-        c0 = _bits(coefficients[p])
-        for bit in range(32):
-            up = np.uint32(31 - bit)
-            for w in range(128):
-                acc[bit * 128 + w] = _signed(w0[w], up, c0)
-    rest = begin + 1 + max(0, end - begin - 1) // 4 * 4
-    for p in range(begin + 1, rest, 4):
-        _sign_words(w0, block, third, tails[p], seeds[p])
-        _sign_words(w1, block, third, tails[p + 1], seeds[p + 1])
-        _sign_words(w2, block, third, tails[p + 2], seeds[p + 2])
-        _sign_words(w3, block, third, tails[p + 3], seeds[p + 3])
+    """acc = the terms of the probes [begin, end) of a whole block, in order, four at a time in registers.
+    From needed[at] on a block will be needed next.
+
+    `words` has room for eight probes: those of the next four are there before those of the last are read.
+    What was written in other pieces just now would have to wait.
+    """
+    for p in range(begin, min(begin + 4, end)):
+        _sign_words(words, (p - begin) * 128, block, third, tails[p], seeds[p])
+    fours = begin + (end - begin) // 4 * 4
+    for p in range(begin, fours, 4):
+        half = (p - begin) % 8 * 128
+        for q in range(p + 4, min(p + 8, end)):
+            _sign_words(words, 512 - half + (q - p - 4) * 128, block, third, tails[q], seeds[q])
+            each = 4096 // (end - begin - 4)  # little at a time: memory takes no more at once
+            prefetch_some(needed, at + (q - begin - 4) * each, each)
         c0, c1 = _bits(coefficients[p]), _bits(coefficients[p + 1])
         c2, c3 = _bits(coefficients[p + 2]), _bits(coefficients[p + 3])
-        for bit in range(32):
-            up = np.uint32(31 - bit)
-            for w in range(128):
-                value = acc[bit * 128 + w] + _signed(w0[w], up, c0)
-                value = value + _signed(w1[w], up, c1)
-                value = value + _signed(w2[w], up, c2)
-                acc[bit * 128 + w] = value + _signed(w3[w], up, c3)
-    for p in range(rest, end):
-        _sign_words(w0, block, third, tails[p], seeds[p])
-        c0 = _bits(coefficients[p])
-        for bit in range(32):
-            up = np.uint32(31 - bit)
-            for w in range(128):
-                acc[bit * 128 + w] += _signed(w0[w], up, c0)
+        if p == begin:
+            _begin_with_four(acc, words, c0, c1, c2, c3)
+        else:
+            _add_four(acc, words, half, c0, c1, c2, c3)
+    half = (fours - begin) % 8 * 128
+    for p in range(fours, end):
+        _add_one(acc, words, half + (p - fours) * 128, _bits(coefficients[p]), p == begin)
 
 
 @numba.njit(nogil=True)
-def _sign_words(words: Array, block: int, third: Word, fourth: Word, seed: Word) -> None:
-    fill_words(words, 32, block, third, fourth, seed)
+def _begin_with_four(acc: Array, words: Array, c0: Word, c1: Word, c2: Word, c3: Word) -> None:
+    for bit in range(32):
+        up = np.uint32(31 - bit)
+        for w in range(128):
+            value = _signed(words[w], up, c0) + _signed(words[128 + w], up, c1)
+            value = value + _signed(words[256 + w], up, c2)
+            acc[bit * 128 + w] = value + _signed(words[384 + w], up, c3)
 
 
-@numba.njit(inline="always")
-def _signed(word: Word, up: Word, plain: Word) -> Word:
+@numba.njit(nogil=True)
+def _add_four(acc: Array, words: Array, at: int, c0: Word, c1: Word, c2: Word, c3: Word) -> None:
+    for bit in range(32):
+        up = np.uint32(31 - bit)
+        for w in range(128):
+            i = np.uint64(at) + np.uint64(w)
+            value = acc[bit * 128 + w] + _signed(words[i], up, c0)
+            value = value + _signed(words[i + np.uint64(128)], up, c1)
+            value = value + _signed(words[i + np.uint64(256)], up, c2)
+            acc[bit * 128 + w] = value + _signed(words[i + np.uint64(384)], up, c3)
+
+
+@numba.njit(nogil=True)
+def _add_one(acc: Array, words: Array, at: int, coefficient: Word, is_first: bool) -> None:
+    for bit in range(32):
+        up = np.uint32(31 - bit)
+        if is_first:
+            for w in range(128):
+                acc[bit * 128 + w] = _signed(words[np.uint64(at) + np.uint64(w)], up, coefficient)
+        else:
+            for w in range(128):
+                acc[bit * 128 + w] += _signed(words[np.uint64(at) + np.uint64(w)], up, coefficient)
+
+
+@numba.njit(nogil=True)
+def _sign_words(words: Array, at: int, block: int, third: Word, fourth: Word, seed: Word) -> None:
+    fill_words(words, at, 32, block, third, fourth, seed)
+
+
+def _to_signed(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    word, up, plain = args
+    sign = builder.and_(builder.shl(word, up), word.type(0x80000000))
+    return builder.bitcast(builder.xor(sign, plain), context.get_value_type(signature.return_type))
+
+
+def _signed_typed(typing_context: Any, word: Any, up: Any, plain: Any) -> Any:
     """float32 from its bits `plain`, its sign turned round if that bit of the word is set which `up` moves to
-    the top."""
-    return np.uint32(((word << up) & _SIGN_BIT) ^ plain).view(np.float32)
+    the top. As numba has it, shifts are of 64 bits, and the compiler not always finds out that 32 are enough:
+    half as many lanes."""
+    return types.float32(types.uint32, types.uint32, types.uint32), _to_signed
+
+
+_signed: Final[Any] = intrinsic(_signed_typed)
 
 
 @numba.njit(inline="always")
@@ -224,15 +261,15 @@ def _gauss_blocks(
     y: Array, x: Array, in_place: bool, start: int, first: int, last: int,
     seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, third: Word, table: Array,
 ) -> None:  # fmt: skip
-    words, terms = np.empty(1024, np.uint32), np.empty(256, np.float32)
-    acc = np.empty(4096, np.float32)
+    words, terms = aligned_words(1024), np.empty(256, np.float32)
+    acc = aligned_words(4096).view(np.float32)
     for block in range(first, last):
         a, b, skipped = overlap(x.size, start, block)
         begin = 0
         for u in range(ends.size):
             end = ends[u]
             for p in range(begin, end):
-                fill_words(words, 256, block, third, tails[p], seeds[p])
+                fill_words(words, 0, 256, block, third, tails[p], seeds[p])
                 for i in range(256):
                     terms[i] = table[i] * coefficients[p]
                 if p == begin:

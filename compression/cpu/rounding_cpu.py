@@ -40,7 +40,7 @@ def _blocks(y: Any, x: Any, start: int, first: int, last: int, third: Any, fourt
     random = np.empty(4096, np.uint32)
     for block in range(first, last):
         a, b, skipped = overlap(x.size, start, block)
-        fill_words(words, ROUND_CALLS, block, third, fourth, seed)
+        fill_words(words, 0, ROUND_CALLS, block, third, fourth, seed)
         for w in range(2048):
             random[w] = words[w] & _LOW
             random[2048 + w] = words[w] >> _16

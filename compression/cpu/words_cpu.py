@@ -33,17 +33,20 @@ def overlap(size: int, start: int, block: int) -> tuple[int, int, int]:
 
 
 @numba.njit(inline="always")
-def fill_words(words: Array, n_calls: int, block: int, third: Word, fourth: Word, seed: Word) -> None:
-    """words[l * n_calls + c] = lane l of call c; n_calls is a power of two, so low + c never carries."""
+def fill_words(
+    words: Array, at: int, n_calls: int, block: int, third: Word, fourth: Word, seed: Word
+) -> None:  # fmt: skip
+    """words[at + l * n_calls + c] = lane l of call c; n_calls is a power of two, so low + c never carries."""
     number = np.uint64(block) * np.uint64(n_calls)
     low, high = np.uint32(number), np.uint32(number >> _32)
     k0, k1 = np.uint32(seed), np.uint32(seed >> _32)
     for c in range(n_calls):
         a, b, d, e = _philox(np.uint32(low + np.uint32(c)), high, third, fourth, k0, k1)
-        words[c] = a
-        words[n_calls + c] = b
-        words[2 * n_calls + c] = d
-        words[3 * n_calls + c] = e
+        i = np.uint64(at) + np.uint64(c)  # a signed one might count from the end: no vectors
+        words[i] = a
+        words[i + np.uint64(n_calls)] = b
+        words[i + np.uint64(2 * n_calls)] = d
+        words[i + np.uint64(3 * n_calls)] = e
 
 
 @numba.njit(inline="always")
