@@ -87,7 +87,7 @@ class _Served:
         self._folder, self._told = Path(folder), told
 
     def serve(self) -> None:
-        """A line with the ticket for seats, and the run's ticket for each line of the input, until it ends."""
+        """A line with the ticket for seats, and the run's for each line of the input, until it ends."""
         with ServerThread(self._folder, make=self._make) as thread:
             to_stdout(str(thread.call(lambda server: server.seat_ticket) or ""))
             while sys.stdin.readline():
