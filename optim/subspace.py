@@ -35,8 +35,9 @@ from ..compression.numerics.noise_layout import Piece, Probe, Update
 from .auditing.evidence import Evidence
 from .auditing.gradients import audited_gradient, compared
 from .auditing.scores import cosines, mean_cosines
-from .base import Draw, NamedParameters, Own, Parameter, Share, Strategy, refuse_names
+from .base import Draw, NamedParameters, Noise, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
+from .noise import noise_of
 from .options import Number, Whole, keywords_of
 from .parts.clip import total
 from .parts.gradients import MeanGradient, backward
@@ -223,6 +224,9 @@ class Subspace(Strategy):
 
     def cosines(self, payload: Payload, others: Sequence[Payload], turn: Turn) -> list[float] | None:
         return cosines(self.compressor, [self._numbers()], payload, others, turn, turn.round)
+
+    def noise(self, shares: Sequence[Share], turn: Turn) -> Noise | None:
+        return noise_of(self.compressor, [self._numbers()], shares, turn, self.weighing, "momentum")
 
     # --------------------------------------------------------------------------------- replicated work
 

@@ -70,6 +70,17 @@ def test_a_round_moves_along_the_mean_by_the_learning_rate() -> None:
     torch.testing.assert_close(flat(peers[0].strategy), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_what_peers_share_is_told_from_their_noise_by_the_numbers() -> None:
+    peers = [replica(i) for i in range(3)]
+    shares = [Share(p.seed(1), 32, p.decode(p.offer(1), 1)) for p in peers]
+    alike = [shares[0], Share(1, 32, shares[0].payload)]
+    turn = peers[0].turn(1)
+    found, of_copies = (peers[0].strategy.noise(some, turn) for some in (shares, alike))
+    assert found is not None
+    assert of_copies is not None
+    assert of_copies.signal > found.signal > 0.0
+
+
 @pytest.mark.parametrize("every", [0, 1, 3])
 def test_the_replica_stays_in_a_subspace_until_the_next_draw(every: int) -> None:
     peers = [replica(i, reseed_every=every) for i in range(2)]
