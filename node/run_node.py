@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -144,7 +145,8 @@ def opened_node(
     from .system.folder import NodeFolder
 
     check_device(options.device)
-    _check_arithmetic(options.device)
+    with nullcontext() if options.import_path is not None or task is not None else _without_scipy():
+        _check_arithmetic(options.device)
     limit = _upload_limit(options)
     with ExitStack() as stack:
         folder = NodeFolder(options.state)
@@ -253,6 +255,20 @@ def limit_threads(threads: int | None) -> None:
     import torch  # its number of threads is that of our kernels too
 
     torch.set_num_threads(threads)
+
+
+@contextmanager
+def _without_scipy() -> Iterator[None]:
+    """numba loads its linear algebra, a twentieth of a small node's memory and start, for kernels that call
+    BLAS: ours do not. (Those of a user's task may.)"""
+    if "scipy.linalg" in sys.modules:
+        yield
+        return
+    sys.modules["scipy.linalg"] = None  # type: ignore[assignment] # how Python is told that there is none
+    try:
+        yield
+    finally:
+        del sys.modules["scipy.linalg"]
 
 
 def _check_arithmetic(device: str) -> None:

@@ -19,7 +19,7 @@ from .here import Here
 
 
 def main() -> None:
-    """`python -m thinwire.node.founding.process`."""
+    """Of the process that `Child` starts."""
     end_with_parent()
     answers = os.dup(1)
     os.dup2(2, 1)  # what a task prints is no answer
@@ -51,7 +51,3 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     founded = founder.found(config, job["coordinator"], recovery, blobs)
     record = base64.b64encode(encode_record(founded.body)).decode()
     return {"record": record, "loss_unit": founded.loss_unit}
-
-
-if __name__ == "__main__":
-    main()
