@@ -66,6 +66,7 @@ class OfferTimes:
         self._late_s: deque[float] = deque(maxlen=EVALUATIONS)
         self._n_noted: dict[int, int] = {}
         self._n_changes = 0
+        self._known_usual: tuple[tuple[int, int], float] | None = None
 
     @property
     def late_s(self) -> tuple[float, ...]:
@@ -123,8 +124,12 @@ class OfferTimes:
         return min(usual_s, 1.5 * median(self._late_s)) if self._late_s else usual_s
 
     def _usual_s(self, round_: int) -> float:
-        times = self.values(before=round_)
-        return median(times) if times else 0.0
+        """Asked for at every event of a round: worked out when another round has changed."""
+        key = round_, self.n_changes(beside=round_)
+        if self._known_usual is None or self._known_usual[0] != key:
+            times = self.values(before=round_)
+            self._known_usual = key, median(times) if times else 0.0
+        return self._known_usual[1]
 
     def rounds(self, before: int) -> list[dict[int, Measured]]:
         """Rounds before this one with offers, by peer."""

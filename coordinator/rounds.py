@@ -12,7 +12,7 @@ from typing import Literal
 
 from .entry.attendance import Attendance
 from .membership import TimePassed
-from .policy import KEPT_ROUNDS, LEAST_PATIENCE_S, Limit, OfferTimes, PolicyName, limit
+from .policy import KEPT_ROUNDS, LEAST_PATIENCE_S, MEASURED_ROUNDS, Limit, OfferTimes, PolicyName, limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +178,8 @@ class Rounds:
         self._condemned: frozenset[int] = frozenset()
         self._opening: frozenset[int] = frozenset()
         self._offers: dict[int, _Kept] = {}
+        self._by_digest: dict[bytes, set[int]] = {}
+        """Their peers."""
         self._eligible: set[int] = set()
         """Of them, those with bytes."""
         self._n_worked = 0
@@ -317,7 +319,8 @@ class Rounds:
         key = self.round, self.times.n_changes(beside=self.round)
         if self._known_limit is not None and self._known_limit[0] == key:
             return self._known_limit[1]
-        if open_s < LEAST_PATIENCE_S and self._policy == "all":
+        is_measured = self._policy != "all" and self.times.n_rounds(before=self.round) >= MEASURED_ROUNDS
+        if open_s < LEAST_PATIENCE_S and not is_measured and not self._is_async:
             return Limit(LEAST_PATIENCE_S, drops=True)
         found = limit(self._policy, self.times, self.round, every_s=self._every_s)
         if not found.drops:
@@ -330,12 +333,13 @@ class Rounds:
 
     def _drop_offer(self, peer: int) -> None:
         kept = self._offers.pop(peer)
+        self._by_digest[kept.digest].discard(peer)
         if peer in self._eligible:
             self._eligible.discard(peer)
             self._n_worked -= kept.n_samples > 0
 
     def _forget_offers(self) -> None:
-        self._offers, self._eligible, self._n_worked = {}, set(), 0
+        self._offers, self._by_digest, self._eligible, self._n_worked = {}, {}, set(), 0
 
     def _open(self, evaluates: int | None, now_s: float) -> RoundOpened:
         """`evaluates`: the peer that the last record names for it."""
@@ -371,6 +375,7 @@ class Rounds:
         self.attendance.offered(offer.peer)
         if kept is None:
             self._offers[offer.peer] = _Kept(offer.digest, False, offer.n_samples)
+            self._by_digest.setdefault(offer.digest, set()).add(offer.peer)
         if offer.has_bytes:
             self._has_bytes(offer.peer, now_s)
         return OfferKept(offer.peer, is_new=kept is None)
@@ -387,9 +392,8 @@ class Rounds:
         return OfferRefused(offer.peer, "late_offer")
 
     def _arrived(self, digest: bytes, now_s: float) -> None:
-        for peer, kept in self._offers.items():
-            if kept.digest == digest:
-                self._has_bytes(peer, now_s)
+        for peer in sorted(self._by_digest.get(digest, ())):
+            self._has_bytes(peer, now_s)
         for round_, past in self._pasts.items():
             for peer, kept in past.late.items():
                 if kept.digest == digest:
