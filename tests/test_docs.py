@@ -93,6 +93,16 @@ def test_commands_that_users_read_exist(name: str) -> None:
             parsed(args)
 
 
+def test_every_surprise_has_its_test() -> None:
+    text = (ROOT / "docs/surprises.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| ") and "`tests/" in line]
+    tests = [row[5].strip().strip("`") for row in rows]
+    assert len(tests) > 12
+    assert [t for t in tests if not (ROOT / t).is_file() or "def test_" not in (ROOT / t).read_text()] == []
+    scripts = sorted(p.name for p in (ROOT / "findings").iterdir())
+    assert scripts == sorted(p.name for p in (ROOT / "findings").glob("*.sh"))
+
+
 @pytest.mark.parametrize("name", DOCS)
 def test_they_stay_short(name: str) -> None:
     assert len((ROOT / name).read_text().splitlines()) < 300

@@ -180,6 +180,17 @@ def test_a_batch_that_is_not_finite_never_enters_the_momentum(bad: float) -> Non
     assert strategy.last_loss == pytest.approx(float((p.detach() * good).sum()))
 
 
+@pytest.mark.parametrize("n_keys", [4, 40])
+def test_a_nan_that_attention_hides_is_in_the_gradient(n_keys: int) -> None:
+    """torch 2.13, on a CPU: of a NaN query comes 0 with fewer keys than a vector has lanes, else NaN."""
+    query = nn.Parameter(torch.full((1, 1, 2, 8), math.nan))
+    key = value = tensor(1, 1, n_keys, 8)
+    strategy = Decoupled([("p", query)], compressor=Dense(), lr=1.0)
+    strategy.propose(lambda: lambda: F.scaled_dot_product_attention(query, key, value).sum(), turn_of(1))
+    assert strategy.counters["dropped_batches"] == 1
+    assert strategy.last_loss is None
+
+
 def test_a_round_without_a_finite_batch_sends_what_the_momentum_has() -> None:
     p = nn.Parameter(tensor(2, 2))
     strategy = Decoupled([("p", p)], compressor=Dense(), lr=1.0, beta=0.5, alpha=0.0)

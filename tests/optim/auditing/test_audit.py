@@ -117,6 +117,27 @@ def noise(x: Tensor) -> Tensor:
     return torch.randn(x.shape, generator=rng) * x.abs().mean()
 
 
+@pytest.mark.parametrize("name", ["spsa", "decoupled"])
+def test_an_auditor_with_other_threads_and_bfloat16_finds_nearly_the_same(name: str) -> None:
+    """torch 2.13 gives other bits with another number of threads; docs/surprises.md has what comes of it."""
+    swarm = swarm_of(STRATEGIES[name])
+    offered = [swarm[0].decode(data, 1) for _, data in run_round(swarm, 1)]
+    found = audited(swarm[0], swarm[1], offered[1], 1)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            again = audited(swarm[0], swarm[1], offered[1], 1)
+    finally:
+        torch.set_num_threads(n_threads)
+    assert found is not None
+    assert again is not None
+    assert found.passed
+    assert again.passed
+    assert again.agreement != found.agreement
+    assert again.agreement == pytest.approx(found.agreement, abs=0.05)
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_honest_offers_pass_early_and_late(name: str) -> None:
     """Nobody is accused whose offer is no worse than what the auditor's own comes to, or nearly so."""
