@@ -119,7 +119,7 @@ class CoordinatorServer:
         self._settings = parse_settings(self.ledger.genesis.config)
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         self.meter, self.fanout = Meter(), Fanout(upload_bytes_per_s)
-        me = peer_id_of(self._key.public_key())
+        me = self._me = peer_id_of(self._key.public_key())
         self._since_ms = wall_ms()
         self.watchers = Watchers(
             WhoLeads(me), lambda: self.ledger.head_round, self._settings.network.heartbeat_s
@@ -264,6 +264,8 @@ class CoordinatorServer:
             status=self.status,
             waits=self._waits,
             watchers=self.watchers,
+            open_stream=self._open_stream_to,
+            me=self._me,
             is_seat=is_seat,
             uploads=uploads,
             uploaded=self.fanout.uploaded,

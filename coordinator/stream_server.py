@@ -37,14 +37,17 @@ from .protocol.messages import (
     Metrics,
     NodeState,
     Offer,
+    Offered,
     Refused,
     State,
     Welcome,
 )
 from .protocol.streams import BLOB, FROM_NODE, SESSION, STATUS, BadFrame, Meter, Stream
 from .protocol.transport import StreamHandler
+from .seats.fetching import OpenStream
 from .seats.watchers import Watchers
 from .service import Service
+from .serving.handing_out import HandingOut
 from .serving.passing_on import Nobody, PassedOn, Uploads
 from .serving.signatures import SignatureChecks
 from .sessions import Session
@@ -77,7 +80,8 @@ class StreamServer:
     `changed`: the service was told something. `failed`: the run cannot go on. `status`: for people.
     `uploaded`: a peer's bytes came in so many seconds. `watchers`: who wants to hear when another seat leads,
     and the term by which this one does. `is_seat`: of the same run, which gets blobs as members do, also
-    while they are uploaded, of which `uploads` hears.
+    while they are uploaded, of which `uploads` hears. `open_stream`: for blobs, to a node; `me`: the peer
+    id of this coordinator.
     """
 
     def __init__(
@@ -91,6 +95,8 @@ class StreamServer:
         status: Callable[[], dict[str, Any]],
         waits: Waits,
         watchers: Watchers,
+        open_stream: OpenStream,
+        me: str,
         is_seat: Callable[[str], bool] = lambda _peer_id: False,
         uploads: Uploads = Nobody(),  # noqa: B008 - has no state
         uploaded: Callable[[str, int, float], object] = lambda _peer_id, _n_bytes, _took_s: None,
@@ -106,6 +112,7 @@ class StreamServer:
         """Held while one node is let in: the others wait for what it may have to give back."""
         self._signatures = SignatureChecks(service.is_signed)
         self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
+        self._handing_out = HandingOut(blobs, open_stream, me)
         self._strangers = Strangers(service.has_worked)
         self._blob_streams = BlobStreams(self._may_fetch, self._strangers, waits.hello_s)
 
@@ -116,7 +123,9 @@ class StreamServer:
         return {protocol: self._guarded(serve) for protocol, serve in served.items()}
 
     def send(self, peer_id: str, message: Message) -> None:
-        """To the peer's current session, if there is one."""
+        """To the peer's current session, if there is one. Payloads that it gets from here go along."""
+        if isinstance(message, Offered) and peer_id in self._sessions:
+            message = self._handing_out.offered(peer_id, message)
         self._post(peer_id, message)
 
     def _post(self, peer_id: str, message: Message) -> bool:
@@ -214,6 +223,7 @@ class StreamServer:
         """Unless a newer one has its place already."""
         if self._sessions.get(session.peer_id) is session:
             del self._sessions[session.peer_id]
+            self._handing_out.forget(session.peer_id)
             self._metrics_requests.forget(session.peer_id)
 
     async def _receive_hello(self, peer_id: str, stream: Stream) -> Hello:

@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -239,11 +239,13 @@ async def serve_blobs(
     turns: asyncio.Semaphore | None = None,
     coming: Callable[[bytes], Coming | None] = _nothing_comes,
     given: Callable[[bytes], object] = bool,
+    announced: Callable[[bytes], Awaitable[object]] | None = None,
 ) -> None:
     """Answers requests until the other end closes the stream or is no longer `allowed` to ask.
 
     `turns`: how many blobs are sent at once over all streams; the others wait. `coming`: what is not on the
-    shelf yet, by its digest. `given`: is told of what was sent as a whole.
+    shelf yet, by its digest. `given`: is told of what was sent as a whole. `announced`: is waited for before
+    an upload is let in, whose announcement comes on another stream.
     Raises BadMessage for a peer that breaks the protocol, after telling it why; OSError if it is gone.
     """
     unwanted: int | None = None
@@ -256,6 +258,8 @@ async def serve_blobs(
         if not allowed():
             await _say_no(stream, "only members of the swarm are served")
             raise BadFrame("stranger", "a request by a peer that is not a member")
+        if announced is not None and kind is FrameKind.PUT:
+            await announced(body[:_DIGEST_BYTES])
         counted_as = purpose(body[:_DIGEST_BYTES]) if callable(purpose) else purpose
         async with turns or contextlib.nullcontext():
             if kind is FrameKind.GET:

@@ -697,7 +697,8 @@ class Heartbeat(Message):
 
 
 class Offered(Message):
-    """A payload of the open round, and the peer that has it: nodes may fetch it ahead from there."""
+    """A payload of the open round, and the peer that has it: nodes may fetch it ahead from there. Who is
+    named itself is sent it by the coordinator."""
 
     tag = 11
     round: Annotated[int, Field(ge=1, le=MAX_ROUND)]

@@ -28,7 +28,8 @@ MAX_WAITING: Final = 256
 """Payloads for one seat, by digest: of more it is told, and asks when it can."""
 
 MAX_REFUSALS: Final = 4
-"""So many in a row, and a seat gets none any more until it is connected anew: it may be of an older build."""
+"""So many in a row, and a seat gets none any more until it is connected anew: it may be of an older build, or
+take no streams."""
 
 
 class Pusher:
@@ -100,7 +101,11 @@ class Pusher:
 
     async def _send(self, seat: str, digest: bytes) -> None:
         with contextlib.closing(self._source(digest)) as source:
-            stream = await self._stream(seat)
+            try:
+                stream = await self._stream(seat)
+            except SwarmUnreachable:
+                self._refusals[seat] += 1
+                raise
             try:
                 await put_blob(stream, digest, source, "payload", partial(self._given, seat, digest))
             except BaseException as e:

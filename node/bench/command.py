@@ -63,9 +63,15 @@ def _round() -> Bench:
 
 
 def _seats(n_seats: int) -> Bench:
-    from .committee import bench_seats
+    from .network.committee import bench_seats
 
     return lambda _n_params, n_repeats, _device: bench_seats(n_seats, n_repeats)
+
+
+def _link(link: tuple[float, float]) -> Bench:
+    from .network.link import bench_link
+
+    return lambda _n_params, n_repeats, _device: bench_link(*link, n_repeats)
 
 
 def _light(counts: Sequence[int]) -> Bench:
@@ -104,6 +110,9 @@ def _ray() -> Bench:
     return bench_ray
 
 
+LINK: Final = (1.25e6, 0.05)
+"""Bytes per second and round trip, where nothing else is said."""
+
 BENCHES: Final[dict[str, Callable[[], Bench]]] = {
     "noise": _noise,
     "decoupled": _decoupled,
@@ -115,14 +124,15 @@ BENCHES: Final[dict[str, Callable[[], Bench]]] = {
     "wire": _wire,
     "memory": _memory,
     "ray": _ray,
+    "link": lambda: _link(LINK),
 }
 """By name; a benchmark's module is loaded when it is asked for."""
 
-SIZELESS: Final = frozenset(["round", "upload", "join", "ray"])
+SIZELESS: Final = frozenset(["round", "upload", "join", "ray", "link"])
 """Their model is a small one of their own."""
 
-NOT_IN_ALL: Final = frozenset(["ray"])
-"""Needs an extra, and a cluster of its own."""
+NOT_IN_ALL: Final = frozenset(["ray", "link"])
+"""One needs an extra, and a cluster of its own; the other is of a network."""
 
 DEVICES: Final = ("cpu", "cuda")
 
@@ -145,9 +155,11 @@ def bench_command(
     against: Path | None = None,
     n_seats: int | None = None,
     light: Sequence[int] | None = None,
+    link: tuple[float, float] | None = None,
 ) -> None:
     """Runs one benchmark, or all, for every size: tables on stdout, or one JSON object; and a PNG. `n_seats`:
-    of `round`, with so many coordinators; `light`: of `peers`, with so many that compute nothing."""
+    of `round`, with so many coordinators; `light`: of `peers`, with so many that compute nothing; `link`: of
+    `link`, bytes per second and the round trip in seconds."""
     from .against import load, print_compared
     from .view import check_picture, print_bench, save_picture
 
@@ -156,7 +168,8 @@ def bench_command(
         check_picture(picture)
     then = None if against is None else load(against)
     results = {
-        each: run_sizes(each, sizes, n_repeats, device, n_seats=n_seats, light=light) for each in names
+        each: run_sizes(each, sizes, n_repeats, device, n_seats=n_seats, light=light, link=link)
+        for each in names
     }
     if as_json:
         printed = {each: _plain(result) for each, result in results.items()}
@@ -196,6 +209,7 @@ def run_sizes(
     free_bytes: Callable[[str], int] = free_bytes,
     n_seats: int | None = None,
     light: Sequence[int] | None = None,
+    link: tuple[float, float] | None = None,
 ) -> list[dict[str, Any]]:
     """A result for each size that the memory has room for; one for a benchmark that no size has an influence
     on. `free_bytes`: how much memory a device has left; `n_seats`, `light`: see `bench_command`. Raises
@@ -204,9 +218,11 @@ def run_sizes(
         raise ConfigError("--seats: of `bench round` only")
     if light is not None and name != "peers":
         raise ConfigError("--light: of `bench peers` only")
+    if link is not None and name != "link":
+        raise ConfigError("--rate, --rtt: of `bench link` only")
     if sizes is None or name in SIZELESS or light is not None:
         sizes = None if not sizes else sizes[:1]
-        return [run_bench(name, None if sizes is None else sizes[0], n_repeats, device, n_seats, light)]
+        return [run_bench(name, None if sizes is None else sizes[0], n_repeats, device, n_seats, light, link)]
     for n_params in sizes:  # all of them, before the first takes its time
         _check_arguments(name, n_params, n_repeats, device)
     fitting = [n for n in sizes if n * ON_DEVICE.get(name, 0) <= free_bytes(device)]
@@ -226,6 +242,7 @@ def run_bench(
     device: str = "cpu",
     n_seats: int | None = None,
     light: Sequence[int] | None = None,
+    link: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
     """Results of one benchmark, with the machine that it ran on. Raises ConfigError for a wrong argument.
 
@@ -237,6 +254,8 @@ def run_bench(
         bench = _seats(n_seats)
     elif light is not None:
         bench = _light(light)
+    elif link is not None:
+        bench = _link(link)
     device = device if name in ON_DEVICE else "cpu"
     return {
         "bench": name,

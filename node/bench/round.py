@@ -107,3 +107,18 @@ def _offer(round_: int) -> Offer:
         payload=bytes(PAYLOAD_BYTES),
         digest=None,
     )
+
+
+def offer_of(round_: int, number: int, payload_bytes: int) -> Offer:
+    """Of bytes that no other one has."""
+    head = round_.to_bytes(4, "big") + number.to_bytes(4, "big")
+    payload = (head * (payload_bytes // len(head) + 1))[:payload_bytes]
+    return Offer(
+        round=round_,
+        n_samples=1,
+        n_tokens=1,
+        loss=1.0,
+        n_bytes=len(payload),
+        payload=payload,
+        digest=None,
+    )

@@ -379,6 +379,7 @@ class Bench:
                 "wire",
                 "memory",
                 "ray",
+                "link",
                 "attacks",
                 "audits",
                 "learning",
@@ -390,9 +391,9 @@ class Bench:
     """noise (SPSA), decoupled and diloco (pack, decode, update), peers (1 to 256 payloads), round (8 peers on
     loopback), upload (payloads that leave a node), join (process to first offer, catching up), wire (bits per
     coefficient), memory (of a rank of a sharded node), ray (round of 4 actors on a Ray cluster of its own),
-    attacks (what bad peers do to a swarm), audits (how often honest peers fail theirs), learning (strategies
-    against references in plain torch, each tuned; half an hour of CPU time), or all, but for the last
-    four."""
+    link (round trips of an exchange on a thin link), attacks (what bad peers do to a swarm), audits (how
+    often honest peers fail theirs), learning (strategies against references in plain torch, each tuned; half
+    an hour of CPU time), or all, but for the last five."""
     params: Annotated[str | None, arg(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
@@ -411,6 +412,10 @@ class Bench:
     light: Annotated[str | None, arg(metavar="N,...")] = None
     """peers: so many that compute nothing, e.g. 128,512,1000, with the real coordinator in a process of its
     own; 20 rounds for each of --repeats."""
+    rate: Annotated[str | None, arg(metavar="RATE")] = None
+    """link: of every connection, in each direction. Default: 10Mbit."""
+    rtt: Annotated[str | None, arg(metavar="TIME")] = None
+    """link: there and back. Default: 50ms."""
     strategies: Annotated[str | None, arg(metavar="NAME,...")] = None
     """attacks, audits, learning: which rows, e.g. decoupled,spsa. Default: all; learning: but for what was
     only tried, e.g. alone-snoo,decoupled-gpa,lozo."""
@@ -457,8 +462,21 @@ class Bench:
             self.against,
             self.seats,
             light,
+            self._link(),
         )
         return 0
+
+    def _link(self) -> tuple[float, float] | None:
+        """Bytes per second and seconds; None: nothing was said of it. Raises ConfigError."""
+        if self.rate is None and self.rtt is None:
+            return None
+        from ..bench.command import LINK
+        from ..bench.network.link import parse_rtt
+        from ..links.upload_limit import parse_rate
+
+        rate, rtt_s = LINK
+        rate = rate if self.rate is None else parse_rate(self.rate, "--rate")
+        return rate, rtt_s if self.rtt is None else parse_rtt(self.rtt)
 
     def _run_learning(self) -> int:
         from ..bench.attacks.table import names_of

@@ -48,6 +48,7 @@ class BlobServer:
                 lambda: self._may_ask(peer_id),
                 self._turns,
                 self._served.coming,
+                announced=self._served.announced,
             )
         except (OSError, EOFError, BadMessage, SwarmUnreachable):
             return  # the other node notices by itself

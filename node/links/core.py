@@ -115,7 +115,7 @@ class LinkCore:
         self.blobs = BlobFetcher(coordinator, self._members, peer_id, self._seats)
         self._payloads = Payloads(self.blobs, peer_id)
         self.kept = self._payloads.kept
-        self.served = Served(self.kept, self._has_time_for, self._payloads.early)
+        self.served = Served(self.kept, self._has_time_for, self._payloads)
         throttle = None if limit is None else limit.served
         self._server = BlobServer(self.served, self._members, meter, throttle, self._seats)
         signer = Signer(peer_id, ticket.run_id, key)

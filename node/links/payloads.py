@@ -8,6 +8,7 @@ coordinator is asked, and every other member last.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -33,6 +34,9 @@ older."""
 
 SHORT_WAIT_S, LONG_WAIT_S = 0.25, 2.0
 """For what is on its way from a peer, before the coordinator is asked for it too."""
+
+_ANNOUNCED_S = 1.0
+"""A payload that is sent here may be ahead of its announcement for so long."""
 
 _RETRY_S, _LAST_RETRY_S = 0.3, 2.0
 _REFUSALS = 2
@@ -127,6 +131,43 @@ class Early:
     task: asyncio.Task[bytes]
 
 
+class _Pushed:
+    """A payload that the coordinator sends here. See `blob_streams.Sink`."""
+
+    def __init__(self, offered: Offered) -> None:
+        self.offered, self.begun = offered, asyncio.Event()
+        self._data = bytearray()
+        self._is_over = asyncio.Event()
+
+    async def whole(self) -> bytes:
+        """Its bytes. Raises SwarmUnreachable: it does not come."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LONG_WAIT_S):
+                await self.begun.wait()
+        if self.begun.is_set():
+            await self._is_over.wait()
+        if len(self._data) != self.offered.n_bytes:
+            raise SwarmUnreachable("the coordinator does not send what it has announced")
+        return bytes(self._data)
+
+    def write(self, chunk: bytes) -> None:
+        self.begun.set()
+        self._data += chunk
+
+    def sync(self) -> None:
+        """Raises BadMessage: it is another one."""
+        if digest_of(bytes(self._data)) != self.offered.digest:
+            raise BadMessage(f"payload {self.offered.digest.hex()[:16]}: its bytes do not fit its digest")
+
+    def finish(self) -> int:
+        self._is_over.set()
+        return len(self._data)
+
+    def abort(self) -> None:
+        self._data.clear()
+        self._is_over.set()
+
+
 class Payloads:
     """Fetches payloads ahead, keeps them, and gives them when they are asked for. One event loop.
 
@@ -140,6 +181,12 @@ class Payloads:
         self._patience = Patience(floor_s=SHORT_WAIT_S, ceiling_s=LONG_WAIT_S)
         self._early: dict[bytes, Early] = {}
         self._tasks: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
+        self._pushed: dict[bytes, _Pushed] = {}
+        """What the coordinator sends here by itself."""
+        self._announced = asyncio.Event()
+        """Is set, and another one then, when there is more of it."""
+        self.n_refused = 0
+        """Payloads that were sent here and that it had not announced."""
 
     def keep_own(self, round_: int, payload: bytes) -> bytes:
         """This node offers it: it need not be fetched, and others may have it. Returns its digest."""
@@ -148,19 +195,42 @@ class Payloads:
         return digest
 
     def offered(self, offered: Offered) -> None:
-        """Who has a payload of the open round, or gets it now: fetched from there, silently if that fails."""
+        """Who has a payload of the open round, or gets it now: fetched from there, silently if that fails. To
+        this node, if it is named itself, the coordinator sends it."""
         digest, holder = offered.digest, offered.holder
-        if holder == self._own or digest in self.kept or digest in self._early:
+        if digest in self.kept or digest in self._early:
             return
         of_round = sum(early.offered.round == offered.round for early in self._early.values())
         if of_round >= self.max_offers or offered.n_bytes > self.max_bytes or self._sources.rests(holder):
             return
+        if holder == self._own:
+            self._pushed[digest] = _Pushed(offered)
+            self._announced.set()
+            self._announced = asyncio.Event()
         self._early[digest] = Early(offered, _quiet(self._fetch_early(offered)))
 
     def early(self, digest: bytes) -> Early | None:
         """For who was told to get it here. What is fetched otherwise is of no use: two nodes would wait for
         each other."""
         return self._early.get(digest)
+
+    async def announced(self, digest: bytes) -> None:
+        """Returns when that payload may be sent here, or after a moment: the word may be right behind it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ANNOUNCED_S):
+                while digest not in self._pushed and digest not in self.kept:
+                    await self._announced.wait()
+
+    def takes(self, digest: bytes, n_bytes: int) -> Sink | None:
+        """Where a payload goes that is sent here; None: it is here, or comes already. Raises BadMessage: it
+        was not announced."""
+        if digest in self.kept:
+            return None
+        pushed = self._pushed.get(digest)
+        if pushed is None or pushed.offered.n_bytes != n_bytes:
+            self.n_refused += 1
+            raise BadMessage(f"the payload {digest.hex()[:16]} of {n_bytes} bytes was not announced")
+        return None if pushed.begun.is_set() else pushed
 
     def committed(self, commit: Commit) -> None:
         """A round is over: of what was offered only what counted is still of use."""
@@ -220,11 +290,15 @@ class Payloads:
     async def _fetch_early(self, offered: Offered) -> bytes:
         digest, began_s = offered.digest, time.monotonic()
         try:
-            data = await self._sources.from_member(offered.holder, digest, offered.n_bytes)
+            if offered.holder == self._own:
+                data = await self._pushed[digest].whole()
+            else:
+                data = await self._sources.from_member(offered.holder, digest, offered.n_bytes)
             self._patience.took(time.monotonic() - began_s)
             self.kept.add(offered.round, digest, data)
             return data
         finally:
+            self._pushed.pop(digest, None)
             early = self._early.get(digest)
             if early is not None and early.task is asyncio.current_task():
                 del self._early[digest]
@@ -240,7 +314,7 @@ class Payloads:
         if early is None:
             return await self._from_anybody(digest, n_bytes, offerer)
         task, holder = early.task, early.offered.holder
-        is_best = self._sources.is_coordinator(holder)
+        is_best = holder == self._own or self._sources.is_coordinator(holder)
         await asyncio.wait({task}, timeout=None if is_best else self._patience.limit_s)
         if _has_succeeded(task):
             return task.result()
@@ -323,17 +397,17 @@ class Served:
     """What members may fetch from this node: payloads that it has or waits for, and what is on its shelf.
 
     `has_time_for`: whether so many bytes of payloads are given at a time; who is refused finds them
-    elsewhere. `awaited`: by digest, what is on its way to here.
+    elsewhere. `payloads`: what is on its way to here.
     """
 
     def __init__(
         self,
         kept: PayloadCache,
         has_time_for: Callable[[int], bool] = lambda n_bytes: True,
-        awaited: Callable[[bytes], Early | None] = lambda digest: None,
+        payloads: Payloads | None = None,
     ) -> None:
-        self._kept = kept
-        self._has_time_for, self._awaited = has_time_for, awaited
+        self._kept, self._payloads = kept, payloads
+        self._has_time_for = has_time_for
         self.shelf: Shelf | None = None
         self._n_given = 0
         """Bytes of payloads that are being given."""
@@ -349,7 +423,7 @@ class Served:
 
     def coming(self, digest: bytes) -> Coming | None:
         """A payload that is on its way to here."""
-        early = None if digest in self._kept else self._awaited(digest)
+        early = None if digest in self._kept else self._early(digest)
         if early is None or not self._gives(early.offered.n_bytes):
             return None
         return _PassedOn(early, self._given)
@@ -365,15 +439,25 @@ class Served:
 
     def purpose(self, digest: bytes) -> TrafficKind:
         """What bytes of this blob count as."""
-        is_payload = digest in self._kept or self._awaited(digest) is not None
+        is_payload = digest in self._kept or self._early(digest) is not None
         return "payload" if is_payload else "snapshot"
 
+    def _early(self, digest: bytes) -> Early | None:
+        return None if self._payloads is None else self._payloads.early(digest)
+
     def sink(self, digest: bytes, n_bytes: int) -> Sink | None:
-        """Raises BadMessage: nodes take no blob."""
-        raise BadMessage(f"a node stores no blob of others ({digest.hex()[:16]}, {n_bytes} bytes)")
+        """Where a payload goes that is sent here. Raises BadMessage: nodes take what was announced alone."""
+        if self._payloads is None:
+            raise BadMessage(f"nothing is stored here ({digest.hex()[:16]}, {n_bytes} bytes)")
+        return self._payloads.takes(digest, n_bytes)
+
+    async def announced(self, digest: bytes) -> None:
+        """Is awaited before `sink`."""
+        if self._payloads is not None:
+            await self._payloads.announced(digest)
 
     def stored(self, digest: bytes) -> None:
-        raise AssertionError("nothing is ever stored here")
+        """Nothing more is to be done: see `_Pushed`."""
 
 
 def _quiet(work: Coroutine[Any, Any, bytes]) -> asyncio.Task[bytes]:

@@ -6,7 +6,7 @@ import pytest
 
 from thinwire.compression.errors import ConfigError
 from thinwire.node.bench.command import run_bench, run_sizes
-from thinwire.node.bench.committee import PAYLOADS, measure_seats
+from thinwire.node.bench.network.committee import PAYLOADS, measure_seats
 
 ROUND_TRIP_S = 0.02
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self
 
-from thinwire.node.bench.delayed import pass_later
+from thinwire.node.bench.network.delayed import pass_later
 
 MBIT_BYTES_PER_S = 125_000
 """1 Mbit/s."""
@@ -202,7 +202,9 @@ class Proxy:
             await writer.drain()
             await self._count(len(data), up)
 
-        await pass_later(reader, give, lambda: self.delay_s, _PIECE_BYTES, _QUEUED_BYTES // _PIECE_BYTES)
+        await pass_later(
+            reader, give, lambda _n_bytes: self.delay_s, _PIECE_BYTES, _QUEUED_BYTES // _PIECE_BYTES
+        )
 
     async def _count(self, n_bytes: int, up: bool) -> None:
         if up:

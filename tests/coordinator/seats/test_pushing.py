@@ -16,11 +16,12 @@ from tests.support.seat_world import Peer, SeatWorld, until
 from thinwire.compression.errors import SwarmUnreachable
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.protocol.blob_streams import NotServed, get_blob_into, put_blob, serve_blobs
-from thinwire.coordinator.protocol.messages import BadMessage, GenesisBody, digest_of
+from thinwire.coordinator.protocol.messages import BadMessage, GenesisBody, Offered, digest_of
 from thinwire.coordinator.protocol.streams import BLOB, Meter, Stream
 from thinwire.coordinator.seats import fetching
 from thinwire.coordinator.seats.driving.council import Council
 from thinwire.coordinator.seats.pushing import MAX_REFUSALS, MAX_WAITING, STREAMS, Pusher
+from thinwire.coordinator.serving.handing_out import HandingOut
 from thinwire.coordinator.serving.passing_on import PassedOn, Stored
 
 PAYLOAD = bytes(range(256)) * 1000
@@ -255,6 +256,40 @@ def test_a_seat_that_refuses_what_is_pushed_gets_no_more_until_it_is_connected_a
         assert not pushing.pusher.push("seat", DIGEST)
         pushing.pusher.forget("seat")
         assert pushing.pusher.push("seat", DIGEST)
+        await pushing.close()
+
+    asyncio.run(scene())
+
+
+def test_nodes_that_get_a_payload_from_the_coordinator_are_sent_it(tmp_path: Path) -> None:
+    """But for one that takes none."""
+
+    def offered(holder: str) -> Offered:
+        return Offered(round=1, holder=holder, digest=DIGEST, n_bytes=len(PAYLOAD))
+
+    async def scene() -> None:
+        blobs, shelf = BlobStore(tmp_path / "ours"), Takes(BlobStore(tmp_path / "theirs"))
+        blobs.put(DIGEST, PAYLOAD)
+        pushing = Pushing(
+            tmp_path / "none", lambda stream: serve_blobs(stream, shelf, "payload", lambda: True)
+        )
+
+        async def open_stream(peer_id: str) -> Stream:
+            if peer_id == "takes none":
+                raise SwarmUnreachable("it serves no streams")
+            return await pushing._open(peer_id)
+
+        handing_out = HandingOut(blobs, open_stream, "me")
+        assert handing_out.offered("node", offered("its peer")) == offered("its peer")
+        assert handing_out.offered("node", offered("me")) == offered("node")
+        await until(lambda: shelf.came == [DIGEST])
+        told = []
+        for _ in range(MAX_REFUSALS + 1):
+            told.append(handing_out.offered("takes none", offered("me")).holder)
+            for _ in range(5):
+                await asyncio.sleep(0)
+        assert told == ["takes none"] * MAX_REFUSALS + ["me"]
+        handing_out.forget("node")
         await pushing.close()
 
     asyncio.run(scene())

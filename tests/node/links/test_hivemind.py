@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable
 from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.protocol.blob_streams import get_blob
 from thinwire.coordinator.protocol.identity import peer_id_of, save
 from thinwire.coordinator.protocol.ledger_copy import COPY_NAME, LedgerCopy
 from thinwire.coordinator.protocol.messages import (
@@ -28,9 +29,12 @@ from thinwire.coordinator.protocol.messages import (
     Offer,
     Report,
 )
+from thinwire.coordinator.protocol.streams import Stream
 from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.coordinator.server import CoordinatorServer
 from thinwire.coordinator.server_thread import ServerThread
+from thinwire.node.links import blob_client
+from thinwire.node.links import payloads as payloads_module
 from thinwire.node.links.hivemind import HivemindLink
 from thinwire.node.links.upload_limit import UploadLimit
 
@@ -192,6 +196,34 @@ def test_a_limited_node_gives_its_payload_to_the_coordinator_alone(make_swarm: M
     a.offer(offer(2, LARGE[:20_000]))
     until(lambda: b.traffic().received["payload"] >= len(LARGE) + 20_000)
     assert a.traffic().sent["payload"] >= len(LARGE) + 2 * 20_000
+
+
+def test_payloads_come_with_the_commit_and_nobody_asks(
+    make_swarm: MakeSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bytes] = []
+
+    async def counted(stream: Stream, digest: bytes, *args: Any, **options: Any) -> bytes:
+        asked.append(digest)
+        return await get_blob(stream, digest, *args, **options)
+
+    monkeypatch.setattr(blob_client, "get_blob", counted)
+    monkeypatch.setattr(payloads_module, "SHORT_WAIT_S", WAIT_S)
+    monkeypatch.setattr(payloads_module, "LONG_WAIT_S", WAIT_S)
+    swarm = make_swarm()
+    a, b = swarm.trainer("a"), swarm.trainer("b")
+    until(lambda: a.members() == [b.peer_id] and b.members() == [a.peer_id])
+    payloads = {(n, round_): bytes([n, round_]) * 4000 for n in range(2) for round_ in range(1, 5)}
+    for round_ in range(1, 5):
+        for n, link in enumerate((a, b)):
+            link.offer(offer(round_, payloads[n, round_]))
+        for link in (a, b):
+            (commit,) = islice(link.commits(round_ - 1), 1)
+            got = [link.payload(entry) for entry in commit.body.offers]
+            assert got == [payloads[0, round_], payloads[1, round_]]
+    assert asked == []
+    assert a.traffic().received["payload"] == pytest.approx(4 * 8000, rel=0.01)
+    assert a.traffic().sent["payload"] == pytest.approx(4 * 8000, rel=0.01), "to the coordinator alone"
 
 
 def test_a_payload_that_comes_rounds_too_late_is_not_sent(make_swarm: MakeSwarm) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 
 import pytest
 
 from tests.support.records import commit_body, unsigned
 from thinwire.compression.errors import SwarmUnreachable
-from thinwire.coordinator.protocol.blob_streams import NotServed
+from thinwire.coordinator.protocol.blob_streams import NotServed, put_blob, serve_blobs
 from thinwire.coordinator.protocol.messages import (
     Commit,
     Offered,
     OfferEntry,
     digest_of,
 )
+from thinwire.coordinator.protocol.streams import Meter, Stream, TrafficKind
 from thinwire.node.links import payloads as payloads_module
 from thinwire.node.links.base import Lied
 from thinwire.node.links.payloads import KEPT_ROUNDS, PayloadCache, Payloads, Served
@@ -95,6 +97,7 @@ def in_a_loop(body: Callable[[Swarm, Payloads], Awaitable[None]]) -> Callable[[]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(payloads_module, "_RETRY_S", 0.001)
     monkeypatch.setattr(payloads_module, "LONG_WAIT_S", 0.05)
+    monkeypatch.setattr(payloads_module, "_ANNOUNCED_S", 0.05)
     monkeypatch.setattr(payloads_module, "SHORT_WAIT_S", 0.05)
 
 
@@ -138,6 +141,59 @@ async def test_what_was_fetched_while_the_round_was_open_is_not_asked_for_again(
     payloads.committed(commit(1, entry(1, x)))
     assert await payloads.get(entry(1, x), A) == x
     assert swarm.asked == [A]
+
+
+async def send(payloads: Payloads, payload: bytes) -> dict[TrafficKind, int]:
+    """As the coordinator does. Returns what came, by its kind."""
+    near, far = socket.socketpair()
+    ours = Stream(*await asyncio.open_connection(sock=near), Meter())
+    theirs = Stream(*await asyncio.open_connection(sock=far), Meter())
+    served = Served(payloads.kept, payloads=payloads)
+    allowed, announced = lambda: True, served.announced
+    serving = asyncio.create_task(serve_blobs(ours, served, served.purpose, allowed, announced=announced))
+    try:
+        await put_blob(theirs, digest_of(payload), payload, "payload")
+    finally:
+        theirs.close()
+        await asyncio.gather(serving, return_exceptions=True)
+        ours.close()
+    return ours.meter.received
+
+
+@in_a_loop
+async def test_what_the_coordinator_sends_by_itself_is_not_asked_for(
+    swarm: Swarm, payloads: Payloads
+) -> None:
+    """Although it is ahead of the word that it comes."""
+    x = data("x")
+    sending = asyncio.create_task(send(payloads, x))
+    await settle()
+    payloads.offered(offered(1, ME, x))
+    payloads.want([commit(1, entry(1, x))], PEERS)
+    assert (await sending)["payload"] > len(x)
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == []
+    await send(payloads, x)
+
+
+@in_a_loop
+async def test_what_the_coordinator_has_not_sent_is_asked_for(swarm: Swarm, payloads: Payloads) -> None:
+    x = data("x")
+    swarm.coordinator[digest_of(x)] = x
+    payloads.offered(offered(1, ME, x))
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == ["coordinator"]
+
+
+@in_a_loop
+async def test_what_was_not_announced_is_refused_and_counted(swarm: Swarm, payloads: Payloads) -> None:
+    x, y = data("x"), data("y")
+    payloads.offered(Offered(round=1, holder=ME, digest=digest_of(y), n_bytes=len(y) + 1))
+    for payload in (x, y):
+        with pytest.raises(NotServed, match="announced"):
+            await send(payloads, payload)
+    assert payloads.n_refused == 2
+    assert not payloads.kept.n_bytes
 
 
 @in_a_loop
@@ -212,7 +268,7 @@ async def test_what_is_on_its_way_is_passed_on_once_it_is_here(swarm: Swarm, pay
     x = data("x")
     swarm.peers[A][digest_of(x)] = x
     swarm.held.add(A)
-    served = Served(payloads.kept, lambda n_bytes: n_bytes <= 2 * len(x), payloads.early)
+    served = Served(payloads.kept, lambda n_bytes: n_bytes <= 2 * len(x), payloads)
     assert served.coming(digest_of(x)) is None, "nobody has said that it comes"
     payloads.offered(offered(1, A, x))
     first, second = served.coming(digest_of(x)), served.coming(digest_of(x))
@@ -237,7 +293,7 @@ async def test_what_is_on_its_way_is_passed_on_once_it_is_here(swarm: Swarm, pay
 async def test_who_waits_for_what_does_not_come_is_told(swarm: Swarm, payloads: Payloads) -> None:
     x, y = data("x"), data("y")
     swarm.held.add(A)
-    served = Served(payloads.kept, awaited=payloads.early)
+    served = Served(payloads.kept, payloads=payloads)
     waiting = []
     for payload in (x, y):
         payloads.offered(offered(1, A, payload))
@@ -260,7 +316,7 @@ async def test_nobody_waits_for_what_this_node_looks_for_itself(swarm: Swarm, pa
     payloads.want([commit(1, entry(1, x))], PEERS)
     await settle()
     assert swarm.asked == ["coordinator", A]
-    assert Served(payloads.kept, awaited=payloads.early).coming(digest_of(x)) is None
+    assert Served(payloads.kept, payloads=payloads).coming(digest_of(x)) is None
 
 
 @in_a_loop

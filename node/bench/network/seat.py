@@ -11,20 +11,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ...compression.errors import ConfigError
-from ...coordinator.protocol.identity import load_or_create, peer_id_of
-from ...coordinator.protocol.p2p import start_p2p
-from ...coordinator.protocol.ticket import Ticket
-from ...coordinator.protocol.transport import Transport
-from ...coordinator.seats.beginning import begin
-from ...coordinator.seats.naming import Wish
-from ...coordinator.seats.plan import SeatPlan
-from ...coordinator.seats.ticket import SeatTicket, keep_ticket
-from ...coordinator.server import CoordinatorServer
-from ...coordinator.server_thread import ServerThread
-from ...coordinator.state import StateDir
-from ..system.output import to_stdout
-from .genesis import genesis_of
+from ....compression.errors import ConfigError
+from ....coordinator.protocol.identity import load_or_create, peer_id_of
+from ....coordinator.protocol.p2p import start_p2p
+from ....coordinator.protocol.ticket import Ticket
+from ....coordinator.protocol.transport import Transport
+from ....coordinator.seats.beginning import begin
+from ....coordinator.seats.naming import Wish
+from ....coordinator.seats.plan import SeatPlan
+from ....coordinator.seats.ticket import SeatTicket, keep_ticket
+from ....coordinator.server import CoordinatorServer
+from ....coordinator.server_thread import ServerThread
+from ....coordinator.state import StateDir
+from ...system.output import to_stdout
+from ..genesis import genesis_of
 
 
 class SeatProcess:

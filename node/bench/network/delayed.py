@@ -1,4 +1,4 @@
-"""Links of a chosen delay on this machine: TCP through a pipe in user space that holds every byte back."""
+"""Links of a chosen delay and rate on this machine: TCP through pipes in user space that hold bytes back."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ _QUEUED = 256
 
 class Delays:
     """Doors to ports of 127.0.0.1, each way `one_way_s` long, in a process of their own: a network costs
-    those that are measured nothing. Use as a context manager; `door` is called from any thread."""
+    those that are measured nothing. Every connection through a door has `bytes_per_s` for itself in each
+    direction; 0: as much as there is. Use as a context manager; `door` is called from any thread."""
 
-    def __init__(self, one_way_s: float) -> None:
-        self._one_way_s, self._asking = one_way_s, threading.Lock()
+    def __init__(self, one_way_s: float, bytes_per_s: float = 0.0) -> None:
+        self._one_way_s, self._bytes_per_s = one_way_s, bytes_per_s
+        self._asking = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(self._one_way_s)],
+            [sys.executable, "-m", __name__, str(self._one_way_s), str(self._bytes_per_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -41,8 +43,8 @@ class Delays:
             self._process.communicate()  # the end of its input ends it
 
     def door(self, port: int) -> int:
-        """A port that leads to that one; itself, where there is no delay."""
-        if not self._one_way_s:
+        """A port that leads to that one; itself, where nothing is between."""
+        if not (self._one_way_s or self._bytes_per_s):
             return port
         assert self._process is not None
         assert self._process.stdin is not None
@@ -56,8 +58,8 @@ class Delays:
 class _Doors:
     """In that process."""
 
-    def __init__(self, one_way_s: float) -> None:
-        self._one_way_s = one_way_s
+    def __init__(self, one_way_s: float, bytes_per_s: float) -> None:
+        self._one_way_s, self._bytes_per_s = one_way_s, bytes_per_s
         self._pipes: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
@@ -96,18 +98,34 @@ class _Doors:
             writer.write(data)
             await writer.drain()
 
-        await pass_later(reader, give, lambda: self._one_way_s, _PIECE_BYTES, _QUEUED)
+        line = _Line(self._one_way_s, self._bytes_per_s)
+        await pass_later(reader, give, line.delay_s, _PIECE_BYTES, _QUEUED)
+
+
+class _Line:
+    """One direction of a connection: bytes leave one after the other."""
+
+    def __init__(self, one_way_s: float, bytes_per_s: float) -> None:
+        self._one_way_s, self._byte_s = one_way_s, 1 / bytes_per_s if bytes_per_s else 0.0
+        self._free_s = 0.0
+
+    def delay_s(self, n_bytes: int) -> float:
+        """From now on, of so many."""
+        now_s = time.monotonic()
+        self._free_s = max(self._free_s, now_s) + n_bytes * self._byte_s
+        return self._free_s - now_s + self._one_way_s
 
 
 async def pass_later(
     reader: asyncio.StreamReader,
     give: Callable[[bytes], Awaitable[None]],
-    delay_s: Callable[[], float],
+    delay_s: Callable[[int], float],
     piece_bytes: int,
     n_queued: int,
 ) -> None:
-    """Gives what comes, in pieces, each one so much later than it came, and b"" at the end, until `give`
-    raises something. The delay is a queue, and costs no throughput as long as so many pieces suffice."""
+    """Gives what comes, in pieces, each one `delay_s` of its bytes later than it came, and b"" at the end,
+    until `give` raises something. The delay is a queue, and costs no throughput as long as so many pieces
+    suffice."""
     queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(n_queued)
 
     async def feed() -> None:
@@ -117,7 +135,7 @@ async def pass_later(
                 data = await reader.read(piece_bytes)
             except OSError:
                 data = b""
-            await queue.put((time.monotonic() + delay_s(), data))
+            await queue.put((time.monotonic() + delay_s(len(data)), data))
 
     feeder = asyncio.create_task(feed())
     try:
@@ -131,4 +149,4 @@ async def pass_later(
 
 
 if __name__ == "__main__":
-    asyncio.run(_Doors(float(sys.argv[1])).serve())
+    asyncio.run(_Doors(float(sys.argv[1]), float(sys.argv[2])).serve())

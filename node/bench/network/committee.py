@@ -18,13 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from ...compression.errors import ConfigError
-from ...coordinator.protocol.messages import MAX_SEATS, NodeState, Offer
-from ...coordinator.protocol.ticket import Ticket
-from ..links.base import Link
-from ..links.hivemind import HivemindLink
+from ....compression.errors import ConfigError
+from ....coordinator.protocol.messages import MAX_SEATS, NodeState
+from ....coordinator.protocol.ticket import Ticket
+from ...links.base import Link
+from ...links.hivemind import HivemindLink
+from ..round import PAYLOAD_BYTES, figures, offer_of
 from .delayed import Delays
-from .round import PAYLOAD_BYTES, figures
 from .seat import SeatProcess
 
 ROUND_TRIPS_S: Final = (0.0, 0.05, 0.15)
@@ -55,9 +55,9 @@ def measure_seats(
     """`n_rounds`, at least 2: that are measured. `ledger_bytes_per_commit`: as a node receives them."""
     total = WARM_UP_ROUNDS + n_rounds
     with tempfile.TemporaryDirectory(prefix="thinwire-bench-") as folder, ExitStack() as stack:
-        seats = _Seats(Path(folder), stack.enter_context(Delays(round_trip_s / 2)), stack)
+        delays = stack.enter_context(Delays(round_trip_s / 2))
         # One round names the committee.
-        ticket = seats.start(n_seats, n_peers, total + (n_seats > 1))
+        ticket = served_behind(delays, Path(folder), stack, n_peers, total + (n_seats > 1), n_seats)
         links = [HivemindLink(ticket, host="127.0.0.1") for _ in range(n_peers)]
         for link in links:
             stack.callback(link.close)
@@ -80,6 +80,13 @@ def measure_seats(
         "sent_bytes_per_peer_and_round": sent / (n_peers * total),
         "ledger_bytes_per_commit": round(sum(first.commit_bytes[-n_rounds:]) / n_rounds, 1),
     }
+
+
+def served_behind(
+    delays: Delays, folder: Path, stack: ExitStack, n_peers: int, n_rounds: int, n_seats: int = 1
+) -> Ticket:
+    """Of nodes, for so many coordinators that end with `stack`. Raises ConfigError."""
+    return _Seats(folder, delays, stack).start(n_seats, n_peers, n_rounds)
 
 
 class _Seats:
@@ -121,24 +128,10 @@ class _Peer:
         """Offers as soon as the last commit is there."""
         link, head = self._link, self._link.head
         link.state(NodeState.TRAINING)
-        link.offer(self._offer(head + 1))
+        link.offer(offer_of(head + 1, self._number, self._payload_bytes))
         for commit in link.commits(head):
             self.seen_s.append(time.monotonic())
             self.commit_bytes.append(len(commit.record) + len(commit.signature))
             if commit.body.round == self._last_round:
                 break
-            link.offer(self._offer(commit.body.round + 1))
-
-    def _offer(self, round_: int) -> Offer:
-        """Of bytes that no other one has."""
-        head = round_.to_bytes(4, "big") + self._number.to_bytes(4, "big")
-        payload = (head * (self._payload_bytes // len(head) + 1))[: self._payload_bytes]
-        return Offer(
-            round=round_,
-            n_samples=1,
-            n_tokens=1,
-            loss=1.0,
-            n_bytes=len(payload),
-            payload=payload,
-            digest=None,
-        )
+            link.offer(offer_of(commit.body.round + 1, self._number, self._payload_bytes))
