@@ -14,6 +14,7 @@ import torch
 from ..compression.errors import ConfigError
 from ..coordinator.protocol.messages import BlobRef, GenesisBody, Welcome
 from ..optim.base import Strategy
+from ..optim.sapo import Sapo
 from .config import RunConfig, parse_config
 from .gossip.swarm import meet_neighbours
 from .history import History
@@ -23,7 +24,7 @@ from .precision import Precision
 from .ranks.leader import Leader
 from .replica import Replica, build_replica
 from .states.kept_blobs import KeptBlobs
-from .tasks.base import Task
+from .tasks.base import Task, Writes
 from .tasks.registry import make_task
 from .trust.spare import spare_replica
 from .units import human_bytes
@@ -118,6 +119,8 @@ def prepare_run(
     if offload_idle:
         _offload_idle(replica.strategy, folder)
     meet_neighbours(replica, link.neighbours)
+    if isinstance(replica.strategy, Sapo) and isinstance(task, Writes):
+        replica.strategy.policy = task.policy(replica.model)
     blobs, fetched = KeptBlobs(link, folder), KeptBlobs(link, None)
     texts = (
         _download(fetched, body.corpus, "text"),

@@ -24,6 +24,7 @@ from .decoupled import Decoupled
 from .diloco import Diloco
 from .gossip.strategy import Gossip
 from .options import REQUIRED
+from .sapo import Sapo
 from .spsa import Spsa
 from .subspace import Subspace
 
@@ -32,6 +33,7 @@ STRATEGIES: Final[Mapping[str, type[Strategy]]] = {
     "decoupled": Decoupled,
     "diloco": Diloco,
     "gossip": Gossip,
+    "sapo": Sapo,
     "spsa": Spsa,
     "subspace": Subspace,
 }

@@ -65,15 +65,23 @@ def bars(path: Path, n: int = 400) -> Path:
 
 
 def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, **task: Any) -> list[tuple[int, float]]:
-    """The held-out losses of two nodes with the example's run file, over links of this process."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+    """The held-out losses of two nodes."""
     keys = {f"task.{key}": value for key, value in task.items()}
-    keys |= {"run.rounds": 60, "run.eval_every": 60, "strategy.lr": 1e-2, "policy.name": "all"}
-    run = load_config(EXAMPLES / "digits.toml", keys, environ={})
-    task_there = make_task(run.task, "digits:make", None)
+    keys |= {"run.rounds": 60, "run.eval_every": 60, "strategy.lr": 1e-2}
+    nodes = ended(folder, monkeypatch, EXAMPLES / "digits.toml", "digits:make", keys)
+    return sorted(loss for node in nodes if node.result is not None for loss in node.result.held_out)
+
+
+def ended(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, run_file: Path, task: str, keys: dict[str, Any]
+) -> list[Runner]:
+    """Two nodes with the example's run file, over links of this process."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    run = load_config(run_file, {**keys, "policy.name": "all"}, environ={})
+    task_there = make_task(run.task, task, None)
     genesis = make_genesis(run, task_there, peer_id_of(KEY.public_key()), 1)
     with local_swarm(folder, genesis.body, KEY, blobs=genesis.blobs) as swarm:
-        nodes = [Runner(swarm.link(name), import_path="digits:make") for name in "ab"]
+        nodes = [Runner(swarm.link(name), import_path=task) for name in "ab"]
         threads = [threading.Thread(target=node.run) for node in nodes]
         for thread in threads:
             thread.start()
@@ -82,9 +90,9 @@ def trained(folder: Path, monkeypatch: pytest.MonkeyPatch, **task: Any) -> list[
         results = [node.result for node in nodes]
     assert all(result is not None for result in results)
     found = [result for result in results if result is not None]
-    assert {result.rounds for result in found} == {60}
+    assert {result.rounds for result in found} == {keys["run.rounds"]}
     assert found[0].fingerprint == found[1].fingerprint
-    return sorted(loss for result in found for loss in result.held_out)
+    return nodes
 
 
 def test_digits_is_learnt_from_a_file_of_one_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +117,23 @@ def test_digits_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     np.savez(bad, pictures=np.zeros(3))
     with pytest.raises(ConfigError, match="images"):
         make_task(config.Task(name="custom", corpus=str(bad)), "digits:make", None).held_out()
+
+
+# ----------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_nodes_learn_to_add_from_what_both_have_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"run.rounds": 40, "run.eval_every": 40, "strategy.lr": 1e-2, "strategy.samples": 16}
+    nodes = ended(tmp_path, monkeypatch, ROOT / "deploy/runs/sapo.toml", "arithmetic:make", keys)
+    for node in nodes:
+        strategy, first = node.replica.strategy, dict(node.result.held_out if node.result else ()).get(0)
+        assert strategy.counters["foreign"] > 20
+        wrong = node.prepared.work.evaluate_own()
+        assert wrong is not None
+        assert wrong < 0.97
+        assert first is None or first > 0.97
 
 
 # ----------------------------------------------------------------------------------------------- the others

@@ -77,9 +77,10 @@ def plan(
 def chosen(config: RunConfig, strategies: str | None) -> list[dict[str, Any]]:
     """The run's strategy as its file says, then others as they suit small models. Raises ConfigError."""
     own = complete_new_run(config.strategy)
-    # What peers send to neighbours no node can measure alone, and a round of subspace takes long in large
-    # models: these are planned only where the run has them, or they are asked for.
-    names = [own["name"], *(n for n in STRATEGIES if n not in (own["name"], "gossip", "subspace"))]
+    # What peers send to neighbours no node can measure alone, sapo needs a task that writes, and a round of
+    # subspace takes long in large models: planned only where the run has them, or they are asked for.
+    others = STRATEGIES.keys() - {own["name"], "gossip", "sapo", "subspace"}
+    names = [own["name"], *sorted(others)]
     if strategies is not None:
         names = strategies.split(",")
     return [_timeless(own if name == own["name"] else _for_small_models(name)) for name in names]

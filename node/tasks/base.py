@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...optim.base import Closure
+from ...optim.sapo import Policy
 from .. import config
 
 
@@ -104,6 +105,15 @@ class Mergeable(Pretrained, Protocol):
     def export_merged(self, model: nn.Module, held_out: bytes, folder: Path) -> None:
         """The model with its adapters in its weights, as its library reads it. Raises ConfigError where it
         has none, or computes something else then. `model` is of no use afterwards."""
+        ...
+
+
+@runtime_checkable
+class Writes(Protocol):
+    """What a task for the strategy `sapo` has besides."""
+
+    def policy(self, model: nn.Module) -> Policy:
+        """How this model writes, and what that is worth."""
         ...
 
 

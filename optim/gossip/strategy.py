@@ -26,8 +26,7 @@ Sources: algorithms of arXiv 2306.08289 (A2CiD2), 1902.00340 (CHOCO-SGD), and "A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -41,7 +40,7 @@ from ..base import Draw, NamedParameters, Own, Parameter, Share, refuse_names
 from ..facts import Facts, KnownUpdate
 from ..inner.optimizers import check_inner
 from ..inner.phase import InnerPhase
-from ..inner.training import InnerTraining
+from ..inner.training import OwnTraining
 from ..options import Number, Whole, keywords_of
 from ..parts.packing import pack_all
 from ..parts.updating import updating
@@ -165,7 +164,7 @@ def _check_graph(entries: Mapping[str, Any]) -> None:
         raise ConfigError(f'edges with topology = "{entries["topology"]}": they are of topology = "file"')
 
 
-class Gossip(InnerTraining):
+class Gossip(OwnTraining):
     """See the module's docstring. Replicated: the reference model. Local: x_i, the inner optimizer's state,
     A2CiD2's momentum.
 
@@ -284,28 +283,8 @@ class Gossip(InnerTraining):
             self._round_is_trained()
             return self._send(turn)
 
-    @contextmanager
-    def own_model(self) -> Iterator[None]:
-        """The model has x_i meanwhile, to be evaluated or saved."""
-        if self._phase.is_inside:
-            yield
-            return
-        self._phase.enter()
-        try:
-            yield
-        finally:
-            self._leave()
-
-    @property
-    def has_own_model(self) -> bool:
-        """Whether x_i is another one than the reference model."""
-        return any(self._phase.entry(p, "live") is not None for p in self.parameters_in_order())
-
     def _begin(self, turn: Turn) -> None:
         self._follow(turn)
-
-    def _leave(self) -> None:
-        self._phase.leave(is_kept=True)
 
     def _follow(self, turn: Turn) -> None:
         """What belongs to a replica that was moved to another round has nothing to do with it."""

@@ -130,3 +130,25 @@ class InnerTraining(Strategy):
         """`last_loss` is the mean of its steps."""
         self.last_loss = sum(self._losses) / len(self._losses) if self._losses else None
         self._losses = []
+
+
+class OwnTraining(InnerTraining):
+    """Of peers whose parameters are models of their own, not on the way to the replica's."""
+
+    @contextmanager
+    def own_model(self) -> Iterator[None]:
+        if self._phase.is_inside:
+            yield
+            return
+        self._phase.enter()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @property
+    def has_own_model(self) -> bool:
+        return any(self._phase.entry(p, "live") is not None for p in self.parameters_in_order())
+
+    def _leave(self) -> None:
+        self._phase.leave(is_kept=True)

@@ -10,7 +10,7 @@ import copy
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +31,7 @@ from thinwire.compression.numerics.noise import initial_values
 from thinwire.compression.registry import build_compressor
 from thinwire.optim.base import Closure, Own, Strategy
 from thinwire.optim.registry import complete_config
+from thinwire.optim.sapo import Group, Sapo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -182,6 +183,11 @@ ROWS: dict[str, Row] = {
         n_bytes=sixteen_bits,
     ),
     "spsa by rule": Row({**SPSA, **BOUNDED, "lr_scale": "rule"}, one_per_probe),
+    "sapo": Row(
+        {"name": "sapo", "lr": 3e-3, "prompts": 6, "samples": 4, "length": 1, "vocabulary": 5, "own": 6},
+        lambda _: 6 * 4,
+        is_quiet=lambda round: True,
+    ),
     "subspace": Row({**SUBSPACE, "compressor": DENSE, "weight_decay": 0.1}, lambda _: 4 * 24),
     "subspace bounded": Row(
         {**SUBSPACE, **BOUNDED, "compressor": {"name": "dense", "bits": 8}, "reseed_every": 2},
@@ -217,8 +223,38 @@ def batch_loss(model: nn.Module, seed: int) -> Closure:
     return lambda: F.cross_entropy(model(x), target)
 
 
+class Pointing:
+    """Of a peer of `sapo`: it says which fifth of the inputs of a seed has the largest sum."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def sample(self, seed: int, prompts: int, samples: int) -> Tensor:
+        rng = torch.Generator().manual_seed(seed % 2**63)
+        p_PC = self._model(self._inputs(seed, prompts)).softmax(dim=1)
+        return torch.multinomial(p_PC, samples, replacement=True, generator=rng).to(torch.uint8)[..., None]
+
+    def rewards(self, seed: int, tokens_PGC: Tensor) -> Tensor:
+        x = self._inputs(seed, len(tokens_PGC))
+        right_P = torch.stack([part.sum(1) for part in x.tensor_split(5, dim=1)], dim=1).argmax(1)
+        return (tokens_PGC[..., 0] == right_P[:, None]).float()
+
+    def loss(self, groups: Sequence[Group]) -> Tensor:
+        x = torch.stack([self._inputs(g.seed, g.prompt + 1)[-1] for g in groups])
+        log_p_PC = self._model(x).log_softmax(dim=1)
+        said_PG = torch.stack([g.tokens_GC[:, 0].long() for g in groups])
+        advantage_PG = torch.stack([g.advantage_G for g in groups])
+        return -(log_p_PC.gather(1, said_PG) * advantage_PG).mean()
+
+    def _inputs(self, seed: int, n: int) -> Tensor:
+        return torch.randn(n, 24, generator=torch.Generator().manual_seed(seed % 2**63))
+
+
 def new_replica(config: dict[str, Any], peer: int, width: int = 211) -> Replica:
-    return Replica(config, peer, Net(width), batch_loss)
+    found = Replica(config, peer, Net(width), batch_loss)
+    if isinstance(found.strategy, Sapo):
+        found.strategy.policy = Pointing(found.model)
+    return found
 
 
 Ledger = list[tuple[int, list[tuple[int, bytes]]]]
