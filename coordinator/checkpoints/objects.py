@@ -100,7 +100,9 @@ class _Writer:
         return [_Tag.REF, number]
 
     def _values(self, xs: Collection[Any]) -> list[Any]:
-        return list(xs) if set(map(type, xs)) <= _PLAIN else [self.value(x) for x in xs]
+        if not set(map(type, xs)) <= _PLAIN:
+            return [self.value(x) for x in xs]
+        return sorted(xs, key=repr) if isinstance(xs, set | frozenset) else list(xs)
 
     def _contents(self, x: Any) -> list[Any]:
         """["object", module, class, state] or [container, values, ...] or [mapping, keys, values, ...]."""

@@ -616,10 +616,13 @@ def test_any_schedule(script: list[Any], policy: str, min_peers: int, eval_every
         return
     head = rounds.head
     rounds.handle(OfferMade(9, rounds.round, b"x", True), now_s)
-    if rounds.head == head:
+    wakes = list[float]()
+    while rounds.head == head:  # it may look again for a limit that is more by then
         wake_s = rounds.wake_s()
         assert wake_s is not None
-        assert closed(rounds.handle(TimePassed(), wake_s)) != []
+        rounds.handle(TimePassed(), wake_s)
+        wakes.append(wake_s)
+    assert len(wakes) <= 2
 
 
 def test_nobody_waits_for_condemned_peers_nor_takes_their_offers() -> None:
