@@ -283,6 +283,7 @@ def test_nodes_that_get_a_payload_from_the_coordinator_are_sent_it(tmp_path: Pat
         assert handing_out.offered("node", offered("its peer")) == offered("its peer")
         assert handing_out.offered("node", offered("me")) == offered("node")
         await until(lambda: shelf.came == [DIGEST])
+        assert handing_out.offered("node", offered("me")) == offered("me"), "it has that"
         told = []
         for _ in range(MAX_REFUSALS + 1):
             told.append(handing_out.offered("takes none", offered("me")).holder)
