@@ -236,7 +236,7 @@ class LedgerFollower:
         """One live commit, or several older ones."""
         last = commits[-1].body.round
         if self._link.head <= last < self._replica.course.n_rounds:
-            self._proposer.finish_ahead()
+            self._proposer.finish_ahead(commits[-1])
         began_s, offer = self._clock(), self._proposer.open_offer
         payloads = _Payloads(self._link, self._clock, self._stopped)
         self._auditor.coming(commits)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
 
 from ..compression.base import Payload, Turn
-from ..compression.errors import ConfigError
+from ..compression.errors import BadPayload, ConfigError
 from ..optim.auditing.evidence import Evidence
 from ..optim.base import Allotment, Closure
 from .auditing.earlier import Earlier
@@ -110,9 +111,10 @@ class LocalWork:
         self._turn, self._n_drawn, self._n_tokens = turn, 0, 0
         return replace(missed, round=turn.round, payload=self._replica.encode(payload, turn), n_batches=0)
 
-    def work_ahead(self) -> bool:
-        """A piece of the next round's work, at the weights as they are: after `propose`, or before any commit
-        with a strategy of some staleness. False, with nothing done, if there is none."""
+    def work_ahead(self, sent: bytes = b"") -> bool:
+        """A piece of the next round's work: after `propose`, or before any commit with a strategy of some
+        staleness; `sent`: this peer's payload in that commit, where the strategy does not know it any more.
+        False, with nothing done, if there is none."""
         strategy, turn = self._replica.strategy, self._replica.turn()
         if strategy.staleness == 0:
             worked = strategy.work_ahead(self._draw, turn)
@@ -121,7 +123,10 @@ class LocalWork:
         self._set_mode()
         if self._ahead_for != turn.round + 1:
             self._ahead_for, self._n_drawn_ahead, self._n_tokens_ahead = turn.round + 1, 0, 0
-        return strategy.work_ahead(self._draw_ahead, turn)
+        known = None
+        with suppress(BadPayload):
+            known = self._replica.decode(sent, turn) if sent else None
+        return strategy.work_ahead(self._draw_ahead, turn, known)
 
     def keep(self) -> Earlier | None:
         """The weights that the offers for the round after the replica's are made from, for `audit`; None:
@@ -136,13 +141,18 @@ class LocalWork:
         return found
 
     def audit(
-        self, payloads: Mapping[str, Payload], at: Earlier, seed: Callable[[int], int], n_batches: int
+        self,
+        payloads: Mapping[str, Payload],
+        at: Earlier,
+        seed: Callable[[int], int],
+        n_batches: int,
+        sent: Payload | None = None,
     ) -> list[Evidence | None]:
         """What speaks for payloads of a round, at the weights that they were made from, in their order.
 
         `payloads`: by the peer whose work each is; `seed`: of the batches that they are compared with, by
-        number; `n_batches`: that are enough; `at`: the newest of `keep`. None: that cannot be told. Nothing
-        changes, local state and the global generators included.
+        number; `n_batches`: that are enough; `at`: the newest of `keep`; `sent`: see `Strategy.moved_by`.
+        None: that cannot be told. Nothing changes, local state and the global generators included.
         """
         model, strategy = self._replica.model, self._replica.strategy
         numbers = count()
@@ -153,7 +163,7 @@ class LocalWork:
         turns = [at.turn_of(peer_id) for peer_id in payloads]
         model.eval()  # dropout would take from the global generators, norms would count a batch twice
         try:
-            with at.in_place():
+            with at.in_place(), strategy.moved_by(sent, at.turn_before()):
                 return strategy.audit(list(payloads.values()), draw, turns, n_batches)
         finally:
             self._set_mode()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
-from ..coordinator.protocol.messages import Offer
+from ..compression.errors import SwarmUnreachable
+from ..coordinator.protocol.messages import Commit, Offer
 from .local_work import Proposal
 from .preparing import PreparedRun
 from .tracking.observer import Observer, OpenOffer
@@ -86,15 +88,22 @@ class Proposer:
         while not is_last and run.is_at_head and self._works_ahead():
             pass
 
-    def finish_ahead(self) -> None:
-        """All of the next round's work that is to be done before the commit of this one is applied."""
-        while self._run.replica.strategy.staleness and self._works_ahead():
+    def finish_ahead(self, commit: Commit) -> None:
+        """All of the next round's work that is to be done before this commit is applied."""
+        run, sent = self._run, b""
+        if run.replica.strategy.staleness == 0:
+            return
+        if self._open is None:  # it was started anew since it made an offer that is in the commit
+            own = (o for o in commit.body.offers if o.peer == run.peer_index and o.n_samples > 0)
+            with suppress(SwarmUnreachable):
+                sent = next((run.link.payload(offer) for offer in own), b"")
+        while self._works_ahead(sent):
             pass
 
-    def _works_ahead(self) -> bool:
+    def _works_ahead(self, sent: bytes = b"") -> bool:
         """A piece of it; False: there is none, or this node is stopped."""
         began_s = time.monotonic()
-        if self._stopped() or not self._run.work.work_ahead():
+        if self._stopped() or not self._run.work.work_ahead(sent):
             return False
         duration_s = time.monotonic() - began_s
         self._observer.worked_ahead(duration_s)

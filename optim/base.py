@@ -410,11 +410,19 @@ class Strategy(torch.optim.Optimizer):
         Does not change a parameter."""
         return None
 
-    def work_ahead(self, draw: Draw, turn: Turn) -> bool:
+    def work_ahead(self, draw: Draw, turn: Turn, sent: Payload | None = None) -> bool:
         """Work for the next round while the offer of this one, `turn`, is under way: a piece at a time, and
-        False, with nothing done, if there is none to do. `draw`: the one of `propose`, further batches. Does
-        not change a parameter. (`step` has nothing to do meanwhile: its collectives block.)"""
+        False, with nothing done, if there is none to do. `draw`: the one of `propose`, further batches; of a
+        strategy of some staleness those of the next round. `sent`: the payload of that offer, which a peer
+        that was started anew does not know any more. Does not change a parameter. (`step` has nothing to do
+        meanwhile: its collectives block.)"""
         return False
+
+    @contextmanager
+    def moved_by(self, sent: Payload | None, turn: Turn) -> Iterator[None]:
+        """The model is meanwhile where a peer's work is done that has sent this in the round and has not seen
+        its commit; None: it has sent nothing. Only with some `staleness`."""
+        yield
 
     def resume(self) -> None:
         """The next gradients in place will belong to the next round: called by `step` after `apply`."""

@@ -11,15 +11,17 @@
 replicated (parts/adamw.py). `replicate_every = n`: theta stays as it is for n steps of the momentum, then one
 exchange. An offer that missed its commit goes back into the momentum: delta += beta^lag alpha q, once.
 
-`overlap = 1`: the gradients of round r are those at the weights after round r - 2 (parts/ahead.py). They come
-to the momentum once commit r - 1 is applied, which has said what became of the offer before.
+`overlap = 1`: the gradients of round r are taken before commit r - 1 is applied (parts/ahead.py), at the
+weights after round r - 2 moved by the peer's own offer of round r - 1, as if it alone had counted. They come
+to the momentum once the commit is applied, which has said what became of that offer.
 
 A payload has what the compressor needs for every parameter, and 29 bytes of framing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite, nan
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -95,8 +97,8 @@ class DecoupledOptions(MeanOptions):
     """Steps of the momentum in a round."""
 
     overlap: Annotated[int, Whole(0, 1)] = 0
-    """1: a round's gradients are taken while the commit of the round before is under way, at the weights that
-    it finds, and offered as soon as it is there: a round takes as long as the longer one of the two."""
+    """1: a round's gradients are taken while the commit of the round before is under way, and offered as soon
+    as it is there: a round takes as long as the longer one of the two."""
 
     adam_beta1: Annotated[float, Number(at_least=0, below=1)] = 0.9
     """Of `adamw`: what is left of the first moment."""
@@ -110,8 +112,9 @@ class DecoupledOptions(MeanOptions):
         super().check(entries)
         if entries["mean"] == "senders" and not entries["sign"] and entries["base"] == "sgd":
             raise ConfigError("mean = 'senders' diverges without sign: use sign = true or mean = 'all'")
-        if entries["overlap"] and entries["replicate_every"] > 1:
-            raise ConfigError("overlap = 1 needs replicate_every = 1: one step of the momentum in a round")
+        is_plain = entries["sign"] and entries["base"] == "sgd" and entries["replicate_every"] == 1
+        if entries["overlap"] and not is_plain:  # without sign an auditor would be moved by whatever is sent
+            raise ConfigError("overlap = 1 needs base = 'sgd', sign = true and replicate_every = 1")
 
 
 TESTED: Final[Mapping[str, Any]] = {"lr": 0.003, "weight_decay": 0.1, "compressor": {"name": "dense"}}
@@ -225,9 +228,30 @@ class Decoupled(Strategy):
     def staleness(self) -> int:
         return int(self.option("overlap"))
 
-    def work_ahead(self, draw: Draw, turn: Turn) -> bool:
-        """A micro-batch of the next round, at the weights before this one's commit."""
-        return bool(self.staleness) and self._ahead.work(draw, turn.round + 1, self.batches)
+    def work_ahead(self, draw: Draw, turn: Turn, sent: Payload | None = None) -> bool:
+        """A micro-batch of the next round."""
+        if not self.staleness or self._ahead.is_done(turn.round + 1, self.batches):
+            return False
+        known = self._momentum.sent(self.parameters_in_order(), turn)
+        with self.moved_by(known if sent is None else sent, turn):
+            self._ahead.work(draw, turn.round + 1)
+        return True
+
+    @contextmanager
+    def moved_by(self, sent: Payload | None, turn: Turn) -> Iterator[None]:
+        """The weights as if this offer alone had counted: nearer to those after the commit."""
+        if sent is None:
+            yield
+            return
+        parameters = self.parameters_in_order()
+        kept = [p.local.clone() for p in parameters]
+        self._move([Share(turn.own_seed, 1, sent)], Weighing([1.0], [1.0]), turn)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, before in zip(parameters, kept, strict=True):
+                    p.local.copy_(before)
 
     def _propose_ahead(self, found: MeanGradient, n_batches: int, loss: float | None, turn: Turn) -> Payload:
         """From what `work_ahead` has found."""
@@ -342,8 +366,12 @@ class Decoupled(Strategy):
         for parameter in parameters:
             n_lost = self._momentum.settle(parameter, turn, own)
         self.count("lost_sends", n_lost)
-        if not shares or w.dilution == 0.0:
-            return
+        if shares and w.dilution != 0.0:
+            self._move(shares, w, turn)
+
+    def _move(self, shares: Sequence[Share], w: Weighing, turn: Turn) -> None:
+        """The parameters, by the round's mean."""
+        parameters = self.parameters_in_order()
         targets: list[Target] = []
         with exact_arithmetic():
             for parameter in parameters:

@@ -286,7 +286,7 @@ class Diloco(InnerTraining):
             self._residual.put_back(p, its_turn)  # proposed once more for the same round
         return self._residual.send(fragment, its_turn, self.counters.get("decays 0", 0), 1.0)
 
-    def work_ahead(self, draw: Draw, turn: Turn) -> bool:
+    def work_ahead(self, draw: Draw, turn: Turn, sent: Payload | None = None) -> bool:
         """One inner step."""
         if self.counters.get("ahead", 0) >= self.option("overlap"):
             return False

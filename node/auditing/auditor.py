@@ -31,6 +31,8 @@ class Auditor:
     def __init__(self, run: PreparedRun, observer: Observer) -> None:
         self._run, self._observer = run, observer
         self._commit: Commit | None = None
+        self._before: Commit | None = None
+        """The one before it."""
         self._due: tuple[Draw, ...] = ()
         self._earlier: Earlier | None = None
         self._can_audit = not run.has_own_data
@@ -58,7 +60,7 @@ class Auditor:
 
     def applied(self, commit: Commit) -> None:
         """The replica is after this commit now, whose offers are audited next."""
-        self._commit = commit
+        self._before, self._commit = self._commit, commit
         if self._earlier is not None and self._earlier.round != commit.body.round:
             self.forget()
 
@@ -73,7 +75,7 @@ class Auditor:
         due, self._due = self._due, ()
         earlier, self._earlier = self._earlier, None
         if earlier is not None and self._commit is not None:
-            findings = Findings(self._run, self._commit, earlier, self._scores.is_suspect)
+            findings = Findings(self._run, self._commit, self._before, earlier, self._scores.is_suspect)
             for draw in due:
                 self._audit(draw, findings)
 

@@ -38,6 +38,10 @@ class Earlier:
         """The round as that peer had it, but for the learning rate where that came later."""
         return self._replica.turn_of(self.round, peer_id, self._turn.lr_factor)
 
+    def turn_before(self) -> Turn:
+        """The round before, which they are kept in: of the same learning rate."""
+        return self._replica.turn_of(self.round - 1, self._replica.peer_id, self._turn.lr_factor)
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has these parameters meanwhile, then its own again, bit for bit."""

@@ -46,13 +46,19 @@ def failed(why: str) -> Found:
 
 
 class Findings:
-    """Of a node that trains on the run's text. `earlier`: the weights that the offers were made
-    from; `is_suspect`: what this replica's scores say of a peer."""
+    """Of a node that trains on the run's text. `before`: the commit before; `earlier`: the weights that the
+    offers were made from; `is_suspect`: what this replica's scores say of a peer."""
 
     def __init__(
-        self, run: PreparedRun, commit: Commit, earlier: Earlier, is_suspect: Callable[[int], bool]
+        self,
+        run: PreparedRun,
+        commit: Commit,
+        before: Commit | None,
+        earlier: Earlier,
+        is_suspect: Callable[[int], bool],
     ) -> None:
         self._run, self._commit, self._earlier, self._is_suspect = run, commit, earlier, is_suspect
+        self._before = before
         self._offers = {offer.peer: offer for offer in commit.body.offers if offer.n_samples > 0}
 
     @property
@@ -108,8 +114,20 @@ class Findings:
             self._earlier,
             lambda i: data_seed(run_id, round_, peer_id, i),
             self._n_batches(whose) if n_batches is None else n_batches,
+            self._sent_before(whose),
         )
         return evidence
+
+    def _sent_before(self, offer: OfferEntry) -> Payload | None:
+        """By the same peer, in the round before, if its work depends on that."""
+        replica, round_ = self._run.replica, self._earlier.round - 1
+        if replica.strategy.staleness == 0 or self._before is None or self._before.body.round != round_:
+            return None
+        for known in self._before.body.offers:
+            if known.peer == offer.peer and known.n_samples > 0:
+                with suppress(BadPayload):
+                    return replica.decode(self._run.link.payload(known), self._earlier.turn_before())
+        return None
 
     def _twins(self, offer: OfferEntry) -> list[OfferEntry]:
         """Other peers' offers of the very same payload, or nearly that, made from the run's text."""

@@ -243,9 +243,9 @@ class LeaderWork(LocalWork):
         with self._leader.call("propose_again", *astuple(replace(missed, payload=b""))):
             return super().propose_again(missed)
 
-    def work_ahead(self) -> bool:
-        with self._leader.call("work_ahead"):
-            return super().work_ahead()
+    def work_ahead(self, sent: bytes = b"") -> bool:
+        with self._leader.call("work_ahead", sent):
+            return super().work_ahead(sent)
 
     def evaluate(self) -> float:
         with self._leader.call("evaluate"):
@@ -256,15 +256,21 @@ class LeaderWork(LocalWork):
             return super().keep()
 
     def audit(
-        self, payloads: Mapping[str, Payload], at: Earlier, seed: Callable[[int], int], n_batches: int
+        self,
+        payloads: Mapping[str, Payload],
+        at: Earlier,
+        seed: Callable[[int], int],
+        n_batches: int,
+        sent: Payload | None = None,
     ) -> list[Evidence | None]:
         """Every rank draws its rows of the same batches, and decodes its part of the same payloads."""
         replica = self._replica
         n_seeds = len(payloads) * max(MAX_BATCHES, replica.strategy.most_batches)
         seeds = [seed(i) for i in range(n_seeds)]
         encoded = [(peer, replica.encode(payload, at.turn_of(peer))) for peer, payload in payloads.items()]
-        with self._leader.call("audit", encoded, seeds, n_batches):
-            return super().audit(payloads, at, seeds.__getitem__, n_batches)
+        before = b"" if sent is None else replica.encode(sent, at.turn_before())
+        with self._leader.call("audit", encoded, seeds, n_batches, before):
+            return super().audit(payloads, at, seeds.__getitem__, n_batches, sent)
 
 
 class Follower:
@@ -381,8 +387,8 @@ class Follower:
         self._saved = None
         self._work.propose_again(Proposal(*missed))
 
-    def _work_ahead(self) -> None:
-        self._work.work_ahead()
+    def _work_ahead(self, sent: bytes) -> None:
+        self._work.work_ahead(sent)
 
     def _evaluate(self) -> None:
         self._work.evaluate()
@@ -392,10 +398,13 @@ class Follower:
         if earlier is not None:
             self._earlier = earlier
 
-    def _audit(self, encoded: list[tuple[str, bytes]], seeds: list[int], n_batches: int) -> None:
+    def _audit(
+        self, encoded: list[tuple[str, bytes]], seeds: list[int], n_batches: int, before: bytes
+    ) -> None:
         at = self._earlier
+        sent = self._replica.decode(before, at.turn_before()) if before else None
         payloads = {peer: self._replica.decode(data, at.turn_of(peer)) for peer, data in encoded}
-        self._work.audit(payloads, at, seeds.__getitem__, n_batches)
+        self._work.audit(payloads, at, seeds.__getitem__, n_batches, sent)
 
 
 def _alike(what: Announced) -> tuple[type[Exception], ...]:

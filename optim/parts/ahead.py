@@ -22,13 +22,16 @@ class Ahead:
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
 
-    def work(self, draw: Draw, round_: int, n_batches: int) -> bool:
-        """A micro-batch of the round's `n_batches`; False, with nothing done, if there are no more."""
+    def is_done(self, round_: int, n_batches: int) -> bool:
+        """Whether the round has all its micro-batches."""
+        counters = self._strategy.counters
+        return counters.get("ahead_for") == round_ and counters.get("ahead", 0) >= n_batches
+
+    def work(self, draw: Draw, round_: int) -> None:
+        """A micro-batch of the round's."""
         strategy = self._strategy
         if strategy.counters.get("ahead_for") != round_:
             self.forget()
-        if strategy.counters.get("ahead", 0) >= n_batches:
-            return False
         strategy.counters["ahead_for"] = round_
         gradient = self._gradient()
         strategy.zero_grad(set_to_none=True)
@@ -39,7 +42,6 @@ class Ahead:
         else:
             strategy.count("dropped_batches")
         strategy.zero_grad(set_to_none=True)
-        return True
 
     def take(self, round_: int) -> tuple[MeanGradient, int, float | None] | None:
         """What there is for the round: the gradient, of how many micro-batches, and their mean loss, None if

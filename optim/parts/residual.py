@@ -72,6 +72,12 @@ class Residual:
             factor = self._kept(parameter, n_decays)
             self._subtract([(parameter, packed, -factor)], turn)
 
+    def sent(self, parameters: Sequence[Parameter], turn: Turn) -> Payload | None:
+        """This round's send, while its fate is open."""
+        sends = {p.name: self._sends(p).get(turn.round) for p in parameters}
+        payload = {name: send[1] for name, send in sends.items() if send is not None}
+        return payload if len(payload) == len(sends) else None
+
     def is_open(self, parameter: Parameter, turn: Turn) -> bool:
         """Whether the fate of this round's send is open."""
         return turn.round in self._sends(parameter)

@@ -622,7 +622,7 @@ def test_a_round_without_good_payloads_changes_nothing(row: str) -> None:
 # ------------------------------------------------------------------- every strategy with every compressor
 
 WITH_COMPRESSOR: dict[str, dict[str, Any]] = {
-    "decoupled": {**DECOUPLED, "sign": False, "overlap": 1},
+    "decoupled": {**DECOUPLED, "sign": False},
     "diloco": {"name": "diloco", "lr": 3e-3, "inner_steps": 1, "mix": 0.5, "overlap": 1},
 }
 

@@ -273,7 +273,7 @@ def test_replicate_every_steps_the_momentum_several_times_at_one_theta() -> None
 
 @pytest.mark.parametrize("lost", [0, 2])
 @pytest.mark.parametrize("compressor", [DctTopK(k=4, group_size=64), TopK(k=8, group_size=64), Dense()])
-def test_with_overlap_gradients_are_those_at_the_weights_before_the_commit(
+def test_with_overlap_gradients_are_those_before_the_commit_moved_by_ones_own_offer(
     compressor: Compressor, lost: int
 ) -> None:
     """Bit for bit what one finds that puts those weights in place; also when it is saved and restored on the
@@ -294,9 +294,14 @@ def test_with_overlap_gradients_are_those_at_the_weights_before_the_commit(
         seen: list[int] = []
         return drawn
 
-    before = other.detach().clone()
+    before, payload = other.detach().clone(), Payload()
     for round_ in range(1, 5):
         turn, now = turn_of(round_, 1 / round_), other.detach().clone()
+        if round_ > 1:
+            alone = nn.Parameter(before)
+            mover = Decoupled([("p", alone)], **options)  # type: ignore[arg-type]
+            mover.apply([Share(7, 1, payload)], turn_of(round_ - 1, 1 / (round_ - 1)), None)
+            before = alone.detach()
         payload = strategy.propose(draw(p, round_), turn)
         with torch.no_grad():
             other.copy_(before)
@@ -304,6 +309,7 @@ def test_with_overlap_gradients_are_those_at_the_weights_before_the_commit(
         with torch.no_grad():
             other.copy_(now)
         before = now
+        foreign = {"p": compressor.pack(tensor(256, seed=70 + round_), Part.whole((16, 16)), turn)}
         assert all(torch.equal(a, b) for a, b in zip(payload["p"], expected["p"], strict=True))
         assert (strategy.n_batches, strategy.n_ahead) == (2, 0 if round_ == 1 else 2)
         assert strategy.last_loss == pytest.approx(plain.last_loss)
@@ -317,7 +323,8 @@ def test_with_overlap_gradients_are_those_at_the_weights_before_the_commit(
         assert not strategy.work_ahead(ahead, turn), "that is all of a round"
         assert p.grad is None
         for s in (strategy, plain):
-            s.apply([Share(1, 1, payload)], turn, "missed" if round_ == lost else "counted")
+            shares = [Share(1, 1, foreign), *([Share(2, 1, payload)] if round_ != lost else [])]
+            s.apply(shares, turn, "missed" if round_ == lost else "counted")
         assert torch.equal(p, other)
         assert torch.equal(strategy.state[p]["momentum"], plain.state[other]["momentum"])
 
@@ -330,8 +337,9 @@ def test_what_was_worked_ahead_for_another_round_is_forgotten() -> None:
     torch.testing.assert_close(sent, torch.full((3,), 2.0))
     assert strategy.n_ahead == 0
     assert not strategy.counters.keys() & {"ahead", "ahead_for", "ahead_finite"}
-    with pytest.raises(ConfigError, match="replicate_every = 1"):
-        Decoupled([("p", p)], compressor=Dense(), overlap=1, replicate_every=2)
+    for option in ({"replicate_every": 2}, {"base": "adamw"}, {"sign": False}):
+        with pytest.raises(ConfigError, match="replicate_every = 1"):
+            Decoupled([("p", p)], compressor=Dense(), overlap=1, **option)  # type: ignore[arg-type]
 
 
 def test_steps_without_a_closure_exchange_every_so_often() -> None:

@@ -5,7 +5,7 @@ to a method, for the same payloads and tokens. docs/strategies.md says what came
                           decoupled and, GPA, of diloco and muloco, by all replicas alike; SNOO of each peer's
                           inner steps there, as outer steps are SNOO's already
     lozo, lozo-labels     MeZO's directions of low rank (see `mezo`)
-    decoupled-overlap     gradients at the weights of a round before
+    decoupled-overlap     overlap = 1
 """
 
 from __future__ import annotations
