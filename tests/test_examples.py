@@ -10,14 +10,16 @@ import shlex
 import subprocess
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import tyro
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.support.paths import ROOT
 from tests.support.run_notebook import cells
@@ -31,6 +33,7 @@ from thinwire.node.links.local import local_swarm
 from thinwire.node.runner import Runner
 from thinwire.node.system.processes import PARENT_VARIABLE
 from thinwire.node.tasks.registry import make_task
+from thinwire.node.tasks.text import TextTask
 
 EXAMPLES = ROOT / "deploy/examples"
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))
@@ -134,6 +137,48 @@ def test_nodes_learn_to_add_from_what_both_have_written(
         assert wrong is not None
         assert wrong < 0.97
         assert first is None or first > 0.97
+
+
+# -------------------------------------------------------------------------------------------------- experts
+
+
+def expert(folder: Path, text: bytes) -> None:
+    """An export, as `thinwire export` writes it, of a model that has learned a little of the text."""
+    (folder.parent / f"{folder.name}.txt").write_bytes(text)
+    options = config.Task(layers=1, width=16, heads=2, context=16, batch=16, held_out_bytes=1024)
+    task = TextTask(options, None)
+    task.load(text, None)
+    torch.manual_seed(1)
+    model = task.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for step in range(25):
+        optimizer.zero_grad()
+        task.draw(model, step)().backward()
+        optimizer.step()
+    folder.mkdir()
+    save_file({name: p.detach() for name, p in model.named_parameters()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"config": {"task": options.model_dump()}}))
+
+
+def test_experts_that_know_nothing_of_one_another_are_routed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(tmp_path)
+    kinds = ["words", "sums"]
+    expert(tmp_path / "words", b"the cat sat on the mat and the dog ate that hat " * 60)
+    expert(tmp_path / "sums", b"12+7=19;3+44=47;5+5=10;81+9=90;" * 90)
+    texts = [f"{kind}.txt" for kind in kinds]
+    arguments = ["--experts", *kinds, "--texts", *texts, "--held-out", *texts, "--dense", "words"]
+    monkeypatch.setattr(sys, "argv", ["experts.py", *arguments])
+    import_module("experts").main()
+    said = capsys.readouterr().out
+    found = {what: float(value) for what, _, value in (line.partition(": ") for line in said.splitlines())}
+    assert found["the router is right"] > 0.99
+    assert found["routed experts"] < found["each kind's own expert"] + 0.02
+    assert found["routed experts"] < found["any expert"] - 0.5
+    assert found["routed experts"] < found["one model of all kinds"] - 0.5
+    assert load_file(tmp_path / "router.safetensors")["weight"].shape == (2, 256)
 
 
 # ----------------------------------------------------------------------------------------------- the others
