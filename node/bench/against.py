@@ -34,14 +34,19 @@ class Compared:
 def load(path: Path) -> dict[str, list[Result]]:
     """Benchmark -> its results, one for each size, of a file that `--json` wrote. Raises ConfigError."""
     try:
-        printed = json.loads(path.read_text())
+        return parse(path.read_text())
     except (OSError, ValueError) as e:
         raise ConfigError(f"--against {path}: {e}") from e
+
+
+def parse(text: str) -> dict[str, list[Result]]:
+    """See `load`. Raises ValueError."""
+    printed = json.loads(text)
     benches = {printed["bench"]: printed} if isinstance(printed, dict) and "bench" in printed else printed
     if not isinstance(benches, dict) or not all(
         isinstance(r, dict) and "bench" in r for r in benches.values()
     ):
-        raise ConfigError(f"--against {path}: not what `thinwire bench --json` prints")
+        raise ValueError("not what `thinwire bench --json` prints")
     return {name: list(_sizes(result)) for name, result in benches.items()}
 
 

@@ -152,21 +152,31 @@ def bench_command(
     as_json: bool,
     picture: Path | None = None,
     device: str = "cpu",
-    against: Path | None = None,
+    against: str | None = None,
     n_seats: int | None = None,
     light: Sequence[int] | None = None,
     link: tuple[float, float] | None = None,
 ) -> None:
     """Runs one benchmark, or all, for every size: tables on stdout, or one JSON object; and a PNG. `n_seats`:
     of `round`, with so many coordinators; `light`: of `peers`, with so many that compute nothing; `link`: of
-    `link`, bytes per second and the round trip in seconds."""
+    `link`, bytes per second and the round trip in seconds; `against`: a file of results, or another build,
+    see `builds`."""
     from .against import load, print_compared
+    from .builds import bench_builds
     from .view import check_picture, print_bench, save_picture
 
     names = [each for each in BENCHES if each not in NOT_IN_ALL] if name == "all" else [name]
+    if against is not None and not Path(against).is_file():
+        if picture is not None:
+            raise ConfigError("-o: of a build alone, without --against another one")
+        for each in names:
+            _check_arguments(each, None if sizes is None else sizes[0], n_repeats, device)
+        args = _arguments(sizes, n_repeats, device, n_seats, light, link)
+        bench_builds(against, names, args, as_json)
+        return
     if picture is not None:
         check_picture(picture)
-    then = None if against is None else load(against)
+    then = None if against is None else load(Path(against))
     results = {
         each: run_sizes(each, sizes, n_repeats, device, n_seats=n_seats, light=light, link=link)
         for each in names
@@ -180,7 +190,23 @@ def bench_command(
     if picture is not None:
         save_picture(picture, list(results.values()))
     if then is not None and against is not None:
-        print_compared(against, then, results)
+        print_compared(Path(against), then, results)
+
+
+def _arguments(
+    sizes: Sequence[int] | None,
+    n_repeats: int,
+    device: str,
+    n_seats: int | None,
+    light: Sequence[int] | None,
+    link: tuple[float, float] | None,
+) -> list[str]:
+    """The same on the command line."""
+    args = ["--repeats", str(n_repeats), "--device", device]
+    args += [] if sizes is None else ["--params", ",".join(map(str, sizes))]
+    args += [] if n_seats is None else ["--seats", str(n_seats)]
+    args += [] if light is None else ["--light", ",".join(map(str, light))]
+    return args if link is None else [*args, "--rate", f"{link[0]:f}B/s", "--rtt", f"{link[1] * 1e3:f}ms"]
 
 
 def _plain(results: list[dict[str, Any]]) -> dict[str, Any]:

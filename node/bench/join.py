@@ -1,26 +1,30 @@
-"""`thinwire bench join`: from the start of a process to its first offer; catching up with a run under way.
+"""`thinwire bench join`: from the start of a process to its first offer, or to a coordinator's ticket, and
+the memory that it has then; catching up with a run under way.
 
 A run of SPSA on a small model: the time is that of Python, torch, libp2p and the coordinator.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from ...compression.errors import ThinwireError
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ...coordinator.server_thread import ServerThread
 from ..config import RunConfig, load_config
+from ..doctor.compiling import is_compiled
 from ..genesis import Genesis, make_genesis
 from ..links.local import local_swarm
 from ..replica import build_replica
 from ..runner import Runner
-from ..system.processes import Children
+from ..system.processes import Child, Children
 from ..tasks.registry import make_task
 
 ROUNDS: Final = 100
@@ -29,13 +33,16 @@ _TASK: Final = {"layers": 2, "width": 64, "heads": 2, "context": 32, "batch": 4,
 
 
 def bench_join(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
-    """Processes with caches that are warm: the first one does not count."""
+    """Processes with caches that are warm: one that compiles kernels does not count."""
     del n_params, device
     with TemporaryDirectory(prefix="thinwire-bench-") as folder:
-        first_offer = started_nodes(Path(folder) / "processes", n_repeats)
+        nodes = started_nodes(Path(folder) / "processes", n_repeats)
+        new, again = started_coordinators(Path(folder) / "coordinators", n_repeats)
         joined = [caught_up(Path(folder) / f"run-{i}") for i in range(n_repeats)]
     return {
-        "process_to_first_offer": _spread(first_offer),
+        "process_to_first_offer": _of_starts(nodes),
+        "new_coordinator_to_ticket": _of_starts(new),
+        "coordinator_again_to_ticket": _of_starts(again),
         "rounds_behind": ROUNDS,
         "model_n_bytes": joined[0].n_bytes,
         "open_and_download": _spread([j.download_s for j in joined]),
@@ -44,11 +51,28 @@ def bench_join(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     }
 
 
-def started_nodes(folder: Path, n_repeats: int) -> list[float]:
-    """Seconds from the start of `thinwire join` until its first offer counts, at once: it is the only peer.
-    Each node has a run of its own."""
-    seconds = []
-    for i in range(n_repeats + 1):
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Of a process, until it had done what was waited for; CPU time and memory without libp2p's daemon."""
+
+    wall_s: float
+    cpu_s: float
+    resident_bytes: int
+
+    @classmethod
+    def of(cls, child: Child, since_s: float) -> Self:
+        import psutil
+
+        wall_s, process = time.perf_counter() - since_s, psutil.Process(child.process.pid)
+        cpu_s = sum(process.cpu_times()[:4])  # of children that are gone, too: the one that founds a run
+        return cls(wall_s, cpu_s, process.memory_info().rss)
+
+
+def started_nodes(folder: Path, n_repeats: int) -> list[Start]:
+    """From the start of `thinwire join` until its first offer counts, at once: it is the only peer. Each
+    node has a run of its own."""
+    starts, n_warm_up = [], 0 if is_compiled() else 1
+    for i in range(n_warm_up + n_repeats):
         path = folder / str(i)
         path.mkdir(parents=True)
         genesis = _genesis(path, rounds=10**6)
@@ -61,8 +85,28 @@ def started_nodes(folder: Path, n_repeats: int) -> list[float]:
                 if child.process.poll() is not None or time.perf_counter() - start_s > TIMEOUT_S:
                     raise ThinwireError(f"the node made no offer; its log ends with:\n{child.log_tail()}")
                 time.sleep(0.005)
-            seconds.append(time.perf_counter() - start_s)
-    return seconds[1:]
+            starts.append(Start.of(child, start_s))
+    return starts[n_warm_up:]
+
+
+def started_coordinators(folder: Path, n_repeats: int) -> tuple[list[Start], list[Start]]:
+    """From the start of `thinwire coordinator` to its ticket, of new runs; of the same ones, once more."""
+    starts: tuple[list[Start], list[Start]] = [], []
+    for i in range(n_repeats):
+        path = folder / str(i)
+        path.mkdir(parents=True)
+        run_file = path / "run.toml"
+        lines = [f"{key} = {json.dumps(value)}" for key, value in _TASK.items()]
+        run_file.write_text("\n".join(["[run]", "rounds = 100", "[task]", *lines]))
+        for found in starts:
+            with Children() as children:
+                args = ["coordinator", str(run_file), "--state", str(path / "state"), "--host", "127.0.0.1"]
+                start_s = time.perf_counter()
+                child = children.start("coordinator", path / "log", args, output=True)
+                if not child.first_line(TIMEOUT_S):
+                    raise ThinwireError(f"no ticket; the log of it ends with:\n{child.log_tail()}")
+                found.append(Start.of(child, start_s))
+    return starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +166,14 @@ def _base(folder: Path) -> Path:
     path = folder / "base.safetensors"
     replica.save_weights(path)
     return path
+
+
+def _of_starts(starts: Sequence[Start]) -> dict[str, float]:
+    return {
+        **_spread([start.wall_s for start in starts]),
+        "cpu_s": median(start.cpu_s for start in starts),
+        "resident_bytes": median(start.resident_bytes for start in starts),
+    }
 
 
 def _spread(seconds: list[float]) -> dict[str, float]:

@@ -23,6 +23,8 @@ _COUNTED: Final = (
     "payload_n_bytes",
     "sent_bytes_per_peer_and_round",
     "peak_bytes",
+    "peak_bytes_per_parameter",
+    "resident_bytes",
     "bits_per_coefficient",
     "our_bytes",
 )

@@ -405,8 +405,9 @@ class Bench:
     jobs: Annotated[int | None, arg(metavar="N")] = None
     """attacks, audits, learning: trainings at a time, each a process with one core; the rows are the same.
     Default: the cores that this process may use."""
-    against: Annotated[Path | None, arg(metavar="FILE")] = None
-    """What --json printed before: its figures beside the new ones, and which got worse than their noise."""
+    against: Annotated[str | None, arg(metavar="FILE|DIR|REVISION")] = None
+    """What --json printed before: its figures beside the new ones, and which got worse than their noise. Or
+    another build, a checkout or a revision of this one: both in turn in one run, ratios with their spread."""
     seats: Annotated[int | None, arg(metavar="N")] = None
     """round: with so many coordinators, 1 or 3, over links of 0, 50 and 150 ms, inline and 1 MB payloads."""
     light: Annotated[str | None, arg(metavar="N,...")] = None
