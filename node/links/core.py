@@ -186,6 +186,7 @@ class LinkCore:
 
     def connected(self, welcome: Welcome) -> None:
         self.commits.forget()
+        self._payloads.reconnected()
         self.commits.heard_of(welcome.head_round)
 
     def greeting(self) -> list[Message]:

@@ -165,6 +165,7 @@ class _Pushed:
 
     def abort(self) -> None:
         self._data.clear()
+        self.begun.set()
         self._is_over.set()
 
 
@@ -213,6 +214,11 @@ class Payloads:
         """For who was told to get it here. What is fetched otherwise is of no use: two nodes would wait for
         each other."""
         return self._early.get(digest)
+
+    def reconnected(self) -> None:
+        """What was announced in the session before, and is not here, may never come."""
+        for pushed in self._pushed.values():
+            pushed.abort()
 
     async def announced(self, digest: bytes) -> None:
         """Returns when that payload may be sent here, or after a moment: the word may be right behind it."""

@@ -186,6 +186,26 @@ async def test_what_the_coordinator_has_not_sent_is_asked_for(swarm: Swarm, payl
 
 
 @in_a_loop
+async def test_what_a_coordinator_has_begun_to_send_is_asked_of_the_next_one(
+    swarm: Swarm, payloads: Payloads
+) -> None:
+    """It may stand still."""
+    x = data("x")
+    swarm.coordinator[digest_of(x)] = x
+    payloads.offered(offered(1, ME, x))
+    sink = payloads.takes(digest_of(x), len(x))
+    assert sink is not None
+    sink.write(x[:1])
+    payloads.want([commit(1, entry(1, x))], PEERS)
+    await settle()
+    assert swarm.asked == []
+    payloads.reconnected()
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == ["coordinator"]
+    assert payloads.takes(digest_of(x), len(x)) is None
+
+
+@in_a_loop
 async def test_what_was_not_announced_is_refused_and_counted(swarm: Swarm, payloads: Payloads) -> None:
     x, y = data("x"), data("y")
     payloads.offered(Offered(round=1, holder=ME, digest=digest_of(y), n_bytes=len(y) + 1))
