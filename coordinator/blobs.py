@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
+from shutil import disk_usage
 from typing import BinaryIO
 
 from blake3 import blake3
@@ -138,6 +139,10 @@ class BlobStore:
             writer.abort()
             raise
         return writer.finish()
+
+    def free_bytes(self) -> int:
+        """That the disk has left for this user."""
+        return disk_usage(self._path).free
 
     def writer(self, digest: bytes, n_bytes: int = 0) -> BlobWriter:
         """For bytes that arrive bit by bit, `n_bytes` of them, for which room is reserved."""

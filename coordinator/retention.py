@@ -6,7 +6,8 @@ decides here; nodes go by what they have verified themselves (`node/links/payloa
 goes at once, or only to make room, or never: `Keep`. A quota is never exceeded: where it is full, joining
 peers lose what they were promised and take a newer snapshot, then what is before the newest snapshot goes,
 then, though nobody has a snapshot that others vouch for, what is older than the nodes' own ones; after that,
-payloads are refused. Payloads inside of commits stay for ever, in the ledger.
+payloads are refused. Where snapshots are to decide and there are none, a disk that is nearly full does the
+same, but that nothing is refused. Payloads inside of commits stay for ever, in the ledger.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ REMINDER_ROUNDS = 64
 
 MANY_BYTES = 20 * 10**9
 """Without a quota, blobs that take more than this are worth a warning."""
+
+LEAST_FREE_BYTES = 500 * 10**6
+"""Without a quota, payloads go before a disk has less."""
 
 REFUSALS_TOLD_EVERY = 100
 
@@ -211,17 +215,24 @@ class PayloadRetention:
 
     def has_room(self, n_bytes: int) -> bool:
         """Whether so many bytes fit below the quota; old payloads are deleted as far as need be."""
-        blobs, quota_bytes = self._blobs, self._keep.quota_bytes
-        if quota_bytes is None:
+        blobs, most_bytes = self._blobs, self._most_bytes()
+        if most_bytes is None:
             return True
         for floor in self._not_needed():
-            while blobs.n_bytes + blobs.reserved_bytes + n_bytes > quota_bytes:
+            while blobs.n_bytes + blobs.reserved_bytes + n_bytes > most_bytes:
                 oldest = blobs.oldest_counted()
                 if oldest is None or oldest > floor:
                     break
                 self._release(oldest, 0)
                 self._tell_loss(oldest)
-        return blobs.n_bytes + blobs.reserved_bytes + n_bytes <= quota_bytes
+        fits = blobs.n_bytes + blobs.reserved_bytes + n_bytes <= most_bytes
+        return fits or self._keep.quota_bytes is None
+
+    def _most_bytes(self) -> int | None:
+        """What blobs may take; None: whatever they take."""
+        if self._keep.is_lazy:
+            return self._keep.quota_bytes
+        return self._blobs.n_bytes + self._blobs.free_bytes() - LEAST_FREE_BYTES
 
     def _release(self, counted_to: int, offered_to: int) -> None:
         released = self._blobs.release(counted_to=counted_to, offered_to=offered_to)
@@ -243,10 +254,14 @@ class PayloadRetention:
             return
         self._next_loss = self._head + REMINDER_ROUNDS
         log.error(
-            "the quota is full: payloads up to round %d are gone, and no snapshot of that round or later is "
+            "the %s full: payloads up to round %d are gone, and no snapshot of that round or later is "
             "attested: nobody new can join until one is, and nodes go on from snapshots of their own only. "
-            "Start the coordinator again with a larger [run] keep, and see why nodes attest none",
+            "%s, and see why nodes attest none",
+            "disk is nearly" if self._keep.quota_bytes is None else "quota is",
             oldest,
+            "Make room, or start the coordinator elsewhere with a copy of its folder"
+            if self._keep.quota_bytes is None
+            else "Start the coordinator again with a larger [run] keep",
         )
 
     def _remind(self, round_: int) -> None:

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support.service_world import MakeWorld, World, blob_offer, offer
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable
+from thinwire.coordinator import retention
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.peers import SCRAPED_S
@@ -858,6 +859,26 @@ def test_without_attested_snapshots_a_quota_holds_what_nodes_need_for_their_own(
     assert world.open("d").kept_from > 52
     with pytest.raises(BadMessage, match="quota is full"):
         world.service.may_store("d", 60_000)
+
+
+def test_a_disk_that_is_nearly_full_keeps_what_nodes_need_for_their_own(
+    make_world: MakeWorld, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a quota and without attested snapshots, as long as the disk has room everything is kept."""
+    world = make_world(rounds=100, snapshot_every=2)
+    world.train("a", "b")
+    trained(world, range(1, 21))
+    assert kept(world, *range(1, 21)) == list(range(1, 21))
+    monkeypatch.setattr(retention, "LEAST_FREE_BYTES", 10**18)
+    trained(world, range(21, 31))
+    assert kept(world, *range(1, 31)) == list(range(23, 31)), "and nothing is refused"
+    told = [r.getMessage() for r in caplog.records if "no snapshot of that round or later" in r.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("the disk is nearly full: payloads up to round 1 are gone")
+    world.restart(keep=Keep.parse("all"))
+    world.train("a", "b")
+    trained(world, range(31, 41))
+    assert kept(world, *range(23, 41)) == list(range(23, 41))
 
 
 def test_room_is_reserved_for_uploads_that_are_under_way(make_world: MakeWorld) -> None:
