@@ -22,7 +22,7 @@ FORBIDDEN = {
     "accumulating scatters": r"accumulate\s*=\s*True|\.(index_add|scatter_add)_?\(",
 }
 LOCAL = {"optim/parts/gradients.py": {"add_to"}, "optim/inner/schedule_free.py": {"_move"}}
-"""Functions of local work, which may be sloppy: gradients that are not sent yet, an inner optimizer's steps."""
+"""Functions of local work, which may be sloppy: gradients that are not sent yet, inner optimizers."""
 
 TRITON = {
     "approximate division (tl.div_rn)": r"[^/]/(?!/)[^/]",
