@@ -186,6 +186,8 @@ class Replica:
         raises it for a commit that does not follow (checked by the link already), and what `payload_bytes`
         raises.
         """
+        if not commits:
+            return []
         ahead = _Ahead(
             self.round, self.digest, self._lr_factor, self.course, dict(self.peers), Counter(), [], ()
         )

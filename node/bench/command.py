@@ -131,8 +131,8 @@ BENCHES: Final[dict[str, Callable[[], Bench]]] = {
 SIZELESS: Final = frozenset(["round", "upload", "join", "ray", "link"])
 """Their model is a small one of their own."""
 
-NOT_IN_ALL: Final = frozenset(["ray", "link"])
-"""One needs an extra, and a cluster of its own; the other is of a network."""
+NOT_IN_ALL: Final = frozenset(["ray", "link", "upload"])
+"""The first one needs an extra, and a cluster of its own; the others are of a network."""
 
 DEVICES: Final = ("cpu", "cuda")
 

@@ -20,7 +20,8 @@ from thinwire.optim.inner.optimizers import LIBRARIES
 from thinwire.optim.registry import STRATEGIES, build_strategy
 
 CONFIGS: list[dict[str, Any]] = [
-    *({"name": name} for name in STRATEGIES if name not in {"decoupled", "spsa"}),
+    # The local state of sapo, which needs a task of its own, is that of diloco's inner optimizer.
+    *({"name": name} for name in STRATEGIES if name not in {"decoupled", "spsa", "sapo"}),
     {"name": "spsa", "lr": 1e-2, "probes": 3},
     *({"name": "decoupled", "compressor": {"name": name}} for name in COMPRESSORS),
     *(
