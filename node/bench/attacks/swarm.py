@@ -96,6 +96,7 @@ class Plan:
         flat |= {f"task.{key}": value for key, value in TASK.items()}
         flat |= {f"strategy.{key}": value for key, value in self.strategy.items()}
         flat |= {"policy.name": "all", "schedule.warmup_rounds": min(5, self.n_rounds)}
+        flat |= {"network.heartbeat_s": 60.0}  # nobody is given up because the machine is busy
         return load_config(None, flat | dict(self.settings), environ={})
 
 
