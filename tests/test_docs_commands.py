@@ -33,6 +33,8 @@ ELSEWHERE = {
     "monitor": "tests/node/cli/test_monitor.py",
     "--evaluate": "tests/node/evaluation",
     "--own": "tests/node/gossip",
+    "--merged": "tests/node/tasks/test_hf_models.py",
+    "--offload-idle": "tests/node/bench/test_live_bytes.py",
     "seats": "tests/coordinator/seats",
     "replace": "tests/coordinator/seats",
     "remove": "tests/coordinator/seats",
