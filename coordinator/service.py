@@ -487,6 +487,7 @@ class Service:
         parts.sentences.committed()
         if closed is not None:
             self._counters.round_closed(closed.why, closed.duration_s)
+            self._fanout.round_took(closed.duration_s)
             parts.notices.missed(closed.missing, parts.derived.statistics)
             parts.notices.closed(closed, parts.rounds.is_over, now_s)
         self._admission.new_round()

@@ -1,10 +1,10 @@
 """Who gives a payload to whom: narrow lines are spared where wider ones have room.
 
 With N nodes, N (N - 1) copies of payloads are sent in a round, whoever sends them, beside the N uploads to
-the coordinator. The coordinator sends what it can within a moment, or in about the time in which all lines
-together could send everything. The rest is dealt out so that the nodes' lines are full for equally long: the
-narrow ones carry their own upload and no more, the others give away their own payload, and the widest pass on
-others' besides. Pure.
+the coordinator. The coordinator sends what it can in a tenth of a round, or in about the time in which all
+lines together could send everything. The rest is dealt out so that the nodes' lines are full for equally
+long: the narrow ones carry their own upload and no more, the others give away their own payload, and the
+widest pass on others' besides. Pure.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Final
 UPLOAD_BYTES_PER_S: Final = 100e6 / 8
 """Of a coordinator that was not told its own."""
 
-LITTLE_S: Final = 0.25
-"""What a coordinator can send in this time, it sends."""
+LITTLE_S, LITTLE = 0.25, 0.1
+"""What a coordinator can send in this time, or in this part of a round, it sends."""
 
 NEARLY: Final = 1.25
 """And in this many times what all lines together need."""
@@ -44,11 +44,12 @@ class Dealt:
     relays: Mapping[str, float]
 
 
-def deal(n_peers: int, n_bytes: int, lines: Mapping[str, float], own: float) -> Dealt:
-    """`lines`: bytes per second of the nodes that others can reach; `own`: of the coordinator."""
+def deal(n_peers: int, n_bytes: int, lines: Mapping[str, float], own: float, little_s: float) -> Dealt:
+    """`lines`: bytes per second of the nodes that others can reach; `own`: of the coordinator, which has
+    `little_s` at least."""
     n_copies = n_peers * (n_peers - 1)
     best_s = _time_s(n_copies, n_bytes, lines.values(), own)
-    n_own = min(n_copies, own * max(LITTLE_S, NEARLY * best_s) / n_bytes)
+    n_own = min(n_copies, own * max(little_s, NEARLY * best_s) / n_bytes)
     if n_own == n_copies:
         return Dealt(n_own, {}, {})
     time_s = _time_s(n_copies - n_own, n_bytes, lines.values())
@@ -77,12 +78,19 @@ class Fanout:
         self._last: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_MEASURED))
         self._rates: dict[str, float] = {}
         """Bytes per second, the median of the last ones."""
-        self._dealt: tuple[tuple[int, int, Mapping[str, float]], Dealt] | None = None
+        self._dealt: tuple[tuple[int, int, Mapping[str, float], float], Dealt] | None = None
+        self._durations_s: deque[float] = deque(maxlen=_MEASURED)
+        self._little_s = LITTLE_S
 
     def uploaded(self, peer: str, n_bytes: int, took_s: float) -> None:
         """So many bytes came from it in this time."""
         self._last[peer].append(n_bytes / max(took_s, 1e-6))
         self._rates[peer] = median(self._last[peer])
+
+    def round_took(self, duration_s: float) -> None:
+        """The last one."""
+        self._durations_s.append(duration_s)
+        self._little_s = max(LITTLE_S, LITTLE * median(self._durations_s))
 
     def sources(
         self, n_bytes: int, origin: str, others: Sequence[str], reachable: Collection[str]
@@ -90,7 +98,7 @@ class Fanout:
         """From whom each of the others gets the payload, None: from the coordinator; who passes it on comes
         before those who get it there. `reachable`: by others."""
         n_peers = len(others) + 1
-        if n_peers * len(others) * n_bytes <= self._own * LITTLE_S:
+        if n_peers * len(others) * n_bytes <= self._own * self._little_s:
             return dict.fromkeys(others)
         if origin in reachable and origin not in self._rates:
             return dict.fromkeys(others, origin)
@@ -99,9 +107,9 @@ class Fanout:
 
     def _deal(self, n_peers: int, n_bytes: int, lines: Mapping[str, float]) -> Dealt:
         """The payloads of a round are mostly of one size."""
-        key = (n_peers, n_bytes, lines)
+        key = (n_peers, n_bytes, lines, self._little_s)
         if self._dealt is None or self._dealt[0] != key:
-            self._dealt = key, deal(n_peers, n_bytes, lines, self._own)
+            self._dealt = key, deal(n_peers, n_bytes, lines, self._own, self._little_s)
         return self._dealt[1]
 
 

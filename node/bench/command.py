@@ -86,6 +86,12 @@ def _upload() -> Bench:
     return bench_upload
 
 
+def _network() -> Bench:
+    from .network.table import bench_network
+
+    return bench_network
+
+
 def _join() -> Bench:
     from .join import bench_join
 
@@ -123,16 +129,17 @@ BENCHES: Final[dict[str, Callable[[], Bench]]] = {
     "join": _join,
     "wire": _wire,
     "memory": _memory,
+    "network": _network,
     "ray": _ray,
     "link": lambda: _link(LINK),
 }
 """By name; a benchmark's module is loaded when it is asked for."""
 
-SIZELESS: Final = frozenset(["round", "upload", "join", "ray", "link"])
+SIZELESS: Final = frozenset(["round", "upload", "join", "network", "ray", "link"])
 """Their model is a small one of their own."""
 
-NOT_IN_ALL: Final = frozenset(["ray", "link", "upload"])
-"""The first one needs an extra, and a cluster of its own; the others are of a network."""
+NOT_IN_ALL: Final = frozenset(["ray", "link", "upload", "network"])
+"""The first one needs an extra, and a cluster of its own; the others are of a network, the last one a model."""
 
 DEVICES: Final = ("cpu", "cuda")
 

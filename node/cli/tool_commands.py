@@ -378,6 +378,7 @@ class Bench:
                 "join",
                 "wire",
                 "memory",
+                "network",
                 "ray",
                 "link",
                 "attacks",
@@ -391,9 +392,10 @@ class Bench:
     """noise (SPSA), decoupled and diloco (pack, decode, update), peers (1 to 256 payloads), round (8 peers on
     loopback), join (process to first offer, catching up), wire (bits per coefficient), memory (of a rank of a
     sharded node), ray (round of 4 actors on a Ray cluster of its own), link (round trips of an exchange on a
-    thin link), upload (payloads that leave a node), attacks (what bad peers do to a swarm), audits (how often
-    honest peers fail theirs), learning (strategies against references in plain torch, each tuned; half an
-    hour of CPU time), or all, but for the last six."""
+    thin link), upload (payloads that leave a node), network (100 to 10,000 volunteers in modelled time),
+    attacks (what bad peers do to a swarm), audits (how often honest peers fail theirs), learning (strategies
+    against references in plain torch, each tuned; half an hour of CPU time), or all, but for the last
+    seven."""
     params: Annotated[str | None, arg(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None

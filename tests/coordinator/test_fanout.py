@@ -79,6 +79,14 @@ def test_who_cannot_be_reached_gives_nothing() -> None:
     assert {peer for peer, n in by_peer.items() if n > 1} == {"p0", "p1"}
 
 
+def test_a_coordinator_has_a_tenth_of_a_round_to_send_copies_in() -> None:
+    fanout = Fanout(MBIT)
+    others = ["b", "c"]
+    assert fanout.sources(10**6, "a", others, ["a"]) == {"b": "a", "c": "a"}
+    fanout.round_took(500.0)
+    assert fanout.sources(10**6, "a", others, ["a"]) == {"b": None, "c": None}
+
+
 def test_a_line_that_nobody_has_measured_carries_its_own_payload() -> None:
     fanout = Fanout(MBIT)
     others = ["b", "c"]

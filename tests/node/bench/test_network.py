@@ -1,0 +1,51 @@
+"""Rounds in modelled time: where bytes go, and that wide lines are used before narrow ones."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from thinwire.node.bench.network.lines import HOME, KINDS, MBIT, SESSION_S, draw, session_s
+from thinwire.node.bench.network.swarm import Topology, simulate
+
+N, N_BYTES = 40, 1_000_000
+
+
+def figures(topology: Topology, own: float = 100 * MBIT, n_bytes: int = N_BYTES) -> dict[str, float]:
+    return simulate(N, n_bytes, topology, own, KINDS, n_rounds=4)
+
+
+@pytest.mark.parametrize("own", [100 * MBIT, 1000 * MBIT, 10_000 * MBIT])
+def test_dealt_is_no_slower_than_either_simple_way(own: float) -> None:
+    dealt = figures("dealt", own)["round_s"]
+    assert dealt < 1.15 * min(figures("coordinator", own)["round_s"], figures("maker", own)["round_s"])
+
+
+def test_a_narrow_coordinator_is_spared() -> None:
+    one, dealt = figures("coordinator"), figures("dealt")
+    assert dealt["round_s"] < one["round_s"] / 2
+    assert dealt["coordinator_bytes"] < one["coordinator_bytes"] / 5
+
+
+def test_every_copy_is_sent_once() -> None:
+    for topology in ("coordinator", "maker", "dealt"):
+        found = simulate(N, N_BYTES, topology, 1000 * MBIT, HOME, n_rounds=3)
+        sent = N * found["peer_bytes"] + found["coordinator_bytes"]
+        uploads_and_copies = (N + found["offers_counted"] * N * (N - 1)) * N_BYTES
+        assert sent == pytest.approx(uploads_and_copies, rel=0.02)
+
+
+def test_inline_payloads_are_in_the_commit_alone() -> None:
+    found = figures("dealt", n_bytes=16)
+    assert found["peer_bytes"] == found["most_of_a_peer_bytes"] < 60
+    assert found["coordinator_bytes"] < N * (N * 40 + 400)
+
+
+def test_what_is_drawn_is_what_was_stated() -> None:
+    made = random.Random(3)
+    stays = [session_s(made) for _ in range(20_000)]
+    assert sum(stays) / len(stays) == pytest.approx(SESSION_S, rel=0.1)
+    machines = [draw(KINDS, 10.0, made) for _ in range(2000)]
+    assert 0.04 < sum(machine.up > 500 * MBIT for machine in machines) / 2000 < 0.12
+    assert 0.25 < sum(machine.is_reachable for machine in machines) / 2000 < 0.45
