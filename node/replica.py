@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import msgpack
 import torch
@@ -70,6 +71,10 @@ def shared_seed(digest: bytes, micro_batch: int) -> int:
     return int.from_bytes(blake3(b"shared" + digest + micro_batch.to_bytes(8, "little")).digest(8), "little")
 
 
+COUNTED_KEPT: Final = 16
+"""Rounds."""
+
+
 @dataclass(slots=True)
 class _Ahead:
     """Where a replica will be after the commits that were read and not applied yet."""
@@ -81,7 +86,7 @@ class _Ahead:
     peers: dict[int, str]
     bad: Counter[str]
     senders: list[str]  # of the last round's shares, in their order
-    counted: tuple[str, ...]  # of its offers with samples
+    counted: dict[int, tuple[str, ...]]  # by round, of the offers with samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,8 @@ class Replica:
     `course`: the settings that hold for the next round. `bad` counts payloads that were left out, by reason.
     `standing`: who is condemned in which round. It may know later commits already; in runs with audits it has
     to know the earlier ones before the replica goes on from a snapshot.
-    `counted`: whose offers the last commit has, condemned peers apart; empty where that is not known.
+    `counted`: whose offers each of the last commits has, by round, condemned peers apart; without those of
+    which that is not known.
     `weighed`: the last round's peers, by id; of no meaning to the replica, and empty without a bound.
     """
 
@@ -121,7 +127,7 @@ class Replica:
         self.peers: dict[int, str] = {}
         self.bad: Counter[str] = Counter()
         self.weighed: dict[str, Weighed] = {}
-        self.counted: tuple[str, ...] = ()
+        self.counted: dict[int, tuple[str, ...]] = {}
         self._to_measure: Round | None = None
         self._genesis = genesis
         self._unchanged = {name: strategy.option(name) for name in strategy.facts.changeable}
@@ -189,7 +195,14 @@ class Replica:
         if not commits:
             return []
         ahead = _Ahead(
-            self.round, self.digest, self._lr_factor, self.course, dict(self.peers), Counter(), [], ()
+            self.round,
+            self.digest,
+            self._lr_factor,
+            self.course,
+            dict(self.peers),
+            Counter(),
+            [],
+            dict(self.counted),
         )
         courses: list[Course] = []
         rounds: list[Round] = []
@@ -211,7 +224,7 @@ class Replica:
         self.peers.update(ahead.peers)
         self.bad.update(ahead.bad)
         self.weighed = _weighed(self.strategy.weighing, ahead.senders)
-        self.counted = ahead.counted
+        self.counted = {r: who for r, who in ahead.counted.items() if r > self.round - COUNTED_KEPT}
         evaluator = commits[-1].body.evaluator
         is_ours = evaluator is not None and self.peers.get(evaluator) == self.peer_id
         self._to_measure = rounds[-1] if is_ours else None
@@ -247,7 +260,7 @@ class Replica:
         shares, own_counted = self._shares(commit, offers, turn, payload_bytes, ahead)
         own: Own = ("counted" if own_counted else "missed") if body.round in offered else None
         ahead.round, ahead.digest = body.round, commit.digest
-        ahead.counted = tuple(ahead.peers[offer.peer] for offer in offers if offer.n_samples > 0)
+        ahead.counted[body.round] = tuple(ahead.peers[offer.peer] for offer in offers if offer.n_samples > 0)
         ahead.lr_factor = float32_of_bits(body.lr_factor_bits)
         try:
             ahead.course = ahead.course.after(body.changes)
@@ -418,7 +431,7 @@ class Replica:
         self._become(saved.tensors)
         self._follow(saved.course)
         self.round, self.digest, self._lr_factor = saved.round, saved.digest, saved.lr_factor
-        self.counted = ()
+        self.counted = {}
         self.peers = dict(saved.peers)
 
     def adopt(self, manifest: Manifest, tensors: Mapping[str, Tensor], commit: Commit) -> None:
@@ -441,7 +454,7 @@ class Replica:
             self._follow(Course.of(self._genesis.config, manifest.changes))
         except ConfigError as e:
             raise ReplicaDiverged(f"the snapshot's settings are not the run's: {e}") from e
-        self.round, self.digest, self.counted = manifest.round, manifest.commit, ()
+        self.round, self.digest, self.counted = manifest.round, manifest.commit, {}
         self._lr_factor = float32_of_bits(commit.body.lr_factor_bits)
 
     def take(self, store: SnapshotStore, stored: Stored, commit: Commit) -> None:
@@ -503,7 +516,7 @@ class Replica:
             initialise(self.model, self._genesis, self._seed, base)
         self.strategy.begin()
         self._follow(Course.of(self._genesis.config))
-        self.round, self.digest, self.counted = 0, self.run_id, ()
+        self.round, self.digest, self.counted = 0, self.run_id, {}
         self._lr_factor = float32_of_bits(self._genesis.lr_factor_bits)
 
     def _become(self, tensors: Mapping[str, Tensor]) -> None:

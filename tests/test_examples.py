@@ -181,6 +181,38 @@ def test_experts_that_know_nothing_of_one_another_are_routed(
     assert load_file(tmp_path / "router.safetensors")["weight"].shape == (2, 256)
 
 
+# -------------------------------------------------------------------------------------------- the optimum
+
+
+def test_the_optimum_is_found_by_nodes_of_which_each_has_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four nodes of this process; the last round merges, and says how far that is from the optimum."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    keys = {"run.rounds": 80, "run.eval_every": 80}
+    run = load_config(EXAMPLES / "optimum.toml", keys, environ={})
+    genesis = make_genesis(run, make_task(run.task, "optimum:make", None), peer_id_of(KEY.public_key()), 1)
+    nodes = []
+    with local_swarm(tmp_path, genesis.body, KEY, blobs=genesis.blobs) as swarm:
+        for part in range(4):
+            monkeypatch.setenv("PART", str(part))
+            task = make_task(run.task, "optimum:make", None)
+            nodes.append(Runner(swarm.link(f"peer-{part}"), task=task))
+        threads = [threading.Thread(target=node.run) for node in nodes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    results = [node.result for node in nodes if node.result is not None]
+    assert len({result.fingerprint for result in results}) == 1
+    assert len(results) == 4
+    losses = dict(loss for result in results for loss in result.held_out)
+    assert losses[80] < 0.1 * losses[0]
+    monkeypatch.setenv("PART", "4")
+    with pytest.raises(ConfigError, match="from 0 to 3"):
+        make_task(run.task, "optimum:make", None)
+
+
 # ----------------------------------------------------------------------------------------------- the others
 
 

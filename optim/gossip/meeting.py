@@ -24,12 +24,15 @@ UNKNOWN: Final = Spectrum(1.0, 1.0)
 @dataclass(frozen=True, slots=True)
 class Meeting:
     """Whom a peer exchanges with in a round, and with what weight each; nobody, if it does not train with the
-    others yet. `spectrum`: of matchings, where they are drawn; a peer that is left over has one, too."""
+    others yet. `spectrum`: of matchings, where they are drawn; a peer that is left over has one, too.
+    `edges`: of all peers, by their places among `names`."""
 
     turn: Turn
     me: str = ""
     weights: Mapping[str, float] = field(default_factory=dict)
     spectrum: Spectrum = UNKNOWN
+    names: Sequence[str] = ()
+    edges: Sequence[Edge] = ()
 
 
 def meeting(
@@ -53,9 +56,10 @@ def meeting(
         union = tuple(union_of(topology, n) if fixed is None else fixed)
         edges = matching_of(union, turn.shared_seed)
         weights = {names[j]: 0.5 for j in _partners(edges, own)}
-        return Meeting(turn, me, weights, matching_spectrum(union, n))
+        return Meeting(turn, me, weights, matching_spectrum(union, n), names, edges)
     edges = edges_of(topology, n, turn.round, turn.shared_seed, degree) if fixed is None else fixed
-    return Meeting(turn, me, {names[j]: mixing_weight(edges, own, j) for j in _partners(edges, own)})
+    weights = {names[j]: mixing_weight(edges, own, j) for j in _partners(edges, own)}
+    return Meeting(turn, me, weights, UNKNOWN, names, edges)
 
 
 def _between(pairs: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Edge]:

@@ -24,9 +24,9 @@ class Neighbours(Protocol):
         """This peer's name."""
         ...
 
-    def peers(self) -> Mapping[str, int]:
-        """Who trains now: those whose offers the newest commit counted, by name, each with the number that it
-        came in with; the same for all."""
+    def peers(self, round_: int) -> Mapping[str, int]:
+        """Whose offers the commit of that round counted, by name, each with the number that it came in with;
+        the same for all that know it. Nobody, where it is not known, or long ago."""
         ...
 
     def exchange(self, round_: int, with_: Sequence[str], data: bytes) -> Exchange:

@@ -26,39 +26,35 @@ Sources: algorithms of arXiv 2306.08289 (A2CiD2), 1902.00340 (CHOCO-SGD), and "A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Final, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import isfinite
+from typing import Any, ClassVar, Final
 
 import torch
 
-from ...compression.base import Compressor, Field, Fields, Packed, Payload, Turn
+from ...compression.base import Field, Fields, Packed, Payload, Turn
 from ...compression.codecs.dense import Dense
 from ...compression.errors import BadPayload, ConfigError
 from ...compression.exact import exact_arithmetic
 from ..base import Draw, NamedParameters, Own, Parameter, Share, refuse_names
 from ..facts import Facts, KnownUpdate
-from ..inner.optimizers import check_inner
 from ..inner.phase import InnerPhase
 from ..inner.training import OwnTraining
-from ..options import Number, Whole, keywords_of
+from ..options import keywords_of
 from ..parts.packing import pack_all
 from ..parts.updating import updating
 from ..robust.means import decode_mean
-from ..robust.options import NEW_RUNS, BoundedOptions
+from ..robust.options import NEW_RUNS
 from ..robust.weights import weighed
 from .borrowing import Borrowed, median_of
 from .choco import ChocoMixing
-from .edges import check_edges
+from .dadao import DadaoMixing
 from .meeting import Meeting, meeting
-from .merging import check_merge_every, is_full, is_merge, last_merge, last_taken, takes_part
+from .merging import is_full, is_merge, last_merge, last_taken, takes_part
 from .mixing import Mixed, Mixing, ModelMixing
 from .neighbours import Exchange, Neighbours
-from .topology import FIXED, Topology
-
-INNER: Final[dict[str, Any]] = {"name": "AdamW", "betas": [0.9, 0.95]}
-
-EIGHT_BITS: Final = {"name": "dense", "bits": 8}
+from .options import EIGHT_BITS, IN_PAIRS, GossipOptions
 
 _RECENT_ROUNDS: Final = 100
 """A neighbour's model that is older than that is not taken over."""
@@ -67,101 +63,6 @@ _COUNT_BITS: Final = 16
 
 DISTANCE: Final = ":distance"
 """In the payload of a round that does not merge: L2, to the median neighbour's model when they last met."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GossipOptions(BoundedOptions):
-    """Of a run's `[strategy]`, and keyword arguments of `Gossip`."""
-
-    compressor: Compressor
-    """Of what goes to neighbours. "plain" and "a2cid2" take the dense one, "choco" any. Merges are dense: in
-    the same format, or with 16 bits."""
-
-    lr: Annotated[float, Number(at_least=0)] = 4e-4
-    """The inner optimizer's; schedules act on it."""
-
-    weight_decay: Annotated[float, Number(at_least=0)] = 0.1
-    """The inner optimizer's."""
-
-    inner: str | Mapping[str, Any] = field(default_factory=lambda: dict(INNER))
-    """One of torch's optimizers and its options, but for lr and weight_decay, which stand above, or "lion" or
-    "schedulefree" (extras of these names). "muon": Muon for matrices of numbered blocks, AdamW for the
-    rest."""
-
-    inner_steps: Annotated[int, Whole(1, 2**16)] = 30
-    """H, of one micro-batch each, in a round."""
-
-    max_grad_norm: Annotated[float, Number(at_least=0)] = 1.0
-    """L2 norm of an inner step's gradient; 0: no limit."""
-
-    mixing: Literal["plain", "a2cid2", "choco"] = "plain"
-    """How models mix: with the neighbours' weighted mean, with momentum and one partner in a round, or by
-    changes that any compressor packs."""
-
-    topology: Topology = "random"
-    """Who exchanges with whom: a ring, 2^k steps along it in turns, random partners, all, or `edges`."""
-
-    edges: tuple[tuple[int, ...], ...] = ()
-    """Of topology "file": pairs of peers by the numbers that they came in with, [[0, 1], [1, 2]]."""
-
-    topology_file: str = ""
-    """A file of edges, two numbers a line, which becomes `edges` in record 0 when the run is founded."""
-
-    degree: Annotated[int, Whole(1, 64)] = 1
-    """Partners in a round of the "random" topology."""
-
-    gamma: Annotated[float, Number(above=0, at_most=1)] = 0.4
-    """With "choco": the step towards the neighbours; less for compressors that lose more."""
-
-    merge_every: int | str = 10
-    """Rounds between two merges; "end": one at 99.7% of the run. After the last round there is one anyway."""
-
-    participation: Annotated[float, Number(above=0, at_most=1)] = 1.0
-    """How likely a peer takes part in a merge that is not the last one."""
-
-    takes: Literal["s2s", "s2a"] = "s2s"
-    """Who goes on from a merge in which some took part: those alone, or all."""
-
-    clip_neighbours: Annotated[float, Number(at_least=1)] = 1.25
-    """No neighbour's difference pulls for more than this many times the median of the neighbours'."""
-
-    patience_s: Annotated[float, Number(at_least=0, at_most=600)] = 5.0
-    """For neighbours whose models are under way when the next round begins, at most."""
-
-    weights: Literal["samples", "equal", "work"] = "samples"
-    """In merges peers count alike, or by the samples of that round or of all rounds ("work") since the merge
-    that they went on from, up to twice their median (without `bound`: `clip` times)."""
-
-    clip: Annotated[float, Number(at_least=1)] = 10.0
-    """Without `bound`: no offer's L1 norm or samples count for more than this many times their median in the
-    round."""
-
-    @classmethod
-    def check(cls, entries: Mapping[str, Any]) -> None:
-        super().check(entries)
-        check_inner(entries["inner"], entries["weight_decay"])
-        check_merge_every(entries["merge_every"])
-        _check_graph(entries)
-        if entries["mixing"] == "choco" and entries["topology"] not in FIXED:
-            raise ConfigError(
-                f'mixing = "choco" with topology = "{entries["topology"]}": neighbours know each other\'s '
-                f"models, and a new one costs a whole one: use topology = {' or '.join(sorted(FIXED))}"
-            )
-        if entries["degree"] > 1 and (entries["topology"] != "random" or entries["mixing"] == "a2cid2"):
-            raise ConfigError(
-                f'degree = {entries["degree"]}: of topology = "random", without a2cid2, which takes one '
-                "partner at a time"
-            )
-
-
-def _check_graph(entries: Mapping[str, Any]) -> None:
-    """Raises ConfigError."""
-    if entries["topology_file"]:
-        raise ConfigError("topology_file is read by those who found a run: here edges are needed")
-    if entries["topology"] == "file":
-        check_edges(entries["edges"])
-    elif len(entries["edges"]):
-        raise ConfigError(f'edges with topology = "{entries["topology"]}": they are of topology = "file"')
 
 
 class Gossip(OwnTraining):
@@ -183,7 +84,7 @@ class Gossip(OwnTraining):
         fitted="inner_steps",
         changeable=("lr", "weight_decay", "max_grad_norm", "clip", "bound", "own_data_share"),
         in_runs={**NEW_RUNS, "bound": 1.25, "weights": "work", "compressor": EIGHT_BITS},
-        only_with={"edges": (), "topology_file": ()},
+        only_with={"edges": (), "topology_file": (), "mu": (), "smoothness": ()},
         small_model={"lr": 1e-3},
         compressor=EIGHT_BITS,
         is_audited=False,  # a peer's model is its own
@@ -227,6 +128,8 @@ class Gossip(OwnTraining):
     def _new_mixing(self) -> Mixing:
         if self.option("mixing") == "choco":
             return ChocoMixing(self, self._phase, self.compressor, float(self.option("gamma")))
+        if self.option("mixing") == "dadao":
+            return DadaoMixing(self, self.compressor, self.option("mu"), self.option("smoothness"))
         has_momentum = self.option("mixing") == "a2cid2"
         return ModelMixing(self, self._phase, self.compressor, has_momentum=has_momentum)
 
@@ -283,6 +186,13 @@ class Gossip(OwnTraining):
             self._round_is_trained()
             return self._send(turn)
 
+    def _inner_step(self, loss: float, turn: Turn) -> bool:
+        if not isinstance(self.mixing, DadaoMixing):
+            return super()._inner_step(loss, turn)
+        done = isfinite(loss) and self.mixing.step(turn)
+        self.count("dropped_batches", not done)
+        return done
+
     def _begin(self, turn: Turn) -> None:
         self._follow(turn)
 
@@ -319,32 +229,42 @@ class Gossip(OwnTraining):
 
     # --------------------------------------------------------------------------------- neighbours
 
+    def _meeting(self, turn: Turn) -> Meeting:
+        assert self.neighbours is not None
+        return meeting(
+            self.option("topology"),
+            self.neighbours.peers(turn.round - 1),
+            self.neighbours.me,
+            turn,
+            in_pairs=self.option("mixing") in IN_PAIRS,
+            degree=self.option("degree"),
+            of_file=self.option("edges"),
+        )
+
     def _meet(self, turn: Turn) -> None:
         """x_i goes to the round's neighbours."""
         self.met, self._open = None, None
         if self.neighbours is None:
             return
-        self.met = meeting(
-            self.option("topology"),
-            self.neighbours.peers(),
-            self.neighbours.me,
-            turn,
-            in_pairs=self.option("mixing") == "a2cid2",
-            degree=self.option("degree"),
-            of_file=self.option("edges"),
-        )
+        self.met = self._meeting(turn)
         message = self.mixing.message(self.met)
         exchange = self.neighbours.exchange(turn.round, list(self.met.weights), message)
         if self.met.weights:
             self._open = self.met, exchange
 
     def _mix_in(self, turn: Turn) -> None:
-        """What neighbours sent in the round before."""
+        """What neighbours sent in the last round that this peer worked in, if no merge came since. Only where
+        both ends' offers were counted, which both know: else one of them might go on alone."""
         opened, self._open = self._open, None
-        if opened is None or opened[0].turn.round != turn.round - 1:
+        if opened is None or self.neighbours is None:
             return
         met, exchange = opened
+        counted = self.neighbours.peers(met.turn.round)
+        if not self._is_of_this_theta(met.turn.round, turn):
+            return
         heard = exchange.received()
+        if not isinstance(self.mixing, ChocoMixing):  # which has to follow every change
+            heard = [said for said in heard if said[0] in counted and self.neighbours.me in counted]
         mixed = self.mixed = self.mixing.mix(met, heard, float(self.option("clip_neighbours")))
         self.count("met", len(heard) - len(mixed.refused))
         self.count("unheard", len(met.weights) - len(heard))

@@ -10,13 +10,15 @@ from thinwire.optim.gossip.neighbours import Exchange
 
 @dataclass
 class Board:
-    """`peers`: by their numbers; who is not `absent` trains now. `lost`: (sender, receiver, round) -> that
-    message does not arrive. `changed`: what arrives in place of a message."""
+    """`peers`: by their numbers; who is not `absent` trains now, and its offers of rounds that it has not
+    `missed` were counted. `lost`: (sender, receiver, round) -> that message does not arrive. `changed`: what
+    arrives in place of a message."""
 
     peers: list[str]
     lost: Callable[[str, str, int], bool] = lambda sender, receiver, round_: False
     changed: Callable[[str, bytes], bytes] = lambda sender, data: data
     absent: set[str] = field(default_factory=set)
+    missed: set[tuple[str, int]] = field(default_factory=set)
     posts: dict[str, dict[int, tuple[list[str], bytes]]] = field(default_factory=dict)
     """By sender and round."""
     n_messages: int = 0
@@ -32,9 +34,10 @@ class OnBoard:
     board: Board
     me: str
 
-    def peers(self) -> Mapping[str, int]:
+    def peers(self, round_: int) -> Mapping[str, int]:
         board = self.board
-        return {peer: number for number, peer in enumerate(board.peers) if peer not in board.absent}
+        here = {peer: number for number, peer in enumerate(board.peers) if peer not in board.absent}
+        return {peer: number for peer, number in here.items() if (peer, round_) not in board.missed}
 
     def exchange(self, round_: int, with_: Sequence[str], data: bytes) -> Exchange:
         self.board.posts.setdefault(self.me, {})[round_] = list(with_), data

@@ -29,8 +29,8 @@ class LyingNeighbours:
     def me(self) -> str:
         return self._honest.me
 
-    def peers(self) -> Mapping[str, int]:
-        return self._honest.peers()
+    def peers(self, round_: int) -> Mapping[str, int]:
+        return self._honest.peers(round_)
 
     def borrow(self) -> list[tuple[int, bytes]]:
         return self._honest.borrow()

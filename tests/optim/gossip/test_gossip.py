@@ -211,6 +211,22 @@ def test_a_neighbour_that_is_gone_costs_nothing() -> None:
     assert peers[1].strategy.counters["unheard"] == 12
 
 
+@pytest.mark.parametrize("mixing", ["plain", "a2cid2"])
+def test_an_edge_counts_for_both_ends_or_for_none(mixing: str) -> None:
+    """Peer 1 was too late in round 2, for an evaluation, and worked in no round before 5: it sends and hears
+    what the others do without."""
+    board, peers = swarm(4, topology="complete", mixing=mixing)
+    run(peers, range(1, 2))
+    before = mean(peers)
+    board.missed = {("peer-1", r) for r in (2, 3, 4)}
+    run(peers, range(2, 3))
+    run([p for p in peers if p.number != 1], range(3, 5))
+    peers[1].strategy.counters["applied"] = 4
+    run(peers, range(5, 8))
+    torch.testing.assert_close(mean(peers), before, atol=1e-5, rtol=0)
+    assert peers[1].strategy.counters["met"] > 0
+
+
 def test_what_neighbours_send_is_checked_and_counted_by_reason() -> None:
     board, peers = swarm(3, topology="complete")
     bad = {"peer-1": b"nonsense", "peer-2": b""}
@@ -389,6 +405,10 @@ def test_payloads_of_other_rounds_are_refused() -> None:
         ({"merge_every": 0}, "merge_every = 0"),
         ({"merge_every": "never"}, '"end"'),
         ({"merge_every": True}, "merge_every = True"),
+        ({"mixing": "dadao"}, "0 < mu <= smoothness"),
+        ({"mixing": "dadao", "mu": 2, "smoothness": 1}, "0 < mu <= smoothness"),
+        ({"mixing": "dadao", "mu": 1, "smoothness": 4, "inner_steps": 1}, 'merge_every = "end"'),
+        ({"mu": 1}, 'of mixing = "dadao"'),
         ({"participation": 0}, "participation = 0"),
         ({"topology": "star"}, "star"),
         ({"mixing": "a2cid"}, "a2cid2"),
