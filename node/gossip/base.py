@@ -34,6 +34,10 @@ class NeighbourLink(Protocol):
         """What a few members have last sent, with its round."""
         ...
 
+    def secret(self, peer: str) -> bytes:
+        """See `Neighbours`."""
+        ...
+
     def edges(self) -> Mapping[str, EdgeBytes]:
         """By peer."""
         ...

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
-from ...compression.errors import SwarmUnreachable
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from ...compression.errors import ConfigError, SwarmUnreachable
 from .base import EdgeBytes
+from .pairs import pair_secret
 from .streams import NeighbourStreams
 
 
@@ -27,10 +30,11 @@ class InLoop(Protocol):
 
 
 class RemoteNeighbours:
-    """See `NeighbourLink`."""
+    """See `NeighbourLink`. `key`: None, peer ids are only names here."""
 
-    def __init__(self, loop: InLoop) -> None:
-        self._loop = loop
+    def __init__(self, loop: InLoop, run_id: bytes, key: Ed25519PrivateKey | None) -> None:
+        self._loop, self._run_id, self._key = loop, run_id, key
+        self._secrets: dict[str, bytes] = {}
 
     def send(self, round_: int, to: Sequence[str], data: bytes) -> None:
         names = tuple(to)
@@ -49,6 +53,13 @@ class RemoteNeighbours:
         except SwarmUnreachable:
             return []
         return found
+
+    def secret(self, peer: str) -> bytes:
+        if peer not in self._secrets:
+            if self._key is None:
+                raise ConfigError("privacy needs peers with keys: use join")
+            self._secrets[peer] = pair_secret(self._key, peer, self._run_id)
+        return self._secrets[peer]
 
     def edges(self) -> Mapping[str, EdgeBytes]:
         streams = self._loop.now()

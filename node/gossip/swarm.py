@@ -33,6 +33,9 @@ class SwarmNeighbours:
         self._link.send(round_, with_, data)
         return _OnLink(self._link, round_, self._counted, self._patience_s)
 
+    def secret(self, peer: str) -> bytes:
+        return self._link.secret(peer)
+
     def borrow(self) -> list[tuple[int, bytes]]:
         return self._link.latest(_BORROW_S)
 

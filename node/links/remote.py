@@ -83,7 +83,7 @@ class RemoteLink:
         self._core: LinkCore | None = None
         self._copy: LedgerCopy | None = None
         self._copy_path = None if self.run_folder is None else self.run_folder / COPY_NAME
-        self.neighbours: NeighbourLink | None = RemoteNeighbours(_InLoop(self))
+        self.neighbours: NeighbourLink | None = RemoteNeighbours(_InLoop(self), self.run_id, key)
 
     # ----------------------------------------------------------------------------- the node's thread
 

@@ -33,6 +33,10 @@ class Neighbours(Protocol):
         """Sends to these peers, who send to this one. Returns at once; an earlier exchange is over."""
         ...
 
+    def secret(self, peer: str) -> bytes:
+        """Of this peer and that one, the same for both, known to nobody else and in every round."""
+        ...
+
     def borrow(self) -> list[tuple[int, bytes]]:
         """What some peers have last sent to their neighbours, with its round; for one that has just come."""
         ...

@@ -11,6 +11,7 @@ from ...compression.errors import ConfigError
 from ..inner.optimizers import check_inner
 from ..options import Number, Whole
 from ..robust.options import BoundedOptions
+from .accounting import check_privacy
 from .edges import check_edges
 from .merging import END, check_merge_every
 from .topology import FIXED, Topology
@@ -82,6 +83,10 @@ class GossipOptions(BoundedOptions):
     takes: Literal["s2s", "s2a"] = "s2s"
     """Who goes on from a merge in which some took part: those alone, or all."""
 
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+    """Noise on what a peer learns, against everybody else: { clip = 1.0, noise = 4.0, delta = 1e-5 }. `clip`:
+    L2, what local steps move in a round, at most; `noise`: as many times that; `delta`: of the account."""
+
     clip_neighbours: Annotated[float, Number(at_least=1)] = 1.25
     """No neighbour's difference pulls for more than this many times the median of the neighbours'."""
 
@@ -113,6 +118,9 @@ class GossipOptions(BoundedOptions):
                 "one partner at a time"
             )
         _check_convexity(entries)
+        check_privacy(entries["privacy"])
+        if entries["privacy"] and entries["mixing"] == "dadao":
+            raise ConfigError('privacy with mixing = "dadao": what it sends is no model: take another one')
 
 
 def _check_convexity(entries: Mapping[str, Any]) -> None:

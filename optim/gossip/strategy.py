@@ -47,6 +47,7 @@ from ..parts.updating import updating
 from ..robust.means import decode_mean
 from ..robust.options import NEW_RUNS
 from ..robust.weights import weighed
+from .accounting import in_words, require_accountant
 from .borrowing import Borrowed, median_of
 from .choco import ChocoMixing
 from .dadao import DadaoMixing
@@ -55,6 +56,8 @@ from .merging import is_full, is_merge, last_merge, last_taken, takes_part
 from .mixing import Mixed, Mixing, ModelMixing
 from .neighbours import Exchange, Neighbours
 from .options import EIGHT_BITS, IN_PAIRS, GossipOptions
+from .private import Pairs, PrivateSteps, mixing_weights
+from .topology import edges_of
 
 _RECENT_ROUNDS: Final = 100
 """A neighbour's model that is older than that is not taken over."""
@@ -84,7 +87,7 @@ class Gossip(OwnTraining):
         fitted="inner_steps",
         changeable=("lr", "weight_decay", "max_grad_norm", "clip", "bound", "own_data_share"),
         in_runs={**NEW_RUNS, "bound": 1.25, "weights": "work", "compressor": EIGHT_BITS},
-        only_with={"edges": (), "topology_file": (), "mu": (), "smoothness": ()},
+        only_with={"edges": (), "topology_file": (), "mu": (), "smoothness": (), "privacy": ()},
         small_model={"lr": 1e-3},
         compressor=EIGHT_BITS,
         is_audited=False,  # a peer's model is its own
@@ -113,6 +116,18 @@ class Gossip(OwnTraining):
         super().__init__(named_parameters, options)
         self._refuse_what_does_not_fit()
         self.mixing = self._new_mixing()
+        self._private = self._new_private()
+
+    def told(self) -> str | None:
+        privacy = None if self._private is None else in_words(self.option("privacy"))
+        return "; ".join(filter(None, (super().told(), privacy))) or None
+
+    def _new_private(self) -> PrivateSteps | None:
+        privacy = self.option("privacy")
+        if not privacy:
+            return None
+        require_accountant()
+        return PrivateSteps(self.parameters_in_order(), float(privacy["clip"]), float(privacy["noise"]))
 
     def _refuse_what_does_not_fit(self) -> None:
         mixing = self.option("mixing")
@@ -135,13 +150,13 @@ class Gossip(OwnTraining):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies have no neighbours, and nothing under way."""
-        left_out = ("neighbours", "_open", "mixing", "_phase")
+        left_out = ("neighbours", "_open", "mixing", "_phase", "_private")
         return {name: v for name, v in super().__getstate__().items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._phase, self._open = InnerPhase(self), None
-        self.mixing = self._new_mixing()
+        self.mixing, self._private = self._new_mixing(), self._new_private()
 
     def is_merge(self, turn: Turn) -> bool:
         """Whether the round changes the reference model."""
@@ -180,10 +195,14 @@ class Gossip(OwnTraining):
             self._mix_in(turn)
             if is_new:
                 self._borrow(turn)
+            if self._private is not None:
+                self._private.begin()
             while self.n_batches < self.batches:
                 self._train_on(draw(), turn)
                 self.n_batches += 1
             self._round_is_trained()
+            if self._private is not None:
+                self.last_loss = None  # it would say what the noise is to hide
             return self._send(turn)
 
     def _inner_step(self, loss: float, turn: Turn) -> bool:
@@ -214,6 +233,7 @@ class Gossip(OwnTraining):
         """After the local steps."""
         self._phase.finish()
         self.count("dropped_rounds", self._phase.start_over_unless_finite())
+        self._make_private(turn)
         if self.is_merge(turn):
             return self._merge_payload(turn)
         self._meet(turn)
@@ -226,6 +246,20 @@ class Gossip(OwnTraining):
             fields = self.fields(turn).items()
             return {name: tuple(torch.empty(0, dtype=f.dtype) for f in row) for name, row in fields}
         return pack_all(self.ranks, self.merging, self.parameters_in_order(), self._phase.moved, turn)
+
+    def _make_private(self, turn: Turn) -> None:
+        """See `private`. In a full merge all pairs of peers share noise, else those that exchange."""
+        if self._private is None:
+            return
+        met = Meeting(turn) if self.neighbours is None else self._meeting(turn)
+        names, edges = met.names, met.edges
+        weights = mixing_weights(edges, in_pairs=self.option("mixing") in IN_PAIRS)
+        if self.is_merge(turn):
+            edges = edges_of("complete", len(names), 0, 0)
+            edges = edges if is_full(self.option("participation"), turn) else []
+            weights = (1.0 / max(1, len(names)),) * len(edges)
+        secret = _no_secret if self.neighbours is None else self.neighbours.secret
+        self._private.end(Pairs(met.me, names, edges, weights), secret, turn.round)
 
     # --------------------------------------------------------------------------------- neighbours
 
@@ -339,6 +373,10 @@ class Gossip(OwnTraining):
                     theta.sub_(decode_mean(kind, self.merging, device, packs, w, p.part, turn))
             if goes_on:
                 self._forget([p])
+
+
+def _no_secret(peer: str) -> bytes:
+    raise AssertionError("a peer that is alone has no pairs")
 
 
 def _in_range(shares: Sequence[Share]) -> list[Share]:

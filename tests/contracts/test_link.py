@@ -633,6 +633,8 @@ def test_neighbours_exchange_messages(make_swarm: MakeSwarm) -> None:
     assert links[0].traffic().sent["gossip"] >= 2 * len(large[names[0]])
     assert sorted(within(lambda: a.latest(WAIT_S))) == sorted((7, large[n]) for n in names[1:])
 
+    assert a.secret(names[1]) == b.secret(names[0]) != a.secret(names[2])
+
     # A message for the next round may come before this node gets there; one of an old round is refused.
     before = b.edges()[names[0]].sent
     b.send(8, names[:1], b"early")

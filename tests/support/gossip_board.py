@@ -44,6 +44,9 @@ class OnBoard:
         self.board.n_messages += len(with_)
         return _OnBoard(self, round_, list(with_))
 
+    def secret(self, peer: str) -> bytes:
+        return "\n".join(sorted((self.me, peer))).encode()
+
     def borrow(self) -> list[tuple[int, bytes]]:
         others = sorted(self.board.posts.keys() - {self.me})
         latest = [max(self.board.posts[peer].items()) for peer in others]

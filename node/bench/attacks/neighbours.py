@@ -32,6 +32,9 @@ class LyingNeighbours:
     def peers(self, round_: int) -> Mapping[str, int]:
         return self._honest.peers(round_)
 
+    def secret(self, peer: str) -> bytes:
+        return self._honest.secret(peer)
+
     def borrow(self) -> list[tuple[int, bytes]]:
         return self._honest.borrow()
 
