@@ -139,7 +139,7 @@ SIZELESS: Final = frozenset(["round", "upload", "join", "network", "ray", "link"
 """Their model is a small one of their own."""
 
 NOT_IN_ALL: Final = frozenset(["ray", "link", "upload", "network"])
-"""The first one needs an extra, and a cluster of its own; the others are of a network, the last one a model."""
+"""The first one needs an extra, and a cluster of its own; the others are of a network, real or modelled."""
 
 DEVICES: Final = ("cpu", "cuda")
 
