@@ -5,6 +5,7 @@ to a method, for the same payloads and tokens. docs/strategies.md says what came
                           decoupled and, GPA, of diloco and muloco, by all replicas alike; SNOO of each peer's
                           inner steps there, as outer steps are SNOO's already
     lozo, lozo-labels     MeZO's directions of low rank (see `mezo`)
+    subspace              the momentum along as many random directions as `decoupled` sends bytes
     decoupled-overlap     overlap = 1
 """
 
@@ -17,13 +18,29 @@ from typing import Any, Final
 
 from .averaging import Gpa, MakeAveraging, Snoo
 from .loco import Loco, train_loco
-from .methods import DENSE, METHODS, PROBES, SIGN_RATES, Method, Shape, Try, adamw, decoupled, loco, mezo
+from .methods import (
+    DENSE,
+    METHODS,
+    PROBES,
+    SIGN_RATES,
+    Method,
+    Shape,
+    Try,
+    adamw,
+    decoupled,
+    loco,
+    mezo,
+    trained,
+)
 from .mezo import Lozo
 from .swarm import Trained
 from .text import Learnt, Text, linear
 
 K: Final = 5
 """Steps between two of SNOO's."""
+
+DIRECTIONS: Final = 876
+"""With 29 bytes of framing and 2 of a scale as many bytes as `decoupled` has with `SHAPE`, 907."""
 
 # ------------------------------------------------------------------------------------------- averaging
 
@@ -72,6 +89,14 @@ def _lozo(text: Learnt, shape: Shape, tried: Try) -> Trained:
     return Trained(model, n_bytes, ((n_bytes, text.loss(model)),))
 
 
+# ------------------------------------------------------------------------------------------- subspace
+
+
+def _subspace(text: Text, shape: Shape, tried: Try) -> Trained:
+    strategy = {"name": "subspace", "lr": tried.lr, "dimension": DIRECTIONS}
+    return trained(text, strategy, shape.n_peers, shape.n_steps)
+
+
 # ------------------------------------------------------------------------------------------- the rows
 
 
@@ -106,6 +131,7 @@ TRIED: Final[dict[str, Method]] = {
     "muloco-gpa": Method(
         partial(_averaged, loco, **DENSE, inner="muon"), None, _tries((4e-3, 1e-2), _ROUNDS)
     ),
+    "subspace": Method(_subspace, None, tuple(map(Try, (1e-2, 2e-3, 3e-3, 6e-3, 1.5e-2, 2e-2)))),
     "lozo": Method(_lozo, None, _tries((3e-3, 1e-2, 2e-2), _LOW), "other text"),
     "lozo-labels": Method(_lozo, None, _tries((1e-3, 2e-3, 4e-3), _LOW), "labels"),
 }

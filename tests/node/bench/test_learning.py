@@ -208,11 +208,11 @@ def test_lozos_directions_are_of_low_rank_and_share_a_factor_for_a_while() -> No
 
 
 def test_every_row_that_was_tried_trains() -> None:
-    names = ["muloco-snoo", "diloco-gpa", "decoupled-gpa"]
+    names = ["muloco-snoo", "diloco-gpa", "decoupled-gpa", "subspace"]
     wanted = Wanted(names=names, shape=replace(SHAPE, n_rounds=2), n_seeds=1, tuned=False)
     rows = with_targets(rows_of(wanted))
     assert {row.method: len(row.tuned["ours"]["own"]) for row in rows} == dict(
-        zip(names, (2, 3, 2), strict=True)
+        zip(names, (2, 3, 2, 0), strict=True)
     )
     assert "lr 0.005, mu_x 0.9, mu_y 0.7" in markdown(rows)
 
