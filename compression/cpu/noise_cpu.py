@@ -4,7 +4,8 @@ A block of 4096 elements is taken through all updates while it is in the cache. 
 computed (words_cpu.py), one per 32 elements for signs: a sign is a bit of its word, moved to the sign bit of
 the coefficient. Signs of four probes are added up at a time, so that the sum stays in registers; it starts
 with the first term, and every term is rounded once, in order, as in the reference. Gaussian terms are looked
-up two at a time, while memory is on its way; words are taken for bytes as little endian machines have them.
+up 64 at a time, by bytes, where the processor can, or else two; words are taken for bytes as little endian
+machines have them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..numerics.noise_layout import NoiseKind, Piece, Update, Where
 from ..numerics.quantiles import NORMAL_256
-from .addresses_cpu import aligned_words, floats_at, prefetch, prefetch_some
+from .addresses_cpu import aligned_words, floats_at, has_look_up, look_up, prefetch
 from .threads import share
 from .words_cpu import fill_words, overlap
 
@@ -184,7 +185,7 @@ def _add_up_signs(
         for q in range(p + 4, min(p + 8, end)):
             _sign_words(words, 512 - half + (q - p - 4) * 128, block, third, tails[q], seeds[q])
             each = 4096 // (end - begin - 4)  # little at a time: memory takes no more at once
-            prefetch_some(needed, at + (q - begin - 4) * each, each)
+            prefetch(needed, at + (q - begin - 4) * each, each)
         c0, c1 = _bits(coefficients[p]), _bits(coefficients[p + 1])
         c2, c3 = _bits(coefficients[p + 2]), _bits(coefficients[p + 3])
         if p == begin:
@@ -261,21 +262,24 @@ def _gauss_blocks(
     y: Array, x: Array, in_place: bool, start: int, first: int, last: int,
     seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, third: Word, table: Array,
 ) -> None:  # fmt: skip
-    words, terms = aligned_words(1024), np.empty(256, np.float32)
-    acc = aligned_words(4096).view(np.float32)
+    words, tables = aligned_words(1024), _tables(table, coefficients)
+    acc, term = aligned_words(4096).view(np.float32), aligned_words(4096).view(np.float32)
     for block in range(first, last):
         a, b, skipped = overlap(x.size, start, block)
         begin = 0
         for u in range(ends.size):
             end = ends[u]
             for p in range(begin, end):
+                if p == 0:  # of the next block; little at a time: memory takes no more at once
+                    prefetch(x, a + 4096, 2048)
                 fill_words(words, 0, 256, block, third, tails[p], seeds[p])
-                for i in range(256):
-                    terms[i] = table[i] * coefficients[p]
+                if p == 0:
+                    prefetch(x, a + 6144, 2048)
                 if p == begin:
-                    _look_up(acc, words, terms, x[a:b] if p == 0 else x[:0], y[a:b] if p == 0 else y[:0])
+                    _look_up(acc, words, tables, p)
                 else:
-                    _look_up_and_add(acc, words, terms)
+                    _look_up(term, words, tables, p)
+                    _add(acc, term)
             if in_place or begin > 0:
                 _finish_in_place(y[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
             else:
@@ -284,25 +288,52 @@ def _gauss_blocks(
 
 
 @numba.njit(nogil=True)
-def _look_up(acc: Array, words: Array, terms: Array, x: Array, y: Array) -> None:
-    """The term of every byte; two neighbours at a time, as one number of 64 bits. `x` and `y` are needed
-    afterwards."""
-    bits, pairs, octets = terms.view(np.uint32), acc.view(np.uint64), words.view(np.uint8)
-    for chunk in range(0, 1024, 32):
-        prefetch(x[4 * chunk : 4 * chunk + 128])
-        prefetch(y[4 * chunk : 4 * chunk + 128])
-        for w in range(chunk, chunk + 32, 2):
-            for byte in range(4):
-                low, high = bits[octets[4 * w + byte]], bits[octets[4 * w + 4 + byte]]
-                pairs[(byte * 1024 + w) >> 1] = np.uint64(low) | np.uint64(high) << _32
+def _tables_of_values(table: Array, coefficients: Array) -> Array:
+    """The terms of every probe, 256 each."""
+    terms = np.empty(256 * coefficients.size, np.float32)
+    for p in range(coefficients.size):
+        for i in range(256):
+            terms[256 * p + i] = table[i] * coefficients[p]
+    return terms
 
 
 @numba.njit(nogil=True)
-def _look_up_and_add(acc: Array, words: Array, terms: Array) -> None:
-    for byte in range(4):
-        down = np.uint32(8 * byte)
-        for w in range(1024):
-            acc[byte * 1024 + w] += terms[(words[w] >> down) & np.uint32(255)]
+def _tables_of_bytes(table: Array, coefficients: Array) -> Array:
+    """The same, by bytes: the first of each, then the second, and so on."""
+    octets = _tables_of_values(table, coefficients).view(np.uint8)
+    planes = aligned_words(256 * coefficients.size).view(np.uint8)
+    for p in range(coefficients.size):
+        for i in range(256):
+            for byte in range(4):
+                planes[1024 * p + 256 * byte + i] = octets[1024 * p + 4 * i + byte]
+    return planes
+
+
+@numba.njit(nogil=True)
+def _look_up_pairs(out: Array, words: Array, terms: Array, p: int) -> None:
+    """The term of every byte, of the probe p; two neighbours at a time, as one number of 64 bits."""
+    bits, pairs, octets = terms.view(np.uint32), out.view(np.uint64), words.view(np.uint8)
+    at = np.uint64(256 * p)
+    for w in range(0, 1024, 2):
+        for byte in range(4):
+            low, high = bits[at + octets[4 * w + byte]], bits[at + octets[4 * w + 4 + byte]]
+            pairs[(byte * 1024 + w) >> 1] = np.uint64(low) | np.uint64(high) << _32
+
+
+@numba.njit(nogil=True)
+def _look_up_vectors(out: Array, words: Array, planes: Array, p: int) -> None:
+    look_up(words, planes, 1024 * p, out)
+
+
+_tables, _look_up = (
+    (_tables_of_bytes, _look_up_vectors) if has_look_up() else (_tables_of_values, _look_up_pairs)
+)
+
+
+@numba.njit(nogil=True)
+def _add(acc: Array, term: Array) -> None:
+    for i in range(4096):
+        acc[i] += term[i]
 
 
 @numba.njit(nogil=True)

@@ -371,6 +371,24 @@ def test_without_numba_the_torch_kernels_run(monkeypatch: pytest.MonkeyPatch) ->
         is_installed.cache_clear()
 
 
+def test_any_processor_looks_up_the_same() -> None:
+    """Two at a time as 64 at a time, of the third probe."""
+    pytest.importorskip("numba")
+    from thinwire.compression.cpu import addresses_cpu, noise_cpu
+
+    if not addresses_cpu.has_look_up():
+        pytest.skip("this processor has no AVX-512 VBMI: two at a time are all there is")
+    table = np.array(NORMAL_256, dtype=np.float32)
+    coefficients = np.array([1.0, 0.5, 0.37], dtype=np.float32)
+    words = np.random.default_rng(1).integers(0, 2**32, 1024, dtype=np.uint32)
+    found, expected = np.zeros((2, 4096), dtype=np.float32)
+    noise_cpu._look_up_vectors(found, words, noise_cpu._tables_of_bytes(table, coefficients), 2)
+    noise_cpu._look_up_pairs(expected, words, noise_cpu._tables_of_values(table, coefficients), 2)
+    assert found.tobytes() == expected.tobytes()
+    octets = words.view(np.uint8).reshape(1024, 4)
+    assert np.array_equal(found.reshape(4, 1024).T, (table * coefficients[2])[octets])
+
+
 def test_importing_noise_does_not_load_numba() -> None:
     code = "import sys, thinwire.compression.numerics.noise; sys.exit('numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
