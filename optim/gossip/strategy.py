@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import isfinite
+from math import isfinite, nan
 from typing import Any, ClassVar, Final
 
 import torch
@@ -201,8 +201,8 @@ class Gossip(OwnTraining):
                 self._train_on(draw(), turn)
                 self.n_batches += 1
             self._round_is_trained()
-            if self._private is not None:
-                self.last_loss = None  # it would say what the noise is to hide
+            if self._private is not None and self.last_loss is not None:
+                self.last_loss = nan  # it would say what the noise is to hide
             return self._send(turn)
 
     def _inner_step(self, loss: float, turn: Turn) -> bool:

@@ -92,6 +92,21 @@ def test_a_node_that_is_killed_between_merges_comes_back_and_is_merged(tmp_path:
     assert strategy_of(again).counters["met"] > 0
 
 
+def test_private_peers_are_counted_and_mix_but_tell_no_losses(tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting", reason="dp-accounting is an extra (thinwire[privacy])")
+    privacy = {"clip": 1.0, "noise": 1e-3, "delta": 1e-5}
+    config = config_of({**GOSSIP, "merge_every": 3, "privacy": privacy}, rounds=6, eval_every=100)
+    with swarm_of(tmp_path, config) as swarm:
+        runners = [Runner(swarm.link(f"peer-{i}")) for i in range(2)]
+        results = run_all(runners)
+        commits = list(runners[0].link.records(0))
+    assert len({result.fingerprint for result in results}) == 1
+    assert all(strategy_of(runner).counters["met"] > 0 for runner in runners)
+    offers = [offer for commit in commits for offer in commit.body.offers]
+    assert len(offers) >= 10
+    assert all(offer.n_samples > 0 and offer.loss is None for offer in offers)
+
+
 def test_export_gives_the_reference_model_or_the_nodes_own(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
