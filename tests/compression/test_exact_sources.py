@@ -21,8 +21,13 @@ FORBIDDEN = {
     "reciprocal square roots": r"\brsqrt",
     "accumulating scatters": r"accumulate\s*=\s*True|\.(index_add|scatter_add)_?\(",
 }
-LOCAL = {"optim/parts/gradients.py": {"add_to"}, "optim/inner/schedule_free.py": {"_move"}}
-"""Functions of local work, which may be sloppy: gradients that are not sent yet, inner optimizers."""
+LOCAL = {
+    "optim/parts/gradients.py": {"add_to"},
+    "optim/inner/schedule_free.py": {"_move"},
+    "optim/gossip/private.py": {"_add"},
+}
+"""Functions of local work, which may be sloppy: gradients that are not sent yet, inner optimizers,
+a peer's own noise."""
 
 TRITON = {
     "approximate division (tl.div_rn)": r"[^/]/(?!/)[^/]",
