@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
@@ -16,6 +16,9 @@ from ..system.output import to_stdout
 from ..system.places import refuse_below, refuse_folder, refuse_http
 from ..system.stopping import stop_on_signals
 from .arguments import http_address, overrides_of, read_ticket, seconds_of
+
+if TYPE_CHECKING:
+    from ..on_ray.command import Asked
 
 
 @dataclass
@@ -322,11 +325,17 @@ class Ray:
     """Train on a Ray cluster: coordinator and peers are actors, a placement group for each peer. Connects to
     the cluster of this machine, or starts one for this run alone.
 
+    With --join TICKET the peers join a swarm that is there, over libp2p, beside volunteers elsewhere: one run
+    on a cluster and on the internet.
+
     thinwire and its extra [ray] must be installed on every machine of the cluster. Ctrl-C leaves cleanly; the
     same command continues the run from its state folder. Prints the folder of the trained weights.
     """
 
-    run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
+    run_file: Annotated[Positional[Path | None], arg(metavar="RUN.toml")] = None
+    """Left out with --join."""
+    join: Annotated[str | None, arg(metavar="TICKET")] = None
+    """The line that a run's coordinator printed; - reads it from standard input, @FILE from a file."""
     peers: Annotated[int | None, arg(metavar="N")] = None
     """Peers of the same kind. Default: 2, or those of --peer."""
     gpus_per_peer: Annotated[int, arg(metavar="N")] = 0
@@ -362,6 +371,10 @@ class Ray:
     """For room in a cluster that grows by itself. Default: 20, and none if it is too small."""
     restarts: Annotated[int, arg(metavar="N")] = 10
     """How often the actor of a peer is started again after it died; -1: always."""
+    host: str = "0.0.0.0"
+    """--join: where each peer listens on its machine."""
+    max_upload: Annotated[str | None, arg(metavar="RATE")] = None
+    """--join: what each peer sends at most; see thinwire join."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON object with the result on stdout."""
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -375,11 +388,18 @@ class Ray:
         refuse_below("--wait", self.wait, 0, "seconds for machines to come, e.g. 300")
         refuse_below("--restarts", self.restarts, -1, "starts again after an actor's death, -1: always")
         kinds = (self.gpus_per_peer, self.cpus_per_peer, self.ranks_per_peer, self.accelerator_type)
+        asked = Asked(self.peers, *kinds, self.peer)
+        if self.join is not None:
+            return self._join(asked, self.join)
+        if self.run_file is None:
+            raise ConfigError("name a run file, or a swarm to --join")
+        if self.max_upload is not None:
+            raise ConfigError("--max-upload: of peers that --join a swarm")
         rounds = {} if self.rounds is None else {"run.rounds": self.rounds}
         with stop_on_signals() as stop:
             ray_command(
                 self.run_file,
-                Asked(self.peers, *kinds, self.peer),
+                asked,
                 overrides={**rounds, **overrides_of(self.set)},
                 as_json=self.json,
                 stop=stop,
@@ -392,6 +412,30 @@ class Ray:
                 wait_s=self.wait,
                 restarts=self.restarts,
                 verbose=self.verbose,
+            )
+        return 128 + stop.signal if stop.signal else 0
+
+    def _join(self, asked: Asked, ticket: str) -> int:
+        from ..on_ray.command import ray_join_command
+
+        if self.run_file is not None or self.state is not None or self.rounds is not None or self.set:
+            raise ConfigError("--join takes no run file, --state, --rounds or --set: the run is the swarm's")
+        with stop_on_signals() as stop:
+            ray_join_command(
+                read_ticket(ticket),
+                asked,
+                as_json=self.json,
+                stop=stop,
+                verbose=self.verbose,
+                address=self.address,
+                node_state=self.node_state,
+                output=self.output,
+                task=self.task,
+                precision=self.precision,
+                wait_s=self.wait,
+                restarts=self.restarts,
+                host=self.host,
+                max_upload=self.max_upload,
             )
         return 128 + stop.signal if stop.signal else 0
 

@@ -93,6 +93,29 @@ def ray_command(
     to_stdout(result.weights)
 
 
+def ray_join_command(
+    ticket: str, asked: Asked, *, as_json: bool, stop: Stop, verbose: bool, **options: Any
+) -> None:
+    """Peers of a Ray cluster in somebody's swarm; prints as `ray_command`. `options`: of `join_swarm`, which
+    also says what is raised."""
+    from .joining import join_swarm
+
+    load_ray()
+    groups = asked.parsed()
+    with quiet_stdout():
+        result = join_swarm(ticket, groups, stopped=stop.is_set, verbose=verbose, **options)
+    if result is None or stop.is_set():
+        return
+    if as_json:
+        to_stdout(json.dumps(result))
+        return
+    console = make_console(stderr=True)
+    for name, found in result["peers"].items():
+        told = "was not back in time" if found is None else f"{found['counted']} offers counted"
+        console.print(f"{name}: {told}", highlight=False, soft_wrap=True)
+    to_stdout(result["weights"])
+
+
 def _summary(metrics: Mapping[str, Any]) -> Sequence[str]:
     lines = [f"\n{metrics['rounds']} rounds in {metrics['seconds']:.0f} s."]
     if metrics["held_out_last"] is not None:

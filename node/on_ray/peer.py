@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ...compression.errors import ThinwireError, error_name
 from ...coordinator.protocol.files import FolderLock
 from ...coordinator.protocol.ticket import Ticket
-from ..run_node import Options, limit_threads, run_node
+from ..run_node import Options, hivemind_link, limit_threads, run_node
 from ..system.folder import default_folder
 from ..system.logs import log_to_stderr
 from ..system.stopping import Stop
@@ -48,7 +48,8 @@ _TRACE_LINES: Final = 12
 @dataclass(frozen=True, slots=True)
 class PeerSpec:
     """What a peer's actors need to know. `cpus`, `gpus`: of each rank; `folder`: on the peer's machine, None:
-    its user's default one."""
+    its user's default one. `over_libp2p`: it joins as other nodes do, listens on `host` and sends no more
+    than `max_upload`; else through the cluster."""
 
     name: str
     namespace: str
@@ -60,6 +61,9 @@ class PeerSpec:
     import_path: str | None
     precision: Precision
     patience_s: float
+    over_libp2p: bool = False
+    host: str = ""
+    max_upload: str | None = None
 
     def path(self) -> Path:
         """The peer's own folder."""
@@ -79,10 +83,10 @@ class PeerSpec:
             state=self.path(),
             device="cuda:0" if self.gpus else "cpu",  # Ray shows each rank its own GPU alone
             threads=max(1, int(self.cpus)),
-            host="",
+            host=self.host,
             port=0,
             announce=(),
-            max_upload=None,
+            max_upload=self.max_upload,
             patience_s=self.patience_s,
             http=None,
             save=None,
@@ -191,6 +195,8 @@ class PeerActor:
             leader.stop()
 
     def _link(self, options: Options, folder: Path, **shared: Any) -> RemoteLink:
+        if self._spec.over_libp2p:
+            return hivemind_link(options, folder, **shared)
         from .link import RayLink
 
         ticket = Ticket.parse(options.ticket)

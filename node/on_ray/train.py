@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ...compression.errors import ConfigError, SwarmUnreachable, ThinwireError, named_error
+from ...compression.errors import ConfigError, named_error
 from ..system.folder import folder_of_run
-from .cluster import PeerGroup, connected, find_room, give_back, group_of, is_placed
+from .cluster import PeerGroup, connected, find_room, give_back, group_of
+from .peers import LATE_S, LEAVE_S, Peers, ask
 
 if TYPE_CHECKING:
     from ..config import RunConfig
@@ -31,14 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("thinwire.ray")
 
 POLL_S: Final = 0.3
-CALL_S: Final = 60.0
-"""An actor that is being started again answers within this time."""
-
-LEAVE_S: Final = 15.0
-LATE_S: Final = 120.0
-"""After the last round: for peers that are on their way back."""
-
-_PART_BYTES: Final = 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,19 +153,6 @@ class _RunPaths:
 
 
 @dataclass(slots=True)
-class _Peer:
-    """A peer from the driver's side."""
-
-    name: str
-    ranks: int
-    placement: Any
-    actor: Any
-    outcome: Any
-    result: dict[str, Any] | None = None
-    is_over: bool = False
-
-
-@dataclass(slots=True)
 class _Faults:
     """Peers that went and came back, as the status shows it."""
 
@@ -223,11 +203,10 @@ class _Driver:
     ) -> None:
         self._config, self._groups, self._paths = config, groups, paths
         self._import_path, self._precision = import_path, precision
-        self._restarts, self._patience_s = restarts, patience_s
+        self._patience_s = patience_s
         self._coordinator: Any = None
-        self._peers: list[_Peer] = []
+        self._peers = Peers(restarts)
         self._faults = _Faults()
-        self._first_error: ThinwireError | None = None
 
     # ----------------------------------------------------------------------------------- begin and end
 
@@ -239,7 +218,8 @@ class _Driver:
             self._start_peers(placements)
             yield
         finally:
-            give_back([*(peer.actor for peer in self._peers), self._coordinator], [])
+            self._peers.end()
+            give_back([self._coordinator], [])
 
     def _start_coordinator(self) -> None:
         """On this machine, whose folder it serves; it needs no CPU that peers could have."""
@@ -265,13 +245,8 @@ class _Driver:
         self._status()
 
     def _start_peers(self, placements: Sequence[Any]) -> None:
-        ticket = self._get(self._coordinator.ticket)
-        kinds = [group for group in self._groups for _ in range(group.count)]
-        for i, (group, placement) in enumerate(zip(kinds, placements, strict=True)):
-            spec = self._spec(f"peer-{i}", group, ticket)
-            actor = self._start_peer(spec, placement)
-            outcome = actor.outcome.options(max_task_retries=-1).remote()
-            self._peers.append(_Peer(spec.name, group.ranks, placement, actor, outcome))
+        ticket = ask(self._coordinator.ticket)
+        self._peers.start(self._groups, placements, lambda name, group: self._spec(name, group, ticket))
 
     def _spec(self, name: str, group: PeerGroup, ticket: str) -> PeerSpec:
         from .peer import PeerSpec
@@ -289,27 +264,6 @@ class _Driver:
             patience_s=self._patience_s,
         )
 
-    def _start_peer(self, spec: PeerSpec, placement: Any) -> Any:
-        """The actor of rank 0, in the first bundle of its placement group."""
-        import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-        from .peer import PeerActor
-
-        return (
-            ray.remote(PeerActor)
-            .options(
-                name=spec.name,
-                namespace=spec.namespace,
-                num_cpus=spec.cpus,
-                num_gpus=spec.gpus,
-                max_restarts=self._restarts,
-                max_concurrency=8,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(placement, 0),
-            )
-            .remote(spec)
-        )
-
     # --------------------------------------------------------------------------------------- the run
 
     def run(
@@ -325,102 +279,45 @@ class _Driver:
                 self._leave()
                 return RayResult({}, None, self._paths.folder)
             status = self._status()
-            self._collect()
+            self._peers.collect()
             is_over = status["acknowledged"] or status["state"] == "finished"
             if not is_over:
                 self._faults.look(status)
                 self._refuse_to_hang(status)
             elif end_s is None:
                 end_s = time.monotonic() + LATE_S
-            is_last = end_s is not None and self._are_done(time.monotonic() > end_s)
+            is_last = end_s is not None and self._peers.are_done(time.monotonic() > end_s)
             on_status(status, is_last)
             if is_last:
                 break
             time.sleep(POLL_S)
         return self._result(output)
 
-    def _collect(self) -> None:
-        """Takes the results, or errors, of peers that have ended."""
-        import ray
-
-        waiting = {peer.outcome: peer for peer in self._peers if not peer.is_over}
-        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if waiting else ([], [])
-        for ref in done:
-            peer = waiting[ref]
-            peer.is_over = True
-            try:
-                outcome = ray.get(ref)
-            except ray.exceptions.RayError as e:
-                self._note(ThinwireError(f"{peer.name} is not started again any more: {_reason(e)}"))
-                continue
-            if "error" in outcome:
-                kind, text, _ = outcome["error"]
-                self._note(named_error(kind, f"{peer.name}: {text}"))
-            else:
-                peer.result = outcome["result"]
-
-    def _note(self, error: ThinwireError) -> None:
-        self._first_error = self._first_error or error
-        log.error("%s", error)
-
     def _refuse_to_hang(self, status: Mapping[str, Any]) -> None:
         """Raises what a peer has met when there are too few left to go on."""
-        left = sum(not peer.is_over for peer in self._peers)
         needed = self._config.run.min_peers if status["round"] == 0 else 1
-        if left < needed and self._first_error is not None:
-            raise self._first_error
-
-    def _are_done(self, is_late: bool) -> bool:
-        """Whether nobody is to be waited for: of those that are on their way back, only who has one."""
-        left = [peer for peer in self._peers if not peer.is_over]
-        if not left:
-            return True
-        return any(peer.result for peer in self._peers) and (
-            is_late or not any(is_placed(peer.placement) for peer in left)
-        )
+        if self._peers.n_left < needed and self._peers.first_error is not None:
+            raise self._peers.first_error
 
     def _result(self, output: Path) -> RayResult:
         from ..cli.view import figures
 
-        done = [peer for peer in self._peers if peer.result is not None]
-        if not done:
-            raise self._first_error or ThinwireError("no peer reached the last round")
-        self._fetch(done[0], output)
+        self._peers.fetch(output)
         end = self._status()
-        late = [peer.name for peer in self._peers if peer.result is None]
-        self._faults.forget_those_that_left([peer.name for peer in done])
+        late = [peer.name for peer in self._peers.all if peer.result is None]
+        self._faults.forget_those_that_left([peer.name for peer in self._peers.done])
         metrics = figures(
-            end, end["strategy"], [peer.ranks for peer in self._peers], self._faults.found, late
+            end, end["strategy"], [peer.ranks for peer in self._peers.all], self._faults.found, late
         )
-        for peer in done:
-            self._get(peer.actor.clean)
-        self._get(self._coordinator.stop)
+        self._peers.clean()
+        ask(self._coordinator.stop)
         return RayResult(metrics, output, self._paths.folder)
-
-    def _fetch(self, peer: _Peer, output: Path) -> None:
-        """The weights that a peer has written, to this machine. Raises ConfigError."""
-        try:
-            for name, n_bytes in self._get(peer.actor.exported):
-                path = output / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                aside = path.with_name(f".{path.name}.part")
-                with aside.open("wb") as file:
-                    for start in range(0, n_bytes, _PART_BYTES):
-                        file.write(self._get(peer.actor.read, name, start, _PART_BYTES))
-                aside.replace(path)
-        except OSError as e:
-            raise ConfigError(f"{output} cannot be written: {e.strerror}") from e
-        log.info("wrote the trained weights to %s", output)
 
     def _leave(self) -> None:
         """All peers leave the swarm, then the coordinator closes its folder."""
         import ray
 
-        for peer in self._peers:
-            peer.actor.leave.remote()
-        outcomes = [peer.outcome for peer in self._peers if not peer.is_over]
-        if outcomes:
-            ray.wait(outcomes, num_returns=len(outcomes), timeout=LEAVE_S)
+        self._peers.leave()
         try:
             ray.get(self._coordinator.stop.remote(), timeout=LEAVE_S)
         except ray.exceptions.RayError as e:
@@ -429,23 +326,8 @@ class _Driver:
 
     def _status(self) -> dict[str, Any]:
         """The coordinator's, see `CoordinatorActor.status`. Raises what has ended the run."""
-        status: dict[str, Any] = self._get(self._coordinator.status)
+        status: dict[str, Any] = ask(self._coordinator.status)
         if status["failed"] is not None:
             kind, text = status["failed"]
             raise named_error(kind, text)
         return {**status, "strategy": self._config.strategy["name"]}
-
-    def _get(self, method: Any, *arguments: Any) -> Any:
-        """The answer of an actor to a question that can be asked again. Raises SwarmUnreachable."""
-        import ray
-
-        try:
-            return ray.get(method.options(max_task_retries=-1).remote(*arguments), timeout=CALL_S)
-        except ray.exceptions.RayError as e:
-            raise SwarmUnreachable(f"an actor of the run does not answer: {_reason(e)}") from e
-
-
-def _reason(error: Exception) -> str:
-    """One line of an error of Ray's, which fill pages."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -26,14 +26,21 @@ from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.identity import load_or_create
 from thinwire.coordinator.protocol.messages import GenesisBody, OfferEntry
+from thinwire.coordinator.server import CoordinatorServer
+from thinwire.coordinator.server_thread import ServerThread
+from thinwire.coordinator.state import StateDir
 from thinwire.node.bench.ray import measure_rounds
 from thinwire.node.bench.round import PAYLOAD_BYTES
+from thinwire.node.cli.coordinator import open_server
 from thinwire.node.cli.main import Command
 from thinwire.node.cli.swarm_commands import Ray
 from thinwire.node.config import load_config
+from thinwire.node.founding.here import Here
+from thinwire.node.links.hivemind import HivemindLink
 from thinwire.node.links.local import local_swarm
 from thinwire.node.on_ray.cluster import NoRoom, PeerGroup, parse_group
 from thinwire.node.runner import Runner
+from thinwire.node.tasks.registry import make_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # local work is the same to the bit then
 
@@ -154,6 +161,60 @@ def test_actors_train_as_threads_do(tmp_path: Path, cluster: Any, strategy: Mapp
     assert (result.weights / "config.json").exists()
     assert list((tmp_path / "nodes").iterdir()) == []
     assert_left_empty()
+
+
+@pytest.mark.swarm
+@pytest.mark.timeout(240)
+def test_actors_join_a_swarm_beside_a_volunteer(tmp_path: Path, cluster: Any) -> None:
+    from thinwire.node.on_ray.joining import join_swarm
+
+    config = load_config(None, run_of(DECOUPLED, min_peers=3))
+    task = make_task(config.task, None, None)
+    (tmp_path / "state").mkdir()
+
+    def opened(state: StateDir) -> CoordinatorServer:
+        return open_server(state, config, Here(task), host="127.0.0.1")
+
+    with ServerThread(tmp_path / "state", make=opened) as coordinator:
+        volunteer = HivemindLink(coordinator.ticket, host="127.0.0.1")
+        runner = Runner(volunteer)
+        training = threading.Thread(target=runner.run, daemon=True)
+        training.start()
+        joined = join_swarm(
+            coordinator.ticket.line(),
+            [PeerGroup(2)],
+            node_state=tmp_path / "nodes",
+            output=tmp_path / "weights",
+            host="127.0.0.1",
+        )
+        training.join(100)
+        volunteer.close()
+        status = coordinator.status()
+    assert joined is not None
+    assert joined["weights"] == str(tmp_path / "weights")
+    results = joined["peers"]
+    assert sorted(results) == ["peer-0", "peer-1"]
+    assert {(r["rounds"], r["counted"]) for r in results.values()} == {(ROUNDS, ROUNDS)}
+    fingerprints = {result["fingerprint"] for result in results.values()}
+    assert fingerprints == {runner.replica.fingerprint().hex()}
+    assert len(status["peers"]) == 3
+    assert (tmp_path / "weights" / "model.safetensors").exists()
+    assert list((tmp_path / "nodes").iterdir()) == []
+    assert_left_empty()
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ([], "name a run file, or a swarm to --join"),
+        (["run.toml", "--join", "tw1-x"], "--join takes no run file"),
+        (["--join", "tw1-x", "--rounds", "3"], "--rounds"),
+        (["run.toml", "--max-upload", "1MB/s"], "--max-upload"),
+    ],
+)
+def test_what_belongs_to_one_s_own_run_does_not_to_a_swarm_s(line: list[str], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        tyro.cli(Ray, args=line).run()
 
 
 class Doer:
