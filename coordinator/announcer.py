@@ -30,6 +30,9 @@ class Announcer:
     ) -> None:
         self._send, self._peer_id, self._own, self._fanout = send, peer_id, own, fanout
         self.addresses: dict[int, tuple[str, ...]] = {}
+        self._direct: set[int] = set()
+        self._public: set[int] = set()
+        """Who has an address of its own; one that may be reached from anywhere."""
         self._told: dict[int, tuple[str, ...]] = {}
         """Peers and where each is reached, as all but the newcomers know."""
         self._n_changes = 0
@@ -42,6 +45,9 @@ class Announcer:
     def opened(self, peer: int, addresses: tuple[str, ...]) -> None:
         """A session was opened: it hears everything at the next `tell`."""
         self.addresses[peer] = addresses
+        direct = [address for address in addresses if is_direct(address)]
+        for peers, belongs in ((self._direct, bool(direct)), (self._public, any(map(is_public, direct)))):
+            (peers.add if belongs else peers.discard)(peer)
         self._newcomers.add(peer)
 
     def tell(self, members: Membership, offers: Callable[[], Mapping[int, Offer]], now_s: float) -> None:
@@ -84,9 +90,8 @@ class Announcer:
 
     def _reachable(self, peers: Iterable[int]) -> list[int]:
         """Those that other members can dial: by a public address, where anybody has one."""
-        direct = {p: [a for a in self.addresses.get(p, ()) if is_direct(a)] for p in peers}
-        public = [p for p, addresses in direct.items() if any(map(is_public, addresses))]
-        return public or [p for p, addresses in direct.items() if addresses]
+        there = list(peers)
+        return [p for p in there if p in self._public] or [p for p in there if p in self._direct]
 
     def send(self, message: Message, to: Iterable[int]) -> None:
         """To the peers with these indices."""

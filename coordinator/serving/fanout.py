@@ -118,7 +118,7 @@ def _sources(origin: str, others: Sequence[str], dealt: Dealt) -> dict[str, str 
     the others. Parts of copies are rounded up for some origins: evenly among them, as they are sorted, and
     the same ones in every round, whose streams stay."""
     number = sum(peer < origin for peer in others)
-    chance = [number * each % 1.0 for each in _UNEVEN]
+    chance = [max(1e-6, number * each % 1.0) for each in _UNEVEN]
     n_origin = min(len(others), floor(dealt.by_peer.get(origin, 0.0) + chance[0]))
     n_left = len(others) - n_origin
     passed_on = sum(dealt.relays.values())

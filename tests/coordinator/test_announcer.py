@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 
 from thinwire.coordinator.announcer import FEW, Announcer
-from thinwire.coordinator.membership import Membership, SessionClosed, SessionOpened
-from thinwire.coordinator.protocol.messages import Member, Members, Message, decode_message, encode_message
+from thinwire.coordinator.membership import Membership, SessionClosed, SessionOpened, StateSaid
+from thinwire.coordinator.protocol.messages import (
+    Member,
+    Members,
+    Message,
+    NodeState,
+    Offer,
+    Offered,
+    decode_message,
+    encode_message,
+)
 from thinwire.coordinator.serving.fanout import Fanout
 from thinwire.node.links.members import MemberList
 
@@ -81,3 +90,38 @@ def test_two_messages_that_wait_become_one() -> None:
         members=(a,), left=("b",), is_change=True
     )
     assert change.then(both) == both
+
+
+def test_copies_come_from_those_that_can_be_dialled() -> None:
+    """Public addresses before private ones, where anybody has one; a circuit through others is none."""
+    sent: list[tuple[str, Offered]] = []
+    fanout = Fanout(1.0)
+    for peer in range(4):
+        fanout.uploaded(f"p{peer}", 10**9, 1.0)
+    members = Membership(10.0, frozenset(), 0.0)
+
+    def send(peer_id: str, message: Message) -> None:
+        if isinstance(message, Offered):
+            sent.append((peer_id, message))
+
+    announcer = Announcer(send, "p{}".format, "c", fanout)
+
+    def holders(*addresses: str) -> set[str]:
+        sent.clear()
+        for peer, address in enumerate(addresses):
+            members.handle(SessionOpened(peer, 1), 0.0)
+            members.handle(StateSaid(peer, NodeState.TRAINING), 0.0)
+            announcer.opened(peer, (address,))
+        offer = Offer(
+            round=1, n_samples=1, n_tokens=1, loss=1.0, n_bytes=10**6, payload=None, digest=bytes(32)
+        )
+        announcer.tell_offered(0, offer, members)
+        assert sorted(peer_id for peer_id, _ in sent) == ["p1", "p2", "p3"]
+        return {said.holder for _, said in sent}
+
+    circuit = "/ip4/8.8.4.4/tcp/1/p2p/x/p2p-circuit"
+    private = "/ip4/10.0.0.1/tcp/1"
+    assert holders(private, private, private, private) == {"p0"}
+    assert holders(circuit, private, private, circuit) <= {"c", "p1", "p2"}
+    assert holders(private, private, "/ip4/8.8.8.8/tcp/1", private) == {"c", "p2"}
+    assert holders(circuit, circuit, circuit, circuit) == {"c"}
