@@ -232,7 +232,10 @@ class PayloadRetention:
         """What blobs may take; None: whatever they take."""
         if self._keep.is_lazy:
             return self._keep.quota_bytes
-        return self._blobs.n_bytes + self._blobs.free_bytes() - LEAST_FREE_BYTES
+        try:
+            return self._blobs.n_bytes + self._blobs.free_bytes() - LEAST_FREE_BYTES
+        except OSError:  # whoever writes there says what is wrong
+            return None
 
     def _release(self, counted_to: int, offered_to: int) -> None:
         released = self._blobs.release(counted_to=counted_to, offered_to=offered_to)
