@@ -87,32 +87,17 @@ def figures(seen_s: Sequence[float], n_peers: int, n_rounds: int, sent_bytes: in
 def take_part(link: Link, n_rounds: int, seen_s: list[float] | None = None) -> None:
     """Offers as soon as the last commit is there; `seen_s` gets the time of each."""
     link.state(NodeState.TRAINING)
-    link.offer(_offer(1))
+    link.offer(offer_with(1, bytes(PAYLOAD_BYTES)))
     for commit in link.commits(0):
         if seen_s is not None:
             seen_s.append(time.monotonic())
         if commit.body.round == n_rounds:
             break
-        link.offer(_offer(commit.body.round + 1))
+        link.offer(offer_with(commit.body.round + 1, bytes(PAYLOAD_BYTES)))
     link.report(Report(round=n_rounds, fingerprint=bytes(8)))
 
 
-def _offer(round_: int) -> Offer:
-    return Offer(
-        round=round_,
-        n_samples=1,
-        n_tokens=1,
-        loss=1.0,
-        n_bytes=PAYLOAD_BYTES,
-        payload=bytes(PAYLOAD_BYTES),
-        digest=None,
-    )
-
-
-def offer_of(round_: int, number: int, payload_bytes: int) -> Offer:
-    """Of bytes that no other one has."""
-    head = round_.to_bytes(4, "big") + number.to_bytes(4, "big")
-    payload = (head * (payload_bytes // len(head) + 1))[:payload_bytes]
+def offer_with(round_: int, payload: bytes) -> Offer:
     return Offer(
         round=round_,
         n_samples=1,
@@ -122,3 +107,9 @@ def offer_of(round_: int, number: int, payload_bytes: int) -> Offer:
         payload=payload,
         digest=None,
     )
+
+
+def offer_of(round_: int, number: int, payload_bytes: int) -> Offer:
+    """Of bytes that no other one has."""
+    head = round_.to_bytes(4, "big") + number.to_bytes(4, "big")
+    return offer_with(round_, (head * (payload_bytes // len(head) + 1))[:payload_bytes])

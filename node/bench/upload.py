@@ -19,12 +19,13 @@ from statistics import median
 from typing import Any, Final
 
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
-from ...coordinator.protocol.messages import NodeState, Offer, Report
+from ...coordinator.protocol.messages import NodeState, Report
 from ...coordinator.server import CoordinatorServer
 from ...coordinator.server_thread import ServerThread
 from ..links.base import Link
 from ..links.hivemind import HivemindLink
 from .genesis import genesis_of
+from .round import offer_with
 
 PEERS: Final = (4, 8)
 PAYLOAD_BYTES: Final = 128 * 1024
@@ -86,24 +87,12 @@ def _take_part(link: Link, seen: list[tuple[float, int]], number: int, n_rounds:
     """`seen` gets the time at which a round's payloads were all here, and what was sent until then."""
     made = random.Random(number)
     link.state(NodeState.TRAINING)
-    link.offer(_offer(1, made))
+    link.offer(offer_with(1, made.randbytes(PAYLOAD_BYTES)))
     for commit in link.commits(0):
         for entry in commit.body.offers:
             link.payload(entry)
         seen.append((time.monotonic(), sum(link.traffic().sent.values())))
         if commit.body.round == n_rounds:
             break
-        link.offer(_offer(commit.body.round + 1, made))
+        link.offer(offer_with(commit.body.round + 1, made.randbytes(PAYLOAD_BYTES)))
     link.report(Report(round=n_rounds, fingerprint=bytes(8)))
-
-
-def _offer(round_: int, made: random.Random) -> Offer:
-    return Offer(
-        round=round_,
-        n_samples=1,
-        n_tokens=1,
-        loss=1.0,
-        n_bytes=PAYLOAD_BYTES,
-        payload=made.randbytes(PAYLOAD_BYTES),
-        digest=None,
-    )
