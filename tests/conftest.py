@@ -252,14 +252,11 @@ Here = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def here(capsys: pytest.CaptureFixture[str]) -> Iterator[Here]:
+def here(capsys: pytest.CaptureFixture[str]) -> Here:
     """Runs `thinwire ARGS` in this process: exit code, standard output, standard error.
 
     For commands that end by themselves; a process of their own costs seconds of imports."""
     from thinwire.node.cli.main import main
-
-    logger = logging.getLogger("thinwire")
-    before = logger.handlers, logger.level, logger.propagate
 
     def run(*args: str) -> tuple[int, str, str]:
         try:
@@ -268,7 +265,15 @@ def here(capsys: pytest.CaptureFixture[str]) -> Iterator[Here]:
             code = int(e.code or 0)
         return (code, *capsys.readouterr())
 
-    yield run
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """What a test sets up for people to read is gone after it."""
+    logger = logging.getLogger("thinwire")
+    before = logger.handlers, logger.level, logger.propagate
+    yield
     logger.handlers, logger.level, logger.propagate = before
 
 
