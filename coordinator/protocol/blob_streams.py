@@ -245,7 +245,7 @@ async def serve_blobs(
 
     `turns`: how many blobs are sent at once over all streams; the others wait. `coming`: what is not on the
     shelf yet, by its digest. `given`: is told of what was sent as a whole. `announced`: is waited for before
-    an upload is let in, whose announcement comes on another stream.
+    an upload is let in, whose announcement comes on another stream; raises BadMessage: this peer sends none.
     Raises BadMessage for a peer that breaks the protocol, after telling it why; OSError if it is gone.
     """
     unwanted: int | None = None
@@ -259,7 +259,11 @@ async def serve_blobs(
             await _say_no(stream, "only members of the swarm are served")
             raise BadFrame("stranger", "a request by a peer that is not a member")
         if announced is not None and kind is FrameKind.PUT:
-            await announced(body[:_DIGEST_BYTES])
+            try:
+                await announced(body[:_DIGEST_BYTES])
+            except BadMessage as e:
+                await _say_no(stream, str(e))
+                raise
         counted_as = purpose(body[:_DIGEST_BYTES]) if callable(purpose) else purpose
         async with turns or contextlib.nullcontext():
             if kind is FrameKind.GET:

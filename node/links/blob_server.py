@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Container
+from functools import partial
 
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.blob_streams import serve_blobs
@@ -48,7 +49,7 @@ class BlobServer:
                 lambda: self._may_ask(peer_id),
                 self._turns,
                 self._served.coming,
-                announced=self._served.announced,
+                announced=partial(self._served.announced, peer_id),
             )
         except (OSError, EOFError, BadMessage, SwarmUnreachable):
             return  # the other node notices by itself

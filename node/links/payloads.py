@@ -187,7 +187,7 @@ class Payloads:
         self._announced = asyncio.Event()
         """Is set, and another one then, when there is more of it."""
         self.n_refused = 0
-        """Payloads that were sent here and that it had not announced."""
+        """Payloads that others sent here, or that it had not announced."""
 
     def keep_own(self, round_: int, payload: bytes) -> bytes:
         """This node offers it: it need not be fetched, and others may have it. Returns its digest."""
@@ -220,8 +220,12 @@ class Payloads:
         for pushed in self._pushed.values():
             pushed.abort()
 
-    async def announced(self, digest: bytes) -> None:
-        """Returns when that payload may be sent here, or after a moment: the word may be right behind it."""
+    async def announced(self, sender: str, digest: bytes) -> None:
+        """Returns when that payload may be sent here, or after a moment: the word may be right behind it.
+        Raises BadMessage: nobody but the coordinator sends any."""
+        if not self._sources.is_coordinator(sender):
+            self.n_refused += 1
+            raise BadMessage(f"the payload {digest.hex()[:16]} is sent by {sender}, and is to be asked for")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ANNOUNCED_S):
                 while digest not in self._pushed and digest not in self.kept:
@@ -457,10 +461,10 @@ class Served:
             raise BadMessage(f"nothing is stored here ({digest.hex()[:16]}, {n_bytes} bytes)")
         return self._payloads.takes(digest, n_bytes)
 
-    async def announced(self, digest: bytes) -> None:
-        """Is awaited before `sink`."""
+    async def announced(self, sender: str, digest: bytes) -> None:
+        """Is awaited before `sink`. Raises BadMessage: that peer sends nothing here."""
         if self._payloads is not None:
-            await self._payloads.announced(digest)
+            await self._payloads.announced(sender, digest)
 
     def stored(self, digest: bytes) -> None:
         """Nothing more is to be done: see `_Pushed`."""

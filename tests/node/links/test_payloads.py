@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 
@@ -143,13 +144,13 @@ async def test_what_was_fetched_while_the_round_was_open_is_not_asked_for_again(
     assert swarm.asked == [A]
 
 
-async def send(payloads: Payloads, payload: bytes) -> dict[TrafficKind, int]:
+async def send(payloads: Payloads, payload: bytes, sender: str = "coordinator") -> dict[TrafficKind, int]:
     """As the coordinator does. Returns what came, by its kind."""
     near, far = socket.socketpair()
     ours = Stream(*await asyncio.open_connection(sock=near), Meter())
     theirs = Stream(*await asyncio.open_connection(sock=far), Meter())
     served = Served(payloads.kept, payloads=payloads)
-    allowed, announced = lambda: True, served.announced
+    allowed, announced = lambda: True, partial(served.announced, sender)
     serving = asyncio.create_task(serve_blobs(ours, served, served.purpose, allowed, announced=announced))
     try:
         await put_blob(theirs, digest_of(payload), payload, "payload")
@@ -174,6 +175,19 @@ async def test_what_the_coordinator_sends_by_itself_is_not_asked_for(
     assert await payloads.get(entry(1, x), A) == x
     assert swarm.asked == []
     await send(payloads, x)
+
+
+@in_a_loop
+async def test_what_the_coordinator_has_announced_no_member_sends(swarm: Swarm, payloads: Payloads) -> None:
+    """It could begin, and stand still."""
+    x = data("x")
+    payloads.offered(offered(1, ME, x))
+    with pytest.raises(NotServed, match="asked for"):
+        await send(payloads, x, A)
+    assert payloads.n_refused == 1
+    assert digest_of(x) not in payloads.kept
+    await send(payloads, x)
+    assert await payloads.get(entry(1, x), A) == x
 
 
 @in_a_loop
