@@ -62,13 +62,15 @@ def _prefetch_typed(typing_context: Any, address: Any) -> Any:
 # ------------------------------------------------------------------------------- a table of 256, by bytes
 
 _bytes: Final = ir.VectorType(ir.IntType(8), 64)
+_floats: Final = ir.VectorType(ir.FloatType(), 16)
 _HALVES: Final = [[4 * (i // 4) + 2 * h + i % 4 // 2 + 64 * (i % 2) for i in range(64)] for h in (0, 1)]
 _WHOLES: Final = [[4 * (i // 4) + 2 * h + i % 2 + 64 * (i % 4 // 2) for i in range(64)] for h in (0, 1)]
 """From vectors with one byte of 64 values each to such with two bytes, and from those to whole values."""
 
 
 def _to_look_up(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    words, planes, out = args
+    """Of three addresses; with a fourth, of x: out = x - the values."""
+    words, planes, out, *x = args
     number, pointer, zero = _ir.IntType(64), _ir.PointerType(_bytes), _ir.Constant(_bytes, [0] * 64)
     kind = _ir.FunctionType(_bytes, [_bytes] * 3)
     permute = _get_or_insert(builder.module, kind, "llvm.x86.avx512.vpermi2var.qi.512")
@@ -98,8 +100,11 @@ def _to_look_up(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     for half in (0, 1):
         low, high = (mixed(found[i], found[i + 1], _HALVES[half]) for i in (0, 2))
         for whole in (0, 1):
-            to = builder.add(at, number(4096 * (2 * half + whole)))
-            builder.store(mixed(low, high, _WHOLES[whole]), place(out, to)).align = 4
+            to, value = builder.add(at, number(4096 * (2 * half + whole))), mixed(low, high, _WHOLES[whole])
+            if x:
+                floats = (builder.bitcast(v, _floats) for v in (load(x[0], to), value))
+                value = builder.bitcast(builder.fsub(*floats), _bytes)
+            builder.store(value, place(out, to)).align = 4
     further = builder.add(at, number(64))
     at.add_incoming(number(0), before)
     at.add_incoming(further, loop)
@@ -112,7 +117,12 @@ def _look_up_typed(typing_context: Any, words: Any, planes: Any, out: Any) -> An
     return _types.void(_types.uintp, _types.uintp, _types.uintp), _to_look_up
 
 
+def _subtract_typed(typing_context: Any, words: Any, planes: Any, out: Any, x: Any) -> Any:
+    return _types.void(_types.uintp, _types.uintp, _types.uintp, _types.uintp), _to_look_up
+
+
 _look_up: Final[Any] = intrinsic(_look_up_typed)
+_subtract: Final[Any] = intrinsic(_subtract_typed)
 
 
 def has_look_up() -> bool:
@@ -129,6 +139,14 @@ def look_up(words: Array, planes: Array, at: int, out: Array) -> None:
     first bytes of a table of 256 values, then the second ones, and so on."""
     address = np.uintp(planes.ctypes.data) + np.uintp(at)
     _look_up(np.uintp(words.ctypes.data), address, np.uintp(out.ctypes.data))
+
+
+@numba.njit(nogil=True)
+def subtract_look_up(words: Array, planes: Array, at: int, out: Array, x: Array, first: int) -> None:
+    """out = x - the values, of 4096 elements from `first` on. `out` may be x. (Slices would be counted.)"""
+    address, skipped = np.uintp(planes.ctypes.data) + np.uintp(at), np.uintp(4 * first)
+    y, z = np.uintp(out.ctypes.data) + skipped, np.uintp(x.ctypes.data) + skipped
+    _subtract(np.uintp(words.ctypes.data), address, y, z)
 
 
 _prefetched: Final[Any] = intrinsic(_prefetch_typed)

@@ -4,8 +4,8 @@ A block of 4096 elements is taken through all updates while it is in the cache. 
 computed (words_cpu.py), one per 32 elements for signs: a sign is a bit of its word, moved to the sign bit of
 the coefficient. Signs of four probes are added up at a time, so that the sum stays in registers; it starts
 with the first term, and every term is rounded once, in order, as in the reference. Gaussian terms are looked
-up 64 at a time, by bytes, where the processor can, or else two; words are taken for bytes as little endian
-machines have them.
+up 64 at a time, by bytes, where the processor can (one alone is subtracted at once), or else two; words are
+taken for bytes as little endian machines have them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..numerics.noise_layout import NoiseKind, Piece, Update, Where
 from ..numerics.quantiles import NORMAL_256
-from .addresses_cpu import aligned_words, floats_at, has_look_up, look_up, prefetch
+from .addresses_cpu import aligned_words, floats_at, has_look_up, look_up, prefetch, subtract_look_up
 from .threads import share
-from .words_cpu import fill_words, overlap
+from .words_cpu import fill_some_words, fill_words, overlap
 
 Array = Any
 """A numpy array inside a kernel; numba finds the types."""
@@ -34,6 +34,7 @@ Word = Any
 _TABLE: Final = np.array(NORMAL_256, dtype=np.float32)
 _32: Final = np.uint64(32)
 _ONE: Final = np.float32(1.0)
+_HAS_LOOK_UP: Final = has_look_up()
 
 
 def combine(out: Tensor, theta: Tensor, updates: Sequence[Update], where: Where) -> None:
@@ -269,22 +270,40 @@ def _gauss_blocks(
         begin = 0
         for u in range(ends.size):
             end = ends[u]
+            is_written = in_place or begin > 0
+            if _HAS_LOOK_UP and end - begin == 1 and decays[u] == _ONE and b - a == 4096:  # a perturbation
+                _gauss_words(words, block, third, tails[begin], seeds[begin], x, a + 4096, begin == 0)
+                subtract_look_up(words, tables, 1024 * begin, y, y if is_written else x, a)
+                begin = end
+                continue
             for p in range(begin, end):
-                if p == 0:  # of the next block; little at a time: memory takes no more at once
-                    prefetch(x, a + 4096, 2048)
-                fill_words(words, 0, 256, block, third, tails[p], seeds[p])
-                if p == 0:
-                    prefetch(x, a + 6144, 2048)
+                _gauss_words(words, block, third, tails[p], seeds[p], x, a + 4096, p == 0)
                 if p == begin:
                     _look_up(acc, words, tables, p)
                 else:
                     _look_up(term, words, tables, p)
                     _add(acc, term)
-            if in_place or begin > 0:
+            if is_written:
                 _finish_in_place(y[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
             else:
                 _finish(y[a:b], x[a:b], acc[skipped : skipped + b - a], end - begin, decays[u])
             begin = end
+
+
+@numba.njit(nogil=True)
+def _gauss_words(
+    words: Array, block: int, third: Word, fourth: Word, seed: Word, needed: Array, at: int, is_needed: bool
+) -> None:  # fmt: skip
+    """Those of a block. If `is_needed`, from needed[at] on a block will be needed next."""
+    for c in range(0, 256, 16):
+        if is_needed:  # a vector of calls for a few lines: memory takes no more at once
+            prefetch(needed, at + 16 * c, 256)
+        _some_gauss_words(words, c, block, third, fourth, seed)
+
+
+@numba.njit(nogil=True)
+def _some_gauss_words(words: Array, first: int, block: int, third: Word, fourth: Word, seed: Word) -> None:
+    fill_some_words(words, 0, 256, first, 16, block, third, fourth, seed)
 
 
 @numba.njit(nogil=True)
@@ -326,7 +345,7 @@ def _look_up_vectors(out: Array, words: Array, planes: Array, p: int) -> None:
 
 
 _tables, _look_up = (
-    (_tables_of_bytes, _look_up_vectors) if has_look_up() else (_tables_of_values, _look_up_pairs)
+    (_tables_of_bytes, _look_up_vectors) if _HAS_LOOK_UP else (_tables_of_values, _look_up_pairs)
 )
 
 

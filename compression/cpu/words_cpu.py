@@ -37,12 +37,20 @@ def fill_words(
     words: Array, at: int, n_calls: int, block: int, third: Word, fourth: Word, seed: Word
 ) -> None:  # fmt: skip
     """words[at + l * n_calls + c] = lane l of call c; n_calls is a power of two, so low + c never carries."""
+    fill_some_words(words, at, n_calls, 0, n_calls, block, third, fourth, seed)
+
+
+@numba.njit(inline="always")
+def fill_some_words(
+    words: Array, at: int, n_calls: int, first: int, n: int, block: int, third: Word, fourth: Word, seed: Word
+) -> None:  # fmt: skip
+    """The same of `n` calls, from `first` on."""
     number = np.uint64(block) * np.uint64(n_calls)
     low, high = np.uint32(number), np.uint32(number >> _32)
     k0, k1 = np.uint32(seed), np.uint32(seed >> _32)
-    for c in range(n_calls):
-        a, b, d, e = _philox(np.uint32(low + np.uint32(c)), high, third, fourth, k0, k1)
-        i = np.uint64(at) + np.uint64(c)  # a signed one might count from the end: no vectors
+    for c in range(n):
+        a, b, d, e = _philox(np.uint32(low + np.uint32(first + c)), high, third, fourth, k0, k1)
+        i = np.uint64(at + first) + np.uint64(c)  # a signed one might count from the end: no vectors
         words[i] = a
         words[i + np.uint64(n_calls)] = b
         words[i + np.uint64(2 * n_calls)] = d
