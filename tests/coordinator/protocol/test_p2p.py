@@ -24,6 +24,9 @@ from thinwire.coordinator.protocol.p2p import P2PTransport, start_p2p
 pytestmark = pytest.mark.usefixtures("own_temp_folder")
 swarm = pytest.mark.swarm
 
+RELAY = "/libp2p/circuit/relay/0.2.0/hop"
+"""What a host that carries strangers' traffic serves."""
+
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
     deadline_s = time.monotonic() + timeout_s
@@ -61,8 +64,9 @@ def test_two_hosts_talk_and_leave_nothing(tmp_path: Path) -> None:
         writer.write(b"ping")
         assert await reader.read() == b.peer_id.encode() + b"ping"
         writer.close()
-        with pytest.raises(SwarmUnreachable, match="does not serve nothing"):
-            await b.open_stream(a.peer_id, "nothing")
+        for protocol in ("nothing", RELAY):
+            with pytest.raises(SwarmUnreachable, match=f"does not serve {protocol}"):
+                await b.open_stream(a.peer_id, protocol)
         pids = [a.daemon.pid, b.daemon.pid]
         assert not list(a.daemon.folder.glob("*key*"))  # the daemon has read it
         await a.close()
