@@ -6,9 +6,9 @@ through hivemind, Ray. A link never opens a payload.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import BinaryIO, Literal, Protocol
 
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.blob_streams import Base
@@ -24,6 +24,9 @@ from ...coordinator.protocol.messages import (
     Welcome,
 )
 from ..gossip.base import NeighbourLink
+
+PayloadRefused = Literal["sender", "unannounced"]
+"""Why a payload that was sent here is not taken: not by the coordinator; without a word of it before."""
 
 
 class Lied(SwarmUnreachable):
@@ -51,11 +54,13 @@ class Traffic:
     """Bytes so far, by kind (payload, snapshot, ledger, control); heartbeats are not counted.
 
     `upload_bytes_per_s`: how fast this node's own payloads reached the coordinator; None: not measured yet.
+    `refused`: how many payloads were sent here and not taken, by why (`PayloadRefused`).
     """
 
     sent: dict[str, int]
     received: dict[str, int]
     upload_bytes_per_s: float | None = None
+    refused: Mapping[str, int] = field(default_factory=dict)
 
 
 class Link(Protocol):

@@ -78,9 +78,9 @@ class LinkCore:
     """The `SessionHandler` of a node's session with its coordinator. Lives in the event loop.
 
     Its parts: `commits` that are followed, `offers` that are made, `blobs` that are fetched, what is
-    `served`, payloads that are `kept`, and `neighbours` in gossip. Of these `commits.head`,
-    `kept.__contains__`, `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are used from any
-    thread.
+    `served`, payloads that are `kept` or `not_taken`, and `neighbours` in gossip. Of these `commits.head`,
+    `kept.__contains__`, `not_taken`, `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are used
+    from any thread.
 
     `copy_path`: where the copy of the ledger is on disk, if it is. `key`, `metrics`: see `RemoteLink`.
     """
@@ -114,7 +114,7 @@ class LinkCore:
         )
         self.blobs = BlobFetcher(coordinator, self._members, peer_id, self._seats)
         self._payloads = Payloads(self.blobs, peer_id)
-        self.kept = self._payloads.kept
+        self.kept, self.not_taken = self._payloads.kept, self._payloads.refused
         self.served = Served(self.kept, self._has_time_for, self._payloads)
         throttle = None if limit is None else limit.served
         self._server = BlobServer(self.served, self._members, meter, throttle, self._seats)

@@ -15,14 +15,14 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, get_args
 
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.blob_streams import Coming, NotServed, Sink
 from ...coordinator.protocol.messages import BadMessage, Commit, Offered, OfferEntry, digest_of
 from ...coordinator.protocol.patience import Patience
 from ...coordinator.protocol.streams import TrafficKind
-from .base import Lied, Shelf
+from .base import Lied, PayloadRefused, Shelf
 
 AHEAD = 4
 """Commits whose payloads are fetched before the node takes them."""
@@ -186,8 +186,8 @@ class Payloads:
         """What the coordinator sends here by itself."""
         self._announced = asyncio.Event()
         """Is set, and another one then, when there is more of it."""
-        self.n_refused = 0
-        """Payloads that others sent here, or that it had not announced."""
+        self.refused: dict[str, int] = dict.fromkeys(get_args(PayloadRefused), 0)
+        """Payloads that were sent here, by why they were not taken."""
 
     def keep_own(self, round_: int, payload: bytes) -> bytes:
         """This node offers it: it need not be fetched, and others may have it. Returns its digest."""
@@ -224,7 +224,7 @@ class Payloads:
         """Returns when that payload may be sent here, or after a moment: the word may be right behind it.
         Raises BadMessage: nobody but the coordinator sends any."""
         if not self._sources.is_coordinator(sender):
-            self.n_refused += 1
+            self.refused["sender"] += 1
             raise BadMessage(f"the payload {digest.hex()[:16]} is sent by {sender}, and is to be asked for")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ANNOUNCED_S):
@@ -238,7 +238,7 @@ class Payloads:
             return None
         pushed = self._pushed.get(digest)
         if pushed is None or pushed.offered.n_bytes != n_bytes:
-            self.n_refused += 1
+            self.refused["unannounced"] += 1
             raise BadMessage(f"the payload {digest.hex()[:16]} of {n_bytes} bytes was not announced")
         return None if pushed.begun.is_set() else pushed
 

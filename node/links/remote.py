@@ -198,6 +198,7 @@ class RemoteLink:
             _without_heartbeats(self._meter.sent),
             _without_heartbeats(self._meter.received),
             None if self._core is None else self._core.offers.upload_bytes_per_s,
+            {} if self._core is None else dict(self._core.not_taken),
         )
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from ...compression.errors import BadReason
 from ...coordinator.protocol.addresses import HttpAddress
 from ...coordinator.protocol.exposition import BUCKETS_S, build_info, text_of
 from ...coordinator.protocol.messages import PHASES, Gossiping, Phases
-from ..links.base import Traffic
+from ..links.base import PayloadRefused, Traffic
 from .peer_sizes import PeerSizes
 
 Phase = Literal["compute", "pack", "exchange", "apply", "ahead"]
@@ -85,6 +85,15 @@ def _labelled(counter: Counter, values: Iterable[str]) -> Counter:
     return counter
 
 
+def _refused_payloads(counter: Callable[..., Counter]) -> _Growth:
+    refused = counter(
+        "thinwire_refused_payloads",
+        "Payloads sent to this node and not taken: not by the coordinator (sender), or unannounced",
+        ["reason"],
+    )
+    return _Growth(_labelled(refused, get_args(PayloadRefused)))
+
+
 IN_NATS: Final = "in nats per byte (text), token (of a tokenizer) or example (with labels)"
 
 
@@ -132,6 +141,7 @@ class NodeMetrics:
             ["reason"],
         )
         self._bad = _Growth(_labelled(bad, get_args(BadReason)))
+        self._refused = _refused_payloads(counter)
         dropped = counter(
             "thinwire_not_finite",
             "Local work that was thrown away because its loss or gradient was not finite",
@@ -224,6 +234,7 @@ class NodeMetrics:
         """Totals so far."""
         self._sent.update(traffic.sent)
         self._received.update(traffic.received)
+        self._refused.update(traffic.refused)
 
     def proposed(
         self, loss: float | None, n_bytes: int, n_samples: int, n_tokens: int, n_batches: int

@@ -184,7 +184,7 @@ async def test_what_the_coordinator_has_announced_no_member_sends(swarm: Swarm, 
     payloads.offered(offered(1, ME, x))
     with pytest.raises(NotServed, match="asked for"):
         await send(payloads, x, A)
-    assert payloads.n_refused == 1
+    assert payloads.refused == {"sender": 1, "unannounced": 0}
     assert digest_of(x) not in payloads.kept
     await send(payloads, x)
     assert await payloads.get(entry(1, x), A) == x
@@ -226,7 +226,7 @@ async def test_what_was_not_announced_is_refused_and_counted(swarm: Swarm, paylo
     for payload in (x, y):
         with pytest.raises(NotServed, match="announced"):
             await send(payloads, payload)
-    assert payloads.n_refused == 2
+    assert payloads.refused == {"sender": 0, "unannounced": 2}
     assert not payloads.kept.n_bytes
 
 

@@ -14,6 +14,7 @@ from tests.support.local_nodes import DECOUPLED, STRATEGIES, config_of, run_all,
 from tests.support.prometheus import check_conventions, samples, series, value
 from thinwire.coordinator.protocol.exposition import text_of
 from thinwire.coordinator.protocol.messages import NodeState, Offer
+from thinwire.node.links.base import Traffic
 from thinwire.node.links.local import LocalLink, LocalSwarm
 from thinwire.node.runner import Runner
 from thinwire.node.tracking.device_metrics import DeviceCollector
@@ -165,6 +166,16 @@ def test_local_work_that_was_not_finite(tmp_path: Path) -> None:
     assert value(text, "thinwire_disk_free_bytes") > 0
     metrics.disk(tmp_path / "gone")
     assert "thinwire_disk_free_bytes" not in samples(metrics.text().decode())
+
+
+def test_payloads_that_were_sent_here_and_not_taken() -> None:
+    metrics = NodeMetrics()
+    for n in (2, 3):
+        metrics.traffic(Traffic({}, {}, refused={"sender": n, "unannounced": 0}))
+    text = metrics.text().decode()
+    check_conventions(text)
+    assert value(text, "thinwire_refused_payloads_total", reason="sender") == 3
+    assert value(text, "thinwire_refused_payloads_total", reason="unannounced") == 0
 
 
 def test_without_a_limit_it_is_infinite() -> None:
