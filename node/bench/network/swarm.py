@@ -1,10 +1,5 @@
 """Rounds of many volunteers in modelled time: the real `Rounds` with the policy `all`, and the real `Fanout`;
-lines are modelled.
-
-A line serves what waits for it in the order of release, and whoever gets something from it has that when all
-is served: no round is shorter than it would be. What a holder that goes away would have given comes from the
-coordinator, after the shortest patience: its connections break.
-"""
+lines are modelled, see `copies`."""
 
 from __future__ import annotations
 
@@ -12,12 +7,11 @@ import heapq
 import random
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from ....coordinator.membership import TimePassed
 from ....coordinator.protocol.messages import INLINE_BYTES
@@ -32,7 +26,7 @@ from ....coordinator.rounds import (
     Rounds,
 )
 from ....coordinator.serving.fanout import Fanout
-from ...links.payloads import SHORT_WAIT_S
+from .copies import COORDINATOR, NOBODY, OWN, Copies, Holders, Lines, give
 from .lines import ROUND_SIGMA, Kind, Machine, draw, session_s
 
 Topology = Literal["coordinator", "maker", "dealt"]
@@ -47,8 +41,6 @@ ENTRY_BYTES, OFFERED_BYTES = 19, 100
 FOLLOWED: Final = 128
 """Payloads whose copies are followed; of more, each stands for several."""
 
-Array = npt.NDArray[np.float64]
-
 
 @dataclass(slots=True)
 class Peer:
@@ -61,13 +53,16 @@ class Peer:
 
 @dataclass(slots=True)
 class Tally:
-    """Of all rounds that count. `counted`: of the peers that there are."""
+    """Of all rounds that count. `counted`: of the peers that there are; `again`: of the `copies` of payloads
+    that were sent, those by the coordinator because nobody else did."""
 
     times_s: list[float] = field(default_factory=list)
     sent: list[float] = field(default_factory=list)
     most_sent: list[float] = field(default_factory=list)
     by_coordinator: list[float] = field(default_factory=list)
     counted: list[float] = field(default_factory=list)
+    copies: list[float] = field(default_factory=list)
+    again: list[float] = field(default_factory=list)
     cpu_s: float = 0.0
 
 
@@ -87,7 +82,7 @@ class Swarm:
         self._n_bytes, self._topology, self._own = n_bytes, topology, own
         self._kinds, self._compute_s, self._random = kinds, compute_s, random.Random(seed)
         self._fanout = Fanout(own)
-        self._peers = [self._newcomer(0.0) for _ in range(n_peers)]
+        self.peers = [self._newcomer(0.0) for _ in range(n_peers)]
         self._rounds = Rounds(
             n_rounds=2**31,
             min_peers=1,
@@ -118,10 +113,9 @@ class Swarm:
         assert opened_s is not None
         arrived = self._work()
         closed = self._until_closed()
-        self._learn(arrived)
         now_s = opened_s + closed.duration_s
         self.tally.times_s.append(closed.duration_s)
-        self.tally.counted.append(len(closed.peers) / len(self._peers))
+        self.tally.counted.append(len(closed.peers) / len(self.peers))
         self._fanout.round_took(closed.duration_s)
         began_s = time.process_time()
         self._rounds.sealed(now_s)
@@ -133,7 +127,7 @@ class Swarm:
         """Every peer does a round's work. Returns when its payload is there; `_events` gets what is heard."""
         events, round_ = self._events, self._rounds.round
         arrived: dict[int, float] = {}
-        for index, peer in enumerate(self._peers):
+        for index, peer in enumerate(self.peers):
             machine = peer.machine
             took_s = machine.compute_s * self._random.lognormvariate(0.0, ROUND_SIGMA)
             made_s = peer.ready_s + took_s + machine.rtt_s / 2
@@ -167,90 +161,83 @@ class Swarm:
         self.tally.cpu_s += time.process_time() - began_s
         return closed
 
-    def _learn(self, arrived: Iterable[int]) -> None:
-        """How wide lines are, as uploads have come."""
-        for index in arrived:
-            if self._n_bytes > INLINE_BYTES:
-                took_s = self._n_bytes / self._peers[index].machine.up * self._random.uniform(0.8, 1.2)
-                self._fanout.uploaded(str(index), self._n_bytes, took_s)
+    def _learn(self, index: int) -> None:
+        """How wide a line is, as an upload has come."""
+        took_s = self._n_bytes / self.peers[index].machine.up * self._random.uniform(0.8, 1.2)
+        self._fanout.uploaded(str(index), self._n_bytes, took_s)
 
     def _give(self, counted: Sequence[int], arrived: dict[int, float], now_s: float) -> None:
         """The commit and the payloads that it names reach every peer."""
-        n_peers, machines = len(self._peers), [peer.machine for peer in self._peers]
+        n_peers, machines = len(self.peers), [peer.machine for peer in self.peers]
         is_inline = self._n_bytes <= INLINE_BYTES
         entry = ENTRY_BYTES + (self._n_bytes if is_inline else 34)
         commit_bytes = len(counted) * entry + 300
         told = 0 if is_inline else OFFERED_BYTES * len(counted) * n_peers
-        rtt = np.array([machine.rtt_s for machine in machines])
-        down = np.array([machine.down for machine in machines])
-        committed = now_s + rtt / 2 + n_peers * commit_bytes / self._own + commit_bytes / down
+        lines = Lines(
+            up_N=np.array([machine.up for machine in machines]),
+            down_N=np.array([machine.down for machine in machines]),
+            rtt_N=np.array([machine.rtt_s for machine in machines]),
+            until_N=np.array([peer.until_s for peer in self.peers]),
+            own=self._own,
+        )
+        ready = now_s + lines.rtt_N / 2 + n_peers * commit_bytes / self._own + commit_bytes / lines.down_N
         sent = np.full(n_peers, self._n_bytes + entry, dtype=np.float64)
         own_bytes = float(n_peers * commit_bytes + told)
-        ready = committed
         if not is_inline:
-            done, copies = self._copies(counted, arrived, rtt, down)
-            ready = np.maximum(committed, done)
-            sent += copies[:-1] * self._n_bytes
-            own_bytes += copies[-1] * self._n_bytes
-        for index, (peer, at_s) in enumerate(zip(self._peers, ready, strict=True)):
+            copies = self._copies(counted, arrived, now_s, lines)
+            ready = np.maximum(ready, copies.done_N)
+            sent += copies.sent_H[:-1] * self._n_bytes
+            own_bytes += copies.sent_H[-1] * self._n_bytes
+            self.tally.copies.append(float(copies.sent_H.sum()))
+            self.tally.again.append(copies.n_again)
+        for index, (peer, at_s) in enumerate(zip(self.peers, ready, strict=True)):
             peer.ready_s = max(float(at_s), arrived.get(index, 0.0))
         self.tally.sent.append(float(sent.mean()))
         self.tally.most_sent.append(float(sent.max()))
         self.tally.by_coordinator.append(own_bytes)
 
     def _copies(
-        self, counted: Sequence[int], arrived: dict[int, float], rtt: Array, down: Array
-    ) -> tuple[Array, Array]:
-        """When each peer has all payloads, and how many copies each holder sends; the coordinator is last."""
-        n_peers = len(self._peers)
-        step = max(1, len(counted) // FOLLOWED)
-        origins = sorted(counted[::step], key=arrived.__getitem__)
+        self, counted: Sequence[int], arrived: dict[int, float], now_s: float, lines: Lines
+    ) -> Copies:
+        """Of the payloads that counted; of many some are followed, and stand for the others."""
+        origins = sorted(counted[:: max(1, len(counted) // FOLLOWED)], key=arrived.__getitem__)
         stands_for = len(counted) / len(origins)
+        for index in arrived.keys() - set(origins):
+            self._learn(index)
+        holders = self._holders(origins, stands_for)
         released = np.array([arrived[origin] for origin in origins])
-        holders = self._holders(origins)
-        shares = np.zeros((len(origins), n_peers + 1))
-        for i, holder in enumerate(holders):
-            shares[i] = np.bincount(holder, minlength=n_peers + 2)[: n_peers + 1] * stands_for
-        rates = np.array([*(peer.machine.up for peer in self._peers), self._own])
-        behind = np.cumsum(shares[::-1], axis=0)[::-1] * self._n_bytes / rates
-        served = np.where(shares > 0, released[:, None] + behind, 0.0).max(axis=0)
-        gone = np.array([peer.until_s for peer in self._peers] + [np.inf]) < served
-        served[gone] = served[-1] + SHORT_WAIT_S
-        got = np.append(served, 0.0)[holders].max(axis=0)
-        taken = (
-            released[:, None] + np.arange(len(origins), 0, -1)[:, None] * stands_for * self._n_bytes / down
-        )
-        done: Array = np.maximum(got, taken.max(axis=0)) + rtt
-        return done, shares.sum(axis=0)
+        copies = give(holders, origins, released, now_s, self._n_bytes * stands_for, lines)
+        return replace(copies, sent_H=copies.sent_H * stands_for, n_again=copies.n_again * stands_for)
 
-    def _holders(self, origins: Iterable[int]) -> npt.NDArray[np.int64]:
-        """For each payload, from whom each peer gets it: the coordinator is behind the last peer, and nobody,
-        where it has it itself, behind that."""
-        n_peers = len(self._peers)
-        reachable = [str(i) for i, peer in enumerate(self._peers) if peer.machine.is_reachable]
+    def _holders(self, origins: Sequence[int], stands_for: float) -> Holders:
+        """From whom each peer gets each payload; see `copies`."""
+        n_peers = len(self.peers)
+        reachable = [str(i) for i, peer in enumerate(self.peers) if peer.machine.is_reachable]
         dialled, names = set(reachable), [str(i) for i in range(n_peers)]
-        rows = []
-        began_s = time.process_time()
-        for origin in origins:
-            row = np.full(n_peers, n_peers)
-            if self._topology == "maker" and str(origin) in dialled:
-                row[:] = origin
-            elif self._topology == "dealt":
+        holders = np.full((len(origins), n_peers), n_peers + NOBODY)
+        for row, origin in zip(holders, origins, strict=True):
+            self._learn(origin)
+            if self._topology == "dealt":
+                began_s = time.process_time()
                 others = [*names[:origin], *names[origin + 1 :]]
                 sources = self._fanout.sources(self._n_bytes, str(origin), others, reachable)
+                self.tally.cpu_s += (time.process_time() - began_s) * stands_for
                 for peer, source in sources.items():
-                    if source is not None:
-                        row[int(peer)] = int(source)
-            row[origin] = n_peers + 1
-            rows.append(row)
-        self.tally.cpu_s += time.process_time() - began_s
-        return np.array(rows)
+                    row[int(peer)] = n_peers + COORDINATOR if source is None else int(source)
+            else:
+                is_maker = self._topology == "maker" and str(origin) in dialled
+                row[:] = origin if is_maker else n_peers + COORDINATOR
+            row[origin] = n_peers + OWN
+            parents = np.unique(row[row < n_peers])
+            has_none = parents[(parents != origin) & (row[parents] != n_peers + COORDINATOR)]
+            row[np.isin(row, has_none)] = n_peers + NOBODY
+        return holders
 
     def _replace(self, now_s: float) -> None:
         """Who has left is followed by somebody else, who trains from the next round on."""
-        for index, peer in enumerate(self._peers):
+        for index, peer in enumerate(self.peers):
             if peer.until_s <= peer.ready_s:
-                self._peers[index] = self._newcomer(max(now_s, peer.ready_s))
+                self.peers[index] = self._newcomer(max(now_s, peer.ready_s))
                 self._rounds.handle(PeerTrains(index), now_s)
 
 
@@ -265,19 +252,21 @@ def simulate(
     n_rounds: int = 10,
     seed: int = 1,
 ) -> dict[str, Any]:
-    """`peer_bytes`: that a peer sends in a round, the mean and the most; `coordinator_cpu_s`: of this
-    machine, for `Rounds` and `Fanout` alone."""
+    """`all_counted_s`: for as many offers that count as there are peers; `peer_bytes`: that a peer sends in a
+    round, the mean and the most; `coordinator_cpu_s`: of this machine, for `Rounds` and `Fanout` alone."""
     swarm = Swarm(n_peers, n_bytes, topology, own, kinds, compute_s, seed)
     swarm.run(n_rounds, warm_up=3)
     tally = swarm.tally
     return {
         "round_s": float(np.median(tally.times_s)),
         "round_p99_s": float(np.quantile(tally.times_s, 0.99)),
+        "all_counted_s": sum(tally.times_s) / sum(tally.counted),
         "peer_bytes": fmean(tally.sent),
         "most_of_a_peer_bytes": fmean(tally.most_sent),
         "coordinator_bytes": fmean(tally.by_coordinator),
         "coordinator_cpu_s": tally.cpu_s / n_rounds,
         "offers_counted": fmean(tally.counted),
+        "copies_again": sum(tally.again) / max(1.0, sum(tally.copies)),
     }
 
 

@@ -1,0 +1,97 @@
+"""Copies of a round's payloads in modelled time: when every peer has them all, and who has sent how many.
+
+A line serves what waits for it in the order in which it came, and whoever gets something from it has that
+when all is served: no round is shorter than it would be. A relay begins when the coordinator has sent all its
+copies of that payload. What a holder has not sent when it leaves, and what nobody was named for, is asked of
+the coordinator, after the commit and the shortest patience, and comes behind all else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ...links.payloads import SHORT_WAIT_S
+
+Array = npt.NDArray[np.float64]
+Holders = npt.NDArray[np.int64]
+
+COORDINATOR, OWN, NOBODY = range(3)
+"""From whom a peer gets a payload, behind the last peer: it has made it itself; nobody was named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Of N peers: bytes per second, round trips in seconds, when each leaves. `own`: the coordinator's."""
+
+    up_N: Array
+    down_N: Array
+    rtt_N: Array
+    until_N: Array
+    own: float
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """`done_N`: when each peer has all payloads; `sent_H`: copies that each holder sends, the coordinator
+    last; `n_again`: of these, what it sends because nobody else did."""
+
+    done_N: Array
+    sent_H: Array
+    n_again: float
+
+
+def give(
+    holders_PN: Holders,
+    origins: Sequence[int],
+    released_P: Array,
+    committed_s: float,
+    n_bytes: float,
+    lines: Lines,
+) -> Copies:
+    """P payloads of `n_bytes`, in the order in which they were released."""
+    n_peers = len(lines.up_N)
+    named_PH = np.array([np.bincount(row, minlength=n_peers + 3) for row in holders_PN], dtype=np.float64)
+    copies_PH, n_again = named_PH[:, : n_peers + 1], named_PH[:, n_peers + NOBODY].sum()
+    served_PH = _served_by_all(copies_PH, origins, released_P, n_bytes, lines)
+    until_H = np.append(lines.until_N, np.inf)
+    lost_PH = (served_PH > until_H) & (copies_PH > 0)
+    n_again += copies_PH[lost_PH].sum()
+    copies_PH[lost_PH] = 0.0
+    served_H = np.where(copies_PH > 0, served_PH, 0.0).max(axis=0)
+    asked_s = SHORT_WAIT_S + max([committed_s, *until_H[lost_PH.any(axis=0)]])
+    again_s = max(served_H[-1], asked_s) + n_again * n_bytes / lines.own
+    got_PH = np.hstack([np.where(lost_PH, again_s, served_H), np.tile([0.0, again_s], (len(origins), 1))])
+    got_N = np.take_along_axis(got_PH, holders_PN, axis=1).max(axis=0)
+    n_behind_P = np.arange(len(origins), 0, -1)
+    taken_N = (released_P[:, None] + n_behind_P[:, None] * n_bytes / lines.down_N).max(axis=0)
+    sent_H = copies_PH.sum(axis=0)
+    sent_H[-1] += n_again
+    return Copies(np.maximum(got_N, taken_N) + lines.rtt_N, sent_H, float(n_again))
+
+
+def _served_by_all(
+    copies_PH: Array, origins: Sequence[int], released_P: Array, n_bytes: float, lines: Lines
+) -> Array:
+    """When each holder has sent all that it is to send of each payload."""
+    busy_PH = copies_PH * n_bytes / np.append(lines.up_N, lines.own)
+    begun_PH = np.tile(released_P[:, None], (1, len(lines.up_N) + 1))
+    by_coordinator_P1 = _served(begun_PH[:, -1:], busy_PH[:, -1:])
+    begun_PH[:, :-1] = by_coordinator_P1 + lines.rtt_N / 2 + n_bytes / lines.down_N
+    begun_PH[np.arange(len(origins)), origins] = released_P
+    return _served(begun_PH, busy_PH)
+
+
+def _served(begun_PH: Array, busy_PH: Array) -> Array:
+    """When each line is through with each payload, which it can begin with then and is busy with for so long:
+    first come, first served."""
+    order = np.argsort(begun_PH, axis=0, kind="stable")
+    busy = np.take_along_axis(busy_PH, order, axis=0)
+    through = np.cumsum(busy, axis=0)
+    waits = np.maximum.accumulate(np.take_along_axis(begun_PH, order, axis=0) - (through - busy), axis=0)
+    served_PH = np.empty_like(busy_PH)
+    np.put_along_axis(served_PH, order, through + waits, axis=0)
+    return served_PH
