@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle, islice
 from math import ceil, floor, inf
 from statistics import median
 from typing import Final
@@ -118,26 +118,24 @@ def _sources(origin: str, others: Sequence[str], dealt: Dealt) -> dict[str, str 
     the others. Parts of copies are rounded up for some origins: evenly among them, as they are sorted, and
     the same ones in every round, whose streams stay."""
     number = sum(peer < origin for peer in others)
-    chance = [max(1e-6, number * each % 1.0) for each in _UNEVEN]
-    n_origin = min(len(others), floor(dealt.by_peer.get(origin, 0.0) + chance[0]))
-    n_left = len(others) - n_origin
+    parts = [max(1e-6, number * each % 1.0) for each in _UNEVEN]
+    n_origin = min(len(others), floor(dealt.by_peer.get(origin, 0.0) + parts[0]))
+    n_own, relays = _relayed(len(others) - n_origin, dealt, parts[1], parts[2])
+    told = dict.fromkeys(relays)
+    start = floor(parts[3] * len(others))
+    leaves = iter([peer for peer in (*others[start:], *others[:start]) if peer not in told])
+    by_origin = dict.fromkeys(islice(leaves, n_origin), origin)
+    by_coordinator = dict.fromkeys(islice(leaves, max(0, n_own - len(told))))
+    return {**told, **by_origin, **by_coordinator, **dict(zip(leaves, cycle(relays), strict=False))}
+
+
+def _relayed(n: int, dealt: Dealt, part: float, chance: float) -> tuple[int, list[str]]:
+    """Of so many copies: how many the coordinator sends, and who passes on the others, in turn."""
     passed_on = sum(dealt.relays.values())
-    n_own = floor(n_left * dealt.own / (dealt.own + passed_on) + chance[1]) if passed_on else n_left
-    n_own = min(n_own, n_left)
-    drawn = []
-    if n_own < n_left:
-        n_relays = max(1, min(ceil((n_left - n_own) / CHILDREN), n_own))
-        drawn = _drawn(chance[2], dealt.relays, n_relays)
-    sources: dict[str, str | None] = dict.fromkeys(drawn)
-    start = floor(chance[3] * len(others))
-    leaves = [peer for peer in (*others[start:], *others[:start]) if peer not in sources]
-    sources |= dict.fromkeys(leaves[:n_origin], origin)
-    del leaves[:n_origin]
-    n_more = max(0, n_own - len(set(drawn))) if drawn else len(leaves)
-    sources |= dict.fromkeys(leaves[:n_more])
-    for at, peer in enumerate(leaves[n_more:]):
-        sources[peer] = drawn[at % len(drawn)]
-    return sources
+    n_own = min(n, floor(n * dealt.own / (dealt.own + passed_on) + part)) if passed_on else n
+    if n_own == n:
+        return n, []
+    return n_own, _drawn(chance, dealt.relays, max(1, min(ceil((n - n_own) / CHILDREN), n_own)))
 
 
 def _drawn(chance: float, weights: Mapping[str, float], n: int) -> list[str]:
