@@ -7,8 +7,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,8 @@ from ...coordinator.server import CoordinatorServer
 from ...coordinator.serving.fanout import UPLOAD_BYTES_PER_S
 from ...coordinator.state import StateDir
 from ..config import RunConfig, load_config
-from ..founding.child import Child
-from ..founding.founder import Founder
+from ..founding.founder import Founded, Founder
+from ..links.connecting.begun import Begun
 from ..states.opening import open_state
 from ..system.folder import folder_of_run
 from ..system.output import to_stdout
@@ -100,7 +100,7 @@ def coordinate(
     port: int,
     announce: tuple[str, ...],
     overrides: Mapping[str, Any],
-    import_path: str | None,
+    founder: Founder,
     ticket_file: Path | None,
     rotate_token: bool,
     ban: Sequence[str],
@@ -123,9 +123,8 @@ def coordinate(
     refuse_file("--seat-ticket-file", seats.ticket_file)
     refuse_address(host, port, announce)
     refuse_http(http)
-    folder = state or _default_folder(config, ticket)
+    folder = state or _default_folder(ticket)
     refuse_folder("--state", folder)
-    founder = Child(import_path, stop)
     with StateDir(folder) as state_dir:
         if seats.restored:
             state_dir.forget_votes()
@@ -142,27 +141,47 @@ def coordinate(
         if seats.is_seat:
             plan = SeatPlan.of(folder, seats.wish)
             where["seats"] = replace(plan, waits_for_payloads=seats.keeps_payloads)
-        if config is None:
-            server = _open_folder(state_dir, founder, **where)
-        else:
-            try:
-                server = open_server(state_dir, config, founder, **where)
-            except SwarmUnreachable:
-                if stop.is_set():
-                    return False
-                raise
         if http is not None:  # by what others reach this machine they may ask for its page, too
             http = http._replace(names=(*http.names, *(host_of(text, port) for text in announce)))
         recovery = None
         if seats.recover:
             recovery = _recovery_key(seats.recovery_key or folder / KEY_NAME), seats.recover_wait_s
-        serving = _Serving(server, folder, linger_s, recovery, seats.ticket_file)
-        return asyncio.run(serving.serve(ticket_file, http, stop))
+
+        async def open_and_serve() -> bool:
+            async with _opened(state_dir, config, founder, **where) as server:
+                serving = _Serving(server, folder, linger_s, recovery, seats.ticket_file)
+                return await serving.serve(ticket_file, http, stop)
+
+        try:
+            return asyncio.run(open_and_serve())
+        except SwarmUnreachable:
+            if stop.is_set():
+                return False
+            raise
 
 
-def _default_folder(config: RunConfig | None, ticket: SeatTicket | None) -> Path:
-    if config is not None:
-        return folder_of_run(config.run.name, "coordinator")
+@asynccontextmanager
+async def _opened(
+    state: StateDir, config: RunConfig | None, founder: Founder, **where: Any
+) -> AsyncIterator[CoordinatorServer]:
+    """`config`: None, whatever the run's is. Raises ConfigError, LedgerCorrupt and what `founder` raises."""
+    if config is None:
+        yield _open_folder(state, founder, **where)
+        return
+    if state.ledger_path.exists():
+        yield open_server(state, config, founder, **where)
+        return
+    address = {key: where[key] for key in ("host", "port", "announce")}
+    address["port"] = address["port"] or state.port() or 0
+    begun = Begun(start_p2p, load_or_create(state.key_path), **address)
+    try:
+        founded = await asyncio.to_thread(_found, state, config, founder)
+        yield open_server(state, config, founder, founded, start_transport=begun, **where)
+    finally:
+        await begun.close()
+
+
+def _default_folder(ticket: SeatTicket | None) -> Path:
     if ticket is not None:
         return folder_of_run(f"run-{ticket.run_id.hex()[:12]}", "coordinator")
     raise ConfigError("name a run file, --state with the folder of a run, or --replica with a seat ticket")
@@ -223,15 +242,16 @@ def _open_folder(state: StateDir, founder: Founder, **where: Any) -> Coordinator
     return server
 
 
-def open_server(state: StateDir, config: RunConfig, founder: Founder, **where: Any) -> CoordinatorServer:
-    """A new run in an empty directory, else the run that is there if it is the same one. Raises what
-    `founder` raises."""
+def open_server(
+    state: StateDir, config: RunConfig, founder: Founder, founded: Founded | None = None, **where: Any
+) -> CoordinatorServer:
+    """A new run in an empty directory, else the run that is there if it is the same one. `founded`: the new
+    one, if it is there already. Raises what `founder` raises."""
     where = {"check_strategy": founder.check, **where}
     state.save_keep(str(config.run.keep))
     state.save_rules(EntryRules.of(config.admission.mode, config.admission.peers))
     if not state.ledger_path.exists():
-        coordinator = peer_id_of(load_or_create(state.key_path).public_key())
-        founded = founder.found(config, coordinator, recovery_digest(state.path), state.blobs_path)
+        founded = founded or _found(state, config, founder)
         log.info("new run %s, kept in %s", config.run.name, state.path)
         server = CoordinatorServer(state, genesis=founded.body, loss_unit=founded.loss_unit, **where)
         if founder.name is not None:
@@ -241,6 +261,11 @@ def open_server(state: StateDir, config: RunConfig, founder: Founder, **where: A
     server = CoordinatorServer(state, loss_unit=_compared(state, config, founder), **where)
     log.info("going on with run %s after round %d", config.run.name, server.ledger.head_round)
     return server
+
+
+def _found(state: StateDir, config: RunConfig, founder: Founder) -> Founded:
+    coordinator = peer_id_of(load_or_create(state.key_path).public_key())
+    return founder.found(config, coordinator, recovery_digest(state.path), state.blobs_path)
 
 
 def _compared(state: StateDir, config: RunConfig, founder: Founder) -> str:

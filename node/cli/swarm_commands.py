@@ -12,9 +12,11 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ...compression.errors import ConfigError
+from ..founding.child import Child
+from ..system.folder import folder_of_run
 from ..system.output import to_stdout
 from ..system.places import refuse_below, refuse_folder, refuse_http
-from ..system.stopping import stop_on_signals
+from ..system.stopping import Stop, stop_on_signals
 from .arguments import http_address, overrides_of, read_ticket, seconds_of
 
 if TYPE_CHECKING:
@@ -154,37 +156,52 @@ class Coordinator:
     verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def run(self) -> int:
+        state = self._folder()
+        is_new = self.run_file is not None and state is not None and not (state / "ledger.db").exists()
+        with stop_on_signals() as stop, Child(self.task, stop) as founder:
+            if is_new:  # torch is loaded over there while the coordinator is loaded here
+                founder.begin()
+            return self._coordinate(state, founder, stop)
+
+    def _folder(self) -> Path | None:
+        """Of its state; None: the seat ticket says which. Raises ConfigError."""
+        if self.state is not None or self.run_file is None:
+            return self.state
+        from ..config import load_config
+
+        return folder_of_run(load_config(self.run_file, overrides_of(self.set)).run.name, "coordinator")
+
+    def _coordinate(self, state: Path | None, founder: Child, stop: Stop) -> int:
         from ..links.upload_limit import parse_rate
         from .coordinator import SeatOptions, coordinate
 
-        with stop_on_signals() as stop:
-            is_over = coordinate(
-                run_file=self.run_file,
-                state=self.state,
-                host=self.host,
-                port=self.port,
-                announce=self.announce,
-                upload_bytes_per_s=parse_rate(self.upload, "--upload"),
-                overrides=overrides_of(self.set),
-                import_path=self.task,
-                ticket_file=self.ticket_file,
-                rotate_token=self.rotate_token,
-                ban=self.ban,
-                http=http_address(self.http, self.http_token, self.http_host),
-                stop=stop,
-                linger_s=seconds_of(self.linger, "--linger"),
-                seats=SeatOptions(
-                    n_seats=self.seats,
-                    replica=self.replica,
-                    replace=self.replace,
-                    keeps_payloads=self.blobs == "seats",
-                    restored=self.restored,
-                    recover=self.recover,
-                    recovery_key=self.recovery_key,
-                    recover_wait_s=seconds_of(self.recover_wait, "--recover-wait"),
-                    ticket_file=self.seat_ticket_file,
-                ),
-            )
+        is_over = coordinate(
+            run_file=self.run_file,
+            state=state,
+            host=self.host,
+            port=self.port,
+            announce=self.announce,
+            upload_bytes_per_s=parse_rate(self.upload, "--upload"),
+            overrides=overrides_of(self.set),
+            founder=founder,
+            ticket_file=self.ticket_file,
+            rotate_token=self.rotate_token,
+            ban=self.ban,
+            http=http_address(self.http, self.http_token, self.http_host),
+            stop=stop,
+            linger_s=seconds_of(self.linger, "--linger"),
+            seats=SeatOptions(
+                n_seats=self.seats,
+                replica=self.replica,
+                replace=self.replace,
+                keeps_payloads=self.blobs == "seats",
+                restored=self.restored,
+                recover=self.recover,
+                recovery_key=self.recovery_key,
+                recover_wait_s=seconds_of(self.recover_wait, "--recover-wait"),
+                ticket_file=self.seat_ticket_file,
+            ),
+        )
         return 128 + stop.signal if stop.signal and not is_over else 0
 
 

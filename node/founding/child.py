@@ -10,14 +10,16 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from ...compression.errors import SwarmUnreachable, ThinwireError, named_error
-from ...coordinator.protocol.messages import GenesisBody, decode_record
-from ..config import RunConfig
 from ..system.processes import PARENT_VARIABLE
 from ..system.stopping import Stop
 from .founder import Compared, Founded
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
 
 _PROGRAM: Final = "import gc; gc.disable(); from thinwire.node.founding.process import main; main()"
 """What a process that is gone soon loads, stays: to look for what may go took a tenth of its time."""
@@ -32,6 +34,22 @@ class Child:
         self._import_path, self._stop = import_path, stop
         self.name = import_path or "built in"
         self._checked: dict[str, ThinwireError | None] = {}
+        self._begun: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends a process that was begun for nothing."""
+        if self._begun is not None:
+            self._end(self._begun)
+
+    def begin(self) -> None:
+        """Starts the process of the next call, which loads torch while this one has other things to do."""
+        if "torch" not in sys.modules:
+            self._begun = self._start()
 
     def found(self, config: RunConfig, coordinator: str, recovery: bytes, blobs: Path) -> Founded:
         said = self._ask(
@@ -41,6 +59,8 @@ class Child:
             recovery=recovery.hex(),
             blobs=str(blobs.absolute()),
         )
+        from ...coordinator.protocol.messages import GenesisBody, decode_record
+
         return Founded(decode_record(GenesisBody, base64.b64decode(said["record"])), said["loss_unit"])
 
     def compare(self, config: RunConfig, recorded: str) -> Compared:
@@ -70,22 +90,11 @@ class Child:
             from .process import answer
 
             return answer(job)
-        process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
-            start_new_session=True,  # Ctrl-C reaches this process alone
-        )
-        self._stop.on_stop.append(process.kill)
+        process, self._begun = self._begun or self._start(), None
         try:
-            if self._stop.is_set():
-                process.kill()
             out, _ = process.communicate(json.dumps(job).encode())
         finally:
-            self._stop.on_stop.remove(process.kill)
-            process.kill()
-            process.wait()
+            self._end(process)
         if self._stop.is_set():
             raise SwarmUnreachable("stopped")
         if not out:
@@ -94,6 +103,24 @@ class Child:
         if "error" in said:
             raise named_error(said["error"], said["text"])
         return said
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+            start_new_session=True,  # Ctrl-C reaches this process alone
+        )
+        self._stop.on_stop.append(process.kill)
+        if self._stop.is_set():
+            process.kill()
+        return process
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        self._stop.on_stop.remove(process.kill)
+        with process:
+            process.kill()
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from ...coordinator.protocol.messages import GenesisBody
-from ..config import RunConfig
+if TYPE_CHECKING:
+    from ...coordinator.protocol.messages import GenesisBody
+    from ..config import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

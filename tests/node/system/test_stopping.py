@@ -13,6 +13,7 @@ import pytest
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
 from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.node.cli.coordinator import coordinate
+from thinwire.node.founding.child import Child
 from thinwire.node.ranks.join import join
 from thinwire.node.run_node import Options
 from thinwire.node.system.stopping import Stop, stop_on_signals
@@ -25,6 +26,7 @@ def test_a_coordinator_that_was_stopped_before_it_served_gives_no_ticket(
 ) -> None:
     (tmp_path / "run.toml").write_text(RUN)
     state = tmp_path / "state"
+    stop = Stop(signal.SIGTERM)
     for _ in range(2):  # the new run that it had made is in order, and can be gone on with
         coordinate(
             run_file=tmp_path / "run.toml",
@@ -33,12 +35,12 @@ def test_a_coordinator_that_was_stopped_before_it_served_gives_no_ticket(
             port=0,
             announce=(),
             overrides={},
-            import_path=None,
+            founder=Child(None, stop),
             ticket_file=tmp_path / "ticket",
             rotate_token=False,
             ban=(),
             http=None,
-            stop=Stop(signal.SIGTERM),
+            stop=stop,
         )
     assert capsys.readouterr().out == ""
     assert not (tmp_path / "ticket").exists()
