@@ -122,6 +122,7 @@ def in_turn(theirs: Build, ours: Build, args: Sequence[str]) -> list[Ratio]:
     pairs = []
     for i in range(PAIRS):
         first, second = (theirs, ours) if i % 2 == 0 else (ours, theirs)
+        to_stderr(f"bench {args[0]}, both builds: pair {i + 1} of {PAIRS}")
         figures = _figures(first.run(args)), _figures(second.run(args))
         pairs.append(figures if i % 2 == 0 else (figures[1], figures[0]))
     common = [name for name in pairs[0][1] if all(name in figures for pair in pairs for figures in pair)]

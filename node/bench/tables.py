@@ -44,15 +44,15 @@ def words(key: str, value: Any) -> str:
     """A figure with its unit, which its key ends in."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if key.endswith("_bytes_per_s"):
-        return f"{value / 1e9:.2f} GB/s"
+    if key.endswith("bytes_per_s"):
+        return f"{value / 1e9:.2f} GB/s" if value >= 1e8 else f"{human_bytes(value)}/s"
     if key.endswith("_per_s"):
         return f"{value / 1e6:,.0f} M/s"
     if key.endswith("_s"):
         return time_words(value)
     if key.endswith("bytes") and value >= 10_000:
         return human_bytes(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def time_words(seconds: float) -> str:

@@ -5,7 +5,6 @@ applied. `python -m thinwire.node.planning.measuring` does it in a process of it
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from ...coordinator.protocol.messages import (
     digest_of,
     encode_record,
 )
+from ..system.memory import peak_bytes
 from ..system.output import to_stderr, to_stdout
 
 WARM_UP: Final = 1
@@ -87,7 +87,7 @@ def measure(
 
     from ..config import RunConfig
 
-    libraries_bytes = _peak_bytes()
+    libraries_bytes = peak_bytes()
     run = _Run(RunConfig.model_validate(config), n_peers, device, import_path)
     first_bytes = run.round(1)[3]  # compiles
     began_s = time.monotonic()
@@ -113,7 +113,7 @@ def measure(
         apply_s=apply_s,
         payload_bytes=sizes,
         full_bytes=round(sizes[-1] + more * (run.most_batches - n_batches)),
-        memory_bytes=_peak_bytes(),
+        memory_bytes=peak_bytes(),
         libraries_bytes=libraries_bytes,
         device_bytes=torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
         told=run.told,
@@ -123,11 +123,6 @@ def measure(
 def _batches_that_fit(one_s: float, seconds: float, most: int) -> int:
     """Two at least, to see what one more adds."""
     return min(most, max(2, int(seconds / max(one_s, 1e-6))))
-
-
-def _peak_bytes() -> int:
-    """Of this process so far, resident."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _Run:

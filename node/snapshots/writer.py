@@ -80,7 +80,8 @@ class SnapshotWriter:
     def _put(self, job: _Job) -> None:
         with self._changed:
             if (old := self._waiting) is not None:
-                log.info("the snapshot of round %d is overtaken before it was written", old.round)
+                if old.round != job.round:  # the last one comes twice
+                    log.info("the snapshot of round %d was not written: a later one is ready", old.round)
                 self._drop(old)
             self._waiting = job
             self._changed.notify_all()

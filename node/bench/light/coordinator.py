@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import resource
 import sys
 import time
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any, Final
 from ....coordinator.protocol.identity import load_or_create, peer_id_of
 from ....coordinator.server import CoordinatorServer
 from ....coordinator.state import StateDir
+from ...system.memory import peak_bytes
 from ...system.output import to_stdout
 from ..genesis import genesis_of
 from .transport import start_plain
@@ -54,7 +54,7 @@ async def measured(folder: Path, n_peers: int, n_rounds: int, warm_up: int) -> d
         "rounds": n,
         "took_s": took_s,
         "least_counted": min(counted),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
         **found,
     }
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from ....compression.errors import ConfigError
 from ....coordinator.protocol.messages import MAX_PEERS
+from ...system.output import to_stderr
 from .coordinator import SOCKET
 
 PEERS_PER_PROCESS: Final = 256
@@ -27,7 +28,11 @@ def bench_light(counts: Sequence[int], n_rounds: int) -> dict[str, Any]:
     for n in counts:
         if not 1 <= n <= MAX_PEERS:
             raise ConfigError(f"--light {n}: between 1 and {MAX_PEERS} peers")
-    return {f"light_{n}": measure_light(n, n_rounds) for n in counts}
+    found = {}
+    for n in counts:
+        figures = found[f"light_{n}"] = measure_light(n, n_rounds)
+        to_stderr(f"{n} peers: {figures['rounds_in_a_second']:.3g} rounds a second")
+    return found
 
 
 def measure_light(

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, get_args
 
+from ...system.output import to_stderr
 from .lines import HOME, KINDS, MBIT, Kind
 from .swarm import Topology, simulate
 
@@ -53,15 +54,15 @@ def bench_network(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     del n_params, device
     n_rounds = ROUNDS_PER_REPEAT * n_repeats
     by_bytes = {
-        name: {topology: _figures(scenario, topology, n_rounds) for topology in get_args(Topology)}
+        name: {topology: _figures(scenario, topology, n_rounds, name) for topology in get_args(Topology)}
         for name, scenario in SCENARIOS.items()
     }
-    inline = {name: _figures(scenario, "dealt", n_rounds) for name, scenario in INLINE.items()}
+    inline = {name: _figures(scenario, "dealt", n_rounds, name) for name, scenario in INLINE.items()}
     return {**by_bytes, "16 bytes, coordinator 1 Gbit/s": inline}
 
 
-def _figures(scenario: Scenario, topology: Topology, n_rounds: int) -> dict[str, Any]:
-    return simulate(
+def _figures(scenario: Scenario, topology: Topology, n_rounds: int, name: str) -> dict[str, Any]:
+    found = simulate(
         scenario.n_peers,
         scenario.n_bytes,
         topology,
@@ -70,3 +71,5 @@ def _figures(scenario: Scenario, topology: Topology, n_rounds: int) -> dict[str,
         compute_s=scenario.compute_s,
         n_rounds=n_rounds,
     )
+    to_stderr(f"{name}, {topology}: a round takes {found['round_s']:.3g} s")
+    return found

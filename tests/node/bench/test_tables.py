@@ -37,6 +37,12 @@ def test_a_table_that_would_be_too_wide_is_turned() -> None:
     assert (table.title, table.columns, table.rows["figure 8"]) == ("bench: one", (), {"": "8"})
 
 
+def test_small_rates_and_large_means_are_readable() -> None:
+    (link,) = tables_of("bench link", {"bytes_per_s": 1.25e6, "sent_bytes_per_peer_and_round": 9123.08})
+    assert link.rows["bytes per second"] == {"": "1.2 MB/s"}
+    assert link.rows["sent bytes per peer and round"] == {"": "9,123"}
+
+
 def test_every_figure_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     print_bench([RESULT, {**RESULT, "n_params": 1_000_000}])
     out = capsys.readouterr().out

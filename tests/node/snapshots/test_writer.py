@@ -59,7 +59,10 @@ def test_the_writer_copies_at_once_and_tells_when_it_is_on_disk(tmp_path: Path) 
     assert rounds(store) == [1]
 
 
-def test_of_those_that_wait_only_the_newest_is_written(tmp_path: Path) -> None:
+def test_of_those_that_wait_only_the_newest_is_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     store = SnapshotStore(tmp_path, RUN, keep=10)
     writing, go_on = threading.Event(), threading.Event()
 
@@ -68,12 +71,13 @@ def test_of_those_that_wait_only_the_newest_is_written(tmp_path: Path) -> None:
         assert go_on.wait(60)
 
     writer = SnapshotWriter(store, done)
-    for r in range(1, 6):
+    for r in (1, 2, 3, 4, 5, 5):
         take(writer, r)
         assert writing.wait(60)  # the first one is on disk, and its thread is held up
     go_on.set()
     writer.close()
     assert rounds(store) == [1, 5]
+    assert [f"of round {r} was not written" in caplog.text for r in (4, 5)] == [True, False]
 
 
 def test_without_waiting_the_waiting_one_is_dropped(tmp_path: Path) -> None:
