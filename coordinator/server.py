@@ -341,11 +341,12 @@ class CoordinatorServer:
     def ticket(self) -> Ticket:
         """What nodes need to join; valid once started, and after every restart on this state directory."""
         assert self._transport is not None, "the server is not started"
-        ours = SeatEntry(peer_id=self._transport.peer_id, addresses=self._transport.addresses)
+        own = self._transport.addresses
+        ours = SeatEntry(peer_id=self._transport.peer_id, addresses=own[:8])
         first, *others = (ours,) if self._seat is None else self._seat.places(ours)
         return Ticket(
             peer_id=first.peer_id,
-            addresses=first.addresses,
+            addresses=own if first is ours else first.addresses,
             run_id=self.ledger.run_id,
             token=self._token,
             others=tuple(others),

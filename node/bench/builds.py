@@ -3,7 +3,8 @@ with this one, so that both meet the same weather.
 
 A build is a folder with the sources, as a checkout has them; its own `.venv` runs it, if there is one. A
 revision is checked out of this build's own repository into a temporary folder. Each benchmark runs in a
-process of its own, a few times with each build; what was measured one after the other is compared.
+process of its own, a few times with each build; what was measured one after the other is compared. Those that
+are `BY_COMMANDS` drive the other build's command line from here: it need not have the benchmark.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from ...compression.errors import ConfigError, ThinwireError
 from ..system.output import make_console, to_stderr, to_stdout
 from ..system.processes import PARENT_VARIABLE
 from .against import parse
+from .steps.swarm import BUILD_VARIABLE
 from .tables import time_words, words
 from .view import bytes_and_bits, timings
 
 PAIRS: Final = 3
 """Processes of each build."""
+
+BY_COMMANDS: Final = frozenset(["step"])
 
 FOLDERS: Final = ("compression", "coordinator", "node", "optim")
 
@@ -43,10 +47,12 @@ class Build:
 
     def run(self, args: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         """What `thinwire bench ARGS --json` prints there. Raises ThinwireError."""
-        env = {**os.environ, PARENT_VARIABLE: str(os.getpid())}
-        if self.path is not None:
+        env, python = {**os.environ, PARENT_VARIABLE: str(os.getpid())}, self.python
+        if self.path is not None and args[0] in BY_COMMANDS:
+            env[BUILD_VARIABLE], python = json.dumps([python, str(self.path)]), sys.executable
+        elif self.path is not None:
             env["PYTHONPATH"] = str(self.path)
-        command = [self.python, "-m", "thinwire.node.cli.main", "bench", *args, "--json"]
+        command = [python, "-m", "thinwire.node.cli.main", "bench", *args, "--json"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             said = " ".join(re.sub("[╭╮╰╯│─]", " ", done.stderr).split())

@@ -74,6 +74,12 @@ def _link(link: tuple[float, float]) -> Bench:
     return lambda _n_params, n_repeats, _device: bench_link(*link, n_repeats)
 
 
+def _step(link: tuple[float, float] | None) -> Bench:
+    from .steps.table import bench_step
+
+    return lambda _n_params, n_repeats, _device: bench_step(n_repeats, link)
+
+
 def _light(counts: Sequence[int]) -> Bench:
     from .light.swarm import bench_light
 
@@ -132,14 +138,19 @@ BENCHES: Final[dict[str, Callable[[], Bench]]] = {
     "network": _network,
     "ray": _ray,
     "link": lambda: _link(LINK),
+    "step": lambda: _step(None),
 }
 """By name; a benchmark's module is loaded when it is asked for."""
 
-SIZELESS: Final = frozenset(["round", "upload", "join", "network", "ray", "link"])
+SIZELESS: Final = frozenset(["round", "upload", "join", "network", "ray", "link", "step"])
 """Their model is a small one of their own."""
 
-NOT_IN_ALL: Final = frozenset(["ray", "link", "upload", "network"])
-"""The first one needs an extra, and a cluster of its own; the others are of a network, real or modelled."""
+NOT_IN_ALL: Final = frozenset(["ray", "link", "upload", "network", "step"])
+"""The first one needs an extra, and a cluster of its own; three are of a network, real or modelled; the last
+one takes two minutes."""
+
+ON_A_LINK: Final = {"link": _link, "step": _step}
+"""Those that take a rate and a round trip."""
 
 DEVICES: Final = ("cpu", "cuda")
 
@@ -166,8 +177,8 @@ def bench_command(
 ) -> None:
     """Runs one benchmark, or all, for every size: tables on stdout, or one JSON object; and a PNG. `n_seats`:
     of `round`, with so many coordinators; `light`: of `peers`, with so many that compute nothing; `link`: of
-    `link`, bytes per second and the round trip in seconds; `against`: a file of results, or another build,
-    see `builds`."""
+    those `ON_A_LINK`, bytes per second and round trip in seconds; `against`: a file of results, or another
+    build, see `builds`."""
     from .against import load, print_compared
     from .builds import bench_builds
     from .view import check_picture, print_bench, save_picture
@@ -251,8 +262,8 @@ def run_sizes(
         raise ConfigError("--seats: of `bench round` only")
     if light is not None and name != "peers":
         raise ConfigError("--light: of `bench peers` only")
-    if link is not None and name != "link":
-        raise ConfigError("--rate, --rtt: of `bench link` only")
+    if link is not None and name not in ON_A_LINK:
+        raise ConfigError("--rate, --rtt: of `bench link` and `bench step` only")
     if sizes is None or name in SIZELESS or light is not None:
         sizes = None if not sizes else sizes[:1]
         return [run_bench(name, None if sizes is None else sizes[0], n_repeats, device, n_seats, light, link)]
@@ -288,7 +299,7 @@ def run_bench(
     elif light is not None:
         bench = _light(light)
     elif link is not None:
-        bench = _link(link)
+        bench = ON_A_LINK[name](link)
     device = device if name in ON_DEVICE else "cpu"
     return {
         "bench": name,

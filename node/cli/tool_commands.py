@@ -381,6 +381,7 @@ class Bench:
                 "network",
                 "ray",
                 "link",
+                "step",
                 "attacks",
                 "audits",
                 "learning",
@@ -392,10 +393,10 @@ class Bench:
     """noise (SPSA), decoupled and diloco (pack, decode, update), peers (1 to 256 payloads), round (8 peers on
     loopback), join (process to first offer, catching up), wire (bits per coefficient), memory (of a rank of a
     sharded node), ray (round of 4 actors on a Ray cluster of its own), link (round trips of an exchange on a
-    thin link), upload (payloads that leave a node), network (100 to 10,000 volunteers in modelled time),
-    attacks (what bad peers do to a swarm), audits (how often honest peers fail theirs), learning (strategies
-    against references in plain torch, each tuned; half an hour of CPU time), or all, but for the last
-    seven."""
+    thin link), step (CPU and wall time of a small model's step, with all processes, beside torch's DDP; two
+    minutes), upload (payloads that leave a node), network (100 to 10,000 volunteers, modelled), attacks
+    (what bad peers do to a swarm), audits (how often honest peers fail theirs), learning (strategies against
+    references in plain torch, each tuned; half an hour of CPU time), or all, but for the last eight."""
     params: Annotated[str | None, arg(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
@@ -416,9 +417,9 @@ class Bench:
     """peers: so many that compute nothing, e.g. 128,512,1000, with the real coordinator in a process of its
     own; 20 rounds for each of --repeats."""
     rate: Annotated[str | None, arg(metavar="RATE")] = None
-    """link: of every connection, in each direction. Default: 10Mbit."""
+    """link, step: of every connection, in each direction. Default: 10Mbit; step: as much as there is."""
     rtt: Annotated[str | None, arg(metavar="TIME")] = None
-    """link: there and back. Default: 50ms."""
+    """link, step: there and back. Default: 50ms; step: none."""
     strategies: Annotated[str | None, arg(metavar="NAME,...")] = None
     """attacks, audits, learning: which rows, e.g. decoupled,spsa. Default: all; learning: but for what was
     only tried, e.g. alone-snoo,decoupled-gpa,lozo."""

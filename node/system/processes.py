@@ -11,10 +11,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 PARENT_VARIABLE = "THINWIRE_PARENT"
@@ -77,9 +77,16 @@ class Child:
 class Children:
     """Starts `thinwire` commands, ends all of them at the end of the `with`, and removes their `folder`."""
 
-    def __init__(self, longest: int | None = None) -> None:
+    def __init__(
+        self,
+        longest: int | None = None,
+        python: str = sys.executable,
+        env: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """`longest`: characters that the path of the temporary folder may have, for what makes Unix sockets
-        deep inside; a longer one is replaced by /tmp."""
+        deep inside; a longer one is replaced by /tmp. `python`, `env`: of another `thinwire`, in addition to
+        the environment here."""
+        self._python, self._env = python, env
         root = tempfile.gettempdir()
         self.folder = Path(
             tempfile.mkdtemp(
@@ -111,11 +118,11 @@ class Children:
         folder.mkdir(exist_ok=True)
         with (folder / "log").open("ab") as log_file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "thinwire.node.cli.main", *args],
+                [self._python, "-m", "thinwire.node.cli.main", *args],
                 stdin=subprocess.DEVNULL if line is None else subprocess.PIPE,
                 stdout=subprocess.PIPE if output else subprocess.DEVNULL,
                 stderr=log_file,
-                env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+                env={**os.environ, **self._env, PARENT_VARIABLE: str(os.getpid())},
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which ends them in order
             )
         child = Child(name, folder, process)
