@@ -85,7 +85,7 @@ class _Ahead:
     course: Course
     peers: dict[int, str]
     bad: Counter[str]
-    senders: list[str]  # of the last round's shares, in their order
+    senders: list[int]  # of the last round's shares, in their order
     counted: dict[int, tuple[str, ...]]  # by round, of the offers with samples
 
 
@@ -113,6 +113,7 @@ class Replica:
     `counted`: whose offers each of the last commits has, by round, condemned peers apart; without those of
     which that is not known.
     `weighed`: the last round's peers, by id; of no meaning to the replica, and empty without a bound.
+    `to_score`: the last applied round, and of each peer with a share in it, by index, what it is scored by.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Replica:
         self.bad: Counter[str] = Counter()
         self.weighed: dict[str, Weighed] = {}
         self.counted: dict[int, tuple[str, ...]] = {}
+        self.to_score: tuple[int, dict[int, Payload]] = 0, {}
         self._to_measure: Round | None = None
         self._genesis = genesis
         self._unchanged = {name: strategy.option(name) for name in strategy.facts.changeable}
@@ -223,7 +225,9 @@ class Replica:
         self.round, self.digest, self._lr_factor = ahead.round, ahead.digest, ahead.lr_factor
         self.peers.update(ahead.peers)
         self.bad.update(ahead.bad)
-        self.weighed = _weighed(self.strategy.weighing, ahead.senders)
+        self.weighed = _weighed(self.strategy.weighing, [ahead.peers[peer] for peer in ahead.senders])
+        parts = [self.strategy.scored_part(share.payload, rounds[-1].turn) for share in rounds[-1].shares]
+        self.to_score = self.round, dict(zip(ahead.senders, parts, strict=True))
         self.counted = {r: who for r, who in ahead.counted.items() if r > self.round - COUNTED_KEPT}
         evaluator = commits[-1].body.evaluator
         is_ours = evaluator is not None and self.peers.get(evaluator) == self.peer_id
@@ -312,7 +316,7 @@ class Replica:
         newcomers, failed = self.newcomers(commit), self.failed(commit)
         gaps, n_active = self.paces(commit)
         shares: list[Share] = []
-        senders: list[str] = []
+        senders: list[int] = []
         sent: list[bytes] = []
         own_counted = False
         for offer in offers:
@@ -339,7 +343,7 @@ class Replica:
                     n_active=n_active,
                 )
             )
-            senders.append(peer_id)
+            senders.append(offer.peer)
             sent.append(data if offer.digest is None else offer.digest)
             own_counted = own_counted or peer_id == self.peer_id
         ahead.senders = senders

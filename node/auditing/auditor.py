@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 
-from ...compression.base import Payload
-from ...compression.errors import BadPayload, SwarmUnreachable
+from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.messages import Commit, Verdict
 from ...coordinator.protocol.trust.audits import payload_digest, signed_bytes
 from ...coordinator.protocol.trust.drawing import MIN_AUDITORS, Draw
@@ -84,20 +82,16 @@ class Auditor:
             self._observer.audited("skipped")
 
     def _score(self) -> None:
-        """The payloads of the newest commit."""
-        if not self._has_scores or self._commit is None or self._commit.body.round == self._scored:
+        """The payloads of the round that was applied last."""
+        replica = self._run.replica
+        round_, parts = replica.to_score
+        if not self._has_scores or round_ == self._scored:
             return
-        replica, self._scored = self._run.replica, self._commit.body.round
-        turn = replica.turn_of(self._scored, replica.peer_id)
-        found = dict[int, Payload]()
-        for offer in replica.heard(self._commit):
-            if offer.n_samples > 0:
-                with suppress(BadPayload, SwarmUnreachable):
-                    found[offer.peer] = replica.decode(self._run.link.payload(offer), turn)
-        if len(found) > MIN_AUDITORS:
-            scores = replica.strategy.scores(list(found.values()), turn)
+        self._scored = round_
+        if len(parts) > MIN_AUDITORS:
+            scores = replica.strategy.scores(list(parts.values()), replica.turn_of(round_, replica.peer_id))
             self._has_scores = scores is not None
-            self._scores.add(dict(zip(found, scores or (), strict=False)))
+            self._scores.add(dict(zip(parts, scores or (), strict=False)))
 
     def _audit(self, draw: Draw, findings: Findings) -> None:
         assert self._commit is not None

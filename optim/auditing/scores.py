@@ -17,31 +17,38 @@ from ...compression.exact import exact_arithmetic
 from ..base import Parameter
 
 
+def scored_part(parameters: Sequence[Parameter], payload: Payload, round_: int) -> Payload:
+    """What `mean_cosines` needs of a payload, in memory of its own."""
+    name = _chosen(parameters, round_).name
+    return {name: tuple(t.clone() for t in payload[name])}
+
+
 def mean_cosines(
     compressor: Compressor,
     parameters: Sequence[Parameter],
-    payloads: Sequence[Payload],
+    parts: Sequence[Payload],
     turn: Turn,
     round_: int,
 ) -> list[float]:
     """The scores, from -1 to 1; 0 for a payload that is zero there. `parameters`: those that the payloads are
-    about; `turn`: as the compressor counts rounds; `round_`: chooses the parameter.
+    about; `parts`: `scored_part` of each; `turn`: as the compressor counts rounds; `round_`: chooses the
+    parameter.
 
     Each payload is decoded twice, so that two of them are in memory and not all.
     """
-    p = _large(parameters)[round_ % len(_large(parameters))]
+    p = _chosen(parameters, round_)
 
     def directions() -> Iterator[Tensor]:
-        for payload in payloads:
+        for part in parts:
             with exact_arithmetic():
-                sent = compressor.decode_on(p.local.device, [payload[p.name]], [1.0], p.part.entire, turn)
+                sent = compressor.decode_on(p.local.device, [part[p.name]], [1.0], p.part.entire, turn)
             length = torch.linalg.vector_norm(sent.double())
             yield sent / length.float() if length > 0 else torch.zeros_like(sent)
 
     total = torch.zeros(p.part.n_global, device=p.local.device)
     for x in directions():
         total += x
-    n_others = max(1, len(payloads) - 1)
+    n_others = max(1, len(parts) - 1)
     return [float(torch.dot(x.double(), (total - x).double())) / n_others for x in directions()]
 
 
@@ -54,7 +61,7 @@ def cosines(
     round_: int,
 ) -> list[float]:
     """How far each of the others points where the payload does, from -1 to 1; else as in `mean_cosines`."""
-    p = _large(parameters)[round_ % len(_large(parameters))]
+    p = _chosen(parameters, round_)
 
     def decoded(packed: Payload) -> Tensor:
         with exact_arithmetic():
@@ -66,7 +73,8 @@ def cosines(
     return [float(torch.dot(direction, decoded(other))) for other in others]
 
 
-def _large(parameters: Sequence[Parameter]) -> list[Parameter]:
-    """Those of at least the mean size: biases and norms say little."""
+def _chosen(parameters: Sequence[Parameter], round_: int) -> Parameter:
+    """One of those of at least the mean size: biases and norms say little."""
     total = sum(p.part.n_global for p in parameters)
-    return [p for p in parameters if p.part.n_global * len(parameters) >= total]
+    large = [p for p in parameters if p.part.n_global * len(parameters) >= total]
+    return large[round_ % len(large)]

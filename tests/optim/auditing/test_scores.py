@@ -39,7 +39,7 @@ def test_a_payload_that_is_turned_points_away(config: dict[str, Any]) -> None:
         turn, strategy = peers[0].turn(round_), peers[0].strategy
         scores = strategy.scores(turned, turn)
         assert scores is not None
-        assert scores == strategy.scores(turned, turn)
+        assert scores == strategy.scores([strategy.scored_part(each, turn) for each in turned], turn)
         assert scores[-1] < min(scores[:-1])
         theirs = strategy.cosines(payloads[0], payloads, turn), strategy.cosines(payloads[0], turned, turn)
         assert theirs[0] is not None
@@ -56,6 +56,7 @@ def test_spsa_has_no_scores() -> None:
     """Every probe has a direction of its own."""
     model = nn.Linear(16, 4)
     peer = Replica({"name": "spsa", "lr": 1e-3, "probes": 2}, 0, model, batch)
+    assert peer.strategy.scored_part({}, peer.turn(1)) == {}
     assert peer.strategy.scores([], peer.turn(1)) is None
     assert peer.strategy.cosines({}, [], peer.turn(1)) is None
 
