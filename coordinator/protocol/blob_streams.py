@@ -184,35 +184,60 @@ async def put_blob(
     `n_early`: so many bytes do not wait for the word that it is wanted. Raises like `get_blob`, and what
     `data` raises."""
     source = _Whole(data) if isinstance(data, bytes) else data
-    await _send(stream, FrameKind.PUT, digest + _SIZE.pack(source.n_bytes))
-    answering = asyncio.ensure_future(_next(stream, _ANSWER_PUT))
-    answering.add_done_callback(lambda done: done.cancelled() or done.exception())
-    try:
-        n_sent = await _send_wanted(stream, source, purpose, answering, n_early)
-        if n_sent == source.n_bytes:
-            sent()
-        if n_sent or (await answering).kind is FrameKind.GO:  # else no frame of it has left
-            await _send(stream, FrameKind.END, digest)
-        answer = await answering
-    finally:
-        answering.cancel()
+    request = Frame(FrameKind.PUT, digest + _SIZE.pack(source.n_bytes))
+    first = await source.read(stream.chunk_bytes) if n_early else b""
+    whole = request, Frame(FrameKind.CHUNK, first), Frame(FrameKind.END, digest)
+    if first and len(first) == source.n_bytes <= n_early and stream.frames_now(whole, purpose):
+        sent()
+        answer = await _next(stream, _ANSWER_PUT)
+    else:
+        await _send(stream, *request)
+        answer = await _put_in_pieces(stream, digest, first, source, purpose, sent, n_early)
     if answer.kind is FrameKind.GO:
         answer = await _next(stream, _ANSWER_END)
     if answer.kind is FrameKind.NO:
         raise NotServed(answer.body.decode(errors="replace"))
 
 
+async def _put_in_pieces(
+    stream: Stream,
+    digest: bytes,
+    first: bytes,
+    source: Coming,
+    purpose: TrafficKind,
+    sent: Callable[[], object],
+    n_early: int,
+) -> Frame:
+    """What a request for an upload is answered. `first`: what was read of the source already."""
+    answering = asyncio.ensure_future(_next(stream, _ANSWER_PUT))
+    answering.add_done_callback(lambda done: done.cancelled() or done.exception())
+    try:
+        n_sent = await _send_wanted(stream, first, source, purpose, answering, n_early)
+        if n_sent == source.n_bytes:
+            sent()
+        if n_sent or (await answering).kind is FrameKind.GO:  # else no frame of it has left
+            await _send(stream, FrameKind.END, digest)
+        return await answering
+    finally:
+        answering.cancel()
+
+
 async def _send_wanted(
-    stream: Stream, source: Coming, purpose: TrafficKind, answering: asyncio.Future[Frame], n_early: int
+    stream: Stream,
+    first: bytes,
+    source: Coming,
+    purpose: TrafficKind,
+    answering: asyncio.Future[Frame],
+    n_early: int,
 ) -> int:
     """How many bytes have left: all, unless the answer is that no more are wanted."""
-    n_sent = 0
-    while chunk := await source.read(stream.chunk_bytes):
+    n_sent, chunk = 0, first
+    while chunk := chunk or await source.read(stream.chunk_bytes):
         is_early = n_sent < n_early and not answering.done()
         if not is_early and (await answering).kind is not FrameKind.GO:
             break
         await _send(stream, FrameKind.CHUNK, chunk, purpose)
-        n_sent += len(chunk)
+        n_sent, chunk = n_sent + len(chunk), b""
     return n_sent
 
 
@@ -489,7 +514,7 @@ async def _next(
 
 
 async def _send(stream: Stream, kind: FrameKind, body: bytes = b"", purpose: TrafficKind = "control") -> None:
-    if stream.frame_now(kind, body, purpose):  # a timer for every frame costs more than the frame
+    if stream.frames_now([Frame(kind, body)], purpose):  # a timer for every frame costs more than the frame
         return
     try:
         async with asyncio.timeout(STALL_S):

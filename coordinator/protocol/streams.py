@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Literal, NamedTuple, Protocol
 
@@ -162,12 +162,14 @@ class Stream:
         self.meter.sent[purpose if kind is FrameKind.CHUNK else "control"] += HEADER.size + len(body)
         await self._write(HEADER.pack(len(body), kind) + body)
 
-    def frame_now(self, kind: FrameKind, body: bytes, purpose: TrafficKind) -> bool:
-        """`send` without waiting; False, with nothing sent: it is throttled, or something waits already."""
+    def frames_now(self, frames: Sequence[Frame], purpose: TrafficKind) -> bool:
+        """`send` of all in one piece, without waiting; False, with nothing sent: it is throttled, or some
+        bytes wait already."""
         if not self._sends_at_once:
             return False
-        self.meter.sent[purpose if kind is FrameKind.CHUNK else "control"] += HEADER.size + len(body)
-        self._writer.write(HEADER.pack(len(body), kind) + body)
+        for kind, body in frames:
+            self.meter.sent[purpose if kind is FrameKind.CHUNK else "control"] += HEADER.size + len(body)
+        self._writer.write(b"".join(HEADER.pack(len(body), kind) + body for kind, body in frames))
         return True
 
     async def send_message(self, message: Message) -> None:
