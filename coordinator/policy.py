@@ -16,6 +16,7 @@ offers its work in a later round, and nobody takes it for hung or absent.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -67,6 +68,8 @@ class OfferTimes:
         self._n_noted: dict[int, int] = {}
         self._n_changes = 0
         self._known_usual: tuple[tuple[int, int], float] | None = None
+        self.in_order: list[float] = []
+        """All times, the shortest first."""
 
     @property
     def late_s(self) -> tuple[float, ...]:
@@ -100,11 +103,22 @@ class OfferTimes:
     def _note(self, round_: int, peer: int, measured: Measured) -> None:
         self._n_changes += 1
         self._n_noted[round_] = self._n_noted.get(round_, 0) + 1
-        self._by_round.setdefault(round_, {})[peer] = measured
+        by_peer = self._by_round.setdefault(round_, {})
+        if peer in by_peer:
+            self._forget(by_peer[peer])
+        by_peer[peer] = measured
+        if measured.what != "missing":
+            insort(self.in_order, measured.time_s)
         while len(self._by_round) > KEPT_ROUNDS:
             old = min(self._by_round)
-            del self._by_round[old], self._n_noted[old]
+            for one in self._by_round.pop(old).values():
+                self._forget(one)
+            del self._n_noted[old]
             self._n_changes += 1
+
+    def _forget(self, measured: Measured) -> None:
+        if measured.what != "missing":
+            del self.in_order[bisect_left(self.in_order, measured.time_s)]
 
     def n_changes(self, beside: int) -> int:
         """Grows with every change of what is known of other rounds than this one."""
@@ -168,7 +182,7 @@ def limit(
         found = fastest(times.rounds(before=round_), expected)
         if found is not None:
             return found
-    return Limit(patience_s(times.values(before=round_ + 1)), drops=True)
+    return Limit(patience_s(times.in_order), drops=True)
 
 
 def deadline_s(times: Sequence[float]) -> float:
@@ -181,9 +195,13 @@ def deadline_s(times: Sequence[float]) -> float:
 LEAST_PATIENCE_S: Final = 60.0
 
 
-def patience_s(times: Sequence[float]) -> float:
-    """max(10 medians, 60 s); the offers of the open round count too, so that slow models are not cut off."""
-    return max(10 * median(times), LEAST_PATIENCE_S) if times else LEAST_PATIENCE_S
+def patience_s(in_order: Sequence[float]) -> float:
+    """max(10 medians, 60 s); the offers of the open round count too, so that slow models are not cut off.
+    Asked for at every event of a long round: the times are sorted."""
+    if not in_order:
+        return LEAST_PATIENCE_S
+    n = len(in_order)
+    return max(10 * (in_order[(n - 1) // 2] + in_order[n // 2]) / 2, LEAST_PATIENCE_S)
 
 
 # ------------------------------------------------------------------------------------------ backup workers

@@ -75,6 +75,18 @@ def test_old_rounds_are_forgotten() -> None:
     assert times.n_rounds(before=1000) == KEPT_ROUNDS
 
 
+def test_times_stay_in_order_whatever_becomes_of_an_offer() -> None:
+    times = OfferTimes()
+    for round_ in range(KEPT_ROUNDS + 3):
+        times.record(round_, 0, 7.0 - round_ % 5)
+        times.only_offered(round_, 1, 5.0)
+        times.is_missing(round_, 2, 9.0)
+        if round_ % 2:
+            times.record(round_, 1, 6.5)
+            times.record(round_, 2, 9.5)
+        assert times.in_order == sorted(times.values(before=1000))
+
+
 @pytest.mark.parametrize(
     ("times", "k"),
     [
