@@ -1,9 +1,10 @@
 """`doomed.py ORDERS ARGS`: `thinwire ARGS` with strings attached, pulled by writing the file ORDERS (JSON).
 
     {"do": "die", "phase": "apply", "edge": "before"}                   SIGKILL to itself there
+    {"do": "stop", "phase": "apply", "edge": "before"}                  SIGSTOP
     {"do": "flip", "parameter": "0.weight", "element": 7, "bit": 12}    one bit of the replica, between rounds
-    "round": 40     in both: not before the replica is at this round
-    "passes": 3     in both: the third time that it passes there, not the first
+    "round": 40     in all: not before the replica is at this round
+    "passes": 3     in all: the third time that it passes there, not the first
 
 An order is carried out once: its file is removed first. The node's own code is the real one; its methods are
 wrapped from here, so that nothing in it knows of this.
@@ -38,10 +39,12 @@ PHASES: dict[str, tuple[str, ...]] = {
     "snapshot": ("thinwire.node.snapshots.store:SnapshotStore.write",),
     "rename": ("thinwire.node.snapshots.store:SnapshotStore._adopt",),
     "serve": ("thinwire.node.snapshots.store:SnapshotStore.open",),
+    "pass on": ("thinwire.node.links.payloads:_PassedOn.read",),
 }
 """Phase -> what does it. `update` is the inside of `apply`, when tensors change but the replica's round has
 not; `rename` that of `snapshot`, when all is written aside; `commit` puts the record on the node's disk;
-`serve` gives a chunk of a snapshot, or its manifest, to somebody."""
+`serve` gives a chunk of a snapshot, or its manifest, to somebody; `pass on` a piece of another's payload, for
+which that somebody was waiting."""
 
 EDGES = ("before", "after")
 
@@ -76,8 +79,9 @@ class Orders:
         if order["do"] == "flip":
             self._flip(order["parameter"], order["element"], order["bit"])
         else:
-            say(f"dies {edge} {phase}, at round {round_}")
-            os.kill(os.getpid(), signal.SIGKILL)
+            is_last = order["do"] == "die"
+            say(f"{'dies' if is_last else 'stops'} {edge} {phase}, at round {round_}")
+            os.kill(os.getpid(), signal.SIGKILL if is_last else signal.SIGSTOP)
 
     def _flip(self, name: str, element: int, bit: int) -> None:
         assert self._replica is not None

@@ -195,8 +195,8 @@ def _carried_out(node: Node) -> Until:
     return look
 
 
-NEVER_IN_TRAINING = frozenset({"serve"})
-"""Phases that come only while somebody joins."""
+NEVER_IN_TRAINING = frozenset({"serve", "pass on"})
+"""Phases that come only while somebody joins, or where lines differ."""
 
 KINDS = (
     Kind("killed", killed, is_lethal=True),

@@ -53,7 +53,8 @@ class Swarm:
     `settings`: dotted key -> value, over SETTINGS. `seed` gives `rng`, for whoever chooses what to break.
     `proxied`: each node reaches the coordinator through a proxy of its own. `strings`: nodes take orders.
     `work_s`: of a batch; a list is dealt out to the nodes in turn. `n_seats`: coordinators; of several each
-    is reached through a proxy of its own, if `proxied`, and nodes have none.
+    is reached through a proxy of its own, if `proxied`, and nodes have none. `upload`: what a coordinator
+    takes its line to send.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Swarm:
         strings: bool = False,
         work_s: float | Sequence[float] = 0.05,
         n_seats: int = 1,
+        upload: str | None = None,
     ) -> None:
         self.folder, self.proxied, self.strings = folder, proxied, strings
         self.rng = random.Random(seed)
@@ -86,6 +88,7 @@ class Swarm:
         self._orders: list[Program] = []
         self.coordinator = self.coordinators.first
         self.coordinator_state = self.coordinator.state
+        self._upload = () if upload is None else ("--upload", upload)
         self._work_s = [work_s] if isinstance(work_s, float) else list(work_s)
         self.nodes = [self._node(i) for i in range(n_peers)]
         self.book = self.coordinators.book
@@ -142,7 +145,7 @@ class Swarm:
         run_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in self.settings.items()))
         several = len(self.coordinators.all)
         if several == 1:
-            self.coordinator.begin([str(run_file), *self._task])
+            self.coordinator.begin([str(run_file), *self._task, *self._upload])
         else:
             tickets = ["--ticket-file", str(self.coordinators.ticket_file)]
             self.coordinator.begin([str(run_file), *self._task, "--seats", str(several), *tickets])

@@ -1,0 +1,74 @@
+"""A node with a wide line passes on what others have made, and stands still, or dies, half way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.chaos.harness import Swarm
+
+pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
+
+SETTINGS = {
+    "strategy.compressor.name": "dense",  # payloads of 133 kB
+    "run.verify_every": 4,
+    "run.snapshot_every": 1000,
+}
+NARROW_BYTES_PER_S = 1e6
+ROUNDS = 4
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
+    """Four nodes, of which the first alone has a wide line; the coordinator is told that it has next to none.
+    Every test leaves them training."""
+    folder = tmp_path_factory.mktemp("pass")
+    with Swarm(folder, 4, settings=SETTINGS, proxied=True, strings=True, upload="1kB/s") as swarm:
+        for node in swarm.nodes[1:]:
+            assert node.proxy is not None
+            node.proxy.slow(rate_bytes_per_s=NARROW_BYTES_PER_S)
+        yield swarm
+
+
+def others_soon_lose_nothing(swarm: Swarm) -> None:
+    """The first node is lost: before long each of the others counts in one round after the other."""
+    after = swarm.head()
+    lost, *others = swarm.nodes
+    indices = {swarm.index(node) for node in others}
+
+    def all_count() -> bool:
+        swarm.head()
+        newest = swarm.book.commits[after:][-ROUNDS:]
+        return len(newest) == ROUNDS and all(indices <= {o.peer for o in body.offers} for body in newest)
+
+    swarm.wait(all_count, 30, f"{ROUNDS} rounds running with all others than {lost.name}")
+    assert not swarm.is_counted(lost, swarm.book.head - ROUNDS + 2)
+    swarm.wait_agreed(others)
+
+
+def all_are_back(swarm: Swarm) -> None:
+    swarm.wait_counted(swarm.nodes)
+    swarm.wait_agreed(swarm.nodes)
+    assert list(swarm.book.disagreements()) == []
+    for program in (swarm.coordinator, *swarm.nodes):
+        assert "Traceback" not in program.text(whole=True), program.name
+
+
+def test_who_passes_payloads_on_stands_still_half_way(swarm: Swarm) -> None:
+    relay = swarm.nodes[0]
+    relay.order(do="stop", phase="pass on", edge="before", passes=3)
+    swarm.wait(lambda: relay.was_obeyed, 30, f"{relay.name} passes payloads on")
+    relay.freeze()  # its daemon, too
+    others_soon_lose_nothing(swarm)
+    relay.thaw()
+    all_are_back(swarm)
+
+
+def test_who_passes_payloads_on_dies_half_way(swarm: Swarm) -> None:
+    relay = swarm.nodes[0]
+    relay.order(do="die", phase="pass on", edge="before", passes=3)
+    swarm.wait(lambda: not relay.is_running, 30, f"{relay.name} passes payloads on")
+    others_soon_lose_nothing(swarm)
+    swarm.start(relay)
+    all_are_back(swarm)
