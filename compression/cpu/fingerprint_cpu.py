@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import numba
 import numpy as np
-from torch import Tensor
 
 from ..numerics.splitmix64 import GOLDEN, LAST_SHIFT, MIX
 from .threads import share
+
+if TYPE_CHECKING:  # whoever asks for `cache_folder` may do without torch
+    from torch import Tensor
 
 _GOLDEN: Final = np.uint64(GOLDEN)
 _SHIFTS: Final = (np.uint64(MIX[0][0]), np.uint64(MIX[1][0]), np.uint64(LAST_SHIFT))
@@ -35,3 +38,8 @@ def _sum(patterns: Any, start: Any, first: int, last: int) -> Any:
         h = (h ^ (h >> _SHIFTS[1])) * _FACTORS[1]
         total += h ^ (h >> _SHIFTS[2])
     return total
+
+
+def cache_folder() -> Path:
+    """Where numba keeps this kernel once it is compiled, and all others of this folder."""
+    return Path(str(_sum.stats.cache_path))

@@ -13,8 +13,6 @@ from functools import cache
 from itertools import count
 from typing import Final, TypeVar
 
-import torch
-
 T = TypeVar("T")
 
 _RANGES_PER_THREAD: Final = 4
@@ -27,6 +25,8 @@ def share(run: Callable[[int, int], T], first: int, last: int, smallest: int) ->
     many even ranges as there are. A thread that is done takes the next range, and nobody waits for one that
     did not get to run: cores may have other work to do.
     """
+    import torch  # by then it is loaded; to know where kernels are kept takes none
+
     n_threads = min(torch.get_num_threads(), (last - first) // smallest)
     if n_threads <= 1:
         return [run(first, last)]

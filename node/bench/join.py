@@ -19,7 +19,7 @@ from ...compression.errors import ThinwireError
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ...coordinator.server_thread import ServerThread
 from ..config import RunConfig, load_config
-from ..doctor.compiling import is_compiled
+from ..doctor.kernel_cache import is_compiled
 from ..genesis import Genesis, make_genesis
 from ..links.local import local_swarm
 from ..replica import build_replica

@@ -20,10 +20,10 @@ from ...compression.kernels import kernels_for
 from ..tracking.device_metrics import processor_name
 from ..units import human_bytes
 from .findings import Finding, Stopped, failed, ok, skipped, warning
+from .kernel_cache import KERNELS
 from .known_answers import KNOWN_ANSWERS
 from .machine import available_bytes
 from .self_test import (
-    KERNELS,
     NUMBA_CACHE_HINT,
     Backend,
     accelerators,

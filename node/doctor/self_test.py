@@ -12,10 +12,8 @@ import torch
 
 from ...compression.errors import ConfigError, Incompatible, first_line
 from ...compression.kernels import kernels_on
+from .kernel_cache import KERNELS
 from .known_answers import KNOWN_ANSWERS
-
-KERNELS = "THINWIRE_KERNELS"
-"""The environment's choice among implementations; see compression/numerics/noise.py."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,18 @@ pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300), pytest.mark.usefixtur
 Start = Callable[..., Any]
 
 
+@pytest.fixture(autouse=True)
+def _little_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else most of these short runs is to measure their loss."""
+    monkeypatch.setenv("THINWIRE_TASK__HELD_OUT_BYTES", "2048")
+
+
+@pytest.fixture
+def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"LAYERS": 1, "WIDTH": 32, "HEADS": 2, "BATCH": 2}.items():
+        monkeypatch.setenv(f"THINWIRE_TASK__{key}", str(value))
+
+
 def test_training_from_scratch_with_kills_on_the_way(thinwire: Start) -> None:
     program = thinwire("demo", "--json", "--peers", "2", "--rounds", "80", "--coordinators", "3")
     assert program.wait(200) == 0, program.stderr()
@@ -53,11 +65,9 @@ def test_fine_tuning_with_one_byte_per_probe(thinwire: Start) -> None:
     assert result["faults"] == []
 
 
+@pytest.mark.usefixtures("small_model")
 def test_peers_with_models_of_their_own(thinwire: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small one. Every round but the first and the last has an exchange; who evaluates may miss one."""
-    small = {"LAYERS": 1, "WIDTH": 32, "HEADS": 2, "BATCH": 2, "HELD_OUT_BYTES": 2048}
-    for key, value in small.items():
-        monkeypatch.setenv(f"THINWIRE_TASK__{key}", str(value))
+    """Every round but the first and the last has an exchange; who evaluates may miss one."""
     monkeypatch.setenv("THINWIRE_NETWORK__HEARTBEAT_S", "0.1")
     args = ("--strategy", "gossip", "--peers", "2", "--rounds", "8", "--no-faults")
     program = thinwire("demo", "--json", *args)
@@ -73,6 +83,7 @@ def test_peers_with_models_of_their_own(thinwire: Start, monkeypatch: pytest.Mon
     assert "merged after the last round" in program.stderr()
 
 
+@pytest.mark.usefixtures("small_model")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_or_killed_it_leaves_nothing_running(thinwire: Start, number: signal.Signals) -> None:
     """The fixture of `thinwire` asserts that every process, also the nodes' own, is gone. Meanwhile it can be
@@ -80,7 +91,7 @@ def test_stopped_or_killed_it_leaves_nothing_running(thinwire: Start, number: si
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         http = f"127.0.0.1:{free.getsockname()[1]}"
-    program = thinwire("demo", "--peers", "2", "--rounds", "500", "--http", http)
+    program = thinwire("demo", "--peers", "2", "--rounds", "5000", "--http", http)
     program.wait_for("round 1", 60)
     assert f"The swarm's page: http://{http} " in program.stderr()
     seen = {}

@@ -10,15 +10,16 @@ import pytest
 
 pytest.importorskip("numba", reason="the numba kernels are an extra")
 
-from thinwire.node.doctor import compiling
-from thinwire.node.doctor.compiling import is_compiled
+from thinwire.node.doctor import compiling, kernel_cache
+from thinwire.node.doctor.kernel_cache import is_compiled
 
 
 @pytest.fixture
 def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of which nobody has said yet that everything is in it."""
     path = tmp_path / "mark"
-    monkeypatch.setattr(compiling, "_mark", lambda: path)
+    for module in (compiling, kernel_cache):
+        monkeypatch.setattr(module, "mark_path", lambda: path)
     return path
 
 
