@@ -6,13 +6,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Final
 
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.streams import BadFrame, FrameKind, Meter, Stream, Throttle
 from ..links.members import MemberList
+from ..links.visitors import Visitors
 from .base import EdgeBytes
 from .carrying import BROKEN, Carrying, OpenStream, Signer
 from .inbox import Inbox, Rejection
@@ -43,7 +43,7 @@ class NeighbourStreams:
         """Replaced entry by entry: read from any thread."""
         self._latest: tuple[int, bytes] | None = None
         self._streams: dict[str, Stream] = {}
-        self._serving: Counter[str] = Counter()
+        self._visitors = Visitors(members.__contains__, _STREAMS_PER_MEMBER)
         self._pending: dict[str, tuple[int, bytes]] = {}
         """What goes to a peer next: a newer message takes its place."""
         self._senders: dict[str, asyncio.Task[None]] = {}
@@ -176,25 +176,21 @@ class NeighbourStreams:
     async def serve(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A `StreamHandler`: takes messages and gives the latest one, until the other end closes the stream
         or breaks the protocol."""
-        if self._serving[peer] >= _STREAMS_PER_MEMBER:
-            return
-        self._serving[peer] += 1
         stream = Stream(reader, writer, self._meter, self._throttle)
+        with contextlib.suppress(*BROKEN):
+            await self._visitors.serve(peer, stream, self._serve(peer, stream))
+
+    async def _serve(self, peer: str, stream: Stream) -> None:
         self.carrying.routes.tried(peer, reached=True)  # over the same connection
-        try:
-            while not self._is_closed:
-                kind, body = await stream.receive(REQUESTS)
-                if kind is FrameKind.LATEST:
-                    await self._answer(peer, stream)
-                elif kind is FrameKind.CARRY:
-                    await self.carrying.carry(peer, stream, head_of(body, carried=True))
-                else:
-                    is_carried = kind is FrameKind.CARRIED
-                    await self._accept(peer, stream, head_of(body, carried=is_carried))
-        except BROKEN:
-            return
-        finally:
-            self._serving -= Counter((peer,))
+        while not self._is_closed:
+            kind, body = await stream.receive(REQUESTS)
+            if kind is FrameKind.LATEST:
+                await self._answer(peer, stream)
+            elif kind is FrameKind.CARRY:
+                await self.carrying.carry(peer, stream, head_of(body, carried=True))
+            else:
+                is_carried = kind is FrameKind.CARRIED
+                await self._accept(peer, stream, head_of(body, carried=is_carried))
 
     async def _accept(self, peer: str, stream: Stream, head: Head) -> None:
         """One message: the peer's, or one that it carries. Raises BadFrame when the stream cannot go on."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+import contextlib
 from collections.abc import Container
 from functools import partial
 
@@ -13,6 +13,7 @@ from ...coordinator.protocol.messages import BadMessage
 from ...coordinator.protocol.streams import Meter, Stream, Throttle
 from .members import MemberList
 from .payloads import Served
+from .visitors import Visitors
 
 _SERVED_AT_ONCE = 16
 _STREAMS_PER_MEMBER = 8
@@ -33,28 +34,22 @@ class BlobServer:
         self._served, self._members, self._meter, self._throttle = served, members, meter, throttle
         self._seats = seats
         self._turns = asyncio.Semaphore(_SERVED_AT_ONCE)
-        self._streams_of: Counter[str] = Counter()
+        self.visitors = Visitors(self._may_ask, _STREAMS_PER_MEMBER)
 
     async def serve(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A `StreamHandler`: answers one stream until the other end closes it, or is no member any more."""
-        if self._streams_of[peer_id] >= _STREAMS_PER_MEMBER:
-            return
-        self._streams_of[peer_id] += 1
         stream = Stream(reader, writer, self._meter, self._throttle)
-        try:
-            await serve_blobs(
-                stream,
-                self._served,
-                self._served.purpose,
-                lambda: self._may_ask(peer_id),
-                self._turns,
-                self._served.coming,
-                announced=partial(self._served.announced, peer_id),
-            )
-        except (OSError, EOFError, BadMessage, SwarmUnreachable):
-            return  # the other node notices by itself
-        finally:
-            self._streams_of -= Counter((peer_id,))
+        serving = serve_blobs(
+            stream,
+            self._served,
+            self._served.purpose,
+            lambda: self._may_ask(peer_id),
+            self._turns,
+            self._served.coming,
+            announced=partial(self._served.announced, peer_id),
+        )
+        with contextlib.suppress(OSError, EOFError, BadMessage, SwarmUnreachable):  # the other node notices
+            await self.visitors.serve(peer_id, stream, serving)
 
     def _may_ask(self, peer_id: str) -> bool:
         return peer_id in self._seats or peer_id in self._members
