@@ -84,9 +84,10 @@ class Announcer:
             )
             for source in set(sources.values())
         }
-        for other, source in sources.items():
-            if other in listening:
-                self._send(other, said[source])
+        told = {other: source for other, source in sources.items() if other in listening}
+        self._fanout.deliveries.told(offer.digest, {o: source for o, source in told.items() if source})
+        for other, source in told.items():
+            self._send(other, said[source])
 
     def _reachable(self, peers: Iterable[int]) -> list[int]:
         """Those that other members can dial: by a public address, where anybody has one."""

@@ -269,6 +269,7 @@ class CoordinatorServer:
             is_seat=is_seat,
             uploads=uploads,
             uploaded=self.fanout.uploaded,
+            asked=self.fanout.deliveries.asked,
         )
         self._reception.hand_to(self._stream_server.handlers)
 

@@ -78,10 +78,10 @@ class StreamServer:
     """Open sessions by peer id, and the handlers of all streams. One event loop.
 
     `changed`: the service was told something. `failed`: the run cannot go on. `status`: for people.
-    `uploaded`: a peer's bytes came in so many seconds. `watchers`: who wants to hear when another seat leads,
-    and the term by which this one does. `is_seat`: of the same run, which gets blobs as members do, also
-    while they are uploaded, of which `uploads` hears. `open_stream`: for blobs, to a node; `me`: the peer
-    id of this coordinator.
+    `uploaded`: a peer's bytes came in so many seconds; `asked`: a peer asks for a blob. `watchers`: who wants
+    to hear when another seat leads, and the term by which this one does. `is_seat`: of the same run, which
+    gets blobs as members do, also while they are uploaded, of which `uploads` hears. `open_stream`: for
+    blobs, to a node; `me`: the peer id of this coordinator.
     """
 
     def __init__(
@@ -100,8 +100,9 @@ class StreamServer:
         is_seat: Callable[[str], bool] = lambda _peer_id: False,
         uploads: Uploads = Nobody(),  # noqa: B008 - has no state
         uploaded: Callable[[str, int, float], object] = lambda _peer_id, _n_bytes, _took_s: None,
+        asked: Callable[[str, bytes], object] = lambda _peer_id, _digest: None,
     ) -> None:
-        self._uploaded = uploaded
+        self._uploaded, self._asked = uploaded, asked
         self._service, self._blobs, self._meter, self._uploads = service, blobs, meter, uploads
         self._changed, self._failed, self._status = changed, failed, status
         self._waits, self._watchers, self._is_seat = waits, watchers, is_seat
@@ -295,8 +296,8 @@ class StreamServer:
             raise BadMessage(f"the offer of round {offer.round} is not signed by its peer")
 
     async def _serve_blobs(self, peer_id: str, stream: Stream) -> None:
-        uploaded = partial(self._uploaded, peer_id)
-        shelf = _Shelf(self._service, self._blobs, peer_id, self._changed, self._uploads, uploaded)
+        uploaded, asked = partial(self._uploaded, peer_id), partial(self._asked, peer_id)
+        shelf = _Shelf(self._service, self._blobs, peer_id, self._changed, self._uploads, uploaded, asked)
         coming, given = self._coming_for(peer_id), partial(self._uploads.given, peer_id)
         await self._blob_streams.serve(peer_id, stream, shelf, coming=coming, given=given)
 
@@ -334,12 +335,14 @@ class _Shelf:
         changed: Callable[[], None],
         uploads: Uploads,
         uploaded: Callable[[int, float], object],
+        asked: Callable[[bytes], object],
     ) -> None:
         self._service, self._blobs, self._peer_id, self._changed = service, blobs, peer_id, changed
-        self._uploads, self._uploaded = uploads, uploaded
+        self._uploads, self._uploaded, self._asked = uploads, uploaded, asked
 
     def open(self, digest: bytes) -> tuple[BinaryIO, int]:
         """The blob and its size in bytes. Raises KeyError."""
+        self._asked(digest)
         return open_blob(self._blobs, self._service.signatures, digest)
 
     def sink(self, digest: bytes, n_bytes: int) -> Sink | None:

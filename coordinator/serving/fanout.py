@@ -17,6 +17,8 @@ from math import ceil, floor, inf
 from statistics import median
 from typing import Final
 
+from .deliveries import Deliveries
+
 UPLOAD_BYTES_PER_S: Final = 100e6 / 8
 """Of a coordinator that was not told its own."""
 
@@ -81,6 +83,7 @@ class Fanout:
         self._dealt: tuple[tuple[int, int, Mapping[str, float], float], Dealt] | None = None
         self._durations_s: deque[float] = deque(maxlen=_MEASURED)
         self._little_s = LITTLE_S
+        self.deliveries = Deliveries()
 
     def uploaded(self, peer: str, n_bytes: int, took_s: float) -> None:
         """So many bytes came from it in this time."""
@@ -89,6 +92,7 @@ class Fanout:
 
     def round_took(self, duration_s: float) -> None:
         """The last one."""
+        self.deliveries.next_round()
         self._durations_s.append(duration_s)
         self._little_s = max(LITTLE_S, LITTLE * median(self._durations_s))
 
@@ -100,9 +104,10 @@ class Fanout:
         n_peers = len(others) + 1
         if n_peers * len(others) * n_bytes <= self._own * self._little_s:
             return dict.fromkeys(others)
-        if origin in reachable and origin not in self._rates:
+        giving = [peer for peer in reachable if not self.deliveries.rests(peer)]
+        if origin in giving and origin not in self._rates:
             return dict.fromkeys(others, origin)
-        dealt = self._deal(n_peers, n_bytes, {p: self._rates[p] for p in reachable if p in self._rates})
+        dealt = self._deal(n_peers, n_bytes, {p: self._rates[p] for p in giving if p in self._rates})
         return _sources(origin, others, dealt)
 
     def _deal(self, n_peers: int, n_bytes: int, lines: Mapping[str, float]) -> Dealt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 from thinwire.coordinator.announcer import FEW, Announcer
 from thinwire.coordinator.membership import Membership, SessionClosed, SessionOpened, StateSaid
@@ -125,3 +126,59 @@ def test_copies_come_from_those_that_can_be_dialled() -> None:
     assert holders(circuit, private, private, circuit) <= {"c", "p1", "p2"}
     assert holders(private, private, "/ip4/8.8.8.8/tcp/1", private) == {"c", "p2"}
     assert holders(circuit, circuit, circuit, circuit) == {"c"}
+
+
+class Dealing:
+    """Rounds of five peers with wide lines, and a coordinator with a narrow one."""
+
+    def __init__(self) -> None:
+        self.fanout, self.members = Fanout(1.0), Membership(10.0, frozenset(), 0.0)
+        self.announcer = Announcer(self._send, "p{}".format, "c", self.fanout)
+        self._said: list[tuple[str, Offered]] = []
+        for peer in range(5):
+            self.fanout.uploaded(f"p{peer}", 10**9, 1.0)
+            self.members.handle(SessionOpened(peer, 1), 0.0)
+            self.members.handle(StateSaid(peer, NodeState.TRAINING), 0.0)
+            self.announcer.opened(peer, (f"/ip4/192.0.2.1/tcp/{peer + 1}",))
+
+    def _send(self, peer_id: str, message: Message) -> None:
+        if isinstance(message, Offered):
+            self._said.append((peer_id, message))
+
+    def round(self, fails: Callable[[str, str], bool]) -> set[str]:
+        """Who was to give anything. `fails`: whether the copy for the one is asked for, and not had from the
+        other."""
+        self._said.clear()
+        for peer in range(5):
+            offer = Offer(
+                round=1,
+                n_samples=1,
+                n_tokens=1,
+                loss=1.0,
+                n_bytes=10**6,
+                payload=None,
+                digest=bytes([peer] * 32),
+            )
+            self.announcer.tell_offered(peer, offer, self.members)
+        self.fanout.round_took(1.0)
+        for peer_id, said in self._said:
+            if fails(peer_id, said.holder):
+                self.fanout.deliveries.asked(peer_id, said.digest)
+        return {said.holder for _, said in self._said} - {"c"}
+
+
+def test_who_does_not_give_what_it_was_to_is_left_out_for_a_while() -> None:
+    dealing = Dealing()
+    gave = [dealing.round(lambda _, holder: holder == "p1") for _ in range(30)]
+    assert "p1" in gave[0]
+    of_p1 = [i for i, givers in enumerate(gave) if "p1" in givers]
+    assert len(of_p1) < 10, "it is tried again, and ever less often"
+    assert all(givers >= {"p0", "p2", "p3", "p4"} for givers in gave)
+    assert any("p1" in dealing.round(lambda *_: False) for _ in range(40)), "it may come back"
+    assert all("p1" in dealing.round(lambda *_: False) for _ in range(20))
+
+
+def test_nobody_is_left_out_on_the_word_of_one() -> None:
+    dealing = Dealing()
+    gave = [dealing.round(lambda peer, _: peer == "p2") for _ in range(20)]
+    assert all(len(givers) == 5 for givers in gave)

@@ -1,0 +1,74 @@
+"""Whether those who were to give payloads gave them: who did not get one comes here for it.
+
+A line may be narrower than it seemed, an address one that nobody reaches, a peer one that gives nothing. Of
+whom more than half of the copies of a round were asked for here, by two peers at least, has nothing to give
+for a while, twice as long each time. Nobody can bring that about alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Final
+
+FIRST_ROUNDS, LAST_ROUNDS = 4, 256
+
+MOST_COPIES: Final = 2**16
+"""That are followed in a round."""
+
+
+class _Round:
+    """`sources`: of each payload, by who gets it; `n_told`: copies that each is to give; `askers`: for each,
+    who has asked here instead, as often."""
+
+    def __init__(self) -> None:
+        self.sources: dict[bytes, dict[str, str]] = {}
+        self.n_told: defaultdict[str, int] = defaultdict(int)
+        self.askers: defaultdict[str, list[str]] = defaultdict(list)
+        self.n_copies = 0
+
+    def has_failed(self, source: str) -> bool:
+        asked = self.askers[source]
+        return 2 * len(asked) > self.n_told[source] and len(set(asked)) > 1
+
+
+class Deliveries:
+    """Of a coordinator. Peers ask after the commit of a round, so that each is judged at the end of the next
+    one."""
+
+    def __init__(self) -> None:
+        self._now, self._before = _Round(), _Round()
+        self._n_rounds = 0
+        self._rests: dict[str, tuple[int, int]] = {}
+        """Until which round, and for how many."""
+
+    def told(self, digest: bytes, sources: Mapping[str, str]) -> None:
+        """From whom each of these peers gets the payload."""
+        if self._now.n_copies + len(sources) <= MOST_COPIES:
+            self._now.n_copies += len(sources)
+            self._now.sources.setdefault(digest, {}).update(sources)
+            for source in sources.values():
+                self._now.n_told[source] += 1
+
+    def asked(self, peer: str, digest: bytes) -> None:
+        """It asks for the payload here."""
+        for round_ in (self._now, self._before):
+            source = round_.sources.get(digest, {}).pop(peer, None)
+            if source is not None:
+                round_.askers[source].append(peer)
+
+    def next_round(self) -> None:
+        """The open one is over."""
+        self._n_rounds += 1
+        for source in self._before.n_told:
+            if self.rests(source):  # it was told before it had to
+                continue
+            _, last = self._rests.pop(source, (0, FIRST_ROUNDS // 2))
+            if self._before.has_failed(source):
+                n_rounds = min(2 * last, LAST_ROUNDS)
+                self._rests[source] = self._n_rounds + n_rounds, n_rounds
+        self._now, self._before = _Round(), self._now
+
+    def rests(self, peer: str) -> bool:
+        """Whether it is to give nothing for now."""
+        return self._n_rounds < self._rests.get(peer, (0, 0))[0]
