@@ -245,9 +245,14 @@ class Compressor(ABC):
         with exact_arithmetic():
             return l1_norm(self.decode([packed], [1.0], part.entire, turn))
 
-    def magnitudes(self, packs: Sequence[Packed], part: Part, turn: Turn) -> list[float]:
-        """`magnitude` of each, maybe sooner."""
-        return [self.magnitude(packed, part, turn) for packed in packs]
+    def magnitudes(
+        self, packs_PS: Sequence[Sequence[Packed]], parts: Sequence[Part], turn: Turn
+    ) -> list[list[float]]:
+        """`magnitude` of each of the S packs of P parameters, maybe sooner."""
+        return [
+            [self.magnitude(packed, part, turn) for packed in packs]
+            for packs, part in zip(packs_PS, parts, strict=True)
+        ]
 
     def known_packed(self, fill: Fill, salt: int, part: Part) -> Packed:
         """Fixed bits that `check` accepts, for `known_decodings`; another pack for every salt.

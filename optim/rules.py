@@ -25,6 +25,7 @@ New runs, by their compressor (docs/strategies.md has what was measured):
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, Final, Literal
 
 from ..compression.base import Compressor, Part
@@ -52,6 +53,7 @@ FEW_ROUNDS: Final = 50
 # ------------------------------------------------------------------------------------------- learning rates
 
 
+@lru_cache(maxsize=4096)
 def sign_factor(compressor: Compressor, part: Part, n_packs: int) -> float:
     """What a step by signs is to be taken times: in Python floats with + - * / only."""
     share = compressor.moved_share(part.entire, n_packs)

@@ -63,7 +63,7 @@ from .sparse_dispatch import (
     select_on_cpu,
     send,
 )
-from .sparse_layout import SparseLayout, n_coefficients
+from .sparse_layout import SparseLayout, group_ranges, n_coefficients
 from .tiles import Tiles
 
 Array = npt.NDArray[Any]
@@ -270,12 +270,16 @@ class Sparse(Compressor):
         with exact_arithmetic():
             return l1_norm(torch.from_numpy(self.entries(packed, part).value_E))
 
-    def magnitudes(self, packs: Sequence[Packed], part: Part, turn: Turn) -> list[float]:
+    def magnitudes(
+        self, packs_PS: Sequence[Sequence[Packed]], parts: Sequence[Part], turn: Turn
+    ) -> list[list[float]]:
         """Of signs the scales say it all."""
-        if self.bits != 1 or not packs:
-            return Compressor.magnitudes(self, packs, part, turn)
-        scale_SG = torch.stack([scales for scales, _ in packs]).double().numpy()
-        return counted_l1_norms(scale_SG, self.pack_layout.of(part.shape).most.k_G)
+        if self.bits != 1 or not any(packs_PS):
+            return Compressor.magnitudes(self, packs_PS, parts, turn)
+        ranges = group_ranges(self.pack_layout, tuple(part.shape for part in parts))
+        of_each = zip(*packs_PS, strict=True)
+        scale_SG = torch.stack([torch.cat([scales for scales, _ in packs]) for packs in of_each])
+        return counted_l1_norms(scale_SG.double().numpy(), ranges.k_G, ranges.first_P)
 
     def entries(self, packed: Packed, part: Part) -> Entries:
         return read_pack(self.pack_layout, packed, part.shape)

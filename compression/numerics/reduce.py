@@ -56,11 +56,26 @@ def l1_norm(values: Tensor) -> float:
     return float(total) * ldexp(1.0, -shift)
 
 
-def counted_l1_norms(value_SG: npt.NDArray[Any], n_G: npt.NDArray[Any]) -> list[float]:
-    """`l1_norm` of each row, in which value g stands n_G[g] times. float32 values as float64; int64."""
+def counted_l1_norms(
+    value_SG: npt.NDArray[Any], n_G: npt.NDArray[Any], first_P: npt.NDArray[Any]
+) -> list[list[float]]:
+    """`l1_norm` of P pieces of each row, in which value g stands n_G[g] times: of piece p those of all rows.
+    float32 values as float64; int64. `first_P`: where each piece begins, and the last one ends."""
+    n_P = np.diff(first_P)
+
+    def of_pieces(add: np.ufunc, x_SG: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        padded = np.pad(x_SG, ((0, 0), (0, 1)))  # where an empty piece at the end begins
+        found: npt.NDArray[Any] = add.reduceat(padded, first_P[:-1], axis=1) * (n_P > 0)
+        return found
+
     size_SG = np.abs(value_SG) * (n_G > 0)
-    shift_S = _BITS - np.frexp(size_SG.max(axis=1, initial=0.0))[1]
-    integer_SG = np.rint(np.ldexp(size_SG, shift_S[:, None])).astype(np.int64)  # at most 2^40
-    high_S, low_S = (integer_SG >> 20) @ n_G, (integer_SG & 0xFFFFF) @ n_G
-    rows = zip(high_S.tolist(), low_S.tolist(), shift_S.tolist(), strict=True)
-    return [float((high << 20) + low) * ldexp(1.0, -shift) for high, low, shift in rows]
+    shift_SP = _BITS - np.frexp(of_pieces(np.maximum, size_SG))[1]
+    shift_SG = np.repeat(shift_SP, n_P, axis=1)
+    integer_SG = np.rint(np.ldexp(size_SG, shift_SG)).astype(np.int64)  # at most 2^40
+    high_SP = of_pieces(np.add, (integer_SG >> 20) * n_G)
+    low_SP = of_pieces(np.add, (integer_SG & 0xFFFFF) * n_G)
+    columns = zip(high_SP.T.tolist(), low_SP.T.tolist(), shift_SP.T.tolist(), strict=True)
+    return [
+        [float((high << 20) + low) * ldexp(1.0, -shift) for high, low, shift in zip(*column, strict=True)]
+        for column in columns
+    ]

@@ -75,9 +75,7 @@ def _norms(
     compressor: Compressor, parameters: Sequence[Parameter], shares: Sequence[Share], turn: Turn
 ) -> list[float]:
     """The L1 norm of every payload, of whole parameters, whatever this rank holds of them."""
+    packs_PS = [[s.payload[p.name] for s in shares] for p in parameters]
     with exact_arithmetic():
-        norms = [
-            compressor.magnitudes([s.payload[p.name] for s in shares], p.part.entire, turn)
-            for p in parameters
-        ]
+        norms = compressor.magnitudes(packs_PS, [p.part.entire for p in parameters], turn)
     return [total(of_share) for of_share in zip(*norms, strict=True)] if norms else [0.0] * len(shares)

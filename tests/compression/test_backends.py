@@ -141,7 +141,10 @@ def test_decoding_and_updating_have_the_bits_of_the_reference(case: str, use: Sw
             compressor.fused_update([target], weights, TURN)
             decoded = compressor.decode(packs, weights, part, TURN)
             magnitudes = [compressor.magnitude(packed, part, TURN) for packed in packs]
-            assert compressor.magnitudes(packs, part, TURN) == magnitudes
+            assert compressor.magnitudes([packs, packs[:1] * len(packs)], [part, part], TURN) == [
+                magnitudes,
+                magnitudes[:1] * len(packs),
+            ]
             found[kernels] = bits_of((decoded, target.x)), magnitudes
         assert found["numba"] == found["torch"]
 

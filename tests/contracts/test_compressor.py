@@ -188,11 +188,11 @@ def test_magnitudes_are_those_of_the_packs_alone(compressor: Compressor) -> None
     ]
     packs.append(compressor.pack(torch.zeros(whole.n_global), whole, TURN))
     part = Part(whole.shape, 61, 122)
-    found = compressor.magnitudes(packs, part, TURN)
+    (found,) = compressor.magnitudes([packs], [part], TURN)
     assert found == [compressor.magnitude(packed, part, TURN) for packed in packs]
     assert found[0] > 0
     assert found[2] == 0
-    assert compressor.magnitudes([], part, TURN) == []
+    assert compressor.magnitudes([[]], [part], TURN) == [[]]
 
 
 def test_the_same_bits_with_any_number_of_threads(compressor: Compressor) -> None:
