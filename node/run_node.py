@@ -8,15 +8,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..compression.errors import SwarmUnreachable, ThinwireError
 from ..coordinator.protocol.addresses import HttpAddress
 from ..coordinator.protocol.ticket import Ticket
+from .links.telling import follow_events
 from .links.upload_limit import UploadLimit, parse_rate
 from .states.words import left, over, what_is_here
 from .system.devices import check_device
+from .system.folder import NodeFolder
 from .tracking.trackers import open_tracks
 
 if TYPE_CHECKING:
@@ -139,14 +142,6 @@ def opened_node(
 ) -> Iterator[Runner]:
     """A runner that has not begun, with its folder and link, which are given back in the end. `task`: instead
     of the one that the options name. Raises ConfigError and Incompatible."""
-    limit_threads(options.threads)
-
-    from .runner import Runner, follow_events
-    from .system.folder import NodeFolder
-
-    check_device(options.device)
-    with nullcontext() if options.import_path is not None or task is not None else _without_scipy():
-        _check_arithmetic(options.device)
     limit = _upload_limit(options)
     with ExitStack() as stack:
         folder = NodeFolder(options.state)
@@ -154,12 +149,20 @@ def opened_node(
         log.info("this node's state is in %s", folder.path)
         metrics = _metrics(options, folder.path, limit)
         link = make_link(options, folder.path, **_shared(options, metrics, limit))
-        tracks = open_tracks(options.track, link.run_folder, metrics)
-        stack.callback(tracks.close)
-        evaluations = _evaluations(options, link.run_folder or folder.path, tracks, metrics)
         events = follow_events(link)
         stack.callback(events.join, timeout=5)
         stack.callback(link.close)
+        link.begin()  # while torch is loaded
+
+        limit_threads(options.threads)
+        check_device(options.device)
+        with nullcontext() if options.import_path is not None or task is not None else _without_scipy():
+            _check_arithmetic(options.device)
+        from .runner import Runner
+
+        tracks = open_tracks(options.track, link.run_folder, metrics)
+        stack.callback(tracks.close)
+        evaluations = _evaluations(options, link.run_folder or folder.path, tracks, metrics)
         if evaluations is not None:
             stack.callback(evaluations.close)
         yield Runner(
@@ -240,11 +243,12 @@ def _shared(options: Options, metrics: NodeMetrics, limit: UploadLimit | None) -
     from .links.core import About
     from .tracking.device_metrics import in_words
 
+    device = partial(in_words, options.devices())
     return {
         "patience_s": options.patience_s,
         "limit": limit,
         "metrics": metrics.text,
-        "about": About(in_words(options.devices()), metrics.phases, metrics.sizes.next, metrics.gossip),
+        "about": About(device, metrics.phases, metrics.sizes.next, metrics.gossip),
     }
 
 

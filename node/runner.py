@@ -260,15 +260,3 @@ def _folder_or_temporary(folder: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="thinwire-node-") as temporary:
         yield Path(temporary)
-
-
-def follow_events(link: Link) -> threading.Thread:
-    """Logs what the link waits for until it is closed."""
-
-    def pump() -> None:
-        for event in link.events():
-            log.log(logging.WARNING if event.warning else logging.INFO, "%s", event.text)
-
-    thread = threading.Thread(target=pump, name="events", daemon=True)
-    thread.start()
-    return thread

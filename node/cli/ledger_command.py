@@ -231,7 +231,7 @@ def _session(ticket: str, stop: Stop) -> Iterator[tuple[Link, Welcome]]:
     """Opens a link of a reader and closes it in the end; a signal closes it at once."""
     from ..links.core import About
     from ..links.hivemind import HivemindLink
-    from ..runner import follow_events
+    from ..links.telling import follow_events
     from .offline import telling_what_is_here
 
     about = About(agent=READER)

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.figures import human_seconds, one_line, short
@@ -79,7 +79,7 @@ class CoordinatorSession:
         handler: SessionHandler,
         patience_s: float,
         limit: UploadLimit | None = None,
-        device: str = "",
+        device: Callable[[], str] = str,
         agent: str = "thinwire",
     ) -> None:
         self._seats, self._meter, self._handler = seats, meter, handler

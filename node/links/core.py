@@ -63,11 +63,11 @@ _KEPT_AUDITS = 64
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What people are told of a node: what it trains on; how long the parts of its rounds take, how large it
-    has seen some peers' payloads, and how its model mixes (called in the link's thread, with every
-    heartbeat). `agent`: see `Hello`."""
+    """What people are told of a node: what it trains on (called with every Hello); how long the parts of its
+    rounds take, how large it has seen some peers' payloads, and how its model mixes (with every heartbeat):
+    all in the link's thread. `agent`: see `Hello`."""
 
-    device: str = ""
+    device: Callable[[], str] = str
     phases: Callable[[], Phases | None] = lambda: None
     sizes: Callable[[], tuple[PeerSize, ...]] = tuple
     gossip: Callable[[], Gossiping | None] = lambda: None

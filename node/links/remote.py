@@ -36,6 +36,7 @@ from ..gossip.base import NeighbourLink
 from ..gossip.remote import RemoteNeighbours
 from ..gossip.streams import NeighbourStreams
 from .base import LinkEvent, Shelf, Traffic
+from .connecting.begun import Begun
 from .connecting.connecting import OpenTransport
 from .core import About, LinkCore
 from .mailbox import Mailbox
@@ -83,25 +84,41 @@ class RemoteLink:
         self._core: LinkCore | None = None
         self._copy: LedgerCopy | None = None
         self._copy_path = None if self.run_folder is None else self.run_folder / COPY_NAME
+        self._begun: Begun | None = None
         self.neighbours: NeighbourLink | None = RemoteNeighbours(_InLoop(self), self.run_id, key)
 
     # ----------------------------------------------------------------------------- the node's thread
 
+    def begin(self) -> None:
+        """Opens the transport, without a word to anybody, while the node has other things to do. Before
+        `open`, which raises what this fails with."""
+        with self._closing:
+            if not self._is_closed and self._loop is None:
+                self._start_loop().call_soon_threadsafe(self._begin)
+
     def open(self) -> Welcome:
         with self._closing:
-            if self._is_closed or self._loop is not None:
+            if self._is_closed or self._copy is not None:
                 raise SwarmUnreachable(
                     "the link is closed" if self._is_closed else "the link is open already"
                 )
             copy = self._copy = LedgerCopy(self._copy_path, self.run_id, self._ticket.peer_id)
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=_run, args=(self._loop,), name="link", daemon=True)
-            self._thread.start()
+            if self._loop is None:
+                self._start_loop()
         try:
             return self._wait(self._open(copy))
         except BaseException:
             self.close()
             raise
+
+    def _start_loop(self) -> asyncio.AbstractEventLoop:
+        loop = self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=_run, args=(loop,), name="link", daemon=True)
+        self._thread.start()
+        return loop
+
+    def _begin(self) -> None:
+        self._open_transport = self._begun = Begun(self._open_transport)
 
     async def _open(self, copy: LedgerCopy) -> Welcome:
         self._core = LinkCore(
@@ -227,6 +244,8 @@ class RemoteLink:
         """Ends the session, then whatever still runs in the loop, so that nobody waits for it."""
         if self._core is not None:
             await self._core.close(say_goodbye)
+        if self._begun is not None:
+            await self._begun.close()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()

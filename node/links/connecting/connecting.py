@@ -53,7 +53,7 @@ class Connecting:
         meter: Meter,
         handler: SessionHandler,
         throttle: Throttle | None,
-        device: str,
+        device: Callable[[], str],
         agent: str,
         announced: asyncio.Event,
     ) -> None:
@@ -159,7 +159,7 @@ class Connecting:
             head_digest=head_digest,
             addresses=() if self.transport is None else self.transport.addresses,
             agent=self._agent,
-            device=self._device,
+            device=self._device(),
         )
 
     async def _living_transport(self) -> Transport:

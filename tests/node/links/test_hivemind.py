@@ -166,6 +166,20 @@ def test_commits_on_disk_are_not_fetched_again(make_swarm: MakeSwarm) -> None:
     stranger.close()
 
 
+def test_a_link_that_has_begun_calls_nobody_before_it_is_opened(make_swarm: MakeSwarm) -> None:
+    swarm = make_swarm(min_peers=1)
+    link, unused = swarm.link("a"), swarm.link("b")
+    for one in (link, unused):
+        one.begin()
+    link.open()
+    link.begin()
+    assert link.head == 0
+    unused.close()
+    with pytest.raises(SwarmUnreachable, match="the link is closed"):
+        unused.open()
+    assert [peer["peer_id"] for peer in swarm.status()["peers"]] == [link.peer_id]
+
+
 def test_another_run_s_copy_is_refused_before_anybody_is_asked(make_swarm: MakeSwarm) -> None:
     swarm = make_swarm(min_peers=1)
     link = swarm.link("a")
