@@ -29,6 +29,7 @@ from .replica import Replica
 from .result import Result
 from .snapshots.names import SNAPSHOTS
 from .snapshots.publishing import SnapshotPublisher
+from .system.memory import give_back
 from .tasks.base import Task
 from .tracking.metrics import NodeMetrics
 from .tracking.observer import Applied, Observer
@@ -130,7 +131,10 @@ class Runner:
     def run(self) -> Result:
         """Raises what `Link.open` and `Link.commits` raise, Incompatible, ConfigError, NoStart and
         ReplicaDiverged."""
-        for _ in self.rounds():
+        rounds = self.rounds()
+        next(filter(None, rounds), None)
+        give_back()  # what torch, kernels and a first round have freed
+        for _ in rounds:
             pass
         assert self._result is not None
         return self._result
