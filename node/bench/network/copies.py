@@ -37,10 +37,12 @@ class Lines:
 @dataclass(frozen=True, slots=True)
 class Copies:
     """`done_N`: when each peer has all payloads; `sent_H`: copies that each holder sends, the coordinator
-    last; `n_again`: of these, what it sends because nobody else did."""
+    last; `n_beside`: those that makers send of payloads that are not followed; `n_again`: what the
+    coordinator sends because nobody else did."""
 
     done_N: Array
     sent_H: Array
+    n_beside: float
     n_again: float
 
 
@@ -49,39 +51,47 @@ def give(
     origins: Sequence[int],
     released_P: Array,
     committed_s: float,
-    n_bytes: float,
+    n_bytes: int,
+    each: float,
     lines: Lines,
 ) -> Copies:
-    """P payloads of `n_bytes`, in the order in which they were released."""
-    n_peers = len(lines.up_N)
+    """P payloads of `n_bytes`, in the order in which they were released. `each` stands for so many, whose
+    makers have lines of their own."""
+    n_peers, own = len(lines.up_N), (np.arange(len(origins)), np.array(origins))
     named_PH = np.array([np.bincount(row, minlength=n_peers + 3) for row in holders_PN], dtype=np.float64)
-    copies_PH, n_again = named_PH[:, : n_peers + 1], named_PH[:, n_peers + NOBODY].sum()
-    served_PH = _served_by_all(copies_PH, origins, released_P, n_bytes, lines)
+    copies_PH, n_again = named_PH[:, : n_peers + 1] * each, named_PH[:, n_peers + NOBODY].sum() * each
+    copies_PH[own] /= each
+    served_PH = _served_by_all(copies_PH, own, released_P, n_bytes, each, lines)
     until_H = np.append(lines.until_N, np.inf)
     lost_PH = (served_PH > until_H) & (copies_PH > 0)
-    n_again += copies_PH[lost_PH].sum()
+    n_again += copies_PH[lost_PH].sum() + copies_PH[own][lost_PH[own]].sum() * (each - 1)
     copies_PH[lost_PH] = 0.0
     served_H = np.where(copies_PH > 0, served_PH, 0.0).max(axis=0)
     asked_s = SHORT_WAIT_S + max([committed_s, *until_H[lost_PH.any(axis=0)]])
     again_s = max(served_H[-1], asked_s) + n_again * n_bytes / lines.own
     got_PH = np.hstack([np.where(lost_PH, again_s, served_H), np.tile([0.0, again_s], (len(origins), 1))])
     got_N = np.take_along_axis(got_PH, holders_PN, axis=1).max(axis=0)
-    n_behind_P = np.arange(len(origins), 0, -1)
+    n_behind_P = np.arange(len(origins), 0, -1) * each
     taken_N = (released_P[:, None] + n_behind_P[:, None] * n_bytes / lines.down_N).max(axis=0)
-    sent_H = copies_PH.sum(axis=0)
+    sent_H, n_beside = copies_PH.sum(axis=0), copies_PH[own].sum() * (each - 1)
     sent_H[-1] += n_again
-    return Copies(np.maximum(got_N, taken_N) + lines.rtt_N, sent_H, float(n_again))
+    return Copies(np.maximum(got_N, taken_N) + lines.rtt_N, sent_H, float(n_beside), float(n_again))
 
 
 def _served_by_all(
-    copies_PH: Array, origins: Sequence[int], released_P: Array, n_bytes: float, lines: Lines
+    copies_PH: Array,
+    own: tuple[Holders, Holders],
+    released_P: Array,
+    n_bytes: int,
+    each: float,
+    lines: Lines,
 ) -> Array:
-    """When each holder has sent all that it is to send of each payload."""
+    """When each holder has sent all its copies of each payload. `own`: where a maker is the holder."""
     busy_PH = copies_PH * n_bytes / np.append(lines.up_N, lines.own)
     begun_PH = np.tile(released_P[:, None], (1, len(lines.up_N) + 1))
     by_coordinator_P1 = _served(begun_PH[:, -1:], busy_PH[:, -1:])
-    begun_PH[:, :-1] = by_coordinator_P1 + lines.rtt_N / 2 + n_bytes / lines.down_N
-    begun_PH[np.arange(len(origins)), origins] = released_P
+    begun_PH[:, :-1] = by_coordinator_P1 + lines.rtt_N / 2 + each * n_bytes / lines.down_N
+    begun_PH[own] = released_P
     return _served(begun_PH, busy_PH)
 
 

@@ -7,7 +7,7 @@ import heapq
 import random
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Final, Literal
 
@@ -58,6 +58,7 @@ class Tally:
 
     times_s: list[float] = field(default_factory=list)
     sent: list[float] = field(default_factory=list)
+    received: list[float] = field(default_factory=list)
     most_sent: list[float] = field(default_factory=list)
     by_coordinator: list[float] = field(default_factory=list)
     counted: list[float] = field(default_factory=list)
@@ -180,19 +181,22 @@ class Swarm:
             until_N=np.array([peer.until_s for peer in self.peers]),
             own=self._own,
         )
+        n_beside = 0.0
         ready = now_s + lines.rtt_N / 2 + n_peers * commit_bytes / self._own + commit_bytes / lines.down_N
-        sent = np.full(n_peers, self._n_bytes + entry, dtype=np.float64)
+        sent = np.full(n_peers, entry + (0 if is_inline else self._n_bytes), dtype=np.float64)
         own_bytes = float(n_peers * commit_bytes + told)
         if not is_inline:
             copies = self._copies(counted, arrived, now_s, lines)
             ready = np.maximum(ready, copies.done_N)
             sent += copies.sent_H[:-1] * self._n_bytes
+            n_beside = copies.n_beside
             own_bytes += copies.sent_H[-1] * self._n_bytes
-            self.tally.copies.append(float(copies.sent_H.sum()))
+            self.tally.copies.append(float(copies.sent_H.sum()) + copies.n_beside)
             self.tally.again.append(copies.n_again)
         for index, (peer, at_s) in enumerate(zip(self.peers, ready, strict=True)):
             peer.ready_s = max(float(at_s), arrived.get(index, 0.0))
-        self.tally.sent.append(float(sent.mean()))
+        self.tally.sent.append(float(sent.mean()) + n_beside * self._n_bytes / n_peers)
+        self.tally.received.append(commit_bytes + (0 if is_inline else (len(counted) - 1) * self._n_bytes))
         self.tally.most_sent.append(float(sent.max()))
         self.tally.by_coordinator.append(own_bytes)
 
@@ -206,8 +210,7 @@ class Swarm:
             self._learn(index)
         holders = self._holders(origins, stands_for)
         released = np.array([arrived[origin] for origin in origins])
-        copies = give(holders, origins, released, now_s, self._n_bytes * stands_for, lines)
-        return replace(copies, sent_H=copies.sent_H * stands_for, n_again=copies.n_again * stands_for)
+        return give(holders, origins, released, now_s, self._n_bytes, stands_for, lines)
 
     def _holders(self, origins: Sequence[int], stands_for: float) -> Holders:
         """From whom each peer gets each payload; see `copies`."""
@@ -253,7 +256,8 @@ def simulate(
     seed: int = 1,
 ) -> dict[str, Any]:
     """`all_counted_s`: for as many offers that count as there are peers; `peer_bytes`: that a peer sends in a
-    round, the mean and the most; `coordinator_cpu_s`: of this machine, for `Rounds` and `Fanout` alone."""
+    round, the mean, the most, and what it receives; `coordinator_cpu_s`: of this machine, for `Rounds` and
+    `Fanout` alone."""
     swarm = Swarm(n_peers, n_bytes, topology, own, kinds, compute_s, seed)
     swarm.run(n_rounds, warm_up=3)
     tally = swarm.tally
@@ -263,6 +267,7 @@ def simulate(
         "all_counted_s": sum(tally.times_s) / sum(tally.counted),
         "peer_bytes": fmean(tally.sent),
         "most_of_a_peer_bytes": fmean(tally.most_sent),
+        "received_bytes": fmean(tally.received),
         "coordinator_bytes": fmean(tally.by_coordinator),
         "coordinator_cpu_s": tally.cpu_s / n_rounds,
         "offers_counted": fmean(tally.counted),

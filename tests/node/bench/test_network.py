@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from thinwire.node.bench.network import swarm
 from thinwire.node.bench.network.lines import HOME, KINDS, MBIT, SESSION_S, draw, session_s
 from thinwire.node.bench.network.swarm import Topology, simulate
 
@@ -34,6 +35,19 @@ def test_every_copy_is_sent_once() -> None:
         sent = N * found["peer_bytes"] + found["coordinator_bytes"]
         uploads_and_copies = (N + found["offers_counted"] * N * (N - 1)) * N_BYTES
         assert sent == pytest.approx(uploads_and_copies, rel=0.02)
+
+
+@pytest.mark.parametrize("topology", ["maker", "dealt"])
+def test_payloads_that_are_followed_stand_for_the_others(
+    topology: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose makers have lines of their own."""
+    found = []
+    for most in (120, 30):
+        monkeypatch.setattr(swarm, "FOLLOWED", most)
+        found.append(simulate(120, 300_000, topology, 1000 * MBIT, KINDS, n_rounds=4))
+    assert found[1]["round_s"] == pytest.approx(found[0]["round_s"], rel=0.3)
+    assert found[1]["peer_bytes"] == pytest.approx(found[0]["peer_bytes"], rel=0.3)
 
 
 def test_inline_payloads_are_in_the_commit_alone() -> None:
