@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from statistics import fmean
 from typing import Any, Final, Literal
 
@@ -44,8 +45,10 @@ FOLLOWED: Final = 128
 
 @dataclass(slots=True)
 class Peer:
-    """`ready_s`: when it has applied the last round; `until_s`: when it leaves."""
+    """`name`: nobody else has or had it; `ready_s`: when it has applied the last round; `until_s`: when it
+    leaves."""
 
+    name: str
     machine: Machine
     ready_s: float
     until_s: float
@@ -82,7 +85,7 @@ class Swarm:
     ) -> None:
         self._n_bytes, self._topology, self._own = n_bytes, topology, own
         self._kinds, self._compute_s, self._random = kinds, compute_s, random.Random(seed)
-        self._fanout = Fanout(own)
+        self._fanout, self._names = Fanout(own), count()
         self.peers = [self._newcomer(0.0) for _ in range(n_peers)]
         self._rounds = Rounds(
             n_rounds=2**31,
@@ -100,7 +103,7 @@ class Swarm:
 
     def _newcomer(self, now_s: float) -> Peer:
         machine = draw(self._kinds, self._compute_s, self._random)
-        return Peer(machine, now_s, now_s + session_s(self._random))
+        return Peer(f"{next(self._names):07}", machine, now_s, now_s + session_s(self._random))
 
     def run(self, n_rounds: int, warm_up: int) -> None:
         """The first ones, of which deadlines and lines are learnt, do not count."""
@@ -165,7 +168,7 @@ class Swarm:
     def _learn(self, index: int) -> None:
         """How wide a line is, as an upload has come."""
         took_s = self._n_bytes / self.peers[index].machine.up * self._random.uniform(0.8, 1.2)
-        self._fanout.uploaded(str(index), self._n_bytes, took_s)
+        self._fanout.uploaded(self.peers[index].name, self._n_bytes, took_s)
 
     def _give(self, counted: Sequence[int], arrived: dict[int, float], now_s: float) -> None:
         """The commit and the payloads that it names reach every peer."""
@@ -215,20 +218,21 @@ class Swarm:
     def _holders(self, origins: Sequence[int], stands_for: float) -> Holders:
         """From whom each peer gets each payload; see `copies`."""
         n_peers = len(self.peers)
-        reachable = [str(i) for i, peer in enumerate(self.peers) if peer.machine.is_reachable]
-        dialled, names = set(reachable), [str(i) for i in range(n_peers)]
+        reachable = [peer.name for peer in self.peers if peer.machine.is_reachable]
+        indices = {peer.name: i for i, peer in enumerate(self.peers)}
+        names = list(indices)
         holders = np.full((len(origins), n_peers), n_peers + NOBODY)
         for row, origin in zip(holders, origins, strict=True):
             self._learn(origin)
             if self._topology == "dealt":
                 began_s = time.process_time()
                 others = [*names[:origin], *names[origin + 1 :]]
-                sources = self._fanout.sources(self._n_bytes, str(origin), others, reachable)
+                sources = self._fanout.sources(self._n_bytes, names[origin], others, reachable)
                 self.tally.cpu_s += (time.process_time() - began_s) * stands_for
                 for peer, source in sources.items():
-                    row[int(peer)] = n_peers + COORDINATOR if source is None else int(source)
+                    row[indices[peer]] = n_peers + COORDINATOR if source is None else indices[source]
             else:
-                is_maker = self._topology == "maker" and str(origin) in dialled
+                is_maker = self._topology == "maker" and self.peers[origin].machine.is_reachable
                 row[:] = origin if is_maker else n_peers + COORDINATOR
             row[origin] = n_peers + OWN
             parents = np.unique(row[row < n_peers])
