@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
@@ -20,7 +20,7 @@ from ..system.stopping import Stop, stop_on_signals
 from .arguments import http_address, overrides_of, read_ticket, seconds_of
 
 if TYPE_CHECKING:
-    from ..on_ray.command import Asked
+    pass
 
 
 @dataclass
@@ -398,63 +398,44 @@ class Ray:
     """Show the logs of the actors, too."""
 
     def run(self) -> int:
-        from ..on_ray.command import Asked, ray_command
+        from ..on_ray.command import Asked, ray_command, ray_join_command
 
+        self._refuse()
+        kinds = (self.gpus_per_peer, self.cpus_per_peer, self.ranks_per_peer, self.accelerator_type)
+        asked = Asked(self.peers, *kinds, self.peer)
+        options: dict[str, Any] = {
+            "address": self.address,
+            "node_state": self.node_state,
+            "output": self.output,
+            "task": self.task,
+            "precision": self.precision,
+            "wait_s": self.wait,
+            "restarts": self.restarts,
+            "verbose": self.verbose,
+        }
+        with stop_on_signals() as stop:
+            if self.join is not None:
+                options |= {"host": self.host, "max_upload": self.max_upload}
+                ray_join_command(read_ticket(self.join), asked, as_json=self.json, stop=stop, **options)
+            elif self.run_file is not None:
+                rounds = {} if self.rounds is None else {"run.rounds": self.rounds}
+                options |= {"overrides": {**rounds, **overrides_of(self.set)}, "state": self.state}
+                ray_command(self.run_file, asked, as_json=self.json, stop=stop, **options)
+        return 128 + stop.signal if stop.signal else 0
+
+    def _refuse(self) -> None:
+        """Raises ConfigError."""
         refuse_folder("--state", self.state)
         refuse_folder("-o", self.output)
         refuse_below("--wait", self.wait, 0, "seconds for machines to come, e.g. 300")
         refuse_below("--restarts", self.restarts, -1, "starts again after an actor's death, -1: always")
-        kinds = (self.gpus_per_peer, self.cpus_per_peer, self.ranks_per_peer, self.accelerator_type)
-        asked = Asked(self.peers, *kinds, self.peer)
-        if self.join is not None:
-            return self._join(asked, self.join)
-        if self.run_file is None:
+        if self.join is None and self.run_file is None:
             raise ConfigError("name a run file, or a swarm to --join")
-        if self.max_upload is not None:
+        if self.join is None and self.max_upload is not None:
             raise ConfigError("--max-upload: of peers that --join a swarm")
-        rounds = {} if self.rounds is None else {"run.rounds": self.rounds}
-        with stop_on_signals() as stop:
-            ray_command(
-                self.run_file,
-                asked,
-                overrides={**rounds, **overrides_of(self.set)},
-                as_json=self.json,
-                stop=stop,
-                address=self.address,
-                state=self.state,
-                node_state=self.node_state,
-                output=self.output,
-                task=self.task,
-                precision=self.precision,
-                wait_s=self.wait,
-                restarts=self.restarts,
-                verbose=self.verbose,
-            )
-        return 128 + stop.signal if stop.signal else 0
-
-    def _join(self, asked: Asked, ticket: str) -> int:
-        from ..on_ray.command import ray_join_command
-
-        if self.run_file is not None or self.state is not None or self.rounds is not None or self.set:
+        of_a_run = (self.run_file, self.state, self.rounds, self.set or None)
+        if self.join is not None and any(given is not None for given in of_a_run):
             raise ConfigError("--join takes no run file, --state, --rounds or --set: the run is the swarm's")
-        with stop_on_signals() as stop:
-            ray_join_command(
-                read_ticket(ticket),
-                asked,
-                as_json=self.json,
-                stop=stop,
-                verbose=self.verbose,
-                address=self.address,
-                node_state=self.node_state,
-                output=self.output,
-                task=self.task,
-                precision=self.precision,
-                wait_s=self.wait,
-                restarts=self.restarts,
-                host=self.host,
-                max_upload=self.max_upload,
-            )
-        return 128 + stop.signal if stop.signal else 0
 
 
 def _ranks(text: str) -> tuple[int, ...]:

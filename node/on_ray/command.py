@@ -16,7 +16,6 @@ from ..units import bytes_beside_ddp, human_loss
 from .cluster import PeerGroup, group_of, load_ray, parse_group, quiet_stdout
 
 if TYPE_CHECKING:
-    from ..precision import Precision
     from ..system.stopping import Stop
 
 
@@ -41,24 +40,9 @@ class Asked:
         return groups
 
 
-def ray_command(
-    run_file: Path,
-    asked: Asked,
-    *,
-    overrides: Mapping[str, Any],
-    as_json: bool,
-    stop: Stop,
-    address: str | None,
-    state: Path | None,
-    node_state: Path | None,
-    output: Path | None,
-    task: str | None,
-    precision: Precision,
-    wait_s: float | None,
-    restarts: int,
-    verbose: bool,
-) -> None:
-    """Prints the result as one JSON object, or in words. Raises what `train` raises."""
+def ray_command(run_file: Path, asked: Asked, *, as_json: bool, stop: Stop, **options: Any) -> None:
+    """Prints the result as one JSON object, or in words. `options`: of `train`, which also says what is
+    raised."""
     from .train import train
 
     load_ray()
@@ -66,22 +50,7 @@ def ray_command(
     console, notes = make_console(stderr=True), list[str]()
     began_s = monotonic()
     with quiet_stdout(), live_view(console, notes) as show:
-        result = train(
-            run_file,
-            peers=groups,
-            overrides=overrides,
-            address=address,
-            state=state,
-            node_state=node_state,
-            output=output,
-            task=task,
-            precision=precision,
-            wait_s=wait_s,
-            restarts=restarts,
-            verbose=verbose,
-            on_status=show,
-            stopped=stop.is_set,
-        )
+        result = train(run_file, peers=groups, on_status=show, stopped=stop.is_set, **options)
     if stop.is_set():
         return
     metrics = {**result.metrics, "seconds": round(monotonic() - began_s, 1)}
@@ -93,9 +62,7 @@ def ray_command(
     to_stdout(result.weights)
 
 
-def ray_join_command(
-    ticket: str, asked: Asked, *, as_json: bool, stop: Stop, verbose: bool, **options: Any
-) -> None:
+def ray_join_command(ticket: str, asked: Asked, *, as_json: bool, stop: Stop, **options: Any) -> None:
     """Peers of a Ray cluster in somebody's swarm; prints as `ray_command`. `options`: of `join_swarm`, which
     also says what is raised."""
     from .joining import join_swarm
@@ -103,7 +70,7 @@ def ray_join_command(
     load_ray()
     groups = asked.parsed()
     with quiet_stdout():
-        result = join_swarm(ticket, groups, stopped=stop.is_set, verbose=verbose, **options)
+        result = join_swarm(ticket, groups, stopped=stop.is_set, **options)
     if result is None or stop.is_set():
         return
     if as_json:
