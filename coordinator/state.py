@@ -13,7 +13,7 @@ from .entry.rules import MAX_BYTES as MAX_RULES_BYTES
 from .entry.rules import OPEN, EntryRules
 from .entry.tickets import ADDRESS_NAME
 from .observe.page_history import MAX_SAVED_BYTES
-from .protocol.files import FolderLock, write_aside
+from .protocol.files import FolderLock, remove_asides, write_aside
 from .protocol.identity import public_key_of
 from .protocol.settings import KEEP_SNAPSHOTS, MAX_KEEP_CHARS, Keep
 
@@ -26,6 +26,7 @@ class StateDir:
 
     def __init__(self, path: Path) -> None:
         self._lock = FolderLock(path, "coordinator")
+        remove_asides(path)
         self.path = path
         self.ledger_path = path / "ledger.db"
         self.blobs_path = path / "blobs"

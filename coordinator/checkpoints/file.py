@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import msgpack
 from blake3 import blake3
@@ -53,8 +53,10 @@ class Checkpoint:
         signature, body = data[:SIGNATURE_BYTES], data[SIGNATURE_BYTES:]
         if not verifies(key, signature, _WHAT + body):
             return None
-        fields: list[Any] = msgpack.unpackb(body, use_list=False, max_bin_len=MAX_BYTES)
-        found = cls(*fields)
+        try:
+            found = cls(*msgpack.unpackb(body, use_list=False, max_bin_len=MAX_BYTES))
+        except (TypeError, ValueError):  # of another version, which has other fields
+            return None
         return found if found.run_id == run_id else None
 
     def write(self, path: Path, key: Ed25519PrivateKey) -> None:

@@ -31,6 +31,13 @@ def write_aside(path: Path, data: bytes | Iterable[bytes | memoryview], mode: in
     sync_folder(path.parent)
 
 
+def remove_asides(folder: Path) -> None:
+    """What a process that was killed while it wrote aside has left. Nobody else writes to `folder`."""
+    for path in folder.glob(".*"):
+        if path.suffix[1:].isdigit() and path.is_file():
+            path.unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames inside `folder` durable."""
     fd = os.open(folder, os.O_RDONLY)

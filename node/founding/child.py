@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from signal import SIGKILL
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -100,7 +101,9 @@ class Child:
         if self._stop.is_set():
             raise SwarmUnreachable("stopped")
         if not out:
-            raise ThinwireError(f"the process that founds the run ended with code {process.returncode}")
+            code = process.returncode
+            why = "was killed (out of memory?)" if code == -SIGKILL else f"ended with code {code}"
+            raise ThinwireError(f"the process that founds the run {why}: it has changed nothing")
         said: dict[str, Any] = json.loads(out)
         if "error" in said:
             raise named_error(said["error"], said["text"])

@@ -50,6 +50,16 @@ def test_the_lock_is_given_back(tmp_path: Path) -> None:
     StateDir(tmp_path).close()
 
 
+def test_what_was_being_written_when_a_process_was_killed_goes(tmp_path: Path) -> None:
+    left, others = tmp_path / ".ledger.checkpoint.12345", tmp_path / ".keep-me"
+    for path in (left, others):
+        path.write_bytes(b"half of it")
+    (tmp_path / ".folder.7").mkdir()
+    StateDir(tmp_path).close()
+    assert not left.exists()
+    assert others.exists()
+
+
 def test_the_token_is_made_once_and_private(tmp_path: Path) -> None:
     with StateDir(tmp_path) as state:
         token = state.token()

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from thinwire.compression.errors import LedgerCorrupt
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.checkpoints import derived as deriving
-from thinwire.coordinator.checkpoints.file import Checkpoint
+from thinwire.coordinator.checkpoints.file import _WHAT, Checkpoint
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.messages import (
     Change,
@@ -173,6 +173,10 @@ def test_nobody_else_s_checkpoint_is_taken(run: Run) -> None:
         assert Checkpoint.read(path, ledger.run_id, run.key.public_key()) is None
     ledger.save_checkpoint(b"", Ed25519PrivateKey.generate())()
     assert Checkpoint.read(path, ledger.run_id, run.key.public_key()) is None
+    for fields in ([], [1] * 8, 1):  # of another version
+        body = msgpack.packb(fields)
+        path.write_bytes(run.key.sign(_WHAT + body) + body)
+        assert Checkpoint.read(path, ledger.run_id, run.key.public_key()) is None
     path.write_bytes(whole)
     assert Checkpoint.read(path, bytes(32), run.key.public_key()) is None
     assert Checkpoint.read(path, ledger.run_id, run.key.public_key()) is not None
