@@ -40,6 +40,9 @@ MANY_BYTES = 20 * 10**9
 LEAST_FREE_BYTES = 500 * 10**6
 """Without a quota, payloads go before a disk has less."""
 
+LEDGER_BYTES = 16 * 2**20
+"""So much of the disk no payload gets: a coordinator that cannot write its ledger stops."""
+
 REFUSALS_TOLD_EVERY = 100
 
 OWN_SNAPSHOTS = 2
@@ -154,12 +157,17 @@ class PayloadRetention:
         if self.has_room(n_bytes):
             return None
         blobs, quota_bytes = self._blobs, self._keep.quota_bytes
-        text = (
-            f"the coordinator's quota is full: keep = {quota_bytes:,} bytes, {blobs.n_bytes:,} are taken and "
-            f"{blobs.reserved_bytes:,} on their way, {n_bytes:,} more do not fit, and {self._why()}"
-        )
+        if self._is_full(n_bytes):
+            text = "the coordinator's disk is full, but for what its ledger needs"
+            remedy = "Make room on it"
+        else:
+            text = (
+                f"the coordinator's quota is full: keep = {quota_bytes:,} bytes, {blobs.n_bytes:,} are taken "
+                f"and {blobs.reserved_bytes:,} on their way, {n_bytes:,} more do not fit, and {self._why()}"
+            )
+            remedy = "Start the coordinator again with a larger [run] keep"
         if self._n_refused % REFUSALS_TOLD_EVERY == 0:
-            log.error("a payload is refused: %s. Start the coordinator again with a larger [run] keep", text)
+            log.error("a payload is refused: %s. %s", text, remedy)
         self._n_refused += 1
         return text
 
@@ -214,10 +222,11 @@ class PayloadRetention:
         return min([hard, *self._needs.values()]), hard, attested, own
 
     def has_room(self, n_bytes: int) -> bool:
-        """Whether so many bytes fit below the quota; old payloads are deleted as far as need be."""
+        """Whether so many bytes fit below the quota, and onto the disk; old payloads are deleted as far as
+        need be."""
         blobs, most_bytes = self._blobs, self._most_bytes()
         if most_bytes is None:
-            return True
+            return not self._is_full(n_bytes)
         for floor in self._not_needed():
             while blobs.n_bytes + blobs.reserved_bytes + n_bytes > most_bytes:
                 oldest = blobs.oldest_counted()
@@ -226,7 +235,14 @@ class PayloadRetention:
                 self._release(oldest, 0)
                 self._tell_loss(oldest)
         fits = blobs.n_bytes + blobs.reserved_bytes + n_bytes <= most_bytes
-        return fits or self._keep.quota_bytes is None
+        return (fits or self._keep.quota_bytes is None) and not self._is_full(n_bytes)
+
+    def _is_full(self, n_bytes: int) -> bool:
+        """Whether the ledger would lack room beside so many bytes more."""
+        try:
+            return n_bytes + self._blobs.reserved_bytes > self._blobs.free_bytes() - LEDGER_BYTES
+        except OSError:  # whoever writes there says what is wrong
+            return False
 
     def _most_bytes(self) -> int | None:
         """What blobs may take; None: whatever they take."""

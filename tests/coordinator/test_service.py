@@ -881,6 +881,20 @@ def test_a_disk_that_is_nearly_full_keeps_what_nodes_need_for_their_own(
     assert kept(world, *range(23, 41)) == list(range(23, 41))
 
 
+@pytest.mark.parametrize("keep", ["snapshots", "all", "1MB"])
+def test_payloads_do_not_take_what_the_ledger_needs(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, keep: str
+) -> None:
+    world = make_world(rounds=100)
+    world.restart(keep=Keep.parse(keep))
+    world.train("a", "b")
+    with monkeypatch.context() as full:
+        full.setattr(retention, "LEDGER_BYTES", 10**18)
+        with pytest.raises(BadMessage, match="disk is full, but for what its ledger needs"):
+            world.service.may_store("a", 6000)
+    world.service.may_store("a", 6000)
+
+
 def test_room_is_reserved_for_uploads_that_are_under_way(make_world: MakeWorld) -> None:
     world = make_world(rounds=100)
     world.restart(keep=Keep.parse("10kB"))
