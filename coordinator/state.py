@@ -36,6 +36,7 @@ class StateDir:
         self.history_path = path / "history.json"
         self._banned_path, self._keep_path = path / "banned", path / "keep"
         self._rules_path, self._run_file_path = path / "admission", path / "run-file"
+        self._asked_rules_path = path / "admission-of-run-file"
 
     def token(self) -> str:
         """The access token of the run's tickets; made at the first call, mode 0600."""
@@ -126,15 +127,19 @@ class StateDir:
 
     def rules(self) -> EntryRules:
         """Who may come in; whoever has a ticket before anybody chose. Raises ConfigError."""
-        try:
-            with self._rules_path.open("rb") as file:
-                return EntryRules.parse(file.read(MAX_RULES_BYTES))
-        except FileNotFoundError:
-            return OPEN
+        return _rules_in(self._rules_path) or OPEN
 
     def save_rules(self, rules: EntryRules) -> None:
         """Raises OSError."""
         write_aside(self._rules_path, rules.to_bytes())
+
+    def start_with_rules(self, asked: EntryRules) -> None:
+        """`asked`: by the run file. If it asked for the same at the last start, what an order has said since
+        stays: whoever was let in by that is not shut out by a restart. Raises ConfigError and OSError."""
+        if _rules_in(self._asked_rules_path) == asked:
+            return
+        self.save_rules(asked)
+        write_aside(self._asked_rules_path, asked.to_bytes())
 
     def save_address(self, line: str) -> None:
         """`line`: a ticket without a token, see `ticket_for`. Raises OSError."""
@@ -155,3 +160,12 @@ class StateDir:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _rules_in(path: Path) -> EntryRules | None:
+    """None: there is no such file. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            return EntryRules.parse(file.read(MAX_RULES_BYTES))
+    except FileNotFoundError:
+        return None

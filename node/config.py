@@ -263,7 +263,8 @@ class LimitsSection(Section):
 
 
 class Admission(Section):
-    """Who may come into the run; not in record 0, so that the next start of the coordinator may change it."""
+    """Who may come into the run; not in record 0: the next start of the coordinator may say something else,
+    and what `thinwire run` has said holds until then."""
 
     mode: Literal["open", "invited", "listed"] = "open"
     """`open`: whoever has a ticket; `invited`: who has an invitation (thinwire invite), and those who are in

@@ -139,7 +139,7 @@ class Gate:
 def _not_listed(peer_id: str) -> str:
     return (
         f"this run takes listed peers only, and {peer_id} is not among them: whoever runs the coordinator "
-        f"adds it to [admission] peers of the run file, and starts the coordinator again"
+        f"can name it (thinwire run STATE listed PEER ..., with all the others), or open the run"
     )
 
 

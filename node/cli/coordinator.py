@@ -249,7 +249,11 @@ def open_server(
     one, if it is there already. Raises what `founder` raises."""
     where = {"check_strategy": founder.check, **where}
     state.save_keep(str(config.run.keep))
-    state.save_rules(EntryRules.of(config.admission.mode, config.admission.peers))
+    asked = EntryRules.of(config.admission.mode, config.admission.peers)
+    state.start_with_rules(asked)
+    if (rules := state.rules()) != asked:
+        said = f"[admission] of the run file ({asked.mode}) is what it was at the last start"
+        log.info("%s: who comes in stays as thinwire run has said since, %s", said, rules.mode)
     if not state.ledger_path.exists():
         founded = founded or _found(state, config, founder)
         log.info("new run %s, kept in %s", config.run.name, state.path)
