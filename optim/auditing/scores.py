@@ -8,6 +8,7 @@ the others. Decoding is exact, so every replica finds the same signs, but for th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from ...compression.base import Compressor, Payload, Turn
 from ...compression.exact import exact_arithmetic
 from ..base import Parameter
+
+MOST_KEPT: Final = 2**22
+"""Elements of all payloads together that are decoded once."""
 
 
 def scored_part(parameters: Sequence[Parameter], payload: Payload, round_: int) -> Payload:
@@ -34,22 +38,24 @@ def mean_cosines(
     about; `parts`: `scored_part` of each; `turn`: as the compressor counts rounds; `round_`: chooses the
     parameter.
 
-    Each payload is decoded twice, so that two of them are in memory and not all.
+    Where they are large each payload is decoded twice, so that two of them are in memory and not all.
     """
     p = _chosen(parameters, round_)
 
-    def directions() -> Iterator[Tensor]:
+    def decoded() -> Iterator[Tensor]:
         for part in parts:
-            with exact_arithmetic():
-                sent = compressor.decode_on(p.local.device, [part[p.name]], [1.0], p.part.entire, turn)
+            sent = compressor.decode_on(p.local.device, [part[p.name]], [1.0], p.part.entire, turn)
             length = torch.linalg.vector_norm(sent.double())
             yield sent / length.float() if length > 0 else torch.zeros_like(sent)
 
-    total = torch.zeros(p.part.n_global, device=p.local.device)
-    for x in directions():
-        total += x
-    n_others = max(1, len(parts) - 1)
-    return [float(torch.dot(x.double(), (total - x).double())) / n_others for x in directions()]
+    total, n_others = torch.zeros(p.part.n_global, device=p.local.device), max(1, len(parts) - 1)
+    with exact_arithmetic():
+        directions = list(decoded()) if len(parts) * total.numel() <= MOST_KEPT else None
+        for x in directions or decoded():
+            total += x
+        return [
+            float(torch.dot(x.double(), (total - x).double())) / n_others for x in directions or decoded()
+        ]
 
 
 def cosines(
