@@ -30,6 +30,11 @@ def test_what_is_no_build(tmp_path: Path) -> None:
         pass
 
 
+def test_commands_of_a_build_without_kernels(tmp_path: Path) -> None:
+    with pytest.raises(ThinwireError, match="cannot be compiled"):
+        Build("/bin/false", tmp_path).compile()
+
+
 def test_what_a_build_prints_is_no_result() -> None:
     with pytest.raises(ThinwireError):
         Build(sys.executable, None).run(["noise", "--params", "12"])
