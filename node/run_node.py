@@ -179,6 +179,7 @@ def opened_node(
             evaluations=evaluations,
             verify=options.verify,
             offload_idle=options.offload_idle,
+            on_prepared=check_compressors,
         )
 
 
@@ -278,13 +279,28 @@ def _without_scipy() -> Iterator[None]:
 def _check_arithmetic(device: str) -> None:
     """Tells a machine before it joins that its replica would not stay the others'. Raises Incompatible.
 
-    Some 30 ms; what it imports and compiles on the way, the node needs anyway.
+    Some 30 ms; what it imports and compiles on the way, the node needs anyway. Where kernels are to be
+    compiled it is all of them, else those of compressors wait until a run turns out to have one.
     """
     import torch
 
-    from .doctor.compiling import compiling
+    from .doctor.kernel_cache import is_compiled
     from .doctor.self_test import refuse_wrong_arithmetic
 
     log.info("comparing this machine's arithmetic with known answers")
-    with compiling(log.info) if torch.device(device).type == "cpu" else nullcontext():
-        refuse_wrong_arithmetic(torch.device(device))
+    if torch.device(device).type == "cpu" and not is_compiled():
+        from .doctor.compiling import compiling
+
+        with compiling(log.info):
+            refuse_wrong_arithmetic(torch.device(device))
+    else:
+        refuse_wrong_arithmetic(torch.device(device), of_compressors=False)
+
+
+def check_compressors(runner: Runner) -> None:
+    """The rest, before the replica has weights. Raises Incompatible."""
+    from ..optim.registry import has_compressor
+    from .doctor.self_test import refuse_wrong_arithmetic
+
+    if has_compressor(runner.config.strategy["name"]):
+        refuse_wrong_arithmetic(runner.device, of_compressors=True)

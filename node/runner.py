@@ -81,7 +81,7 @@ class Runner:
         self.evaluations = evaluations
         self.metrics = metrics or NodeMetrics()
         self.stop = threading.Event()
-        self._folder, self._device = folder, torch.device(device)
+        self._folder, self.device = folder, torch.device(device)
         self._clock, self._since_s = clock, clock()
         self._tracks = tracks or Tracks(self.metrics)
         self._prepare = partial(
@@ -89,7 +89,7 @@ class Runner:
             import_path=import_path,
             data=data,
             task=task,
-            device=self._device,
+            device=self.device,
             precision=precision,
             leader=leader,
             folder=folder,
@@ -151,11 +151,11 @@ class Runner:
             run = self._prepared = self._prepare(self.link, welcome)
             if self.evaluations is not None:
                 self.evaluations.check(run)
+            self._on_prepared(self)
         except Exception as e:
             self._leave(e)
             raise
         self.metrics.gossip_told = partial(gossiping, run)
-        self._on_prepared(self)
         statistics = RoundStatistics(run, self.metrics, self._tracks)
         with self._publisher(run) as publisher:
             try:
@@ -239,7 +239,7 @@ class Runner:
             run.history,
             joiner,
             me=lambda: run.peer_index,
-            device=self._device,
+            device=self.device,
             is_verified=lambda: publisher.is_verified,
             discard=publisher.discard,
         )

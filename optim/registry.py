@@ -50,6 +50,11 @@ def strategy_class(name: object) -> type[Strategy]:
     return STRATEGIES[name]
 
 
+def has_compressor(name: object) -> bool:
+    """Whether payloads of this strategy are a compressor's. Raises ConfigError."""
+    return "compressor" in strategy_class(name).facts.options.defaults()
+
+
 def build_strategy(config: Mapping[str, Any], named_parameters: NamedParameters) -> Strategy:
     """Raises ConfigError for what is unknown (with the nearest known name), missing or out of range."""
     options = complete_config(config)

@@ -8,7 +8,7 @@ implementation since.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -33,7 +33,7 @@ from ...compression.numerics.values import quantize
 from ...compression.registry import COMPRESSORS, build_compressor
 from ...optim.base import Share
 from ...optim.facts import KnownUpdate
-from ...optim.registry import STRATEGIES, build_strategy, strategy_class
+from ...optim.registry import STRATEGIES, build_strategy, has_compressor, strategy_class
 
 N: Final = 10_007
 """Elements: not a multiple of any block."""
@@ -52,12 +52,14 @@ class KnownAnswer:
     """A path and the unsigned 64-bit number that it finds on a machine that can be trusted.
 
     `cpu_only`: it runs on the CPU wherever the replica is. `is_slow`: it takes about a second.
+    `of_compressors`: a strategy without one has no use for it.
     """
 
     run: Callable[[torch.device], int]
     answer: int
     cpu_only: bool = False
     is_slow: bool = False
+    of_compressors: bool = False
 
 
 # ------------------------------------------------------------------------------------------- inputs
@@ -238,7 +240,9 @@ def _decoding(compressor_name: str, case: KnownDecoding, _device: torch.device) 
 def _decodings() -> dict[str, KnownAnswer]:
     """Those of every compressor in the registry."""
     return {
-        name: KnownAnswer(partial(_decoding, compressor, case), case.answer, cpu_only=True)
+        name: KnownAnswer(
+            partial(_decoding, compressor, case), case.answer, cpu_only=True, of_compressors=True
+        )
         for compressor, kind in COMPRESSORS.items()
         for name, case in kind.known_decodings.items()
     }
@@ -304,7 +308,12 @@ def _filled(dtype: torch.dtype, n: int, salt: int) -> Tensor:
 def _updates() -> dict[str, KnownAnswer]:
     """Those of every strategy in the registry."""
     return {
-        name: KnownAnswer(partial(_update, strategy, case), case.answer, is_slow=case.is_slow)
+        name: KnownAnswer(
+            partial(_update, strategy, case),
+            case.answer,
+            is_slow=case.is_slow,
+            of_compressors=has_compressor(strategy),
+        )
         for strategy in STRATEGIES
         for name, case in strategy_class(strategy).facts.known_updates.items()
     }
@@ -318,6 +327,10 @@ def _any(run: Callable[..., int], answer: int, *args: Any) -> KnownAnswer:
     return KnownAnswer(partial(run, *args), answer)
 
 
+def _of_compressors(known: KnownAnswer) -> KnownAnswer:
+    return replace(known, of_compressors=True)
+
+
 KNOWN_ANSWERS: Final[dict[str, KnownAnswer]] = {
     "fingerprint": _any(_fingerprint, 0x0D3C215F5CA8FD6D, torch.float32),
     "bfloat16 fingerprint": _any(_fingerprint, 0x83B99773F54E51CB, torch.bfloat16),
@@ -329,19 +342,19 @@ KNOWN_ANSWERS: Final[dict[str, KnownAnswer]] = {
     "noise on all threads": _any(_many_elements, 0x2A3F2BE1C77D0D88),
     "random words": _cpu(_random_words, 0xABF20C508135C399),
     "initial weights": _cpu(_initial_weights, 0x3C833D1F1000EEC9),
-    "transform decoding": _cpu(_transform, 0x0A9B53CDC730FD17, "flat"),
-    "tile decoding": _cpu(_transform, 0xB50DB2C647DD947E, "tiles"),
-    "transform update": _any(_fused_update, 0xDE7A6480295F2ADC),
+    "transform decoding": _of_compressors(_cpu(_transform, 0x0A9B53CDC730FD17, "flat")),
+    "tile decoding": _of_compressors(_cpu(_transform, 0xB50DB2C647DD947E, "tiles")),
+    "transform update": _of_compressors(_any(_fused_update, 0xDE7A6480295F2ADC)),
     "1-bit values": _cpu(_values, 0xA19C0C0AD9992B9B, 1),
     "2-bit values": _cpu(_values, 0x9557178722803B7B, 2),
     "4-bit values": _cpu(_values, 0x1E1CBA9EF26AEA72, 4),
     "8-bit values": _cpu(_values, 0xF33B8A85C6FB5A0E, 8),
     "16-bit values": _cpu(_values, 0x8785A430E0B36D07, 16),
     "e3m0 values": _cpu(_values, 0x2D4C18B9E5CA3157, "e3m0"),
-    "rice indices": _cpu(_rice, 0xBE188F95F3E870EF),
+    "rice indices": _of_compressors(_cpu(_rice, 0xBE188F95F3E870EF)),
     "weighted mean": _cpu(_weighted_mean, 0x0858B3352B7F7A17),
     **_decodings(),
     **_updates(),
-    "packing": _any(_packing, GOOD),
+    "packing": _of_compressors(_any(_packing, GOOD)),
 }
 """By the name that people are told."""

@@ -72,9 +72,10 @@ def runs_on(name: str, device: torch.device) -> bool:
     return device.type == "cpu" or not KNOWN_ANSWERS[name].cpu_only
 
 
-def refuse_wrong_arithmetic(device: torch.device) -> None:
+def refuse_wrong_arithmetic(device: torch.device, of_compressors: bool | None = None) -> None:
     """Raises Incompatible, with what failed, on a machine whose replica would not stay the others', and
-    ConfigError where its kernels cannot even be loaded."""
+    ConfigError where its kernels cannot even be loaded. `of_compressors`: only what strategies with a
+    compressor need, or only what all do; None: both."""
     try:
         uses_numba = kernels_on(device) == "numba"
     except ValueError as e:
@@ -83,7 +84,12 @@ def refuse_wrong_arithmetic(device: torch.device) -> None:
         raise ConfigError(f"{why}: set {NUMBA_CACHE_HINT}")
     # A node that starts does not wait for what takes a second; `thinwire doctor` does.
     failed = failed_kernels(
-        device, names=[name for name, known in KNOWN_ANSWERS.items() if not known.is_slow]
+        device,
+        names=[
+            name
+            for name, known in KNOWN_ANSWERS.items()
+            if not known.is_slow and of_compressors in (None, known.of_compressors)
+        ],
     )
     if failed:
         raise Incompatible(wrong_arithmetic(failed))

@@ -6,17 +6,22 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.local_nodes import STRATEGIES as NODES
+from tests.support.local_nodes import config_of, swarm_of
 from thinwire.compression import fingerprint
 from thinwire.compression.errors import Incompatible
 from thinwire.compression.numerics import dct, noise, value_formats
 from thinwire.compression.registry import COMPRESSORS
 from thinwire.node.doctor.known_answers import KNOWN_ANSWERS
 from thinwire.node.doctor.self_test import accelerators, backends, failed_kernels, refuse_wrong_arithmetic
+from thinwire.node.run_node import check_compressors
+from thinwire.node.runner import Runner
 from thinwire.optim.parts import adamw, byte_code
 from thinwire.optim.registry import STRATEGIES, strategy_class
 
@@ -44,6 +49,35 @@ def test_a_node_does_not_wait_for_what_is_slow(monkeypatch: pytest.MonkeyPatch) 
     for name, path in slow.items():
         monkeypatch.setitem(KNOWN_ANSWERS, name, replace(path, run=missing))
     refuse_wrong_arithmetic(CPU)
+
+
+def broken_for_compressors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, path in KNOWN_ANSWERS.items():
+        if path.of_compressors:
+            monkeypatch.setitem(KNOWN_ANSWERS, name, replace(path, answer=path.answer ^ 1))
+
+
+def test_what_only_compressors_need_is_asked_for_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_for_compressors(monkeypatch)
+    refuse_wrong_arithmetic(CPU, of_compressors=False)
+    for of_compressors in (True, None):
+        with pytest.raises(Incompatible, match="transform decoding") as refused:
+            refuse_wrong_arithmetic(CPU, of_compressors)
+        assert "noise" not in str(refused.value)
+
+
+@pytest.mark.parametrize("strategy", ["decoupled", "spsa"])
+def test_a_run_with_a_compressor_needs_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    broken_for_compressors(monkeypatch)
+    with swarm_of(tmp_path, config_of(NODES[strategy], min_peers=1)) as swarm:
+        runner = Runner(swarm.link("peer-0"), on_prepared=check_compressors)
+        if strategy == "decoupled":
+            with pytest.raises(Incompatible, match="transform decoding"):
+                runner.run()
+        else:
+            assert runner.run().rounds == 6
 
 
 def test_every_backend_of_this_machine_passes(monkeypatch: pytest.MonkeyPatch) -> None:
