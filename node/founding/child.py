@@ -22,9 +22,7 @@ from .founder import Compared, Founded
 if TYPE_CHECKING:
     from ..config import RunConfig
 
-_PROGRAM: Final = (
-    "import gc; gc.disable(); from thinwire.node.founding.process import main; main(); gc.freeze()"
-)
+_PROGRAM: Final = "import gc; gc.disable(); from thinwire.node.founding.process import main; main()"
 """What a process that is gone soon loads, stays: to look for what may go took a quarter of its time."""
 
 
