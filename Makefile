@@ -10,7 +10,7 @@ PIP    := $(BIN)/pip install --disable-pip-version-check --progress-bar on -c co
 PACKAGES := compression optim coordinator node
 CORES  := $(shell nproc)
 
-.PHONY: help setup demo test test-fast simulate soak learning lint bench publish findings clean
+.PHONY: help setup demo test test-fast simulate soak learning lint types rules bench publish findings clean
 .DEFAULT_GOAL := help
 
 help:            ## show this list
@@ -73,12 +73,18 @@ learning: setup  ## strategies against references in plain torch, on all cores, 
 	$(BIN)/thinwire bench learning -o build/learning.md
 	$(BIN)/python -m tests.learning
 
+# mypy takes longer than all the rest, and one core.
 lint: setup      ## ruff, mypy (strict), import-linter, circles among imports
+	@$(MAKE) --no-print-directory -j2 types rules
+
+types:
+	cd $(VENV)/lint && ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
+	  --explicit-package-bases --namespace-packages $(addprefix -p thinwire.,$(PACKAGES))
+
+rules:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m tests.support.imports
-	cd $(VENV)/lint && ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
-	  --explicit-package-bases --namespace-packages $(addprefix -p thinwire.,$(PACKAGES))
 	cd $(VENV)/lint && PYTHONPATH=. ../bin/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 
 PUBLISHED := tests/benchmarks/published.json

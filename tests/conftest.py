@@ -147,10 +147,10 @@ def make_genesis(key: Ed25519PrivateKey) -> Callable[..., GenesisBody]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files about the whole repository (examples, packages, commands in docs) come first: each takes long,
-    and at the end one worker would be busy with it, and the others with nothing."""
-    tests = Path(__file__).parent
-    items.sort(key=lambda item: item.path.parent != tests)
+    """Files about the whole repository (examples, packages, commands in docs) come first, and Ray's: each
+    takes long, and at the end one worker would be busy with it, and the others with nothing."""
+    first = {Path(__file__).parent, Path(__file__).parent / "node/on_ray"}
+    items.sort(key=lambda item: item.path.parent not in first)
 
 
 def pytest_configure() -> None:
