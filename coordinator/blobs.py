@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -29,11 +30,14 @@ class _Blob:
 
 class BlobWriter:
     """Takes a blob chunk by chunk, aside; `finish` makes it a blob, `abort` forgets it. `reserved_bytes`: how
-    many are to come, 0 if that is not known."""
+    many are to come, 0 if that is not known; `owner`: the peer whose upload it is, "": nobody's."""
 
-    def __init__(self, store: BlobStore, digest: bytes, aside: Path, reserved_bytes: int) -> None:
+    def __init__(
+        self, store: BlobStore, digest: bytes, aside: Path, reserved_bytes: int, owner: str = ""
+    ) -> None:
         self._store, self._digest, self._path = store, digest, aside
-        self._reserved_bytes = self.expected_bytes = reserved_bytes
+        self.reserved_bytes = self.expected_bytes = reserved_bytes
+        self.owner = owner
         self._hash = blake3()
         self._file: BinaryIO = aside.open("xb")
         store.reserved_bytes += reserved_bytes
@@ -44,7 +48,9 @@ class BlobWriter:
         """Are told whenever there are more bytes, and when it is over."""
 
     def write(self, chunk: bytes) -> None:
-        """The next bytes. Raises OSError."""
+        """The next bytes. Raises OSError; BadMessage: it had to give way."""
+        if self.is_over:
+            raise BadMessage("what this upload had reserved was needed for others")
         self._file.write(chunk)
         self._file.flush()  # for who reads it meanwhile
         self._hash.update(chunk)
@@ -96,8 +102,8 @@ class BlobWriter:
                 self._path.unlink(missing_ok=True)
 
     def _end(self) -> None:
-        self._store.reserved_bytes -= self._reserved_bytes
-        self._reserved_bytes = 0
+        self._store.reserved_bytes -= self.reserved_bytes
+        self.reserved_bytes = 0
         self._store.over(self._digest, self)
         self.is_over = True
         self.tell()
@@ -144,12 +150,27 @@ class BlobStore:
         """That the disk has left for this user."""
         return disk_usage(self._path).free
 
-    def writer(self, digest: bytes, n_bytes: int = 0) -> BlobWriter:
+    def writer(self, digest: bytes, n_bytes: int = 0, owner: str = "") -> BlobWriter:
         """For bytes that arrive bit by bit, `n_bytes` of them, for which room is reserved."""
         aside = self._path / f"{digest.hex()}.{next(self._asides)}.part"
-        writer = BlobWriter(self, digest, aside, n_bytes)
+        writer = BlobWriter(self, digest, aside, n_bytes, owner)
         self._coming.setdefault(digest, []).append(writer)
         return writer
+
+    def give_way(self, owner: str, n_bytes: int) -> bool:
+        """Ends an upload of whoever has reserved most, if that is more than `owner` would have with so many
+        bytes besides; whether there was one."""
+        peers = [writer for writers in self._coming.values() for writer in writers if writer.owner]
+        coming = [writer for writer in peers if writer.n_bytes < writer.expected_bytes]
+        reserved = Counter[str]()
+        for writer in coming:
+            reserved[writer.owner] += writer.reserved_bytes
+        most = max(coming, key=lambda w: (reserved[w.owner], w.reserved_bytes), default=None)
+        if most is None or reserved[most.owner] <= reserved[owner] + n_bytes:
+            return False
+        with contextlib.suppress(OSError):
+            most.abort()
+        return True
 
     def coming(self, digest: bytes) -> BlobWriter | None:
         """By which the blob comes that is not here yet: of several, which has most; None: it does not."""

@@ -152,9 +152,13 @@ class PayloadRetention:
         self.has_room(0)
         self._remind(self._head)
 
-    def no_room(self, n_bytes: int) -> str | None:
-        """Why a payload of this size cannot be stored; None: there is room for it, now at the latest."""
-        if self.has_room(n_bytes):
+    def no_room(self, n_bytes: int, owner: str) -> str | None:
+        """Why a peer's payload of this size cannot be stored; None: there is room for it, now at the latest.
+        Uploads of who has reserved more give way."""
+        fits = self.has_room(n_bytes)
+        while not fits and self._blobs.give_way(owner, n_bytes):
+            fits = self.has_room(n_bytes)
+        if fits:
             return None
         blobs, quota_bytes = self._blobs, self._keep.quota_bytes
         if self._is_full(n_bytes):

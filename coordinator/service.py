@@ -343,7 +343,7 @@ class Service:
         if index is None or not self.is_member(peer_id):
             raise self._admission.refused("not_admitted", BadMessage("only members may store blobs"))
         self._admission.check_upload(index, n_bytes)
-        if (why := self._parts.derived.retention.no_room(n_bytes)) is not None:
+        if (why := self._parts.derived.retention.no_room(n_bytes, peer_id)) is not None:
             self.not_stored(peer_id, n_bytes)
             raise self._admission.refused("quota", BadMessage(why))
 

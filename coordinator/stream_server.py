@@ -352,7 +352,7 @@ class _Shelf:
         self._service.may_store(self._peer_id, n_bytes)
         not_stored = partial(self._service.not_stored, self._peer_id, n_bytes)
         with _disk(not_stored):
-            writer = self._blobs.writer(digest, n_bytes)
+            writer = self._blobs.writer(digest, n_bytes, self._peer_id)
         self._uploads.begins(digest, n_bytes)
         return _Upload(writer, not_stored, partial(self._ends, digest), self._uploaded)
 

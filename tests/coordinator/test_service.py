@@ -907,6 +907,29 @@ def test_room_is_reserved_for_uploads_that_are_under_way(make_world: MakeWorld) 
     world.service.may_store("b", 6000)
 
 
+def test_who_reserves_much_and_sends_little_gives_way(make_world: MakeWorld) -> None:
+    world = make_world(rounds=100)
+    world.restart(keep=Keep.parse("10kB"))
+    world.train("a", "b", "c")
+    reserved = []
+    for n_bytes in (3000, 3000, 4000):
+        world.service.may_store("a", n_bytes)
+        reserved.append(world.blobs.writer(digest_of(bytes(n_bytes)), n_bytes, "a"))
+        reserved[-1].write(b"1")
+    world.service.may_store("b", 4000)
+    honest = world.blobs.writer(digest_of(bytes(2)), 4000, "b")
+    assert [writer.is_over for writer in reserved] == [False, False, True]
+    with pytest.raises(BadMessage, match="needed for others"):
+        reserved[-1].write(b"1")
+    with pytest.raises(BadMessage, match="are taken and 10,000 on their way"):
+        world.service.may_store("c", 6000)  # as much as the other one has
+    world.service.may_store("c", 3000)
+    assert [writer.is_over for writer in (honest, *reserved[:2])].count(True) == 1
+    for writer in (honest, *reserved):
+        writer.abort()
+    assert world.blobs.reserved_bytes == 0
+
+
 @pytest.mark.parametrize(
     ("text", "n_bytes"), [("20GB", 20 * 10**9), ("1.5 MB", 1_500_000), ("4KiB", 4096), ("7", 7)]
 )
