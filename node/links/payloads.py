@@ -202,7 +202,8 @@ class Payloads:
         if digest in self.kept or digest in self._early:
             return
         of_round = sum(early.offered.round == offered.round for early in self._early.values())
-        if of_round >= self.max_offers or offered.n_bytes > self.max_bytes or self._sources.rests(holder):
+        is_full = of_round >= self.max_offers or len(self._early) >= AHEAD * self.max_offers
+        if is_full or offered.n_bytes > self.max_bytes or self._sources.rests(holder):
             return
         if holder == self._own:
             self._pushed[digest] = _Pushed(offered)

@@ -21,7 +21,7 @@ from thinwire.coordinator.protocol.messages import (
 from thinwire.coordinator.protocol.streams import Meter, Stream, TrafficKind
 from thinwire.node.links import payloads as payloads_module
 from thinwire.node.links.base import Lied
-from thinwire.node.links.payloads import KEPT_ROUNDS, PayloadCache, Payloads, Served
+from thinwire.node.links.payloads import AHEAD, KEPT_ROUNDS, PayloadCache, Payloads, Served
 
 ME, A, B, C = "me", "a", "b", "c"
 PEERS = {0: ME, 1: A, 2: B, 3: C}
@@ -422,6 +422,10 @@ async def test_an_open_round_costs_a_bounded_number_of_fetches(swarm: Swarm, pay
     payloads.offered(offered(2, B, data("next")))
     await settle()
     assert swarm.asked == [A, A, A, B]
+    for round_ in range(3, 50):
+        payloads.offered(offered(round_, A, data(str(round_))))
+    await settle()
+    assert len(swarm.asked) <= 2 + AHEAD * payloads.max_offers, "whatever rounds there are said to be"
 
 
 @in_a_loop
