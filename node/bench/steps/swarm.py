@@ -96,6 +96,10 @@ class _Swarm:
         run = {"rounds": plan.n_rounds, "min_peers": plan.n_peers, "eval_every": plan.n_rounds + 1}
         run_file.write_text(_toml({"run": run, **plan.sections}))
         args = ["coordinator", str(run_file), "--state", str(self._state)]
+        if (
+            BUILD_VARIABLE not in os.environ
+        ):  # older ones know no other way; nobody uploads a snapshot at the end
+            args += ["--linger", "0"]
         self._coordinator = children.start(
             "coordinator", children.folder / "coordinator", [*args, *self._where()], output=True
         )
