@@ -227,7 +227,8 @@ class Replica:
         self.peers.update(ahead.peers)
         self.bad.update(ahead.bad)
         self.weighed = _weighed(self.strategy.weighing, [ahead.peers[peer] for peer in ahead.senders])
-        parts = [self.strategy.scored_part(share.payload, rounds[-1].turn) for share in rounds[-1].shares]
+        last = rounds[-1]
+        parts = self.strategy.scored_parts([share.payload for share in last.shares], last.turn)
         self.to_score = self.round, dict(zip(ahead.senders, parts, strict=True))
         self.counted = {r: who for r, who in ahead.counted.items() if r > self.round - COUNTED_KEPT}
         evaluator = commits[-1].body.evaluator

@@ -455,13 +455,13 @@ class Strategy(torch.optim.Optimizer):
         """
         return [None] * len(payloads)
 
-    def scored_part(self, payload: Payload, turn: Turn) -> Payload:
-        """What `scores` needs of a payload that came through `check`, in memory of its own: not much."""
-        return {}
+    def scored_parts(self, payloads: Sequence[Payload], turn: Turn) -> list[Payload]:
+        """What `scores` needs of payloads that came through `check`, in memory of their own: not much."""
+        return [{} for _ in payloads]
 
     def scores(self, parts: Sequence[Payload], turn: Turn) -> list[float] | None:
         """How far each of a round's payloads points where the others do, from -1 to 1, by their
-        `scored_part`. None: that cannot be told. Changes nothing."""
+        `scored_parts`. None: that cannot be told. Changes nothing."""
         return None
 
     def cosines(self, payload: Payload, others: Sequence[Payload], turn: Turn) -> list[float] | None:

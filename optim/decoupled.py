@@ -34,7 +34,7 @@ from ..compression.errors import ConfigError
 from ..compression.exact import exact_arithmetic, to_float32
 from .auditing.evidence import Evidence
 from .auditing.gradients import gradient_evidence
-from .auditing.scores import cosines, mean_cosines, scored_part
+from .auditing.scores import cosines, mean_cosines, scored_parts
 from .base import Draw, NamedParameters, Noise, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
 from .noise import noise_of
@@ -339,8 +339,8 @@ class Decoupled(Strategy):
         """Against the gradient: of a momentum its fast part is sent, and that is mostly what is new."""
         return gradient_evidence(self, self.compressor, payloads, draw, turns[0], n_batches)
 
-    def scored_part(self, payload: Payload, turn: Turn) -> Payload:
-        return scored_part(self.parameters_in_order(), payload, turn.round)
+    def scored_parts(self, payloads: Sequence[Payload], turn: Turn) -> list[Payload]:
+        return scored_parts(self.parameters_in_order(), payloads, turn.round)
 
     def scores(self, parts: Sequence[Payload], turn: Turn) -> list[float] | None:
         return mean_cosines(self.compressor, self.parameters_in_order(), parts, turn, turn.round)

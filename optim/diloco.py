@@ -44,7 +44,7 @@ from ..compression.exact import exact_arithmetic, to_float32
 from ..compression.kernels import use_numba
 from .auditing.evidence import Evidence, excused
 from .auditing.gradients import compared, no_gradients
-from .auditing.scores import cosines, mean_cosines, scored_part
+from .auditing.scores import cosines, mean_cosines, scored_parts
 from .base import Closure, Draw, NamedParameters, Noise, Own, Parameter, Share, refuse_names
 from .facts import Facts, KnownUpdate
 from .inner.aside import Aside
@@ -434,8 +434,10 @@ class Diloco(InnerTraining):
     def _moved(self, parameter: Parameter) -> Tensor:
         return self._phase.moved(parameter).clone()
 
-    def scored_part(self, payload: Payload, turn: Turn) -> Payload:
-        return {} if self._control.is_on else scored_part(self._fragment(turn)[0], payload, turn.round)
+    def scored_parts(self, payloads: Sequence[Payload], turn: Turn) -> list[Payload]:
+        if self._control.is_on:
+            return super().scored_parts(payloads, turn)
+        return scored_parts(self._fragment(turn)[0], payloads, turn.round)
 
     def scores(self, parts: Sequence[Payload], turn: Turn) -> list[float] | None:
         if self._control.is_on:

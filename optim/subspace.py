@@ -34,7 +34,7 @@ from ..compression.numerics.noise import noise, update_pieces_
 from ..compression.numerics.noise_layout import Piece, Probe, Update
 from .auditing.evidence import Evidence
 from .auditing.gradients import audited_gradient, compared
-from .auditing.scores import cosines, mean_cosines, scored_part
+from .auditing.scores import cosines, mean_cosines, scored_parts
 from .base import Draw, NamedParameters, Noise, Own, Parameter, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
 from .noise import noise_of
@@ -219,8 +219,8 @@ class Subspace(Strategy):
             for payload in payloads
         ]
 
-    def scored_part(self, payload: Payload, turn: Turn) -> Payload:
-        return scored_part([self._numbers()], payload, turn.round)
+    def scored_parts(self, payloads: Sequence[Payload], turn: Turn) -> list[Payload]:
+        return scored_parts([self._numbers()], payloads, turn.round)
 
     def scores(self, parts: Sequence[Payload], turn: Turn) -> list[float] | None:
         return mean_cosines(self.compressor, [self._numbers()], parts, turn, turn.round)

@@ -21,10 +21,10 @@ MOST_KEPT: Final = 2**22
 """Elements of all payloads together that are decoded once."""
 
 
-def scored_part(parameters: Sequence[Parameter], payload: Payload, round_: int) -> Payload:
-    """What `mean_cosines` needs of a payload, in memory of its own."""
+def scored_parts(parameters: Sequence[Parameter], payloads: Sequence[Payload], round_: int) -> list[Payload]:
+    """What `mean_cosines` needs of payloads, in memory of their own."""
     name = _chosen(parameters, round_).name
-    return {name: tuple(t.clone() for t in payload[name])}
+    return [{name: tuple(t.clone() for t in payload[name])} for payload in payloads]
 
 
 def mean_cosines(
@@ -35,7 +35,7 @@ def mean_cosines(
     round_: int,
 ) -> list[float]:
     """The scores, from -1 to 1; 0 for a payload that is zero there. `parameters`: those that the payloads are
-    about; `parts`: `scored_part` of each; `turn`: as the compressor counts rounds; `round_`: chooses the
+    about; `parts`: their `scored_parts`; `turn`: as the compressor counts rounds; `round_`: chooses the
     parameter.
 
     Where they are large each payload is decoded twice, so that two of them are in memory and not all.

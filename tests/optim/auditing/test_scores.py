@@ -43,7 +43,7 @@ def test_a_payload_that_is_turned_points_away(
         assert scores is not None
         with monkeypatch.context() as large:
             large.setattr("thinwire.optim.auditing.scores.MOST_KEPT", 0)
-            assert scores == strategy.scores([strategy.scored_part(each, turn) for each in turned], turn)
+            assert scores == strategy.scores(strategy.scored_parts(turned, turn), turn)
         assert scores[-1] < min(scores[:-1])
         theirs = strategy.cosines(payloads[0], payloads, turn), strategy.cosines(payloads[0], turned, turn)
         assert theirs[0] is not None
@@ -60,7 +60,7 @@ def test_spsa_has_no_scores() -> None:
     """Every probe has a direction of its own."""
     model = nn.Linear(16, 4)
     peer = Replica({"name": "spsa", "lr": 1e-3, "probes": 2}, 0, model, batch)
-    assert peer.strategy.scored_part({}, peer.turn(1)) == {}
+    assert peer.strategy.scored_parts([{}], peer.turn(1)) == [{}]
     assert peer.strategy.scores([], peer.turn(1)) is None
     assert peer.strategy.cosines({}, [], peer.turn(1)) is None
 
