@@ -64,7 +64,22 @@ def check_picture(path: Path) -> None:
 
 
 def save_picture(path: Path, benches: Sequence[Sequence[Result]]) -> None:
-    """A panel for each benchmark: its times, or else the bytes and bits that it counts."""
+    """A panel for each benchmark: its times, or else the bytes and bits that it counts; `network` differs."""
+    try:
+        write_aside(path, _network() if benches[0][0]["bench"] == "network" else _bars(benches))
+    except OSError as e:
+        raise ConfigError(f"-o {path}: {e.strerror}") from e
+
+
+def _network() -> bytes:
+    """Of rounds of its own: more sizes than the tables have."""
+    from .network.curves import by_peers, by_size
+    from .network.picture import network_png
+
+    return network_png(by_size(), by_peers())
+
+
+def _bars(benches: Sequence[Sequence[Result]]) -> bytes:
     from ..compare.charts import Panel, bars_png
 
     panels = {}
@@ -79,10 +94,7 @@ def save_picture(path: Path, benches: Sequence[Sequence[Result]]) -> None:
         panels[results[0]["bench"]] = Panel(
             "ms" if is_timed else "bytes or bits", times if is_timed else counts
         )
-    try:
-        write_aside(path, bars_png("thinwire bench: medians, least and most", panels))
-    except OSError as e:
-        raise ConfigError(f"-o {path}: {e.strerror}") from e
+    return bars_png("thinwire bench: medians, least and most", panels)
 
 
 def timings(values: Result, prefix: str = "") -> Iterator[tuple[str, dict[str, float]]]:

@@ -400,8 +400,8 @@ class Bench:
     params: Annotated[str | None, arg(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
     output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
-    """A picture of the times, or bytes. learning: the table as Markdown, or the rows, FILE.json; after every
-    row what there is."""
+    """A picture of the times, or bytes; network: curves, of more rounds (minutes). learning: the table
+    as Markdown, or the rows, FILE.json; after every row what there is."""
     repeats: Annotated[int, arg(metavar="N")] = 5
     device: Literal["cpu", "cuda"] = "cpu"
     """Where noise, decoupled, diloco and peers run, and learning trains."""

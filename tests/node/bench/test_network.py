@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
-from thinwire.node.bench.network import swarm
+from thinwire.node.bench.network import curves, swarm
 from thinwire.node.bench.network.lines import HOME, KINDS, MBIT, SESSION_S, draw, session_s
 from thinwire.node.bench.network.swarm import Topology, simulate
+from thinwire.node.bench.view import save_picture
 
 N, N_BYTES = 40, 1_000_000
 
@@ -63,3 +65,16 @@ def test_what_is_drawn_is_what_was_stated() -> None:
     machines = [draw(KINDS, 10.0, made) for _ in range(2000)]
     assert 0.04 < sum(machine.up > 500 * MBIT for machine in machines) / 2000 < 0.12
     assert 0.25 < sum(machine.is_reachable for machine in machines) / 2000 < 0.45
+
+
+def test_a_picture_of_where_which_way_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image", reason="the picture is an extra")
+    monkeypatch.setattr(curves, "SIZES", (1_000, 100_000))
+    monkeypatch.setattr(curves, "PEERS", (10, 20))
+    few = {name: curves.Panel(20, panel.own, 2) for name, panel in curves.PANELS.items()}
+    monkeypatch.setattr(curves, "PANELS", few)
+    save_picture(tmp_path / "x.png", [[{"bench": "network"}]])
+    assert (tmp_path / "x.png").stat().st_size < 80_000
+    pixels = image.imread(tmp_path / "x.png")
+    shades = pixels[..., :3].max(axis=-1) - pixels[..., :3].min(axis=-1)
+    assert (shades > 0.3).sum() > 1_000, "curves, in colours"
