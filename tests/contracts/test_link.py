@@ -21,6 +21,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support.ray_cluster import ManyRuns, local_ray
+from tests.support.waiting import WAIT_S, eventually, within
 from thinwire.compression.errors import ConfigError, Incompatible, SwarmUnreachable
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
@@ -51,8 +52,6 @@ from thinwire.node.links.hivemind import HivemindLink
 from thinwire.node.links.local import LocalLink, LocalSwarm, local_swarm
 from thinwire.node.on_ray.link import RayLink
 from thinwire.node.on_ray.transport import COORDINATOR
-
-WAIT_S = 20.0
 
 HELD_OUT = b"the text that a run is measured on" * 300
 
@@ -295,34 +294,6 @@ def rounds_of(commits: Iterable[Commit]) -> list[int]:
     return [commit.body.round for commit in commits]
 
 
-def wait_for(condition: Callable[[], bool]) -> bool:
-    """Whether it comes true in time."""
-    end_s = time.monotonic() + WAIT_S
-    while not (is_true := condition()) and time.monotonic() < end_s:
-        time.sleep(0.01)
-    return is_true
-
-
-def within(what: Callable[[], Any]) -> Any:
-    """The result of `what`, run in a thread of its own for at most WAIT_S."""
-    result: list[Any] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(what())
-        except BaseException as e:  # noqa: BLE001 - handed on to the test
-            errors.append(e)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(WAIT_S)
-    assert not thread.is_alive(), "still waiting"
-    if errors:
-        raise errors[0]
-    return result[0]
-
-
 def counted(commit: Commit) -> list[int]:
     return [entry.peer for entry in commit.body.offers]
 
@@ -562,7 +533,7 @@ def test_members_fetch_what_is_on_each_other_s_shelf(make_swarm: MakeSwarm) -> N
     a, b, c = make_swarm(min_peers=3).trainers("a", "b", "c")
     blobs = [random.Random(i).randbytes(300_000) for i in range(8)]  # no fewer bytes say the same
     digests = [digest_of(blob) for blob in blobs]
-    assert wait_for(lambda: sorted(a.members()) == sorted([b.peer_id, c.peer_id]))
+    assert eventually(lambda: sorted(a.members()) == sorted([b.peer_id, c.peer_id]))
 
     # Nothing is on the shelf, then something, then nothing again.
     with pytest.raises(SwarmUnreachable):
@@ -604,7 +575,7 @@ def test_who_is_gone_gives_nothing(make_swarm: MakeSwarm) -> None:
     swarm.started.kill(b)
     with pytest.raises(SwarmUnreachable):
         within(lambda: a.fetch(digest_of(b"blob"), 4, b.peer_id))
-    assert wait_for(lambda: a.members() == [])
+    assert eventually(lambda: a.members() == [])
     with pytest.raises(SwarmUnreachable):
         within(lambda: a.fetch(digest_of(b"blob"), 4, "12D3KooWnobody"))
 
@@ -620,7 +591,7 @@ def test_neighbours_exchange_messages(make_swarm: MakeSwarm) -> None:
     links = swarm.trainers("a", "b", "c")
     a, b, c = map(neighbours, links)
     names = [link.peer_id for link in links]
-    assert wait_for(lambda: all(len(link.members()) == 2 for link in links))
+    assert eventually(lambda: all(len(link.members()) == 2 for link in links))
     large = {name: name.encode() * 20_000 for name in names}
     for near, link in zip((a, b, c), links, strict=True):
         near.send(7, [name for name in names if name != link.peer_id], large[link.peer_id])
@@ -629,7 +600,7 @@ def test_neighbours_exchange_messages(make_swarm: MakeSwarm) -> None:
         assert within(lambda near=near: near.received(7, names, WAIT_S)) == [(n, large[n]) for n in others]
         size = len(large[link.peer_id])
         edges = {n: EdgeBytes(sent=size, received=len(large[n])) for n in others}
-        assert wait_for(lambda near=near, edges=edges: near.edges() == edges)
+        assert eventually(lambda near=near, edges=edges: near.edges() == edges)
     assert links[0].traffic().sent["gossip"] >= 2 * len(large[names[0]])
     assert sorted(within(lambda: a.latest(WAIT_S))) == sorted((7, large[n]) for n in names[1:])
 
@@ -638,15 +609,15 @@ def test_neighbours_exchange_messages(make_swarm: MakeSwarm) -> None:
     # A message for the next round may come before this node gets there; one of an old round is refused.
     before = b.edges()[names[0]].sent
     b.send(8, names[:1], b"early")
-    assert wait_for(lambda: b.edges()[names[0]].sent == before + 5)
+    assert eventually(lambda: b.edges()[names[0]].sent == before + 5)
     a.send(8, names[1:2], b"a's")
     assert within(lambda: a.received(8, names, WAIT_S)) == [(names[1], b"early")]
     c.send(7, names[:1], b"late")
-    assert wait_for(lambda: a.rejected().get("round", 0) == 1)
+    assert eventually(lambda: a.rejected().get("round", 0) == 1)
 
     # Who is gone, or is not awaited, is not waited for.
     swarm.started.kill(links[2])
-    assert wait_for(lambda: len(links[0].members()) == 1)
+    assert eventually(lambda: len(links[0].members()) == 1)
     a.send(9, names[1:], b"a's")
     assert within(lambda: a.received(9, names[2:], WAIT_S)) == []
 
@@ -655,11 +626,11 @@ def test_a_wait_for_neighbours_is_bounded_and_ends_when_the_link_is_closed(make_
     links = make_swarm(max_payload_bytes=2**16).trainers("a", "b")
     a, b = map(neighbours, links)
     names = [link.peer_id for link in links]
-    assert wait_for(lambda: links[0].members() == names[1:])
+    assert eventually(lambda: links[0].members() == names[1:])
     a.send(1, names[1:], b"a's")
     assert a.received(1, names, 0.05) == []
     b.send(1, names[:1], bytes(2**16 + 1))
-    assert wait_for(lambda: a.rejected().get("size", 0) == 1)
+    assert eventually(lambda: a.rejected().get("size", 0) == 1)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(a.received, 1, names, 60.0)
         links[0].close()
@@ -688,7 +659,7 @@ def test_a_payload_that_the_coordinator_does_not_have_comes_from_a_member(make_s
     assert within(lambda: other.payload(commit.body.offers[0])) == payload
     for link in (b, joiner):
         swarm.started.kill(link)
-    assert wait_for(lambda: other.members() == [])
+    assert eventually(lambda: other.members() == [])
     nobody = commit.body.offers[0].model_copy(update={"digest": digest_of(b"never offered")})
     with pytest.raises(SwarmUnreachable):
         within(lambda: other.payload(nobody))

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.support.waiting import WAIT_S, eventually, within
 from thinwire.compression.errors import ConfigError, Incompatible, LedgerCorrupt, SwarmUnreachable
 from thinwire.coordinator.entry import strangers
 from thinwire.coordinator.protocol.blob_streams import NotServed, get_blob, put_blob
@@ -61,8 +62,6 @@ from thinwire.node.links.hivemind import HivemindLink
 
 pytestmark = [pytest.mark.swarm, pytest.mark.usefixtures("own_temp_folder")]
 
-WAIT_S = 20.0
-
 MakeGenesis = Callable[..., GenesisBody]
 
 
@@ -70,35 +69,6 @@ MakeGenesis = Callable[..., GenesisBody]
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = WAIT_S) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def within(what: Callable[[], Any]) -> Any:
-    """The result of `what`, run in a thread of its own for at most WAIT_S."""
-    result: list[Any] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(what())
-        except BaseException as e:  # noqa: BLE001 - handed on to the test
-            errors.append(e)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(WAIT_S)
-    assert not thread.is_alive(), "still waiting"
-    if errors:
-        raise errors[0]
-    return result[0]
 
 
 def take(link: Link, after: int, n: int) -> list[Commit]:

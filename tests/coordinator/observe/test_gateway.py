@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import threading
-import time
 import urllib.error
 import urllib.request
 import zlib
@@ -19,6 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.support.prometheus import series, value
+from tests.support.waiting import WAIT_S, eventually
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.observe.metrics_requests import MetricsRequests, Unanswered
 from thinwire.coordinator.observe.page import serve_coordinator
@@ -41,8 +41,6 @@ from thinwire.coordinator.stream_server import Waits
 from thinwire.node.links.hivemind import HivemindLink
 from thinwire.node.tracking.metrics import NodeMetrics
 
-WAIT_S = 20.0
-
 
 def get(port: int, path: str, host: str | None = None, **headers: str) -> tuple[int, str, dict[str, str]]:
     """Status, body and headers."""
@@ -55,15 +53,6 @@ def get(port: int, path: str, host: str | None = None, **headers: str) -> tuple[
     except urllib.error.HTTPError as e:
         with e:
             return e.code, e.read().decode(), {k.lower(): v for k, v in e.headers.items()}
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 # ------------------------------------------------------------------------------------------ a node's own

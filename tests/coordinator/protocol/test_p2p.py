@@ -10,12 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.support.waiting import eventually
 from thinwire.compression.errors import ConfigError, SwarmUnreachable
 from thinwire.coordinator.protocol.addresses import announced, dialable, listen_address, require_free
 from thinwire.coordinator.protocol.identity import load_or_create, new_key, peer_id_of
@@ -26,15 +26,6 @@ swarm = pytest.mark.swarm
 
 RELAY = "/libp2p/circuit/relay/0.2.0/hop"
 """What a host that carries strangers' traffic serves."""
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def is_gone(pid: int) -> bool:
