@@ -9,7 +9,6 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from .serving.fanout import UPLOAD_BYTES_PER_S, Fanout
 from .serving.history import KeptHistory
 from .serving.machine import free_bytes, machine
 from .serving.passing_on import Nobody, Uploads
+from .serving.pulse import Pulse
 from .state import StateDir
 from .stream_server import StreamServer, Waits
 
@@ -56,11 +56,6 @@ _log = logging.getLogger("thinwire.coordinator")
 
 SILENT_SESSION_S = 30.0
 """A session without a byte for this long, and for three times the run's own limit, is closed."""
-
-HISTORY_EVERY_S = 10.0
-CHECKPOINT_ROUNDS, LAST_CHECKPOINT_ROUNDS = 5000, 500
-"""Rounds until the next checkpoint of the ledger, while the coordinator runs and when it stops: a start reads
-that many in a second, and a tenth."""
 
 LOOK_EVERY_S = 1.0
 OPEN_TIMEOUT_S = 10.0
@@ -114,8 +109,7 @@ class CoordinatorServer:
             self.ledger = Ledger.open(state.ledger_path, self._key.public_key())
         else:
             self.ledger = Ledger.create(state.ledger_path, genesis, self._key)
-        self._history = KeptHistory(state)
-        self._checkpointed = 0 if self.ledger.checkpoint is None else self.ledger.checkpoint.round
+        self._history = KeptHistory(state, self.ledger, self._key, lambda: self._reign)
         self._settings = parse_settings(self.ledger.genesis.config)
         self._silence_limit_s = max(SILENT_SESSION_S, 3 * self._settings.silence_s)
         self.meter, self.fanout = Meter(), Fanout(upload_bytes_per_s)
@@ -127,6 +121,7 @@ class CoordinatorServer:
         self._waits = waits
         self._reception = Reception()
         self._reign: Service | None = None
+        self._pulse = Pulse(self._tick)
         self._stream_server: StreamServer | None = None
         self._farewells: set[asyncio.Task[None]] = set()
         self._seat: Hosting | None = None
@@ -147,8 +142,6 @@ class CoordinatorServer:
         self.failure: ThinwireError | None = None
         """What made the server fail, also when the run is over."""
         self._transport: Transport | None = None
-        self._tick_timer: asyncio.TimerHandle | None = None
-        self._ticks_soon = False
         self._is_stopped = False
         self._tasks: list[asyncio.Task[None]] = []
         self.on_new_ticket: Callable[[], object] = bool
@@ -175,14 +168,12 @@ class CoordinatorServer:
         service = self._new_service(log=log, recollection=recollection, held=held)
         council = self._seat.council
         self._serve_run(service, council.knows, council.uploads)
-        self._soon()
+        self._pulse.soon()
 
     def end_reign(self, why: str) -> None:
         service, stream_server = self._reign, self._stream_server
         self._reign = self._stream_server = None
-        if self._tick_timer is not None:
-            self._tick_timer.cancel()
-            self._ticks_soon = False
+        self._pulse.rest()
         self._serve_elsewhere()
         if service is not None:
             service.drop()
@@ -233,7 +224,7 @@ class CoordinatorServer:
         seat = self._seat
         if seat is None:
             seat = self._seat = self._hosting(SeatPlan.of(self._state.path, wish))
-            self._save_history()
+            self._history.save()
             self.end_reign("it becomes one of several")
             self._tasks.append(asyncio.create_task(self._take_a_seat(seat)))
         else:
@@ -259,7 +250,7 @@ class CoordinatorServer:
             service,
             self.blobs,
             meter=self.meter,
-            changed=self._soon,
+            changed=self._pulse.soon,
             failed=self._fail,
             status=self.status,
             waits=self._waits,
@@ -330,13 +321,13 @@ class CoordinatorServer:
         await self._listen()
         self._state.save_port(self._port)
         await self._door.open()
-        work = (self._beat(), self._watch_transport(), self._keep_history())
+        work = (self._beat(), self._watch_transport(), self._history.keep())
         self._tasks = [asyncio.create_task(one) for one in work]
         if self._keeps_last_snapshot:
             self._tasks.append(asyncio.create_task(self._last_snapshot.keep()))
         if self._seat is not None:
             self._tasks.append(asyncio.create_task(self._await_the_end(self._seat)))
-        self._tick()
+        self._pulse.now()
 
     @property
     def ticket(self) -> Ticket:
@@ -393,6 +384,7 @@ class CoordinatorServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._is_stopped = True
+        self._pulse.end()
         await self._door.close()
         if self._stream_server is not None:
             await self._stream_server.close(
@@ -404,10 +396,8 @@ class CoordinatorServer:
         if self._transport is not None:
             await self._transport.close()
             self._transport = None
-        if self._tick_timer is not None:
-            self._tick_timer.cancel()
-        self._save_history()
-        self._checkpoint(LAST_CHECKPOINT_ROUNDS)()
+        self._pulse.rest()
+        self._history.end()
         self.ledger.close()
         if self._done is not None:
             self._done.cancel()
@@ -523,7 +513,7 @@ class CoordinatorServer:
             raise LedgerCorrupt(f"the ledger cannot be written: {e}") from e
         if self._done is not None and _is_result(self._done) and not service.finished:
             self._done = asyncio.get_running_loop().create_future()  # it goes on
-        self._soon()
+        self._pulse.soon()
         return ordered
 
     async def _foresee(self, order: Order) -> None:
@@ -540,7 +530,7 @@ class CoordinatorServer:
         ordered = self.service.guard(self._state.banned(), self._token, told, time.monotonic(), rules)
         if order.what == "rotate-token":
             self.on_new_ticket()
-        self._soon()
+        self._pulse.soon()
         return ordered
 
     def _is_ordered(self, ordered: Ordered) -> bool:
@@ -556,46 +546,21 @@ class CoordinatorServer:
         if self._stream_server is not None:
             self._stream_server.end(peer_id, why)
 
-    def _tick(self) -> None:
-        """Lets the service's time pass, now and when it wants it again."""
-        self._ticks_soon = False
-        if self._tick_timer is not None:
-            self._tick_timer.cancel()
+    def _tick(self) -> float | None:
+        """Lets the service's time pass; in how many seconds it wants it again."""
         service, now_s = self._reign, time.monotonic()
         if service is None:
-            return
+            return None
         try:
             again_s = service.tick(now_s)
         except sqlite3.Error as e:
             self._fail(LedgerCorrupt(f"the ledger cannot be written: {e}"))
-            return
+            return None
         if self._seat is not None and not self._seat.settled():
-            return
+            return None
         if service.finished and self._done is not None and not self._done.done():
             self._done.set_result(None)
-        loop = asyncio.get_running_loop()
-        self._tick_timer = loop.call_later(max(0.001, again_s - now_s), self._tick)
-
-    def _soon(self) -> None:
-        """Ticks once the loop has done what is ready now."""
-        if self._is_stopped or self._ticks_soon:
-            return
-        if self._tick_timer is not None:
-            self._tick_timer.cancel()
-        self._ticks_soon = True
-        self._tick_timer = asyncio.get_running_loop().call_later(0, self._tick)
-
-    def _save_history(self) -> None:
-        if self._reign is not None:
-            self._history.save(self._reign.history())
-
-    def _checkpoint(self, after: int) -> Callable[[], None]:
-        """What writes a checkpoint, in any thread; nothing before so many rounds since the last one."""
-        head, service = self.ledger.head_round, self._reign
-        if service is None or head < self._checkpointed + after or (derived := service.derived()) is None:
-            return lambda: None
-        self._checkpointed = head
-        return partial(_write_checkpoint, self.ledger.save_checkpoint(derived, self._key))
+        return again_s - now_s
 
     async def _await_the_end(self, seat: Hosting) -> None:
         """Of a run that another seat leads: once that one has nobody to wait for any more."""
@@ -603,14 +568,6 @@ class CoordinatorServer:
             await asyncio.sleep(LOOK_EVERY_S)
             if self._reign is None and seat.may_go and self._done is not None and not self._done.done():
                 self._done.set_result(None)
-
-    async def _keep_history(self) -> None:
-        """What the page shows outlives this process, but for the last seconds before a crash."""
-        while True:
-            await asyncio.sleep(HISTORY_EVERY_S)
-            if self._reign is not None:
-                await asyncio.to_thread(self._history.save, self._reign.history())
-            await asyncio.to_thread(self._checkpoint(CHECKPOINT_ROUNDS))
 
     async def _beat(self) -> None:
         """Heartbeats to every node. Time in which this process stood still is no silence of theirs."""
@@ -629,13 +586,6 @@ class CoordinatorServer:
                 payload_bytes=self.meter.received["payload"],
             )
             self._stream_server.beat(beat, self._silence_limit_s + overslept_s)
-
-
-def _write_checkpoint(write: Callable[[], None]) -> None:
-    try:
-        write()
-    except OSError as e:
-        _log.warning("no checkpoint of the ledger can be written (%s): the next start reads all of it", e)
 
 
 def _is_result(done: asyncio.Future[None]) -> bool:
