@@ -154,7 +154,7 @@ def _offload_idle(strategy: Strategy, folder: Path | None) -> None:
 
     if not isinstance(strategy, Diloco):
         raise ConfigError(
-            f"--offload-idle: of runs with diloco, this one has {type(strategy).__name__.lower()}"
+            f"--offload-idle is for runs with diloco; this one has {type(strategy).__name__.lower()}"
         )
     strategy.aside = Aside(folder)
 

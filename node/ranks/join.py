@@ -41,7 +41,7 @@ def _train(options: Options, stop: Stop) -> Result | None:
     ranks = _number_of_ranks(options)
     options = replace(options, ranks=ranks)
     if options.offload_idle and ranks > 1:
-        raise ConfigError("--offload-idle: of nodes of one rank; ranks share the memory out")
+        raise ConfigError("--offload-idle is for nodes of one rank: several share the memory out")
     if ranks == 1 and not options.restart and not options.is_sharded:
         return run_node(options, stop)
     from .launch import run_ranks
