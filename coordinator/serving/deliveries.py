@@ -1,14 +1,15 @@
 """Whether those who were to give payloads gave them: who did not get one comes here for it.
 
 A line may be narrower than it seemed, an address one that nobody reaches, a peer one that gives nothing. Of
-whom more than half of the copies of a round were asked for here, by two peers at least, has nothing to give
-for a while, twice as long each time. Nobody can bring that about alone.
+whom more than half of the copies of a round were asked for here, by two peers at least, and of all others at
+most a quarter, has nothing to give for a while, twice as long each time. Nobody can bring that about alone;
+where all lines are slow nobody is to blame.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 FIRST_ROUNDS, LAST_ROUNDS = 4, 256
@@ -27,9 +28,15 @@ class _Round:
         self.askers: defaultdict[str, list[str]] = defaultdict(list)
         self.n_copies = 0
 
-    def has_failed(self, source: str) -> bool:
-        asked = self.askers[source]
-        return 2 * len(asked) > self.n_told[source] and len(set(asked)) > 1
+    def failed(self) -> set[str]:
+        """Who did not give most of what it was to, where others did."""
+        n_asked = sum(map(len, self.askers.values()))
+        return {source for source, asked in self.askers.items() if self._is_alone(source, asked, n_asked)}
+
+    def _is_alone(self, source: str, asked: Sequence[str], n_asked: int) -> bool:
+        of_others, n_others = n_asked - len(asked), self.n_copies - self.n_told[source]
+        is_bad = 2 * len(asked) > self.n_told[source] and len(set(asked)) > 1
+        return is_bad and 0 < n_others >= 4 * of_others
 
 
 class Deliveries:
@@ -60,11 +67,12 @@ class Deliveries:
     def next_round(self) -> None:
         """The open one is over."""
         self._n_rounds += 1
+        failed = self._before.failed()
         for source in self._before.n_told:
             if self.rests(source):  # it was told before it had to
                 continue
             _, last = self._rests.pop(source, (0, FIRST_ROUNDS // 2))
-            if self._before.has_failed(source):
+            if source in failed:
                 n_rounds = min(2 * last, LAST_ROUNDS)
                 self._rests[source] = self._n_rounds + n_rounds, n_rounds
         self._now, self._before = _Round(), self._now
