@@ -136,6 +136,7 @@ class Decoupled(Strategy):
         in_runs={**NEW_RUNS, **DECOUPLED_RUNS},
         only_with={"overlap": ()},
         small_model={"lr": 3e-3},
+        bytes_per_parameter=lambda _options: 12.0,  # and the momentum
         known_updates={
             "sign update": KnownUpdate(TESTED, 0x8EDBFF4D3FB665AA),
             "adamw update": KnownUpdate({**TESTED, "base": "adamw", "sign": False}, 0xF272736F1B853EB4),

@@ -169,6 +169,17 @@ def _check_control(options: type[DilocoOptions], entries: Mapping[str, Any]) -> 
             )
 
 
+_STATE_BYTES: Final = {"adamw": 8.0, "muon": 4.0, "lion": 4.0, "schedulefree": 12.0}
+"""Of inner optimizers, for each parameter; 0 of others, at the least."""
+
+
+def _bytes_per_parameter(options: Mapping[str, Any]) -> float:
+    """Outer and inner parameters, gradients, error feedback; the inner optimizer's state; outer momentum."""
+    inner = options.get("inner", INNER)
+    name = str(inner["name"] if isinstance(inner, Mapping) else inner).lower()
+    return 16.0 + _STATE_BYTES.get(name, 0.0) + (4.0 if options.get("outer_momentum", 0.9) else 0.0)
+
+
 class Diloco(InnerTraining):
     """See the module's docstring. Replicated: the outer parameters, their momentum, the mean of control.
     Local: the inner optimizer's state, error feedback, sends of open fate, inner parameters that go on from
@@ -193,6 +204,8 @@ class Diloco(InnerTraining):
         in_runs={**NEW_RUNS, **DILOCO_RUNS, "bound": 1.25},
         only_with={"control": ("control_rate", "control_momentum", "control_decay"), "pace": ()},
         small_model={"lr": 1e-3},
+        bytes_per_parameter=_bytes_per_parameter,
+        idle_bytes=8.0,
         # The first inner optimizer of torch's, made to check its options, takes a second to load.
         known_updates={
             "outer update": KnownUpdate({"compressor": {"name": "dense"}}, 0xE01E6085E2946613, is_slow=True),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,13 @@ class Facts:
 
     is_audited: bool = True
     """Whether a peer's work can be done again by another: new runs have audits."""
+
+    bytes_per_parameter: Callable[[Mapping[str, Any]], float] = lambda _options: 8.0
+    """What a node holds for each float32 parameter in a round at the least, beside activations, by the
+    options in record 0: parameters and gradients, unless a strategy says otherwise."""
+
+    idle_bytes: float = 0.0
+    """So many of them can wait on the disk meanwhile (`join --offload-idle`)."""
 
     known_updates: Mapping[str, KnownUpdate] = field(default_factory=dict)
     """The self-test's cases of its `apply`, by the names that people are told; one at least."""

@@ -119,6 +119,7 @@ class Spsa(Strategy):
         changeable=("lr", "weight_decay", "eps", "clip", "bound", "own_data_share"),
         in_runs={**NEW_RUNS, **SPSA_RUNS},
         small_model={"lr": 2e-3},
+        bytes_per_parameter=lambda _options: 4.0,  # no gradients
         known_updates={"spsa update": KnownUpdate({"lr": 0.01, "weight_decay": 0.1}, 0x1D9C86B3E81B2A0E)},
     )
     needs_grad: ClassVar[bool] = False

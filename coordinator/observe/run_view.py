@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from statistics import median
@@ -53,6 +54,7 @@ class RunView:
         return {
             "run": self._derived.course.run.name,
             "run_id": self._ledger.run_id.hex(),
+            "strategy": _strategy(self._ledger.genesis.config),
             "round": self._rounds.head,
             "rounds": self._derived.course.n_rounds,
             "state": run_state(self._rounds),
@@ -145,6 +147,13 @@ class RunView:
             **self._trust.of(index, now_s),
             "gossip": None if (told := self._derived.gossip.get(index)) is None else told.model_dump(),
         }
+
+
+def _strategy(config: str) -> dict[str, Any]:
+    """Its options in record 0, but for lists, which may be long: the coordinator need not understand them."""
+    strategy = json.loads(config).get("strategy")
+    options = strategy if isinstance(strategy, dict) else {}
+    return {name: value for name, value in options.items() if not isinstance(value, list)}
 
 
 def _edges(told: Mapping[int, Gossiping]) -> list[list[int]]:

@@ -21,6 +21,7 @@ from ...coordinator.protocol.messages import PROTOCOL_VERSION, BadMessage, PeerI
 from ...coordinator.protocol.p2p import P2PTransport, start_p2p
 from ...coordinator.protocol.streams import STATUS, Meter, Stream
 from ...coordinator.protocol.ticket import Ticket
+from ...optim.registry import strategy_class
 from ..cli.status import ask, leads, role_in_words
 from ..links.known_seats import KnownSeats
 from ..units import human_bytes
@@ -29,8 +30,6 @@ from .machine import available_bytes
 
 KNOCK_S = 4.0
 SKEW_S = 2.0
-BYTES_PER_PARAM = 16
-"""A node at the least: parameters, gradients, momentum and one copy, in float32."""
 
 _ASKED = 4
 _POLL_S = 0.05
@@ -274,16 +273,35 @@ def _run(ticket: Ticket, status: dict[str, Any]) -> Finding:
         return failed("run", f"protocol version {there} there, {PROTOCOL_VERSION} here", remedy)
     if status["run_id"] != ticket.run_id.hex():
         return failed("run", "the coordinator serves another run now", "ask for a new ticket")
+    options = status.get("strategy") or {"name": "spsa"}  # of an older coordinator: the one that takes least
+    try:
+        facts = strategy_class(options.get("name")).facts
+    except ConfigError as e:
+        return failed("run", str(e), "install the version of thinwire that the coordinator has")
+    n_params = int(status["n_params"])
+    least_bytes = round(facts.bytes_per_parameter(options) * n_params)
+    return _room(status, least_bytes, least_bytes - round(facts.idle_bytes * n_params))
+
+
+def _room(status: dict[str, Any], least_bytes: int, spared_bytes: int) -> Finding:
+    """Whether the run's model fits in here. `spared_bytes`: what is enough with --offload-idle."""
     n_params, free_bytes = int(status["n_params"]), available_bytes()
-    needed_bytes = BYTES_PER_PARAM * n_params
-    figures = {"n_params": n_params, "least_bytes": needed_bytes, "round": status["round"]}
+    figures = {
+        "n_params": n_params,
+        "least_bytes": least_bytes,
+        "least_bytes_offload_idle": spared_bytes,
+        "round": status["round"],
+    }
+    spared = f" ({human_bytes(spared_bytes)} with join --offload-idle)" if spared_bytes < least_bytes else ""
     detail = (
         f"{status['run']}, round {status['round']} of {status['rounds']} ({status['state']}); {n_params:,} "
-        f"parameters: from {human_bytes(needed_bytes)} of memory on, without activations"
+        f"parameters: from {human_bytes(least_bytes)} of memory on{spared}, without activations"
     )
     if status["state"] == "finished":
         return warning("run", detail, "it is over: `thinwire ledger TICKET -o FILE` saves it", **figures)
-    if needed_bytes > free_bytes:
-        remedy = "join from a machine with more memory"
-        return failed("run", f"{detail}; {human_bytes(free_bytes)} are available", remedy, **figures)
-    return ok("run", detail, **figures)
+    if least_bytes <= free_bytes:
+        return ok("run", detail, **figures)
+    detail += f"; {human_bytes(free_bytes)} are available"
+    if spared_bytes <= free_bytes:
+        return warning("run", detail, "thinwire join TICKET --offload-idle", **figures)
+    return failed("run", detail, "join from a machine with more memory", **figures)

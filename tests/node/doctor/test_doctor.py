@@ -20,7 +20,7 @@ from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
 from thinwire.coordinator.protocol.messages import PROTOCOL_VERSION
 from thinwire.coordinator.protocol.ticket import Ticket
-from thinwire.node.doctor import machine
+from thinwire.node.doctor import machine, network
 from thinwire.node.doctor.disk import check_disk, nearest
 from thinwire.node.doctor.findings import Check, Finding, Stopped, examine, ok
 from thinwire.node.doctor.machine import check_machine, check_python
@@ -258,7 +258,7 @@ def test_a_run_that_can_be_joined(ticket: str) -> None:
     assert found["coordinator"].figures["tried"][silent] == "connection refused"
     assert abs(found["clock"].figures["skew_s"]) < 1
     assert "small, round 0 of 1000 (waiting)" in found["run"].detail
-    assert found["run"].figures["n_params"] > 1000
+    assert found["run"].figures["least_bytes"] == 12 * found["run"].figures["n_params"] > 12_000
     wrong = parsed.model_copy(update={"token": "stolen"})
     found = by_name(check_network(NetworkPlan("127.0.0.1", 0, (), wrong), never))
     assert found["coordinator"].status == "failed"
@@ -284,6 +284,39 @@ def test_runs_that_this_machine_cannot_take_part_in() -> None:
         finding = _run(ticket, status | change)
         assert finding.status == found
         assert words in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("strategy", "least", "spared"),
+    [
+        ({"name": "spsa"}, 4, 4),
+        ({"name": "decoupled"}, 12, 12),
+        ({"name": "diloco"}, 28, 20),
+        ({"name": "diloco", "inner": {"name": "muon"}, "outer_momentum": 0.0}, 20, 12),
+        (None, 4, 4),
+    ],
+)
+def test_memory_is_that_of_the_run_s_strategy(
+    monkeypatch: pytest.MonkeyPatch, strategy: dict[str, Any] | None, least: int, spared: int
+) -> None:
+    status: dict[str, Any] = {
+        **{"run": "r", "run_id": bytes(32).hex(), "round": 3, "rounds": 9, "state": "training"},
+        **{"n_params": 1000, "strategy": strategy},
+    }
+    figures = _run(dead_ticket(1), status).figures
+    assert (figures["least_bytes"], figures["least_bytes_offload_idle"]) == (1000 * least, 1000 * spared)
+    for free_bytes, found in ((1000 * least, "ok"), (1000 * spared - 1, "failed")):
+        monkeypatch.setattr(network, "available_bytes", lambda n=free_bytes: n)
+        assert _run(dead_ticket(1), status).status == found
+    if spared < least:
+        monkeypatch.setattr(network, "available_bytes", lambda: 1000 * least - 1)
+        finding = _run(dead_ticket(1), status)
+        assert (finding.status, finding.remedy) == ("warning", "thinwire join TICKET --offload-idle")
+
+
+def test_a_strategy_that_is_unknown_here_is_said() -> None:
+    status = {"run_id": bytes(32).hex(), "n_params": 1000, "strategy": {"name": "decopled"}}
+    assert "did you mean 'decoupled'" in _run(dead_ticket(1), status).detail
 
 
 @pytest.mark.swarm
