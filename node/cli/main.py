@@ -60,11 +60,17 @@ _COMPUTING = frozenset({"verify", "snapshots"})
 def entry() -> NoReturn:
     """The program. Ends at once where a thread still computes: an interpreter that is torn down around it
     crashes now and then (SIGSEGV, SIGABRT), after everything was done."""
+    signal.signal(signal.SIGTERM, _leave)
     code = main()
     if any(thread.daemon and thread.name in _COMPUTING for thread in threading.enumerate()):
         os._exit(code)  # `main` has flushed what was printed
     gc.freeze()  # to look through all that torch has made once more, before it goes, takes 0.6 s
     sys.exit(code)
+
+
+def _leave(number: int, _frame: object) -> NoReturn:
+    """Of commands that do not stop in a way of their own: folders and processes are cleared away."""
+    raise SystemExit(128 + number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.support.small_run import TASK
+from tests.support.waiting import eventually
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
 from thinwire.coordinator.protocol.ticket import Ticket
 
@@ -314,3 +315,11 @@ entry()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("thinwire ")
     assert ("torn down" in done.stdout) == (name == "other")
+
+
+def test_a_command_that_is_told_to_end_clears_its_folders_away(own_temp_folder: Path) -> None:
+    command = [sys.executable, "-m", "thinwire.node.cli.main", "bench", "round", "--repeats", "1000"]
+    with subprocess.Popen(command) as process:
+        assert eventually(lambda: any(own_temp_folder.glob("thinwire-bench-*")))
+        process.terminate()
+    assert process.returncode == 128 + signal.SIGTERM  # and `own_temp_folder` is empty
