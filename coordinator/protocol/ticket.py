@@ -63,7 +63,8 @@ class Ticket(Record):
             raise ConfigError("the ticket is empty: pass the line that `thinwire coordinator` printed")
         prefix = next((p for p in (PREFIX, SEATS_PREFIX) if line.startswith(p)), None)
         if prefix is None:
-            raise ConfigError(f"this is no ticket of this version of thinwire: a ticket starts with {PREFIX}")
+            start = f"a ticket starts with {PREFIX} or {SEATS_PREFIX}"
+            raise ConfigError(f"this is no ticket of this version of thinwire: {start}")
         ticket = read_line(cls, line, prefix, "ticket", MAX_CHARS)
         for seat in ticket.seats:
             public_key_of(seat.peer_id)

@@ -13,11 +13,11 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, get_args
 
 import tyro
 
-from ...compression.errors import ThinwireError
+from ...compression.errors import ConfigError, ThinwireError, nearest
 from ..system.logs import PREFIX_VARIABLE, log_to_stderr
 from ..system.output import to_stderr, until_the_pipe_is_closed
 from ..system.processes import end_with_parent
@@ -51,6 +51,11 @@ Command = Annotated[
     | Annotated[Completion, tyro.conf.subcommand("completion")],
     None,
 ]
+
+
+def _names() -> list[str]:
+    """Of all commands."""
+    return [config.name for kind in get_args(get_args(Command)[0]) for config in kind.__metadata__]
 
 
 _COMPUTING = frozenset({"verify", "snapshots"})
@@ -88,6 +93,9 @@ def _run(argv: Sequence[str]) -> int:
     if list(argv) in (["--version"], ["-V"]):
         print_version()
         return 0
+    if argv and not argv[0].startswith("-") and argv[0] not in (known := _names()):
+        to_stderr(f"thinwire: there is no command {argv[0]!r}: {nearest(argv[0], known)}")
+        return ConfigError.exit_code
     command = tyro.cli(
         Command,
         prog="thinwire",

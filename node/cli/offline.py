@@ -17,7 +17,7 @@ from ...coordinator.observe.peer_trust import in_ledger
 from ...coordinator.observe.run_statistics import RunStatistics
 from ...coordinator.protocol.ledger_file import Summary, write_ledger
 from ...coordinator.protocol.settings import parse_settings
-from ...coordinator.protocol.ticket import Ticket
+from ...coordinator.protocol.ticket import PREFIX, SEATS_PREFIX, Ticket
 from ...coordinator.protocol.trust.governing import Changing
 from ...coordinator.protocol.trust.standing import Standing
 from ..states.opening import RunState, open_state
@@ -34,7 +34,7 @@ def state_folder(text: str) -> Path | None:
             return path
     except OSError:  # a ticket of several coordinators is longer than a name may be
         return None
-    if "/" in text:  # no ticket has one
+    if not text.strip().startswith((PREFIX, SEATS_PREFIX)):
         raise ConfigError(
             f"{text}: no such folder. Pass a ticket or a state folder: thinwire runs lists those here"
         )

@@ -63,7 +63,7 @@ def _checks(
     plan = NetworkPlan(host, port, announce, ticket)
     return [
         Check("python", check_python),
-        Check("machine", check_machine),
+        Check("machine", check_machine, limit_s=60.0),
         Check("kernels", _check_compilers, limit_s=60.0),
         Check("devices", _check_devices, limit_s=60.0),
         Check("self-test", _check_kernels, limit_s=120.0),

@@ -17,6 +17,7 @@ import torch
 
 from ...compression.errors import first_line
 from ...compression.kernels import kernels_for
+from ...coordinator.protocol.figures import counted
 from ..tracking.device_metrics import processor_name
 from ..units import human_bytes
 from .findings import Finding, Stopped, failed, ok, skipped, warning
@@ -208,7 +209,7 @@ def _repeated(passed: Sequence[Backend], stopped: Stopped) -> Finding:
                     "this machine computes wrongly now and then: test its memory, undo overclocking",
                     failed=wrong,
                 )
-    return ok("self-test repeated", f"{n_runs} more runs, always the same", repetitions=n_runs)
+    return ok("self-test repeated", f"{counted(n_runs, 'more run')}, always the same", repetitions=n_runs)
 
 
 def _self_test(backend: Backend, in_use: bool, stopped: Stopped) -> Finding:

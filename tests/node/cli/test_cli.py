@@ -79,13 +79,15 @@ def test_whoever_has_read_enough_gets_no_error(args: tuple[str, ...]) -> None:
         (("join", "something else"), 2, "no ticket of this version"),
         (("export", "no/folder", "-o", "weights"), 2, "no/folder: no such folder"),
         (("status", "no/folder"), 2, "no/folder: no such folder"),
+        (("status", "nowhere"), 2, "nowhere: no such folder. Pass a ticket or a state folder"),
         (("join", "@none"), 2, "the ticket in none: No such file"),
         (("coordinator", "run.toml", "--ticket-file", "none/ticket"), 2, "none is not there"),
         (("join", "tw1-x", "--data", "nothing.txt"), 2, "no such file or folder"),
         (("status", ""), 2, "the ticket is empty"),
         (("join", "x", "--http", "9100"), 2, "write it as HOST:PORT"),
         (("demo", "--peers", "99"), 2, "--peers: between 1 and 32"),
-        (("dance",), 2, "dance"),
+        (("dance",), 2, "there is no command 'dance': one of bench, "),
+        (("joni", "tw1-x"), 2, "did you mean 'join'?"),
     ],
 )
 @pytest.mark.usefixtures("run_file")
