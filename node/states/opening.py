@@ -69,12 +69,13 @@ class RunState:
 
     @cached_property
     def genesis(self) -> GenesisBody:
-        """Record 0, its signature verified. Raises ConfigError where an earlier thinwire kept none (a node's
-        folder), LedgerCorrupt."""
+        """Record 0, its signature verified. Raises ConfigError where there is none (a node's folder),
+        LedgerCorrupt."""
         if self.record is None or self.signature is None:
             raise ConfigError(
-                f"{self.folder} was written by an earlier thinwire, whose nodes did not keep record 0: use "
-                f"the coordinator's state folder, or join the run once more with --state {self._given}"
+                f"{self.folder} has no record 0: its node has never reached the coordinator, or was of an "
+                "earlier thinwire. Use the coordinator's state folder, or join the run once more with "
+                f"--state {self._given}"
             )
         try:
             return check_genesis(self.record, self.signature)
@@ -258,10 +259,10 @@ def remains_of(run_id: bytes, environ: Mapping[str, str]) -> Remains | None:
 
 
 def remains_in(path: Path) -> Remains | None:
-    """What a folder has of its run; None: it cannot be read."""
+    """What a folder has of its run; None: it cannot be read, or has no record 0 (see `genesis`)."""
     try:
         with open_state(path) as state:
-            return Remains(path, state.head, state.record is not None and state.is_over)
+            return None if state.record is None else Remains(path, state.head, state.is_over)
     except (ConfigError, LedgerCorrupt, OSError):
         return None
 

@@ -3,6 +3,7 @@ build has written (tests/golden/state), and those that nodes write today."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -181,7 +182,7 @@ def test_the_folder_of_a_killed_coordinator(coordinator: Path, tmp_path: Path) -
 def test_a_node_of_an_earlier_build_has_no_record_0() -> None:
     with open_state(STATE / "node") as state:
         assert state.head == HEAD
-        with pytest.raises(ConfigError, match="did not keep record 0: use the coordinator's state folder"):
+        with pytest.raises(ConfigError, match=r"has no record 0.* Use the coordinator's state folder"):
             newest_replica(state, None)
 
 
@@ -224,6 +225,9 @@ def test_what_this_machine_has_of_a_run(tmp_path: Path, node: Path) -> None:
     remains = remains_of(run_id, environ)
     assert remains is not None
     assert (remains.folder.parent, remains.head, remains.is_over) == (home / "node-0", HEAD, False)
+    with contextlib.closing(sqlite3.connect(remains.folder / "ledger.db")) as db, db:
+        db.execute("DELETE FROM record")  # of a node that has never reached its coordinator
+    assert remains_of(run_id, environ) is None
 
 
 def test_a_wrong_folder_ends_with_a_clear_line(
