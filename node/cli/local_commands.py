@@ -59,9 +59,10 @@ class Init:
     """
 
     file: Annotated[Positional[Path], arg(metavar="RUN.toml")] = Path("run.toml")
-    kind: Literal["bytes", "text", "lora", "classify", "slow"] | None = None
+    """What is written."""
+    kind: tyro.conf.DisallowNone[Literal["bytes", "text", "lora", "classify", "slow"] | None] = None
     """What is to be trained. Default: asks."""
-    name: str | None = None
+    name: Annotated[str | None, arg(metavar="NAME")] = None
     """What people call the run."""
     corpus: Annotated[str | None, arg(metavar="FILE")] = None
     """pydoc, stdlib, or text of your own: a file, a folder, JSON lines, a data set of the hub."""
@@ -70,7 +71,7 @@ class Init:
     rounds: Annotated[int | None, arg(metavar="N")] = None
     peers: Annotated[int | None, arg(metavar="N")] = None
     """The first round waits for so many machines."""
-    prompt: str | None = None
+    prompt: Annotated[str | None, arg(metavar="TEXT")] = None
     """classify: what stands before the label's words, with fields in braces: "{text} It was"."""
     labels: Annotated[str | None, arg(metavar="VALUE=WORDS,...")] = None
     """classify: values of the label and their words: "0= terrible,1= great"."""
@@ -145,6 +146,7 @@ class Completion:
     """
 
     shell: Annotated[Positional[Literal["bash", "zsh", "fish"]], arg(metavar="SHELL")]
+    """bash, zsh or fish."""
 
     def run_with(self, commands: Any) -> int:
         """`commands`: the union of all of them."""
@@ -206,6 +208,7 @@ class Plan:
     """
 
     run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
+    """What is to be trained; thinwire init writes one."""
     peers: Annotated[int | None, arg(metavar="N")] = None
     """Nodes, all like this machine. Default: the run's min_peers, but two at least."""
     link: Annotated[str, arg(metavar="RATE")] = "100Mbit"

@@ -304,6 +304,7 @@ class Compare:
     """
 
     run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
+    """What is to be trained; thinwire init writes one."""
     strategies: Annotated[str, arg(metavar="A,B,...")] = "decoupled,diloco,spsa"
     rounds: Annotated[int | None, arg(metavar="N")] = None
     """Of the run file's strategy; the others have as many as take the same tokens. Default: the run's."""
