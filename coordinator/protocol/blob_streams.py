@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -57,6 +57,8 @@ class Coming(Protocol):
 
     def close(self) -> None: ...
 
+
+_NO_TURNS: Mapping[TrafficKind, asyncio.Semaphore] = {}
 
 PurposeOf = Callable[[bytes], TrafficKind]
 """What a blob's bytes are counted as, by its digest."""
@@ -261,16 +263,17 @@ async def serve_blobs(
     shelf: Shelf,
     purpose: TrafficKind | PurposeOf,
     allowed: Callable[[], bool],
-    turns: asyncio.Semaphore | None = None,
+    turns: Mapping[TrafficKind, asyncio.Semaphore] = _NO_TURNS,
     coming: Callable[[bytes], Coming | None] = _nothing_comes,
     given: Callable[[bytes], object] = bool,
     announced: Callable[[bytes], Awaitable[object]] | None = None,
 ) -> None:
     """Answers requests until the other end closes the stream or is no longer `allowed` to ask.
 
-    `turns`: how many blobs are sent at once over all streams; the others wait. `coming`: what is not on the
-    shelf yet, by its digest. `given`: is told of what was sent as a whole. `announced`: is waited for before
-    an upload is let in, whose announcement comes on another stream; raises BadMessage: this peer sends none.
+    `turns`: how many blobs of a kind are sent at once over all streams; the others wait. `coming`: what is
+    not on the shelf yet, by its digest. `given`: is told of what was sent as a whole. `announced`: is waited
+    for before an upload is let in, whose announcement comes on another stream; raises BadMessage: this peer
+    sends none.
     Raises BadMessage for a peer that breaks the protocol, after telling it why; OSError if it is gone.
     """
     unwanted: int | None = None
@@ -290,7 +293,7 @@ async def serve_blobs(
                 await _say_no(stream, str(e))
                 raise
         counted_as = purpose(body[:_DIGEST_BYTES]) if callable(purpose) else purpose
-        async with turns or contextlib.nullcontext():
+        async with turns.get(counted_as) or contextlib.nullcontext():
             if kind is FrameKind.GET:
                 if await _serve_get(stream, shelf, body, counted_as, coming):
                     given(body[:_DIGEST_BYTES])

@@ -130,6 +130,8 @@ class Stream:
         self._reader, self._writer, self.meter, self._throttle = reader, writer, meter, throttle
         self.heard_s = time.monotonic()
         """When bytes last came, whole frames or not."""
+        self.heard_bytes = 0
+        """So many have come, since somebody last set it to 0."""
         self.frame_bytes = 0
         """Of the last frame that came."""
 
@@ -245,15 +247,16 @@ class Stream:
         return Frame(kind, await self._exactly(n_bytes, at_start=False))
 
     async def _exactly(self, n_bytes: int, *, at_start: bool) -> bytes:
-        parts, missing = [], n_bytes
+        parts: list[bytes] = []
+        missing = n_bytes
         while missing:
-            try:
-                part = await self._reader.readexactly(min(missing, _PIECE_BYTES))
-            except asyncio.IncompleteReadError as e:
-                if at_start and not e.partial:
-                    raise EOFError("the other end has closed the stream") from e
-                raise BadFrame("frame_cut", "the stream ended inside of a frame") from e
+            part = await self._reader.read(min(missing, _PIECE_BYTES))
+            if not part:
+                if at_start and not parts:
+                    raise EOFError("the other end has closed the stream")
+                raise BadFrame("frame_cut", "the stream ended inside of a frame")
             self.heard_s = time.monotonic()
+            self.heard_bytes += len(part)
             if self._throttle is not None:
                 self._throttle.received(len(part))
             parts.append(part)

@@ -47,6 +47,7 @@ class BlobClient:
         self._turn = asyncio.Semaphore(n_streams)
         self._idle: list[Stream] = []
         self._busy: set[Stream] = set()
+        self._heard_bytes = 0
         self._patience = stall_patience()
         self._is_fast = False
         """The link brings snapshots sooner than the other end packs them."""
@@ -55,6 +56,11 @@ class BlobClient:
     def heard_s(self) -> float:
         """When bytes last came on any of the streams, in monotonic seconds; 0: never."""
         return max((s.heard_s for s in [*self._idle, *self._busy]), default=0.0)
+
+    @property
+    def heard_bytes(self) -> int:
+        """So many have come, of whole blobs and of others."""
+        return self._heard_bytes + sum(stream.heard_bytes for stream in self._busy)
 
     @property
     def is_busy(self) -> bool:
@@ -100,6 +106,7 @@ class BlobClient:
 
     async def _on(self, stream: Stream, work: Callable[[Stream], Awaitable[T]]) -> T:
         self._busy.add(stream)
+        stream.heard_bytes = 0
         try:
             result = await work(stream)
         except NotServed:
@@ -116,6 +123,7 @@ class BlobClient:
             raise
         finally:
             self._busy.discard(stream)
+            self._heard_bytes += stream.heard_bytes
         self._idle.append(stream)
         return result
 
@@ -161,6 +169,11 @@ class Holders:
     def has_answered(self, holder: str) -> bool:
         """Whether it has ever given a blob."""
         return holder in self._has_answered
+
+    def heard_bytes(self, holder: str) -> int:
+        """So many have come from it since it is known."""
+        client = self._clients.get(holder)
+        return 0 if client is None else client.heard_bytes
 
     def rests(self, holder: str) -> bool:
         """Whether the last fetches from it failed, so that others are to be asked first."""

@@ -122,6 +122,10 @@ class BlobFetcher:
         """Whether fetches from it keep failing."""
         return self._holders.rests(holder)
 
+    def heard_bytes(self, holder: str) -> int:
+        """So many have come from it, whatever they are of."""
+        return self._holders.heard_bytes(holder)
+
     def too_slow(self, holder: str) -> None:
         """It had something that came sooner from the coordinator."""
         self._holders.failed(holder)

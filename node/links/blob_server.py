@@ -10,12 +10,14 @@ from functools import partial
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.blob_streams import serve_blobs
 from ...coordinator.protocol.messages import BadMessage
-from ...coordinator.protocol.streams import Meter, Stream, Throttle
+from ...coordinator.protocol.streams import Meter, Stream, Throttle, TrafficKind
 from .members import MemberList
 from .payloads import Served
 from .visitors import Visitors
 
-_SERVED_AT_ONCE = 16
+_SERVED_AT_ONCE: dict[TrafficKind, int] = {"payload": 256, "snapshot": 16}
+"""Who waits for a payload and sees nothing come goes elsewhere: each of them gets some of the line."""
+
 _STREAMS_PER_MEMBER = 8
 
 
@@ -33,7 +35,7 @@ class BlobServer:
     ) -> None:
         self._served, self._members, self._meter, self._throttle = served, members, meter, throttle
         self._seats = seats
-        self._turns = asyncio.Semaphore(_SERVED_AT_ONCE)
+        self._turns = {kind: asyncio.Semaphore(n) for kind, n in _SERVED_AT_ONCE.items()}
         self.visitors = Visitors(self._may_ask, _STREAMS_PER_MEMBER)
 
     async def serve(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,8 +1,8 @@
 """A node's payloads in memory: its own, those of the open round, those of commits; where each comes from.
 
 While its round is open a payload is asked of whom the coordinator has named: itself, the peer that made it,
-or one that gets it, too, and passes it on. Once it is counted, that is waited for a little longer, then the
-coordinator is asked, and every other member last.
+or one that gets it, too, and passes it on. Once it is counted, that is waited for a little longer, or, where
+lines are slow, as long as bytes come from there; then the coordinator is asked, and every other member last.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ KEPT_BYTES = 256 * 2**20
 older."""
 
 SHORT_WAIT_S, LONG_WAIT_S = 0.25, 2.0
-"""For what is on its way from a peer, before the coordinator is asked for it too."""
+"""For what is on its way from a peer from which nothing comes, before the coordinator is asked for it too."""
+
+MOST_WAIT_S = 600.0
+LEAST_BYTES_PER_S = 125e3
+"""Nothing is waited for longer than so, or than a line of this width takes to give it to all."""
+
+LEAST_SHARE = 0.25
+"""A peer from which less comes than this share of what would bring the payload in time gives nothing."""
 
 _ANNOUNCED_S = 1.0
 """A payload that is sent here may be ahead of its announcement for so long."""
@@ -64,6 +71,10 @@ class Sources(Protocol):
 
     def rests(self, holder: str) -> bool:
         """Whether fetches from it keep failing, so that there is no use in beginning with it."""
+        ...
+
+    def heard_bytes(self, holder: str) -> int:
+        """So many have come from it; what has come of this payload and of others."""
         ...
 
     def too_slow(self, holder: str) -> None:
@@ -129,6 +140,7 @@ class Early:
 
     offered: Offered
     task: asyncio.Task[bytes]
+    began_s: float
 
 
 class _Pushed:
@@ -179,7 +191,7 @@ class Payloads:
         self._sources, self._own = sources, own
         self.max_offers, self.max_bytes = 0, 0
         self.kept = PayloadCache()
-        self._patience = Patience(floor_s=SHORT_WAIT_S, ceiling_s=LONG_WAIT_S)
+        self._patience = Patience(floor_s=SHORT_WAIT_S, ceiling_s=MOST_WAIT_S)
         self._early: dict[bytes, Early] = {}
         self._tasks: dict[bytes, tuple[int, asyncio.Task[bytes]]] = {}
         self._pushed: dict[bytes, _Pushed] = {}
@@ -209,7 +221,7 @@ class Payloads:
             self._pushed[digest] = _Pushed(offered)
             self._announced.set()
             self._announced = asyncio.Event()
-        self._early[digest] = Early(offered, _quiet(self._fetch_early(offered)))
+        self._early[digest] = Early(offered, _quiet(self._fetch_early(offered)), time.monotonic())
 
     def early(self, digest: bytes) -> Early | None:
         """For who was told to get it here. What is fetched otherwise is of no use: two nodes would wait for
@@ -320,19 +332,35 @@ class Payloads:
         return data
 
     async def _resolve(self, digest: bytes, n_bytes: int, offerer: str | None) -> bytes:
-        """From what is on its way; after a short wait from whoever has it, whichever comes first."""
+        """From what is on its way; where that stands still from whoever has it, whichever comes first."""
         early = self._early.get(digest)
         if early is None:
             return await self._from_anybody(digest, n_bytes, offerer)
         task, holder = early.task, early.offered.holder
-        is_best = holder == self._own or self._sources.is_coordinator(holder)
-        await asyncio.wait({task}, timeout=None if is_best else self._patience.limit_s)
+        if holder == self._own or self._sources.is_coordinator(holder):
+            await asyncio.wait({task})
+        else:
+            await self._wait_while_it_comes(early)
         if _has_succeeded(task):
             return task.result()
         data = await self._race(task, _quiet(self._from_anybody(digest, n_bytes, offerer)))
         if not task.done():
             self._sources.too_slow(holder)
         return data
+
+    async def _wait_while_it_comes(self, early: Early) -> None:
+        """Until it is here, has failed, stands still, or takes longer than those of others did."""
+        holder, n_bytes = early.offered.holder, early.offered.n_bytes
+        while not early.task.done():
+            n_copies = len(self._sources.holders(None))
+            widest_s = max(LONG_WAIT_S, n_copies * n_bytes / LEAST_BYTES_PER_S)
+            most_s = min(self._patience.limit_s, widest_s)
+            wait_s, before = min(most_s, LONG_WAIT_S), self._sources.heard_bytes(holder)
+            await asyncio.wait({early.task}, timeout=wait_s)
+            came = self._sources.heard_bytes(holder) - before
+            is_late = time.monotonic() > early.began_s + most_s
+            if is_late or came < LEAST_SHARE * n_bytes * wait_s / most_s:
+                return
 
     async def _race(self, early: asyncio.Task[bytes], other: asyncio.Task[bytes]) -> bytes:
         """What comes first; the reason of `other` if both fail."""

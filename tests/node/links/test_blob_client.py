@@ -15,7 +15,7 @@ from thinwire.compression.errors import SwarmUnreachable
 from thinwire.coordinator.protocol.blob_streams import NotServed, get_blob, serve_blobs
 from thinwire.coordinator.protocol.messages import BadMessage, digest_of
 from thinwire.coordinator.protocol.patience import Patience
-from thinwire.coordinator.protocol.streams import HEADER, FrameKind, Meter, Stream
+from thinwire.coordinator.protocol.streams import HEADER, FrameKind, Meter, Stream, TrafficKind
 from thinwire.node.links.base import Lied
 from thinwire.node.links.blob_client import FAILURES, STREAMS_PER_HOLDER, Holders
 
@@ -41,7 +41,7 @@ class Peers:
 
     def __init__(self) -> None:
         self.shelf = Shelf()
-        self.turns = asyncio.Semaphore(2)
+        self.turns: dict[TrafficKind, asyncio.Semaphore] = {"payload": asyncio.Semaphore(2)}
         self.unreachable: set[str] = set()
         self.opened: Counter[str] = Counter()
         self.ends: list[Stream] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -18,9 +19,10 @@ from thinwire.coordinator.protocol.messages import (
     OfferEntry,
     digest_of,
 )
-from thinwire.coordinator.protocol.streams import Meter, Stream, TrafficKind
+from thinwire.coordinator.protocol.streams import FrameKind, Meter, Stream, TrafficKind
 from thinwire.node.links import payloads as payloads_module
 from thinwire.node.links.base import Lied
+from thinwire.node.links.blob_client import Holders
 from thinwire.node.links.payloads import AHEAD, KEPT_ROUNDS, PayloadCache, Payloads, Served
 
 ME, A, B, C = "me", "a", "b", "c"
@@ -40,6 +42,10 @@ class Swarm:
         self.let_go = asyncio.Event()
         self.asked: list[str] = []
         self.slow: list[str] = []
+        self.streams = Holders(self.open_stream)
+        self.piece_bytes = 0
+        """Payloads come over real streams, so many bytes every ten milliseconds; 0: at once, without."""
+        self.giving: list[asyncio.Task[None]] = []
 
     async def from_coordinator(self, digest: bytes, n_bytes: int) -> bytes:
         self.asked.append("coordinator")
@@ -49,6 +55,26 @@ class Swarm:
             raise NotServed("not here")
         return self.coordinator[digest]
 
+    async def open_stream(self, holder: str) -> Stream:
+        ours, theirs = [
+            Stream(*await asyncio.open_connection(sock=sock), Meter()) for sock in socket.socketpair()
+        ]
+        self.giving.append(asyncio.create_task(self.give(theirs, self.peers[holder])))
+        return ours
+
+    async def give(self, stream: Stream, payloads: dict[bytes, bytes]) -> None:
+        try:
+            digest = (await stream.receive({FrameKind.GET: len(digest_of(b""))})).body
+            payload = payloads[digest]
+            await stream.send(FrameKind.SIZE, struct.pack(">Q", len(payload)))
+            for start in range(0, len(payload), self.piece_bytes):
+                await asyncio.sleep(0.01)
+                await stream.send(FrameKind.CHUNK, payload[start : start + self.piece_bytes])
+            await stream.send(FrameKind.END, digest)
+            await stream.ended(20)
+        finally:
+            stream.abort()
+
     async def from_member(self, holder: str, digest: bytes, n_bytes: int) -> bytes:
         if self.is_coordinator(holder):
             await self.let_go.wait()
@@ -56,6 +82,8 @@ class Swarm:
         self.asked.append(holder)
         if holder in self.held:
             await self.let_go.wait()
+        if self.piece_bytes:
+            return await self.streams.get(holder, digest, n_bytes, "payload")
         if digest not in self.peers[holder]:
             raise SwarmUnreachable("not here")
         return self.peers[holder][digest]
@@ -68,6 +96,9 @@ class Swarm:
 
     def rests(self, holder: str) -> bool:
         return holder in self.resting
+
+    def heard_bytes(self, holder: str) -> int:
+        return self.streams.heard_bytes(holder)
 
     def too_slow(self, holder: str) -> None:
         self.slow.append(holder)
@@ -87,6 +118,11 @@ def in_a_loop(body: Callable[[Swarm, Payloads], Awaitable[None]]) -> Callable[[]
             async with asyncio.timeout(20):
                 await body(swarm, payloads)
             payloads.close()
+            swarm.streams.close()
+            for task in swarm.giving:
+                task.cancel()
+            await asyncio.gather(*swarm.giving, return_exceptions=True)
+            await settle()
 
         asyncio.run(with_limit())
 
@@ -264,6 +300,42 @@ async def test_after_a_short_wait_the_coordinator_is_asked(swarm: Swarm, payload
     payloads.want([commit(1, entry(1, x))], PEERS)
     assert await payloads.get(entry(1, x), A) == x
     assert swarm.asked == [A, "coordinator"]
+    assert swarm.slow == [A]
+
+
+async def come_slowly(swarm: Swarm, payloads: Payloads, piece_bytes: int) -> list[str]:
+    """A large payload comes from A so. Returns who was asked for it."""
+    x, payloads.max_bytes = bytes(100_000), 100_000
+    swarm.coordinator[digest_of(x)] = swarm.peers[A][digest_of(x)] = x
+    swarm.piece_bytes = piece_bytes
+    swarm.asked.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(payloads_module, "LONG_WAIT_S", 0.25)
+        payloads.offered(offered(2, A, x))
+        assert await payloads.get(entry(1, x), A) == x
+    return swarm.asked
+
+
+@in_a_loop
+async def test_what_comes_slowly_is_waited_for(swarm: Swarm, payloads: Payloads) -> None:
+    """Several times as long as what does not come."""
+    assert await come_slowly(swarm, payloads, 2000) == [A]
+    assert swarm.slow == []
+
+
+@in_a_loop
+async def test_who_gives_next_to_nothing_is_not_waited_for(swarm: Swarm, payloads: Payloads) -> None:
+    assert await come_slowly(swarm, payloads, 1) == [A, "coordinator"]
+    assert swarm.slow == [A]
+
+
+@in_a_loop
+async def test_who_is_slower_than_others_were_is_not_waited_for(swarm: Swarm, payloads: Payloads) -> None:
+    for payload in map(data, "uvw"):
+        swarm.peers[B][digest_of(payload)] = payload
+        payloads.offered(offered(1, B, payload))
+        await payloads.get(entry(2, payload), B)
+    assert await come_slowly(swarm, payloads, 1000) == [A, "coordinator"]
     assert swarm.slow == [A]
 
 
