@@ -84,6 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    try:
+        return _obey(argv)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def _obey(argv: Sequence[str]) -> int:
     # Before torch is loaded, whose threads else spin while they have nothing to do: where a machine does
     # anything besides, a step of a small model took ten times the CPU time.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -114,8 +121,6 @@ def _run(argv: Sequence[str]) -> int:
     except ThinwireError as e:
         to_stderr(f"{prefix}thinwire: {e}")
         return e.exit_code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     return code
 
 

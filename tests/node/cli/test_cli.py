@@ -319,6 +319,23 @@ entry()
     assert ("torn down" in done.stdout) == (name == "other")
 
 
+@pytest.mark.parametrize("module", ["tyro", "thinwire.node.cli.tool_commands"])
+def test_who_stops_the_program_while_it_loads_sees_no_traceback(module: str) -> None:
+    script = f"""
+import os, signal, sys
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted())
+from thinwire.node.program.entry import entry
+sys.argv = ["thinwire", "runs", "nowhere"]
+entry()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_a_command_that_is_told_to_end_clears_its_folders_away(own_temp_folder: Path) -> None:
     command = [sys.executable, "-m", "thinwire.node.cli.main", "bench", "round", "--repeats", "1000"]
     with subprocess.Popen(command) as process:
