@@ -91,7 +91,7 @@ def add_up_codes(octets: Array, at_G: Array, scale_G: Array, size: int, n: int, 
             if scale_G[g] < _SMALLEST:
                 return 0.0, 0.0, False
             here = octets[at_G[g] : at_G[g] + (min(size, n - g * size) + 1) // 2]
-            n_units_G[g, 0], n_units_G[g, 1] = _count(here, _power) if is_e3m0 else _count(here, _whole)
+            n_units_G[g, 0], n_units_G[g, 1] = _count_e3m0(here) if is_e3m0 else _count(here)
             largest = max(largest, n_units_G[g, 1] * _unit(scale_G[g], is_e3m0))
     if largest == 0.0:
         return 0.0, 0.0, True
@@ -112,26 +112,36 @@ def _unit(scale: Word, is_e3m0: bool) -> Any:
 
 
 @numba.njit(nogil=True)
-def _count(octets: Array, magnitude: Any) -> Any:
-    """The sum of the codes' magnitudes in their unit, `_whole` or `_power`, and the largest."""
+def _count(octets: Array) -> Any:
+    """Of 4-bit whole numbers: the sum of their magnitudes, and the largest."""
     total, top = np.int32(0), np.uint8(0)
     for i in range(octets.size):
-        low, high = magnitude(np.uint8(octets[i] & _15)), magnitude(np.uint8(octets[i] >> _4))
+        low, high = _whole(np.uint8(octets[i] & _15)), _whole(np.uint8(octets[i] >> _4))
         total = np.int32(total + np.int32(np.uint8(low + high)))
         top = max(top, low, high)
     return total, np.int32(top)
 
 
 @numba.njit(nogil=True)
+def _count_e3m0(octets: Array) -> Any:
+    """In units of 1/64."""
+    total, top = np.int32(0), np.uint8(0)
+    for i in range(octets.size):
+        low, high = _power(np.uint8(octets[i] & _15)), _power(np.uint8(octets[i] >> _4))
+        total = np.int32(total + np.int32(np.uint8(low + high)))
+        top = max(top, low, high)
+    return total, np.int32(top)
+
+
+@numba.njit(inline="always")
 def _whole(code: Word) -> Any:
-    """Of a number of 4 bits."""
     low = np.uint8(code & _7)
     return np.uint8(_8 - low) if code & _8 else low
 
 
-@numba.njit(nogil=True)
+@numba.njit(inline="always")
 def _power(code: Word) -> Any:
-    """Of e3m0 in 1/64: 0, or 2^(e - 1), by the bits of e: bytes have no shifts by several amounts."""
+    """0, or 2^(e - 1), by the bits of e: bytes have no shifts by several amounts."""
     x = np.uint8(_1 + np.uint8(code & _1))
     x = np.uint8(x << _2) if code & _2 else x
     x = np.uint8(x << _4) if code & _4 else x
