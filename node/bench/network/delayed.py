@@ -13,8 +13,12 @@ from types import TracebackType
 from typing import Self
 
 _PIECE_BYTES = 256 * 1024
+_PIECE_S = 0.005
+"""Of a line of some rate no more at once: bytes that come one by one there come one by one here."""
+_LEAST_BYTES = 1500
+
 _QUEUED = 256
-"""Pieces under way: 64 MiB, more than a connection keeps in flight."""
+"""Pieces under way: 64 MiB, more than a connection keeps in flight; of a slow line those of a second."""
 
 
 class Delays:
@@ -99,7 +103,7 @@ class _Doors:
             await writer.drain()
 
         line = _Line(self._one_way_s, self._bytes_per_s)
-        await pass_later(reader, give, line.delay_s, _PIECE_BYTES, _QUEUED)
+        await pass_later(reader, give, line.delay_s, line.piece_bytes, _QUEUED)
 
 
 class _Line:
@@ -108,6 +112,8 @@ class _Line:
     def __init__(self, one_way_s: float, bytes_per_s: float) -> None:
         self._one_way_s, self._byte_s = one_way_s, 1 / bytes_per_s if bytes_per_s else 0.0
         self._free_s = 0.0
+        in_a_piece = max(_LEAST_BYTES, round(bytes_per_s * _PIECE_S)) if bytes_per_s else _PIECE_BYTES
+        self.piece_bytes = min(in_a_piece, _PIECE_BYTES)
 
     def delay_s(self, n_bytes: int) -> float:
         """From now on, of so many."""
