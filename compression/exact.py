@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
@@ -79,15 +79,16 @@ def exact_arithmetic() -> Iterator[None]:
     _precision.enter()
     _here.is_exact = True
     try:
-        with (
-            torch.no_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
+        with torch.no_grad(), _without_autocast("cpu"), _without_autocast("cuda"):
             yield
     finally:
         _here.is_exact = False
         _precision.leave()
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """What switches it off takes longer than to see that it is."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def byte_row(t: Tensor) -> Tensor:

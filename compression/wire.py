@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from typing import Final
 
 import msgpack
@@ -91,7 +92,8 @@ def decode(data: bytes, fields: Fields, round: int, layout_hash: bytes, max_byte
         raise BadPayload("layout")
     counts = _counts(data, n_header, flat)
     _check_length(data, n_header, flat, counts)
-    return _read(data, _HEAD.size + n_header, fields, counts)
+    tensors = iter(_read(data, _HEAD.size + n_header, flat, counts))
+    return {name: tuple(islice(tensors, len(fields[name]))) for name in sorted(fields)}
 
 
 def _damage(data: bytes, n_header: int, flat: Sequence[Field]) -> BadPayload:
@@ -145,23 +147,23 @@ def _check_length(data: bytes, n_header: int, flat: Sequence[Field], counts: Seq
         raise BadPayload("truncated" if len(data) < expected else "oversized", detail)
 
 
-def _read(data: bytes, at: int, fields: Fields, counts: Sequence[int]) -> Payload:
+def _read(data: bytes, at: int, flat: Sequence[Field], counts: Sequence[int]) -> list[Tensor]:
     """All tensors lie in one piece of memory, each where kernels like it to begin."""
-    sizes = [_n_bytes(field, n) for field, n in zip(_flat(fields), counts, strict=True)]
+    dtypes = [field.dtype for field in flat]
+    sizes = [n * dtype.itemsize for dtype, n in zip(dtypes, counts, strict=True)]
     memory = np.empty(sum(size + -size % _ALIGNMENT for size in sizes), dtype=np.uint8)
     source, target, to = memoryview(data), memory.data, 0
     tensors: list[Tensor] = []
-    for field, n, size in zip(_flat(fields), counts, sizes, strict=True):
+    for dtype, n, size in zip(dtypes, counts, sizes, strict=True):
         if n == 0:
-            tensors.append(torch.empty(0, dtype=field.dtype))
+            tensors.append(torch.empty(0, dtype=dtype))
             continue
         target[to : to + size] = source[at : at + size]
         if sys.byteorder == "big":
-            memory[to : to + size].view(_CARRIERS[field.dtype][1][1:]).byteswap(inplace=True)
-        tensors.append(torch.frombuffer(memory, dtype=field.dtype, count=n, offset=to))
+            memory[to : to + size].view(_CARRIERS[dtype][1][1:]).byteswap(inplace=True)
+        tensors.append(torch.frombuffer(memory, dtype=dtype, count=n, offset=to))
         at, to = at + size, to + size + -size % _ALIGNMENT
-    left = iter(tensors)
-    return {name: tuple(next(left) for _ in fields[name]) for name in sorted(fields)}
+    return tensors
 
 
 def _in_order(payload: Payload, fields: Fields) -> list[Tensor]:

@@ -377,12 +377,13 @@ class Decoupled(Strategy):
         """The parameters, by the round's mean."""
         parameters = self.parameters_in_order()
         targets: list[Target] = []
+        by_mean, n_moved = self._moves_by_the_mean, n_moving(w)
         with exact_arithmetic():
             for parameter in parameters:
                 packs, theta = [s.payload[parameter.name] for s in shares], parameter.local
-                if self._moves_by_the_mean and theta.dtype == torch.float32 and theta.is_contiguous():
-                    step = self._step_of(parameter, turn, w)
-                    targets.append(Target(theta.detach().view(-1), parameter.part, packs, step))
+                if by_mean and theta.dtype == torch.float32 and theta.is_contiguous():
+                    step = self._step_of(parameter, turn, w, n_moved)
+                    targets.append(Target(theta.view(-1), parameter.part, packs, step))
                 else:
                     with updating(parameter, turn) as row:
                         self._update(parameter, row, packs, w, turn)
@@ -400,24 +401,24 @@ class Decoupled(Strategy):
         floor = sender_floor_of(self)
         return None if floor is None else senders_of(w, floor)
 
-    def _step_of(self, parameter: Parameter, turn: Turn, w: Weighing) -> Step:
+    def _step_of(self, parameter: Parameter, turn: Turn, w: Weighing, n_moved: int) -> Step:
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
-        scale = to_float32(lr * self._times(parameter, w)) if self.option("sign") else w.dilution
+        scale = to_float32(lr * self._times(parameter, n_moved)) if self.option("sign") else w.dilution
         return Step(scale, to_float32(1.0 - lr * wd), self.option("sign"))
 
-    def _times(self, parameter: Parameter, w: Weighing) -> float:
-        """What lr is to be taken times for a step by signs."""
+    def _times(self, parameter: Parameter, n_moved: int) -> float:
+        """What lr is to be taken times for a step by signs. `n_moved`: see `n_moving`."""
         if self.option("lr_scale") == "none":
             return 1.0
-        return sign_factor(self.compressor, parameter.part, n_moving(w))
+        return sign_factor(self.compressor, parameter.part, n_moved)
 
     def _update(
         self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], w: Weighing, turn: Turn
     ) -> None:
         """One rounding per operation: no fused forms (`alpha=`, foreach)."""
         if self._moves_by_the_mean:
-            target = Target(theta, parameter.part, packs, self._step_of(parameter, turn, w))
+            target = Target(theta, parameter.part, packs, self._step_of(parameter, turn, w, n_moving(w)))
             self.compressor.fused_update([target], w.weights, turn, self._senders(w))
             return
         lr = float(parameter.group["lr"]) * turn.lr_factor
@@ -428,7 +429,7 @@ class Decoupled(Strategy):
         if self.option("base") == "adamw":
             step = self._adamw().step(self.replicated_state(parameter), step, lr)
         elif self.option("sign"):
-            step.mul_(to_float32(lr * self._times(parameter, w)))
+            step.mul_(to_float32(lr * self._times(parameter, n_moving(w))))
         if wd != 0.0:
             theta.mul_(to_float32(1.0 - lr * wd))
         theta.sub_(step)

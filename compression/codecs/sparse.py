@@ -119,8 +119,7 @@ class Sparse(Compressor):
 
     def fields(self, part: Part) -> tuple[Field, ...]:
         """A pack always is of the whole parameter, whatever the part that is decoded from it."""
-        groups = self.pack_layout.of(part.shape)
-        return Field(torch.bfloat16, groups.n_groups), Field(torch.uint8, groups.max_bytes)
+        return self.pack_layout.of(part.shape).fields
 
     def n_sent(self, part: Part) -> int:
         return int(self.pack_layout.of(part.shape).most.k_G.sum())
@@ -180,7 +179,7 @@ class Sparse(Compressor):
         return strongest_groups(self.pack_layout, packed, part.shape, share)
 
     def has_fused_send(self, sources: Sequence[tuple[Part, Tensor]]) -> bool:
-        return all(has_fused_send(self.pack_layout, part, x) for part, x in sources)
+        return has_fused_send(self.pack_layout, sources)
 
     def fused_send(self, sources: Sequence[Source], change: Change) -> PendingPacks:
         return fused_send(self.pack_layout, sources, change)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base import Change, Packed, Part, PendingPacks, Senders, Source, Target
-from ..kernels import kernels_for, use_numba
+from ..kernels import kernels_for, kernels_on, use_numba
 from ..numerics.value_formats import check_sendable
 from .groups import SLAB
 from .sparse_codec import read_pack
@@ -51,13 +51,17 @@ def send(layout: SparseLayout, sources: Sequence[Source], change: Change | None 
     return pack_triton.Sent(layout, sources, change)
 
 
-def has_fused_send(layout: SparseLayout, part: Part, x: Tensor) -> bool:
-    """Whether `fused_send` takes this whole parameter."""
-    if not use_numba(x):
-        return gpu_packs(layout, part, x)
+def has_fused_send(layout: SparseLayout, sources: Sequence[tuple[Part, Tensor]]) -> bool:
+    """Whether `fused_send` takes these whole parameters."""
+    numba = {device: kernels_on(device) == "numba" for device in {x.device for _, x in sources}}
+    on_cpu = [part.shape for part, x in sources if numba[x.device]]
+    if not all(numba[x.device] or gpu_packs(layout, part, x) for part, x in sources):
+        return False
+    if not on_cpu:
+        return True
     from ..cpu import send_cpu
 
-    return send_cpu.takes(layout, part.shape)
+    return send_cpu.takes(layout, on_cpu)
 
 
 def fused_send(layout: SparseLayout, sources: Sequence[Source], change: Change) -> PendingPacks:

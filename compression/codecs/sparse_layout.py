@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..base import Field
 from ..numerics.dct import N
 from ..numerics.index_layout import IndexLayout, Most, RiceIndices
 from ..numerics.value_formats import Format
@@ -46,10 +47,14 @@ class SparseLayout:
         """Of an index as it is."""
         return (self.n_coefficients - 1).bit_length()
 
+    def is_flat(self, shape: tuple[int, ...]) -> bool:
+        """Whether a parameter of this shape is laid flat."""
+        return not self.side or min(matrix_of(shape)) < self.side
+
     def groups(self, shape: tuple[int, ...]) -> Flat | Tiles:
         """How a parameter of this shape is cut."""
-        if self.side and min(matrix := matrix_of(shape)) >= self.side:
-            return Tiles(*matrix, self.side, self.k)
+        if not self.is_flat(shape):
+            return Tiles(*matrix_of(shape), self.side, self.k)
         return Flat(prod(shape), self.group_size, self.k, chunk=N if self.transforms else 1)
 
     def of(self, shape: tuple[int, ...]) -> GroupLayout:
@@ -63,11 +68,16 @@ class GroupLayout:
 
     start_G: Array  # int64: position of the first coefficient
     most: Most
-    max_bytes: int  # of the codes
+    fields: tuple[Field, Field]  # of a pack, as `Compressor.fields` has them
 
     @property
     def n_groups(self) -> int:
         return len(self.start_G)
+
+    @property
+    def max_bytes(self) -> int:
+        """Of the codes."""
+        return self.fields[1].n_elements
 
     def n_sent(self, scales: Tensor) -> Array:
         """int64 (G,): how many coefficients each group sends; none where the scale is 0."""
@@ -90,7 +100,8 @@ def _group_layout(layout: SparseLayout, shape: tuple[int, ...]) -> GroupLayout:
         n_G=np.array([s.n_coefficients for s in slabs], dtype=np.int64).repeat(sizes),
     )
     start_G = np.arange(sum(sizes), dtype=np.int64) * layout.n_coefficients
-    return GroupLayout(start_G, most, layout.indices.max_bytes(most))
+    codes = Field(torch.uint8, layout.indices.max_bytes(most))
+    return GroupLayout(start_G, most, (Field(torch.bfloat16, len(start_G)), codes))
 
 
 def _max_unary(layout: SparseLayout, most: Most) -> int:

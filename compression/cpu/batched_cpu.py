@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..base import Packed, Senders, Target
-from ..codecs.groups import Flat
 from ..codecs.sparse_layout import GroupRanges, SparseLayout, group_ranges
 from ..errors import BadPayload
 from ..numerics.index_layout import FILLED_UP
@@ -46,7 +45,7 @@ _FILLED_UP: Final = FILLED_UP
 
 def takes(layout: SparseLayout, shape: tuple[int, ...]) -> bool:
     """Whether a parameter of this shape is of the kind."""
-    return prod(shape) <= SMALL and entries_cpu.takes(layout) and isinstance(layout.groups(shape), Flat)
+    return prod(shape) <= SMALL and entries_cpu.takes(layout) and layout.is_flat(shape)
 
 
 # ------------------------------------------------------------------------------------------- pack: local

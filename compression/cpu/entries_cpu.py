@@ -145,28 +145,38 @@ def _word(octets: Array, at: int) -> Word:
 
 def all_good(layout: SparseLayout, packs: Sequence[Packed], shapes: tuple[tuple[int, ...], ...]) -> bool:
     """Whether `check_pack` lets all of them through: of one parameter each, and of these shapes."""
-    if any(len(packed) != 2 for packed in packs):
-        return False
-    if any(s.dtype != torch.bfloat16 or c.dtype != torch.uint8 or s.dim() != 1 or c.dim() != 1
-           for s, c in packs):  # fmt: skip
-        return False
-    if not all(s.is_contiguous() and c.is_contiguous() for s, c in packs):
-        return False
     ranges = group_ranges(layout, shapes)
-    n_scales_P = np.array([scales.numel() for scales, _ in packs], dtype=np.int64)
-    if not np.array_equal(n_scales_P, np.diff(ranges.first_P)):
-        return False
+    where: list[tuple[int, int, int]] = []
+    for packed, groups in zip(packs, ranges.layouts, strict=True):
+        if len(packed) != 2 or not _fits(packed, groups.n_groups):
+            return False
+        scales, codes = packed
+        where.append((scales.data_ptr(), codes.data_ptr(), codes.numel()))
+    scales_P, codes_P, n_octets_P = zip(*where, strict=True)
     return bool(
         _all_good(
-            np.array([scales.data_ptr() for scales, _ in packs], dtype=np.uint64),
-            np.array([codes.data_ptr() for _, codes in packs], dtype=np.uint64),
-            np.array([codes.numel() for _, codes in packs], dtype=np.int64),
+            np.array(scales_P, dtype=np.uint64),
+            np.array(codes_P, dtype=np.uint64),
+            np.array(n_octets_P, dtype=np.int64),
             ranges.first_P,
             ranges.k_G,
             ranges.n_G,
             ranges.unary_P,
             *form_of(layout)[:4],
         )
+    )
+
+
+def _fits(packed: Packed, n_groups: int) -> bool:
+    """Whether kernels can read it where it lies: 1-d scales of all groups, and codes."""
+    scales, codes = packed
+    return (
+        scales.dtype == torch.bfloat16
+        and codes.dtype == torch.uint8
+        and scales.dim() == codes.dim() == 1
+        and scales.numel() == n_groups
+        and scales.is_contiguous()
+        and codes.is_contiguous()
     )
 
 

@@ -7,7 +7,7 @@ the bits of what receivers decode. Only chunks of 64 that have a coefficient are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import numba
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from ..base import Change, Packed, Source
-from ..codecs.groups import Flat
 from ..codecs.sparse_layout import SparseLayout, group_ranges
 from ..numerics.dct import INVERSE_SCALE, ROUNDER, SMALLEST, TOP_BIT, N
 from ..numerics.value_formats import VALUE_LIMIT, check_sendable
@@ -41,9 +40,9 @@ _ROUNDER: Final = np.float32(ROUNDER)
 _INVERSE_SCALE: Final = np.float32(INVERSE_SCALE)
 
 
-def takes(layout: SparseLayout, shape: tuple[int, ...]) -> bool:
-    """Whether the kernel sends parameters of this shape."""
-    return takes_format(layout.format) and isinstance(layout.groups(shape), Flat)
+def takes(layout: SparseLayout, shapes: Iterable[tuple[int, ...]]) -> bool:
+    """Whether the kernel sends parameters of these shapes."""
+    return takes_format(layout.format) and all(map(layout.is_flat, shapes))
 
 
 class Sent:
