@@ -382,7 +382,8 @@ def test_a_machine_that_computes_something_else(
     assert "denormal numbers" in joining.stderr()
     assert "thinwire doctor" in joining.stderr()
     assert "Traceback" not in joining.stderr() + program.stderr()
-    assert not (tmp_path / "node").exists(), "nothing was begun"
+    made = {path.name for path in (tmp_path / "node").rglob("*") if path.is_file()}
+    assert made == {"identity.key", "lock"}, "nothing of the run"
 
 
 @pytest.mark.swarm

@@ -102,7 +102,7 @@ def test_a_state_folder(trained: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert generated(capsys, newest, *args)["text"] == wanted
     assert generated(capsys, GOLDEN / "coordinator", *args)["tokens"] == 12
     assert main(["generate", str(GOLDEN / "node")]) == 2
-    assert "did not keep record 0" in capsys.readouterr().err
+    assert "has no record 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2, "alpha": 4.0}])
