@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -182,7 +183,7 @@ def test_a_poisoned_snapshot_is_found_out_while_the_node_trains(
     honest, late = poisoned(tmp_path, "background", lambda: has_replayed(caplog))
     assert {r.fingerprint for r in honest} == {late.fingerprint}
     (said,) = texts(caplog, "one that this node has not verified")
-    assert "takes the word of bad-0, bad-1, bad-2 for it" in said
+    assert re.search(r"takes the word of bad-\d(, bad-\d)+ for it", said), said
     assert len(refuted(caplog)) == 1
 
 
