@@ -75,7 +75,7 @@ class DemoSwarm:
         run_file = self.folder / "run.toml"
         run_file.write_text(_toml({"run": run, **SECTIONS[plan.strategy]}))
         self.coordinators = Coordinators(plan, children, self.folder, run_file)
-        self._killed_s = 0.0
+        self._killed_s, self._counted_before = 0.0, 0
         self._last: Child | None = None
         """The coordinator that sees the nodes off: those that follow it have nothing to say any more."""
 
@@ -164,14 +164,14 @@ class DemoSwarm:
             if now >= self.plan.rounds // 3:
                 self._kill_one(now)
             return
+        n_counted = sum(p["offers_counted"] for p in status["peers"] if p["peer_id"] == fault["peer"])
         if fault["restarted_at_round"] is None:
             if now >= fault["killed_at_round"] + ROUNDS_AWAY:
                 self._start_node(fault["node"])
-                fault["restarted_at_round"] = now
+                fault["restarted_at_round"], self._counted_before = now, n_counted
                 self.notes.append(f"round {now}: {fault['node']} was started again")
         elif fault["back_at_round"] is None:
-            peer = next((p for p in status["peers"] if p["peer_id"] == fault["peer"]), None)
-            if peer is not None and peer["state"] == "training":
+            if n_counted > self._counted_before:  # its state may still be that of when it was killed
                 fault["back_at_round"] = now
                 self.notes.append(f"round {now}: {fault['node']} is back and trains")
 
