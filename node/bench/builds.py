@@ -115,8 +115,8 @@ def _checked_out(revision: str, to: Path) -> Path:
 
 
 def bench_builds(text: str, names: Sequence[str], args: Sequence[str], as_json: bool) -> None:
-    """A table, or a list of JSON objects, on stdout. A benchmark that either build cannot run is named on
-    stderr, and left out. Raises ConfigError."""
+    """A table after each benchmark, or a list of JSON objects in the end, on stdout. A benchmark that either
+    build cannot run is named on stderr, and left out. Raises ConfigError."""
     ratios: list[Ratio] = []
     with other_build(text) as theirs:
         ours = Build(sys.executable, None)
@@ -124,13 +124,15 @@ def bench_builds(text: str, names: Sequence[str], args: Sequence[str], as_json: 
             try:
                 if name in BY_COMMANDS:
                     theirs.compile()
-                ratios += in_turn(theirs, ours, [name, *args])
+                found = in_turn(theirs, ours, [name, *args])
             except ThinwireError as e:
                 to_stderr(f"bench {name} is left out: {e}")
+                continue
+            ratios += found
+            if not as_json:
+                _print(text, found)
     if as_json:
         to_stdout(json.dumps([asdict(each) for each in ratios], indent=1))
-    else:
-        _print(text, ratios)
 
 
 def in_turn(theirs: Build, ours: Build, args: Sequence[str]) -> list[Ratio]:
