@@ -170,10 +170,10 @@ class DemoSwarm:
                 self._start_node(fault["node"])
                 fault["restarted_at_round"], self._counted_before = now, n_counted
                 self.notes.append(f"round {now}: {fault['node']} was started again")
-        elif fault["back_at_round"] is None:
-            if n_counted > self._counted_before:  # its state may still be that of when it was killed
-                fault["back_at_round"] = now
-                self.notes.append(f"round {now}: {fault['node']} is back and trains")
+        elif fault["back_at_round"] is None and n_counted > self._counted_before:
+            # What its state says may be from before it was killed.
+            fault["back_at_round"] = now
+            self.notes.append(f"round {now}: {fault['node']} is back and trains")
 
     def _kill_one(self, now: int) -> None:
         victim = list(self.nodes.values())[-1]
