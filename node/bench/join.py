@@ -6,7 +6,6 @@ A run of SPSA on a small model: the time is that of Python, torch, libp2p and th
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ..doctor.kernel_cache import is_compiled
 from ..genesis import Genesis, make_genesis
 from ..links.local import local_swarm
 from ..replica import build_replica
+from ..run_files.toml import toml_of
 from ..runner import Runner
 from ..system.processes import Child, Children
 from ..tasks.registry import make_task
@@ -96,8 +96,7 @@ def started_coordinators(folder: Path, n_repeats: int) -> tuple[list[Start], lis
         path = folder / str(i)
         path.mkdir(parents=True)
         run_file = path / "run.toml"
-        lines = [f"{key} = {json.dumps(value)}" for key, value in _TASK.items()]
-        run_file.write_text("\n".join(["[run]", "rounds = 100", "[task]", *lines]))
+        run_file.write_text(toml_of({"run": {"rounds": 100}, "task": _TASK}))
         for found in starts:
             with Children() as children:
                 args = ["coordinator", str(run_file), "--state", str(path / "state"), "--host", "127.0.0.1"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from ...coordinator.protocol.figures import counted
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
 from ..cli.status import StatusClient
 from ..cli.view import Show, figures, headline, live_view
+from ..run_files.toml import toml_of
 from ..system.processes import Child, Children
 from .coordinators import Coordinators
 from .plan import DemoFailed, DemoPlan, ended
@@ -73,7 +73,7 @@ class DemoSwarm:
         if base is not None:
             run["base"] = str(base)
         run_file = self.folder / "run.toml"
-        run_file.write_text(_toml({"run": run, **SECTIONS[plan.strategy]}))
+        run_file.write_text(toml_of({"run": run, **SECTIONS[plan.strategy]}))
         self.coordinators = Coordinators(plan, children, self.folder, run_file)
         self._killed_s, self._counted_before = 0.0, 0
         self._last: Child | None = None
@@ -250,12 +250,3 @@ class DemoSwarm:
         end, ranks = self.coordinators.result(self._last), list(self.ranks.values())
         result = figures(end, self.plan.strategy, ranks, self.faults, late)
         return result | {"coordinators": self.coordinators.n}
-
-
-def _toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
-    """Strings, numbers and booleans read the same in TOML and JSON."""
-    lines = []
-    for name, values in sections.items():
-        lines.append(f"[{name}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    return "\n".join(lines) + "\n"

@@ -26,3 +26,11 @@ def toml_value(value: Any) -> str:
 def toml_key(key: str) -> str:
     """Quoted where it must be."""
     return key if _BARE.fullmatch(key) else toml_value(key)
+
+
+def toml_of(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """A whole file. `sections`: by their headers, "strategy.compressor" is one."""
+    lines = []
+    for name, values in sections.items():
+        lines += [f"[{name}]", *(f"{toml_key(key)} = {toml_value(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any, Final
 
 from ....compression.errors import ThinwireError
+from ...run_files.toml import toml_of
 from ...system.processes import Child, Children
 from ..network.delayed import Delays
 
@@ -94,7 +95,7 @@ class _Swarm:
         self._state = children.folder / "state"
         run_file = children.folder / "run.toml"
         run = {"rounds": plan.n_rounds, "min_peers": plan.n_peers, "eval_every": plan.n_rounds + 1}
-        run_file.write_text(_toml({"run": run, **plan.sections}))
+        run_file.write_text(toml_of({"run": run, **plan.sections}))
         args = ["coordinator", str(run_file), "--state", str(self._state)]
         if (
             BUILD_VARIABLE not in os.environ
@@ -162,10 +163,3 @@ def _cpu_s(child: Child) -> float:
 
     process = psutil.Process(child.process.pid)
     return sum(sum(p.cpu_times()[:2]) for p in (process, *process.children(recursive=True)))
-
-
-def _toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = []
-    for name, values in sections.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    return "\n".join(lines) + "\n"
