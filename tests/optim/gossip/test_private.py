@@ -60,8 +60,12 @@ def test_steps_are_cut_and_models_hidden_but_their_mean_is_hardly_moved(accounta
         assert isnan(p.strategy.last_loss)
     usual = PRIVACY["noise"] * PRIVACY["clip"] * N**0.5
     assert all(float(p.own().norm()) > 1.2 * usual for p in peers)
-    away = float((mean(peers) - mean(plain)).norm())
-    assert 0.1 * usual < away < 0.6 * usual  # independent noise would be 1 / sqrt(8), times what pairs add
+    away = float((mean(peers) - mean(plain)).norm()) / usual
+    edges = tuple(edges_of("complete", 8, 0, 0))
+    own, _ = amounts(edges, 8, mixing_weights(edges, in_pairs=False))
+    expected = (own / 8) ** 0.5
+    assert expected < 0.4 / 8**0.5, "independent noise would be 1 / sqrt(8)"
+    assert 0.5 * expected < away < 1.6 * expected  # no seed: 5 standard deviations
 
 
 def test_in_a_merge_the_pairs_noise_is_gone(accountant: None) -> None:
