@@ -34,6 +34,8 @@ WIDE, NARROW = 1e9, 1e3
 
 WARM_UP: Final = 3
 ROUNDS_PER_REPEAT: Final = 4
+WAIT_S: Final = 120.0
+"""For the others; longer, and one of them has failed."""
 
 
 def bench_upload(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
@@ -65,14 +67,15 @@ def measure_upload(n_peers: int, n_rounds: int, upload_bytes_per_s: float) -> di
             link.open()
         seen: list[list[tuple[float, int]]] = [[] for _ in links]
         peers = list(zip(links, seen, range(n_peers), strict=True))
-        threads = [threading.Thread(target=_take_part, args=(*peer, total)) for peer in peers]
+        together = threading.Barrier(n_peers)
+        threads = [threading.Thread(target=_take_part, args=(*peer, total, together)) for peer in peers]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         sent, _ = server.server.meter.totals()
     each = [(of[-1][1] - of[WARM_UP - 1][1]) / (n_rounds * PAYLOAD_BYTES) for of in seen]
-    times_s = [b - a for (a, _), (b, _) in pairwise(seen[0][WARM_UP - 1 :])]
+    times_s = [b - a for (a, _), (b, _) in pairwise(seen[0][WARM_UP:])]
     return {
         "rounds": n_rounds,
         "payload_n_bytes": PAYLOAD_BYTES,
@@ -83,15 +86,24 @@ def measure_upload(n_peers: int, n_rounds: int, upload_bytes_per_s: float) -> di
     }
 
 
-def _take_part(link: Link, seen: list[tuple[float, int]], number: int, n_rounds: int) -> None:
-    """`seen` gets the time at which a round's payloads were all here, and what was sent until then."""
+def _take_part(
+    link: Link, seen: list[tuple[float, int]], number: int, n_rounds: int, together: threading.Barrier
+) -> None:
+    """`seen` gets the time at which a round's payloads were all here, and what was sent until then. Where
+    counting begins and ends everybody has all payloads, and nobody has made the next one: no copy is on its
+    way."""
     made = random.Random(number)
     link.state(NodeState.TRAINING)
     link.offer(offer_with(1, made.randbytes(PAYLOAD_BYTES)))
     for commit in link.commits(0):
         for entry in commit.body.offers:
             link.payload(entry)
-        seen.append((time.monotonic(), sum(link.traffic().sent.values())))
+        here_s, is_edge = time.monotonic(), commit.body.round in (WARM_UP, n_rounds)
+        if is_edge:
+            together.wait(WAIT_S)
+        seen.append((here_s, sum(link.traffic().sent.values())))
+        if is_edge:
+            together.wait(WAIT_S)
         if commit.body.round == n_rounds:
             break
         link.offer(offer_with(commit.body.round + 1, made.randbytes(PAYLOAD_BYTES)))
