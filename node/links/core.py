@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -52,7 +53,7 @@ from .known_seats import KnownSeats
 from .mailbox import Mailbox
 from .members import MemberList
 from .offers import OfferSender
-from .payloads import LONG_WAIT_S, Payloads, Served
+from .payloads import Payloads, Served
 from .upload_limit import UploadLimit
 
 _log = logging.getLogger("thinwire.link")
@@ -101,7 +102,7 @@ class LinkCore:
         metrics: Callable[[], bytes] = bytes,
         about: About = About(),
     ) -> None:
-        self._mailbox, self._meter, self._limit = mailbox, meter, limit
+        self._mailbox, self._meter = mailbox, meter
         self._run_id, self._key = ticket.run_id, key
         self._copy_path, self._metrics, self._about = copy_path, metrics, about
         self._seats = KnownSeats(ticket, copy.seats)
@@ -115,7 +116,8 @@ class LinkCore:
         self.blobs = BlobFetcher(coordinator, self._members, peer_id, self._seats)
         self._payloads = Payloads(self.blobs, peer_id)
         self.kept, self.not_taken = self._payloads.kept, self._payloads.refused
-        self.served = Served(self.kept, self._has_time_for, self._payloads)
+        rate = inf if limit is None else limit.rate_bytes_per_s
+        self.served = Served(self.kept, rate, self._payloads)
         throttle = None if limit is None else limit.served
         self._server = BlobServer(self.served, self._members, meter, throttle, self._seats)
         signer = Signer(peer_id, ticket.run_id, key)
@@ -284,12 +286,6 @@ class LinkCore:
             _log.exception("this node's metrics cannot be read")
             text = b""
         self._coordinator.post(packed(text))
-
-    def _has_time_for(self, n_bytes: int) -> bool:
-        """Whether so much is soon sent: those who are refused go to the coordinator at once, where it is,
-        too."""
-        limit = self._limit
-        return limit is None or n_bytes <= limit.rate_bytes_per_s * LONG_WAIT_S
 
     def _with_command(self, error: LedgerCorrupt) -> LedgerCorrupt:
         """What is wrong and why, and what to do here if the coordinator's ledger is the one to go on with."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from math import inf
 from typing import Any, BinaryIO, Protocol, get_args
 
 from ...compression.errors import SwarmUnreachable
@@ -294,6 +295,11 @@ class Payloads:
             return await self._resolve(digest, entry.n_bytes, offerer)
         return await asyncio.shield(task)
 
+    def most_wait_s(self, n_bytes: int) -> float:
+        """For a payload of that size, from when it was asked for."""
+        n_copies = len(self._sources.holders(None))
+        return min(self._patience.limit_s, max(LONG_WAIT_S, n_copies * n_bytes / LEAST_BYTES_PER_S))
+
     def close(self) -> None:
         for task in [*(task for _, task in self._tasks.values()), *(e.task for e in self._early.values())]:
             task.cancel()
@@ -352,9 +358,7 @@ class Payloads:
         """Until it is here, has failed, stands still, or takes longer than those of others did."""
         holder, n_bytes = early.offered.holder, early.offered.n_bytes
         while not early.task.done():
-            n_copies = len(self._sources.holders(None))
-            widest_s = max(LONG_WAIT_S, n_copies * n_bytes / LEAST_BYTES_PER_S)
-            most_s = min(self._patience.limit_s, widest_s)
+            most_s = self.most_wait_s(n_bytes)
             wait_s, before = min(most_s, LONG_WAIT_S), self._sources.heard_bytes(holder)
             await asyncio.wait({early.task}, timeout=wait_s)
             came = self._sources.heard_bytes(holder) - before
@@ -435,18 +439,19 @@ class _PassedOn:
 class Served:
     """What members may fetch from this node: payloads that it has or waits for, and what is on its shelf.
 
-    `has_time_for`: whether so many bytes of payloads are given at a time; who is refused finds them
-    elsewhere. `payloads`: what is on its way to here.
+    `rate_bytes_per_s`: of this node's line. As much is given at a time as it sends while others wait, who are
+    taken to wait as long as this node does; who is refused goes to the coordinator at once. `payloads`: what
+    is on its way to here.
     """
 
     def __init__(
         self,
         kept: PayloadCache,
-        has_time_for: Callable[[int], bool] = lambda n_bytes: True,
+        rate_bytes_per_s: float = inf,
         payloads: Payloads | None = None,
     ) -> None:
         self._kept, self._payloads = kept, payloads
-        self._has_time_for = has_time_for
+        self._rate = rate_bytes_per_s
         self.shelf: Shelf | None = None
         self._n_given = 0
         """Bytes of payloads that are being given."""
@@ -468,7 +473,10 @@ class Served:
         return _PassedOn(early, self._given)
 
     def _gives(self, n_bytes: int) -> bool:
-        if not self._has_time_for(self._n_given + n_bytes):
+        waits_s = LONG_WAIT_S
+        if self._payloads is not None:
+            waits_s = max(waits_s, self._payloads.most_wait_s(n_bytes))
+        if self._n_given + n_bytes > self._rate * waits_s:
             return False
         self._n_given += n_bytes
         return True

@@ -374,7 +374,7 @@ async def test_what_is_on_its_way_is_passed_on_once_it_is_here(swarm: Swarm, pay
     x = data("x")
     swarm.peers[A][digest_of(x)] = x
     swarm.held.add(A)
-    served = Served(payloads.kept, lambda n_bytes: n_bytes <= 2 * len(x), payloads)
+    served = Served(payloads.kept, 2 * len(x) / payloads_module.LONG_WAIT_S, payloads)
     assert served.coming(digest_of(x)) is None, "nobody has said that it comes"
     payloads.offered(offered(1, A, x))
     first, second = served.coming(digest_of(x)), served.coming(digest_of(x))
@@ -393,6 +393,22 @@ async def test_what_is_on_its_way_is_passed_on_once_it_is_here(swarm: Swarm, pay
     first.close()
     file, _ = served.open(digest_of(x))
     assert file.read() == x
+
+
+@in_a_loop
+async def test_a_narrow_line_gives_what_it_sends_while_payloads_are_waited_for(
+    swarm: Swarm, payloads: Payloads
+) -> None:
+    x = bytes(50_000)
+    payloads.kept.add(1, digest_of(x), x)
+    served = Served(payloads.kept, len(x) / 0.5, payloads)
+    served.open(digest_of(x))[0].close()  # nobody knows yet how long payloads take
+    for payload in map(data, "uvw"):
+        swarm.peers[B][digest_of(payload)] = payload
+        payloads.offered(offered(1, B, payload))
+        await payloads.get(entry(2, payload), B)
+    with pytest.raises(KeyError):
+        served.open(digest_of(x))
 
 
 @in_a_loop
