@@ -1,6 +1,7 @@
 """Blobs over a stream: GET and PUT, one request after the other, both ends.
 
-GET digest     -> SIZE n, CHUNK ..., END digest    or NO reason
+GET digest     -> SIZE n, CHUNK ..., END digest    or NO reason; SIZE n again and again while the other end
+                  waits for the blob itself
 GET digest, 1 [, base]   -> the same; where SIZE has flags behind n, the chunks are packed blocks, each with
                   its length in front (`byte_planes`); flag 2: of what differs from `base`, as long a blob
 PUT digest, n  -> GO; CHUNK ..., END digest -> DONE    or DONE at once (it is here already)    or NO reason
@@ -40,6 +41,9 @@ STALL_S = 30.0
 EARLY_BYTES = 2**20
 """So much of an upload may be in vain, because it is not wanted."""
 
+WAITING_S = 0.5
+"""Who is to pass on what is not there yet says so as often."""
+
 QUICK_STALL_S = 5.0
 """Never earlier than this, however quickly the chunks came before."""
 
@@ -65,6 +69,7 @@ PurposeOf = Callable[[bytes], TrafficKind]
 
 _REQUESTS: FrameLimits = {FrameKind.GET: 2 * _DIGEST_BYTES + 1, FrameKind.PUT: _DIGEST_BYTES + _SIZE.size}
 _DATA: FrameLimits = {FrameKind.CHUNK: CHUNK_BYTES, FrameKind.END: _DIGEST_BYTES}
+_SIZE_OR_DATA: FrameLimits = {FrameKind.SIZE: _SIZE.size, **_DATA}
 _REQUESTS_OR_DATA: FrameLimits = {**_REQUESTS, **_DATA}
 _ANSWER_GET: FrameLimits = {FrameKind.SIZE: _SIZE.size + 1, FrameKind.NO: _MAX_NO_BYTES}
 _ANSWER_PUT: FrameLimits = {FrameKind.GO: 0, FrameKind.DONE: 0, FrameKind.NO: _MAX_NO_BYTES}
@@ -128,9 +133,11 @@ async def get_blob(
     *,
     packed: bool = False,
     base: Base | None = None,
+    waits: Callable[[], object] = bool,
 ) -> bytes:
     """`patience`: what is known of the gaps between this peer's chunks; it learns from this blob's. `packed`:
-    asks for fewer bytes, of what differs from `base` if the other end has that, too.
+    asks for fewer bytes, of what differs from `base` if the other end has that, too. `waits`: hears whenever
+    the other end says that it waits for the blob itself.
 
     Raises NotServed, SwarmUnreachable (stalled), BadFrame (cut, wrong bytes), EOFError or OSError.
     """
@@ -145,7 +152,7 @@ async def get_blob(
     if flags:
         pieces = _blocks(stream, digest, n_bytes, purpose, patience, _base_of(flags, n_bytes, packed, base))
     else:
-        pieces = _chunks(stream, digest, n_bytes, purpose, patience)
+        pieces = _chunks(stream, digest, n_bytes, purpose, patience, waits)
     data = b"".join([piece async for piece in pieces])
     if digest_of(data) != digest:
         raise BadFrame("blob", f"blob {digest.hex()[:16]}: its bytes do not fit its digest")
@@ -166,7 +173,7 @@ async def get_blob_into(
         raise BadFrame("frame_size", f"a blob of {n_bytes} bytes, at most {max_bytes} are expected")
     sink = open_sink(n_bytes)
     try:
-        async for chunk in _chunks(stream, digest, n_bytes, purpose):
+        async for chunk in _chunks(stream, digest, n_bytes, purpose, waits=bool):
             sink.write(chunk)
         await _finish(sink)
     except BaseException:
@@ -374,10 +381,20 @@ async def _send_packed(
 
 
 async def _pass_on(stream: Stream, source: Coming, purpose: TrafficKind) -> None:
+    """Says that it waits as long as nothing has come."""
+    size = _SIZE.pack(source.n_bytes)
     with contextlib.closing(source):
-        await _send(stream, FrameKind.SIZE, _SIZE.pack(source.n_bytes))
-        while chunk := await source.read(stream.chunk_bytes):
+        await _send(stream, FrameKind.SIZE, size)
+        first = asyncio.ensure_future(source.read(stream.chunk_bytes))
+        try:
+            while not (await asyncio.wait({first}, timeout=WAITING_S))[0]:
+                await _send(stream, FrameKind.SIZE, size)
+            chunk = await first
+        finally:
+            first.cancel()
+        while chunk:
             await _send(stream, FrameKind.CHUNK, chunk, purpose)
+            chunk = await source.read(stream.chunk_bytes)
 
 
 async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: TrafficKind) -> bool:
@@ -424,14 +441,24 @@ async def _finish(sink: Sink) -> None:
 
 
 async def _chunks(
-    stream: Stream, digest: bytes, n_bytes: int, purpose: TrafficKind, patience: Patience | None = None
+    stream: Stream,
+    digest: bytes,
+    n_bytes: int,
+    purpose: TrafficKind,
+    patience: Patience | None = None,
+    waits: Callable[[], object] | None = None,
 ) -> AsyncIterator[bytes]:
-    """The chunks of a blob, exactly `n_bytes` and a fitting END, or BadFrame."""
+    """The chunks of a blob, exactly `n_bytes` and a fitting END, or BadFrame. `waits`: see `get_blob`; None:
+    the other end has it."""
     missing = n_bytes
     while True:
-        kind, body = await _next(stream, _DATA, purpose, patience)
+        may_wait = waits is not None and missing == n_bytes
+        kind, body = await _next(stream, _SIZE_OR_DATA if may_wait else _DATA, purpose, patience)
         if kind is FrameKind.END:
             break
+        if kind is FrameKind.SIZE and waits is not None:
+            waits()
+            continue
         missing -= len(body)
         if missing < 0 or not body:
             raise BadFrame("blob", f"blob {digest.hex()[:16]}: its chunks do not make {n_bytes} bytes")

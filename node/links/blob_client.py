@@ -67,16 +67,22 @@ class BlobClient:
         return bool(self._busy)
 
     async def get(
-        self, digest: bytes, max_bytes: int, purpose: TrafficKind, base: Base | None = None
+        self,
+        digest: bytes,
+        max_bytes: int,
+        purpose: TrafficKind,
+        base: Base | None = None,
+        waits: Callable[[], object] = bool,
     ) -> bytes:
         """What counts as "snapshot" comes packed, or as what differs from `base`, unless the link is fast.
+        `waits`: see `get_blob`.
 
         Raises SwarmUnreachable; NotServed if the peer is there but has no such blob for us; Lied."""
         packed = purpose == "snapshot" and not self._is_fast
         began_s = time.monotonic()
         data = await self._use(
             lambda stream: get_blob(
-                stream, digest, max_bytes, purpose, self._patience, packed=packed, base=base
+                stream, digest, max_bytes, purpose, self._patience, packed=packed, base=base, waits=waits
             )
         )
         if purpose == "snapshot" and len(data) >= MEASURED_BYTES:
@@ -147,15 +153,22 @@ class Holders:
         self._has_answered: set[str] = set()
 
     async def get(
-        self, holder: str, digest: bytes, max_bytes: int, purpose: TrafficKind, base: Base | None = None
+        self,
+        holder: str,
+        digest: bytes,
+        max_bytes: int,
+        purpose: TrafficKind,
+        base: Base | None = None,
+        waits: Callable[[], object] = bool,
     ) -> bytes:
-        """Raises SwarmUnreachable; NotServed if the holder is there but has no such blob for us; Lied."""
+        """`waits`: see `get_blob`. Raises SwarmUnreachable; NotServed if the holder is there but has no such
+        blob for us; Lied."""
         client = self._clients.get(holder)
         if client is None:
             client = BlobClient(lambda: self._open_stream(holder), STREAMS_PER_HOLDER)
             self._clients[holder] = client
         try:
-            data = await client.get(digest, max_bytes, purpose, base)
+            data = await client.get(digest, max_bytes, purpose, base, waits)
         except NotServed:
             raise
         except SwarmUnreachable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from ...compression.errors import SwarmUnreachable, ThinwireError
 from ...coordinator.protocol.blob_streams import Base, NotServed
@@ -91,11 +92,14 @@ class BlobFetcher:
         """One attempt to get a payload. Raises SwarmUnreachable."""
         return await self._from_coordinator(digest, n_bytes, "payload")
 
-    async def from_member(self, holder: str, digest: Digest, n_bytes: int) -> bytes:
-        """One attempt to get a payload, also from the coordinator by its peer id. Raises SwarmUnreachable."""
+    async def from_member(
+        self, holder: str, digest: Digest, n_bytes: int, waits: Callable[[], object] = bool
+    ) -> bytes:
+        """One attempt to get a payload, also from the coordinator by its peer id. `waits`: see `get_blob`.
+        Raises SwarmUnreachable."""
         if self.is_coordinator(holder):
             return await self.from_coordinator(digest, n_bytes)
-        return await self._holders.get(holder, digest, n_bytes, "payload")
+        return await self._holders.get(holder, digest, n_bytes, "payload", waits=waits)
 
     async def _from_other_seats(self, digest: Digest, n_bytes: int) -> bytes | None:
         """None: none of them has it."""

@@ -2,7 +2,8 @@
 
 While its round is open a payload is asked of whom the coordinator has named: itself, the peer that made it,
 or one that gets it, too, and passes it on. Once it is counted, that is waited for a little longer, or, where
-lines are slow, as long as bytes come from there; then the coordinator is asked, and every other member last.
+lines are slow, as long as bytes come from there, or the word that it has not come there either; then the
+coordinator is asked, and every other member last.
 """
 
 from __future__ import annotations
@@ -58,8 +59,11 @@ class Sources(Protocol):
         """Raises SwarmUnreachable; NotServed or Lied: asking again is of little use."""
         ...
 
-    async def from_member(self, holder: str, digest: bytes, n_bytes: int) -> bytes:
-        """Raises SwarmUnreachable."""
+    async def from_member(
+        self, holder: str, digest: bytes, n_bytes: int, waits: Callable[[], object] = bool
+    ) -> bytes:
+        """`waits`: hears whenever the holder says that it waits for the payload itself. Raises
+        SwarmUnreachable."""
         ...
 
     def holders(self, offerer: str | None) -> list[str]:
@@ -135,13 +139,17 @@ class PayloadCache:
         return round_
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Early:
-    """A fetch while the round is open."""
+    """A fetch while the round is open. `waited_s`: when its holder last said that it waits for it, too."""
 
     offered: Offered
     task: asyncio.Task[bytes]
     began_s: float
+    waited_s: float = -inf
+
+    def waits(self) -> None:
+        self.waited_s = time.monotonic()
 
 
 class _Pushed:
@@ -322,7 +330,8 @@ class Payloads:
             if offered.holder == self._own:
                 data = await self._pushed[digest].whole()
             else:
-                data = await self._sources.from_member(offered.holder, digest, offered.n_bytes)
+                waits = self._early[digest].waits
+                data = await self._sources.from_member(offered.holder, digest, offered.n_bytes, waits)
             self._patience.took(time.monotonic() - began_s)
             self.kept.add(offered.round, digest, data)
             return data
@@ -361,9 +370,9 @@ class Payloads:
             most_s = self.most_wait_s(n_bytes)
             wait_s, before = min(most_s, LONG_WAIT_S), self._sources.heard_bytes(holder)
             await asyncio.wait({early.task}, timeout=wait_s)
-            came = self._sources.heard_bytes(holder) - before
-            is_late = time.monotonic() > early.began_s + most_s
-            if is_late or came < LEAST_SHARE * n_bytes * wait_s / most_s:
+            came, now_s = self._sources.heard_bytes(holder) - before, time.monotonic()
+            gives = came >= LEAST_SHARE * n_bytes * wait_s / most_s or early.waited_s > now_s - wait_s
+            if not gives or now_s > early.began_s + most_s:
                 return
 
     async def _race(self, early: asyncio.Task[bytes], other: asyncio.Task[bytes]) -> bytes:

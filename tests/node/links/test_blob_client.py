@@ -12,6 +12,7 @@ from typing import BinaryIO
 import pytest
 
 from thinwire.compression.errors import SwarmUnreachable
+from thinwire.coordinator.protocol import blob_streams
 from thinwire.coordinator.protocol.blob_streams import NotServed, get_blob, serve_blobs
 from thinwire.coordinator.protocol.messages import BadMessage, digest_of
 from thinwire.coordinator.protocol.patience import Patience
@@ -36,6 +37,20 @@ class Shelf:
         raise AssertionError
 
 
+class Late:
+    """A blob that comes once somebody says so."""
+
+    def __init__(self, blob: bytes) -> None:
+        self._blob, self.n_bytes, self.comes = BytesIO(blob), len(blob), asyncio.Event()
+
+    async def read(self, n_bytes: int) -> bytes:
+        await self.comes.wait()
+        return self._blob.read(n_bytes)
+
+    def close(self) -> None:
+        pass
+
+
 class Peers:
     """Serves a shelf to whoever opens a stream. `unreachable`: peers that nobody gets to."""
 
@@ -43,6 +58,7 @@ class Peers:
         self.shelf = Shelf()
         self.turns: dict[TrafficKind, asyncio.Semaphore] = {"payload": asyncio.Semaphore(2)}
         self.unreachable: set[str] = set()
+        self.coming: dict[bytes, Late] = {}
         self.opened: Counter[str] = Counter()
         self.ends: list[Stream] = []
         self._servers: list[asyncio.Task[None]] = []
@@ -57,7 +73,9 @@ class Peers:
         self.ends.append(theirs)
         self._servers.append(
             asyncio.create_task(
-                serve_blobs(theirs, self.shelf, lambda _: "payload", lambda: True, self.turns)
+                serve_blobs(
+                    theirs, self.shelf, lambda _: "payload", lambda: True, self.turns, self.coming.get
+                )
             )
         )
         return ours
@@ -97,6 +115,27 @@ async def test_one_stream_serves_many_requests(peers: Peers, holders: Holders) -
         assert await get(holders) == BLOB
     assert holders.has_answered("a")
     assert peers.opened == {"a": 1}
+
+
+@in_a_loop
+async def test_who_waits_for_a_blob_itself_says_so_until_it_comes(peers: Peers, holders: Holders) -> None:
+    """So nobody takes it for silent."""
+    late = BLOB[1:]
+    coming = peers.coming[digest_of(late)] = Late(late)
+    n_waits = 0
+
+    def waits() -> None:
+        nonlocal n_waits
+        n_waits += 1
+        if n_waits == 3:
+            coming.comes.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blob_streams, "WAITING_S", 0.01)
+        assert await holders.get("a", digest_of(late), len(late), "payload", waits=waits) == late
+        assert n_waits == 3
+        assert await holders.get("a", digest_of(BLOB), len(BLOB), "payload", waits=waits) == BLOB
+    assert n_waits == 3, "what is there comes at once"
 
 
 @in_a_loop

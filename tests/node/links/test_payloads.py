@@ -39,6 +39,8 @@ class Swarm:
         self.peers: dict[str, dict[bytes, bytes]] = {A: {}, B: {}, C: {}}
         self.resting: set[str] = set()
         self.held: set[str] = set()
+        self.waiting: set[str] = set()
+        """Who has nothing before `let_go`, either, and says so."""
         self.let_go = asyncio.Event()
         self.asked: list[str] = []
         self.slow: list[str] = []
@@ -75,11 +77,16 @@ class Swarm:
         finally:
             stream.abort()
 
-    async def from_member(self, holder: str, digest: bytes, n_bytes: int) -> bytes:
+    async def from_member(
+        self, holder: str, digest: bytes, n_bytes: int, waits: Callable[[], object] = bool
+    ) -> bytes:
         if self.is_coordinator(holder):
             await self.let_go.wait()
             return await self.from_coordinator(digest, n_bytes)
         self.asked.append(holder)
+        while holder in self.waiting and not self.let_go.is_set():
+            waits()
+            await asyncio.sleep(0.01)
         if holder in self.held:
             await self.let_go.wait()
         if self.piece_bytes:
@@ -321,6 +328,33 @@ async def test_what_comes_slowly_is_waited_for(swarm: Swarm, payloads: Payloads)
     """Several times as long as what does not come."""
     assert await come_slowly(swarm, payloads, 2000) == [A]
     assert swarm.slow == []
+
+
+async def ask_who_waits(swarm: Swarm, payloads: Payloads) -> Awaitable[bytes]:
+    """A payload of which A says that it waits for it. Returns when that has gone on for a while."""
+    x, payloads.max_bytes = bytes(10_000), 10_000
+    swarm.coordinator[digest_of(x)] = swarm.peers[A][digest_of(x)] = x
+    swarm.waiting.add(A)
+    payloads.offered(offered(2, A, x))
+    getting = asyncio.create_task(payloads.get(entry(1, x), A))
+    await asyncio.sleep(2.5 * payloads_module.LONG_WAIT_S)
+    return getting
+
+
+@in_a_loop
+async def test_who_says_that_it_waits_itself_is_waited_for(swarm: Swarm, payloads: Payloads) -> None:
+    getting = await ask_who_waits(swarm, payloads)
+    swarm.let_go.set()
+    await getting
+    assert swarm.asked == [A]
+    assert swarm.slow == []
+
+
+@in_a_loop
+async def test_but_no_longer_than_who_gives(swarm: Swarm, payloads: Payloads) -> None:
+    await (await ask_who_waits(swarm, payloads))
+    assert swarm.asked == [A, "coordinator"]
+    assert swarm.slow == [A]
 
 
 @in_a_loop
