@@ -133,7 +133,9 @@ class CoordinatorServer:
         else:
             self._seat = self._hosting(seats)
             self._serve_elsewhere()
-        self._door = Door(state.path, self._order, self._is_ordered, self._count_bad_order, self._foresee)
+        self._door = Door(
+            state.path, self._order, self._is_ordered, self._count_bad_order, self._foresee, self.status
+        )
         self._last_snapshot = LastSnapshot(
             self.blobs, self._wanted_snapshot, self._open_stream_to, self._has_room
         )

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ...compression.errors import ThinwireError
 from ..protocol.messages import BadMessage, decode_record
 from .orders import Order, Ordered
-from .wire import HEAD, SOCKET_NAME, Answer, frame, length, refused, socket_path
+from .wire import HEAD, SOCKET_NAME, Answer, frame, framed, length, refused, socket_path
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -35,7 +36,7 @@ LOST: Final = refused(
 class Door:
     """In the server's event loop. `order`: orders it from the service, and raises a ThinwireError for what is
     refused; `is_in_ledger`: whether the changes of a plan came about; `count_bad`: counts a bad frame;
-    `foresee`: what takes its time before `order` can be called."""
+    `foresee`: what takes its time before `order` can be called; `status`: for people."""
 
     def __init__(
         self,
@@ -44,8 +45,9 @@ class Door:
         is_in_ledger: Callable[[Ordered], bool],
         count_bad: Callable[[], None],
         foresee: Callable[[Order], Awaitable[None]],
+        status: Callable[[], dict[str, Any]],
     ) -> None:
-        self._folder, self._foresee = folder, foresee
+        self._folder, self._foresee, self._status = folder, foresee, status
         self._order, self._is_in_ledger, self._count_bad = order, is_in_ledger, count_bad
         self._server: asyncio.Server | None = None
         self._waiting: dict[asyncio.Future[Answer | None], int] = {}
@@ -118,6 +120,9 @@ class Door:
             async with asyncio.timeout(ORDER_WITHIN_S):
                 n_bytes = length(await reader.readexactly(HEAD.size))
                 order = decode_record(Order, await reader.readexactly(n_bytes))
+            if order.what == "status":
+                writer.write(frame(Answer(what="told")) + framed(json.dumps(self._status()).encode()))
+                return
             await self._foresee(order)
             ordered = self._order(order)
         except (BadMessage, TimeoutError) as e:

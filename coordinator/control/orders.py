@@ -47,7 +47,8 @@ SEATING: Final = ("seats", "replace", "remove")
 
 class Order(Record):
     """`rounds`: more of them, for `extend`; how many coordinators, for `seats`; `changes`: in any order, for
-    `set` and beside `extend`; `peers`: for `ban`, `unban`, `listed`, and one for `replace`, `remove`."""
+    `set` and beside `extend`; `peers`: for `ban`, `unban`, `listed`, and one for `replace`, `remove`.
+    `status` changes nothing: it asks how things are."""
 
     n_younger = 1
     what: Literal[
@@ -65,6 +66,7 @@ class Order(Record):
         "seats",
         "replace",
         "remove",
+        "status",
     ]
     rounds: Annotated[int, Field(ge=0, le=MAX_ROUND)] = 0
     changes: Annotated[tuple[Change, ...], Field(max_length=MAX_CHANGES)] = ()

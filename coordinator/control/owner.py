@@ -6,11 +6,12 @@ Both need the coordinator's state folder: a ticket never suffices.
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from ...compression.errors import ConfigError, SwarmUnreachable
 from ..entry.guard import guard, rules_of
@@ -21,7 +22,7 @@ from ..protocol.messages import AccessEntry, BadMessage, decode_record, digest_o
 from ..serving.offerless import Last, offerless
 from ..state import StateDir
 from .orders import MODES, CheckStrategy, Order, Ordered, Place, plan
-from .wire import HEAD, Answer, frame, length, socket_path
+from .wire import HEAD, MAX_FRAME, MAX_STATUS, Answer, frame, length, socket_path
 
 CONNECT_S: Final = 5.0
 
@@ -54,6 +55,24 @@ def give_order(
             time.sleep(0.1)
     with sock:
         return _ask(sock, order, planned, stopped)
+
+
+def status_within(folder: Path) -> dict[str, Any] | None:
+    """What the coordinator that runs on this folder says of its run. None: none does, or one of an earlier
+    thinwire, which does not say it here. Raises SwarmUnreachable: it does not answer."""
+    sock = _connected(folder)
+    if sock is None:
+        return None
+    until_s = time.monotonic() + CONNECT_S
+    with sock:
+        try:
+            sock.sendall(frame(Order(what="status")))
+            if _receive(sock, lambda: time.monotonic() > until_s).what != "told":
+                return None
+            status: dict[str, Any] = json.loads(_body(sock, lambda: time.monotonic() > until_s, MAX_STATUS))
+        except (OSError, EOFError, ValueError, BadMessage) as e:
+            raise SwarmUnreachable(f"the coordinator of {folder} does not answer: {e or 'it goes'}") from e
+    return status
 
 
 def write_order(folder: Path, order: Order, check: CheckStrategy) -> Answer:
@@ -118,6 +137,8 @@ def _ask(
         if answer.what == "planned":
             planned(answer)
             answer = _receive(sock, stopped)
+    except TimeoutError as e:
+        raise SwarmUnreachable("stopped; the order stands: it comes with the round") from e
     except (OSError, EOFError, BadMessage) as e:
         raise SwarmUnreachable(f"the coordinator went away before it answered: {e or 'no bytes'}") from e
     if answer.what == "refused":
@@ -126,11 +147,15 @@ def _ask(
 
 
 def _receive(sock: socket.socket, stopped: Callable[[], bool]) -> Answer:
-    return decode_record(Answer, _exactly(sock, length(_exactly(sock, HEAD.size, stopped)), stopped))
+    return decode_record(Answer, _body(sock, stopped))
+
+
+def _body(sock: socket.socket, stopped: Callable[[], bool], most: int = MAX_FRAME) -> bytes:
+    return _exactly(sock, length(_exactly(sock, HEAD.size, stopped), most), stopped)
 
 
 def _exactly(sock: socket.socket, n_bytes: int, stopped: Callable[[], bool]) -> bytes:
-    """A round may take its time: waits until it is stopped."""
+    """A round may take its time: waits until it is stopped. Raises TimeoutError then, OSError, EOFError."""
     data = b""
     sock.settimeout(0.5)
     while len(data) < n_bytes:
@@ -138,7 +163,7 @@ def _exactly(sock: socket.socket, n_bytes: int, stopped: Callable[[], bool]) -> 
             piece = sock.recv(n_bytes - len(data))
         except TimeoutError:
             if stopped():
-                raise SwarmUnreachable("stopped; the order stands: it comes with the round") from None
+                raise TimeoutError("no answer in time") from None
             continue
         if not piece:
             raise EOFError

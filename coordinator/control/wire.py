@@ -2,7 +2,8 @@
 
 frame    u32 length (little-endian) | msgpack record
 owner -> coordinator    Order, one of a connection
-coordinator -> owner    Answer: refused; or planned, and done once the record is on the disk
+coordinator -> owner    Answer: refused; or planned, and done once the record is on the disk; or told, and a
+                        frame of JSON: the status
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from ..protocol.messages import MAX_CHANGES, MAX_ROUND, MAX_TEXT, BadMessage, Re
 SOCKET_NAME: Final = "control.sock"
 HEAD: Final = struct.Struct("<I")
 MAX_FRAME: Final = 2**16
+MAX_STATUS: Final = 16 * 2**20
+"""Bytes of the frame that says how things are."""
 
 _LONGEST_PATH: Final = 107
 """Bytes of a Unix socket's path."""
@@ -29,7 +32,7 @@ _LONGEST_PATH: Final = 107
 class Answer(Record):
     """`text`: why it is refused; `round`, `told`: see `Ordered`; round 0: no record has it."""
 
-    what: Literal["refused", "planned", "done"]
+    what: Literal["refused", "planned", "done", "told"]
     text: Text = ""
     round: Annotated[int, Field(ge=0, le=MAX_ROUND)] = 0
     told: Annotated[tuple[Text, ...], Field(max_length=MAX_CHANGES)] = ()
@@ -41,15 +44,19 @@ def refused(text: str) -> Answer:
 
 def frame(record: Record) -> bytes:
     """The bytes of a record on the socket."""
-    body = encode_record(record)
+    return framed(encode_record(record))
+
+
+def framed(body: bytes) -> bytes:
+    """The bytes of a frame on the socket."""
     return HEAD.pack(len(body)) + body
 
 
-def length(head: bytes) -> int:
-    """Of the record that follows. Raises BadMessage for one that is too long."""
+def length(head: bytes, most: int = MAX_FRAME) -> int:
+    """Of the body that follows. Raises BadMessage for one that is too long."""
     (n_bytes,) = HEAD.unpack(head)
-    if n_bytes > MAX_FRAME:
-        raise BadMessage(f"a frame of {n_bytes} bytes, at most {MAX_FRAME}")
+    if n_bytes > most:
+        raise BadMessage(f"a frame of {n_bytes} bytes, at most {most}")
     return int(n_bytes)
 
 

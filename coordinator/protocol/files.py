@@ -76,6 +76,24 @@ def _close_all_in_child() -> None:
         held.close_in_child()
 
 
+LOCK_NAME: Final = "lock"
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process holds the folder's lock, which is not taken for longer than a look."""
+    try:
+        fd = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 class FolderInUse(ConfigError):
     """Another process has the folder."""
 
@@ -89,7 +107,9 @@ class FolderLock:
     def __init__(self, folder: Path, what: str) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._fd = os.open(
+                folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            )
         except OSError as e:
             raise ConfigError(f"{folder} cannot be used: {e.strerror}") from e
         try:

@@ -93,7 +93,9 @@ def _loss_unit(state: RunState) -> LossUnit:
 
 
 def status_of(state: RunState) -> dict[str, Any]:
-    """The same keys as a coordinator's own status, as far as a ledger tells them; every peer is "gone"."""
+    """The same keys as a coordinator's own status, as far as a ledger tells them; every peer is "gone", or
+    "unknown" where somebody is at the run."""
+    is_running = state.is_running
     genesis = state.genesis
     changing = Changing(genesis)
     statistics = RunStatistics(sum(prod(entry.shape) for entry in genesis.layout))
@@ -115,13 +117,13 @@ def status_of(state: RunState) -> dict[str, Any]:
         "round": state.head,
         "rounds": state.course.n_rounds,
         "changes": changing.told,
-        "state": "finished" if state.is_over else "stopped",
+        "state": "finished" if state.is_over else "running" if is_running else "stopped",
         "held_out": [list(entry) for entry in state.held_out()],
         "peers": [
             {
                 "peer_id": p,
                 "index": i,
-                "state": "gone",
+                "state": "unknown" if is_running else "gone",
                 "last_seen_s": None,
                 **statistics.peer(i).figures(),
                 **in_ledger(standing, i),

@@ -28,7 +28,7 @@ class Status:
 
     ticket: Annotated[Positional[str], arg(metavar="TICKET|STATE")]
     """The line that the coordinator printed; - reads it from standard input, @FILE from a file. Or a state
-    folder, a node's or a coordinator's: then no server and no network is needed."""
+    folder, without a network: the coordinator that runs there says how it stands, else the ledger."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON object on stdout (with --watch: one a line)."""
     watch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...compression.errors import SwarmUnreachable
+from ...coordinator.control.owner import status_within
 from ...coordinator.protocol.figures import counted, figures_in_words, human_seconds
 from ..gossip.words import gossip_in_words
 from ..states.opening import open_state
@@ -24,6 +26,9 @@ from .seats_view import headline_of, seats_shown
 from .status import StatusClient, leads, seat_in_words
 
 WATCH_EVERY_S = 1.0
+ENDS = ("finished", "stopped")
+"""States of a run after which nothing more comes."""
+
 CHANGES_SHOWN = 4
 TOLD_OF_PEERS = 8
 FAR = 4.0
@@ -241,39 +246,65 @@ def live_view(console: Console, notes: Sequence[str]) -> Iterator[Show]:
 
 def show_status(ticket: str, *, as_json: bool, watch: bool, stopped: Callable[[], bool]) -> None:
     """Prints the status on stdout, with `watch` until the run is over or `stopped`. `ticket`: or a state
-    folder, whose ledger says how it stands.
+    folder: the coordinator that runs there says how it stands, else the ledger.
 
     Raises ConfigError for a wrong ticket and SwarmUnreachable.
     """
-    console = make_console()
     if (folder := state_folder(ticket)) is not None:
-        with open_state(folder) as state:
-            status = status_of(state)
-        to_stdout(json.dumps(status)) if as_json else console.print(swarm_table(status, [_where(status)]))
+        _show(lambda: _status_in(folder), as_json=as_json, watch=watch, stopped=stopped)
         return
     with StatusClient(ticket) as client:
         with telling_what_is_here(ticket):
-            status = client.fetch()
-        if as_json:
-            while True:
-                to_stdout(json.dumps(status))
-                if not watch or stopped() or status.get("state") == "finished":
-                    return
-                time.sleep(WATCH_EVERY_S)
-                status = client.fetch()
-        if not watch:
-            console.print(swarm_table(status))
-            return
-        with Live(swarm_table(status), console=console) as live:
-            while not stopped() and status.get("state") != "finished":
-                time.sleep(WATCH_EVERY_S)
-                try:
-                    status = client.fetch()
-                    live.update(swarm_table(status))
-                except SwarmUnreachable:
-                    note = "no coordinator answers; trying again (Ctrl-C to stop)"
-                    live.update(swarm_table(status, [note]))
+            first = [client.fetch()]
+        fetch = client.fetch
+        _show(lambda: first.pop() if first else fetch(), as_json=as_json, watch=watch, stopped=stopped)
 
 
-def _where(status: Mapping[str, Any]) -> str:
-    return f"read from {status['folder']}, a {status['kind']}'s state folder: nobody was asked"
+def _show(
+    fetch: Callable[[], dict[str, Any]], *, as_json: bool, watch: bool, stopped: Callable[[], bool]
+) -> None:
+    console, status = make_console(), fetch()
+    if as_json:
+        while True:
+            to_stdout(json.dumps(status))
+            if not watch or stopped() or status.get("state") in ENDS:
+                return
+            time.sleep(WATCH_EVERY_S)
+            status = fetch()
+    if not watch:
+        console.print(swarm_table(status, _where(status)))
+        return
+    with Live(swarm_table(status, _where(status)), console=console) as live:
+        while not stopped() and status.get("state") not in ENDS:
+            time.sleep(WATCH_EVERY_S)
+            try:
+                status = fetch()
+                live.update(swarm_table(status, _where(status)))
+            except SwarmUnreachable:
+                note = "no coordinator answers; trying again (Ctrl-C to stop)"
+                live.update(swarm_table(status, [note]))
+
+
+def _status_in(folder: Path) -> dict[str, Any]:
+    """What the coordinator says that runs there, else what the ledger says. Raises ConfigError and
+    LedgerCorrupt."""
+    asked, why = None, None
+    try:
+        asked = status_within(folder)
+    except SwarmUnreachable as e:
+        why = str(e)
+    if asked is not None:
+        return asked
+    with open_state(folder) as state:
+        return {**status_of(state), "unanswered": why}
+
+
+def _where(status: Mapping[str, Any]) -> list[str]:
+    """What people should know of a status that a folder's ledger has given."""
+    if "folder" not in status:
+        return []
+    notes = [f"read from {status['folder']}, a {status['kind']}'s state folder: nobody was asked"]
+    if status["state"] == "running":
+        does = status["unanswered"] or f"its {status['kind']} runs"
+        notes.append(f"{does}; who is there, and what is not in the ledger yet: thinwire status TICKET")
+    return notes

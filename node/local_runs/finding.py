@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, Final, Literal
 
 from ...compression.errors import ThinwireError
 from ...coordinator.protocol.figures import printable
+from ...coordinator.protocol.files import is_in_use
 from ...coordinator.protocol.ledger_copy import COPY_NAME
 from ..snapshots.names import SNAPSHOTS, newest_round
 from ..states.opening import BLOBS, RUN_FOLDER, open_state
@@ -89,7 +89,7 @@ def _read(path: Path) -> LocalRun:
     folder = path.parent
     is_coordinator = not RUN_FOLDER.fullmatch(folder.name)
     locked = folder if is_coordinator else folder.parent
-    is_running = is_locked(locked / "lock")
+    is_running = is_in_use(locked)
     try:
         facts = _facts(folder)
     except (ThinwireError, OSError, ValueError, KeyError, TypeError) as e:
@@ -125,21 +125,6 @@ def _facts(folder: Path) -> dict[str, Any]:
             "about": printable(about, SHOWN_CHARS),
             "loss_unit": state.course.settings.task.loss_unit,
         }
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process holds the folder's lock. The lock is not taken for longer than a look."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def size_on_disk(folder: Path) -> int:

@@ -25,6 +25,7 @@ from urllib.parse import quote
 
 from ...compression.errors import ConfigError, LedgerCorrupt
 from ...coordinator.protocol.chain import Chain, check_genesis, seats_of
+from ...coordinator.protocol.files import is_in_use
 from ...coordinator.protocol.ledger_copy import (
     COPY_NAME,
     records_with_changes,
@@ -86,6 +87,15 @@ class RunState:
     def is_over(self) -> bool:
         """Whether the ledger that is here holds the run's last round. Raises as `genesis` does."""
         return self.course.run.is_over(self.head)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process is at this run. A node's folder has all its runs: it is at the one that was
+        written to last."""
+        folder = self.folder.resolve()  # its name says whether another one has it
+        if self.kind == "coordinator":
+            return is_in_use(folder)
+        return is_in_use(folder.parent) and runs_in(folder.parent)[:1] == [folder]
 
     @cached_property
     def course(self) -> Course:

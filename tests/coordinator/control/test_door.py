@@ -10,6 +10,7 @@ import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from thinwire.compression.errors import ConfigError, LedgerCorrupt, SwarmUnreach
 from thinwire.coordinator.control import door as doors
 from thinwire.coordinator.control.door import Door
 from thinwire.coordinator.control.orders import MAX_NAMED, Order, Ordered, no_strategy
-from thinwire.coordinator.control.owner import give_order, write_order
+from thinwire.coordinator.control.owner import give_order, status_within, write_order
 from thinwire.coordinator.control.wire import HEAD, MAX_FRAME, SOCKET_NAME, Answer, frame, socket_path
 from thinwire.coordinator.ledger import Ledger
 from thinwire.coordinator.protocol.files import FolderLock
@@ -38,9 +39,11 @@ class Keeper:
         self.n_bad = 0
 
     def door(self, folder: Path) -> Door:
-        return Door(
-            folder, self.order, lambda ordered: ordered.round <= self.head, self.count_bad, self.foresee
-        )
+        is_in_ledger = lambda ordered: ordered.round <= self.head  # noqa: E731
+        return Door(folder, self.order, is_in_ledger, self.count_bad, self.foresee, self.status)
+
+    def status(self) -> dict[str, Any]:
+        return {"state": "training", "peers": ["x" * 100] * 1000}  # more than an order may have
 
     async def foresee(self, order: Order) -> None:
         self.foreseen.append(order)
@@ -136,6 +139,21 @@ def test_who_leaves_before_the_record_comes_keeps_no_place(tmp_path: Path) -> No
         await door.close()
 
     asyncio.run(run())
+
+
+def test_the_status_is_told_to_whoever_has_the_folder(tmp_path: Path) -> None:
+    folder, keeper = folder_of(tmp_path), Keeper()
+    assert status_within(folder) is None, "nobody listens"
+
+    async def run() -> dict[str, Any] | None:
+        door = keeper.door(folder)
+        await door.open()
+        found = await asyncio.to_thread(status_within, folder)
+        await door.close()
+        return found
+
+    assert asyncio.run(run()) == keeper.status()
+    assert (keeper.orders, keeper.foreseen, keeper.n_bad) == ([], [], 0)
 
 
 def test_bytes_that_are_no_order_are_refused_and_counted(

@@ -16,6 +16,7 @@ from thinwire.coordinator.control.orders import Order
 from thinwire.coordinator.control.owner import give_order
 from thinwire.coordinator.control.wire import SOCKET_NAME, Answer
 from thinwire.coordinator.protocol.messages import Change
+from thinwire.node.cli.main import main
 from thinwire.node.cli.offline import as_file
 from thinwire.node.cli.replay import replay
 from thinwire.node.cli.run_command import change_run
@@ -48,7 +49,9 @@ def give(folder: Path, what: str, rounds: int = 0, **settings: Any) -> Answer:
 @pytest.mark.swarm
 @pytest.mark.timeout(240)
 def test_a_run_of_processes_is_changed_ended_and_extended(
-    thinwire: Callable[..., Any], tmp_path: Path
+    thinwire: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "run.toml").write_text(RUN)
     state = tmp_path / "state"
@@ -75,6 +78,9 @@ def test_a_run_of_processes_is_changed_ended_and_extended(
         status = client.fetch()
         assert (status["state"], status["round"]) == ("paused", paused)
         assert len(status["changes"]) == 3
+        assert main(["status", str(state), "--json"]) == 0  # it is asked through its folder
+        asked = json.loads(capsys.readouterr().out)
+        assert (asked["state"], asked["run_id"], "folder" in asked) == ("paused", status["run_id"], False)
         assert give(state, "resume").round == paused + 1
         wait_until(lambda: client.fetch()["round"] > paused + 2, 60, coordinator.stderr)
     end = give(state, "stop").round

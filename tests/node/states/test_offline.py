@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from thinwire.compression.errors import ConfigError, LedgerCorrupt, ThinwireError
 from thinwire.coordinator.ledger import Ledger
+from thinwire.coordinator.protocol.files import FolderLock
 from thinwire.coordinator.protocol.identity import public_key_of
 from thinwire.coordinator.protocol.ledger_copy import COPY_NAME, LedgerCopy
 from thinwire.coordinator.protocol.ledger_file import check
@@ -143,7 +144,26 @@ def test_status(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [peer["offers_counted"] for peer in status["peers"]] == [5, 6]
     assert bool(status["held_out"]) == (folder.name == "coordinator")
     assert main(["status", str(folder)]) == 0
-    assert "state folder: nobody was asked" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "state folder: nobody was asked" in out
+    assert "gone" in out
+
+
+def test_the_status_of_a_folder_in_use(
+    coordinator: Path, node: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever is at the run cannot be asked: it is a node, or its coordinator has no socket."""
+    for folder in (coordinator, node, run_folder(node)):
+        lock = FolderLock(node if folder != coordinator else folder, "process")
+        try:
+            assert main(["status", str(folder), "--json"]) == 0
+            assert main(["status", str(folder)]) == 0
+        finally:
+            lock.close()
+        first, *shown = capsys.readouterr().out.splitlines()
+        status, out = json.loads(first), " ".join(" ".join(shown).split())
+        assert (status["state"], {p["state"] for p in status["peers"]}) == ("running", {"unknown"})
+        assert f"its {status['kind']} runs; who is there" in out
 
 
 def test_without_payloads_and_snapshots_it_says_what_would_do(coordinator: Path, tmp_path: Path) -> None:
