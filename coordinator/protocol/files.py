@@ -98,6 +98,18 @@ class FolderInUse(ConfigError):
     """Another process has the folder."""
 
 
+def refuse_in_use(folder: Path | None, what: str) -> None:
+    """Raises FolderInUse as `FolderLock` does, before anything that takes its time."""
+    if folder is not None and is_in_use(folder):
+        raise _in_use(folder, what)
+
+
+def _in_use(folder: Path, what: str) -> FolderInUse:
+    with (folder / LOCK_NAME).open("rb") as file:
+        holder = file.read(32).decode("ascii", "replace").strip() or "unknown"
+    return FolderInUse(f"{folder} is in use by another {what}, process {holder}: stop it first")
+
+
 class FolderLock:
     """One process at a time has a folder, from the construction to `close`; a dead one does not keep it.
 
@@ -115,11 +127,8 @@ class FolderLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(self._fd, 32).decode("ascii", "replace").strip() or "unknown"
             os.close(self._fd)
-            raise FolderInUse(
-                f"{folder} is in use by another {what}, process {holder}: stop it first"
-            ) from None
+            raise _in_use(folder, what) from None
         os.ftruncate(self._fd, 0)
         os.write(self._fd, f"{os.getpid()}\n".encode())
         keep_from_children(self)

@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from ...compression.errors import ConfigError
+from ...coordinator.protocol.files import refuse_in_use
 from ..founding.child import Child
 from ..system.folder import folder_of_run
 from ..system.output import to_stdout
@@ -426,6 +427,7 @@ class Ray:
     def _refuse(self) -> None:
         """Raises ConfigError."""
         refuse_folder("--state", self.state)
+        refuse_in_use(self.state, "coordinator")
         refuse_folder("-o", self.output)
         refuse_below("--wait", self.wait, 0, "seconds for machines to come, e.g. 300")
         refuse_below("--restarts", self.restarts, -1, "starts again after an actor's death, -1: always")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from ...compression.errors import ConfigError
+from ...coordinator.protocol.files import refuse_in_use
 from ...coordinator.protocol.ticket import Ticket
 from ..beside.seat import Coordinate, seat_beside, seat_command
 from ..evaluation.supervising import refuse_function
@@ -73,6 +74,7 @@ def refuse(options: Options) -> None:
 def _refuse_places(options: Options) -> None:
     refuse_file("--save", options.save)
     refuse_folder("--state", options.state)
+    refuse_in_use(options.state, "node")
     refuse_address(options.host, options.port, options.announce)
     refuse_http(options.http)
     refuse_below("--patience-s", options.patience_s, 0, "seconds without the coordinator, e.g. 600")

@@ -17,9 +17,6 @@ log = logging.getLogger("thinwire.cli")
 IDENTITY_NAME = "identity.key"
 """A node's key, in its folder: who has it is that peer."""
 
-IDENTITY_NAME = "identity.key"
-"""A node's key, in its folder: who has it is that peer."""
-
 MAX_NODES = 64
 """Nodes of one user on one machine that find a folder by themselves."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.addresses import HttpAddress, require_free
+from thinwire.coordinator.protocol.files import FolderLock
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
 from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.node.cli.main import main
@@ -134,6 +136,26 @@ def test_every_command_checks_before_it_starts(
         assert main(words) == 2
     assert_said(capsys.readouterr().err, why.replace("TAKEN", port))
     assert os.listdir(tmp_path) == ["run.toml"]
+
+
+@pytest.mark.parametrize("command", ["join TICKET --ranks 2 --restart 1", "coordinator RUN", "ray RUN"])
+def test_a_folder_in_use_is_refused_before_anything_is_started(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def popen(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    (tmp_path / "run.toml").write_text(RUN)
+    (tmp_path / "state" / "ledger.db").parent.mkdir()
+    (tmp_path / "state" / "ledger.db").touch()  # of a run: its strategy is not looked at anew
+    words = command.replace("RUN", str(tmp_path / "run.toml")).replace("TICKET", TICKET).split()
+    lock = FolderLock(tmp_path / "state", "node")
+    try:
+        assert main([*words, "--state", str(tmp_path / "state")]) == 2
+    finally:
+        lock.close()
+    assert_said(capsys.readouterr().err, f"state is in use by another .*, process {os.getpid()}: stop it")
 
 
 def assert_said(text: str, why: str) -> None:
