@@ -56,10 +56,11 @@ def plan(
     rate = parse_rate(link, "--link")
     found: list[Estimate] = []
     failed: dict[str, str] = {}
-    for options in chosen(config, strategies):
+    asked = chosen(config, strategies)
+    for i, options in enumerate(asked, 1):
         if stopped():
             return
-        to_stderr(f"measuring {options['name']} on this machine")
+        to_stderr(f"measuring {options['name']} on this machine, {i} of {len(asked)}")
         try:
             measured = _measured(config, options, n_peers, seconds, device, import_path)
         except ConfigError as e:
@@ -157,7 +158,7 @@ def told(
     config: RunConfig,
     run_file: Path,
 ) -> str:
-    """A column for each strategy; times as median and, in brackets, what was seen."""
+    """A column for each strategy; times as median (least-most)."""
     head = f"{config.run.name}: {n_peers} nodes like this machine, each with a link of {human_bytes(rate)}/s."
     lines = [head, "", *_table([("", [e.strategy for e in found]), *_rows(found, config)]), ""]
     lines += [f"{e.strategy}: {e.told}" for e in found if e.told is not None]
@@ -170,7 +171,8 @@ def told(
         )
     lines += [
         *filter(None, [warning_of(complete_new_run(config.strategy), config.run.rounds)]),
-        "Measured here: computing, packing, applying, payload, memory. Computed: the link's part.",
+        "Times: median (least-most). Measured here: computing, packing, applying, payload, memory.",
+        "Computed: the link's part.",
         f"Which one learns most from the same tokens: thinwire compare {run_file}",
     ]
     return "\n".join(lines)
@@ -180,6 +182,7 @@ def _rows(found: Sequence[Estimate], config: RunConfig) -> list[tuple[str, list[
     def row(name: str, of: Callable[[Estimate], str]) -> tuple[str, list[str]]:
         return name, [of(e) for e in found]
 
+    uses_gpu = any(e.device_bytes for e in found)
     return [
         row("rounds measured", lambda e: str(e.rounds_measured)),
         row("batches per round", lambda e: str(e.batches)),
@@ -194,13 +197,18 @@ def _rows(found: Sequence[Estimate], config: RunConfig) -> list[tuple[str, list[
         row(f"{config.run.rounds} rounds", lambda e: human_seconds(config.run.rounds * e.round_s.median)),
         row("tokens per second", lambda e: f"{e.tokens_per_s:,.0f}"),
         row("memory of a node", lambda e: human_bytes(e.memory_bytes)),
-        row("memory on the GPU", lambda e: human_bytes(e.device_bytes) if e.device_bytes else "-"),
+        *([row("memory on the GPU", lambda e: human_bytes(e.device_bytes))] if uses_gpu else []),
         row("verdict", lambda e: e.verdict),
     ]
 
 
 def _span(span: Span) -> str:
-    return f"{_time(span.median)} [{_time(span.least)}, {_time(span.most)}]"
+    """Least and most in the median's unit, to two digits: three columns of them fit a terminal."""
+    if span.median >= 100:
+        return f"{_time(span.median)} ({_time(span.least)}-{_time(span.most)})"
+    factor = 1000 if span.median < 1 else 1
+    least, most = (f"{float(f'{seconds * factor:.2g}'):g}" for seconds in (span.least, span.most))
+    return f"{_time(span.median)} ({least}-{most})"
 
 
 def _time(seconds: float) -> str:
