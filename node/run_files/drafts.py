@@ -341,10 +341,10 @@ _SCHEDULE: Final[Mapping[Kind, str]] = {
 
 
 def _next_steps(draft: Draft, path: Path) -> str:
-    lines = [
-        f"wrote {path}. What next:",
-        f"  thinwire plan {path} --peers 8 --link 10Mbit   bytes, memory and time of a round, measured here",
-        f"  thinwire coordinator {path}   starts the run and prints a ticket",
-        "  thinwire join TICKET   on every machine",
-    ]
-    return "\n".join(lines)
+    steps = {
+        f"thinwire plan {path} --peers 8 --link 10Mbit": "bytes, memory and time of a round, measured here",
+        f"thinwire coordinator {path}": "starts the run and prints a ticket",
+        "thinwire join TICKET": "on every machine",
+    }
+    width = max(map(len, steps))
+    return "\n".join([f"wrote {path}. What next:", *(f"  {c:{width}}   {why}" for c, why in steps.items())])
