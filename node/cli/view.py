@@ -80,7 +80,8 @@ def swarm_table(status: Mapping[str, Any], notes: Sequence[str] = ()) -> Group:
     if whose is not None and "mismatches" not in status:
         said = [Text(shown(whose), style="yellow"), *(Text(note, style="yellow") for note in notes)]
         return Group(*seats, *said)
-    lines: list[RenderableType] = [Text(shown(headline(status))), *seats, _PeerTable(status)]
+    rows = _PeerTable(status) if status["peers"] else Text("no peer has come yet: thinwire join TICKET")
+    lines: list[RenderableType] = [Text(shown(headline(status))), *seats, rows]
     lines += [Text(shown(f"changed: {text}")) for text in status.get("changes", [])[-CHANGES_SHOWN:]]
     if noise := status.get("noise_scale", {}).get("text"):
         lines.append(Text(shown(noise)))
@@ -100,6 +101,9 @@ class _PeerTable:
     def __init__(self, status: Mapping[str, Any]) -> None:
         is_asked = "folder" not in status
         self._rows = [_cells(peer, is_live=is_asked and leads(status)) for peer in status["peers"]]
+        if status["state"] == "finished":  # who is gone then has done all
+            for row in self._rows:
+                row["state"].style = ""
         if is_asked and not leads(status):
             self._rows = [{**row, "state": Text("-")} for row in self._rows]
         told = {column for column in ON_DEMAND if any(row[column].plain != "-" for row in self._rows)}
@@ -131,7 +135,7 @@ def _cells(peer: Mapping[str, Any], *, is_live: bool) -> dict[str, Text]:
     return {
         "peer": Text(f"{peer['index']} …{peer['peer_id'][-6:]}"),
         "state": Text(peer["state"], style=style),
-        "round": Text(str(peer["round"])),
+        "round": Text(str(max(peer["round"], peer["fingerprint_round"] or 0))),
         **_trust_cells(peer, is_live=is_live),
         "loss": Text("-" if peer["loss"] is None else f"{peer['loss']:.3f}"),
         "counted": Text(str(peer["offers_counted"])),

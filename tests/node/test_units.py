@@ -122,6 +122,18 @@ def test_a_narrow_terminal_has_whole_columns(
     assert not any(part in table for part in missing)
 
 
+def test_who_left_at_the_end_has_the_round_of_its_last_fingerprint() -> None:
+    """It says how far it is once a second, and leaves sooner after its last rounds."""
+    assert " 1230 " in table_of(160, state="gone", round=1190).replace("@1230", "")
+
+
+def test_a_run_without_peers_says_what_to_do() -> None:
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(swarm_table({**STATUS, "peers": [], "mismatches": 0}))
+    assert "thinwire join TICKET" in shown.get()
+
+
 def test_a_state_folder_does_not_know_what_was_sent() -> None:
     console = Console(width=110)
     with console.capture() as shown:
