@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Annotated, NoReturn, get_args
+from typing import Annotated, Any, NoReturn, get_args
 
 import tyro
 
@@ -58,6 +58,18 @@ def _names() -> list[str]:
     return [config.name for kind in get_args(get_args(Command)[0]) for config in kind.__metadata__]
 
 
+def _in_brief() -> Any:
+    """`Command` for the list of all commands: of what each says of itself the first paragraph."""
+    annotated: Any = Annotated  # of types that are known only now
+    brief: Any = None
+    for kind in get_args(get_args(Command)[0]):
+        config, command = kind.__metadata__[0], kind.__origin__
+        first = " ".join((command.__doc__ or "").partition("\n\n")[0].split())
+        named = annotated[command, tyro.conf.subcommand(config.name, description=first)]
+        brief = named if brief is None else brief | named
+    return brief
+
+
 _COMPUTING = frozenset({"verify", "snapshots"})
 """Threads that may still be inside of a kernel when all else is over."""
 
@@ -100,14 +112,15 @@ def _obey(argv: Sequence[str]) -> int:
     if list(argv) in (["--version"], ["-V"]):
         print_version()
         return 0
-    if argv and not argv[0].startswith("-") and argv[0] not in (known := _names()):
+    known = _names()
+    if argv and not argv[0].startswith("-") and argv[0] not in known:
         to_stderr(f"thinwire: there is no command {argv[0]!r}: {nearest(argv[0], known)}")
         return ConfigError.exit_code
     command = tyro.cli(
-        Command,
+        Command if argv and argv[0] in known else _in_brief(),
         prog="thinwire",
         description="Train one model on many machines joined by thin, unreliable links. --version says which "
-        "thinwire this is.",
+        "thinwire this is, thinwire COMMAND --help what a command does and takes.",
         args=with_whole_tickets(argv),
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )

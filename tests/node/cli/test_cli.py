@@ -51,6 +51,7 @@ def test_help_is_quick_and_names_every_command(thinwire: Start) -> None:
     assert program.wait() == 0
     for command in ("demo", "coordinator", "join", "status", "ledger", "replay", "export", "bench"):
         assert command in program.stdout()
+    assert len(program.stdout().splitlines()) < 70, "of each command a sentence or two"
     program = thinwire("join", "--help", afresh=True)
     assert program.wait() == 0
     assert "configuration, model and base weights come from" in program.stdout()
