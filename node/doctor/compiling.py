@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, Final
@@ -22,6 +23,8 @@ from .kernel_cache import is_compiled, mark_path, stamp
 
 LONGEST_WAIT_S: Final = 300.0
 _STEP: Final = "a step"
+_UNCACHED: Final = "Cannot cache compiled function"
+"""How numba begins to say so."""
 
 
 @contextmanager
@@ -80,14 +83,17 @@ class _Stopped(Exception):
 
 
 def _begin() -> None:
-    """In a worker: Ctrl-C is the parent's affair, which ends it, and the cores are taken."""
+    """In a worker: Ctrl-C is the parent's affair, which ends it, and the cores are taken. A kernel that
+    cannot be cached is an error: every start would compile it."""
     import torch
 
+    warnings.filterwarnings("error", message=_UNCACHED)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def _compile(name: str) -> None:
+    """Raises RuntimeError: numba cannot cache a kernel."""
     if name == _STEP:
         _step()
         return
@@ -95,7 +101,9 @@ def _compile(name: str) -> None:
 
     from .self_test import failed_kernels
 
-    failed_kernels(torch.device("cpu"), names=[name])  # whether it is right, a node asks before it joins
+    failed = failed_kernels(torch.device("cpu"), names=[name])
+    if any(_UNCACHED in text for text in failed):  # whether it is right, a node asks before it joins
+        raise RuntimeError("; ".join(failed))
 
 
 def _step() -> None:

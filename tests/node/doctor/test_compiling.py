@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import fcntl
+import signal
 import threading
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("numba", reason="the numba kernels are an extra")
 
+import numba
+
 from thinwire.node.doctor import compiling, kernel_cache
 from thinwire.node.doctor.kernel_cache import is_compiled
+from thinwire.node.doctor.known_answers import KNOWN_ANSWERS, KnownAnswer
+
+LARGE = np.zeros(2**20)
+"""Numba keeps by its address what has a megabyte."""
 
 
 @pytest.fixture
@@ -73,6 +83,22 @@ def test_a_mark_that_cannot_be_written_keeps_nobody_out(mark: Path) -> None:
     with compiling.compiling(print):
         pass
     assert not is_compiled()
+
+
+def test_a_kernel_that_cannot_be_cached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that has a large array in it."""
+    kernel = numba.njit(cache=True)(lambda i: LARGE[i])
+    monkeypatch.setitem(KNOWN_ANSWERS, "large", KnownAnswer(lambda _device: int(kernel(0)), 0))
+    on_interrupt, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiling._begin()
+            with pytest.raises(RuntimeError, match=r"large .*Cannot cache compiled function"):
+                compiling._compile("large")
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+        torch.set_num_threads(threads)
 
 
 def test_plain_kernels_need_no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
