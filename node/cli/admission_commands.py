@@ -9,6 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ..system.output import to_stdout
+from .arguments import optional
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Identity:
     It is that of the node that `thinwire join` would start now: its key is made if it has none.
     """
 
-    state: Annotated[Positional[Path | None], arg(metavar="STATE")] = None
+    state: Annotated[Positional[Path | None], optional(metavar="STATE")] = None
     """The node's state folder (its --state). Default: as for thinwire join, the first of
     ~/.local/state/thinwire/node-0, node-1, ... that no node uses now."""
 

@@ -7,14 +7,20 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+import tyro
 
 from ...compression.errors import ConfigError
 
 if TYPE_CHECKING:
     from ...coordinator.protocol.addresses import HttpAddress
 
+
+optional = partial(tyro.conf.arg, help_behavior_hint="")
+"""Of an option that nobody need give: its help says what holds then, and not that its default is None."""
 
 _UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 

@@ -14,7 +14,7 @@ from ...compression.errors import ConfigError
 from ..system.devices import chosen_device
 from ..system.output import to_stderr, to_stdout
 from ..system.stopping import stop_on_signals
-from .arguments import overrides_of
+from .arguments import optional, overrides_of
 
 
 def print_version() -> None:
@@ -60,20 +60,22 @@ class Init:
 
     file: Annotated[Positional[Path], arg(metavar="RUN.toml")] = Path("run.toml")
     """What is written."""
-    kind: tyro.conf.DisallowNone[Literal["bytes", "text", "lora", "classify", "slow"] | None] = None
+    kind: Annotated[
+        tyro.conf.DisallowNone[Literal["bytes", "text", "lora", "classify", "slow"] | None], optional()
+    ] = None
     """What is to be trained. Default: asks."""
-    name: Annotated[str | None, arg(metavar="NAME")] = None
+    name: Annotated[str | None, optional(metavar="NAME")] = None
     """What people call the run."""
-    corpus: Annotated[str | None, arg(metavar="FILE")] = None
+    corpus: Annotated[str | None, optional(metavar="FILE")] = None
     """pydoc, stdlib, or text of your own: a file, a folder, JSON lines, a data set of the hub."""
-    model: Annotated[str | None, arg(metavar="DIR")] = None
+    model: Annotated[str | None, optional(metavar="DIR")] = None
     """text, lora, classify: a model's folder, or its name on the hub."""
-    rounds: Annotated[int | None, arg(metavar="N")] = None
-    peers: Annotated[int | None, arg(metavar="N")] = None
+    rounds: Annotated[int | None, optional(metavar="N")] = None
+    peers: Annotated[int | None, optional(metavar="N")] = None
     """The first round waits for so many machines."""
-    prompt: Annotated[str | None, arg(metavar="TEXT")] = None
+    prompt: Annotated[str | None, optional(metavar="TEXT")] = None
     """classify: what stands before the label's words, with fields in braces: "{text} It was"."""
-    labels: Annotated[str | None, arg(metavar="VALUE=WORDS,...")] = None
+    labels: Annotated[str | None, optional(metavar="VALUE=WORDS,...")] = None
     """classify: values of the label and their words: "0= terrible,1= great"."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write over a file that is there."""
@@ -107,7 +109,7 @@ def _ask(question: str, default: str) -> str:
 class Runs:
     """List the runs whose state is on this machine: what, where, how far, size on disk, running or not."""
 
-    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="FOLDER")] = ()
+    folders: Annotated[Positional[tuple[Path, ...]], optional(metavar="FOLDER")] = ()
     """Look here, and below. Default: the user's state directory (~/.local/state/thinwire) and what is in the
     working directory."""
     clean: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -173,9 +175,9 @@ class Generate:
     """0: always the likeliest; 1: as the model says."""
     seed: int = 0
     """The same seed, the same text, on the same machine."""
-    run_file: Annotated[Path | None, arg(name="run", metavar="RUN.toml")] = None
+    run_file: Annotated[Path | None, optional(name="run", metavar="RUN.toml")] = None
     """What the model is, where nothing beside its weights says so."""
-    base: Annotated[Path | None, arg(metavar="DIR")] = None
+    base: Annotated[Path | None, optional(metavar="DIR")] = None
     """The folder of the model that adapters belong to."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: cuda if there is a GPU."""
@@ -209,13 +211,13 @@ class Plan:
 
     run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
     """What is to be trained; thinwire init writes one."""
-    peers: Annotated[int | None, arg(metavar="N")] = None
+    peers: Annotated[int | None, optional(metavar="N")] = None
     """Nodes, all like this machine. Default: the run's min_peers, but two at least."""
     link: Annotated[str, arg(metavar="RATE")] = "100Mbit"
     """What each of them has in either direction: 10Mbit, 1.5MB/s, ..."""
     rtt_ms: Annotated[float, arg(metavar="MS")] = 50.0
     """There and back between a node and the coordinator, in milliseconds."""
-    strategies: Annotated[str | None, arg(metavar="A,B,...")] = None
+    strategies: Annotated[str | None, optional(metavar="A,B,...")] = None
     """Default: the run's own, and then the others."""
     seconds: Annotated[float, arg(metavar="S")] = 10.0
     """To measure each strategy for, once its model is loaded."""
@@ -223,7 +225,7 @@ class Plan:
     """cpu, cuda, cuda:1, ...; auto: cuda if there is a GPU."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """section.key=value, instead of what the file says; may be repeated."""
-    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    task: Annotated[str | None, optional(metavar="MODULE:FUNCTION")] = None
     """A task of your own, importable here."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON object on stdout."""

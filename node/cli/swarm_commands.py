@@ -18,7 +18,7 @@ from ..system.folder import folder_of_run
 from ..system.output import to_stdout
 from ..system.places import refuse_below, refuse_folder, refuse_http
 from ..system.stopping import Stop, stop_on_signals
-from .arguments import http_address, overrides_of, read_ticket, seconds_of
+from .arguments import http_address, optional, overrides_of, read_ticket, seconds_of
 
 if TYPE_CHECKING:
     pass
@@ -37,7 +37,7 @@ class Demo:
     moment, then fine-tune on other text with one byte per probe. gossip: every peer has a model of its own,
     which it mixes with its neighbours'."""
     peers: Annotated[int, arg(metavar="N")] = 4
-    rounds: Annotated[int | None, arg(metavar="N")] = None
+    rounds: Annotated[int | None, optional(metavar="N")] = None
     """Rounds to train. Default: 120 (decoupled), 55 (spsa), 60 (gossip, of 4 steps each)."""
     ranks: Annotated[str, arg(metavar="N,M,...")] = "1"
     """Ranks of the nodes, over and over: with 1,2 every other node shards its model over two processes."""
@@ -45,10 +45,10 @@ class Demo:
     """How many order the run: of 3 the one that leads is killed on the way, too, and the others go on."""
     faults: bool = True
     """Kill one node on the way and start it again; of several coordinators the one that leads, too."""
-    http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    http: Annotated[str | None, optional(metavar="HOST:PORT")] = None
     """Serve the swarm's own page here while it runs; and /metrics, /sd and /healthz for Prometheus. Port 0: a
     free one."""
-    http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
+    http_token: Annotated[str | None, optional(metavar="TOKEN")] = None
     """Whoever asks must show it: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. Default:
     $THINWIRE_HTTP_TOKEN, or none"""
     http_host: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
@@ -91,15 +91,15 @@ class Coordinator:
     Several coordinators on several machines (--seats 3, then --replica there) go on when one of them is lost.
     """
 
-    run_file: Annotated[Positional[Path | None], arg(metavar="RUN.toml")] = None
+    run_file: Annotated[Positional[Path | None], optional(metavar="RUN.toml")] = None
     """Not needed where --state has a run already, nor for a --replica."""
-    seats: Annotated[int | None, arg(metavar="N")] = None
+    seats: Annotated[int | None, optional(metavar="N")] = None
     """How many coordinators are to order the run: 3 go on when one is lost, 5 when two are. This one writes a
     seat ticket into its state folder, goes on alone, and names the others once so many are up to date."""
-    replica: Annotated[str | None, arg(metavar="SEAT_TICKET")] = None
+    replica: Annotated[str | None, optional(metavar="SEAT_TICKET")] = None
     """Become one of a run's coordinators: the seat ticket of another one, as a file or the line itself. It is
     secret: a ticket to join does not suffice."""
-    replace: Annotated[str | None, arg(metavar="PEER")] = None
+    replace: Annotated[str | None, optional(metavar="PEER")] = None
     """The coordinator that is lost, or whose key is not safe any more, is to go: a replica that is up to date
     takes its place. With --seats one less than there are it goes without a successor."""
     blobs: Literal["seats", "leader"] = "seats"
@@ -113,10 +113,10 @@ class Coordinator:
     recover: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Most coordinators are lost for ever: go on alone from here, with the run's recovery key. Nodes and
     coordinators that are still there are asked for the newest round first (--recover-wait)."""
-    recovery_key: Annotated[Path | None, arg(metavar="FILE")] = None
+    recovery_key: Annotated[Path | None, optional(metavar="FILE")] = None
     """Default: DIR/recovery-key, where the run's first coordinator wrote it."""
     recover_wait: Annotated[str, arg(metavar="TIME")] = "30s"
-    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    state: Annotated[Path | None, optional(metavar="DIR")] = None
     """Where ledger, key, token and payloads are kept. Default:
     ~/.local/state/thinwire/NAME-coordinator"""
     host: str = "0.0.0.0"
@@ -130,11 +130,11 @@ class Coordinator:
     ones."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """section.key=value, instead of what the file says; may be repeated."""
-    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    task: Annotated[str | None, optional(metavar="MODULE:FUNCTION")] = None
     """A task of your own, importable here; nodes need the same."""
-    ticket_file: Annotated[Path | None, arg(metavar="FILE")] = None
+    ticket_file: Annotated[Path | None, optional(metavar="FILE")] = None
     """Write the ticket here, too, readable by this user alone: nodes on the same disk join @FILE."""
-    seat_ticket_file: Annotated[Path | None, arg(metavar="FILE")] = None
+    seat_ticket_file: Annotated[Path | None, optional(metavar="FILE")] = None
     """Write the secret seat ticket here, too, readable by this user alone: for --replica on the same disk."""
     ban: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PEER")] = ()
     """Never let this peer in again (its id is in thinwire status); may be repeated. Kept in DIR/banned."""
@@ -145,10 +145,10 @@ class Coordinator:
     rotate_token: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make a new ticket: those given out so far let no newcomer in any more. Peers that were let in before
     stay, unless --ban names them."""
-    http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    http: Annotated[str | None, optional(metavar="HOST:PORT")] = None
     """Serve the swarm's own page here; and for Prometheus /metrics, /sd (every node as a target), /healthz,
     /readyz."""
-    http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
+    http_token: Annotated[str | None, optional(metavar="TOKEN")] = None
     """Whoever asks must show it: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. Default:
     $THINWIRE_HTTP_TOKEN, or none"""
     http_host: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
@@ -213,19 +213,19 @@ class Join:
     The run's configuration, model and base weights come from the swarm. Ctrl-C leaves cleanly.
     """
 
-    ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
+    ticket: Annotated[Positional[str | None], optional(metavar="TICKET")] = None
     """The line that the coordinator printed; - reads it from standard input, @FILE from a file. Without one a
     node that was in a run with several coordinators finds them in its --state."""
-    data: Annotated[Path | None, arg(metavar="FILE")] = None
+    data: Annotated[Path | None, optional(metavar="FILE")] = None
     """Train on your own text (a file or a folder) instead of the run's. It stays on this machine."""
-    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    task: Annotated[str | None, optional(metavar="MODULE:FUNCTION")] = None
     """The run's custom task, importable here."""
-    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    state: Annotated[Path | None, optional(metavar="DIR")] = None
     """Identity, ledger and snapshots are kept here: after a restart the node is the same peer and goes on
     where it was. Default: the first of ~/.local/state/thinwire/node-0, node-1, ... that nobody uses."""
     device: str = "auto"
     """Where to train: cpu, cuda (all GPUs), cuda:1, ...; auto: cuda if there is a GPU."""
-    ranks: Annotated[int | None, arg(metavar="N")] = None
+    ranks: Annotated[int | None, optional(metavar="N")] = None
     """Processes among which the model is sharded (FSDP), each with a GPU or on the CPU. Default: one for each
     GPU, or 1 on the CPU. The others in the swarm cannot tell."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -240,20 +240,20 @@ class Join:
     the machine's memory: 21 bytes per parameter instead of 28, and the same results."""
     restart: Annotated[int, arg(metavar="N")] = 0
     """Start the node again, from its snapshot, up to N times when it breaks."""
-    threads: Annotated[int | None, arg(metavar="N")] = None
+    threads: Annotated[int | None, optional(metavar="N")] = None
     """CPU threads for training, of each rank. Default: all cores, dealt among the ranks."""
     host: str = "0.0.0.0"
     port: int = 0
     announce: UseAppendAction[tuple[str, ...]] = ()
     """An address that others reach this machine by; may be repeated."""
-    max_upload: Annotated[str | None, arg(metavar="RATE")] = None
+    max_upload: Annotated[str | None, optional(metavar="RATE")] = None
     """Never send more than this, e.g. 20kB/s, 1.5MB/s or 8Mbit/s, over any ten seconds."""
     patience_s: float = 600.0
     """Seconds to keep trying when the coordinator does not answer any more."""
-    http: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    http: Annotated[str | None, optional(metavar="HOST:PORT")] = None
     """Serve Prometheus here: /metrics, /healthz, /readyz. The coordinator's gateway has a node's metrics also
     without it."""
-    http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
+    http_token: Annotated[str | None, optional(metavar="TOKEN")] = None
     """Whoever asks must show it: Authorization: Bearer TOKEN, or once /?token=TOKEN in a browser. Default:
     $THINWIRE_HTTP_TOKEN, or none"""
     http_host: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="NAME")] = ()
@@ -262,14 +262,14 @@ class Join:
     track: UseAppendAction[tuple[Literal["tensorboard", "wandb"], ...]] = ()
     """Records of this node's rounds for TensorBoard (in its state folder) or Weights & Biases, too; may be
     repeated. JSON lines are always there: track.jsonl."""
-    evaluate: Annotated[str | None, arg(metavar="FUNCTION")] = None
+    evaluate: Annotated[str | None, optional(metavar="FUNCTION")] = None
     """This node evaluates the weights as the run's [eval] asks for, beside its training: name what that says,
     package.module:function or lm-eval; code never comes over the network."""
     verify: Literal["background", "first", "off"] = "background"
     """Of a snapshot of the swarm's: background: train on it, and replay the ledger up to it meanwhile, at low
     priority, where the payloads still exist; that takes the model's memory once more. first: begin only where
     nobody's word is taken, at the base weights or at what this node has verified. off: take it as it is."""
-    coordinate: Annotated[str | None, arg(metavar="SEAT_TICKET")] = None
+    coordinate: Annotated[str | None, optional(metavar="SEAT_TICKET")] = None
     """Be one of the run's coordinators, too, in a process beside the node: the seat ticket of another one, as
     a file or the line itself. Its state is in DIR-seat; without --state in
     ~/.local/state/thinwire/run-...-coordinator"""
@@ -277,7 +277,7 @@ class Join:
     """TCP port of that coordinator; 0 picks a free one at the first start and keeps it."""
     coordinate_announce: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="ADDRESS")] = ()
     """An address that others reach that coordinator by; may be repeated."""
-    save: Annotated[Path | None, arg(metavar="FILE")] = None
+    save: Annotated[Path | None, optional(metavar="FILE")] = None
     """Write the trained weights here (safetensors) after the last round."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON object with the result on stdout."""
@@ -350,48 +350,48 @@ class Ray:
     same command continues the run from its state folder. Prints the folder of the trained weights.
     """
 
-    run_file: Annotated[Positional[Path | None], arg(metavar="RUN.toml")] = None
+    run_file: Annotated[Positional[Path | None], optional(metavar="RUN.toml")] = None
     """Left out with --join."""
-    join: Annotated[str | None, arg(metavar="TICKET")] = None
+    join: Annotated[str | None, optional(metavar="TICKET")] = None
     """The line that a run's coordinator printed; - reads it from standard input, @FILE from a file."""
-    peers: Annotated[int | None, arg(metavar="N")] = None
+    peers: Annotated[int | None, optional(metavar="N")] = None
     """Peers of the same kind. Default: 2, or those of --peer."""
     gpus_per_peer: Annotated[int, arg(metavar="N")] = 0
     """Each with a rank of its own, all on one machine. Default: peers train on CPUs."""
-    cpus_per_peer: Annotated[float | None, arg(metavar="N")] = None
+    cpus_per_peer: Annotated[float | None, optional(metavar="N")] = None
     """Default: 1 for each rank. On a small machine less than 1 lets more peers share it."""
-    ranks_per_peer: Annotated[int | None, arg(metavar="N")] = None
+    ranks_per_peer: Annotated[int | None, optional(metavar="N")] = None
     """Processes among which a peer's model is sharded. Default: one for each GPU, or 1."""
-    accelerator_type: Annotated[str | None, arg(metavar="TYPE")] = None
+    accelerator_type: Annotated[str | None, optional(metavar="TYPE")] = None
     """As Ray calls it: H100, A100, L4, T4, ..."""
     peer: UseAppendAction[tuple[str, ...]] = ()
     """More peers of another kind, COUNT:gpus=N,type=NAME,cpus=N,ranks=N; may be repeated."""
-    address: Annotated[str | None, arg(metavar="ADDRESS")] = None
+    address: Annotated[str | None, optional(metavar="ADDRESS")] = None
     """auto, HOST:PORT, or local for a cluster of this command's own. Default: $RAY_ADDRESS, else auto, else
     local."""
-    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    state: Annotated[Path | None, optional(metavar="DIR")] = None
     """Where the coordinator keeps the ledger, on this machine. Default:
     ~/.local/state/thinwire/NAME-ray"""
-    node_state: Annotated[Path | None, arg(metavar="DIR")] = None
+    node_state: Annotated[Path | None, optional(metavar="DIR")] = None
     """Where peers keep snapshots, on their machines; a shared folder where machines come and go. Default:
     ~/.local/state/thinwire/ray"""
-    output: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR")] = None
+    output: Annotated[Path | None, optional(aliases=["-o"], metavar="DIR")] = None
     """Where the trained weights go. Default: weights in the state folder"""
-    rounds: Annotated[int | None, arg(metavar="N")] = None
+    rounds: Annotated[int | None, optional(metavar="N")] = None
     """Instead of run.rounds."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """section.key=value, instead of what the file says; may be repeated."""
-    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    task: Annotated[str | None, optional(metavar="MODULE:FUNCTION")] = None
     """A task of your own, importable here and on every machine of the cluster."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Of local work; see thinwire join."""
-    wait: Annotated[float | None, arg(metavar="SECONDS")] = None
+    wait: Annotated[float | None, optional(metavar="SECONDS")] = None
     """For room in a cluster that grows by itself. Default: 20, and none if it is too small."""
     restarts: Annotated[int, arg(metavar="N")] = 10
     """How often the actor of a peer is started again after it died; -1: always."""
     host: str = "0.0.0.0"
     """--join: where each peer listens on its machine."""
-    max_upload: Annotated[str | None, arg(metavar="RATE")] = None
+    max_upload: Annotated[str | None, optional(metavar="RATE")] = None
     """--join: what each peer sends at most; see thinwire join."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON object with the result on stdout."""

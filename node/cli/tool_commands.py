@@ -16,7 +16,7 @@ from ...compression.errors import ConfigError, ThinwireError
 from ..system.output import to_stdout
 from ..system.places import refuse_below, refuse_file, refuse_folder
 from ..system.stopping import Stop, stop_on_signals
-from .arguments import overrides_of, read_ticket
+from .arguments import optional, overrides_of, read_ticket
 
 if TYPE_CHECKING:
     from .run_command import Guard, What
@@ -52,12 +52,12 @@ class Ledger:
     waits for it.
     """
 
-    ticket: Annotated[Positional[str | None], arg(metavar="TICKET|STATE")] = None
+    ticket: Annotated[Positional[str | None], optional(metavar="TICKET|STATE")] = None
     """The line that the coordinator printed; - reads it from standard input, @FILE from a file. Or a state
     folder, a node's or a coordinator's: then no server and no network is needed."""
-    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None
+    output: Annotated[Path | None, optional(aliases=["-o"], metavar="FILE")] = None
     """Write the ledger here: signed records, and the payloads that they name."""
-    check: Annotated[Path | None, arg(metavar="FILE")] = None
+    check: Annotated[Path | None, optional(metavar="FILE")] = None
     """Verify this file (or state folder), without a network, and name its first bad record."""
 
     def run(self) -> int:
@@ -93,11 +93,11 @@ class Replay:
 
     file: Annotated[Positional[Path], arg(metavar="FILE|STATE")]
     """What `thinwire ledger` wrote, or a state folder that holds all payloads."""
-    base: Annotated[Path | None, arg(metavar="FILE")] = None
+    base: Annotated[Path | None, optional(metavar="FILE")] = None
     """The base weights (safetensors), if the run began with some."""
-    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    task: Annotated[str | None, optional(metavar="MODULE:FUNCTION")] = None
     """The run's custom task, importable here."""
-    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE")] = None
+    output: Annotated[Path | None, optional(aliases=["-o"], metavar="FILE")] = None
     """Write the weights here (safetensors), once all is verified."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON object with the result on stdout."""
@@ -129,7 +129,7 @@ class Export:
     """The line that the coordinator printed; - reads it from standard input, @FILE from a file. Or a state
     folder, a node's or a coordinator's: then no server and no network is needed."""
     output: Annotated[Path, arg(aliases=["-o"], metavar="DIR")]
-    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    task: Annotated[str | None, optional(metavar="MODULE:FUNCTION")] = None
     """The run's custom task, importable here."""
     own: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Of a node's state folder, in gossip: the node's own model, not the reference model."""
@@ -185,10 +185,10 @@ class Run:
     what: Annotated[Positional[_What], arg(metavar="WHAT")]
     """set KEY=VALUE ..., extend --rounds N, resume, and after the open round: pause, stop; ban PEER ...,
     unban PEER ..., rotate-token; open, invited, listed PEER ...; seats N, replace PEER, remove PEER."""
-    settings: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY=VALUE|PEER")] = ()
+    settings: Annotated[Positional[tuple[str, ...]], optional(metavar="KEY=VALUE|PEER")] = ()
     """run.rounds, schedule.name, schedule.warmup_rounds, schedule.final_factor, schedule.batch_samples, and
     of the strategy its lr, weight_decay and what else acts in a round only."""
-    rounds: Annotated[int | None, arg(metavar="N")] = None
+    rounds: Annotated[int | None, optional(metavar="N")] = None
     """With extend: so many more."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """section.key=value, changed by the same record as extend; may be repeated."""
@@ -225,9 +225,9 @@ class Doctor:
     A tick or a remedy per line; exit code 1 if something must be mended. Nothing is left behind.
     """
 
-    ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
+    ticket: Annotated[Positional[str | None], optional(metavar="TICKET")] = None
     """The line that the coordinator printed; - reads it from standard input, @FILE from a file."""
-    state: Annotated[Path | None, arg(metavar="DIR")] = None
+    state: Annotated[Path | None, optional(metavar="DIR")] = None
     """Where a node or a coordinator would keep its state. Default: ~/.local/state/thinwire"""
     host: str = "0.0.0.0"
     port: int = 0
@@ -266,13 +266,13 @@ class Monitor:
       thinwire monitor --coordinator http://10.0.0.5:9100 swarm       without a ticket, or through a tunnel
     """
 
-    ticket: Annotated[Positional[str | None], arg(metavar="TICKET")] = None
+    ticket: Annotated[Positional[str | None], optional(metavar="TICKET")] = None
     """The line that the coordinator printed; - reads it from standard input. Left out with --coordinator."""
-    folder: Annotated[Positional[Path | None], arg(metavar="FOLDER")] = None
+    folder: Annotated[Positional[Path | None], optional(metavar="FOLDER")] = None
     """Default: ./NAME-monitoring"""
     coordinator: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="URL")] = ()
     """Where the coordinator's HTTP is reached from here; may be repeated: of several name all."""
-    http_token: Annotated[str | None, arg(metavar="TOKEN")] = None
+    http_token: Annotated[str | None, optional(metavar="TOKEN")] = None
     """What the coordinator's --http-token says. Default: $THINWIRE_HTTP_TOKEN, or none"""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write over what is in the folder; alertmanager.yml and data are kept."""
@@ -306,9 +306,9 @@ class Compare:
     run_file: Annotated[Positional[Path], arg(metavar="RUN.toml")]
     """What is to be trained; thinwire init writes one."""
     strategies: Annotated[str, arg(metavar="A,B,...")] = "decoupled,diloco,spsa"
-    rounds: Annotated[int | None, arg(metavar="N")] = None
+    rounds: Annotated[int | None, optional(metavar="N")] = None
     """Of the run file's strategy; the others have as many as take the same tokens. Default: the run's."""
-    peers: Annotated[int | None, arg(metavar="N")] = None
+    peers: Annotated[int | None, optional(metavar="N")] = None
     """Default: the run's min_peers, but two at least."""
     link: Annotated[str, arg(metavar="RATE")] = "100Mbit"
     """What each peer would have in either direction, for the losses at equal time: 10Mbit, 1.5MB/s, ..."""
@@ -319,7 +319,7 @@ class Compare:
     better half for twice as long, and so on. 1: the rate as it is."""
     seeds: Annotated[int, arg(metavar="N")] = 1
     """Trainings of every row, each from weights and batches of its own; losses are their means."""
-    split: Annotated[str | None, arg(metavar="labels:K|dirichlet:A")] = None
+    split: Annotated[str | None, optional(metavar="labels:K|dirichlet:A")] = None
     """Uneven data: every peer sees K classes, or each class is dealt out by Dirichlet(A). Classes are the
     labels, or sections of text. Default: every peer draws from all data."""
     jobs: Annotated[int, arg(metavar="N")] = 1
@@ -327,9 +327,9 @@ class Compare:
     time, and a core is slower where all are taken."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """section.key=value, instead of what the file says; may be repeated."""
-    task: Annotated[str | None, arg(metavar="MODULE:FUNCTION")] = None
+    task: Annotated[str | None, optional(metavar="MODULE:FUNCTION")] = None
     """A task of your own, importable here."""
-    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
+    output: Annotated[Path | None, optional(aliases=["-o"], metavar="FILE.png")] = None
     """The picture: loss against bytes and against steps. Default: ./NAME-compare.png"""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """One JSON object on stdout instead of the table."""
@@ -398,39 +398,39 @@ class Bench:
     minutes), upload (payloads that leave a node), network (100 to 10,000 volunteers, modelled), attacks
     (what bad peers do to a swarm), audits (how often honest peers fail theirs), learning (strategies against
     references in plain torch, each tuned; half an hour of CPU time), or all, but for the last eight."""
-    params: Annotated[str | None, arg(metavar="N,...")] = None
+    params: Annotated[str | None, optional(metavar="N,...")] = None
     """Parameters of the model, e.g. 3e7, or 1e6,1e8 for a column each."""
-    output: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE.png")] = None
+    output: Annotated[Path | None, optional(aliases=["-o"], metavar="FILE.png")] = None
     """A picture of the times, or bytes; network: curves, of more rounds (minutes). learning: the table
     as Markdown, or the rows, FILE.json; after every row what there is."""
     repeats: Annotated[int, arg(metavar="N")] = 5
     device: Literal["cpu", "cuda"] = "cpu"
     """Where noise, decoupled, diloco and peers run, and learning trains."""
-    jobs: Annotated[int | None, arg(metavar="N")] = None
+    jobs: Annotated[int | None, optional(metavar="N")] = None
     """attacks, audits, learning: trainings at a time, each a process with one core; the rows are the same.
     Default: the cores that this process may use."""
-    against: Annotated[str | None, arg(metavar="FILE|DIR|REVISION")] = None
+    against: Annotated[str | None, optional(metavar="FILE|DIR|REVISION")] = None
     """What --json printed before: its figures beside the new ones, and which got worse than their noise. Or
     another build, a checkout or a revision of this one: both in turn in one run, ratios with their spread."""
-    seats: Annotated[int | None, arg(metavar="N")] = None
+    seats: Annotated[int | None, optional(metavar="N")] = None
     """round: with so many coordinators, 1 or 3, over links of 0, 50 and 150 ms, inline and 1 MB payloads."""
-    light: Annotated[str | None, arg(metavar="N,...")] = None
+    light: Annotated[str | None, optional(metavar="N,...")] = None
     """peers: so many that compute nothing, e.g. 128,512,1000, with the real coordinator in a process of its
     own; 20 rounds for each of --repeats."""
-    rate: Annotated[str | None, arg(metavar="RATE")] = None
+    rate: Annotated[str | None, optional(metavar="RATE")] = None
     """link, step: of every connection, in each direction. Default: 10Mbit; step: as much as there is."""
-    rtt: Annotated[str | None, arg(metavar="TIME")] = None
+    rtt: Annotated[str | None, optional(metavar="TIME")] = None
     """link, step: there and back. Default: 50ms; step: none."""
-    strategies: Annotated[str | None, arg(metavar="NAME,...")] = None
+    strategies: Annotated[str | None, optional(metavar="NAME,...")] = None
     """attacks, audits, learning: which rows, e.g. decoupled,spsa. Default: all; learning: but for what was
     only tried, e.g. alone-snoo,decoupled-gpa,lozo."""
-    attacks: Annotated[str | None, arg(metavar="NAME,...")] = None
+    attacks: Annotated[str | None, optional(metavar="NAME,...")] = None
     """attacks: which rows, e.g. flipped,scaled-1e3. Default: all."""
-    rounds: Annotated[int | None, arg(metavar="N")] = None
+    rounds: Annotated[int | None, optional(metavar="N")] = None
     """attacks, audits: of each swarm, default 80. learning: of 15 steps each, default 40."""
     after: Annotated[int, arg(metavar="N")] = 0
     """attacks: so many rounds more, and losses are compared so long after bad peers were found, e.g. 200."""
-    seeds: Annotated[int | None, arg(metavar="N")] = None
+    seeds: Annotated[int | None, optional(metavar="N")] = None
     """attacks, audits, learning: swarms of each row, whose losses are averaged, or audits counted. Default:
     1; learning: 3."""
     honest: Annotated[int, arg(metavar="N")] = 3
@@ -441,7 +441,7 @@ class Bench:
     """attacks, audits: section.key=value of the run, e.g. strategy.bound=0; may be repeated."""
     long: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """learning: ddp, decoupled and muloco, untuned, with 5 million parameters for 2,000 steps."""
-    split: Annotated[str | None, arg(metavar="labels:K|dirichlet:A")] = None
+    split: Annotated[str | None, optional(metavar="labels:K|dirichlet:A")] = None
     """learning: uneven data of the peers, as in compare."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 

@@ -43,6 +43,8 @@ def test_options_are_those_of_the_help(name: str, capsys: pytest.CaptureFixture[
     lines = [line.strip("│ ") for line in help_.splitlines()]
     begins = {found[0] for line in lines if (found := re.match(r"--?[a-z][a-z-]*", line))}
     assert begins <= known, "all that the help has"
+    assert "(default: None)" not in help_
+    assert "(default: )" not in help_
     assert known <= set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", help_)), "and nothing else"
 
 
