@@ -140,8 +140,9 @@ class Coordinator:
     """Never let this peer in again (its id is in thinwire status); may be repeated. Kept in DIR/banned."""
     linger: Annotated[str, arg(metavar="TIME")] = "10m"
     """How long to go on serving when the run is over, so that the weights can be had (export, join --save):
-    90s, 10m, 2h, forever; 0 ends at once. A coordinator that is started again on a finished run serves it,
-    too."""
+    90s, 10m, 2h, forever; 0 ends once every node has the last round: one that is lost without a word is
+    waited for, for some 10 s, and any for 60 s at most. A coordinator that is started again on a finished run
+    serves it, too."""
     rotate_token: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Make a new ticket: those given out so far let no newcomer in any more. Peers that were let in before
     stay, unless --ban names them."""
