@@ -307,8 +307,8 @@ def _where(status: Mapping[str, Any]) -> list[str]:
     """What people should know of a status that a folder's ledger has given."""
     if "folder" not in status:
         return []
-    notes = [f"read from {status['folder']}, a {status['kind']}'s state folder: nobody was asked"]
-    if status["state"] == "running":
-        does = status["unanswered"] or f"its {status['kind']} runs"
-        notes.append(f"{does}; who is there, and what is not in the ledger yet: thinwire status TICKET")
+    why = status["unanswered"] or "nobody was asked"
+    notes = [f"read from {status['folder']}, a {status['kind']}'s state folder: {why}"]
+    if status["state"] == "running" and status["unanswered"] is None:
+        notes.append(f"its {status['kind']} runs; who else is there, and what is new: thinwire status TICKET")
     return notes

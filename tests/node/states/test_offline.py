@@ -163,7 +163,7 @@ def test_the_status_of_a_folder_in_use(
         first, *shown = capsys.readouterr().out.splitlines()
         status, out = json.loads(first), " ".join(" ".join(shown).split())
         assert (status["state"], {p["state"] for p in status["peers"]}) == ("running", {"unknown"})
-        assert f"its {status['kind']} runs; who is there" in out
+        assert f"its {status['kind']} runs; who else is there" in out
 
 
 def test_without_payloads_and_snapshots_it_says_what_would_do(coordinator: Path, tmp_path: Path) -> None:
