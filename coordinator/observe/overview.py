@@ -143,7 +143,8 @@ def _trust(told: dict[str, Any]) -> dict[str, Any]:
         "passed": told["audits_passed"],
         "failed": told["audits_failed"],
         "until": told["condemned_until"],
-        "rejected": told["rejected"],
+        # To be late, which `_work` counts as missed, is nothing against a peer.
+        "rejected": {why: n for why, n in told["rejected"].items() if why != "late_offer"},
     }
     return {name: value for name, value in few.items() if value}
 

@@ -151,7 +151,7 @@ def _trust_cells(peer: Mapping[str, Any], *, is_live: bool) -> dict[str, Text]:
     size, clipped, until = peer.get("size"), peer.get("clipped"), peer.get("condemned_until")
     passed, failed = peer.get("audits_passed", 0), peer.get("audits_failed", 0)
     words = "-" if size is None else f"{size:.1f}x" + (f" ({clipped:.0%} clipped)" if clipped else "")
-    n_refused = sum(peer.get("rejected", {}).values())
+    n_refused = sum(n for why, n in peer.get("rejected", {}).items() if why != "late_offer")  # is "missed"
     audits = f"{passed}+{failed}" + (f" (weight 0 to {until})" if until else "")
     return {
         "size": Text(words, style="bold red" if size is not None and size >= FAR else ""),

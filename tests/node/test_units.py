@@ -98,6 +98,7 @@ def test_what_is_found_of_a_peer_is_shown_once_there_is_something() -> None:
         assert part in told
     quiet = table_of(160, size=1.0, clipped=0.0, audits_passed=0, audits_failed=0, rejected={})
     assert "1.0x" in quiet
+    assert "refused" not in table_of(160, rejected={"late_offer": 2}), "to be late is no breach of trust"
     assert not any(word in quiet for word in ("refused", "audits", "far from"))
     assert "is far from the others: its payloads are 900.0 times the median" in table_of(160, size=900.0)
     assert "dropped every batch of 2000" in table_of(160, offers_empty=2000)
