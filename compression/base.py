@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 Packed = tuple[Tensor, ...]
 """What a compressor makes of one parameter: 1-d CPU tensors, as `Compressor.fields` describes them."""
 
-Payload = dict[str, Packed]
+Payload = Mapping[str, Packed]
 """Parameter name -> its packed tensors."""
 
 
@@ -126,12 +126,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What takes a step: `x`, contiguous flat float32, is this part of its parameter; `packs` are everybody's
-    of that parameter."""
+    """What takes a step: `x`, contiguous flat float32, is this part of the parameter that payloads have under
+    this name."""
 
     x: Tensor
     part: Part
-    packs: Sequence[Packed]
+    name: str
     step: Step
 
 
@@ -225,10 +225,10 @@ class Compressor(ABC):
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:
         """Raises `BadPayload` for anything that `decode` must not see; as exact as `decode`."""
 
-    def check_many(self, packs: Sequence[Packed], parts: Sequence[Part], turn: Turn) -> None:
-        """`check` of each in order, maybe sooner: of a payload's parameters. Raises for the first bad one."""
-        for packed, part in zip(packs, parts, strict=True):
-            self.check(packed, part, turn)
+    def check_all(self, payload: Payload, parts: Mapping[str, Part], turn: Turn) -> None:
+        """`check` of each of these in order, maybe sooner. Raises for the first bad one."""
+        for name, part in parts.items():
+            self.check(payload[name], part, turn)
 
     @abstractmethod
     def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
@@ -246,12 +246,12 @@ class Compressor(ABC):
             return l1_norm(self.decode([packed], [1.0], part.entire, turn))
 
     def magnitudes(
-        self, packs_PS: Sequence[Sequence[Packed]], parts: Sequence[Part], turn: Turn
+        self, payloads: Sequence[Payload], parts: Mapping[str, Part], turn: Turn
     ) -> list[list[float]]:
-        """`magnitude` of each of the S packs of P parameters, maybe sooner."""
+        """`magnitude` of each of these parameters in each of the payloads, maybe sooner."""
         return [
-            [self.magnitude(packed, part, turn) for packed in packs]
-            for packs, part in zip(packs_PS, parts, strict=True)
+            [self.magnitude(payload[name], part, turn) for payload in payloads]
+            for name, part in parts.items()
         ]
 
     def known_packed(self, fill: Fill, salt: int, part: Part) -> Packed:
@@ -312,18 +312,20 @@ class Compressor(ABC):
     def fused_update(
         self,
         targets: Sequence[Target],
+        payloads: Sequence[Payload],
         weights: Sequence[float],
         turn: Turn,
         senders: Senders | None = None,
     ) -> None:
-        """Exact: each target takes its step in place, x being `decode(target.packs, weights, ...)`, or with
+        """Exact: each target takes its step in place, x being what the payloads' packs `decode` to, or with
         `senders`, if the compressor `selects_its_own`, that of `decode_senders`.
 
         One rounding per operation: no fused multiply-add.
         """
         with exact_arithmetic():
             for t in targets:
-                x = self._mean_of(t, weights, turn, senders)
+                packs = [payload[t.name] for payload in payloads]
+                x = self._mean_of(t, packs, weights, turn, senders)
                 if t.step.sign:
                     x.sign_()
                 if t.step.scale != 1.0:
@@ -338,12 +340,19 @@ class Compressor(ABC):
         """`decode` for whom the values are on a device, with the same bits."""
         return self.decode(packs, weights, part, turn).to(device)
 
-    def _mean_of(self, t: Target, weights: Sequence[float], turn: Turn, senders: Senders | None) -> Tensor:
+    def _mean_of(
+        self,
+        t: Target,
+        packs: Sequence[Packed],
+        weights: Sequence[float],
+        turn: Turn,
+        senders: Senders | None,
+    ) -> Tensor:
         if senders is not None:
-            x = self.decode_senders(t.x.device, t.packs, weights, senders, t.part, turn)
+            x = self.decode_senders(t.x.device, packs, weights, senders, t.part, turn)
             if x is not None:
                 return x
-        return self.decode(t.packs, weights, t.part, turn).to(t.x.device)
+        return self.decode(packs, weights, t.part, turn).to(t.x.device)
 
     def decode_senders(
         self,

@@ -12,19 +12,17 @@ usual lengths has a header of one byte: 29 bytes besides the body.
 from __future__ import annotations
 
 import struct
-import sys
 from collections.abc import Sequence
-from itertools import islice
 from typing import Final
 
 import msgpack
-import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor
 
 from .base import Field, Fields, Packed, Payload
 from .errors import BadPayload
+from .rows import Row
 
 MAGIC: Final = b"TW"
 VERSION: Final = 1
@@ -32,7 +30,6 @@ VERSION: Final = 1
 _HEAD: Final = struct.Struct("<2sBBI8sI")
 _CHECKSUM_BYTES: Final = 8
 _MAX_PAIR_BYTES: Final = 11  # msgpack of [u32, u32]
-_ALIGNMENT: Final = 64
 
 # Elements travel as integers of their width: bits are copied, never converted.
 _CARRIERS: Final[dict[torch.dtype, tuple[torch.dtype, str]]] = {
@@ -69,11 +66,8 @@ def encode(payload: Payload, fields: Fields, round: int, layout_hash: bytes) -> 
     return data + blake3(data).digest(_CHECKSUM_BYTES)
 
 
-def decode(data: bytes, fields: Fields, round: int, layout_hash: bytes, max_bytes: int) -> Payload:
-    """The payload, with tensors of its own. Raises BadPayload for whatever else `data` is.
-
-    Takes no more memory than min(len(data), what `fields` expect), besides a few objects per tensor.
-    """
+def decode(data: bytes, fields: Fields, round: int, layout_hash: bytes, max_bytes: int) -> Row:
+    """The payload, which keeps `data`. Raises BadPayload for whatever else `data` is."""
     if len(data) > max_bytes:
         raise BadPayload("oversized", f"{len(data)} bytes, {max_bytes} allowed")
     if len(data) < _HEAD.size + 1 + _CHECKSUM_BYTES:
@@ -92,8 +86,9 @@ def decode(data: bytes, fields: Fields, round: int, layout_hash: bytes, max_byte
         raise BadPayload("layout")
     counts = _counts(data, n_header, flat)
     _check_length(data, n_header, flat, counts)
-    tensors = iter(_read(data, _HEAD.size + n_header, flat, counts))
-    return {name: tuple(islice(tensors, len(fields[name]))) for name in sorted(fields)}
+    names = sorted(fields)
+    lengths = [len(fields[name]) for name in names]
+    return Row(data, _HEAD.size + n_header, names, lengths, [f.dtype for f in flat], counts)
 
 
 def _damage(data: bytes, n_header: int, flat: Sequence[Field]) -> BadPayload:
@@ -145,25 +140,6 @@ def _check_length(data: bytes, n_header: int, flat: Sequence[Field], counts: Seq
     if len(data) != expected:
         detail = f"{len(data)} bytes, {expected} expected"
         raise BadPayload("truncated" if len(data) < expected else "oversized", detail)
-
-
-def _read(data: bytes, at: int, flat: Sequence[Field], counts: Sequence[int]) -> list[Tensor]:
-    """All tensors lie in one piece of memory, each where kernels like it to begin."""
-    dtypes = [field.dtype for field in flat]
-    sizes = [n * dtype.itemsize for dtype, n in zip(dtypes, counts, strict=True)]
-    memory = np.empty(sum(size + -size % _ALIGNMENT for size in sizes), dtype=np.uint8)
-    source, target, to = memoryview(data), memory.data, 0
-    tensors: list[Tensor] = []
-    for dtype, n, size in zip(dtypes, counts, sizes, strict=True):
-        if n == 0:
-            tensors.append(torch.empty(0, dtype=dtype))
-            continue
-        target[to : to + size] = source[at : at + size]
-        if sys.byteorder == "big":
-            memory[to : to + size].view(_CARRIERS[dtype][1][1:]).byteswap(inplace=True)
-        tensors.append(torch.frombuffer(memory, dtype=dtype, count=n, offset=to))
-        at, to = at + size, to + size + -size % _ALIGNMENT
-    return tensors
 
 
 def _in_order(payload: Payload, fields: Fields) -> list[Tensor]:

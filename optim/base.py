@@ -131,6 +131,11 @@ class Parameter:
         return self.tensor.ndim >= 2
 
 
+def wholes(parameters: Sequence[Parameter]) -> dict[str, Part]:
+    """Whole parameters, by their names."""
+    return {p.name: p.part.entire for p in parameters}
+
+
 def canonical_name(name: str) -> str:
     """The parameter's name without what `compile`, data parallel and checkpoint wrappers put into it."""
     for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
@@ -617,7 +622,7 @@ def turn_of_step(round: int, seed: int, peers: Peers | None) -> Turn:
 
 def refuse_names(payload: Payload, expected: Iterable[str]) -> None:
     """Raises BadPayload unless the payload's names are exactly those that are expected."""
-    strange = sorted(payload.keys() ^ set(expected))
+    strange = sorted(set(payload).symmetric_difference(expected))
     if strange:
         raise BadPayload("layout", f"missing or unknown: {', '.join(strange[:3])}")
 

@@ -35,7 +35,7 @@ from ..compression.exact import exact_arithmetic, to_float32
 from .auditing.evidence import Evidence
 from .auditing.gradients import gradient_evidence
 from .auditing.scores import cosines, mean_cosines, scored_parts
-from .base import Draw, NamedParameters, Noise, Own, Parameter, Share, Strategy, refuse_names
+from .base import Draw, NamedParameters, Noise, Own, Parameter, Share, Strategy, refuse_names, wholes
 from .facts import Facts, KnownUpdate
 from .noise import noise_of
 from .options import Number, Whole, keywords_of
@@ -359,8 +359,7 @@ class Decoupled(Strategy):
         parameters = self.parameters_in_order()
         refuse_names(payload, [p.name for p in parameters])
         with exact_arithmetic():
-            packs = [payload[p.name] for p in parameters]
-            self.compressor.check_many(packs, [p.part.entire for p in parameters], turn)
+            self.compressor.check_all(payload, wholes(parameters), turn)
 
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
         """Large parameters one by one: scratch is a few times the largest one. No shares, no change."""
@@ -377,17 +376,18 @@ class Decoupled(Strategy):
         """The parameters, by the round's mean."""
         parameters = self.parameters_in_order()
         targets: list[Target] = []
+        payloads = [s.payload for s in shares]
         by_mean, n_moved = self._moves_by_the_mean, n_moving(w)
         with exact_arithmetic():
             for parameter in parameters:
-                packs, theta = [s.payload[parameter.name] for s in shares], parameter.local
+                theta = parameter.local
                 if by_mean and theta.dtype == torch.float32 and theta.is_contiguous():
                     step = self._step_of(parameter, turn, w, n_moved)
-                    targets.append(Target(theta.view(-1), parameter.part, packs, step))
+                    targets.append(Target(theta.view(-1), parameter.part, parameter.name, step))
                 else:
                     with updating(parameter, turn) as row:
-                        self._update(parameter, row, packs, w, turn)
-            self.compressor.fused_update(targets, w.weights, turn, self._senders(w))
+                        self._update(parameter, row, payloads, w, turn)
+            self.compressor.fused_update(targets, payloads, w.weights, turn, self._senders(w))
 
     @property
     def _moves_by_the_mean(self) -> bool:
@@ -414,15 +414,17 @@ class Decoupled(Strategy):
         return sign_factor(self.compressor, parameter.part, n_moved)
 
     def _update(
-        self, parameter: Parameter, theta: Tensor, packs: Sequence[Packed], w: Weighing, turn: Turn
+        self, parameter: Parameter, theta: Tensor, payloads: Sequence[Payload], w: Weighing, turn: Turn
     ) -> None:
         """One rounding per operation: no fused forms (`alpha=`, foreach)."""
         if self._moves_by_the_mean:
-            target = Target(theta, parameter.part, packs, self._step_of(parameter, turn, w, n_moving(w)))
-            self.compressor.fused_update([target], w.weights, turn, self._senders(w))
+            step_ = self._step_of(parameter, turn, w, n_moving(w))
+            target = Target(theta, parameter.part, parameter.name, step_)
+            self.compressor.fused_update([target], payloads, w.weights, turn, self._senders(w))
             return
         lr = float(parameter.group["lr"]) * turn.lr_factor
         wd = parameter.group["weight_decay"] if parameter.decays else 0.0
+        packs = [payload[parameter.name] for payload in payloads]
         step = self._mean(packs, w, parameter.part, turn, theta.device)
         if self.option("sign"):
             step.sign_()

@@ -45,7 +45,7 @@ from ..compression.kernels import use_numba
 from .auditing.evidence import Evidence, excused
 from .auditing.gradients import compared, no_gradients
 from .auditing.scores import cosines, mean_cosines, scored_parts
-from .base import Closure, Draw, NamedParameters, Noise, Own, Parameter, Share, refuse_names
+from .base import Closure, Draw, NamedParameters, Noise, Own, Parameter, Share, refuse_names, wholes
 from .facts import Facts, KnownUpdate
 from .inner.aside import Aside
 from .inner.control import MEAN as CONTROL_MEAN
@@ -474,8 +474,7 @@ class Diloco(InnerTraining):
         fragment, its_turn = self._fragment(turn)
         refuse_names(payload, [p.name for p in fragment])
         with exact_arithmetic():
-            packs = [payload[p.name] for p in fragment]
-            self.compressor.check_many(packs, [p.part.entire for p in fragment], its_turn)
+            self.compressor.check_all(payload, wholes(fragment), its_turn)
 
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
         """Parameter by parameter: scratch is a few times the largest one. Nothing changes without samples."""

@@ -16,7 +16,7 @@ by bisection over the bits of the magnitudes, which as integers are in the order
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Final
@@ -33,6 +33,7 @@ from ..base import (
     Field,
     Packed,
     Part,
+    Payload,
     PendingPacks,
     Reduce,
     Senders,
@@ -49,9 +50,10 @@ from ..numerics.index_layout import IndexFormat, index_layout
 from ..numerics.reduce import counted_l1_norms, l1_norm, mean_weights
 from ..numerics.value_formats import Bits, check_sendable, format_of
 from ..numerics.values import quantize
+from ..rows import joined
 from .sparse_codec import check_pack, read_pack, strongest_groups, write_pack
 from .sparse_dispatch import (
-    check_many,
+    check_all,
     fused_send,
     fused_update,
     gpu_packs,
@@ -63,7 +65,7 @@ from .sparse_dispatch import (
     select_on_cpu,
     send,
 )
-from .sparse_layout import SparseLayout, group_ranges, n_coefficients
+from .sparse_layout import SparseLayout, group_ranges, n_coefficients, shapes_of
 from .tiles import Tiles
 
 Array = npt.NDArray[Any]
@@ -189,9 +191,9 @@ class Sparse(Compressor):
     def check(self, packed: Packed, part: Part, turn: Turn) -> None:
         check_pack(self.pack_layout, packed, part.shape)
 
-    def check_many(self, packs: Sequence[Packed], parts: Sequence[Part], turn: Turn) -> None:
+    def check_all(self, payload: Payload, parts: Mapping[str, Part], turn: Turn) -> None:
         """In one call of a kernel, as long as nothing is wrong."""
-        check_many(self.pack_layout, packs, parts, lambda packed, part: self.check(packed, part, turn))
+        check_all(self.pack_layout, payload, parts, lambda packed, part: self.check(packed, part, turn))
 
     def decode(self, packs: Sequence[Packed], weights: Sequence[float], part: Part, turn: Turn) -> Tensor:
         """Weighted mean of the coefficients in order, then the inverse per group. On the CPU."""
@@ -222,7 +224,7 @@ class Sparse(Compressor):
         if kernels_on(device) == "triton":
             out = torch.zeros(part.n_local, dtype=torch.float32, device=device)
             step = Step(scale=-1.0)  # 0 - (-1) x is x, and never -0
-            self.fused_update([Target(out, part, packs, step)], weights, turn, senders)
+            self.fused_update(*_alone(out, part, packs, step), weights, turn, senders)
             return out
         out = torch.empty(part.n_local, dtype=torch.float32)
         if use_numba(out):
@@ -249,20 +251,21 @@ class Sparse(Compressor):
             return self.decode(packs, weights, part, turn).to(device)
         out = torch.zeros(part.n_local, dtype=torch.float32, device=device)
         step = Step(scale=-1.0)  # 0 - (-1) x is x, and never -0
-        self.fused_update([Target(out, part, packs, step)], weights, turn)
+        self.fused_update(*_alone(out, part, packs, step), weights, turn)
         return out
 
     def fused_update(
         self,
         targets: Sequence[Target],
+        payloads: Sequence[Payload],
         weights: Sequence[float],
         turn: Turn,
         senders: Senders | None = None,
     ) -> None:
         """In one pass over the targets: on a GPU in one launch for all, on a CPU in one call for small
         ones."""
-        others = fused_update(self.pack_layout, targets, *mean_weights(weights), senders)
-        Compressor.fused_update(self, others, weights, turn, senders)
+        others = fused_update(self.pack_layout, targets, payloads, *mean_weights(weights), senders)
+        Compressor.fused_update(self, others, payloads, weights, turn, senders)
 
     def magnitude(self, packed: Packed, part: Part, turn: Turn) -> float:
         """Of the whole parameter's coefficients, whatever the part."""
@@ -270,14 +273,13 @@ class Sparse(Compressor):
             return l1_norm(torch.from_numpy(self.entries(packed, part).value_E))
 
     def magnitudes(
-        self, packs_PS: Sequence[Sequence[Packed]], parts: Sequence[Part], turn: Turn
+        self, payloads: Sequence[Payload], parts: Mapping[str, Part], turn: Turn
     ) -> list[list[float]]:
         """Of signs the scales say it all."""
-        if self.bits != 1 or not any(packs_PS):
-            return Compressor.magnitudes(self, packs_PS, parts, turn)
-        ranges = group_ranges(self.pack_layout, tuple(part.shape for part in parts))
-        of_each = zip(*packs_PS, strict=True)
-        scale_SG = torch.stack([torch.cat([scales for scales, _ in packs]) for packs in of_each])
+        if self.bits != 1 or not payloads or not parts:
+            return Compressor.magnitudes(self, payloads, parts, turn)
+        ranges, names = group_ranges(self.pack_layout, shapes_of(parts)), list(parts)
+        scale_SG = torch.stack([joined(payload, names, 0, 2) for payload in payloads])
         return counted_l1_norms(scale_SG.double().numpy(), ranges.k_G, ranges.first_P)
 
     def entries(self, packed: Packed, part: Part) -> Entries:
@@ -298,6 +300,13 @@ class Sparse(Compressor):
                 mean_GC = reduced.view(slab.n_groups, slab.n_coefficients)
                 groups.write(self.inverse(mean_GC, part.shape), slab, part, out)
         return out
+
+
+def _alone(
+    x: Tensor, part: Part, packs: Sequence[Packed], step: Step
+) -> tuple[list[Target], list[dict[str, Packed]]]:
+    """One target, and payloads that have nothing else."""
+    return [Target(x, part, "", step)], [{"": packed} for packed in packs]
 
 
 def summed(entries: Sequence[tuple[Array, Array, float]], n: int) -> Tensor:

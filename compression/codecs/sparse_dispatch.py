@@ -7,14 +7,14 @@ a CPU those of up to `batched_cpu.SMALL` elements share calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Change, Packed, Part, PendingPacks, Senders, Source, Target
+from ..base import Change, Packed, Part, Payload, PendingPacks, Senders, Source, Target
 from ..kernels import kernels_for, kernels_on, use_numba
 from ..numerics.value_formats import check_sendable
 from .groups import SLAB
@@ -174,20 +174,20 @@ class _Batches:
 # ------------------------------------------------------------------------------------- check, decode: exact
 
 
-def check_many(
+def check_all(
     layout: SparseLayout,
-    packs: Sequence[Packed],
-    parts: Sequence[Part],
+    payload: Payload,
+    parts: Mapping[str, Part],
     check: Callable[[Packed, Part], None],
 ) -> None:
     """`check` of each in order, which says what is wrong: one call of a kernel says whether anything is."""
-    if packs and kernels_for(packs[0][0] if packs[0] else torch.empty(0)) == "numba":
+    if parts and kernels_on(torch.device("cpu")) == "numba":
         from ..cpu import entries_cpu
 
-        if entries_cpu.takes(layout) and entries_cpu.all_good(layout, packs, tuple(p.shape for p in parts)):
+        if entries_cpu.takes(layout) and entries_cpu.all_good(layout, payload, parts):
             return
-    for packed, part in zip(packs, parts, strict=True):
-        check(packed, part)
+    for name, part in parts.items():
+        check(payload[name], part)
 
 
 def mean_on_cpu(
@@ -225,6 +225,7 @@ def mean_over_senders(
 def fused_update(
     layout: SparseLayout,
     targets: Sequence[Target],
+    payloads: Sequence[Payload],
     weights: list[float],
     inverse: float,
     senders: Senders | None = None,
@@ -244,15 +245,16 @@ def fused_update(
     for some in on_gpu.values():
         from ..gpu import sparse_triton
 
-        sparse_triton.fused_update(layout, some, weights, inverse, senders)
+        sparse_triton.fused_update(layout, some, payloads, weights, inverse, senders)
     if on_cpu:
-        _update_on_cpu(layout, on_cpu, weights, inverse, senders)
+        _update_on_cpu(layout, on_cpu, payloads, weights, inverse, senders)
     return others
 
 
 def _update_on_cpu(
     layout: SparseLayout,
     targets: Sequence[Target],
+    payloads: Sequence[Payload],
     weights: list[float],
     inverse: float,
     senders: Senders | None,
@@ -265,11 +267,12 @@ def _update_on_cpu(
         if batched_cpu.takes(layout, t.part.shape):
             small.append(t)
         else:
+            packs = [payload[t.name] for payload in payloads]
             mean = (
-                mean_on_cpu(layout, t.packs, weights, inverse, t.part)
+                mean_on_cpu(layout, packs, weights, inverse, t.part)
                 if senders is None
-                else mean_over_senders(layout, t.packs, weights, senders, t.part)
+                else mean_over_senders(layout, packs, weights, senders, t.part)
             )
             sparse_cpu.fused_update(t.x, t.part.start, mean, t.step)
     if small:
-        batched_cpu.fused_update(layout, small, weights, inverse, senders)
+        batched_cpu.fused_update(layout, small, payloads, weights, inverse, senders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..base import Field
+from ..base import Field, Part
 from ..numerics.dct import N
 from ..numerics.index_layout import IndexLayout, Most, RiceIndices
 from ..numerics.value_formats import Format
@@ -119,6 +120,10 @@ class GroupRanges:
     unary_P: Array  # int64: bytes of zeros and ones of each at most, with Rice codes
     byte_P: Array  # int64, P + 1: where the codes of each may begin
     layouts: tuple[GroupLayout, ...]
+
+
+def shapes_of(parts: Mapping[str, Part]) -> tuple[tuple[int, ...], ...]:
+    return tuple(part.shape for part in parts.values())
 
 
 @lru_cache(maxsize=64)

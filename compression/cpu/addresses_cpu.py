@@ -42,10 +42,6 @@ def _floats_typed(typing_context: Any, address: Any) -> Any:
     return _types.CPointer(_types.float32)(_types.uintp), _to_pointer
 
 
-def _halves_typed(typing_context: Any, address: Any) -> Any:
-    return _types.CPointer(_types.uint16)(_types.uintp), _to_pointer
-
-
 def _to_prefetch(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     pointer, word = _ir.PointerType(_ir.IntType(8)), _ir.IntType(32)
     kind = _ir.FunctionType(_ir.VoidType(), [pointer, word, word, word])
@@ -151,7 +147,6 @@ def subtract_look_up(words: Array, planes: Array, at: int, out: Array, x: Array,
 
 _prefetched: Final[Any] = intrinsic(_prefetch_typed)
 _bytes_from: Final[Any] = intrinsic(_bytes_typed)
-_halves_from: Final[Any] = intrinsic(_halves_typed)
 _floats_from: Final[Any] = intrinsic(_floats_typed)
 
 
@@ -177,12 +172,6 @@ def prefetch(x: Array, first: int, n: int) -> None:
 def bytes_at(address: Any, n: int) -> Array:
     """uint8, n of them. `address`: uint64, as `Tensor.data_ptr` gives it."""
     return _array(_bytes_from(np.uintp(address)), (n,))
-
-
-@numba.njit(inline="always")
-def halves_at(address: Any, n: int) -> Array:
-    """uint16, n of them: the bits of bfloat16 values."""
-    return _array(_halves_from(np.uintp(address)), (n,))
 
 
 @numba.njit(inline="always")

@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base import Packed, Senders, Target
+from ..base import Packed, Payload, Senders, Target
 from ..codecs.sparse_layout import GroupRanges, SparseLayout, group_ranges
 from ..errors import BadPayload
 from ..numerics.index_layout import FILLED_UP
 from ..numerics.value_formats import check_sendable
+from ..rows import places
 from . import entries_cpu
-from .addresses_cpu import bytes_at, floats_at, halves_at
+from .addresses_cpu import bytes_at, floats_at
 from .dct_cpu import INTEGER_BASIS, ORDER
-from .entries_cpu import form_of, read_entries
+from .entries_cpu import form_of, read_entries, read_scales
 from .senders_cpu import merge
 from .sparse_cpu import decode_groups, select_groups
 from .threads import share
@@ -183,20 +184,22 @@ def _write(
 def fused_update(
     layout: SparseLayout,
     targets: Sequence[Target],
+    payloads: Sequence[Payload],
     weights: Sequence[float],
     inverse: float,
     senders: Senders | None = None,
 ) -> None:
     """As `Compressor.fused_update`. `weights` and `inverse`: of `mean_weights`."""
     ranges = group_ranges(layout, tuple(t.part.shape for t in targets))
-    n_packs = len(weights)
-    packs = [t.packs[w] for w in range(n_packs) for t in targets]
-    n_scales_WP = np.array([scales.numel() for scales, _ in packs], dtype=np.int64).reshape(n_packs, -1)
-    if (n_scales_WP != np.diff(ranges.first_P)).any():
-        raise BadPayload("shape", "not as many scales as groups")
-    scales_WP = np.array([scales.data_ptr() for scales, _ in packs], dtype=np.uint64).reshape(n_packs, -1)
-    codes_WP = np.array([codes.data_ptr() for _, codes in packs], dtype=np.uint64).reshape(n_packs, -1)
-    n_octets_WP = np.array([codes.numel() for _, codes in packs], dtype=np.int64).reshape(n_packs, -1)
+    names = [t.name for t in targets]
+    found = [at for payload in payloads if (at := places(payload, names, entries_cpu.PACK)) is not None]
+    n_groups_P = np.diff(ranges.first_P)
+    if len(found) < len(payloads) or any((at.count_PK[:, 0] != n_groups_P).any() for at in found):
+        raise BadPayload("shape", "no scales for all groups, or no codes")
+    address_WPK, count_WPK = (
+        np.stack([at.address_PK for at in found]),
+        np.stack([at.count_PK for at in found]),
+    )
     steps = [t.step for t in targets]
     where = (
         np.array([t.x.data_ptr() for t in targets], dtype=np.uint64),
@@ -214,9 +217,8 @@ def fused_update(
         ranges.n_P,
         ranges.first_P,
         ranges.k_G,
-        scales_WP,
-        codes_WP,
-        n_octets_WP,
+        address_WPK,
+        count_WPK,
         weight_W,
         np.float32(inverse),
         whole_W,
@@ -235,10 +237,10 @@ def fused_update(
         return _update(*[*arguments, first, last])
 
     per_target = max(1, int(ranges.n_P.sum()) // len(targets))
-    found = min(share(run, 0, len(targets), smallest=max(1, _PER_THREAD // per_target)))
-    if found == _SHORT:
+    outcome = min(share(run, 0, len(targets), smallest=max(1, _PER_THREAD // per_target)))
+    if outcome == _SHORT:
         raise BadPayload("shape", "too few bytes of codes")
-    if found == _PAST:
+    if outcome == _PAST:
         raise IndexError("a coefficient past the end of its group: the packs were not checked")
 
 
@@ -247,8 +249,8 @@ _SHORT, _PAST, _GOOD = range(3)
 
 @numba.njit(cache=True, nogil=True)
 def _update(
-    address_P: Array, start_P: Array, stop_P: Array, n_P: Array, first_P: Array, k_G: Array, scales_WP: Array,
-    codes_WP: Array, n_octets_WP: Array, weights: Array, inverse: Any, wholes: Array, least: Any,
+    address_P: Array, start_P: Array, stop_P: Array, n_P: Array, first_P: Array, k_G: Array,
+    address_WPK: Array, count_WPK: Array, weights: Array, inverse: Any, wholes: Array, least: Any,
     basis: Array, powers: Array, rice: bool, low_bits: int, width: int, levels: Array, n_coefficients: int,
     size: int, transform: bool, how_P: Array, decay_P: Array, scale_P: Array, first: int, last: int,
 ) -> Any:  # fmt: skip
@@ -262,13 +264,15 @@ def _update(
     n_merged = position_E.size if of_senders else 0
     position_M, value_M = np.empty(n_merged, np.int64), np.empty(n_merged, np.float32)
     one, offset_1G = np.ones(1, np.float32), np.empty((1, g_most + 1), np.int64)
+    bits_G = np.empty(g_most, np.uint16)
     for p in range(first, last):
         a, b = first_P[p], first_P[p + 1]
         offset_WG = np.empty((n_packs, b - a + 1), np.int64)
         e = 0
         for w in range(n_packs):
             e = read_entries(
-                bytes_at(codes_WP[w, p], n_octets_WP[w, p]), halves_at(scales_WP[w, p], b - a), k_G[a:b],
+                bytes_at(address_WPK[w, p, 1], count_WPK[w, p, 1]),
+                read_scales(address_WPK[w, p, 0], bits_G[: b - a]), k_G[a:b],
                 rice, low_bits, width, levels, n_coefficients, e, position_E, value_E, offset_WG[w],
             )  # fmt: skip
             if e < 0:

@@ -9,19 +9,20 @@ exactly those packs that `sparse_codec.check_pack` lets through. What is wrong w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numba
 import numpy as np
 import torch
 
-from ..base import Packed
-from ..codecs.sparse_layout import SparseLayout, group_ranges
+from ..base import Packed, Part, Payload
+from ..codecs.sparse_layout import SparseLayout, group_ranges, shapes_of
 from ..errors import BadPayload
 from ..numerics.index_layout import FILLED_UP, RiceIndices
 from ..numerics.value_formats import SCALE_LIMIT_BITS, Table
-from .addresses_cpu import bytes_at, halves_at
+from ..rows import places
+from .addresses_cpu import bytes_at
 from .indices_cpu import DE_BRUIJN, PLACE
 
 Array = Any
@@ -143,21 +144,20 @@ def _word(octets: Array, at: int) -> Word:
 # ------------------------------------------------------------------------------------------- check: exact
 
 
-def all_good(layout: SparseLayout, packs: Sequence[Packed], shapes: tuple[tuple[int, ...], ...]) -> bool:
-    """Whether `check_pack` lets all of them through: of one parameter each, and of these shapes."""
-    ranges = group_ranges(layout, shapes)
-    where: list[tuple[int, int, int]] = []
-    for packed, groups in zip(packs, ranges.layouts, strict=True):
-        if len(packed) != 2 or not _fits(packed, groups.n_groups):
-            return False
-        scales, codes = packed
-        where.append((scales.data_ptr(), codes.data_ptr(), codes.numel()))
-    scales_P, codes_P, n_octets_P = zip(*where, strict=True)
+PACK: Final = [torch.bfloat16, torch.uint8]
+"""Of scales and codes."""
+
+
+def all_good(layout: SparseLayout, payload: Payload, parts: Mapping[str, Part]) -> bool:
+    """Whether `check_pack` lets all of these parameters through."""
+    ranges = group_ranges(layout, shapes_of(parts))
+    found = places(payload, list(parts), PACK)
+    if found is None or (found.count_PK[:, 0] != np.diff(ranges.first_P)).any():
+        return False
     return bool(
         _all_good(
-            np.array(scales_P, dtype=np.uint64),
-            np.array(codes_P, dtype=np.uint64),
-            np.array(n_octets_P, dtype=np.int64),
+            found.address_PK,
+            found.count_PK,
             ranges.first_P,
             ranges.k_G,
             ranges.n_G,
@@ -167,33 +167,30 @@ def all_good(layout: SparseLayout, packs: Sequence[Packed], shapes: tuple[tuple[
     )
 
 
-def _fits(packed: Packed, n_groups: int) -> bool:
-    """Whether kernels can read it where it lies: 1-d scales of all groups, and codes."""
-    scales, codes = packed
-    return (
-        scales.dtype == torch.bfloat16
-        and codes.dtype == torch.uint8
-        and scales.dim() == codes.dim() == 1
-        and scales.numel() == n_groups
-        and scales.is_contiguous()
-        and codes.is_contiguous()
-    )
+@numba.njit(inline="always")
+def read_scales(address: Any, bits_G: Array) -> Array:
+    """Their bits, from where they are."""
+    octets = bytes_at(address, 2 * bits_G.size)
+    for g in range(bits_G.size):
+        bits_G[g] = np.uint16(octets[2 * g]) | np.uint16(octets[2 * g + 1]) << np.uint16(8)
+    return bits_G
 
 
 @numba.njit(cache=True, nogil=True)
 def _all_good(
-    scales_P: Array, codes_P: Array, n_octets_P: Array, first_P: Array, k_G: Array, n_G: Array,
-    unary_P: Array, rice: bool, low_bits: int, width: int, levels: Array,
+    address_PK: Array, count_PK: Array, first_P: Array, k_G: Array, n_G: Array, unary_P: Array,
+    rice: bool, low_bits: int, width: int, levels: Array,
 ) -> bool:  # fmt: skip
     n_most, g_most = 0, 0
-    for p in range(n_octets_P.size):
+    for p in range(len(count_PK)):
         n_most = max(n_most, k_G[first_P[p] : first_P[p + 1]].sum())
         g_most = max(g_most, first_P[p + 1] - first_P[p])
     index_E, value_E = np.empty(n_most, np.int64), np.empty(n_most, np.float32)
-    offset_G = np.empty(g_most + 1, np.int64)
-    for p in range(n_octets_P.size):
+    bits_G, offset_G = np.empty(g_most, np.uint16), np.empty(g_most + 1, np.int64)
+    for p in range(len(count_PK)):
         a, b = first_P[p], first_P[p + 1]
-        scale_bits_G, octets = halves_at(scales_P[p], b - a), bytes_at(codes_P[p], n_octets_P[p])
+        scale_bits_G = read_scales(address_PK[p, 0], bits_G[: b - a])
+        octets = bytes_at(address_PK[p, 1], count_PK[p, 1])
         n = _n_sent(scale_bits_G, k_G[a:b])
         if not _is_long_enough(octets, n, unary_P[p], rice, width) or not _are_scales(scale_bits_G):
             return False

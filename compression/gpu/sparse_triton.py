@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..base import Senders, Target
+from ..base import Payload, Senders, Target
 from ..codecs.sparse_layout import SparseLayout
 from ..codecs.tiles import Tiles
 from ..exact import to_float32
@@ -51,6 +51,7 @@ _INVERSE_SCALE: Final = tl.constexpr(dct.INVERSE_SCALE)
 def fused_update(
     layout: SparseLayout,
     targets: Sequence[Target],
+    payloads: Sequence[Payload],
     weights: list[float],
     inverse: float,
     senders: Senders | None = None,
@@ -61,7 +62,7 @@ def fused_update(
     number of packs than weights.
     """
     refuse_other_rows((t.x, t.part.n_local) for t in targets)
-    if any(len(t.packs) != len(weights) for t in targets):
+    if len(payloads) != len(weights):
         raise ValueError(f"{len(weights)} weights for another number of packs")
     alike: dict[tuple[int, bool], list[Target]] = {}
     for t in targets:
@@ -71,12 +72,13 @@ def fused_update(
             alike.setdefault((side, t.step.sign), []).append(t)
     for (side, sign), some in alike.items():
         with on_device(some[0].x):
-            _launch(layout, some, weights, inverse, side, sign, senders)
+            _launch(layout, some, payloads, weights, inverse, side, sign, senders)
 
 
 def _launch(
     layout: SparseLayout,
     targets: Sequence[Target],
+    payloads: Sequence[Payload],
     weights: list[float],
     inverse: float,
     side: int,
@@ -86,7 +88,7 @@ def _launch(
     """`side`: of tiles; 0 for flat groups."""
     device, size = targets[0].x.device, layout.group_size
     ranges = ranges_on(layout, tuple(t.part.shape for t in targets), device)
-    codes = uploaded(layout, [t.packs for t in targets], ranges, device)
+    codes = uploaded(layout, [[payload[t.name] for payload in payloads] for t in targets], ranges, device)
     rows, n_items = _table(layout, targets, ranges.host.first_P)
     # As many as there is room for, which with tiles take twice the registers.
     n_programs = min(int(n_items.sum()), (2 if side else 4) * _n_processors(device))

@@ -171,8 +171,8 @@ def _fused_update(device: torch.device) -> int:
     compressor, part = DctTopK(k=8, group_size=1024, bits=8), Part((320, 32), 100, 100 + 8192)
     target = values(device, part.n_local)
     for step in (Step(3.0, 0.9990234375), Step(0.3700000047683716, sign=True)):
-        targets = [Target(target, part, _coefficients(), step)]
-        compressor.fused_update(targets, [1.0, 2.700000047683716], _TURN)
+        payloads = [{"": packed} for packed in _coefficients()]
+        compressor.fused_update([Target(target, part, "", step)], payloads, [1.0, 2.700000047683716], _TURN)
     return parameter_sum(target)
 
 

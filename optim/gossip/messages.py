@@ -45,5 +45,5 @@ class Messages:
         with exact_arithmetic():
             for p in self._parameters:
                 self._compressor.check(payload[p.name], p.part.entire, turn)
-        extra = {name: payload.pop(name)[0] for name in self._extra}
-        return payload, extra
+        extra = {name: payload[name][0] for name in self._extra}
+        return {p.name: payload[p.name] for p in self._parameters}, extra

@@ -180,8 +180,7 @@ class Gossip(OwnTraining):
 
     def known_payload(self, fill: Any, salt: int) -> Payload:
         found = super().known_payload(fill, salt)
-        del found[DISTANCE]
-        return found
+        return {name: packed for name, packed in found.items() if name != DISTANCE}
 
     # --------------------------------------------------------------------------------- local work
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...compression import wire
-from ...compression.base import Compressor, Payload, Source, Turn
+from ...compression.base import Compressor, Packed, Payload, Source, Turn
 from ..base import Parameter
 from .ranks import Ranks, is_sharded, parts_of
 
@@ -30,7 +30,7 @@ def pack_all(
     if ranks.count == 1:
         packs = compressor.pack_many((Source(p.part, values(p)) for p in parameters), turn)
         return {p.name: packed for p, packed in zip(parameters, packs, strict=True)}
-    own: Payload = {}
+    own: dict[str, Packed] = {}
     by_owner = owned(parameters, ranks.count)
     for row in zip_longest(*by_owner):
         # Row i has the i-th parameter of every owner: all of them pack at the same time.
@@ -75,7 +75,7 @@ def _shared(
     fields = [{p.name: compressor.fields(p.part.entire) for p in list_} for list_ in by_owner]
     layout = wire.layout_hash(b"packs of a node's ranks")
     messages = ranks.gather(wire.encode(own, fields[ranks.index], turn.round, layout))
-    payload: Payload = {}
+    payload: dict[str, Packed] = {}
     for theirs, data in zip(fields, messages, strict=True):
         payload |= wire.decode(data, theirs, turn.round, layout, wire.max_bytes_of(theirs))
     return payload

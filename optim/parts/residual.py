@@ -109,10 +109,10 @@ class Residual:
     def _subtract(self, sends: Sequence[tuple[Parameter, Packed, float]], turn: Turn) -> None:
         """residual -= factor * q of each: what the receivers read from the pack."""
         targets = [
-            Target(self.of(p), p.part, [packed], Step(scale=to_float32(factor)))
-            for p, packed, factor in sends
+            Target(self.of(p), p.part, p.name, Step(scale=to_float32(factor))) for p, _, factor in sends
         ]
-        self._compressor.fused_update(targets, [1.0], turn)
+        payload = {p.name: packed for p, packed, _ in sends}
+        self._compressor.fused_update(targets, [payload], [1.0], turn)
 
 
 def refuse_other_packing(state_dict: Mapping[str, Any], compressor: Compressor) -> None:

@@ -9,7 +9,7 @@ from typing import Final
 
 from ...compression.base import Compressor, Turn
 from ...compression.exact import exact_arithmetic
-from ..base import Parameter, Share, Strategy
+from ..base import Parameter, Share, Strategy, wholes
 from ..parts.clip import Terms, Weighing, clipped_weights, sample_weights, total, weigh
 from .centred import centred
 
@@ -75,7 +75,6 @@ def _norms(
     compressor: Compressor, parameters: Sequence[Parameter], shares: Sequence[Share], turn: Turn
 ) -> list[float]:
     """The L1 norm of every payload, of whole parameters, whatever this rank holds of them."""
-    packs_PS = [[s.payload[p.name] for s in shares] for p in parameters]
     with exact_arithmetic():
-        norms = compressor.magnitudes(packs_PS, [p.part.entire for p in parameters], turn)
+        norms = compressor.magnitudes([s.payload for s in shares], wholes(parameters), turn)
     return [total(of_share) for of_share in zip(*norms, strict=True)] if norms else [0.0] * len(shares)

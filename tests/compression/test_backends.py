@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.updates import Updated, update
 from thinwire.compression.base import (
     Change,
     Compressor,
@@ -24,7 +25,6 @@ from thinwire.compression.base import (
     Senders,
     Source,
     Step,
-    Target,
     Turn,
 )
 from thinwire.compression.codecs.dct_topk import DctTopK
@@ -137,11 +137,12 @@ def test_decoding_and_updating_have_the_bits_of_the_reference(case: str, use: Sw
             use(kernels)
             for packed in packs:
                 compressor.check(packed, whole, TURN)
-            target = Target(theta.clone(), part, packs, step)
-            compressor.fused_update([target], weights, TURN)
+            target = Updated(theta.clone(), part, packs, step)
+            update(compressor, [target], weights, TURN)
             decoded = compressor.decode(packs, weights, part, TURN)
             magnitudes = [compressor.magnitude(packed, part, TURN) for packed in packs]
-            assert compressor.magnitudes([packs, packs[:1] * len(packs)], [part, part], TURN) == [
+            payloads = [{"a": packed, "b": packs[0]} for packed in packs]
+            assert compressor.magnitudes(payloads, {"a": part, "b": part}, TURN) == [
                 magnitudes,
                 magnitudes[:1] * len(packs),
             ]
@@ -178,7 +179,7 @@ def test_the_step_is_the_formula(use: Switch) -> None:
     for sign in (False, True):
         target = theta.clone()
         step = Step(0.0030000000260770321, 0.9990000128746033, sign)
-        compressor.fused_update([Target(target, part, [packed], step)], [1.0], TURN)
+        update(compressor, [Updated(target, part, [packed], step)], [1.0], TURN)
         decayed, moved = theta * 0.9990000128746033, (x.sign() if sign else x) * 0.0030000000260770321
         assert torch.equal(target.view(torch.int32), (decayed - moved).view(torch.int32))
 
@@ -345,17 +346,17 @@ def test_batches_are_those_of_the_reference(seed: int, use: Switch) -> None:
         part = rng.choice([whole, Part(whole.shape, start, rng.randint(start, whole.n_global))])
         step = Step(rng.choice([1.0, 0.37, -0.5]), rng.choice([1.0, 0.999]), rng.random() < 0.5)
         theta = drawn_values(rng, part.n_local + 1)[:-1]
-        targets.append(Target(theta, part, [together[i] for together in packs], step))
+        targets.append(Updated(theta, part, [together[i] for together in packs], step))
     weights = [1.0, 0.0, 2.5]
     copies = [replace(t, x=t.x.clone()) for t in targets]
     senders = rng.choice([None, Senders([1.0, 2.0, 2.5], rng.choice([0.25, 3.0]))])
-    compressor.fused_update(targets, weights, TURN, senders)
+    update(compressor, targets, weights, TURN, senders)
     short = [(scales, codes[: codes.numel() // 2]) for scales, codes in targets[0].packs]
     if any(codes.numel() for _, codes in targets[0].packs):
         with pytest.raises(BadPayload):
-            compressor.fused_update([replace(targets[0], packs=short)], weights, TURN)
+            update(compressor, [replace(targets[0], packs=short)], weights, TURN)
     use("torch")
-    compressor.fused_update(copies, weights, TURN, senders)
+    update(compressor, copies, weights, TURN, senders)
     assert bits_of(t.x for t in targets) == bits_of(t.x for t in copies)
 
 
@@ -381,9 +382,9 @@ def test_a_fused_send_is_a_step_of_the_momentum_a_pack_and_a_subtraction(seed: i
             x.add_(gradient * (factor * scale))
     packs = compressor.pack_many(map(Source, parts, plain), TURN)
     targets = [
-        Target(x, part, [packed], Step(alpha)) for x, part, packed in zip(plain, parts, packs, strict=True)
+        Updated(x, part, [packed], Step(alpha)) for x, part, packed in zip(plain, parts, packs, strict=True)
     ]
-    compressor.fused_update(targets, [1.0], TURN)
+    update(compressor, targets, [1.0], TURN)
     assert compressor.has_fused_send(list(zip(parts, momenta, strict=True)))
     sources = [Source(p, x, g, factor) for p, x, g in zip(parts, momenta, gradients, strict=True)]
     sent = compressor.fused_send(sources, Change(decay, torch.tensor(scale), alpha))
@@ -448,7 +449,8 @@ def test_checks_together_let_through_what_checks_alone_do(seed: int, use: Switch
     parts = [Part.whole((rng.choice([1, 64, 5000, 12_345]),)) for _ in range(rng.randint(1, 4))]
     sources = [Source(part, drawn_values(rng, part.n_global)) for part in parts]
     packs = compressor.pack_many(sources, TURN)
-    compressor.check_many(packs, parts, TURN)
+    wholes = {str(i): part for i, part in enumerate(parts)}
+    compressor.check_all(dict(zip(wholes, packs, strict=True)), wholes, TURN)
     for _ in range(30):
         i = rng.randrange(len(parts))
         bad = [*packs[:i], spoilt(rng, packs[i]), *packs[i + 1 :]]
@@ -456,7 +458,7 @@ def test_checks_together_let_through_what_checks_alone_do(seed: int, use: Switch
         for kernels in ("torch", "numba"):
             use(kernels)
             try:
-                compressor.check_many(bad, parts, TURN)
+                compressor.check_all(dict(zip(wholes, bad, strict=True)), wholes, TURN)
                 found.append("good")
             except BadPayload as e:
                 found.append(str(e))

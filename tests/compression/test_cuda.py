@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from tests.support.local_nodes import STRATEGIES, config_of, run_all, swarm_of
-from thinwire.compression.base import Part, Step, Target, Turn
+from tests.support.updates import Updated
+from tests.support.updates import update as update_by
+from thinwire.compression.base import Part, Step, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.exact import to_float32
@@ -151,8 +153,8 @@ def fused_update(rng: random.Random) -> Run:
         rows.append((drawn(rng, part.n_local), part, packs, step))
 
     def run(device: torch.device) -> list[Tensor]:
-        targets = [Target(placed(x, device, 1), *rest) for x, *rest in rows]
-        compressor.fused_update(targets, weights, TURN)
+        targets = [Updated(placed(x, device, 1), *rest) for x, *rest in rows]
+        update_by(compressor, targets, weights, TURN)
         return [t.x for t in targets]
 
     return run

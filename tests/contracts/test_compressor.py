@@ -25,8 +25,9 @@ from tests.support.compressors import (
     small_compressors,
 )
 from tests.support.paths import ROOT
+from tests.support.updates import Updated, update
 from thinwire.compression import wire
-from thinwire.compression.base import Array, Compressor, Packed, Part, Source, Step, Target, Turn
+from thinwire.compression.base import Array, Compressor, Packed, Part, Source, Step, Turn
 from thinwire.compression.codecs.dense import Dense
 from thinwire.compression.codecs.none import Nothing
 from thinwire.compression.errors import BadPayload, ConfigError
@@ -188,11 +189,11 @@ def test_magnitudes_are_those_of_the_packs_alone(compressor: Compressor) -> None
     ]
     packs.append(compressor.pack(torch.zeros(whole.n_global), whole, TURN))
     part = Part(whole.shape, 61, 122)
-    (found,) = compressor.magnitudes([packs], [part], TURN)
+    (found,) = compressor.magnitudes([{"w": packed} for packed in packs], {"w": part}, TURN)
     assert found == [compressor.magnitude(packed, part, TURN) for packed in packs]
     assert found[0] > 0
     assert found[2] == 0
-    assert compressor.magnitudes([[]], [part], TURN) == [[]]
+    assert compressor.magnitudes([], {"w": part}, TURN) == [[]]
 
 
 def test_the_same_bits_with_any_number_of_threads(compressor: Compressor) -> None:
@@ -261,8 +262,8 @@ def test_a_fused_update_is_its_formula(compressor: Compressor) -> None:
         step = Step(scale=0.375, decay=0.875, sign=i % 2 == 1)
         x = decoded(compressor, packs, [1.0, 2.5], part)
         expected.append(theta * step.decay - (x.sign() if step.sign else x) * step.scale)
-        targets.append(Target(theta.clone(), part, packs, step))
-    compressor.fused_update(targets, [1.0, 2.5], TURN)
+        targets.append(Updated(theta.clone(), part, packs, step))
+    update(compressor, targets, [1.0, 2.5], TURN)
     for target, x in zip(targets, expected, strict=True):
         assert torch.equal(target.x, x)
 

@@ -587,7 +587,7 @@ def assert_refuses_what_is_wrong(row: Row, replica: Replica, data: bytes, round:
 
 def spoilt(row: str, replica: Replica, data: bytes, round: int) -> bytes:
     """The bytes of the payload with the first of the row's bad packs."""
-    payload = replica.decode(data, round)
+    payload = dict(replica.decode(data, round))
     name = next(iter(payload))
     payload[name] = next(iter(ROWS[row].bad_packs(payload[name]).values()))
     return wire.encode(payload, replica.strategy.fields(replica.turn(round)), round, LAYOUT)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinwire.compression.base import Compressor, Part, Payload, Turn
+from thinwire.compression.base import Compressor, Packed, Part, Payload, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.dense import Dense
 from thinwire.compression.codecs.none import Nothing
@@ -294,7 +294,7 @@ def test_with_overlap_gradients_are_those_before_the_commit_moved_by_ones_own_of
         seen: list[int] = []
         return drawn
 
-    before, payload = other.detach().clone(), Payload()
+    before, payload = other.detach().clone(), dict[str, Packed]()
     for round_ in range(1, 5):
         turn, now = turn_of(round_, 1 / round_), other.detach().clone()
         if round_ > 1:

@@ -110,7 +110,7 @@ def test_no_peer_moves_more_than_its_bound() -> None:
 
     def moved(times: float) -> Tensor:
         peers = [replica(i, bound=2.0) for i in range(4)]
-        counted = [(p.seed(1), p.decode(p.offer(1), 1)) for p in peers]
+        counted = [(p.seed(1), dict(p.decode(p.offer(1), 1))) for p in peers]
         counted[3][1][NUMBERS] = (counted[3][1][NUMBERS][0] * times,)
         shares = [Share(seed, 1, payload) for seed, payload in counted]
         peers[0].strategy.apply(shares, peers[0].turn(1), None)

@@ -61,8 +61,9 @@ def fused_update(
 ) -> None:
     part, turn = Part.whole(shape), Turn(1, 2, 3, 1.0)
     x = torch.arange(float(part.n_global))
-    targets = [Target(x, part, [compressor.pack(x, part, turn)] * 3, Step(0.5, 0.5))]
-    sparse_triton.fused_update(compressor.pack_layout, targets, [1.0, 1.0, 2.0], 0.25, senders)
+    payload = {"w": compressor.pack(x, part, turn)}
+    targets = [Target(x, part, "w", Step(0.5, 0.5))]
+    sparse_triton.fused_update(compressor.pack_layout, targets, [payload] * 3, [1.0, 1.0, 2.0], 0.25, senders)
 
 
 def packing(compressor: Sparse, shape: tuple[int, ...] = (8192,)) -> None:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tests.support.triton_payload_cases import PAYLOAD_CASES, awkward, moved, n_shapes, same
 from tests.support.triton_round_cases import ROUND_CASES
-from thinwire.compression.base import Part, Source, Step, Target, Turn
+from tests.support.updates import Updated, update
+from thinwire.compression.base import Part, Source, Step, Turn
 from thinwire.compression.codecs.topk import TopK
 from thinwire.compression.exact import to_float32
 from thinwire.compression.fingerprint import parameter_sum, parameter_sum_torch, parameter_sums
@@ -204,8 +205,8 @@ def views_case(device: torch.device) -> None:
         update_pieces_([Piece(theta, 0, 4000)], [Update.of([Probe(2, 0, 0.25)])], "gauss")
         compressor = TopK(k=5, group_size=2000)
         (packed,) = Sent(compressor.pack_layout, [Source(Part.whole((n,)), theta)]).packs()
-        target = Target(theta, Part.whole((n,)), [packed], Step(0.5, 0.5))
-        compressor.fused_update([target], [1.0], Turn(1, 2, 3, 1.0))
+        target = Updated(theta, Part.whole((n,)), [packed], Step(0.5, 0.5))
+        update(compressor, [target], [1.0], Turn(1, 2, 3, 1.0))
         assert bool((whole[:33] == 7).all())
         assert bool((whole[33 + n :] == 7).all())
         assert bool((theta != 7).all())

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from thinwire.compression.base import Change, Packed, Part, Senders, Source, Step, Target, Turn
+from tests.support.updates import Updated, update
+from thinwire.compression.base import Change, Packed, Part, Senders, Source, Step, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.sparse import Sparse
 from thinwire.compression.codecs.topk import TopK
@@ -113,10 +114,10 @@ def fused_update_case(device: torch.device) -> None:
                 factors = rng.choice([1.0, 0.003]), rng.choice([1.0, 0.9])
                 step = Step(*map(to_float32, factors), sign=rng.random() < 0.5)
                 before = awkward(rng, part.n_local)
-                targets.append(Target(moved(before, device, rng.randrange(5)), part, packs, step))
-                compressor.fused_update([Target(before, part, packs, step)], weights, TURN)
+                targets.append(Updated(moved(before, device, rng.randrange(5)), part, packs, step))
+                update(compressor, [Updated(before, part, packs, step)], weights, TURN)
                 expected.append(before)
-        compressor.fused_update(targets, weights, TURN)
+        update(compressor, targets, weights, TURN)
         for target, x in zip(targets, expected, strict=True):
             same(target.x, x, (compressor, target.part, target.step, weights))
 
@@ -195,7 +196,7 @@ def sending_case(device: torch.device) -> None:
         (packed,) = Sent(compressor.pack_layout, [source], change).packs()
         expected = x * decay + (gradient * to_float32(factor * scale) if scale else 0.0)
         with plain():
-            compressor.fused_update([Target(expected, part, [packed], Step(alpha))], [1.0], TURN)
+            update(compressor, [Updated(expected, part, [packed], Step(alpha))], [1.0], TURN)
         same(left, expected, (compressor, part, decay, factor, scale, alpha))
 
 
@@ -227,14 +228,14 @@ def refused_rows_case(device: torch.device) -> None:
         before = x.clone()
         if x.device == good.device:  # targets may be on several devices
             with pytest.raises(ValueError, match="contiguous float32 rows"):
-                compressor.fused_update([Target(t, part, [packed], Step()) for t in (good, x)], [1.0], TURN)
+                update(compressor, [Updated(t, part, [packed], Step()) for t in (good, x)], [1.0], TURN)
         change = Change(1.0, torch.tensor(1.0, device=device), 1.0)
         for pair in ((x, None), (good, x)):
             with pytest.raises(ValueError, match="contiguous float32 rows"):
                 compressor.fused_send([Source(part, good), Source(part, *pair, 1.0)], change)
         assert torch.equal(x, before)
     with pytest.raises(ValueError, match="another number of packs"):
-        compressor.fused_update([Target(good, part, [packed], Step())], [1.0, 1.0], TURN)
+        update(compressor, [Updated(good, part, [packed], Step())], [1.0, 1.0], TURN)
     with pytest.raises(ValueError, match="whole parameters only"):
         compressor.pack(good[:100], Part((200,), 0, 100), TURN)
     assert bool((good == 1).all())
@@ -247,15 +248,15 @@ def unchecked_case(device: torch.device) -> None:
         scales, codes = compressor.pack(torch.arange(1000.0), part, TURN)
     whole = torch.zeros(1064, device=device)
     for bad in (torch.full_like(codes, 255), codes[:5], codes[:0]):
-        target = Target(whole[32:1032], part, [(scales, bad)], Step())
-        compressor.fused_update([target], [1.0], TURN)
+        target = Updated(whole[32:1032], part, [(scales, bad)], Step())
+        update(compressor, [target], [1.0], TURN)
         assert not bool(whole[:32].any())
         assert not bool(whole[1032:].any())
     rice = TopK(k=8, group_size=100)
     with plain():
         scales, codes = rice.pack(torch.arange(1000.0), part, TURN)
     for bad in (torch.full_like(codes, 255), torch.zeros_like(codes), codes[:5]):
-        rice.fused_update([Target(whole[32:1032], part, [(scales, bad)], Step())], [1.0], TURN)
+        update(rice, [Updated(whole[32:1032], part, [(scales, bad)], Step())], [1.0], TURN)
         assert not bool(whole[:32].any())
         assert not bool(whole[1032:].any())
 

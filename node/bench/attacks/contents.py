@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....compression.base import Compressor, Part, Payload, Turn
+from ....compression.base import Compressor, Packed, Part, Payload, Turn
 from ....compression.exact import exact_arithmetic
 from ....optim.base import Strategy
 from ....optim.decoupled import Decoupled
@@ -92,7 +92,7 @@ class TensorContents:
         return {name: tuple(map(filled, packed)) for name, packed in self.payload.items()}
 
     def _packed(self, change: Values) -> Payload:
-        made: Payload = {}
+        made: dict[str, Packed] = {}
         for name, packed in self.payload.items():
             part = self.parts[name]
             with exact_arithmetic():

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from tests.support.paths import ROOT
-from thinwire.compression.base import Part, Step, Target, Turn
+from tests.support.updates import Updated, update
+from thinwire.compression.base import Part, Step, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.sparse import Sparse
 from thinwire.compression.codecs.topk import TopK
@@ -137,8 +138,8 @@ def test_groups_farther_out_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) 
         part = Part.whole(x.shape)
         packs[x.numel()] = compressor.pack(x, part, turn)
         compressor.check(packs[x.numel()], part, turn)
-        target = Target(theta[: x.numel()], part, [packs[x.numel()]], Step(0.5))
-        compressor.fused_update([target], [1.0], turn)
+        target = Updated(theta[: x.numel()], part, [packs[x.numel()]], Step(0.5))
+        update(compressor, [target], [1.0], turn)
         if x is momentum:
             far, _ = theta[-tail:].clone(), theta.zero_()
     assert torch.equal(packs[n][0][-2:], packs[tail][0])

@@ -451,7 +451,7 @@ def test_decoding_is_timed_in_each_of_its_forms() -> None:
     target, part, turn = torch.zeros(64), Part.whole((64,)), Turn(1, 1, 1, 1.0)
     packed = strategy.compressor.pack(torch.ones(64), part, turn)  # type: ignore[attr-defined]
     assert set(watch.rounds[0]) == {"pack"}
-    targets = [Target(target, part, [packed], Step())]
-    strategy.compressor.fused_update(targets, [1.0], turn)  # type: ignore[attr-defined]
+    targets = [Target(target, part, "w", Step())]
+    strategy.compressor.fused_update(targets, [{"w": packed}], [1.0], turn)  # type: ignore[attr-defined]
     assert watch.rounds[0]["decode"] > 0
     assert bool(target.any())
