@@ -16,6 +16,7 @@ import pytest
 
 from thinwire.compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable
 from thinwire.coordinator.control import door as doors
+from thinwire.coordinator.control import owner
 from thinwire.coordinator.control.door import Door
 from thinwire.coordinator.control.orders import MAX_NAMED, Order, Ordered, no_strategy
 from thinwire.coordinator.control.owner import give_order, status_within, write_order
@@ -231,14 +232,17 @@ def test_only_the_run_s_own_key_writes_a_record(folder: Path, tmp_path: Path) ->
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_folder_in_use_and_a_door_that_is_shut(folder: Path) -> None:
+def test_a_folder_in_use_and_a_door_that_is_shut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "CONNECT_S", 0.1)
     lock = FolderLock(folder, "coordinator")
     with pytest.raises(ConfigError, match="in use by another coordinator"):
         write_order(folder, EXTEND, no_strategy)
     with socket.socket(socket.AF_UNIX) as listening:
         with socket_path(folder) as path:
             listening.bind(path)
-        listening.listen(1)
+        listening.listen(2)
+        with pytest.raises(SwarmUnreachable, match="does not answer: no answer in time"):
+            status_within(folder)
         stopped = iter([False, True])
         with pytest.raises(SwarmUnreachable, match="stopped"):
             give_order(folder, EXTEND, no_strategy, lambda _answer: None, lambda: next(stopped))
