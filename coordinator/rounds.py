@@ -7,7 +7,7 @@ policy says so; it knows neither payloads nor sessions nor the disk.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .entry.attendance import Attendance
@@ -118,6 +118,18 @@ class _Past:
     counted: frozenset[int]
     late: dict[int, _Kept]
     begins_late: int | None = None
+    by_digest: dict[bytes, list[int]] = field(default_factory=dict)
+    """Peers of those late offers whose bytes are not here."""
+
+    def __post_init__(self) -> None:
+        for peer, kept in self.late.items():
+            self.comes(peer, kept)
+
+    def comes(self, peer: int, kept: _Kept) -> None:
+        """The late offer is this one."""
+        self.late[peer] = kept
+        if not kept.has_bytes:
+            self.by_digest.setdefault(kept.digest, []).append(peer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +396,7 @@ class Rounds:
         if offer.peer in past.counted:
             return OfferKept(offer.peer, is_new=False)
         if offer.peer not in past.late:
-            past.late[offer.peer] = _Kept(offer.digest, False, offer.n_samples)
+            past.comes(offer.peer, _Kept(offer.digest, False, offer.n_samples))
             if offer.has_bytes:
                 self._has_bytes_late(offer.peer, offer.round, now_s)
             elif offer.n_samples and offer.peer in past.expected and offer.peer != past.begins_late:
@@ -395,9 +407,8 @@ class Rounds:
         for peer in sorted(self._by_digest.get(digest, ())):
             self._has_bytes(peer, now_s)
         for round_, past in self._pasts.items():
-            for peer, kept in past.late.items():
-                if kept.digest == digest:
-                    self._has_bytes_late(peer, round_, now_s)
+            for peer in past.by_digest.pop(digest, ()):
+                self._has_bytes_late(peer, round_, now_s)
 
     def _excuse(self, peer: int) -> None:
         self._excused.add(peer)
