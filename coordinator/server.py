@@ -303,7 +303,7 @@ class CoordinatorServer:
             on_commit=self._committed,
             end=self._end,
             now_s=time.monotonic(),
-            wall_ms=wall_ms,
+            wall_ms=wall_ms if self._seat is None else self._seat.council.time_ms,
             history=self._state.history(),
             banned=self._state.banned(),
             rules=self._state.rules(),

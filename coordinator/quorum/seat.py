@@ -19,6 +19,7 @@ from ..protocol.messages import digest_of
 from ..protocol.trust.seals import Committee, Sealed
 from .acceptor import Acceptor
 from .catching_up import CatchingUp
+from .clocks import Clocks
 from .disk import Records, SeatDisk, Signer
 from .events import (
     DEFAULT_TIMING,
@@ -58,7 +59,8 @@ _ELECTION: Final = 0.5
 
 class Seat:
     """`send(seat, word)` queues, and may lose, delay or double. `events` are taken by the caller after each
-    call; `tick` is called by `wake_s` at the latest."""
+    call; `tick` is called by `wake_s` at the latest. `wall_ms`: this machine's clock, for other leaders; 0:
+    they are not told."""
 
     acceptor: ClassVar[type[Acceptor]] = Acceptor
 
@@ -73,10 +75,11 @@ class Seat:
         *,
         rng: random.Random,
         timing: Timing = DEFAULT_TIMING,
+        wall_ms: Callable[[], int] = lambda: 0,
     ) -> None:
         self._run_id, self._signer, self._disk = run_id, signer, disk
         self._acceptor = self.acceptor(run_id, signer, disk, records)
-        self._send, self._rng, self._timing = send, rng, timing
+        self._send, self._rng, self._timing, self._clocks = send, rng, timing, Clocks(wall_ms)
         self._patience, self._answers = Patience(timing), Patience(timing)
         """With who leads; as a leader, with the answers of the others."""
         self._catching_up = CatchingUp(send, disk, timing.retry_s)
@@ -112,6 +115,10 @@ class Seat:
     def resting(self) -> dict[str, bytes]:
         """Of a leader: seats that rest, and the nonce that a record would have to name."""
         return {} if self._reign is None else self._reign.resting
+
+    def time_ms(self, now_s: float) -> int:
+        """For the record that a leader proposes next; see `Clocks.time_ms`."""
+        return self._clocks.time_ms(self._committee.seats, now_s)
 
     @property
     def unvoted(self) -> bytes | None:
@@ -265,6 +272,7 @@ class Seat:
                 if self._reign is not None and ballot == self._ballot and seat in self._committee.seats:
                     self._answers.heard(ballot, now_s)
                     self._reign.heard(seat, word, now_s)
+                    self._clocks.heard(seat, word.time_ms, now_s)
                 self._catching_up.heard_of(seat, word.head, now_s)
             case Batch():
                 self._take(seat, word, now_s)
@@ -300,6 +308,7 @@ class Seat:
                 if accepted is not None and not self._may_be_a_vote(accepted):
                     self.events.append(Evidence(seat, "bad promise"))
                     return
+                self._clocks.heard(seat, word.time_ms, now_s)
                 self._promises[seat] = accepted
                 self._count_promises(now_s)
             case _:
@@ -322,7 +331,8 @@ class Seat:
         if self._committee.owner(ping.ballot) == seat:
             self._patience.heard(ping.ballot, now_s)
         if self._is_led_by(seat, ping.ballot, now_s):
-            self._send(seat, Pong(ballot=ping.ballot, head=self._disk.head, nonce=self._disk.rests))
+            head, nonce, time_ms = self._disk.head, self._disk.rests, self._clocks.wall_ms()
+            self._send(seat, Pong(ballot=ping.ballot, head=head, nonce=nonce, time_ms=time_ms))
         else:
             self._refuse(seat)
         self._catching_up.heard_of(seat, ping.head, now_s)
@@ -351,7 +361,8 @@ class Seat:
             return
         self._saw(prepare.ballot)
         self._step_down(now_s, "outbid")
-        self._send(seat, Promise(ballot=prepare.ballot, head=head, accepted=self._acceptor.accepted))
+        accepted, time_ms = self._acceptor.accepted, self._clocks.wall_ms()
+        self._send(seat, Promise(ballot=prepare.ballot, head=head, accepted=accepted, time_ms=time_ms))
 
     def _proposed_to(self, seat: str, proposed: Propose, now_s: float) -> None:
         self._catching_up.heard_of(seat, proposed.round - 1, now_s)

@@ -36,6 +36,9 @@ MAX_WORD_BYTES: Final = MAX_RECORD_BYTES + 2**20
 RecordBytes = Annotated[bytes, Field(max_length=MAX_RECORD_BYTES)]
 Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
 
+Time = Annotated[int, Field(ge=0, lt=2**48)]
+"""In milliseconds, by the clock of who speaks; 0: not told."""
+
 
 class Word(Message):
     """`head`: the newest sealed round of who speaks."""
@@ -53,9 +56,11 @@ class Pong(Word):
     """The answer. `nonce`: of a seat that rests until a record names it."""
 
     tag = 2
+    n_younger = 1
     ballot: Ballot
     head: Round
     nonce: Nonce | None
+    time_ms: Time = 0
 
 
 class Canvass(Word):
@@ -95,9 +100,11 @@ class Promise(Word):
     """`accepted`: what may have been sealed already, and has to be proposed again."""
 
     tag = 6
+    n_younger = 1
     ballot: Ballot
     head: Round
     accepted: Accepted | None
+    time_ms: Time = 0
 
 
 class Nack(Word):

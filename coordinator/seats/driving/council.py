@@ -23,7 +23,7 @@ from ....compression.errors import ConfigError, LedgerCorrupt, SwarmUnreachable
 from ...blobs import BlobStore
 from ...ledger import Ledger
 from ...protocol.blob_streams import Sink
-from ...protocol.figures import short
+from ...protocol.figures import short, wall_ms
 from ...protocol.messages import BadMessage, CommitBody, SeatEntry, decode_record
 from ...protocol.streams import BLOB, Meter, Stream
 from ...protocol.transport import Transport
@@ -132,7 +132,21 @@ class Council:
 
     def _new_seat(self, now_s: float) -> Seat:
         run_id, records, timing = self._ledger.run_id, self._records, self.plan.timing
-        return Seat(run_id, self._signer, self.disk, records, self._send, now_s, rng=self._rng, timing=timing)
+        return Seat(
+            run_id,
+            self._signer,
+            self.disk,
+            records,
+            self._send,
+            now_s,
+            rng=self._rng,
+            timing=timing,
+            wall_ms=wall_ms,
+        )
+
+    def time_ms(self) -> int:
+        """For the record that this seat proposes next, if it leads."""
+        return self.seat.time_ms(time.monotonic())
 
     # ------------------------------------------------------------------------------------ start and stop
 

@@ -68,6 +68,8 @@ class Table:
         self.now_s = 0.0
         self.is_here = dict.fromkeys(NAMES, True)
         """Whether a seat has what records name."""
+        self.ahead_s = dict.fromkeys(NAMES, 0.0)
+        """How wrong a seat's clock is."""
         self.seats = {name: self._seat(name) for name in self.disks}
 
     def _seat(self, name: str) -> Seat:
@@ -76,7 +78,8 @@ class Table:
 
         rng = random.Random(name)
         records = Records(lambda: self.is_here[name])
-        return Seat(RUN, Key(name), self.disks[name], records, send, self.now_s, rng=rng, timing=MILD)
+        disk, wall_ms = self.disks[name], lambda: int(1e12 + 1000 * (self.now_s + self.ahead_s[name]))
+        return Seat(RUN, Key(name), disk, records, send, self.now_s, rng=rng, timing=MILD, wall_ms=wall_ms)
 
     def wakes(self, name: str) -> None:
         self.now_s = max(self.now_s, self.seats[name].wake_s)
@@ -251,6 +254,36 @@ def test_a_seat_that_rests_is_known_however_quickly_records_follow() -> None:
         table.seats["seat-0"].propose(table.record(number), table.now_s)
         table.deliver(lambda _sender, to, _word: to != "seat-2")
         assert table.seats["seat-0"].resting == {"seat-2": bytes(16)}
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "time_s", "jumped_s"),
+    [
+        ((3600, 0, 1), 1, 1),
+        ((0, 3600, 3600), 0, 3600),
+        ((-3600, 0, 0), -3600, 0),
+        ((3600, -99, 0), 0, 0),
+        ((0, -99, 0), 0, 0),
+    ],
+)
+def test_a_leader_s_time_is_not_later_than_half_of_the_clocks(
+    ahead_s: tuple[float, ...], time_s: float, jumped_s: float
+) -> None:
+    table = Table()
+    table.ahead_s.update(zip(NAMES, ahead_s, strict=False))
+    table.wakes("seat-0")
+    table.deliver()
+    leader = table.seats["seat-0"]
+    assert leader.role is Role.LEADING
+    for _ in range(2):  # from the promises on; then by the answers
+        table.now_s += 1
+        assert leader.time_ms(table.now_s) == pytest.approx(
+            1e12 + 1000 * (table.now_s + time_s), abs=2, rel=0
+        )
+        table.wakes("seat-0")
+        table.deliver()
+    table.ahead_s["seat-0"] = 7200
+    assert leader.time_ms(table.now_s) == pytest.approx(1e12 + 1000 * (table.now_s + jumped_s), abs=2, rel=0)
 
 
 def test_a_leader_that_lacks_what_an_open_record_names_has_the_others_vote() -> None:
