@@ -29,7 +29,8 @@ _SELECT = "SELECT round, record, signature FROM record WHERE round > ? ORDER BY 
 _INSERT = "INSERT OR REPLACE INTO record VALUES (?, ?, ?)"
 _ALL = -1
 _RECENT_BYTES = 2**20
-"""Of records that are kept in memory; decoded they take many times that."""
+_RECENT = 128
+"""Of commits that are kept in memory: decoded they take many times the bytes of their records."""
 
 _SECTIONS = tuple(sorted({key.partition(".")[0].encode() + b"." for key in (*RUN_KEYS, "strategy.")}))
 
@@ -150,13 +151,13 @@ class LedgerCopy:
     def _took(self, commit: Commit) -> None:
         self._recent.append(commit)
         self._recent_bytes += len(commit.record)
-        if self._recent_bytes > 2 * _RECENT_BYTES:
+        if self._recent_bytes > 2 * _RECENT_BYTES or len(self._recent) > 2 * _RECENT:
             self._forget_recent()
         self.peers.update((admission.index, admission.peer_id) for admission in commit.body.admitted)
 
     def _forget_recent(self) -> None:
         n = 0
-        while self._recent_bytes > _RECENT_BYTES:
+        while self._recent_bytes > _RECENT_BYTES or len(self._recent) - n > _RECENT:
             self._recent_bytes -= len(self._recent[n].record)
             n += 1
         del self._recent[:n]

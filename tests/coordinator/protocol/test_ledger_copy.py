@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import sqlite3
@@ -62,6 +63,18 @@ def filled(path: Path | None, n: int = 20) -> LedgerCopy:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger.db"
+
+
+def test_a_long_run_does_not_stay_in_memory(path: Path) -> None:
+    def decoded() -> int:
+        return sum(type(o) is CommitBody for o in gc.get_objects())
+
+    before, copy = decoded(), opened(path)
+    for commit in chain(600):
+        copy.append(commit)
+    del commit
+    assert decoded() - before < 300
+    assert [c.body.round for c in copy.commits(100, 3)] == [101, 102, 103]
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
