@@ -9,7 +9,7 @@ widest pass on others' besides. Pure.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle, islice
@@ -32,6 +32,9 @@ CHILDREN: Final = 8
 """Nodes that get a payload from the same relay, where the coordinator has room for as many relays."""
 
 _MEASURED: Final = 8
+
+KNOWN_LINES: Final = 2**14
+"""Those of who uploaded last are remembered."""
 _UNEVEN: Final = (2**0.5, 3**0.5, (5**0.5 - 1) / 2, 7**0.5)
 """The fractions of their multiples are spread evenly."""
 
@@ -77,7 +80,8 @@ class Fanout:
 
     def __init__(self, upload_bytes_per_s: float = UPLOAD_BYTES_PER_S) -> None:
         self._own = upload_bytes_per_s
-        self._last: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_MEASURED))
+        self._last: dict[str, deque[float]] = {}
+        """Who uploaded last comes last."""
         self._rates: dict[str, float] = {}
         """Bytes per second, the median of the last ones."""
         self._dealt: tuple[tuple[int, int, Mapping[str, float], float], Dealt] | None = None
@@ -87,8 +91,12 @@ class Fanout:
 
     def uploaded(self, peer: str, n_bytes: int, took_s: float) -> None:
         """So many bytes came from it in this time."""
-        self._last[peer].append(n_bytes / max(took_s, 1e-6))
-        self._rates[peer] = median(self._last[peer])
+        last = self._last[peer] = self._last.pop(peer, deque(maxlen=_MEASURED))
+        last.append(n_bytes / max(took_s, 1e-6))
+        self._rates[peer] = median(last)
+        if len(self._last) > KNOWN_LINES:
+            gone = next(iter(self._last))
+            del self._last[gone], self._rates[gone]
 
     def round_took(self, duration_s: float) -> None:
         """The last one."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from thinwire.coordinator.serving.fanout import CHILDREN, Fanout
+from thinwire.coordinator.serving.fanout import CHILDREN, KNOWN_LINES, Fanout
 
 MBIT = 1e6 / 8
 
@@ -93,6 +93,16 @@ def test_a_line_that_nobody_has_measured_carries_its_own_payload() -> None:
     sources = fanout.sources(10**6, "a", others, ["a", *others])
     assert sources == {"b": "a", "c": "a"}
     assert fanout.sources(10**6, "a", others, others) == {"b": None, "c": None}
+
+
+def test_lines_of_who_uploaded_long_ago_are_forgotten() -> None:
+    fanout, others = Fanout(1e6), ["a", "b", "c"]
+    fanout.uploaded("narrow", 1, 1.0)
+    for i in range(KNOWN_LINES - 1):
+        fanout.uploaded(f"p{i}", 1000, 1.0)
+    assert set(fanout.sources(10**6, "narrow", others, {"narrow"}).values()) == {None}
+    fanout.uploaded("another", 1000, 1.0)
+    assert set(fanout.sources(10**6, "narrow", others, {"narrow"}).values()) == {"narrow"}, "not measured"
 
 
 def test_a_relay_has_a_few_children_where_there_are_more_relays() -> None:
