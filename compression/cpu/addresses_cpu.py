@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import numba
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from llvmlite.binding import get_host_cpu_features  # type: ignore[import-untyped]
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba.core import config, types
 from numba.core.cgutils import get_or_insert_function
 from numba.extending import intrinsic

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, Final
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..base import Packed, Payload, Senders, Target
 from ..codecs.sparse_layout import GroupRanges, SparseLayout, group_ranges
+from ..compiled import compiled
 from ..errors import BadPayload
 from ..numerics.index_layout import FILLED_UP
 from ..numerics.value_formats import check_sendable
@@ -27,7 +27,7 @@ from ..rows import places
 from . import entries_cpu
 from .addresses_cpu import bytes_at, floats_at
 from .dct_cpu import INTEGER_BASIS, ORDER
-from .entries_cpu import form_of, read_entries, read_scales
+from .entries_cpu import form_of, n_in, read_entries, read_scales
 from .senders_cpu import merge
 from .sparse_cpu import decode_groups, select_groups
 from .threads import share
@@ -116,7 +116,7 @@ def _quantized(layout: SparseLayout, value_GK: Tensor, k_G: Array) -> tuple[Tens
     return scale_G, code_GK
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _select(
     address_P: Array, n_P: Array, first_P: Array, k_G: Array, size: int, transform: bool, order: Array,
     first: int, last: int, index_GK: Array, value_GK: Array,
@@ -142,7 +142,7 @@ def _select(
     return top
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _write(
     index_GK: Array, code_GK: Array, scale_bits_G: Array, k_G: Array, first_P: Array, at_P: Array,
     unary_P: Array, rice: bool, low_bits: int, width: int, octets: Array, n_P: Array,
@@ -247,7 +247,7 @@ def fused_update(
 _SHORT, _PAST, _GOOD = range(3)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _update(
     address_P: Array, start_P: Array, stop_P: Array, n_P: Array, first_P: Array, k_G: Array,
     address_WPK: Array, count_WPK: Array, weights: Array, inverse: Any, wholes: Array, least: Any,
@@ -257,7 +257,7 @@ def _update(
     """`least`: of means over senders, above 0; 0: means over all."""
     n_packs, n_most, g_most = weights.size, 0, 0
     for p in range(first, last):
-        n_most = max(n_most, k_G[first_P[p] : first_P[p + 1]].sum())
+        n_most = max(n_most, n_in(k_G[first_P[p] : first_P[p + 1]]))
         g_most = max(g_most, first_P[p + 1] - first_P[p])
     position_E, value_E = np.empty(n_packs * n_most, np.int64), np.empty(n_packs * n_most, np.float32)
     of_senders = least > np.float32(0.0)

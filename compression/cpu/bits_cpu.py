@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
+
+from ..compiled import compiled
 
 
 def pack(values: Any, width: int, out: Any) -> bool:
@@ -22,7 +23,7 @@ def unpack(octets: Any, width: int, out: Any) -> None:
     _unpack(octets, width, out)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _pack(values: Any, width: int, out: Any) -> bool:
     held, n_held, at, every = np.uint64(0), 0, 0, np.int64(0)
     for i in range(values.size):
@@ -39,7 +40,7 @@ def _pack(values: Any, width: int, out: Any) -> bool:
     return bool(0 <= every < 1 << width)  # a negative one would set the sign
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _unpack(octets: Any, width: int, out: Any) -> None:
     mask = np.uint64((1 << width) - 1)
     held, n_held, at = np.uint64(0), 0, 0

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..compiled import compiled
 from ..numerics.bit_layout import n_bytes
 from ..numerics.value_formats import FORMATS, VALUE_LIMIT, Format
 from .addresses_cpu import bytes_at
@@ -97,7 +98,7 @@ def _gathered(octets: Array, n_groups: int, n_each: int, written: list[int]) -> 
     return np.concatenate([octets[a : a + m] for a, m in zip(starts, written, strict=True)])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _pack(
     x: Array, size: int, kind: int, width: int, first: int, last: int, scale_bits_G: Array, out: Array
 ) -> Any:  # fmt: skip
@@ -140,7 +141,7 @@ def has_send(format_: Format) -> bool:
     return kind_of(format_) not in (SIGN, TWO_BITS)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _send(
     e: Array, x: Array, y: Array, decay: Word, size: int, kind: int, width: int, first: int, last: int,
     scale_bits_G: Array, out: Array,
@@ -278,7 +279,7 @@ def has_refused(octets: Tensor, format_: Format) -> bool:
     return refused is not None and bool(_has_code(octets.numpy(), format_.width, refused))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _has_code(octets: Array, width: int, refused: int) -> Any:
     found = np.uint8(0)
     if width == 8:
@@ -306,7 +307,7 @@ def mean(out: Tensor, packs: Sequence[Grouped], weights: Sequence[float], invers
     share(lambda a, b: _mean(y, a, b, *rest, *form), 0, last - g0, smallest=max(1, _PER_THREAD // p.size))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _mean(
     y: Array, first: int, last: int, address_W: Array, n_octets_W: Array, scale_WG: Array, at_WG: Array,
     weight_W: Array, inverse: Word, m: int, size: int, kind: int, width: int,
@@ -336,13 +337,16 @@ def l1_norms(pack: Grouped, chunks: Sequence[tuple[int, int]]) -> list[float]:
     return [float(total) * float(unit) for total, unit in sums]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _l1_norms(
     bounds: Array, sums: Array, octets: Array, scale_G: Array, at_G: Array,
     m: int, size: int, kind: int, width: int,
 ) -> None:  # fmt: skip
     code = np.zeros(size + 8, np.int32)
-    values = np.empty((bounds[:, 1] - bounds[:, 0]).max(), np.float32)
+    n_most = 0
+    for c in range(bounds.shape[0]):
+        n_most = max(n_most, bounds[c, 1] - bounds[c, 0])
+    values = np.empty(n_most, np.float32)
     for c in range(bounds.shape[0]):
         first, last = bounds[c, 0], bounds[c, 1]
         if kind in (_FOUR, _E3M0):

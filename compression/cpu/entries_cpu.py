@@ -18,6 +18,7 @@ import torch
 
 from ..base import Packed, Part, Payload
 from ..codecs.sparse_layout import SparseLayout, group_ranges, shapes_of
+from ..compiled import compiled
 from ..errors import BadPayload
 from ..numerics.index_layout import FILLED_UP, RiceIndices
 from ..numerics.value_formats import SCALE_LIMIT_BITS, Table
@@ -71,7 +72,7 @@ def read(layout: SparseLayout, packs: Sequence[Packed], shape: tuple[int, ...]) 
     return position_E, value_E, offset_WG
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def read_entries(
     octets: Array, scale_bits_G: Array, k_G: Array, rice: bool, low_bits: int, width: int, levels: Array,
     n_coefficients: int, e: int, position_E: Array, value_E: Array, offset_G: Array,
@@ -176,14 +177,14 @@ def read_scales(address: Any, bits_G: Array) -> Array:
     return bits_G
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _all_good(
     address_PK: Array, count_PK: Array, first_P: Array, k_G: Array, n_G: Array, unary_P: Array,
     rice: bool, low_bits: int, width: int, levels: Array,
 ) -> bool:  # fmt: skip
     n_most, g_most = 0, 0
     for p in range(len(count_PK)):
-        n_most = max(n_most, k_G[first_P[p] : first_P[p + 1]].sum())
+        n_most = max(n_most, n_in(k_G[first_P[p] : first_P[p + 1]]))
         g_most = max(g_most, first_P[p + 1] - first_P[p])
     index_E, value_E = np.empty(n_most, np.int64), np.empty(n_most, np.float32)
     bits_G, offset_G = np.empty(g_most, np.uint16), np.empty(g_most + 1, np.int64)
@@ -203,6 +204,15 @@ def _all_good(
         if end == _WRONG or (rice and not _ends_there(octets, (n * width + 7) >> 3, end, unary_P[p])):
             return False
     return True
+
+
+@numba.njit(inline="always")
+def n_in(k_G: Array) -> int:
+    """Their sum: the library's own loads linear algebra, 25 MB of it."""
+    n = 0
+    for k in k_G:
+        n += k
+    return n
 
 
 @numba.njit(inline="always")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numba
 import numpy as np
 
+from ..compiled import compiled
 from ..numerics.splitmix64 import GOLDEN, LAST_SHIFT, MIX
 from .threads import share
 
@@ -27,7 +27,7 @@ def parameter_sum(bits: Tensor, start: int) -> int:
     return sum(int(s) for s in sums) & ((1 << 64) - 1)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _sum(patterns: Any, start: Any, first: int, last: int) -> Any:
     here = patterns[first:last]  # an index that may be negative, for all the compiler knows, makes no vectors
     begin = start + np.uint64(first)

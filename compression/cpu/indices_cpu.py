@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import numba
 import numpy as np
+
+from ..compiled import compiled
 
 Array = Any
 """A numpy array inside a kernel; numba finds the types."""
@@ -30,7 +31,7 @@ def ones(octets: Array, n: int) -> tuple[Array, int]:
     return ends_E, int(_ones(octets, ends_E))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _ones(octets: Array, ends_E: Array) -> Any:
     n = 0
     for first in range(0, octets.size, 8):
@@ -53,7 +54,7 @@ def from_gaps(ends_E: Array, code_E: Array, n_sent_G: Array, r: int) -> tuple[Ar
     return index_E, value_E
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _from_gaps(ends_E: Array, code_E: Array, n_sent_G: Array, r: int, index_E: Array, value_E: Array) -> None:
     e, before, mask = 0, -1, (1 << r) - 1
     for g in range(n_sent_G.size):
@@ -72,7 +73,7 @@ def to_gaps(index_E: Array, value_E: Array, n_sent_G: Array, r: int) -> tuple[Ar
     return code_E, ends_E
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _to_gaps(index_E: Array, value_E: Array, n_sent_G: Array, r: int, code_E: Array, ends_E: Array) -> None:
     e, end, mask = 0, -1, (1 << r) - 1
     for g in range(n_sent_G.size):
@@ -92,7 +93,7 @@ def set_bits(ends_E: Array, n: int) -> Array:
     return octets
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _set_bits(ends_E: Array, octets: Array) -> None:
     for e in range(ends_E.size):
         octets[ends_E[e] >> 3] |= np.uint8(1 << (ends_E[e] & 7))

@@ -19,6 +19,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from ..compiled import compiled
 from ..numerics.noise_layout import NoiseKind, Piece, Update, Where
 from ..numerics.quantiles import NORMAL_256
 from .addresses_cpu import aligned_words, floats_at, has_look_up, look_up, prefetch, subtract_look_up
@@ -69,7 +70,7 @@ def combine_all(pieces: Sequence[Piece], updates: Sequence[Update], kind: NoiseK
     share(lambda first, last: kernel(first, last, *args), 0, len(pieces), smallest=max(1, 4096 // mean))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _sign_pieces(
     first: int, last: int, addresses: Array, sizes: Array, starts: Array, thirds: Array,
     seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, table: Array,
@@ -83,7 +84,7 @@ def _sign_pieces(
             )
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _gauss_pieces(
     first: int, last: int, addresses: Array, sizes: Array, starts: Array, thirds: Array,
     seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, table: Array,
@@ -119,7 +120,7 @@ def _terms(updates: Sequence[Update], fourth: int) -> tuple[Array, ...]:
 # arrays are one the compiler sees only by its check whether they overlap, and then it makes no vectors.
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _sign_blocks(
     y: Array, x: Array, in_place: bool, start: int, first: int, last: int,
     seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, third: Word, table: Array,
@@ -258,7 +259,7 @@ def _bits(x: Word) -> Word:
     return np.float32(x).view(np.uint32)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _gauss_blocks(
     y: Array, x: Array, in_place: bool, start: int, first: int, last: int,
     seeds: Array, tails: Array, coefficients: Array, ends: Array, decays: Array, third: Word, table: Array,

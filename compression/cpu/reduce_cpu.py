@@ -11,6 +11,7 @@ import numba
 import numpy as np
 from torch import Tensor
 
+from ..compiled import compiled
 from .threads import share
 
 Array = Any
@@ -50,7 +51,7 @@ def l1_norm(values: Tensor) -> float:
     return float(sum(map(int, sums))) * ldexp(1.0, -shift)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def largest_bits(bits: Array) -> Any:
     """The largest magnitude of float32 values, from and as bits: NaN is above infinity."""
     largest = np.int32(0)
@@ -71,7 +72,7 @@ def add_up(x: Array) -> Any:
     return np.float64(_sum(x, ldexp(1.0, shift))), ldexp(1.0, -shift)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _sum(x: Array, scale: Word) -> Any:
     """Of magnitudes as whole numbers of 1 / scale."""
     total = np.int64(0)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..compiled import compiled
 from ..numerics.noise_layout import BFLOAT16_NAN, BLOCK, ROUND_CALLS, Purpose
 from .threads import share
 from .words_cpu import fill_words, overlap
@@ -34,7 +35,7 @@ def round_to_bfloat16(x: Tensor, out: Tensor, seed: int, param_index: int, start
     )
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _blocks(y: Any, x: Any, start: int, first: int, last: int, third: Any, fourth: Any, seed: Any) -> None:
     words = np.empty(2048, np.uint32)
     random = np.empty(4096, np.uint32)

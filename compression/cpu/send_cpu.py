@@ -16,6 +16,7 @@ import torch
 
 from ..base import Change, Packed, Source
 from ..codecs.sparse_layout import SparseLayout, group_ranges
+from ..compiled import compiled
 from ..numerics.dct import INVERSE_SCALE, ROUNDER, SMALLEST, TOP_BIT, N
 from ..numerics.value_formats import VALUE_LIMIT, check_sendable
 from .addresses_cpu import floats_at
@@ -79,7 +80,7 @@ class Sent:
         return self._packs
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _send(
     address_P: Array, gradient_P: Array, factor_P: Array, n_P: Array, first_P: Array, k_G: Array,
     size: int, transform: bool, order: Array, kind: int, levels: Array, decay: Word, alpha: Word,

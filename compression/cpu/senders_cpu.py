@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numba
 import numpy as np
 
 from ..base import Senders
+from ..compiled import compiled
 from .update_cpu import ZERO, Mean
 
 Array = Any
@@ -40,7 +40,7 @@ def merged(mean: Mean, senders: Senders) -> Mean:
     )
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def merge(
     position_E: Array, value_E: Array, offset_WG: Array, weight_W: Array, whole_W: Array, least: Any,
     n_coefficients: int, position_M: Array, value_M: Array, offset_G: Array,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..base import Entries, Step
 from ..codecs.groups import Slab
+from ..compiled import compiled
 from ..numerics.dct import INVERSE_SCALE, ROUNDER, SMALLEST, TOP_BIT, N
 from . import tiles_cpu
 from .dct_cpu import INTEGER_BASIS, ORDER, PANEL, add_basis, forward
@@ -67,7 +68,7 @@ def largest(x: Tensor, slab: Slab, transform: bool) -> tuple[Tensor, Tensor, flo
     return torch.from_numpy(index_GK), torch.from_numpy(value_GK), top
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def select_groups(
     x: Array, length: int, k: int, transform: bool, order: Array,
     first: int, last: int, index_GK: Array, value_GK: Array,
@@ -206,7 +207,7 @@ def spread(
     return position_E, value_E
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _spread(
     index_E: Array, code_E: Array, offsets: Array, scale_G: Array, levels: Array, n_coefficients: int,
     position_E: Array, value_E: Array,
@@ -273,7 +274,7 @@ def _run(target: Tensor, start: int, mean: Mean, how: int, decay: float, scale: 
             raise IndexError("a coefficient past the end of its group: the packs were not checked")
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def decode_groups(
     y: Array, start: int, position_E: Array, value_E: Array, offset_WG: Array, weights: Array, inverse: Word,
     basis: Array, powers: Array, n: int, size: int, n_coefficients: int, transform: bool,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..codecs.groups import Slab
 from ..codecs.tiles import Tiles
+from ..compiled import compiled
 from ..exact import to_float32
 from ..numerics.dct import ROUNDER, SMALLEST, TOP_BIT, N, integer_basis, real_basis
 from .dct_cpu import ORDER, forward
@@ -62,7 +63,7 @@ def largest(x: Tensor, tiles: Tiles, slab: Slab) -> tuple[Tensor, Tensor, float]
     return torch.from_numpy(index_GK), torch.from_numpy(value_GK), top
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _largest(
     matrix: Array, side: int, k: int, basis: Array, order: Array, first: int, last: int,
     index_GK: Array, value_GK: Array,
@@ -170,7 +171,7 @@ def run(y: Array, start: int, mean: Mean, tiles: Tiles, how: int, decay: float, 
         raise IndexError("a coefficient past the end of its group: the packs were not checked")
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _tiles(
     y: Array, start: int, position_E: Array, value_E: Array, offset_WG: Array, weights: Array, inverse: Word,
     basis: Array, powers: Array, rows: int, columns: int, real: Word,
