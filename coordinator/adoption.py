@@ -20,6 +20,9 @@ STALL_S = 10.0
 COMMIT_S = 120.0
 """Nor one that takes longer for one commit: meanwhile no round closes."""
 
+IN_VAIN = 0.05
+"""Of the time, at most, no round closes for a peer that gives nothing."""
+
 _AT_ONCE = 64
 _BYTES_AT_ONCE = 16 * 2**20
 
@@ -32,6 +35,30 @@ class Adopter(Protocol):
     def hold(self) -> None: ...
     def adopt(self, commits: Sequence[Commit]) -> None: ...
     def go_on(self, now_s: float) -> None: ...
+
+
+class Claims:
+    """Of those who say that they have lost commits. For whom rounds have waited in vain, beyond `free_s`, is
+    not asked again until that was `IN_VAIN` of the time."""
+
+    def __init__(self, free_s: float) -> None:
+        self._free_s = free_s
+        self._paid_s: dict[str, float] = {}
+        """When all is made up for."""
+
+    def check(self, who: str, now_s: float) -> None:
+        """Raises SwarmUnreachable."""
+        wait_s = self._paid_s.get(who, now_s) - now_s - self._free_s / IN_VAIN
+        if wait_s > 0:
+            raise SwarmUnreachable(
+                "commits that are missing here were announced before, and did not come: they are asked for "
+                f"again in {wait_s:.0f} s"
+            )
+
+    def was_in_vain(self, who: str, took_s: float, now_s: float) -> None:
+        """Rounds waited for so long, and nothing came."""
+        self._paid_s = {peer: paid_s for peer, paid_s in self._paid_s.items() if paid_s > now_s}
+        self._paid_s[who] = max(now_s, self._paid_s.get(who, now_s)) + took_s / IN_VAIN
 
 
 async def adopt(

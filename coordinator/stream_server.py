@@ -17,7 +17,7 @@ from itertools import count
 from typing import Any, BinaryIO
 
 from ..compression.errors import ConfigError, SwarmUnreachable, ThinwireError
-from .adoption import STALL_S, adopt
+from .adoption import STALL_S, Claims, adopt
 from .blobs import BlobStore, BlobWriter
 from .entry.fetching import BlobStreams, open_blob
 from .entry.guarded import guarded
@@ -111,6 +111,7 @@ class StreamServer:
         self._numbers = count(1)
         self._opening = asyncio.Lock()
         """Held while one node is let in: the others wait for what it may have to give back."""
+        self._claims = Claims(waits.stall_s / 2)
         self._signatures = SignatureChecks(service.is_signed)
         self._rates, self._lines = PeerRates(), QuietLog(_log, time.monotonic)
         self._handing_out = HandingOut(blobs, open_stream, me)
@@ -237,13 +238,23 @@ class StreamServer:
         self._check_rate(peer_id)
         async with self._opening:
             if hello.is_ahead_of(self._service.head):  # it has commits that were lost here: they go first
-                try:
-                    await adopt(self._service, stream, hello, self._end_all, self._waits.stall_s)
-                finally:
-                    self._changed()
+                await self._adopt(peer_id, stream, hello)
             number = next(self._numbers)
             welcome = self._service.open(peer_id, number, hello, time.monotonic())
             return number, welcome.model_copy(update={"term": self._watchers.who.now.term})
+
+    async def _adopt(self, peer_id: str, stream: Stream, hello: Hello) -> None:
+        """Strangers are as many as they like: they are one."""
+        who = peer_id if self._service.has_worked(peer_id) else ""
+        head, began_s = self._service.head, time.monotonic()
+        self._claims.check(who, began_s)
+        try:
+            await adopt(self._service, stream, hello, self._end_all, self._waits.stall_s)
+        finally:
+            if self._service.head == head:
+                now_s = time.monotonic()
+                self._claims.was_in_vain(who, now_s - began_s, now_s)
+            self._changed()
 
     def _check_rate(self, peer_id: str) -> None:
         if not self._rates.session(peer_id, time.monotonic()):

@@ -825,7 +825,7 @@ def test_a_fork_stops_the_node(restorable: Restorable, tmp_path: Path, stack: Ex
 
 
 def test_whoever_claims_to_have_more_and_has_not_is_refused(make_swarm: Callable[..., Swarm]) -> None:
-    swarm = make_swarm(Waits(stall_s=1.0), min_peers=1)
+    swarm = make_swarm(Waits(stall_s=3.0), min_peers=1)
     honest = swarm.trainer("honest")
     honest.offer(offer(1, b"before"))
     (first,) = take(honest, 0, 1)
@@ -849,7 +849,15 @@ def test_whoever_claims_to_have_more_and_has_not_is_refused(make_swarm: Callable
             said = await until_refused(stream)
             assert [m.error for m in said if isinstance(m, Refused)] == [error]
 
+    async def again(host: P2PTransport, ticket: Ticket) -> None:
+        stream = await open_stream(host, ticket, SESSION)
+        await stream.send_message(hello(ticket, head_round=9, head_digest=bytes(32)))
+        (said,) = await until_refused(stream)
+        assert isinstance(said, Refused)
+        assert "did not come: they are asked for again in" in said.text
+
     swarm.speak(body_of)
+    swarm.speak(again)
     honest.offer(offer(2, b"after"))
     assert take(honest, 1, 1)[0].body.parent == first.digest
     assert swarm.rejected() == {"adopt": 3}
