@@ -129,7 +129,7 @@ def test_a_limited_node_stays_under_its_limit_and_holds_nobody_up(
         if end_s <= start_s + WINDOW_S
     )
     assert most <= LIMIT_BYTES_PER_S * WINDOW_S, most
-    assert most > LIMIT_BYTES_PER_S * WINDOW_S / 2, "it used what it had"
+    assert most > LIMIT_BYTES_PER_S * WINDOW_S / 4, "it used a good part of what it had"
     status = thinwire("status", ticket, "--json", host=hub.name)
     assert status.wait() == 0
     seen = json.loads(status.stdout())
