@@ -13,7 +13,7 @@ from torch import Tensor
 from ...compression import wire
 from ...compression.base import Compressor, Field, Fields, Packed, Turn
 from ...compression.exact import exact_arithmetic
-from ..base import Parameter
+from ..base import Parameter, wholes
 
 
 class Messages:
@@ -43,7 +43,6 @@ class Messages:
         """Packs, and what is beside them, of the turn's round. Raises BadPayload."""
         payload = wire.decode(data, self._fields, turn.round, self._layout, self._max_bytes)
         with exact_arithmetic():
-            for p in self._parameters:
-                self._compressor.check(payload[p.name], p.part.entire, turn)
+            self._compressor.check_all(payload, wholes(self._parameters), turn)
         extra = {name: payload[name][0] for name in self._extra}
         return {p.name: payload[p.name] for p in self._parameters}, extra

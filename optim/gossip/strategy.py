@@ -37,7 +37,7 @@ from ...compression.base import Field, Fields, Packed, Payload, Turn
 from ...compression.codecs.dense import Dense
 from ...compression.errors import BadPayload, ConfigError
 from ...compression.exact import exact_arithmetic
-from ..base import Draw, NamedParameters, Own, Parameter, Share, refuse_names
+from ..base import Draw, NamedParameters, Own, Parameter, Share, refuse_names, wholes
 from ..facts import Facts, KnownUpdate
 from ..inner.phase import InnerPhase
 from ..inner.training import OwnTraining
@@ -341,8 +341,7 @@ class Gossip(OwnTraining):
             if not self.is_merge(turn):
                 _check_distance(payload[DISTANCE])
             elif not _is_silent(payload, fields):
-                for p in self.parameters_in_order():
-                    self.merging.check(payload[p.name], p.part.entire, turn)
+                self.merging.check_all(payload, wholes(self.parameters_in_order()), turn)
 
     def apply(self, shares: Sequence[Share], turn: Turn, own: Own) -> None:
         """Parameter by parameter: scratch is a few times the largest one. Nothing changes without samples."""
