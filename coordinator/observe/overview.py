@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from ..ledger import Ledger
 from ..membership import Membership, PeerState
-from ..protocol.figures import figures_in_words, printable
+from ..protocol.figures import figures_in_words, held_against, printable
 from ..protocol.settings import RunSection
 from ..rounds import Rounds
 from .page_history import Pace, PageHistory
@@ -143,8 +143,7 @@ def _trust(told: dict[str, Any]) -> dict[str, Any]:
         "passed": told["audits_passed"],
         "failed": told["audits_failed"],
         "until": told["condemned_until"],
-        # To be late, which `_work` counts as missed, is nothing against a peer.
-        "rejected": {why: n for why, n in told["rejected"].items() if why != "late_offer"},
+        "rejected": held_against(told["rejected"]),
     }
     return {name: value for name, value in few.items() if value}
 

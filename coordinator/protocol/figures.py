@@ -45,6 +45,11 @@ def counted(n: int, what: str) -> str:
     return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
 
 
+def held_against(rejected: Mapping[str, int]) -> dict[str, int]:
+    """Of what was rejected of a peer: to be late is nothing against it, and counts as missed."""
+    return {why: n for why, n in rejected.items() if why != "late_offer"}
+
+
 def noise_in_words(scale: Mapping[str, Any]) -> str | None:
     """See `RunStatistics.noise_scale`; with `round_samples`, that a round counts now, or None. None: no
     payloads have been looked at."""

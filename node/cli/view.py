@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.control.owner import status_within
-from ...coordinator.protocol.figures import counted, figures_in_words, human_seconds
+from ...coordinator.protocol.figures import counted, figures_in_words, held_against, human_seconds
 from ..gossip.words import gossip_in_words
 from ..states.opening import open_state
 from ..system.output import UNBOUNDED, make_console, shown, to_stdout
@@ -151,7 +151,7 @@ def _trust_cells(peer: Mapping[str, Any], *, is_live: bool) -> dict[str, Text]:
     size, clipped, until = peer.get("size"), peer.get("clipped"), peer.get("condemned_until")
     passed, failed = peer.get("audits_passed", 0), peer.get("audits_failed", 0)
     words = "-" if size is None else f"{size:.1f}x" + (f" ({clipped:.0%} clipped)" if clipped else "")
-    n_refused = sum(n for why, n in peer.get("rejected", {}).items() if why != "late_offer")  # is "missed"
+    n_refused = sum(held_against(peer.get("rejected", {})).values())
     audits = f"{passed}+{failed}" + (f" (weight 0 to {until})" if until else "")
     return {
         "size": Text(words, style="bold red" if size is not None and size >= FAR else ""),
