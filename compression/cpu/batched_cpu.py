@@ -196,10 +196,8 @@ def fused_update(
     n_groups_P = np.diff(ranges.first_P)
     if len(found) < len(payloads) or any((at.count_PK[:, 0] != n_groups_P).any() for at in found):
         raise BadPayload("shape", "no scales for all groups, or no codes")
-    address_WPK, count_WPK = (
-        np.stack([at.address_PK for at in found]),
-        np.stack([at.count_PK for at in found]),
-    )
+    address_WPK = np.stack([at.address_PK for at in found])
+    count_WPK = np.stack([at.count_PK for at in found])
     steps = [t.step for t in targets]
     where = (
         np.array([t.x.data_ptr() for t in targets], dtype=np.uint64),

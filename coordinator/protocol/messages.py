@@ -73,6 +73,9 @@ Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
 Round = Annotated[int, Field(ge=0, le=MAX_ROUND)]
 Index = Annotated[int, Field(ge=0, lt=2**16)]
 Count = Annotated[int, Field(ge=0, lt=2**40)]
+Time = Annotated[int, Field(ge=0, lt=2**48)]
+"""In milliseconds, by the clock of who says it."""
+
 Signature = Annotated[bytes, Field(min_length=64, max_length=64)]
 SealBytes = Annotated[bytes, Field(min_length=64, max_length=MAX_SEAL_BYTES)]
 """Why a record is one: the signature of the only seat, 64 bytes, or a seal of several (see `seals`)."""
@@ -339,7 +342,7 @@ class CommitBody(Record):
     reports: Annotated[tuple[ReportEntry, ...], Field(max_length=4 * MAX_PEERS)]
     snapshots: Annotated[tuple[SnapshotEntry, ...], Field(max_length=2 * MAX_PEERS)]
     evaluator: Index | None
-    time_ms: Annotated[int, Field(ge=0, lt=2**48)]
+    time_ms: Time
     changes: Changes = ()
     audits: Annotated[tuple[AuditEntry, ...], Field(max_length=MAX_AUDITS)] = ()
     work: Annotated[bytes, Field(max_length=32)] = b""
@@ -405,7 +408,7 @@ class GenesisBody(Record):
     limits: Limits
     coordinator: PeerId
     lr_factor_bits: Annotated[int, Field(ge=0, lt=2**32)]
-    time_ms: Annotated[int, Field(ge=0, lt=2**48)]
+    time_ms: Time
     recovery: Annotated[bytes, Field(max_length=32)] = b""
 
 

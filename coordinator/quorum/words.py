@@ -18,6 +18,7 @@ from ..protocol.messages import (
     SealBytes,
     Signature,
     Text,
+    Time,
     Work,
     decode_message,
 )
@@ -36,9 +37,6 @@ MAX_WORD_BYTES: Final = MAX_RECORD_BYTES + 2**20
 RecordBytes = Annotated[bytes, Field(max_length=MAX_RECORD_BYTES)]
 Nonce = Annotated[bytes, Field(min_length=16, max_length=16)]
 
-Time = Annotated[int, Field(ge=0, lt=2**48)]
-"""In milliseconds, by the clock of who speaks; 0: not told."""
-
 
 class Word(Message):
     """`head`: the newest sealed round of who speaks."""
@@ -53,7 +51,7 @@ class Ping(Word):
 
 
 class Pong(Word):
-    """The answer. `nonce`: of a seat that rests until a record names it."""
+    """The answer. `nonce`: of a seat that rests until a record names it; `time_ms`: 0: not told."""
 
     tag = 2
     n_younger = 1
@@ -97,7 +95,7 @@ class Accepted(Record):
 
 
 class Promise(Word):
-    """`accepted`: what may have been sealed already, and has to be proposed again."""
+    """`accepted`: what may have been sealed already, and has to be proposed again; `time_ms`: 0: not told."""
 
     tag = 6
     n_younger = 1

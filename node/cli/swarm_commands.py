@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
@@ -19,9 +19,6 @@ from ..system.output import to_stdout
 from ..system.places import refuse_below, refuse_folder, refuse_http
 from ..system.stopping import Stop, stop_on_signals
 from .arguments import http_address, optional, overrides_of, read_ticket, seconds_of
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
