@@ -128,6 +128,8 @@ class LedgerFollower:
         run = self._run
         if self._replica.round >= self._link.head:
             yield from self._arrive()
+        if self._is_to_measure_base():  # the others began without this node
+            self._reporter.evaluate()
         if run.is_over:
             self._report(evaluate=False)
             return False
@@ -179,8 +181,7 @@ class LedgerFollower:
             self._link.serve(self._publisher.store)
             self._observer.training(True)
         self._stage = Stage.TRAINING
-        if self._replica.round == 0:  # which no commit names anybody to evaluate
-            evaluates = self._run.given_index == 0 and self._run.config.run.eval_every > 0
+        evaluates |= self._is_to_measure_base()
         if self._replica.course.is_paused:
             log.info("the run is paused after round %d: waiting until it goes on", self._replica.round)
             if evaluates:
@@ -188,6 +189,12 @@ class LedgerFollower:
             return
         self._on_proposing()
         self._proposer.propose(self._came_s, lambda: self._while_offered(evaluates))
+
+    def _is_to_measure_base(self) -> bool:
+        """Whether this node is to evaluate the base weights, for which no commit names anybody."""
+        run = self._run
+        is_asked = run.given_index == 0 and run.config.run.eval_every > 0
+        return is_asked and self._replica.round == 0 and not self._reporter.has_evaluated
 
     def _while_offered(self, evaluates: bool) -> None:
         """What this node does for the others while its own offer is under way."""

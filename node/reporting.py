@@ -17,6 +17,8 @@ class Reporter:
 
     def __init__(self, run: PreparedRun, healer: Healer, observer: Observer) -> None:
         self._run, self._healer, self._observer = run, healer, observer
+        self.has_evaluated = False
+        """Whether a held-out loss has been told."""
 
     def report(self, *, evaluate: bool, is_replay: bool, is_proof: bool) -> None:
         """Tells the fingerprint where it is news, and the held-out loss where `evaluate` asks for it. Nobody
@@ -63,6 +65,7 @@ class Reporter:
     def _held_out(self) -> float:
         """The held-out loss of the replica, in nats."""
         round_, loss = self._run.replica.round, self._run.work.evaluate()
+        self.has_evaluated = True
         self._observer.measured_held_out(round_, loss)
         own = self._run.work.evaluate_own()
         also = "" if own is None else f"; of this node's own model {own:.4f}"

@@ -51,6 +51,18 @@ def test_all_replicas_are_identical(tmp_path: Path, strategy: str, n_peers: int)
     assert looks == 0 if strategy.startswith("spsa") else looks >= 1, "of the last round at least"
 
 
+def test_who_is_to_evaluate_the_base_does_so_when_the_others_did_not_wait(tmp_path: Path) -> None:
+    config = config_of(STRATEGIES["decoupled"], eval_every=100)
+    with swarm_of(tmp_path, config) as swarm:
+        first, *others = [Runner(swarm.link(f"peer-{i}")) for i in range(3)]
+        for runner in (first, *others):
+            runner.link.open()
+        run_all(others)
+        run_all([first])
+        status = swarm.call(lambda service, now_s: service.status(now_s))
+    assert [round for round, _ in status["held_out"]] == [0, 6]
+
+
 @pytest.mark.parametrize("strategy", ["decoupled", "spsa"])
 def test_lost_and_late_offers_are_out_for_everybody(tmp_path: Path, strategy: str) -> None:
     """The same offers count in every execution, so that the fingerprint is the same one too."""
