@@ -218,13 +218,18 @@ def test_a_lying_holder_is_not_asked_again_and_the_chunk_is_named(
 
 
 def test_a_stalled_holder_holds_nothing_up(swarm: Swarm, joiner: Joiner) -> None:
-    over = threading.Event()
+    asked, over = threading.Event(), threading.Event()
 
     def stall(i: int, chunk: bytes) -> bytes:
+        asked.set()
         assert over.wait(WAIT_S)
         return chunk
 
-    swarm.scripts = {"b": stall}
+    def after_it(i: int, chunk: bytes) -> bytes:
+        assert asked.wait(WAIT_S)
+        return chunk
+
+    swarm.scripts = {"a": after_it, "b": stall, "c": after_it}
     joiner.run()
     joiner.finish()
     over.set()
