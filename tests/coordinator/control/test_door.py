@@ -160,7 +160,6 @@ def test_the_status_is_told_to_whoever_has_the_folder(tmp_path: Path) -> None:
 def test_bytes_that_are_no_order_are_refused_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doors, "ORDER_WITHIN_S", 0.2)
     folder, keeper = folder_of(tmp_path), Keeper()
     whole = frame(EXTEND)
     bad = [
@@ -177,6 +176,7 @@ def test_bytes_that_are_no_order_are_refused_and_counted(
         for data in bad:
             assert [a.what for a in await answers(folder, data)] == ["refused"], data
         assert await answers(folder, whole[:-1], leaves=True) == []
+        monkeypatch.setattr(doors, "ORDER_WITHIN_S", 0.2)
         with socket_path(folder) as path:
             reader, writer = await asyncio.open_unix_connection(path)  # says nothing
         assert b"no order" in await reader.read()
