@@ -311,13 +311,18 @@ def test_a_node_that_cannot_read_its_metrics_or_is_slow(
         return b""
 
     node, sleeper = served.node("node", broken), served.node("sleeper", slow)
-    code, body, _ = get(served.port, f"/peers/{node.peer_id}/metrics")
-    assert code == 200
-    assert all(name.startswith("thinwire_peer_") for name, _ in series(body))
+    answers: list[tuple[int, str, dict[str, str]]] = []
+
+    def is_answered() -> bool:
+        answers.append(get(served.port, f"/peers/{node.peer_id}/metrics"))
+        return answers[-1][0] == 200
+
+    assert eventually(is_answered), "on a busy machine any node may be slow"
+    assert all(name.startswith("thinwire_peer_") for name, _ in series(answers[-1][1]))
     code, body, _ = get(served.port, f"/peers/{sleeper.peer_id}/metrics")
     assert code == 504
     assert "does not answer" in body
-    assert asked.is_set()
+    assert asked.wait(WAIT_S)
     go_on.set()
     assert eventually(lambda: get(served.port, f"/peers/{sleeper.peer_id}/metrics")[0] == 200)
     assert {p["state"] for p in served.coordinator.status()["peers"]} == {"training"}
