@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.ports import free_port
 from tests.support.small_run import TASK
 from tests.support.waiting import eventually
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
@@ -266,11 +267,7 @@ def test_metrics_are_served(thinwire: Start, run_file: Path) -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
             return str(answer.read().decode())
 
-    ports = []
-    for _ in range(2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
+    ports = [free_port(), free_port()]
     coordinator = thinwire(
         "coordinator",
         "run.toml",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import urllib.request
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from tests.support.ports import free_port
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(300), pytest.mark.usefixtures("own_temp_folder")]
 
@@ -90,9 +91,7 @@ def test_peers_with_models_of_their_own(thinwire: Start, monkeypatch: pytest.Mon
 def test_stopped_or_killed_it_leaves_nothing_running(thinwire: Start, number: signal.Signals) -> None:
     """The fixture of `thinwire` asserts that every process, also the nodes' own, is gone. Meanwhile it can be
     watched."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        http = f"127.0.0.1:{free.getsockname()[1]}"
+    http = f"127.0.0.1:{free_port()}"
     program = thinwire("demo", "--peers", "1", "--rounds", "5000", "--http", http)
     program.wait_for("round 1", 60)
     assert f"The swarm's page: http://{http} " in program.stderr()

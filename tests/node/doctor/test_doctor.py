@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.ports import free_port
 from tests.support.small_run import TASK
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
@@ -192,16 +193,10 @@ def dead_ticket(*ports: int) -> Ticket:
     )
 
 
-def closed_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.mark.swarm
 def test_a_taken_port_a_silent_address_and_a_dead_ticket(own_temp_folder: Path) -> None:
     """The coordinator is tried even if this machine cannot listen as asked."""
-    ports = closed_port(), closed_port()
+    ports = free_port(), free_port()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -248,7 +243,7 @@ def ticket(thinwire: Start, tmp_path: Path) -> str:
 @pytest.mark.swarm
 def test_a_run_that_can_be_joined(ticket: str) -> None:
     parsed = Ticket.parse(ticket)
-    silent = f"/ip4/127.0.0.1/tcp/{closed_port()}"
+    silent = f"/ip4/127.0.0.1/tcp/{free_port()}"
     two = parsed.model_copy(update={"addresses": (silent, *parsed.addresses)})
     found = by_name(check_network(NetworkPlan("127.0.0.1", 0, (), two), never))
     assert {name: found[name].status for name in ("coordinator", "clock", "run")} == dict.fromkeys(
@@ -369,7 +364,7 @@ def test_a_machine_that_computes_something_else(
     """It is told so by the doctor, and before it joins; plain lines where there is no terminal."""
     sloppy(tmp_path, monkeypatch)
     program = thinwire("doctor", "--host", "127.0.0.1", "--state", "state", afresh=True)
-    joining = thinwire("join", dead_ticket(closed_port()).line(), "--state", "node", afresh=True)
+    joining = thinwire("join", dead_ticket(free_port()).line(), "--state", "node", afresh=True)
     assert program.wait() == 1
     shown = program.stdout()
     assert "\x1b" not in shown
