@@ -12,6 +12,7 @@ from tests.support.local_nodes import (
     DECOUPLED,
     STRATEGIES,
     Meddled,
+    Steady,
     config_of,
     in_background,
     newest_attested,
@@ -122,8 +123,8 @@ def test_a_joiner_starts_from_a_snapshot_with_the_settings_of_its_round(
         joiner = Runner(swarm.link("joiner"))
         settings = {"strategy.lr": 3e-3}
         first = [
-            Meddled(swarm.link("peer-0"), {1: giving(swarm, "set", 0, settings)}, folder=tmp_path / "0"),
-            Meddled(
+            Steady(swarm.link("peer-0"), {1: giving(swarm, "set", 0, settings)}, folder=tmp_path / "0"),
+            Steady(
                 swarm.link("peer-1"), {12: lambda _runner: wait_for(has_caught_up)}, folder=tmp_path / "1"
             ),
         ]

@@ -15,6 +15,7 @@ from torch import Tensor
 from tests.support.local_nodes import (
     DECOUPLED,
     Meddled,
+    Steady,
     config_of,
     in_background,
     newest_attested,
@@ -124,8 +125,8 @@ def test_every_offer_is_made_where_it_is_to_be_made(tmp_path: Path) -> None:
             assert back.wait(60)
 
     with swarm_of(tmp_path, config) as swarm:
-        first = Meddled(swarm.link("peer-0"), dict.fromkeys(range(5, 11), wait), on_prepared=watched)
-        second = Meddled(swarm.link("peer-1"), dict.fromkeys(range(5, 10), die), folder=tmp_path / "second")
+        first = Steady(swarm.link("peer-0"), dict.fromkeys(range(5, 11), wait), on_prepared=watched)
+        second = Steady(swarm.link("peer-1"), dict.fromkeys(range(5, 10), die), folder=tmp_path / "second")
         for runner in (first, second):
             runner.link.open()
         thread, results = in_background([first])

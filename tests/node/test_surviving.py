@@ -13,6 +13,7 @@ import torch
 from tests.support.local_nodes import (
     STRATEGIES,
     Meddled,
+    Steady,
     config_of,
     in_background,
     newest_attested,
@@ -73,9 +74,9 @@ def test_a_late_joiner_takes_the_cheaper_way_and_ends_equal(
                 reached.set()
                 assert release.wait(60)
 
-        # Snapshots are written and reported beside the rounds: on a busy machine it takes some more of them.
+        # Who evaluates may come to its snapshot some rounds later.
         thread, early = in_background(
-            [Runner(swarm.link("peer-0")), Meddled(swarm.link("peer-1"), dict.fromkeys(range(7, 11), hold))]
+            [Steady(swarm.link("peer-0")), Steady(swarm.link("peer-1"), dict.fromkeys(range(7, 11), hold))]
         )
         assert reached.wait(60)
         late = Meddled(swarm.link("peer-2"), {0: lambda _: release.set()})

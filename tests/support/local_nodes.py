@@ -12,6 +12,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from thinwire.coordinator.protocol.identity import peer_id_of
+from thinwire.coordinator.protocol.messages import Report
 from thinwire.node.config import RunConfig, load_config
 from thinwire.node.genesis import make_genesis
 from thinwire.node.links.local import LocalLink, LocalSwarm, Script, local_swarm
@@ -130,6 +131,40 @@ class Meddled(Runner):
     def _meddle(self) -> None:
         for round_ in sorted(r for r in self.meddle if r <= self.replica.round):
             self.meddle.pop(round_)(self)
+
+
+class Told:
+    """What a node has told of its snapshots."""
+
+    def __init__(self, link: LocalLink) -> None:
+        self._rounds, report = set[int](), link.report
+
+        def noted(said: Report) -> None:
+            report(said)
+            if said.snapshot_bytes:
+                self._rounds.add(said.round)
+
+        link.report = noted  # type: ignore[method-assign]
+
+    def wait(self, runner: Runner) -> None:
+        """Until the newest is among them: however slow a disk is, all are written, and commits name them."""
+        every = runner.config.run.snapshot_every
+        newest = runner.replica.round // every * every
+        wait_for(lambda: newest == 0 or newest in self._rounds)
+
+
+class Steady(Meddled):
+    """Proposes when it has told of its newest snapshot. It is there from the first round on."""
+
+    def __init__(
+        self, link: LocalLink, meddle: Mapping[int, Callable[[Runner], object]] | None = None, **options: Any
+    ) -> None:
+        super().__init__(link, meddle or {}, **options)
+        self._snapshots = Told(link)
+
+    def _meddle(self) -> None:
+        self._snapshots.wait(self)
+        super()._meddle()
 
 
 def in_background(runners: Sequence[Runner]) -> tuple[threading.Thread, list[Result]]:

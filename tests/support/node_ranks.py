@@ -1,6 +1,7 @@
 """One rank of a node for test_ranks.py, over a local swarm in which rank 0 runs another node as well.
 
-python node_ranks.py RANK WORLD_SIZE FOLDER: trains with one strategy after another, prints what came out.
+python -m tests.support.node_ranks RANK WORLD_SIZE FOLDER: trains with one strategy after another, prints what
+came out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from tests.support.local_nodes import Told
 from thinwire.coordinator.control.orders import Order
 from thinwire.coordinator.protocol.identity import peer_id_of
 from thinwire.coordinator.protocol.messages import Change, Commit, digest_of
@@ -74,20 +76,26 @@ def lead(name: str, channel: Ranks, world_size: int, folder: Path) -> dict[str, 
     audits = Audits(), Audits()
     try:
         with local_swarm(folder / "coordinator", genesis.body, KEY, blobs=genesis.blobs) as swarm:
+            links = swarm.link("single"), swarm.link("several")
+            told = [Told(link) for link in links]
             single = Runner(
-                swarm.link("single"),
+                links[0],
                 folder=folder / "single",
                 on_proposing=lambda runner: (
+                    told[0].wait(runner),
                     halve_lr(swarm, runner, strategy["lr"]),
                     audits[0].look(runner),
                 ),
             )
             several = Runner(
-                swarm.link("several"),
+                links[1],
                 folder=folder / "several",
                 leader=leading,
                 on_prepared=meddle if name == "healed" else leave_alone,
-                on_proposing=audits[1].look,
+                on_proposing=lambda runner: (
+                    told[1].wait(runner) if name != "healed" else None,
+                    audits[1].look(runner),
+                ),
             )
             results = run_both(single, several)
             assert several.replica.strategy.option("lr") == strategy["lr"] / 2

@@ -35,7 +35,6 @@ from thinwire.node.snapshots.parts import read_parts, write_parts
 from thinwire.node.tasks.base import Rows
 from thinwire.node.tasks.text import TextTask
 
-SCRIPT = ROOT / "tests/support/node_ranks.py"
 RUN = """
 [run]
 rounds = {rounds}
@@ -230,8 +229,8 @@ def test_nodes_of_one_and_of_two_ranks_have_the_same_replica(tmp_path: Path) -> 
     ranks = []
     for rank in (0, 1):
         with (tmp_path / f"{rank}.err").open("wb") as err:
-            command = [sys.executable, str(SCRIPT), str(rank), "2", str(tmp_path)]
-            ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, env=env))
+            command = [sys.executable, "-m", "tests.support.node_ranks", str(rank), "2", str(tmp_path)]
+            ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, env=env, cwd=ROOT))
     try:
         out = [process.communicate(timeout=150)[0] for process in ranks]
     finally:

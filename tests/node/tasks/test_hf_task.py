@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.local_nodes import KEY, Meddled, in_background, newest_attested, run_all, wait_for
+from tests.support.local_nodes import KEY, Meddled, Steady, in_background, newest_attested, run_all, wait_for
 from tests.support.tiny_model import save_tiny_llama
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.identity import peer_id_of
@@ -130,7 +130,7 @@ def test_a_late_joiner_ends_equal_and_only_what_is_trained_changes(
             reached.set()
             assert release.wait(60)
 
-        early = [Runner(swarm.link("peer-0")), Meddled(swarm.link("peer-1"), {7: hold})]
+        early = [Steady(swarm.link("peer-0")), Steady(swarm.link("peer-1"), {7: hold})]
         thread, results = in_background(early)
         assert reached.wait(60)
         wait_for(lambda: newest_attested(swarm) >= 4)

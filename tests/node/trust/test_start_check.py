@@ -14,6 +14,7 @@ import torch
 from tests.support.local_nodes import (
     STRATEGIES,
     Meddled,
+    Steady,
     config_of,
     in_background,
     newest_attested,
@@ -55,13 +56,13 @@ def poison(runner: Runner) -> None:
 Meddling = Mapping[int, Callable[[Runner], object]]
 
 
-def bad_node(swarm: LocalSwarm, name: str, after: int, also: Meddling = {}) -> Meddled:  # noqa: B006
+def bad_node(swarm: LocalSwarm, name: str, after: int, also: Meddling = {}) -> Steady:  # noqa: B006
     """All of them have the same wrong replica from that round on, and say so."""
-    return Meddled(swarm.link(name), {after: lambda r: (trust_nobody_s_doubt(r), poison(r)), **also})
+    return Steady(swarm.link(name), {after: lambda r: (trust_nobody_s_doubt(r), poison(r)), **also})
 
 
-def good_node(swarm: LocalSwarm, name: str, _after: int, also: Meddling = {}) -> Meddled:  # noqa: B006
-    return Meddled(swarm.link(name), also)
+def good_node(swarm: LocalSwarm, name: str, _after: int, also: Meddling = {}) -> Steady:  # noqa: B006
+    return Steady(swarm.link(name), also)
 
 
 def admit(*runners: Runner) -> None:
@@ -123,7 +124,7 @@ def test_a_majority_that_is_wrong_changes_no_honest_node(
     config = config_of(STRATEGIES["decoupled"], rounds=16, **options)
     with swarm_of(tmp_path / "swarm", config) as swarm:
         bad = [bad_node(swarm, f"bad-{i}", 5) for i in range(3)]
-        honest = [Runner(swarm.link(f"peer-{i}"), folder=tmp_path / f"peer-{i}") for i in range(2)]
+        honest = [Steady(swarm.link(f"peer-{i}"), folder=tmp_path / f"peer-{i}") for i in range(2)]
         admit(*bad, *honest)
         results = run_all([*bad, *honest])
         attested = honest[0].prepared.history.snapshots.attested()
@@ -155,7 +156,7 @@ def poisoned(
     with swarm_of(tmp_path / "swarm", config) as swarm:
         held = Held(swarm, 8)
         nodes = [other(swarm, f"bad-{i}", 5, held.meddling(15) if i == 0 else {}) for i in range(3)]
-        honest = [Runner(swarm.link(f"peer-{i}")) for i in range(2)]
+        honest = [Steady(swarm.link(f"peer-{i}")) for i in range(2)]
         admit(*nodes, *honest)
         thread, results = in_background([*nodes, *honest])
         held.wait()
@@ -221,8 +222,8 @@ def test_what_began_on_others_word_is_not_verified_across_restarts(
     config = config_of(STRATEGIES["decoupled-dense"], **options)
     with swarm_of(tmp_path / "swarm", config) as swarm:
         held = Held(swarm, 8)
-        first = Meddled(swarm.link("peer-0"), held.meddling(40), folder=tmp_path / "first")
-        thread, results = in_background([first, Runner(swarm.link("peer-1"))])
+        first = Steady(swarm.link("peer-0"), held.meddling(40), folder=tmp_path / "first")
+        thread, results = in_background([first, Steady(swarm.link("peer-1"))])
         held.wait()
         with pytest.raises(
             NoStart, match="--verify first: the payloads of a replay from the base weights are"
