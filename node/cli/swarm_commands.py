@@ -365,8 +365,8 @@ class Ray:
     peer: UseAppendAction[tuple[str, ...]] = ()
     """More peers of another kind, COUNT:gpus=N,type=NAME,cpus=N,ranks=N; may be repeated."""
     address: Annotated[str | None, optional(metavar="ADDRESS")] = None
-    """auto, HOST:PORT, or local for a cluster of this command's own. Default: $RAY_ADDRESS, else auto, else
-    local."""
+    """HOST:PORT, auto for any on this machine, or local for a cluster of this command's own. Default:
+    $RAY_ADDRESS, else what ray start has begun here, else local."""
     state: Annotated[Path | None, optional(metavar="DIR")] = None
     """Where the coordinator keeps the ledger, on this machine. Default:
     ~/.local/state/thinwire/NAME-ray"""

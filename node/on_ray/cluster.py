@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import psutil
@@ -128,8 +129,9 @@ def load_ray() -> Any:
 def connected(address: str | None, *, verbose: bool = False) -> Iterator[Any]:
     """This process is a driver meanwhile; gives the package `ray`.
 
-    `address` None: where RAY_ADDRESS points, else a cluster of this machine, else one that is started here
-    and ends with this process. Who is connected already stays so. Raises ConfigError.
+    `address` None: where RAY_ADDRESS points, else the cluster that `ray start` began on this machine, else
+    one that is started here and ends with this process. Who is connected already stays so. Raises
+    ConfigError.
     """
     ray = load_ray()
     if address is not None and address.startswith("ray://"):
@@ -149,13 +151,14 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[Any]:
                 log.info("starting a Ray cluster on this machine, for this run")
                 # The folder goes with this process, however it ends.
                 own = stack.enter_context(Children(_LONGEST_TEMP_DIR))
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    object_store_memory=LOCAL_STORE_BYTES,
-                    _temp_dir=str(own.folder / "ray"),
-                    **options,
-                )
+                with in_own_groups():
+                    ray.init(
+                        address="local",
+                        include_dashboard=False,
+                        object_store_memory=LOCAL_STORE_BYTES,
+                        _temp_dir=str(own.folder / "ray"),
+                        **options,
+                    )
                 for process in psutil.Process().children(recursive=True):
                     if process.name() != "sh":
                         own.wait_for(process.pid)  # their logs are in it, which they read when they end
@@ -168,28 +171,53 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[Any]:
 
 def _has_joined(ray: Any, wanted: str | None, options: dict[str, Any]) -> bool:
     """False: nobody has named a cluster, and there is none here. Raises ConfigError."""
-    if wanted is not None:
-        _knock(wanted)
+    address = wanted or begun_here()
+    if address is None:
+        return False
     try:
-        ray.init(address=wanted or "auto", **options)
+        _knock(address)
+        ray.init(address=address, **options)
     except ConnectionError as e:
         if wanted:
-            raise ConfigError(f"there is no Ray cluster at {wanted}: {first_line(e)}") from e
+            raise ConfigError(f"there is no Ray cluster at {address}: {first_line(e)}") from e
         return False
     except (RuntimeError, ray.exceptions.RayError) as e:  # another version of Ray or Python, a wrong token
-        raise ConfigError(f"the Ray cluster at {wanted or 'auto'} does not let us in: {e}") from e
+        raise ConfigError(f"the Ray cluster at {address} does not let us in: {e}") from e
     return True
 
 
+def begun_here() -> str | None:
+    """The cluster that `ray start` began on this machine. Ray's own "auto" takes any that it finds, also one
+    that another command has for itself and ends with."""
+    from ray._private.services import find_bootstrap_address
+
+    found: str | None = find_bootstrap_address(None)
+    return found
+
+
+@contextmanager
+def in_own_groups() -> Iterator[None]:
+    """Meanwhile Ray starts processes in groups of their own. A signal to all of this command's group, as
+    timeout and a shell's kill send it, would end them before the peers have left."""
+    from ray._private import services
+
+    before = services.ConsolePopen
+    services.ConsolePopen = partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
+
+
 def _knock(address: str) -> None:
-    """Ray itself would try for minutes. Raises ConfigError."""
+    """Ray itself would try for minutes. Raises ConnectionError."""
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), KNOCK_S).close()
     except OSError as e:
-        raise ConfigError(f"there is no Ray cluster at {address}: {e}") from e
+        raise ConnectionError(str(e)) from e
 
 
 def find_room(

@@ -10,6 +10,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ...compression.errors import ConfigError
+from ..cli.offline import telling_what_is_here
+from ..cli.status import fetch_status
 from ..cli.view import agreement, live_view
 from ..system.output import make_console, to_stdout
 from ..units import bytes_beside_ddp, human_loss
@@ -69,6 +71,8 @@ def ray_join_command(ticket: str, asked: Asked, *, as_json: bool, stop: Stop, **
 
     load_ray()
     groups = asked.parsed()
+    with telling_what_is_here(ticket):
+        fetch_status(ticket)  # a cluster takes long to begin, and the peers to find that nobody is there
     with quiet_stdout():
         result = join_swarm(ticket, groups, stopped=stop.is_set, **options)
     if result is None or stop.is_set():

@@ -105,7 +105,7 @@ def _started(
     try:
         if placements:
             peers.start(groups, placements, spec)
-            log.info("the peers join; thinwire status TICKET shows them, --verbose their logs")
+            log.info("the peers join; what follows is what the first one says, with --verbose all of them")
         yield peers
     finally:
         peers.end()
@@ -117,7 +117,9 @@ def _until_the_end(peers: Peers, stopped: Callable[[], bool]) -> bool:
     while True:
         if stopped():
             peers.leave()
+            log.info("the peers have left the run; the same command joins again")
             return False
+        peers.tell()
         peers.collect()
         if not peers.n_left and not peers.done:
             raise peers.first_error or ThinwireError("the peers have left the run before its last round")

@@ -15,6 +15,7 @@ import signal
 import tempfile
 import threading
 import traceback
+from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +41,9 @@ log = logging.getLogger("thinwire.node")
 
 RANK_DIED_S: Final = 10.0
 """How long rank 0, when a collective has failed, waits for word that another rank has died."""
+
+_MOST_LINES: Final = 100
+"""Of a peer's log, until somebody asks for them."""
 
 _EXPORT: Final = "export"
 _TRACE_LINES: Final = 12
@@ -112,6 +116,8 @@ class PeerActor:
         self._ranks: list[Any] = []
         """Actors end when nobody refers to them."""
         log_to_stderr(logging.INFO, f"{spec.name}: ")
+        self._lines = _Lines()
+        logging.getLogger("thinwire").addHandler(self._lines)
         threading.Thread(target=self._main, name="node", daemon=True).start()
 
     def outcome(self) -> dict[str, Any]:
@@ -120,8 +126,15 @@ class PeerActor:
         self._ended.wait()
         return self._outcome
 
+    def news(self) -> list[tuple[int, str]]:
+        """Level and text of what the node has logged since it was asked last."""
+        return self._lines.taken()
+
     def leave(self) -> None:
-        """The node leaves the swarm cleanly; see `outcome`."""
+        """The node leaves the swarm cleanly; see `outcome`. One that is not in it yet is not waited for."""
+        if not self._stop.on_stop:
+            self._outcome = {"result": None}
+            self._ended.set()
         self._stop.request(signal.SIGTERM)
 
     def exported(self) -> list[tuple[str, int]]:
@@ -255,6 +268,21 @@ class PeerActor:
             shutil.rmtree(self._spec.meeting_place(), ignore_errors=True)
             os._exit(1)
         self._rank_ended.set()
+
+
+class _Lines(logging.Handler):
+    """Keeps what is logged, the newest lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept = deque[tuple[int, str]](maxlen=_MOST_LINES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._kept.append((record.levelno, record.getMessage()))
+
+    def taken(self) -> list[tuple[int, str]]:
+        """All of them, which are forgotten."""
+        return [self._kept.popleft() for _ in range(len(self._kept))]
 
 
 class RankActor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -46,6 +47,7 @@ class Peers:
         self._restarts = restarts
         self.all: list[Peer] = []
         self.first_error: ThinwireError | None = None
+        self._news: tuple[Peer, Any] | None = None
 
     def start(
         self,
@@ -110,6 +112,23 @@ class Peers:
                 self._note(named_error(kind, f"{peer.name}: {text}"))
             else:
                 peer.result = outcome["result"]
+
+    def tell(self) -> None:
+        """Logs what the first of those that have not ended says. To be called again and again: it waits for
+        nobody."""
+        import ray
+
+        if self._news is None:
+            first = next((peer for peer in self.all if not peer.is_over), None)
+            self._news = None if first is None else (first, first.actor.news.remote())
+            return
+        peer, asked = self._news
+        if not ray.wait([asked], timeout=0)[0]:
+            return
+        self._news = None
+        with suppress(ray.exceptions.RayError):  # it is started again
+            for level, text in ray.get(asked):
+                log.log(level, "%s: %s", peer.name, text)
 
     def _note(self, error: ThinwireError) -> None:
         self.first_error = self.first_error or error

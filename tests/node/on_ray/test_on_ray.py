@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
@@ -11,6 +12,7 @@ import threading
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ from safetensors import safe_open
 
 from tests.support.paths import ROOT
 from tests.support.ray_cluster import NODE, many_nodes
-from thinwire.compression.errors import ConfigError
+from thinwire.compression.errors import ConfigError, SwarmUnreachable
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.ledger import Ledger
-from thinwire.coordinator.protocol.identity import load_or_create
+from thinwire.coordinator.protocol.identity import load_or_create, new_key, peer_id_of
 from thinwire.coordinator.protocol.messages import GenesisBody, OfferEntry
+from thinwire.coordinator.protocol.ticket import Ticket
 from thinwire.coordinator.server import CoordinatorServer
 from thinwire.coordinator.server_thread import ServerThread
 from thinwire.coordinator.state import StateDir
@@ -38,7 +41,7 @@ from thinwire.node.config import load_config
 from thinwire.node.founding.here import Here
 from thinwire.node.links.hivemind import HivemindLink
 from thinwire.node.links.local import local_swarm
-from thinwire.node.on_ray.cluster import NoRoom, PeerGroup, parse_group
+from thinwire.node.on_ray.cluster import NoRoom, PeerGroup, begun_here, in_own_groups, parse_group
 from thinwire.node.runner import Runner
 from thinwire.node.tasks.registry import make_task
 
@@ -165,7 +168,9 @@ def test_actors_train_as_threads_do(tmp_path: Path, cluster: Any, strategy: Mapp
 
 @pytest.mark.swarm
 @pytest.mark.timeout(240)
-def test_actors_join_a_swarm_beside_a_volunteer(tmp_path: Path, cluster: Any) -> None:
+def test_actors_join_a_swarm_beside_a_volunteer(
+    tmp_path: Path, cluster: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     from thinwire.node.on_ray.joining import join_swarm
 
     config = load_config(None, run_of(DECOUPLED, min_peers=3))
@@ -175,6 +180,7 @@ def test_actors_join_a_swarm_beside_a_volunteer(tmp_path: Path, cluster: Any) ->
     def opened(state: StateDir) -> CoordinatorServer:
         return open_server(state, config, Here(task), host="127.0.0.1")
 
+    caplog.set_level(logging.INFO, "thinwire.ray")
     with ServerThread(tmp_path / "state", make=opened) as coordinator:
         volunteer = HivemindLink(coordinator.ticket, host="127.0.0.1")
         runner = Runner(volunteer)
@@ -200,6 +206,7 @@ def test_actors_join_a_swarm_beside_a_volunteer(tmp_path: Path, cluster: Any) ->
     assert len(status["peers"]) == 3
     assert (tmp_path / "weights" / "model.safetensors").exists()
     assert list((tmp_path / "nodes").iterdir()) == []
+    assert "peer-0: run test: " in caplog.text
     assert_left_empty()
 
 
@@ -215,6 +222,47 @@ def test_actors_join_a_swarm_beside_a_volunteer(tmp_path: Path, cluster: Any) ->
 def test_what_belongs_to_one_s_own_run_does_not_to_a_swarm_s(line: list[str], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         tyro.cli(Ray, args=line).run()
+
+
+def test_a_coordinator_that_is_gone_is_named_before_a_cluster_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("ray", reason="Ray is an extra")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where there is none, which would be named
+    peer_id = peer_id_of(new_key().public_key())
+    ticket = Ticket(peer_id=peer_id, run_id=bytes(32), token="t" * 32, addresses=("/ip4/127.0.0.1/tcp/1",))
+    with pytest.raises(SwarmUnreachable, match=r"/tcp/1: connection refused"):
+        tyro.cli(Ray, args=["--join", ticket.line()]).run()
+
+
+def test_only_a_cluster_that_was_begun_for_many_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of another command ends with it."""
+    pytest.importorskip("ray", reason="Ray is an extra")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    other = [sys.executable, "-c", "input()", "--gcs-address=127.0.0.1:1234"]  # by which Ray finds any
+    with subprocess.Popen(other, stdin=subprocess.PIPE) as process:
+        assert begun_here() is None
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text("10.1.2.3:6379")
+        assert begun_here() == "10.1.2.3:6379"
+        process.communicate(b"\n")
+
+
+def test_a_signal_to_the_command_s_group_does_not_reach_ray() -> None:
+    """Ray ends when the peers have left."""
+    pytest.importorskip("ray", reason="Ray is an extra")
+    from ray._private import services
+
+    with in_own_groups():
+        process = services.start_ray_process(
+            [sys.executable, "-c", "input()"], "test", False, pipe_stdin=True
+        )
+    assert os.getpgid(process.process.pid) == process.process.pid
+    process.process.communicate(b"\n")
+    assert services.ConsolePopen is not None
+    assert not isinstance(services.ConsolePopen, partial)
 
 
 class Doer:
