@@ -1,4 +1,4 @@
-"""Where payloads come from, and in which order: scripted sources, a real event loop."""
+"""Where payloads come from, and in which order: scripted sources, an event loop with a time of its own."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support.records import commit_body, unsigned
+from tests.support.skipping_loop import SkippingLoop
 from thinwire.compression.errors import SwarmUnreachable
 from thinwire.coordinator.protocol.blob_streams import NotServed, put_blob, serve_blobs
 from thinwire.coordinator.protocol.messages import (
@@ -131,7 +133,9 @@ def in_a_loop(body: Callable[[Swarm, Payloads], Awaitable[None]]) -> Callable[[]
             await asyncio.gather(*swarm.giving, return_exceptions=True)
             await settle()
 
-        asyncio.run(with_limit())
+        with asyncio.Runner(loop_factory=SkippingLoop) as runner, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(payloads_module, "time", SimpleNamespace(monotonic=runner.get_loop().time))
+            runner.run(with_limit())
 
     run.__name__ = body.__name__
     return run

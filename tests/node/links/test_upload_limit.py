@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import selectors
 import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -12,35 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.skipping_loop import SkippingLoop
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.messages import Heartbeat
 from thinwire.coordinator.protocol.streams import CHUNK_BYTES, FROM_NODE, FrameKind, Meter, Stream
 from thinwire.node.links.upload_limit import BURST_S, LEAST_BYTES_PER_S, WINDOW_S, UploadLimit, parse_rate
 
 
-class _Skipping(selectors.DefaultSelector):
-    """Instead of waiting for nothing, lets the time pass."""
-
-    passed_s = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0)
-        if not ready and timeout:
-            self.passed_s += timeout
-        return ready
-
-
-class _Loop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._skipping = _Skipping()
-        super().__init__(self._skipping)
-
-    def time(self) -> float:
-        return self._skipping.passed_s
-
-
 def run(body: Callable[[Callable[[], float]], Coroutine[Any, Any, None]]) -> None:
-    with asyncio.Runner(loop_factory=_Loop) as runner:
+    with asyncio.Runner(loop_factory=SkippingLoop) as runner:
         runner.run(body(runner.get_loop().time))
 
 
