@@ -11,11 +11,8 @@ from .swarm import Topology, simulate
 SIZES: Final = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
 PEERS: Final = (30, 100, 300, 1_000, 3_000, 10_000)
 
-IN_COMMITS, DEALT = (16, 1_000), (10_000, 100_000)
-"""Bytes of the payloads of which the second picture tells: inside of commits, and dealt."""
-
-MOST_DEALT: Final = 3_000
-"""Peers; of more, dealing takes minutes here."""
+OF_PEERS: Final = (16, 1_000, 10_000, 100_000)
+"""Bytes of the payloads that are drawn against the number of peers: two inside of commits, two fetched."""
 
 COORDINATOR: Final = 1_000 * MBIT
 
@@ -57,10 +54,6 @@ def by_size() -> dict[str, dict[Topology, dict[int, Figures]]]:
 def by_peers() -> dict[int, dict[int, Figures]]:
     """By the payload's bytes and the number of peers."""
     return {
-        n_bytes: {
-            n: simulate(n, n_bytes, "dealt", COORDINATOR, KINDS, n_rounds=5)
-            for n in PEERS
-            if n_bytes in IN_COMMITS or n <= MOST_DEALT
-        }
-        for n_bytes in (*IN_COMMITS, *DEALT)
+        n_bytes: {n: simulate(n, n_bytes, "dealt", COORDINATOR, KINDS, n_rounds=5) for n in PEERS}
+        for n_bytes in OF_PEERS
     }

@@ -75,6 +75,16 @@ def draw(kinds: tuple[Kind, ...], compute_s: float, made: random.Random) -> Mach
     )
 
 
+_SESSION_SCALE_S: Final = SESSION_S / math.gamma(1 + 1 / SESSION_SHAPE)
+
+
 def session_s(made: random.Random) -> float:
-    """How long a volunteer stays."""
-    return made.weibullvariate(SESSION_S / math.gamma(1 + 1 / SESSION_SHAPE), SESSION_SHAPE)
+    """How long a volunteer stays that comes."""
+    return made.weibullvariate(_SESSION_SCALE_S, SESSION_SHAPE)
+
+
+def rest_of_session_s(made: random.Random) -> float:
+    """How long one still stays that is there at some moment of a long run, where those who stay long are
+    met more often: a part of a session that is drawn by its length."""
+    whole_s = _SESSION_SCALE_S * made.gammavariate(1 + 1 / SESSION_SHAPE, 1.0) ** (1 / SESSION_SHAPE)
+    return float(made.random() * whole_s)

@@ -1,5 +1,13 @@
 """Rounds of many volunteers in modelled time: the real `Rounds` with the policy `all`, and the real `Fanout`;
-lines are modelled, see `copies`."""
+lines are modelled, see `copies`.
+
+A peer that is late does what a node does. It works for a round only if its replica is at the newest commit of
+which it has heard (`LedgerFollower._follow` asks `is_at_head` before it proposes): who still fetches payloads
+when the next commit comes goes on with that one's, and offers nothing for its round. Who works already makes
+its offer, which is late (`OfferSender.make` sends the payload, too, as long as there is no second commit).
+Whom `Rounds` gave up it does not wait for until an offer comes; and the payloads of every commit are fetched,
+however many there are, before the replica is at the head.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +24,7 @@ import numpy as np
 
 from ....coordinator.membership import TimePassed
 from ....coordinator.protocol.messages import INLINE_BYTES
+from ....coordinator.protocol.streams import CHUNK_BYTES
 from ....coordinator.rounds import (
     Action,
     BytesArrived,
@@ -27,8 +36,8 @@ from ....coordinator.rounds import (
     Rounds,
 )
 from ....coordinator.serving.fanout import Fanout
-from .copies import COORDINATOR, NOBODY, OWN, Copies, Holders, Lines, give
-from .lines import ROUND_SIGMA, Kind, Machine, draw, session_s
+from .copies import COORDINATOR, NOBODY, OWN, Array, Copies, Free, Holders, Lines, give
+from .lines import ROUND_SIGMA, Kind, Machine, draw, rest_of_session_s, session_s
 
 Topology = Literal["coordinator", "maker", "dealt"]
 """All copies from the coordinator; from whom has made the payload, if it can be reached; as `Fanout` says."""
@@ -39,19 +48,24 @@ SILENCE_S: Final = 10.0
 ENTRY_BYTES, OFFERED_BYTES = 19, 100
 """Of a commit for each offer, beside payload or digest; of the message that names a holder."""
 
+WARM_UP_ROUNDS: Final = 8
+"""Of which deadlines and lines are learnt: a round that takes ten times as long as those before is closed by
+its first offer, so that the next one is short again."""
+
 FOLLOWED: Final = 128
 """Payloads whose copies are followed; of more, each stands for several."""
 
 
 @dataclass(slots=True)
 class Peer:
-    """`name`: nobody else has or had it; `ready_s`: when it has applied the last round; `until_s`: when it
-    leaves."""
+    """`name`: nobody else has or had it; `since_s`: when it comes; `ready_s`: when it has applied the last
+    round; `until_s`: when it leaves."""
 
     name: str
     machine: Machine
-    ready_s: float
+    since_s: float
     until_s: float
+    ready_s: float
 
 
 @dataclass(slots=True)
@@ -86,7 +100,8 @@ class Swarm:
         self._n_bytes, self._topology, self._own = n_bytes, topology, own
         self._kinds, self._compute_s, self._random = kinds, compute_s, random.Random(seed)
         self._fanout, self._names = Fanout(own), count()
-        self.peers = [self._newcomer(0.0) for _ in range(n_peers)]
+        self.peers = [self._drawn(0.0, rest_of_session_s(self._random)) for _ in range(n_peers)]
+        self._free = Free(np.zeros(n_peers + 1), np.zeros(n_peers))
         self._rounds = Rounds(
             n_rounds=2**31,
             min_peers=1,
@@ -98,15 +113,24 @@ class Swarm:
             now_s=0.0,
         )
         self.tally = Tally()
-        self._events: list[tuple[float, int, RoundEvent]] = []
-        """What the coordinator will hear, by the time at which it does."""
+        self._events: list[tuple[float, int, int, RoundEvent]] = []
+        """What the coordinator will hear: when, in which order, of which peer."""
+        self._order = count()
 
-    def _newcomer(self, now_s: float) -> Peer:
+    @property
+    def n_keys(self) -> int:
+        """Of all peers that there have been."""
+        return int(max(peer.name for peer in self.peers)) + 1
+
+    def _drawn(self, since_s: float, stays_s: float) -> Peer:
         machine = draw(self._kinds, self._compute_s, self._random)
-        return Peer(f"{next(self._names):07}", machine, now_s, now_s + session_s(self._random))
+        return Peer(f"{next(self._names):07}", machine, since_s, since_s + stays_s, since_s)
+
+    def _hears(self, at_s: float, index: int, event: RoundEvent) -> None:
+        heapq.heappush(self._events, (at_s, next(self._order), index, event))
 
     def run(self, n_rounds: int, warm_up: int) -> None:
-        """The first ones, of which deadlines and lines are learnt, do not count."""
+        """The first ones do not count."""
         for number in range(warm_up + n_rounds):
             if number == warm_up:
                 self.tally = Tally()
@@ -128,8 +152,9 @@ class Swarm:
         self._replace(now_s)
 
     def _work(self) -> dict[int, float]:
-        """Every peer does a round's work. Returns when its payload is there; `_events` gets what is heard."""
-        events, round_ = self._events, self._rounds.round
+        """Every peer does a round's work, see `_spare`. Returns when its payload is there; `_events` gets
+        what is heard."""
+        round_ = self._rounds.round
         arrived: dict[int, float] = {}
         for index, peer in enumerate(self.peers):
             machine = peer.machine
@@ -140,13 +165,13 @@ class Swarm:
             if made_s < peer.until_s:
                 is_inline = self._n_bytes <= INLINE_BYTES
                 offer = OfferMade(index, round_, digest, is_inline)
-                heapq.heappush(events, (made_s, 2 * index, offer))
+                self._hears(made_s, index, offer)
                 if not is_inline and came_s < peer.until_s:
-                    heapq.heappush(events, (came_s, 2 * index + 1, BytesArrived(digest)))
+                    self._hears(came_s, index, BytesArrived(digest))
             if came_s < peer.until_s:
                 arrived[index] = came_s
-            if came_s >= peer.until_s:
-                heapq.heappush(events, (peer.until_s + SILENCE_S, 2 * index, PeerStops(index)))
+            else:
+                self._hears(peer.until_s + SILENCE_S, index, PeerStops(index))
         return arrived
 
     def _until_closed(self) -> RoundClosed:
@@ -157,7 +182,7 @@ class Swarm:
         while closed is None:
             wake_s = self._rounds.wake_s()
             if events and (wake_s is None or events[0][0] <= wake_s):
-                at_s, _, event = heapq.heappop(events)
+                at_s, _, _, event = heapq.heappop(events)
                 closed = _closed(self._rounds.handle(event, at_s))
             else:
                 assert wake_s is not None
@@ -165,8 +190,23 @@ class Swarm:
         self.tally.cpu_s += time.process_time() - began_s
         return closed
 
+    def _spare(self, arrived: dict[int, float], heard_N: Array) -> None:
+        """Who has not begun when it hears that the round is over does none of its work. `heard_N`: when."""
+        late = {i: peer.ready_s for i, peer in enumerate(self.peers) if peer.ready_s >= heard_N[i]}
+        for index in late:
+            arrived.pop(index, None)
+
+        def happens(at_s: float, index: int, event: RoundEvent) -> bool:
+            is_work = isinstance(event, OfferMade | BytesArrived)
+            return not is_work or index not in late or at_s <= late[index]
+
+        self._events = [heard for heard in self._events if happens(heard[0], *heard[2:])]
+        heapq.heapify(self._events)
+
     def _learn(self, index: int) -> None:
-        """How wide a line is, as an upload has come."""
+        """How wide a line is, as an upload has come; see `stream_server._Upload`."""
+        if self._n_bytes <= CHUNK_BYTES:
+            return
         took_s = self._n_bytes / self.peers[index].machine.up * self._random.uniform(0.8, 1.2)
         self._fanout.uploaded(self.peers[index].name, self._n_bytes, took_s)
 
@@ -183,13 +223,16 @@ class Swarm:
             rtt_N=np.array([machine.rtt_s for machine in machines]),
             until_N=np.array([peer.until_s for peer in self.peers]),
             own=self._own,
+            free=self._free,
         )
         n_beside = 0.0
         ready = now_s + lines.rtt_N / 2 + n_peers * commit_bytes / self._own + commit_bytes / lines.down_N
+        self._spare(arrived, ready)
         sent = np.full(n_peers, entry + (0 if is_inline else self._n_bytes), dtype=np.float64)
         own_bytes = float(n_peers * commit_bytes + told)
         if not is_inline:
             copies = self._copies(counted, arrived, now_s, lines)
+            self._free = copies.free
             ready = np.maximum(ready, copies.done_N)
             sent += copies.sent_H[:-1] * self._n_bytes
             n_beside = copies.n_beside
@@ -197,7 +240,7 @@ class Swarm:
             self.tally.copies.append(float(copies.sent_H.sum()) + copies.n_beside)
             self.tally.again.append(copies.n_again)
         for index, (peer, at_s) in enumerate(zip(self.peers, ready, strict=True)):
-            peer.ready_s = max(float(at_s), arrived.get(index, 0.0))
+            peer.ready_s = max(float(at_s), peer.ready_s, arrived.get(index, 0.0))
         self.tally.sent.append(float(sent.mean()) + n_beside * self._n_bytes / n_peers)
         self.tally.received.append(commit_bytes + (0 if is_inline else (len(counted) - 1) * self._n_bytes))
         self.tally.most_sent.append(float(sent.max()))
@@ -211,23 +254,24 @@ class Swarm:
         stands_for = len(counted) / len(origins)
         for index in arrived.keys() - set(origins):
             self._learn(index)
-        holders = self._holders(origins, stands_for)
-        released = np.array([arrived[origin] for origin in origins])
-        return give(holders, origins, released, now_s, self._n_bytes, stands_for, lines)
+        released = [arrived[origin] for origin in origins]
+        holders = self._holders(origins, released, stands_for)
+        return give(holders, origins, np.array(released), now_s, self._n_bytes, stands_for, lines)
 
-    def _holders(self, origins: Sequence[int], stands_for: float) -> Holders:
-        """From whom each peer gets each payload; see `copies`."""
+    def _holders(self, origins: Sequence[int], released: Sequence[float], stands_for: float) -> Holders:
+        """From whom each peer gets each payload, as is known when it is there; see `copies`."""
         n_peers = len(self.peers)
-        reachable = [peer.name for peer in self.peers if peer.machine.is_reachable]
+        reachable = [peer for peer in self.peers if peer.machine.is_reachable]
         indices = {peer.name: i for i, peer in enumerate(self.peers)}
         names = list(indices)
         holders = np.full((len(origins), n_peers), n_peers + NOBODY)
-        for row, origin in zip(holders, origins, strict=True):
+        for row, origin, at_s in zip(holders, origins, released, strict=True):
             self._learn(origin)
+            there = [peer.name for peer in reachable if peer.since_s <= at_s < peer.until_s + SILENCE_S]
             if self._topology == "dealt":
                 began_s = time.process_time()
                 others = [*names[:origin], *names[origin + 1 :]]
-                sources = self._fanout.sources(self._n_bytes, names[origin], others, reachable)
+                sources = self._fanout.sources(self._n_bytes, names[origin], others, there)
                 self.tally.cpu_s += (time.process_time() - began_s) * stands_for
                 for peer, source in sources.items():
                     row[indices[peer]] = n_peers + COORDINATOR if source is None else indices[source]
@@ -241,11 +285,17 @@ class Swarm:
         return holders
 
     def _replace(self, now_s: float) -> None:
-        """Who has left is followed by somebody else, who trains from the next round on."""
+        """Who has left is followed by somebody else once that is known, who trains when it has what the other
+        one was fetching."""
         for index, peer in enumerate(self.peers):
             if peer.until_s <= peer.ready_s:
-                self.peers[index] = self._newcomer(max(now_s, peer.ready_s))
-                self._rounds.handle(PeerTrains(index), now_s)
+                known_s = max(now_s, peer.until_s + SILENCE_S)
+                newcomer = self._drawn(known_s, session_s(self._random))
+                newcomer.ready_s = max(known_s, peer.ready_s)
+                self._hears(known_s, index, PeerStops(index))
+                self._hears(newcomer.ready_s, index, PeerTrains(index))
+                self.peers[index] = newcomer
+                self._free.up_H[index] = self._free.down_N[index] = 0.0
 
 
 def simulate(
@@ -261,9 +311,9 @@ def simulate(
 ) -> dict[str, Any]:
     """`all_counted_s`: for as many offers that count as there are peers; `peer_bytes`: that a peer sends in a
     round, the mean, the most, and what it receives; `coordinator_cpu_s`: of this machine, for `Rounds` and
-    `Fanout` alone."""
+    `Fanout` alone; `keys`: of all peers that there were, one after the other."""
     swarm = Swarm(n_peers, n_bytes, topology, own, kinds, compute_s, seed)
-    swarm.run(n_rounds, warm_up=3)
+    swarm.run(n_rounds, warm_up=WARM_UP_ROUNDS)
     tally = swarm.tally
     return {
         "round_s": float(np.median(tally.times_s)),
@@ -275,6 +325,7 @@ def simulate(
         "coordinator_bytes": fmean(tally.by_coordinator),
         "coordinator_cpu_s": tally.cpu_s / n_rounds,
         "offers_counted": fmean(tally.counted),
+        "keys": swarm.n_keys,
         "copies_again": sum(tally.again) / max(1.0, sum(tally.copies)),
     }
 

@@ -22,6 +22,8 @@ class Scenario:
     own: float
     compute_s: float = 10.0
     kinds: tuple[Kind, ...] = KINDS
+    n_rounds: int | None = None
+    """None: by how often it is to be measured."""
 
 
 SCENARIOS: Final = {
@@ -32,6 +34,9 @@ SCENARIOS: Final = {
     "100 peers, 1 MB, coordinator 10 Gbit/s": Scenario(100, 1_000_000, 10_000 * MBIT),
     "1,000 peers, 10 kB, coordinator 1 Gbit/s": Scenario(1000, 10_000, 1000 * MBIT),
     "1,000 peers, 100 kB, coordinator 1 Gbit/s": Scenario(1000, 100_000, 1000 * MBIT),
+    "10,000 peers, 10 kB, coordinator 1 Gbit/s": Scenario(10_000, 10_000, 1000 * MBIT),
+    "10,000 peers, 100 kB, coordinator 1 Gbit/s": Scenario(10_000, 100_000, 1000 * MBIT),
+    "10,000 peers, 100 kB, coordinator 10 Gbit/s": Scenario(10_000, 100_000, 10_000 * MBIT),
     "1 B model, 100 peers of 20 Mbit/s, 9.9 MB, coordinator 1 Gbit/s": Scenario(
         100, 9_900_000, 1000 * MBIT, 60.0, HOME
     ),
@@ -48,6 +53,9 @@ INLINE: Final = {
 }
 """16 bytes, inside of commits: nobody gives anything to anybody."""
 
+CHURN: Final = Scenario(1000, 100_000, 1000 * MBIT, n_rounds=200)
+"""Long enough for every third peer to be another one in the end."""
+
 
 def bench_network(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     """A row of `command.BENCHES`."""
@@ -58,7 +66,8 @@ def bench_network(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
         for name, scenario in SCENARIOS.items()
     }
     inline = {name: _figures(scenario, "dealt", n_rounds, name) for name, scenario in INLINE.items()}
-    return {**by_bytes, "16 bytes, coordinator 1 Gbit/s": inline}
+    long = {f"{CHURN.n_rounds} rounds": _figures(CHURN, "dealt", n_rounds, "200 rounds")}
+    return {**by_bytes, "16 bytes, coordinator 1 Gbit/s": inline, "1,000 peers, 100 kB": long}
 
 
 def _figures(scenario: Scenario, topology: Topology, n_rounds: int, name: str) -> dict[str, Any]:
@@ -69,7 +78,7 @@ def _figures(scenario: Scenario, topology: Topology, n_rounds: int, name: str) -
         scenario.own,
         scenario.kinds,
         compute_s=scenario.compute_s,
-        n_rounds=n_rounds,
+        n_rounds=scenario.n_rounds or n_rounds,
     )
     to_stderr(f"{name}, {topology}: a round takes {found['round_s']:.3g} s")
     return found

@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from thinwire.coordinator.protocol.streams import CHUNK_BYTES
 from thinwire.node.bench.network import curves, swarm
-from thinwire.node.bench.network.lines import HOME, KINDS, MBIT, SESSION_S, draw, session_s
+from thinwire.node.bench.network.lines import (
+    HOME,
+    KINDS,
+    MBIT,
+    SESSION_S,
+    draw,
+    rest_of_session_s,
+    session_s,
+)
 from thinwire.node.bench.network.swarm import Topology, simulate
 from thinwire.node.bench.view import save_picture
 
@@ -52,6 +61,13 @@ def test_payloads_that_are_followed_stand_for_the_others(
     assert found[1]["peer_bytes"] == pytest.approx(found[0]["peer_bytes"], rel=0.3)
 
 
+def test_lines_are_not_known_from_payloads_of_one_chunk() -> None:
+    """So that nobody passes any on: who can be reached gives its own."""
+    one, two = (figures("dealt", MBIT, n_bytes) for n_bytes in (CHUNK_BYTES, CHUNK_BYTES + 1))
+    assert one["most_of_a_peer_bytes"] < 1.01 * N * CHUNK_BYTES
+    assert two["most_of_a_peer_bytes"] > 2 * N * CHUNK_BYTES
+
+
 def test_inline_payloads_are_in_the_commit_alone() -> None:
     found = figures("dealt", n_bytes=16)
     assert found["peer_bytes"] == found["most_of_a_peer_bytes"] < 60
@@ -62,6 +78,10 @@ def test_what_is_drawn_is_what_was_stated() -> None:
     made = random.Random(3)
     stays = [session_s(made) for _ in range(20_000)]
     assert sum(stays) / len(stays) == pytest.approx(SESSION_S, rel=0.1)
+    # Of who is met at some moment, a half is over in the mean: E[s^2] / 2 E[s].
+    stay_on = [rest_of_session_s(made) for _ in range(20_000)]
+    expected_s = sum(s * s for s in stays) / (2 * sum(stays))
+    assert sum(stay_on) / len(stay_on) == pytest.approx(expected_s, rel=0.15)
     machines = [draw(KINDS, 10.0, made) for _ in range(2000)]
     assert 0.04 < sum(machine.up > 500 * MBIT for machine in machines) / 2000 < 0.12
     assert 0.25 < sum(machine.is_reachable for machine in machines) / 2000 < 0.45
