@@ -63,6 +63,10 @@ class LedgerCorrupt(ThinwireError):
     """The ledger is not a chain of signed commits any more: refuse to go on."""
 
 
+class DiskError(ThinwireError):
+    """A disk is full, read-only or broken: see to it, then the same command goes on."""
+
+
 _BY_NAME: Final[dict[str, type[ThinwireError]]] = {
     kind.__name__: kind
     for kind in (ConfigError, SwarmUnreachable, Incompatible, ReplicaDiverged, LedgerCorrupt)

@@ -16,7 +16,7 @@ from .checkpoints.file import Checkpoint, Walked, digest_of_peers
 from .entry.admitted import SCHEMA, Admitted
 from .entry.invited import Invited
 from .protocol.chain import REPAIR_FORK, Chain, Forked, check_genesis, seats_of
-from .protocol.files import sync_folder
+from .protocol.files import disk_error, sync_folder
 from .protocol.identity import peer_id_of
 from .protocol.ledger_copy import records_with_committees, work_in
 from .protocol.messages import (
@@ -133,7 +133,7 @@ class Ledger:
         """Verifies the whole chain, but for what a checkpoint of this key's vouches for. `public_key`: of the
         founder, or of a seat that a record names; where the ledger was begun from record 0 any.
 
-        Raises ConfigError (no file) or LedgerCorrupt naming the bad record.
+        Raises ConfigError (no file), DiskError or LedgerCorrupt naming the bad record.
         """
         return cls._opened(path, public_key)
 
@@ -152,7 +152,8 @@ class Ledger:
             return cls(db, path, public_key)
         except sqlite3.DatabaseError as e:
             db.close()
-            raise LedgerCorrupt(f"{path} cannot be read: {e}. {_REPAIR_FILE}") from e
+            told = disk_error(e, path) or LedgerCorrupt(f"{path} cannot be read: {e}. {_REPAIR_FILE}")
+            raise told from e
         except BaseException:
             db.close()
             raise
@@ -457,18 +458,22 @@ _REPAIR_FILE = "Restore the state directory from a copy."
 
 
 def _create(path: Path, record: bytes, signature: bytes, version: int) -> None:
-    """A file with record 0, whole or not at all. Raises ConfigError if it exists."""
+    """A file with record 0, whole or not at all. Raises ConfigError if it exists, or DiskError."""
     if path.exists():
         raise ConfigError(f"{path} holds a run already: open it, or choose another state directory")
     aside = path.with_name(f".{path.name}.part")
     aside.unlink(missing_ok=True)
     db = sqlite3.connect(aside)
-    db.execute("PRAGMA synchronous = FULL")
-    with db:
-        db.executescript(_SCHEMA)
-        db.execute(f"PRAGMA user_version = {version}")
-        db.execute("INSERT INTO record VALUES (0, ?, ?, ?)", (record, signature, digest_of(record)))
-    db.close()
+    try:
+        db.execute("PRAGMA synchronous = FULL")
+        with db:
+            db.executescript(_SCHEMA)
+            db.execute(f"PRAGMA user_version = {version}")
+            db.execute("INSERT INTO record VALUES (0, ?, ?, ?)", (record, signature, digest_of(record)))
+    except sqlite3.Error as e:
+        raise disk_error(e, path) or e from e
+    finally:
+        db.close()
     aside.rename(path)
     sync_folder(path.parent)
 

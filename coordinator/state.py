@@ -42,7 +42,7 @@ class StateDir:
         """The access token of the run's tickets; made at the first call, mode 0600."""
         path = self.path / "token"
         if not path.exists():
-            write_aside(path, secrets.token_urlsafe(24).encode(), 0o600)
+            self.rotate_token()
         return path.read_text("ascii").strip()
 
     def save_token(self, token: str) -> None:
@@ -54,8 +54,9 @@ class StateDir:
         (self.path / VOTE_NAME).unlink(missing_ok=True)
 
     def rotate_token(self) -> None:
-        """Tickets given out so far let no newcomer in any more; who was let in before stays."""
-        (self.path / "token").unlink(missing_ok=True)
+        """Tickets given out so far let no newcomer in any more; who was let in before stays. Raises
+        OSError, with nothing changed."""
+        self.save_token(secrets.token_urlsafe(24))
 
     def ban(self, peer_ids: Sequence[str]) -> None:
         """Added to those that are banned already. Raises ConfigError for what is no peer id."""
@@ -147,7 +148,9 @@ class StateDir:
 
     def save_port(self, port: int) -> None:
         """Raises OSError."""
-        write_aside(self.path / "port", str(port).encode())
+        path, data = self.path / "port", str(port).encode()
+        if not (path.exists() and path.read_bytes() == data):  # a full disk keeps nobody from starting again
+            write_aside(path, data)
 
     def close(self) -> None:
         """Gives the lock back."""

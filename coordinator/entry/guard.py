@@ -31,13 +31,12 @@ def save_address(state: StateDir, ticket: Ticket) -> None:
     try:
         state.save_address(ticket.model_copy(update={"token": ""}).line())
     except OSError as e:
-        log.warning("%s cannot be written (%s): thinwire invite has no address", state.path, e)
+        log.warning("%s cannot be written (%s): thinwire invite has no address", state.path, e.strerror)
 
 
 def _done(state: StateDir, order: Order) -> tuple[str, ...]:
     if order.what == "rotate-token":
         state.rotate_token()
-        state.token()
         return (
             "a new token: tickets given out so far let no newcomer in; invitations do, and who is in stays",
         )

@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import sqlite3
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Final, Protocol
 
-from ...compression.errors import ConfigError
+from ...compression.errors import ConfigError, DiskError
+
+_DISK_ERRNOS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_DISK_CODES: Final = {
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+}
+
+
+def disk_error(error: OSError | sqlite3.Error, place: Path | None = None) -> DiskError | None:
+    """What to tell of a disk that does not take what is written at `place`, or where the error says; None: it
+    is something else."""
+    why = str(error)
+    if isinstance(error, sqlite3.Error):
+        # It has a code only if SQLite itself has raised it. The low byte: the kind.
+        is_of_disk = getattr(error, "sqlite_errorcode", 0) & 0xFF in _DISK_CODES
+        is_of_disk = is_of_disk and (place is None or place.parent.is_dir())
+    else:
+        is_of_disk, why = error.errno in _DISK_ERRNOS, error.strerror or why
+        place = place or (Path(os.fsdecode(error.filename)) if error.filename else None)
+    if not is_of_disk:
+        return None
+    look = "df -h" if place is None else f"df -h {place if place.is_dir() else place.parent}"
+    return DiskError(
+        f"{place or 'a file'} cannot be written: {why}. Make room on that disk, if it is full ({look}); then "
+        f"the same command goes on"
+    )
 
 
 def write_aside(path: Path, data: bytes | Iterable[bytes | memoryview], mode: int = 0o644) -> None:
     """Writes `data`, or its pieces, to `path` so that a crash leaves the old file or the new one. Raises
-    OSError."""
+    OSError, which names `path`."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
@@ -25,8 +56,10 @@ def write_aside(path: Path, data: bytes | Iterable[bytes | memoryview], mode: in
             file.flush()
             os.fsync(file.fileno())
         aside.rename(path)
-    except BaseException:
+    except BaseException as e:
         aside.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.errno and e.filename is None:
+            raise OSError(e.errno, e.strerror, str(path)) from e
         raise
     sync_folder(path.parent)
 
@@ -129,8 +162,9 @@ class FolderLock:
         except BlockingIOError:
             os.close(self._fd)
             raise _in_use(folder, what) from None
-        os.ftruncate(self._fd, 0)
-        os.write(self._fd, f"{os.getpid()}\n".encode())
+        with suppress(OSError):  # who holds it is for people to know: a full disk keeps nobody out
+            os.ftruncate(self._fd, 0)
+            os.write(self._fd, f"{os.getpid()}\n".encode())
         keep_from_children(self)
 
     def close_in_child(self) -> None:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from ...compression.errors import ConfigError
-from .files import write_aside
+from .files import disk_error, write_aside
 
 _ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _PRIVATE_PREFIX = bytes([0x08, 0x01, 0x12, 64])  # key type Ed25519, then 64 bytes of data
@@ -49,7 +49,7 @@ def save(key: Ed25519PrivateKey, path: Path) -> None:
     try:
         write_aside(path, _PRIVATE_PREFIX + seed + _raw_public(key.public_key()), 0o600)
     except OSError as e:
-        raise ConfigError(f"cannot write the identity {path}: {e.strerror}") from e
+        raise disk_error(e, path) or ConfigError(f"cannot write the identity {path}: {e.strerror}") from e
 
 
 def peer_id_of(key: Ed25519PublicKey) -> str:

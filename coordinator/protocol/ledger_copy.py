@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ...compression.errors import ConfigError, LedgerCorrupt
 from .chain import Chain
+from .files import disk_error
 from .messages import BadMessage, Commit, CommitBody, GenesisBody, SeatEntry, decode_record, digest_of
 from .settings import RUN_KEYS, Course
 
@@ -45,7 +46,7 @@ class LedgerCopy:
         """`founder`: the coordinator of record 0, as far as is known; record 0 says it, once it is here.
         Verifies the whole chain; what does not fit is cut off, with a warning that names the record.
 
-        Raises ConfigError: a file that cannot be used, of another run or of none.
+        Raises ConfigError: a file that cannot be used, of another run or of none; DiskError.
         """
         self._path, self._run_id = path, run_id
         self._genesis: tuple[bytes, bytes] | None = None
@@ -62,7 +63,8 @@ class LedgerCopy:
             self._db = _open(path, run_id)
             self._load()
         except (sqlite3.Error, OSError) as e:
-            raise ConfigError(f"{path} cannot be used as a copy of the ledger ({e}): move it away") from e
+            bad = ConfigError(f"{path} cannot be used as a copy of the ledger ({e}): move it away")
+            raise disk_error(e, path) or bad from e
 
     @property
     def head_round(self) -> int:

@@ -22,8 +22,8 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ...compression.errors import ConfigError
-from .files import keep_from_children
+from ...compression.errors import ConfigError, ThinwireError
+from .files import disk_error, keep_from_children
 from .identity import save
 
 SOCKET_NAME = "p2pd.sock"
@@ -91,7 +91,10 @@ async def start_daemon(key: Ed25519PrivateKey, listen: str) -> Daemon:
 
     A port that somebody else listens on is shared in silence: see `addresses.require_free`.
     """
-    folder, lock_fd = _new_folder()
+    try:
+        folder, lock_fd = _new_folder()
+    except OSError as e:
+        raise _not_started(listen, e) from e
     watchdog = None
     try:
         save(key, folder / _KEY_NAME)
@@ -117,12 +120,17 @@ async def start_daemon(key: Ed25519PrivateKey, listen: str) -> Daemon:
             await _end_watchdog(watchdog)
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock_fd)
-        if isinstance(e, TimeoutError | OSError):
-            raise ConfigError(f"libp2p did not start on {listen}: {e or 'no answer in time'}") from e
+        if isinstance(e, OSError):
+            raise _not_started(listen, e) from e
         raise
     daemon = Daemon(pid, folder, watchdog, lock_fd)
     keep_from_children(daemon)
     return daemon
+
+
+def _not_started(listen: str, error: OSError) -> ThinwireError:
+    why = str(error) or "no answer in time"
+    return disk_error(error) or ConfigError(f"libp2p did not start on {listen}: {why}")
 
 
 def _command(folder: Path, listen: str) -> list[str]:

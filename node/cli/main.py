@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import signal
+import sqlite3
 import sys
 import threading
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Annotated, Any, NoReturn, get_args
 import tyro
 
 from ...compression.errors import ConfigError, ThinwireError, nearest
+from ...coordinator.protocol.files import disk_error
 from ..system.logs import PREFIX_VARIABLE, log_to_stderr
 from ..system.output import to_stderr, until_the_pipe_is_closed
 from ..system.processes import end_with_parent
@@ -100,6 +102,11 @@ def _run(argv: Sequence[str]) -> int:
         return _obey(argv)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except (OSError, sqlite3.Error) as e:
+        if (told := disk_error(e)) is None:
+            raise
+        to_stderr(f"thinwire: {told}")
+        return told.exit_code
 
 
 def _obey(argv: Sequence[str]) -> int:

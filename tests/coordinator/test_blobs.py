@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.support.full_disk import full_disk
 from thinwire.coordinator.blobs import BlobStore
 from thinwire.coordinator.protocol.messages import BadMessage, digest_of
 
@@ -118,15 +118,11 @@ def test_an_upload_can_be_read_while_a_thread_gives_it_its_name(tmp_path: Path) 
 def test_an_upload_for_which_there_is_no_room_leaves_nothing(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
     writer = store.writer(digest_of(blob(1)), 100)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limits[1]))
-    try:
+    with full_disk(50):
         with pytest.raises(OSError, match="File too large"):
             writer.write(blob(1))
         with contextlib.suppress(OSError):
             writer.abort()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (store.reserved_bytes, list(tmp_path.iterdir())) == (0, [])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.full_disk import full_disk
 from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
 from thinwire.coordinator.state import StateDir
@@ -68,6 +69,10 @@ def test_the_token_is_made_once_and_private(tmp_path: Path) -> None:
     with StateDir(tmp_path) as state:
         assert state.token() == token
     assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
+    with StateDir(tmp_path) as state, full_disk():
+        with pytest.raises(OSError, match="token"):
+            state.rotate_token()
+        assert state.token() == token
     with StateDir(tmp_path) as state:
         state.rotate_token()
         assert state.token() != token

@@ -69,6 +69,15 @@ def test_whoever_has_read_enough_gets_no_error(args: tuple[str, ...]) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+def test_a_full_disk_is_told_in_a_line() -> None:
+    program = [sys.executable, "-m", "thinwire.node.cli.main", "--version"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("thinwire: a file cannot be written: No space left on device. Make room on")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
