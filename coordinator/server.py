@@ -25,6 +25,7 @@ from .ledger import Ledger
 from .observe.metrics import with_trust
 from .protocol.addresses import HttpAddress
 from .protocol.figures import wall_ms
+from .protocol.files import disk_error
 from .protocol.identity import load_or_create, peer_id_of
 from .protocol.messages import GenesisBody, Heartbeat, Message, SeatEntry, digest_of
 from .protocol.p2p import start_p2p
@@ -225,7 +226,10 @@ class CoordinatorServer:
         alone becomes one seat of several, with a new reign."""
         seat = self._seat
         if seat is None:
-            seat = self._seat = self._hosting(SeatPlan.of(self._state.path, wish))
+            try:
+                seat = self._seat = self._hosting(SeatPlan.of(self._state.path, wish))
+            except OSError as e:
+                raise ConfigError(f"{self._state.path} cannot be written: {e.strerror}") from e
             self._history.save()
             self.end_reign("it becomes one of several")
             self._tasks.append(asyncio.create_task(self._take_a_seat(seat)))
@@ -235,8 +239,12 @@ class CoordinatorServer:
         return (f"noted; it comes once they are ready: thinwire coordinator --replica FILE, with {path}",)
 
     async def _take_a_seat(self, seat: Hosting) -> None:
-        if self._transport is not None:
-            await seat.council.open_on(self._transport)
+        try:
+            if self._transport is not None:
+                await seat.council.open_on(self._transport)
+        except ThinwireError as e:
+            self._fail(e)
+            return
         self._save_tickets()
         await self._await_the_end(seat)
 
@@ -253,7 +261,7 @@ class CoordinatorServer:
             self.blobs,
             meter=self.meter,
             changed=self._pulse.soon,
-            failed=self._fail,
+            failed=self._ledger_failed,
             status=self.status,
             waits=self._waits,
             watchers=self.watchers,
@@ -284,7 +292,7 @@ class CoordinatorServer:
             self.watchers,
             self.meter,
             status=self.status,
-            failed=self._fail,
+            failed=self._ledger_failed,
             kept_from=self._seat.kept_from,
             waits=self._waits,
             pushes=self._seat.council,
@@ -467,7 +475,10 @@ class CoordinatorServer:
         """Those that are made from the state folder need to know where this coordinator is reached."""
         save_address(self._state, self.ticket)
         if self._seat is not None:
-            keep_ticket(self._state.path, self._seat.ticket(self._token))
+            try:
+                keep_ticket(self._state.path, self._seat.ticket(self._token))
+            except ConfigError as e:  # a full disk: there may be an older one
+                _log.warning("%s: other coordinators cannot be started with it", e)
 
     async def _open_stream_to(self, peer_id: str) -> Stream:
         """For blobs, to a connected peer. Raises SwarmUnreachable."""
@@ -488,6 +499,14 @@ class CoordinatorServer:
                 self._fail(e)
                 return
 
+    def _ledger_failed(self, error: sqlite3.Error) -> None:
+        """Nobody has heard of what could not be written. Of several coordinators another one may lead."""
+        failed = disk_error(error, self._state.ledger_path)
+        if self._seat is None or failed is None:
+            self._fail(failed or LedgerCorrupt(f"the ledger cannot be written: {error}"))
+        else:
+            self._seat.council.disk_failed(str(error))
+
     def _fail(self, error: ThinwireError) -> None:
         self.failure = self.failure or error
         if self._done is not None and not self._done.done():
@@ -507,12 +526,13 @@ class CoordinatorServer:
             told = self.wish(wish_of(order, self.ledger.committee.seats))
             return Ordered(0, told, (), is_done=True)
         service = self.service
-        if order.is_guarding:
-            return self._guard(order)
         try:
+            if order.is_guarding:
+                return self._guard(order)
             ordered = service.order(order, time.monotonic())
         except sqlite3.Error as e:
-            raise LedgerCorrupt(f"the ledger cannot be written: {e}") from e
+            self._ledger_failed(e)
+            raise ConfigError(f"the ledger cannot be written: {e}") from e
         if self._done is not None and _is_result(self._done) and not service.finished:
             self._done = asyncio.get_running_loop().create_future()  # it goes on
         self._pulse.soon()
@@ -556,7 +576,7 @@ class CoordinatorServer:
         try:
             again_s = service.tick(now_s)
         except sqlite3.Error as e:
-            self._fail(LedgerCorrupt(f"the ledger cannot be written: {e}"))
+            self._ledger_failed(e)
             return None
         if self._seat is not None and not self._seat.settled():
             return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class Waits:
 class StreamServer:
     """Open sessions by peer id, and the handlers of all streams. One event loop.
 
-    `changed`: the service was told something. `failed`: the run cannot go on. `status`: for people.
+    `changed`: the service was told something. `failed`: the ledger cannot be written. `status`: for people.
     `uploaded`: a peer's bytes came in so many seconds; `asked`: a peer asks for a blob. `watchers`: who wants
     to hear when another seat leads, and the term by which this one does. `is_seat`: of the same run, which
     gets blobs as members do, also while they are uploaded, of which `uploads` hears. `open_stream`: for
@@ -91,7 +92,7 @@ class StreamServer:
         meter: Meter,
         *,
         changed: Callable[[], None],
-        failed: Callable[[ThinwireError], None],
+        failed: Callable[[sqlite3.Error], None],
         status: Callable[[], dict[str, Any]],
         waits: Waits,
         watchers: Watchers,

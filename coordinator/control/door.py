@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ...compression.errors import ThinwireError
+from ..protocol.files import disk_error
 from ..protocol.messages import BadMessage, decode_record
 from .orders import Order, Ordered
 from .wire import HEAD, SOCKET_NAME, Answer, frame, framed, length, refused, socket_path
@@ -120,17 +121,19 @@ class Door:
             async with asyncio.timeout(ORDER_WITHIN_S):
                 n_bytes = length(await reader.readexactly(HEAD.size))
                 order = decode_record(Order, await reader.readexactly(n_bytes))
-            if order.what == "status":
-                writer.write(frame(Answer(what="told")) + framed(json.dumps(self._status()).encode()))
-                return
-            await self._foresee(order)
-            ordered = self._order(order)
         except (BadMessage, TimeoutError) as e:
             self._count_bad()
             writer.write(frame(refused(f"this is no order: {e}")))
             return
-        except ThinwireError as e:
-            writer.write(frame(refused(str(e))))
+        if order.what == "status":
+            writer.write(frame(Answer(what="told")) + framed(json.dumps(self._status()).encode()))
+            return
+        try:
+            await self._foresee(order)
+            ordered = self._order(order)
+        except (ThinwireError, OSError) as e:
+            told = (disk_error(e) if isinstance(e, OSError) else None) or e
+            writer.write(frame(refused(str(told))))
             return
         if ordered.is_done:
             writer.write(frame(Answer(what="done", told=ordered.told)))

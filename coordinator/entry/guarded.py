@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from ...compression.errors import LedgerCorrupt, SwarmUnreachable, ThinwireError
+from ...compression.errors import SwarmUnreachable
 from ..observe.quiet_log import QuietLog
 from ..protocol.messages import BadMessage, Rejected
 from ..protocol.streams import BadFrame, Meter, Stream
@@ -28,10 +28,10 @@ def guarded(
     meter: Meter,
     count: Count,
     lines: QuietLog,
-    failed: Callable[[ThinwireError], object],
+    failed: Callable[[sqlite3.Error], object],
 ) -> StreamHandler:
     """`serve` for every stream; what one raises is counted and told in a line, and ends that stream alone.
-    `failed`: the run cannot go on."""
+    `failed`: hears of a ledger that cannot be written."""
 
     async def handler(peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         stream = Stream(reader, writer, meter)
@@ -44,7 +44,7 @@ def guarded(
         except (OSError, EOFError, TimeoutError, SwarmUnreachable) as e:
             _log.debug("a stream of %s ended: %s", peer_id, e)
         except sqlite3.Error as e:
-            failed(LedgerCorrupt(f"the ledger cannot be written: {e}"))
+            failed(e)
         except Exception:  # noqa: BLE001 - the edge: a fault met in serving one peer must not end the run
             _log.exception("a stream of %s met a fault of ours", peer_id)
             count("internal")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, BinaryIO, Protocol
 
-from ...compression.errors import ThinwireError
 from ..admission import AdmissionControl
 from ..adoption import Adopter, adopt
 from ..blobs import BlobStore
@@ -54,8 +54,8 @@ class Pushes(Protocol):
 class ElsewhereServer:
     """Handlers of all streams but those between seats. One event loop.
 
-    `admission`: who may come in, by this seat's copy of the ledger; `status`: for people; `failed`: this seat
-    cannot go on; `kept_from`: payloads of the rounds from there on are here; `pushes`:
+    `admission`: who may come in, by this seat's copy of the ledger; `status`: for people; `failed`: the
+    ledger cannot be written; `kept_from`: payloads of the rounds from there on are here; `pushes`:
     takes what other seats send.
     """
 
@@ -68,7 +68,7 @@ class ElsewhereServer:
         meter: Meter,
         *,
         status: Callable[[], dict[str, Any]],
-        failed: Callable[[ThinwireError], object],
+        failed: Callable[[sqlite3.Error], object],
         kept_from: Callable[[], int] = lambda: 1,
         waits: Waits,
         pushes: Pushes,

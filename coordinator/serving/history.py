@@ -39,7 +39,7 @@ class KeptHistory:
     ) -> None:
         self._state, self._ledger, self._key, self._reign = state, ledger, key, reign
         self._checkpointed = 0 if ledger.checkpoint is None else ledger.checkpoint.round
-        self._saving, self._kept = threading.Lock(), b""
+        self._saving, self._kept, self._fails = threading.Lock(), b"", False
 
     async def keep(self) -> None:
         """Again and again: all outlives this process, but for the last seconds before a crash."""
@@ -67,8 +67,11 @@ class KeptHistory:
             try:
                 self._state.save_history(data)
             except OSError as e:
-                log.warning("what the page shows of the past cannot be kept: %s", e)
-            self._kept = data
+                if not self._fails:
+                    log.warning("what the page shows of the past cannot be kept: %s", e)
+                self._fails = True
+            else:
+                self._kept, self._fails = data, False
 
     def _checkpoint(self, after: int) -> Callable[[], None]:
         """What writes a checkpoint, in any thread; nothing before so many rounds since the last one."""

@@ -328,7 +328,7 @@ class _Serving:
                 await server.start()
                 if self._recovery is not None:
                     await self._unless_stopped(server.recover(*self._recovery), math.inf)
-                server.on_new_ticket = lambda: self._tell_ticket(ticket_file)
+                server.on_new_ticket = lambda: self._tell_new_ticket(ticket_file)
                 if server.is_seat:
                     self._tell_ticket(ticket_file)
                     log.info("the line above is the ticket. On any machine: thinwire join TICKET")
@@ -352,9 +352,16 @@ class _Serving:
         if ticket_file is not None:
             write_ticket(ticket_file, line)
         kept = self._server.seat_ticket
-        if self._seat_ticket_file is not None and kept is not None:
+        if self._seat_ticket_file is not None and kept is not None and kept.exists():
             write_ticket(self._seat_ticket_file, kept.read_text().strip(), "--seat-ticket-file")
         to_stdout(line)
+
+    def _tell_new_ticket(self, ticket_file: Path | None) -> None:
+        """While it serves: a file that cannot be written ends nothing."""
+        try:
+            self._tell_ticket(ticket_file)
+        except ConfigError as e:
+            log.error("another ticket counts now, see thinwire status: %s", e)
 
     def _serve_page(self, stack: ExitStack, http: HttpAddress) -> None:
         from ...coordinator.observe.page import serve_coordinator
@@ -367,7 +374,11 @@ class _Serving:
     async def _until_the_end(self) -> bool:
         """Over and over: a run that is made longer while it is served ends again."""
         while await self._unless_stopped(self._server.run_until_finished(), math.inf):
-            write_aside(self._folder / "result.json", json.dumps(self._server.status()).encode())
+            result = self._folder / "result.json"
+            try:
+                write_aside(result, json.dumps(self._server.status()).encode())
+            except OSError as e:
+                log.error("%s cannot be written: %s", result, e.strerror)
             self._tell_the_end()
             if not await self._unless_stopped(self._until_longer(self._server.head), self._linger_s):
                 if self._page is not None:

@@ -265,6 +265,11 @@ class Council:
         self._set_timer()
         self.telling.tell_changes()
 
+    def disk_failed(self, error: str) -> None:
+        """Found out by whoever wrote beside the seat."""
+        self._stand_still(error)
+        self.settle()
+
     def _stand_still(self, error: str) -> None:
         """Its disk has failed: nobody has heard of what could not be written. It begins anew from it."""
         self.telling.trouble = f"this coordinator's disk is full or broken ({error}): it does not vote"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import stat
@@ -31,7 +32,8 @@ EXTEND = Order(what="extend", rounds=5)
 
 
 class Keeper:
-    """Takes every order but `stop`; its record comes when the test says so."""
+    """Takes every order but `stop`, and `pause`, which it cannot write; its record comes when the test says
+    so."""
 
     def __init__(self) -> None:
         self.orders: list[Order] = []
@@ -53,6 +55,8 @@ class Keeper:
         assert self.foreseen[-1] is order
         if order.what == "stop":
             raise ConfigError("no")
+        if order.what == "pause":
+            raise OSError(errno.ENOSPC, "no room", "somewhere")
         self.orders.append(order)
         return Ordered(3, ("run.rounds 5 -> 10",), ())
 
@@ -104,6 +108,9 @@ def test_an_order_is_planned_and_then_done(tmp_path: Path, length: int) -> None:
         assert [(a.what, a.text) for a in await answers(folder, frame(Order(what="stop")))] == [
             ("refused", "no")
         ]
+        (said,) = await answers(folder, frame(Order(what="pause")))
+        assert said.what == "refused"
+        assert said.text.startswith("somewhere cannot be written: no room")
         waits = asyncio.create_task(answers(folder, frame(EXTEND.model_copy(update={"rounds": 1}))))
         keeper.head = 0
         while len(keeper.orders) < 2:
