@@ -56,7 +56,8 @@ class Build:
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         if done.returncode:
             said = " ".join(re.sub("[╭╮╰╯│─]", " ", done.stderr).split())
-            raise ThinwireError(said[-300:] or f"exit code {done.returncode}")
+            told = said[-300:] if "Traceback" in said else said[:300]
+            raise ThinwireError(told or f"exit code {done.returncode}")
         return parse(done.stdout)
 
     def compile(self) -> None:
@@ -114,19 +115,20 @@ def _checked_out(revision: str, to: Path) -> Path:
     return to
 
 
-def bench_builds(text: str, names: Sequence[str], args: Sequence[str], as_json: bool) -> None:
-    """A table after each benchmark, or a list of JSON objects in the end, on stdout. A benchmark that either
-    build cannot run is named on stderr, and left out. Raises ConfigError."""
+def bench_builds(text: str, lines: Sequence[Sequence[str]], as_json: bool) -> None:
+    """A table after each benchmark, or a list of JSON objects in the end, on stdout. `lines`: what `thinwire
+    bench` takes for each. A benchmark that either build cannot run is named on stderr, and left out. Raises
+    ConfigError."""
     ratios: list[Ratio] = []
     with other_build(text) as theirs:
         ours = Build(sys.executable, None)
-        for name in names:
+        for line in lines:
             try:
-                if name in BY_COMMANDS:
+                if line[0] in BY_COMMANDS:
                     theirs.compile()
-                found = in_turn(theirs, ours, [name, *args])
+                found = in_turn(theirs, ours, line)
             except ThinwireError as e:
-                to_stderr(f"bench {name} is left out: {e}")
+                to_stderr(f"bench {line[0]} is left out: {e}")
                 continue
             ratios += found
             if not as_json:

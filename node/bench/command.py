@@ -165,9 +165,9 @@ ROUNDS_PER_REPEAT: Final = 20
 
 def bench_command(
     name: str,
-    sizes: Sequence[int] | None,
-    n_repeats: int,
-    as_json: bool,
+    sizes: Sequence[int] | None = None,
+    n_repeats: int = 5,
+    as_json: bool = False,
     picture: Path | None = None,
     device: str = "cpu",
     against: str | None = None,
@@ -189,8 +189,8 @@ def bench_command(
             raise ConfigError("-o: of a build alone, without --against another one")
         for each in names:
             _check_arguments(each, None if sizes is None else sizes[0], n_repeats, device)
-        args = _arguments(sizes, n_repeats, device, n_seats, light, link)
-        bench_builds(against, names, args, as_json)
+        lines = [_line(each, sizes, n_repeats, device, n_seats, light, link) for each in names]
+        bench_builds(against, lines, as_json)
         return
     if picture is not None:
         check_picture(picture)
@@ -211,7 +211,8 @@ def bench_command(
         print_compared(Path(against), then, results)
 
 
-def _arguments(
+def _line(
+    name: str,
     sizes: Sequence[int] | None,
     n_repeats: int,
     device: str,
@@ -220,8 +221,9 @@ def _arguments(
     link: tuple[float, float] | None,
 ) -> list[str]:
     """The same on the command line."""
-    args = ["--repeats", str(n_repeats), "--device", device]
-    args += [] if sizes is None else ["--params", ",".join(map(str, sizes))]
+    args = [name, "--repeats", str(n_repeats)]
+    args += ["--device", device] if name in ON_DEVICE else []
+    args += [] if sizes is None or name in SIZELESS else ["--params", ",".join(map(str, sizes))]
     args += [] if n_seats is None else ["--seats", str(n_seats)]
     args += [] if light is None else ["--light", ",".join(map(str, light))]
     return args if link is None else [*args, "--rate", f"{link[0]:f}B/s", "--rtt", f"{link[1] * 1e3:f}ms"]

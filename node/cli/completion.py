@@ -76,9 +76,7 @@ def _command(named: tuple[str, type]) -> Command:
     name, kind = named
     hints = get_type_hints(kind, include_extras=True)
     texts = meanings(kind)
-    options = tuple(
-        option for f in fields(kind) for option in _options(f.name, hints[f.name], f.default, texts)
-    )
+    options = [option for f in fields(kind) for option in _options(f.name, hints[f.name], f.default, texts)]
     return Command(name, _first_sentence(kind.__doc__ or ""), (*options, _HELP))
 
 
@@ -86,6 +84,8 @@ _HELP: Final = Option(("-h", "--help"), (), False, True, "Show the help")
 
 
 def _options(name: str, hint: Any, default: Any, texts: Mapping[str, str]) -> list[Option]:
+    if inner := _classes(hint):
+        return _options_of_any([_command(named) for named in inner])
     marks = getattr(hint, "__metadata__", ())
     kinds = _kinds(hint)
     choices = tuple(str(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
@@ -101,6 +101,13 @@ def _options(name: str, hint: Any, default: Any, texts: Mapping[str, str]) -> li
     if is_flag and tyro.conf.FlagCreatePairsOff not in marks and default is not MISSING:
         options.append(Option((f"--no-{word[2:]}",), (), False, True, f"Not: {meaning}"))
     return options
+
+
+def _options_of_any(commands: Sequence[Command]) -> list[Option]:
+    """Of commands inside of a command: their names, and what any of them takes."""
+    found = {option.names: option for command in commands for option in command.named()}
+    names = tuple(command.name for command in commands)
+    return [Option((), names, False, False, "Which"), *(o for o in found.values() if o != _HELP)]
 
 
 def _kinds(hint: Any) -> list[Any]:

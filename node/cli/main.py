@@ -20,6 +20,7 @@ import tyro
 
 from ...compression.errors import ConfigError, ThinwireError, nearest
 from ...coordinator.protocol.files import disk_error
+from ..bench.arguments import Bench
 from ..system.logs import PREFIX_VARIABLE, log_to_stderr
 from ..system.output import to_stderr, until_the_pipe_is_closed
 from ..system.processes import end_with_parent
@@ -27,7 +28,7 @@ from .admission_commands import Identity, Invite
 from .arguments import with_whole_tickets
 from .local_commands import Completion, Config, Generate, Init, Plan, Runs, print_version
 from .swarm_commands import Coordinator, Demo, Join, Ray
-from .tool_commands import Bench, Compare, Doctor, Export, Ledger, Monitor, Replay, Run, Status
+from .tool_commands import Compare, Doctor, Export, Ledger, Monitor, Replay, Run, Status
 
 Command = Annotated[
     Annotated[Demo, tyro.conf.subcommand("demo")]

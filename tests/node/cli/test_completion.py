@@ -36,8 +36,10 @@ def offered(folder: Path, *words: str) -> set[str]:
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_options_are_those_of_the_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([name, "--help"])
+    inner = COMMANDS[name].unnamed()[0].choices if name == "bench" else ()
+    for line in ([name], *([name, word] for word in inner)):
+        with pytest.raises(SystemExit):
+            main([*line, "--help"])
     help_ = capsys.readouterr().out
     known = {word for option in COMMANDS[name].named() for word in option.names}
     lines = [line.strip("│ ") for line in help_.splitlines()]
@@ -57,6 +59,7 @@ def test_bash_offers_what_fits(tmp_path: Path) -> None:
     assert offered(tmp_path, "thinwire", "demo", "--no") == {"--no-faults"}
     assert offered(tmp_path, "thinwire", "coordinator", "ru") == {"run.toml"}
     assert offered(tmp_path, "thinwire", "completion", "f") == {"fish"}
+    assert offered(tmp_path, "thinwire", "bench", "a") == {"all", "attacks", "audits"}
     assert offered(tmp_path, "thinwire", "join", "--port", "") == set()
 
 
