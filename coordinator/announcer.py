@@ -85,7 +85,9 @@ class Announcer:
             for source in set(sources.values())
         }
         told = {other: source for other, source in sources.items() if other in listening}
-        self._fanout.deliveries.told(offer.digest, {o: source for o, source in told.items() if source})
+        from_peers = {o: source for o, source in told.items() if source}
+        maker = origin if origin in relays else None
+        self._fanout.deliveries.told(offer.digest, from_peers, offer.n_bytes, maker)
         for other, source in told.items():
             self._send(other, said[source])
 

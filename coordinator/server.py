@@ -271,6 +271,7 @@ class CoordinatorServer:
             uploads=uploads,
             uploaded=self.fanout.uploaded,
             asked=self.fanout.deliveries.asked,
+            instead=self.fanout.referring.instead,
         )
         self._reception.hand_to(self._stream_server.handlers)
 

@@ -79,7 +79,8 @@ class StreamServer:
     """Open sessions by peer id, and the handlers of all streams. One event loop.
 
     `changed`: the service was told something. `failed`: the ledger cannot be written. `status`: for people.
-    `uploaded`: a peer's bytes came in so many seconds; `asked`: a peer asks for a blob. `watchers`: who wants
+    `uploaded`: a peer's bytes came in so many seconds; `asked`: a peer asks for a blob; `instead`: see
+    `Referring`. `watchers`: who wants
     to hear when another seat leads, and the term by which this one does. `is_seat`: of the same run, which
     gets blobs as members do, also while they are uploaded, of which `uploads` hears. `open_stream`: for
     blobs, to a node; `me`: the peer id of this coordinator.
@@ -102,8 +103,9 @@ class StreamServer:
         uploads: Uploads = Nobody(),  # noqa: B008 - has no state
         uploaded: Callable[[str, int, float], object] = lambda _peer_id, _n_bytes, _took_s: None,
         asked: Callable[[str, bytes], object] = lambda _peer_id, _digest: None,
+        instead: Callable[[str, bytes, float], str | None] = lambda _peer_id, _digest, _now_s: None,
     ) -> None:
-        self._uploaded, self._asked = uploaded, asked
+        self._uploaded, self._asked, self._instead = uploaded, asked, instead
         self._service, self._blobs, self._meter, self._uploads = service, blobs, meter, uploads
         self._changed, self._failed, self._status = changed, failed, status
         self._waits, self._watchers, self._is_seat = waits, watchers, is_seat
@@ -311,7 +313,14 @@ class StreamServer:
         uploaded, asked = partial(self._uploaded, peer_id), partial(self._asked, peer_id)
         shelf = _Shelf(self._service, self._blobs, peer_id, self._changed, self._uploads, uploaded, asked)
         coming, given = self._coming_for(peer_id), partial(self._uploads.given, peer_id)
-        await self._blob_streams.serve(peer_id, stream, shelf, coming=coming, given=given)
+        await self._blob_streams.serve(
+            peer_id,
+            stream,
+            shelf,
+            coming=coming,
+            given=given,
+            elsewhere=lambda digest: self._instead(peer_id, digest, time.monotonic()),
+        )
 
     def _coming_for(self, peer_id: str) -> Callable[[bytes], Coming | None]:
         """What is being uploaded, for other seats alone."""

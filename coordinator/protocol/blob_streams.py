@@ -4,6 +4,7 @@ GET digest     -> SIZE n, CHUNK ..., END digest    or NO reason; SIZE n again an
                   waits for the blob itself
 GET digest, 1 [, base]   -> the same; where SIZE has flags behind n, the chunks are packed blocks, each with
                   its length in front (`byte_planes`); flag 2: of what differs from `base`, as long a blob
+GET digest, 5  -> AT peer: that one has it, and a wider line; or as above, packed by older builds alone
 PUT digest, n  -> GO; CHUNK ..., END digest -> DONE    or DONE at once (it is here already)    or NO reason
 
 The first `EARLY_BYTES` of a PUT may be sent before its GO, which saves a round trip; where DONE or NO come
@@ -32,8 +33,9 @@ from .streams import CHUNK_BYTES, BadFrame, Frame, FrameKind, FrameLimits, Strea
 _DIGEST_BYTES = 32
 _SIZE = struct.Struct(">Q")
 _LENGTH = struct.Struct(">I")
-_PACKED, _DIFFERS = 1, 2
+_PACKED, _DIFFERS, _REFERRED = 1, 2, 4
 _MAX_NO_BYTES = 2000
+_MAX_PEER_ID_BYTES = 100
 
 STALL_S = 30.0
 """A transfer in which nothing moves for this long is given up."""
@@ -72,12 +74,21 @@ _DATA: FrameLimits = {FrameKind.CHUNK: CHUNK_BYTES, FrameKind.END: _DIGEST_BYTES
 _SIZE_OR_DATA: FrameLimits = {FrameKind.SIZE: _SIZE.size, **_DATA}
 _REQUESTS_OR_DATA: FrameLimits = {**_REQUESTS, **_DATA}
 _ANSWER_GET: FrameLimits = {FrameKind.SIZE: _SIZE.size + 1, FrameKind.NO: _MAX_NO_BYTES}
+_ANSWER_REFERRED: FrameLimits = {**_ANSWER_GET, FrameKind.AT: _MAX_PEER_ID_BYTES}
 _ANSWER_PUT: FrameLimits = {FrameKind.GO: 0, FrameKind.DONE: 0, FrameKind.NO: _MAX_NO_BYTES}
 _ANSWER_END: FrameLimits = {FrameKind.DONE: 0, FrameKind.NO: _MAX_NO_BYTES}
 
 
 class NotServed(SwarmUnreachable):
     """The other end is alive and says no; the stream can go on."""
+
+
+class Referred(NotServed):
+    """`holder` has the blob, too, and is to be asked first."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(f"{holder} has it")
+        self.holder = holder
 
 
 class Sink(Protocol):
@@ -116,6 +127,10 @@ def _nothing_comes(_digest: bytes) -> Coming | None:
     return None
 
 
+def _nowhere(_digest: bytes) -> str | None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Base:
     """An earlier version of a blob, which both ends may have."""
@@ -134,16 +149,21 @@ async def get_blob(
     packed: bool = False,
     base: Base | None = None,
     waits: Callable[[], object] = bool,
+    referred: bool = False,
 ) -> bytes:
     """`patience`: what is known of the gaps between this peer's chunks; it learns from this blob's. `packed`:
     asks for fewer bytes, of what differs from `base` if the other end has that, too. `waits`: hears whenever
-    the other end says that it waits for the blob itself.
+    the other end says that it waits for the blob itself. `referred`: it may also say who else has it.
 
-    Raises NotServed, SwarmUnreachable (stalled), BadFrame (cut, wrong bytes), EOFError or OSError.
+    Raises NotServed, Referred, SwarmUnreachable (stalled), BadFrame (cut, wrong bytes), EOFError or OSError.
     """
     patience = patience or stall_patience()
-    await stream.send(FrameKind.GET, digest + _wish(packed, base))
-    answer = await _next(stream, _ANSWER_GET, patience=patience)
+    packed = packed or referred
+    wish = bytes([_PACKED | _REFERRED]) if referred else _wish(packed, base)
+    await stream.send(FrameKind.GET, digest + wish)
+    answer = await _next(stream, _ANSWER_REFERRED if referred else _ANSWER_GET, patience=patience)
+    if answer.kind is FrameKind.AT:
+        raise Referred(answer.body.decode(errors="replace"))
     if answer.kind is FrameKind.NO:
         raise NotServed(answer.body.decode(errors="replace"))
     n_bytes, flags = _size(answer.body[: _SIZE.size]), answer.body[_SIZE.size :]
@@ -274,13 +294,14 @@ async def serve_blobs(
     coming: Callable[[bytes], Coming | None] = _nothing_comes,
     given: Callable[[bytes], object] = bool,
     announced: Callable[[bytes], Awaitable[object]] | None = None,
+    elsewhere: Callable[[bytes], str | None] = _nowhere,
 ) -> None:
     """Answers requests until the other end closes the stream or is no longer `allowed` to ask.
 
     `turns`: how many blobs of a kind are sent at once over all streams; the others wait. `coming`: what is
     not on the shelf yet, by its digest. `given`: is told of what was sent as a whole. `announced`: is waited
     for before an upload is let in, whose announcement comes on another stream; raises BadMessage: this peer
-    sends none.
+    sends none. `elsewhere`: whom to ask instead, of who would take that for an answer.
     Raises BadMessage for a peer that breaks the protocol, after telling it why; OSError if it is gone.
     """
     unwanted: int | None = None
@@ -302,7 +323,7 @@ async def serve_blobs(
         counted_as = purpose(body[:_DIGEST_BYTES]) if callable(purpose) else purpose
         async with turns.get(counted_as) or contextlib.nullcontext():
             if kind is FrameKind.GET:
-                if await _serve_get(stream, shelf, body, counted_as, coming):
+                if await _serve_get(stream, shelf, body, counted_as, coming, elsewhere):
                     given(body[:_DIGEST_BYTES])
             elif not await _serve_put(stream, shelf, body, counted_as):
                 unwanted = EARLY_BYTES + CHUNK_BYTES
@@ -329,9 +350,15 @@ async def _serve_get(
     body: bytes,
     purpose: TrafficKind,
     coming: Callable[[bytes], Coming | None],
+    elsewhere: Callable[[bytes], str | None],
 ) -> bool:
     """Whether it was sent."""
     digest, wish = body[:_DIGEST_BYTES], body[_DIGEST_BYTES:]
+    if wish and wish[0] & _REFERRED:
+        wish = b""
+        if (holder := elsewhere(digest)) is not None:
+            await _send(stream, FrameKind.AT, holder.encode())
+            return False
     try:
         file, n_bytes = shelf.open(digest)
     except KeyError:

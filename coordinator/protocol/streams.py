@@ -58,6 +58,7 @@ class FrameKind(IntEnum):
     LATEST = 13  # asks for what was last sent to neighbours
     CARRY = 14  # as MODEL, and signature and peer: a member is to bring it there
     CARRIED = 15  # as MODEL, and signature and peer: a member brings it from there
+    AT = 16  # answer to GET: the peer that is to be asked for it
 
 
 FrameLimits = Mapping[FrameKind, int]

@@ -24,6 +24,8 @@ class _Round:
 
     def __init__(self) -> None:
         self.sources: dict[bytes, dict[str, str]] = {}
+        self.holders: dict[bytes, tuple[int, set[str]]] = {}
+        """Bytes of each payload, and who gives it."""
         self.n_told: defaultdict[str, int] = defaultdict(int)
         self.askers: defaultdict[str, list[str]] = defaultdict(list)
         self.n_copies = 0
@@ -49,11 +51,13 @@ class Deliveries:
         self._rests: dict[str, tuple[int, int]] = {}
         """Until which round, and for how many."""
 
-    def told(self, digest: bytes, sources: Mapping[str, str]) -> None:
-        """From whom each of these peers gets the payload."""
+    def told(self, digest: bytes, sources: Mapping[str, str], n_bytes: int, maker: str | None) -> None:
+        """From whom each of these peers gets the payload. `maker`: if others reach it."""
         if self._now.n_copies + len(sources) <= MOST_COPIES:
             self._now.n_copies += len(sources)
             self._now.sources.setdefault(digest, {}).update(sources)
+            _, holders = self._now.holders.setdefault(digest, (n_bytes, set()))
+            holders.update(sources.values() if maker is None else (maker, *sources.values()))
             for source in sources.values():
                 self._now.n_told[source] += 1
 
@@ -63,6 +67,12 @@ class Deliveries:
             source = round_.sources.get(digest, {}).pop(peer, None)
             if source is not None:
                 round_.askers[source].append(peer)
+
+    def holders(self, digest: bytes) -> tuple[int, set[str]]:
+        """The payload's bytes, and who has it and was asked for in vain by nobody lately."""
+        rounds = (self._now, self._before)
+        n_bytes, holders = next((r.holders[digest] for r in rounds if digest in r.holders), (0, set[str]()))
+        return n_bytes, {holder for holder in holders if not any(r.askers.get(holder) for r in rounds)}
 
     def next_round(self) -> None:
         """The open one is over."""

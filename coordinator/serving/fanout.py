@@ -18,6 +18,7 @@ from statistics import median
 from typing import Final
 
 from .deliveries import Deliveries
+from .referring import Referring
 
 UPLOAD_BYTES_PER_S: Final = 100e6 / 8
 """Of a coordinator that was not told its own."""
@@ -88,6 +89,7 @@ class Fanout:
         self._durations_s: deque[float] = deque(maxlen=_MEASURED)
         self._little_s = LITTLE_S
         self.deliveries = Deliveries()
+        self.referring = Referring(self.deliveries, upload_bytes_per_s, self._rates)
 
     def uploaded(self, peer: str, n_bytes: int, took_s: float) -> None:
         """So many bytes came from it in this time."""

@@ -73,16 +73,26 @@ class BlobClient:
         purpose: TrafficKind,
         base: Base | None = None,
         waits: Callable[[], object] = bool,
+        referred: bool = False,
     ) -> bytes:
         """What counts as "snapshot" comes packed, or as what differs from `base`, unless the link is fast.
-        `waits`: see `get_blob`.
+        `waits`, `referred`: see `get_blob`.
 
-        Raises SwarmUnreachable; NotServed if the peer is there but has no such blob for us; Lied."""
+        Raises SwarmUnreachable; NotServed (or Referred) if it is there and has no such blob for us; Lied.
+        """
         packed = purpose == "snapshot" and not self._is_fast
         began_s = time.monotonic()
         data = await self._use(
             lambda stream: get_blob(
-                stream, digest, max_bytes, purpose, self._patience, packed=packed, base=base, waits=waits
+                stream,
+                digest,
+                max_bytes,
+                purpose,
+                self._patience,
+                packed=packed,
+                base=base,
+                waits=waits,
+                referred=referred,
             )
         )
         if purpose == "snapshot" and len(data) >= MEASURED_BYTES:

@@ -88,9 +88,9 @@ class BlobFetcher:
         await asyncio.sleep(_MEMBERS_S)
         return await self._holders.get(holder, digest, n_bytes, "snapshot", base)
 
-    async def from_coordinator(self, digest: Digest, n_bytes: int) -> bytes:
-        """One attempt to get a payload. Raises SwarmUnreachable."""
-        return await self._from_coordinator(digest, n_bytes, "payload")
+    async def from_coordinator(self, digest: Digest, n_bytes: int, referred: bool = False) -> bytes:
+        """One attempt to get a payload. `referred`: see `get_blob`. Raises SwarmUnreachable."""
+        return await self._from_coordinator(digest, n_bytes, "payload", referred)
 
     async def from_member(
         self, holder: str, digest: Digest, n_bytes: int, waits: Callable[[], object] = bool
@@ -142,10 +142,12 @@ class BlobFetcher:
         if self._error is not None:
             raise SwarmUnreachable(str(self._error))
 
-    async def _from_coordinator(self, digest: Digest, n_bytes: int, purpose: TrafficKind) -> bytes:
+    async def _from_coordinator(
+        self, digest: Digest, n_bytes: int, purpose: TrafficKind, referred: bool = False
+    ) -> bytes:
         if self._error is not None:
             raise SwarmUnreachable(str(self._error))
-        return await self._downloads.get(digest, n_bytes, purpose)
+        return await self._downloads.get(digest, n_bytes, purpose, referred=referred)
 
     async def _open_stream_to(self, holder: str) -> Stream:
         addresses = self._members.addresses(holder)

@@ -20,7 +20,7 @@ from math import inf
 from typing import Any, BinaryIO, Protocol, get_args
 
 from ...compression.errors import SwarmUnreachable
-from ...coordinator.protocol.blob_streams import Coming, NotServed, Sink
+from ...coordinator.protocol.blob_streams import Coming, NotServed, Referred, Sink
 from ...coordinator.protocol.messages import BadMessage, Commit, Offered, OfferEntry, digest_of
 from ...coordinator.protocol.patience import Patience
 from ...coordinator.protocol.streams import TrafficKind
@@ -44,8 +44,9 @@ LEAST_BYTES_PER_S = 125e3
 LEAST_SHARE = 0.25
 """A peer from which less comes than this share of what would bring the payload in time gives nothing."""
 
-_ANNOUNCED_S = 1.0
-"""A payload that is sent here may be ahead of its announcement for so long."""
+_ANNOUNCED_S, _AGAIN_S = 1.0, 0.1
+"""A payload that is sent here may be ahead of its announcement for so long; and who is asked for one may hear
+so much later that it is to pass it on: it is asked again, at first after `_AGAIN_S`."""
 
 _RETRY_S, _LAST_RETRY_S = 0.3, 2.0
 _REFUSALS = 2
@@ -55,8 +56,9 @@ _REFUSALS = 2
 class Sources(Protocol):
     """Where payloads come from; one attempt each, verified."""
 
-    async def from_coordinator(self, digest: bytes, n_bytes: int) -> bytes:
-        """Raises SwarmUnreachable; NotServed or Lied: asking again is of little use."""
+    async def from_coordinator(self, digest: bytes, n_bytes: int, referred: bool = False) -> bytes:
+        """`referred`: it may also raise Referred. Raises SwarmUnreachable; NotServed or Lied: asking again is
+        of little use."""
         ...
 
     async def from_member(
@@ -330,8 +332,7 @@ class Payloads:
             if offered.holder == self._own:
                 data = await self._pushed[digest].whole()
             else:
-                waits = self._early[digest].waits
-                data = await self._sources.from_member(offered.holder, digest, offered.n_bytes, waits)
+                data = await self._from_holder(self._early[digest])
             self._patience.took(time.monotonic() - began_s)
             self.kept.add(offered.round, digest, data)
             return data
@@ -340,6 +341,20 @@ class Payloads:
             early = self._early.get(digest)
             if early is not None and early.task is asyncio.current_task():
                 del self._early[digest]
+
+    async def _from_holder(self, early: Early) -> bytes:
+        """Raises SwarmUnreachable."""
+        offered, pause_s = early.offered, _AGAIN_S
+        while True:
+            try:
+                return await self._sources.from_member(
+                    offered.holder, offered.digest, offered.n_bytes, early.waits
+                )
+            except NotServed:
+                if time.monotonic() > early.began_s + _ANNOUNCED_S:
+                    raise
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
 
     async def _fetch_wanted(self, digest: bytes, n_bytes: int, offerer: str | None, round_: int) -> bytes:
         data = await self._resolve(digest, n_bytes, offerer)
@@ -351,16 +366,37 @@ class Payloads:
         early = self._early.get(digest)
         if early is None:
             return await self._from_anybody(digest, n_bytes, offerer)
-        task, holder = early.task, early.offered.holder
-        if holder == self._own or self._sources.is_coordinator(holder):
-            await asyncio.wait({task})
+        if early.offered.holder == self._own or self._sources.is_coordinator(early.offered.holder):
+            await asyncio.wait({early.task})
         else:
             await self._wait_while_it_comes(early)
-        if _has_succeeded(task):
-            return task.result()
-        data = await self._race(task, _quiet(self._from_anybody(digest, n_bytes, offerer)))
-        if not task.done():
-            self._sources.too_slow(holder)
+        named = partial(self._from_named, early.offered)
+        return await self._raced(early, partial(self._from_anybody, digest, n_bytes, offerer, named))
+
+    async def _from_named(self, offered: Offered) -> bytes:
+        """From the coordinator, or whom it names now; where that stands still, too, whichever comes first.
+        Raises as the coordinator does."""
+        digest, n_bytes = offered.digest, offered.n_bytes
+        try:
+            return await self._sources.from_coordinator(digest, n_bytes, referred=True)
+        except Referred as e:
+            named = offered.model_copy(update={"holder": e.holder})
+        fetching = _quiet(self._sources.from_member(named.holder, digest, n_bytes))
+        early = Early(named, fetching, time.monotonic())
+        try:
+            await self._wait_while_it_comes(early)
+            return await self._raced(early, partial(self._sources.from_coordinator, digest, n_bytes))
+        finally:
+            fetching.cancel()
+
+    async def _raced(self, early: Early, other: Callable[[], Coroutine[Any, Any, bytes]]) -> bytes:
+        """What comes first; nothing of `other` is begun where it is here. The reason of `other` if both
+        fail."""
+        if _has_succeeded(early.task):
+            return early.task.result()
+        data = await self._race(early.task, _quiet(other()))
+        if not early.task.done():
+            self._sources.too_slow(early.offered.holder)
         return data
 
     async def _wait_while_it_comes(self, early: Early) -> None:
@@ -389,16 +425,25 @@ class Payloads:
             early.cancel()
             other.cancel()
 
-    async def _from_anybody(self, digest: bytes, n_bytes: int, offerer: str | None) -> bytes:
-        """The coordinator, then every member and seat; again while the coordinator may come back."""
+    async def _from_anybody(
+        self,
+        digest: bytes,
+        n_bytes: int,
+        offerer: str | None,
+        named: Callable[[], Coroutine[Any, Any, bytes]] | None = None,
+    ) -> bytes:
+        """The coordinator, at first as `named` asks it, then every member and seat; again while the
+        coordinator may come back."""
         refused, pause_s, why = 0, _RETRY_S, ""
+        plain = partial(self._sources.from_coordinator, digest, n_bytes)
         while True:
             try:
-                return await self._sources.from_coordinator(digest, n_bytes)
+                return await (named or plain)()
             except (NotServed, Lied) as e:
                 refused, why = refused + 1, str(e)
             except SwarmUnreachable as e:
                 why = str(e)
+            named = None
             for holder in self._sources.holders(offerer):
                 try:
                     return await self._sources.from_member(holder, digest, n_bytes)

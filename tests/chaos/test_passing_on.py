@@ -8,6 +8,8 @@ import pytest
 
 from tests.chaos.harness import Swarm
 from tests.chaos.program import Node
+from thinwire.coordinator.policy import deadline_s
+from thinwire.node.links.payloads import LONG_WAIT_S
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
 
@@ -18,6 +20,11 @@ SETTINGS = {
 }
 NARROW_BYTES_PER_S = 1e6
 ROUNDS = 4
+
+MOST_MISSED = round(2 * LONG_WAIT_S / deadline_s([0.0])) + 2
+"""Rounds running that a node misses for a lost relay: nothing comes from that one for `LONG_WAIT_S`, nor from
+whom the coordinator names then, and no round without one of its offers is shorter than the least deadline;
+the round in which it was lost, and the one in which the payloads are here again, besides."""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +51,11 @@ def others_soon_lose_nothing(swarm: Swarm, lost: Node) -> None:
         return len(newest) == ROUNDS and all(indices <= {o.peer for o in body.offers} for body in newest)
 
     swarm.wait(all_count, 30, f"{ROUNDS} rounds running with all others than {lost.name}")
+    for index in indices:
+        counts = [
+            "#" if index in {o.peer for o in body.offers} else "." for body in swarm.book.commits[after:]
+        ]
+        assert "." * (MOST_MISSED + 1) not in "".join(counts), f"peer {index}"
     assert not swarm.is_counted(lost, swarm.book.head - ROUNDS + 2)
     swarm.wait_agreed(others)
 

@@ -21,6 +21,7 @@ from thinwire.coordinator.protocol.blob_streams import (
     EARLY_BYTES,
     Base,
     NotServed,
+    Referred,
     Sink,
     get_blob,
     put_blob,
@@ -223,7 +224,10 @@ class MemorySink:
 
 
 def served(
-    shelf: Memory, body: Callable[[Stream], Awaitable[None]], allowed: Callable[[], bool] = lambda: True
+    shelf: Memory,
+    body: Callable[[Stream], Awaitable[None]],
+    allowed: Callable[[], bool] = lambda: True,
+    elsewhere: Callable[[bytes], str | None] = lambda _digest: None,
 ) -> Exception | None:
     """Runs a client against a server of the shelf; returns how the server ended."""
     ended: list[Exception | None] = []
@@ -231,7 +235,7 @@ def served(
     async def both(client: Stream, server: Stream) -> None:
         async def serve() -> None:
             try:
-                await serve_blobs(server, shelf, "payload", allowed)
+                await serve_blobs(server, shelf, "payload", allowed, elsewhere=elsewhere)
                 ended.append(None)
             except (BadMessage, EOFError, OSError) as e:
                 ended.append(e)
@@ -266,6 +270,41 @@ def test_one_stream_serves_many_requests() -> None:
 
     assert served(shelf, body) is None
     assert shelf.uploads == [digest_of(blob) for blob in blobs]
+
+
+def test_who_has_a_blob_may_name_another_one_to_who_takes_that_for_an_answer() -> None:
+    there, busy = b"there" * 1000, b"busy" * 1000
+    shelf = Memory(there, busy)
+
+    async def body(client: Stream) -> None:
+        with pytest.raises(Referred) as e:
+            await get_blob(client, digest_of(busy), len(busy), "payload", referred=True)
+        assert e.value.holder == "somebody"
+        assert await get_blob(client, digest_of(busy), len(busy), "payload") == busy
+        assert await get_blob(client, digest_of(there), len(there), "payload", referred=True) == there
+
+    assert served(shelf, body, elsewhere={digest_of(busy): "somebody"}.get) is None
+
+
+def test_builds_that_name_nobody_send_what_they_have() -> None:
+    """They take every wish for one to have fewer bytes."""
+    blob = b"old" * 1000
+
+    async def old(server: Stream) -> None:
+        wish = (await server.receive({FrameKind.GET: 65})).body[32:]
+        assert wish[0] & 1
+        packed = pack(blob, None)
+        await server.send(FrameKind.SIZE, struct.pack(">Q", len(blob)) + b"\1")
+        await server.send(FrameKind.CHUNK, struct.pack(">I", len(packed)) + packed)
+        await server.send(FrameKind.END, digest_of(blob))
+
+    async def both(client: Stream, server: Stream) -> None:
+        _, got = await asyncio.gather(
+            old(server), get_blob(client, digest_of(blob), len(blob), "payload", referred=True)
+        )
+        assert got == blob
+
+    over_a_pair(both)
 
 
 def test_an_upload_that_is_refused_leaves_the_stream_usable() -> None:

@@ -14,7 +14,7 @@ import pytest
 from tests.support.records import commit_body, unsigned
 from tests.support.skipping_loop import SkippingLoop
 from thinwire.compression.errors import SwarmUnreachable
-from thinwire.coordinator.protocol.blob_streams import NotServed, put_blob, serve_blobs
+from thinwire.coordinator.protocol.blob_streams import NotServed, Referred, put_blob, serve_blobs
 from thinwire.coordinator.protocol.messages import (
     Commit,
     Offered,
@@ -37,6 +37,8 @@ class Swarm:
     def __init__(self) -> None:
         self.coordinator: dict[bytes, bytes] = {}
         self.is_up = True
+        self.named: str | None = None
+        """Who has it, too, as the coordinator says."""
         self.given_up = False
         self.peers: dict[str, dict[bytes, bytes]] = {A: {}, B: {}, C: {}}
         self.resting: set[str] = set()
@@ -51,10 +53,12 @@ class Swarm:
         """Payloads come over real streams, so many bytes every ten milliseconds; 0: at once, without."""
         self.giving: list[asyncio.Task[None]] = []
 
-    async def from_coordinator(self, digest: bytes, n_bytes: int) -> bytes:
+    async def from_coordinator(self, digest: bytes, n_bytes: int, referred: bool = False) -> bytes:
         self.asked.append("coordinator")
         if not self.is_up:
             raise SwarmUnreachable("no connection")
+        if referred and self.named is not None:
+            raise Referred(self.named)
         if digest not in self.coordinator:
             raise NotServed("not here")
         return self.coordinator[digest]
@@ -94,7 +98,7 @@ class Swarm:
         if self.piece_bytes:
             return await self.streams.get(holder, digest, n_bytes, "payload")
         if digest not in self.peers[holder]:
-            raise SwarmUnreachable("not here")
+            raise NotServed("not here")
         return self.peers[holder][digest]
 
     def holders(self, offerer: str | None) -> list[str]:
@@ -145,7 +149,8 @@ def in_a_loop(body: Callable[[Swarm, Payloads], Awaitable[None]]) -> Callable[[]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(payloads_module, "_RETRY_S", 0.001)
     monkeypatch.setattr(payloads_module, "LONG_WAIT_S", 0.05)
-    monkeypatch.setattr(payloads_module, "_ANNOUNCED_S", 0.05)
+    monkeypatch.setattr(payloads_module, "_ANNOUNCED_S", 0.02)
+    monkeypatch.setattr(payloads_module, "_AGAIN_S", 0.005)
     monkeypatch.setattr(payloads_module, "SHORT_WAIT_S", 0.05)
 
 
@@ -312,6 +317,42 @@ async def test_after_a_short_wait_the_coordinator_is_asked(swarm: Swarm, payload
     assert await payloads.get(entry(1, x), A) == x
     assert swarm.asked == [A, "coordinator"]
     assert swarm.slow == [A]
+
+
+@in_a_loop
+async def test_whom_the_coordinator_names_is_asked(swarm: Swarm, payloads: Payloads) -> None:
+    x = data("x")
+    swarm.coordinator[digest_of(x)] = swarm.peers[B][digest_of(x)] = x
+    swarm.held.add(A)
+    swarm.named = B
+    payloads.offered(offered(1, A, x))
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == [A, "coordinator", B]
+
+
+@in_a_loop
+async def test_and_the_coordinator_again_where_nothing_comes_from_there(
+    swarm: Swarm, payloads: Payloads
+) -> None:
+    x = data("x")
+    swarm.coordinator[digest_of(x)] = x
+    swarm.held |= {A, B}
+    swarm.named = B
+    payloads.offered(offered(1, A, x))
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == [A, "coordinator", B, "coordinator"]
+    assert swarm.slow == [B, A]
+
+
+@in_a_loop
+async def test_who_passes_a_payload_on_may_hear_of_it_later(swarm: Swarm, payloads: Payloads) -> None:
+    x = data("x")
+    payloads.offered(offered(1, A, x))
+    while not swarm.asked:
+        await settle()
+    swarm.peers[A][digest_of(x)] = x
+    assert await payloads.get(entry(1, x), A) == x
+    assert set(swarm.asked) == {A}
 
 
 async def come_slowly(swarm: Swarm, payloads: Payloads, piece_bytes: int) -> list[str]:
@@ -488,7 +529,7 @@ async def test_a_failed_early_fetch_is_silent_and_the_coordinator_helps(
     payloads.offered(offered(1, A, x))
     await settle()
     assert await payloads.get(entry(1, x), A) == x
-    assert swarm.asked == [A, "coordinator"]
+    assert list(dict.fromkeys(swarm.asked)) == [A, "coordinator"]
     assert swarm.slow == []
 
 
