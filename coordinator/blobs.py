@@ -26,6 +26,8 @@ class _Blob:
     """The newest round in which it was uploaded or offered, until that is long over."""
     counted: int | None = None
     """The newest round whose commit names it, until that is released."""
+    owner: str = ""
+    """Whose upload it was, as long as no offer has named it."""
 
 
 class BlobWriter:
@@ -85,7 +87,7 @@ class BlobWriter:
         try:
             if not self._is_synced:
                 self.sync()
-            self._store.adopt(self._digest, self.n_bytes)
+            self._store.adopt(self._digest, self.n_bytes, self.owner)
         except BaseException:
             self.abort()
             raise
@@ -172,6 +174,23 @@ class BlobStore:
             most.abort()
         return True
 
+    def drop_unnamed(self, owner: str, n_bytes: int) -> bool:
+        """Deletes an upload that no offer has named, of who has most of them, if that is more than `owner`
+        would have with so many bytes besides; whether there was one."""
+        unnamed = [(digest, blob) for digest, blob in self._blobs.items() if blob.owner]
+        of_owners = Counter[str]()
+        for _, blob in unnamed:
+            of_owners[blob.owner] += blob.n_bytes
+        most = max(of_owners, key=of_owners.__getitem__, default=owner)
+        if of_owners[most] <= of_owners[owner] + n_bytes:
+            return False
+        digest, blob = next((digest, blob) for digest, blob in unnamed if blob.owner == most)
+        if blob.offered is not None:
+            _take(self._offered, digest, blob.offered)
+            blob.offered = None
+        self._delete_if_free(digest)
+        return True
+
     def coming(self, digest: bytes) -> BlobWriter | None:
         """By which the blob comes that is not here yet: of several, which has most; None: it does not."""
         return max(self._coming.get(digest, ()), key=lambda writer: writer.n_bytes, default=None)
@@ -216,12 +235,17 @@ class BlobStore:
             _move(self._offered, digest, blob.offered, round_)
             blob.offered = round_
 
+    def named(self, digest: bytes) -> None:
+        """An offer names the blob, or a commit."""
+        if digest in self._blobs:
+            self._blobs[digest].owner = ""
+
     def mark_counted(self, digest: bytes, round_: int) -> None:
         """The commit of this round names the blob; does nothing if it is not here."""
         blob = self._blobs.get(digest)
         if blob is not None and (blob.counted is None or blob.counted < round_):
             _move(self._counted, digest, blob.counted, round_)
-            blob.counted = round_
+            blob.counted, blob.owner = round_, ""
 
     def counted(self) -> list[tuple[bytes, int]]:
         """What commits name, and the round of the newest one that does, in the order of rounds."""
@@ -259,14 +283,14 @@ class BlobStore:
         if digest in self._blobs:
             self._delete_if_free(digest)
 
-    def adopt(self, digest: bytes, n_bytes: int) -> None:
-        """The file that was renamed becomes a blob. Raises BadMessage: it came twice at once, and what came
+    def adopt(self, digest: bytes, n_bytes: int, owner: str = "") -> None:
+        """The file that was renamed becomes a blob, as an upload of this peer's. Raises BadMessage: it came twice at once, and what came
         first was released meanwhile."""
         if digest in self._blobs:
             return
         if not self.file(digest).exists():
             raise BadMessage(f"blob {digest.hex()[:16]} was released while it came again")
-        self._blobs[digest] = _Blob(n_bytes)
+        self._blobs[digest] = _Blob(n_bytes, owner=owner)
         self.n_bytes += n_bytes
         for writer in self._coming.get(digest, ()):
             writer.tell()  # who waits for the slower one need not
@@ -293,15 +317,19 @@ class BlobStore:
 
 def _move(index: dict[int, set[bytes]], digest: bytes, old: int | None, new: int) -> None:
     if old is not None:
-        index[old].discard(digest)
-        if not index[old]:
-            del index[old]
+        _take(index, digest, old)
     is_late = new not in index and index and new < next(reversed(index))
     index.setdefault(new, set()).add(digest)
     if is_late:  # seldom: a payload came long after its round
         in_order = sorted(index.items())
         index.clear()
         index.update(in_order)
+
+
+def _take(index: dict[int, set[bytes]], digest: bytes, round_: int) -> None:
+    index[round_].discard(digest)
+    if not index[round_]:
+        del index[round_]
 
 
 def _up_to(index: dict[int, set[bytes]], round_: int) -> list[int]:

@@ -63,6 +63,7 @@ class OpenRound:
         made = self.offers.checked(peer, offer)
         if offer.digest is not None and self.offers.is_here(offer):
             self._retention.offered(offer.digest, self.rounds.round)
+            self._retention.named(offer.digest)
         self.handle(made, now_s, offer)
 
     def blob_arrived(self, digest: bytes, now_s: float) -> None:
@@ -70,6 +71,7 @@ class OpenRound:
         seats hold it."""
         for peer, offer in self.offers.of(digest):
             if self.offers.is_here(offer):
+                self._retention.named(digest)
                 self._announce(peer, offer)
             else:
                 self._admission.rejected["size"] += 1

@@ -3,8 +3,8 @@
 A counted payload is needed while its round is after the second newest attested snapshot, or is one that a
 joining peer has said that it is going to apply. The coordinator verifies no snapshot, so what is attested
 decides here; nodes go by what they have verified themselves (`node/links/payloads.py`). What is not needed
-goes at once, or only to make room, or never: `Keep`. A quota is never exceeded: where it is full, joining
-peers lose what they were promised and take a newer snapshot, then what is before the newest snapshot goes,
+goes at once, or only to make room, or never: `Keep`. A quota is never exceeded: where it is full, what no
+commit has counted goes first, then uploads that no offer names, of who has most of them. Then joining peers lose what they were promised and take a newer snapshot, then what is before the newest snapshot goes,
 then, though nobody has a snapshot that others vouch for, what is older than the nodes' own ones; after that,
 payloads are refused. Where snapshots are to decide and there are none, a disk that is nearly full does the
 same, but that nothing is refused. Payloads inside of commits stay for ever, in the ledger.
@@ -124,6 +124,10 @@ class PayloadRetention:
         self._blobs.mark_offered(digest, round_)
         self.found(digest)
 
+    def named(self, digest: bytes) -> None:
+        """An offer names the blob."""
+        self._blobs.named(digest)
+
     def found(self, digest: bytes) -> bool:
         """The blob has arrived; whether a commit names it, and it was missed."""
         counted = self._missing.pop(digest, None)
@@ -154,7 +158,9 @@ class PayloadRetention:
 
     def no_room(self, n_bytes: int, owner: str) -> str | None:
         """Why a peer's payload of this size cannot be stored; None: there is room for it, now at the latest.
-        Uploads of who has reserved more give way."""
+        Uploads of who has more that no offer names, or has reserved more, give way."""
+        while not self._fits(n_bytes) and self._blobs.drop_unnamed(owner, n_bytes):
+            pass
         fits = self.has_room(n_bytes)
         while not fits and self._blobs.give_way(owner, n_bytes):
             fits = self.has_room(n_bytes)
@@ -228,18 +234,21 @@ class PayloadRetention:
     def has_room(self, n_bytes: int) -> bool:
         """Whether so many bytes fit below the quota, and onto the disk; old payloads are deleted as far as
         need be."""
-        blobs, most_bytes = self._blobs, self._most_bytes()
-        if most_bytes is None:
-            return not self._is_full(n_bytes)
+        if not self._fits(n_bytes):
+            self._release(0, self._head)
         for floor in self._not_needed():
-            while blobs.n_bytes + blobs.reserved_bytes + n_bytes > most_bytes:
-                oldest = blobs.oldest_counted()
+            while not self._fits(n_bytes):
+                oldest = self._blobs.oldest_counted()
                 if oldest is None or oldest > floor:
                     break
                 self._release(oldest, 0)
                 self._tell_loss(oldest)
-        fits = blobs.n_bytes + blobs.reserved_bytes + n_bytes <= most_bytes
-        return (fits or self._keep.quota_bytes is None) and not self._is_full(n_bytes)
+        return (self._fits(n_bytes) or self._keep.quota_bytes is None) and not self._is_full(n_bytes)
+
+    def _fits(self, n_bytes: int) -> bool:
+        """Whether nothing has to go for so many bytes more."""
+        blobs, most_bytes = self._blobs, self._most_bytes()
+        return most_bytes is None or blobs.n_bytes + blobs.reserved_bytes + n_bytes <= most_bytes
 
     def _is_full(self, n_bytes: int) -> bool:
         """Whether the ledger would lack room beside so many bytes more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -893,6 +894,25 @@ def test_payloads_do_not_take_what_the_ledger_needs(
         with pytest.raises(BadMessage, match="disk is full, but for what its ledger needs"):
             world.service.may_store("a", 6000)
     world.service.may_store("a", 6000)
+
+
+def test_uploads_that_no_commit_counts_go_before_what_the_run_needs(make_world: MakeWorld) -> None:
+    """A member uploads as much as it may, and offers nothing of it: joiners lose nothing, nobody is refused."""
+    world = make_world(rounds=100, snapshot_every=10, max_payload_bytes=25_000)
+    world.restart(keep=Keep.parse("400kB"))  # 33 rounds
+    world.train("a", "b")
+    world.open("c")
+    junk = 0
+    for round_ in range(1, 41):
+        for n in range(4):
+            with contextlib.suppress(BadMessage):
+                world.upload("c", bytes([round_, n]) * 12_500)
+                junk += 1
+        assert world.blobs.n_bytes <= 400_000
+        trained(world, range(round_, round_ + 1), *([round_] if round_ % 10 == 0 else []))
+    assert junk > 120
+    assert kept(world, *range(21, 41)) == list(range(21, 41)), "all since the second newest snapshot"
+    assert world.status()["rejected"].get("quota", 0) == 160 - junk
 
 
 def test_room_is_reserved_for_uploads_that_are_under_way(make_world: MakeWorld) -> None:

@@ -126,7 +126,10 @@ class World:
 
     def upload(self, peer: str, data: bytes) -> bytes:
         self.service.may_store(peer, len(data))
-        self.blobs.put(digest_of(data), data)
+        if digest_of(data) not in self.blobs:
+            writer = self.blobs.writer(digest_of(data), len(data), peer)
+            writer.write(data)
+            writer.finish()
         self.service.blob_arrived(peer, digest_of(data), self.now_s)
         return digest_of(data)
 
