@@ -4,8 +4,9 @@ A counted payload is needed while its round is after the second newest attested 
 joining peer has said that it is going to apply. The coordinator verifies no snapshot, so what is attested
 decides here; nodes go by what they have verified themselves (`node/links/payloads.py`). What is not needed
 goes at once, or only to make room, or never: `Keep`. A quota is never exceeded: where it is full, what no
-commit has counted goes first, then uploads that no offer names, of who has most of them. Then joining peers lose what they were promised and take a newer snapshot, then what is before the newest snapshot goes,
-then, though nobody has a snapshot that others vouch for, what is older than the nodes' own ones; after that,
+commit has counted goes first, then uploads that no offer names, of who has most of them. Then joining peers
+lose what they were promised and take a newer snapshot, then what is before the newest snapshot goes, then,
+though nobody has a snapshot that others vouch for, what is older than the nodes' own ones; after that,
 payloads are refused. Where snapshots are to decide and there are none, a disk that is nearly full does the
 same, but that nothing is refused. Payloads inside of commits stay for ever, in the ledger.
 """

@@ -897,7 +897,7 @@ def test_payloads_do_not_take_what_the_ledger_needs(
 
 
 def test_uploads_that_no_commit_counts_go_before_what_the_run_needs(make_world: MakeWorld) -> None:
-    """A member uploads as much as it may, and offers nothing of it: joiners lose nothing, nobody is refused."""
+    """A member uploads all it may, and offers nothing of it: joiners lose nothing, nobody is refused."""
     world = make_world(rounds=100, snapshot_every=10, max_payload_bytes=25_000)
     world.restart(keep=Keep.parse("400kB"))  # 33 rounds
     world.train("a", "b")
