@@ -284,8 +284,8 @@ class BlobStore:
             self._delete_if_free(digest)
 
     def adopt(self, digest: bytes, n_bytes: int, owner: str = "") -> None:
-        """The file that was renamed becomes a blob, as an upload of this peer's. Raises BadMessage: it came twice
-        at once, and what came first was released meanwhile."""
+        """The file that was renamed becomes a blob, as an upload of this peer's. Raises BadMessage: it came
+        twice at once, and what came first was released meanwhile."""
         if digest in self._blobs:
             return
         if not self.file(digest).exists():
