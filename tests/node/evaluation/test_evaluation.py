@@ -198,7 +198,7 @@ def test_a_node_that_leaves_ends_it(module: Callable[[str], str], tmp_path: Path
         began_s = time.monotonic()
         evaluations.finish(runner.prepared, lambda: time.monotonic() > began_s + 0.5)
         evaluations.close()
-    assert time.monotonic() < began_s + 8
+    assert time.monotonic() < began_s + 60, "not as long as it takes"
     assert idle()
     assert not list(tmp_path.glob(".evaluation-*"))
 
@@ -215,7 +215,7 @@ def test_a_daemon_that_it_leaves_holds_up_nothing(module: Callable[[str], str], 
     thread = threading.Thread(target=lambda: failed.append(evaluations._run(folder, run.eval)), daemon=True)
     thread.start()
     wait_for((folder / "result.json").exists)
-    thread.join(timeout=10)
+    thread.join(timeout=40)
     daemon = psutil.Process(int(read_result(folder)["daemon"]))
     try:
         assert failed == [None]
