@@ -17,10 +17,12 @@ from thinwire.coordinator.protocol.files import FolderLock
 PROGRAM = """
 import asyncio, os, sys, time, warnings
 from pathlib import Path
+from thinwire.coordinator.protocol import p2p_daemon
 from thinwire.coordinator.protocol.files import FolderLock
 from thinwire.coordinator.protocol.identity import new_key
 from thinwire.coordinator.protocol.p2p_daemon import start_daemon
 
+p2p_daemon._END_TIMEOUT_S = 60.0
 warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: there are none here
 
 async def main():
@@ -37,7 +39,7 @@ async def main():
     await daemon.end()
     lock.close()
     FolderLock(Path(sys.argv[1]), "node").close()
-    assert time.monotonic() - began_s < 4
+    assert time.monotonic() - began_s < 30
 
 asyncio.run(main())
 """
@@ -61,7 +63,7 @@ def test_a_fork_keeps_neither_lock_nor_daemon(tmp_path: Path) -> None:
             try:
                 if how == "killed":
                     process.kill()
-                assert process.wait(20) == (0 if how == "in order" else -signal.SIGKILL)
+                assert process.wait(50) == (0 if how == "in order" else -signal.SIGKILL)
                 assert psutil.pid_exists(child)
                 wait_until(lambda: not psutil.pid_exists(daemon), 10, lambda: "the daemon is there")  # noqa: B023
                 FolderLock(tmp_path, "node").close()
