@@ -61,6 +61,9 @@ class FrameKind(IntEnum):
     AT = 16  # answer to GET: the peer that is to be asked for it
 
 
+_ANSWERS = (FrameKind.GO, FrameKind.DONE)
+"""What is sent here stands still until they come."""
+
 FrameLimits = Mapping[FrameKind, int]
 """The kinds that may come next, and how long each body may be, in bytes."""
 
@@ -106,8 +109,8 @@ class Throttle(Protocol):
         """The most that can be asked for at a time."""
         ...
 
-    async def take(self, n_bytes: int) -> None:
-        """Returns when so many bytes may be written."""
+    async def take(self, n_bytes: int, *, answers: bool) -> None:
+        """Returns when so many bytes may be written; soon, if it `answers` who sends something here."""
         ...
 
     def received(self, n_bytes: int) -> None:
@@ -163,7 +166,7 @@ class Stream:
     async def send(self, kind: FrameKind, body: bytes = b"", purpose: TrafficKind = "control") -> None:
         """Returns when there is room for more. Raises OSError."""
         self.meter.sent[purpose if kind is FrameKind.CHUNK else "control"] += HEADER.size + len(body)
-        await self._write(HEADER.pack(len(body), kind) + body)
+        await self._write(HEADER.pack(len(body), kind) + body, answers=kind in _ANSWERS)
 
     def frames_now(self, frames: Sequence[Frame], purpose: TrafficKind) -> bool:
         """`send` of all in one piece, without waiting; False, with nothing sent: it is throttled, or some
@@ -204,14 +207,14 @@ class Stream:
             return CHUNK_BYTES
         return max(1, min(CHUNK_BYTES, self._throttle.piece_bytes - HEADER.size))
 
-    async def _write(self, data: bytes) -> None:
+    async def _write(self, data: bytes, *, answers: bool = False) -> None:
         if self._throttle is None:
             self._writer.write(data)
             await self._writer.drain()
             return
         n = self._throttle.piece_bytes
         for piece in (data[start : start + n] for start in range(0, len(data), n)):
-            await self._throttle.take(len(piece))
+            await self._throttle.take(len(piece), answers=answers)
             self._writer.write(piece)
             await self._writer.drain()
 

@@ -1,7 +1,7 @@
 """How fast a node may send: `--max-upload RATE`, over any ten seconds and for all of its streams together.
 
 A token bucket that holds half a second's worth. What is asked for first is given first, by urgency: what is
-said to the coordinator, then this node's own payloads, then what it serves to others.
+said to the coordinator or answers what comes, then this node's own payloads, then what it serves to others.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class Share:
     def piece_bytes(self) -> int:
         return self.limit.piece_bytes
 
-    async def take(self, n_bytes: int) -> None:
-        await self.limit.take(n_bytes, self.urgency)
+    async def take(self, n_bytes: int, *, answers: bool) -> None:
+        await self.limit.take(n_bytes, 0 if answers else self.urgency)
 
     def received(self, n_bytes: int) -> None:
         self.limit.received(n_bytes)

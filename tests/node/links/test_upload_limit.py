@@ -113,6 +113,25 @@ def test_what_is_urgent_goes_first() -> None:
     assert order == ["first", "said", "own", "own", "served", "served"]
 
 
+def test_who_sends_something_here_is_answered_before_own_payloads_go_on() -> None:
+    async def body(time: Callable[[], float]) -> None:
+        limit = UploadLimit(20_000, time)
+        own = [asyncio.create_task(limit.own.take(limit.piece_bytes, answers=False)) for _ in range(2)]
+        near, far = [
+            Stream(*await asyncio.open_unix_connection(sock=sock), Meter(), limit.served)
+            for sock in socket.socketpair()
+        ]
+        await near.send(FrameKind.DONE)
+        assert [task.done() for task in own] == [True, False]
+        await far.send(FrameKind.NO)
+        assert all(task.done() for task in own), "what asks for something of this node's waits"
+        near.abort()
+        far.abort()
+        await asyncio.sleep(0)
+
+    run(body)
+
+
 def test_who_is_cancelled_holds_nobody_up() -> None:
     async def body(time: Callable[[], float]) -> None:
         limit = UploadLimit(20_000, time)

@@ -129,7 +129,9 @@ def test_a_limited_node_stays_under_its_limit_and_holds_nobody_up(
         if end_s <= start_s + WINDOW_S
     )
     assert most <= LIMIT_BYTES_PER_S * WINDOW_S, most
-    assert most > LIMIT_BYTES_PER_S * WINDOW_S / 4, "it used a good part of what it had"
+    # 0.95 of the limit flow in. A fortieth of what comes is kept for acknowledgements, of 270 kB/s where
+    # rounds are quickest, and a sixteenth of the rest for headers: 0.58 are left for payloads.
+    assert most > LIMIT_BYTES_PER_S * WINDOW_S / 2, "it used what it had"
     status = thinwire("status", ticket, "--json", host=hub.name)
     assert status.wait() == 0
     seen = json.loads(status.stdout())
