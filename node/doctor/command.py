@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from rich.console import Console
-from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from ...coordinator.protocol.ticket import Ticket
@@ -103,13 +103,21 @@ def _shown(checks: Sequence[Check], stopped: Stopped, as_json: bool) -> Iterator
 def _print(finding: Finding) -> None:
     sign, ascii_sign, colour = _SIGNS[finding.status]
     can_show, console = _can_show("✓✗→"), _console()
-    line = f"{finding.name:{_NAME_WIDTH}} {finding.detail}"
     style = "dim" if finding.status == "skipped" else ""
-    console.print(Text.assemble((f"{sign if can_show else ascii_sign} ", colour), (line, style)))
+    head = ((f"{sign if can_show else ascii_sign} ", colour), (f"{finding.name:{_NAME_WIDTH}} ", style))
+    console.print(_line(Text.assemble(*head), Text(finding.detail, style)))
     if finding.remedy is not None:
-        remedy = Text(f"{'→' if can_show else '->'} {finding.remedy}", style=colour)
-        margin = " " * _MARGIN
-        console.print(Padding(remedy, (0, 0, 0, _MARGIN)) if console.is_terminal else Text(margin) + remedy)
+        arrow = f"{' ' * _MARGIN}{'→' if can_show else '->'} "
+        console.print(_line(Text(arrow, colour), Text(finding.remedy, colour)))
+
+
+def _line(head: Text, text: Text) -> Table:
+    """Where the terminal is too narrow, the text goes on below its beginning."""
+    line = Table.grid()
+    line.add_column(no_wrap=True)
+    line.add_column(overflow="fold")
+    line.add_row(head, text)
+    return line
 
 
 def _can_show(text: str) -> bool:

@@ -9,11 +9,13 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from io import StringIO
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.support.ports import free_port
 from tests.support.small_run import TASK
@@ -21,9 +23,9 @@ from thinwire.compression.errors import ConfigError
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
 from thinwire.coordinator.protocol.messages import PROTOCOL_VERSION
 from thinwire.coordinator.protocol.ticket import Ticket
-from thinwire.node.doctor import machine, network
+from thinwire.node.doctor import command, machine, network
 from thinwire.node.doctor.disk import check_disk, nearest
-from thinwire.node.doctor.findings import Check, Finding, Stopped, examine, ok
+from thinwire.node.doctor.findings import Check, Finding, Stopped, examine, failed, ok
 from thinwire.node.doctor.machine import check_machine, check_python
 from thinwire.node.doctor.network import NetworkPlan, _run, check_network
 
@@ -62,6 +64,18 @@ def by_name(findings: Iterable[Finding]) -> dict[str, Finding]:
 
 
 # ------------------------------------------------------------------------------------------- checks
+
+
+def test_lines_go_on_below_where_they_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = StringIO()
+    monkeypatch.setattr(command, "_console", lambda: Console(file=said, width=80))
+    command._print(failed("run", "word " * 30, "mend " * 30))
+    lines = said.getvalue().splitlines()
+    detail = [line for line in lines if "word" in line]
+    remedy = [line for line in lines if "mend" in line]
+    assert detail + remedy == lines
+    assert len(detail) > 1 < len(remedy)
+    assert len({line.index("word") for line in detail}) == len({line.index("mend") for line in remedy}) == 1
 
 
 def test_a_check_that_breaks_or_hangs_hides_no_other() -> None:
