@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ from .base import Init, Rows, device_of
 from .classes import Classes, Piece, section_names, sections
 from .corpora import BUILT_IN, read_text
 from .gpt import ByteGPT
+
+EVALUATED_BYTES: Final = 1024
+"""In one forward pass, where a batch has fewer: more take memory that training does not, and more time on a
+CPU, whose cache has no room for them."""
 
 
 class TextTask:
@@ -120,9 +125,10 @@ class TextTask:
         t = self.options.context
         n_windows = (len(self._held_out) - 1) // t
         device = device_of(model)
+        at_once = max(self.options.batch, EVALUATED_BYTES // t)
         total = 0.0
-        for first in range(0, n_windows, 64):
-            n = min(64, n_windows - first)
+        for first in range(0, n_windows, at_once):
+            n = min(at_once, n_windows - first)
             rows = Rows.of(n, rank, ranks)
             starts = torch.arange(first + rows.first, first + rows.stop) * t
             window_BT = self._held_out[starts[:, None] + torch.arange(t + 1)].long().to(device)
