@@ -40,7 +40,8 @@ def network_png(
         _draw_times(axes, title, topologies)
         if axes is not times[0]:
             axes.sharey(times[0])
-    _draw_costs(costs[0], "a round, dealt", "round_s", by_peers)
+    times[0].autoscale_view()
+    _draw_costs(costs[0], "time of a round, dealt", "round_s", by_peers)
     _draw_costs(costs[1], "bytes of a peer in a round, dealt", "peer_bytes", by_peers)
     _draw_costs(cpu, "CPU time of the coordinator in a round, dealt", "coordinator_cpu_s", by_peers)
     for axes in (*times, costs[0], cpu):
@@ -61,7 +62,7 @@ def _draw_times(axes: Axes, title: str, topologies: Mapping[Topology, Mapping[in
         axes.plot(list(few), list(few.values()), MARKERS[i], markerfacecolor="none", **style)
     _scale(axes, title, "size of a payload")
     axes.xaxis.set_major_formatter(as_bytes())
-    axes.set_ylabel("a round, 10 s of it work")
+    axes.set_ylabel("time of a round (10 s of it work)")
 
 
 def _draw_costs(axes: Axes, title: str, key: str, by_peers: Mapping[int, Mapping[int, Figures]]) -> None:
