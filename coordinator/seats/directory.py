@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ..ledger import Ledger
 from ..protocol.messages import Address, SeatEntry
-from .streams import Addresses
+from .link import Addresses
 
 
 class Directory:

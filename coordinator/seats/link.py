@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ..entry.rates import Bucket, Rate
-from ..protocol.messages import BadMessage, encode_message
+from ..protocol.messages import Address, BadMessage, encode_message
 from ..protocol.streams import BETWEEN_SEATS, BadFrame, FrameKind, Stream
 from ..quorum.words import Canvass, Enter, Memory, Nack, Ping, Pong, Word, decode_word
 
@@ -20,6 +21,14 @@ WORDS: Final = Rate(500.0, 4000.0)
 """Rounds of the smallest models take milliseconds, and have three words each."""
 
 WORD_BYTES: Final = Rate(64.0 * 2**20, 512.0 * 2**20)
+
+BACK_S: Final = 10.0
+"""Longer than any pause between two tries to connect."""
+
+TWINS_S: Final = 30.0
+"""Neither of two processes that are one seat is let in for so long after they came in turns."""
+
+Addresses = tuple[Address, ...]
 
 _LAST_COUNTS: Final = (Ping, Pong, Canvass, Nack, Memory, Enter)
 """Of these only the newest one matters."""
@@ -76,6 +85,41 @@ class Link:
         if not self._words.take(1, now_s) or not self._word_bytes.take(n_bytes, now_s):
             raise BadFrame("rate", "it says too much")
         return word
+
+
+@dataclass(frozen=True, slots=True)
+class _Came:
+    """Last, as one seat."""
+
+    addresses: Addresses
+    came_s: float
+    before: Addresses = ()
+    """Where whoever came before is reached."""
+    denied_to_s: float = 0.0
+
+
+class Twins:
+    """Two processes that are the same seat: a copy of its state folder was started. Each takes the place of
+    the other's streams, again and again, and they might vote for different records."""
+
+    def __init__(self) -> None:
+        self._came: dict[str, _Came] = {}
+
+    def of(self, seat: str, addresses: Addresses, now_s: float) -> tuple[Addresses, ...]:
+        """Somebody comes as this seat: where it and its twin are reached; (): there is no twin, as far as is
+        known. Whoever comes back as soon as another one has come has not ended; one that was moved has."""
+        last = self._came.get(seat)
+        if last is None:
+            self._came[seat] = _Came(addresses, now_s)
+            return ()
+        if last.addresses == addresses:
+            came = replace(last, came_s=now_s)
+        else:
+            is_back = addresses == last.before and now_s < last.came_s + BACK_S
+            denied_to_s = now_s + TWINS_S if is_back else last.denied_to_s
+            came = _Came(addresses, now_s, last.addresses, denied_to_s)
+        self._came[seat] = came
+        return (addresses, came.before) if now_s < came.denied_to_s else ()
 
 
 async def read_word(stream: Stream) -> tuple[Word, int]:

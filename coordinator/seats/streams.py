@@ -19,11 +19,11 @@ from typing import Final, Protocol
 from ...compression.errors import SwarmUnreachable
 from ..observe.quiet_log import QuietLog
 from ..protocol.figures import one_line, short
-from ..protocol.messages import Address, BadMessage
+from ..protocol.messages import BadMessage
 from ..protocol.streams import SEAT, BadFrame, Meter, Stream
 from ..protocol.transport import Transport
 from ..quorum.words import Denied, Enter, Word
-from .link import Link, read_word
+from .link import Addresses, Link, Twins, read_word
 
 log = logging.getLogger("thinwire.coordinator")
 
@@ -41,8 +41,6 @@ SAME_TIME_S: Final = 10.0
 
 MAX_STRANGERS: Final = 16
 """Streams whose other end has not said who it is."""
-
-Addresses = tuple[Address, ...]
 
 
 class Host(Protocol):
@@ -85,6 +83,7 @@ class SeatStreams:
         """Seats that this one has reached and waits to be let in by."""
         self._places: dict[str, Addresses] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._twins = Twins()
         self._waiting: Counter[str] = Counter()
         """Streams whose other end has not said who it is."""
 
@@ -194,6 +193,10 @@ class SeatStreams:
         if not isinstance(answer, Enter):
             stream.abort()
             raise BadFrame("hello", f"a stream between seats begins with Enter, not {type(answer).__name__}")
+        if (why := self._twin(seat, answer)) is not None:
+            with contextlib.closing(stream):
+                await stream.send_message(Denied(why=why))
+            raise SwarmUnreachable(why)
         await self._run(Link(seat, stream, answer, is_ours=True))
 
     def _tell(self, seat: str, why: str) -> None:
@@ -232,7 +235,7 @@ class SeatStreams:
             self._waiting -= Counter((seat,))
         if not isinstance(enter, Enter):
             raise BadFrame("hello", f"a stream between seats begins with Enter, not {type(enter).__name__}")
-        why = self._host.refuses(seat, enter)
+        why = self._host.refuses(seat, enter) or self._twin(seat, enter)
         if why is not None:
             self.rejected["denied"] += 1
             self._lines.say(logging.WARNING, seat, "denied", "seat %s is not let in: %s", short(seat), why)
@@ -252,6 +255,18 @@ class SeatStreams:
 
     # --------------------------------------------------------------------------------------------- links
 
+    def _twin(self, seat: str, enter: Enter) -> str | None:
+        """Why none of two processes that are this seat is let in, in words; None: there is one."""
+        places = self._twins.of(seat, enter.addresses, time.monotonic())
+        if not places:
+            return None
+        self.drop(seat, "another one has come")
+        where = " and ".join(addresses[0] if addresses else "an unknown place" for addresses in places)
+        return (
+            f"two coordinators run with copies of one state folder, at {where}: stop one of them, and start "
+            f"the other with --restored"
+        )
+
     async def _run(self, link: Link) -> None:
         """Until it is over; it has the place of an older one. Raises BadFrame, EOFError or OSError."""
         old, self._links[link.seat] = self._links.get(link.seat), link
@@ -264,6 +279,9 @@ class SeatStreams:
             while True:
                 word = await link.read()
                 if self._links.get(link.seat) is not link:
+                    return
+                if isinstance(word, Denied):
+                    self._tell(link.seat, word.why)
                     return
                 if isinstance(word, Enter):
                     link.enter = word

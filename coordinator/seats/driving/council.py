@@ -35,11 +35,11 @@ from ...quorum.words import Batch, Enter, Follow, Founding, Keep, Keeps, Memory,
 from ...serving.passing_on import Nobody, Uploads
 from ..directory import Directory
 from ..disk import KeySigner, StateDisk
-from ..link import Link
+from ..link import Addresses, Link
 from ..naming import Wish
 from ..plan import SeatPlan
 from ..provisions import Provisions
-from ..streams import Addresses, SeatStreams
+from ..streams import SeatStreams
 from ..watchers import WhoLeads
 from .candidates import Candidates
 from .owner import Owner

@@ -16,7 +16,7 @@ from tests.support.loop_transport import LoopTransport, Network
 from thinwire.coordinator.protocol.messages import encode_message
 from thinwire.coordinator.protocol.streams import SEAT, FrameKind, Meter, Stream
 from thinwire.coordinator.quorum.words import Aye, Enter, Follow, Memory, Ping, Word, decode_word
-from thinwire.coordinator.seats.link import MAX_QUEUED, Link
+from thinwire.coordinator.seats.link import BACK_S, MAX_QUEUED, TWINS_S, Link, Twins
 from thinwire.coordinator.seats.streams import SeatStreams
 
 PLACE = ("/ip4/127.0.0.1/tcp/1",)
@@ -29,6 +29,7 @@ class Seat:
     me: str
     transport: LoopTransport
     denies: str | None = None
+    place: tuple[str, ...] = PLACE
     heard_words: list[tuple[str, Word]] = field(default_factory=list)
     n_up: int = 0
 
@@ -37,7 +38,7 @@ class Seat:
 
     def enter(self, seat: str) -> Enter:
         return Enter(
-            run_id=b"r" * 32, secret=b"", addresses=PLACE, wants_seat=False, lacks=f"{self.n_up} links"
+            run_id=b"r" * 32, secret=b"", addresses=self.place, wants_seat=False, lacks=f"{self.n_up} links"
         )
 
     def refuses(self, seat: str, enter: Enter) -> str | None:
@@ -179,3 +180,37 @@ def test_a_seat_that_does_not_read_loses_the_oldest_words_and_hears_the_newest_p
         await b.close()
 
     asyncio.run(scene())
+
+
+def test_of_two_that_run_with_one_state_folder_neither_is_let_in_until_one_is_gone() -> None:
+    async def scene() -> None:
+        network, elsewhere = Network(), Network()
+        a, b = await seat_at(network, 0), await seat_at(network, 1)
+        transport = await elsewhere.start(KEYS[1])  # the copy, on another machine
+        copy = Seat(b.me, transport, place=("/ip4/127.0.0.2/tcp/1",))
+        elsewhere.transports[a.me] = a.transport
+        await copy.streams.open_on(transport)
+        for one in (b, copy):
+            one.streams.keep({a.me: PLACE})
+            await until(lambda: one.streams.links)  # noqa: B023
+        await until(lambda: all("copies of one" in s.streams.failed.get(a.me, "") for s in (b, copy)))
+        await until(lambda: not a.streams.links)
+        assert a.streams.rejected["denied"] >= 2
+        for seat in (a, b, copy):
+            await seat.streams.close()
+            await seat.transport.close()
+
+    asyncio.run(scene())
+
+
+def test_who_was_moved_is_no_twin_and_twins_are_until_one_has_not_come_for_a_while() -> None:
+    here, there, twins = PLACE, ("/ip4/127.0.0.2/tcp/1",), Twins()
+    assert [twins.of("x", place, now) for now, place in ((0, here), (1, here), (99, there))] == [()] * 3
+    assert twins.of("x", here, 99 + BACK_S) == (), "moved back"
+    now = 300.0
+    assert twins.of("x", there, now) == ()
+    assert twins.of("x", here, now + 1) == (here, there)
+    assert twins.of("x", there, now + 5) == (there, here)
+    assert twins.of("y", there, now + 5) == ()
+    assert twins.of("x", there, now + 4 + TWINS_S) == (there, here)
+    assert twins.of("x", there, now + 5 + TWINS_S) == ()
