@@ -372,7 +372,8 @@ class Rounds:
             self.attendance.offered(offer.peer)
             return self._offered_late(offer, past, now_s)
         if offer.round != self.round or not self._goes_on:
-            return OfferRefused(offer.peer, "wrong_round")
+            # Of those that closed long ago, or before a restart or under another leader, nothing is kept.
+            return OfferRefused(offer.peer, "late_offer" if offer.round < self.round else "wrong_round")
         if offer.peer in self._condemned:
             return OfferRefused(offer.peer, "condemned")
         kept = self._offers.get(offer.peer)
