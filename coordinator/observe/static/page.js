@@ -244,8 +244,12 @@ function buildCharts() {
 const STATES = { training: "training", joining: "joining", gone: "gone" };
 const isAway = () => document.body.classList.contains("away");
 
+// Nodes are with the one of several coordinators that leads: who is there, others do not know.
+const isElsewhere = (told) => Boolean(told.seat) && told.seat.leader !== told.seat.peer_id && told.state !== "finished";
+
 // Nothing trains after the last round, and of what is not heard of nobody knows.
 function stateOf(peer) {
+  if (isElsewhere(last)) return ["", "–"];
   if (peer.state === "gone") return ["gone", "gone"];
   if (last.state === "finished") return ["", peer.state === "training" ? "finished" : "there"];
   return isAway() ? ["", `was ${STATES[peer.state] ?? ""}`] : [peer.state, STATES[peer.state] ?? ""];
@@ -285,6 +289,11 @@ function showTiles(told) {
   put("round-time", seconds(told.round_s));
   put("round-time-more", told.last_commit_ms ? "" : "no round yet");
   if (told.last_commit_ms) $("round-time-more").replaceChildren("last commit ", since(told.last_commit_ms), make("span", { id: "awaited" }));
+  if (isElsewhere(told)) {
+    put("peers", "–");
+    put("peers-more", told.seat.leader ? `…${told.seat.leader.slice(-6)} knows them, which leads` : "no coordinator leads");
+    return;
+  }
   put("peers", `${whole(told.n_peers.training)}`);
   const others = [["joining", told.n_peers.joining], ["gone", told.n_peers.gone]].filter(([, n]) => n).map(([word, n]) => `${whole(n)} ${word}`);
   if (told.waits_for) others.push(`${whole(told.waits_for)} more needed`);
@@ -338,7 +347,7 @@ function peerRow(peer) {
   const part = make("i");
   part.style.setProperty("--part", peer.share ?? 0);
   const speed = peer.speed ? `${peer.speed[0] < 1e4 ? significant(peer.speed[0]) : count(peer.speed[0])} ${peer.speed[1]}/s` : "–";
-  return make("tr", { role: "row", class: peer.state, "data-peer": String(peer.index) },
+  return make("tr", { role: "row", class: isElsewhere(last) ? "" : peer.state, "data-peer": String(peer.index) },
     cell({ class: "who" }, make("b", { text: String(peer.index) }), make("span", { class: "mono", text: `…${peer.id}` })),
     cell({}, make("span", { class: `dot ${mark}`, text: state })),
     cell({ class: "device", text: peer.device || "–", title: peer.device }),
@@ -441,7 +450,7 @@ function show() {
   if (!told) return;
   showHead(told);
   showTiles(told);
-  onlyNew("peers", [told.peers, told.state, isAway()], ([peers]) => refill("peer-rows", "no-peers", peers.map(peerRow)));
+  onlyNew("peers", [told.peers, told.state, isAway(), isElsewhere(told)], ([peers]) => refill("peer-rows", "no-peers", peers.map(peerRow)));
   const all = Object.values(told.n_peers).reduce((a, b) => a + b, 0);
   put("peers-title", all > told.peers.length ? `Peers (${told.peers.length} of ${whole(all)})` : "Peers");
   $("critical-batch").hidden = !told.critical_batch;

@@ -115,6 +115,12 @@ CUT = """[...document.querySelectorAll('.tile *, #peers-title, #peer-rows td')].
     && getComputedStyle(e).overflowX !== 'visible').map(e => e.outerHTML)"""
 """What does not fit into its place and is not seen whole."""
 
+FOLLOWS = """(() => { const told = structuredClone(last);
+    for (const peer of told.peers) peer.state = "gone";
+    told.seat = { seats: [], onlookers: [], need: 2, wanted: 3, peer_id: "BBBBBB", leader: "AAAAAA" };
+    last = told; show(); return true; })()"""
+"""The page of a coordinator that another one leads: no node is with it."""
+
 OUTSIDE = """[...document.querySelectorAll('.tile *, #peer-rows td > *, #evaluation-rows *')].filter(e => {
     const card = e.closest('.card').getBoundingClientRect(), box = e.getBoundingClientRect();
     return box.width && (box.right > card.right + 1 || box.left < card.left - 1); }).map(e => e.outerHTML)"""
@@ -181,8 +187,13 @@ def test_a_live_run_as_a_browser_shows_it(browser: Browser, thinwire: Start, tmp
         assert browser.run(CUT) == []
         assert browser.run(OUTSIDE) == []
         assert browser.run("document.documentElement.scrollWidth") == width
+    assert browser.run(FOLLOWS)
+    assert set(browser.peers().values()) == {"\u2013"}
+    assert browser.text("#peers") == "\u2013"
+    assert browser.text("#peers-more") == "…AAAAAA knows them, which leads"
     browser.run("connect()")
     browser.wait("document.querySelector('#evaluations').hidden")
+    browser.wait("document.querySelectorAll('#peer-rows tr.training').length === 2")
 
     browser.as_phone(390)
     browser.in_dark()
