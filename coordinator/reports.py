@@ -64,7 +64,7 @@ class Reports:
         self._standing = standing
         self._eval = course.settings.eval
         self._rejected, self._run, self._ends = rejected, course.run, {course.n_rounds}
-        # By convention the first peer evaluates the model as it is before round 1.
+        # By convention the first peer evaluates the model as it is before the first round with offers.
         self._evaluators: dict[int, int] = {0: 0}
         self._said: dict[int, dict[int, list[Said]]] = {}
         self._pending: dict[tuple[int, int], ReportEntry] = {}
@@ -86,6 +86,8 @@ class Reports:
             self.acknowledged.clear()
         if body.evaluator is not None:
             self._evaluators[body.round] = body.evaluator
+        elif self._standing.is_untouched and not body.offers:
+            self._evaluators[body.round] = 0
         if self._unsealed:
             self._unsealed = [entry for entry in self._unsealed if entry not in body.reports]
 

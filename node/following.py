@@ -79,6 +79,8 @@ class LedgerFollower:
         self._auditor = Auditor(run, observer)
         self._round_lines = RoundLines()
         self._stage = Stage.CATCHING_UP
+        self._is_at_base = run.replica.round == 0
+        """Whether no offer has been applied yet."""
         self._catching_up = CatchingUp(run.replica.round)
         self._pace = Pace()
         self._came_s = since_s
@@ -119,6 +121,7 @@ class LedgerFollower:
     def _began(self, start: Start, *, is_replay: bool) -> None:
         self._stage = Stage.REPLAYING if is_replay else Stage.CATCHING_UP
         self._auditor.forget()
+        self._is_at_base = self._replica.round == 0
         self._catching_up = CatchingUp(self._replica.round)
         self._publisher.began(self._joiner.stored, is_verified=start.is_trusted)
         self._check.began(start)
@@ -128,15 +131,17 @@ class LedgerFollower:
         run = self._run
         if self._replica.round >= self._link.head:
             yield from self._arrive()
-        if self._is_to_measure_base():  # the others began without this node
-            self._reporter.evaluate()
         if run.is_over:
             self._report(evaluate=False)
             return False
         for commits in batches(self._commits(), self._replica.strategy, _Ends(run)):
             if self._stopped():
                 return False
+            changes_weights = any(commit.body.offers for commit in commits)
+            if changes_weights and self._is_to_measure_base():  # the others began without this node
+                self._reporter.evaluate()
             applied = self._applied(commits)
+            self._is_at_base &= not changes_weights
             evaluates = commits[-1].body.evaluator == run.peer_index and run.is_at_head
             if applied is None or self._look_around(evaluates):
                 return True
@@ -194,7 +199,7 @@ class LedgerFollower:
         """Whether this node is to evaluate the base weights, for which no commit names anybody."""
         run = self._run
         is_asked = run.given_index == 0 and run.config.run.eval_every > 0
-        return is_asked and self._replica.round == 0 and not self._reporter.has_evaluated
+        return is_asked and self._is_at_base and not self._reporter.has_evaluated
 
     def _while_offered(self, evaluates: bool) -> None:
         """What this node does for the others while its own offer is under way."""

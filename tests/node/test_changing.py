@@ -178,6 +178,24 @@ def test_pause_resume_stop_and_extend_with_nodes(tmp_path: Path) -> None:
     assert (found.fingerprint, found.rounds, found.differing) == (again[0].fingerprint, 8, 0)
 
 
+def test_the_loss_of_the_base_weights_is_told_also_where_the_ledger_begins_with_a_change(
+    tmp_path: Path,
+) -> None:
+    def told(name: str, *orders: str) -> list[tuple[int, float]]:
+        with swarm_of(tmp_path / name, config_of(DECOUPLED, min_peers=1, rounds=4, eval_every=1)) as swarm:
+            for what in orders:
+                give(swarm, what)
+            run_all([Runner(swarm.link("a"))])
+            status = swarm.call(lambda service, now_s: service.status(now_s))
+        assert status["rejected"] == {}
+        return [(round_, loss) for round_, loss in status["held_out"]]
+
+    plain, changed = told("plain"), told("changed", "pause", "resume")
+    assert [round_ for round_, _ in plain] == [0, 1, 2, 3, 4]
+    assert [round_ for round_, _ in changed] == [2, 3, 4]
+    assert changed[0][1] == plain[0][1]
+
+
 def test_a_record_that_changes_what_cannot_be_changed_stops_the_replica(tmp_path: Path) -> None:
     config = config_of(DECOUPLED, min_peers=1, rounds=3)
     with swarm_of(tmp_path, config) as swarm:

@@ -186,6 +186,11 @@ class Standing:
         """Offers of the peer that counted: those with samples, of rounds in which it was not condemned."""
         return self._work[peer]
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether no work has counted yet: the weights are those that the run began with."""
+        return not self._work
+
     def has_worked(self, peer: int) -> bool:
         """Whether what the peer reports is listened to."""
         return self.work(peer) > 0 and not self.is_condemned(peer)
