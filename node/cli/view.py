@@ -26,6 +26,10 @@ from .seats_view import headline_of, seats_shown
 from .status import StatusClient, leads, seat_in_words
 
 WATCH_EVERY_S = 1.0
+LINE_S = 3.0
+SAME_LINE_S = 15.0
+"""Between two lines where there is no terminal, and where the second says the same."""
+
 ENDS = ("finished", "stopped")
 """States of a run after which nothing more comes."""
 
@@ -232,18 +236,22 @@ def agreement(fingerprints: Mapping[str, str | None]) -> str:
 
 @contextmanager
 def live_view(console: Console, notes: Sequence[str]) -> Iterator[Show]:
-    """A table that is redrawn on a terminal; elsewhere a line every three seconds."""
+    """A table that is redrawn on a terminal; elsewhere a line now and then, and each of the notes once."""
     if console.is_terminal:
         with Live(console=console, refresh_per_second=4) as live:
             yield lambda status, _last: live.update(swarm_table(status, notes))
         return
-    printed_s = 0.0
+    printed_s, before, n_noted = 0.0, "", 0
 
     def print_line(status: Mapping[str, Any], last: bool) -> None:
-        nonlocal printed_s
-        if last or time.monotonic() - printed_s >= 3:
-            printed_s = time.monotonic()
-            console.print(shown(headline(status)), highlight=False, soft_wrap=True, markup=False)
+        nonlocal printed_s, before, n_noted
+        line, now_s = shown(headline(status)), time.monotonic()
+        new, n_noted = list(notes[n_noted:]), len(notes)
+        if last or now_s - printed_s >= (SAME_LINE_S if line == before else LINE_S):
+            printed_s, before = now_s, line
+            new.append(line)
+        for text in new:
+            console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     yield print_line
 

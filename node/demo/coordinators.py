@@ -58,6 +58,7 @@ class Coordinators:
             args += [str(self._run_file), *self._first_only()]
         else:
             args += ["--replica", str(self._folder / self._name(0) / "state" / "seat-ticket")]
+        args += self._http(is_first)
         self.running[name] = self._children.start(name, folder, args, output=is_first)
         return self.running[name]
 
@@ -103,11 +104,13 @@ class Coordinators:
         return self._folder / self._name(0) / "ticket"
 
     def _first_only(self) -> list[str]:
-        args = []
-        if self.n > 1:
-            args += ["--seats", str(self.n), "--ticket-file", str(self._ticket_file)]
-        if (http := self._plan.http) is not None:
-            args += ["--http", str(http)]
-            args += [] if http.token is None else ["--http-token", http.token]
-            args += [f"--http-host={name}" for name in http.names]
-        return args
+        return [] if self.n == 1 else ["--seats", str(self.n), "--ticket-file", str(self._ticket_file)]
+
+    def _http(self, is_first: bool) -> list[str]:
+        """Each has a page; those of the others are at free ports."""
+        http = self._plan.http
+        if http is None:
+            return []
+        args = ["--http", str(http if is_first else http._replace(port=0))]
+        args += [] if http.token is None else ["--http-token", http.token]
+        return args + [f"--http-host={name}" for name in http.names]

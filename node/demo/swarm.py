@@ -104,13 +104,15 @@ class DemoSwarm:
 
     def _tell_address(self, client: StatusClient) -> None:
         """Of the page; the coordinator knows the port, if it was to take a free one."""
-        if self.plan.http is not None:
-            address = self.plan.http._replace(port=client.fetch()["http"]["port"])
+        if (page := self._page(client.fetch())) is not None:
             self.console.print(
-                f"The swarm's page: {address.url()} (and /metrics, /sd, /healthz)",
-                highlight=False,
-                soft_wrap=True,
+                f"The swarm's page: {page} (and /metrics, /sd, /healthz)", highlight=False, soft_wrap=True
             )
+
+    def _page(self, status: Mapping[str, Any]) -> str | None:
+        """That of the coordinator that has given this status."""
+        http = self.plan.http
+        return None if http is None else http._replace(port=status["http"]["port"]).url()
 
     def _start_node(self, name: str) -> None:
         folder = self.folder / name
@@ -201,6 +203,8 @@ class DemoSwarm:
         name = fault["coordinator"]
         if fault["led_by"] is None and status["seat"]["leader"] != fault["peer"]:
             fault["led_by"] = self.coordinators.name_of(status["seat"]["leader"])
+            if (page := self._page(status)) is not None:
+                self.notes.append(f"round {now}: the page of {fault['led_by']}, which leads now: {page}")
         if fault["restarted_at_round"] is None:
             if now >= fault["killed_at_round"] + ROUNDS_AWAY:
                 self.coordinators.restart(name)

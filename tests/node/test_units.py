@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from io import StringIO
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from thinwire.node.cli.view import headline, swarm_table
+from thinwire.node.cli.view import headline, live_view, swarm_table
 from thinwire.node.units import bytes_beside_ddp, human_loss
 
 STATUS: dict[str, Any] = {
@@ -143,6 +144,18 @@ def test_a_state_folder_does_not_know_what_was_sent() -> None:
 
 
 A, B, C = (f"12D3KooW{name}" for name in ("abcdefghijklmn", "bcdefghijklmno", "cdefghijklmnop"))
+
+
+def test_without_a_terminal_there_are_lines_and_each_note_once() -> None:
+    out, notes = StringIO(), list[str]()
+    with live_view(Console(file=out, width=300), notes) as show:
+        show(STATUS, False)
+        show(STATUS, False)
+        notes.append("node-1 was killed")
+        show(STATUS, False)
+        show(STATUS, True)
+    line = headline(STATUS)
+    assert out.getvalue().splitlines() == [line, "node-1 was killed", line]
 
 
 def seats_of(leader: str | None, **changes: Any) -> str:
