@@ -286,7 +286,7 @@ def states(status: Mapping[str, Any]) -> dict[str, str]:
 
 
 def agree_after(rounds_later: int, names: set[str]) -> Callable[[Mapping[str, Any]], bool]:
-    """All train, and so many rounds later have reported the same fingerprint of the same round."""
+    """All train, and have since then reported fingerprints for so many rounds, of which none differed."""
     begun: list[int] = []
 
     def look(status: Mapping[str, Any]) -> bool:
@@ -294,9 +294,9 @@ def agree_after(rounds_later: int, names: set[str]) -> Callable[[Mapping[str, An
             begun.clear()
             return False
         begun.append(status["round"])
-        told = {(p["fingerprint_round"], p["fingerprint"]) for p in status["peers"]}
-        (round_, _), *others = told
-        return not others and round_ is not None and round_ >= begun[0] + rounds_later
+        rounds = [p["fingerprint_round"] for p in status["peers"]]
+        assert status["mismatches"] == 0
+        return all(round_ is not None and round_ >= begun[0] + rounds_later for round_ in rounds)
 
     return look
 
