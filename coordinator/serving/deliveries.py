@@ -68,6 +68,15 @@ class Deliveries:
             if source is not None:
                 round_.askers[source].append(peer)
 
+    def named(self, peer: str, digest: bytes, holder: str) -> None:
+        """It has asked, and was told to get the payload there."""
+        for round_ in (self._now, self._before):
+            if digest in round_.sources and round_.n_copies < MOST_COPIES:
+                round_.sources[digest][peer] = holder
+                round_.n_told[holder] += 1
+                round_.n_copies += 1
+                return
+
     def holders(self, digest: bytes) -> tuple[int, set[str]]:
         """The payload's bytes, and who has it and was asked for in vain by nobody lately."""
         rounds = (self._now, self._before)

@@ -30,6 +30,8 @@ class Referring:
         best = min(ends_s, key=ends_s.__getitem__)
         self._busy_to_s = {who: end_s for who, end_s in self._busy_to_s.items() if end_s > now_s}
         self._busy_to_s[best] = ends_s[best]
+        if best is not None:
+            deliveries.named(peer, digest, best)
         return best
 
     def _ends_s(self, who: str | None, n_bytes: int, now_s: float) -> float:

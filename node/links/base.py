@@ -25,8 +25,9 @@ from ...coordinator.protocol.messages import (
 )
 from ..gossip.base import NeighbourLink
 
-PayloadRefused = Literal["sender", "unannounced"]
-"""Why a payload that was sent here is not taken: not by the coordinator; without a word of it before."""
+PayloadRefused = Literal["sender", "unannounced", "wrong", "slow"]
+"""Why a payload that was sent here is not taken: not by the coordinator; without a word of it before; its
+bytes do not fit; it had come from elsewhere before."""
 
 
 class Lied(SwarmUnreachable):

@@ -143,11 +143,13 @@ class PayloadCache:
 
 @dataclass(slots=True)
 class Early:
-    """A fetch while the round is open. `waited_s`: when its holder last said that it waits for it, too."""
+    """A fetch while the round is open. `waited_s`: when its holder last said that it waits for it, too.
+    `is_sure`: it moves on by itself when nothing comes, or comes from the coordinator."""
 
     offered: Offered
     task: asyncio.Task[bytes]
     began_s: float
+    is_sure: bool = False
     waited_s: float = -inf
 
     def waits(self) -> None:
@@ -210,7 +212,7 @@ class Payloads:
         self._announced = asyncio.Event()
         """Is set, and another one then, when there is more of it."""
         self.refused: dict[str, int] = dict.fromkeys(get_args(PayloadRefused), 0)
-        """Payloads that were sent here, by why they were not taken."""
+        """Payloads that others sent here, by why they were not taken."""
 
     def keep_own(self, round_: int, payload: bytes) -> bytes:
         """This node offers it: it need not be fetched, and others may have it. Returns its digest."""
@@ -219,20 +221,22 @@ class Payloads:
         return digest
 
     def offered(self, offered: Offered) -> None:
-        """Who has a payload of the open round, or gets it now: fetched from there, silently if that fails. To
-        this node, if it is named itself, the coordinator sends it."""
+        """Who has a payload of the open round, or gets it now: fetched from there, silently if that fails, or
+        where fetches from there keep failing, from whom the coordinator names instead. To this node, if it is
+        named itself, the coordinator sends it."""
         digest, holder = offered.digest, offered.holder
         if digest in self.kept or digest in self._early:
             return
         of_round = sum(early.offered.round == offered.round for early in self._early.values())
         is_full = of_round >= self.max_offers or len(self._early) >= AHEAD * self.max_offers
-        if is_full or offered.n_bytes > self.max_bytes or self._sources.rests(holder):
+        if is_full or offered.n_bytes > self.max_bytes:
             return
         if holder == self._own:
             self._pushed[digest] = _Pushed(offered)
             self._announced.set()
             self._announced = asyncio.Event()
-        self._early[digest] = Early(offered, _quiet(self._fetch_early(offered)), time.monotonic())
+        is_sure = holder == self._own or self._sources.is_coordinator(holder) or self._sources.rests(holder)
+        self._early[digest] = Early(offered, _quiet(self._fetch_early(offered)), time.monotonic(), is_sure)
 
     def early(self, digest: bytes) -> Early | None:
         """For who was told to get it here. What is fetched otherwise is of no use: two nodes would wait for
@@ -331,8 +335,10 @@ class Payloads:
         try:
             if offered.holder == self._own:
                 data = await self._pushed[digest].whole()
+            elif self._sources.rests(offered.holder):
+                data = await self._from_named(offered)
             else:
-                data = await self._from_holder(self._early[digest])
+                data = await self._from_holder(offered, self._early[digest].waits)
             self._patience.took(time.monotonic() - began_s)
             self.kept.add(offered.round, digest, data)
             return data
@@ -342,17 +348,18 @@ class Payloads:
             if early is not None and early.task is asyncio.current_task():
                 del self._early[digest]
 
-    async def _from_holder(self, early: Early) -> bytes:
+    async def _from_holder(self, offered: Offered, waits: Callable[[], object] = bool) -> bytes:
         """Raises SwarmUnreachable."""
-        offered, pause_s = early.offered, _AGAIN_S
+        began_s, pause_s = time.monotonic(), _AGAIN_S
         while True:
             try:
-                return await self._sources.from_member(
-                    offered.holder, offered.digest, offered.n_bytes, early.waits
-                )
+                return await self._sources.from_member(offered.holder, offered.digest, offered.n_bytes, waits)
             except NotServed:
-                if time.monotonic() > early.began_s + _ANNOUNCED_S:
+                if time.monotonic() > began_s + _ANNOUNCED_S:
                     raise
+            except Lied:
+                self.refused["wrong"] += 1
+                raise
             await asyncio.sleep(pause_s)
             pause_s *= 2
 
@@ -366,7 +373,7 @@ class Payloads:
         early = self._early.get(digest)
         if early is None:
             return await self._from_anybody(digest, n_bytes, offerer)
-        if early.offered.holder == self._own or self._sources.is_coordinator(early.offered.holder):
+        if early.is_sure:
             await asyncio.wait({early.task})
         else:
             await self._wait_while_it_comes(early)
@@ -381,7 +388,7 @@ class Payloads:
             return await self._sources.from_coordinator(digest, n_bytes, referred=True)
         except Referred as e:
             named = offered.model_copy(update={"holder": e.holder})
-        fetching = _quiet(self._sources.from_member(named.holder, digest, n_bytes))
+        fetching = _quiet(self._from_holder(named))
         early = Early(named, fetching, time.monotonic())
         try:
             await self._wait_while_it_comes(early)
@@ -396,6 +403,7 @@ class Payloads:
             return early.task.result()
         data = await self._race(early.task, _quiet(other()))
         if not early.task.done():
+            self.refused["slow"] += 1
             self._sources.too_slow(early.offered.holder)
         return data
 

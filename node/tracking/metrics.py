@@ -88,7 +88,8 @@ def _labelled(counter: Counter, values: Iterable[str]) -> Counter:
 def _refused_payloads(counter: Callable[..., Counter]) -> _Growth:
     refused = counter(
         "thinwire_refused_payloads",
-        "Payloads sent to this node and not taken: not by the coordinator (sender), or unannounced",
+        "Payloads of others that this node did not take: not of the coordinator (sender), or unannounced; "
+        "what it asked for was wrong, or so slow that it came from elsewhere",
         ["reason"],
     )
     return _Growth(_labelled(refused, get_args(PayloadRefused)))

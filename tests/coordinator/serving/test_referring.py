@@ -23,6 +23,8 @@ def test_what_a_lost_relay_was_to_give_is_shared_by_all_lines() -> None:
     assert referring.instead("other", X, 100.0) == "maker", "nobody is sent to itself"
     assert referring.instead("q", X, 200.0) == "maker", "the other one has given nothing"
     assert referring.instead("p0", b"?" * 32, 0.0) is None
+    deliveries.asked("q", X)
+    assert deliveries.holders(X) == (MB, set()), "in vain, what was said here, too"
 
 
 def test_a_coordinator_with_the_widest_line_sends_by_itself() -> None:

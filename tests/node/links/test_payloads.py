@@ -236,7 +236,7 @@ async def test_what_the_coordinator_has_announced_no_member_sends(swarm: Swarm, 
     payloads.offered(offered(1, ME, x))
     with pytest.raises(NotServed, match="asked for"):
         await send(payloads, x, A)
-    assert payloads.refused == {"sender": 1, "unannounced": 0}
+    assert {reason: n for reason, n in payloads.refused.items() if n} == {"sender": 1}
     assert digest_of(x) not in payloads.kept
     await send(payloads, x)
     assert await payloads.get(entry(1, x), A) == x
@@ -278,7 +278,7 @@ async def test_what_was_not_announced_is_refused_and_counted(swarm: Swarm, paylo
     for payload in (x, y):
         with pytest.raises(NotServed, match="announced"):
             await send(payloads, payload)
-    assert payloads.refused == {"sender": 0, "unannounced": 2}
+    assert {reason: n for reason, n in payloads.refused.items() if n} == {"unannounced": 2}
     assert not payloads.kept.n_bytes
 
 
@@ -342,6 +342,19 @@ async def test_and_the_coordinator_again_where_nothing_comes_from_there(
     assert await payloads.get(entry(1, x), A) == x
     assert swarm.asked == [A, "coordinator", B, "coordinator"]
     assert swarm.slow == [B, A]
+    assert payloads.refused["slow"] == 2
+
+
+@in_a_loop
+async def test_wrong_bytes_are_counted_and_come_from_elsewhere(swarm: Swarm, payloads: Payloads) -> None:
+    x = data("x")
+    swarm.coordinator[digest_of(x)] = x
+    swarm.peers[A][digest_of(x)] = data("y")
+    swarm.piece_bytes = len(x)
+    payloads.offered(offered(1, A, x))
+    assert await payloads.get(entry(1, x), A) == x
+    assert swarm.asked == [A, "coordinator"]
+    assert payloads.refused["wrong"] == 1
 
 
 @in_a_loop
@@ -597,10 +610,15 @@ async def test_an_open_round_costs_a_bounded_number_of_fetches(swarm: Swarm, pay
 
 @in_a_loop
 async def test_a_peer_that_keeps_failing_is_not_tried_first(swarm: Swarm, payloads: Payloads) -> None:
+    """While the round is open already, the coordinator says from whom its payloads come instead."""
+    x = data("x")
     swarm.resting.add(A)
-    payloads.offered(offered(1, A, data("x")))
+    swarm.named = B
+    swarm.peers[B][digest_of(x)] = x
+    payloads.offered(offered(1, A, x))
     await settle()
-    assert swarm.asked == []
+    assert swarm.asked == ["coordinator", B]
+    assert digest_of(x) in payloads.kept
 
 
 @in_a_loop
