@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..compression.errors import SwarmUnreachable, ThinwireError
 from ..coordinator.protocol.addresses import HttpAddress
 from ..coordinator.protocol.ticket import Ticket
+from .doctor.compiling import compile_apart
 from .links.telling import follow_events
 from .links.upload_limit import UploadLimit, parse_rate
 from .states.words import left, over, what_is_here
@@ -154,9 +155,11 @@ def opened_node(
         stack.callback(link.close)
         link.begin()  # while torch is loaded
 
-        limit_threads(options.threads)
-        check_device(options.device)
         with nullcontext() if options.import_path is not None or task is not None else _without_scipy():
+            if options.device.startswith("cpu"):
+                compile_apart(log.info)  # before there is torch here, too
+            limit_threads(options.threads)
+            check_device(options.device)
             _check_arithmetic(options.device)
         from .runner import Runner
 

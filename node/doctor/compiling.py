@@ -11,18 +11,24 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import IO, Final
 
 from ..system.every import Every
 from ..system.output import to_stderr
+from ..system.processes import PARENT_VARIABLE, end_with_parent
 from .kernel_cache import is_compiled, mark_path, stamp
 
 LONGEST_WAIT_S: Final = 300.0
 _STEP: Final = "a step"
+_APART: Final = "apart"
+_SAID: Final = "compiling kernels for this machine: once, for half a minute or, on busy cores, a few"
 _UNCACHED: Final = "Cannot cache compiled function"
 """How numba begins to say so."""
 
@@ -33,11 +39,10 @@ def compiling(say: Callable[[str], object]) -> Iterator[None]:
     where its files can be locked and written.
 
     `say` is told, if there is anything to compile."""
-    mark = mark_path()
-    if mark is None or is_compiled() or not os.access(mark.parent, os.W_OK):
+    if (mark := _wanted()) is None:
         yield
         return
-    say("compiling kernels for this machine: once, for half a minute or, on busy cores, a few")
+    say(_SAID)
     with ExitStack() as stack:
         with suppress(OSError):
             _wait_for(stack.enter_context(mark.open("a")))
@@ -45,6 +50,42 @@ def compiling(say: Callable[[str], object]) -> Iterator[None]:
         _step()
         with suppress(OSError):
             mark.write_text(stamp(mark.parent))
+
+
+def _wanted() -> Path | None:
+    """Where it is to be noted that everything is compiled; None: it is already, or cannot be kept."""
+    mark = mark_path()
+    return None if mark is None or is_compiled() or not os.access(mark.parent, os.W_OK) else mark
+
+
+def compile_apart(say: Callable[[str], object]) -> None:
+    """In a process of its own, one core's work: what compiling takes, 300 MB, would stay with this one. Where
+    that fails, kernels are compiled where they are needed."""
+    if _wanted() is None:
+        return
+    say(_SAID)
+    with suppress(OSError):
+        subprocess.run(
+            [sys.executable, "-m", __name__, _APART],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+            start_new_session=True,  # Ctrl-C is the parent's affair
+            check=False,
+        )
+
+
+def _apart() -> None:
+    """The process of `compile_apart`."""
+    end_with_parent()
+    import torch
+
+    from .self_test import refuse_wrong_arithmetic
+
+    torch.set_num_threads(1)
+    with compiling(str):
+        refuse_wrong_arithmetic(torch.device("cpu"))
 
 
 def _wait_for(lock: IO[str]) -> None:
@@ -119,4 +160,7 @@ def _step() -> None:
 
 
 if __name__ == "__main__":
-    compile_kernels(to_stderr)
+    if sys.argv[1:] == [_APART]:
+        _apart()
+    else:
+        compile_kernels(to_stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import signal
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -83,6 +84,19 @@ def test_a_mark_that_cannot_be_written_keeps_nobody_out(mark: Path) -> None:
     with compiling.compiling(print):
         pass
     assert not is_compiled()
+
+
+def test_where_no_process_begins_kernels_are_compiled_where_they_are_needed(
+    mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sys, "executable", str(mark))
+    compiling.compile_apart(said.append)
+    assert len(said) == 1
+    assert not is_compiled()
+    mark.write_text(kernel_cache.stamp(mark.parent))
+    compiling.compile_apart(said.append)
+    assert len(said) == 1
 
 
 def test_a_kernel_that_cannot_be_cached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
