@@ -170,8 +170,7 @@ def test_an_upload_that_takes_too_long_is_passed_on_no_more_with_its_next_bytes(
         await until(lambda: n_coming(pair) == HALF)
         pair.goes_on = False
         upload.write(PAYLOAD[HALF : HALF + 1])
-        await until(lambda: pair.ours.coming(DIGEST) is None)
-        assert not upload.watchers
+        await until(lambda: pair.ours.coming(DIGEST) is None and not upload.watchers)
         upload.abort()
 
     played(tmp_path, scene)
