@@ -141,8 +141,9 @@ def seats_of(body: CommitBody) -> tuple[SeatEntry, ...]:
 
 
 REPAIR_FORK = (
-    "The coordinator was restored from an older copy of its state directory and went on without this node's "
-    "rounds. Stop the coordinator and restore a copy from before it was restored, or a newer one: nodes give "
-    "back the rounds after it. Or give up this node's rounds: start it with an empty --state directory."
+    "The coordinator was restored from an older copy of its state directory, or such a copy runs beside it, "
+    "and went on without this node's rounds. Stop the coordinator and restore a copy from before it was "
+    "restored, or a newer one: nodes give back the rounds after it. Or give up this node's rounds: start it "
+    "with an empty --state directory."
 )
 """Two records of one round, both signed by this coordinator."""
