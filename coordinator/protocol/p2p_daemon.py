@@ -129,8 +129,8 @@ async def start_daemon(key: Ed25519PrivateKey, listen: str) -> Daemon:
 
 
 def _not_started(listen: str, error: OSError) -> ThinwireError:
-    why = str(error) or "no answer in time"
-    return disk_error(error) or ConfigError(f"libp2p did not start on {listen}: {why}")
+    other = ConfigError(f"libp2p did not start on {listen}: {str(error) or 'no answer in time'}")
+    return disk_error(error, Path(tempfile.gettempdir())) or other
 
 
 def _command(folder: Path, listen: str) -> list[str]:

@@ -3,6 +3,7 @@ name, which is gone with the process."""
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import weakref
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from ...compression.errors import ConfigError
+from ...compression.errors import DiskError
 
 
 class Aside:
@@ -29,7 +30,7 @@ class Aside:
         return key in self._waiting
 
     def put(self, key: str, x: Tensor) -> None:
-        """Copies it; a key always has tensors of one size. Raises ConfigError where the disk has no room."""
+        """Copies it; a key always has tensors of one size. Raises DiskError where the disk has no room."""
         if x.device.type != "cpu":
             self._waiting[key] = x.to("cpu", copy=True)
             return
@@ -45,7 +46,14 @@ class Aside:
             self._file.write(values.data)
             self._file.flush()
         except OSError as e:
-            raise ConfigError(f"--offload-idle: {self._folder or tempfile.gettempdir()}: {e.strerror}") from e
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # else it tries once more when the process ends
+                    self._file.close()
+            folder = self._folder or tempfile.gettempdir()
+            raise DiskError(
+                f"--offload-idle: {folder} cannot be written: {e.strerror}. Make room there (df -h "
+                f"{folder}), or leave that option out; then the same command goes on"
+            ) from e
         self._waiting[key] = None
 
     def take(self, key: str, like: Tensor) -> Tensor:

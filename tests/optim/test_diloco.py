@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tests.support.full_disk import full_disk
 from thinwire.compression.base import Part, Payload, Turn
 from thinwire.compression.codecs.dct_topk import DctTopK
 from thinwire.compression.codecs.dense import Dense
-from thinwire.compression.errors import BadPayload, ConfigError
+from thinwire.compression.errors import BadPayload, ConfigError, DiskError
 from thinwire.optim.base import Closure, Own, Share
 from thinwire.optim.diloco import Diloco
 from thinwire.optim.inner.aside import Aside
@@ -868,6 +870,11 @@ def test_sparse_loco_is_a_configuration_and_needs_its_error_feedback() -> None:
 
 
 # ---------------------------------------------------------------------------------- what waits elsewhere
+
+
+def test_a_disk_without_room_for_what_waits_is_named(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(DiskError, match=f"--offload-idle: {tmp_path} cannot be written"):
+        Aside(tmp_path).put("x", torch.ones(4))
 
 
 @pytest.mark.parametrize("error_feedback", [True, False])
