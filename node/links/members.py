@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ...coordinator.protocol.messages import Members
+from ...coordinator.protocol.messages import MAX_PEERS, BadMessage, Members
 
 _GRACE_S = 30.0
 """Who is off the list counts as a member between nodes for so long: a coordinator that was restarted lists
@@ -40,12 +40,16 @@ class MemberList:
         self._listed = left | {p: _Listed(addresses, math.inf) for p, addresses in members.items()}
 
     def heard(self, said: Members) -> None:
-        """All of the list, or what is different."""
+        """All of the list, or what is different. Raises BadMessage, and stays as it was, for more than there
+        can be."""
         if not said.is_change:
             self.update(said.by_peer)
             return
         listed = {p: one.addresses for p, one in self._listed.items() if one.until_s == math.inf}
-        self.update({p: where for p, where in listed.items() if p not in said.left} | said.by_peer)
+        listed = {p: where for p, where in listed.items() if p not in said.left} | said.by_peer
+        if len(listed) > 2 * MAX_PEERS:  # who has left may be told after who has come
+            raise BadMessage(f"{len(listed)} members, at most {MAX_PEERS} are in a swarm")
+        self.update(listed)
 
     def connected(self) -> list[str]:
         """Peer ids of those that are on the list now."""

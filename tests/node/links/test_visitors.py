@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from thinwire.coordinator.protocol.blob_streams import NotServed, get_blob
-from thinwire.coordinator.protocol.messages import digest_of
+from thinwire.coordinator.protocol.messages import MAX_PEERS, BadMessage, Member, Members, digest_of
 from thinwire.coordinator.protocol.streams import Meter, Stream
 from thinwire.node.links import visitors
 from thinwire.node.links.blob_server import BlobServer
@@ -98,3 +98,20 @@ def test_members_that_open_many_give_one_up_for_who_comes_new(monkeypatch: pytes
             assert await get_blob(stream, DIGEST, 100, "payload") == BLOB
 
     in_a_loop(body)
+
+
+def test_changes_of_the_list_of_members_may_say_anything_and_make_no_endless_one() -> None:
+    def said(first: int, n: int, left: tuple[str, ...] = ()) -> Members:
+        here = tuple(Member(peer_id=f"peer{i}", addresses=()) for i in range(first, first + n))
+        return Members(members=here, left=left, is_change=True)
+
+    members = MemberList()
+    members.heard(said(0, 2, ("a stranger", "peer0")))  # before the whole list, of whoever is not on it
+    assert members.connected() == ["peer0", "peer1"]
+    members.heard(said(0, MAX_PEERS))
+    members.heard(said(MAX_PEERS, MAX_PEERS))
+    with pytest.raises(BadMessage, match="2049 members, at most 1024"):
+        members.heard(said(2 * MAX_PEERS, 1))
+    members.heard(said(2 * MAX_PEERS, 1, ("peer7",)))
+    assert len(members.connected()) == 2 * MAX_PEERS
+    assert "peer7" not in members.connected()
