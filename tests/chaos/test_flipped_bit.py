@@ -39,7 +39,7 @@ def flip(swarm: Swarm, node: Node, found_at: int) -> None:
     assert flipped_at < int(healed[0]) <= flipped_at + swarm.settings["run.verify_every"]
     assert healed[1] == "0.weight", "the tensor is named"
 
-    swarm.wait_counted(swarm.nodes)
+    swarm.wait_counted(swarm.nodes, 60)  # who was right tests its kernels first
     swarm.wait_agreed(swarm.nodes)
     for other in others:
         assert other.text().count(HEALED) == before[other.name], "nobody else is touched"
