@@ -215,6 +215,8 @@ class Plan:
     """Nodes, all like this machine. Default: the run's min_peers, but two at least."""
     link: Annotated[str, arg(metavar="RATE")] = "100Mbit"
     """What each of them has in either direction: 10Mbit, 1.5MB/s, ..."""
+    upload: Annotated[str, arg(metavar="RATE")] = "100Mbit"
+    """What the coordinator's line sends, as `thinwire coordinator --upload` says."""
     rtt_ms: Annotated[float, arg(metavar="MS")] = 50.0
     """There and back between a node and the coordinator, in milliseconds."""
     strategies: Annotated[str | None, optional(metavar="A,B,...")] = None
@@ -238,6 +240,7 @@ class Plan:
                 self.run_file,
                 peers=self.peers,
                 link=self.link,
+                upload=self.upload,
                 rtt_ms=self.rtt_ms,
                 seconds=self.seconds,
                 device=chosen_device(self.device),

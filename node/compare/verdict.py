@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ...coordinator.protocol.figures import human_seconds
-from ..planning.estimate import exchange_s
+from ..planning.estimate import exchange
 from ..units import human_bytes
 from .search import Row
 
@@ -55,10 +55,13 @@ def round_seconds(row: Row, n_peers: int, link: Link) -> float:
     if row.plan.baseline is not None:  # what it packs and decodes is of thinwire's making
         ring_s = outcome.ddp_bytes_per_step * outcome.steps_per_round / link.bytes_per_s + link.rtt_s
         return phases["compute"] + (0.0 if row.plan.is_alone else ring_s)
-    link_s = exchange_s(outcome.payload_bytes_per_peer_round, n_peers, link.bytes_per_s, link.rtt_s)
+    work_s = sum(phases.values())
+    link_s = exchange(
+        outcome.payload_bytes_per_peer_round, n_peers, link.bytes_per_s, link.rtt_s, work_s
+    ).seconds
     if row.plan.options["name"] == "decoupled" and row.plan.options.get("overlap"):
-        return sum(phases.values()) - phases["compute"] + max(phases["compute"], link_s)
-    return sum(phases.values()) + link_s
+        return work_s - phases["compute"] + max(phases["compute"], link_s)
+    return work_s + link_s
 
 
 def verdict_of(rows: Sequence[Row], n_peers: int, link: Link, unit: str) -> Verdict | None:

@@ -37,6 +37,7 @@ def plan(
     *,
     peers: int | None,
     link: str,
+    upload: str,
     rtt_ms: float,
     seconds: float,
     device: str,
@@ -53,7 +54,7 @@ def plan(
         raise ConfigError(f"--peers {n_peers}: between 2 and {MAX_PEERS}")
     if not 0 < seconds <= 3600 or not 0 <= rtt_ms <= 60_000:
         raise ConfigError("--seconds: above 0, up to 3600; --rtt-ms: from 0 to 60000")
-    rate = parse_rate(link, "--link")
+    rate, upload_rate = parse_rate(link, "--link"), parse_rate(upload, "--upload")
     found: list[Estimate] = []
     failed: dict[str, str] = {}
     asked = chosen(config, strategies)
@@ -68,11 +69,12 @@ def plan(
                 raise
             failed[options["name"]] = str(e)
             continue
-        found.append(estimate(measured, n_peers, rate, rtt_ms / 1000, config.work.round_s, available_bytes()))
+        memory, round_s = available_bytes(), config.work.round_s
+        found.append(estimate(measured, n_peers, rate, rtt_ms / 1000, round_s, memory, upload_rate))
     if as_json:
         to_stdout(json.dumps(_plain(found, failed, n_peers, rate, config)))
         return
-    to_stdout(as_typed(told(found, failed, n_peers, rate, config, run_file)))
+    to_stdout(as_typed(told(found, failed, n_peers, rate, upload_rate, config, run_file)))
 
 
 def chosen(config: RunConfig, strategies: str | None) -> list[dict[str, Any]]:
@@ -155,6 +157,7 @@ def told(
     failed: Mapping[str, str],
     n_peers: int,
     rate: float,
+    upload: float,
     config: RunConfig,
     run_file: Path,
 ) -> str:
@@ -172,7 +175,7 @@ def told(
     lines += [
         *filter(None, [warning_of(complete_new_run(config.strategy), config.run.rounds)]),
         "Times: median (least-most). Measured here: computing, packing, applying, payload, memory.",
-        "Computed: the link's part.",
+        f"Computed: the link's part; the coordinator's line sends {human_bytes(upload)}/s.",
         f"Which one learns most from the same tokens: thinwire compare {run_file}",
     ]
     return "\n".join(lines)

@@ -38,7 +38,8 @@ class Measured:
     """Of one strategy. Of every measured round: `compute_s` of `n_batches` batches, `pack_s`, and `apply_s`
     of the payloads of all peers; `payload_bytes` of one. `most_batches`: that a full round has, and
     `full_bytes` of its payload. `memory_bytes`: of the whole process at its largest, `libraries_bytes` of it
-    before there was a model. `told`: see `Strategy.told`."""
+    before there was a model. `told`: see `Strategy.told`; `overlaps`: what is exchanged is while the next
+    round is computed."""
 
     strategy: str
     n_parameters: int
@@ -54,6 +55,7 @@ class Measured:
     libraries_bytes: int
     device_bytes: int
     told: str | None = None
+    overlaps: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -117,6 +119,7 @@ def measure(
         libraries_bytes=libraries_bytes,
         device_bytes=torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
         told=run.told,
+        overlaps=run.overlaps,
     )
 
 
@@ -153,6 +156,7 @@ class _Run:
         )
         self.n_parameters = sum(prod(entry.shape) for entry in body.layout)
         self.told = self._replica.strategy.told()
+        self.overlaps = self._replica.strategy.staleness > 0
 
     def round(self, n_batches: int) -> tuple[float, float, float, int]:
         """Seconds of compute, pack and apply, and the payload's bytes. Raises ConfigError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from thinwire.compression.errors import ConfigError
 from thinwire.node.cli.main import main
 from thinwire.node.links.upload_limit import parse_rate
 from thinwire.node.planning.command import chosen, told
-from thinwire.node.planning.estimate import Span, estimate
+from thinwire.node.planning.estimate import Span, estimate, exchange
 from thinwire.node.planning.measuring import MIN_ROUNDS, Measured, measure
 
 SPSA = {"name": "spsa", "lr": 1e-3, "eps": 1e-3, "probes": 6}
@@ -49,9 +50,9 @@ def test_payloads_and_batches_are_those_of_a_swarm(tmp_path: Path) -> None:
 
 def test_a_round_is_the_sum_of_its_phases() -> None:
     found = estimate(MEASURED, 5, link_bytes_per_s=100_000, rtt_s=0.1, round_s=0, memory_bytes=10**10)
-    others = 4 * 9600 + 5 * 400
-    assert (found.sent_bytes, found.received_bytes) == (9600 + others, others)
-    assert found.exchange_s == pytest.approx((9600 + others) / 100_000 + 0.3)
+    received = 4 * 9600 + 5 * 200
+    assert (found.sent_bytes, found.received_bytes) == (9600 + 250, received)
+    assert found.exchange_s == pytest.approx((9600 + received) / 100_000 + 0.1)
     assert found.batches == 4
     assert found.compute_s == Span(pytest.approx(2.4), pytest.approx(2.0), pytest.approx(2.8))
     assert found.round_s.least == pytest.approx(2.0 + 0.1 + 0.2 + found.exchange_s)
@@ -60,6 +61,34 @@ def test_a_round_is_the_sum_of_its_phases() -> None:
     assert found.tokens_per_s == pytest.approx(5 * 400 / found.round_s.median)
     assert found.ddp_bytes == pytest.approx(2 * 4 / 5 * 4 * 10**6)
     assert found.fits
+
+
+def test_a_round_that_overlaps_waits_for_what_is_longer() -> None:
+    for link, waits_s in ((100_000, 0.0), (10_000, (9600 + 4 * 9600 + 5 * 200) / 10_000 - 2.4)):
+        found = estimate(replace(MEASURED, overlaps=True), 5, link, 0.0, round_s=0, memory_bytes=10**10)
+        assert found.round_s.median == pytest.approx(2.4 + 0.1 + 0.2 + waits_s)
+        assert found.link_share == pytest.approx(waits_s / found.round_s.median)
+
+
+@pytest.mark.parametrize(
+    ("payload", "peers", "coordinator", "given", "seconds"),
+    [
+        (4096, 8, 12.5e6, 0, (4096 + 8 * 4096 + 1600) / 1.25e6),  # inside of commits, to all
+        (9600, 8, 12.5e6, 0, (8 * 9600 + 1600) / 1.25e6),
+        (10**6, 8, 125e6, 0, (8 * 10**6 + 1600) / 1.25e6),
+        (10**6, 8, 12.5e6, 1.44, (8 * 10**6 + 1600) / 1.25e6),
+        (10**6, 64, 12.5e6, 52.19, 64 * 10**6 / 12.5e6 + (63 * 10**6 + 12_800) / 1.25e6),
+    ],
+)
+def test_nodes_upload_once_and_give_what_the_coordinator_has_no_room_for(
+    payload: int, peers: int, coordinator: float, given: float, seconds: float
+) -> None:
+    found = exchange(payload, peers, 1.25e6, 0.0, 1.0, coordinator)
+    assert found.given == pytest.approx(given, rel=0.01)
+    assert found.sent_bytes == pytest.approx((1 + found.given) * payload + 250, abs=1)
+    assert found.seconds == pytest.approx(seconds, rel=0.1)
+    trips = exchange(payload, peers, 1.25e6, 1.0, 1.0, coordinator).seconds - found.seconds
+    assert trips == pytest.approx(2 if given else 1)
 
 
 def test_what_does_not_fit_says_why() -> None:
@@ -85,13 +114,13 @@ def test_the_runs_options_and_those_for_small_models() -> None:
 
 def test_the_table_has_a_column_for_each() -> None:
     one = estimate(MEASURED, 5, link_bytes_per_s=100_000, rtt_s=0.1, round_s=0, memory_bytes=10**10)
-    lines = told([one], {"spsa": "no"}, 5, 100_000, config_of(DECOUPLED), Path("a.toml")).splitlines()
+    lines = told([one], {"spsa": "no"}, 5, 100_000, 12.5e6, config_of(DECOUPLED), Path("a.toml")).splitlines()
     assert lines[0] == "run: 5 nodes like this machine, each with a link of 100.0 kB/s."
     assert "computing           2.4 s (2-2.8)" in lines
     assert "spsa cannot train this: no" in lines
     assert lines[-1].endswith("thinwire compare a.toml")
     assert not any("GPU" in line for line in lines)
-    three = told([one] * 3, {}, 5, 100_000, config_of(DECOUPLED), Path("a.toml")).splitlines()
+    three = told([one] * 3, {}, 5, 100_000, 12.5e6, config_of(DECOUPLED), Path("a.toml")).splitlines()
     assert all(len(line) <= 80 for line in three[:-4])
 
 
