@@ -50,7 +50,7 @@ from .facts import Facts, KnownUpdate
 from .inner.aside import Aside
 from .inner.control import MEAN as CONTROL_MEAN
 from .inner.control import NONE, Control
-from .inner.optimizers import check_inner
+from .inner.optimizers import check_inner, state_bytes
 from .inner.phase import InnerPhase
 from .inner.training import InnerTraining
 from .noise import noise_of
@@ -169,15 +169,11 @@ def _check_control(options: type[DilocoOptions], entries: Mapping[str, Any]) -> 
             )
 
 
-_STATE_BYTES: Final = {"adamw": 8.0, "muon": 4.0, "lion": 4.0, "schedulefree": 12.0}
-"""Of inner optimizers, for each parameter; 0 of others, at the least."""
-
-
 def _bytes_per_parameter(options: Mapping[str, Any]) -> float:
     """Outer and inner parameters, gradients, error feedback; the inner optimizer's state; outer momentum."""
-    inner = options.get("inner", INNER)
-    name = str(inner["name"] if isinstance(inner, Mapping) else inner).lower()
-    return 16.0 + _STATE_BYTES.get(name, 0.0) + (4.0 if options.get("outer_momentum", 0.9) else 0.0)
+    return (
+        16.0 + state_bytes(options.get("inner", INNER)) + (4.0 if options.get("outer_momentum", 0.9) else 0.0)
+    )
 
 
 class Diloco(InnerTraining):

@@ -33,7 +33,7 @@ from ..compression.base import Field, Fields, Fill, Payload, Turn
 from ..compression.errors import BadPayload, ConfigError
 from .base import Draw, NamedParameters, Own, Share, Strategy, refuse_names
 from .facts import Facts, KnownUpdate
-from .inner.optimizers import check_inner
+from .inner.optimizers import check_inner, state_bytes
 from .inner.phase import InnerPhase
 from .inner.training import OwnTraining
 from .options import Number, Options, Whole, keywords_of
@@ -125,6 +125,8 @@ class Sapo(OwnTraining):
         options=SapoOptions,
         changeable=("lr", "weight_decay", "max_grad_norm"),
         small_model={"lr": 1e-3},
+        # The replica as it began, own model, gradients.
+        bytes_per_parameter=lambda options: 12.0 + state_bytes(options.get("inner", "AdamW")),
         is_audited=False,  # a peer's model is its own
         known_updates={"sapo update": KnownUpdate({}, 0x0D2C1CBDC60CB885, is_slow=True)},
     )

@@ -101,7 +101,7 @@ class Subspace(Strategy):
         changeable=("lr", "weight_decay", "max_grad_norm", "clip", "bound", "own_data_share"),
         in_runs=NEW_RUNS,
         small_model={"lr": 3e-3},
-        bytes_per_parameter=lambda _options: 12.0,  # and the momentum
+        bytes_per_parameter=lambda _options: 20.0,  # and the momentum, the same in a row, a direction
         compressor={"name": "dense", "bits": 8},
         known_updates={
             "subspace update": KnownUpdate(

@@ -31,7 +31,9 @@ RANKS: Final = (1, 2, 4)
 LAYERS: Final = 32
 """As in models of seven billion parameters: a block is a small part of the whole."""
 
-ALONE: Final = ("inference", "spsa", "adamw", "diloco", "diloco_offload_idle")
+OTHERS: Final = {"subspace": {"dimension": 16}, "gossip": {"inner_steps": 2}}
+
+ALONE: Final = ("inference", "spsa", "adamw", "diloco", "diloco_offload_idle", *OTHERS)
 
 STRATEGY: Final = {"name": "decoupled", "beta": 0.9}
 
@@ -44,7 +46,8 @@ def bench_memory(n_params: int, n_repeats: int, device: str) -> dict[str, Any]:
     rank has while it computes it, come on top.
 
     Beside it, of one rank in this process, bytes per parameter at most: torch's AdamW, `diloco` without and
-    with `--offload-idle`, `spsa` with its dry run, and a forward pass alone.
+    with `--offload-idle`, `spsa` with its dry run, `subspace`, `gossip` without neighbours, and a forward
+    pass alone.
     """
     nodes = {count: _node(count, n_params) for count in RANKS}
     whole = nodes[1][0]
@@ -144,6 +147,8 @@ def _strategy(name: str, named: dict[str, nn.Parameter]) -> Strategy | None:
     """None: of a row without one."""
     if name == "spsa":
         return Spsa(named.items(), lr=1e-6)
+    if name in OTHERS:
+        return build_strategy({"name": name, **OTHERS[name]}, named.items())
     if not name.startswith("diloco"):
         return None
     diloco = Diloco(named.items(), compressor=Dense(bits=4, group_size=128), inner_steps=2)

@@ -39,6 +39,7 @@ from ...compression.errors import BadPayload, ConfigError
 from ...compression.exact import exact_arithmetic
 from ..base import Draw, NamedParameters, Own, Parameter, Share, refuse_names, wholes
 from ..facts import Facts, KnownUpdate
+from ..inner.optimizers import state_bytes
 from ..inner.phase import InnerPhase
 from ..inner.training import OwnTraining
 from ..options import keywords_of
@@ -55,7 +56,7 @@ from .meeting import Meeting, meeting
 from .merging import is_full, is_merge, last_merge, last_taken, takes_part
 from .mixing import Mixed, Mixing, ModelMixing
 from .neighbours import Exchange, Neighbours
-from .options import EIGHT_BITS, IN_PAIRS, GossipOptions
+from .options import EIGHT_BITS, IN_PAIRS, INNER, GossipOptions
 from .private import Pairs, PrivateSteps, mixing_weights
 from .topology import edges_of
 
@@ -90,6 +91,8 @@ class Gossip(OwnTraining):
         only_with={"edges": (), "topology_file": (), "mu": (), "smoothness": (), "privacy": ()},
         small_model={"lr": 1e-3},
         compressor=EIGHT_BITS,
+        # Reference, own model, gradients; what is sent and what comes, packed, and a neighbour's model.
+        bytes_per_parameter=lambda options: 18.0 + state_bytes(options.get("inner", INNER)),
         is_audited=False,  # a peer's model is its own
         known_updates={
             "gossip update": KnownUpdate(

@@ -50,6 +50,15 @@ OF_FIXED_RATES: Final = {
 """Options that are not taken: they go by the rate that an optimizer was made with, or have one device."""
 
 
+_STATE_BYTES: Final = {"adamw": 8.0, "muon": 4.0, "lion": 4.0, "schedulefree": 12.0}
+
+
+def state_bytes(inner: str | Mapping[str, Any]) -> float:
+    """Of the optimizer, for each parameter; 0 of those that are not known here, at the least."""
+    name = inner if isinstance(inner, str) else inner["name"]
+    return _STATE_BYTES.get(str(name).lower(), 0.0)
+
+
 def inner_table(inner: str | Mapping[str, Any]) -> Mapping[str, Any]:
     """The table that is meant; names alone may be written in any case."""
     if not isinstance(inner, str):

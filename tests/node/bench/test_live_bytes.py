@@ -7,6 +7,8 @@ import torch
 from thinwire.node.bench.live_bytes import LiveBytes
 from thinwire.node.bench.memory import _alone, _measured
 from thinwire.optim.diloco import Diloco
+from thinwire.optim.gossip.strategy import Gossip
+from thinwire.optim.subspace import Subspace
 
 
 def test_memory_counts_once_and_until_it_is_given_back() -> None:
@@ -44,3 +46,10 @@ def test_what_inner_steps_do_not_need_can_wait_elsewhere() -> None:
     plain, spared = (_alone(name, 200_000, layers=2) for name in ("diloco", "diloco_offload_idle"))
     assert spared < 23
     assert plain >= Diloco.facts.bytes_per_parameter({}) == 28.0
+
+
+def test_what_doctor_says_of_others_is_what_they_hold() -> None:
+    """With a neighbour's message, that and the own one, packed to 8 bits, and a model come on top."""
+    subspace, gossip = (_alone(name, 200_000, layers=2) for name in ("subspace", "gossip"))
+    assert subspace >= Subspace.facts.bytes_per_parameter({}) - 0.1
+    assert Gossip.facts.bytes_per_parameter({}) - 6 <= gossip <= Gossip.facts.bytes_per_parameter({})

@@ -302,6 +302,10 @@ def test_runs_that_this_machine_cannot_take_part_in() -> None:
         ({"name": "decoupled"}, 12, 12),
         ({"name": "diloco"}, 28, 20),
         ({"name": "diloco", "inner": {"name": "muon"}, "outer_momentum": 0.0}, 20, 12),
+        ({"name": "subspace"}, 20, 20),
+        ({"name": "gossip"}, 26, 26),
+        ({"name": "gossip", "inner": "lion"}, 22, 22),
+        ({"name": "sapo"}, 20, 20),
         (None, 4, 4),
     ],
 )
