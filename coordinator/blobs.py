@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
 from shutil import disk_usage
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from blake3 import blake3
 
@@ -33,6 +33,8 @@ class _Blob:
 class BlobWriter:
     """Takes a blob chunk by chunk, aside; `finish` makes it a blob, `abort` forgets it. `reserved_bytes`: how
     many are to come, 0 if that is not known; `owner`: the peer whose upload it is, "": nobody's."""
+
+    is_quick: Final = False
 
     def __init__(
         self, store: BlobStore, digest: bytes, aside: Path, reserved_bytes: int, owner: str = ""

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from ..compression.errors import ConfigError, SwarmUnreachable, ThinwireError
 from .adoption import STALL_S, Claims, adopt
@@ -390,6 +390,8 @@ class _Shelf:
 class _Upload:
     """A `BlobWriter` whose disk may be full. `uploaded` hears how long the bytes after the first chunk
     took."""
+
+    is_quick: Final = False
 
     def __init__(
         self,

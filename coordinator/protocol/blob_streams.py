@@ -5,7 +5,8 @@ GET digest     -> SIZE n, CHUNK ..., END digest    or NO reason; SIZE n again an
 GET digest, 1 [, base]   -> the same; where SIZE has flags behind n, the chunks are packed blocks, each with
                   its length in front (`byte_planes`); flag 2: of what differs from `base`, as long a blob
 GET digest, 5  -> AT peer: that one has it, and a wider line; or as above, packed by older builds alone
-PUT digest, n  -> GO; CHUNK ..., END digest -> DONE    or DONE at once (it is here already)    or NO reason
+PUT digest, n  -> GO; CHUNK ..., END digest -> DONE    or DONE at once (it is here already)    or NO reason;
+                  no GO where all of it has come with the request
 
 The first `EARLY_BYTES` of a PUT may be sent before its GO, which saves a round trip; where DONE or NO come
 instead, what was sent is dropped, up to its END.
@@ -22,6 +23,7 @@ import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO, Protocol
 
 from ...compression.byte_planes import MAX_BLOCK, BadBlock, max_packed_bytes, pack, unpack
@@ -92,10 +94,12 @@ class Referred(NotServed):
 
 
 class Sink(Protocol):
-    """Takes an upload, piece by piece. `sync` is called in a thread, before `finish`, and may wait for the
-    disk; `finish` gives its size in bytes; `abort` forgets it. The others raise BadMessage: the digest does
-    not fit, or the disk does not take it."""
+    """Takes an upload, piece by piece. `sync` is called before `finish`, in a thread unless it `is_quick`: it
+    may wait for the disk. `finish` gives its size in bytes; `abort` forgets it. The others raise BadMessage:
+    the digest does not fit, or the disk does not take it."""
 
+    @property
+    def is_quick(self) -> bool: ...
     def write(self, chunk: bytes) -> None: ...
     def sync(self) -> None: ...
     def finish(self) -> int: ...
@@ -435,9 +439,9 @@ async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Traffic
         await _say_no(stream, str(e))
         return False
     if sink is not None:
+        go_on = partial(_send, stream, FrameKind.GO)
         try:
-            await _send(stream, FrameKind.GO)
-            async for chunk in _chunks(stream, digest, n_bytes, purpose):
+            async for chunk in _chunks(stream, digest, n_bytes, purpose, go_on=go_on):
                 sink.write(chunk)
             await _finish(sink)
         except BadMessage as e:
@@ -455,7 +459,15 @@ async def _serve_put(stream: Stream, shelf: Shelf, body: bytes, purpose: Traffic
 async def _finish(sink: Sink) -> None:
     """The event loop goes on while the disk writes: other blobs come, and heartbeats. Raises what the sink
     raises."""
-    syncing = asyncio.get_running_loop().run_in_executor(None, sink.sync)
+    if sink.is_quick:
+        sink.sync()
+    else:
+        await _in_a_thread(sink.sync)
+    sink.finish()
+
+
+async def _in_a_thread(sync: Callable[[], None]) -> None:
+    syncing = asyncio.get_running_loop().run_in_executor(None, sync)
     try:
         await asyncio.shield(syncing)
     except asyncio.CancelledError:
@@ -464,7 +476,6 @@ async def _finish(sink: Sink) -> None:
                 await asyncio.wait({syncing})
         syncing.exception()
         raise
-    sink.finish()
 
 
 async def _chunks(
@@ -474,12 +485,16 @@ async def _chunks(
     purpose: TrafficKind,
     patience: Patience | None = None,
     waits: Callable[[], object] | None = None,
+    go_on: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[bytes]:
     """The chunks of a blob, exactly `n_bytes` and a fitting END, or BadFrame. `waits`: see `get_blob`; None:
-    the other end has it."""
+    the other end has it. `go_on`: is called once, where not all is here yet."""
     missing = n_bytes
     while True:
         may_wait = waits is not None and missing == n_bytes
+        if go_on is not None and not stream.has_frame:
+            await go_on()
+            go_on = None
         kind, body = await _next(stream, _SIZE_OR_DATA if may_wait else _DATA, purpose, patience)
         if kind is FrameKind.END:
             break
@@ -556,15 +571,18 @@ def _next_block(coming: bytearray, n_bytes: int) -> bytes | None:
 async def _next(
     stream: Stream, limits: FrameLimits, purpose: TrafficKind = "control", patience: Patience | None = None
 ) -> Frame:
-    limit_s = STALL_S if patience is None else patience.limit_s
     began_s = time.monotonic()
-    try:
-        async with asyncio.timeout(limit_s):
-            frame = await stream.receive(limits, purpose)
-    except TimeoutError as e:
-        if patience is not None:
-            patience.ran_out()
-        raise SwarmUnreachable(f"the transfer stood still for {limit_s:.1f} s") from e
+    if stream.has_frame:  # a timer costs more than the frame
+        frame = await stream.receive(limits, purpose)
+    else:
+        limit_s = STALL_S if patience is None else patience.limit_s
+        try:
+            async with asyncio.timeout(limit_s):
+                frame = await stream.receive(limits, purpose)
+        except TimeoutError as e:
+            if patience is not None:
+                patience.ran_out()
+            raise SwarmUnreachable(f"the transfer stood still for {limit_s:.1f} s") from e
     if patience is not None:
         patience.took(time.monotonic() - began_s)
     return frame

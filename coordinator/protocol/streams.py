@@ -132,6 +132,8 @@ class Stream:
         throttle: Throttle | None = None,
     ) -> None:
         self._reader, self._writer, self.meter, self._throttle = reader, writer, meter, throttle
+        self._came = bytearray()
+        """Read, and not yet taken as a frame: one read brings several."""
         self.heard_s = time.monotonic()
         """When bytes last came, whole frames or not."""
         self.heard_bytes = 0
@@ -146,7 +148,7 @@ class Stream:
         """
         frame = await self._frame(limits)
         counted_as = purpose if frame.kind is FrameKind.CHUNK else "control"
-        self.meter.received[counted_as] += HEADER.size + len(frame.body)
+        self.meter.received[counted_as] += self.frame_bytes
         return frame
 
     async def receive_message(self, limits: FrameLimits) -> Message:
@@ -154,13 +156,12 @@ class Stream:
         if len(limits) > 1:
             limits = {FrameKind.MESSAGE: limits[FrameKind.MESSAGE]}
         frame = await self._frame(limits)
-        n_bytes = HEADER.size + len(frame.body)
         try:
             message = decode_message(frame.body)
         except BadMessage as e:
-            self.meter.received["control"] += n_bytes
+            self.meter.received["control"] += self.frame_bytes
             raise BadFrame("message", str(e)) from e
-        _count(self.meter.received, message, n_bytes)
+        _count(self.meter.received, message, self.frame_bytes)
         return message
 
     async def send(self, kind: FrameKind, body: bytes = b"", purpose: TrafficKind = "control") -> None:
@@ -228,7 +229,7 @@ class Stream:
     @property
     def is_closing(self) -> bool:
         """Whether nothing can be sent any more, as far as is known here."""
-        return self._writer.is_closing() or self._reader.at_eof()
+        return self._writer.is_closing() or (self._reader.at_eof() and not self._came)
 
     def close(self) -> None:
         """Sends what is buffered, and ends both directions: libp2p's daemon knows no half-closed streams."""
@@ -238,9 +239,16 @@ class Stream:
         """Closes without waiting for the other end to take what is still buffered."""
         self._writer.transport.abort()
 
+    @property
+    def has_frame(self) -> bool:
+        """Whether the next frame is here, as a whole."""
+        came = self._came
+        return len(came) >= HEADER.size and len(came) >= HEADER.size + HEADER.unpack_from(came)[0]
+
     async def _frame(self, limits: FrameLimits) -> Frame:
-        header = await self._exactly(HEADER.size, at_start=True)
-        n_bytes, code = HEADER.unpack(header)
+        while len(self._came) < HEADER.size:
+            await self._read_on()
+        n_bytes, code = HEADER.unpack_from(self._came)
         limit = limits.get(code)  # a kind is a number
         if limit is None:
             raise BadFrame("frame_kind", f"a frame of kind {code} is not expected here")
@@ -248,24 +256,24 @@ class Stream:
         if n_bytes > limit:
             raise BadFrame("frame_size", f"a {kind.name} frame of {n_bytes} bytes, at most {limit}")
         self.frame_bytes = HEADER.size + n_bytes
-        return Frame(kind, await self._exactly(n_bytes, at_start=False))
+        while len(self._came) < self.frame_bytes:
+            await self._read_on()
+        body = bytes(self._came[HEADER.size : self.frame_bytes])
+        del self._came[: self.frame_bytes]
+        return Frame(kind, body)
 
-    async def _exactly(self, n_bytes: int, *, at_start: bool) -> bytes:
-        parts: list[bytes] = []
-        missing = n_bytes
-        while missing:
-            part = await self._reader.read(min(missing, _PIECE_BYTES))
-            if not part:
-                if at_start and not parts:
-                    raise EOFError("the other end has closed the stream")
-                raise BadFrame("frame_cut", "the stream ended inside of a frame")
-            self.heard_s = time.monotonic()
-            self.heard_bytes += len(part)
-            if self._throttle is not None:
-                self._throttle.received(len(part))
-            parts.append(part)
-            missing -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+    async def _read_on(self) -> None:
+        """Waits for more bytes. Raises EOFError (the other end is done), BadFrame, or OSError."""
+        part = await self._reader.read(_PIECE_BYTES)
+        if not part:
+            if not self._came:
+                raise EOFError("the other end has closed the stream")
+            raise BadFrame("frame_cut", "the stream ended inside of a frame")
+        self.heard_s = time.monotonic()
+        self.heard_bytes += len(part)
+        if self._throttle is not None:
+            self._throttle.received(len(part))
+        self._came += part
 
 
 def _count(counts: dict[TrafficKind, int], message: Message, n_bytes: int) -> None:

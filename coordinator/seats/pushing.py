@@ -129,6 +129,8 @@ class Pusher:
 class PushedTo:
     """A payload that another seat pushes, on its way to the disk. `ended`: it is whole, or does not come."""
 
+    is_quick: Final = False
+
     def __init__(self, writer: BlobWriter, ended: Callable[[], object]) -> None:
         self._writer, self._ended = writer, ended
         self.write, self.sync = writer.write, writer.sync

@@ -48,6 +48,9 @@ _ANNOUNCED_S, _AGAIN_S = 1.0, 0.1
 """A payload that is sent here may be ahead of its announcement for so long; and who is asked for one may hear
 so much later that it is to pass it on: it is asked again, at first after `_AGAIN_S`."""
 
+QUICK_BYTES = 2**18
+"""The digest of so many takes less than to ask a thread for it does."""
+
 _RETRY_S, _LAST_RETRY_S = 0.3, 2.0
 _REFUSALS = 2
 """Once is what a session that has just been replaced may answer."""
@@ -160,23 +163,29 @@ class _Pushed:
     """A payload that the coordinator sends here. See `blob_streams.Sink`."""
 
     def __init__(self, offered: Offered) -> None:
-        self.offered, self.begun = offered, asyncio.Event()
+        self.offered, self.has_begun = offered, False
         self._data = bytearray()
         self._is_over = asyncio.Event()
+        self._too_late = asyncio.get_running_loop().call_later(LONG_WAIT_S, self._is_over.set)
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether its digest is computed in next to no time."""
+        return self.offered.n_bytes <= QUICK_BYTES
 
     async def whole(self) -> bytes:
         """Its bytes. Raises SwarmUnreachable: it does not come."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LONG_WAIT_S):
-                await self.begun.wait()
-        if self.begun.is_set():
+        try:
             await self._is_over.wait()
+        finally:
+            self._too_late.cancel()
         if len(self._data) != self.offered.n_bytes:
             raise SwarmUnreachable("the coordinator does not send what it has announced")
         return bytes(self._data)
 
     def write(self, chunk: bytes) -> None:
-        self.begun.set()
+        self.has_begun = True
+        self._too_late.cancel()
         self._data += chunk
 
     def sync(self) -> None:
@@ -190,7 +199,7 @@ class _Pushed:
 
     def abort(self) -> None:
         self._data.clear()
-        self.begun.set()
+        self.has_begun = True
         self._is_over.set()
 
 
@@ -254,6 +263,8 @@ class Payloads:
         if not self._sources.is_coordinator(sender):
             self.refused["sender"] += 1
             raise BadMessage(f"the payload {digest.hex()[:16]} is sent by {sender}, and is to be asked for")
+        if digest in self._pushed or digest in self.kept:
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_ANNOUNCED_S):
                 while digest not in self._pushed and digest not in self.kept:
@@ -268,7 +279,7 @@ class Payloads:
         if pushed is None or pushed.offered.n_bytes != n_bytes:
             self.refused["unannounced"] += 1
             raise BadMessage(f"the payload {digest.hex()[:16]} of {n_bytes} bytes was not announced")
-        return None if pushed.begun.is_set() else pushed
+        return None if pushed.has_begun else pushed
 
     def committed(self, commit: Commit) -> None:
         """A round is over: of what was offered only what counted is still of use."""
@@ -364,7 +375,9 @@ class Payloads:
             pause_s *= 2
 
     async def _fetch_wanted(self, digest: bytes, n_bytes: int, offerer: str | None, round_: int) -> bytes:
-        data = await self._resolve(digest, n_bytes, offerer)
+        data = self.kept.get(digest)
+        if data is None:  # it has not come since this was begun
+            data = await self._resolve(digest, n_bytes, offerer)
         self.kept.add(round_, digest, data)
         return data
 

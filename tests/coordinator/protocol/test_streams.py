@@ -205,6 +205,8 @@ class Memory:
 
 
 class MemorySink:
+    is_quick = True
+
     def __init__(self, shelf: Memory, digest: bytes) -> None:
         self._shelf, self._digest, self._data = shelf, digest, b""
 
@@ -305,6 +307,18 @@ def test_builds_that_name_nobody_send_what_they_have() -> None:
         assert got == blob
 
     over_a_pair(both)
+
+
+def test_an_upload_that_comes_in_one_piece_is_answered_once() -> None:
+    async def body(client: Stream) -> None:
+        await put_blob(client, digest_of(b"abc"), b"abc", "payload")
+        assert client.meter.received["control"] == HEADER.size  # DONE
+        await put_blob(client, digest_of(b"defg"), b"defg", "payload", n_early=0)
+        assert client.meter.received["control"] == 3 * HEADER.size  # GO, DONE
+
+    shelf = Memory()
+    assert served(shelf, body) is None
+    assert sorted(shelf.blobs.values()) == [b"abc", b"defg"]
 
 
 def test_an_upload_that_is_refused_leaves_the_stream_usable() -> None:
