@@ -16,11 +16,13 @@ _TOGETHER = 256
 
 
 class CommitFeed:
-    """Lives in the event loop; `head` is read from any thread."""
+    """Lives in the event loop; `head` and `taken` are used from any thread."""
 
     def __init__(self, copy: LedgerCopy, payloads: Payloads, mailbox: Mailbox) -> None:
         self._copy, self._payloads, self._mailbox = copy, payloads, mailbox
         self._taken: int | None = None
+        self._ahead = range(0)
+        """Rounds whose payloads were looked for last."""
         self._together: list[Commit] = []
         self.head = copy.head_round
         """The newest round that is known to be committed; the copy may be behind it."""
@@ -87,17 +89,22 @@ class CommitFeed:
         for commit in commits:
             self._payloads.committed(commit)
         if self._taken is not None and round_ <= self._taken + AHEAD:
-            self._fetch_ahead(self._taken)
+            self.fetch_ahead()
         self._mailbox.commits_came()
 
-    def taken(self, round_: int) -> None:
-        """The node works on this commit now, and will take those after it next."""
+    def taken(self, round_: int) -> bool:
+        """The node works on this commit now, and will take those after it next. Whether payloads of these
+        are still to be looked for, by `fetch_ahead`."""
         self._taken = round_
-        self._fetch_ahead(round_)
+        return round_ not in self._ahead or min(round_ + AHEAD, self._copy.head_round) not in self._ahead
 
     async def payload(self, entry: OfferEntry) -> bytes:
         """See `Link.payload`."""
         return await self._payloads.get(entry, self._copy.peers.get(entry.peer))
 
-    def _fetch_ahead(self, taken: int) -> None:
-        self._payloads.want(self._copy.commits(taken - 1, AHEAD + 1), self._copy.peers)
+    def fetch_ahead(self) -> None:
+        """Payloads of the commit that the node works on, and of those that it takes next."""
+        assert self._taken is not None
+        commits = self._copy.commits(self._taken - 1, AHEAD + 1)
+        self._ahead = range(self._taken, self._taken + len(commits))
+        self._payloads.want(commits, self._copy.peers)

@@ -80,8 +80,8 @@ class LinkCore:
 
     Its parts: `commits` that are followed, `offers` that are made, `blobs` that are fetched, what is
     `served`, payloads that are `kept` or `not_taken`, and `neighbours` in gossip. Of these `commits.head`,
-    `kept.__contains__`, `not_taken`, `offers.upload_bytes_per_s`, `blobs.members` and `served.shelf` are used
-    from any thread.
+    `commits.taken`, `kept.__contains__`, `kept.get`, `not_taken`, `offers.upload_bytes_per_s`,
+    `blobs.members` and `served.shelf` are used from any thread.
 
     `copy_path`: where the copy of the ledger is on disk, if it is. `key`, `metrics`: see `RemoteLink`.
     """

@@ -316,7 +316,7 @@ class Payloads:
         if kept is not None:
             return kept
         _, task = self._tasks.get(digest, (0, None))
-        if task is None:
+        if task is None or (task.done() and not _has_succeeded(task)):
             return await self._resolve(digest, entry.n_bytes, offerer)
         return await asyncio.shield(task)
 

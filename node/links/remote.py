@@ -166,7 +166,8 @@ class RemoteLink:
             yield commit
 
     def _take(self, round_: int) -> None:
-        self._soon(lambda core: core.commits.taken(round_))
+        if self._core is not None and self._core.commits.taken(round_):
+            self._soon(lambda core: core.commits.fetch_ahead())
 
     def _read(self, after: int, up_to: int) -> Iterator[Commit]:
         """From the copy, as it grows; ends when the link is closed."""
@@ -183,7 +184,9 @@ class RemoteLink:
     def payload(self, offer: OfferEntry) -> bytes:
         if offer.payload is not None:
             return offer.payload
-        return self._wait(self._opened().commits.payload(offer))
+        core = self._opened()
+        here = None if offer.digest is None else core.kept.get(offer.digest)
+        return self._wait(core.commits.payload(offer)) if here is None else here
 
     def fetch(
         self, digest: Digest, n_bytes: int, holder: str | None = None, base: Base | None = None
