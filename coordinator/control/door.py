@@ -125,10 +125,10 @@ class Door:
             self._count_bad()
             writer.write(frame(refused(f"this is no order: {e}")))
             return
-        if order.what == "status":
-            writer.write(frame(Answer(what="told")) + framed(json.dumps(self._status()).encode()))
-            return
         try:
+            if order.what == "status":
+                writer.write(frame(Answer(what="told")) + framed(json.dumps(self._status()).encode()))
+                return
             await self._foresee(order)
             ordered = self._order(order)
         except (ThinwireError, OSError) as e:
