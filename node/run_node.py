@@ -123,7 +123,7 @@ def run_node(
     `leader_in`: it is rank 0 of several; called with the node's folder. `finished` is called after the last
     round.
     """
-    with opened_node(options, leader_in, make_link) as runner:
+    with opened_node(options, leader_in, make_link, stopped=stop.is_set) as runner:
         stop.on_stop.append(runner.request_stop)
         run_id, folder = runner.link.run_id, runner.folder
         try:
@@ -140,9 +140,11 @@ def opened_node(
     leader_in: Callable[[Path], Leader] | None = None,
     make_link: Callable[..., RemoteLink] = hivemind_link,
     task: Task | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Runner]:
     """A runner that has not begun, with its folder and link, which are given back in the end. `task`: instead
-    of the one that the options name. Raises ConfigError and Incompatible."""
+    of the one that the options name. `stopped`: kernels are compiled no longer. Raises ConfigError and
+    Incompatible."""
     limit = _upload_limit(options)
     with ExitStack() as stack:
         folder = NodeFolder(options.state)
@@ -157,10 +159,10 @@ def opened_node(
 
         with nullcontext() if options.import_path is not None or task is not None else _without_scipy():
             if options.device.startswith("cpu"):
-                compile_apart(log.info)  # before there is torch here, too
+                compile_apart(log.info, stopped)  # before there is torch here, too
             limit_threads(options.threads)
             check_device(options.device)
-            _check_arithmetic(options.device)
+            _check_arithmetic(options.device, stopped)
         from .runner import Runner
 
         tracks = open_tracks(options.track, link.run_folder, metrics)
@@ -279,7 +281,7 @@ def _without_scipy() -> Iterator[None]:
         del sys.modules["scipy.linalg"]
 
 
-def _check_arithmetic(device: str) -> None:
+def _check_arithmetic(device: str, stopped: Callable[[], bool]) -> None:
     """Tells a machine before it joins that its replica would not stay the others'. Raises Incompatible.
 
     Some 30 ms; what it imports and compiles on the way, the node needs anyway. Where kernels are to be
@@ -294,8 +296,8 @@ def _check_arithmetic(device: str) -> None:
     if torch.device(device).type == "cpu" and not is_compiled():
         from .doctor.compiling import compiling
 
-        with compiling(log.info):
-            refuse_wrong_arithmetic(torch.device(device))
+        with compiling(log.info, stopped):
+            refuse_wrong_arithmetic(torch.device(device), stopped=stopped)
     else:
         refuse_wrong_arithmetic(torch.device(device), of_compressors=False)
 

@@ -34,19 +34,21 @@ _UNCACHED: Final = "Cannot cache compiled function"
 
 
 @contextmanager
-def compiling(say: Callable[[str], object]) -> Iterator[None]:
+def compiling(say: Callable[[str], object], stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Around a self-test, which compiles what is not there yet: one process of a machine at a time does it,
     where its files can be locked and written.
 
-    `say` is told, if there is anything to compile."""
+    `say` is told, if there is anything to compile. `stopped`: no longer; then not everything is compiled."""
     if (mark := _wanted()) is None:
         yield
         return
     say(_SAID)
     with ExitStack() as stack:
         with suppress(OSError):
-            _wait_for(stack.enter_context(mark.open("a")))
+            _wait_for(stack.enter_context(mark.open("a")), stopped)
         yield
+        if stopped():
+            return
         _step()
         with suppress(OSError):
             mark.write_text(stamp(mark.parent))
@@ -58,22 +60,26 @@ def _wanted() -> Path | None:
     return None if mark is None or is_compiled() or not os.access(mark.parent, os.W_OK) else mark
 
 
-def compile_apart(say: Callable[[str], object]) -> None:
+def compile_apart(say: Callable[[str], object], stopped: Callable[[], bool] = lambda: False) -> None:
     """In a process of its own, one core's work: what compiling takes, 300 MB, would stay with this one. Where
-    that fails, kernels are compiled where they are needed."""
+    that fails, kernels are compiled where they are needed. When `stopped`, the process is ended."""
     if _wanted() is None:
         return
     say(_SAID)
     with suppress(OSError):
-        subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-m", __name__, _APART],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
             start_new_session=True,  # Ctrl-C is the parent's affair
-            check=False,
         )
+        while process.poll() is None:
+            if stopped():
+                process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
 
 
 def _apart() -> None:
@@ -88,11 +94,11 @@ def _apart() -> None:
         refuse_wrong_arithmetic(torch.device("cpu"))
 
 
-def _wait_for(lock: IO[str]) -> None:
+def _wait_for(lock: IO[str], stopped: Callable[[], bool]) -> None:
     """Until no other process has it, or is taken to hang: that must keep nobody out of a run. Raises
     OSError."""
     until_s = time.monotonic() + LONGEST_WAIT_S
-    while time.monotonic() < until_s:
+    while time.monotonic() < until_s and not stopped():
         with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
@@ -107,20 +113,16 @@ def compile_kernels(say: Callable[[str], object], stopped: Callable[[], bool] = 
 
     names = [name for name, known in KNOWN_ANSWERS.items() if not known.is_slow]
     names = [*reversed(names), _STEP]  # what takes longest is among the last, and has to begin early
-    with suppress(_Stopped), compiling(say):
+    with compiling(say, stopped):
         if is_compiled():  # by another process, meanwhile
             return
         with multiprocessing.get_context("spawn").Pool(initializer=_begin) as pool:
             every = Every(5.0)
             for n, _ in enumerate(pool.imap_unordered(_compile, names), 1):
                 if stopped():
-                    raise _Stopped
+                    return
                 if every.is_due():
                     say(f"{n} of {len(names)} groups of kernels are compiled")
-
-
-class _Stopped(Exception):
-    """Not everything is compiled."""
 
 
 def _begin() -> None:

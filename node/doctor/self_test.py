@@ -72,10 +72,14 @@ def runs_on(name: str, device: torch.device) -> bool:
     return device.type == "cpu" or not KNOWN_ANSWERS[name].cpu_only
 
 
-def refuse_wrong_arithmetic(device: torch.device, of_compressors: bool | None = None) -> None:
+def refuse_wrong_arithmetic(
+    device: torch.device,
+    of_compressors: bool | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
     """Raises Incompatible, with what failed, on a machine whose replica would not stay the others', and
     ConfigError where its kernels cannot even be loaded. `of_compressors`: only what strategies with a
-    compressor need, or only what all do; None: both."""
+    compressor need, or only what all do; None: both. Ends early when `stopped`."""
     try:
         uses_numba = kernels_on(device) == "numba"
     except ValueError as e:
@@ -90,6 +94,7 @@ def refuse_wrong_arithmetic(device: torch.device, of_compressors: bool | None = 
             for name, known in KNOWN_ANSWERS.items()
             if not known.is_slow and of_compressors in (None, known.of_compressors)
         ],
+        stopped=stopped,
     )
     if failed:
         raise Incompatible(wrong_arithmetic(failed))

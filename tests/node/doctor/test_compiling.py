@@ -53,6 +53,16 @@ def test_what_failed_is_not_taken_for_compiled() -> None:
     assert not is_compiled()
 
 
+def test_who_is_stopped_compiles_no_longer_and_waits_for_nobody(mark: Path) -> None:
+    with compiling.compiling(print), compiling.compiling(print, lambda: True):
+        assert not is_compiled()
+    assert is_compiled()
+    mark.unlink()
+    with compiling.compiling(print, lambda: True):
+        pass
+    assert not is_compiled()
+
+
 @pytest.mark.usefixtures("mark")
 def test_processes_of_one_machine_do_not_all_compile() -> None:
     entered = threading.Event()
