@@ -6,7 +6,6 @@ the nearest name. The whole of it goes into record 0 of the ledger, so a joiner 
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import tomllib
@@ -25,7 +24,7 @@ from pydantic import (
     model_serializer,
 )
 
-from ..compression.errors import ConfigError
+from ..compression.errors import ConfigError, nearest
 from ..coordinator.protocol.identity import public_key_of
 from ..coordinator.protocol.settings import Keep
 from .run_files.edges import with_edges
@@ -468,9 +467,7 @@ def _explain(error: Any) -> str:
         annotation = model.model_fields[part].annotation
         sections = [a for a in (annotation, *get_args(annotation)) if is_section(a)]
         model = sections[0] if sections else model
-    nearest = difflib.get_close_matches(location[-1], model.model_fields, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sorted(model.model_fields))}"
-    return f"unknown key {key!r}; {hint}"
+    return f"unknown key {key!r}; {nearest(location[-1], model.model_fields)}"
 
 
 def is_section(annotation: Any) -> bool:

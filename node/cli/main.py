@@ -56,19 +56,18 @@ Command = Annotated[
 ]
 
 
-def _names() -> list[str]:
-    """Of all commands."""
-    return [config.name for kind in get_args(get_args(Command)[0]) for config in kind.__metadata__]
+def _commands() -> dict[str, Any]:
+    """Their classes, by name."""
+    return {kind.__metadata__[0].name: kind.__origin__ for kind in get_args(get_args(Command)[0])}
 
 
 def _in_brief() -> Any:
     """`Command` for the list of all commands: of what each says of itself the first paragraph."""
     annotated: Any = Annotated  # of types that are known only now
     brief: Any = None
-    for kind in get_args(get_args(Command)[0]):
-        config, command = kind.__metadata__[0], kind.__origin__
+    for name, command in _commands().items():
         first = " ".join((command.__doc__ or "").partition("\n\n")[0].split())
-        named = annotated[command, tyro.conf.subcommand(config.name, description=first)]
+        named = annotated[command, tyro.conf.subcommand(name, description=first)]
         brief = named if brief is None else brief | named
     return brief
 
@@ -120,18 +119,9 @@ def _obey(argv: Sequence[str]) -> int:
     if list(argv) in (["--version"], ["-V"]):
         print_version()
         return 0
-    known = _names()
-    if argv and not argv[0].startswith("-") and argv[0] not in known:
-        to_stderr(f"thinwire: there is no command {argv[0]!r}: {nearest(argv[0], known)}")
+    command = _read(with_whole_tickets(argv))
+    if command is None:
         return ConfigError.exit_code
-    command = tyro.cli(
-        Command if argv and argv[0] in known else _in_brief(),
-        prog="thinwire",
-        description="Train one model on many machines joined by thin, unreliable links. --version says which "
-        "thinwire this is, thinwire COMMAND --help what a command does and takes.",
-        args=with_whole_tickets(argv),
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-    )
     end_with_parent()
     tells_itself = isinstance(command, Bench | Compare | Demo | Doctor | Status)  # shown, not logged
     chatty = logging.DEBUG if getattr(command, "verbose", False) else logging.INFO
@@ -143,6 +133,25 @@ def _obey(argv: Sequence[str]) -> int:
         to_stderr(f"{prefix}thinwire: {e}")
         return e.exit_code
     return code
+
+
+def _read(words: list[str]) -> Any:
+    """The command that they are, with its options; None: there is none of that name, which has been said."""
+    known, name = _commands(), words[0] if words else ""
+    config = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+    if name in known:  # alone: what is wrong with its options is told by those that it has
+        return tyro.cli(known[name], prog=f"thinwire {name}", args=words[1:], config=config)
+    if name and not name.startswith("-"):
+        to_stderr(f"thinwire: there is no command {name!r}: {nearest(name, known)}")
+        return None
+    return tyro.cli(
+        _in_brief(),
+        prog="thinwire",
+        description="Train one model on many machines joined by thin, unreliable links. --version says which "
+        "thinwire this is, thinwire COMMAND --help what a command does and takes.",
+        args=words,
+        config=config,
+    )
 
 
 if __name__ == "__main__":

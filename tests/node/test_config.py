@@ -39,7 +39,7 @@ def test_the_configuration_survives_record_0(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[run]\nround = 5\n", "unknown key 'run.round'; did you mean 'rounds'?"),
-        ("[task]\nlearning = 5\n", "unknown key 'task.learning'; known: adapter, architecture"),
+        ("[task]\nlearning = 5\n", "unknown key 'task.learning'; one of adapter, architecture"),
         ("[tasks]\n", "unknown key 'tasks'; did you mean 'task'?"),
         ("[run]\nrounds = 0\n", "run.rounds: Input should be greater than or equal to 1"),
         ("[policy]\nname = 'soon'\n", "policy.name: Input should be 'deadline', 'all', 'fastest' or 'async'"),

@@ -20,6 +20,7 @@ from tests.support.small_run import TASK
 from tests.support.waiting import eventually
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of
 from thinwire.coordinator.protocol.ticket import Ticket
+from thinwire.node.cli.main import main
 
 pytestmark = [pytest.mark.swarm, pytest.mark.timeout(180)]
 
@@ -99,6 +100,7 @@ def test_a_full_disk_is_told_in_a_line() -> None:
         (("demo", "--peers", "99"), 2, "--peers: between 1 and 32"),
         (("dance",), 2, "there is no command 'dance': one of bench, "),
         (("joni", "tw1-x"), 2, "did you mean 'join'?"),
+        (("coordinator", "run.toml", "--set", "run.linger=0"), 2, "unknown key 'run.linger'; one of base, "),
     ],
 )
 @pytest.mark.usefixtures("run_file")
@@ -114,6 +116,17 @@ def test_wrong_usage(
     found, out, err = here(*args)
     assert found == code
     assert message in err + out * (args == ("dance",))
+
+
+def test_options_that_there_are_not_are_answered_by_those_of_the_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["join", "tw1-x", "--stat", "x"])
+    err = capsys.readouterr().err
+    assert "--state DIR" in err
+    assert "--node-state" not in err, "an option of thinwire ray"
+    assert "thinwire join --help" in err
 
 
 def test_a_dead_ticket_says_what_every_address_answered(thinwire: Start, run_file: Path) -> None:
