@@ -13,7 +13,7 @@ from .entry.rules import MAX_BYTES as MAX_RULES_BYTES
 from .entry.rules import OPEN, EntryRules
 from .entry.tickets import ADDRESS_NAME
 from .observe.page_history import MAX_SAVED_BYTES
-from .protocol.files import FolderLock, remove_asides, write_aside
+from .protocol.files import KEY_NAMES, FolderLock, remove_asides, write_aside
 from .protocol.identity import public_key_of
 from .protocol.settings import KEEP_SNAPSHOTS, MAX_KEEP_CHARS, Keep
 
@@ -30,7 +30,7 @@ class StateDir:
         self.path = path
         self.ledger_path = path / "ledger.db"
         self.blobs_path = path / "blobs"
-        self.key_path = path / "key"
+        self.key_path = path / KEY_NAMES["coordinator"]
         self.is_new = not self.key_path.exists()
         """Nobody has ever voted with what is here: the key is made from now on."""
         self.history_path = path / "history.json"

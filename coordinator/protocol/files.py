@@ -143,13 +143,26 @@ def _in_use(folder: Path, what: str) -> FolderInUse:
     return FolderInUse(f"{folder} is in use by another {what}, process {holder}: stop it first")
 
 
+KEY_NAMES: Final = {"node": "identity.key", "coordinator": "key"}
+"""Of the key in a state folder, by which it is known whose that is."""
+
+
+def _refuse_others(folder: Path, what: str) -> None:
+    """Raises ConfigError."""
+    found = [who for who, name in KEY_NAMES.items() if os.path.exists(folder / name)]
+    if found and what in KEY_NAMES and what not in found:
+        raise ConfigError(f"{folder} is a {found[0]}'s state folder: name another --state for the {what}")
+
+
 class FolderLock:
     """One process at a time has a folder, from the construction to `close`; a dead one does not keep it.
 
-    Raises FolderInUse, or ConfigError if the folder cannot be made. `what`: who uses it.
+    Raises FolderInUse, or ConfigError if the folder cannot be made, or is a node's and `what`, who is to use
+    it, a coordinator; or the other way round.
     """
 
     def __init__(self, folder: Path, what: str) -> None:
+        _refuse_others(folder, what)
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._fd = os.open(

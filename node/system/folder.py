@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from ...compression.errors import ConfigError
-from ...coordinator.protocol.files import FolderLock
+from ...coordinator.protocol.files import KEY_NAMES, FolderLock
 
 log = logging.getLogger("thinwire.cli")
 
-IDENTITY_NAME = "identity.key"
+IDENTITY_NAME = KEY_NAMES["node"]
 """A node's key, in its folder: who has it is that peer."""
 
 MAX_NODES = 64

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from thinwire.compression.errors import ConfigError
-from thinwire.node.system.folder import NodeFolder, folder_of_run
+from thinwire.coordinator.protocol.identity import load_or_create
+from thinwire.coordinator.state import StateDir
+from thinwire.node.system.folder import IDENTITY_NAME, NodeFolder, folder_of_run
 
 
 def test_every_node_finds_a_folder_of_its_own_and_again(tmp_path: Path) -> None:
@@ -26,6 +28,20 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         NodeFolder(tmp_path / "state")
     folder.close()
     NodeFolder(tmp_path / "state").close()
+
+
+def test_a_node_takes_no_coordinators_folder_nor_the_other_way_round(tmp_path: Path) -> None:
+    with StateDir(tmp_path / "coordinator") as state:
+        load_or_create(state.key_path)
+    with pytest.raises(ConfigError, match="is a coordinator's state folder: name another"):
+        NodeFolder(tmp_path / "coordinator")
+    NodeFolder(tmp_path / "node").close()
+    load_or_create(tmp_path / "node" / IDENTITY_NAME)
+    with pytest.raises(ConfigError, match="is a node's state folder"):
+        StateDir(tmp_path / "node")
+    load_or_create(tmp_path / "node" / "key")  # an earlier thinwire let both be in one
+    StateDir(tmp_path / "node").close()
+    NodeFolder(tmp_path / "node").close()
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
