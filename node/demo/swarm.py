@@ -13,7 +13,7 @@ from rich.console import Console
 from ...compression.errors import SwarmUnreachable
 from ...coordinator.protocol.figures import counted
 from ...coordinator.protocol.identity import load_or_create, peer_id_of
-from ..cli.status import StatusClient
+from ..cli.status import StatusClient, leads
 from ..cli.view import Show, figures, headline, live_view
 from ..run_files.toml import toml_of
 from ..system.processes import Child, Children
@@ -201,7 +201,7 @@ class DemoSwarm:
         if fault["next_commit_s"] is None:
             return
         name = fault["coordinator"]
-        if fault["led_by"] is None and status["seat"]["leader"] != fault["peer"]:
+        if fault["led_by"] is None and leads(status) and status["seat"]["leader"] != fault["peer"]:
             fault["led_by"] = self.coordinators.name_of(status["seat"]["leader"])
             if (page := self._page(status)) is not None:
                 self.notes.append(f"round {now}: the page of {fault['led_by']}, which leads now: {page}")
