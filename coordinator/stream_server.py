@@ -187,12 +187,12 @@ class StreamServer:
         return guarded(serve, self._meter, self._service.count_rejected, self._lines, self._failed)
 
     async def _serve_session(self, peer_id: str, stream: Stream) -> None:
+        self._check_rate(peer_id)
         with self._strangers.one(peer_id):
             hello = await or_refused(stream, self._receive_hello(peer_id, stream))
         if hello is None:
             return
         if hello.watches:
-            self._check_rate(peer_id)
             await self._watchers.serve(peer_id, stream)
             return
         opened = await or_refused(stream, self._let_in(peer_id, stream, hello))
@@ -238,7 +238,6 @@ class StreamServer:
 
     async def _let_in(self, peer_id: str, stream: Stream, hello: Hello) -> tuple[int, Welcome]:
         """The session's number, and what to say first. Raises ThinwireError or OSError."""
-        self._check_rate(peer_id)
         async with self._opening:
             if hello.is_ahead_of(self._service.head):  # it has commits that were lost here: they go first
                 await self._adopt(peer_id, stream, hello)
@@ -260,7 +259,8 @@ class StreamServer:
             self._changed()
 
     def _check_rate(self, peer_id: str) -> None:
-        if not self._rates.session(peer_id, time.monotonic()):
+        has_worked = self._service.has_worked(peer_id)
+        if not self._rates.session(peer_id, time.monotonic(), has_worked=has_worked):
             raise BadFrame("rate", "this peer opens too many sessions")
 
     def _end_all(self) -> None:

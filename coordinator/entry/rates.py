@@ -29,6 +29,11 @@ MESSAGE_BYTES: Final = Rate(4.0 * 2**20, 64.0 * 2**20)
 SESSIONS: Final = Rate(0.5, 60.0)
 """That are opened: a node tries again after a quarter of a second, then less and less often."""
 
+FIRST_SESSIONS: Final = Rate(1 / 600, 4.0)
+STRANGE_SESSIONS: Final = Rate(10.0, 256.0)
+"""Of who has done no work yet, the first few are its own; all others of all such peers come out of one
+bucket. A session costs 2 ms of CPU, libp2p's daemon included, and all members hear of it."""
+
 MAX_PEERS: Final = 4096
 """Whose buckets are remembered; the fullest ones are forgotten first."""
 
@@ -60,10 +65,12 @@ class _Buckets:
     def __init__(self, now_s: float) -> None:
         self.messages, self.states = Bucket(MESSAGES, now_s), Bucket(STATES, now_s)
         self.n_bytes, self.sessions = Bucket(MESSAGE_BYTES, now_s), Bucket(SESSIONS, now_s)
+        self.first = Bucket(FIRST_SESSIONS, now_s)
 
     def share(self, now_s: float) -> float:
         """Of the emptiest."""
-        return min(b.share(now_s) for b in (self.messages, self.states, self.n_bytes, self.sessions))
+        all_ = (self.messages, self.states, self.n_bytes, self.sessions, self.first)
+        return min(bucket.share(now_s) for bucket in all_)
 
 
 class PeerRates:
@@ -71,6 +78,7 @@ class PeerRates:
 
     def __init__(self) -> None:
         self._peers: dict[str, _Buckets] = {}
+        self._strange = Bucket(STRANGE_SESSIONS, 0.0)
 
     def message(self, peer_id: str, message: Message, n_bytes: int, now_s: float) -> str | None:
         """One has come, of so many bytes. What it is too much of, in words; None: it may."""
@@ -81,9 +89,12 @@ class PeerRates:
             return "messages"
         return None if buckets.n_bytes.take(n_bytes, now_s) else "bytes of messages"
 
-    def session(self, peer_id: str, now_s: float) -> bool:
+    def session(self, peer_id: str, now_s: float, *, has_worked: bool = True) -> bool:
         """Whether it may open one more."""
-        return self._of(peer_id, now_s).sessions.take(1, now_s)
+        buckets = self._of(peer_id, now_s)
+        if not buckets.sessions.take(1, now_s):
+            return False
+        return has_worked or buckets.first.take(1, now_s) or self._strange.take(1, now_s)
 
     def _of(self, peer_id: str, now_s: float) -> _Buckets:
         found = self._peers.get(peer_id)

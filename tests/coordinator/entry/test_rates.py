@@ -15,7 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.waiting import wait_until
-from thinwire.coordinator.entry.rates import MAX_PEERS, MESSAGES, SESSIONS, STATES, Bucket, PeerRates, Rate
+from thinwire.coordinator.entry.rates import (
+    FIRST_SESSIONS,
+    MAX_PEERS,
+    MESSAGES,
+    SESSIONS,
+    STATES,
+    STRANGE_SESSIONS,
+    Bucket,
+    PeerRates,
+    Rate,
+)
 from thinwire.coordinator.observe.quiet_log import EVERY_S, LINES, LINES_OF_A_KIND, QuietLog
 from thinwire.coordinator.protocol.identity import new_key, peer_id_of, save
 from thinwire.coordinator.protocol.messages import (
@@ -72,6 +82,17 @@ def test_each_limit_is_of_one_peer_and_of_all_its_sessions() -> None:
     assert rates.message("c", BEAT, 2**30, 0.0) == "bytes of messages"
     assert rates.message("c", TRAINS, 20, 0.0) is None
     assert rates.message("a", TRAINS, 20, 1.0) is None, "it fills up again"
+
+
+def test_sessions_of_who_has_done_no_work_are_few_all_together_but_the_first_ones_of_each() -> None:
+    rates, n_strangers, seconds = PeerRates(), 200, 60
+    asked = [(f"s{n}", 2.0 * t) for t in range(seconds // 2) for n in range(n_strangers)]
+    opened = sum(rates.session(peer, now_s, has_worked=False) for peer, now_s in asked)
+    firsts = n_strangers * (FIRST_SESSIONS.burst + 1)
+    assert opened <= firsts + STRANGE_SESSIONS.burst + STRANGE_SESSIONS.per_s * seconds
+    newcomer = [rates.session("new", seconds, has_worked=False) for _ in range(int(FIRST_SESSIONS.burst))]
+    assert all(newcomer), "whatever others do"
+    assert rates.session("s1", seconds, has_worked=True)
 
 
 def test_buckets_of_many_identities_are_forgotten_and_those_in_use_are_not() -> None:
