@@ -189,7 +189,7 @@ class BlobStore:
         digest, blob = next((digest, blob) for digest, blob in unnamed if blob.owner == most)
         if blob.offered is not None:
             _take(self._offered, digest, blob.offered)
-            blob.offered = None
+        blob.offered, blob.owner = None, ""
         self._delete_if_free(digest)
         return True
 

@@ -147,12 +147,12 @@ class PayloadCache:
 @dataclass(slots=True)
 class Early:
     """A fetch while the round is open. `waited_s`: when its holder last said that it waits for it, too.
-    `is_sure`: it moves on by itself when nothing comes, or comes from the coordinator."""
+    `is_named`: it comes from whom the coordinator names, and moves on by itself when nothing comes."""
 
     offered: Offered
     task: asyncio.Task[bytes]
     began_s: float
-    is_sure: bool = False
+    is_named: bool = False
     waited_s: float = -inf
 
     def waits(self) -> None:
@@ -244,8 +244,8 @@ class Payloads:
             self._pushed[digest] = _Pushed(offered)
             self._announced.set()
             self._announced = asyncio.Event()
-        is_sure = holder == self._own or self._sources.is_coordinator(holder) or self._sources.rests(holder)
-        self._early[digest] = Early(offered, _quiet(self._fetch_early(offered)), time.monotonic(), is_sure)
+        fetching, is_named = _quiet(self._fetch_early(offered)), self._sources.rests(holder)
+        self._early[digest] = Early(offered, fetching, time.monotonic(), is_named)
 
     def early(self, digest: bytes) -> Early | None:
         """For who was told to get it here. What is fetched otherwise is of no use: two nodes would wait for
@@ -346,7 +346,7 @@ class Payloads:
         try:
             if offered.holder == self._own:
                 data = await self._pushed[digest].whole()
-            elif self._sources.rests(offered.holder):
+            elif self._early[digest].is_named:
                 data = await self._from_named(offered)
             else:
                 data = await self._from_holder(offered, self._early[digest].waits)
@@ -386,7 +386,8 @@ class Payloads:
         early = self._early.get(digest)
         if early is None:
             return await self._from_anybody(digest, n_bytes, offerer)
-        if early.is_sure:
+        holder = early.offered.holder
+        if early.is_named or holder == self._own or self._sources.is_coordinator(holder):
             await asyncio.wait({early.task})
         else:
             await self._wait_while_it_comes(early)
