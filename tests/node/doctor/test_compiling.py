@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -107,6 +108,13 @@ def test_where_no_process_begins_kernels_are_compiled_where_they_are_needed(
     mark.write_text(kernel_cache.stamp(mark.parent))
     compiling.compile_apart(said.append)
     assert len(said) == 1
+
+
+@pytest.mark.usefixtures("mark")
+def test_the_process_that_compiles_is_ended_when_this_one_is_to_end() -> None:
+    compiling.compile_apart(print, lambda: True)
+    assert not is_compiled()
+    assert not psutil.Process().children()
 
 
 def test_a_kernel_that_cannot_be_cached_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
