@@ -28,9 +28,16 @@ from thinwire.node.links.local import LocalSwarm
 from thinwire.node.result import Result
 from thinwire.node.runner import Runner
 from thinwire.node.snapshots.verified import MARK
+from thinwire.node.trust import verifying
 from thinwire.node.trust.start_check import Verify
 
 pytestmark = pytest.mark.usefixtures("one_core")
+
+
+@pytest.fixture(autouse=True)
+def _no_priorities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where others compute, the lowest one gets nothing for half a minute, and all here wait for it."""
+    monkeypatch.setattr(verifying, "_lowest_priority", lambda: None)
 
 
 @pytest.fixture(autouse=True)
