@@ -29,8 +29,8 @@ class Panel:
 PANELS: Final = {
     "100 peers, coordinator 100 Mbit/s": Panel(100, 100 * MBIT, 30),
     "100 peers, coordinator 1 Gbit/s": Panel(100, 1_000 * MBIT, 30),
-    "1,000 peers, coordinator 1 Gbit/s": Panel(1_000, 1_000 * MBIT, 10),
-    "1,000 peers, coordinator 10 Gbit/s": Panel(1_000, 10_000 * MBIT, 10),
+    "1,000 peers, coordinator 1 Gbit/s": Panel(1_000, 1_000 * MBIT, 6),
+    "1,000 peers, coordinator 10 Gbit/s": Panel(1_000, 10_000 * MBIT, 6),
 }
 
 Figures = dict[str, Any]
