@@ -300,14 +300,14 @@ GARBAGE = {
 @pytest.fixture
 def half_came(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """The coordinator has the head of that half."""
-    came, exactly = threading.Event(), Stream._exactly
+    came, read_on = threading.Event(), Stream._read_on
 
-    async def noted(stream: Stream, n_bytes: int, *, at_start: bool) -> bytes:
-        if n_bytes == WHOLE_BYTES:
+    async def noted(stream: Stream) -> None:
+        if stream._came.startswith(HEADER.pack(WHOLE_BYTES, FrameKind.MESSAGE)):
             came.set()
-        return await exactly(stream, n_bytes, at_start=at_start)
+        await read_on(stream)
 
-    monkeypatch.setattr(Stream, "_exactly", noted)
+    monkeypatch.setattr(Stream, "_read_on", noted)
     return came
 
 

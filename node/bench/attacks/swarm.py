@@ -59,6 +59,7 @@ STRATEGIES: Final[Mapping[str, Mapping[str, Any]]] = {
 TASK: Final = {"layers": 1, "width": 32, "heads": 2, "context": 32, "batch": 4, "held_out_bytes": 8192}
 """The built-in text, and a model of 32 thousand parameters."""
 
+LONGEST_JOIN_S: Final = 60.0
 POLL_S: Final = 0.05
 
 
@@ -137,7 +138,9 @@ class _Swarm:
         self._audited = dict.fromkeys(range(plan.n_peers), (0, 0))
         """By peer: how many audits have passed and failed."""
         self._errors: list[Exception] = []
-        self._may_join = threading.Event()
+        self._may_join, self._have_joined = threading.Event(), threading.Event()
+        self._came = set[str]()
+        """Of the bad peers, who has begun to train."""
 
     def run(self) -> Outcome:
         plan, config = self._plan, self._plan.config()
@@ -170,19 +173,25 @@ class _Swarm:
     def _bad(self, swarm: LocalSwarm, number: int) -> Runner:
         peer_id, attack = f"bad-{number}", self._plan.attack
         link: Link = swarm.link(peer_id)
+        runner = partial(Runner, on_proposing=lambda _runner: self._comes(peer_id))
         if attack is None:
-            return Runner(link)
+            return runner(link)
         if attack.lies is not None:
-            return Runner(link, on_prepared=partial(lie_to_neighbours, attack.lies))
+            return runner(link, on_prepared=partial(lie_to_neighbours, attack.lies))
         if attack.other_data:
             text = self._folder / "other-data.txt"
             text.write_bytes(read_text("stdlib"))
-            return Runner(link, data=text)
+            return runner(link, data=text)
         peer = BadPeer(attack, peer_id, self._board, self._victim(attack, number))
         made: list[Runner] = []
         link = changed_link(link, lambda offer: peer.offer(offer, made[0].replica, made[0].genesis))
-        made.append(Runner(link, on_prepared=invert) if attack.inverts else Runner(link))
+        made.append(runner(link, on_prepared=invert) if attack.inverts else runner(link))
         return made[0]
+
+    def _comes(self, peer_id: str) -> None:
+        self._came.add(peer_id)
+        if len(self._came) == self._plan.n_peers - self._plan.n_honest:
+            self._have_joined.set()
 
     def _victim(self, attack: Attack, number: int) -> str:
         if attack.copies == "honest":
@@ -194,8 +203,10 @@ class _Swarm:
         standing, round_ = runner.prepared.history.standing, runner.replica.round
         if self._plan.watched_from is not None and round_ >= self._plan.watched_from:
             self._losses[round_] = runner.work.evaluate()
-        if round_ >= self._plan.joins_after:
+        if round_ >= self._plan.joins_after and not self._may_join.is_set():
             self._may_join.set()
+            if self._plan.n_first < self._plan.n_peers:  # in which round they begin is no chance
+                self._have_joined.wait(LONGEST_JOIN_S)
         for index, before in self._audited.items():
             now = self._audited[index] = standing.audited(index)
             for failed in (False, True):
