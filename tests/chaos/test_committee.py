@@ -77,8 +77,8 @@ def test_a_lost_majority_is_told_and_the_recovery_key_goes_on(swarm: Swarm) -> N
         assert f"thinwire coordinator --state {survivor.state} --recover" in program.text()
     head, digests = swarm.head(), list(swarm.book.digests)
     survivor.kill()
-    survivor.begin_again("--recover", "--recover-wait", "2s")
-    swarm.wait(lambda: swarm.head() > head + 1, 40, "a commit of the committee of one")
+    survivor.begin_again("--recover", "--recover-wait", "8s")
+    swarm.wait(lambda: swarm.head() > head + 1, 46, "a commit of the committee of one")
     assert swarm.book.digests[:head] == digests[:head]
     all_is_well(swarm)
     assert swarm.coordinators.seats() == [survivor]
