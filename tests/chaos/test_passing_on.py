@@ -19,6 +19,7 @@ SETTINGS = {
     "run.snapshot_every": 1000,
 }
 NARROW_BYTES_PER_S = 1e6
+WIDE_BYTES_PER_S = 4e6
 ROUNDS = 4
 
 MOST_MISSED = round(2 * LONG_WAIT_S / deadline_s([0.0])) + 2
@@ -29,14 +30,19 @@ the round in which it was lost, and the one in which the payloads are here again
 
 @pytest.fixture(scope="module")
 def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
-    """Four nodes, of which two have wide lines; the coordinator is told that it has next to none. Every test
-    leaves them training, but a relay that was lost rests: the next one takes the other."""
+    """Four nodes; the first has the widest line, then the second. The coordinator is told that it has next to
+    none. Every test leaves them training."""
     folder = tmp_path_factory.mktemp("pass")
     with Swarm(folder, 4, settings=SETTINGS, proxied=True, strings=True, upload="1kB/s") as swarm:
+        give_line(swarm.nodes[1], WIDE_BYTES_PER_S)
         for node in swarm.nodes[2:]:
-            assert node.proxy is not None
-            node.proxy.slow(rate_bytes_per_s=NARROW_BYTES_PER_S)
+            give_line(node, NARROW_BYTES_PER_S)
         yield swarm
+
+
+def give_line(node: Node, bytes_per_s: float) -> None:
+    assert node.proxy is not None
+    node.proxy.slow(rate_bytes_per_s=bytes_per_s)
 
 
 def others_soon_lose_nothing(swarm: Swarm, lost: Node) -> None:
@@ -71,7 +77,7 @@ def all_are_back(swarm: Swarm) -> None:
 def test_who_passes_payloads_on_stands_still_half_way(swarm: Swarm) -> None:
     relay = swarm.nodes[0]
     relay.order(do="stop", phase="pass on", edge="before", round=6)  # when deadlines are known
-    swarm.wait(lambda: relay.was_obeyed, 30, f"{relay.name} passes payloads on")
+    swarm.wait(lambda: relay.was_obeyed, 60, f"{relay.name} passes payloads on")
     relay.freeze()  # its daemon, too
     others_soon_lose_nothing(swarm, relay)
     relay.thaw()
@@ -80,8 +86,9 @@ def test_who_passes_payloads_on_stands_still_half_way(swarm: Swarm) -> None:
 
 def test_who_passes_payloads_on_dies_half_way(swarm: Swarm) -> None:
     relay = swarm.nodes[1]
+    give_line(swarm.nodes[0], NARROW_BYTES_PER_S)
     relay.order(do="die", phase="pass on", edge="before")
-    swarm.wait(lambda: not relay.is_running, 30, f"{relay.name} passes payloads on")
+    swarm.wait(lambda: not relay.is_running, 60, f"{relay.name} passes payloads on")
     others_soon_lose_nothing(swarm, relay)
     swarm.start(relay)
     all_are_back(swarm)
