@@ -26,8 +26,6 @@ class _Blob:
     """The newest round in which it was uploaded or offered, until that is long over."""
     counted: int | None = None
     """The newest round whose commit names it, until that is released."""
-    owner: str = ""
-    """Whose upload it was, as long as no offer has named it."""
 
 
 class BlobWriter:
@@ -133,6 +131,8 @@ class BlobStore:
         # By round, the oldest first.
         self._offered: dict[int, set[bytes]] = {}
         self._counted: dict[int, set[bytes]] = {}
+        self._unnamed: dict[bytes, str] = {}
+        """Whose upload a blob was, as long as no offer has named it; the oldest first."""
         self._asides = count()
         self._coming: dict[bytes, list[BlobWriter]] = {}
         self._scan()
@@ -179,17 +179,18 @@ class BlobStore:
     def drop_unnamed(self, owner: str, n_bytes: int) -> bool:
         """Deletes an upload that no offer has named, of who has most of them, if that is more than `owner`
         would have with so many bytes besides; whether there was one."""
-        unnamed = [(digest, blob) for digest, blob in self._blobs.items() if blob.owner]
         of_owners = Counter[str]()
-        for _, blob in unnamed:
-            of_owners[blob.owner] += blob.n_bytes
+        for digest, whose in self._unnamed.items():
+            of_owners[whose] += self._blobs[digest].n_bytes
         most = max(of_owners, key=of_owners.__getitem__, default=owner)
         if of_owners[most] <= of_owners[owner] + n_bytes:
             return False
-        digest, blob = next((digest, blob) for digest, blob in unnamed if blob.owner == most)
+        digest = next(digest for digest, whose in self._unnamed.items() if whose == most)
+        self.named(digest)
+        blob = self._blobs[digest]
         if blob.offered is not None:
             _take(self._offered, digest, blob.offered)
-        blob.offered, blob.owner = None, ""
+            blob.offered = None
         self._delete_if_free(digest)
         return True
 
@@ -239,15 +240,15 @@ class BlobStore:
 
     def named(self, digest: bytes) -> None:
         """An offer names the blob, or a commit."""
-        if digest in self._blobs:
-            self._blobs[digest].owner = ""
+        self._unnamed.pop(digest, None)
 
     def mark_counted(self, digest: bytes, round_: int) -> None:
         """The commit of this round names the blob; does nothing if it is not here."""
         blob = self._blobs.get(digest)
         if blob is not None and (blob.counted is None or blob.counted < round_):
             _move(self._counted, digest, blob.counted, round_)
-            blob.counted, blob.owner = round_, ""
+            blob.counted = round_
+            self.named(digest)
 
     def counted(self) -> list[tuple[bytes, int]]:
         """What commits name, and the round of the newest one that does, in the order of rounds."""
@@ -292,7 +293,9 @@ class BlobStore:
             return
         if not self.file(digest).exists():
             raise BadMessage(f"blob {digest.hex()[:16]} was released while it came again")
-        self._blobs[digest] = _Blob(n_bytes, owner=owner)
+        self._blobs[digest] = _Blob(n_bytes)
+        if owner:
+            self._unnamed[digest] = owner
         self.n_bytes += n_bytes
         for writer in self._coming.get(digest, ()):
             writer.tell()  # who waits for the slower one need not
@@ -303,6 +306,7 @@ class BlobStore:
             return
         self.file(digest).unlink(missing_ok=True)
         del self._blobs[digest]
+        self.named(digest)
         self.n_bytes -= blob.n_bytes
 
     def file(self, digest: bytes) -> Path:

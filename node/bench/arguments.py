@@ -66,16 +66,21 @@ class _OnDevice(_Sized):
 
 @dataclass
 class _OnLink(_Measured):
-    def _link(self, rate: str | None, rtt: str | None) -> dict[str, Any]:
-        """`rate`, `rtt` None: what `LINK` says, or no limits if neither was given. Raises ConfigError."""
-        if rate is None and rtt is None:
+    rate: Annotated[str | None, optional(metavar="RATE")] = None
+    """Of every connection, in each direction. Default: 10Mbit"""
+    rtt: Annotated[str | None, optional(metavar="TIME")] = None
+    """There and back. Default: 50ms"""
+
+    def _options(self) -> dict[str, Any]:
+        """What one of the two does not say is `LINK`'s; nothing, if neither was given."""
+        if self.rate is None and self.rtt is None:
             return {}
         from ..links.upload_limit import parse_rate
         from .command import LINK
         from .network.link import parse_rtt
 
-        rate_bytes_per_s = LINK[0] if rate is None else parse_rate(rate, "--rate")
-        return {"link": (rate_bytes_per_s, LINK[1] if rtt is None else parse_rtt(rtt))}
+        rate = LINK[0] if self.rate is None else parse_rate(self.rate, "--rate")
+        return {"link": (rate, LINK[1] if self.rtt is None else parse_rtt(self.rtt))}
 
 
 @dataclass
@@ -175,15 +180,7 @@ class Ray(_Measured):
 class Link(_OnLink):
     """Round trips of an exchange on a thin link."""
 
-    rate: Annotated[str | None, optional(metavar="RATE")] = None
-    """Of every connection, in each direction. Default: 10Mbit"""
-    rtt: Annotated[str | None, optional(metavar="TIME")] = None
-    """There and back. Default: 50ms"""
-
     name: ClassVar[str] = "link"
-
-    def _options(self) -> dict[str, Any]:
-        return self._link(self.rate, self.rtt)
 
 
 @dataclass
@@ -196,9 +193,6 @@ class Step(_OnLink):
     """There and back. Default: none, or with --rate 50ms."""
 
     name: ClassVar[str] = "step"
-
-    def _options(self) -> dict[str, Any]:
-        return self._link(self.rate, self.rtt)
 
 
 @dataclass

@@ -315,8 +315,8 @@ class Payloads:
         kept = self.kept.get(digest)
         if kept is not None:
             return kept
-        _, task = self._tasks.get(digest, (0, None))
-        if task is None or (task.done() and not _has_succeeded(task)):
+        task = self._under_way(digest)
+        if task is None:
             return await self._resolve(digest, entry.n_bytes, offerer)
         return await asyncio.shield(task)
 
@@ -336,10 +336,14 @@ class Payloads:
         digest = entry.digest
         if digest is None or digest in self.kept:
             return
-        _, task = self._tasks.get(digest, (0, None))
-        if task is None or (task.done() and not _has_succeeded(task)):
+        if self._under_way(digest) is None:
             work = self._fetch_wanted(digest, entry.n_bytes, offerer, round_)
             self._tasks[digest] = (round_, _quiet(work))
+
+    def _under_way(self, digest: bytes) -> asyncio.Task[bytes] | None:
+        """The fetch of a counted payload; None: it has failed, or was not begun."""
+        _, task = self._tasks.get(digest, (0, None))
+        return None if task is None or (task.done() and not _has_succeeded(task)) else task
 
     async def _fetch_early(self, offered: Offered) -> bytes:
         digest, began_s = offered.digest, time.monotonic()
@@ -458,14 +462,15 @@ class Payloads:
         coordinator may come back."""
         refused, pause_s, why = 0, _RETRY_S, ""
         plain = partial(self._sources.from_coordinator, digest, n_bytes)
+        ask = named or plain
         while True:
             try:
-                return await (named or plain)()
+                return await ask()
             except (NotServed, Lied) as e:
                 refused, why = refused + 1, str(e)
             except SwarmUnreachable as e:
                 why = str(e)
-            named = None
+            ask = plain
             for holder in self._sources.holders(offerer):
                 try:
                     return await self._sources.from_member(holder, digest, n_bytes)
